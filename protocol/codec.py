@@ -1,0 +1,103 @@
+"""Frames <-> messages: one typed decoder per direction; decoding is validating (WIRE.md 2, 3).
+
+    frame 0   header    version (u8), channel (u8)
+    frame 1   message   msgpack array, first element the message's tag in its channel
+    frame 2+  bulk      raw bytes, only where the message's section in WIRE.md says so
+
+Knows nothing of sockets; a ROUTER's envelope frame is taken off before and put on after.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from microserve.protocol import actions, membership, serving
+from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.types import WIRE_VERSION
+
+MAX_MESSAGE_NBYTES = 8 << 20
+"""Longest message frame; anything longer is dropped before it is parsed."""
+MAX_BULK_NBYTES = 64 << 20
+MAX_BULK_FRAMES = 4
+
+Frames = list[bytes]
+Buffer = bytes | memoryview
+T = TypeVar("T")
+
+
+class Channel(IntEnum):
+    """Direction of a message; numbers are append-only."""
+
+    ROUTER_TO_ENGINE = 1
+    ENGINE_TO_ROUTER = 2
+    GATEWAY_TO_ROUTER = 3
+    ROUTER_TO_GATEWAY = 4
+    TO_INDEX = 5
+    FROM_INDEX = 6
+
+
+class Codec(Generic[T]):
+    """Encodes and decodes the union of one channel."""
+
+    def __init__(self, channel: Channel, union: Any) -> None:
+        self.channel = channel
+        self._header = bytes((WIRE_VERSION, channel))
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
+
+    def encode(self, message: T, *bulk: bytes) -> Frames:
+        return [self._header, self._encoder.encode(message), *bulk]
+
+    def decode(self, frames: Sequence[Buffer]) -> tuple[T, list[bytes]]:
+        """Message and bulk frames. Raises :class:`ProtocolViolation` on anything that WIRE.md forbids."""
+        if not 2 <= len(frames) <= 2 + MAX_BULK_FRAMES:
+            raise ProtocolViolation(f"{len(frames)} frames, expected 2 to {2 + MAX_BULK_FRAMES}")
+        header = bytes(frames[0])
+        if len(header) != len(self._header):
+            raise ProtocolViolation(f"header of {len(header)} bytes, expected {len(self._header)}")
+        if header[0] != WIRE_VERSION:
+            raise ProtocolViolation(f"wire version {header[0]}, expected {WIRE_VERSION}")
+        if header[1] != self.channel:
+            raise ProtocolViolation(f"channel {header[1]}, expected {self.channel:d} ({self.channel.name})")
+        if len(frames[1]) > MAX_MESSAGE_NBYTES:
+            raise ProtocolViolation(f"message of {len(frames[1])} bytes, limit {MAX_MESSAGE_NBYTES}")
+        bulk = [bytes(frame) for frame in frames[2:]]
+        if sum(map(len, bulk)) > MAX_BULK_NBYTES:
+            raise ProtocolViolation(f"bulk of {sum(map(len, bulk))} bytes, limit {MAX_BULK_NBYTES}")
+        try:
+            return self._decoder.decode(frames[1]), bulk
+        except (msgspec.MsgspecError, RecursionError, OverflowError, UnicodeDecodeError) as error:
+            raise ProtocolViolation(f"{self.channel.name}: {error}") from None
+
+
+ENGINE_REQUEST: Codec[actions.EngineRequest] = Codec(Channel.ROUTER_TO_ENGINE, actions.EngineRequest)
+ENGINE_REPLY: Codec[actions.EngineReply] = Codec(Channel.ENGINE_TO_ROUTER, actions.EngineReply)
+ROUTER_REQUEST: Codec[serving.RouterRequest] = Codec(Channel.GATEWAY_TO_ROUTER, serving.RouterRequest)
+ROUTER_REPLY: Codec[serving.RouterReply] = Codec(Channel.ROUTER_TO_GATEWAY, serving.RouterReply)
+INDEX_REQUEST: Codec[membership.IndexRequest] = Codec(Channel.TO_INDEX, membership.IndexRequest)
+INDEX_REPLY: Codec[membership.IndexReply] = Codec(Channel.FROM_INDEX, membership.IndexReply)
+
+
+def encode_tokens(tokens: Sequence[int]) -> bytes:
+    """Token ids as raw little-endian u32. Raises ``OverflowError`` for an id outside 32 bits."""
+    data = array("I", tokens)
+    if sys.byteorder == "big":
+        data.byteswap()
+    return data.tobytes()
+
+
+def decode_tokens(data: Buffer) -> list[int]:
+    """The inverse; raises :class:`ProtocolViolation` when the length is not a multiple of four."""
+    if len(data) % 4:
+        raise ProtocolViolation(f"token frame of {len(data)} bytes is not a multiple of 4")
+    tokens = array("I")
+    tokens.frombytes(data)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens.tolist()

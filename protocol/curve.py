@@ -1,0 +1,94 @@
+"""CURVE keys: who may speak on the bus (ZeroMQ RFC 25, 26, 27).
+
+A key directory holds one pair of this service and the public keys of those it trusts:
+
+    keys/service.key_secret        ours (made by ``microserve keys``), readable by the owner only
+    keys/trusted/*.key             public keys of every service that may connect
+
+Loopback and ipc addresses may go without; anything else is refused without keys.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+import zmq.auth
+from zmq.auth.thread import ThreadAuthenticator
+
+from microserve.protocol.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class CurveKeys:
+    """This service's key pair and the directory of public keys that it trusts."""
+
+    public: bytes
+    secret: bytes
+    trusted: Path
+
+    @classmethod
+    def load(cls, directory: str | Path) -> CurveKeys:
+        """Raises :class:`ConfigError` if the pair is missing, damaged or readable by others."""
+        root = Path(directory)
+        secret_file = root / "service.key_secret"
+        if not secret_file.is_file():
+            raise ConfigError(f"no {secret_file}; make one with 'microserve keys'", field="bus.curve_dir")
+        if secret_file.stat().st_mode & 0o077:
+            raise ConfigError(f"{secret_file} is readable by others; chmod 600", field="bus.curve_dir")
+        try:
+            public, secret = zmq.auth.load_certificate(secret_file)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{secret_file}: {error}", field="bus.curve_dir") from None
+        if secret is None:
+            raise ConfigError(f"{secret_file} holds no secret key", field="bus.curve_dir")
+        return cls(public, secret, root / "trusted")
+
+    def start_authenticator(self, context: zmq.Context[zmq.Socket[bytes]]) -> ThreadAuthenticator:
+        """ZAP handler: only keys in ``trusted`` are let in."""
+        authenticator = ThreadAuthenticator(context)
+        authenticator.start()
+        authenticator.configure_curve(domain="*", location=str(self.trusted))
+        return authenticator
+
+    def apply_to_server(self, socket: zmq.Socket[bytes]) -> None:
+        socket.curve_publickey = self.public
+        socket.curve_secretkey = self.secret
+        socket.curve_server = True
+
+    def apply_to_client(self, socket: zmq.Socket[bytes], server_key: str) -> None:
+        """``server_key``: the peer's public key, Z85; empty means that all services share our pair."""
+        socket.curve_publickey = self.public
+        socket.curve_secretkey = self.secret
+        socket.curve_serverkey = server_key.encode() if server_key else self.public
+
+
+def create_keys(directory: str | Path) -> CurveKeys:
+    """Make a pair that trusts itself. Raises :class:`ConfigError` rather than overwrite one."""
+    root = Path(directory)
+    if (root / "service.key_secret").exists():
+        raise ConfigError(f"{root / 'service.key_secret'} exists; remove it first", field="bus.curve_dir")
+    (root / "trusted").mkdir(parents=True, exist_ok=True)
+    public_file, secret_file = zmq.auth.create_certificates(str(root), "service")
+    Path(secret_file).chmod(0o600)
+    (root / "trusted" / "service.key").write_text(Path(public_file).read_text())
+    return CurveKeys.load(root)
+
+
+def check_exposure(address: str, keys: CurveKeys | None) -> None:
+    """Refuse to bind where other machines can reach us without keys. Raises :class:`ConfigError`."""
+    if keys is not None or not address.startswith("tcp://"):
+        return
+    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback:
+        raise ConfigError(
+            f"{address} is reachable from other machines; set bus.curve_dir (see 'microserve keys') "
+            "or bind to 127.0.0.1",
+            field="bus.curve_dir",
+        )

@@ -1,0 +1,173 @@
+"""Every error that may cross a process border, with a stable code.
+
+MeshError
+├── RequestError          the caller's fault: do not retry
+│   ├── InvalidRequest        a field is out of its bounds (names the field)
+│   ├── InvalidInterval       begin/end do not fit the prompt or the grant
+│   ├── PromptTooLong         more tokens than the model or the pool can hold
+│   ├── ModelNotFound         the mesh serves no such model
+│   ├── StrategyNotFound      no strategy of that name
+│   └── UnknownRequest        the engine holds nothing under that id
+├── CapacityError         nobody's fault: retry later (carries retry_after_s)
+│   ├── CacheFull             no free blocks now
+│   ├── QueueFull             no room in a bounded queue
+│   ├── NoEngines             no engine is alive for that model and label
+│   └── Draining              the service takes no new work
+├── PeerError             another process failed: retry elsewhere
+│   ├── EngineLost            the engine died, was replaced or stopped making progress
+│   ├── TransferFailed        KV did not arrive whole
+│   └── DeadlineExceeded      the time allowed was used up
+├── StrategyError         the strategy's own fault: the author gets the detail
+├── ProtocolViolation     a peer broke WIRE.md: log, drop, never crash
+├── ConfigError           a setting is wrong (names its path)
+└── InternalError         our fault
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MeshError(Exception):
+    """Base of the tree. ``code`` is stable and goes on the wire; ``detail`` is for people."""
+
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, detail: str = "", *, field: str | None = None, retry_after_s: float = 0.0) -> None:
+        super().__init__(detail or self.code)
+        self.detail = detail or self.code
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+
+class RequestError(MeshError):
+    """The caller's fault; the same call would fail again, and no engine is to blame."""
+
+    code = "request_error"
+
+
+class InvalidRequest(RequestError):
+    """A field is out of its bounds; ``field`` names it and ``detail`` names the bound."""
+
+    code = "invalid_request"
+
+
+class InvalidInterval(RequestError):
+    """``begin``/``end`` do not fit the prompt, the match or the grant."""
+
+    code = "invalid_interval"
+
+
+class PromptTooLong(RequestError):
+    """Prompt plus output cannot fit the model's positions or the engine's pool."""
+
+    code = "prompt_too_long"
+
+
+class ModelNotFound(RequestError):
+    """The mesh serves no model of that name."""
+
+    code = "model_not_found"
+
+
+class StrategyNotFound(RequestError):
+    """The router knows no strategy of that name."""
+
+    code = "strategy_not_found"
+
+
+class UnknownRequest(RequestError):
+    """The engine holds no tokens or no grant under that id."""
+
+    code = "unknown_request"
+
+
+class CapacityError(MeshError):
+    """Nobody's fault: retry after ``retry_after_s`` seconds."""
+
+    code = "capacity"
+
+
+class CacheFull(CapacityError):
+    """The pool has too few free blocks at this moment."""
+
+    code = "cache_full"
+
+
+class QueueFull(CapacityError):
+    """A bounded queue is at its limit."""
+
+    code = "queue_full"
+
+
+class NoEngines(CapacityError):
+    """No engine is alive for the model and label asked for."""
+
+    code = "no_engines"
+
+
+class Draining(CapacityError):
+    """The service finishes what it has and takes nothing new."""
+
+    code = "draining"
+
+
+class PeerError(MeshError):
+    """Another process failed; the same work may succeed elsewhere."""
+
+    code = "peer_error"
+
+
+class EngineLost(PeerError):
+    """The engine died, restarted with a new incarnation, or stopped making progress."""
+
+    code = "engine_lost"
+
+
+class TransferFailed(PeerError):
+    """KV did not arrive whole: writer poisoned it, died, or its bytes did not verify."""
+
+    code = "transfer_failed"
+
+
+class DeadlineExceeded(PeerError):
+    """The time that the caller allowed was used up."""
+
+    code = "deadline_exceeded"
+
+
+class StrategyError(MeshError):
+    """A strategy broke its contract (two generates, forgotten grant, gap between intervals ...)."""
+
+    code = "strategy_error"
+
+
+class ProtocolViolation(MeshError):
+    """A peer broke WIRE.md."""
+
+    code = "protocol_violation"
+
+
+class ConfigError(MeshError):
+    """A setting is wrong; ``field`` is its dotted path."""
+
+    code = "config_error"
+
+
+class InternalError(MeshError):
+    """A bug of ours; the event log has the traceback."""
+
+    code = "internal"
+
+
+def _leaves(base: type[MeshError]) -> list[type[MeshError]]:
+    return [base, *(leaf for child in base.__subclasses__() for leaf in _leaves(child))]
+
+
+_BY_CODE: dict[str, type[MeshError]] = {cls.code: cls for cls in _leaves(MeshError) if cls is not MeshError}
+
+
+def error_for(code: str, detail: str, *, field: str | None = None, retry_after_s: float = 0.0) -> MeshError:
+    """The exception for a wire code; an unknown code (a newer peer) becomes ``InternalError``."""
+    cls = _BY_CODE.get(code, InternalError)
+    return cls(detail, field=field, retry_after_s=retry_after_s)

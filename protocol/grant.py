@@ -1,0 +1,46 @@
+"""A grant: the receiver's written permission to put KV into named blocks of its heap (DESIGN 5).
+
+Travels receiver -> router (in ``Granted``) -> sender (in ``RemoteSend``). Plain data, no behaviour.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class HeapAddress(msgspec.Struct, frozen=True, array_like=True):
+    """Where a heap is; enough for a process on ``host`` to attach it."""
+
+    kind: str
+    """``shm``, later ``nvshmem``, ``cuda_ipc``, ``nixl``."""
+    host: str
+    """Kernel boot id: two processes with the same one share a kernel, so they can share memory."""
+    pid: int
+    fd: int
+    """File descriptor of the memfd in process ``pid``."""
+    nbytes: int
+    incarnation: int
+    """Incarnation of the owner; also in the heap's header, so a reused pid cannot be mistaken for it."""
+
+
+class Grant(msgspec.Struct, frozen=True, array_like=True):
+    """Permission to write KV of prompt tokens ``[matched, end)``."""
+
+    grant_id: str
+    engine_id: str
+    incarnation: int
+    slot: int
+    """Index of the grant's control words in the receiver's heap."""
+    generation: int
+    """Use number of that slot; a writer checks it before every layer."""
+    matched: int
+    """Tokens that the receiver already holds; always a multiple of ``block_size``, at most ``end``."""
+    end: int
+    blocks: list[int]
+    """Block ``i`` takes tokens ``[matched + i*block_size, matched + (i+1)*block_size)``, cut at ``end``."""
+    block_size: int
+    layout_hash: str
+    """Digest of model, dtype, block and layer geometry; sender and receiver must agree on it."""
+    heap: HeapAddress
+    lease_s: float
+    """The receiver closes the grant by itself after this long without ``StartGenerate`` or ``Commit``."""

@@ -1,0 +1,86 @@
+"""Event names and the one way to log: structlog, a JSON object a line.
+
+Names are an interface (``noun.past``): ``microserve tail`` and operators' own tools match on them, and
+renaming one is a changelog entry. Values are key-values, never formatted text; no prompt text, no per-token
+events. ``ts`` is wall-clock seconds for people; durations are measured by the monotonic clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import structlog
+
+SERVICE_STARTED = "service.started"
+SERVICE_READY = "service.ready"
+SERVICE_STOPPED = "service.stopped"
+SERVICE_FAILED = "service.failed"
+CHILD_STARTED = "child.started"
+CHILD_EXITED = "child.exited"
+ENGINE_JOINED = "engine.joined"
+ENGINE_LOST = "engine.lost"
+ENGINE_LEFT = "engine.left"
+ENGINE_REFUSED = "engine.refused"
+ROUTER_JOINED = "router.joined"
+ROUTER_LOST = "router.lost"
+GATEWAY_JOINED = "gateway.joined"
+GATEWAY_LOST = "gateway.lost"
+INDEX_JOINED = "index.joined"
+INDEX_LOST = "index.lost"
+INDEX_RESYNCED = "index.resynced"
+REQUEST_ACCEPTED = "request.accepted"
+REQUEST_FINISHED = "request.finished"
+"""The canonical line: one per request and service that saw it; the gateway's has the phases."""
+REQUEST_ABORTED = "request.aborted"
+REQUEST_PREEMPTED = "request.preempted"
+GRANT_OPENED = "grant.opened"
+GRANT_EXPIRED = "grant.expired"
+GRANT_QUARANTINED = "grant.quarantined"
+GRANT_DISCHARGED = "grant.discharged"
+KV_SENT = "kv.sent"
+KV_SEND_FAILED = "kv.send_failed"
+KV_RECEIVED = "kv.received"
+KV_COMMITTED = "kv.committed"
+STEP_FAILED = "step.failed"
+FRAME_REJECTED = "frame.rejected"
+BUS_HANDLER_FAILED = "bus.handler_failed"
+STRATEGY_FAILED = "strategy.failed"
+STRATEGY_LOADED = "strategy.loaded"
+HTTP_REJECTED = "http.rejected"
+
+
+def _stamp(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    event["ts"] = round(time.time(), 6)
+    return event
+
+
+def configure(service: str, service_id: str, *, level: str = "info", directory: str = "") -> TextIO | None:
+    """Set up logging for this process and bind ``service`` and ``id`` to every line.
+
+    JSON goes to ``directory/<service>-<id>.jsonl`` when a directory is given, else to stderr (coloured text
+    when that is a terminal). Returns the open file, for the caller to close at its end.
+    """
+    number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
+    file: TextIO | None = None
+    if directory:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        path = Path(directory) / f"{service}-{service_id}.jsonl"
+        file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (the caller closes it)
+    shared: list[Any] = [structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, _stamp]
+    if file is None and sys.stderr.isatty():
+        render: list[Any] = [structlog.dev.ConsoleRenderer()]
+    else:
+        render = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    structlog.configure(
+        processors=[*shared, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file or sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(service=service, id=service_id)
+    return file

@@ -1,0 +1,110 @@
+"""Any service <-> index: who is in the mesh, and who holds which prefix (WIRE.md 6)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from microserve.protocol.actions import EngineInfo, EngineLoad
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True):
+    """Positional on the wire: fields are only ever appended, with defaults."""
+
+
+# --- service -> index ------------------------------------------------------------------------------
+
+
+class Register(_Message, frozen=True, tag=1):
+    """An engine is ready -> ``Registered``. A newer incarnation replaces an older one of the same id."""
+
+    call_id: int
+    info: EngineInfo
+
+
+class Beat(_Message, frozen=True, tag=2):
+    """An engine's heartbeat, every interval; answered by ``Unknown`` if the index does not know it."""
+
+    engine_id: str
+    incarnation: int
+    load: EngineLoad
+
+
+class Deregister(_Message, frozen=True, tag=3):
+    """A clean leave; not answered."""
+
+    engine_id: str
+    incarnation: int
+
+
+class Watch(_Message, frozen=True, tag=4):
+    """Send ``Members`` now and at every change, and at least every interval, until the peer falls silent.
+
+    Repeated by the watcher every interval: the repetition is its heartbeat."""
+
+    watcher_id: str
+
+
+class Lookup(_Message, frozen=True, tag=5):
+    """Which engines hold how much of a prompt (bulk frame: tokens) -> ``Matches``."""
+
+    call_id: int
+    salt: str = ""
+
+
+class IndexStats(_Message, frozen=True, tag=6):
+    """-> ``IndexReport``."""
+
+    call_id: int
+
+
+IndexRequest = Register | Beat | Deregister | Watch | Lookup | IndexStats
+
+
+# --- index -> service ------------------------------------------------------------------------------
+
+
+class Registered(_Message, frozen=True, tag=1):
+    call_id: int
+    index_incarnation: int
+
+
+class Unknown(_Message, frozen=True, tag=2):
+    """The index has restarted or has expired this engine: register again."""
+
+    engine_id: str
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    info: EngineInfo
+    load: EngineLoad
+
+
+class Members(_Message, frozen=True, tag=3):
+    """The whole membership; versions of one index incarnation only grow."""
+
+    index_incarnation: int
+    version: int
+    members: list[Member]
+
+
+class Matches(_Message, frozen=True, tag=4):
+    call_id: int
+    matched: dict[str, int]
+    """Engine id -> tokens of the prompt that it holds, from the start."""
+
+
+class IndexReport(_Message, frozen=True, tag=5):
+    call_id: int
+    num_engines: int
+    num_blocks: int
+    nbytes: int
+    counters: dict[str, int]
+
+
+class IndexFailed(_Message, frozen=True, tag=6):
+    call_id: int
+    code: str
+    detail: str
+
+
+IndexReply = Registered | Unknown | Members | Matches | IndexReport | IndexFailed

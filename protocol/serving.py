@@ -1,0 +1,143 @@
+"""Gateway <-> router: whole requests and their token streams (WIRE.md 5)."""
+
+from __future__ import annotations
+
+import msgspec
+
+from microserve.protocol.actions import TokenLogprob, Usage
+from microserve.protocol.sampling import SamplingParams
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True):
+    """Positional on the wire: fields are only ever appended, with defaults."""
+
+
+# --- gateway -> router -----------------------------------------------------------------------------
+
+
+class GatewayHello(_Message, frozen=True, tag=1):
+    """First message of a connection -> ``RouterWelcome``."""
+
+    gateway_id: str
+    incarnation: int
+    credit: int
+    """``Stream`` messages that the router may send before more ``StreamCredit`` comes."""
+
+
+class Generate(_Message, frozen=True, tag=2):
+    """Serve one sequence; one bulk frame holds the prompt's tokens. Answered by a stream of ``Output``."""
+
+    request_id: str
+    model: str
+    sampling: SamplingParams
+    ttl_s: float
+    strategy: str | None = None
+    """None: the router's default."""
+    salt: str = ""
+
+
+class Cancel(_Message, frozen=True, tag=3):
+    """The client is gone. Answered by the stream's end, reason ``abort``; unknown ids are fine."""
+
+    request_id: str
+
+
+class GatewayPing(_Message, frozen=True, tag=4):
+    """Liveness of the gateway and of every request it owns; not answered."""
+
+    incarnation: int
+
+
+class StreamCredit(_Message, frozen=True, tag=5):
+    messages: int
+
+
+RouterRequest = GatewayHello | Generate | Cancel | GatewayPing | StreamCredit
+
+
+# --- router -> gateway -----------------------------------------------------------------------------
+
+
+class Phases(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive durations of one request inside the router, in seconds; they add up to ``total_s``."""
+
+    total_s: float = 0.0
+    routed_s: float = 0.0
+    """Received until the first action was sent."""
+    granted_s: float = 0.0
+    """Until the receiver's grant was in."""
+    prefilled_s: float = 0.0
+    """Until the sender had computed."""
+    transferred_s: float = 0.0
+    """Until the last byte was put."""
+    admitted_s: float = 0.0
+    """Until the decode engine ran it."""
+    first_token_s: float = 0.0
+    decoded_s: float = 0.0
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True):
+    """The end of a request: exactly one for each ``Generate``, whatever happened."""
+
+    reason: str
+    """``stop``, ``length``, ``abort`` or ``error``."""
+    usage: Usage
+    phases: Phases
+    strategy: str
+    engines: list[str]
+    """Engines that took part, in order of first use."""
+    code: str = ""
+    detail: str = ""
+    field: str | None = None
+    retry_after_s: float = 0.0
+    stop_token_id: int | None = None
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request; offsets as in ``actions.Delta``."""
+
+    request_id: str
+    offset: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] = []
+    ended: Ended | None = None
+
+
+class RouterWelcome(_Message, frozen=True, tag=1):
+    router_id: str
+    incarnation: int
+    model: str
+    """Empty until the first engine is known."""
+    max_model_len: int
+    vocab_size: int
+    num_engines: int
+    strategies: list[str]
+    default_strategy: str
+
+
+class Stream(_Message, frozen=True, tag=2):
+    """One message per wake-up: new tokens of every request of this gateway. Costs one credit."""
+
+    outputs: list[Output]
+
+
+class RouterHeartbeat(_Message, frozen=True, tag=3):
+    """Every interval, to each gateway."""
+
+    incarnation: int
+    num_engines: int
+    num_requests: int
+    max_requests: int
+    model: str
+    max_model_len: int
+    vocab_size: int
+
+
+class RouterFailed(_Message, frozen=True, tag=4):
+    """A message could not be read at all (no request to answer)."""
+
+    code: str
+    detail: str
+
+
+RouterReply = RouterWelcome | Stream | RouterHeartbeat | RouterFailed

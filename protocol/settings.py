@@ -1,0 +1,234 @@
+"""Typed settings: TOML file, then ``MICROSERVE_SECTION__FIELD``, then flags; a typo is an error with a path.
+
+Read once, in the command line; classes are given the numbers they need, never ``Settings``. Nothing else
+reads the environment.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from microserve.protocol.errors import ConfigError
+
+ENV_PREFIX = "MICROSERVE_"
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class BusSettings(_Section, frozen=True):
+    heartbeat_interval_s: float = 0.5
+    liveness: int = 6
+    """Missed intervals after which a peer is lost."""
+    stuck_s: float = 20.0
+    """A busy engine whose progress stands still for so long is lost."""
+    high_water_mark: int = 10_000
+    credit: int = 64
+    """Window of token-stream messages per connection."""
+    linger_s: float = 1.0
+    curve_dir: str = ""
+    """Directory of CURVE keys (``microserve keys``); needed to bind off loopback."""
+
+
+class ModelSettings(_Section, frozen=True):
+    path: str = ""
+    """Directory with config.json, tokenizer.json and safetensors."""
+    name: str = ""
+    """Name that clients use; default: the directory's name."""
+    dtype: str = "float32"
+    load_format: str = "auto"
+
+
+class EngineSettings(_Section, frozen=True):
+    id: str = ""
+    """Default: made up at start."""
+    address: str = "tcp://127.0.0.1:0"
+    events_address: str = "tcp://127.0.0.1:0"
+    replay_address: str = "tcp://127.0.0.1:0"
+    labels: list[str] = []
+    threads: int = 1
+    device: str = "cpu"
+    max_num_seqs: int = 64
+    """Sequences in one step."""
+    max_num_batched_tokens: int = 512
+    """Tokens in one step, prefill chunks and decode together."""
+    max_waiting: int = 512
+    """Requests accepted and not yet running; beyond it: 503 with Retry-After."""
+    max_model_len: int = 0
+    """0: the model's own."""
+    drain_s: float = 30.0
+
+
+class KvCacheSettings(_Section, frozen=True):
+    heap: str = "shm"
+    block_size: int = 16
+    num_blocks: int = 2048
+    grant_slots: int = 256
+    lease_s: float = 30.0
+    checksums: bool = False
+    """Verify every received block by checksum before first use."""
+
+
+class IndexSettings(_Section, frozen=True):
+    address: str = "tcp://127.0.0.1:7100"
+    max_mb: int = 256
+
+
+class RouterSettings(_Section, frozen=True):
+    id: str = ""
+    address: str = "tcp://127.0.0.1:7101"
+    default_strategy: str = "auto"
+    strategies: dict[str, dict[str, Any]] = {}
+    """Parameters by strategy, e.g. ``[router.strategies.balanced] ratio = 0.2``."""
+    strategy_files: list[str] = []
+    """Python files with strategies of your own."""
+    max_requests: int = 1024
+    deadline_s: float = 600.0
+    """Longest life of a request."""
+    call_timeout_s: float = 30.0
+    """Longest wait for a grant or an acceptance."""
+    index_max_mb: int = 256
+
+
+class GatewaySettings(_Section, frozen=True):
+    host: str = "127.0.0.1"
+    port: int = 8000
+    routers: list[str] = []
+    """Router addresses; default: ``router.address``."""
+    api_keys: list[str] = []
+    """Empty: no key needed."""
+    max_body_mb: int = 32
+    request_timeout_s: float = 600.0
+    max_n: int = 16
+    max_streams: int = 20_000
+
+
+class LogSettings(_Section, frozen=True):
+    level: str = "info"
+    dir: str = ""
+    """Directory of one JSON-lines file a service; empty: stderr."""
+
+
+class MeshSettings(_Section, frozen=True):
+    """What ``microserve up`` starts."""
+
+    engines: int = 2
+    ready_timeout_s: float = 180.0
+    max_restarts: int = 5
+    """Restarts of children in ``restart_window_s`` before giving up."""
+    restart_window_s: float = 60.0
+
+
+class Settings(_Section, frozen=True):
+    bus: BusSettings = BusSettings()
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+    kvcache: KvCacheSettings = KvCacheSettings()
+    index: IndexSettings = IndexSettings()
+    router: RouterSettings = RouterSettings()
+    gateway: GatewaySettings = GatewaySettings()
+    log: LogSettings = LogSettings()
+    mesh: MeshSettings = MeshSettings()
+
+    def check(self) -> Settings:
+        """Bounds that types cannot say. Raises :class:`ConfigError` naming the path; returns itself."""
+        positive: dict[str, float] = {
+            "bus.heartbeat_interval_s": self.bus.heartbeat_interval_s,
+            "bus.liveness": self.bus.liveness,
+            "bus.stuck_s": self.bus.stuck_s,
+            "bus.high_water_mark": self.bus.high_water_mark,
+            "bus.credit": self.bus.credit,
+            "engine.threads": self.engine.threads,
+            "engine.max_num_seqs": self.engine.max_num_seqs,
+            "engine.max_num_batched_tokens": self.engine.max_num_batched_tokens,
+            "engine.max_waiting": self.engine.max_waiting,
+            "kvcache.block_size": self.kvcache.block_size,
+            "kvcache.num_blocks": self.kvcache.num_blocks,
+            "kvcache.grant_slots": self.kvcache.grant_slots,
+            "kvcache.lease_s": self.kvcache.lease_s,
+            "index.max_mb": self.index.max_mb,
+            "router.max_requests": self.router.max_requests,
+            "router.deadline_s": self.router.deadline_s,
+            "router.call_timeout_s": self.router.call_timeout_s,
+            "gateway.max_body_mb": self.gateway.max_body_mb,
+            "gateway.request_timeout_s": self.gateway.request_timeout_s,
+            "gateway.max_n": self.gateway.max_n,
+            "gateway.max_streams": self.gateway.max_streams,
+            "mesh.engines": self.mesh.engines,
+        }
+        for path, value in positive.items():
+            if value <= 0:
+                raise ConfigError(f"{path} must be above 0, is {value}", field=path)
+        if self.bus.credit * 4 > self.bus.high_water_mark:
+            raise ConfigError(
+                "bus.credit must be at most a quarter of bus.high_water_mark", field="bus.credit"
+            )
+        return self
+
+
+def load_settings(
+    file: str | Path | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    overrides: Iterable[str] = (),
+) -> Settings:
+    """Merge the sources; later ones win. ``overrides`` are ``section.field=value``.
+
+    Raises :class:`ConfigError` whose ``field`` is the dotted path of the first wrong setting.
+    """
+    merged: dict[str, Any] = {}
+    if file is not None:
+        try:
+            merged = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {file}: {error.strerror}", field=str(file)) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: {error}", field=str(file)) from None
+    for name, raw in sorted((environment or {}).items()):
+        if name.startswith(ENV_PREFIX) and "__" in name:
+            path = name.removeprefix(ENV_PREFIX).lower().split("__")
+            _assign(merged, path, raw, source=name)
+    for override in overrides:
+        path_text, equals, raw = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is not section.field=value", field=path_text)
+        _assign(merged, path_text.strip().split("."), raw.strip(), source=override)
+    try:
+        return msgspec.convert(merged, Settings, strict=False).check()
+    except msgspec.ValidationError as error:
+        raise _located(error) from None
+
+
+def _assign(merged: dict[str, Any], path: list[str], raw: str, *, source: str) -> None:
+    node = merged
+    for name in path[:-1]:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{source}: {name} is not a section", field=".".join(path))
+        node = child
+    node[path[-1]] = _value(raw)
+
+
+def _value(raw: str) -> Any:
+    """A TOML value if it reads as one (``3``, ``true``, ``["a"]``), else the text itself."""
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def _located(error: msgspec.ValidationError) -> ConfigError:
+    """msgspec says ``... - at `$.router.strategies` ``; unknown fields are named in the text."""
+    text = str(error)
+    message, _, where = text.partition(" - at `$")
+    path = where.rstrip("`").lstrip(".")
+    if "unknown field" in message:
+        unknown = message.rpartition("`")[0].rpartition("`")[2]
+        path = f"{path}.{unknown}" if path else unknown
+    return ConfigError(f"{path}: {message}" if path else message, field=path or None)

@@ -1,0 +1,251 @@
+"""ZeroMQ sockets inside an asyncio loop: plain sockets, their FD watched, drained with NOBLOCK.
+
+Owns every socket of a process, its options and its CURVE keys; knows frames, not messages. ``zmq.asyncio``
+is not used: a cancelled ``recv`` can lose a message there, and it costs two thirds of the throughput.
+
+The FD is edge-triggered and *any* use of the socket takes the edge, so two rules keep it from hanging:
+drain until ``Again`` (or reschedule the drain), and look at EVENTS again after every send. Nothing outside
+this module may touch a socket.
+
+High-water marks: ROUTER sockets refuse at theirs (ROUTER_MANDATORY: the refusal is an error, counted here),
+so whatever must not be lost goes by credit (credit.py) and stays far below it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import structlog
+import zmq
+
+from microserve.protocol import log
+from microserve.protocol.codec import MAX_BULK_NBYTES
+from microserve.protocol.curve import CurveKeys, check_exposure
+
+MAX_FRAMES_PER_TURN = 256
+"""Messages drained before the loop gets its turn again."""
+
+PeerHandler = Callable[[bytes, list[bytes]], None]
+"""Called with the peer's routing id and the frames behind the envelope."""
+FramesHandler = Callable[[list[bytes]], None]
+
+_logger = structlog.get_logger()
+
+
+class ServerSocket(Protocol):
+    """Many peers, each answered by its routing id."""
+
+    @property
+    def address(self) -> str: ...
+    def send(self, peer: bytes, frames: Sequence[bytes]) -> bool: ...
+    def close(self) -> None: ...
+
+
+class ClientSocket(Protocol):
+    """One peer."""
+
+    def send(self, frames: Sequence[bytes]) -> bool: ...
+    def close(self) -> None: ...
+
+
+class PublisherSocket(Protocol):
+    @property
+    def address(self) -> str: ...
+    def send(self, frames: Sequence[bytes]) -> bool: ...
+    def close(self) -> None: ...
+
+
+class Bus(Protocol):
+    """Where sockets come from; a simulation brings its own."""
+
+    def server(self, address: str, handler: PeerHandler) -> ServerSocket: ...
+    def client(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket: ...
+    def publisher(self, address: str) -> PublisherSocket: ...
+    def subscriber(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket: ...
+    def close(self) -> None: ...
+
+
+class _Socket:
+    """One plain socket and its place in the loop."""
+
+    def __init__(self, bus: ZmqBus, kind: int, handler: FramesHandler | None) -> None:
+        self._bus = bus
+        self._handler = handler
+        self._loop = asyncio.get_running_loop()
+        self._socket: zmq.Socket[bytes] = bus.context.socket(kind)
+        self._socket.set_hwm(bus.high_water_mark)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_BULK_NBYTES)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._closed = False
+        self.address = ""
+
+    def _start(self) -> None:
+        if self._handler is not None:
+            self._loop.add_reader(self._socket.fileno(), self._drain)
+            self._loop.call_soon(self._drain)
+
+    def bind(self, address: str) -> None:
+        check_exposure(address, self._bus.keys)
+        self._bus.secure_server(self._socket)
+        try:
+            self._socket.bind(address)
+        except zmq.ZMQError as error:
+            self._socket.close(0)
+            raise OSError(error.errno, f"cannot bind {address}: {error.strerror}") from None
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._start()
+
+    def connect(self, address: str, server_key: str) -> None:
+        self._bus.secure_client(self._socket, server_key)
+        self._socket.connect(address)
+        self.address = address
+        self._start()
+
+    def _drain(self) -> None:
+        if self._closed:
+            return
+        for _ in range(MAX_FRAMES_PER_TURN):
+            try:
+                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._bus.received += 1
+            self._handle(frames)
+            if self._closed:
+                return
+        self._loop.call_soon(self._drain)
+
+    def _handle(self, frames: list[bytes]) -> None:
+        handler = self._handler
+        if handler is None:
+            return
+        try:
+            handler(frames)
+        except Exception:
+            # One message must never end a service: the handler answers what it can, the rest is ours to log.
+            self._bus.failed += 1
+            _logger.exception(log.BUS_HANDLER_FAILED, address=self.address)
+
+    def transmit(self, frames: Sequence[bytes]) -> bool:
+        """False, and counted, when the peer is gone or its queue is full."""
+        if self._closed:
+            return False
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            self._bus.dropped += 1
+            return False
+        self._bus.sent += 1
+        if self._handler is not None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._drain)
+        return True
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if self._handler is not None:
+            self._loop.remove_reader(self._socket.fileno())
+        self._socket.close(self._bus.linger_ms)
+        self._bus.forget(self)
+
+
+class _Server(_Socket):
+    def __init__(self, bus: ZmqBus, address: str, handler: PeerHandler) -> None:
+        super().__init__(bus, zmq.ROUTER, lambda frames: handler(frames[0], frames[1:]))
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.bind(address)
+
+    def send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
+        return self.transmit([peer, *frames])
+
+
+class _Client(_Socket):
+    def __init__(self, bus: ZmqBus, address: str, handler: FramesHandler, server_key: str) -> None:
+        super().__init__(bus, zmq.DEALER, handler)
+        self.connect(address, server_key)
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        return self.transmit(frames)
+
+
+class _Publisher(_Socket):
+    def __init__(self, bus: ZmqBus, address: str) -> None:
+        super().__init__(bus, zmq.PUB, None)
+        self.bind(address)
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        return self.transmit(frames)
+
+
+class _Subscriber(_Socket):
+    def __init__(self, bus: ZmqBus, address: str, handler: FramesHandler, server_key: str) -> None:
+        super().__init__(bus, zmq.SUB, handler)
+        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self.connect(address, server_key)
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        raise TypeError("a subscriber does not send")
+
+
+S = TypeVar("S", bound=_Socket)
+
+
+class ZmqBus:
+    """The sockets of one process. Make it inside the running loop; ``close`` ends them all."""
+
+    def __init__(
+        self,
+        *,
+        high_water_mark: int = 10_000,
+        linger_s: float = 1.0,
+        keys: CurveKeys | None = None,
+    ) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.high_water_mark = high_water_mark
+        self.linger_ms = int(linger_s * 1000)
+        self.keys = keys
+        self.sent = self.received = self.dropped = self.failed = 0
+        self._sockets: list[_Socket] = []
+        self._authenticator = keys.start_authenticator(self.context) if keys else None
+
+    def secure_server(self, socket: zmq.Socket[bytes]) -> None:
+        if self.keys is not None:
+            self.keys.apply_to_server(socket)
+
+    def secure_client(self, socket: zmq.Socket[bytes], server_key: str) -> None:
+        if self.keys is not None:
+            self.keys.apply_to_client(socket, server_key)
+
+    def server(self, address: str, handler: PeerHandler) -> ServerSocket:
+        """Bind a ROUTER socket. Raises ``OSError`` when the address is taken, ``ConfigError`` if exposed."""
+        return self._keep(_Server(self, address, handler))
+
+    def client(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
+        """Connect a DEALER socket; ``server_key`` (Z85) is used when CURVE is on."""
+        return self._keep(_Client(self, address, handler, server_key))
+
+    def publisher(self, address: str) -> PublisherSocket:
+        return self._keep(_Publisher(self, address))
+
+    def subscriber(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
+        return self._keep(_Subscriber(self, address, handler, server_key))
+
+    def _keep(self, socket: S) -> S:
+        self._sockets.append(socket)
+        return socket
+
+    def forget(self, socket: _Socket) -> None:
+        if socket in self._sockets:
+            self._sockets.remove(socket)
+
+    def close(self) -> None:
+        for socket in list(self._sockets):
+            socket.close()
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self.context.term()

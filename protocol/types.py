@@ -1,0 +1,26 @@
+"""Names for the plain values that cross a process border.
+
+Owns nothing but names: a reader of any signature should know which string is which.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+RequestId = NewType("RequestId", str)
+"""One request in the whole mesh; made by the gateway, unique for ever."""
+
+EngineId = NewType("EngineId", str)
+"""One engine's place in the mesh; survives a restart of its process."""
+
+Incarnation = NewType("Incarnation", int)
+"""One life of one process: a random non-zero 62-bit number, made at start and never reused."""
+
+GrantId = NewType("GrantId", str)
+"""One permission to write into one receiver's blocks."""
+
+WIRE_VERSION = 1
+"""The first byte of every header frame; a peer with another version is refused (WIRE.md 2)."""
+
+MAX_REQUEST_ID_CHARS = 128
+"""Longer ids are refused: an id is a key in every table of the mesh."""
