@@ -14,6 +14,7 @@ so whatever must not be lost goes by credit (credit.py) and stays far below it.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -59,6 +60,11 @@ class PublisherSocket(Protocol):
 
 class Bus(Protocol):
     """Where sockets come from; a simulation brings its own."""
+
+    @property
+    def public_key(self) -> str:
+        """Z85 public key that peers need to connect to our sockets; empty without CURVE."""
+        ...
 
     def server(self, address: str, handler: PeerHandler) -> ServerSocket: ...
     def client(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket: ...
@@ -158,6 +164,7 @@ class _Server(_Socket):
     def __init__(self, bus: ZmqBus, address: str, handler: PeerHandler) -> None:
         super().__init__(bus, zmq.ROUTER, lambda frames: handler(frames[0], frames[1:]))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.bind(address)
 
     def send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
@@ -167,6 +174,8 @@ class _Server(_Socket):
 class _Client(_Socket):
     def __init__(self, bus: ZmqBus, address: str, handler: FramesHandler, server_key: str) -> None:
         super().__init__(bus, zmq.DEALER, handler)
+        # A name of our own, unguessable, so that a reconnect is the same peer (ROUTER_HANDOVER there).
+        self._socket.setsockopt(zmq.ROUTING_ID, b"m" + secrets.token_bytes(15))
         self.connect(address, server_key)
 
     def send(self, frames: Sequence[bytes]) -> bool:
@@ -212,6 +221,10 @@ class ZmqBus:
         self.sent = self.received = self.dropped = self.failed = 0
         self._sockets: list[_Socket] = []
         self._authenticator = keys.start_authenticator(self.context) if keys else None
+
+    @property
+    def public_key(self) -> str:
+        return self.keys.public.decode() if self.keys is not None else ""
 
     def secure_server(self, socket: zmq.Socket[bytes]) -> None:
         if self.keys is not None:

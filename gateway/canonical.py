@@ -1,0 +1,123 @@
+"""The canonical line: one ``request.finished`` event per HTTP request and choice, whose phases add up.
+
+    queued       HTTP arrival until tokenising began           (gateway)
+    tokenised    tokenising                                    (gateway)
+    routed       tokenised until the first action was sent     (router, and the bus on the way to the first token)
+    granted, prefilled, transferred, admitted, first_token     (router)
+    decoded      until the last byte was written               (router, the bus and delivery)
+
+The router measures its phases by its own clock. What its share leaves of the time to the first token was
+spent on the bus and goes to ``routed``; what is left after that was decoding and delivery. Phases are whole
+microseconds and the last one is the remainder, so they add up to ``wall_s`` by construction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol.serving import Phases
+
+ROUTER_PHASES = ("routed", "granted", "prefilled", "transferred", "admitted", "first_token")
+PHASES = ("queued", "tokenised", *ROUTER_PHASES, "decoded")
+
+_logger = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Loop times of one choice, in seconds; None: it did not get so far."""
+
+    arrived: float
+    tokenising: float | None = None
+    submitted: float | None = None
+    """Tokenised and sent to the router."""
+    first_token: float | None = None
+    ended: float | None = None
+
+
+def phase_durations(times: Timeline, phases: Phases | None) -> dict[str, int]:
+    """Microseconds of each phase, none negative; they add up to the time from arrival to the end."""
+    assert times.ended is not None
+    remaining = wall = _microseconds(times.ended - times.arrived)
+    wanted = dict.fromkeys(PHASES, 0)
+    if times.tokenising is None:
+        wanted["queued"] = wall
+    else:
+        wanted["queued"] = _microseconds(times.tokenising - times.arrived)
+        tokenised_at = times.ended if times.submitted is None else times.submitted
+        wanted["tokenised"] = _microseconds(tokenised_at - times.tokenising)
+    if times.submitted is not None:
+        for name in ROUTER_PHASES:
+            wanted[name] = _microseconds(getattr(phases, f"{name}_s")) if phases is not None else 0
+        # Without a first token all of the waiting was waiting for it.
+        waited_until = times.ended if times.first_token is None else times.first_token
+        on_the_bus = _microseconds(waited_until - times.submitted) - sum(map(wanted.get, ROUTER_PHASES))
+        wanted["routed"] += max(0, on_the_bus)
+    durations: dict[str, int] = {}
+    for name in PHASES[:-1]:
+        # Two clocks may disagree by a little: no phase takes more than there is left.
+        durations[name] = min(wanted[name], remaining)
+        remaining -= durations[name]
+    durations["decoded"] = remaining
+    return durations
+
+
+def _microseconds(seconds: float) -> int:
+    return max(0, round(seconds * 1e6)) if math.isfinite(seconds) else 0
+
+
+@dataclass(slots=True)
+class Summary:
+    """Everything that the line says beside the phases."""
+
+    request_id: str
+    """The choice's id on the bus: the same one as in the router's and the engines' logs."""
+    http_request_id: str
+    """As in ``x-request-id``."""
+    times: Timeline
+    status: int = 0
+    """0: the client went before there was one."""
+    code: str = ""
+    model: str = ""
+    index: int = 0
+    strategy: str = ""
+    engines: list[str] = field(default_factory=list)
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    received_tokens: int = 0
+    output_tokens: int = 0
+    phases: Phases | None = None
+    path: str = ""
+    stream: bool = False
+
+
+def write_line(summary: Summary) -> None:
+    times = summary.times
+    durations = phase_durations(times, summary.phases)
+    ttft = None if times.first_token is None else _microseconds(times.first_token - times.arrived) / 1e6
+    _logger.info(
+        log.REQUEST_FINISHED,
+        request_id=summary.request_id,
+        http_request_id=summary.http_request_id,
+        index=summary.index,
+        path=summary.path,
+        stream=summary.stream,
+        status=summary.status,
+        code=summary.code,
+        finish_reason=summary.finish_reason,
+        model=summary.model,
+        strategy=summary.strategy,
+        engines=summary.engines,
+        prompt_tokens=summary.prompt_tokens,
+        cached_tokens=summary.cached_tokens,
+        received_tokens=summary.received_tokens,
+        output_tokens=summary.output_tokens,
+        ttft_s=ttft,
+        wall_s=sum(durations.values()) / 1e6,
+        **{f"{name}_s": microseconds / 1e6 for name, microseconds in durations.items()},
+    )

@@ -1,0 +1,98 @@
+"""``/v1/chat/completions``: conversations in, messages out."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from microserve.gateway.answer import AnswerFormat, Choice, encode
+from microserve.gateway.openai_schema import ChatRequest, ContentPart, Message
+from microserve.gateway.sampling_request import ModelLimits
+from microserve.gateway.sequence import Piece, TokenText
+from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.protocol.errors import InvalidRequest
+
+MAX_MESSAGES = 4096
+"""A template costs time for each; no conversation has so many."""
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""``developer`` is OpenAI's newer name for ``system``; templates know only the older one."""
+
+
+async def chat_prompts(
+    request: ChatRequest, tokenizer: ModelTokenizer, limits: ModelLimits
+) -> list[list[int]]:
+    """The one prompt of a conversation. Raises :class:`InvalidRequest` naming the message."""
+    messages = template_messages(request.messages)
+    return [await tokenizer.encode_chat(messages, max_tokens=limits.max_model_len)]
+
+
+def template_messages(messages: list[Message]) -> list[dict[str, str]]:
+    """Messages as templates expect them: ``role``, ``content`` (text) and perhaps ``name``."""
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise InvalidRequest(f"messages must have 1 to {MAX_MESSAGES} entries", field="messages")
+    return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _template_message(message: Message, where: str) -> dict[str, str]:
+    role = _ROLES.get(message.role)
+    if role is None:
+        raise InvalidRequest(
+            f"{where}.role must be one of {', '.join(_ROLES)} (tools are not supported)", field=f"{where}.role"
+        )
+    if message.tool_calls:
+        raise InvalidRequest(f"{where}.tool_calls is not supported", field=f"{where}.tool_calls")
+    content = message.content
+    if content is None:
+        raise InvalidRequest(f"{where}.content is missing", field=f"{where}.content")
+    if not isinstance(content, str):
+        content = "\n".join(_text_of(part, f"{where}.content[{i}]") for i, part in enumerate(content))
+    rendered = {"role": role, "content": content}
+    if message.name is not None:
+        rendered["name"] = message.name
+    return rendered
+
+
+def _text_of(part: ContentPart, where: str) -> str:
+    if part.type != "text":
+        raise InvalidRequest(f"{where}.type must be text", field=f"{where}.type")
+    if part.text is None:
+        raise InvalidRequest(f"{where}.text is missing", field=f"{where}.text")
+    return part.text
+
+
+class ChatFormat(AnswerFormat):
+    id_prefix: ClassVar[str] = "chatcmpl"
+    chunk_object: ClassVar[str] = "chat.completion.chunk"
+    reply_object: ClassVar[str] = "chat.completion"
+
+    def opening(self, index: int) -> bytes:
+        return self._chunk(
+            index, b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        )
+
+    def delta(self, index: int, piece: Piece) -> bytes:
+        logprobs = encode(_logprobs(piece.tokens)) if self.with_logprobs else b"null"
+        return self._chunk(
+            index,
+            b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null' % (encode(piece.text), logprobs),
+        )
+
+    def finish(self, index: int, reason: str) -> bytes:
+        return self._chunk(index, b'"delta":{},"logprobs":null,"finish_reason":"%b"' % reason.encode())
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": _logprobs(choice.tokens) if self.with_logprobs else None,
+            "finish_reason": choice.finish_reason,
+        }
+
+
+def _logprobs(tokens: list[TokenText]) -> dict[str, Any]:
+    content = [_entry(token) | {"top_logprobs": [_entry(other) for other in token.top]} for token in tokens]
+    return {"content": content, "refusal": None}
+
+
+def _entry(token: TokenText) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.data)}

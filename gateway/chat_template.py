@@ -1,0 +1,93 @@
+"""A model's chat template: messages -> prompt text, by sandboxed jinja2, without transformers.
+
+Owns the jinja environment that published templates expect. Templates come with the model; messages come from
+clients and are data only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from microserve.protocol.errors import ConfigError, InvalidRequest
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %} ... {% endgeneration %}``: marks the assistant's text for training; plain here."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """jinja2's own filter escapes ``<`` and ``&`` for HTML, which a prompt must not have."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+class ChatTemplate:
+    """One compiled template and the special tokens that it may name."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Raises :class:`ConfigError` if the template does not compile."""
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ConfigError(f"the model's chat template is broken: {error}", field="model.path") from None
+        self._special_tokens = dict(special_tokens)
+
+    @classmethod
+    def load(
+        cls, directory: Path, config: Mapping[str, Any], special_tokens: Mapping[str, str]
+    ) -> ChatTemplate | None:
+        """From ``chat_template.jinja``, else from ``tokenizer_config.json``; None if the model has none."""
+        file = directory / TEMPLATE_FILE
+        if file.is_file():
+            return cls(file.read_text(encoding="utf-8"), special_tokens)
+        source = config.get("chat_template")
+        if isinstance(source, list):
+            # Several named ones, e.g. one for tool use; "default" is the plain conversation.
+            named = {str(entry.get("name")): entry.get("template") for entry in source}
+            source = named.get("default")
+        return cls(source, special_tokens) if isinstance(source, str) else None
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt, ending where the assistant's answer begins.
+
+        Raises :class:`InvalidRequest` when the template refuses the messages.
+        """
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, tools=None, **self._special_tokens
+            )
+        except Exception as error:  # a template is a program: it may raise anything
+            raise InvalidRequest(
+                f"the model's chat template refused the messages: {error}", field="messages"
+            ) from None

@@ -1,0 +1,82 @@
+"""``/v1/completions``: prompts in, their continuation out."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from microserve.gateway.answer import AnswerFormat, Choice, encode
+from microserve.gateway.openai_schema import CompletionRequest
+from microserve.gateway.sampling_request import MAX_SEQUENCES, ModelLimits
+from microserve.gateway.sequence import Piece, TokenText
+from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.protocol.errors import InvalidRequest
+
+
+async def completion_prompts(
+    request: CompletionRequest, tokenizer: ModelTokenizer, limits: ModelLimits
+) -> list[list[int]]:
+    """Ids of every prompt, in order. Raises :class:`InvalidRequest` (field ``prompt``)."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        texts, given = [prompt], []
+    else:
+        texts, given = _sorted_out(prompt)
+    if len(texts) + len(given) > MAX_SEQUENCES:
+        raise InvalidRequest(f"prompt must have at most {MAX_SEQUENCES} entries", field="prompt")
+    for ids in given:
+        if ids and not (0 <= min(ids) and max(ids) < limits.vocab_size):
+            raise InvalidRequest(f"prompt has ids outside 0 to {limits.vocab_size - 1}", field="prompt")
+    if texts:
+        given = await tokenizer.encode(texts, add_special_tokens=True, max_tokens=limits.max_model_len)
+    if not all(given):
+        raise InvalidRequest("prompt must have at least one token", field="prompt")
+    return given
+
+
+def _sorted_out(prompt: list[str | int | list[int]]) -> tuple[list[str], list[list[int]]]:
+    """The list's texts, or its lists of ids; one of both is empty."""
+    texts = [entry for entry in prompt if isinstance(entry, str)]
+    ids = [entry for entry in prompt if isinstance(entry, int)]
+    lists = [entry for entry in prompt if isinstance(entry, list)]
+    if not prompt or len(prompt) not in (len(texts), len(ids), len(lists)):
+        raise InvalidRequest("prompt must be a text, texts, ids or lists of ids, not a mixture", field="prompt")
+    return texts, [ids] if ids else lists
+
+
+class CompletionFormat(AnswerFormat):
+    id_prefix: ClassVar[str] = "cmpl"
+    chunk_object: ClassVar[str] = "text_completion"
+    reply_object: ClassVar[str] = "text_completion"
+
+    def opening(self, index: int) -> bytes:
+        return b""
+
+    def delta(self, index: int, piece: Piece) -> bytes:
+        logprobs = encode(_logprobs(piece.tokens)) if self.with_logprobs else b"null"
+        return self._chunk(
+            index, b'"text":%b,"logprobs":%b,"finish_reason":null' % (encode(piece.text), logprobs)
+        )
+
+    def finish(self, index: int, reason: str) -> bytes:
+        return self._chunk(index, b'"text":"","logprobs":null,"finish_reason":"%b"' % reason.encode())
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "text": choice.text,
+            "logprobs": _logprobs(choice.tokens) if self.with_logprobs else None,
+            "finish_reason": choice.finish_reason,
+        }
+
+
+def _logprobs(tokens: list[TokenText]) -> dict[str, Any]:
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        # The chosen token is always among them, as OpenAI has it.
+        "top_logprobs": [
+            {other.text: other.logprob for other in token.top} | {token.text: token.logprob}
+            for token in tokens
+        ],
+        "text_offset": [token.offset for token in tokens],
+    }

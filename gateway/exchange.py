@@ -1,0 +1,186 @@
+"""One HTTP request and its answer, above raw ASGI: headers, a bounded body, disconnection, one JSON reply.
+
+Owns the ASGI callables of one request; knows nothing of models or the bus. ``receive`` is watched from the end
+of the body on, for streamed and for plain answers alike: that is the only way to learn of a closed connection.
+A client that half-closes its side counts as gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from microserve.gateway.errors import BodyTimeout, BodyTooLarge, ClientGone, problem_of
+from microserve.protocol.errors import InvalidRequest, MeshError, QueueFull
+
+BODY_TIMEOUT_S = 60.0
+ABORT_EXTENSION = "microserve.abort"
+"""ASGI extension of our server: a callable that drops the connection with whatever it still buffers."""
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_UNSAFE_IN_HEADER = re.compile(r"[^\x20-\x7e]")
+_JSON = (b"content-type", b"application/json")
+
+
+class BodyBudget:
+    """Bytes of bodies that all requests together may hold while they are read."""
+
+    def __init__(self, max_body_nbytes: int, max_total_nbytes: int) -> None:
+        self.max_body_nbytes = max_body_nbytes
+        self.max_total_nbytes = max_total_nbytes
+        self.held_nbytes = 0
+
+
+class Exchange:
+    """One request; made by the application, used by one handler."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, arrived: float) -> None:
+        self.arrived = arrived
+        """Loop time of the request's head."""
+        self.method: str = scope["method"]
+        self.path: str = scope["path"]
+        self.status = 0
+        """0 until the answer has begun."""
+        self.started = False
+        self.complete = False
+        self._receive = receive
+        self._send = send
+        self._abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT_EXTENSION)
+        self._headers: list[tuple[bytes, bytes]] = scope["headers"]
+        self.query: bytes = scope.get("query_string", b"")
+        given = self.text_header(b"x-request-id")
+        usable = given is not None and _SANE_ID.fullmatch(given) is not None
+        self.request_id: str = given if given is not None and usable else secrets.token_hex(16)
+        """Echoed as ``x-request-id``: the client's own if it is a sane one."""
+        # A client may repeat its id; on the bus an id is used once.
+        self.unique_id = f"{self.request_id[:64]}.{secrets.token_hex(4)}" if usable else self.request_id
+
+    def header(self, name: bytes) -> bytes | None:
+        """First value of a header; ``name`` in lower case."""
+        return next((value for key, value in self._headers if key == name), None)
+
+    def text_header(self, name: bytes) -> str | None:
+        value = self.header(name)
+        return None if value is None else value.decode("latin-1")
+
+    async def read_body(self, budget: BodyBudget) -> bytes:
+        """The whole body.
+
+        Raises :class:`BodyTooLarge`, :class:`BodyTimeout`, :class:`ClientGone`, or :class:`QueueFull` while
+        too many other bodies are being read.
+        """
+        declared = self.header(b"content-length")
+        # A header of thousands of digits is no number that int() should be asked to read.
+        if declared is not None and (len(declared) > 18 or int(declared) > budget.max_body_nbytes):
+            raise _too_large(budget)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                while True:
+                    message = await self._receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone("the client went while sending its request")
+                    part: bytes = message.get("body", b"")
+                    body += part
+                    budget.held_nbytes += len(part)
+                    if len(body) > budget.max_body_nbytes:
+                        raise _too_large(budget)
+                    if budget.held_nbytes > budget.max_total_nbytes:
+                        raise QueueFull("too many large requests at a time", retry_after_s=1.0)
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise BodyTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
+        finally:
+            budget.held_nbytes -= len(body)
+
+    @asynccontextmanager
+    async def watch(self, on_gone: Callable[[MeshError], None]) -> AsyncIterator[None]:
+        """Inside, ``on_gone`` is called with :class:`ClientGone` the moment that the client closes."""
+
+        async def listen() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            if not self.complete:
+                on_gone(ClientGone("the client closed the connection"))
+
+        watcher = asyncio.create_task(listen(), name="disconnect watch")
+        try:
+            yield
+        finally:
+            watcher.cancel()
+
+    async def start(self, status: int, headers: Mapping[str, str], *extra: tuple[bytes, bytes]) -> None:
+        """Send the head of the answer."""
+        self.started = True
+        self.status = status
+        encoded = [(name.encode(), _header_value(value)) for name, value in headers.items()]
+        encoded.append((b"x-request-id", self.request_id.encode()))
+        await self._send({"type": "http.response.start", "status": status, "headers": [*encoded, *extra]})
+
+    async def write(self, body: bytes, *, more: bool) -> None:
+        """Send a part of the answer; waits while the client does not read."""
+        if not more:
+            self.complete = True
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def reply(
+        self, status: int, body: bytes, headers: Mapping[str, str] | None = None, *, kind: bytes | None = None
+    ) -> None:
+        """The whole answer at once; JSON unless ``kind`` names another content type."""
+        content_type = _JSON if kind is None else (b"content-type", kind)
+        length = (b"content-length", str(len(body)).encode())
+        await self.start(status, headers or {}, content_type, length)
+        await self.write(body, more=False)
+
+    async def refuse(self, error: MeshError) -> None:
+        """Answer with an error, if the answer has not begun and anybody is left to read it."""
+        if self.started or isinstance(error, ClientGone):
+            self.status = self.status or problem_of(error).status
+            return
+        problem = problem_of(error)
+        headers = {} if problem.retry_after_s is None else {"retry-after": str(problem.retry_after_s)}
+        if problem.status == 401:
+            headers["www-authenticate"] = "Bearer"
+        await self.reply(problem.status, problem.envelope(), headers)
+
+    def abort(self) -> None:
+        """Drop the connection and what it still buffers: closing would wait for a client that does not read."""
+        if self._abort is not None:
+            self._abort()
+
+
+def timeout_of(exchange: Exchange, longest_s: float) -> float:
+    """Seconds that the client allows (``x-microserve-timeout-s``), never more than ``longest_s``."""
+    text = exchange.text_header(b"x-microserve-timeout-s")
+    if text is None:
+        return longest_s
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0.0:  # NaN as well
+        raise InvalidRequest("x-microserve-timeout-s must be a number above 0", field="x-microserve-timeout-s")
+    return min(seconds, longest_s)
+
+
+def strategy_of(exchange: Exchange) -> str | None:
+    """The strategy that the client asks for (``x-microserve-strategy``); None: the router's default."""
+    name = exchange.text_header(b"x-microserve-strategy")
+    if name is not None and _SANE_ID.fullmatch(name) is None:
+        raise InvalidRequest("x-microserve-strategy is not a name", field="x-microserve-strategy")
+    return name
+
+
+def _too_large(budget: BodyBudget) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is longer than {budget.max_body_nbytes} bytes")
+
+
+def _header_value(value: Any) -> bytes:
+    return _UNSAFE_IN_HEADER.sub("?", str(value)).encode("ascii")

@@ -1,0 +1,109 @@
+"""uvicorn as this gateway runs it: its socket, its protocol class and who handles signals.
+
+Owns everything that depends on uvicorn. The application above it is plain ASGI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from microserve.gateway.exchange import ABORT_EXTENSION
+from microserve.protocol.errors import ConfigError
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 65
+SEND_BUFFER_NBYTES = 64 << 10
+"""Kernel memory of a slow reader; more would only hide it (3 MB are the whole answers of most streams)."""
+USER_TIMEOUT_MS = 30_000
+"""A peer that vanished without a FIN is noticed after so long."""
+
+
+class GatewayProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1 with two things that ASGI cannot say."""
+
+    _earlier: list[RequestResponseCycle]
+
+    def connection_made(self, transport: Any) -> None:
+        self._earlier = []
+        super().connection_made(transport)
+
+    def on_message_begin(self) -> None:
+        # uvicorn tells only the newest request of a pipelining client that the client has gone.
+        self._earlier = [cycle for cycle in self._earlier if not cycle.response_complete]
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._earlier.append(self.cycle)
+        super().on_message_begin()
+        self.scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}  # type: ignore[typeddict-item]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for cycle in self._earlier:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        super().connection_lost(exc)
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's server without signal handlers: the process that owns it decides when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket with bounded buffers. Raises :class:`ConfigError` if the address cannot be had."""
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, number)
+    except OSError as error:
+        raise ConfigError(f"gateway.host {host}: {error}", field="gateway.host") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit these.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_NBYTES)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}", field="gateway.port") from None
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """``http://host:port`` with the port that the system chose."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def make_server(app: ASGIApp, *, graceful_s: int) -> HttpServer:
+    """``graceful_s``: after it, a stopping server cancels handlers that still run."""
+    return HttpServer(
+        uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            http=GatewayProtocol,
+            ws="none",
+            loop="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=graceful_s,
+        )
+    )

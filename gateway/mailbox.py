@@ -1,0 +1,184 @@
+"""Where the bus leaves tokens for HTTP handlers; delivering never waits, taking merges what has come.
+
+One ``Mailbox`` a sequence, one ``Inbox`` for the sequences of one HTTP request. A slow reader costs merging:
+a mailbox holds at most ``max_tokens`` tokens, whatever the client does. Knows neither sockets nor HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from microserve.protocol.actions import TokenLogprob
+from microserve.protocol.errors import MeshError, ProtocolViolation
+from microserve.protocol.serving import Ended, Output
+
+MAX_TOKEN_ID = 0xFFFF_FFFF
+
+
+@dataclass(slots=True)
+class Batch:
+    """What has come for one sequence since it was last asked for."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """As many as ``token_ids`` if the sequence asked for them, else none."""
+    ended: Ended | None = None
+
+
+class Mailbox:
+    """Tokens of one sequence on their way from the bus to the handler."""
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        request_id: str,
+        index: int,
+        *,
+        max_tokens: int,
+        with_logprobs: bool,
+        cancel: Callable[[], None],
+    ) -> None:
+        """``cancel`` asks the router to stop; it is called at most once, and never after the end."""
+        self.request_id = request_id
+        self.index = index
+        self.ended: Ended | None = None
+        self.failed: MeshError | None = None
+        self.first_at: float | None = None
+        """Loop time of the first token."""
+        self._inbox = inbox
+        self._max_tokens = max_tokens
+        self._with_logprobs = with_logprobs
+        self._cancel = cancel
+        self._cancelled = False
+        self._num_received = 0
+        self._batch = Batch()
+        inbox.add(self)
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will come."""
+        return self.ended is not None or self.failed is not None
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._batch.token_ids)
+
+    def deliver(self, output: Output, now: float) -> None:
+        """Take one output. What breaks the stream's contract ends the sequence, and only it."""
+        if self.over:
+            return
+        try:
+            self._append(output)
+        except ProtocolViolation as error:
+            self.cancel()
+            self.fail(error)
+            return
+        if self.first_at is None and self._num_received:
+            self.first_at = now
+        if output.ended is not None:
+            self.ended = self._batch.ended = output.ended
+        self._inbox.notify(self)
+
+    def _append(self, output: Output) -> None:
+        duplicates = self._num_received - output.offset
+        if duplicates < 0:
+            raise ProtocolViolation(
+                f"{self.request_id}: token {output.offset} came, expected {self._num_received}"
+            )
+        # A repeated output brings nothing new, one that overlaps brings its tail.
+        token_ids = output.token_ids[duplicates:] if duplicates else output.token_ids
+        if not token_ids:
+            return
+        if self._num_received + len(token_ids) > self._max_tokens:
+            raise ProtocolViolation(f"{self.request_id}: more than max_tokens = {self._max_tokens} tokens")
+        if min(token_ids) < 0 or max(token_ids) > MAX_TOKEN_ID:
+            raise ProtocolViolation(f"{self.request_id}: a token id is outside 32 bits")
+        if self._with_logprobs:
+            if len(output.logprobs) != len(output.token_ids):
+                raise ProtocolViolation(
+                    f"{self.request_id}: {len(output.logprobs)} logprobs for {len(output.token_ids)} tokens"
+                )
+            self._batch.logprobs += output.logprobs[duplicates:]
+        self._batch.token_ids += token_ids
+        self._num_received += len(token_ids)
+
+    def fail(self, error: MeshError) -> None:
+        """End without ``Ended``: the router is lost or broke the contract. Tokens that came are still taken."""
+        if not self.over:
+            self.failed = error
+            self._inbox.notify(self)
+
+    def take(self) -> Batch:
+        """Everything that has come; the mailbox is empty then."""
+        batch, self._batch = self._batch, Batch()
+        return batch
+
+    def cancel(self) -> None:
+        """Nobody wants the rest. The mailbox stays known until the router confirms by ``Ended``."""
+        if not self.over and not self._cancelled:
+            self._cancelled = True
+            self._cancel()
+
+
+class Inbox:
+    """The mailboxes of one HTTP request and the one handler that waits for them."""
+
+    def __init__(self) -> None:
+        self.mailboxes: list[Mailbox] = []
+        self.error: MeshError | None = None
+        self._ready: dict[Mailbox, None] = {}
+        self._waiter: asyncio.Future[None] | None = None
+
+    def add(self, mailbox: Mailbox) -> None:
+        self.mailboxes.append(mailbox)
+
+    def notify(self, mailbox: Mailbox) -> None:
+        self._ready[mailbox] = None
+        self.poke()
+
+    def poke(self) -> None:
+        """Let ``wait`` return, with nothing if there is nothing."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def fail(self, error: MeshError) -> None:
+        """End the whole request: nobody will read the rest (client gone, deadline, shutdown). First one wins."""
+        if self.error is None:
+            self.error = error
+            self.cancel()
+            self.poke()
+
+    def cancel(self) -> None:
+        for mailbox in self.mailboxes:
+            mailbox.cancel()
+
+    async def wait(self) -> list[Mailbox]:
+        """Mailboxes with news, in order of arrival; none after a ``poke``. One handler waits at a time.
+
+        Raises what ``fail`` was given, without handing out what came before it.
+        """
+        if not self._ready and self.error is None:
+            await self._sleep()
+        if self.error is not None:
+            raise self.error
+        ready = list(self._ready)
+        self._ready.clear()
+        return ready
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until every mailbox is over, for ``timeout_s`` at most (usage of what was cancelled)."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not all(mailbox.over for mailbox in self.mailboxes):
+                    await self._sleep()
+        except TimeoutError:
+            return
+
+    async def _sleep(self) -> None:
+        waiter = self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await waiter
+        finally:
+            self._waiter = None

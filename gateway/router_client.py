@@ -1,0 +1,169 @@
+"""All routers of this gateway: which one takes a request, who is alive, and the heartbeat that tells them so.
+
+Owns the links and one task. Knows token ids and requests, not text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import zmq
+
+from microserve.gateway.mailbox import Inbox, Mailbox
+from microserve.gateway.router_link import RouterLink
+from microserve.protocol.codec import encode_tokens
+from microserve.protocol.errors import ConfigError, MeshError, NoEngines, QueueFull
+from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.serving import Generate
+from microserve.protocol.transport import Bus
+
+
+class RouterClient:
+    """Sends sequences to the least busy live router. Make it inside the running loop."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        addresses: Sequence[str],
+        *,
+        gateway_id: str,
+        incarnation: int,
+        model: str,
+        credit: int,
+        heartbeat_interval_s: float,
+        liveness: int,
+        on_tick: Callable[[], object] = lambda: None,
+    ) -> None:
+        """``liveness`` missed intervals make a router lost. ``on_tick`` is called every interval."""
+        self._loop = asyncio.get_running_loop()
+        self.links = [
+            RouterLink(
+                bus,
+                address,
+                gateway_id=gateway_id,
+                incarnation=incarnation,
+                credit=credit,
+                clock=self._loop.time,
+            )
+            for address in addresses
+        ]
+        self._model = model
+        self._interval_s = heartbeat_interval_s
+        self._silence_s = heartbeat_interval_s * liveness
+        self._on_tick = on_tick
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Raises :class:`ConfigError` for an address that is none."""
+        for link in self.links:
+            try:
+                link.connect()
+            except zmq.ZMQError as error:
+                raise ConfigError(f"gateway.routers: {link.address}: {error}", field="gateway.routers") from None
+        self._task = self._loop.create_task(self._beat(), name="router heartbeat")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        for link in self.links:
+            link.close()
+
+    def fail_all(self, error: MeshError) -> None:
+        """End every request with ``error``, and tell the routers so."""
+        for link in self.links:
+            for mailbox in list(link.mailboxes.values()):
+                mailbox.cancel()
+            link.fail_all(error)
+
+    async def _beat(self) -> None:
+        beat_at = self._loop.time()
+        while True:
+            await asyncio.sleep(self._interval_s)
+            now = self._loop.time()
+            # After a pause of our own (stopped, suspended) the routers' messages still wait in the sockets:
+            # give the loop one interval to read them before anybody is called silent.
+            was_paused = now - beat_at > 2 * self._interval_s
+            beat_at = now
+            for link in self.links:
+                link.ping()
+                if not was_paused and now - link.seen_at > self._silence_s:
+                    link.lose("silent")
+                    link.connect()
+            self._on_tick()
+
+    def _usable(self, link: RouterLink) -> bool:
+        return link.joined and link.num_engines > 0 and link.model == self._model
+
+    @property
+    def ready(self) -> bool:
+        """A router with an engine of our model is known."""
+        return any(self._usable(link) for link in self.links)
+
+    def choose(self) -> RouterLink:
+        """The usable router with the fewest of our requests. Raises :class:`NoEngines`."""
+        usable = [link for link in self.links if self._usable(link)]
+        if usable:
+            return min(usable, key=lambda link: len(link.mailboxes))
+        others = sorted({link.model for link in self.links if link.joined and link.model} - {self._model})
+        if others:
+            raise NoEngines(f"the routers serve {', '.join(others)}; this gateway is for {self._model}")
+        if any(link.joined for link in self.links):
+            raise NoEngines(f"no engine serves {self._model} at the moment")
+        raise NoEngines("no router answers at the moment")
+
+    def generate(
+        self,
+        inbox: Inbox,
+        link: RouterLink,
+        *,
+        request_id: str,
+        index: int,
+        tokens: Sequence[int],
+        sampling: SamplingParams,
+        ttl_s: float,
+        strategy: str | None,
+        salt: str = "",
+    ) -> Mailbox:
+        """Send one sequence to ``link``; its output will be in ``inbox``. Raises :class:`QueueFull`."""
+        assert request_id not in link.mailboxes
+        mailbox = Mailbox(
+            inbox,
+            request_id,
+            index,
+            max_tokens=sampling.max_tokens,
+            with_logprobs=sampling.logprobs is not None,
+            cancel=lambda: link.cancel(request_id),
+        )
+        link.mailboxes[request_id] = mailbox
+        message = Generate(
+            request_id=request_id,
+            model=self._model,
+            sampling=sampling,
+            ttl_s=ttl_s,
+            strategy=strategy,
+            salt=salt,
+        )
+        if not link.send(message, encode_tokens(tokens)):
+            error = QueueFull("the queue to the router is full", retry_after_s=1.0)
+            del link.mailboxes[request_id]
+            mailbox.fail(error)
+            raise error
+        return mailbox
+
+    def forget(self, mailbox: Mailbox) -> None:
+        """The request is over for us; should it still run, its next output is answered by a cancel."""
+        for link in self.links:
+            if link.mailboxes.get(mailbox.request_id) is mailbox:
+                del link.mailboxes[mailbox.request_id]
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens in mailboxes, not yet taken by a handler."""
+        return sum(mailbox.num_waiting for link in self.links for mailbox in link.mailboxes.values())
+
+    def status(self) -> list[dict[str, Any]]:
+        return [link.status() for link in self.links]

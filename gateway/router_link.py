@@ -1,0 +1,204 @@
+"""The bus connection to one router: hello, liveness, credit, and the mailboxes of the requests sent there.
+
+Owns one DEALER socket at a time and the routing of outputs to mailboxes. Never waits: outputs are taken as
+they come and the credit given back at once, because mailboxes are bounded by ``max_tokens``.
+
+    down --hello--> (welcome) joined --silence or a new incarnation--> down
+
+A socket that got no answer is closed and opened anew with one hello, so that nothing piles up in a queue to a
+router that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from microserve.gateway.errors import RouterLost
+from microserve.gateway.mailbox import Mailbox
+from microserve.gateway.sampling_request import ModelLimits
+from microserve.protocol import log
+from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST
+from microserve.protocol.credit import CreditMeter
+from microserve.protocol.errors import MeshError, ProtocolViolation
+from microserve.protocol.serving import (
+    Cancel,
+    GatewayHello,
+    GatewayPing,
+    RouterFailed,
+    RouterHeartbeat,
+    RouterRequest,
+    RouterWelcome,
+    Stream,
+    StreamCredit,
+)
+from microserve.protocol.transport import Bus, ClientSocket
+
+_logger = structlog.get_logger()
+
+
+class RouterLink:
+    """One router as this gateway knows it."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        address: str,
+        *,
+        gateway_id: str,
+        incarnation: int,
+        credit: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.address = address
+        self.router_id = ""
+        self.router_incarnation: int | None = None
+        """None while the router has not welcomed us."""
+        self.model = ""
+        self.limits = ModelLimits(max_model_len=0, vocab_size=0)
+        self.num_engines = 0
+        self.num_requests = 0
+        self.max_requests = 0
+        self.mailboxes: dict[str, Mailbox] = {}
+        self.seen_at = 0.0
+        """Loop time of the router's last message, or of our hello."""
+        self._bus = bus
+        self._gateway_id = gateway_id
+        self._incarnation = incarnation
+        self._credit = credit
+        self._clock = clock
+        self._meter = CreditMeter(credit)
+        self._socket: ClientSocket | None = None
+
+    @property
+    def joined(self) -> bool:
+        return self.router_incarnation is not None
+
+    def connect(self) -> None:
+        """(Re)open the socket and say hello."""
+        self.close()
+        self._socket = self._bus.client(self.address, self._on_frames)
+        self._hello()
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _hello(self) -> None:
+        self.seen_at = self._clock()
+        self._meter = CreditMeter(self._credit)
+        self.send(GatewayHello(self._gateway_id, self._incarnation, self._credit))
+
+    def send(self, message: RouterRequest, *bulk: bytes) -> bool:
+        """False when the queue to the router is full or there is no socket."""
+        return self._socket is not None and self._socket.send(ROUTER_REQUEST.encode(message, *bulk))
+
+    def ping(self) -> None:
+        """Keep the router's side of the connection and our requests alive."""
+        if self.joined:
+            self.send(GatewayPing(self._incarnation))
+
+    def cancel(self, request_id: str) -> None:
+        self.send(Cancel(request_id))
+
+    def lose(self, reason: str) -> None:
+        """The router is gone, or is another life of it: every request there ends, ready to be retried."""
+        if self.joined:
+            _logger.warning(
+                log.ROUTER_LOST,
+                router_id=self.router_id,
+                address=self.address,
+                reason=reason,
+                num_requests=len(self.mailboxes),
+            )
+        self.router_incarnation = None
+        self.num_engines = 0
+        self.fail_all(RouterLost(f"router {self.router_id or self.address} was lost ({reason}); try again"))
+
+    def fail_all(self, error: MeshError) -> None:
+        mailboxes, self.mailboxes = self.mailboxes, {}
+        for mailbox in mailboxes.values():
+            mailbox.fail(error)
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        try:
+            message, _ = ROUTER_REPLY.decode(frames)
+        except ProtocolViolation as error:
+            _logger.warning(log.FRAME_REJECTED, address=self.address, detail=error.detail)
+            return
+        self.seen_at = self._clock()
+        match message:
+            case Stream():
+                self._on_stream(message)
+            case RouterHeartbeat():
+                self._on_heartbeat(message)
+            case RouterWelcome():
+                self._on_welcome(message)
+            case RouterFailed():
+                _logger.warning(
+                    log.FRAME_REJECTED, address=self.address, code=message.code, detail=message.detail
+                )
+
+    def _on_stream(self, stream: Stream) -> None:
+        now = self.seen_at
+        for output in stream.outputs:
+            mailbox = self.mailboxes.get(output.request_id)
+            if mailbox is None:
+                # Left over from before a loss, or its cancellation got lost: it must not run on for nobody.
+                if output.ended is None:
+                    self.cancel(output.request_id)
+                continue
+            mailbox.deliver(output, now)
+            if mailbox.over:
+                del self.mailboxes[output.request_id]
+        credits_to_give = self._meter.consumed()
+        if credits_to_give:
+            self.send(StreamCredit(credits_to_give))
+
+    def _on_welcome(self, welcome: RouterWelcome) -> None:
+        if self.joined and self.router_incarnation != welcome.incarnation:
+            self.lose("restarted")
+        if not self.joined:
+            _logger.info(
+                log.ROUTER_JOINED,
+                router_id=welcome.router_id,
+                address=self.address,
+                model=welcome.model,
+                num_engines=welcome.num_engines,
+            )
+        self.router_id = welcome.router_id
+        self.router_incarnation = welcome.incarnation
+        self._set_model(welcome)
+
+    def _on_heartbeat(self, heartbeat: RouterHeartbeat) -> None:
+        if not self.joined:
+            return
+        if heartbeat.incarnation != self.router_incarnation:
+            self.lose("restarted")
+            self._hello()
+            return
+        self.num_requests = heartbeat.num_requests
+        self.max_requests = heartbeat.max_requests
+        self._set_model(heartbeat)
+
+    def _set_model(self, message: RouterWelcome | RouterHeartbeat) -> None:
+        self.num_engines = message.num_engines
+        self.model = message.model
+        if (message.max_model_len, message.vocab_size) != (self.limits.max_model_len, self.limits.vocab_size):
+            self.limits = ModelLimits(max_model_len=message.max_model_len, vocab_size=message.vocab_size)
+
+    def status(self) -> dict[str, Any]:
+        """For people and ``/ready``."""
+        return {
+            "address": self.address,
+            "router_id": self.router_id,
+            "alive": self.joined,
+            "model": self.model,
+            "num_engines": self.num_engines,
+            "num_requests": self.num_requests,
+            "max_requests": self.max_requests,
+            "num_own_requests": len(self.mailboxes),
+        }

@@ -1,0 +1,100 @@
+"""``EventStream``: server-sent events over raw ASGI, with pings while nothing comes and an end to stalled writes.
+
+Owns the framing and the clock of one stream; what the events say is the caller's. The answer's head is held
+back until the first event, so that a refused request still gets its own status; the first ping gives that up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+from microserve.gateway.errors import ClientStalled
+from microserve.gateway.exchange import Exchange
+from microserve.protocol.errors import MeshError
+
+PING_S = 15.0
+"""Without an event for so long, a comment is sent: proxies and vanished peers."""
+STALL_S = 30.0
+"""A write that waits longer for the client is given up."""
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+_CONTENT_TYPE = (b"content-type", b"text/event-stream; charset=utf-8")
+_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+def event(data: bytes) -> bytes:
+    """One event of one line (JSON has no raw line breaks)."""
+    return b"data: " + data + b"\n\n"
+
+
+class EventStream:
+    """One stream; use as ``async with`` and ``close`` it at the end of the last event."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        *,
+        on_idle: Callable[[], None],
+        on_stall: Callable[[MeshError], None],
+        headers: Mapping[str, str] | None = None,
+        ping_s: float = PING_S,
+        stall_s: float = STALL_S,
+    ) -> None:
+        """``on_idle``: nothing was written for ``ping_s``; the owner may ``ping``. ``on_stall``: it is over."""
+        self._exchange = exchange
+        self._on_idle = on_idle
+        self._on_stall = on_stall
+        self._headers = {**_HEADERS, **(headers or {})}
+        self._ping_s = ping_s
+        self._stall_s = stall_s
+        self._loop = asyncio.get_running_loop()
+        self._writing = False
+        self._changed_at = self._loop.time()
+        """When the current write began, or the last one ended."""
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> EventStream:
+        self._arm()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _arm(self) -> None:
+        # One timer a stream that looks now and then, instead of one a write.
+        self._timer = self._loop.call_later(min(self._ping_s, self._stall_s) / 3, self._look)
+
+    def _look(self) -> None:
+        unchanged_s = self._loop.time() - self._changed_at
+        if self._writing and unchanged_s >= self._stall_s:
+            self._on_stall(ClientStalled(f"the client has not read for {self._stall_s:.0f} s"))
+            self._exchange.abort()
+            return
+        if not self._writing and unchanged_s >= self._ping_s:
+            self._on_idle()
+        self._arm()
+
+    async def write(self, events: bytes) -> None:
+        """Send events (or a ping) in one piece; waits while the client's buffers are full."""
+        await self._send(events, more=True)
+
+    async def ping(self) -> None:
+        await self._send(PING, more=True)
+
+    async def close(self, events: bytes = b"") -> None:
+        """Send the last events and end the answer."""
+        await self._send(events, more=False)
+
+    async def _send(self, events: bytes, *, more: bool) -> None:
+        self._writing = True
+        self._changed_at = self._loop.time()
+        try:
+            if not self._exchange.started:
+                await self._exchange.start(200, self._headers, _CONTENT_TYPE)
+            await self._exchange.write(events, more=more)
+        finally:
+            self._writing = False
+            self._changed_at = self._loop.time()

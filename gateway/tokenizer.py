@@ -1,0 +1,164 @@
+"""The model's tokenizer: text <-> ids, and the chat prompt.
+
+Owns ``tokenizer.json`` and its neighbours in the model's directory, and the threads that encode long texts
+(``encode`` holds the GIL; the batch calls release it). Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel
+
+from microserve.gateway.chat_template import ChatTemplate
+from microserve.gateway.detokenizer import Detokenizer
+from microserve.protocol.errors import ConfigError, InvalidRequest, PromptTooLong
+
+INLINE_CHARS = 2048
+"""Longer texts are encoded in a thread: half a millisecond is all that the loop may lose."""
+
+NUM_THREADS = 2
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ModelTokenizer:
+    """Everything that the gateway knows of a model."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+        # A tokenizer.json may ask for truncation and padding: both would change prompts silently.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._template = template
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self._longest_token_chars = max(map(len, vocabulary), default=1)
+        self._byte_of = _byte_level_alphabet() if isinstance(tokenizer.decoder, ByteLevel) else {}
+        self._special = {
+            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
+
+    @classmethod
+    def load(cls, directory: str | Path) -> ModelTokenizer:
+        """Raises :class:`ConfigError` (field ``model.path``) naming what is missing or broken."""
+        root = Path(directory)
+        if not str(directory):
+            raise ConfigError(
+                "model.path is not set: the directory with the model's tokenizer.json", field="model.path"
+            )
+        file = root / "tokenizer.json"
+        if not file.is_file():
+            raise ConfigError(f"no tokenizer.json in {root}", field="model.path")
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ConfigError(f"{file}: {error}", field="model.path") from None
+        config = _read_json(root / "tokenizer_config.json")
+        special_tokens = _special_tokens(_read_json(root / "special_tokens_map.json") | config)
+        return cls(tokenizer, ChatTemplate.load(root, config, special_tokens))
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, max_tokens: int
+    ) -> list[list[int]]:
+        """Ids of each text. Long texts are encoded in a thread, so that streams go on.
+
+        Raises :class:`PromptTooLong`, before any work, for a text that could not be ``max_tokens`` long even
+        if each of its tokens were the vocabulary's longest.
+        """
+        for text in texts:
+            if len(text) > max_tokens * self._longest_token_chars:
+                raise PromptTooLong(
+                    f"the prompt has {len(text)} characters, more than {max_tokens} tokens can hold"
+                )
+        if sum(map(len, texts)) <= INLINE_CHARS:
+            return self._encode(texts, add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._encode, texts, add_special_tokens)
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int) -> list[int]:
+        """Ids of a conversation, ready for the assistant's answer.
+
+        Raises :class:`InvalidRequest` (field ``messages``) without a template or if it refuses them.
+        """
+        template = self._template
+        if template is None:
+            raise InvalidRequest("the model has no chat template; use /v1/completions", field="messages")
+        if sum(len(str(message["content"])) for message in messages) <= INLINE_CHARS:
+            text = template.render(messages)
+        else:
+            text = await asyncio.get_running_loop().run_in_executor(self._threads, template.render, messages)
+        # The template has written the special tokens itself.
+        [ids] = await self.encode([text], add_special_tokens=False, max_tokens=max_tokens)
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
+        return Detokenizer(self._tokenizer, prompt_ids)
+
+    def token_text(self, token_id: int) -> str:
+        """One token by itself, special ones included; half a character is U+FFFD."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The token's exact bytes where the vocabulary tells them, else its text's."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            try:
+                return bytes.fromhex(token[3:5])
+            except ValueError:
+                pass
+        if token_id not in self._special and token and all(character in self._byte_of for character in token):
+            return bytes(self._byte_of[character] for character in token)
+        return self.token_text(token_id).encode()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte: printable Latin-1 is itself, the rest follows U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}", field="model.path") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Names that templates use; a value is the text, or an added token's description with ``content``."""
+    found: dict[str, str] = {}
+    for name in SPECIAL_TOKENS:
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found

@@ -1,0 +1,137 @@
+"""What the writers of one grant have brought so far, read from the words that they left.
+
+    lane 0   BEGIN ▒▒▒▒▒▒▒▒▒▒ +count
+    lane 1              BEGIN ▒▒▒▒▒▒▒▒▒▒ +count
+    frontier          matched ────────>|             contiguous, over the union of the lanes
+
+Only reads. Does not know who asked for the KV, nor who frees the blocks (grant.py).
+"""
+
+from __future__ import annotations
+
+from microserve.kvcache.checksum import extend_checksum
+from microserve.kvcache.heap.heap import Heap
+from microserve.kvcache.layout import block_spans
+from microserve.kvcache.words import CHECKSUMMED, MAX_LANES, POISON, count_of, grant_tag
+from microserve.protocol.errors import InternalError, TransferFailed
+from microserve.protocol.grant import Grant
+
+
+class Arrival:
+    """For the owner of ``heap``, while the grant is open or sealed."""
+
+    def __init__(self, heap: Heap, grant: Grant, *, verify_checksums: bool) -> None:
+        self._heap = heap
+        self._grant = grant
+        self._verify_checksums = verify_checksums
+        self._complete_layers: set[int] = set()
+
+    def frontier(self, layer: int) -> int:
+        """KV of tokens ``[matched, frontier)`` is here in this layer, from all lanes together."""
+        grant, words, load = self._grant, self._heap.words, self._heap.load
+        spans = []
+        for lane in range(MAX_LANES):
+            count = count_of(load(words.arrival(grant.slot, lane, layer)), grant.generation)
+            if count:
+                # Its writer stored BEGIN before it.
+                begin = load(words.begin(grant.slot, lane))
+                spans.append((begin, begin + count))
+        frontier = grant.matched
+        for begin, end in sorted(spans):
+            if begin <= frontier:
+                frontier = max(frontier, end)
+        return min(frontier, grant.end)
+
+    def layer_complete(self, layer: int) -> bool:
+        # Counts only grow, so what was complete stays so.
+        if layer not in self._complete_layers and self.frontier(layer) == self._grant.end:
+            self._complete_layers.add(layer)
+        return layer in self._complete_layers
+
+    def is_complete(self) -> bool:
+        """All layers are here. Writers do the last layer last, so it is asked first."""
+        return all(self.layer_complete(layer) for layer in reversed(range(self._heap.layout.num_layers)))
+
+    def poisoned(self, *, await_first: bool = False) -> str | None:
+        """Why the grant will never complete, as far as the lanes that were claimed can tell.
+
+        With ``await_first`` a writer that has left without a first token counts as gone too early."""
+        grant, words, load = self._grant, self._heap.words, self._heap.load
+        for lane in self._claimed_lanes():
+            # Asked before the counts are read: after a False they are final.
+            is_held = self._heap.is_held(grant.slot, lane)
+            arrivals = self._heap.load_each(words.arrivals(grant.slot, lane)).tolist()
+            counts = [count_of(word, grant.generation) for word in arrivals]
+            writer = f"lane {lane}: the writer {load(words.writer(grant.slot, lane)):#x}"
+            if any(word & POISON and count is not None for word, count in zip(arrivals, counts, strict=True)):
+                return f"{writer} gave up"
+            begin, end = self._interval(lane)
+            if not is_held and any((count or 0) < end - begin for count in counts):
+                return f"{writer} is gone before its part was whole"
+            if not is_held and await_first and end == grant.end and self.first_token() is None:
+                return f"{writer} is gone without a first token"
+        return None
+
+    def first_token(self) -> int | None:
+        """The first output token, if a writer has sampled and left it."""
+        for lane in range(MAX_LANES):
+            word = self._heap.load(self._heap.words.first_token(self._grant.slot, lane))
+            if value := count_of(word, self._grant.generation):
+                return value - 1
+        return None
+
+    def verify(self, layer: int) -> None:
+        """Check a complete layer before its first use.
+
+        Every block was last written under this very grant, so a late write under an older one shows. With
+        ``verify_checksums`` every byte is the one that its writer read, where that writer sums and shares
+        no token with another lane. :class:`TransferFailed` names layer and block.
+        """
+        if not self.layer_complete(layer):
+            raise InternalError(f"verify: layer {layer} of grant {self._grant.grant_id} is not complete")
+        grant = self._grant
+        tag = grant_tag(grant.incarnation, grant.slot, grant.generation)
+        tags = self._heap.load_each(self._heap.words.tags(layer, grant.blocks)).tolist()
+        for block, found in zip(grant.blocks, tags, strict=True):
+            if found != tag:
+                raise TransferFailed(f"layer {layer}, block {block}: tag {found:#x}, not {tag:#x}")
+        if self._verify_checksums:
+            self._verify_sums(layer)
+
+    def _verify_sums(self, layer: int) -> None:
+        grant, words = self._grant, self._heap.words
+        lanes = self._claimed_lanes()
+        for lane, flags in lanes.items():
+            begin, end = self._interval(lane)
+            # Two engines round differently: in rows that both wrote either one's bytes are right, and
+            # neither one's sum is.
+            is_alone = all(
+                end <= self._interval(other)[0] or self._interval(other)[1] <= begin
+                for other in lanes
+                if other != lane
+            )
+            if begin == end or not is_alone or not flags & CHECKSUMMED:
+                continue
+            rows = list(block_spans(grant.blocks, grant.matched, begin, end, grant.block_size))
+            found = extend_checksum(0, self._heap.data, self._heap.layout, layer, rows)
+            expected = self._heap.load(words.checksum(grant.slot, lane, layer))
+            if found != expected:
+                blocks = [block for block, _, _ in rows]
+                raise TransferFailed(
+                    f"layer {layer}, lane {lane}, tokens [{begin}, {end}), blocks {blocks}: "
+                    f"checksum {found:#x}, its writer's {expected:#x}"
+                )
+
+    def _claimed_lanes(self) -> dict[int, int]:
+        """Lane -> flags of its CLAIM, where a writer has claimed it under this grant."""
+        lanes = {}
+        for lane in range(MAX_LANES):
+            word = self._heap.load(self._heap.words.claim(self._grant.slot, lane))
+            if word >> 8 == self._grant.generation:
+                lanes[lane] = word & 0xFF
+        return lanes
+
+    def _interval(self, lane: int) -> tuple[int, int]:
+        """Tokens that the claimed lane will bring."""
+        words, slot = self._heap.words, self._grant.slot
+        return self._heap.load(words.begin(slot, lane)), self._heap.load(words.end(slot, lane))

@@ -1,0 +1,31 @@
+"""A running checksum over the KV of consecutive tokens: equal for the sender's rows and the receiver's."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microserve.kvcache.layout import K, KvLayout, V
+
+
+def extend_checksum(
+    checksum: int,
+    data: NDArray[np.uint8],
+    layout: KvLayout,
+    layer: int,
+    spans: Iterable[tuple[int, int, int]],
+) -> int:
+    """``checksum`` (0 at first) carried on over more rows of one layer: crc32 of K << 32 | crc32 of V.
+
+    ``spans`` are ``(block, first row, number of rows)`` in token order, as ``block_spans`` gives them.
+    """
+    keys, values = checksum >> 32, checksum & 0xFFFFFFFF
+    for block, row, num_rows in spans:
+        start = layout.offset(layer, block, K, row)
+        keys = zlib.crc32(data[start : start + num_rows * layout.row_nbytes].data, keys)
+        start = layout.offset(layer, block, V, row)
+        values = zlib.crc32(data[start : start + num_rows * layout.row_nbytes].data, values)
+    return keys << 32 | values

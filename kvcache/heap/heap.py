@@ -1,0 +1,187 @@
+"""What every symmetric heap does: one engine owns it, others put KV into it without asking.
+
+A heap is a data region (layout.py) and a region of control words (words.py). Its owner reads and writes
+both through :class:`Heap`; another process attaches and gets a :class:`PeerHeap`, through which it copies
+from its own data region into the owner's and signals.
+
+Three promises that everything above relies on:
+
+Order    Whoever reads the value of a ``signal`` then reads the bytes of every earlier ``put`` of that
+         PeerHeap. A word is stored and read whole.
+Holding  A writer holds a lane before it touches it. One PeerHeap holds a lane at a time; what its holder
+         wrote is visible to whoever finds the lane free; and a store by the owner before it asked
+         ``is_held`` is visible to whoever holds the lane after it was found free.
+Proof    ``is_held`` turns False only when no write through that hold can come any more: its holder let
+         go, or is gone with all its threads and mappings. A frozen holder still holds. When a heap
+         cannot know, it says True.
+
+Holding is the transport's business and not a protocol of words on purpose. With plain words (claim, then
+read STATE) a writer that sleeps between reading STATE and claiming may wake when the slot serves another
+grant, and overwrite the claim of a living writer, whose blocks would then look unused.
+
+Owns the interface and what a set of copies is. Does not know grants.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microserve.kvcache.layout import KvLayout
+from microserve.kvcache.words import WordLayout
+from microserve.protocol.errors import InternalError
+from microserve.protocol.grant import HeapAddress
+
+
+class Copy(NamedTuple):
+    """Offsets in bytes: ``source`` in the writer's data region, ``target`` in the peer's."""
+
+    source: int
+    target: int
+    nbytes: int
+
+
+class Copies:
+    """A set of copies, neighbours merged; made once, then put for one layer after the other."""
+
+    __slots__ = ("copies", "nbytes", "slices", "source_end", "target_end")
+
+    def __init__(self, copies: Iterable[Copy]) -> None:
+        """:class:`InternalError` for a negative offset or size."""
+        merged: list[Copy] = []
+        # By source: a run of blocks merges whichever way round the block tables name it.
+        for copy in sorted(copies):
+            if min(copy) < 0:
+                raise InternalError(f"{copy} has a negative bound")
+            last = merged[-1] if merged else None
+            if (
+                last is not None
+                and last.source + last.nbytes == copy.source
+                and last.target + last.nbytes == copy.target
+            ):
+                merged[-1] = Copy(last.source, last.target, last.nbytes + copy.nbytes)
+            else:
+                merged.append(copy)
+        self.copies = tuple(merged)
+        self.nbytes = sum(copy.nbytes for copy in merged)
+        self.source_end = max((copy.source + copy.nbytes for copy in merged), default=0)
+        self.target_end = max((copy.target + copy.nbytes for copy in merged), default=0)
+        self.slices = tuple(
+            (slice(copy.target, copy.target + copy.nbytes), slice(copy.source, copy.source + copy.nbytes))
+            for copy in merged
+        )
+        """``(target, source)`` of each copy: heaps that are plain memory index with these."""
+
+
+class Heap(ABC):
+    """The owner's view. One thread at a time; as a context manager it closes itself."""
+
+    layout: KvLayout
+    words: WordLayout
+    address: HeapAddress
+    """For others to ``attach``; its incarnation is the owner's."""
+    data: NDArray[np.uint8]
+    """The data region, shape ``[layout.data_nbytes]``, writable; zero at first."""
+
+    @abstractmethod
+    def load(self, word: int) -> int:
+        """The value of a word of this heap, in [0, 2**64)."""
+
+    @abstractmethod
+    def load_each(self, words: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """The values of several words, each read whole; a copy."""
+
+    @abstractmethod
+    def store(self, word: int, value: int) -> None:
+        """Set a word of this heap, after all earlier stores of this process."""
+
+    @abstractmethod
+    def is_held(self, slot: int, lane: int) -> bool:
+        """Whether a writer may still write through this lane; see Holding and Proof above.
+
+        May make a ``hold`` of this lane fail that comes at the same moment: ask only about a closed
+        grant, or a lane that is claimed already.
+        """
+
+    @abstractmethod
+    def attach(self, address: HeapAddress) -> PeerHeap:
+        """A writer's view of another heap.
+
+        :class:`TransferFailed` if its owner is gone or another one, if it is out of reach from here, or
+        if its KV is laid out differently.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave: peers see the owner as dead. Idempotent. Close the PeerHeaps first.
+
+        Views of ``data`` that others hold (a torch tensor) stay valid; the memory goes with the last.
+        """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class PeerHeap(ABC):
+    """A writer's view of another engine's heap. One thread at a time; closes itself as a context manager.
+
+    After ``close`` every method but ``close`` raises :class:`InternalError`.
+    """
+
+    layout: KvLayout
+    """The peer's own: ``num_blocks``, and so the strides, may differ from ours."""
+    words: WordLayout
+    address: HeapAddress
+
+    @abstractmethod
+    def put(self, copies: Copies, source_shift: int = 0, target_shift: int = 0) -> None:
+        """Copy from our data region to the peer's, each side shifted by so many bytes.
+
+        :class:`InternalError`, and nothing written, if a copy leaves either region.
+        """
+
+    @abstractmethod
+    def signal(self, word: int, value: int) -> None:
+        """Set a word of the peer, visible only after all earlier puts and signals of this PeerHeap."""
+
+    @abstractmethod
+    def signal_each(self, words: NDArray[np.int64], value: int) -> None:
+        """Set several words to one value; ordered like ``signal``, in no order among themselves."""
+
+    @abstractmethod
+    def read(self, word: int) -> int:
+        """The value of a word of the peer."""
+
+    @abstractmethod
+    def hold(self, slot: int, lane: int) -> bool:
+        """Take a lane; False, at once, if somebody (ourselves too) holds it."""
+
+    @abstractmethod
+    def let_go(self, slot: int, lane: int) -> None:
+        """Every put and signal of ours through this lane is done. Idempotent."""
+
+    @abstractmethod
+    def owner_is_dead(self) -> bool:
+        """Proof that the owner has left or died; False when unsure."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Detach. Idempotent. :class:`InternalError` while a lane is held: its writer may be at work."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,127 @@
+"""Heaps whose regions are memory of this process: loads, stores and copies, shared by shm.py and memory.py.
+
+    Words     a numpy uint64 array. Reading or writing one aligned element is one 8-byte load or store,
+              so a word is never seen half-written; ``struct.pack_into`` or a bytes slice promise no such
+              thing.
+    Copies    slices of memoryviews: one memcpy each. Measured against ``ctypes.memmove``, numpy slices,
+              numpy index copies and process_vm_writev it has the least cost per copy (0.3 us), and from
+              6 KiB a copy on comes within a third of the same loop in C; an index copy needs two passes
+              (benchmarks/heap_put.py).
+
+Order rests on the machine's (total store order, see shm.py) or on there being one process. Owns no
+memory, and knows neither who else maps it nor how lanes are held.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microserve.kvcache.heap.heap import Copies, Heap, PeerHeap
+from microserve.kvcache.layout import KvLayout
+from microserve.kvcache.words import WordLayout
+from microserve.protocol.errors import InternalError, TransferFailed
+from microserve.protocol.grant import HeapAddress
+
+
+class MappedHeap(Heap):
+    """Subclasses hold lanes, attach and close."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        words: WordLayout,
+        address: HeapAddress,
+        word_region: memoryview,
+        data_region: memoryview,
+    ) -> None:
+        """The regions are writable, of format ``B``, 8-byte aligned, and exactly as long as needed."""
+        self.layout = layout
+        self.words = words
+        self.address = address
+        self.data = np.frombuffer(data_region, np.uint8)
+        self._words: NDArray[np.uint64] = np.frombuffer(word_region, np.uint64)
+
+    def load(self, word: int) -> int:
+        return self._words.item(word)
+
+    def load_each(self, words: NDArray[np.int64]) -> NDArray[np.uint64]:
+        return self._words[words]
+
+    def store(self, word: int, value: int) -> None:
+        self._words[word] = value
+
+    def _drop(self) -> None:
+        """Our own views of the regions; nothing can be loaded or stored after."""
+        self.data = np.empty(0, np.uint8)
+        self._words = np.empty(0, np.uint64)
+
+
+class MappedPeerHeap(PeerHeap):
+    """Subclasses hold lanes, tell whether the owner is dead, and close."""
+
+    def __init__(
+        self,
+        layout: KvLayout,
+        words: WordLayout,
+        address: HeapAddress,
+        word_region: memoryview,
+        data_region: memoryview,
+        source: memoryview,
+    ) -> None:
+        """``source`` is our own data region, the others are the peer's."""
+        self.layout = layout
+        self.words = words
+        self.address = address
+        self._held: set[tuple[int, int]] = set()
+        self._is_closed = False
+        self._words: NDArray[np.uint64] = np.frombuffer(word_region, np.uint64)
+        self._target = data_region
+        self._source = source
+
+    def put(self, copies: Copies, source_shift: int = 0, target_shift: int = 0) -> None:
+        self._require_open()
+        for side, shift, end, region in (
+            ("source", source_shift, copies.source_end, self._source),
+            ("target", target_shift, copies.target_end, self._target),
+        ):
+            if shift < 0 or shift + end > len(region):
+                raise InternalError(
+                    f"put: bytes up to {shift + end} of a {side} of {len(region)}, shift {shift}"
+                )
+        source, target = self._source[source_shift:], self._target[target_shift:]
+        for target_slice, source_slice in copies.slices:
+            target[target_slice] = source[source_slice]
+
+    def signal(self, word: int, value: int) -> None:
+        self._require_open()
+        self._words[word] = value
+
+    def signal_each(self, words: NDArray[np.int64], value: int) -> None:
+        self._require_open()
+        self._words[words] = value
+
+    def read(self, word: int) -> int:
+        self._require_open()
+        return self._words.item(word)
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise InternalError(f"the peer heap of {self.address.incarnation:#x} is closed")
+
+    def _detach(self) -> bool:
+        """Drop the regions; False if that was done before."""
+        if self._held:
+            raise InternalError(f"close: lanes {sorted(self._held)} are held")
+        if self._is_closed:
+            return False
+        self._is_closed = True
+        self._words = np.empty(0, np.uint64)
+        self._target = self._source = memoryview(b"")
+        return True
+
+
+def require_same_kv(mine: KvLayout, theirs: KvLayout) -> None:
+    """:class:`TransferFailed` if two engines may not exchange KV."""
+    if mine.layout_hash != theirs.layout_hash:
+        raise TransferFailed(f"KV is laid out differently: ours {mine}, the peer's {theirs}")

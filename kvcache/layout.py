@@ -1,0 +1,106 @@
+"""Where the KV of a token lies in a heap's data region.
+
+    data   [layer][block][K | V][row][head][dim]      row = token % block_size
+
+K and V of one block are neighbours, so a whole block of one layer is one copy; a part of a block is two.
+Owns this arithmetic, and the rule when two engines may exchange KV (``layout_hash``). Knows no memory,
+no grants and no tensors; the control words are in words.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import msgspec
+
+from microserve.protocol.errors import ConfigError
+
+K, V = 0, 1
+"""Which half of a block: ``offset(layer, block, K, row)``."""
+
+_DTYPE_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class KvLayout(msgspec.Struct, frozen=True):
+    """Geometry of one engine's KV pool. :class:`ConfigError` names a field that is out of bounds."""
+
+    model: str
+    num_layers: int
+    num_blocks: int
+    block_size: int
+    """Tokens in a block."""
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    """``float32``, ``bfloat16`` or ``float16``."""
+
+    MAX_TOKENS: ClassVar[int] = 1 << 31
+    """Token counts share a word with a generation (words.py)."""
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "num_blocks", "block_size", "num_kv_heads", "head_dim"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} is {getattr(self, field)}, at least 1", field=field)
+        if self.dtype not in _DTYPE_NBYTES:
+            raise ConfigError(f"dtype is {self.dtype!r}, one of {sorted(_DTYPE_NBYTES)}", field="dtype")
+        if self.num_blocks * self.block_size >= self.MAX_TOKENS:
+            raise ConfigError(f"num_blocks * block_size is not below {self.MAX_TOKENS}", field="num_blocks")
+
+    @property
+    def row_nbytes(self) -> int:
+        """K, or V, of one token in one layer."""
+        return self.num_kv_heads * self.head_dim * _DTYPE_NBYTES[self.dtype]
+
+    @property
+    def half_nbytes(self) -> int:
+        """K, or V, of one block in one layer."""
+        return self.block_size * self.row_nbytes
+
+    @property
+    def block_nbytes(self) -> int:
+        """K and V of one block in one layer."""
+        return 2 * self.half_nbytes
+
+    @property
+    def layer_nbytes(self) -> int:
+        return self.num_blocks * self.block_nbytes
+
+    @property
+    def data_nbytes(self) -> int:
+        return self.num_layers * self.layer_nbytes
+
+    @property
+    def layout_hash(self) -> str:
+        """Equal for two engines that may exchange KV: everything but the size of the pool."""
+        parts = (self.model, self.num_layers, self.block_size, self.num_kv_heads, self.head_dim, self.dtype)
+        return hashlib.sha256(msgspec.msgpack.encode(("kv-layout-1", *parts))).hexdigest()[:16]
+
+    def offset(self, layer: int, block: int, kv: int, row: int) -> int:
+        """Bytes from the start of the data region to a row. The caller keeps to the bounds."""
+        return (
+            layer * self.layer_nbytes
+            + block * self.block_nbytes
+            + kv * self.half_nbytes
+            + row * self.row_nbytes
+        )
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold ``num_tokens`` tokens."""
+        return -(-num_tokens // self.block_size)
+
+
+def block_spans(
+    blocks: Sequence[int], origin: int, lo: int, hi: int, block_size: int
+) -> Iterator[tuple[int, int, int]]:
+    """The rows of tokens ``[lo, hi)`` as ``(block, first row, number of rows)``, in token order.
+
+    ``blocks[0]`` starts at token ``origin``, a multiple of ``block_size``; ``lo >= origin``.
+    """
+    token = lo
+    while token < hi:
+        row = token % block_size
+        num_rows = min(block_size - row, hi - token)
+        yield blocks[(token - origin) // block_size], row, num_rows
+        token += num_rows

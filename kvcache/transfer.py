@@ -1,0 +1,249 @@
+"""Grants from the sender's side: which rows go where, and the lane through which they are written.
+
+    writer                                   receiver (grant.py)
+    hold the lane
+    STATE is (generation, OPEN)?  ──no──> let go, nothing written
+    WRITER BEGIN END CLAIM
+    per layer: STATE?, put, tags, arrival    frontier, verify, use
+    FIRST_TOKEN                              seal or close: CLOSED, then: who holds a lane?
+    let go                                   nobody: the blocks are safe
+
+STATE is read before each layer so that a closed grant costs at most one layer of useless writing; that
+nothing is written into blocks in use rests on holding the lane alone (heap.py). A writer that dies in the
+middle lets go by dying; one that freezes holds on, and its blocks wait in quarantine.
+
+Owns the plan and the order of one lane's writes. Does not know models, sockets, or when KV is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from microserve.kvcache.checksum import extend_checksum
+from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
+from microserve.kvcache.layout import K, KvLayout, V, block_spans
+from microserve.kvcache.words import (
+    CHECKSUMMED,
+    CLAIMED,
+    MAX_LANES,
+    OPEN,
+    POISON,
+    grant_tag,
+    pack_count,
+    pack_state,
+)
+from microserve.protocol.errors import InternalError, InvalidInterval, InvalidRequest, TransferFailed
+from microserve.protocol.grant import Grant
+
+
+class TransferPlan:
+    """Which bytes of which blocks carry tokens ``[begin, end)`` into a grant's blocks."""
+
+    def __init__(self, source: KvLayout, target: KvLayout, grant: Grant, begin: int, end: int) -> None:
+        """``begin`` moves up to the grant's ``matched``: the receiver has what lies before.
+
+        :class:`InvalidInterval` for bounds outside the grant, :class:`InvalidRequest` for a grant that
+        contradicts itself or ``target``, :class:`TransferFailed` for KV that is laid out differently.
+        """
+        for theirs in (grant.layout_hash, target.layout_hash):
+            if theirs != source.layout_hash:
+                raise TransferFailed(f"KV is laid out differently: {source.layout_hash} and {theirs}")
+        if grant.block_size != source.block_size:
+            raise TransferFailed(f"blocks of {source.block_size} tokens here, {grant.block_size} there")
+        _check_blocks(grant, target)
+        if not 0 <= begin <= end <= grant.end:
+            raise InvalidInterval(
+                f"[{begin}, {end}) is not within the grant's [0, {grant.end})",
+                field="end" if 0 <= begin <= end else "begin",
+            )
+        self.begin = min(max(begin, grant.matched), end)
+        self.end = end
+        self._source = source
+        self._target = target
+        self._grant = grant
+
+    def copies(self, source_blocks: Sequence[int], lo: int, hi: int) -> Copies:
+        """Layer 0 of tokens ``[lo, hi)``, within ``[begin, end)``; other layers are shifted by whole layers.
+
+        ``source_blocks`` is the block table of tokens ``[0, hi)`` in the sender's pool.
+        """
+        source, target = self._source, self._target
+        needed = source_blocks[lo // source.block_size : source.num_blocks_for(hi)]
+        if (
+            not self.begin <= lo <= hi <= self.end
+            or len(source_blocks) < source.num_blocks_for(hi)
+            or any(not 0 <= block < source.num_blocks for block in needed)
+        ):
+            raise InternalError(
+                f"copies: [{lo}, {hi}) of [{self.begin}, {self.end}) from {len(source_blocks)} blocks "
+                f"of a pool of {source.num_blocks}"
+            )
+
+        def rows() -> Iterator[Copy]:
+            spans = block_spans(source_blocks, 0, lo, hi, source.block_size)
+            for (block, row, num_rows), (target_block, _, _) in zip(
+                spans, self.target_spans(lo, hi), strict=True
+            ):
+                # Row for row: both tables start at a multiple of the block size.
+                for kv in (K, V):
+                    yield Copy(
+                        source.offset(0, block, kv, row),
+                        target.offset(0, target_block, kv, row),
+                        num_rows * source.row_nbytes,
+                    )
+
+        return Copies(rows())
+
+    def target_spans(self, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
+        """``(block, first row, number of rows)`` of tokens ``[lo, hi)`` in the receiver's pool."""
+        return block_spans(self._grant.blocks, self._grant.matched, lo, hi, self._source.block_size)
+
+
+class LaneWriter:
+    """One writer's part of one grant: claim, then put layer by layer, then finish or fail.
+
+    Whatever happens after ``claim`` has been called, call ``finish`` or ``fail``: until then the receiver
+    cannot use those blocks for anything else. One thread at a time.
+    """
+
+    def __init__(
+        self,
+        heap: Heap,
+        peer: PeerHeap,
+        grant: Grant,
+        lane: int,
+        begin: int,
+        end: int,
+        *,
+        checksums: bool = False,
+    ) -> None:
+        """``peer`` is ``heap`` attached to the grant's heap. Errors as :class:`TransferPlan`, and
+        :class:`InvalidRequest` for a lane or slot that does not exist."""
+        if peer.address.incarnation != grant.heap.incarnation:
+            raise TransferFailed(
+                f"the grant is for heap {grant.heap.incarnation:#x}, not {peer.address.incarnation:#x}"
+            )
+        if not 0 <= lane < MAX_LANES:
+            raise InvalidRequest(f"lane is {lane}, 0 to {MAX_LANES - 1}", field="lane")
+        if not 0 <= grant.slot < peer.words.num_slots:
+            raise InvalidRequest(f"slot is {grant.slot}, below {peer.words.num_slots}", field="grant.slot")
+        self.plan = TransferPlan(heap.layout, peer.layout, grant, begin, end)
+        self._heap = heap
+        self._peer = peer
+        self._grant = grant
+        self._lane = lane
+        self._has_checksums = checksums
+        self._is_claimed = False
+        self._is_over = False
+        self._next = [self.plan.begin] * heap.layout.num_layers
+        self._sums = [0] * heap.layout.num_layers
+        self._tag = grant_tag(grant.incarnation, grant.slot, grant.generation)
+        self._chunk: tuple[int, int, tuple[int, ...]] | None = None
+        self._copies = Copies(())
+        self._target_blocks: list[int] = []
+
+    def claim(self) -> None:
+        """Take the lane. :class:`TransferFailed`, with nothing written and nothing held, if the grant is
+        closed, or if the lane is or was somebody's."""
+        if self._is_claimed or self._is_over:
+            raise InternalError("claim: a writer claims once")
+        peer, words, slot, lane = self._peer, self._peer.words, self._grant.slot, self._lane
+        if not peer.hold(slot, lane):
+            raise TransferFailed(f"lane {lane} of grant {self._grant.grant_id} is held by another writer")
+        try:
+            self._require_grant_open()
+            # Counts only grow: what another writer left in this lane under this grant cannot be continued.
+            if peer.read(words.claim(slot, lane)) >> 8 == self._grant.generation:
+                raise TransferFailed(
+                    f"lane {lane} of grant {self._grant.grant_id} was used by another writer"
+                )
+        except TransferFailed:
+            peer.let_go(slot, lane)
+            raise
+        self._is_claimed = True
+        flags = CLAIMED | (CHECKSUMMED if self._has_checksums else 0)
+        peer.signal(words.writer(slot, lane), self._heap.address.incarnation)
+        peer.signal(words.begin(slot, lane), self.plan.begin)
+        peer.signal(words.end(slot, lane), self.plan.end)
+        # Last: it makes the others mean something.
+        peer.signal(words.claim(slot, lane), pack_state(self._grant.generation, flags))
+
+    def put_layer(self, layer: int, source_blocks: Sequence[int], lo: int, hi: int) -> int:
+        """Put the part of tokens ``[lo, hi)`` that this lane carries, and signal it; returns its bytes.
+
+        ``source_blocks`` is the sender's block table of tokens ``[0, hi)``. Ranges of one layer follow
+        each other. :class:`TransferFailed`, with nothing written, if the grant has been closed: call
+        ``fail`` then.
+        """
+        self._require_writable("put_layer")
+        lo, hi = max(lo, self.plan.begin), min(hi, self.plan.end)
+        if lo >= hi:
+            return 0
+        if lo != self._next[layer]:
+            raise InternalError(f"put_layer: [{lo}, {hi}) does not follow {self._next[layer]}, layer {layer}")
+        self._require_grant_open()
+        self._prepare(source_blocks, lo, hi)
+        peer, words, slot, lane = self._peer, self._peer.words, self._grant.slot, self._lane
+        mine = self._heap.layout
+        peer.put(self._copies, layer * mine.layer_nbytes, layer * peer.layout.layer_nbytes)
+        peer.signal_each(words.tags(layer, self._target_blocks), self._tag)
+        if self._has_checksums:
+            spans = block_spans(source_blocks, 0, lo, hi, mine.block_size)
+            self._sums[layer] = extend_checksum(self._sums[layer], self._heap.data, mine, layer, spans)
+            peer.signal(words.checksum(slot, lane, layer), self._sums[layer])
+        self._next[layer] = hi
+        peer.signal(words.arrival(slot, lane, layer), self._count(layer))
+        return self._copies.nbytes
+
+    def set_first_token(self, token: int) -> None:
+        """Leave the first output token for the receiver."""
+        self._require_writable("set_first_token")
+        word = self._peer.words.first_token(self._grant.slot, self._lane)
+        self._peer.signal(word, pack_count(self._grant.generation, token + 1))
+
+    def finish(self) -> None:
+        """Nothing more will be written. If a layer is not whole, the receiver sees that. Idempotent."""
+        if self._is_claimed and not self._is_over:
+            self._peer.let_go(self._grant.slot, self._lane)
+        self._is_over = True
+
+    def fail(self) -> None:
+        """Give up: tell the receiver so in every layer, then finish. Idempotent; nothing after ``finish``."""
+        if self._is_claimed and not self._is_over:
+            for layer in range(self._heap.layout.num_layers):
+                word = self._peer.words.arrival(self._grant.slot, self._lane, layer)
+                self._peer.signal(word, POISON | self._count(layer))
+        self.finish()
+
+    def _count(self, layer: int) -> int:
+        return pack_count(self._grant.generation, self._next[layer] - self.plan.begin)
+
+    def _prepare(self, source_blocks: Sequence[int], lo: int, hi: int) -> None:
+        """Plan a chunk once for all its layers."""
+        layout = self._heap.layout
+        chunk = (lo, hi, tuple(source_blocks[lo // layout.block_size : layout.num_blocks_for(hi)]))
+        if chunk != self._chunk:
+            self._copies = self.plan.copies(source_blocks, lo, hi)
+            self._target_blocks = [block for block, _, _ in self.plan.target_spans(lo, hi)]
+            self._chunk = chunk
+
+    def _require_grant_open(self) -> None:
+        state = self._peer.read(self._peer.words.state(self._grant.slot))
+        if state != pack_state(self._grant.generation, OPEN):
+            raise TransferFailed(f"grant {self._grant.grant_id} is closed")
+
+    def _require_writable(self, name: str) -> None:
+        if not self._is_claimed or self._is_over:
+            raise InternalError(f"{name}: the lane is not claimed, or its writer is done")
+
+
+def _check_blocks(grant: Grant, target: KvLayout) -> None:
+    """A grant comes over the wire, and its blocks become addresses."""
+    if not 0 <= grant.matched <= grant.end or grant.matched % grant.block_size:
+        raise InvalidRequest(f"matched is {grant.matched} of {grant.end}", field="grant.matched")
+    if len(grant.blocks) != target.num_blocks_for(grant.end - grant.matched):
+        raise InvalidRequest(
+            f"{len(grant.blocks)} blocks for [{grant.matched}, {grant.end})", field="grant.blocks"
+        )
+    if any(not 0 <= block < target.num_blocks for block in grant.blocks):
+        raise InvalidRequest(f"a block is outside 0 to {target.num_blocks - 1}", field="grant.blocks")

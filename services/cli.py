@@ -1,0 +1,331 @@
+"""The ``microserve`` command. Owns names, flags and exit codes; each command imports what it needs when run.
+
+Exit codes: 0 done, 1 failed, 2 a flag or a setting is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from microserve.protocol.settings import Settings
+    from microserve.services.run import Serve
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Flags:
+    """Where settings come from, as given on the command line."""
+
+    def __init__(self, config: str | None, assignments: tuple[str, ...]) -> None:
+        self.config = config
+        self.assignments = list(assignments)
+
+    def set(self, path: str, value: Any) -> None:
+        """A friendly flag is one more assignment; None: it was not given."""
+        if value is not None:
+            from microserve.services.mesh_plan import assignment
+
+            self.assignments.append(assignment(path, value)[1])
+
+    def as_arguments(self) -> list[str]:
+        """The same for another ``microserve`` process."""
+        config = ["--config", self.config] if self.config else []
+        return config + [word for each in self.assignments for word in ("--set", each)]
+
+    def load(self) -> Settings:
+        from microserve.protocol.errors import ConfigError
+        from microserve.protocol.settings import load_settings
+
+        try:
+            return load_settings(self.config, environment=os.environ, overrides=self.assignments)
+        except ConfigError as error:
+            raise WrongSetting(str(error)) from None
+
+
+class WrongSetting(click.ClickException):
+    exit_code = 2
+
+
+def settings_flags(command: Command) -> Command:
+    """``--config FILE`` and ``--set section.field=value``."""
+    assign = click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="SECTION.FIELD=VALUE",
+        help="Override one setting; may be repeated.",
+    )
+    config = click.option("--config", metavar="FILE", help="Settings as TOML (see deploy/microserve.toml).")
+    return config(assign(command))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """LLM inference as a mesh of small services.
+
+    Settings come from --config FILE, then the environment (MICROSERVE_SECTION__FIELD), then --set.
+    """
+
+
+# --- one service in this process -------------------------------------------------------------------
+
+
+def _run(service: str, flags: Flags, load: Callable[[], Serve]) -> None:
+    settings = flags.load()
+    from microserve.services.run import run_service
+
+    sys.exit(run_service(service, settings, load))
+
+
+@main.command()
+@click.option("--model", metavar="DIR", help="Model directory (model.path).")
+@click.option("--id", "own_id", help="Name of this engine in the mesh (engine.id).")
+@settings_flags
+def engine(config: str | None, assignments: tuple[str, ...], model: str | None, own_id: str | None) -> None:
+    """Run an engine: it holds the model and the KV cache."""
+    flags = Flags(config, assignments)
+    flags.set("model.path", model)
+    flags.set("engine.id", own_id)
+
+    def load() -> Serve:
+        try:
+            from microserve.services.engine.service import run_engine
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("microserve"):
+                raise
+            raise RuntimeError(
+                f"no {error.name}; an engine needs: pip install 'microserve[engine]'"
+            ) from error
+        return run_engine
+
+    _run("engine", flags, load)
+
+
+@main.command()
+@settings_flags
+def index(config: str | None, assignments: tuple[str, ...]) -> None:
+    """Run the index: who is in the mesh, and who holds which prefix."""
+
+    def load() -> Serve:
+        from microserve.services.index.service import run_index
+
+        return run_index
+
+    _run("index", Flags(config, assignments), load)
+
+
+@main.command()
+@click.option("--strategy", help="Strategy of requests that name none (router.default_strategy).")
+@settings_flags
+def router(config: str | None, assignments: tuple[str, ...], strategy: str | None) -> None:
+    """Run a router: it serves requests by strategies."""
+    flags = Flags(config, assignments)
+    flags.set("router.default_strategy", strategy)
+
+    def load() -> Serve:
+        from microserve.services.router.service import run_router
+
+        return run_router
+
+    _run("router", flags, load)
+
+
+@main.command()
+@click.option("--host", help="Address to listen on (gateway.host).")
+@click.option("--port", type=int, help="Port to listen on (gateway.port).")
+@settings_flags
+def gateway(config: str | None, assignments: tuple[str, ...], host: str | None, port: int | None) -> None:
+    """Run a gateway: the OpenAI API over HTTP."""
+    from microserve.services.mesh_plan import service_command
+
+    flags = Flags(config, assignments)
+    flags.set("gateway.host", host)
+    flags.set("gateway.port", port)
+    command = [*service_command("gateway"), *flags.as_arguments()]
+    os.execv(command[0], command)
+
+
+# --- a whole mesh on this machine ------------------------------------------------------------------
+
+
+def directory_flag(command: Command) -> Command:
+    return click.option(
+        "--directory",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path(".microserve"),
+        show_default=True,
+        help="State directory of the mesh.",
+    )(command)
+
+
+@main.command()
+@click.option("--model", metavar="DIR", help="Model directory (model.path); default: the demo model.")
+@click.option("--engines", type=click.IntRange(min=1), help="Number of engines (mesh.engines).")
+@click.option("--port", type=int, help="Port of the gateway (gateway.port); 0: any free one.")
+@click.option("--strategy", help="Strategy of requests that name none (router.default_strategy).")
+@click.option("--demo/--no-demo", default=True, help="Ask one question when all is ready.")
+@click.option("--oneshot", is_flag=True, help="Stop after the demo's answer.")
+@click.option("--detach", "-d", is_flag=True, help="Leave the mesh running in the background.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
+@directory_flag
+@settings_flags
+def up(
+    config: str | None,
+    assignments: tuple[str, ...],
+    directory: Path,
+    model: str | None,
+    engines: int | None,
+    port: int | None,
+    strategy: str | None,
+    demo: bool,
+    oneshot: bool,
+    detach: bool,
+    as_json: bool,
+) -> None:
+    """Start index, router, engines and gateway; ask one question; supervise until Ctrl-C."""
+    if oneshot and (detach or not demo):
+        raise click.UsageError("--oneshot goes with neither --detach nor --no-demo")
+    flags = Flags(config, assignments)
+    flags.set("model.path", model)
+    flags.set("mesh.engines", engines)
+    flags.set("gateway.port", port)
+    flags.set("router.default_strategy", strategy)
+    settings = flags.load()
+    from microserve.services.mesh_state import MeshDirectory
+    from microserve.services.mesh_view import make_view
+    from microserve.services.up import UpOptions
+    from microserve.services.up import up as run_up
+
+    options = UpOptions(flags.as_arguments(), demo=demo, oneshot=oneshot, detach=detach)
+    sys.exit(run_up(settings, options, MeshDirectory(directory), make_view(as_json=as_json)))
+
+
+@main.command()
+@click.option("--timeout", "timeout_s", default=90.0, show_default=True, help="Seconds before SIGKILL.")
+@directory_flag
+def down(directory: Path, timeout_s: float) -> None:
+    """Stop the mesh that `up` runs in this directory."""
+    from microserve.services.mesh_state import MeshDirectory
+    from microserve.services.supervisor import MeshFailed
+    from microserve.services.up import down as stop
+
+    try:
+        click.echo(stop(MeshDirectory(directory), timeout_s))
+    except MeshFailed as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@directory_flag
+def ps(directory: Path, as_json: bool) -> None:
+    """Show the mesh of this directory; exit code 1 unless all of it is ready."""
+    import msgspec
+
+    from microserve.services.mesh_state import MeshDirectory
+    from microserve.services.mesh_view import describe
+
+    mesh = MeshDirectory(directory)
+    state = mesh.read() if mesh.supervisor() else None
+    if as_json:
+        click.echo(msgspec.json.encode(state))
+    elif state is None:
+        click.echo("no mesh runs here")
+    else:
+        click.echo("\n".join([f"{state.url}  {state.model}", *map(describe, state.children)]))
+    whole = state is not None and all(child.state == "ready" for child in state.children)
+    sys.exit(0 if whole else 1)
+
+
+# --- looking and preparing -------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--request", "request_id", metavar="ID", help="Only this request, across all services.")
+@click.option("--service", help="Only this service: engine, router, index, gateway, supervisor.")
+@click.option("--slow", "slow_s", type=float, metavar="SECONDS", help="Only requests that took as long.")
+@click.option("--follow", "-f", is_flag=True, help="Go on with what comes.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path), help="[default: .microserve/logs]")
+@click.option("--output", "-o", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def tail(
+    request_id: str | None,
+    service: str | None,
+    slow_s: float | None,
+    follow: bool,
+    directory: Path | None,
+    output: str,
+) -> None:
+    """Show requests and events of all services, in order of time."""
+    from microserve.services.tail import Filter, show
+
+    directory = directory or Path(".microserve/logs")
+    if not directory.is_dir():
+        raise WrongSetting(f"{directory} is not a directory; --dir says where the logs are")
+    chosen = Filter(request_id=request_id, service=service, slow_s=slow_s)
+    try:
+        show(directory, chosen, follow=follow, as_json=output == "json", echo=click.echo)
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(0)
+
+
+@main.group()
+def model() -> None:
+    """Models to try things with."""
+
+
+@model.command("fetch")
+def model_fetch() -> None:
+    """Make the demo model (SmolLM2-135M-Instruct) if it is not there; print its directory."""
+    from microserve.services.demo_model import FetchFailed, default_cache, fetch
+    from microserve.services.mesh_view import make_view
+
+    view = make_view(as_json=False, stderr=True)
+    try:
+        click.echo(fetch(default_cache(os.environ), view.progress))
+    except FetchFailed as error:
+        raise click.ClickException(str(error)) from None
+    finally:
+        view.close()
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
+def keys(directory: Path) -> None:
+    """Make a CURVE key pair in DIRECTORY that trusts itself (for bus.curve_dir)."""
+    from microserve.protocol.curve import create_keys
+    from microserve.protocol.errors import ConfigError
+
+    try:
+        made = create_keys(directory)
+    except ConfigError as error:
+        raise WrongSetting(str(error)) from None
+    click.echo(f"public key {made.public.decode()}")
+    click.echo(f"trusted keys: {made.trusted} (add other services' *.key files)")
+
+
+@main.command()
+@settings_flags
+def settings(config: str | None, assignments: tuple[str, ...]) -> None:
+    """Print the settings in effect as TOML; secrets are masked."""
+    from microserve.services.settings_text import as_toml
+
+    click.echo(as_toml(Flags(config, assignments).load()), nl=False)
+
+
+@main.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    click.echo(f"microserve {installed('microserve')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""The actions, as state changes: PrepRecv, RemoteSend, StartGenerate, Commit, Abort, Release (DESIGN 4).
+
+Sans-I/O and quick: an action never computes and never waits. It answers at once, raises a :class:`MeshError`,
+or returns None and the answer follows through the outbox. Called under the engine's lock.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from microserve.protocol import actions as wire
+from microserve.protocol.errors import (
+    CacheFull,
+    Draining,
+    InvalidInterval,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    UnknownRequest,
+)
+from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.types import MAX_REQUEST_ID_CHARS
+from microserve.services.engine.record import CommitJob, Record
+from microserve.services.engine.sequence import Sequence, State, Transfer
+from microserve.services.engine.state import EngineState
+
+MAX_TTL_S = 86_400.0
+
+
+class Actions:
+    """Turns messages of routers into changes of :class:`EngineState`."""
+
+    def __init__(self, state: EngineState) -> None:
+        self._state = state
+
+    def prep_recv(
+        self, owner: bytes, message: wire.PrepRecv, token_ids: list[int] | None, now: float
+    ) -> wire.Granted:
+        state = self._state
+        record = self._open(owner, message.request_id, token_ids, message.ttl_s, now)
+        end = _bound("end", message.end, len(record.token_ids))
+        if record.reception is not None:
+            if record.reception.grant.end != end:
+                raise InvalidInterval(
+                    f"request has a grant up to {record.reception.grant.end} already, asked for {end}",
+                    field="end",
+                )
+            return wire.Granted(message.call_id, record.reception.grant)
+        self._check_fits(record, end)
+        try:
+            record.reception = state.memory.open_grant(
+                owner, message.request_id, record.token_ids, end, message.salt, now
+            )
+        except (CacheFull, PromptTooLong):
+            state.count("grants_refused")
+            self._drop_if_idle(record)
+            raise
+        state.count("grants_opened")
+        return wire.Granted(message.call_id, record.reception.grant)
+
+    def remote_send(
+        self, owner: bytes, message: wire.RemoteSend, token_ids: list[int] | None, now: float
+    ) -> wire.Sent | None:
+        state, grant = self._state, message.grant
+        record = self._open(owner, message.request_id, token_ids, message.ttl_s, now)
+        num_tokens = len(record.token_ids)
+        begin, end = _bound("begin", message.begin, num_tokens), _bound("end", message.end, num_tokens)
+        if not begin <= end <= grant.end:
+            raise InvalidInterval(f"[{begin}, {end}) is not inside the grant's [0, {grant.end})", field="end")
+        key = (grant.grant_id, message.lane)
+        if key in record.sent:
+            return msgspec.structs.replace(record.sent[key], call_id=message.call_id)
+        if key in record.sends:
+            raise InvalidRequest(f"lane {message.lane} of {grant.grant_id} is in use", field="lane")
+        if message.sampling is not None:
+            self._check_sampling(message.sampling)
+            if end != num_tokens:
+                raise InvalidInterval("sampling needs end == len(prompt)", field="end")
+        first = max(begin, grant.matched)
+        if first >= end and message.sampling is None:
+            return wire.Sent(message.call_id, message.request_id, 0, 0, 0, 0, wire.Timings())
+        self._check_fits(record, end)
+        self._check_queue()
+        sequence = self._sequence(
+            record,
+            message.call_id,
+            record.token_ids[:end],
+            end,
+            message.sampling,
+            message.ttl_s,
+            message.salt,
+            now,
+        )
+        sequence.transfer = Transfer(grant, message.lane, begin, end, first)
+        record.sends[key] = sequence
+        state.scheduler.add(sequence)
+        return None
+
+    def start_generate(
+        self, owner: bytes, message: wire.StartGenerate, token_ids: list[int] | None, now: float
+    ) -> wire.Accepted:
+        state = self._state
+        self._check_sampling(message.sampling)
+        record = self._open(owner, message.request_id, token_ids, message.ttl_s, now)
+        if record.generate is not None:
+            return wire.Accepted(message.call_id)
+        num_tokens = len(record.token_ids)
+        begin = _bound("begin", message.begin, num_tokens)
+        num_prompt = num_tokens - message.num_output_tokens
+        if not 0 < num_prompt <= num_tokens:
+            raise InvalidRequest(f"num_output_tokens must be below {num_tokens}", field="num_output_tokens")
+        if message.num_output_tokens >= message.sampling.max_tokens:
+            raise InvalidRequest("max_tokens are out already", field="num_output_tokens")
+        self._check_fits(record, num_tokens)
+        reception = record.reception
+        if message.grant_id is None:
+            if begin != 0:
+                raise InvalidInterval(f"begin must be 0 without a grant, is {begin}", field="begin")
+        else:
+            if reception is None or reception.grant.grant_id != message.grant_id:
+                raise UnknownRequest(f"no open grant {message.grant_id!r}", field="grant_id")
+            if begin != reception.grant.end:
+                raise InvalidInterval(
+                    f"begin must be the grant's end {reception.grant.end}, is {begin}", field="begin"
+                )
+            if message.await_first and begin != num_tokens:
+                raise InvalidInterval("await_first needs begin == len(prompt)", field="await_first")
+        self._check_queue()
+        sequence = self._sequence(
+            record,
+            message.call_id,
+            list(record.token_ids),
+            num_prompt,
+            message.sampling,
+            message.ttl_s,
+            message.salt,
+            now,
+        )
+        sequence.num_delivered = message.num_output_tokens
+        record.generate = sequence
+        if message.grant_id is None:
+            state.scheduler.add(sequence)
+        elif reception is not None:
+            sequence.await_first = message.await_first
+            sequence.state = State.RECEIVING
+            state.memory.adopt(sequence, reception)
+            record.reception = None
+            state.receiving.append(sequence)
+        return wire.Accepted(message.call_id)
+
+    def commit(self, owner: bytes, message: wire.Commit, now: float) -> None:
+        record = self._state.records.find(owner, message.request_id)
+        if record is None or record.reception is None or record.reception.grant.grant_id != message.grant_id:
+            raise UnknownRequest(f"no open grant {message.grant_id!r}", field="grant_id")
+        if record.commit is not None:
+            raise InvalidRequest("a commit of this grant is under way", field="grant_id")
+        _check_ttl(message.ttl_s)
+        record.last_used = now
+        record.commit = CommitJob(message.call_id, now + min(message.ttl_s, MAX_TTL_S))
+        self._state.memory.grants.consume(message.grant_id)
+
+    def release(self, owner: bytes, message: wire.Release, now: float) -> wire.Done:
+        record = self._state.records.find(owner, message.request_id)
+        reception = record.reception if record else None
+        if record and reception and reception.grant.grant_id == message.grant_id:
+            self._state.close_reception(record, now)
+        return wire.Done(message.call_id)
+
+    def abort(self, owner: bytes, message: wire.Abort, now: float) -> wire.Done:
+        record = self._state.records.find(owner, message.request_id)
+        if record is not None:
+            self._state.abort(record, now)
+        return wire.Done(message.call_id)
+
+    # --- checks ------------------------------------------------------------------------------------
+
+    def _open(
+        self, owner: bytes, request_id: str, token_ids: list[int] | None, ttl_s: float, now: float
+    ) -> Record:
+        if self._state.draining:
+            raise Draining("this engine takes no new work", retry_after_s=1.0)
+        if not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:
+            raise InvalidRequest(
+                f"request_id must have 1 to {MAX_REQUEST_ID_CHARS} characters", field="request_id"
+            )
+        _check_ttl(ttl_s)
+        if token_ids is not None:
+            limit = self._state.limits.vocab_size
+            if not token_ids:
+                raise InvalidRequest("the prompt is empty", field="tokens")
+            if max(token_ids) >= limit:
+                raise InvalidRequest(f"token id {max(token_ids)} is not below {limit}", field="tokens")
+        return self._state.records.open(owner, request_id, token_ids, now)
+
+    def _check_fits(self, record: Record, num_tokens: int) -> None:
+        """Could it ever run here? One more position is needed than the tokens known."""
+        limits = self._state.limits
+        room = min(limits.max_model_len, limits.num_blocks * self._state.memory.block_size) - 1
+        if num_tokens > room:
+            self._drop_if_idle(record)
+            raise PromptTooLong(f"{num_tokens} tokens, at most {room} fit this engine", field="tokens")
+
+    def _check_queue(self) -> None:
+        state = self._state
+        if len(state.scheduler.waiting) + len(state.receiving) >= state.limits.max_waiting:
+            raise QueueFull(f"{state.limits.max_waiting} requests wait already", retry_after_s=1.0)
+
+    def _check_sampling(self, params: SamplingParams) -> None:
+        params.validate(self._state.limits.vocab_size)
+
+    def _drop_if_idle(self, record: Record) -> None:
+        if record.is_idle:
+            self._state.records.drop(record)
+
+    def _sequence(
+        self,
+        record: Record,
+        call_id: int,
+        token_ids: list[int],
+        num_prompt_tokens: int,
+        params: SamplingParams | None,
+        ttl_s: float,
+        salt: str,
+        now: float,
+    ) -> Sequence:
+        state = self._state
+        return Sequence(
+            sequence_id=state.next_sequence_id(),
+            owner=record.owner,
+            request_id=record.request_id,
+            call_id=call_id,
+            token_ids=token_ids,
+            num_prompt_tokens=num_prompt_tokens,
+            params=params,
+            deadline=now + min(ttl_s, MAX_TTL_S),
+            arrived_at=now,
+            ready_at=now,
+            chain=state.memory.new_chain(salt),
+            salt=salt,
+        )
+
+
+def _bound(field: str, value: int, num_tokens: int) -> int:
+    """A bound of a half-open interval; negative counts from the end. Raises :class:`InvalidInterval`."""
+    bound = num_tokens + value if value < 0 else value
+    if not 0 <= bound <= num_tokens:
+        raise InvalidInterval(f"{field} {value} is outside a prompt of {num_tokens} tokens", field=field)
+    return bound
+
+
+def _check_ttl(ttl_s: float) -> None:
+    if not ttl_s > 0.0:
+        raise InvalidRequest("ttl_s must be above 0", field="ttl_s")

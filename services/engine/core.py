@@ -1,0 +1,243 @@
+"""The engine without its sockets: state, actions and steps behind one lock.
+
+The I/O thread calls the actions (quick, between or during steps); the step thread takes plans, executes them
+without the lock and books the results. So a ``PrepRecv`` is answered while a long prefill computes.
+Nothing here knows ZeroMQ or asyncio; ``Runner`` may be the real model or a simulated one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from microserve.kvcache.block_pool import BlockPool
+from microserve.kvcache.grant import GrantTable
+from microserve.kvcache.heap.heap import Heap, PeerHeap
+from microserve.kvcache.prefix_cache import PrefixCache
+from microserve.kvcache.transfer import LaneWriter
+from microserve.protocol import actions as wire
+from microserve.protocol.errors import MeshError, TransferFailed
+from microserve.protocol.kv_events import KVEvent
+from microserve.services.engine.actions import Actions
+from microserve.services.engine.batch import Runner, StepResult
+from microserve.services.engine.memory import KvMemory
+from microserve.services.engine.record import Outbox
+from microserve.services.engine.scheduler import Plan, Scheduler
+from microserve.services.engine.sequence import Sequence as EngineSequence
+from microserve.services.engine.sequence import Transfer
+from microserve.services.engine.state import EngineState, Limits
+from microserve.services.engine.stepper import Stepper
+
+EARLY_POLL_S = 0.0001
+"""Pause between looks at an arrival counter while a step waits for a layer."""
+EARLY_LOOKS_A_PROBE = 50
+"""Looks between two probes for a writer that failed or died."""
+EARLY_PATIENCE_S = 10.0
+"""A step waits no longer than this for one layer: its sender was computing when the step began."""
+
+
+class EngineCore:
+    """Owns pool, prefix cache, grants and queues of one engine; frees all of them in ``close``."""
+
+    def __init__(
+        self,
+        *,
+        engine_id: str,
+        incarnation: int,
+        model: str,
+        heap: Heap,
+        runner: Runner,
+        limits: Limits,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        lease_s: float,
+        checksums: bool,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        layout = heap.layout
+        pool = BlockPool(layout.num_blocks)
+        cache = PrefixCache(pool, layout.block_size, model)
+        grants = GrantTable(
+            heap,
+            pool,
+            engine_id=engine_id,
+            incarnation=incarnation,
+            lease_s=lease_s,
+            verify_checksums=checksums,
+        )
+        self.memory = KvMemory(pool, cache, grants)
+        scheduler = Scheduler(
+            self.memory,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            eos_token_ids=limits.eos_token_ids,
+            on_preempt=lambda _: self.state.count("preemptions"),
+        )
+        self.state = EngineState(self.memory, scheduler, limits)
+        self.actions = Actions(self.state)
+        self.stepper = Stepper(self.state, layout.num_layers)
+        self.progress = 0
+        """Layers computed or sent since start; a busy engine's progress must grow."""
+        self._changed = threading.Condition()
+        self._heap = heap
+        self._runner = runner
+        self._checksums = checksums
+        self._clock = clock
+        self._pause = pause
+        self._peers: dict[int, PeerHeap] = {}
+        self._closed = False
+
+    @property
+    def lock(self) -> AbstractContextManager[bool]:
+        """Hold it around every call of ``actions`` and ``state``; ``wake`` afterwards."""
+        return self._changed
+
+    def wake(self) -> None:
+        """There may be something to run. With the lock held."""
+        self._changed.notify_all()
+
+    def wait_for_work(self, timeout_s: float) -> None:
+        """Sleep until woken; short while KV is on its way, since its arrival wakes nobody."""
+        with self._changed:
+            if self._closed:
+                return
+            arriving = self.state.receiving or any(r.commit for r in self.state.records)
+            self._changed.wait(0.0005 if arriving else timeout_s)
+
+    # --- steps -------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Run one step in the calling thread; False if there was nothing to run."""
+        with self._changed:
+            plan = self.stepper.next_plan(self._clock())
+        if plan is None:
+            return False
+        try:
+            result = self._execute(plan)
+        except MeshError as error:
+            with self._changed:
+                self.stepper.fail(plan, error, self._clock())
+            return True
+        with self._changed:
+            self.stepper.complete(plan, result, self._clock())
+        return True
+
+    def _execute(self, plan: Plan) -> StepResult:
+        def on_layer(layer: int) -> None:
+            self.progress += 1
+            for share in plan.sends:
+                self._put(share.sequence, layer, share.lo, share.hi)
+            if plan.early is not None:
+                self._await_layer(plan.early, layer)
+
+        if plan.batch.chunks:
+            return self._runner.execute(plan.batch, on_layer)
+        for layer in range(self._heap.layout.num_layers):
+            on_layer(layer)
+        return StepResult([])
+
+    def _put(self, sequence: EngineSequence, layer: int, lo: int, hi: int) -> None:
+        """Send one layer of one sequence. A receiver's refusal ends that send, never the step."""
+        transfer = sequence.transfer
+        if transfer is None or transfer.error is not None or sequence.doomed is not None:
+            return
+        started = self._clock()
+        try:
+            if transfer.writer is None:
+                transfer.writer = self._open_writer(transfer)
+            transfer.nbytes += transfer.writer.put_layer(layer, sequence.blocks, lo, hi)
+        except MeshError as error:
+            transfer.error = error
+        transfer.put_s += self._clock() - started
+
+    def _open_writer(self, transfer: Transfer) -> LaneWriter:
+        address = transfer.grant.heap
+        peer = self._peers.get(address.incarnation)
+        if peer is None:
+            for incarnation in [i for i, heap in self._peers.items() if heap.owner_is_dead()]:
+                self._peers.pop(incarnation).close()
+            peer = self._peers[address.incarnation] = self._heap.attach(address)
+        writer = LaneWriter(
+            self._heap,
+            peer,
+            transfer.grant,
+            transfer.lane,
+            transfer.begin,
+            transfer.end,
+            checksums=self._checksums,
+        )
+        writer.claim()
+        return writer
+
+    def _await_layer(self, sequence: EngineSequence, layer: int) -> None:
+        """Hold the step until a layer's KV is in. Raises :class:`TransferFailed` when it cannot come."""
+        grants, grant_id = self.memory.grants, sequence.grant_id
+        if grant_id is None:
+            return
+        waited_from = self._clock()
+        num_looks = 0
+        while not grants.layer_complete(grant_id, layer):
+            now = self._clock()
+            num_looks += 1
+            if num_looks % EARLY_LOOKS_A_PROBE == 0:
+                reason = grants.poisoned(grant_id)
+                if reason is not None and not grants.layer_complete(grant_id, layer):
+                    raise TransferFailed(reason)
+            if sequence.doomed is not None:
+                raise TransferFailed("the request was aborted")
+            if now > sequence.deadline or now - waited_from > EARLY_PATIENCE_S or self._closed:
+                raise TransferFailed(f"layer {layer} did not arrive within {now - waited_from:.1f} s")
+            self._pause(EARLY_POLL_S)
+        grants.verify(grant_id, layer)
+
+    # --- what the shell reads ----------------------------------------------------------------------
+
+    def take_output(self) -> tuple[Outbox, Sequence[KVEvent]]:
+        """Answers, deltas and KV events since the last call, in order. With the lock held."""
+        return self.state.outbox.take(), self.memory.cache.take_events()
+
+    @property
+    def has_output(self) -> bool:
+        """With the lock held."""
+        outbox = self.state.outbox
+        return bool(outbox.replies or outbox.deltas or self.memory.cache.has_events)
+
+    def load(self) -> wire.EngineLoad:
+        """With the lock held."""
+        state, pool = self.state, self.memory.pool
+        return wire.EngineLoad(
+            progress=self.progress,
+            num_steps=self.stepper.num_steps,
+            num_running=len(state.scheduler.running),
+            num_waiting=len(state.scheduler.waiting) + len(state.receiving),
+            num_grants=len(self.memory.pending_grants),
+            queued_prefill_tokens=state.scheduler.queued_prefill_tokens,
+            free_blocks=pool.num_free,
+            cached_blocks=pool.num_cached,
+            quarantined_blocks=pool.num_quarantined,
+            prefill_tokens_per_s=self.stepper.prefill_tokens_per_s,
+            decode_step_s=self.stepper.decode_step_s,
+            draining=state.draining,
+        )
+
+    @property
+    def is_busy(self) -> bool:
+        """Does a step have something to do (waiting for KV of others is not work)? With the lock held."""
+        return bool(self.state.scheduler.running or self.state.scheduler.waiting)
+
+    def check_integrity(self) -> None:
+        """All blocks accounted for. Raises :class:`InternalError`. With the lock held."""
+        self.memory.check_integrity()
+
+    def close(self) -> None:
+        """Let go of peers and heap. After the step thread has ended."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for peer in self._peers.values():
+            peer.close()
+        self._peers.clear()
+        self._heap.close()

@@ -1,0 +1,194 @@
+"""The engine's action socket: frames in, one answer each, token streams out.
+
+Owns the ROUTER socket and the sessions; turns every failure into ``Failed`` so that no caller waits for
+nothing and no frame ends the service. Runs in the event loop; the core does the deciding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+
+from microserve.protocol import actions as wire
+from microserve.protocol import log
+from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST, decode_tokens
+from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, ProtocolViolation
+from microserve.protocol.kv_events import KVEvent, KVEventBatch, encode_batch
+from microserve.protocol.transport import Bus
+from microserve.services.engine.core import EngineCore
+from microserve.services.engine.session import Session, Sessions
+from microserve.services.engine.state import failed
+
+_logger = structlog.get_logger()
+
+
+class Door:
+    def __init__(
+        self,
+        bus: Bus,
+        address: str,
+        core: EngineCore,
+        *,
+        incarnation: int,
+        silence_s: float,
+        clock: Callable[[], float],
+        publish: Callable[[list[KVEvent]], None],
+        next_seq: Callable[[], int],
+    ) -> None:
+        self._core = core
+        self._incarnation = incarnation
+        self._clock = clock
+        self._publish = publish
+        self._next_seq = next_seq
+        self._sessions = Sessions(silence_s=silence_s)
+        self._info: wire.EngineInfo | None = None
+        self.rejected = 0
+        self._socket = bus.server(address, self._receive)
+
+    @property
+    def address(self) -> str:
+        return self._socket.address
+
+    def open(self, info: wire.EngineInfo) -> None:
+        """From now on ``Hello`` is answered."""
+        self._info = info
+
+    def _receive(self, peer: bytes, frames: list[bytes]) -> None:
+        try:
+            message, bulk = ENGINE_REQUEST.decode(frames)
+        except ProtocolViolation as error:
+            self.rejected += 1
+            _logger.warning(log.FRAME_REJECTED, detail=error.detail)
+            self._send(peer, failed(0, error))
+            return
+        try:
+            answer = self._handle(peer, message, bulk)
+        except MeshError as error:
+            self._send(peer, failed(getattr(message, "call_id", 0), error))
+        except Exception:
+            _logger.exception(log.BUS_HANDLER_FAILED)
+            self._send(peer, failed(getattr(message, "call_id", 0), InternalError("see the engine's log")))
+        else:
+            if answer is not None:
+                self._send(peer, *answer)
+        self.flush()
+
+    def _handle(
+        self, peer: bytes, message: wire.EngineRequest, bulk: list[bytes]
+    ) -> tuple[wire.EngineReply, bytes] | tuple[wire.EngineReply] | None:
+        now = self._clock()
+        if isinstance(message, wire.Hello):
+            return (self._hello(peer, message, now),)
+        session = self._sessions.find(peer)
+        if session is None:
+            raise ProtocolViolation("say Hello first")
+        session.heard_at = now
+        tokens = decode_tokens(bulk[0]) if bulk else None
+        actions = self._core.actions
+        with self._core.lock:
+            try:
+                match message:
+                    case wire.PrepRecv():
+                        return (actions.prep_recv(peer, message, tokens, now),)
+                    case wire.RemoteSend():
+                        sent = actions.remote_send(peer, message, tokens, now)
+                        return None if sent is None else (sent,)
+                    case wire.StartGenerate():
+                        return (actions.start_generate(peer, message, tokens, now),)
+                    case wire.Commit():
+                        actions.commit(peer, message, now)
+                    case wire.Abort():
+                        return (actions.abort(peer, message, now),)
+                    case wire.Release():
+                        return (actions.release(peer, message, now),)
+                    case wire.Drain():
+                        self._core.state.draining = True
+                        return (wire.Done(message.call_id),)
+                    case wire.Stats():
+                        return (self._stats(message.call_id),)
+                    case wire.Snapshot():
+                        return self._snapshot(message.call_id)
+                    case wire.Ping():
+                        if message.incarnation != session.incarnation:
+                            raise ProtocolViolation("ping of another incarnation; say Hello first")
+                    case wire.Credit():
+                        session.window.grant(message.messages)
+            finally:
+                self._core.wake()
+        return None
+
+    def _hello(self, peer: bytes, message: wire.Hello, now: float) -> wire.Welcome:
+        if self._info is None:
+            raise InvalidRequest("the engine is still starting")
+        session, replaced = self._sessions.open(
+            peer, message.router_id, message.incarnation, message.credit, now
+        )
+        for old in replaced:
+            self._drop(old, "replaced")
+        _logger.info(log.ROUTER_JOINED, router_id=session.router_id, incarnation=session.incarnation)
+        with self._core.lock:
+            return wire.Welcome(message.call_id, self._info, self._core.load())
+
+    def _stats(self, call_id: int) -> wire.EngineStats:
+        counters = dict(self._core.state.counters)
+        counters["frames_rejected"] = self.rejected
+        counters["records"] = len(self._core.state.records)
+        counters["routers"] = len(self._sessions)
+        return wire.EngineStats(call_id, self._core.load(), counters)
+
+    def _snapshot(self, call_id: int) -> tuple[wire.EngineReply, bytes]:
+        """Cache contents and the sequence number of the first batch that is not in them, as one cut."""
+        outbox, events = self._core.take_output()
+        self._core.state.outbox.replies.extend(outbox.replies)
+        self._core.state.outbox.deltas.extend(outbox.deltas)
+        if events:
+            self._publish(list(events))
+        blocks = self._core.memory.cache.snapshot()
+        reply = wire.SnapshotReply(call_id, self._incarnation, self._next_seq())
+        batch = KVEventBatch(time.time(), list(blocks), None, self._incarnation)
+        return reply, encode_batch(batch)
+
+    # --- out ---------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Send what the core has to say: answers at once, tokens as credit allows, events to all."""
+        with self._core.lock:
+            outbox, events = self._core.take_output()
+        if events:
+            self._publish(list(events))
+        for peer, reply in outbox.replies:
+            self._send(peer, reply)
+        for peer, delta in outbox.deltas:
+            session = self._sessions.find(peer)
+            if session is not None:
+                session.add(delta)
+        for session in self._sessions.all():
+            deltas = session.take()
+            if deltas is not None:
+                self._send(session.peer, deltas)
+
+    def beat(self) -> None:
+        """Heartbeat to every router, and the end of those that fell silent."""
+        now = self._clock()
+        with self._core.lock:
+            load = self._core.load()
+        for session in self._sessions.all():
+            self._send(session.peer, wire.Heartbeat(self._incarnation, load))
+        for session in self._sessions.expire(now):
+            self._drop(session, "silent")
+        self.flush()
+
+    def _drop(self, session: Session, why: str) -> None:
+        with self._core.lock:
+            dropped = self._core.state.drop_owner(session.peer, self._clock())
+            self._core.wake()
+        _logger.warning(log.ROUTER_LOST, router_id=session.router_id, why=why, requests=dropped)
+
+    def _send(self, peer: bytes, reply: wire.EngineReply, *bulk: bytes) -> None:
+        # A peer that is gone is found by its silence; what it asked for is dropped then.
+        self._socket.send(peer, ENGINE_REPLY.encode(reply, *bulk))
+
+    def close(self) -> None:
+        self._socket.close()

@@ -1,0 +1,180 @@
+"""What a sequence's blocks mean: pool, prefix cache and grants under one roof.
+
+Invariants, checked by ``check_integrity``:
+  - a sequence holds one reference to each of its blocks, and only blocks below ``num_cached`` are shared;
+  - a block enters the prefix cache only when its KV is complete and nobody else may still write to it:
+    computed here, or received under a grant whose writers have all drained (DESIGN 5, rule 4);
+  - blocks of an unsettled grant never go straight to the pool: the grant table closes them (rule 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from microserve.kvcache.block_hash import HashChain
+from microserve.kvcache.block_pool import BlockPool
+from microserve.kvcache.grant import GrantEvent, GrantTable
+from microserve.kvcache.prefix_cache import PrefixCache
+from microserve.protocol.errors import CacheFull, PromptTooLong
+from microserve.protocol.grant import Grant
+from microserve.services.engine.sequence import Sequence
+
+
+@dataclass(slots=True, eq=False)
+class Reception:
+    """A grant that this engine has given, from ``PrepRecv`` until its blocks belong to someone."""
+
+    grant: Grant
+    owner: bytes
+    request_id: str
+    token_ids: list[int]
+    """The prompt up to the grant's end."""
+    salt: str
+
+
+class KvMemory:
+    """The engine's KV blocks. Every call is made under the engine's lock."""
+
+    def __init__(self, pool: BlockPool, cache: PrefixCache, grants: GrantTable) -> None:
+        self.pool = pool
+        self.cache = cache
+        self.grants = grants
+        self.block_size = cache.block_size
+        self._pending: dict[str, int] = {}
+        """Blocks, matched ones too, that each grant whose KV is not all in pins."""
+
+    @property
+    def pending_grants(self) -> list[str]:
+        """Grants whose KV is not all in."""
+        return list(self._pending)
+
+    def new_chain(self, salt: str) -> HashChain:
+        return self.cache.new_chain(salt)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    # --- local sequences ---------------------------------------------------------------------------
+
+    def match(self, sequence: Sequence) -> None:
+        """Start from what the prefix cache holds. The sequence has no blocks yet."""
+        sequence.blocks = self.cache.acquire(
+            sequence.token_ids, sequence.num_tokens, sequence.salt, sequence.chain
+        )
+        sequence.num_computed = sequence.num_cached = len(sequence.blocks) * self.block_size
+        sequence.num_inserted = len(sequence.blocks)
+
+    def missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        return max(0, self.num_blocks_for(num_tokens) - len(sequence.blocks))
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give it blocks for ``num_tokens``; False (and nothing taken) if the pool has too few."""
+        missing = self.missing_blocks(sequence, num_tokens)
+        if missing == 0:
+            return True
+        if missing > self.pool.num_free:
+            return False
+        sequence.blocks.extend(self.pool.allocate(missing))
+        return True
+
+    def insert(self, sequence: Sequence) -> None:
+        """Offer its newly completed whole blocks to the prefix cache."""
+        if sequence.grant_id is not None:
+            return  # its writers may not have drained
+        num_full = min(sequence.num_computed, sequence.num_tokens) // self.block_size
+        if num_full <= sequence.num_inserted:
+            return
+        self.cache.insert(
+            sequence.token_ids,
+            sequence.blocks,
+            num_full,
+            sequence.salt,
+            start=sequence.num_inserted,
+            chain=sequence.chain,
+        )
+        sequence.num_inserted = num_full
+
+    def release(self, sequence: Sequence, now: float) -> None:
+        """Take all its blocks; those that a writer may still reach stay with the grant table."""
+        blocks = sequence.blocks
+        if sequence.grant_id is not None:
+            num_granted = len(self.grants.block_table(sequence.grant_id))
+            self.close_grant(sequence.grant_id, now)
+            sequence.grant_id = None
+            blocks = blocks[num_granted:]
+        self.pool.free(blocks)
+        sequence.blocks = []
+        sequence.num_computed = sequence.num_cached = sequence.num_inserted = 0
+
+    # --- received KV -------------------------------------------------------------------------------
+
+    def open_grant(
+        self, owner: bytes, request_id: str, token_ids: list[int], end: int, salt: str, now: float
+    ) -> Reception:
+        """Match ``token_ids[:end]``, allocate the rest and open a grant.
+
+        Raises :class:`CacheFull` for now, :class:`PromptTooLong` for ever. Grants that wait for their KV pin
+        at most half of the pool: two engines whose pools were full of each other's grants could never compute
+        what both wait for. With it a send of the same prompt fits any pool of the same size in the end.
+        """
+        pinned, room = self.num_blocks_for(end), self.pool.num_blocks // 2
+        if pinned + 1 > room:
+            raise PromptTooLong(
+                f"receiving {end} tokens takes {pinned + 1} blocks, at most {room} may wait for KV",
+                field="end",
+            )
+        pending = sum(self._pending.values())
+        if pending + pinned > room:
+            raise CacheFull(f"{pending} blocks wait for KV already, {pinned} more asked", retry_after_s=0.1)
+        matched_blocks = self.cache.acquire(token_ids, end, salt)
+        matched = len(matched_blocks) * self.block_size
+        missing = self.num_blocks_for(end) - len(matched_blocks)
+        blocks: list[int] = []
+        try:
+            blocks = self.pool.allocate(missing)
+            grant = self.grants.open(request_id, owner.hex(), matched_blocks, matched, blocks, end, now)
+        except CacheFull:
+            self.pool.free(blocks)
+            self.pool.free(matched_blocks)
+            raise
+        self._pending[grant.grant_id] = pinned
+        return Reception(grant, owner, request_id, token_ids[:end], salt)
+
+    def close_grant(self, grant_id: str, now: float) -> None:
+        """Nobody wants it any more: its blocks are freed, or quarantined while a writer may reach them."""
+        self._pending.pop(grant_id, None)
+        self.grants.close(grant_id, now)
+
+    def adopt(self, sequence: Sequence, reception: Reception) -> None:
+        """The sequence reads and extends the grant's blocks; their KV may still be on its way."""
+        grant = reception.grant
+        self.grants.consume(grant.grant_id)
+        sequence.blocks = self.grants.block_table(grant.grant_id)
+        sequence.num_inserted = grant.matched // self.block_size
+        sequence.num_cached = sequence.cached_tokens = grant.matched
+        sequence.received_tokens = grant.end - grant.matched
+        sequence.grant_id = grant.grant_id
+
+    def seal(self, grant_id: str) -> None:
+        """All KV is in and verified; no new writer may start. The blocks settle when the last has drained."""
+        self._pending.pop(grant_id, None)
+        self.grants.seal(grant_id)
+
+    def poll(self, now: float) -> list[GrantEvent]:
+        events = self.grants.poll(now)
+        for event in events:
+            self._pending.pop(event.grant_id, None)
+        return events
+
+    def commit(self, reception: Reception, blocks: list[int]) -> int:
+        """Make a settled grant's blocks prefix cache; the number of tokens that are cached now."""
+        grant = reception.grant
+        num_full = grant.end // self.block_size
+        first = grant.matched // self.block_size
+        self.cache.insert(reception.token_ids, blocks, num_full, reception.salt, start=first)
+        self.pool.free(blocks)
+        return num_full * self.block_size
+
+    def check_integrity(self) -> None:
+        self.pool.check_integrity()
+        self.grants.check_integrity()

@@ -1,0 +1,238 @@
+"""A transformers causal LM whose attention reads and writes the paged pool.
+
+Owns loading (what is served is right, or is refused here), and the one attention function that every layer
+calls. No model is re-typed: transformers' modules compute everything else. Must not know batches, sampling or
+scheduling (``runner.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import logging as transformers_logging
+
+from microserve.kernels.paged_attention import AttentionPlan, KvWrite, Workspace, paged_attention
+from microserve.protocol.errors import ConfigError, InternalError
+
+ATTENTION = "microserve_paged"
+"""Our name in transformers' registries of attention and mask functions."""
+
+STEP = "microserve_step"
+"""Keyword of ``module(...)`` that carries the :class:`AttentionStep` to every layer."""
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Frequencies that depend on the length of the batch (dynamic, longrope) would make a token's K depend on its
+# neighbours in the step, and on when it was computed.
+_ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
+# Settings of attention variants that our attention function does not compute.
+_UNSUPPORTED = ("quantization_config", "attn_logit_softcapping", "attention_chunk_size", "kv_lora_rank")
+# Buffers that older checkpoints carry and modules compute by themselves.
+_HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What the rest of the engine has to know of a model."""
+
+    name: str
+    """The directory's name."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    """Positions that the model was made for."""
+    eos_token_ids: frozenset[int]
+    dtype: str
+    """``float32``, ``bfloat16`` or ``float16``: of weights and KV."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    spec: ModelSpec
+    module: nn.Module
+    """transformers' ``...ForCausalLM``; callable only with an :class:`AttentionStep` under ``STEP``."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionStep:
+    """What the attention function needs of the step that is running."""
+
+    layers: list[Tensor]
+    """Per layer [num_blocks, 2, block_size, num_kv_heads, head_dim], views on the heap."""
+    plan: AttentionPlan
+    write: KvWrite
+    workspace: Workspace
+    on_layer: Callable[[int], None] | None
+    """Called with the layer's index when its new KV stands in the blocks and before any is read."""
+
+
+def load_model(
+    path: str | Path, *, dtype: str, device: str = "cpu", load_format: str = "auto"
+) -> LoadedModel:
+    """Load a model directory (config.json, safetensors).
+
+    dtype: ``float32``, ``bfloat16`` or ``float16``; load_format: ``auto``, or ``random`` for weights made from
+    config.json alone, the same on every engine. Raises :class:`ConfigError` naming the setting, or the part of
+    the model that would not be served right.
+    """
+    directory = Path(path)
+    if dtype not in DTYPES:
+        raise ConfigError(f"model.dtype is {dtype!r}, must be one of {sorted(DTYPES)}", field="model.dtype")
+    if load_format not in ("auto", "random"):
+        raise ConfigError(
+            f"model.load_format is {load_format!r}, must be 'auto' or 'random'", field="model.load_format"
+        )
+    raw = _read_json(directory / "config.json")
+    if raw.get("model_type") not in MODEL_TYPES:
+        raise _refusal(directory, f"model_type {raw.get('model_type')!r} is not one of {list(MODEL_TYPES)}")
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    _check_supported(directory, raw, config)
+    transformers_logging.disable_progress_bar()
+    module = _random(config, dtype) if load_format == "random" else _pretrained(directory, dtype)
+    try:
+        module = module.to(device).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
+        raise ConfigError(
+            f"engine.device {device!r} cannot be used: {error}", field="engine.device"
+        ) from None
+    return LoadedModel(_spec(directory, config, dtype), module)
+
+
+def _spec(directory: Path, config: Any, dtype: str) -> ModelSpec:
+    eos: set[int] = set()
+    generation = directory / "generation_config.json"
+    declared = [config.eos_token_id]
+    if generation.is_file():
+        declared.append(_read_json(generation).get("eos_token_id"))
+    for ids in declared:
+        eos.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    num_heads = config.num_attention_heads
+    return ModelSpec(
+        name=directory.resolve().name,
+        num_layers=config.num_hidden_layers,
+        num_heads=num_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+        vocab_size=config.vocab_size,
+        max_model_len=config.max_position_embeddings,
+        eos_token_ids=frozenset(eos),
+        dtype=dtype,
+    )
+
+
+def _check_supported(directory: Path, raw: dict[str, Any], config: Any) -> None:
+    for name in raw.get("architectures") or []:
+        if not name.endswith("ForCausalLM"):
+            raise _refusal(directory, f"architecture {name} is not a causal language model")
+    for name in _UNSUPPORTED:
+        if raw.get(name) is not None:
+            raise _refusal(directory, f"{name} {raw[name]!r} is not supported")
+    foreign = set(getattr(config, "layer_types", None) or []) - _LAYER_TYPES
+    if foreign:
+        raise _refusal(directory, f"layer types {sorted(foreign)} are not supported")
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in _ROPE_TYPES:
+        raise _refusal(directory, f"rope_type {rope_type!r} is not one of {sorted(_ROPE_TYPES)}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise _refusal(
+            directory,
+            f"{config.num_attention_heads} heads are no multiple of {config.num_key_value_heads} KV heads",
+        )
+
+
+def _pretrained(directory: Path, dtype: str) -> Any:
+    try:
+        module, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=DTYPES[dtype],
+            attn_implementation=ATTENTION,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:  # no weights; weights of other shapes
+        raise _refusal(directory, str(error)) from error
+    # transformers only warns, and fills what is missing with random numbers.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise _refusal(directory, f"weights are missing: {', '.join(missing[:5])} ({len(missing)} in all)")
+    extra = sorted(key for key in report["unexpected_keys"] if not key.endswith(_HARMLESS_SUFFIXES))
+    if extra:
+        raise _refusal(directory, f"weights are unknown: {', '.join(extra[:5])} ({len(extra)} in all)")
+    return module
+
+
+def _random(config: Any, dtype: str) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=ATTENTION)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", field="model.path") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a JSON object", field="model.path")
+    return content
+
+
+def _refusal(directory: Path, reason: str) -> ConfigError:
+    return ConfigError(f"model {directory} cannot be served: {reason}", field="model.path")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention of one layer, right after RoPE, for a packed batch.
+
+    query: [1, num_heads, T, head_dim]; key, value: [1, num_kv_heads, T, head_dim]. Returns
+    [1, T, num_heads, head_dim] (and no weights). Causality comes from the plan, so there is no mask.
+    """
+    step: AttentionStep | None = kwargs.get(STEP)
+    if step is None:
+        raise InternalError(f"a model of the engine was called without {STEP}")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    kv = step.layers[layer]
+    step.write.apply(kv, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    if step.on_layer is not None:
+        step.on_layer(layer)
+    out = paged_attention(
+        query[0].transpose(0, 1),
+        kv,
+        step.plan,
+        scale=scaling,
+        sliding_window=sliding_window,
+        workspace=step.workspace,
+    )
+    return out.unsqueeze(0), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _no_mask)

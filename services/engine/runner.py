@@ -1,0 +1,125 @@
+"""Batches in, tokens out: one packed call of the model per step, over KV in the heap's own memory.
+
+Owns the views on the heap's data region and the packing of chunks. Must not know which sequences run when
+(``scheduler.py``), nor transfers: ``on_layer`` is where the engine sends a layer and waits for one.
+
+    packed call   [1, T]   chunk 0 | chunk 1 | ...        position_ids restart with each chunk
+    data region   [layer][block][K | V][row][kv_head][head_dim]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from microserve.kernels.paged_attention import AttentionPlan, KvWrite, Span, Workspace
+from microserve.protocol.errors import ConfigError, InternalError
+from microserve.services.engine.batch import Batch, Chunk, Runner, Sampled, StepResult
+from microserve.services.engine.model import DTYPES, STEP, AttentionStep, LoadedModel
+from microserve.services.engine.sampler import sample
+
+__all__ = ["ModelRunner", "Runner"]
+
+
+class ModelRunner:
+    """A ``Runner`` over a real model. For one thread; holds no state of a step once it has ended.
+
+    kv_data: the heap's data region, uint8, at least ``num_layers * num_blocks * block bytes`` long and on the
+    model's device; it is used in place. Raises :class:`ConfigError` when it is too small or misaligned.
+    """
+
+    def __init__(
+        self, model: LoadedModel, kv_data: npt.NDArray[np.uint8] | Tensor, num_blocks: int, block_size: int
+    ) -> None:
+        self.spec = model.spec
+        self._module = model.module
+        self._num_blocks, self._block_size = num_blocks, block_size
+        self._layers = self._views(kv_data)
+        self._device = self._layers[0].device
+        self._workspace = Workspace()
+
+    def _views(self, kv_data: npt.NDArray[np.uint8] | Tensor) -> list[Tensor]:
+        spec = self.spec
+        data = kv_data if isinstance(kv_data, Tensor) else torch.from_numpy(kv_data)
+        dtype = DTYPES[spec.dtype]
+        shape = (self._num_blocks, 2, self._block_size, spec.num_kv_heads, spec.head_dim)
+        nbytes = spec.num_layers * int(np.prod(shape)) * dtype.itemsize
+        if data.dtype != torch.uint8 or data.numel() < nbytes or data.data_ptr() % dtype.itemsize:
+            raise ConfigError(
+                f"the KV region holds {data.numel()} of {data.dtype}, needs {nbytes} aligned bytes",
+                field="kvcache.num_blocks",
+            )
+        return list(data.view(-1)[:nbytes].view(dtype).view(spec.num_layers, *shape))
+
+    def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
+        """Compute the chunks and sample where asked.
+
+        ``on_layer(layer)`` comes once a layer, in order, when the batch's KV of that layer stands in the blocks
+        and before any is read; what it raises ends the step and is passed on. Raises :class:`InternalError`
+        for a batch that does not fit the model or the pool, and for logits that are not finite.
+        """
+        chunks = batch.chunks
+        if not chunks:
+            return StepResult([])
+        for chunk in chunks:
+            self._check(chunk)
+        lengths = [len(chunk.token_ids) for chunk in chunks]
+        tokens = np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks])
+        positions = np.concatenate([_positions(chunk) for chunk in chunks])
+        slots = np.concatenate([self._slots(chunk) for chunk in chunks])
+        spans = [
+            Span(n, chunk.start + n, chunk.block_table) for n, chunk in zip(lengths, chunks, strict=True)
+        ]
+        last_rows = np.cumsum(lengths) - 1
+        specs = [chunk.sample for chunk in chunks if chunk.sample is not None]
+        sampled_rows = last_rows[[chunk.sample is not None for chunk in chunks]]
+        with torch.inference_mode():
+            step = AttentionStep(
+                layers=self._layers,
+                plan=AttentionPlan(spans, self._layers[0]),
+                write=KvWrite(self._tensor(slots), self._block_size),
+                workspace=self._workspace,
+                on_layer=on_layer,
+            )
+            output = self._module(
+                input_ids=self._tensor(tokens).unsqueeze(0),
+                position_ids=self._tensor(positions).unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=self._tensor(sampled_rows),
+                **{STEP: step},
+            )
+            drawn = iter(sample(output.logits[0], specs))
+        result: list[Sampled | None] = [next(drawn) if chunk.sample is not None else None for chunk in chunks]
+        return StepResult(result)
+
+    def _check(self, chunk: Chunk) -> None:
+        end = chunk.start + len(chunk.token_ids)
+        table = chunk.block_table
+        problem = None
+        if not chunk.token_ids or chunk.start < 0 or end > self.spec.max_model_len:
+            problem = f"positions [{chunk.start}, {end}) are not within [0, {self.spec.max_model_len})"
+        elif min(chunk.token_ids) < 0 or max(chunk.token_ids) >= self.spec.vocab_size:
+            problem = f"a token id is not below {self.spec.vocab_size}"
+        elif len(table) * self._block_size < end:
+            problem = f"{len(table)} blocks of {self._block_size} do not hold {end} tokens"
+        elif min(table) < 0 or max(table) >= self._num_blocks:
+            problem = f"a block is not below {self._num_blocks}"
+        if problem is not None:
+            raise InternalError(f"chunk of sequence {chunk.sequence_id}: {problem}")
+
+    def _slots(self, chunk: Chunk) -> npt.NDArray[np.int64]:
+        """Where each token's KV goes, -1 for those below ``write_from``."""
+        positions, size = _positions(chunk), self._block_size
+        blocks = np.asarray(chunk.block_table, dtype=np.int64)[positions // size]
+        return np.where(positions < chunk.write_from, -1, blocks * size + positions % size)
+
+    def _tensor(self, values: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
+
+
+def _positions(chunk: Chunk) -> npt.NDArray[np.int64]:
+    return np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int64)

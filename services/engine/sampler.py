@@ -1,0 +1,165 @@
+"""Logits to tokens, one row at a time, so that no row depends on what else is in the batch.
+
+Owns the order in which decoding parameters act:
+
+    raw logits (their log-softmax is what is reported) -> logit_bias -> repetition penalty -> presence and
+    frequency penalties -> min_tokens -> temperature -> top_k -> top_p -> min_p -> one draw
+
+The draw is the inverse of the cumulative distribution *in vocabulary order*: with the same uniform number, a
+rounding error in the logits can only change the token at a cell's edge, while in order of probability it
+could swap two near-equal tokens. The uniform number is a function of (seed, position) and nothing else, so a
+sequence that moves to another engine goes on with the same tokens. Must not know models or sequences' states.
+
+numpy, not torch: its argmax over a vocabulary is 6 (fp32) to 30 (bf16) times as fast on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from microserve.protocol.errors import InternalError
+from microserve.protocol.sampling import SamplingParams
+from microserve.services.engine.batch import Sampled, SampleSpec
+
+_Floats = npt.NDArray[np.float64]
+_Ids = npt.NDArray[np.int64]
+
+_NUCLEUS_GUESS = 256
+"""top_p looks at the likeliest so many tokens first, then at 16 times as many, and so on."""
+
+
+def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
+    """One token for each row of ``logits`` [N, vocab_size], any float dtype and device; N == len(specs).
+
+    Raises :class:`InternalError` when a row has no finite maximum: its token would be garbage.
+    """
+    if not specs:
+        return []
+    raw = logits.float().cpu().numpy()
+    rows = np.arange(len(specs))
+    likeliest = raw.argmax(axis=1)  # the first of equals; the first NaN, if there is one
+    broken = np.flatnonzero(~np.isfinite(raw[rows, likeliest]))
+    if len(broken):
+        raise InternalError(f"logits of rows {broken.tolist()} are not finite")
+    return [
+        Sampled(int(token), None, []) if _is_plain_greedy(spec) else _sample_row(row, spec)
+        for row, token, spec in zip(raw, likeliest, specs, strict=True)
+    ]
+
+
+def uniform(seed: int, position: int) -> float:
+    """The number in [0, 1) that decides the token at ``position`` (prompt tokens count).
+
+    The first word of Philox4x64-10 with key ``seed`` and counter ``position + 1`` (numpy's generator steps
+    before it draws), its top 53 bits as a fraction.
+    """
+    word = int(np.random.Philox(key=seed, counter=position).random_raw())
+    return (word >> 11) * 2.0**-53
+
+
+def _is_plain_greedy(spec: SampleSpec) -> bool:
+    params = spec.params
+    return (
+        params.temperature == 0.0
+        and params.logprobs is None
+        and not params.logit_bias
+        and params.repetition_penalty == 1.0
+        and params.presence_penalty == 0.0
+        and params.frequency_penalty == 0.0
+        and len(spec.output_token_ids) >= params.min_tokens
+    )
+
+
+def _sample_row(raw: npt.NDArray[np.float32], spec: SampleSpec) -> Sampled:
+    params = spec.params
+    scores = _adjusted(raw, spec)
+    token = int(scores.argmax())
+    if not np.isfinite(scores[token]):
+        raise InternalError("no token may be chosen: all are forbidden")
+    if params.temperature > 0.0:
+        position = len(spec.prompt_token_ids) + len(spec.output_token_ids)
+        token = _draw(scores, params, uniform(params.seed, position))
+    if params.logprobs is None:
+        return Sampled(token, None, [])
+    logprobs = _log_softmax(raw)
+    top = _largest(logprobs, params.logprobs) if params.logprobs else []
+    return Sampled(token, float(logprobs[token]), [(int(t), float(logprobs[t])) for t in top])
+
+
+def _log_softmax(raw: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    shifted = raw - raw.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def _adjusted(raw: npt.NDArray[np.float32], spec: SampleSpec) -> _Floats:
+    """A copy of the row with bias, penalties and forbidden tokens."""
+    params = spec.params
+    scores = raw.astype(np.float64)
+    for token, bias in params.logit_bias.items():
+        scores[token] += bias
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(np.array([*spec.prompt_token_ids, *spec.output_token_ids], dtype=np.int64))
+        held = scores[seen]
+        scores[seen] = np.where(
+            held > 0.0, held / params.repetition_penalty, held * params.repetition_penalty
+        )
+    if params.presence_penalty or params.frequency_penalty:
+        said, counts = np.unique(np.array(spec.output_token_ids, dtype=np.int64), return_counts=True)
+        scores[said] -= params.presence_penalty + params.frequency_penalty * counts
+    if len(spec.output_token_ids) < params.min_tokens:
+        scores[[*spec.eos_token_ids, *params.stop_token_ids]] = -np.inf
+    return scores
+
+
+def _draw(scores: _Floats, params: SamplingParams, number: float) -> int:
+    """The token whose cell of the filtered distribution holds ``number`` in [0, 1)."""
+    with np.errstate(over="ignore", under="ignore"):  # a far token's weight is rightly 0
+        weights = np.exp((scores - scores.max()) / params.temperature)
+    kept: _Ids | None = None
+    if 0 < params.top_k < len(weights):
+        kept = _largest(weights, params.top_k)
+    if params.top_p < 1.0:
+        kept = _nucleus(weights, kept, params.top_p)
+    if kept is not None:
+        kept = np.sort(kept)
+        weights = weights[kept]
+    if params.min_p > 0.0:
+        weights = np.where(weights >= params.min_p, weights, 0.0)  # the likeliest token's weight is 1
+    ends = np.cumsum(weights)
+    # A token of weight 0 has an empty cell, and side="right" steps over it. The product may round up to
+    # the very end, which belongs to the last token with any weight.
+    index = int(np.searchsorted(ends, number * ends[-1], side="right"))
+    index = min(index, int(np.searchsorted(ends, ends[-1], side="left")))
+    return index if kept is None else int(kept[index])
+
+
+def _largest(values: npt.NDArray[np.floating], count: int) -> _Ids:
+    """Indices of the ``count`` largest values, largest first, the lower index first among equals."""
+    count = min(count, len(values))
+    threshold = np.partition(values, len(values) - count)[len(values) - count]
+    candidates = np.flatnonzero(values >= threshold)
+    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
+
+
+def _nucleus(weights: _Floats, kept: _Ids | None, top_p: float) -> _Ids:
+    """The likeliest tokens, until together they reach ``top_p`` of the weight of ``kept`` (None: of all)."""
+    if kept is not None:
+        return kept[: _num_until(weights[kept], top_p * weights[kept].sum())]
+    target = top_p * weights.sum()
+    guess = _NUCLEUS_GUESS
+    while True:
+        likeliest = _largest(weights, guess)
+        count = _num_until(weights[likeliest], target)
+        if count < guess or guess >= len(weights):
+            return likeliest[:count]
+        guess *= 16
+
+
+def _num_until(descending: _Floats, target: float) -> int:
+    """How many values it takes to reach ``target``; at least one, at most all."""
+    reached = int(np.searchsorted(np.cumsum(descending), target, side="left"))
+    return min(reached + 1, len(descending))

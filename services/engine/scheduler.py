@@ -1,0 +1,213 @@
+"""Which tokens run in the next step: continuous batching with chunked prefill under one token budget.
+
+Sans-I/O: ``schedule(now)`` looks at the queues and returns a :class:`Plan`; ``finished``/``preempt`` move
+sequences between them. Order of service: decodes first (one token each), then prefills that have begun, then
+waiting sequences, oldest first. Sends and local prefills share that order. When blocks run out, the youngest
+running sequence gives its blocks back and recomputes later: it keeps its tokens, so none is lost or repeated.
+
+A step that carries a send never waits for KV of another engine; only a step with one receiving sequence alone
+may (``Plan.early``). So two engines that send to each other can never wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from microserve.services.engine.batch import Batch, Chunk, SampleSpec
+from microserve.services.engine.memory import KvMemory
+from microserve.services.engine.sequence import Sequence, State
+
+
+@dataclass(slots=True)
+class SendShare:
+    """Rows ``[lo, hi)`` of a sending sequence, to be put layer by layer in this step."""
+
+    sequence: Sequence
+    lo: int
+    hi: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step. ``sequences[i]`` owns ``batch.chunks[i]``."""
+
+    batch: Batch
+    sequences: list[Sequence]
+    sends: list[SendShare] = field(default_factory=list)
+    early: Sequence | None = None
+    """The only sequence of the batch, whose KV arrives while its own share is computed."""
+    num_decodes: int = 0
+    started_at: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.batch.chunks)
+
+
+class Scheduler:
+    """Queues of sequences. Every call is made under the engine's lock."""
+
+    def __init__(
+        self,
+        memory: KvMemory,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        eos_token_ids: frozenset[int],
+        on_preempt: Callable[[Sequence], None],
+    ) -> None:
+        self._memory = memory
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._eos_token_ids = eos_token_ids
+        self._on_preempt = on_preempt
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In order of admission: the last is the first to be preempted."""
+
+    @property
+    def queued_prefill_tokens(self) -> int:
+        pending = [*self.waiting, *self.running]
+        return sum(s.num_tokens - s.num_computed for s in pending if not s.is_decoding())
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.state = State.WAITING
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget it; its blocks are the caller's business."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self, now: float) -> Plan | None:
+        """The next step, or None when nothing can run."""
+        plan = Plan(Batch([]), [], started_at=now)
+        budget = self._max_num_batched_tokens
+        for decoding in (True, False):
+            for sequence in list(self.running):
+                if sequence.is_decoding() is decoding and sequence.state is State.RUNNING and budget > 0:
+                    budget -= self._place(plan, sequence, budget)
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            if self._admit(self.waiting[0], now):
+                budget -= self._place(plan, self.running[-1], budget)
+            elif not self._reclaim(now):
+                break
+        return plan if plan.batch.chunks or plan.sends else None
+
+    def schedule_early(self, sequence: Sequence, end: int, now: float) -> Plan | None:
+        """A step of one receiving sequence alone: its KV below ``end`` arrives layer by layer meanwhile."""
+        plan = Plan(Batch([]), [], early=sequence, started_at=now)
+        if not self._memory.grow(sequence, min(end + self._max_num_batched_tokens, sequence.num_tokens) + 1):
+            return None
+        sequence.num_computed = end
+        sequence.state = State.RUNNING
+        sequence.started_at = now
+        self.running.append(sequence)
+        self._place(plan, sequence, self._max_num_batched_tokens)
+        return plan
+
+    def add_ready(self, sequence: Sequence) -> None:
+        """A sequence whose KV has arrived: first in line, since it holds blocks."""
+        sequence.state = State.WAITING
+        self.waiting.appendleft(sequence)
+
+    def _reclaim(self, now: float) -> bool:
+        """Nothing runs and the head does not fit: waiting sequences that hold blocks give them back.
+
+        True if one did (try again). They recompute later, so this only costs time.
+        """
+        if self.running:
+            return False
+        for sequence in reversed(self.waiting):
+            if sequence.blocks and sequence is not self.waiting[0]:
+                self._memory.release(sequence, now)
+                sequence.num_preemptions += 1
+                self._on_preempt(sequence)
+                return True
+        return False
+
+    def _admit(self, sequence: Sequence, now: float) -> bool:
+        """Move the head of the waiting queue to running if its known tokens fit beside what runs."""
+        matched_here = not sequence.blocks
+        if matched_here:
+            self._memory.match(sequence)
+        missing = self._memory.missing_blocks(sequence, sequence.num_tokens + 1)
+        # One spare block per running sequence keeps an admission from causing a preemption at once.
+        spare = len(self.running)
+        if self.running and missing + spare > self._memory.pool.num_free:
+            if matched_here:
+                self._memory.release(sequence, now)
+            return False
+        if missing > self._memory.pool.num_free:
+            if matched_here:
+                self._memory.release(sequence, now)
+            return False
+        self.waiting.popleft()
+        self.running.append(sequence)
+        sequence.state = State.RUNNING
+        if matched_here and sequence.num_preemptions == 0:
+            sequence.cached_tokens = sequence.num_cached
+        if not sequence.started_at:
+            sequence.started_at = now
+        return True
+
+    def _place(self, plan: Plan, sequence: Sequence, budget: int) -> int:
+        """Give the sequence its share of the step; the tokens that it takes from the budget."""
+        start = sequence.num_computed
+        whole = start >= sequence.num_tokens
+        if whole and sequence.needs_logits:
+            # Everything is in the cache: run the last token again for its logits, write nothing.
+            tokens, start, write_from = sequence.token_ids[-1:], sequence.num_tokens - 1, sequence.num_tokens
+        else:
+            tokens = sequence.token_ids[start : start + budget]
+            write_from = start
+        end = start + len(tokens)
+        while not self._memory.grow(sequence, end):
+            victim = self._youngest(sequence)
+            self.preempt(victim, plan)
+            if victim is sequence:
+                return 0
+        transfer = sequence.transfer
+        if transfer is not None:
+            hi = end if tokens else sequence.num_tokens
+            if hi > transfer.sent_until:
+                plan.sends.append(SendShare(sequence, transfer.sent_until, hi))
+        if not tokens:
+            return 0
+        spec = None
+        if sequence.params is not None and end == sequence.num_tokens:
+            spec = SampleSpec(
+                sequence.params,
+                sequence.token_ids[: sequence.num_prompt_tokens],
+                sequence.token_ids[sequence.num_prompt_tokens :],
+                self._eos_token_ids,
+            )
+        plan.num_decodes += sequence.is_decoding()
+        plan.batch.chunks.append(
+            Chunk(sequence.sequence_id, tokens, start, list(sequence.blocks), write_from, spec)
+        )
+        plan.sequences.append(sequence)
+        return len(tokens)
+
+    def _youngest(self, sequence: Sequence) -> Sequence:
+        """Whom to preempt: the last admitted (which may be the one in need)."""
+        return self.running[-1] if self.running else sequence
+
+    def preempt(self, sequence: Sequence, plan: Plan | None = None, now: float = 0.0) -> None:
+        """Take its blocks; it will recompute from its tokens, first in line."""
+        if plan is not None:
+            if sequence in plan.sequences:
+                index = plan.sequences.index(sequence)
+                plan.num_decodes -= sequence.is_decoding()
+                del plan.sequences[index], plan.batch.chunks[index]
+            plan.sends = [share for share in plan.sends if share.sequence is not sequence]
+        self.running.remove(sequence)
+        self._memory.release(sequence, now or (plan.started_at if plan else now))
+        sequence.state = State.WAITING
+        sequence.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+        self._on_preempt(sequence)

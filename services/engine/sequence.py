@@ -1,0 +1,115 @@
+"""One request's life inside an engine: its tokens, its blocks, how far its KV goes.
+
+    token_ids   |------------ prompt ------------|---- output ----|
+    KV stands   [0, num_computed)                  in blocks[0 : ceil(num_computed / block_size)]
+    shared      [0, num_cached)                    blocks of the prefix cache, never written
+
+Plain state; the scheduler moves it, ``KvMemory`` owns what its blocks mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from microserve.kvcache.block_hash import HashChain
+from microserve.kvcache.transfer import LaneWriter
+from microserve.protocol.actions import TokenLogprob
+from microserve.protocol.errors import MeshError
+from microserve.protocol.grant import Grant
+from microserve.protocol.sampling import SamplingParams
+
+
+class State(Enum):
+    RECEIVING = "receiving"
+    """KV is on its way from another engine."""
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class Transfer:
+    """What a sending sequence owes to its receiver: KV of ``[begin, end)`` into ``grant``."""
+
+    grant: Grant
+    lane: int
+    begin: int
+    end: int
+    sent_until: int
+    """Rows below it have been put in every layer; starts at ``max(begin, grant.matched)``."""
+    writer: LaneWriter | None = None
+    """None until the first step that sends: an unclaimed lane can be closed at no cost."""
+    error: MeshError | None = None
+    nbytes: int = 0
+    put_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A generating sequence, or (with ``transfer``) one that prefills for another engine."""
+
+    sequence_id: int
+    owner: bytes
+    """Routing id of the router that asked; everything dies with it."""
+    request_id: str
+    call_id: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    params: SamplingParams | None
+    """None: a send that does not sample."""
+    deadline: float
+    arrived_at: float
+    chain: HashChain
+    salt: str = ""
+    state: State = State.WAITING
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0
+    num_inserted: int = 0
+    """Blocks that have been offered to the prefix cache."""
+    num_delivered: int = 0
+    """Output tokens already handed to the router (or known to it)."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the output tokens not yet delivered."""
+    transfer: Transfer | None = None
+    grant_id: str | None = None
+    """The grant that its KV comes by, until the grant is settled."""
+    await_first: bool = False
+    doomed: str | None = None
+    """Finish reason to end with at the next step border: its blocks are in use by the running step."""
+    doom_error: MeshError | None = None
+    received_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0
+    num_preemptions: int = 0
+    ready_at: float = 0.0
+    """When nothing but its turn was missing (arrival of KV, for a receiver)."""
+    started_at: float = 0.0
+    first_token_at: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_send(self) -> bool:
+        return self.transfer is not None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Does it want a token sampled once all of ``token_ids`` is computed?"""
+        return self.params is not None
+
+    def num_uncomputed(self) -> int:
+        """Tokens still to be run before the next token can be sampled (at least one if it samples)."""
+        left = self.num_tokens - self.num_computed
+        return max(left, 1) if self.needs_logits else left
+
+    def is_decoding(self) -> bool:
+        """All but its newest token is computed and it has produced at least one."""
+        return self.num_output_tokens > 0 and self.num_tokens - self.num_computed <= 1

@@ -1,0 +1,90 @@
+"""Routers that talk to this engine: who they are, what they may still be sent (WIRE.md 4).
+
+Sans-I/O. A router owns its requests: when it falls silent or returns with a new incarnation, everything of
+the old life is dropped. Deltas that may not be sent for lack of credit wait here, merged per request, so a
+slow router costs memory bounded by its requests' own ``max_tokens``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from microserve.protocol.actions import Delta, Deltas
+from microserve.protocol.credit import CreditWindow
+
+
+@dataclass(slots=True)
+class Session:
+    peer: bytes
+    router_id: str
+    incarnation: int
+    window: CreditWindow
+    heard_at: float
+    pending: dict[str, Delta] = field(default_factory=dict)
+    """By request id, in order of their first token."""
+
+    def add(self, delta: Delta) -> None:
+        """Queue new tokens, merged with what already waits for the same request."""
+        waiting = self.pending.get(delta.request_id)
+        if waiting is None or waiting.finished is not None:
+            self.pending[delta.request_id] = delta
+            return
+        self.pending[delta.request_id] = Delta(
+            delta.request_id,
+            waiting.offset,
+            [*waiting.token_ids, *delta.token_ids],
+            [*waiting.logprobs, *delta.logprobs],
+            delta.finished,
+        )
+
+    def take(self) -> Deltas | None:
+        """One message with everything that waits, or None without tokens or credit."""
+        if not self.pending or not self.window.take():
+            return None
+        message = Deltas(list(self.pending.values()))
+        self.pending = {}
+        return message
+
+
+class Sessions:
+    """Sessions by routing id."""
+
+    def __init__(self, *, silence_s: float) -> None:
+        self._silence_s = silence_s
+        self._sessions: dict[bytes, Session] = {}
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def all(self) -> list[Session]:
+        return list(self._sessions.values())
+
+    def find(self, peer: bytes) -> Session | None:
+        return self._sessions.get(peer)
+
+    def open(
+        self, peer: bytes, router_id: str, incarnation: int, credit: int, now: float
+    ) -> tuple[Session, list[Session]]:
+        """A router said hello. Also returns the sessions that it replaces: its older lives."""
+        replaced = [
+            s for s in self._sessions.values() if s.router_id == router_id and s.incarnation != incarnation
+        ]
+        known = self._sessions.get(peer)
+        if known is not None and known.incarnation == incarnation:
+            known.heard_at = now
+            known.window = CreditWindow(credit)
+            return known, []
+        if known is not None and known not in replaced:
+            replaced.append(known)
+        for session in replaced:
+            del self._sessions[session.peer]
+        session = Session(peer, router_id, incarnation, CreditWindow(credit), now)
+        self._sessions[peer] = session
+        return session, replaced
+
+    def expire(self, now: float) -> list[Session]:
+        """Remove and return the silent."""
+        silent = [s for s in self._sessions.values() if now - s.heard_at > self._silence_s]
+        for session in silent:
+            del self._sessions[session.peer]
+        return silent

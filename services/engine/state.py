@@ -1,0 +1,239 @@
+"""The engine's whole state and the ways a request can leave it.
+
+One object, changed only under the engine's lock, by ``Actions`` (what routers ask) and ``Stepper`` (what
+steps bring). Invariant: whatever holds blocks is reachable from ``records`` or is in the running step, so
+dropping a router's records frees everything that the router ever caused here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+
+import structlog
+
+from microserve.protocol import actions as wire
+from microserve.protocol import log
+from microserve.protocol.errors import DeadlineExceeded, MeshError, TransferFailed
+from microserve.services.engine.memory import KvMemory
+from microserve.services.engine.record import Outbox, Record, Records
+from microserve.services.engine.scheduler import Scheduler
+from microserve.services.engine.sequence import Sequence, State
+
+_logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What may be asked of this engine."""
+
+    max_model_len: int
+    vocab_size: int
+    num_blocks: int
+    max_waiting: int
+    eos_token_ids: frozenset[int]
+
+
+class EngineState:
+    def __init__(self, memory: KvMemory, scheduler: Scheduler, limits: Limits) -> None:
+        self.memory = memory
+        self.scheduler = scheduler
+        self.limits = limits
+        self.records = Records()
+        self.outbox = Outbox()
+        self.receiving: list[Sequence] = []
+        """Accepted generating sequences whose KV is not all in."""
+        self.inflight: list[Sequence] = []
+        """Sequences of the step that runs now: their blocks may not be freed before it ends."""
+        self.draining = False
+        self.counters: Counter[str] = Counter()
+        self._ids = itertools.count(1)
+
+    def next_sequence_id(self) -> int:
+        return next(self._ids)
+
+    def count(self, name: str, amount: int = 1) -> None:
+        self.counters[name] += amount
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.scheduler.running) + len(self.scheduler.waiting) + len(self.receiving)
+
+    # --- endings -----------------------------------------------------------------------------------
+
+    def finish(
+        self,
+        sequence: Sequence,
+        reason: str,
+        now: float,
+        *,
+        error: MeshError | None = None,
+        stop_token_id: int | None = None,
+        new_tokens: int = 0,
+    ) -> None:
+        """End a sequence: answer its router, free its blocks. Not while a step has it in hand."""
+        self.scheduler.remove(sequence)
+        if sequence in self.receiving:
+            self.receiving.remove(sequence)
+        sequence.state = State.FINISHED
+        record = self.records.find(sequence.owner, sequence.request_id)
+        if sequence.transfer is not None:
+            self._end_send(sequence, record, now, error, reason)
+        else:
+            self._end_generate(sequence, record, reason, now, error, stop_token_id, new_tokens)
+        self.memory.release(sequence, now)
+        if record is not None and record.is_idle:
+            record.last_used = now
+            if record.aborted or sequence.transfer is None:
+                self.records.drop(record)
+
+    def _end_generate(
+        self,
+        sequence: Sequence,
+        record: Record | None,
+        reason: str,
+        now: float,
+        error: MeshError | None,
+        stop_token_id: int | None,
+        new_tokens: int,
+    ) -> None:
+        first = sequence.first_token_at or now
+        started = sequence.started_at or now
+        finished = wire.Finished(
+            reason=reason,
+            usage=wire.Usage(
+                prompt_tokens=sequence.num_prompt_tokens,
+                cached_tokens=sequence.cached_tokens,
+                received_tokens=sequence.received_tokens,
+                output_tokens=sequence.num_output_tokens,
+                num_preemptions=sequence.num_preemptions,
+            ),
+            timings=wire.Timings(
+                queued_s=max(0.0, started - sequence.ready_at),
+                arrival_s=sequence.ready_at - sequence.arrived_at,
+                prefill_s=max(0.0, first - started),
+                decode_s=max(0.0, now - first),
+            ),
+            code=error.code if error else "",
+            detail=error.detail if error else "",
+            stop_token_id=stop_token_id,
+        )
+        self.emit(sequence, new_tokens, finished)
+        self.count(f"generate_{reason}")
+        if record is not None and record.generate is sequence:
+            record.generate = None
+
+    def emit(self, sequence: Sequence, new_tokens: int, finished: wire.Finished | None) -> None:
+        """Hand the newest ``new_tokens`` output tokens to the router."""
+        tokens = sequence.token_ids[sequence.num_tokens - new_tokens :] if new_tokens else []
+        delta = wire.Delta(
+            sequence.request_id, sequence.num_output_tokens - new_tokens, tokens, sequence.logprobs, finished
+        )
+        sequence.logprobs = []
+        sequence.num_delivered = sequence.num_output_tokens
+        self.outbox.deltas.append((sequence.owner, delta))
+
+    def _end_send(
+        self, sequence: Sequence, record: Record | None, now: float, error: MeshError | None, reason: str
+    ) -> None:
+        transfer = sequence.transfer
+        if transfer is None:
+            return
+        failure = error or transfer.error
+        if failure is None and reason != "stop":
+            failure = TransferFailed(f"the send ended: {reason}")
+        if record is not None:
+            record.sends.pop((transfer.grant.grant_id, transfer.lane), None)
+        if transfer.writer is not None:
+            if failure is None:
+                transfer.writer.finish()
+            else:
+                transfer.writer.fail()
+        if failure is not None:
+            self.count("sends_failed")
+            _logger.warning(
+                log.KV_SEND_FAILED, request_id=sequence.request_id, code=failure.code, detail=failure.detail
+            )
+            self.outbox.replies.append((sequence.owner, failed(sequence.call_id, failure)))
+            return
+        started = sequence.started_at or now
+        sampled = sequence.num_output_tokens > 0
+        sent = wire.Sent(
+            call_id=sequence.call_id,
+            request_id=sequence.request_id,
+            computed=sequence.computed_tokens,
+            cached=sequence.cached_tokens,
+            sent=max(0, transfer.end - max(transfer.begin, transfer.grant.matched)),
+            nbytes=transfer.nbytes,
+            timings=wire.Timings(
+                queued_s=started - sequence.arrived_at,
+                prefill_s=max(0.0, now - started - transfer.put_s),
+                transfer_s=transfer.put_s,
+            ),
+            first_token=sequence.token_ids[-1] if sampled else None,
+            first_logprob=sequence.logprobs[-1] if sampled and sequence.logprobs else None,
+        )
+        if record is not None:
+            record.sent[(transfer.grant.grant_id, transfer.lane)] = sent
+        self.count("sends_done")
+        self.count("sent_bytes", transfer.nbytes)
+        self.outbox.replies.append((sequence.owner, sent))
+
+    def doom(self, sequence: Sequence, reason: str, now: float, error: MeshError | None = None) -> None:
+        """End it now, or at the end of the running step if that has it in hand."""
+        if sequence in self.inflight:
+            if sequence.doomed is None:
+                sequence.doomed, sequence.doom_error = reason, error
+            return
+        self.finish(sequence, reason, now, error=error)
+
+    def close_reception(self, record: Record, now: float) -> None:
+        """Close the record's open grant and whatever waits for it."""
+        reception = record.reception
+        if reception is None:
+            return
+        record.reception = None
+        self.memory.close_grant(reception.grant.grant_id, now)
+        self.fail_commit(record, TransferFailed("the grant was closed"))
+
+    def fail_commit(self, record: Record, error: MeshError) -> None:
+        if record.commit is not None:
+            self.outbox.replies.append((record.owner, failed(record.commit.call_id, error)))
+            record.commit = None
+
+    def abort(self, record: Record, now: float) -> None:
+        """End everything under a record."""
+        self.count("aborts")
+        self.close_reception(record, now)
+        for sequence in list(record.sends.values()):
+            self.doom(sequence, "abort", now)
+        if record.generate is not None:
+            self.doom(record.generate, "abort", now)
+        record.aborted = True
+        if record.is_idle:
+            self.records.drop(record)
+
+    def drop_owner(self, owner: bytes, now: float) -> int:
+        """The router is lost: end all of its requests. The number that were open."""
+        records = self.records.of(owner)
+        for record in records:
+            self.abort(record, now)
+        return len(records)
+
+    def expire(self, now: float) -> None:
+        """End what has passed its deadline."""
+        queues = (self.scheduler.waiting, self.scheduler.running, self.receiving)
+        for sequence in [s for queue in queues for s in queue if s.deadline <= now]:
+            self.doom(
+                sequence, "error", now, DeadlineExceeded("the request's time was used up on this engine")
+            )
+        for record in self.records:
+            if record.commit is not None and record.commit.deadline <= now:
+                self.close_reception(record, now)
+        self.records.purge(now)
+
+
+def failed(call_id: int, error: MeshError) -> wire.Failed:
+    """The wire form of an error."""
+    return wire.Failed(call_id, error.code, error.detail, error.field, error.retry_after_s)

@@ -1,0 +1,278 @@
+"""What a step takes in and what it brings: arrivals before it, sampled tokens and sent layers after it.
+
+Sans-I/O, under the engine's lock. ``next_plan`` -> (the plan is executed without the lock) -> ``complete`` or
+``fail``. Exactly one plan is out at a time.
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from microserve.kvcache.grant import Discharged, Expired, Settled
+from microserve.protocol import actions as wire
+from microserve.protocol import log
+from microserve.protocol.errors import InternalError, MeshError, TransferFailed
+from microserve.services.engine.batch import Sampled, StepResult
+from microserve.services.engine.record import CommitJob, Record
+from microserve.services.engine.scheduler import Plan
+from microserve.services.engine.sequence import Sequence, State
+from microserve.services.engine.state import EngineState
+
+_logger = structlog.get_logger()
+
+PROBE_INTERVAL_S = 0.02
+"""How often the writers of one grant are probed for failure and death."""
+MAX_PROBED = 1024
+SMOOTHING = 0.2
+"""Weight of the newest sample in the measured rates."""
+
+
+class Stepper:
+    def __init__(self, state: EngineState, num_layers: int) -> None:
+        self._state = state
+        self._num_layers = num_layers
+        self._probed: dict[str, float] = {}
+        self.num_steps = 0
+        self.prefill_tokens_per_s = 0.0
+        self.decode_step_s = 0.0
+
+    # --- before a step -----------------------------------------------------------------------------
+
+    def next_plan(self, now: float) -> Plan | None:
+        """Take in what has arrived and choose the next step; None when nothing can run now."""
+        state = self._state
+        self.take_arrivals(now)
+        state.expire(now)
+        plan = state.scheduler.schedule(now) or self._early_plan(now)
+        if plan is None:
+            return None
+        sending = [share.sequence for share in plan.sends if share.sequence not in plan.sequences]
+        state.inflight = [*plan.sequences, *sending]
+        return plan
+
+    def take_arrivals(self, now: float) -> None:
+        """Move received KV on: to running sequences, to commits, to the end of quarantine."""
+        state = self._state
+        for event in state.memory.poll(now):
+            match event:
+                case Expired():
+                    _logger.warning(log.GRANT_EXPIRED, grant_id=event.grant_id, request_id=event.request_id)
+                    state.count("grants_expired")
+                    self._forget_expired(event.grant_id)
+                case Discharged():
+                    _logger.info(log.GRANT_DISCHARGED, grant_id=event.grant_id, blocks=event.num_blocks)
+                case Settled():
+                    self._settle(event.grant_id)
+        for sequence in list(state.receiving):
+            if sequence.grant_id is not None:
+                self._take_arrival(sequence, sequence.grant_id, now)
+        for record in state.records:
+            if record.commit is not None and record.commit.sealed_blocks is None:
+                self._take_commit(record, record.commit, now)
+
+    def _take_arrival(self, sequence: Sequence, grant_id: str, now: float) -> None:
+        state, grants = self._state, self._state.memory.grants
+        first = grants.first_token(grant_id) if sequence.await_first else None
+        if not grants.is_complete(grant_id) or (sequence.await_first and first is None):
+            reason = self._why_never(grant_id, now, await_first=sequence.await_first)
+            if reason is not None:
+                state.finish(sequence, "error", now, error=TransferFailed(reason))
+            return
+        try:
+            self._verify(grant_id)
+        except TransferFailed as error:
+            state.finish(sequence, "error", now, error=error)
+            return
+        self._take_received(sequence, grant_id, now)
+        state.receiving.remove(sequence)
+        if first is not None:
+            sequence.token_ids.append(first)
+            sequence.num_delivered = 1
+            sequence.first_token_at = now
+            reason, stop = self._stop_reason(sequence, first)
+            if reason is not None:
+                state.finish(sequence, reason, now, stop_token_id=stop)
+                return
+        state.scheduler.add_ready(sequence)
+
+    def _take_received(self, sequence: Sequence, grant_id: str, now: float) -> None:
+        """All KV of the grant is in and verified."""
+        grant = self._state.memory.grants.grant(grant_id)
+        self._state.memory.seal(grant_id)
+        sequence.num_computed = max(sequence.num_computed, grant.end)
+        sequence.ready_at = min(now, sequence.started_at or now)
+        self._state.count("received_tokens", sequence.received_tokens)
+        _logger.debug(log.KV_RECEIVED, request_id=sequence.request_id, num_tokens=sequence.received_tokens)
+
+    def _take_commit(self, record: Record, job: CommitJob, now: float) -> None:
+        state, reception = self._state, record.reception
+        if reception is None:
+            return
+        grant_id = reception.grant.grant_id
+        if not state.memory.grants.is_complete(grant_id):
+            reason = self._why_never(grant_id, now)
+            if reason is not None:
+                state.fail_commit(record, TransferFailed(reason))
+                state.close_reception(record, now)
+            return
+        try:
+            self._verify(grant_id)
+        except TransferFailed as error:
+            state.fail_commit(record, error)
+            state.close_reception(record, now)
+            return
+        job.sealed_blocks = state.memory.grants.block_table(grant_id)
+        state.memory.seal(grant_id)
+
+    def _settle(self, grant_id: str) -> None:
+        """The last writer has drained: received blocks are as good as computed ones."""
+        state = self._state
+        for sequence in (*state.scheduler.running, *state.scheduler.waiting):
+            if sequence.grant_id == grant_id:
+                sequence.grant_id = None
+                return
+        for record in state.records:
+            reception, job = record.reception, record.commit
+            if reception is None or job is None or job.sealed_blocks is None:
+                continue
+            if reception.grant.grant_id == grant_id:
+                num_tokens = state.memory.commit(reception, job.sealed_blocks)
+                record.reception = record.commit = None
+                state.count("commits")
+                _logger.info(log.KV_COMMITTED, request_id=record.request_id, num_tokens=num_tokens)
+                state.outbox.replies.append((record.owner, wire.Committed(job.call_id, num_tokens)))
+                return
+        raise InternalError(f"grant {grant_id} has settled and belongs to nobody")
+
+    def _verify(self, grant_id: str) -> None:
+        for layer in range(self._num_layers):
+            self._state.memory.grants.verify(grant_id, layer)
+
+    def _why_never(self, grant_id: str, now: float, *, await_first: bool = False) -> str | None:
+        """Why what is awaited will never be whole; None while it may be, and between two probes."""
+        probed_at = self._probed.get(grant_id, 0.0)
+        if now - probed_at < PROBE_INTERVAL_S:
+            return None
+        if len(self._probed) > MAX_PROBED:
+            self._probed.clear()
+        self._probed[grant_id] = now
+        grants = self._state.memory.grants
+        reason = grants.poisoned(grant_id, await_first=await_first)
+        # A writer may have finished between our two looks.
+        is_whole = grants.is_complete(grant_id) and not (await_first and grants.first_token(grant_id) is None)
+        return None if is_whole else reason
+
+    def _early_plan(self, now: float) -> Plan | None:
+        """Nothing else to do: start a receiver whose first layer is in on its own share (DESIGN 4).
+
+        The first layer is complete only when its sender has reached its last chunk, so the wait for the other
+        layers is as long as one forward pass that is running already.
+        """
+        state = self._state
+        grants = state.memory.grants
+        for sequence in state.receiving:
+            if sequence.grant_id is None or sequence.await_first:
+                continue
+            grant = grants.grant(sequence.grant_id)
+            if grant.end < sequence.num_tokens and grants.layer_complete(sequence.grant_id, 0):
+                plan = state.scheduler.schedule_early(sequence, grant.end, now)
+                if plan is not None:
+                    state.receiving.remove(sequence)
+                    state.count("early_starts")
+                return plan
+        return None
+
+    # --- after a step ------------------------------------------------------------------------------
+
+    def complete(self, plan: Plan, result: StepResult, now: float) -> None:
+        """Book the step's KV, sampled tokens and sent rows."""
+        state = self._state
+        state.inflight = []
+        self.num_steps += 1
+        self._measure(plan, now)
+        if plan.early is not None and plan.early.grant_id is not None:
+            self._take_received(plan.early, plan.early.grant_id, now)
+        for share in plan.sends:
+            transfer = share.sequence.transfer
+            if transfer is not None and transfer.error is None:
+                transfer.sent_until = share.hi
+        for sequence, chunk, sampled in zip(plan.sequences, plan.batch.chunks, result.sampled, strict=True):
+            end = chunk.start + len(chunk.token_ids)
+            if end > sequence.num_computed:
+                sequence.computed_tokens += end - sequence.num_computed
+                sequence.num_computed = end
+            state.memory.insert(sequence)
+            self._advance(sequence, sampled, now)
+        for share in plan.sends:
+            if share.sequence not in plan.sequences:
+                self._advance(share.sequence, None, now)
+
+    def _advance(self, sequence: Sequence, sampled: Sampled | None, now: float) -> None:
+        """Decide what becomes of a sequence after its share of a step."""
+        state, transfer = self._state, sequence.transfer
+        if sequence.doomed is not None:
+            state.finish(sequence, sequence.doomed, now, error=sequence.doom_error)
+        elif transfer is not None:
+            if transfer.error is not None:
+                state.finish(sequence, "error", now, error=transfer.error)
+                return
+            if sampled is not None:
+                self._append(sequence, sampled, now)
+                if transfer.writer is not None:
+                    transfer.writer.set_first_token(sampled.token_id)
+            if transfer.sent_until >= transfer.end and (sampled is not None or not sequence.needs_logits):
+                state.finish(sequence, "stop", now)
+        elif sampled is not None:
+            self._append(sequence, sampled, now)
+            state.count("generated_tokens")
+            reason, stop = self._stop_reason(sequence, sampled.token_id)
+            if reason is not None:
+                state.finish(sequence, reason, now, stop_token_id=stop, new_tokens=1)
+            else:
+                state.emit(sequence, 1, None)
+
+    def _append(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
+        sequence.token_ids.append(sampled.token_id)
+        if not sequence.first_token_at:
+            sequence.first_token_at = now
+        if sampled.logprob is not None:
+            sequence.logprobs.append(wire.TokenLogprob(sampled.logprob, sampled.top))
+
+    def _stop_reason(self, sequence: Sequence, token_id: int) -> tuple[str | None, int | None]:
+        params, limits = sequence.params, self._state.limits
+        if params is None:
+            return None, None
+        if token_id in limits.eos_token_ids and not params.ignore_eos:
+            return "stop", token_id
+        if token_id in params.stop_token_ids:
+            return "stop", token_id
+        room = min(limits.max_model_len, limits.num_blocks * self._state.memory.block_size)
+        if sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= room:
+            return "length", None
+        return None, None
+
+    def fail(self, plan: Plan, error: MeshError, now: float) -> None:
+        """The step raised: nothing of it counts, and every sequence in it ends with the error."""
+        state = self._state
+        sequences = list(state.inflight)
+        state.inflight = []
+        state.count("steps_failed")
+        for sequence in sequences:
+            if sequence.state is not State.FINISHED:
+                state.finish(sequence, sequence.doomed or "error", now, error=sequence.doom_error or error)
+
+    def _measure(self, plan: Plan, now: float) -> None:
+        elapsed = now - plan.started_at
+        if elapsed <= 0.0 or not plan.batch.chunks:
+            return
+        prefill = plan.num_tokens - plan.num_decodes
+        if prefill > plan.num_decodes and plan.early is None:
+            rate = plan.num_tokens / elapsed
+            self.prefill_tokens_per_s += SMOOTHING * (rate - self.prefill_tokens_per_s)
+        elif prefill == 0:
+            self.decode_step_s += SMOOTHING * (elapsed - self.decode_step_s)
+
+    def _forget_expired(self, grant_id: str) -> None:
+        for record in self._state.records:
+            if record.reception is not None and record.reception.grant.grant_id == grant_id:
+                record.reception = None

@@ -1,0 +1,148 @@
+"""An engine's place in the index: registered, kept fresh, and taken up again after every loss (WIRE.md 6).
+
+Owns one DEALER to the index and the timer behind it. The index is a convenience of routers: its absence is
+logged once and stops nothing.
+
+Each interval a ``Beat`` tells the load. ``Register`` is repeated every other interval: it is idempotent, and
+its answer is the index's sign of life and names its incarnation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol.actions import EngineInfo, EngineLoad
+from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.membership import (
+    Beat,
+    Deregister,
+    IndexFailed,
+    IndexRequest,
+    Register,
+    Registered,
+    Unknown,
+)
+from microserve.protocol.transport import Bus, ClientSocket
+
+REGISTER_INTERVALS = 2
+
+_logger = structlog.get_logger()
+
+
+class IndexClient:
+    """Keeps one engine a member while :meth:`run` runs."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        address: str,
+        server_key: str = "",
+        *,
+        info: EngineInfo,
+        load: Callable[[], EngineLoad],
+        heartbeat_interval_s: float,
+        liveness: int,
+    ) -> None:
+        """``server_key``: the index's public CURVE key, Z85. ``load`` is asked at every beat.
+
+        The index is lost after ``liveness`` intervals without an answer.
+        """
+        self.registered = False
+        self._bus = bus
+        self._address = address
+        self._server_key = server_key
+        self._info = info
+        self._load = load
+        self._interval_s = heartbeat_interval_s
+        self._silence_s = heartbeat_interval_s * liveness
+        self._loop = asyncio.get_running_loop()
+        self._socket: ClientSocket | None = None
+        self._closed = False
+        self._lost = False
+        self._index_incarnation = 0
+        self._num_ticks = 0
+        self._num_calls = 0
+        self._heard_at = self._opened_at = self._loop.time()
+        self._refused_until = 0.0
+
+    async def run(self) -> None:
+        """Register and beat until cancelled or closed."""
+        self._heard_at = self._loop.time()
+        self._open()
+        while not self._closed:
+            self._tick()
+            await asyncio.sleep(self._interval_s)
+
+    def close(self) -> None:
+        """Leave the mesh. A second call does nothing."""
+        self._closed = True
+        self.registered = False
+        if self._socket is not None:
+            self._send(Deregister(self._info.engine_id, self._info.incarnation))
+            self._socket.close()
+            self._socket = None
+
+    def _open(self) -> None:
+        """A fresh socket: what the old one still holds for an absent index is out of date."""
+        if self._socket is not None:
+            self._socket.close()
+        self._opened_at = self._loop.time()
+        self._socket = self._bus.client(self._address, self._on_frames, server_key=self._server_key)
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        if now - self._heard_at > self._silence_s:
+            self.registered = False
+            if not self._lost:
+                self._lost = True
+                _logger.warning(log.INDEX_LOST, address=self._address)
+            if now - self._opened_at > self._silence_s:
+                self._open()
+        if now >= self._refused_until and (not self.registered or self._num_ticks % REGISTER_INTERVALS == 0):
+            self._register()
+        else:  # also while refused: an engine that was stuck shows in its beats that it has moved
+            self._beat()
+        self._num_ticks += 1
+
+    def _register(self) -> None:
+        self._num_calls += 1
+        self._send(Register(self._num_calls, self._info))
+        self._beat()  # a member is known by its load from the start
+
+    def _beat(self) -> None:
+        self._send(Beat(self._info.engine_id, self._info.incarnation, self._load()))
+
+    def _send(self, message: IndexRequest) -> None:
+        if self._socket is not None:
+            self._socket.send(INDEX_REQUEST.encode(message))
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        try:
+            reply, _ = INDEX_REPLY.decode(frames)
+        except ProtocolViolation as violation:
+            _logger.warning(log.FRAME_REJECTED, address=self._address, error=violation.detail)
+            return
+        self._heard_at = self._loop.time()
+        match reply:
+            case Registered(_, index_incarnation):
+                if self._lost or index_incarnation != self._index_incarnation:
+                    _logger.info(log.INDEX_JOINED, address=self._address, incarnation=index_incarnation)
+                self.registered = True
+                self._lost = False
+                self._index_incarnation = index_incarnation
+                self._refused_until = 0.0
+            case Unknown(engine_id) if engine_id == self._info.engine_id:
+                self.registered = False
+                if self._heard_at >= self._refused_until:
+                    self._register()
+            case IndexFailed(call_id, code, detail):
+                self.registered = False
+                self._refused_until = self._heard_at + self._silence_s
+                _logger.warning(log.ENGINE_REFUSED, call_id=call_id, code=code, error=detail)
+            case _:
+                pass

@@ -1,0 +1,131 @@
+"""One engine's KV events, kept true in one prefix index: the I/O around ``feed_state.py`` (WIRE.md 7).
+
+Owns the SUB socket and the task that asks for snapshots. The index service and every router run one for each
+engine; they differ only in how they ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from microserve.kvcache.prefix_index import PrefixIndex
+from microserve.protocol import log
+from microserve.protocol.actions import EngineInfo, SnapshotReply
+from microserve.protocol.errors import MeshError, ProtocolViolation
+from microserve.protocol.kv_events import KVEvent, decode_batch, parse_published
+from microserve.protocol.transport import Bus, ClientSocket
+from microserve.services.index.feed_state import (
+    Apply,
+    AskSnapshot,
+    Batch,
+    FeedCounters,
+    FeedState,
+    Instruction,
+    Replace,
+)
+
+_logger = structlog.get_logger()
+
+Events = list[KVEvent]
+AskEngine = Callable[[], Awaitable[tuple[SnapshotReply, bytes]]]
+"""Asks the engine for a ``Snapshot``: the reply and its bulk frame. Raises a :class:`MeshError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeedLag:
+    """How far the index is behind the engine."""
+
+    live: bool
+    """False: a snapshot is on its way, and what the index says of the engine is out of date."""
+    num_buffered: int
+    """Batches that wait for the snapshot."""
+    silent_s: float
+    """Since the last batch or snapshot; an engine sends something every heartbeat interval."""
+
+
+class KvFeed:
+    """Feeds ``index`` with what ``info``'s engine holds, from ``start`` to ``close``."""
+
+    def __init__(self, bus: Bus, info: EngineInfo, index: PrefixIndex, snapshot: AskEngine) -> None:
+        self.num_rejected = 0
+        """Messages that were no KV events; the gap that they leave brings a snapshot."""
+        self._bus = bus
+        self._info = info
+        self._index = index
+        self._snapshot = snapshot
+        self._state: FeedState[Events] = FeedState()
+        self._loop = asyncio.get_running_loop()
+        self._heard_at = self._loop.time()
+        self._asks: asyncio.Queue[AskSnapshot] = asyncio.Queue()  # one at most: FeedState asks one by one
+        self._socket: ClientSocket | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def counters(self) -> FeedCounters:
+        return self._state.counters
+
+    @property
+    def lag(self) -> FeedLag:
+        silent_s = self._loop.time() - self._heard_at
+        return FeedLag(self._state.live, self._state.num_buffered, silent_s)
+
+    def start(self) -> None:
+        """Subscribe, then ask for the first snapshot: no batch falls between the two."""
+        info = self._info
+        self._socket = self._bus.subscriber(info.events_address, self._on_frames, server_key=info.curve_key)
+        self._task = self._loop.create_task(self._ask_for_snapshots(), name=f"kv-feed {info.engine_id}")
+        self._obey(self._state.start(self._loop.time()))
+
+    def close(self) -> None:
+        """Stop. What the index knows of the engine stays; see ``PrefixIndex.remove_engine``."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        try:
+            published = parse_published(frames)
+            batch = decode_batch(published.payload)
+        except ProtocolViolation as violation:
+            self.num_rejected += 1
+            _logger.warning(log.FRAME_REJECTED, engine_id=self._info.engine_id, error=violation.detail)
+            return
+        now = self._heard_at = self._loop.time()
+        # An engine that is not ours names no epoch: it has the one life that registered.
+        epoch = self._info.incarnation if batch.epoch is None else batch.epoch
+        self._obey(self._state.receive(Batch(epoch, published.seq, batch.events), now))
+
+    def _obey(self, instructions: list[Instruction[Events]]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Apply(events):
+                    self._index.apply(self._info.engine_id, events)
+                case Replace(epoch, events):
+                    self._index.replace(self._info.engine_id, events)
+                    _logger.info(log.INDEX_RESYNCED, engine_id=self._info.engine_id, epoch=epoch)
+                case AskSnapshot():
+                    self._asks.put_nowait(instruction)
+
+    async def _ask_for_snapshots(self) -> None:
+        while True:
+            ask = await self._asks.get()
+            await asyncio.sleep(ask.delay_s)
+            self._state.asking(ask.ticket)
+            try:
+                reply, bulk = await self._snapshot()
+                events = decode_batch(bulk).events
+            except MeshError:
+                self._obey(self._state.snapshot_failed(ask.ticket, self._loop.time()))
+                continue
+            except Exception:
+                # A feed must outlive whatever one attempt ran into: nobody would notice that it ended.
+                _logger.exception(log.BUS_HANDLER_FAILED, engine_id=self._info.engine_id)
+                self._obey(self._state.snapshot_failed(ask.ticket, self._loop.time()))
+                continue
+            now = self._heard_at = self._loop.time()
+            self._obey(self._state.snapshot(ask.ticket, Batch(reply.epoch, reply.seq, events), now))

@@ -1,0 +1,185 @@
+"""An engine's KV events, published and kept for those who missed some (WIRE.md 7).
+
+Owns the sequence, the PUB socket, the replay ROUTER and the ring of past batches. Does not know what the
+events mean. The sequence starts at 0 in every life of the engine and ``epoch`` names the life, so a restart
+is never taken for a continuation.
+
+A PUB socket drops at its high-water mark. Nothing is lost for good by it: the next batch, at the latest the
+empty one of the next heartbeat, shows the gap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.kv_events import (
+    KVEvent,
+    KVEventBatch,
+    encode_batch,
+    parse_replay_request,
+    publish_frames,
+    replay_answer,
+    replay_end,
+)
+from microserve.protocol.transport import Bus
+
+MAX_RING_BATCHES = 10_000
+MAX_RING_NBYTES = 64 << 20
+MAX_REPLAYS = 64
+"""Peers answered at a time; a request beyond it is dropped and counted."""
+REPLAY_BATCHES_PER_TURN = 256
+"""Batches replayed before the loop gets its turn again."""
+REPLAY_RETRY_S = 0.05
+MAX_REPLAY_REFUSALS = 100
+"""Retries without one batch taken (5 s) after which a peer that asked for a replay is given up."""
+
+_logger = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class _Replay:
+    """One peer's answer on its way."""
+
+    next_seq: int
+    refusals: int = 0
+
+
+@dataclass(slots=True)
+class PublisherCounters:
+    """What happened so far; every number only grows."""
+
+    batches: int = 0
+    unsent: int = 0
+    """Batches that the PUB socket refused; their readers see a gap."""
+    replays: int = 0
+    replays_given_up: int = 0
+    requests_rejected: int = 0
+
+
+class KvPublisher:
+    """Publishes one engine's KV events. Everything runs in the loop that made it."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        events_address: str,
+        replay_address: str,
+        topic: str,
+        epoch: int,
+        clock: Callable[[], float],
+        max_ring_nbytes: int = MAX_RING_NBYTES,
+    ) -> None:
+        """``epoch``: the engine's incarnation. ``clock``: wall-clock seconds, for people.
+
+        Raises ``OSError`` when an address is taken and :class:`ConfigError` when it is exposed without keys.
+        """
+        self.next_seq = 0
+        """The first batch that a snapshot taken now does not hold."""
+        self.counters = PublisherCounters()
+        self._topic = topic
+        self._epoch = epoch
+        self._clock = clock
+        self._max_ring_nbytes = max_ring_nbytes
+        self._ring: deque[bytes] = deque()
+        self._ring_nbytes = 0
+        self._quiet = True
+        self._replays: dict[bytes, _Replay] = {}
+        self._turn: asyncio.Handle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._events = bus.publisher(events_address)
+        try:
+            self._replay = bus.server(replay_address, self._on_request)
+        except BaseException:
+            self._events.close()
+            raise
+
+    @property
+    def address(self) -> str:
+        return self._events.address
+
+    @property
+    def replay_address(self) -> str:
+        return self._replay.address
+
+    def publish(self, events: Sequence[KVEvent]) -> None:
+        """Send one batch; without events it does nothing. Never blocks."""
+        if events:
+            self._send(events)
+            self._quiet = False
+
+    def beat(self) -> None:
+        """Call every heartbeat interval: a stream that was quiet since the last call sends an empty batch."""
+        if self._quiet:
+            self._send(())
+        self._quiet = True
+
+    def close(self) -> None:
+        if self._turn is not None:
+            self._turn.cancel()
+        self._events.close()
+        self._replay.close()
+
+    def _send(self, events: Sequence[KVEvent]) -> None:
+        payload = encode_batch(KVEventBatch(self._clock(), list(events), None, self._epoch))
+        self._ring.append(payload)
+        self._ring_nbytes += len(payload)
+        while len(self._ring) > MAX_RING_BATCHES or self._ring_nbytes > self._max_ring_nbytes:
+            self._ring_nbytes -= len(self._ring.popleft())
+        self.counters.batches += 1
+        if not self._events.send(publish_frames(self._topic, self.next_seq, payload)):
+            self.counters.unsent += 1
+        self.next_seq += 1
+
+    def _on_request(self, peer: bytes, frames: list[bytes]) -> None:
+        try:
+            _, start_seq = parse_replay_request([peer, *frames])
+            if peer not in self._replays and len(self._replays) >= MAX_REPLAYS:
+                raise ProtocolViolation(f"more than {MAX_REPLAYS} replays at a time")
+        except ProtocolViolation as violation:
+            self.counters.requests_rejected += 1
+            _logger.warning(log.FRAME_REJECTED, socket="replay", error=violation.detail)
+            return
+        self.counters.replays += 1
+        self._replays[peer] = _Replay(start_seq)
+        if self._turn is None:
+            self._schedule(taken=True)
+
+    def _pump(self) -> None:
+        """Send a turn's worth to the peer that waits longest; what it does not take is sent later."""
+        self._turn = None
+        peer = next(iter(self._replays))
+        replay = self._replays.pop(peer)
+        taken = 0
+        while taken < REPLAY_BATCHES_PER_TURN:
+            oldest = self.next_seq - len(self._ring)
+            seq = max(replay.next_seq, oldest)
+            if seq < self.next_seq:
+                answer = replay_answer(peer, self._topic, seq, self._ring[seq - oldest])
+            else:
+                answer = replay_end(peer)
+            if not self._replay.send(peer, answer[1:]):  # the ROUTER puts the identity in front itself
+                break
+            if seq == self.next_seq:
+                return self._schedule(taken=True)
+            replay.next_seq = seq + 1
+            taken += 1
+        replay.refusals = 0 if taken else replay.refusals + 1
+        if replay.refusals <= MAX_REPLAY_REFUSALS:
+            self._replays[peer] = replay
+        else:
+            self.counters.replays_given_up += 1
+        self._schedule(taken=taken > 0)
+
+    def _schedule(self, *, taken: bool) -> None:
+        """The next turn, after a pause if nothing was taken: a replay is never worth a busy loop."""
+        if self._replays:
+            delay_s = 0.0 if taken else REPLAY_RETRY_S
+            self._turn = self._loop.call_later(delay_s, self._pump)

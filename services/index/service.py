@@ -1,0 +1,252 @@
+"""The index: who is in the mesh and which engine holds which prefix (WIRE.md 6).
+
+Owns the ROUTER socket, the watchers, one prefix index per model and one feed per engine; who may be a member
+is decided in ``membership.py``. Nothing in it is durable: engines register again with a restarted index, and
+serving goes on without one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import Counter
+from dataclasses import dataclass
+
+import structlog
+
+from microserve.kvcache.prefix_index import MIN_MAX_NBYTES, PrefixIndex
+from microserve.protocol import log
+from microserve.protocol import membership as wire
+from microserve.protocol.actions import EngineInfo
+from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST, decode_tokens
+from microserve.protocol.errors import InvalidRequest, MeshError, ProtocolViolation, QueueFull
+from microserve.protocol.settings import BusSettings, Settings
+from microserve.protocol.transport import Bus
+from microserve.services.index.engine_link import EngineLink
+from microserve.services.index.feed import KvFeed
+from microserve.services.index.membership import Admission, Membership
+from microserve.services.lifecycle import Lifecycle
+
+MAX_WATCHERS = 1024
+
+_logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """What the index keeps open for one life of one engine."""
+
+    model: str
+    link: EngineLink
+    feed: KvFeed
+
+
+class IndexService:
+    """Answers on one ROUTER socket; ``tick`` every heartbeat interval does the rest."""
+
+    def __init__(
+        self, bus: Bus, *, address: str, settings: BusSettings, max_nbytes: int, incarnation: int
+    ) -> None:
+        """``max_nbytes`` is the hard limit of all prefix indexes together.
+
+        Raises ``OSError`` when the address is taken and :class:`ConfigError` when it is exposed without keys.
+        """
+        self.incarnation = incarnation
+        self.counters: Counter[str] = Counter()
+        self._bus = bus
+        self._loop = asyncio.get_running_loop()
+        self._interval_s = settings.heartbeat_interval_s
+        self._silence_s = settings.heartbeat_interval_s * settings.liveness
+        self._max_nbytes = max_nbytes
+        self._membership = Membership(silence_s=self._silence_s, stuck_s=settings.stuck_s)
+        self._engines: dict[str, _Engine] = {}
+        self._indexes: dict[str, PrefixIndex] = {}
+        """By model."""
+        self._watchers: dict[bytes, float] = {}
+        """Routing id -> when it last asked."""
+        self._ticked_at = self._loop.time()
+        self._socket = bus.server(address, self._on_frames)
+
+    @property
+    def address(self) -> str:
+        return self._socket.address
+
+    def tick(self) -> None:
+        """Call every heartbeat interval."""
+        now = self._loop.time()
+        late = now - self._ticked_at > 2 * self._interval_s
+        self._ticked_at = now
+        if not late:  # after a stall of our own, what others have sent is still to be read
+            for info, loss in self._membership.expire(now):
+                self.counters[f"lost_{loss.value}"] += 1
+                _logger.warning(log.ENGINE_LOST, engine_id=info.engine_id, reason=loss.value)
+                self._forget(info.engine_id)
+            for peer in [p for p, asked_at in self._watchers.items() if now - asked_at > self._silence_s]:
+                del self._watchers[peer]
+        for engine in self._engines.values():
+            engine.link.ping()
+        self._publish()
+
+    def close(self) -> None:
+        for engine_id in list(self._engines):
+            self._forget(engine_id)
+        self._socket.close()
+
+    # --- messages ----------------------------------------------------------------------------------
+
+    def _on_frames(self, peer: bytes, frames: list[bytes]) -> None:
+        try:
+            message, bulk = INDEX_REQUEST.decode(frames)
+        except ProtocolViolation as violation:
+            self.counters["frames_rejected"] += 1
+            _logger.warning(log.FRAME_REJECTED, error=violation.detail)
+            self._answer(peer, wire.IndexFailed(0, violation.code, violation.detail))
+            return
+        call_id = getattr(message, "call_id", 0)
+        try:
+            self._on_message(peer, message, bulk)
+        except MeshError as error:
+            self.counters[f"refused_{error.code}"] += 1
+            self._answer(peer, wire.IndexFailed(call_id, error.code, error.detail))
+
+    def _on_message(self, peer: bytes, message: wire.IndexRequest, bulk: list[bytes]) -> None:
+        now = self._loop.time()
+        match message:
+            case wire.Register(call_id, info):
+                self._register(info, now)
+                self._answer(peer, wire.Registered(call_id, self.incarnation))
+            case wire.Beat(engine_id, incarnation, load):
+                if not self._membership.beat(engine_id, incarnation, load, now):
+                    self._answer(peer, wire.Unknown(engine_id))
+            case wire.Deregister(engine_id, incarnation):
+                if self._membership.deregister(engine_id, incarnation):
+                    _logger.info(log.ENGINE_LEFT, engine_id=engine_id, incarnation=incarnation)
+                    self._forget(engine_id)
+                    self._publish()
+            case wire.Watch():
+                self._watch(peer, now)
+            case wire.Lookup(call_id, salt):
+                self._answer(peer, wire.Matches(call_id, self._lookup(bulk, salt)))
+            case wire.IndexStats(call_id):
+                self._answer(peer, self._report(call_id))
+
+    def _answer(self, peer: bytes, reply: wire.IndexReply) -> bool:
+        return self._socket.send(peer, INDEX_REPLY.encode(reply))
+
+    # --- members and watchers ----------------------------------------------------------------------
+
+    def _register(self, info: EngineInfo, now: float) -> None:
+        try:
+            admission = self._membership.register(info, now)
+        except MeshError as error:
+            _logger.warning(log.ENGINE_REFUSED, engine_id=info.engine_id, code=error.code, error=error.detail)
+            raise
+        if admission is Admission.RENEWED:
+            return
+        self.counters["joined"] += 1
+        _logger.info(
+            log.ENGINE_JOINED, engine_id=info.engine_id, incarnation=info.incarnation, model=info.model
+        )
+        self._forget(info.engine_id)
+        try:
+            self._follow(info)
+        except OSError as error:
+            self._membership.deregister(info.engine_id, info.incarnation)
+            raise InvalidRequest(f"{info.engine_id}: {error}", field="address") from None
+        finally:
+            self._publish()
+
+    def _follow(self, info: EngineInfo) -> None:
+        """Open what an engine's events need."""
+        index = self._indexes.get(info.model)
+        if index is None:
+            index = self._indexes[info.model] = PrefixIndex(info.block_size, info.model, MIN_MAX_NBYTES)
+            self._share_room()
+        link = EngineLink(self._bus, info, link_id=f"index-{self.incarnation}", incarnation=self.incarnation)
+        feed = KvFeed(self._bus, info, index, link.snapshot)
+        self._engines[info.engine_id] = _Engine(info.model, link, feed)
+        feed.start()
+
+    def _forget(self, engine_id: str) -> None:
+        """Close what an engine needed, and forget what it held. Unknown ids are fine."""
+        engine = self._engines.pop(engine_id, None)
+        if engine is None:
+            return
+        engine.feed.close()
+        engine.link.close()
+        self.counters["resyncs"] += engine.feed.counters.snapshots
+        self.counters["gaps"] += engine.feed.counters.gaps
+        self._indexes[engine.model].remove_engine(engine_id)
+        if not any(other.model == engine.model for other in self._engines.values()):
+            del self._indexes[engine.model]
+            self._share_room()
+
+    def _share_room(self) -> None:
+        """Every model has the same share; an index that holds more forgets with its next event."""
+        for index in self._indexes.values():
+            index.max_nbytes = max(MIN_MAX_NBYTES, self._max_nbytes // len(self._indexes))
+
+    def _watch(self, peer: bytes, now: float) -> None:
+        if peer not in self._watchers:
+            if len(self._watchers) >= MAX_WATCHERS:
+                raise QueueFull(f"{MAX_WATCHERS} peers watch already", retry_after_s=self._silence_s)
+            self._answer(peer, self._members())
+        self._watchers[peer] = now
+
+    def _members(self) -> wire.Members:
+        return wire.Members(self.incarnation, self._membership.version, self._membership.members())
+
+    def _publish(self) -> None:
+        """Tell every watcher who is in; one that cannot be told watches again when it is back."""
+        if not self._watchers:
+            return
+        frames = INDEX_REPLY.encode(self._members())
+        for peer in list(self._watchers):
+            if not self._socket.send(peer, frames):
+                del self._watchers[peer]
+
+    # --- questions ---------------------------------------------------------------------------------
+
+    def _lookup(self, bulk: list[bytes], salt: str) -> dict[str, int]:
+        """Over every model: an engine answers for the one that it serves."""
+        if len(bulk) != 1:
+            raise ProtocolViolation(f"Lookup with {len(bulk)} bulk frames, expected the prompt's tokens")
+        tokens = decode_tokens(bulk[0])
+        self.counters["lookups"] += 1
+        matched: dict[str, int] = {}
+        for index in self._indexes.values():
+            matched |= index.lookup(tokens, salt)
+        return matched
+
+    def _report(self, call_id: int) -> wire.IndexReport:
+        counters = Counter(self.counters)
+        for engine in self._engines.values():
+            counters["resyncs"] += engine.feed.counters.snapshots
+            counters["gaps"] += engine.feed.counters.gaps
+        for index in self._indexes.values():
+            counters.update(index.counters())
+        return wire.IndexReport(
+            call_id,
+            num_engines=len(self._membership),
+            num_blocks=sum(index.num_blocks for index in self._indexes.values()),
+            nbytes=sum(index.nbytes for index in self._indexes.values()),
+            counters=dict(counters) | {"watchers": len(self._watchers)},
+        )
+
+
+async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = None) -> None:
+    """Serve until cancelled."""
+    service = IndexService(
+        bus,
+        address=settings.index.address,
+        settings=settings.bus,
+        max_nbytes=settings.index.max_mb << 20,
+        incarnation=secrets.randbits(62) | 1,
+    )
+    try:
+        (lifecycle or Lifecycle()).ready(service.address)
+        while True:
+            await asyncio.sleep(settings.bus.heartbeat_interval_s)
+            service.tick()
+    finally:
+        service.close()

@@ -1,0 +1,54 @@
+"""How a service tells the world that it is up and well, whoever supervises it.
+
+Owns readiness, the health question and the status line of one process; does not know which service it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from microserve.protocol import log
+from microserve.services.notify import Notifier
+
+_logger = structlog.get_logger()
+
+
+class Lifecycle:
+    """Handed to every ``run_X(settings, bus, lifecycle)``; ``Lifecycle()`` alone reports to nobody."""
+
+    def __init__(self, notifier: Notifier | None = None) -> None:
+        self._notifier = notifier or Notifier()
+        self._health: Callable[[], bool] = lambda: True
+        self._ready = asyncio.Event()
+        self.address = ""
+
+    def ready(self, address: str) -> None:
+        """The service answers at ``address``: logged as ``service.ready``, told to systemd, once."""
+        if self._ready.is_set():
+            return
+        self.address = address
+        _logger.info(log.SERVICE_READY, address=address)
+        self._notifier.send("READY=1", f"STATUS=ready at {address}")
+        self._ready.set()
+
+    async def wait_ready(self) -> str:
+        """Wait for :meth:`ready`; returns the address."""
+        await self._ready.wait()
+        return self.address
+
+    def set_health(self, healthy: Callable[[], bool]) -> None:
+        """``healthy`` is asked from the loop, often, and must be quick; False withholds the watchdog's ping.
+
+        It should speak of progress (steps advance or there is no work), not of the process being alive.
+        """
+        self._health = healthy
+
+    def healthy(self) -> bool:
+        return self._health()
+
+    def status(self, text: str) -> None:
+        """One line for ``systemctl status``."""
+        self._notifier.send(f"STATUS={text}")

@@ -1,0 +1,111 @@
+"""What a mesh on one machine consists of: children, their commands, addresses and order of stopping.
+
+Owns the composition only: pure but for asking the kernel for free ports.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from microserve.protocol.errors import ConfigError
+from microserve.protocol.settings import Settings
+from microserve.services.demo_request import Gateway
+from microserve.services.supervisor import Child
+
+GATEWAY_STOPS, ROUTER_STOPS, ENGINES_STOP, INDEX_STOPS = range(4)
+"""Callers before those whom they call, so that nobody calls into the void."""
+
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class MeshPlan:
+    children: list[Child]
+    gateway: Gateway
+    model: str
+
+
+def assignment(path: str, value: Any) -> list[str]:
+    """A flag for one setting, quoted as TOML (of which JSON's strings, numbers and lists are a part)."""
+    return ["--set", f"{path}={json.dumps(value, ensure_ascii=False)}"]
+
+
+def service_command(service: str) -> list[str]:
+    """How this interpreter starts a service; ``-P`` keeps the current directory off the import path."""
+    if service == "gateway":
+        return [sys.executable, "-P", "-m", "microserve.gateway"]
+    return [sys.executable, "-P", "-m", "microserve.services", service]
+
+
+def plan_mesh(settings: Settings, flags: Sequence[str], logs: Path) -> MeshPlan:
+    """Children for ``settings``, which ``flags`` (``--config``, ``--set``) describe to them.
+
+    Ports that are 0 become free ones now, so that a restarted child comes back where the others look for it.
+    Raises :class:`ConfigError`.
+    """
+    if settings.mesh.engines > 1:
+        for name in ("address", "events_address", "replay_address"):
+            address = getattr(settings.engine, name)
+            if address.startswith("tcp://") and not address.endswith(":0"):
+                raise ConfigError(
+                    f"engine.{name} {address} cannot serve {settings.mesh.engines} engines; use port 0",
+                    field=f"engine.{name}",
+                )
+    ports = iter(free_ports(3))
+    index = _with_port(settings.index.address, ports)
+    router = _with_port(settings.router.address, ports)
+    port = settings.gateway.port or next(ports)
+    common = [
+        *flags,
+        *assignment("log.dir", ""),  # to stderr, which is the child's log file
+        *assignment("index.address", index),
+        *assignment("router.address", router),
+        *assignment("gateway.port", port),
+        *assignment("model.path", settings.model.path),
+    ]
+
+    def child(service: str, name: str, stop_order: int, *own: str, stop_s: float = STOP_TIMEOUT_S) -> Child:
+        argv = [*service_command(service), *common, *own]
+        return Child(name, argv, logs / f"{name}.jsonl", stop_order, stop_s)
+
+    drain_s = settings.engine.drain_s + STOP_TIMEOUT_S
+    engines = [
+        child("engine", f"engine-e{i}", ENGINES_STOP, *assignment("engine.id", f"e{i}"), stop_s=drain_s)
+        for i in range(settings.mesh.engines)
+    ]
+    children = [
+        child("index", "index", INDEX_STOPS),
+        child("router", "router", ROUTER_STOPS, *assignment("router.id", settings.router.id or "r0")),
+        *engines,
+        child("gateway", "gateway", GATEWAY_STOPS),
+    ]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.gateway.host, settings.gateway.host)
+    model = settings.model.name or Path(settings.model.path).name
+    return MeshPlan(children, Gateway(host, port, first_key(settings)), model)
+
+
+def first_key(settings: Settings) -> str:
+    """An API key that the gateway accepts; empty if it asks for none."""
+    return next(iter(settings.gateway.api_keys), "")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that nothing uses at this moment, all different."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _with_port(address: str, ports: Iterable[int]) -> str:
+    if address.startswith("tcp://") and address.endswith(":0"):
+        return f"{address.removesuffix(':0')}:{next(iter(ports))}"
+    return address

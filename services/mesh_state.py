@@ -1,0 +1,125 @@
+"""The state directory of a mesh on this machine: who runs it, and how its children are.
+
+Owns ``.microserve/``: ``mesh.pid`` (locked as long as its supervisor lives, so a stale one deceives nobody),
+``mesh.json`` (replaced whole at every change) and ``logs/``. Written by the supervisor, read by ``ps``,
+``down`` and ``up --detach``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from microserve.services.supervisor import Child
+
+STATE_DIRECTORY = ".microserve"
+
+HOLD_ATTEMPTS = 5
+HOLD_RETRY_S = 0.02
+"""Somebody who only asks (``ps``) has the lock for a moment."""
+
+
+class ChildState(msgspec.Struct, frozen=True):
+    name: str
+    state: str
+    pid: int
+    address: str
+    restarts: int
+    detail: str
+    log: str
+
+    @classmethod
+    def of(cls, child: Child) -> ChildState:
+        return cls(
+            child.name,
+            child.state.value,
+            child.pid,
+            child.address,
+            child.restarts,
+            child.detail,
+            str(child.log),
+        )
+
+
+class MeshState(msgspec.Struct, frozen=True):
+    """What ``ps --json`` prints."""
+
+    pid: int
+    """Of the supervisor."""
+    url: str
+    """Of the gateway."""
+    model: str
+    children: list[ChildState]
+    ready: bool = False
+    """Every child has been ready."""
+    failure: str = ""
+    """Why the supervisor gave up."""
+
+
+class AlreadyRunning(Exception):
+    """A supervisor holds the directory."""
+
+
+class MeshDirectory:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.logs = root / "logs"
+        self._pid_file = root / "mesh.pid"
+        self._state_file = root / "mesh.json"
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Be the supervisor here. Raises :class:`AlreadyRunning`."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        with open(self._pid_file, "a+b") as file:
+            for attempt in range(HOLD_ATTEMPTS):
+                if _lock(file):
+                    break
+                if attempt + 1 == HOLD_ATTEMPTS:
+                    raise AlreadyRunning(f"a mesh runs here already, under process {self.supervisor()}")
+                time.sleep(HOLD_RETRY_S)
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
+
+    def supervisor(self) -> int:
+        """Process id of the living supervisor, 0 if there is none."""
+        try:
+            with open(self._pid_file, "r+b") as file:
+                if _lock(file):
+                    return 0
+                return int(file.read() or b"0")
+        except (OSError, ValueError):
+            return 0
+
+    def write(self, state: MeshState) -> None:
+        scratch = self._state_file.with_suffix(".new")
+        scratch.write_bytes(msgspec.json.format(msgspec.json.encode(state)))
+        scratch.replace(self._state_file)
+
+    def read(self) -> MeshState | None:
+        """What the supervisor last wrote; it may have died since (see :meth:`supervisor`)."""
+        try:
+            return msgspec.json.decode(self._state_file.read_bytes(), type=MeshState)
+        except (OSError, msgspec.MsgspecError):
+            return None
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Take the lock, which goes with the file's closing; False if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,278 @@
+"""The router's one connection to one life of one engine: calls, token streams, liveness.
+
+Owns the DEALER socket and everything that waits for the engine. It ends once, by loss (silence, no progress,
+another incarnation) or by ``close``, and then everything that waited fails with ``EngineLost``; a new life of
+the engine is a new connection. Knows neither strategies nor what a request holds (scope.py does).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from microserve.protocol import actions as wire
+from microserve.protocol import log
+from microserve.protocol.calls import Calls
+from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST
+from microserve.protocol.credit import CreditMeter
+from microserve.protocol.errors import (
+    EngineLost,
+    MeshError,
+    PeerError,
+    ProtocolViolation,
+    error_for,
+)
+from microserve.protocol.liveness import LivenessBook, Loss
+from microserve.protocol.settings import BusSettings
+from microserve.protocol.transport import Bus
+from microserve.services.router.abort import Aborts
+from microserve.services.router.stream import TokenStream
+
+_logger = structlog.get_logger()
+
+Answer = tuple[wire.EngineReply, list[bytes]]
+"""A reply and its bulk frames."""
+Build = Callable[[int], wire.EngineRequest]
+"""Makes the message from the call id that it is given."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RouterIdentity:
+    router_id: str
+    incarnation: int
+
+
+class EngineConnection:
+    """Open with :meth:`run`; usable while ``is_joined``."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        info: wire.EngineInfo,
+        identity: RouterIdentity,
+        settings: BusSettings,
+        *,
+        call_timeout_s: float,
+    ) -> None:
+        self.info = info
+        self.engine_id = info.engine_id
+        self.load = wire.EngineLoad()
+        """As of the last heartbeat."""
+        self.prompts: set[str] = set()
+        """Requests that use this engine (scope.py keeps it)."""
+        self.is_leaving = False
+        """Not to be used by new requests."""
+        self.late_deltas = 0
+        """Deltas of requests that nobody here waits for any more: what an abort overtook."""
+        self._identity = identity
+        self._interval_s = settings.heartbeat_interval_s
+        self._silence_s = settings.heartbeat_interval_s * settings.liveness
+        self._call_timeout_s = call_timeout_s
+        self._liveness = LivenessBook(silence_s=self._silence_s, stuck_s=settings.stuck_s)
+        self._credit = settings.credit
+        self._meter = CreditMeter(settings.credit)
+        self._calls: Calls[Answer] = Calls(f"engine {info.engine_id}")
+        self._streams: dict[str, TokenStream] = {}
+        self._aborts = Aborts()
+        self._loop = asyncio.get_running_loop()
+        self._joined = False
+        self._lost: MeshError | None = None
+        self._ended = asyncio.Event()
+        self._socket = bus.client(info.address, self._receive, server_key=info.curve_key)
+
+    @property
+    def is_joined(self) -> bool:
+        return self._joined and self._lost is None
+
+    @property
+    def is_ended(self) -> bool:
+        return self._lost is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """No request uses the engine and every abort is confirmed."""
+        return not (self.prompts or self._aborts)
+
+    # --- life --------------------------------------------------------------------------------------
+
+    async def join(self) -> None:
+        """Say hello. Raises a :class:`MeshError`, and is ended, when the engine cannot be used."""
+        try:
+            welcome = await self.call(
+                lambda call_id: wire.Hello(
+                    call_id, self._identity.router_id, self._identity.incarnation, self._credit
+                ),
+                wire.Welcome,
+                timeout_s=self._silence_s,
+            )
+            if welcome.info.incarnation != self.info.incarnation or welcome.info.engine_id != self.engine_id:
+                raise EngineLost(f"{self.info.address} is another life of {self.engine_id} by now")
+        except MeshError as error:
+            self.end(error)
+            raise
+        self.info, self.load = welcome.info, welcome.load
+        self._liveness.joined(self.engine_id, self.info.incarnation, self._loop.time())
+        self._joined = True
+
+    async def run(self) -> MeshError:
+        """After :meth:`join`: keep the connection alive until it ends; returns why."""
+        while self._lost is None:
+            self._send(wire.Ping(self._identity.incarnation))
+            self._repeat_aborts()
+            try:
+                async with asyncio.timeout(self._interval_s):
+                    await self._ended.wait()
+            except TimeoutError:
+                self._check_liveness()
+        return self._lost
+
+    def end(self, reason: MeshError) -> None:
+        """Everything that waits fails with ``reason`` and the socket is closed. The first reason counts."""
+        if self._lost is not None:
+            return
+        self._lost = reason
+        self._socket.close()
+        self._calls.fail_all(reason)
+        for stream in list(self._streams.values()):
+            stream.fail(reason)
+        self._streams.clear()
+        self._aborts.clear()
+        self._ended.set()
+
+    def _check_liveness(self) -> None:
+        for _, loss in self._liveness.expire(self._loop.time()):
+            why = {Loss.SILENT: "fell silent", Loss.STUCK: "has work and makes no progress"}[loss]
+            self.end(EngineLost(f"engine {self.engine_id} {why}"))
+
+    # --- calls -------------------------------------------------------------------------------------
+
+    def begin(self, build: Build, *bulk: bytes) -> tuple[int, asyncio.Future[Answer]]:
+        """Send a call whose answer the caller awaits itself. Raises the reason if the connection ended.
+
+        The future fails with the engine's error or with the reason of the loss.
+        """
+        if self._lost is not None:
+            raise self._lost
+        call_id = self._calls.next_id()
+        frames = ENGINE_REQUEST.encode(build(call_id), *bulk)
+        future = self._calls.open(call_id)
+        future.add_done_callback(_retrieve)
+        if not self._socket.send(frames):
+            error = EngineLost(f"engine {self.engine_id} takes no messages")
+            self._calls.fail(call_id, error)
+            raise error
+        return call_id, future
+
+    async def wait(self, call_id: int, future: asyncio.Future[Answer], timeout_s: float) -> Answer:
+        return await self._calls.wait(call_id, future, max(0.0, timeout_s))
+
+    def fail(self, call_id: int, error: MeshError) -> None:
+        """End a call from our side; its answer, if one comes, is dropped."""
+        self._calls.fail(call_id, error)
+
+    async def call(self, build: Build, expected: type[T], *bulk: bytes, timeout_s: float) -> T:
+        """Send and wait for the answer. Raises the engine's error, ``EngineLost`` or ``DeadlineExceeded``."""
+        return self.expect((await self.wait(*self.begin(build, *bulk), timeout_s))[0], expected)
+
+    def expect(self, reply: wire.EngineReply, expected: type[T]) -> T:
+        if not isinstance(reply, expected):
+            raise PeerError(f"{self.engine_id} answered {type(reply).__name__}, not {expected.__name__}")
+        return reply
+
+    async def snapshot(self) -> tuple[wire.SnapshotReply, bytes]:
+        """The engine's prefix cache as events would have built it. Raises as :meth:`call`."""
+        call = self.begin(wire.Snapshot)
+        reply, bulk = await self.wait(*call, self._call_timeout_s)
+        snapshot = self.expect(reply, wire.SnapshotReply)
+        if len(bulk) != 1:
+            raise PeerError(f"{self.engine_id} sent a snapshot with {len(bulk)} bulk frames, expected 1")
+        return snapshot, bulk[0]
+
+    # --- streams -----------------------------------------------------------------------------------
+
+    def subscribe(self, stream: TokenStream) -> None:
+        """Its deltas go to ``stream`` until :meth:`unsubscribe`; one stream a request."""
+        self._streams[stream.request_id] = stream
+
+    def unsubscribe(self, stream: TokenStream) -> None:
+        if self._streams.get(stream.request_id) is stream:
+            del self._streams[stream.request_id]
+
+    # --- aborts ------------------------------------------------------------------------------------
+
+    def abort(self, request_id: str) -> None:
+        """Make the engine drop everything of a request: sent now and again until it is confirmed."""
+        if self._lost is not None:
+            return
+        call_id = self._calls.next_id()
+        self._aborts.sent(call_id, request_id, self._loop.time())
+        self._send(wire.Abort(call_id, request_id))
+
+    def _repeat_aborts(self) -> None:
+        for request_id in self._aborts.take_due(self._loop.time() - self._silence_s / 2):
+            self.abort(request_id)
+
+    # --- messages ----------------------------------------------------------------------------------
+
+    def _send(self, message: wire.EngineRequest) -> bool:
+        return self._socket.send(ENGINE_REQUEST.encode(message))
+
+    def _receive(self, frames: list[bytes]) -> None:
+        if self._lost is not None:
+            return
+        try:
+            message, bulk = ENGINE_REPLY.decode(frames)
+        except ProtocolViolation as error:
+            _logger.warning(log.FRAME_REJECTED, engine_id=self.engine_id, error=error.detail)
+            return
+        if not isinstance(message, wire.Failed):  # a new life of the engine may refuse what the old one got
+            self._liveness.heard(self.engine_id, self.info.incarnation, self._loop.time())
+        match message:
+            case wire.Deltas():
+                self._take_deltas(message)
+            case wire.Heartbeat():
+                self._take_heartbeat(message)
+            case wire.Failed(call_id=0):
+                _logger.warning(log.FRAME_REJECTED, engine_id=self.engine_id, error=message.detail)
+            case wire.Failed():
+                self._aborts.confirm(message.call_id)
+                error = error_for(
+                    message.code, message.detail, field=message.field, retry_after_s=message.retry_after_s
+                )
+                self._calls.fail(message.call_id, error)
+            case _:
+                if not self._aborts.confirm(message.call_id):
+                    self._calls.resolve(message.call_id, (message, bulk))
+
+    def _take_deltas(self, message: wire.Deltas) -> None:
+        for delta in message.deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is None:
+                self.late_deltas += 1
+            else:
+                stream.push(delta)
+        credit = self._meter.consumed()
+        if credit:
+            self._send(wire.Credit(credit))
+
+    def _take_heartbeat(self, message: wire.Heartbeat) -> None:
+        if message.incarnation != self.info.incarnation:
+            self.end(EngineLost(f"engine {self.engine_id} was replaced by a new life of it"))
+            return
+        self.load = message.load
+        # Waiting requests are no sign of being busy: they may rightly wait for another engine's KV.
+        busy = message.load.num_running > 0
+        self._liveness.progressed(
+            self.engine_id, progress=message.load.progress, busy=busy, now=self._loop.time()
+        )
+
+
+def _retrieve(future: asyncio.Future[Answer]) -> None:
+    """A failure that nobody is left to see is not worth asyncio's complaint."""
+    if not future.cancelled():
+        future.exception()

@@ -1,0 +1,260 @@
+"""One engine as a strategy sees it: the actions, checked, accounted for and tied to the request.
+
+A strategy cannot leak through this handle: whatever it takes is in the request's scope before the message
+leaves. Misuse raises ``StrategyError`` or ``InvalidInterval`` at the author's line, before anything is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from microserve.protocol import actions as wire
+from microserve.protocol.errors import DeadlineExceeded, InvalidInterval, MeshError, PeerError, StrategyError
+from microserve.services.router.connection import EngineConnection
+from microserve.services.router.generation import STREAM, Generation
+from microserve.services.router.request import Request
+from microserve.services.router.scope import RequestScope
+from microserve.services.router.transfer import GrantHandle, Sending
+
+PREP = "prep_recv"
+
+
+class Engine:
+    """Handle of one engine for one request. Equal handles are the same engine."""
+
+    def __init__(
+        self, connection: EngineConnection, scope: RequestScope, cached: Callable[[str], int]
+    ) -> None:
+        self._connection = connection
+        self._scope = scope
+        self._cached = cached
+        """Prompt tokens that the engine of that id is known to hold."""
+
+    @property
+    def id(self) -> str:
+        return self._connection.engine_id
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self._connection.info.labels
+
+    @property
+    def info(self) -> wire.EngineInfo:
+        return self._connection.info
+
+    @property
+    def reported(self) -> wire.EngineLoad:
+        """What the engine said of itself in its last heartbeat."""
+        return self._connection.load
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Engine) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        return f"Engine({self.id!r})"
+
+    async def prep_recv(self, request: Request, *, end: int | None = None) -> GrantHandle:
+        """Make room for KV of ``tokens[:end]``; None is the whole prompt, negative counts from its end.
+
+        Raises ``InvalidInterval``, ``CacheFull`` when the engine has no room, or a ``PeerError``.
+        """
+        scope, connection = self._scope, self._connection
+        scope.check(request)
+        stop = request.bound("end", end)
+        if stop == 0:
+            return GrantHandle(self.id, None)
+        bulk = scope.prompt(connection)
+        scope.hold(connection, PREP)
+        scope.account.reserve_sequence(self.id)
+        ttl_s = scope.remaining_s
+        try:
+            granted = await connection.call(
+                lambda call_id: wire.PrepRecv(call_id, request.request_id, stop, ttl_s, request.salt),
+                wire.Granted,
+                *bulk,
+                timeout_s=scope.call_timeout_s,
+            )
+        except DeadlineExceeded:
+            raise  # the grant may yet be made: PREP stays in the scope and is aborted with it
+        except MeshError:
+            scope.gone(connection, PREP)
+            scope.account.release_sequence(self.id)
+            raise
+        grant = granted.grant
+        scope.hold(connection, grant.grant_id)
+        scope.drop(connection, PREP)
+        if grant.incarnation != self.info.incarnation or not 0 <= grant.matched <= grant.end == stop:
+            raise PeerError(f"engine {self.id} gave a grant that was not asked for")
+        if grant.grant_id in scope.unused:
+            raise StrategyError("a request has one open grant on an engine")
+        scope.unused[grant.grant_id] = self.id
+        scope.clock.granted(scope.now)
+        return GrantHandle(self.id, grant)
+
+    def remote_send(
+        self,
+        request: Request,
+        grant: GrantHandle,
+        *,
+        begin: int | None = None,
+        end: int | None = None,
+        first_token: bool | None = None,
+    ) -> Sending:
+        """Compute KV of ``tokens[:end]`` here and put ``[begin, end)`` into ``grant``; starts at once.
+
+        ``begin`` None is where the receiver's match ends, and nothing below that is sent. ``first_token``
+        None: sampled here exactly when ``end`` is the prompt's end. Nothing left to send: settled at once.
+        Raises ``InvalidInterval`` outside the grant or on an overlap, ``EngineLost``.
+        """
+        scope = self._scope
+        scope.check(request)
+        grant.check_open(grant.engine_id)
+        start = max(grant.matched, 0 if begin is None else request.bound("begin", begin))
+        stop = request.bound("end", end)
+        if stop > grant.end or (begin is not None and request.bound("begin", begin) > stop):
+            raise InvalidInterval(f"[{start}, {stop}) is not inside the grant's [0, {grant.end})", field="end")
+        samples = stop == request.num_tokens if first_token is None else first_token
+        if samples and stop != request.num_tokens:
+            raise InvalidInterval("the first token can be sampled only at the prompt's end", field="end")
+        if grant.grant is None or start >= stop:
+            return Sending(request.request_id, grant, start, start, first_token=False)
+        grant.check_free(start, stop)
+        sending = Sending(request.request_id, grant, start, stop, first_token=samples)
+        permission, lane, ttl_s = grant.grant, grant.take_lane(), scope.remaining_s
+        scope.account.reserve_prefill(self.id, sending.name, max(0, stop - self._cached(self.id)))
+        sending.start(
+            scope,
+            self._connection,
+            lambda call_id: wire.RemoteSend(
+                call_id,
+                request.request_id,
+                start,
+                stop,
+                permission,
+                lane,
+                ttl_s,
+                request.sampling if samples else None,
+                request.salt,
+            ),
+        )
+        grant.sendings.append(sending)
+        return sending
+
+    def start_generate(
+        self,
+        request: Request,
+        *,
+        begin: int = 0,
+        grant: GrantHandle | None = None,
+        after: Sending | None = None,
+    ) -> Generation:
+        """Compute ``tokens[begin:]`` here and generate; starts at once, before the sends are done.
+
+        With a grant (given, or that of ``after``) ``begin`` must be its end and its sends must cover it; the
+        engine waits for their KV by itself. With ``begin`` at the prompt's end the sender samples the first
+        token, which is passed on as soon as it is known. A request generates once (a refused start may be
+        repeated). Raises ``StrategyError``, ``InvalidInterval``, ``EngineLost``.
+        """
+        scope = self._scope
+        scope.check(request)
+        if scope.is_generating:
+            raise StrategyError("a request generates once")
+        if after is not None and grant is not None and after.grant is not grant:
+            raise StrategyError("'after' sends into another grant")
+        grant = after.grant if grant is None and after is not None else grant
+        position = request.bound("begin", begin)
+        end = grant.end if grant is not None else 0
+        if position != end:
+            raise InvalidInterval(f"begin is {position}, but the engine has KV up to {end}", field="begin")
+        if grant is not None:
+            grant.check_open(self.id)
+            grant.check_covered()
+        first_from = None
+        if grant is not None and position == request.num_tokens and not grant.is_complete:
+            first_from = max(grant.sendings, key=lambda sending: sending.end)
+            if not first_from.first_token:
+                raise StrategyError("begin is the prompt's end, but no sender samples the first token")
+        grant_id = grant.grant_id if grant is not None else ""
+        ttl_s = scope.remaining_s
+        generation = Generation(
+            scope,
+            self._connection,
+            lambda call_id: wire.StartGenerate(
+                call_id,
+                request.request_id,
+                position,
+                request.sampling,
+                ttl_s,
+                grant_id or None,
+                first_from is not None,
+                0,
+                request.salt,
+            ),
+            grant_id=grant_id,
+            first_from=first_from,
+        )
+        cached = position if grant_id else self._cached(self.id)
+        scope.account.reserve_sequence(self.id)
+        scope.account.reserve_prefill(self.id, STREAM, request.num_tokens - cached)
+        if grant is not None:
+            scope.use(grant.grant_id)
+            grant.is_used = True
+            for sending in grant.sendings:
+                generation.depends_on(sending)
+        return generation
+
+    async def commit(self, request: Request, grant: GrantHandle) -> int:
+        """When all of the grant's KV is in, make it prefix cache here; returns the tokens cached by it.
+
+        Raises the error of a send that failed, ``InvalidInterval`` when the sends leave a gap.
+        """
+        scope, connection = self._scope, self._connection
+        scope.check(request)
+        if grant.grant is None:
+            return 0
+        grant.check_open(self.id)
+        grant.check_covered()
+        scope.use(grant.grant_id)
+        grant.is_used = True
+        ttl_s = scope.remaining_s
+        call_id, future = connection.begin(
+            lambda call_id: wire.Commit(call_id, request.request_id, grant.grant_id, ttl_s)
+        )
+
+        def fail_with(sending: Sending) -> None:
+            if sending.error is not None:
+                connection.fail(call_id, sending.error)
+
+        for sending in grant.sendings:
+            sending.listen(fail_with)
+        answer, _ = await connection.wait(call_id, future, ttl_s)
+        committed = connection.expect(answer, wire.Committed)
+        scope.drop(connection, grant.grant_id)
+        scope.account.release_sequence(self.id)
+        return committed.num_tokens
+
+    async def release(self, request: Request, grant: GrantHandle) -> None:
+        """Give a grant back unused."""
+        scope, connection = self._scope, self._connection
+        scope.check(request)
+        if grant.grant is None:
+            return
+        grant.check_open(self.id)
+        scope.use(grant.grant_id)
+        grant.is_used = True
+        await connection.call(
+            lambda call_id: wire.Release(call_id, request.request_id, grant.grant_id),
+            wire.Done,
+            timeout_s=scope.call_timeout_s,
+        )
+        scope.drop(connection, grant.grant_id)
+        scope.account.release_sequence(self.id)
+
+    def abort(self, request: Request) -> None:
+        """Make this engine drop everything of the request; the engine confirms later."""
+        self._scope.check(request)
+        self._scope.abort(self._connection)
+        self._scope.account.release_sequence(self.id)

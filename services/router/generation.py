@@ -1,0 +1,121 @@
+"""The running ``StartGenerate`` of a request: an async iterator of the chunks that a strategy yields on.
+
+Owns the stream from the decode engine and ties it to the sends that it builds on. Knows no intervals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from microserve.protocol import actions as wire
+from microserve.protocol.errors import MeshError, PeerError
+from microserve.services.router.connection import EngineConnection
+from microserve.services.router.scope import RequestScope
+from microserve.services.router.stream import Tokens, TokenStream
+from microserve.services.router.transfer import Sending
+
+STREAM = "stream"
+"""What the engine holds for a generation, in the scope's book."""
+
+
+class Generation:
+    """Chunks of output tokens, the last one with ``finished``. For one reader, once."""
+
+    def __init__(
+        self,
+        scope: RequestScope,
+        connection: EngineConnection,
+        build: Callable[[int], wire.StartGenerate],
+        *,
+        grant_id: str = "",
+        first_from: Sending | None = None,
+    ) -> None:
+        """Sends the action now. Raises the reason when the engine is lost.
+
+        ``first_from``: the send whose sender samples token 0; else this engine samples it.
+        """
+        self._scope = scope
+        self._connection = connection
+        self._grant_id = grant_id
+        self._first_from = first_from
+        self._stream = TokenStream(
+            scope.request.request_id, connection.engine_id, await_first=first_from is not None
+        )
+        self._ended = False
+        self._num_chunks = 0
+        bulk = scope.prompt(connection)
+        scope.hold(connection, STREAM)
+        connection.subscribe(self._stream)
+        try:
+            self._call_id, self._accepted = connection.begin(build, *bulk)
+        except MeshError:
+            connection.unsubscribe(self._stream)
+            raise
+        self._is_accepted = False
+        scope.is_generating = True
+        scope.on_close(self._give_up)
+
+    def depends_on(self, sending: Sending) -> None:
+        """A failed send ends the stream, unless the engine's own tokens prove that all KV came in."""
+        sending.listen(self._take_sending)
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Tokens:
+        """Raises the error of the engine or of a send that this depends on."""
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            if not self._is_accepted:
+                await self._accept()
+            chunk = await self._stream.next()
+        except MeshError:
+            self._end()
+            if self._was_refused():
+                self._scope.gone(self._connection, STREAM)
+                self._scope.is_generating = False
+            raise
+        if self._num_chunks == 0:
+            self._scope.clock.first_token(self._scope.now)
+            self._scope.account.release_prefill(self._connection.engine_id, STREAM)
+        self._num_chunks += 1
+        if chunk.finished is not None:
+            self._end()
+            self._scope.gone(self._connection, STREAM, self._grant_id)
+        return chunk
+
+    def _was_refused(self) -> bool:
+        """The engine is lost or said no: nothing can come from there, so the strategy may start elsewhere.
+
+        After a timeout (which cancels the future) it may yet come.
+        """
+        return self._accepted.done() and not self._accepted.cancelled() and self._accepted.exception() is not None
+
+    async def _accept(self) -> None:
+        answer, _ = await self._connection.wait(self._call_id, self._accepted, self._scope.call_timeout_s)
+        self._connection.expect(answer, wire.Accepted)
+        self._is_accepted = True
+        self._scope.clock.accepted(self._scope.now)
+
+    def _take_sending(self, sending: Sending) -> None:
+        if sending.error is not None:
+            if not self._stream.started:
+                self._stream.fail(sending.error)
+        elif sending is self._first_from and sending.sent is not None:
+            if sending.sent.first_token is None:
+                self._stream.fail(PeerError("the sender was asked for the first token and sent none"))
+            else:
+                self._stream.push_first(sending.sent.first_token, sending.sent.first_logprob)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._connection.unsubscribe(self._stream)
+        self._scope.account.release_prefill(self._connection.engine_id, STREAM)
+        self._scope.account.release_sequence(self._connection.engine_id)
+
+    def _give_up(self, error: MeshError) -> None:
+        """The request has ended; a reader that is left gets ``error``."""
+        self._connection.unsubscribe(self._stream)
+        self._connection.fail(self._call_id, error)
+        self._stream.fail(error)

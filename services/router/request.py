@@ -1,0 +1,71 @@
+"""One sequence to be served, as a strategy sees it: tokens, sampling, deadline.
+
+Immutable, and the only place where bounds of half-open prompt intervals are resolved. Knows no engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from microserve.protocol.codec import decode_tokens, encode_tokens
+from microserve.protocol.errors import InvalidInterval
+from microserve.protocol.sampling import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What a gateway asked for."""
+
+    request_id: str
+    tokens: Sequence[int]
+    """Prompt token ids; never changed."""
+    sampling: SamplingParams
+    deadline: float
+    """By the loop's clock, seconds."""
+    block_size: int
+    """Tokens in a KV block of this mesh."""
+    salt: str = ""
+    """Prefix cache namespace."""
+    token_frame: bytes = field(default=b"", repr=False)
+    """The prompt as it travels (raw little-endian u32), made from ``tokens`` if not given."""
+
+    def __post_init__(self) -> None:
+        if not self.token_frame:
+            object.__setattr__(self, "token_frame", encode_tokens(self.tokens))
+
+    @classmethod
+    def from_frame(
+        cls,
+        request_id: str,
+        token_frame: bytes,
+        sampling: SamplingParams,
+        *,
+        deadline: float,
+        block_size: int,
+        salt: str = "",
+    ) -> Request:
+        """Read the prompt from its wire form. Raises ``ProtocolViolation`` if the frame is cut."""
+        tokens = decode_tokens(token_frame)
+        return cls(request_id, tokens, sampling, deadline, block_size, salt, token_frame)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_block_tokens(self) -> int:
+        """Tokens in whole blocks: what a prefix cache can hold of this prompt, at most ``num_tokens``."""
+        return self.num_tokens - self.num_tokens % self.block_size
+
+    def bound(self, name: str, value: int | None) -> int:
+        """A bound of an interval: None is the prompt's end, a negative one counts from it.
+
+        Raises :class:`InvalidInterval` when it lies outside ``[0, num_tokens]``.
+        """
+        if value is None:
+            return self.num_tokens
+        position = self.num_tokens + value if value < 0 else value
+        if not 0 <= position <= self.num_tokens:
+            raise InvalidInterval(f"{name} {value} is outside a prompt of {self.num_tokens} tokens", field=name)
+        return position

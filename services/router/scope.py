@@ -1,0 +1,125 @@
+"""Everything that one request holds in the mesh, with one owner: the task that serves it.
+
+Handles that a strategy gets (engine.py, transfer.py) write down here what they take; ``close`` gives all of it back at
+once and without waiting, whatever the strategy did. Knows no intervals and no strategies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from microserve.protocol.errors import DeadlineExceeded, MeshError, StrategyError
+from microserve.services.router.connection import EngineConnection
+from microserve.services.router.load import Account
+from microserve.services.router.phase import PhaseClock
+from microserve.services.router.request import Request
+
+
+class RequestScope:
+    """What a request holds on which engine, and how long it may."""
+
+    def __init__(
+        self, request: Request, account: Account, clock: PhaseClock, *, call_timeout_s: float
+    ) -> None:
+        self.request = request
+        self.account = account
+        self.clock = clock
+        self.engines: list[str] = []
+        """Engines that took part, in order of first use."""
+        self.unused: dict[str, str] = {}
+        """Grants taken and neither generated from, committed nor released: engine id by grant id."""
+        self.is_generating = False
+        self.is_closed = False
+        self._call_timeout_s = call_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._holds: dict[EngineConnection, set[str]] = {}
+        self._prompts: set[EngineConnection] = set()
+        self._on_close: list[Callable[[MeshError], None]] = []
+
+    @property
+    def now(self) -> float:
+        return self._loop.time()
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds that are left. Raises :class:`DeadlineExceeded` when there are none."""
+        remaining = self.request.deadline - self._loop.time()
+        if remaining <= 0:
+            raise DeadlineExceeded("the request's time is used up")
+        return remaining
+
+    @property
+    def call_timeout_s(self) -> float:
+        """Longest wait for an answer that an engine gives at once."""
+        return min(self._call_timeout_s, self.remaining_s)
+
+    def check(self, request: Request) -> None:
+        """A handle is used for its own, living request. Raises :class:`StrategyError`."""
+        if request is not self.request:
+            raise StrategyError(f"this mesh serves request {self.request.request_id}, not {request.request_id}")
+        if self.is_closed:
+            raise StrategyError(f"request {request.request_id} has ended")
+
+    # --- what engines hold -------------------------------------------------------------------------
+
+    def prompt(self, connection: EngineConnection) -> tuple[bytes, ...]:
+        """Bulk frames of the next action there: the prompt travels once to each engine."""
+        if connection in self._prompts:
+            return ()
+        self._prompts.add(connection)
+        return (self.request.token_frame,)
+
+    def hold(self, connection: EngineConnection, name: str) -> None:
+        """From now on, or from when a message on its way arrives, the engine holds ``name`` for us."""
+        if connection not in self._holds:
+            self._holds[connection] = set()
+            connection.prompts.add(self.request.request_id)
+            self.clock.routed(self.now)
+        if connection.engine_id not in self.engines:
+            self.engines.append(connection.engine_id)
+        self._holds[connection].add(name)
+
+    def drop(self, connection: EngineConnection, *names: str) -> None:
+        """The engine says that it holds these no longer; it still has the prompt."""
+        self._holds.get(connection, set()).difference_update(names)
+
+    def gone(self, connection: EngineConnection, *names: str) -> None:
+        """As :meth:`drop`, and with the last of them the engine has dropped the prompt too."""
+        self.drop(connection, *names)
+        if not self._holds.get(connection):
+            self._prompts.discard(connection)
+
+    def use(self, grant_id: str) -> None:
+        """The strategy has done with a grant what grants are for."""
+        self.unused.pop(grant_id, None)
+
+    def abort(self, connection: EngineConnection) -> None:
+        """Make one engine drop everything of this request."""
+        connection.abort(self.request.request_id)
+        for grant_id in [g for g, engine_id in self.unused.items() if engine_id == connection.engine_id]:
+            del self.unused[grant_id]
+        self._holds.get(connection, set()).clear()
+        self._prompts.discard(connection)
+
+    # --- the end -----------------------------------------------------------------------------------
+
+    def on_close(self, callback: Callable[[MeshError], None]) -> None:
+        """At the end, call ``callback`` with the error that a wait which still stands shall raise."""
+        self._on_close.append(callback)
+
+    def close(self) -> None:
+        """End every engine's part that may still be there and every wait of ours. Idempotent."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        for connection, holds in self._holds.items():
+            if holds:
+                connection.abort(self.request.request_id)
+            connection.prompts.discard(self.request.request_id)
+        self._holds.clear()
+        ended = StrategyError(f"request {self.request.request_id} has ended")
+        for callback in self._on_close:
+            callback(ended)
+        self._on_close.clear()
+        self.account.close()

@@ -1,0 +1,31 @@
+"""Balanced disaggregation: the decode engine computes the prompt's tail itself.
+
+Source: MicroServe, arXiv 2412.12488 ("balanced PD"): moves work from a prefill engine that is the
+bottleneck to decode engines that wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Annotated
+
+from msgspec import Meta
+
+from microserve.services.router.mesh import Mesh
+from microserve.services.router.request import Request
+from microserve.services.router.strategy import strategy
+from microserve.services.router.stream import Tokens
+
+
+@strategy
+async def balanced(
+    mesh: Mesh, request: Request, *, ratio: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
+) -> AsyncGenerator[Tokens, None]:
+    """Prefill most of the prompt on one engine and the last ``ratio`` of it where it decodes."""
+    decode = mesh.pick("decode", request)
+    prefill = mesh.pick("prefill", request, exclude=[decode])
+    split = request.num_tokens - int(request.num_tokens * ratio)
+    grant = await decode.prep_recv(request, end=split)
+    sending = prefill.remote_send(request, grant, end=split)
+    async for tokens in decode.start_generate(request, begin=split, after=sending):
+        yield tokens

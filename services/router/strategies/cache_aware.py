@@ -1,0 +1,25 @@
+"""Cache-aware disaggregation: decode where the longest prefix is, send only what is missing there.
+
+Source: MicroServe, arXiv 2412.12488 ("cache-aware PD").
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from microserve.services.router.mesh import Mesh
+from microserve.services.router.request import Request
+from microserve.services.router.strategy import strategy
+from microserve.services.router.stream import Tokens
+
+
+@strategy
+async def cache_aware(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    """No prefill engine at all when the decode engine holds every whole block of the prompt."""
+    decode = mesh.pick("decode", request, prefix=True)
+    grant = await decode.prep_recv(request, end=request.num_block_tokens)
+    if not grant.is_complete:
+        prefill = mesh.pick("prefill", request, exclude=[decode])
+        prefill.remote_send(request, grant, begin=grant.matched, end=grant.end)
+    async for tokens in decode.start_generate(request, begin=grant.end, grant=grant):
+        yield tokens

@@ -1,0 +1,25 @@
+"""Prefill/decode disaggregation: one engine computes the whole prompt, another one decodes.
+
+Source: MicroServe, arXiv 2412.12488; DistServe, arXiv 2401.09670. The sender samples the first token, so it
+reaches the client before the last byte of KV is acknowledged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from microserve.services.router.mesh import Mesh
+from microserve.services.router.request import Request
+from microserve.services.router.strategy import strategy
+from microserve.services.router.stream import Tokens
+
+
+@strategy
+async def disaggregated(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    """Prefill on one engine, decode on another."""
+    decode = mesh.pick("decode", request)
+    prefill = mesh.pick("prefill", request, exclude=[decode])
+    grant = await decode.prep_recv(request)
+    sending = prefill.remote_send(request, grant)
+    async for tokens in decode.start_generate(request, begin=grant.end, after=sending):
+        yield tokens

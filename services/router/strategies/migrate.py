@@ -1,0 +1,27 @@
+"""Context migration: move the KV of a prompt to another engine, then serve there.
+
+Source: MicroServe, arXiv 2412.12488 ("context cache migration"); moving KV over a fast link is many times
+cheaper than computing it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from microserve.services.router.mesh import Mesh
+from microserve.services.router.request import Request
+from microserve.services.router.strategy import strategy
+from microserve.services.router.stream import Tokens
+
+
+@strategy
+async def migrate(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    """Move whole blocks from the engine that holds most of them to the one with the least work."""
+    source = mesh.pick(None, request, prefix=True)
+    target = mesh.pick(None, request, exclude=[source])
+    if target != source:
+        grant = await target.prep_recv(request, end=request.num_block_tokens)
+        source.remote_send(request, grant, end=grant.end, first_token=False)
+        await target.commit(request, grant)
+    async for tokens in target.start_generate(request):
+        yield tokens

@@ -1,0 +1,143 @@
+"""Strategies: what they look like, their parameters, and the book of those that this router knows.
+
+A strategy is an async generator function ``(mesh, request, *, parameters with defaults)`` that yields the
+chunks of a ``start_generate``. It ends with the last chunk: what stands behind it is not run (``finally``
+is). Cancellation, deadlines, accounting and cleanup are the router's. Source files are code: only operators
+may name them. Knows nothing of what a strategy does.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import typing
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from microserve.protocol.errors import ConfigError, StrategyError, StrategyNotFound
+from microserve.services.router.mesh import Mesh
+from microserve.services.router.request import Request
+from microserve.services.router.stream import Tokens
+
+StrategyFunction = Callable[..., AsyncGenerator[Tokens, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """A named strategy and the values of its parameters."""
+
+    name: str
+    function: StrategyFunction
+    types: Mapping[str, Any]
+    """Annotation of each parameter."""
+    values: Mapping[str, Any]
+    description: str
+
+    def __call__(self, mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+        return self.function(mesh, request, **self.values)
+
+    def bind(self, values: Mapping[str, Any]) -> Strategy:
+        """With other parameter values. Raises :class:`ConfigError` for an unknown name or a wrong value."""
+        bound = dict(self.values)
+        for name, value in values.items():
+            path = f"router.strategies.{self.name}.{name}"
+            if name not in self.types:
+                known = ", ".join(self.types) or "none"
+                raise ConfigError(f"{path}: strategy {self.name} has no such parameter (has: {known})", field=path)
+            try:
+                bound[name] = msgspec.convert(value, self.types[name])
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"{path}: {error}", field=path) from None
+        return replace(self, values=bound)
+
+
+def strategy(function: StrategyFunction) -> Strategy:
+    """Decorator: check the shape and make a :class:`Strategy` of the function's name.
+
+    Raises :class:`StrategyError` when it is no async generator function, has a parameter without default or
+    annotation, or a default that its own annotation refuses.
+    """
+    name = getattr(function, "__name__", repr(function))
+    if not inspect.isasyncgenfunction(function):
+        raise StrategyError(f"{name} must be an 'async def' with 'yield'")
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    if len(positional) != 2 or len(positional) + len(named) != len(parameters):
+        raise StrategyError(f"{name} must take (mesh, request, *, named parameters)")
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise StrategyError(f"{name}: annotations cannot be read: {error}") from None
+    types: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for parameter in named:
+        if parameter.default is parameter.empty or parameter.name not in hints:
+            raise StrategyError(f"{name}: {parameter.name} needs a type and a default")
+        types[parameter.name] = hints[parameter.name]
+        try:
+            values[parameter.name] = msgspec.convert(parameter.default, types[parameter.name])
+        except (msgspec.ValidationError, TypeError) as error:
+            raise StrategyError(f"{name}: default of {parameter.name}: {error}") from None
+    return Strategy(name, function, types, values, inspect.getdoc(function) or "")
+
+
+class StrategyBook:
+    """The strategies of a router by name, with the operator's parameters."""
+
+    def __init__(self, strategies: Iterable[Strategy]) -> None:
+        self._strategies: dict[str, Strategy] = {}
+        for item in strategies:
+            if item.name in self._strategies:
+                raise ConfigError(f"two strategies are named {item.name}", field="router.strategy_files")
+            self._strategies[item.name] = item
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._strategies)
+
+    def get(self, name: str) -> Strategy:
+        """Raises :class:`StrategyNotFound`."""
+        try:
+            return self._strategies[name]
+        except KeyError:
+            known = ", ".join(self.names)
+            raise StrategyNotFound(f"no strategy {name!r} (there are: {known})", field="strategy") from None
+
+    def configure(self, parameters: Mapping[str, Mapping[str, Any]]) -> None:
+        """Apply ``[router.strategies.<name>]``. Raises :class:`ConfigError` naming the path."""
+        for name, values in parameters.items():
+            if name not in self._strategies:
+                path = f"router.strategies.{name}"
+                raise ConfigError(f"{path}: no such strategy (there are: {', '.join(self.names)})", field=path)
+            self._strategies[name] = self._strategies[name].bind(values)
+
+
+def strategies_in(module: ModuleType) -> list[Strategy]:
+    """The strategies that a module defines (not those that it imports)."""
+    found = [item for item in vars(module).values() if isinstance(item, Strategy)]
+    return [item for item in found if item.function.__module__ == module.__name__]
+
+
+def load_file(path: str) -> list[Strategy]:
+    """Run an operator's file. Raises :class:`ConfigError` when it cannot be run or holds no strategy."""
+    field = "router.strategy_files"
+    name = f"microserve_strategies.{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: not a Python file", field=field)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        # Whatever an operator's file raises is about the file; the cause keeps its traceback.
+        raise ConfigError(f"{path}: {type(error).__name__}: {error}", field=field) from error
+    found = strategies_in(module)
+    if not found:
+        raise ConfigError(f"{path}: defines no strategy", field=field)
+    return found

@@ -1,0 +1,114 @@
+"""The token deltas of one request from one engine, put in order: duplicates dropped, gaps refused.
+
+Sans-I/O but for the one waiter. Waiting tokens merge, so a slow reader costs memory for at most the
+request's own output, and one wake-up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from microserve.protocol.actions import Delta, Finished, TokenLogprob
+from microserve.protocol.errors import MeshError, PeerError, error_for
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Output tokens ``[offset, offset + len(token_ids))`` of a request."""
+
+    offset: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """As many as ``token_ids``, or none."""
+    finished: Finished | None = None
+    """Set on the last chunk, which may be without tokens."""
+
+
+class TokenStream:
+    """In: deltas, a first token, a failure, in any order. Out: :class:`Tokens` in order."""
+
+    def __init__(self, request_id: str, engine_id: str, *, await_first: bool = False) -> None:
+        """``await_first``: token 0 comes by :meth:`push_first` (its sender sampled it), the rest by deltas."""
+        self.request_id = request_id
+        self.engine_id = engine_id
+        self._awaits_first = await_first
+        self._first_delta = self._next = 1 if await_first else 0
+        """Offset of the next token that a delta may bring."""
+        self._offset = 0
+        """Offset of the first waiting token."""
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._finished: Finished | None = None
+        self._error: MeshError | None = None
+        self._wake = asyncio.Event()
+
+    @property
+    def started(self) -> bool:
+        """The engine has produced tokens itself: all the KV that it waited for is in."""
+        return self._next > self._first_delta
+
+    def push(self, delta: Delta) -> None:
+        """Take one delta. A gap or a malformed one fails the stream; what is old is dropped."""
+        if self._finished is not None or self._error is not None:
+            return
+        missing = delta.offset - self._next
+        if missing > 0:
+            self.fail(
+                PeerError(f"{self.engine_id} lost output tokens [{self._next}, {delta.offset}) of {self.request_id}")
+            )
+            return
+        if delta.offset < 0 or (delta.logprobs and len(delta.logprobs) != len(delta.token_ids)):
+            self.fail(PeerError(f"{self.engine_id} sent a malformed delta of {self.request_id}"))
+            return
+        fresh = delta.token_ids[-missing:]
+        self._next += len(fresh)
+        self._token_ids += fresh
+        self._logprobs += delta.logprobs[-missing:]
+        self._finished = delta.finished
+        if fresh or delta.finished:
+            self._wake.set()
+
+    def push_first(self, token_id: int, logprob: TokenLogprob | None) -> None:
+        """Token 0, from the engine that computed the prompt. Only the first one counts."""
+        if not self._awaits_first:
+            return
+        self._awaits_first = False
+        self._token_ids.insert(0, token_id)
+        if logprob is not None:
+            self._logprobs.insert(0, logprob)
+        self._wake.set()
+
+    def fail(self, error: MeshError) -> None:
+        """End with ``error`` after the tokens that are in. No effect on a stream that is whole."""
+        if self._error is None and (self._finished is None or self._awaits_first):
+            self._error = error
+            self._wake.set()
+
+    async def next(self) -> Tokens:
+        """All tokens that wait, at least one, or the end. For one reader.
+
+        Raises what :meth:`fail` was given, or the engine's error, once no token is left. An engine's own
+        ``abort`` (nobody here asked for it) is a :class:`PeerError`.
+        """
+        while True:
+            if self._token_ids and not self._awaits_first:
+                failed = self._finished is not None and self._finished.reason not in ("stop", "length")
+                return self._take(None if failed else self._finished)
+            if self._finished is not None:
+                if self._finished.reason == "error":
+                    raise error_for(self._finished.code, f"{self.engine_id}: {self._finished.detail}")
+                if self._finished.reason not in ("stop", "length"):
+                    raise PeerError(f"{self.engine_id} ended the request: {self._finished.reason}")
+                if not self._awaits_first:
+                    return self._take(self._finished)
+            if self._error is not None:
+                raise self._error
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _take(self, finished: Finished | None) -> Tokens:
+        chunk = Tokens(self._offset, self._token_ids, self._logprobs, finished)
+        self._offset += len(self._token_ids)
+        self._token_ids, self._logprobs = [], []
+        return chunk

@@ -1,0 +1,153 @@
+"""What a strategy holds of a transfer: the receiver's grant and the sends that fill it.
+
+The rule that both keep: sends of one grant do not overlap, and before anyone builds on the grant they cover
+``[matched, end)`` without a gap. So no strategy can decode on KV that nobody writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+
+from microserve.protocol import actions as wire
+from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
+from microserve.protocol.grant import Grant
+from microserve.services.router.connection import Answer, EngineConnection
+from microserve.services.router.scope import RequestScope
+
+
+class GrantHandle:
+    """The receiver holds ``[0, matched)`` and has made room for ``[matched, end)``.
+
+    An empty interval (``end == 0``) needs no grant: ``grant`` is None and nothing is to be sent.
+    """
+
+    def __init__(self, engine_id: str, grant: Grant | None) -> None:
+        self.engine_id = engine_id
+        self.grant = grant
+        self.sendings: list[Sending] = []
+        self.is_used = grant is None
+        """Generated from, committed or released."""
+        self._num_lanes = 0
+
+    @property
+    def grant_id(self) -> str:
+        return self.grant.grant_id if self.grant else ""
+
+    @property
+    def matched(self) -> int:
+        return self.grant.matched if self.grant else 0
+
+    @property
+    def end(self) -> int:
+        return self.grant.end if self.grant else 0
+
+    @property
+    def is_complete(self) -> bool:
+        """The receiver has the whole interval in its cache: nothing is to be sent."""
+        return self.matched >= self.end
+
+    def take_lane(self) -> int:
+        """Each writer lane is handed out once."""
+        self._num_lanes += 1
+        return self._num_lanes - 1
+
+    def check_open(self, engine_id: str) -> None:
+        """Raises :class:`StrategyError` when it is of another engine or was used."""
+        if self.engine_id != engine_id:
+            raise StrategyError(f"the grant is one of engine {self.engine_id}, not of {engine_id}")
+        if self.is_used and self.grant is not None:
+            raise StrategyError(f"grant {self.grant_id} was used already")
+
+    def check_free(self, begin: int, end: int) -> None:
+        """Raises :class:`InvalidInterval` when another send writes into ``[begin, end)``."""
+        for sending in self.sendings:
+            if begin < sending.end and sending.begin < end:
+                raise InvalidInterval(
+                    f"[{begin}, {end}) overlaps the send of [{sending.begin}, {sending.end})", field="begin"
+                )
+
+    def check_covered(self) -> None:
+        """Raises :class:`InvalidInterval` when part of ``[matched, end)`` is sent by nobody."""
+        position = self.matched
+        for sending in sorted(self.sendings, key=lambda s: s.begin):
+            if sending.begin > position:
+                break
+            position = sending.end
+        if position < self.end:
+            raise InvalidInterval(
+                f"no send covers [{position}, ...) of the grant's [{self.matched}, {self.end})", field="begin"
+            )
+
+
+class Sending:
+    """KV of ``[begin, end)`` on its way into a grant. ``await`` it for the sender's ``Sent``, or do not:
+    whoever builds on the grant waits for what it needs."""
+
+    def __init__(self, request_id: str, grant: GrantHandle, begin: int, end: int, *, first_token: bool) -> None:
+        self.grant = grant
+        self.begin = begin
+        self.end = end
+        self.first_token = first_token
+        """The sender samples output token 0 as well."""
+        self.error: MeshError | None = None
+        self.sent: wire.Sent | None = None
+        if begin >= end:
+            self.sent = wire.Sent(0, request_id, 0, 0, 0, 0, wire.Timings())
+        self._settled = asyncio.Event()
+        self._listeners: list[Callable[[Sending], None]] = []
+
+    @property
+    def name(self) -> str:
+        """Key of this send in the request's books."""
+        return f"send {self.grant.grant_id} {self.begin}"
+
+    @property
+    def is_settled(self) -> bool:
+        return self.sent is not None or self.error is not None
+
+    def start(
+        self, scope: RequestScope, connection: EngineConnection, build: Callable[[int], wire.RemoteSend]
+    ) -> None:
+        """Send the action now; the answer settles this object. Raises when the engine is lost."""
+        name, begun = self.name, scope.now
+        bulk = scope.prompt(connection)
+        scope.hold(connection, name)
+        call_id, future = connection.begin(build, *bulk)
+        scope.on_close(lambda error: connection.fail(call_id, error))
+
+        def settle(answer: asyncio.Future[Answer]) -> None:
+            scope.account.release_prefill(connection.engine_id, name)
+            try:
+                sent = connection.expect(answer.result()[0], wire.Sent)
+            except MeshError as error:
+                self.error = error
+                scope.gone(connection, name)
+            else:
+                self.sent = sent
+                scope.clock.sent(begun, scope.now, sent.timings)
+                scope.drop(connection, name)
+            self._settled.set()
+            for listener in self._listeners:
+                listener(self)
+
+        future.add_done_callback(settle)
+
+    def listen(self, listener: Callable[[Sending], None]) -> None:
+        """Call ``listener`` when this is settled; now, if it is."""
+        if self.is_settled:
+            listener(self)
+        else:
+            self._listeners.append(listener)
+
+    async def wait(self) -> wire.Sent:
+        """Until every byte is put. Raises the sender's error."""
+        if not self.is_settled:
+            await self._settled.wait()
+        if self.sent is None:
+            assert self.error is not None, "settled means sent or failed"
+            raise self.error
+        return self.sent
+
+    def __await__(self) -> Generator[object, None, wire.Sent]:
+        return self.wait().__await__()

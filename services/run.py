@@ -1,0 +1,143 @@
+"""The one runner of services: log, loop, bus, signals, watchdog, exit code.
+
+Owns a service process from its settings to its exit; does not know what the service does. Exit codes:
+0 stopped when asked, 2 a setting is wrong (one line says which), 1 anything else (``service.failed``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+import structlog
+import uvloop
+
+from microserve.protocol import log
+from microserve.protocol.curve import CurveKeys
+from microserve.protocol.errors import ConfigError
+from microserve.protocol.settings import Settings
+from microserve.protocol.transport import Bus, ZmqBus
+from microserve.services.lifecycle import Lifecycle
+from microserve.services.notify import Notifier
+
+EXIT_STOPPED = 0
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+EXIT_INTERRUPTED = 130
+
+Serve = Callable[[Settings, Bus, Lifecycle], Coroutine[Any, Any, None]]
+"""``run_X(settings, bus, lifecycle)``: serves until cancelled, then closes what it opened."""
+
+_logger = structlog.get_logger()
+
+
+def identify(service: str, settings: Settings) -> tuple[str, Settings]:
+    """The id of this process, made up if the settings have none, and settings that hold it."""
+    made_up = f"{service[0]}-{secrets.token_hex(3)}"
+    if service == "engine":
+        engine = msgspec.structs.replace(settings.engine, id=settings.engine.id or made_up)
+        return engine.id, msgspec.structs.replace(settings, engine=engine)
+    if service == "router":
+        router = msgspec.structs.replace(settings.router, id=settings.router.id or made_up)
+        return router.id, msgspec.structs.replace(settings, router=router)
+    return made_up, settings
+
+
+def run_service(
+    service: str,
+    settings: Settings,
+    load: Callable[[], Serve],
+    *,
+    notifier: Notifier | None = None,
+) -> int:
+    """Run one service to its end in this process; returns the exit code.
+
+    ``load`` imports the service: late, so that a heavy import is already logged and supervised.
+    """
+    service_id, settings = identify(service, settings)
+    notifier = notifier or Notifier.from_environment(os.environ)
+    file = log.configure(service, service_id, level=settings.log.level, directory=settings.log.dir)
+    try:
+        _logger.info(log.SERVICE_STARTED, pid=os.getpid())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings, load(), Lifecycle(notifier), notifier))
+        _logger.info(log.SERVICE_STOPPED)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:  # before the loop took the signals over
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        cause = _cause(error)
+        wrong = isinstance(cause, ConfigError)
+        detail = str(cause) or type(cause).__name__
+        _logger.error(log.SERVICE_FAILED, error=detail, exc_info=None if wrong else cause)
+        if file is not None:
+            print(f"microserve {service}: {detail}", file=sys.stderr)
+        return EXIT_CONFIG if wrong else EXIT_FAILED
+    finally:
+        if file is not None:
+            structlog.reset_defaults()
+            file.close()
+
+
+def _cause(error: Exception) -> Exception:
+    """What task groups have wrapped: a wrong setting anywhere in it, else a single failure, else all of it."""
+    if isinstance(error, ExceptionGroup):
+        wrong, _ = error.split(ConfigError)
+        error = wrong or error
+        while isinstance(error, ExceptionGroup) and (wrong or len(error.exceptions) == 1):
+            error = error.exceptions[0]
+    return error
+
+
+async def _serve(settings: Settings, serve: Serve, lifecycle: Lifecycle, notifier: Notifier) -> None:
+    keys = CurveKeys.load(settings.bus.curve_dir) if settings.bus.curve_dir else None
+    bus = ZmqBus(high_water_mark=settings.bus.high_water_mark, linger_s=settings.bus.linger_s, keys=keys)
+    try:
+        async with asyncio.TaskGroup() as group:
+            service = group.create_task(serve(settings, bus, lifecycle))
+            watchdog = group.create_task(feed_watchdog(lifecycle, notifier))
+            service.add_done_callback(lambda _: watchdog.cancel())
+            _stop_on_signals(service, notifier)
+    finally:
+        bus.close()
+
+
+def _stop_on_signals(service: asyncio.Task[None], notifier: Notifier) -> None:
+    """SIGTERM and Ctrl-C cancel the service, once; Ctrl-C again gives up on a clean end."""
+    loop = asyncio.get_running_loop()
+    asked = False
+
+    def stop(number: int) -> None:
+        nonlocal asked
+        if asked:
+            if number == signal.SIGINT:
+                os._exit(EXIT_INTERRUPTED)
+            return
+        asked = True
+        notifier.send("STOPPING=1")
+        service.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+
+
+async def feed_watchdog(lifecycle: Lifecycle, notifier: Notifier) -> None:
+    """Ping three times a period, but only when the loop was on time and the service says that it is well.
+
+    Two pings may be lost without harm; a loop that lags by half an interval withholds its ping.
+    """
+    if notifier.watchdog_s <= 0:
+        return
+    loop = asyncio.get_running_loop()
+    interval_s = notifier.watchdog_s / 3
+    while True:
+        due = loop.time() + interval_s
+        await asyncio.sleep(interval_s)
+        if loop.time() - due < interval_s / 2 and lifecycle.healthy():
+            notifier.send("WATCHDOG=1")

@@ -1,0 +1,158 @@
+"""``microserve tail``: what happened to requests, and what happened, across all services.
+
+Owns what is shown and how a line looks; where lines come from is event_log.py's. A request is one line, the
+gateway's canonical one; the other services' lines about requests are shown on demand (``--request``,
+``--service``). Every line that is not understood is still shown.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from microserve.protocol import log
+from microserve.services.event_log import Event, EventLog
+
+FOLLOW_INTERVAL_S = 0.2
+
+PHASES = (
+    "queued",
+    "tokenised",
+    "routed",
+    "granted",
+    "prefilled",
+    "transferred",
+    "admitted",
+    "first_token",
+    "decoded",
+)
+"""In order; the canonical line has each as ``<phase>_s``, and they add up to ``wall_s``."""
+
+TOKENS = (
+    ("prompt_tokens", "in"),
+    ("cached_tokens", "cached"),
+    ("received_tokens", "received"),
+    ("output_tokens", "out"),
+)
+
+CANONICAL = (log.REQUEST_FINISHED, "gateway")
+
+_HIDDEN = frozenset({"ts", "event", "service", "id", "level", "exception"})
+_QUIET_PREFIXES = ("request.", "grant.", "kv.")
+"""Events of single requests, which the default view leaves to the canonical line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which events to show; no field given: canonical lines and whatever happened to services."""
+
+    request_id: str | None = None
+    """This request (by its bus id or its ``x-request-id``) and its parts ``<id>-<k>``, in every service."""
+    service: str | None = None
+    slow_s: float | None = None
+    """Only requests whose canonical ``wall_s`` is at least this."""
+
+    def admits(self, event: Event) -> bool:
+        if self.service is not None and event["service"] != self.service:
+            return False
+        if self.request_id is not None and not _concerns(event, self.request_id):
+            return False
+        canonical = (event["event"], event["service"]) == CANONICAL
+        if self.slow_s is not None:
+            return canonical and _number(event, "wall_s") >= self.slow_s
+        if self.request_id is not None or self.service is not None or canonical:
+            return True
+        trouble = event.get("level") in ("warning", "error", "critical")
+        return trouble or not str(event["event"]).startswith(_QUIET_PREFIXES)
+
+
+def show(
+    directory: Path,
+    chosen: Filter,
+    *,
+    follow: bool,
+    as_json: bool,
+    echo: Callable[[str], Any],
+    wait: Callable[[float], Any] = time.sleep,
+) -> None:
+    """Echo the chosen events line by line; with ``follow`` it ends only by an exception (Ctrl-C)."""
+    events = EventLog(directory)
+    try:
+        while True:
+            for event in events.read():
+                if chosen.admits(event):
+                    echo(msgspec.json.encode(event).decode() if as_json else format_event(event))
+            if not follow:
+                return
+            wait(FOLLOW_INTERVAL_S)
+    finally:
+        events.close()
+
+
+def format_event(event: Event) -> str:
+    """One line for people."""
+    if (event["event"], event["service"]) == CANONICAL:
+        return _format_request(event)
+    who = f"{event['service']}/{event['id']}" if event["id"] else event["service"]
+    if not event["event"]:
+        return f"{_clock(event)} {who:<14} | {event.get('text', '')}"
+    fields = " ".join(f"{name}={_text(value)}" for name, value in event.items() if name not in _HIDDEN)
+    level = event.get("level", "info")
+    mark = "" if level in ("info", "debug") else f" [{level}]"
+    return f"{_clock(event)} {who:<14} {event['event']}{mark} {fields}".rstrip()
+
+
+def _format_request(event: Event) -> str:
+    """``12:00:01.234 cmpl-1 | SmolLM2 | auto e1→e0 | in=512 ... | queued 0.1 ... = 90.3 ms | ttft ... | stop``."""
+    engines = "→".join(map(str, event.get("engines") or [])) or "-"
+    tokens = " ".join(f"{short}={event[name]}" for name, short in TOKENS if name in event)
+    phases = " ".join(f"{name} {_ms(event, f'{name}_s')}" for name in PHASES if f"{name}_s" in event)
+    ends = [str(event[name]) for name in ("finish_reason", "code") if event.get(name)]
+    if _number(event, "status") >= 400:
+        ends.append(f"HTTP {event['status']}")
+    parts = [
+        f"{_clock(event)} {event.get('request_id') or event.get('http_request_id', '-')}",
+        str(event.get("model") or "-"),
+        f"{event.get('strategy') or '-'} {engines}",
+        tokens,
+        f"{phases} = {_ms(event, 'wall_s')} ms" if phases else f"{_ms(event, 'wall_s')} ms",
+        f"ttft {_ms(event, 'ttft_s')} ms" if event.get("ttft_s") is not None else "no token",
+        " ".join(ends),
+    ]
+    return " | ".join(filter(None, parts))
+
+
+def _concerns(event: Event, request_id: str) -> bool:
+    for name in ("request_id", "http_request_id"):
+        value = str(event.get(name, ""))
+        head, dash, number = value.rpartition("-")
+        if value == request_id or (dash and head == request_id and number.isdecimal()):
+            return True
+    return False
+
+
+def _number(event: Event, name: str) -> float:
+    value = event.get(name)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _ms(event: Event, name: str) -> str:
+    return f"{_number(event, name) * 1000:.1f}"
+
+
+def _clock(event: Event) -> str:
+    return datetime.fromtimestamp(event["ts"]).strftime("%H:%M:%S.%f")[:-3]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, str) and value and not any(each in value for each in ' \n\t"='):
+        return value
+    return msgspec.json.encode(value).decode()

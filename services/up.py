@@ -1,0 +1,266 @@
+"""``microserve up``, ``down`` and ``ps``: a whole mesh on this machine, from its model to its last child.
+
+Owns the order of events; processes are the supervisor's, the screen is the view's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol.errors import ConfigError
+from microserve.protocol.settings import Settings
+from microserve.services.demo_model import FetchFailed, default_cache, fetch
+from microserve.services.demo_request import PROMPT, DemoFailed, Gateway
+from microserve.services.mesh_plan import MeshPlan, assignment, first_key, plan_mesh
+from microserve.services.mesh_state import AlreadyRunning, ChildState, MeshDirectory, MeshState
+from microserve.services.mesh_view import View
+from microserve.services.notify import Notifier
+from microserve.services.supervisor import Child, MeshFailed, Supervisor
+
+EXIT_FAILED = 1
+EXIT_CONFIG = 2
+DEMO_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpOptions:
+    flags: Sequence[str]
+    """``--config`` and ``--set`` as given, for the children."""
+    demo: bool = True
+    oneshot: bool = False
+    detach: bool = False
+
+
+def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: View) -> int:
+    """Run a mesh until told to stop (or until it runs, with ``detach``); returns the exit code."""
+    try:
+        if not settings.model.path:
+            path = fetch(default_cache(os.environ), view.progress)
+            settings = msgspec.structs.replace(
+                settings, model=msgspec.structs.replace(settings.model, path=str(path))
+            )
+        if options.detach:
+            return _up_detached(settings, options, directory, view)
+        with directory.hold():
+            logs = Path(settings.log.dir) if settings.log.dir else directory.logs
+            _set_aside(logs)
+            plan = plan_mesh(settings, options.flags, logs)
+            events = log.configure("supervisor", "up", level=settings.log.level, directory=str(logs))
+            try:
+                return asyncio.run(_Up(settings, options, directory, view, plan).run())
+            finally:
+                structlog.reset_defaults()
+                if events is not None:
+                    events.close()
+    except ConfigError as error:
+        view.problem(f"Error: {error}")
+        return EXIT_CONFIG
+    except (FetchFailed, AlreadyRunning, MeshFailed, DemoFailed, OSError) as error:
+        view.problem(f"Error: {error}")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        view.close()
+
+
+class _Up:
+    """One mesh in the foreground."""
+
+    def __init__(
+        self, settings: Settings, options: UpOptions, directory: MeshDirectory, view: View, plan: MeshPlan
+    ) -> None:
+        self._options = options
+        self._directory = directory
+        self._view = view
+        self._plan = plan
+        self._notifier = Notifier.from_environment(os.environ)
+        self._ready_timeout_s = settings.mesh.ready_timeout_s
+        self._ready = False
+        self._failure = ""
+        self._asked_to_stop = False
+        self._supervisor = Supervisor(
+            plan.children,
+            max_restarts=settings.mesh.max_restarts,
+            restart_window_s=settings.mesh.restart_window_s,
+            ready_timeout_s=settings.mesh.ready_timeout_s,
+            changed=self._changed,
+        )
+
+    async def run(self) -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._stop, task)
+        try:
+            async with self._supervisor:
+                await self._supervisor.ready()
+                await self._plan.gateway.until_ready(self._ready_timeout_s)
+                self._ready = True
+                self._record()
+                self._notifier.send("READY=1", f"STATUS=ready at {self._plan.gateway.url}")
+                if self._options.demo:
+                    await self._demonstrate()
+                if self._options.oneshot:
+                    return 0
+                _show_where(
+                    self._view, self._plan.gateway, self._plan.model, self._plan.children[0].log.parent
+                )
+                self._view.note("stop:     Ctrl-C")
+                await self._supervisor.watch()
+        except asyncio.CancelledError:
+            if not self._asked_to_stop:
+                raise
+        except (MeshFailed, DemoFailed) as error:
+            self._failure = str(error)
+            self._record()
+            raise
+        return 0
+
+    async def _demonstrate(self) -> None:
+        try:
+            await show_answer(self._plan.gateway, self._view)
+        except DemoFailed as error:
+            if self._options.oneshot:
+                raise
+            self._view.problem(f"the demo request failed: {error}")
+
+    def _stop(self, task: asyncio.Task[int]) -> None:
+        if self._asked_to_stop:
+            self._supervisor.kill()
+            return
+        self._asked_to_stop = True
+        self._notifier.send("STOPPING=1")
+        self._view.note("stopping; once more to kill")
+        task.cancel()
+
+    def _changed(self, _child: Child) -> None:
+        self._record()
+
+    def _record(self) -> None:
+        state = MeshState(
+            pid=os.getpid(),
+            url=self._plan.gateway.url,
+            model=self._plan.model,
+            children=[ChildState.of(child) for child in self._plan.children],
+            ready=self._ready,
+            failure=self._failure,
+        )
+        self._directory.write(state)
+        self._view.mesh(state)
+
+
+async def show_answer(gateway: Gateway, view: View) -> None:
+    """The demo: one streamed answer. Raises :class:`DemoFailed`."""
+    try:
+        async with asyncio.timeout(DEMO_TIMEOUT_S):
+            model = await gateway.model()
+            view.asked(PROMPT)
+            view.answered(await gateway.chat(model, PROMPT, view.piece))
+    except TimeoutError:
+        raise DemoFailed(f"no whole answer within {DEMO_TIMEOUT_S:g} s") from None
+
+
+def _show_where(view: View, gateway: Gateway, model: str, logs: Path) -> None:
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello!"}], "stream": True}
+    key = " -H 'authorization: Bearer KEY'" if gateway.api_key else ""
+    view.note(
+        f"\ntry:      curl -N {gateway.url}/v1/chat/completions -H 'content-type: application/json'{key} "
+        f"-d {shlex.quote(json.dumps(body))}\n"
+        f"logs:     {logs}   (microserve tail --follow)\n"
+        f"metrics:  {gateway.url}/metrics"
+    )
+
+
+def _set_aside(logs: Path) -> None:
+    """Events of the run before stay readable as ``*.jsonl.1``."""
+    for file in logs.glob("*.jsonl"):
+        file.replace(file.with_suffix(".jsonl.1"))
+
+
+# --- in the background -----------------------------------------------------------------------------
+
+
+def _up_detached(settings: Settings, options: UpOptions, directory: MeshDirectory, view: View) -> int:
+    if directory.supervisor():
+        raise AlreadyRunning(f"a mesh runs here already, under process {directory.supervisor()}")
+    directory.logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-P", "-m", "microserve.services", "up", "--no-demo"]
+    command += ["--directory", str(directory.root), *options.flags]
+    command += assignment("model.path", settings.model.path)
+    with open(directory.root / "up.out", "wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        state = asyncio.run(_until_settled(process, directory, view))
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if state is None or state.failure:
+        process.wait()
+        problem = (directory.root / "up.out").read_text(errors="replace").strip().rpartition("\n")[2]
+        raise MeshFailed(state.failure if state else problem)
+    gateway = Gateway.at(state.url, first_key(settings))
+    if options.demo:
+        asyncio.run(show_answer(gateway, view))
+    _show_where(view, gateway, state.model, directory.logs)
+    view.note("stop:     microserve down")
+    return 0
+
+
+async def _until_settled(
+    process: subprocess.Popen[bytes], directory: MeshDirectory, view: View
+) -> MeshState | None:
+    """The background mesh's state once it is ready or has failed; None if it ended without one."""
+    shown: MeshState | None = None
+    while True:
+        gone = process.poll() is not None
+        state = directory.read()
+        if state is not None and state.pid == process.pid and state != shown:
+            shown = state
+            view.mesh(state)
+            if state.ready or state.failure:
+                return state
+        if gone:
+            return None
+        await asyncio.sleep(0.05)
+
+
+def down(directory: MeshDirectory, timeout_s: float) -> str:
+    """Stop the mesh of ``directory``; returns what there is to say. Raises :class:`MeshFailed`."""
+    pid = directory.supervisor()
+    if not pid:
+        return "no mesh runs here"
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return "no mesh runs here"
+    try:
+        if directory.supervisor() != pid:  # else the descriptor could be of an unrelated new process
+            return "no mesh runs here"
+        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+        ended = select.poll()
+        ended.register(descriptor, select.POLLIN)
+        if ended.poll(timeout_s * 1000):
+            return "stopped"
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)  # its children's leashes end them
+        ended.poll(timeout_s * 1000)
+        raise MeshFailed(f"the supervisor did not stop within {timeout_s:g} s and was killed")
+    finally:
+        os.close(descriptor)

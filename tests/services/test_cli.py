@@ -1,0 +1,128 @@
+"""The command line: quick help, exact errors, settings that read back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+
+from microserve.protocol.settings import GatewaySettings, Settings, load_settings
+from microserve.services.cli import Flags, main
+from microserve.services.mesh_plan import assignment
+from microserve.services.settings_text import MASK, as_toml
+
+HEAVY = ("torch", "transformers", "numpy", "zmq", "rich", "structlog", "asyncio", "microserve.protocol")
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Speed, without measuring time: 150 ms of start-up is what these imports would cost."""
+    program = (
+        "import sys\n"
+        "from microserve.services.cli import main\n"
+        "for words in (['--help'], ['up', '--help'], ['engine', '--help']):\n"
+        "    main(words, standalone_mode=False)\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_command_has_help() -> None:
+    context = click.Context(main)
+    for name in main.list_commands(context):
+        result = invoke(name, "--help")
+        assert result.exit_code == 0, name
+        assert len(result.output.splitlines()) > 3
+
+
+@pytest.mark.parametrize("command", ["engine", "index", "router", "up", "settings"])
+def test_a_wrong_setting_exits_2_and_names_its_path(command: str) -> None:
+    result = invoke(command, "--set", "index.adress=tcp://127.0.0.1:1")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: index.adress: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_missing_file_exits_2() -> None:
+    result = invoke("index", "--config", "absent.toml")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "Error: cannot read absent.toml: No such file or directory\n",
+    )
+
+
+def test_oneshot_needs_the_demo() -> None:
+    assert invoke("up", "--oneshot", "--no-demo").exit_code == 2
+    assert invoke("up", "--oneshot", "--detach").exit_code == 2
+
+
+def test_friendly_flags_win_and_reach_other_processes_whole() -> None:
+    flags = Flags(None, ("gateway.port=1", "model.path=/a"))
+    flags.set("gateway.port", 2)
+    flags.set("model.path", '/models/with = and "quotes" and ümlaut')
+    flags.set("mesh.engines", None)
+    words = flags.as_arguments()
+    assert words[::2] == ["--set"] * 4
+    settings = load_settings(overrides=words[1::2])
+    assert settings.gateway.port == 2
+    assert settings.model.path == '/models/with = and "quotes" and ümlaut'
+
+
+@pytest.mark.parametrize("value", ["", "8000", "true", "tcp://127.0.0.1:0", "[1]", 'a\\b\n"c"'])
+def test_assignments_keep_text_as_text(value: str) -> None:
+    assert load_settings(overrides=[assignment("model.path", value)[1]]).model.path == value
+
+
+def test_settings_print_as_toml_that_reads_back() -> None:
+    result = invoke(
+        "settings", "--set", "router.strategies.balanced.ratio=0.2", "--set", 'engine.labels=["a"]'
+    )
+    assert result.exit_code == 0
+    read = msgspec.convert(tomllib.loads(result.output), Settings)
+    assert read.router.strategies == {"balanced": {"ratio": 0.2}}
+    assert read.engine.labels == ["a"]
+
+
+def test_secrets_are_masked() -> None:
+    text = as_toml(Settings(gateway=GatewaySettings(api_keys=["sk-secret"])))
+    assert "sk-secret" not in text
+    assert f'api_keys = ["{MASK}"]' in text
+
+
+def test_keys_are_made_once(tmp_path: Path) -> None:
+    first = invoke("keys", str(tmp_path / "keys"))
+    assert first.exit_code == 0
+    assert first.output.startswith("public key ")
+    second = invoke("keys", str(tmp_path / "keys"))
+    assert second.exit_code == 2
+    assert "exists; remove it first" in second.stderr
+
+
+def test_tail_reads_the_directory_it_is_given(tmp_path: Path) -> None:
+    event = {"ts": 1.0, "event": "service.ready", "service": "index", "id": "i", "address": "tcp://x"}
+    (tmp_path / "index.jsonl").write_text(json.dumps(event) + "\n")
+    assert invoke("tail", "--dir", str(tmp_path)).output.endswith("service.ready address=tcp://x\n")
+    assert json.loads(invoke("tail", "--dir", str(tmp_path), "-o", "json").output) == event
+    assert invoke("tail", "--dir", str(tmp_path / "absent")).exit_code == 2
+
+
+def test_ps_and_down_without_a_mesh(tmp_path: Path) -> None:
+    assert invoke("ps", "--directory", str(tmp_path)).exit_code == 1
+    assert invoke("ps", "--json", "--directory", str(tmp_path)).output == "null\n"
+    result = invoke("down", "--directory", str(tmp_path))
+    assert (result.exit_code, result.output) == (0, "no mesh runs here\n")
+
+
+def test_version() -> None:
+    assert invoke("version").output.startswith("microserve 0.")

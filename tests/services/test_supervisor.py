@@ -1,0 +1,229 @@
+"""Real child processes: readiness, restarts and their limit, order of stopping, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from microserve.services.supervisor import Child, MeshFailed, RestartWindow, State, Supervisor
+
+TIMEOUT_S = 30.0
+
+READY = 'import signal, sys; print(\'{"event": "service.ready", "address": "tcp://here"}\', flush=True)\n'
+SERVE = READY + "signal.pause()"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY
+STUBBORN += "while True: signal.pause()"
+CRASH_AFTER_READY = READY + "sys.exit(3)"
+CRASH = "import sys; sys.exit('no such model')"
+SILENT = "import signal; signal.pause()"
+WITH_GRANDCHILD = (
+    "import subprocess; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True)\n" + SERVE
+)
+
+
+def child(directory: Path, name: str, script: str, **options: Any) -> Child:
+    argv = [sys.executable, "-S", "-c", script]
+    return Child(name, argv, directory / f"{name}.jsonl", **options)
+
+
+class Watched:
+    """A supervisor's state changes, and a way to wait for one."""
+
+    def __init__(self, children: list[Child], **options: Any) -> None:
+        self.changes: list[tuple[str, State]] = []
+        self._changed = asyncio.Condition()
+        self.children = children
+        self.supervisor = Supervisor(
+            children,
+            **{"max_restarts": 3, "restart_window_s": 60.0, "ready_timeout_s": TIMEOUT_S, **options},
+            changed=self._record,
+        )
+        self._signal = asyncio.Event()
+
+    def _record(self, changed: Child) -> None:
+        self.changes.append((changed.name, changed.state))
+        self._signal.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while not condition():
+                self._signal.clear()
+                await self._signal.wait()
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 2 * TIMEOUT_S))
+
+
+def test_children_become_ready_and_are_gone_afterwards(tmp_path: Path) -> None:
+    async def test() -> None:
+        watched = Watched([child(tmp_path, "index-0", SERVE), child(tmp_path, "engine-0", SERVE)])
+        async with watched.supervisor:
+            await watched.supervisor.ready()
+            pids = [each.pid for each in watched.children]
+            assert all(each.state is State.READY for each in watched.children)
+            assert [each.address for each in watched.children] == ["tcp://here"] * 2
+            assert all(psutil.pid_exists(pid) for pid in pids)
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert all(each.state is State.STOPPED and each.pid == 0 for each in watched.children)
+
+    run(test())
+
+
+def test_one_crashed_child_is_restarted_and_the_others_stay(tmp_path: Path) -> None:
+    async def test() -> None:
+        watched = Watched([child(tmp_path, "a", SERVE), child(tmp_path, "b", SERVE)])
+        crashing, staying = watched.children
+        async with watched.supervisor:
+            await watched.supervisor.ready()
+            first, other = crashing.pid, staying.pid
+            os.kill(first, signal.SIGKILL)
+            await watched.until(lambda: crashing.restarts == 1 and crashing.state is State.READY)
+            assert crashing.pid != first
+            assert (staying.pid, staying.restarts) == (other, 0)
+        assert ("a", State.RESTARTING) in watched.changes
+
+    run(test())
+
+
+def test_too_many_restarts_end_the_mesh(tmp_path: Path) -> None:
+    async def test() -> None:
+        watched = Watched([child(tmp_path, "a", SERVE), child(tmp_path, "b", CRASH_AFTER_READY)])
+        with pytest.raises(MeshFailed, match=r"(?s)b ended with exit code 3.*3 restarts in 60 s.*b\.jsonl"):
+            async with watched.supervisor:
+                await watched.supervisor.watch()
+        assert [each.state for each in watched.children] == [State.STOPPED, State.FAILED]
+        assert watched.children[1].restarts == 3
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        (CRASH, "a ended with exit code 1: no such model"),
+        (SILENT, r"a ended with SIGKILL: not ready within 0\.3 s"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "a ended with SIGSEGV"),
+        (
+            'print(\'{"event": "service.failed", "level": "error", "error": "port 80 is taken"}\'); exit(1)',
+            "a ended with exit code 1: port 80 is taken",
+        ),
+    ],
+)
+def test_a_child_that_was_never_ready_fails_the_start_and_says_why(
+    tmp_path: Path, script: str, why: str
+) -> None:
+    async def test() -> None:
+        timeout_s = 0.3 if script == SILENT else TIMEOUT_S
+        watched = Watched([child(tmp_path, "a", script)], ready_timeout_s=timeout_s)
+        with pytest.raises(MeshFailed, match=why):
+            async with watched.supervisor:
+                await watched.supervisor.ready()
+        assert watched.children[0].restarts == 0
+
+    run(test())
+
+
+def test_readiness_of_an_earlier_run_does_not_count(tmp_path: Path) -> None:
+    async def test() -> None:
+        one = child(tmp_path, "a", CRASH)
+        one.log.write_text('{"event": "service.ready", "address": "old"}\n')
+        watched = Watched([one])
+        with pytest.raises(MeshFailed):
+            async with watched.supervisor:
+                await watched.supervisor.ready()
+        assert one.address == ""
+
+    run(test())
+
+
+def test_stops_in_order_and_kills_the_stubborn(tmp_path: Path) -> None:
+    async def test() -> None:
+        children = [
+            child(tmp_path, "index", SERVE, stop_order=2),
+            child(tmp_path, "engine", STUBBORN, stop_order=1, stop_timeout_s=0.3),
+            child(tmp_path, "gateway", SERVE, stop_order=0),
+        ]
+        watched = Watched(children)
+        async with watched.supervisor:
+            await watched.supervisor.ready()
+        ends = [change for change in watched.changes if change[1] in (State.STOPPING, State.STOPPED)]
+        assert [name for name, state in ends if state is State.STOPPING] == ["gateway", "engine", "index"]
+        assert ends.index(("gateway", State.STOPPED)) < ends.index(("index", State.STOPPING))
+        assert "did not stop within 0.3 s" in children[1].detail
+
+    run(test())
+
+
+def test_what_a_child_has_started_goes_with_it(tmp_path: Path) -> None:
+    async def test() -> None:
+        watched = Watched([child(tmp_path, "a", WITH_GRANDCHILD)])
+        async with watched.supervisor:
+            await watched.supervisor.ready()
+            grandchild = psutil.Process(int((tmp_path / "a.jsonl").read_text().split()[0]))
+        grandchild.wait(TIMEOUT_S)
+
+    run(test())
+
+
+def test_sigkill_of_the_supervisor_leaves_no_child(tmp_path: Path) -> None:
+    script = f"""
+import asyncio, pathlib, sys
+from microserve.services.supervisor import Child, Supervisor
+async def main():
+    argv = [sys.executable, "-S", "-c", {SERVE!r}]
+    children = [Child(n, argv, pathlib.Path({str(tmp_path)!r}) / n) for n in "ab"]
+    async with Supervisor(children, max_restarts=1, restart_window_s=1, ready_timeout_s=30) as supervisor:
+        await supervisor.ready()
+        print([child.pid for child in children], flush=True)
+        await supervisor.watch()
+asyncio.run(main())
+"""
+    supervisor = subprocess.Popen([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, text=True)
+    with supervisor:
+        assert supervisor.stdout is not None
+        # The supervisor's own log goes to its stdout too, as nothing has configured it.
+        line = next(text for text in supervisor.stdout if text.startswith("["))
+        children = [psutil.Process(pid) for pid in json.loads(line)]
+        assert len(children) == 2
+        supervisor.kill()
+    _, alive = psutil.wait_procs(children, TIMEOUT_S)
+    assert alive == []
+
+
+def test_a_child_whose_supervisor_is_already_gone_does_not_start() -> None:
+    leash = Path(sys.modules[Supervisor.__module__].__file__ or "").with_name("leash.py")
+    stranger = subprocess.run(
+        [sys.executable, "-S", str(leash), "1", "echo", "started"], capture_output=True, check=False
+    )
+    assert (stranger.returncode, stranger.stdout) == (1, b"")
+
+
+@given(
+    times=st.lists(st.floats(0, 100), max_size=40).map(sorted),
+    max_restarts=st.integers(0, 4),
+    window_s=st.floats(0.5, 50),
+)
+def test_restart_window_against_its_definition(
+    times: list[float], max_restarts: int, window_s: float
+) -> None:
+    window = RestartWindow(max_restarts, window_s)
+    allowed: list[float] = []
+    for now in times:
+        recent = [then for then in allowed if now - then < window_s]
+        expected = len(recent) < max_restarts
+        assert window.allow(now) is expected
+        if expected:
+            allowed.append(now)

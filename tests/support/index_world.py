@@ -1,0 +1,180 @@
+"""An engine as the index sees it: real sockets, publisher and prefix cache, and no model behind them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from microserve.kvcache.block_pool import BlockPool
+from microserve.kvcache.prefix_cache import PrefixCache
+from microserve.protocol.actions import (
+    EngineInfo,
+    EngineLoad,
+    EngineReply,
+    Failed,
+    Hello,
+    Ping,
+    Snapshot,
+    SnapshotReply,
+    Welcome,
+)
+from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST
+from microserve.protocol.kv_events import KVEventBatch, encode_batch
+from microserve.protocol.transport import Bus, ClientSocket, FramesHandler, ZmqBus
+from microserve.protocol.types import WIRE_VERSION
+from microserve.services.index.publisher import KvPublisher
+
+ANY = "tcp://127.0.0.1:0"
+BLOCK_SIZE = 4
+
+
+def make_info(engine_id: str = "e1", incarnation: int = 11, **changes: object) -> EngineInfo:
+    info = EngineInfo(
+        engine_id=engine_id,
+        incarnation=incarnation,
+        address="tcp://127.0.0.1:1",
+        events_address="tcp://127.0.0.1:2",
+        replay_address="tcp://127.0.0.1:3",
+        model="m",
+        labels=[],
+        block_size=BLOCK_SIZE,
+        num_blocks=64,
+        num_layers=2,
+        max_model_len=256,
+        vocab_size=1000,
+        eos_token_ids=[2],
+        layout_hash="layout",
+        heap="shm",
+        wire_version=WIRE_VERSION,
+    )
+    return msgspec.structs.replace(info, **changes)
+
+
+class Engine:
+    """One life of one engine: answers ``Hello`` and ``Snapshot``, publishes what its cache holds."""
+
+    def __init__(self, bus: Bus, engine_id: str, incarnation: int, *, model: str, address: str) -> None:
+        self.num_snapshots = 0
+        self.pings: list[int] = []
+        self.refuse_snapshots = False
+        self.wait_snapshot: Callable[[], bool] = lambda: True
+        self.load = EngineLoad()
+        self._incarnation = incarnation
+        self._known: set[bytes] = set()
+        self._pool = BlockPool(64)
+        self._cache = PrefixCache(self._pool, BLOCK_SIZE, model)
+        self.publisher = KvPublisher(
+            bus,
+            events_address=ANY,
+            replay_address=ANY,
+            topic=f"kv@{engine_id}",
+            epoch=incarnation,
+            clock=lambda: 0.0,
+        )
+        self._socket = bus.server(address, self._on_frames)
+        self.info = make_info(
+            engine_id,
+            incarnation,
+            model=model,
+            address=self._socket.address,
+            events_address=self.publisher.address,
+            replay_address=self.publisher.replay_address,
+        )
+
+    def compute(self, tokens: list[int], salt: str = "") -> None:
+        """Hold the KV of ``tokens`` and say so."""
+        num_blocks = len(tokens) // BLOCK_SIZE
+        blocks = self._pool.allocate(num_blocks)
+        self._cache.insert(tokens, blocks, num_blocks, salt)
+        self._pool.free(blocks)
+        self.publisher.publish(self._cache.take_events())
+
+    def clear(self) -> None:
+        self._cache.clear()
+        self.publisher.publish(self._cache.take_events())
+
+    def close(self) -> None:
+        self.publisher.close()
+        self._socket.close()
+
+    def _on_frames(self, peer: bytes, frames: list[bytes]) -> None:
+        message, _ = ENGINE_REQUEST.decode(frames)
+        match message:
+            case Hello(call_id):
+                self._known.add(peer)
+                self._answer(peer, Welcome(call_id, self.info, self.load))
+            case Snapshot(call_id) if self.refuse_snapshots or peer not in self._known:
+                self._answer(peer, Failed(call_id, "draining", "not now"))
+            case Snapshot(call_id):
+                self.num_snapshots += 1
+                batch = encode_batch(KVEventBatch(0.0, [*self._cache.snapshot()], None, self._incarnation))
+                reply = SnapshotReply(call_id, self._incarnation, self.publisher.next_seq)
+                self._answer(peer, reply, batch)
+            case Ping(incarnation):
+                self.pings.append(incarnation)
+            case _:
+                raise AssertionError(f"the index sent {message}")
+
+    def _answer(self, peer: bytes, reply: EngineReply, *bulk: bytes) -> None:
+        self._socket.send(peer, ENGINE_REPLY.encode(reply, *bulk))
+
+
+class LossyBus(ZmqBus):
+    """Loses published batches while ``lose`` says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lose: Callable[[list[bytes]], bool] = lambda frames: False
+
+    def subscriber(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
+        def lossy(frames: list[bytes]) -> None:
+            if not self.lose(frames):
+                handler(frames)
+
+        return super().subscriber(address, lossy, server_key=server_key)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Let the loop run until the condition holds."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)  # the condition is other tasks' state: nothing can be awaited
+
+
+class World:
+    """What a test needs: a bus, engines on it, and a way to wait."""
+
+    def __init__(self) -> None:
+        self.bus = LossyBus()
+        self.until = until
+        self._closers: list[Callable[[], None]] = []
+
+    def engine(
+        self, engine_id: str = "e1", incarnation: int = 11, *, model: str = "m", address: str = ANY
+    ) -> Engine:
+        engine = Engine(self.bus, engine_id, incarnation, model=model, address=address)
+        self._closers.append(engine.close)
+        return engine
+
+    def at_end(self, close: Callable[[], None]) -> None:
+        self._closers.append(close)
+
+    def close(self) -> None:
+        for close in reversed(self._closers):
+            close()
+        self.bus.close()
+
+
+def in_world(test: Callable[[World], Awaitable[None]]) -> None:
+    """Run a coroutine function with a fresh world; everything is closed afterwards."""
+
+    async def run() -> None:
+        world = World()
+        try:
+            await test(world)
+        finally:
+            world.close()
+
+    asyncio.run(run())

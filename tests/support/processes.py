@@ -1,0 +1,133 @@
+"""Real service processes for system tests: started, watched for readiness, ended, shown to leave nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Service:
+    name: str
+    process: subprocess.Popen[str]
+    log: Path
+    address: str = ""
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+
+@dataclass
+class MeshProcesses:
+    """Index, router, engines and (optionally) gateway, each a child process; a context manager."""
+
+    model: Path
+    directory: Path
+    num_engines: int = 2
+    gateway: bool = False
+    settings: list[str] = field(default_factory=list)
+    engine_settings: dict[int, list[str]] = field(default_factory=dict)
+    services: dict[str, Service] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.index_address = f"tcp://127.0.0.1:{free_port()}"
+        self.router_address = f"tcp://127.0.0.1:{free_port()}"
+        self.gateway_port = free_port()
+
+    def __enter__(self) -> MeshProcesses:
+        try:
+            self.start("index")
+            for number in range(self.num_engines):
+                self.start(f"engine-{number}", wait=False)
+            self.start("router")
+            for number in range(self.num_engines):
+                self.wait_ready(f"engine-{number}")
+            if self.gateway:
+                self.start("gateway")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        order = [n for n in ("gateway", "router") if n in self.services]
+        order += [n for n in self.services if n.startswith("engine")] + ["index"]
+        for name in order:
+            self.stop(name)
+
+    def start(self, name: str, *, wait: bool = True) -> Service:
+        kind, _, number = name.partition("-")
+        module = "microserve.gateway" if kind == "gateway" else "microserve.services.cli"
+        command = [sys.executable, "-m", module, *([] if kind == "gateway" else [kind])]
+        overrides = [
+            f"model.path={self.model}",
+            f"index.address={self.index_address}",
+            f"router.address={self.router_address}",
+            f"gateway.port={self.gateway_port}",
+            "kvcache.checksums=true",
+            "bus.heartbeat_interval_s=0.2",
+            *self.settings,
+        ]
+        if kind == "engine":
+            overrides += [f"engine.id={name}", *self.engine_settings.get(int(number), [])]
+        for override in overrides:
+            command += ["--set", override]
+        log = self.directory / f"{name}.{len(list(self.directory.glob(f'{name}.*')))}.log"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with log.open("w") as sink:
+            process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, text=True)
+        service = self.services[name] = Service(name, process, log)
+        if wait:
+            self.wait_ready(name)
+        return service
+
+    def wait_ready(self, name: str, timeout_s: float = 120.0) -> None:
+        service = self.services[name]
+        deadline = time.monotonic() + timeout_s
+        selector = selectors.DefaultSelector()
+        try:
+            while time.monotonic() < deadline:
+                for line in service.log.read_text().splitlines():
+                    if '"service.ready"' in line:
+                        service.address = str(json.loads(line).get("address", ""))
+                        return
+                if service.process.poll() is not None:
+                    raise RuntimeError(
+                        f"{name} exited {service.process.returncode}:\n{service.log.read_text()}"
+                    )
+                selector.select(0.05)
+        finally:
+            selector.close()
+        raise TimeoutError(f"{name} is not ready after {timeout_s} s:\n{service.log.read_text()}")
+
+    def stop(self, name: str) -> None:
+        service = self.services.pop(name, None)
+        if service is None:
+            return
+        if service.process.poll() is None:
+            service.process.send_signal(signal.SIGCONT)
+            service.process.terminate()
+            try:
+                service.process.wait(20)
+            except subprocess.TimeoutExpired:
+                service.kill()
+                raise
+
+    def events(self, name: str) -> list[dict[str, object]]:
+        lines = self.services[name].log.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
