@@ -73,13 +73,13 @@ class AnswerFormat(ABC):
             "system_fingerprint": fingerprint,
         }
         opened = encode(self._head)[:-1] + b","
-        self._chunk_head = b"data: " + opened + b'"choices":[{"index":%d,'
+        self._chunk_head = b"data: " + opened + b'"choices":[{"index":'
         self._chunk_tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
         self._usage_head = opened
 
     def _chunk(self, index: int, rest: bytes) -> bytes:
         """``rest``: members of the choice behind ``index``."""
-        return self._chunk_head % index + rest + self._chunk_tail
+        return b"%b%d,%b%b" % (self._chunk_head, index, rest, self._chunk_tail)
 
     @abstractmethod
     def opening(self, index: int) -> bytes:

@@ -2,7 +2,7 @@
 
     queued       HTTP arrival until tokenising began           (gateway)
     tokenised    tokenising                                    (gateway)
-    routed       tokenised until the first action was sent     (router, and the bus on the way to the first token)
+    routed       tokenised until the first action was sent     (router, and the bus up to the first token)
     granted, prefilled, transferred, admitted, first_token     (router)
     decoded      until the last byte was written               (router, the bus and delivery)
 
@@ -55,7 +55,9 @@ def phase_durations(times: Timeline, phases: Phases | None) -> dict[str, int]:
             wanted[name] = _microseconds(getattr(phases, f"{name}_s")) if phases is not None else 0
         # Without a first token all of the waiting was waiting for it.
         waited_until = times.ended if times.first_token is None else times.first_token
-        on_the_bus = _microseconds(waited_until - times.submitted) - sum(map(wanted.get, ROUTER_PHASES))
+        on_the_bus = _microseconds(waited_until - times.submitted) - sum(
+            wanted[name] for name in ROUTER_PHASES
+        )
         wanted["routed"] += max(0, on_the_bus)
     durations: dict[str, int] = {}
     for name in PHASES[:-1]:

@@ -37,7 +37,8 @@ def _template_message(message: Message, where: str) -> dict[str, str]:
     role = _ROLES.get(message.role)
     if role is None:
         raise InvalidRequest(
-            f"{where}.role must be one of {', '.join(_ROLES)} (tools are not supported)", field=f"{where}.role"
+            f"{where}.role must be one of {', '.join(_ROLES)} (tools are not supported)",
+            field=f"{where}.role",
         )
     if message.tool_calls:
         raise InvalidRequest(f"{where}.tool_calls is not supported", field=f"{where}.tool_calls")

@@ -17,14 +17,11 @@ async def completion_prompts(
 ) -> list[list[int]]:
     """Ids of every prompt, in order. Raises :class:`InvalidRequest` (field ``prompt``)."""
     prompt = request.prompt
-    if isinstance(prompt, str):
-        texts, given = [prompt], []
-    else:
-        texts, given = _sorted_out(prompt)
+    texts, given = ([prompt], []) if isinstance(prompt, str) else _sorted_out(prompt)
     if len(texts) + len(given) > MAX_SEQUENCES:
         raise InvalidRequest(f"prompt must have at most {MAX_SEQUENCES} entries", field="prompt")
     for ids in given:
-        if ids and not (0 <= min(ids) and max(ids) < limits.vocab_size):
+        if ids and not (min(ids) >= 0 and max(ids) < limits.vocab_size):
             raise InvalidRequest(f"prompt has ids outside 0 to {limits.vocab_size - 1}", field="prompt")
     if texts:
         given = await tokenizer.encode(texts, add_special_tokens=True, max_tokens=limits.max_model_len)
@@ -39,7 +36,9 @@ def _sorted_out(prompt: list[str | int | list[int]]) -> tuple[list[str], list[li
     ids = [entry for entry in prompt if isinstance(entry, int)]
     lists = [entry for entry in prompt if isinstance(entry, list)]
     if not prompt or len(prompt) not in (len(texts), len(ids), len(lists)):
-        raise InvalidRequest("prompt must be a text, texts, ids or lists of ids, not a mixture", field="prompt")
+        raise InvalidRequest(
+            "prompt must be a text, texts, ids or lists of ids, not a mixture", field="prompt"
+        )
     return texts, [ids] if ids else lists
 
 

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 CONTEXT_TOKENS = 5
-"""Tokens of the prompt that the first output token is decoded after: some decoders drop a space at a start."""
+"""Prompt tokens that the first output token is decoded after: some decoders drop a space at a start."""
 
 MAX_HELD_TOKENS = 64
-"""A character has at most four tokens. A model that emits only broken bytes must not make every step longer."""
+"""A character has at most four tokens; a model that emits only broken bytes must not slow every step."""
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

@@ -6,6 +6,7 @@ Owns the gateway's own refusals beside ``protocol.errors``; knows nothing of soc
 from __future__ import annotations
 
 import math
+
 import msgspec
 
 from microserve.protocol import errors

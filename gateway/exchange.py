@@ -1,8 +1,8 @@
 """One HTTP request and its answer, above raw ASGI: headers, a bounded body, disconnection, one JSON reply.
 
-Owns the ASGI callables of one request; knows nothing of models or the bus. ``receive`` is watched from the end
-of the body on, for streamed and for plain answers alike: that is the only way to learn of a closed connection.
-A client that half-closes its side counts as gone.
+Owns the ASGI callables of one request; knows nothing of models or the bus. ``receive`` is watched from the
+end of the body on, for streamed and for plain answers alike: that is the only way to learn of a closed
+connection. A client that half-closes its side counts as gone.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class Exchange:
         self._abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT_EXTENSION)
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.query: bytes = scope.get("query_string", b"")
+        self.path_params: Mapping[str, Any] = {}
         given = self.text_header(b"x-request-id")
         usable = given is not None and _SANE_ID.fullmatch(given) is not None
         self.request_id: str = given if given is not None and usable else secrets.token_hex(16)
@@ -151,7 +152,7 @@ class Exchange:
         await self.reply(problem.status, problem.envelope(), headers)
 
     def abort(self) -> None:
-        """Drop the connection and what it still buffers: closing would wait for a client that does not read."""
+        """Drop the connection with its buffers: closing would wait for a client that does not read."""
         if self._abort is not None:
             self._abort()
 
@@ -166,7 +167,9 @@ def timeout_of(exchange: Exchange, longest_s: float) -> float:
     except ValueError:
         seconds = 0.0
     if not seconds > 0.0:  # NaN as well
-        raise InvalidRequest("x-microserve-timeout-s must be a number above 0", field="x-microserve-timeout-s")
+        raise InvalidRequest(
+            "x-microserve-timeout-s must be a number above 0", field="x-microserve-timeout-s"
+        )
     return min(seconds, longest_s)
 
 

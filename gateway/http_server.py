@@ -5,10 +5,11 @@ Owns everything that depends on uvicorn. The application above it is plain ASGI.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -30,7 +31,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     _earlier: list[RequestResponseCycle]
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._earlier = []
         super().connection_made(transport)
 
@@ -40,7 +41,7 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._earlier.append(self.cycle)
         super().on_message_begin()
-        self.scope["extensions"] = {ABORT_EXTENSION: self.transport.abort}  # type: ignore[typeddict-item]
+        cast(dict[str, Any], self.scope)["extensions"] = {ABORT_EXTENSION: self.transport.abort}
 
     def connection_lost(self, exc: Exception | None) -> None:
         for cycle in self._earlier:
@@ -54,7 +55,7 @@ class HttpServer(uvicorn.Server):
     """uvicorn's server without signal handlers: the process that owns it decides when to stop."""
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         yield
 
 
@@ -93,7 +94,7 @@ def make_server(app: ASGIApp, *, graceful_s: int) -> HttpServer:
     """``graceful_s``: after it, a stopping server cancels handlers that still run."""
     return HttpServer(
         uvicorn.Config(
-            app,  # type: ignore[arg-type]
+            app,
             http=GatewayProtocol,
             ws="none",
             loop="none",

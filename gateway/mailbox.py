@@ -105,7 +105,7 @@ class Mailbox:
         self._num_received += len(token_ids)
 
     def fail(self, error: MeshError) -> None:
-        """End without ``Ended``: the router is lost or broke the contract. Tokens that came are still taken."""
+        """End without ``Ended``: the router is lost or broke the contract. What came can still be taken."""
         if not self.over:
             self.failed = error
             self._inbox.notify(self)
@@ -144,7 +144,7 @@ class Inbox:
             self._waiter.set_result(None)
 
     def fail(self, error: MeshError) -> None:
-        """End the whole request: nobody will read the rest (client gone, deadline, shutdown). First one wins."""
+        """End the whole request: client gone, deadline, shutdown. The first error wins."""
         if self.error is None:
             self.error = error
             self.cancel()

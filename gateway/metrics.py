@@ -6,7 +6,7 @@ milliseconds. No label is ever a request, a user or a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -56,16 +56,17 @@ class Levels:
 class GatewayMetrics:
     """One method for each thing that happens; children are kept, never looked up by label in a hot path."""
 
-    def __init__(self, model: str, levels: Callable[[], Levels], clock: Callable[[], float]) -> None:
+    def __init__(self, model: str, clock: Callable[[], float]) -> None:
+        self._model = model
         self._clock = clock
         self._registry = registry = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=registry)
         by_model = ("model_name",)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(
-                f"microserve_{name}", text, by_model, buckets=buckets, registry=registry
-            ).labels(model)
+            return Histogram(f"microserve_{name}", text, by_model, buckets=buckets, registry=registry).labels(
+                model
+            )
 
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(f"microserve_{name}", text, labels, registry=registry)
@@ -75,17 +76,18 @@ class GatewayMetrics:
             "inter_token_latency_seconds", "Between tokens; merged tokens count once.", _INTER_TOKEN_BUCKETS
         )
         self._e2e = histogram("e2e_request_latency_seconds", "HTTP arrival to last byte.", _E2E_BUCKETS)
-        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of admitted requests.", by_model).labels(
-            model
-        )
+        self._prompt_tokens = counter(
+            "prompt_tokens", "Prompt tokens of admitted requests.", by_model
+        ).labels(model)
         self._generation_tokens = counter("generation_tokens", "Tokens received.", by_model).labels(model)
-        success = counter("request_success", "Sequences by how they ended.", ("model_name", "finished_reason"))
+        success = counter(
+            "request_success", "Sequences by how they ended.", ("model_name", "finished_reason")
+        )
         self._finished = {
             reason: success.labels(model, reason) for reason in ("stop", "length", "abort", "error")
         }
         self._responses = counter("http_responses", "HTTP answers of the API.", ("status", "code"))
         self._disconnects = counter("disconnects", "Clients that went early, by phase.", ("phase",))
-        registry.register(_LevelCollector(model, levels))
         self._text: dict[bool, tuple[float, bytes]] = {}
 
     def first_token(self, seconds: float) -> None:
@@ -112,52 +114,39 @@ class GatewayMetrics:
         """``phase``: ``queued``, ``prefill`` or ``decode``."""
         self._disconnects.labels(phase).inc()
 
-    def text(self, *, vllm_names: bool = False) -> bytes:
-        """Prometheus text format; at most a second old."""
+    def text(self, levels: Callable[[], Levels], *, vllm_names: bool = False) -> bytes:
+        """Prometheus text format; at most a second old. ``levels`` is asked when it is made anew."""
         now = self._clock()
         cached = self._text.get(vllm_names)
         if cached is not None and now - cached[0] < CACHE_S:
             return cached[1]
-        text = generate_latest(_Exposed(self._registry, VLLM_NAMES if vllm_names else {}))
+        families = [*self._registry.collect(), *_level_families(self._model, levels())]
+        text = generate_latest(_Exposed(families, VLLM_NAMES if vllm_names else {}))
         self._text[vllm_names] = (now, text)
         return text
 
 
-class _LevelCollector(Collector):
-    """Asks for the levels when the text is made, not when they change."""
-
-    def __init__(self, model: str, levels: Callable[[], Levels]) -> None:
-        self._model = model
-        self._levels = levels
-
-    def collect(self) -> Iterator[Metric]:
-        levels = self._levels()
-        running = GaugeMetricFamily(
-            "microserve_requests_running", "Sequences in flight here.", labels=["model_name"]
-        )
-        running.add_metric([self._model], levels.num_sequences)
-        yield running
-        yield GaugeMetricFamily(
-            "microserve_mailbox_tokens", "Tokens that wait for a reader.", levels.mailbox_tokens
-        )
-        yield GaugeMetricFamily("microserve_routers_alive", "Routers that answer.", levels.routers_alive)
-        yield CounterMetricFamily(
-            "microserve_bus_dropped", "Messages refused by a full queue.", levels.bus_dropped
-        )
-        yield CounterMetricFamily(
-            "microserve_bus_failed", "Messages whose handler failed.", levels.bus_failed
-        )
+def _level_families(model: str, levels: Levels) -> Iterator[Metric]:
+    running = GaugeMetricFamily(
+        "microserve_requests_running", "Sequences in flight here.", labels=["model_name"]
+    )
+    running.add_metric([model], levels.num_sequences)
+    yield running
+    yield GaugeMetricFamily("microserve_mailbox_tokens", "Tokens without a reader.", levels.mailbox_tokens)
+    yield GaugeMetricFamily("microserve_routers_alive", "Routers that answer.", levels.routers_alive)
+    yield CounterMetricFamily("microserve_bus_dropped", "Messages a full queue refused.", levels.bus_dropped)
+    yield CounterMetricFamily("microserve_bus_failed", "Messages whose handler failed.", levels.bus_failed)
 
 
 class _Exposed(Collector):
-    """The registry without the client's ``_created`` series, and with other names where ``names`` has them."""
+    """Families without the client's ``_created`` series, and with other names where ``names`` has them."""
 
-    def __init__(self, registry: CollectorRegistry, names: Mapping[str, str]) -> None:
-        self._registry = registry
+    def __init__(self, families: Iterable[Metric], names: Mapping[str, str]) -> None:
+        self._families = families
         self._names = names
 
     def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
+        for metric in self._families:
             name = self._names.get(metric.name, metric.name)
             metric.samples = [
                 Sample(name + sample.name.removeprefix(metric.name), *sample[1:])

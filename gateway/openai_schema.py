@@ -1,6 +1,6 @@
 """Request bodies of the OpenAI API (and vLLM's extras): their shape, what is refused and what is ignored.
 
-Owns types and names only; what the numbers may be is ``sampling_request.py``'s and ``SamplingParams``'s business.
+Owns types and names only; which numbers are allowed is decided in ``sampling_request.py``.
 """
 
 from __future__ import annotations
@@ -81,8 +81,10 @@ class DetokenizeRequest(msgspec.Struct):
 
 
 _IGNORED = frozenset(
-    "user metadata safety_identifier prompt_cache_key prompt_cache_retention service_tier "
-    "parallel_tool_calls".split()
+    {
+        *("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        *("service_tier", "parallel_tool_calls"),
+    }
 )
 """Labels and hints: they change no token, so dropping them is honest."""
 
@@ -90,10 +92,12 @@ _ONLY_NULL: tuple[Any, ...] = ()
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     # Field -> the values that ask for nothing (beside null); any other is refused rather than dropped.
     **dict.fromkeys(
-        "audio prediction web_search_options reasoning_effort reasoning verbosity moderation "
-        "truncate_prompt_tokens prompt_logprobs guided_json guided_regex guided_choice guided_grammar "
-        "structured_outputs chat_template documents logits_processors allowed_token_ids prompt_embeds "
-        "kv_transfer_params mm_processor_kwargs".split(),
+        (
+            *("audio", "prediction", "web_search_options", "reasoning_effort", "reasoning", "verbosity"),
+            *("truncate_prompt_tokens", "prompt_logprobs", "prompt_embeds", "chat_template", "documents"),
+            *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
+            *("logits_processors", "allowed_token_ids", "mm_processor_kwargs", "kv_transfer_params"),
+        ),
         _ONLY_NULL,
     ),
     "tools": ([],),
@@ -170,7 +174,7 @@ def _warn_once(field: str) -> None:
 
 
 def _located(error: msgspec.ValidationError) -> InvalidRequest:
-    """msgspec writes ``Expected `int`, got `str` - at `$.max_tokens` `` or ``at `key` in `$.logit_bias` ``."""
+    """msgspec ends with ``- at `$.max_tokens` `` or ``- at `key` in `$.logit_bias` ``."""
     message, _, where = str(error).partition(" - at `")
     path = where.partition("$")[2].rstrip("`").removesuffix("[...]").removeprefix(".")
     if "missing required field" in message:

@@ -61,7 +61,9 @@ class RouterClient:
             try:
                 link.connect()
             except zmq.ZMQError as error:
-                raise ConfigError(f"gateway.routers: {link.address}: {error}", field="gateway.routers") from None
+                raise ConfigError(
+                    f"gateway.routers: {link.address}: {error}", field="gateway.routers"
+                ) from None
         self._task = self._loop.create_task(self._beat(), name="router heartbeat")
 
     async def close(self) -> None:
@@ -102,6 +104,11 @@ class RouterClient:
     def ready(self) -> bool:
         """A router with an engine of our model is known."""
         return any(self._usable(link) for link in self.links)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the model's context; 0 while no router is known."""
+        return max((link.limits.max_model_len for link in self.links if self._usable(link)), default=0)
 
     def choose(self) -> RouterLink:
         """The usable router with the fewest of our requests. Raises :class:`NoEngines`."""

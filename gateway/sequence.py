@@ -67,6 +67,8 @@ class Sequence:
         self.error: MeshError | None = None
         self.mailbox: Mailbox | None = None
         self.last_tokens_at = 0.0
+        self.opened = False
+        """Its first event has been sent."""
         self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(prompt_ids)
         self._matcher = StopMatcher(stop) if stop else None

@@ -1,4 +1,4 @@
-"""``EventStream``: server-sent events over raw ASGI, with pings while nothing comes and an end to stalled writes.
+"""``EventStream``: server-sent events over raw ASGI, pings while nothing comes, an end to stalled writes.
 
 Owns the framing and the clock of one stream; what the events say is the caller's. The answer's head is held
 back until the first event, so that a refused request still gets its own status; the first ping gives that up.
@@ -42,7 +42,7 @@ class EventStream:
         ping_s: float = PING_S,
         stall_s: float = STALL_S,
     ) -> None:
-        """``on_idle``: nothing was written for ``ping_s``; the owner may ``ping``. ``on_stall``: it is over."""
+        """``on_idle``: no write for ``ping_s``, so ``ping``. ``on_stall``: the client does not read."""
         self._exchange = exchange
         self._on_idle = on_idle
         self._on_stall = on_stall

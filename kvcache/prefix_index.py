@@ -1,8 +1,8 @@
 """Which engine holds how long a prefix, learned from the KV events of many engines.
 
     generation   {block key: owners}       owners: int, bit e set when engine e holds the block
-    young        used since the last eviction: stored, or found by a lookup
-    old          not used since; forgotten first
+    young        stored or found by a lookup since this generation began
+    old          not used since then; forgotten as a whole when room is needed
 
 One hash names a whole prefix, so a flat map does what a tree would, without splits and merges.
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from itertools import islice
 
 from microserve.kvcache.block_hash import (
     BLOCK_HASH_NBYTES,
@@ -52,7 +51,8 @@ _MIN_TABLE_NBYTES = 4096
 
 _MIN_SHARED_OWNERS = 4096
 _CHECK_EVERY_BLOCKS = 1024
-MIN_MAX_NBYTES = 64 << 10
+MIN_MAX_NBYTES = 1 << 20
+"""Below this, one check's worth of blocks would be a notable part of the limit."""
 
 
 class _Engine:
@@ -302,6 +302,7 @@ class PrefixIndex:
             engine.holds_blocks = False
             self._young = self._without(engine.bit, self._young)
             self._old = self._without(engine.bit, self._old)
+            self._prune_shared_owners()
         if engine.foreign is not None:
             engine.foreign = ForeignBlocks(self.block_size, self.model, self.counters)
         self._measure_foreign(engine)
@@ -322,17 +323,13 @@ class PrefixIndex:
     # --- bytes -------------------------------------------------------------------------------------
 
     def _keep_to_limit(self, changed: _Engine | None) -> None:
-        """Afterwards ``nbytes <= max_nbytes``. Forgets a generation at a time: an order of use kept per
-        entry would cost more memory than it could save."""
+        """Afterwards ``nbytes <= max_nbytes``. Forgets a generation at a time, so between a third and the
+        whole of the limit is in use: an order of use kept per entry would cost more memory than that."""
         if changed is not None:
             self._measure_foreign(changed)
         if len(self._shared_owners) > self._max_shared_owners:
             self._prune_shared_owners()
-        while self.nbytes > self.max_nbytes:
-            if not self._old:  # the first time: a dict keeps its entries in the order they came
-                half = len(self._young) // 2 + 1
-                self._old = dict(islice(self._young.items(), half))
-                self._young = dict(islice(self._young.items(), half, None))
+        while self._is_young_over_half() or self.nbytes > self.max_nbytes:
             self.counters.evicted_blocks += len(self._old)
             self._old, self._young = self._young, {}
             self._prune_shared_owners()
@@ -340,6 +337,10 @@ class PrefixIndex:
                 if engine.foreign is not None:
                     engine.foreign.keep_if(lambda block_hash: block_hash[:_KEY_NBYTES] in self._old)
                     self._measure_foreign(engine)
+
+    def _is_young_over_half(self) -> bool:
+        """Then the old generation is not missed: another half can be filled before room is needed."""
+        return self.nbytes * len(self._young) * 2 > self.max_nbytes * self.num_blocks
 
     def _prune_shared_owners(self) -> None:
         """Sets of owners that no block has any more; O(blocks), so not before there can be that many."""

@@ -86,7 +86,7 @@ def run_service(
 
 
 def _cause(error: Exception) -> Exception:
-    """What task groups have wrapped: a wrong setting anywhere in it, else a single failure, else all of it."""
+    """What task groups have wrapped: a wrong setting anywhere in it, else a single failure, else all."""
     if isinstance(error, ExceptionGroup):
         wrong, _ = error.split(ConfigError)
         error = wrong or error

@@ -109,7 +109,7 @@ def format_event(event: Event) -> str:
 
 
 def _format_request(event: Event) -> str:
-    """``12:00:01.234 cmpl-1 | SmolLM2 | auto e1→e0 | in=512 ... | queued 0.1 ... = 90.3 ms | ttft ... | stop``."""
+    """``12:00:01.234 cmpl-1 | SmolLM2 | auto e1→e0 | in=512 ... | queued 0.1 ... = 90 ms | ... | stop``."""
     engines = "→".join(map(str, event.get("engines") or [])) or "-"
     tokens = " ".join(f"{short}={event[name]}" for name, short in TOKENS if name in event)
     phases = " ".join(f"{name} {_ms(event, f'{name}_s')}" for name in PHASES if f"{name}_s" in event)

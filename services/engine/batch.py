@@ -53,6 +53,6 @@ class StepResult:
 
 
 class Runner(Protocol):
-    """Computes batches. ``on_layer(layer)`` comes once a layer, after its KV is written and before it is read."""
+    """Computes batches; calls ``on_layer(layer)`` when a layer's KV is written and before any is read."""
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult: ...

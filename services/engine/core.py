@@ -57,7 +57,7 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        layout = heap.layout
+        layout = self.layout = heap.layout
         pool = BlockPool(layout.num_blocks)
         cache = PrefixCache(pool, layout.block_size, model)
         grants = GrantTable(

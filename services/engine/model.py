@@ -84,9 +84,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a model directory (config.json, safetensors).
 
-    dtype: ``float32``, ``bfloat16`` or ``float16``; load_format: ``auto``, or ``random`` for weights made from
-    config.json alone, the same on every engine. Raises :class:`ConfigError` naming the setting, or the part of
-    the model that would not be served right.
+    dtype: ``float32``, ``bfloat16`` or ``float16``; load_format: ``auto``, or ``random`` for weights made
+    from config.json alone, the same on every engine. Raises :class:`ConfigError` naming the setting, or the
+    part of the model that would not be served right.
     """
     directory = Path(path)
     if dtype not in DTYPES:
@@ -98,7 +98,10 @@ def load_model(
     raw = _read_json(directory / "config.json")
     if raw.get("model_type") not in MODEL_TYPES:
         raise _refusal(directory, f"model_type {raw.get('model_type')!r} is not one of {list(MODEL_TYPES)}")
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever transformers' validators raise, the fault is the directory's
+        raise _refusal(directory, f"config.json: {error}") from error
     _check_supported(directory, raw, config)
     transformers_logging.disable_progress_bar()
     module = _random(config, dtype) if load_format == "random" else _pretrained(directory, dtype)

@@ -58,9 +58,10 @@ class ModelRunner:
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
         """Compute the chunks and sample where asked.
 
-        ``on_layer(layer)`` comes once a layer, in order, when the batch's KV of that layer stands in the blocks
-        and before any is read; what it raises ends the step and is passed on. Raises :class:`InternalError`
-        for a batch that does not fit the model or the pool, and for logits that are not finite.
+        ``on_layer(layer)`` comes once a layer, in order, when the batch's KV of that layer stands in the
+        blocks and before any is read; what it raises ends the step and is passed on. Raises
+        :class:`InternalError` for a batch that does not fit the model or the pool, and for logits that are
+        not finite.
         """
         chunks = batch.chunks
         if not chunks:
@@ -71,9 +72,7 @@ class ModelRunner:
         tokens = np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks])
         positions = np.concatenate([_positions(chunk) for chunk in chunks])
         slots = np.concatenate([self._slots(chunk) for chunk in chunks])
-        spans = [
-            Span(n, chunk.start + n, chunk.block_table) for n, chunk in zip(lengths, chunks, strict=True)
-        ]
+        spans = [Span(len(c.token_ids), c.start + len(c.token_ids), c.block_table) for c in chunks]
         last_rows = np.cumsum(lengths) - 1
         specs = [chunk.sample for chunk in chunks if chunk.sample is not None]
         sampled_rows = last_rows[[chunk.sample is not None for chunk in chunks]]

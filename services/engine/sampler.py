@@ -21,13 +21,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from microserve.protocol.errors import InternalError
+from microserve.protocol.errors import InternalError, InvalidRequest
 from microserve.protocol.sampling import SamplingParams
 from microserve.services.engine.batch import Sampled, SampleSpec
 
 _Floats = npt.NDArray[np.float64]
 _Ids = npt.NDArray[np.int64]
 
+_HUGE = 1e300
 _NUCLEUS_GUESS = 256
 """top_p looks at the likeliest so many tokens first, then at 16 times as many, and so on."""
 
@@ -35,7 +36,8 @@ _NUCLEUS_GUESS = 256
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
     """One token for each row of ``logits`` [N, vocab_size], any float dtype and device; N == len(specs).
 
-    Raises :class:`InternalError` when a row has no finite maximum: its token would be garbage.
+    Raises :class:`InternalError` when a row has no finite maximum: its token would be garbage. Raises
+    :class:`InvalidRequest` when ``min_tokens`` and the stop ids leave no token to choose.
     """
     if not specs:
         return []
@@ -78,21 +80,21 @@ def _sample_row(raw: npt.NDArray[np.float32], spec: SampleSpec) -> Sampled:
     params = spec.params
     scores = _adjusted(raw, spec)
     token = int(scores.argmax())
-    if not np.isfinite(scores[token]):
-        raise InternalError("no token may be chosen: all are forbidden")
+    if scores[token] == -np.inf:
+        raise InvalidRequest("min_tokens forbids every token of the vocabulary", field="min_tokens")
     if params.temperature > 0.0:
         position = len(spec.prompt_token_ids) + len(spec.output_token_ids)
         token = _draw(scores, params, uniform(params.seed, position))
     if params.logprobs is None:
         return Sampled(token, None, [])
     logprobs = _log_softmax(raw)
-    top = _largest(logprobs, params.logprobs) if params.logprobs else []
-    return Sampled(token, float(logprobs[token]), [(int(t), float(logprobs[t])) for t in top])
+    top = [(int(other), float(logprobs[other])) for other in _largest(logprobs, params.logprobs)]
+    return Sampled(token, float(logprobs[token]), top)
 
 
 def _log_softmax(raw: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     shifted = raw - raw.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    return np.asarray(shifted - np.log(np.exp(shifted).sum()), dtype=np.float32)
 
 
 def _adjusted(raw: npt.NDArray[np.float32], spec: SampleSpec) -> _Floats:
@@ -103,15 +105,16 @@ def _adjusted(raw: npt.NDArray[np.float32], spec: SampleSpec) -> _Floats:
         scores[token] += bias
     if params.repetition_penalty != 1.0:
         seen = np.unique(np.array([*spec.prompt_token_ids, *spec.output_token_ids], dtype=np.int64))
-        held = scores[seen]
-        scores[seen] = np.where(
-            held > 0.0, held / params.repetition_penalty, held * params.repetition_penalty
-        )
+        held, penalty = scores[seen], params.repetition_penalty
+        with np.errstate(over="ignore"):  # a penalty near 0 may not push a score out of the numbers
+            held = np.clip(np.where(held > 0.0, held / penalty, held * penalty), -_HUGE, _HUGE)
+        scores[seen] = held
     if params.presence_penalty or params.frequency_penalty:
         said, counts = np.unique(np.array(spec.output_token_ids, dtype=np.int64), return_counts=True)
         scores[said] -= params.presence_penalty + params.frequency_penalty * counts
     if len(spec.output_token_ids) < params.min_tokens:
-        scores[[*spec.eos_token_ids, *params.stop_token_ids]] = -np.inf
+        ends = [token for token in (*spec.eos_token_ids, *params.stop_token_ids) if token < len(scores)]
+        scores[np.array(ends, dtype=np.int64)] = -np.inf
     return scores
 
 
@@ -140,6 +143,8 @@ def _draw(scores: _Floats, params: SamplingParams, number: float) -> int:
 def _largest(values: npt.NDArray[np.floating], count: int) -> _Ids:
     """Indices of the ``count`` largest values, largest first, the lower index first among equals."""
     count = min(count, len(values))
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
     threshold = np.partition(values, len(values) - count)[len(values) - count]
     candidates = np.flatnonzero(values >= threshold)
     return candidates[np.argsort(-values[candidates], kind="stable")][:count]

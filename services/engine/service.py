@@ -11,12 +11,10 @@ import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import structlog
 import torch
 
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol import log
 from microserve.protocol.actions import EngineInfo, EngineLoad
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
@@ -34,8 +32,6 @@ from microserve.services.lifecycle import Lifecycle
 
 STOP_STEP_S = 10.0
 """A running step gets this long to end at shutdown."""
-
-_logger = structlog.get_logger()
 
 
 async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None:
@@ -147,20 +143,25 @@ class EngineService:
             max_model_len=limits.max_model_len,
             vocab_size=spec.vocab_size,
             eos_token_ids=sorted(limits.eos_token_ids),
-            layout_hash=self._core.memory.grants.layout_hash,
+            layout_hash=self._core.layout.layout_hash,
             heap=settings.kvcache.heap,
             wire_version=WIRE_VERSION,
             curve_key=bus.public_key,
         )
         self._index = IndexClient(
-            bus, settings.index.address, self._info, self._locked_load, interval_s=interval_s, clock=clock
+            bus,
+            settings.index.address,
+            info=self._info,
+            load=self._locked_load,
+            heartbeat_interval_s=interval_s,
+            liveness=settings.bus.liveness,
         )
         self._steps = StepLoop(self._core, self._on_output, self._on_crash)
         self._flush_scheduled = False
+        self._progress, self._progressed_at = 0, self._loop.time()
 
     async def run(self) -> None:
-        _logger.info(log.SERVICE_STARTED, incarnation=self._incarnation, model=self._info.model)
-        self._lifecycle.set_health(lambda: not self._crashed.is_set())
+        self._lifecycle.set_health(self._healthy)
         self._door.open(self._info)
         self._steps.start()
         try:
@@ -192,6 +193,15 @@ class EngineService:
             self._door.beat()
             self._publisher.beat()
             await asyncio.sleep(self._settings.bus.heartbeat_interval_s)
+
+    def _healthy(self) -> bool:
+        """Steps advance, or there is nothing to step."""
+        with self._core.lock:
+            progress, busy = self._core.progress, self._core.is_busy
+        now = self._loop.time()
+        if progress != self._progress or not busy:
+            self._progress, self._progressed_at = progress, now
+        return not self._crashed.is_set() and now - self._progressed_at < self._settings.bus.stuck_s
 
     async def _watch_crash(self) -> None:
         await self._crashed.wait()
@@ -225,4 +235,3 @@ class EngineService:
         self._publisher.close()
         if stopped:
             self._core.close()
-        _logger.info(log.SERVICE_STOPPED)

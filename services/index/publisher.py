@@ -160,7 +160,7 @@ class KvPublisher:
         taken = 0
         while taken < REPLAY_BATCHES_PER_TURN:
             oldest = self.next_seq - len(self._ring)
-            seq = max(replay.next_seq, oldest)
+            seq = min(max(replay.next_seq, oldest), self.next_seq)
             if seq < self.next_seq:
                 answer = replay_answer(peer, self._topic, seq, self._ring[seq - oldest])
             else:

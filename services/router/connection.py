@@ -241,10 +241,7 @@ class EngineConnection:
                 _logger.warning(log.FRAME_REJECTED, engine_id=self.engine_id, error=message.detail)
             case wire.Failed():
                 self._aborts.confirm(message.call_id)
-                error = error_for(
-                    message.code, message.detail, field=message.field, retry_after_s=message.retry_after_s
-                )
-                self._calls.fail(message.call_id, error)
+                self._calls.fail(message.call_id, _error(message))
             case _:
                 if not self._aborts.confirm(message.call_id):
                     self._calls.resolve(message.call_id, (message, bulk))
@@ -270,6 +267,10 @@ class EngineConnection:
         self._liveness.progressed(
             self.engine_id, progress=message.load.progress, busy=busy, now=self._loop.time()
         )
+
+
+def _error(failed: wire.Failed) -> MeshError:
+    return error_for(failed.code, failed.detail, field=failed.field, retry_after_s=failed.retry_after_s)
 
 
 def _retrieve(future: asyncio.Future[Answer]) -> None:

@@ -115,7 +115,9 @@ class Engine:
         start = max(grant.matched, 0 if begin is None else request.bound("begin", begin))
         stop = request.bound("end", end)
         if stop > grant.end or (begin is not None and request.bound("begin", begin) > stop):
-            raise InvalidInterval(f"[{start}, {stop}) is not inside the grant's [0, {grant.end})", field="end")
+            raise InvalidInterval(
+                f"[{start}, {stop}) is not inside the grant's [0, {grant.end})", field="end"
+            )
         samples = stop == request.num_tokens if first_token is None else first_token
         if samples and stop != request.num_tokens:
             raise InvalidInterval("the first token can be sampled only at the prompt's end", field="end")

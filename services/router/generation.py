@@ -90,7 +90,11 @@ class Generation:
 
         After a timeout (which cancels the future) it may yet come.
         """
-        return self._accepted.done() and not self._accepted.cancelled() and self._accepted.exception() is not None
+        return (
+            self._accepted.done()
+            and not self._accepted.cancelled()
+            and self._accepted.exception() is not None
+        )
 
     async def _accept(self) -> None:
         answer, _ = await self._connection.wait(self._call_id, self._accepted, self._scope.call_timeout_s)

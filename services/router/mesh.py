@@ -56,17 +56,23 @@ class Mesh:
         *,
         exclude: Collection[Engine] = (),
         prefix: bool = False,
+        cost: Callable[[Engine], float] | None = None,
     ) -> Engine:
         """The engine with the least work (uncached tokens, then sequences); equals by lot.
 
-        ``prefix``: first of all, the one that holds the longest prefix of the prompt. ``exclude`` yields when
-        nobody else is left, so a mesh of one engine serves every strategy. Raises :class:`NoEngines`.
+        ``cost`` or else ``prefix`` counts first: the least of your own measure, or the longest prefix of the
+        prompt. ``exclude`` yields when nobody else is left, so a mesh of one engine serves every strategy.
+        Raises :class:`NoEngines`.
         """
         self._scope.check(request)
-        matched = self.prefix(request) if prefix else {}
+        if cost is None and prefix:
+            matched = self.prefix(request)
 
-        def cost(engine: Engine) -> tuple[int, Load]:
-            return (-matched.get(engine.id, 0), self.load(engine))
+            def cost(engine: Engine) -> float:
+                return -matched.get(engine.id, 0)
+
+        def rank(engine: Engine) -> tuple[float, Load]:
+            return (cost(engine) if cost is not None else 0.0, self.load(engine))
 
         labelled = self.engines(label)
         candidates = (
@@ -76,8 +82,9 @@ class Mesh:
         )
         if not candidates:
             raise NoEngines("no engine is alive", retry_after_s=RETRY_AFTER_S)
-        least = min(map(cost, candidates))
-        return self._rng.choice([engine for engine in candidates if cost(engine) == least])
+        ranked = [(rank(engine), engine) for engine in candidates]
+        least = min(position for position, _ in ranked)
+        return self._rng.choice([engine for position, engine in ranked if position == least])
 
     def load(self, engine: Engine) -> Load:
         """Work on the engine now: our own book and its last report, whichever is more."""

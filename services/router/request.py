@@ -67,5 +67,7 @@ class Request:
             return self.num_tokens
         position = self.num_tokens + value if value < 0 else value
         if not 0 <= position <= self.num_tokens:
-            raise InvalidInterval(f"{name} {value} is outside a prompt of {self.num_tokens} tokens", field=name)
+            raise InvalidInterval(
+                f"{name} {value} is outside a prompt of {self.num_tokens} tokens", field=name
+            )
         return position

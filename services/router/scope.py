@@ -1,7 +1,7 @@
 """Everything that one request holds in the mesh, with one owner: the task that serves it.
 
-Handles that a strategy gets (engine.py, transfer.py) write down here what they take; ``close`` gives all of it back at
-once and without waiting, whatever the strategy did. Knows no intervals and no strategies.
+Handles that a strategy gets (engine.py, transfer.py) write down here what they take; ``close`` gives all of
+it back at once and without waiting, whatever the strategy did. Knows no intervals and no strategies.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ class RequestScope:
     def check(self, request: Request) -> None:
         """A handle is used for its own, living request. Raises :class:`StrategyError`."""
         if request is not self.request:
-            raise StrategyError(f"this mesh serves request {self.request.request_id}, not {request.request_id}")
+            raise StrategyError(
+                f"this mesh serves request {self.request.request_id}, not {request.request_id}"
+            )
         if self.is_closed:
             raise StrategyError(f"request {request.request_id} has ended")
 

@@ -48,7 +48,9 @@ class Strategy:
             path = f"router.strategies.{self.name}.{name}"
             if name not in self.types:
                 known = ", ".join(self.types) or "none"
-                raise ConfigError(f"{path}: strategy {self.name} has no such parameter (has: {known})", field=path)
+                raise ConfigError(
+                    f"{path}: strategy {self.name} has no such parameter (has: {known})", field=path
+                )
             try:
                 bound[name] = msgspec.convert(value, self.types[name])
             except msgspec.ValidationError as error:
@@ -114,7 +116,9 @@ class StrategyBook:
         for name, values in parameters.items():
             if name not in self._strategies:
                 path = f"router.strategies.{name}"
-                raise ConfigError(f"{path}: no such strategy (there are: {', '.join(self.names)})", field=path)
+                raise ConfigError(
+                    f"{path}: no such strategy (there are: {', '.join(self.names)})", field=path
+                )
             self._strategies[name] = self._strategies[name].bind(values)
 
 

@@ -29,7 +29,7 @@ class TokenStream:
     """In: deltas, a first token, a failure, in any order. Out: :class:`Tokens` in order."""
 
     def __init__(self, request_id: str, engine_id: str, *, await_first: bool = False) -> None:
-        """``await_first``: token 0 comes by :meth:`push_first` (its sender sampled it), the rest by deltas."""
+        """``await_first``: token 0 comes by :meth:`push_first` (its sender sampled it), not as delta."""
         self.request_id = request_id
         self.engine_id = engine_id
         self._awaits_first = await_first
@@ -55,7 +55,9 @@ class TokenStream:
         missing = delta.offset - self._next
         if missing > 0:
             self.fail(
-                PeerError(f"{self.engine_id} lost output tokens [{self._next}, {delta.offset}) of {self.request_id}")
+                PeerError(
+                    f"{self.engine_id} lost output tokens [{self._next}, {delta.offset}) of {self.request_id}"
+                )
             )
             return
         if delta.offset < 0 or (delta.logprobs and len(delta.logprobs) != len(delta.token_ids)):

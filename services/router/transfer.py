@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Generator
 
+from microserve.kvcache.words import MAX_LANES
 from microserve.protocol import actions as wire
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.grant import Grant
@@ -48,7 +49,9 @@ class GrantHandle:
         return self.matched >= self.end
 
     def take_lane(self) -> int:
-        """Each writer lane is handed out once."""
+        """Each writer lane is handed out once. Raises :class:`StrategyError` when none is left."""
+        if self._num_lanes == MAX_LANES:
+            raise StrategyError(f"a grant takes at most {MAX_LANES} sends")
         self._num_lanes += 1
         return self._num_lanes - 1
 
@@ -84,7 +87,9 @@ class Sending:
     """KV of ``[begin, end)`` on its way into a grant. ``await`` it for the sender's ``Sent``, or do not:
     whoever builds on the grant waits for what it needs."""
 
-    def __init__(self, request_id: str, grant: GrantHandle, begin: int, end: int, *, first_token: bool) -> None:
+    def __init__(
+        self, request_id: str, grant: GrantHandle, begin: int, end: int, *, first_token: bool
+    ) -> None:
         self.grant = grant
         self.begin = begin
         self.end = end

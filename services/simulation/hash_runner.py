@@ -1,9 +1,9 @@
 """A model whose every token proves that the right KV was read.
 
 It has a transformer's data flow: a token's K and V in a layer are hashes of its hidden state, and its next
-hidden state is a hash of all K and V rows up to itself, *read back from the blocks*. One wrong, stale, missing
-or shifted row changes every later token, so a mistake in blocks, transfers or scheduling shows as a wrong
-token. No torch, microseconds a token.
+hidden state is a hash of all K and V rows up to itself, *read back from the blocks*. One wrong, stale,
+missing or shifted row changes every later token, so a mistake in blocks, transfers or scheduling shows as a
+wrong token. No torch, microseconds a token.
 
 Rows are 8 bytes: ``KvLayout(num_kv_heads=1, head_dim=2, dtype="float32")``.
 """

@@ -97,7 +97,7 @@ class HeapConformance:
     # --- bytes
 
     def test_a_new_heap_is_zero_and_writable(self, theirs: Heap) -> None:
-        assert (theirs.layout.data_nbytes,) == theirs.data.shape
+        assert theirs.data.shape == (theirs.layout.data_nbytes,)
         assert not theirs.data.any()
         assert all(theirs.load(word) == 0 for word in range(theirs.words.num_words))
 
@@ -106,9 +106,9 @@ class HeapConformance:
         assert theirs.data.all()
 
     def test_the_peer_is_seen_with_its_own_layout(self, theirs: Heap, peer: PeerHeap) -> None:
-        assert theirs.layout == peer.layout
-        assert theirs.words == peer.words
-        assert theirs.address == peer.address
+        assert peer.layout == theirs.layout
+        assert peer.words == theirs.words
+        assert peer.address == theirs.address
 
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
     @given(data=st.data())
@@ -135,7 +135,7 @@ class HeapConformance:
 
         peer.put(Copies(copies), source_shift, target_shift)
 
-        assert expected == theirs.data.tobytes()
+        assert theirs.data.tobytes() == expected
 
     @pytest.mark.parametrize(
         ("source", "target", "nbytes", "source_shift", "target_shift"),
@@ -183,7 +183,7 @@ class HeapConformance:
         view[:] = 5
         heap.close()
 
-        assert 5 == view[-1]
+        assert view[-1] == 5
         view[0] = 6
 
     # --- words
@@ -191,17 +191,17 @@ class HeapConformance:
     def test_words_carry_64_bits_both_ways(self, theirs: Heap, peer: PeerHeap) -> None:
         for word, value in ((0, (1 << 64) - 1), (theirs.words.num_words - 1, 1 << 63), (5, 1)):
             peer.signal(word, value)
-            assert value == theirs.load(word)
+            assert theirs.load(word) == value
             theirs.store(word, value - 1)
-            assert value - 1 == peer.read(word)
+            assert peer.read(word) == value - 1
 
     def test_several_words_at_once(self, theirs: Heap, peer: PeerHeap) -> None:
         words = theirs.words.tags(1, [6, 0, 3])
 
         peer.signal_each(words, 77)
 
-        assert [77, 77, 77] == theirs.load_each(words).tolist()
-        assert 3 == sum(theirs.load(word) == 77 for word in range(theirs.words.num_words))
+        assert theirs.load_each(words).tolist() == [77, 77, 77]
+        assert sum(theirs.load(word) == 77 for word in range(theirs.words.num_words)) == 3
 
     def test_data_and_words_do_not_overlap(self, theirs: Heap, peer: PeerHeap) -> None:
         theirs.data[:] = 255
@@ -248,7 +248,7 @@ class HeapConformance:
             assert mine.is_held(0, 0)
             peer.let_go(0, 0)
 
-        assert 16 == (mine.data == 9).sum()
+        assert (mine.data == 9).sum() == 16
 
     # --- life
 
@@ -265,7 +265,7 @@ class HeapConformance:
         peer.put(Copies([Copy(0, 0, 64)]))
         peer.signal(0, 1)
 
-        assert 1 == peer.read(0)
+        assert peer.read(0) == 1
 
     def test_a_closed_peer_refuses_everything(self, mine: Heap, theirs: Heap) -> None:
         peer = mine.attach(theirs.address)
@@ -283,7 +283,7 @@ class HeapConformance:
         ):
             with pytest.raises(InternalError):
                 call()
-        assert 0 == theirs.load(0)
+        assert theirs.load(0) == 0
         assert not theirs.is_held(0, 0)
 
     def test_heaps_close_twice(self, factory: HeapFactory) -> None:
@@ -322,11 +322,11 @@ class HeapConformance:
         for key in random.Random(1).sample(lanes, len(lanes)):
             assert peer.hold(*key)
             held.add(key)
-            assert held == {key for key in lanes if theirs.is_held(*key)}
+            assert {key for key in lanes if theirs.is_held(*key)} == held
         for key in random.Random(2).sample(lanes, len(lanes)):
             peer.let_go(*key)
             held.remove(key)
-            assert held == {key for key in lanes if theirs.is_held(*key)}
+            assert {key for key in lanes if theirs.is_held(*key)} == held
 
     def test_a_peer_with_a_held_lane_cannot_close(self, theirs: Heap, peer: PeerHeap) -> None:
         peer.hold(0, 1)
@@ -437,8 +437,8 @@ class HeapProcessConformance:
                 torn += int((mine.data != number % 251).sum())
                 mine.store(seen, number)
 
-            assert 0 == torn
-            assert "done" == child.receive()
+            assert torn == 0
+            assert child.receive() == "done"
 
     def test_a_writer_killed_in_the_middle_of_its_puts_is_proven_dead(self, mine: Heap, child: Child) -> None:
         child.ask("attach", address=mine.address)
@@ -504,11 +504,11 @@ class HeapProcessConformance:
         ):
             child.ask("attach", address=heap.address)
             with heap.attach(child.address) as peer:
-                assert before != _traces()
+                assert _traces() != before
                 child.kill()
                 assert peer.owner_is_dead()
 
-        assert before == _traces()
+        assert _traces() == before
 
 
 def _traces() -> tuple[set[str], set[str], int]:

@@ -1,4 +1,4 @@
-"""The other process of the heap tests: ``python -m tests.kvcache.heap_process <factory> <incarnation> <num_blocks>``.
+"""The other process of the heap tests: ``python -m tests.kvcache.heap_process FACTORY INCARNATION BLOCKS``.
 
 Makes a heap, prints its address, then answers each JSON line on stdin with one on stdout.
 """

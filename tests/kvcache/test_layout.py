@@ -31,20 +31,20 @@ def test_every_row_has_its_own_bytes_and_they_fill_the_region() -> None:
         for layer, block, kv, row in itertools.product(range(3), range(5), (K, V), range(4))
     ]
 
-    assert list(range(0, LAYOUT.data_nbytes, LAYOUT.row_nbytes)) == starts
+    assert starts == list(range(0, LAYOUT.data_nbytes, LAYOUT.row_nbytes))
 
 
 def test_sizes() -> None:
-    assert 2 * 8 * 2 == LAYOUT.row_nbytes
-    assert 4 * LAYOUT.row_nbytes == LAYOUT.half_nbytes
-    assert 2 * LAYOUT.half_nbytes == LAYOUT.block_nbytes
-    assert 5 * LAYOUT.block_nbytes == LAYOUT.layer_nbytes
-    assert 3 * LAYOUT.layer_nbytes == LAYOUT.data_nbytes
+    assert LAYOUT.row_nbytes == 2 * 8 * 2
+    assert LAYOUT.half_nbytes == 4 * LAYOUT.row_nbytes
+    assert LAYOUT.block_nbytes == 2 * LAYOUT.half_nbytes
+    assert LAYOUT.layer_nbytes == 5 * LAYOUT.block_nbytes
+    assert LAYOUT.data_nbytes == 3 * LAYOUT.layer_nbytes
 
 
 @pytest.mark.parametrize(("num_tokens", "num_blocks"), [(0, 0), (1, 1), (4, 1), (5, 2)])
 def test_num_blocks_for(num_tokens: int, num_blocks: int) -> None:
-    assert num_blocks == LAYOUT.num_blocks_for(num_tokens)
+    assert LAYOUT.num_blocks_for(num_tokens) == num_blocks
 
 
 def test_pools_of_different_size_may_exchange_kv() -> None:
@@ -82,7 +82,7 @@ def test_a_field_out_of_bounds_is_named(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError) as caught:
         msgspec.structs.replace(LAYOUT, **change)
 
-    assert next(iter(change)) == caught.value.field
+    assert caught.value.field == next(iter(change))
 
 
 @given(st.integers(1, 5), st.integers(0, 3), st.integers(0, 20), st.integers(0, 20))
@@ -97,7 +97,7 @@ def test_block_spans_name_each_token_once_in_order(size: int, skipped: int, skip
         for index in range(num_rows)
     ]
 
-    assert [(blocks[(token - origin) // size], token % size) for token in range(lo, hi)] == rows
+    assert rows == [(blocks[(token - origin) // size], token % size) for token in range(lo, hi)]
 
 
 def test_words_do_not_overlap_and_fill_no_more_than_the_region() -> None:
@@ -136,7 +136,7 @@ def test_a_heap_needs_a_slot() -> None:
     with pytest.raises(ConfigError) as caught:
         WordLayout(num_slots=0, num_layers=1, num_blocks=1)
 
-    assert "num_slots" == caught.value.field
+    assert caught.value.field == "num_slots"
 
 
 @given(st.integers(1, MAX_GENERATION), st.integers(0, (1 << 32) - 1), st.booleans())
@@ -146,7 +146,7 @@ def test_counts_are_read_back_only_under_their_generation(
     word = pack_count(generation, count) | (POISON if poisoned else 0)
 
     assert 0 <= word < 1 << 64
-    assert count == count_of(word, generation)
+    assert count_of(word, generation) == count
     assert count_of(word, generation + 1) is None
     assert pack_count(generation, 0) < POISON
 
@@ -159,7 +159,7 @@ def test_later_words_are_greater() -> None:
 def test_tags_tell_grants_apart() -> None:
     tags = {grant_tag(*name) for name in itertools.product((1, 2, 11), (1, 2, 11), (1, 2, 11))}
 
-    assert 27 == len(tags)
+    assert len(tags) == 27
     assert all(0 < tag < 1 << 64 for tag in tags)
 
 

@@ -52,10 +52,11 @@ NAMING: dict[str, Callable[[Prefix], WireHash]] = {
     "digests-as-wide-as-ours": lambda prefix: foreign_digest(prefix)[:16],
 }
 ENGINES = st.sampled_from(sorted(NAMING))
+# Every block is two equal tokens, so prefixes meet often.
 PREFIXES = st.tuples(
     st.sampled_from(["", "tenant"]),
     st.lists(st.integers(0, 1), min_size=1, max_size=4).map(
-        lambda bits: tuple(b for b in bits for _ in "ab")
+        lambda bits: tuple(bit for bit in bits for _ in range(BLOCK_SIZE))
     ),
 )
 
@@ -161,11 +162,11 @@ def sequences(count: int, num_blocks: int, seed: int = 0) -> list[list[int]]:
 
 
 def store_all(tokens: list[int]) -> BlockStored:
-    return BlockStored(block_hashes(tokens, BLOCK_SIZE, root_hash(MODEL)), None, tokens, BLOCK_SIZE)
+    return BlockStored([*block_hashes(tokens, BLOCK_SIZE, root_hash(MODEL))], None, tokens, BLOCK_SIZE)
 
 
 def store_all_foreign(tokens: list[int]) -> BlockStored:
-    rng = random.Random(tokens[0])
+    rng = random.Random(repr(tokens))
     names: list[WireHash] = [rng.getrandbits(64) for _ in range(len(tokens) // BLOCK_SIZE)]
     return BlockStored(names, None, tokens, BLOCK_SIZE)
 
@@ -174,23 +175,22 @@ def store_all_foreign(tokens: list[int]) -> BlockStored:
 
 
 @pytest.mark.parametrize("make", [store_all, store_all_foreign])
-@pytest.mark.parametrize("num_blocks", [1, 7, 3000])
+@pytest.mark.parametrize("num_blocks", [1, 30, 2000])
 def test_the_cap_holds_after_every_call(make: Callable[[list[int]], BlockStored], num_blocks: int) -> None:
-    cap = 300_000
-    index = PrefixIndex(BLOCK_SIZE, MODEL, cap)
+    index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
     total = 0
-    for tokens in sequences(12_000 // num_blocks, num_blocks):
+    for tokens in sequences(30_000 // num_blocks, num_blocks):
         index.apply("engine", [make(tokens)])
         total += num_blocks
-        assert index.nbytes <= cap
+        assert index.nbytes <= MIN_MAX_NBYTES
     index.check_integrity()
     assert index.counters.evicted_blocks > 0
     assert index.num_blocks + index.counters.evicted_blocks == total
 
 
 def test_what_lookups_use_outlives_what_they_do_not() -> None:
-    index = PrefixIndex(BLOCK_SIZE, MODEL, 200_000)
-    wanted, unwanted, *others = sequences(3000, 4)
+    index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
+    wanted, unwanted, *others = sequences(2000, 20)
     index.apply("engine", [store_all(wanted), store_all(unwanted)])
     for tokens in others:
         index.apply("engine", [store_all(tokens)])
@@ -200,18 +200,19 @@ def test_what_lookups_use_outlives_what_they_do_not() -> None:
     assert index.lookup(unwanted) == {}
 
 
-def test_at_the_cap_about_half_is_kept() -> None:
-    index = PrefixIndex(BLOCK_SIZE, MODEL, 300_000)
+def test_at_the_cap_a_third_is_kept_at_least() -> None:
+    index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
     most = 0
-    for tokens in sequences(4000, 3):
+    for tokens in sequences(1000, 50):
         index.apply("engine", [store_all(tokens)])
         most = max(most, index.num_blocks)
-        assert index.counters.evicted_blocks == 0 or index.num_blocks * 3 > most
+        assert index.num_blocks > 0.3 * most
+    assert index.counters.evicted_blocks > 3 * most
 
 
 def test_eviction_forgets_foreign_names_too() -> None:
-    index = PrefixIndex(BLOCK_SIZE, MODEL, 200_000)
-    first, *others = sequences(2000, 2)
+    index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
+    first, *others = sequences(600, 20)
     events = [store_all_foreign(first), *map(store_all_foreign, others)]
     index.apply("engine", events)
     assert index.lookup(first) == {}
@@ -222,16 +223,14 @@ def test_eviction_forgets_foreign_names_too() -> None:
 
 @pytest.mark.parametrize(("make", "num_engines"), [(store_all, 3), (store_all_foreign, 2)])
 def test_nbytes_is_what_is_allocated(make: Callable[[list[int]], BlockStored], num_engines: int) -> None:
-    events = [make(tokens) for tokens in sequences(200, 60)]
+    payload = encode_batch(KVEventBatch(0.0, [make(tokens) for tokens in sequences(200, 60)]))
     engines = [f"engine-{i}" for i in range(num_engines)]
-    for event in events[:1]:
-        PrefixIndex(BLOCK_SIZE, MODEL, LARGE).apply("warm-up", [event])
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
         index = PrefixIndex(BLOCK_SIZE, MODEL, LARGE)
         for engine in engines:
-            index.apply(engine, events)
+            index.apply(engine, decode_batch(payload).events)
         allocated = tracemalloc.get_traced_memory()[0] - before
     finally:
         tracemalloc.stop()
@@ -257,7 +256,7 @@ def test_many_sets_of_owners_are_counted_and_pruned() -> None:
     assert owners <= shared
     for engine in engines:
         index.remove_engine(engine)
-    assert index.nbytes < MIN_MAX_NBYTES + 48 * 12_000
+    assert index.nbytes < 1000
 
 
 @pytest.mark.parametrize("make", [store_all, store_all_foreign])

@@ -55,11 +55,20 @@ def make_info(engine_id: str = "e1", incarnation: int = 11, **changes: object) -
 class Engine:
     """One life of one engine: answers ``Hello`` and ``Snapshot``, publishes what its cache holds."""
 
-    def __init__(self, bus: Bus, engine_id: str, incarnation: int, *, model: str, address: str) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        engine_id: str = "e1",
+        incarnation: int = 11,
+        *,
+        model: str = "m",
+        address: str = ANY,
+        events_address: str = ANY,
+        **changes: object,
+    ) -> None:
         self.num_snapshots = 0
         self.pings: list[int] = []
         self.refuse_snapshots = False
-        self.wait_snapshot: Callable[[], bool] = lambda: True
         self.load = EngineLoad()
         self._incarnation = incarnation
         self._known: set[bytes] = set()
@@ -67,7 +76,7 @@ class Engine:
         self._cache = PrefixCache(self._pool, BLOCK_SIZE, model)
         self.publisher = KvPublisher(
             bus,
-            events_address=ANY,
+            events_address=events_address,
             replay_address=ANY,
             topic=f"kv@{engine_id}",
             epoch=incarnation,
@@ -81,6 +90,7 @@ class Engine:
             address=self._socket.address,
             events_address=self.publisher.address,
             replay_address=self.publisher.replay_address,
+            **changes,
         )
 
     def compute(self, tokens: list[int], salt: str = "") -> None:
@@ -94,6 +104,12 @@ class Engine:
     def clear(self) -> None:
         self._cache.clear()
         self.publisher.publish(self._cache.take_events())
+
+    def snapshot_events(self) -> bytes:
+        return encode_batch(KVEventBatch(0.0, [*self._cache.snapshot()], None, self._incarnation))
+
+    def forget_peers(self) -> None:
+        self._known.clear()
 
     def close(self) -> None:
         self.publisher.close()
@@ -109,9 +125,8 @@ class Engine:
                 self._answer(peer, Failed(call_id, "draining", "not now"))
             case Snapshot(call_id):
                 self.num_snapshots += 1
-                batch = encode_batch(KVEventBatch(0.0, [*self._cache.snapshot()], None, self._incarnation))
                 reply = SnapshotReply(call_id, self._incarnation, self.publisher.next_seq)
-                self._answer(peer, reply, batch)
+                self._answer(peer, reply, self.snapshot_events())
             case Ping(incarnation):
                 self.pings.append(incarnation)
             case _:
@@ -127,10 +142,13 @@ class LossyBus(ZmqBus):
     def __init__(self) -> None:
         super().__init__()
         self.lose: Callable[[list[bytes]], bool] = lambda frames: False
+        self.num_lost = 0
 
     def subscriber(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
         def lossy(frames: list[bytes]) -> None:
-            if not self.lose(frames):
+            if self.lose(frames):
+                self.num_lost += 1
+            else:
                 handler(frames)
 
         return super().subscriber(address, lossy, server_key=server_key)
@@ -152,9 +170,25 @@ class World:
         self._closers: list[Callable[[], None]] = []
 
     def engine(
-        self, engine_id: str = "e1", incarnation: int = 11, *, model: str = "m", address: str = ANY
+        self,
+        engine_id: str = "e1",
+        incarnation: int = 11,
+        *,
+        model: str = "m",
+        address: str = ANY,
+        events_address: str = ANY,
+        **changes: object,
     ) -> Engine:
-        engine = Engine(self.bus, engine_id, incarnation, model=model, address=address)
+        """``changes``: fields of its ``EngineInfo``."""
+        engine = Engine(
+            self.bus,
+            engine_id,
+            incarnation,
+            model=model,
+            address=address,
+            events_address=events_address,
+            **changes,
+        )
         self._closers.append(engine.close)
         return engine
 

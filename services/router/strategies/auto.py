@@ -28,15 +28,24 @@ async def auto(
     tau: Annotated[int, Meta(ge=0)] = 16_384,
     threshold: Annotated[int, Meta(ge=1)] = 2_048,
 ) -> AsyncGenerator[Tokens, None]:
-    """Decode on the cheapest engine; prefill elsewhere if more than ``threshold`` tokens are uncached.
+    """Decode where the tokens are cheapest; prefill elsewhere if ``threshold`` or more are uncached.
 
-    ``affinity``: engines with at least this share of the best prefix hit come first, unless more than
-    ``tau`` uncached tokens wait on each of them (prefill tokens a second times the wait one accepts).
+    An engine that holds at least the share ``affinity`` of the prompt comes first, unless more than ``tau``
+    uncached tokens wait there (its prefill tokens a second, times the seconds that one would wait).
     """
-    decode = cheapest(mesh, request, affinity, tau)
+    matched = mesh.prefix(request)
+
+    def cost(engine: Engine) -> int:
+        uncached, waiting = uncached_tokens(engine), mesh.load(engine).uncached_tokens
+        is_warm = uncached <= request.num_tokens * (1 - affinity) and waiting <= tau
+        return -1 if is_warm else waiting + uncached
+
+    def uncached_tokens(engine: Engine) -> int:
+        return request.num_tokens - matched.get(engine.id, 0)
+
+    decode = mesh.pick("decode", request, cost=cost)
     prefill = mesh.pick("prefill", request, exclude=[decode])
-    uncached = request.num_tokens - mesh.prefix(request).get(decode.id, 0)
-    if uncached < threshold or mesh.load(prefill) >= mesh.load(decode):
+    if uncached_tokens(decode) < threshold or mesh.load(prefill) >= mesh.load(decode):
         generation = decode.start_generate(request)
     else:
         grant = await decode.prep_recv(request)
@@ -44,14 +53,3 @@ async def auto(
         generation = decode.start_generate(request, begin=grant.end, after=sending)
     async for tokens in generation:
         yield tokens
-
-
-def cheapest(mesh: Mesh, request: Request, affinity: float, tau: int) -> Engine:
-    """The warm engine with the least work, or, when all warm ones are too busy, the least token load."""
-    matched = mesh.prefix(request)
-    engines = mesh.engines("decode")
-    best = max((matched.get(engine.id, 0) for engine in engines), default=0)
-    cold = [e for e in engines if matched.get(e.id, 0) < affinity * best or mesh.load(e).uncached_tokens > tau]
-    if best == 0 or len(cold) == len(engines):
-        return mesh.pick("decode", request, cost=lambda e: request.num_tokens - matched.get(e.id, 0))
-    return mesh.pick("decode", request, exclude=cold)

@@ -7,7 +7,6 @@ import asyncio
 import pytest
 from index_world import ANY, World, in_world
 
-from microserve.protocol.errors import ConfigError
 from microserve.protocol.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
@@ -18,7 +17,6 @@ from microserve.protocol.kv_events import (
     parse_replay_answer,
     replay_request,
 )
-from microserve.protocol.transport import ZmqBus
 from microserve.services.index import publisher as module
 from microserve.services.index.publisher import KvPublisher
 
@@ -249,22 +247,6 @@ def test_address_that_is_taken_leaves_nothing_open() -> None:
                 world.bus,
                 events_address=ANY,
                 replay_address=taken.replay_address,
-                topic="t",
-                epoch=1,
-                clock=lambda: 0.0,
-            )
-
-    in_world(test)
-
-
-def test_exposed_address_is_refused_without_keys() -> None:
-    async def test(world: World) -> None:
-        assert isinstance(world.bus, ZmqBus)
-        with pytest.raises(ConfigError):
-            KvPublisher(
-                world.bus,
-                events_address=ANY,
-                replay_address="tcp://0.0.0.0:0",
                 topic="t",
                 epoch=1,
                 clock=lambda: 0.0,

@@ -1,0 +1,50 @@
+# From nothing to an answer: `make up`. Everything lives in .venv; stamps make the second time quick.
+PYTHON ?= python3
+VENV ?= .venv
+# On a machine with GPUs, or with torch already in VENV, say what you want: make up TORCH=torch
+TORCH ?= torch==2.13.0
+ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: up test check fmt bench exactness clean
+
+up: $(VENV)/installed
+	$(BIN)/microserve up $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/pytest $(ARGS)
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests
+	$(BIN)/lint-imports
+	@long=$$(find . -name '.?*' -prune -o -name '*.py' -exec \
+	    awk 'END { if (NR > 400) print FILENAME ": " NR " lines, more than 400" }' {} \;); \
+	if [ -n "$$long" ]; then echo "$$long"; exit 1; fi
+
+fmt: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# ARGS="--requests 20 --strategies auto" for a cut of it.
+exactness: $(VENV)/installed
+	$(BIN)/python tests/support/exactness.py --model "$$($(BIN)/microserve model fetch)" $(ARGS)
+
+bench: $(VENV)/installed
+	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+
+clean:
+	rm -rf $(VENV) .microserve .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/torch:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[engine,demo,dev]'
+	@touch $@

@@ -1,0 +1,122 @@
+"""The ASGI application: which path does what, who may, and that every answer is a well-formed one.
+
+Owns routes, keys and the last resort for errors; what a route does is elsewhere. Starlette only finds the
+route: bodies, replies and streams are ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+
+import structlog
+from starlette.routing import BaseRoute, Route, Router
+from starlette.types import Receive, Scope, Send
+
+from microserve.gateway import operator_routes
+from microserve.gateway.chat import ChatFormat, chat_prompts
+from microserve.gateway.completions import CompletionFormat, completion_prompts
+from microserve.gateway.errors import ClientGone, MethodNotAllowed, NotOffered, PathNotFound, problem_of
+from microserve.gateway.exchange import Exchange
+from microserve.gateway.generation import Dialect, Generation
+from microserve.gateway.openai_schema import ChatRequest, CompletionRequest
+from microserve.gateway.state import GatewayState
+from microserve.protocol import log
+from microserve.protocol.errors import InternalError, MeshError
+
+Handler = Callable[[GatewayState, Exchange], Awaitable[None]]
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+"""What probes need, without a key; everything else is behind one if there are any."""
+
+_CHAT = Dialect(ChatRequest, chat_prompts, ChatFormat)
+_COMPLETIONS = Dialect(CompletionRequest, completion_prompts, CompletionFormat)
+_EXCHANGE = "microserve.exchange"
+_logger = structlog.get_logger()
+
+
+async def _chat(state: GatewayState, exchange: Exchange) -> None:
+    await Generation(state, exchange, _CHAT).run()
+
+
+async def _completions(state: GatewayState, exchange: Exchange) -> None:
+    await Generation(state, exchange, _COMPLETIONS).run()
+
+
+async def _not_offered(state: GatewayState, exchange: Exchange) -> None:
+    raise NotOffered(f"{exchange.path} is not offered by this server")
+
+
+class _Endpoint:
+    """ASGI callable of one path: checks the method and runs the handler."""
+
+    def __init__(self, state: GatewayState, methods: Iterable[str], handler: Handler) -> None:
+        self._state = state
+        self._methods = frozenset(methods)
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange: Exchange = scope[_EXCHANGE]
+        if exchange.method not in self._methods:
+            allowed = ", ".join(sorted(self._methods))
+            raise MethodNotAllowed(f"{exchange.path} takes {allowed}, not {exchange.method}")
+        exchange.path_params = scope.get("path_params", {})
+        await self._handler(self._state, exchange)
+
+
+class Application:
+    """Raw ASGI; a request that raises becomes an error envelope, never a dead connection."""
+
+    def __init__(self, state: GatewayState) -> None:
+        self._state = state
+        self._clock = asyncio.get_running_loop().time
+        self._router = Router(self._routes(), redirect_slashes=False, default=self._no_route)
+
+    def _routes(self) -> list[BaseRoute]:
+        get, post = ("GET", "HEAD"), ("POST",)
+        # The hot ones first: routes are tried in order.
+        table: list[tuple[str, tuple[str, ...], Handler]] = [
+            ("/v1/chat/completions", post, _chat),
+            ("/v1/completions", post, _completions),
+            ("/v1/models", get, operator_routes.models),
+            ("/v1/models/{model_id:path}", get, operator_routes.model),
+            ("/health", get, operator_routes.health),
+            ("/ready", get, operator_routes.ready),
+            ("/metrics", get, operator_routes.metrics),
+            ("/version", get, operator_routes.version),
+            ("/tokenize", post, operator_routes.tokenize),
+            ("/detokenize", post, operator_routes.detokenize),
+            ("/v1/embeddings", post, _not_offered),
+            ("/v1/responses", post, _not_offered),
+        ]
+        return [Route(path, _Endpoint(self._state, methods, handler)) for path, methods, handler in table]
+
+    async def _no_route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise PathNotFound(f"there is no {scope['path'][:128]} here")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"unexpected ASGI scope {scope['type']!r}")
+        exchange = Exchange(scope, receive, send, self._clock())
+        scope[_EXCHANGE] = exchange
+        try:
+            if exchange.path not in OPEN_PATHS:
+                self._state.keys.check(exchange.header(b"authorization"))
+            await self._router(scope, receive, send)
+        except MeshError as error:
+            failure = error
+        except Exception:
+            _logger.exception(log.SERVICE_FAILED, http_request_id=exchange.request_id)
+            failure = InternalError("internal error; the gateway's log has it under this request's id")
+        else:
+            return
+        if not isinstance(failure, ClientGone):
+            _logger.info(
+                log.HTTP_REJECTED,
+                http_request_id=exchange.request_id,
+                method=exchange.method,
+                path=exchange.path[:128],
+                status=problem_of(failure).status,
+                code=failure.code,
+            )
+        await exchange.refuse(failure)

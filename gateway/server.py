@@ -1,0 +1,149 @@
+"""One gateway process: everything made, served and closed in order.
+
+bus, routers -> listening socket -> ready ... stop: refuse new, finish streams, end the rest, close the bus
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import structlog
+
+from microserve.gateway.app import Application
+from microserve.gateway.auth import KeyRing
+from microserve.gateway.exchange import BodyBudget
+from microserve.gateway.http_server import address_of, bind, make_server
+from microserve.gateway.metrics import GatewayMetrics
+from microserve.gateway.router_client import RouterClient
+from microserve.gateway.state import GatewayState
+from microserve.gateway.systemd import Notifier
+from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.protocol import log
+from microserve.protocol.curve import CurveKeys
+from microserve.protocol.errors import Draining
+from microserve.protocol.settings import Settings
+from microserve.protocol.transport import ZmqBus
+
+DRAIN_S = 10.0
+"""Streams that run at a stop have so long to finish."""
+MAX_BODIES = 16
+"""Bodies of full size that may be held while they are read."""
+
+_logger = structlog.get_logger()
+
+
+class _ServerLog(logging.Handler):
+    """uvicorn's own messages as events: they are about clients that do not speak HTTP, or about bugs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            _logger.error(log.SERVICE_FAILED, detail=record.getMessage(), exc_info=record.exc_info)
+        else:
+            _logger.warning(log.HTTP_REJECTED, detail=record.getMessage())
+
+
+async def serve(
+    settings: Settings,
+    *,
+    gateway_id: str,
+    stop: asyncio.Event,
+    environment: Mapping[str, str] | None = None,
+    on_ready: Callable[[str], None] = lambda address: None,
+    drain_s: float = DRAIN_S,
+) -> None:
+    """Serve until ``stop`` is set, then drain. ``on_ready`` gets the address once HTTP listens.
+
+    Raises :class:`ConfigError` when the model, the keys or the address cannot be used.
+    """
+    tokenizer = ModelTokenizer.load(settings.model.path)
+    try:
+        await _serve(settings, tokenizer, gateway_id, stop, Notifier(environment or {}), on_ready, drain_s)
+    finally:
+        tokenizer.close()
+
+
+async def _serve(
+    settings: Settings,
+    tokenizer: ModelTokenizer,
+    gateway_id: str,
+    stop: asyncio.Event,
+    notifier: Notifier,
+    on_ready: Callable[[str], None],
+    drain_s: float,
+) -> None:
+    keys = CurveKeys.load(settings.bus.curve_dir) if settings.bus.curve_dir else None
+    listener = bind(settings.gateway.host, settings.gateway.port)
+    bus = ZmqBus(high_water_mark=settings.bus.high_water_mark, linger_s=settings.bus.linger_s, keys=keys)
+    state = _make_state(settings, tokenizer, gateway_id, bus, notifier)
+    server = make_server(Application(state), graceful_s=int(drain_s) + 2)
+    handler = _ServerLog(logging.WARNING)
+    logging.getLogger("uvicorn").addHandler(handler)
+    serving: asyncio.Task[None] | None = None
+    try:
+        state.routers.start()
+        serving = asyncio.create_task(server.serve([listener]), name="http server")
+        address = address_of(listener)
+        _logger.info(log.SERVICE_READY, address=address, model=state.model)
+        notifier.send("READY=1")
+        on_ready(address)
+        await asyncio.wait(
+            [serving, waiting := asyncio.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED
+        )
+        waiting.cancel()
+    finally:
+        notifier.send("STOPPING=1")
+        state.draining = True
+        server.should_exit = True
+        if serving is not None:
+            await _drain(state, serving, drain_s)
+        listener.close()
+        await state.routers.close()
+        bus.close()
+        logging.getLogger("uvicorn").removeHandler(handler)
+
+
+def _make_state(
+    settings: Settings, tokenizer: ModelTokenizer, gateway_id: str, bus: ZmqBus, notifier: Notifier
+) -> GatewayState:
+    gateway = settings.gateway
+    model = settings.model.name or Path(settings.model.path).resolve().name
+    routers = RouterClient(
+        bus,
+        gateway.routers or [settings.router.address],
+        gateway_id=gateway_id,
+        incarnation=secrets.randbelow((1 << 62) - 1) + 1,
+        model=model,
+        credit=settings.bus.credit,
+        heartbeat_interval_s=settings.bus.heartbeat_interval_s,
+        liveness=settings.bus.liveness,
+        on_tick=lambda: notifier.send("WATCHDOG=1") if notifier.watchdog else None,
+    )
+    max_body_nbytes = gateway.max_body_mb << 20
+    return GatewayState(
+        model=model,
+        version=version("microserve"),
+        created=int(time.time()),
+        tokenizer=tokenizer,
+        bus=bus,
+        routers=routers,
+        keys=KeyRing(gateway.api_keys),
+        bodies=BodyBudget(max_body_nbytes, MAX_BODIES * max_body_nbytes),
+        metrics=GatewayMetrics(model, asyncio.get_running_loop().time),
+        max_n=gateway.max_n,
+        max_sequences=gateway.max_streams,
+        request_timeout_s=gateway.request_timeout_s,
+    )
+
+
+async def _drain(state: GatewayState, serving: asyncio.Task[None], drain_s: float) -> None:
+    """uvicorn takes no new connections by now; what runs may finish, what is left then is ended cleanly."""
+    done, _ = await asyncio.wait([serving], timeout=drain_s)
+    if not done:
+        state.end_all(Draining("this gateway is shutting down; try again", retry_after_s=1.0))
+    await serving

@@ -1,0 +1,190 @@
+"""The router's door for gateways: hellos, requests in, one ``Stream`` a wake-up out, liveness.
+
+Owns the ROUTER socket and what is known of each gateway. A gateway owns its requests: when it falls silent,
+comes back as a new life or cannot be sent to, they are cancelled. No frame can end the service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol import serving as wire
+from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST
+from microserve.protocol.credit import CreditWindow
+from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.settings import BusSettings
+from microserve.protocol.transport import Bus
+from microserve.protocol.types import MAX_REQUEST_ID_CHARS
+from microserve.services.router.outbox import Outbox
+from microserve.services.router.serving import Serving
+
+LOG_INTERVAL_S = 1.0
+"""``frame.rejected`` is written at most this often, with the count so far."""
+
+_logger = structlog.get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class Gateway:
+    peer: bytes
+    gateway_id: str
+    incarnation: int
+    outbox: Outbox
+    heard_at: float
+
+
+class Gateways:
+    def __init__(
+        self,
+        bus: Bus,
+        address: str,
+        serving: Serving,
+        settings: BusSettings,
+        *,
+        welcome: Callable[[], wire.RouterWelcome],
+        heartbeat: Callable[[], wire.RouterHeartbeat],
+    ) -> None:
+        """Raises ``OSError`` when the address is taken, ``ConfigError`` when it is exposed without keys."""
+        self.num_rejected = 0
+        """Messages that were against WIRE.md."""
+        self._serving = serving
+        self._welcome = welcome
+        self._heartbeat = heartbeat
+        self._interval_s = settings.heartbeat_interval_s
+        self._silence_s = settings.heartbeat_interval_s * settings.liveness
+        self._loop = asyncio.get_running_loop()
+        self._gateways: dict[bytes, Gateway] = {}
+        self._waiting: set[Gateway] = set()
+        """Gateways that have something to be sent."""
+        self._flush_scheduled = False
+        self._logged_at = float("-inf")
+        self._socket = bus.server(address, self.receive)
+
+    def __len__(self) -> int:
+        return len(self._gateways)
+
+    @property
+    def address(self) -> str:
+        return self._socket.address
+
+    async def run(self) -> None:
+        """Heartbeats and the end of the silent, until cancelled."""
+        while True:
+            await asyncio.sleep(self._interval_s)
+            silent_since = self._loop.time() - self._silence_s
+            for gateway in [g for g in self._gateways.values() if g.heard_at < silent_since]:
+                self._lose(gateway, "silent")
+            for gateway in list(self._gateways.values()):
+                self._send(gateway, self._heartbeat())
+
+    def close(self) -> None:
+        """Send what credit allows and close."""
+        self._flush()
+        self._socket.close()
+
+    # --- in ----------------------------------------------------------------------------------------
+
+    def receive(self, peer: bytes, frames: list[bytes]) -> None:
+        """One message of a peer. Never raises for anything that a peer can send."""
+        try:
+            message, bulk = ROUTER_REQUEST.decode(frames)
+            self._handle(peer, message, bulk)
+        except ProtocolViolation as violation:
+            self._reject(peer, violation)
+
+    def _handle(self, peer: bytes, message: wire.RouterRequest, bulk: list[bytes]) -> None:
+        expected = 1 if isinstance(message, wire.Generate) else 0
+        if len(bulk) != expected:
+            raise ProtocolViolation(f"{type(message).__name__} with {len(bulk)} bulk frames, not {expected}")
+        if isinstance(message, wire.GatewayHello):
+            self._hello(peer, message)
+            return
+        gateway = self._gateways.get(peer)
+        if gateway is None:
+            raise ProtocolViolation("say GatewayHello first")
+        gateway.heard_at = self._loop.time()
+        match message:
+            case wire.Generate():
+                _check_id("request_id", message.request_id)
+                self._serving.submit(peer, message, bulk[0], lambda output: self._emit(gateway, output))
+            case wire.Cancel():
+                self._serving.cancel(peer, message.request_id)
+            case wire.GatewayPing():
+                if message.incarnation != gateway.incarnation:
+                    raise ProtocolViolation("ping of another incarnation; say GatewayHello first")
+            case wire.StreamCredit():
+                gateway.outbox.window.grant(message.messages)
+                self._schedule(gateway)
+
+    def _hello(self, peer: bytes, message: wire.GatewayHello) -> None:
+        _check_id("gateway_id", message.gateway_id)
+        for other in list(self._gateways.values()):
+            is_same = other.peer == peer or other.gateway_id == message.gateway_id
+            if is_same and other.incarnation != message.incarnation:
+                self._lose(other, "replaced")
+        gateway = self._gateways.get(peer)
+        if gateway is None:
+            gateway = Gateway(peer, message.gateway_id, message.incarnation, Outbox(), self._loop.time())
+            self._gateways[peer] = gateway
+            _logger.info(log.GATEWAY_JOINED, gateway_id=message.gateway_id, incarnation=message.incarnation)
+        # A gateway that says hello again counts from its full window, and so do we.
+        gateway.outbox.window = CreditWindow(message.credit)
+        gateway.heard_at = self._loop.time()
+        self._send(gateway, self._welcome())
+        self._schedule(gateway)
+
+    def _reject(self, peer: bytes, violation: ProtocolViolation) -> None:
+        self.num_rejected += 1
+        now = self._loop.time()
+        if now - self._logged_at >= LOG_INTERVAL_S:
+            self._logged_at = now
+            _logger.warning(log.FRAME_REJECTED, error=violation.detail, rejected=self.num_rejected)
+        self._socket.send(peer, ROUTER_REPLY.encode(wire.RouterFailed(violation.code, violation.detail)))
+
+    # --- out ---------------------------------------------------------------------------------------
+
+    def _emit(self, gateway: Gateway, output: wire.Output) -> None:
+        if self._gateways.get(gateway.peer) is gateway:
+            gateway.outbox.add(output)
+            self._schedule(gateway)
+
+    def _schedule(self, gateway: Gateway) -> None:
+        """Everything that this turn of the loop brings goes out in one message a gateway."""
+        self._waiting.add(gateway)
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        waiting, self._waiting = self._waiting, set()
+        for gateway in waiting:
+            while (stream := gateway.outbox.take()) is not None:
+                if not self._send(gateway, stream):
+                    break
+
+    def _send(self, gateway: Gateway, message: wire.RouterReply) -> bool:
+        """False, and the gateway is lost, when it is gone or takes nothing."""
+        if self._socket.send(gateway.peer, ROUTER_REPLY.encode(message)):
+            return True
+        self._lose(gateway, "unreachable")
+        return False
+
+    def _lose(self, gateway: Gateway, why: str) -> None:
+        if self._gateways.get(gateway.peer) is not gateway:
+            return
+        del self._gateways[gateway.peer]
+        self._waiting.discard(gateway)
+        cancelled = self._serving.cancel_owner(gateway.peer)
+        _logger.warning(log.GATEWAY_LOST, gateway_id=gateway.gateway_id, reason=why, requests=cancelled)
+
+
+def _check_id(field: str, value: str) -> None:
+    """An id is a key here and is echoed in answers, so it must be one that can be."""
+    if not 0 < len(value) <= MAX_REQUEST_ID_CHARS:
+        raise ProtocolViolation(f"{field} has {len(value)} characters, not 1 to {MAX_REQUEST_ID_CHARS}")

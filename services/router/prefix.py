@@ -1,0 +1,67 @@
+"""The router's own replica of who holds which prefix, fed by every engine's events.
+
+A lookup costs no round trip and needs no index service. Owns the replica and its feeds; what it says is a
+hint, the engine decides.
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from microserve.kvcache.prefix_index import PrefixIndex
+from microserve.protocol import log
+from microserve.protocol.transport import Bus
+from microserve.services.index.feed import KvFeed
+from microserve.services.router.connection import EngineConnection
+from microserve.services.router.request import Request
+
+_logger = structlog.get_logger()
+
+
+class PrefixReplica:
+    """One prefix index over the engines that are connected."""
+
+    def __init__(self, bus: Bus, *, max_nbytes: int) -> None:
+        self._bus = bus
+        self._max_nbytes = max_nbytes
+        self._index: PrefixIndex | None = None
+        self._feeds: dict[str, tuple[EngineConnection, KvFeed]] = {}
+
+    @property
+    def index(self) -> PrefixIndex | None:
+        """None until the first engine is known."""
+        return self._index
+
+    def joined(self, connection: EngineConnection) -> None:
+        """Follow the engine's events. One whose events cannot be followed is served without."""
+        info = connection.info
+        index = self._index
+        if index is None or (index.block_size, index.model) != (info.block_size, info.model):
+            index = self._index = PrefixIndex(info.block_size, info.model, self._max_nbytes)
+        feed = KvFeed(self._bus, info, index, connection.snapshot)
+        self._feeds[info.engine_id] = (connection, feed)
+        try:
+            feed.start()
+        except Exception:
+            # The engine named the address: whatever the socket makes of it must not stop the router.
+            _logger.exception(log.BUS_HANDLER_FAILED, engine_id=info.engine_id, address=info.events_address)
+
+    def ended(self, connection: EngineConnection) -> None:
+        """Forget what the engine held. Unknown ones are fine."""
+        present = self._feeds.get(connection.engine_id)
+        if present is None or present[0] is not connection:
+            return
+        present[1].close()
+        del self._feeds[connection.engine_id]
+        if self._index is not None:
+            self._index.remove_engine(connection.engine_id)
+
+    def lookup(self, request: Request) -> dict[str, int]:
+        """Engine id -> prompt tokens that it holds from the start; at most ``num_block_tokens``."""
+        if self._index is None:
+            return {}
+        return self._index.lookup(request.tokens, request.salt)
+
+    def close(self) -> None:
+        for connection, _ in list(self._feeds.values()):
+            self.ended(connection)

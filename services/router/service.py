@@ -1,0 +1,136 @@
+"""The router process: engines below, gateways above, strategies between, wired into one task group."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+
+from microserve.protocol.errors import ConfigError, StrategyNotFound
+from microserve.protocol.serving import RouterHeartbeat, RouterWelcome
+from microserve.protocol.settings import RouterSettings, Settings
+from microserve.protocol.transport import Bus
+from microserve.services.lifecycle import Lifecycle
+from microserve.services.router.admission import Admission
+from microserve.services.router.connection import RouterIdentity
+from microserve.services.router.gateways import Gateways
+from microserve.services.router.prefix import PrefixReplica
+from microserve.services.router.registry import Registry
+from microserve.services.router.serving import Serving
+from microserve.services.router.strategies import BUILT_IN
+from microserve.services.router.strategy import StrategyBook, load_file
+
+
+def load_strategies(settings: RouterSettings) -> StrategyBook:
+    """Built-in strategies and the operator's files, with the operator's parameters.
+
+    Raises :class:`ConfigError` that names the setting.
+    """
+    found = [*BUILT_IN]
+    for path in settings.strategy_files:
+        found += load_file(path)
+    book = StrategyBook(found)
+    book.configure(settings.strategies)
+    try:
+        book.get(settings.default_strategy)
+    except StrategyNotFound as error:
+        raise ConfigError(error.detail, field="router.default_strategy") from None
+    return book
+
+
+class Router:
+    """One life of a router; ``run`` once."""
+
+    def __init__(self, settings: Settings, bus: Bus, *, seed: int | None = None) -> None:
+        """``seed`` fixes every choice by lot and the incarnation.
+
+        Raises :class:`ConfigError`, and ``OSError`` when the address is taken.
+        """
+        self._settings = settings
+        self._rng = random.Random(secrets.randbits(64) if seed is None else seed)
+        incarnation = self._rng.getrandbits(62) | 1
+        self.identity = RouterIdentity(settings.router.id or f"router-{incarnation:x}", incarnation)
+        self.strategies = load_strategies(settings.router)
+        self._tasks = asyncio.TaskGroup()
+        self.prefixes = PrefixReplica(bus, max_nbytes=settings.router.index_max_mb << 20)
+        self.registry = Registry(
+            bus,
+            self._tasks,
+            self.identity,
+            settings.bus,
+            index_address=settings.index.address,
+            call_timeout_s=settings.router.call_timeout_s,
+            on_joined=self.prefixes.joined,
+            on_ended=self.prefixes.ended,
+        )
+        self.serving = Serving(
+            self._tasks,
+            Admission(settings.router, self.strategies, self.registry),
+            connections=self.registry.usable,
+            lookup=self.prefixes.lookup,
+            call_timeout_s=settings.router.call_timeout_s,
+            rng=self._rng,
+        )
+        try:
+            self.gateways = Gateways(
+                bus,
+                settings.router.address,
+                self.serving,
+                settings.bus,
+                welcome=self._welcome,
+                heartbeat=self._heartbeat,
+            )
+        except BaseException:
+            self.registry.close()
+            raise
+
+    @property
+    def address(self) -> str:
+        """Where gateways connect."""
+        return self.gateways.address
+
+    async def run(self, lifecycle: Lifecycle) -> None:
+        """Serve until cancelled; then live requests end with ``draining`` and engines drop their parts."""
+        try:
+            async with self._tasks as tasks:
+                tasks.create_task(self.registry.run(), name="registry")
+                tasks.create_task(self.gateways.run(), name="gateways")
+                lifecycle.ready(self.address)
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.serving.stop()
+        finally:
+            self.prefixes.close()
+            self.gateways.close()
+            self.registry.close()
+
+    def _welcome(self) -> RouterWelcome:
+        served = self.registry.served
+        return RouterWelcome(
+            self.identity.router_id,
+            self.identity.incarnation,
+            served.model if served else "",
+            self.registry.max_model_len,
+            served.vocab_size if served else 0,
+            len(self.registry.joined()),
+            self.strategies.names,
+            self._settings.router.default_strategy,
+        )
+
+    def _heartbeat(self) -> RouterHeartbeat:
+        served = self.registry.served
+        return RouterHeartbeat(
+            self.identity.incarnation,
+            len(self.registry.joined()),
+            len(self.serving),
+            self._settings.router.max_requests,
+            served.model if served else "",
+            self.registry.max_model_len,
+            served.vocab_size if served else 0,
+        )
+
+
+async def run_router(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = None) -> None:
+    """Serve until cancelled. Raises :class:`ConfigError`, or ``OSError`` when the address is taken."""
+    await Router(settings, bus).run(lifecycle or Lifecycle())

@@ -1,0 +1,283 @@
+"""Requests from admission to their one ``Ended``: runs the strategy, owns the deadline and the cleanup.
+
+One task a request. Whatever happens in it (end, error, cancel, lost gateway, deadline, stop), the scope is
+closed before the end is told, so engines and books are free no later than the client knows. Knows gateways
+only as an owner and a sink.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol.actions import Finished, Usage
+from microserve.protocol.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidInterval,
+    InvalidRequest,
+    MeshError,
+    StrategyError,
+)
+from microserve.protocol.serving import Ended, Generate, Output
+from microserve.services.router.admission import Admission
+from microserve.services.router.connection import EngineConnection
+from microserve.services.router.load import LoadBook
+from microserve.services.router.mesh import RETRY_AFTER_S, Lookup, Mesh
+from microserve.services.router.phase import PhaseClock
+from microserve.services.router.request import Request
+from microserve.services.router.scope import RequestScope
+from microserve.services.router.strategy import Strategy
+from microserve.services.router.stream import Tokens
+
+CLOSE_S = 1.0
+"""What stands in a strategy's ``finally`` gets this long; its request has ended before."""
+
+Sink = Callable[[Output], None]
+
+_logger = structlog.get_logger()
+
+
+class Interrupt(Enum):
+    """Why a request was cancelled."""
+
+    CLIENT = "the client is gone"
+    STOP = "the router stops"
+
+
+@dataclass(slots=True, eq=False)
+class LiveRequest:
+    request_id: str
+    owner: bytes
+    sink: Sink
+    strategy: str
+    clock: PhaseClock
+    task: asyncio.Task[None] | None = None
+    scope: RequestScope | None = None
+    num_prompt_tokens: int = 0
+    num_delivered: int = 0
+    last: Tokens | None = None
+    """The chunk that ends the stream."""
+    interrupt: Interrupt | None = None
+    ended: bool = False
+
+
+class Serving:
+    """Every live request of this router."""
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        admission: Admission,
+        *,
+        connections: Callable[[], list[EngineConnection]],
+        lookup: Lookup,
+        call_timeout_s: float,
+        rng: random.Random,
+    ) -> None:
+        """``connections`` lists engines that take new requests; ``lookup`` asks the prefix replica."""
+        self.book = LoadBook()
+        self._tasks = tasks
+        self._admission = admission
+        self._connections = connections
+        self._lookup = lookup
+        self._call_timeout_s = call_timeout_s
+        self._rng = rng
+        self._loop = asyncio.get_running_loop()
+        self._live: dict[str, LiveRequest] = {}
+        self._stopping = False
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def submit(self, owner: bytes, message: Generate, token_frame: bytes, sink: Sink) -> None:
+        """Serve or refuse; ``sink`` gets the tokens and, exactly once, the end."""
+        clock = PhaseClock(self._loop.time())
+        live = LiveRequest(message.request_id, owner, sink, self._admission.strategy_name(message), clock)
+        try:
+            if self._stopping:
+                raise Draining("the router stops", retry_after_s=RETRY_AFTER_S)
+            if message.request_id in self._live:
+                raise InvalidRequest("a request of that id is live", field="request_id")
+            strategy, request = self._admission.admit(message, token_frame, len(self._live))
+        except MeshError as error:
+            self._end(live, error)
+            return
+        live.num_prompt_tokens = request.num_tokens
+        live.scope = RequestScope(request, self.book.open(), clock, call_timeout_s=self._call_timeout_s)
+        self._live[live.request_id] = live
+        live.task = self._tasks.create_task(self._serve(live, live.scope, strategy), name=live.request_id)
+        live.task.add_done_callback(lambda _: self._reap(live))
+
+    def cancel(self, owner: bytes, request_id: str) -> None:
+        """The client is gone. Unknown ids, and those of another owner, are fine."""
+        live = self._live.get(request_id)
+        if live is not None and live.owner == owner:
+            self._interrupt(live, Interrupt.CLIENT)
+
+    def cancel_owner(self, owner: bytes) -> int:
+        """All requests of a gateway that is lost; how many there were."""
+        lost = [live for live in self._live.values() if live.owner == owner]
+        for live in lost:
+            self._interrupt(live, Interrupt.CLIENT)
+        return len(lost)
+
+    def stop(self) -> None:
+        """Refuse new requests and end the live ones with ``draining``."""
+        self._stopping = True
+        for live in list(self._live.values()):
+            self._interrupt(live, Interrupt.STOP)
+
+    def _interrupt(self, live: LiveRequest, why: Interrupt) -> None:
+        if live.interrupt is None and live.task is not None:
+            live.interrupt = why
+            live.task.cancel()
+
+    # --- one request -------------------------------------------------------------------------------
+
+    async def _serve(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
+        """One attempt with one strategy. A failover would be another attempt here: in a new scope, with
+        ``num_delivered`` tokens already out."""
+        request = scope.request
+        mesh = Mesh(scope, self._connections, self.book, self._lookup, self._rng)
+        generator = strategy(mesh, request)
+        error: MeshError | None = None
+        limit = asyncio.timeout_at(request.deadline)
+        try:
+            async with limit:
+                live.last = await self._drive(live, request, generator)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if live.interrupt is None and not (task is not None and task.cancelling()):
+                error = self._blame(live, StrategyError("the strategy cancelled itself"))
+            else:
+                error = self._interruption(live)
+        except (InvalidInterval, StrategyError) as mistake:
+            error = self._blame(live, mistake)
+        except MeshError as failure:
+            error = failure
+        except Exception as mistake:
+            expired = isinstance(mistake, TimeoutError) and limit.expired()
+            error = _out_of_time() if expired else self._blame(live, mistake)
+        self._end(live, error)
+        await self._close(live, generator)
+
+    async def _drive(
+        self, live: LiveRequest, request: Request, generator: AsyncGenerator[Tokens, None]
+    ) -> Tokens:
+        """Pass the chunks on; returns the one that ends the stream, which goes out with the end."""
+        async for chunk in generator:
+            if live.interrupt is not None:  # the strategy swallowed its cancellation
+                raise asyncio.CancelledError
+            if self._loop.time() >= request.deadline:
+                raise _out_of_time()
+            if not isinstance(chunk, Tokens):
+                raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
+            if chunk.offset != live.num_delivered:
+                raise StrategyError(f"the strategy yielded token {chunk.offset}, not {live.num_delivered}")
+            live.num_delivered += len(chunk.token_ids)
+            if chunk.finished is not None:
+                return chunk
+            live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs))
+        raise StrategyError("the strategy ended before its stream did")
+
+    def _interruption(self, live: LiveRequest) -> MeshError | None:
+        if live.interrupt is Interrupt.CLIENT:
+            return None
+        return Draining("the router stops", retry_after_s=RETRY_AFTER_S)
+
+    def _blame(self, live: LiveRequest, mistake: Exception) -> StrategyError:
+        """The strategy's own fault: its author gets the traceback, the client gets ``StrategyError``."""
+        _logger.error(
+            log.STRATEGY_FAILED,
+            request_id=live.request_id,
+            strategy=live.strategy,
+            error=str(mistake),
+            exc_info=mistake,
+        )
+        if isinstance(mistake, StrategyError):
+            return mistake
+        return StrategyError(f"{live.strategy}: {type(mistake).__name__}: {mistake}")
+
+    async def _close(self, live: LiveRequest, generator: AsyncGenerator[Tokens, None]) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await generator.aclose()
+        except Exception as mistake:
+            # The request has ended: what a strategy's ``finally`` raises concerns its author only.
+            self._blame(live, mistake)
+
+    # --- the end -----------------------------------------------------------------------------------
+
+    def _reap(self, live: LiveRequest) -> None:
+        """A task that was cancelled before its first step has not told the end."""
+        if not live.ended:
+            self._end(live, self._interruption(live))
+
+    def _end(self, live: LiveRequest, error: MeshError | None) -> None:
+        """Close the scope, tell the end, write the canonical line. Without error or last chunk: aborted."""
+        live.ended = True
+        scope, chunk = live.scope, live.last if error is None else None
+        finished = chunk.finished if chunk is not None else None
+        engines: list[str] = []
+        if scope is not None:
+            if self._live.get(live.request_id) is live:
+                del self._live[live.request_id]
+            for grant_id, engine_id in scope.unused.items() if finished is not None else ():
+                self._blame(live, StrategyError(f"forgotten grant {grant_id} of engine {engine_id}"))
+            engines = scope.engines
+            scope.close()
+        ended = self._ended(live, engines, finished, error)
+        if chunk is not None:
+            live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, ended))
+        else:
+            live.sink(Output(live.request_id, live.num_delivered, [], [], ended))
+        phases = ended.phases
+        _logger.info(
+            log.REQUEST_FINISHED,
+            request_id=live.request_id,
+            strategy=ended.strategy,
+            engines=engines,
+            reason=ended.reason,
+            code=ended.code,
+            prompt_tokens=ended.usage.prompt_tokens,
+            cached_tokens=ended.usage.cached_tokens,
+            received_tokens=ended.usage.received_tokens,
+            output_tokens=ended.usage.output_tokens,
+            **{name: round(getattr(phases, name), 6) for name in phases.__struct_fields__},
+        )
+
+    def _ended(
+        self, live: LiveRequest, engines: list[str], finished: Finished | None, error: MeshError | None
+    ) -> Ended:
+        now = self._loop.time()
+        if finished is not None:
+            return Ended(
+                finished.reason,
+                finished.usage,
+                live.clock.phases(now, finished.timings),
+                live.strategy,
+                engines,
+                stop_token_id=finished.stop_token_id,
+            )
+        return Ended(
+            "abort" if error is None else "error",
+            Usage(prompt_tokens=live.num_prompt_tokens, output_tokens=live.num_delivered),
+            live.clock.phases(now),
+            live.strategy,
+            engines,
+            code=error.code if error else "",
+            detail=error.detail if error else "",
+            field=error.field if error else None,
+            retry_after_s=error.retry_after_s if error else 0.0,
+        )
+
+
+def _out_of_time() -> DeadlineExceeded:
+    return DeadlineExceeded("the request's time was used up")

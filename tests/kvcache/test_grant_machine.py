@@ -1,0 +1,411 @@
+"""Grants under any interleaving: writers whose writes arrive arbitrarily late, that stop, give up and die."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from numpy.typing import NDArray
+
+from microserve.kvcache.block_pool import BlockPool
+from microserve.kvcache.grant import Discharged, Expired, GrantTable, Settled
+from microserve.kvcache.heap.heap import Copies, PeerHeap
+from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.transfer import LaneWriter
+from microserve.protocol.errors import CacheFull, TransferFailed
+from microserve.protocol.grant import Grant
+from tests.kvcache.kv_samples import fill, is_painted, make_layout, mismatches, paint
+
+NUM_BLOCKS = 10
+NUM_SLOTS = 3
+BLOCK_SIZE = 4
+NUM_LAYERS = 2
+LEASE_S = 10.0
+RECEIVER = 1
+
+
+@dataclass
+class Write:
+    effect: Callable[[], None]
+    notes: list[Callable[[], None]] = field(default_factory=list)
+    """What the model learns at the same moment."""
+
+
+class LatePeer(PeerHeap):
+    """Sees the peer at once, but its writes stay on the way until ``deliver``: a writer that is stopped
+    for any time between any two of its writes."""
+
+    def __init__(self, peer: PeerHeap) -> None:
+        self._peer = peer
+        self.layout, self.words, self.address = peer.layout, peer.words, peer.address
+        self.on_the_way: deque[Write] = deque()
+
+    def deliver(self, count: int) -> None:
+        for _ in range(min(count, len(self.on_the_way))):
+            write = self.on_the_way.popleft()
+            write.effect()
+            for note in write.notes:
+                note()
+
+    def put(self, copies: Copies, source_shift: int = 0, target_shift: int = 0) -> None:
+        self.on_the_way.append(Write(lambda: self._peer.put(copies, source_shift, target_shift)))
+
+    def signal(self, word: int, value: int) -> None:
+        self.on_the_way.append(Write(lambda: self._peer.signal(word, value)))
+
+    def signal_each(self, words: NDArray[np.int64], value: int) -> None:
+        self.on_the_way.append(Write(lambda: self._peer.signal_each(words, value)))
+
+    def let_go(self, slot: int, lane: int) -> None:
+        self.on_the_way.append(Write(lambda: self._peer.let_go(slot, lane)))
+
+    def read(self, word: int) -> int:
+        return self._peer.read(word)
+
+    def hold(self, slot: int, lane: int) -> bool:
+        return self._peer.hold(slot, lane)
+
+    def owner_is_dead(self) -> bool:
+        return self._peer.owner_is_dead()
+
+    def close(self) -> None:
+        self._peer.close()
+
+
+@dataclass
+class Lane:
+    """The model of one writer, and the writer."""
+
+    grant: ModelGrant
+    writer: LaneWriter
+    peer: LatePeer
+    incarnation: int
+    index: int
+    begin: int
+    end: int
+    sent: list[int]
+    """Per layer: tokens up to here are on the way or here."""
+    here: list[int]
+    is_over: bool = False
+    is_visible: bool = False
+    """Its claim has been delivered."""
+    is_poisoned: bool = False
+    holds: bool = True
+
+    first_token: int | None = None
+
+    def when_delivered(self, note: Callable[[], None], last: int = -1) -> None:
+        """Note it in the model when the last write (or the one so far from the end) takes effect."""
+        self.peer.on_the_way[last].notes.append(note)
+
+
+@dataclass
+class ModelGrant:
+    grant: Grant
+    seed: int
+    expires_at: float
+    matched_blocks: list[int]
+    state: str = "open"
+    """open, sealed, settled, quarantined, freed."""
+    is_consumed: bool = False
+    lanes: list[Lane] = field(default_factory=list)
+
+    @property
+    def is_live(self) -> bool:
+        return self.state in ("open", "sealed")
+
+    def frontier(self, layer: int) -> int:
+        covered = {token for lane in self.lanes for token in range(lane.begin, lane.here[layer])}
+        token = self.grant.matched
+        while token in covered:
+            token += 1
+        return token
+
+    @property
+    def is_complete(self) -> bool:
+        return all(self.frontier(layer) == self.grant.end for layer in range(NUM_LAYERS))
+
+    @property
+    def first_token(self) -> int | None:
+        tokens = {lane.index: lane.first_token for lane in self.lanes if lane.first_token is not None}
+        return tokens[min(tokens)] if tokens else None
+
+    @property
+    def is_hopeless(self) -> bool:
+        return any(
+            lane.is_poisoned or (not lane.holds and any(here < lane.end for here in lane.here))
+            for lane in self.lanes
+            if lane.is_visible
+        )
+
+
+class GrantMachine(RuleBasedStateMachine):
+    grants = Bundle("grants")
+    lanes = Bundle("lanes")
+    loans = Bundle("loans")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registry = MemoryRegistry()
+        layout = make_layout(num_blocks=NUM_BLOCKS, num_layers=NUM_LAYERS, block_size=BLOCK_SIZE)
+        self.heap = MemoryHeap(layout, incarnation=RECEIVER, registry=self.registry, num_slots=NUM_SLOTS)
+        self.pool = BlockPool(NUM_BLOCKS)
+        self.table = GrantTable(
+            *(self.heap, self.pool),
+            engine_id="e",
+            incarnation=RECEIVER,
+            lease_s=LEASE_S,
+            verify_checksums=True,
+        )
+        self.now = 0.0
+        self.count = RECEIVER
+        self.all_grants: list[ModelGrant] = []
+        self.painted: dict[int, tuple[list[int], int]] = {}
+
+    # --- the receiver
+
+    @rule(target=grants, num_matched=st.integers(0, 1), num_tokens=st.integers(0, 11))
+    def open(self, num_matched: int, num_tokens: int) -> ModelGrant | object:
+        num_new = -(-num_tokens // BLOCK_SIZE)
+        matched, end = num_matched * BLOCK_SIZE, num_matched * BLOCK_SIZE + num_tokens
+        num_busy = sum(model.is_live or model.state == "quarantined" for model in self.all_grants)
+        try:
+            blocks = self.pool.allocate(num_matched + num_new)
+        except CacheFull:
+            return multiple()
+        try:
+            grant = self.table.open(
+                "r", "o", blocks[:num_matched], matched, blocks[num_matched:], end, self.now
+            )
+        except CacheFull:
+            assert num_busy == NUM_SLOTS
+            self.pool.free(blocks)
+            return multiple()
+        assert num_busy < NUM_SLOTS
+        self.count += 1
+        model = ModelGrant(grant, self.count, self.now + LEASE_S, blocks[:num_matched])
+        self.all_grants.append(model)
+        return model
+
+    @rule(model=grants)
+    def consume(self, model: ModelGrant) -> None:
+        if model.is_live:
+            self.table.consume(model.grant.grant_id)
+            model.is_consumed = True
+
+    @rule(model=grants)
+    def seal(self, model: ModelGrant) -> None:
+        if model.state == "open" and model.is_complete:
+            self.table.seal(model.grant.grant_id)
+            model.state = "sealed"
+
+    @rule(model=consumes(grants))
+    def close(self, model: ModelGrant) -> None:
+        if model.is_live:
+            self.table.close(model.grant.grant_id, self.now)
+            self._model_close(model)
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, LEASE_S]))
+    def poll(self, seconds: float) -> None:
+        self.now += seconds
+        expected: list[object] = []
+        for model in self.all_grants:
+            grant, is_drained = model.grant, not any(lane.holds for lane in model.lanes)
+            if model.state == "open" and not model.is_consumed and self.now >= model.expires_at:
+                self._model_close(model)
+                expected.append(Expired(grant.grant_id, "r", "o"))
+            elif model.state == "sealed" and is_drained:
+                model.state = "settled"
+                expected.append(Settled(grant.grant_id, "r"))
+            elif model.state == "quarantined" and is_drained:
+                model.state = "freed"
+                expected.append(Discharged(grant.grant_id, "r", len(grant.blocks)))
+
+        assert self.table.poll(self.now) == expected
+
+    @rule(model=grants)
+    def use_and_free(self, model: ModelGrant) -> None:
+        """A request whose grant has settled reads what it got, and ends."""
+        if model.state == "settled":
+            grant = model.grant
+            assert not mismatches(
+                self.heap, grant.blocks, grant.matched, grant.matched, grant.end, model.seed
+            )
+            self.pool.free(model.matched_blocks + grant.blocks)
+            model.state = "freed"
+
+    @rule(target=loans, count=st.integers(1, 4))
+    def use_other_blocks(self, count: int) -> int | object:
+        """Another request takes blocks and writes its own KV: it must stay as it is."""
+        if count > self.pool.num_free:
+            return multiple()
+        blocks = self.pool.allocate(count)
+        self.count += 1
+        paint(self.heap, blocks, self.count % 256)
+        self.painted[self.count] = blocks, self.count % 256
+        return self.count
+
+    @rule(loan=consumes(loans))
+    def free_other_blocks(self, loan: int) -> None:
+        self.pool.free(self.painted.pop(loan)[0])
+
+    # --- the writers
+
+    @rule(target=lanes, model=grants, index=st.integers(0, 2), data=st.data())
+    def claim(self, model: ModelGrant, index: int, data: st.DataObject) -> Lane | object:
+        """Also of grants that are closed and of lanes in use."""
+        grant = model.grant
+        begin = data.draw(st.integers(grant.matched, grant.end))
+        end = data.draw(st.integers(begin, grant.end))
+        self.count += 1
+        sending = MemoryHeap(
+            make_layout(num_blocks=5, num_layers=NUM_LAYERS, block_size=BLOCK_SIZE),
+            incarnation=self.count,
+            registry=self.registry,
+        )
+        fill(sending, range(5), grant.end, model.seed)
+        peer = LatePeer(sending.attach(self.heap.address))
+        writer = LaneWriter(sending, peer, grant, index, begin, end, checksums=True)
+        is_taken = any(lane.index == index and (lane.holds or lane.is_visible) for lane in model.lanes)
+        try:
+            writer.claim()
+        except TransferFailed:
+            assert model.state != "open" or is_taken
+            peer.deliver(1)
+            return multiple()
+        assert model.state == "open"
+        assert not is_taken
+        lane = Lane(
+            *(model, writer, peer, self.count, index, begin, end),
+            sent=[begin] * NUM_LAYERS,
+            here=[begin] * NUM_LAYERS,
+        )
+        lane.when_delivered(lambda: setattr(lane, "is_visible", True))
+        model.lanes.append(lane)
+        return lane
+
+    @rule(lane=lanes, layer=st.integers(0, NUM_LAYERS - 1), count=st.integers(1, 12))
+    def put(self, lane: Lane, layer: int, count: int) -> None:
+        lo = lane.sent[layer]
+        hi = min(lo + count, lane.end)
+        if lane.is_over or lo == hi:
+            return
+        try:
+            lane.writer.put_layer(layer, range(5), lo, hi)
+        except TransferFailed:
+            assert lane.grant.state != "open"
+            return
+        assert lane.grant.state == "open"
+        lane.sent[layer] = hi
+        lane.when_delivered(lambda: lane.here.__setitem__(layer, hi))
+
+    @rule(lane=lanes)
+    def put_the_rest(self, lane: Lane) -> None:
+        for layer in range(NUM_LAYERS):
+            self.put(lane, layer, 99)
+
+    @rule(lane=lanes, token=st.integers(0, 3))
+    def sample(self, lane: Lane, token: int) -> None:
+        if not lane.is_over:
+            lane.writer.set_first_token(token)
+            lane.when_delivered(lambda: setattr(lane, "first_token", token))
+
+    @rule(lane=consumes(lanes), fails=st.booleans())
+    def end(self, lane: Lane, fails: bool) -> None:
+        if lane.is_over:
+            return
+        lane.is_over = True
+        if fails:
+            lane.writer.fail()
+            # Poison for every layer, then let_go; the first one counts.
+            lane.when_delivered(lambda: setattr(lane, "is_poisoned", True), -1 - NUM_LAYERS)
+        else:
+            lane.writer.finish()
+        lane.when_delivered(lambda: setattr(lane, "holds", False))
+
+    @rule(data=st.data(), count=st.integers(1, 30))
+    def deliver(self, data: st.DataObject, count: int) -> None:
+        """Some of what one writer has written takes effect, in its order."""
+        lanes = [lane for model in self.all_grants for lane in model.lanes if lane.peer.on_the_way]
+        if not lanes:
+            return
+        data.draw(st.sampled_from(lanes)).peer.deliver(count)
+
+    @rule(lane=consumes(lanes))
+    def kill(self, lane: Lane) -> None:
+        """At any moment: what was on the way is never written."""
+        lane.peer.on_the_way.clear()
+        self.registry.kill(lane.incarnation)
+        lane.is_over = True
+        lane.holds = False
+
+    # --- what must always hold
+
+    @invariant()
+    def nobody_s_books_are_wrong(self) -> None:
+        self.table.check_integrity()
+        self.pool.check_integrity()
+        counts = self.table.counts(self.now)
+        states = [model.state for model in self.all_grants]
+        assert counts.num_open == states.count("open")
+        assert counts.num_sealed == states.count("sealed")
+        assert counts.num_quarantined == states.count("quarantined")
+
+    @invariant()
+    def no_block_in_a_writer_s_reach_can_be_taken(self) -> None:
+        free = self.pool.allocate(self.pool.num_free)
+        self.pool.free(free)
+        for model in self.all_grants:
+            if any(lane.holds for lane in model.lanes):
+                assert not set(model.grant.blocks) & set(free)
+
+    @invariant()
+    def no_late_write_lands_in_another_s_blocks(self) -> None:
+        for blocks, value in self.painted.values():
+            assert is_painted(self.heap, blocks, value)
+
+    @invariant()
+    def the_receiver_sees_what_has_arrived(self) -> None:
+        for model in self.all_grants:
+            if not model.is_live:
+                continue
+            grant = model.grant
+            for layer in range(NUM_LAYERS):
+                frontier = model.frontier(layer)
+                assert self.table.frontier(grant.grant_id, layer) == frontier
+                assert not mismatches(
+                    *(self.heap, grant.blocks, grant.matched, grant.matched, frontier, model.seed),
+                    layers=[layer],
+                )
+                if self.table.layer_complete(grant.grant_id, layer):
+                    self.table.verify(grant.grant_id, layer)
+            assert self.table.is_complete(grant.grant_id) == model.is_complete
+            assert (self.table.poisoned(grant.grant_id) is not None) == model.is_hopeless
+            assert self.table.first_token(grant.grant_id) == model.first_token
+
+    def teardown(self) -> None:
+        """Whatever happened: once all writers are gone and all requests over, every block is free."""
+        for model in self.all_grants:
+            for lane in model.lanes:
+                self.kill(lane)
+            self.close(model)
+        self.poll(LEASE_S)
+        for model in self.all_grants:
+            self.use_and_free(model)
+        for blocks, _ in self.painted.values():
+            self.pool.free(blocks)
+        assert self.pool.num_free == NUM_BLOCKS
+        assert self.table.counts(self.now).num_free_slots == NUM_SLOTS
+        super().teardown()
+
+    def _model_close(self, model: ModelGrant) -> None:
+        model.state = "quarantined" if any(lane.holds for lane in model.lanes) else "freed"
+
+
+TestGrants = GrantMachine.TestCase
+TestGrants.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,54 @@
+"""A bus of one process without sockets or a loop: frames go in by call and come out in a list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from microserve.protocol.transport import (
+    ClientSocket,
+    FramesHandler,
+    PeerHandler,
+    PublisherSocket,
+    ServerSocket,
+)
+
+
+class DirectServer:
+    address = "direct://server"
+
+    def __init__(self, handler: PeerHandler) -> None:
+        self.receive = handler
+        self.sent: list[tuple[bytes, list[bytes]]] = []
+        self.closed = False
+
+    def send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
+        self.sent.append((peer, list(frames)))
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class DirectBus:
+    """Only servers: what a service's door needs."""
+
+    public_key = ""
+
+    def __init__(self) -> None:
+        self.servers: list[DirectServer] = []
+
+    def server(self, address: str, handler: PeerHandler) -> ServerSocket:
+        self.servers.append(DirectServer(handler))
+        return self.servers[-1]
+
+    def client(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
+        raise AssertionError("no clients here")
+
+    def publisher(self, address: str) -> PublisherSocket:
+        raise AssertionError("no publishers here")
+
+    def subscriber(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
+        raise AssertionError("no subscribers here")
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,167 @@
+"""``microserve up`` as a user runs it: one command to an answer, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from microserve.services.demo_request import Gateway
+from microserve.services.mesh_state import MeshDirectory
+
+pytestmark = pytest.mark.system
+
+TIMEOUT_S = 150.0
+MICROSERVE = [sys.executable, "-P", "-m", "microserve.services"]
+
+
+def flags(model: Path) -> list[str]:
+    """A small mesh on free ports."""
+    assignments = [
+        f"model.path={model}",
+        "model.name=tiny",
+        "index.address=tcp://127.0.0.1:0",
+        "router.address=tcp://127.0.0.1:0",
+        "gateway.port=0",
+        "kvcache.num_blocks=64",
+        "bus.heartbeat_interval_s=0.2",
+    ]
+    return [word for each in assignments for word in ("--set", each)]
+
+
+def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*MICROSERVE, *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+@pytest.fixture
+def background(tiny_model: Path, tmp_path: Path) -> Iterator[MeshDirectory]:
+    """A mesh left running by ``up --detach``; stopped afterwards, whatever the test did."""
+    started = run("up", "--detach", *flags(tiny_model), cwd=tmp_path)
+    mesh = MeshDirectory(tmp_path / ".microserve")
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        assert "microserve down" in started.stdout
+        yield mesh
+    finally:
+        if pid := mesh.supervisor():
+            os.kill(pid, signal.SIGKILL)
+            psutil.Process(pid).wait(TIMEOUT_S)
+
+
+def test_oneshot_answers_and_stops(tiny_model: Path, tmp_path: Path) -> None:
+    done = run("up", "--oneshot", "--json", *flags(tiny_model), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    answered = next(event for event in events if event["event"] == "answered")
+    assert answered["num_tokens"] > 0
+    last = [event for event in events if event["event"] == "mesh"][-1]
+    assert {child["state"] for child in last["children"]} == {"stopped"}
+    pids = {child["pid"] for event in events for child in event.get("children", [])} - {0}
+    assert len(pids) == 5
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert MeshDirectory(tmp_path / ".microserve").supervisor() == 0
+
+
+def test_plain_output_reads_well(tiny_model: Path, tmp_path: Path) -> None:
+    done = run("up", "--oneshot", "--engines", "1", *flags(tiny_model), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "\x1b" not in done.stdout
+    for text in (
+        "engine-e0    ready",
+        "gateway      ready",
+        "> What is",
+        "tokens; the first after",
+        "stopped",
+    ):
+        assert text in done.stdout
+    log = run("tail", cwd=tmp_path)
+    assert log.returncode == 0
+    (request,) = [line for line in log.stdout.splitlines() if " | tiny | " in line]
+    assert "queued " in request
+    assert "decoded " in request
+
+
+def test_detached_mesh_serves_survives_a_crash_and_is_stopped(background: MeshDirectory) -> None:
+    cwd = background.root.parent
+    state = background.read()
+    assert state is not None
+    listing = run("ps", cwd=cwd)
+    assert listing.returncode == 0, listing.stdout
+    assert listing.stdout.count(" ready ") == 5
+
+    second = run("up", "--no-demo", "--set", f"model.path={cwd}", cwd=cwd)
+    assert second.returncode == 1
+    assert f"a mesh runs here already, under process {state.pid}" in second.stderr
+
+    engine = next(child for child in state.children if child.name == "engine-e1")
+    os.kill(engine.pid, signal.SIGKILL)
+    asyncio.run(asyncio.wait_for(restarted(background, "engine-e1"), TIMEOUT_S))
+    gateway = Gateway.at(state.url)
+    answer = asyncio.run(gateway.chat("tiny", "Hello!", lambda piece: None))
+    assert answer.num_tokens > 0
+
+    pids = [child.pid for child in state.children]
+    stopped = run("down", cwd=cwd)
+    assert (stopped.returncode, stopped.stdout) == (0, "stopped\n")
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert run("ps", cwd=cwd).returncode == 1
+
+
+async def restarted(mesh: MeshDirectory, name: str) -> dict[str, Any]:
+    while True:
+        state = mesh.read()
+        for child in state.children if state else []:
+            if child.name == name and child.restarts and child.state == "ready":
+                return {"pid": child.pid}
+        await asyncio.sleep(0.05)
+
+
+def test_sigkill_of_up_leaves_no_child(background: MeshDirectory) -> None:
+    state = background.read()
+    assert state is not None
+    children = [psutil.Process(child.pid) for child in state.children]
+    os.kill(state.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(children, TIMEOUT_S)
+    assert alive == []
+
+
+def test_ctrl_c_stops_in_order(tiny_model: Path, tmp_path: Path) -> None:
+    command = [*MICROSERVE, "up", "--no-demo", "--json", *flags(tiny_model)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        order: list[str] = []
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] == "note" and "try:" in event["text"]:
+                process.send_signal(signal.SIGINT)
+            for child in event.get("children", []):
+                if child["state"] == "stopped" and child["name"] not in order:
+                    order.append(child["name"])
+    assert process.returncode == 0
+    assert order[:2] == ["gateway", "router"]
+    assert order[-1] == "index"
+
+
+def test_a_model_that_cannot_be_loaded_is_said_at_once(tmp_path: Path) -> None:
+    done = run("up", "--oneshot", *flags(tmp_path / "absent"), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "engine-e" in done.stderr
+    assert "its log: " in done.stderr
