@@ -6,7 +6,7 @@ route: bodies, replies and streams are ours.
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterable
 
 import structlog
@@ -69,7 +69,6 @@ class Application:
 
     def __init__(self, state: GatewayState) -> None:
         self._state = state
-        self._clock = asyncio.get_running_loop().time
         self._router = Router(self._routes(), redirect_slashes=False, default=self._no_route)
 
     def _routes(self) -> list[BaseRoute]:
@@ -97,7 +96,7 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"unexpected ASGI scope {scope['type']!r}")
-        exchange = Exchange(scope, receive, send, self._clock())
+        exchange = Exchange(scope, receive, send, time.monotonic())
         scope[_EXCHANGE] = exchange
         try:
             if exchange.path not in OPEN_PATHS:

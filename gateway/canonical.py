@@ -29,7 +29,9 @@ _logger = structlog.get_logger()
 
 @dataclass(slots=True)
 class Timeline:
-    """Loop times of one choice, in seconds; None: it did not get so far."""
+    """Times of one choice by ``time.monotonic``; None: it did not get so far.
+
+    Not the loop's clock: uvloop's has milliseconds only."""
 
     arrived: float
     tokenising: float | None = None

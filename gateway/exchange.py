@@ -42,7 +42,7 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, arrived: float) -> None:
         self.arrived = arrived
-        """Loop time of the request's head."""
+        """``time.monotonic`` at the request's head."""
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.status = 0

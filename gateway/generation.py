@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from time import monotonic, time
 from typing import Generic, TypeVar
 
 import msgspec
@@ -112,13 +112,13 @@ class Generation(Generic[R]):
             options = options_of(request, state.max_n)
             self._n, self._stream = options.n, options.stream
             limits = state.routers.choose().limits
-            self._times.tokenising = self._loop.time()
+            self._times.tokenising = monotonic()
             prompts = await self._dialect.prompts(request, state.tokenizer, limits)
             sampling = sampling_of(request, limits, max(map(len, prompts)))
             self._submit(prompts, sampling, options, ttl_s, strategy)
             answer = self._dialect.format(
                 unique_id=exchange.unique_id,
-                created=int(time.time()),
+                created=int(time()),
                 model=state.model,
                 fingerprint=f"microserve-{state.version}",
                 include_usage=options.include_usage,
@@ -144,7 +144,7 @@ class Generation(Generic[R]):
             raise InvalidRequest(f"prompts times n must be at most {MAX_SEQUENCES}", field="n")
         if inbox.error is not None:  # the client went while its prompt was tokenised
             raise inbox.error
-        now = self._loop.time()
+        now = monotonic()
         remaining_s = exchange.arrived + ttl_s - now
         if remaining_s <= 0.0:
             raise DeadlineExceeded(f"{ttl_s:.3f} s were over before the request was sent")
@@ -185,7 +185,7 @@ class Generation(Generic[R]):
         sequence = self._sequences[mailbox.index]
         batch = mailbox.take()
         if batch.token_ids and not sequence.over:
-            times, now = sequence.times, self._loop.time()
+            times, now = sequence.times, monotonic()
             if times.first_token is None:
                 times.first_token = mailbox.first_at
                 self._state.metrics.first_token(now - times.arrived)
@@ -273,10 +273,10 @@ class Generation(Generic[R]):
         if events:
             await stream.write(b"".join(events))
         for sequence in finished:
-            sequence.times.ended = self._loop.time()
+            sequence.times.ended = monotonic()
 
     def _stamp_end(self) -> None:
-        now = self._loop.time()
+        now = monotonic()
         for times in (self._times, *(sequence.times for sequence in self._sequences)):
             if times.ended is None:
                 times.ended = now

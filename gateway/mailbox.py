@@ -46,7 +46,7 @@ class Mailbox:
         self.ended: Ended | None = None
         self.failed: MeshError | None = None
         self.first_at: float | None = None
-        """Loop time of the first token."""
+        """Monotonic time of the first token."""
         self._inbox = inbox
         self._max_tokens = max_tokens
         self._with_logprobs = with_logprobs

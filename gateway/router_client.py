@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import Any
 
 import zmq
@@ -45,7 +46,6 @@ class RouterClient:
                 gateway_id=gateway_id,
                 incarnation=incarnation,
                 credit=credit,
-                clock=self._loop.time,
             )
             for address in addresses
         ]
@@ -82,10 +82,10 @@ class RouterClient:
             link.fail_all(error)
 
     async def _beat(self) -> None:
-        beat_at = self._loop.time()
+        beat_at = monotonic()
         while True:
             await asyncio.sleep(self._interval_s)
-            now = self._loop.time()
+            now = monotonic()
             # After a pause of our own (stopped, suspended) the routers' messages still wait in the sockets:
             # give the loop one interval to read them before anybody is called silent.
             was_paused = now - beat_at > 2 * self._interval_s

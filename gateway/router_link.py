@@ -11,7 +11,7 @@ router that is not there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import structlog
@@ -50,7 +50,6 @@ class RouterLink:
         gateway_id: str,
         incarnation: int,
         credit: int,
-        clock: Callable[[], float],
     ) -> None:
         self.address = address
         self.router_id = ""
@@ -63,12 +62,11 @@ class RouterLink:
         self.max_requests = 0
         self.mailboxes: dict[str, Mailbox] = {}
         self.seen_at = 0.0
-        """Loop time of the router's last message, or of our hello."""
+        """Monotonic time of the router's last message, or of our hello."""
         self._bus = bus
         self._gateway_id = gateway_id
         self._incarnation = incarnation
         self._credit = credit
-        self._clock = clock
         self._meter = CreditMeter(credit)
         self._socket: ClientSocket | None = None
 
@@ -88,7 +86,7 @@ class RouterLink:
             self._socket = None
 
     def _hello(self) -> None:
-        self.seen_at = self._clock()
+        self.seen_at = monotonic()
         self._meter = CreditMeter(self._credit)
         self.send(GatewayHello(self._gateway_id, self._incarnation, self._credit))
 
@@ -129,7 +127,10 @@ class RouterLink:
         except ProtocolViolation as error:
             _logger.warning(log.FRAME_REJECTED, address=self.address, detail=error.detail)
             return
-        self.seen_at = self._clock()
+        if isinstance(message, RouterFailed):
+            self._on_failed(message)
+            return
+        self.seen_at = monotonic()
         match message:
             case Stream():
                 self._on_stream(message)
@@ -137,10 +138,13 @@ class RouterLink:
                 self._on_heartbeat(message)
             case RouterWelcome():
                 self._on_welcome(message)
-            case RouterFailed():
-                _logger.warning(
-                    log.FRAME_REJECTED, address=self.address, code=message.code, detail=message.detail
-                )
+
+    def _on_failed(self, failed: RouterFailed) -> None:
+        """The router does not know us (it restarted, or lost us and cancelled our requests): begin anew."""
+        _logger.warning(log.FRAME_REJECTED, address=self.address, code=failed.code, detail=failed.detail)
+        if self.joined:
+            self.lose("refused")
+            self.connect()
 
     def _on_stream(self, stream: Stream) -> None:
         now = self.seen_at

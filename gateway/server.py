@@ -30,8 +30,8 @@ from microserve.protocol.errors import Draining
 from microserve.protocol.settings import Settings
 from microserve.protocol.transport import ZmqBus
 
-DRAIN_S = 10.0
-"""Streams that run at a stop have so long to finish."""
+DRAIN_S = 9.0
+"""Streams that run at a stop have so long to finish; supervisors kill after ten."""
 MAX_BODIES = 16
 """Bodies of full size that may be held while they are read."""
 
@@ -134,7 +134,7 @@ def _make_state(
         routers=routers,
         keys=KeyRing(gateway.api_keys),
         bodies=BodyBudget(max_body_nbytes, MAX_BODIES * max_body_nbytes),
-        metrics=GatewayMetrics(model, asyncio.get_running_loop().time),
+        metrics=GatewayMetrics(model, time.monotonic),
         max_n=gateway.max_n,
         max_sequences=gateway.max_streams,
         request_timeout_s=gateway.request_timeout_s,

@@ -81,7 +81,11 @@ def _run(service: str, flags: Flags, load: Callable[[], Serve]) -> None:
     settings = flags.load()
     from microserve.services.run import run_service
 
-    sys.exit(run_service(service, settings, load))
+    code = run_service(service, settings, load)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything of ours is closed; taking torch down as well would cost seconds at every stop and restart.
+    os._exit(code)
 
 
 @main.command()

@@ -50,6 +50,11 @@ def plan_mesh(settings: Settings, flags: Sequence[str], logs: Path) -> MeshPlan:
     Ports that are 0 become free ones now, so that a restarted child comes back where the others look for it.
     Raises :class:`ConfigError`.
     """
+    if not (Path(settings.model.path) / "config.json").is_file():
+        raise ConfigError(
+            f"model.path {settings.model.path!r} is not a model's directory: it holds no config.json",
+            field="model.path",
+        )
     if settings.mesh.engines > 1:
         for name in ("address", "events_address", "replay_address"):
             address = getattr(settings.engine, name)

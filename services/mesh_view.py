@@ -77,7 +77,7 @@ class PlainView:
         self._line(f"\n> {prompt}")
 
     def piece(self, text: str) -> None:
-        self._out.write(text)
+        self._out.write(printable(text))
         self._out.flush()
 
     def answered(self, answer: Answer) -> None:
@@ -149,6 +149,13 @@ def describe(child: ChildState) -> str:
     if child.detail and child.state in ("failed", "restarting", "stopped"):
         parts.append(child.detail)
     return " ".join(parts).rstrip()
+
+
+def printable(text: str) -> str:
+    """A model's text without control characters: it must not command the terminal."""
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else "\N{REPLACEMENT CHARACTER}" for each in text
+    )
 
 
 def summarise(answer: Answer) -> str:

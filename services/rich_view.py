@@ -12,7 +12,7 @@ from rich.tree import Tree
 
 from microserve.services.demo_request import Answer
 from microserve.services.mesh_state import MeshState
-from microserve.services.mesh_view import COLOURS, SYMBOLS, describe, summarise
+from microserve.services.mesh_view import COLOURS, SYMBOLS, describe, printable, summarise
 
 
 class RichView:
@@ -52,7 +52,7 @@ class RichView:
         self._console.print(f"\n[bold]> {prompt}[/]")
 
     def piece(self, text: str) -> None:
-        self._console.print(Text(text), end="", soft_wrap=True)
+        self._console.print(Text(printable(text)), end="", soft_wrap=True)
 
     def answered(self, answer: Answer) -> None:
         self._console.print(f"\n\n[dim]{summarise(answer)}[/]")

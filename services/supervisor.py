@@ -183,7 +183,7 @@ class Supervisor:
             code = process.wait()
             child.pid = 0
             child.exited.set()
-        child.detail = child.detail or last_error(child.log, offset)
+        child.detail = child.detail or (last_error(child.log, offset) if code else "")
         _logger.info(log.CHILD_EXITED, child=child.name, child_pid=process.pid, code=code, error=child.detail)
         return code
 

@@ -99,7 +99,8 @@ def format_event(event: Event) -> str:
     """One line for people."""
     if (event["event"], event["service"]) == CANONICAL:
         return _format_request(event)
-    who = f"{event['service']}/{event['id']}" if event["id"] else event["service"]
+    service, service_id = str(event["service"]), str(event["id"])
+    who = service_id if service_id.startswith(service) else f"{service}/{service_id}".rstrip("/")
     if not event["event"]:
         return f"{_clock(event)} {who:<14} | {event.get('text', '')}"
     fields = " ".join(f"{name}={_text(value)}" for name, value in event.items() if name not in _HIDDEN)

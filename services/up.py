@@ -109,35 +109,38 @@ class _Up:
         try:
             async with self._supervisor:
                 await self._supervisor.ready()
-                await self._plan.gateway.until_ready(self._ready_timeout_s)
-                self._ready = True
-                self._record()
-                self._notifier.send("READY=1", f"STATUS=ready at {self._plan.gateway.url}")
-                if self._options.demo:
-                    await self._demonstrate()
-                if self._options.oneshot:
-                    return 0
-                _show_where(
-                    self._view, self._plan.gateway, self._plan.model, self._plan.children[0].log.parent
-                )
-                self._view.note("stop:     Ctrl-C")
-                await self._supervisor.watch()
+                async with asyncio.TaskGroup() as group:
+                    watching = group.create_task(self._supervisor.watch())
+                    await self._introduce()
+                    if self._options.oneshot:
+                        watching.cancel()
         except asyncio.CancelledError:
             if not self._asked_to_stop:
                 raise
-        except (MeshFailed, DemoFailed) as error:
-            self._failure = str(error)
+        except (MeshFailed, DemoFailed, ExceptionGroup) as error:
+            cause = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+            self._failure = str(cause)
             self._record()
-            raise
+            raise cause from None
         return 0
 
-    async def _demonstrate(self) -> None:
-        try:
-            await show_answer(self._plan.gateway, self._view)
-        except DemoFailed as error:
-            if self._options.oneshot:
-                raise
-            self._view.problem(f"the demo request failed: {error}")
+    async def _introduce(self) -> None:
+        """All children are up: see that a request gets through, and say how to go on."""
+        gateway = self._plan.gateway
+        await gateway.until_ready(self._ready_timeout_s)
+        self._ready = True
+        self._record()
+        self._notifier.send("READY=1", f"STATUS=ready at {gateway.url}")
+        if self._options.demo:
+            try:
+                await show_answer(gateway, self._view)
+            except DemoFailed as error:
+                if self._options.oneshot:
+                    raise
+                self._view.problem(f"the demo request failed: {error}")
+        if not self._options.oneshot:
+            _show_where(self._view, gateway, self._plan.model, self._plan.children[0].log.parent)
+            self._view.note("stop:     Ctrl-C")
 
     def _stop(self, task: asyncio.Task[int]) -> None:
         if self._asked_to_stop:
@@ -217,11 +220,16 @@ def _up_detached(settings: Settings, options: UpOptions, directory: MeshDirector
         problem = (directory.root / "up.out").read_text(errors="replace").strip().rpartition("\n")[2]
         raise MeshFailed(state.failure if state else problem)
     gateway = Gateway.at(state.url, first_key(settings))
+    code = 0
     if options.demo:
-        asyncio.run(show_answer(gateway, view))
+        try:
+            asyncio.run(show_answer(gateway, view))
+        except DemoFailed as error:
+            view.problem(f"the demo request failed: {error}")
+            code = EXIT_FAILED
     _show_where(view, gateway, state.model, directory.logs)
     view.note("stop:     microserve down")
-    return 0
+    return code
 
 
 async def _until_settled(

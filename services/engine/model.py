@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
@@ -166,7 +167,7 @@ def _pretrained(directory: Path, dtype: str) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError) as error:  # no weights; weights of other shapes
+    except (OSError, RuntimeError, SafetensorError) as error:  # no weights; of other shapes; damaged
         raise _refusal(directory, str(error)) from error
     # transformers only warns, and fills what is missing with random numbers.
     missing = sorted(report["missing_keys"])

@@ -8,6 +8,7 @@ serving goes on without one.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 from collections import Counter
 from dataclasses import dataclass
@@ -137,6 +138,9 @@ class IndexService:
 
     def _register(self, info: EngineInfo, now: float) -> None:
         try:
+            room = self._max_nbytes // MIN_MAX_NBYTES
+            if info.model not in self._indexes and len(self._indexes) >= room:
+                raise QueueFull(f"index.max_mb has room for {room} models, {info.model} would be one more")
             admission = self._membership.register(info, now)
         except MeshError as error:
             _logger.warning(log.ENGINE_REFUSED, engine_id=info.engine_id, code=error.code, error=error.detail)
@@ -151,18 +155,19 @@ class IndexService:
         try:
             self._follow(info)
         except OSError as error:
+            self._forget(info.engine_id)
             self._membership.deregister(info.engine_id, info.incarnation)
             raise InvalidRequest(f"{info.engine_id}: {error}", field="address") from None
         finally:
             self._publish()
 
     def _follow(self, info: EngineInfo) -> None:
-        """Open what an engine's events need."""
+        """Open what an engine's events need. Raises ``OSError`` for an address that cannot be one."""
+        link = EngineLink(self._bus, info, link_id=f"index-{self.incarnation}", incarnation=self.incarnation)
         index = self._indexes.get(info.model)
         if index is None:
             index = self._indexes[info.model] = PrefixIndex(info.block_size, info.model, MIN_MAX_NBYTES)
             self._share_room()
-        link = EngineLink(self._bus, info, link_id=f"index-{self.incarnation}", incarnation=self.incarnation)
         feed = KvFeed(self._bus, info, index, link.snapshot)
         self._engines[info.engine_id] = _Engine(info.model, link, feed)
         feed.start()
@@ -184,7 +189,7 @@ class IndexService:
     def _share_room(self) -> None:
         """Every model has the same share; an index that holds more forgets with its next event."""
         for index in self._indexes.values():
-            index.max_nbytes = max(MIN_MAX_NBYTES, self._max_nbytes // len(self._indexes))
+            index.max_nbytes = self._max_nbytes // len(self._indexes)
 
     def _watch(self, peer: bytes, now: float) -> None:
         if peer not in self._watchers:
@@ -224,7 +229,7 @@ class IndexService:
             counters["resyncs"] += engine.feed.counters.snapshots
             counters["gaps"] += engine.feed.counters.gaps
         for index in self._indexes.values():
-            counters.update(index.counters())
+            counters.update(dataclasses.asdict(index.counters))
         return wire.IndexReport(
             call_id,
             num_engines=len(self._membership),

@@ -98,6 +98,11 @@ class EngineConnection:
         """No request uses the engine and every abort is confirmed."""
         return not (self.prompts or self._aborts)
 
+    @property
+    def has_waiters(self) -> bool:
+        """Somebody waits for an answer or for tokens."""
+        return bool(self._calls or self._streams)
+
     # --- life --------------------------------------------------------------------------------------
 
     async def join(self) -> None:

@@ -97,5 +97,9 @@ class Mesh:
             self._matched = self._lookup(request)
         return self._matched
 
+    def uncached(self, engine: Engine, request: Request) -> int:
+        """Prompt tokens that the engine would have to compute or receive."""
+        return request.num_tokens - self.prefix(request).get(engine.id, 0)
+
     def _cached(self, engine_id: str) -> int:
         return self.prefix(self._scope.request).get(engine_id, 0)

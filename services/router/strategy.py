@@ -95,9 +95,13 @@ class StrategyBook:
     def __init__(self, strategies: Iterable[Strategy]) -> None:
         self._strategies: dict[str, Strategy] = {}
         for item in strategies:
-            if item.name in self._strategies:
-                raise ConfigError(f"two strategies are named {item.name}", field="router.strategy_files")
-            self._strategies[item.name] = item
+            self.add(item)
+
+    def add(self, item: Strategy) -> None:
+        """Raises :class:`ConfigError` when the name is taken."""
+        if item.name in self._strategies:
+            raise ConfigError(f"two strategies are named {item.name}", field="router.strategy_files")
+        self._strategies[item.name] = item
 
     @property
     def names(self) -> list[str]:

@@ -54,24 +54,44 @@ class Commands:
             self.peer.put(everything)
             self.peer.signal(word, number)
 
-    def transfer(self, grant: dict[str, Any], lane: int, begin: int, end: int, seed: int) -> str:
-        """Write our part of a grant, each layer in two pieces; the answer is ``ok`` or an error's code."""
-        permission = msgspec.convert(grant, Grant)
-        layout = self._heap.layout
-        blocks = list(range(layout.num_blocks_for(end)))
-        fill(self._heap, blocks, end, seed)
-        writer = LaneWriter(self._heap, self.peer, permission, lane, begin, end, checksums=True)
-        middle = (begin + end) // 2
+    def fill(self, num_tokens: int, seed: int) -> str:
+        """The KV that the following transfers send."""
+        fill(self._heap, self._blocks(num_tokens), num_tokens, seed)
+        return "filled"
+
+    def claim(self, grant: dict[str, Any], lane: int, begin: int, end: int) -> str:
+        self._writer = LaneWriter(
+            self._heap, self.peer, msgspec.convert(grant, Grant), lane, begin, end, checksums=True
+        )
+        self._writer.claim()
+        return "claimed"
+
+    def put(self, lo: int, hi: int) -> str:
+        """Tokens ``[lo, hi)`` in every layer."""
+        for layer in range(self._heap.layout.num_layers):
+            self._writer.put_layer(layer, self._blocks(hi), lo, hi)
+        return "put"
+
+    def finish(self) -> str:
+        self._writer.finish()
+        return "finished"
+
+    def transfer(self, grant: dict[str, Any], lane: int, begin: int, end: int) -> str:
+        """All of it, token by token; the answer is ``finished`` or an error's code."""
         try:
-            writer.claim()
-            for layer in range(layout.num_layers):
-                writer.put_layer(layer, blocks, begin, middle)
-                writer.put_layer(layer, blocks, middle, end)
+            self.claim(grant, lane, begin, end)
+            for token in range(begin, end):
+                self.put(token, token + 1)
+                # Lets the receiver in between on a machine with few cores.
+                os.sched_yield()
         except MeshError as error:
             return error.code
         finally:
-            writer.finish()
-        return "ok"
+            self._writer.finish()
+        return "finished"
+
+    def _blocks(self, num_tokens: int) -> list[int]:
+        return list(range(self._heap.layout.num_blocks_for(num_tokens)))
 
     @property
     def peer(self) -> PeerHeap:

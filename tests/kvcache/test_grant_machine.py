@@ -169,7 +169,7 @@ class GrantMachine(RuleBasedStateMachine):
 
     # --- the receiver
 
-    @rule(target=grants, num_matched=st.integers(0, 1), num_tokens=st.integers(0, 11))
+    @rule(target=grants, num_matched=st.integers(0, 1), num_tokens=st.integers(0, 11) | st.integers(5, 11))
     def open(self, num_matched: int, num_tokens: int) -> ModelGrant | object:
         num_new = -(-num_tokens // BLOCK_SIZE)
         matched, end = num_matched * BLOCK_SIZE, num_matched * BLOCK_SIZE + num_tokens
@@ -210,7 +210,7 @@ class GrantMachine(RuleBasedStateMachine):
             self.table.close(model.grant.grant_id, self.now)
             self._model_close(model)
 
-    @rule(seconds=st.sampled_from([0.0, 0.5, LEASE_S]))
+    @rule(seconds=st.sampled_from([0.0, 0.5, LEASE_S / 2]))
     def poll(self, seconds: float) -> None:
         self.now += seconds
         expected: list[object] = []
@@ -260,8 +260,8 @@ class GrantMachine(RuleBasedStateMachine):
     def claim(self, model: ModelGrant, index: int, data: st.DataObject) -> Lane | object:
         """Also of grants that are closed and of lanes in use."""
         grant = model.grant
-        begin = data.draw(st.integers(grant.matched, grant.end))
-        end = data.draw(st.integers(begin, grant.end))
+        begin = data.draw(st.just(grant.matched) | st.integers(grant.matched, grant.end))
+        end = data.draw(st.just(grant.end) | st.integers(begin, grant.end))
         self.count += 1
         sending = MemoryHeap(
             make_layout(num_blocks=5, num_layers=NUM_LAYERS, block_size=BLOCK_SIZE),
@@ -308,6 +308,19 @@ class GrantMachine(RuleBasedStateMachine):
     def put_the_rest(self, lane: Lane) -> None:
         for layer in range(NUM_LAYERS):
             self.put(lane, layer, 99)
+
+    @rule(lane=lanes)
+    def deliver_all(self, lane: Lane) -> None:
+        lane.peer.deliver(len(lane.peer.on_the_way))
+
+    @rule(model=grants, data=st.data())
+    def transfer(self, model: ModelGrant, data: st.DataObject) -> None:
+        """A writer that nothing interrupts."""
+        lane = self.claim(model, 0, data)
+        if isinstance(lane, Lane):
+            self.put_the_rest(lane)
+            self.end(lane, False)
+            self.deliver_all(lane)
 
     @rule(lane=lanes, token=st.integers(0, 3))
     def sample(self, lane: Lane, token: int) -> None:
@@ -408,4 +421,4 @@ class GrantMachine(RuleBasedStateMachine):
 
 
 TestGrants = GrantMachine.TestCase
-TestGrants.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestGrants.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)

@@ -18,10 +18,17 @@ def child_settings(child: Child) -> Settings:
     return load_settings(overrides=overrides)
 
 
-def test_children_agree_on_addresses_and_each_engine_has_an_id(tmp_path: Path) -> None:
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "Tiny").mkdir()
+    (tmp_path / "Tiny" / "config.json").write_text("{}")
+    return str(tmp_path / "Tiny")
+
+
+def test_children_agree_on_addresses_and_each_engine_has_an_id(model: str, tmp_path: Path) -> None:
     flags = ["--set", "index.address=tcp://127.0.0.1:0", "--set", "mesh.engines=3"]
     settings = load_settings(
-        overrides=[*flags[1::2], "router.address=tcp://127.0.0.1:0", "gateway.port=0", "model.path=/m/Tiny"]
+        overrides=[*flags[1::2], "router.address=tcp://127.0.0.1:0", "gateway.port=0", f"model.path={model}"]
     )
     plan = plan_mesh(settings, flags, tmp_path)
     assert [child.name for child in plan.children] == [
@@ -37,30 +44,37 @@ def test_children_agree_on_addresses_and_each_engine_has_an_id(tmp_path: Path) -
     assert not read[0].index.address.endswith(":0")
     assert len({each.router.address for each in read}) == 1
     assert {each.gateway.port for each in read} == {plan.gateway.port} != {0}
-    assert {each.model.path for each in read} == {"/m/Tiny"}
+    assert {each.model.path for each in read} == {model}
     assert {each.log.dir for each in read} == {""}
     assert [each.engine.id for each in read[2:5]] == ["e0", "e1", "e2"]
     assert plan.model == "Tiny"
 
 
-def test_callers_stop_before_those_they_call(tmp_path: Path) -> None:
-    plan = plan_mesh(Settings(), [], tmp_path)
+def test_callers_stop_before_those_they_call(model: str, tmp_path: Path) -> None:
+    plan = plan_mesh(load_settings(overrides=[f"model.path={model}"]), [], tmp_path)
     in_order = sorted(plan.children, key=lambda child: child.stop_order)
     assert [child.name for child in in_order] == ["gateway", "router", "engine-e0", "engine-e1", "index"]
     assert all(child.stop_timeout_s > Settings().engine.drain_s for child in in_order[2:4])
 
 
-def test_configured_addresses_stay(tmp_path: Path) -> None:
-    plan = plan_mesh(load_settings(overrides=["gateway.host=0.0.0.0", "gateway.port=81"]), [], tmp_path)
+def test_configured_addresses_stay(model: str, tmp_path: Path) -> None:
+    overrides = ["gateway.host=0.0.0.0", "gateway.port=81", f"model.path={model}"]
+    plan = plan_mesh(load_settings(overrides=overrides), [], tmp_path)
     assert child_settings(plan.children[0]).index.address == Settings().index.address
     assert plan.gateway.url == "http://127.0.0.1:81"
 
 
-def test_engines_cannot_share_a_port(tmp_path: Path) -> None:
-    settings = load_settings(overrides=["engine.events_address=tcp://127.0.0.1:7200"])
+def test_engines_cannot_share_a_port(model: str, tmp_path: Path) -> None:
+    overrides = ["engine.events_address=tcp://127.0.0.1:7200", f"model.path={model}"]
+    settings = load_settings(overrides=overrides)
     with pytest.raises(ConfigError, match="cannot serve 2 engines") as caught:
         plan_mesh(settings, [], tmp_path)
     assert caught.value.field == "engine.events_address"
+
+
+def test_a_model_that_is_not_there_is_a_wrong_setting(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no config\.json"):
+        plan_mesh(load_settings(overrides=[f"model.path={tmp_path}"]), [], tmp_path)
 
 
 def test_free_ports_differ() -> None:

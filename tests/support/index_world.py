@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -26,11 +27,12 @@ from microserve.protocol.transport import Bus, ClientSocket, FramesHandler, ZmqB
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.index.publisher import KvPublisher
 
+T = TypeVar("T")
 ANY = "tcp://127.0.0.1:0"
 BLOCK_SIZE = 4
 
 
-def make_info(engine_id: str = "e1", incarnation: int = 11, **changes: object) -> EngineInfo:
+def make_info(engine_id: str = "e1", incarnation: int = 11, **changes: Any) -> EngineInfo:
     info = EngineInfo(
         engine_id=engine_id,
         incarnation=incarnation,
@@ -64,7 +66,7 @@ class Engine:
         model: str = "m",
         address: str = ANY,
         events_address: str = ANY,
-        **changes: object,
+        **changes: Any,
     ) -> None:
         self.num_snapshots = 0
         self.pings: list[int] = []
@@ -157,8 +159,18 @@ class LossyBus(ZmqBus):
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Let the loop run until the condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.002)  # the condition is other tasks' state: nothing can be awaited
+        while not condition():  # noqa: ASYNC110  (any state of any task: there is no one event to wait for)
+            await asyncio.sleep(0.002)
+
+
+async def once_free(make: Callable[[], T], timeout_s: float = 10.0) -> T:
+    """What ``make`` binds at an address that was just closed: ZeroMQ frees it in the background."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            try:
+                return make()
+            except OSError:
+                await asyncio.sleep(0.005)
 
 
 class World:
@@ -167,7 +179,7 @@ class World:
     def __init__(self) -> None:
         self.bus = LossyBus()
         self.until = until
-        self._closers: list[Callable[[], None]] = []
+        self._closers: list[Callable[[], object]] = []
 
     def engine(
         self,
@@ -177,7 +189,7 @@ class World:
         model: str = "m",
         address: str = ANY,
         events_address: str = ANY,
-        **changes: object,
+        **changes: Any,
     ) -> Engine:
         """``changes``: fields of its ``EngineInfo``."""
         engine = Engine(
@@ -192,7 +204,7 @@ class World:
         self._closers.append(engine.close)
         return engine
 
-    def at_end(self, close: Callable[[], None]) -> None:
+    def at_end(self, close: Callable[[], object]) -> None:
         self._closers.append(close)
 
     def close(self) -> None:

@@ -10,12 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from microserve.services.demo_request import Gateway
+from microserve.services.demo_request import Answer, Gateway
 from microserve.services.mesh_state import MeshDirectory
 
 pytestmark = pytest.mark.system
@@ -53,7 +52,7 @@ def run(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def background(tiny_model: Path, tmp_path: Path) -> Iterator[MeshDirectory]:
     """A mesh left running by ``up --detach``; stopped afterwards, whatever the test did."""
-    started = run("up", "--detach", *flags(tiny_model), cwd=tmp_path)
+    started = run("up", "--detach", "--engines", "1", *flags(tiny_model), cwd=tmp_path)
     mesh = MeshDirectory(tmp_path / ".microserve")
     try:
         assert started.returncode == 0, started.stdout + started.stderr
@@ -104,18 +103,16 @@ def test_detached_mesh_serves_survives_a_crash_and_is_stopped(background: MeshDi
     assert state is not None
     listing = run("ps", cwd=cwd)
     assert listing.returncode == 0, listing.stdout
-    assert listing.stdout.count(" ready ") == 5
+    assert listing.stdout.count(" ready ") == 4
 
     second = run("up", "--no-demo", "--set", f"model.path={cwd}", cwd=cwd)
     assert second.returncode == 1
     assert f"a mesh runs here already, under process {state.pid}" in second.stderr
 
-    engine = next(child for child in state.children if child.name == "engine-e1")
+    engine = next(child for child in state.children if child.name == "engine-e0")
     os.kill(engine.pid, signal.SIGKILL)
-    asyncio.run(asyncio.wait_for(restarted(background, "engine-e1"), TIMEOUT_S))
-    gateway = Gateway.at(state.url)
-    answer = asyncio.run(gateway.chat("tiny", "Hello!", lambda piece: None))
-    assert answer.num_tokens > 0
+    asyncio.run(asyncio.wait_for(restarted(background, "engine-e0"), TIMEOUT_S))
+    assert asyncio.run(ask(Gateway.at(state.url))).num_tokens > 0
 
     pids = [child.pid for child in state.children]
     stopped = run("down", cwd=cwd)
@@ -124,13 +121,18 @@ def test_detached_mesh_serves_survives_a_crash_and_is_stopped(background: MeshDi
     assert run("ps", cwd=cwd).returncode == 1
 
 
-async def restarted(mesh: MeshDirectory, name: str) -> dict[str, Any]:
+async def restarted(mesh: MeshDirectory, name: str) -> None:
     while True:
         state = mesh.read()
         for child in state.children if state else []:
             if child.name == name and child.restarts and child.state == "ready":
-                return {"pid": child.pid}
+                return
         await asyncio.sleep(0.05)
+
+
+async def ask(gateway: Gateway) -> Answer:
+    await gateway.until_ready(TIMEOUT_S)
+    return await gateway.chat("tiny", "Hello!", lambda piece: None)
 
 
 def test_sigkill_of_up_leaves_no_child(background: MeshDirectory) -> None:
@@ -143,7 +145,7 @@ def test_sigkill_of_up_leaves_no_child(background: MeshDirectory) -> None:
 
 
 def test_ctrl_c_stops_in_order(tiny_model: Path, tmp_path: Path) -> None:
-    command = [*MICROSERVE, "up", "--no-demo", "--json", *flags(tiny_model)]
+    command = [*MICROSERVE, "up", "--no-demo", "--json", "--engines", "1", *flags(tiny_model)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     with process:
         assert process.stdout is not None
@@ -160,8 +162,19 @@ def test_ctrl_c_stops_in_order(tiny_model: Path, tmp_path: Path) -> None:
     assert order[-1] == "index"
 
 
-def test_a_model_that_cannot_be_loaded_is_said_at_once(tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     done = run("up", "--oneshot", *flags(tmp_path / "absent"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "model.path" in done.stderr
+    assert "config.json" in done.stderr
+
+
+def test_a_child_that_cannot_start_ends_the_mesh_and_says_why(tiny_model: Path, tmp_path: Path) -> None:
+    taken = ["--set", "index.address=tcp://192.0.2.1:7100"]  # an address of no machine (RFC 5737)
+    keys = ["--set", f"bus.curve_dir={tmp_path / 'keys'}"]
+    assert run("keys", str(tmp_path / "keys"), cwd=tmp_path).returncode == 0
+    done = run("up", "--oneshot", *flags(tiny_model), *taken, *keys, cwd=tmp_path)
     assert done.returncode == 1
-    assert "engine-e" in done.stderr
+    assert "index ended with exit code 1: " in done.stderr
+    assert "192.0.2.1:7100" in done.stderr
     assert "its log: " in done.stderr

@@ -33,19 +33,15 @@ async def auto(
     An engine that holds at least the share ``affinity`` of the prompt comes first, unless more than ``tau``
     uncached tokens wait there (its prefill tokens a second, times the seconds that one would wait).
     """
-    matched = mesh.prefix(request)
 
     def cost(engine: Engine) -> int:
-        uncached, waiting = uncached_tokens(engine), mesh.load(engine).uncached_tokens
+        uncached, waiting = mesh.uncached(engine, request), mesh.load(engine).uncached_tokens
         is_warm = uncached <= request.num_tokens * (1 - affinity) and waiting <= tau
         return -1 if is_warm else waiting + uncached
 
-    def uncached_tokens(engine: Engine) -> int:
-        return request.num_tokens - matched.get(engine.id, 0)
-
     decode = mesh.pick("decode", request, cost=cost)
     prefill = mesh.pick("prefill", request, exclude=[decode])
-    if uncached_tokens(decode) < threshold or mesh.load(prefill) >= mesh.load(decode):
+    if mesh.uncached(decode, request) < threshold or mesh.load(prefill) >= mesh.load(decode):
         generation = decode.start_generate(request)
     else:
         grant = await decode.prep_recv(request)

@@ -99,7 +99,7 @@ def test_linear_attention_layers_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_weight_is_refused(llama: Path) -> None:
-    edit_weights(llama, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight") and None)
+    edit_weights(llama, lambda weights: weights.__delitem__("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(ConfigError, match=r"missing: model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(llama, dtype="float32")
 

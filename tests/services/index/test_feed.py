@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
-from index_world import BLOCK_SIZE, Engine, World, in_world
+from index_world import BLOCK_SIZE, Engine, World, in_world, once_free
 
 from microserve.kvcache.prefix_index import PrefixIndex
 from microserve.protocol.actions import SnapshotReply
@@ -139,7 +139,12 @@ def test_junk_is_counted_and_costs_no_more_than_a_snapshot() -> None:
             publisher.send(frames)
 
         def rejected() -> bool:
-            for junk in ([b""], [b"t", b"x", b"y"], publish_frames("t", 0, b"\xc1"), [b"a", b"b", b"c", b"d"]):
+            for junk in (
+                [b""],
+                [b"t", b"x", b"y"],
+                publish_frames("t", 0, b"\xc1"),
+                [b"a", b"b", b"c", b"d"],
+            ):
                 send(junk)
             return feed.num_rejected >= 8
 
@@ -190,7 +195,8 @@ def test_engine_that_is_restarted_in_place_is_read_afresh() -> None:
         await world.until(lambda: index.lookup(PROMPT) == {"e1": len(PROMPT)})
 
         engine.close()
-        reborn = world.engine(incarnation=3, events_address=engine.info.events_address)
+        address = engine.info.events_address
+        reborn = await once_free(lambda: world.engine(incarnation=3, events_address=address))
         lives.append(reborn)
         reborn.compute(OTHER)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
@@ -134,7 +136,7 @@ def test_deregistered_life_does_not_return(members: Membership) -> None:
     ("field", "theirs"), [("block_size", 32), ("layout_hash", "other"), ("vocab_size", 999)]
 )
 def test_same_model_with_another_layout_is_refused_naming_both(
-    members: Membership, field: str, theirs: object
+    members: Membership, field: str, theirs: Any
 ) -> None:
     members.register(make_info("e1"), 0.0)
 
@@ -173,7 +175,7 @@ def test_other_wire_version_is_refused_naming_both(members: Membership) -> None:
         ("events_address", ""),
     ],
 )
-def test_field_out_of_bounds_is_refused_by_name(members: Membership, field: str, value: object) -> None:
+def test_field_out_of_bounds_is_refused_by_name(members: Membership, field: str, value: Any) -> None:
     with pytest.raises(InvalidRequest) as refused:
         members.register(make_info(**{field: value}), 0.0)
     assert refused.value.field == field

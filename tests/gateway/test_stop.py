@@ -1,0 +1,63 @@
+"""Stop strings: the visible text depends on the text alone, never on its cuts."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from microserve.gateway.stop import StopMatcher
+
+LETTERS = st.sampled_from("ab😀")
+STOPS = st.lists(st.text(LETTERS, min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+def visible(text: str, stops: list[str]) -> tuple[str, bool]:
+    """The rule itself: the first place where a stop string is complete, and the longest one there."""
+    for end in range(1, len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            return text[: end - max(map(len, complete))], True
+    return text, False
+
+
+def pieces_of(text: str, cuts: list[int]) -> list[str]:
+    borders = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
+    return [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+
+
+@given(text=st.text(LETTERS, max_size=40), stops=STOPS, cuts=st.lists(st.integers(0, 40)))
+def test_any_cut_gives_the_same_visible_text(text: str, stops: list[str], cuts: list[int]) -> None:
+    matcher = StopMatcher(stops)
+    shown = ""
+    expected, stopped = visible(text, stops)
+    for piece in pieces_of(text, cuts):
+        shown += matcher.push(piece)
+        # What is out can never be taken back.
+        assert expected.startswith(shown)
+    if not matcher.stopped:
+        shown += matcher.flush()
+    assert (shown, matcher.stopped) == (expected, stopped)
+
+
+@given(text=st.text(LETTERS, max_size=40), stops=STOPS)
+def test_nothing_is_held_back_that_cannot_become_a_stop_string(text: str, stops: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    shown = "".join(matcher.push(character) for character in text)
+    if not matcher.stopped:
+        held = text[len(shown) :]
+        assert not held or any(stop.startswith(held) for stop in stops)
+
+
+def test_text_after_the_match_is_swallowed() -> None:
+    matcher = StopMatcher(["END"])
+    assert matcher.push("one EN") == "one "
+    assert matcher.push("Dtwo") == ""
+    assert matcher.stopped
+    assert matcher.push("three") == ""
+
+
+def test_a_prefix_that_turns_out_wrong_is_shown() -> None:
+    matcher = StopMatcher(["\n\nUser:"])
+    assert matcher.push("a\n\nUse") == "a"
+    assert matcher.push("d") == "\n\nUsed"
+    assert matcher.flush() == ""

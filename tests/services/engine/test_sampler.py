@@ -1,0 +1,363 @@
+"""Each decoding parameter against a naive implementation; determinism; the numbers that must never change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from microserve.protocol.errors import InternalError, InvalidRequest
+from microserve.protocol.sampling import SamplingParams
+from microserve.services.engine import sampler
+from microserve.services.engine.batch import Sampled, SampleSpec
+from microserve.services.engine.sampler import sample, uniform
+
+VOCAB = 40
+EOS = frozenset({2, 5})
+Row = npt.NDArray[np.float32]
+
+
+def spec_of(
+    params: SamplingParams, prompt: list[int] | None = None, output: list[int] | None = None
+) -> SampleSpec:
+    return SampleSpec(params, prompt or [1, 2, 3], output or [], EOS)
+
+
+def draw(row: Any, spec: SampleSpec) -> Sampled:
+    (sampled,) = sample(torch.tensor(np.asarray(row, dtype=np.float32)).unsqueeze(0), [spec])
+    return sampled
+
+
+# --- a naive implementation: one token at a time, everything sorted -----------------------------------
+
+
+def naive_scores(row: Row, spec: SampleSpec) -> list[float]:
+    params = spec.params
+    scores = [float(score) for score in row]
+    for token in range(len(scores)):
+        scores[token] += params.logit_bias.get(token, 0.0)
+        if token in spec.prompt_token_ids or token in spec.output_token_ids:
+            if scores[token] > 0:
+                scores[token] /= params.repetition_penalty
+            else:
+                scores[token] *= params.repetition_penalty
+        count = spec.output_token_ids.count(token)
+        if count:
+            scores[token] -= params.presence_penalty + params.frequency_penalty * count
+        too_early = len(spec.output_token_ids) < params.min_tokens
+        if too_early and (token in spec.eos_token_ids or token in params.stop_token_ids):
+            scores[token] = -np.inf
+    return scores
+
+
+def naive_distribution(scores: list[float], params: SamplingParams) -> list[float]:
+    """Probabilities in vocabulary order after temperature and filters."""
+    largest = max(scores)
+    weights = [float(np.exp((score - largest) / params.temperature)) for score in scores]
+    order = sorted(range(len(scores)), key=lambda token: (-weights[token], token))
+    if params.top_k:
+        order = order[: params.top_k]
+    if params.top_p < 1.0:
+        total, reached, nucleus = sum(weights[token] for token in order), 0.0, []
+        for token in order:
+            nucleus.append(token)
+            reached += weights[token]
+            if reached >= params.top_p * total:
+                break
+        order = nucleus
+    if params.min_p:
+        order = [token for token in order if weights[token] >= params.min_p * weights[order[0]]]
+    total = sum(weights[token] for token in order)
+    return [weights[token] / total if token in order else 0.0 for token in range(len(scores))]
+
+
+def naive_token(row: Row, spec: SampleSpec) -> int:
+    scores = naive_scores(row, spec)
+    if spec.params.temperature == 0.0:
+        return max(range(len(scores)), key=lambda token: (scores[token], -token))
+    number = uniform(spec.params.seed, len(spec.prompt_token_ids) + len(spec.output_token_ids))
+    reached = 0.0
+    for token, probability in enumerate(naive_distribution(scores, spec.params)):
+        reached += probability
+        if number < reached:
+            return token
+    raise AssertionError("the probabilities do not add up")
+
+
+rows = st.integers(0, 2**32).map(
+    lambda seed: np.random.default_rng(seed).normal(0.0, 3.0, VOCAB).astype(np.float32)
+)
+tokens = st.lists(st.integers(0, VOCAB - 1), max_size=12)
+
+
+@st.composite
+def specs(draw_one: st.DrawFn) -> SampleSpec:
+    max_tokens = 20
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=draw_one(st.sampled_from([0, 0, 3, 12])),
+        temperature=draw_one(st.sampled_from([0.0, 0.01, 0.7, 1.0, 2.5])),
+        top_p=draw_one(st.just(1.0) | st.floats(0.01, 0.99)),
+        top_k=draw_one(st.sampled_from([0, 0, 1, 5, 39, 40, 1000])),
+        min_p=draw_one(st.just(0.0) | st.floats(0.0, 1.0)),
+        repetition_penalty=draw_one(st.just(1.0) | st.floats(0.5, 2.0)),
+        presence_penalty=draw_one(st.just(0.0) | st.floats(-2.0, 2.0)),
+        frequency_penalty=draw_one(st.just(0.0) | st.floats(-2.0, 2.0)),
+        logit_bias=draw_one(st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-100, 100), max_size=4)),
+        seed=draw_one(st.integers(0, 2**63 - 1)),
+        stop_token_ids=tuple(draw_one(st.lists(st.integers(0, VOCAB - 1), max_size=3))),
+        logprobs=draw_one(st.none() | st.integers(0, 20)),
+    )
+    params.validate(VOCAB)
+    return SampleSpec(params, draw_one(tokens), draw_one(tokens), EOS)
+
+
+@settings(deadline=None, max_examples=500)
+@given(row=rows, spec=specs())
+def test_equals_the_naive_implementation(row: Row, spec: SampleSpec) -> None:
+    assert draw(row, spec).token_id == naive_token(row, spec)
+
+
+@settings(deadline=None)
+@given(batch=st.lists(st.tuples(rows, specs()), min_size=1, max_size=6), order=st.randoms())
+def test_a_row_does_not_depend_on_its_neighbours(batch: list[tuple[Row, SampleSpec]], order: Any) -> None:
+    alone = [draw(row, spec) for row, spec in batch]
+    indices = list(range(len(batch)))
+    order.shuffle(indices)
+    logits = torch.from_numpy(np.stack([batch[index][0] for index in indices]))
+    together = sample(logits, [batch[index][1] for index in indices])
+    assert together == [alone[index] for index in indices]
+
+
+@settings(deadline=None)
+@given(row=rows, spec=specs())
+def test_logprobs_are_of_the_raw_logits(row: Row, spec: SampleSpec) -> None:
+    sampled, asked = draw(row, spec), spec.params.logprobs
+    if asked is None:
+        assert (sampled.logprob, sampled.top) == (None, [])
+        return
+    exact = row.astype(np.float64) - np.log(np.exp(row.astype(np.float64)).sum())
+    assert sampled.logprob == pytest.approx(exact[sampled.token_id], abs=1e-5)
+    assert [token for token, _ in sampled.top] == np.argsort(-row, kind="stable")[:asked].tolist()
+    assert [logprob for _, logprob in sampled.top] == pytest.approx(np.sort(exact)[::-1][:asked], abs=1e-5)
+
+
+# --- greedy -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logprobs", [None, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_greedy_takes_the_lowest_of_equal_tokens(logprobs: int | None, dtype: torch.dtype) -> None:
+    logits = torch.zeros(2, 1000, dtype=dtype)
+    logits[0, [7, 512, 999]] = 3.5
+    greedy = spec_of(SamplingParams(temperature=0.0, logprobs=logprobs))
+    assert [sampled.token_id for sampled in sample(logits, [greedy, greedy])] == [7, 0]
+    assert [token for token, _ in sample(logits, [greedy, greedy])[0].top] == [7, 512, 999][: logprobs or 0]
+
+
+def test_greedy_and_sampled_rows_mix() -> None:
+    row = np.arange(VOCAB, dtype=np.float32)
+    greedy = spec_of(SamplingParams(temperature=0.0))
+    sampled = spec_of(SamplingParams(temperature=1.0, top_k=1))
+    forced = spec_of(SamplingParams(temperature=0.0, logit_bias={4: 100.0}))
+    logits = torch.from_numpy(np.stack([row, -row, row, row]))
+    assert [s.token_id for s in sample(logits, [greedy, greedy, sampled, forced])] == [39, 0, 39, 4]
+
+
+def test_no_rows() -> None:
+    assert sample(torch.empty(0, VOCAB), []) == []
+
+
+# --- edges of the parameters ------------------------------------------------------------------------
+
+
+def chosen(row: Any, params: dict[str, Any], count: int = 400) -> set[int]:
+    """All tokens that come out under that many seeds."""
+    return {draw(row, spec_of(SamplingParams(seed=seed, **params))).token_id for seed in range(count)}
+
+
+def test_top_k_keeps_exactly_k_and_the_lowest_of_equals() -> None:
+    assert chosen(np.zeros(10), {"top_k": 3}) == {0, 1, 2}
+    assert chosen([0, 0, 5, 0, 0], {"top_k": 3, "temperature": 9.0}) == {0, 1, 2}
+
+
+def test_top_p_keeps_the_token_that_reaches_it_and_no_more() -> None:
+    assert chosen(np.zeros(4), {"top_p": 0.5}) == {0, 1}
+    assert chosen(np.zeros(4), {"top_p": 0.51}) == {0, 1, 2}
+    assert chosen([0.0, 9.0, 0.0], {"top_p": 1e-9}) == {1}
+
+
+def test_top_p_counts_what_top_k_left() -> None:
+    assert chosen(np.zeros(8), {"top_k": 4, "top_p": 0.5}) == {0, 1}
+
+
+def test_min_p_is_relative_to_the_likeliest() -> None:
+    row = np.log([0.5, 0.24, 0.26])
+    assert chosen(row, {"min_p": 0.5}) == {0, 2}
+    assert chosen(row, {"min_p": 1.0}) == {0}
+
+
+@pytest.mark.parametrize("guess", [1, 3, 16, 256])
+def test_top_p_looks_as_far_as_it_must(guess: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "_NUCLEUS_GUESS", guess)
+    row = np.random.default_rng(0).normal(0.0, 1.0, 700).astype(np.float32)
+    for seed in range(40):
+        spec = spec_of(SamplingParams(top_p=0.9, seed=seed))
+        assert draw(row, spec).token_id == naive_token(row, spec)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-12, 100.0])
+def test_extreme_temperatures(temperature: float) -> None:
+    row = [1.0, 5.0, 4.999, -3.0]
+    out = chosen(row, {"temperature": temperature})
+    assert out == ({1} if temperature < 1.0 else {0, 1, 2, 3})
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 100.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_extreme_repetition_penalty_stays_inside_the_numbers(penalty: float, temperature: float) -> None:
+    params = SamplingParams(repetition_penalty=penalty, temperature=temperature)
+    token = draw([3.0, 2.0, -1.0, 2.5], spec_of(params, prompt=[0, 2])).token_id
+    assert token == 0 if penalty < 1.0 else token in (1, 3)
+
+
+def test_min_tokens_forbids_eos_and_stop_ids_even_with_ignore_eos() -> None:
+    row = np.zeros(8)
+    for ignore_eos in (False, True):
+        params = {"min_tokens": 1, "stop_token_ids": (0, 1), "ignore_eos": ignore_eos}
+        assert chosen(row, params) == {3, 4, 6, 7}
+    spec = spec_of(SamplingParams(min_tokens=1, temperature=0.0, stop_token_ids=(0,)), output=[9])
+    assert draw(row, spec).token_id == 0, "one output token is enough"
+
+
+def test_min_tokens_that_forbids_everything_is_refused() -> None:
+    spec = spec_of(SamplingParams(min_tokens=1, stop_token_ids=(0, 1, 3, 4)))
+    with pytest.raises(InvalidRequest) as caught:
+        draw(np.zeros(6), spec)
+    assert caught.value.field == "min_tokens"
+
+
+def test_an_eos_id_past_the_vocabulary_is_harmless() -> None:
+    spec = SampleSpec(SamplingParams(min_tokens=1, temperature=0.0), [1], [], frozenset({999}))
+    assert draw([0.0, 1.0], spec).token_id == 1
+
+
+def test_a_forbidden_token_is_never_drawn() -> None:
+    row = np.full(6, -np.inf)
+    row[[1, 4]] = 0.0
+    assert chosen(row, {}) == {1, 4}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_give_no_token(bad: float, temperature: float) -> None:
+    logits = torch.zeros(3, VOCAB)
+    logits[1, 17] = bad
+    with pytest.raises(InternalError, match=r"rows \[1\]"):
+        sample(logits, [spec_of(SamplingParams(temperature=temperature))] * 3)
+
+
+# --- randomness -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 2.0},
+        {"temperature": 0.5, "top_k": 6},
+        {"top_p": 0.8},
+        {"min_p": 0.1, "top_p": 0.95, "top_k": 9},
+    ],
+)
+@pytest.mark.parametrize("by", ["seed", "position"])
+def test_frequencies_follow_the_distribution(params: dict[str, Any], by: str) -> None:
+    """Chi-square against the naive distribution, over seeds at one position and positions of one seed."""
+    row = np.random.default_rng(1).normal(0.0, 1.0, 12).astype(np.float32)
+    count = 4000
+    counts = np.zeros(12)
+    for index in range(count):
+        seed, length = (index, 1) if by == "seed" else (7, index + 1)
+        counts[draw(row, spec_of(SamplingParams(seed=seed, **params), prompt=[0] * length)).token_id] += 1
+    base = SamplingParams(**params)
+    expected = np.array(naive_distribution([float(score) for score in row], base)) * count
+    assert not counts[expected == 0].any()
+    kept = expected > 0
+    chi_square = float(((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum())
+    # 33 is above the 99.9 % point for up to 11 degrees of freedom (31.3); the seeds are fixed.
+    assert chi_square < 33.0
+
+
+def test_a_near_tie_does_not_change_the_token() -> None:
+    """Two nearly equal tokens far apart in the vocabulary: whichever is larger, the same one is drawn."""
+    row = np.full(1000, -20.0, dtype=np.float32)
+    row[[10, 900]] = 5.0
+    for seed in range(50):
+        params = SamplingParams(seed=seed, top_p=0.99)
+        tokens_drawn = set()
+        for nudge in (-1e-5, 0.0, 1e-5):
+            nudged = row.copy()
+            nudged[10] += np.float32(nudge)
+            tokens_drawn.add(draw(nudged, spec_of(params)).token_id)
+        assert len(tokens_drawn) == 1
+
+
+def test_the_position_alone_moves_the_randomness_on() -> None:
+    """A position reached by prompt or by output gives the same token: a moved request goes on alike."""
+    row = np.zeros(VOCAB, dtype=np.float32)
+    params = SamplingParams(seed=11)
+    here = draw(row, spec_of(params, prompt=[1, 2, 3], output=[4, 5])).token_id
+    there = draw(row, spec_of(params, prompt=[1, 2, 3, 4, 5], output=[])).token_id
+    assert here == there
+    later = {draw(row, spec_of(params, prompt=[1] * length)).token_id for length in range(1, 30)}
+    assert len(later) > 10
+
+
+MASK = 2**64 - 1
+
+
+def philox_4x64(key: int, counter: int) -> int:
+    """First word of Philox4x64-10 (Salmon et al., SC'11), key and counter below 2**64."""
+    c0, c1, c2, c3 = counter, 0, 0, 0
+    k0, k1 = key, 0
+    for _ in range(10):
+        high0, low0 = divmod(0xD2E7470EE14C6C93 * c0, 2**64)
+        high1, low1 = divmod(0xCA5A826395121157 * c2, 2**64)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B97F4A7C15) & MASK, (k1 + 0xBB67AE8584CAA73B) & MASK
+    return c0
+
+
+@given(seed=st.integers(0, 2**63 - 1), position=st.integers(0, 2**40))
+def test_uniform_is_the_documented_function(seed: int, position: int) -> None:
+    assert uniform(seed, position) == (philox_4x64(seed, position + 1) >> 11) / 2**53
+
+
+@pytest.mark.parametrize(
+    ("seed", "position", "number"),
+    [
+        (0, 0, 0.011546754286331562),
+        (0, 1, 0.5023796042735054),
+        (1, 0, 0.3035680343067586),
+        (42, 7, 0.4074136540795371),
+        (2**63 - 1, 131071, 0.6222719916656047),
+    ],
+)
+def test_golden_numbers(seed: int, position: int, number: float) -> None:
+    """If these change, a request that moves between an old and a new engine changes its text."""
+    assert uniform(seed, position) == number
+
+
+def test_golden_tokens() -> None:
+    row = ((np.arange(64) * 37) % 64).astype(np.float32) / 16
+    drawn = [
+        draw(row, spec_of(SamplingParams(seed=2026, **params), prompt=[0] * length)).token_id
+        for params in ({}, {"temperature": 0.6}, {"top_k": 8}, {"top_p": 0.7}, {"min_p": 0.3})
+        for length in (1, 10, 100, 1000)
+    ]
+    assert drawn == [36, 19, 43, 36, 36, 19, 43, 36, 31, 19, 38, 31, 36, 19, 41, 36, 36, 19, 43, 38]

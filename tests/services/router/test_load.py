@@ -1,0 +1,133 @@
+"""The book of work in flight: whatever requests do, it is the sum of what is open, and zero at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from microserve.protocol.actions import EngineLoad
+from microserve.services.router.load import Account, Load, LoadBook
+
+ENGINES = st.sampled_from(["a", "b", "c"])
+PURPOSES = st.sampled_from(["stream", "send 1", "send 2"])
+
+
+class LoadMachine(RuleBasedStateMachine):
+    """Against a naive model: a list of open accounts, each with its own two tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.book = LoadBook()
+        self.accounts: list[Account] = []
+        self.tokens: list[dict[tuple[str, str], int]] = []
+        self.sequences: list[set[str]] = []
+        self.open: list[bool] = []
+
+    @rule()
+    def open_account(self) -> None:
+        self.accounts.append(self.book.open())
+        self.tokens.append({})
+        self.sequences.append(set())
+        self.open.append(True)
+
+    @precondition(lambda self: self.accounts)
+    @rule(data=st.data(), engine=ENGINES, purpose=PURPOSES, count=st.integers(0, 5000))
+    def reserve_prefill(self, data: st.DataObject, engine: str, purpose: str, count: int) -> None:
+        i = data.draw(st.integers(0, len(self.accounts) - 1))
+        self.accounts[i].reserve_prefill(engine, purpose, count)
+        if self.open[i]:
+            self.tokens[i][engine, purpose] = count
+
+    @precondition(lambda self: self.accounts)
+    @rule(data=st.data(), engine=ENGINES, purpose=PURPOSES)
+    def release_prefill(self, data: st.DataObject, engine: str, purpose: str) -> None:
+        i = data.draw(st.integers(0, len(self.accounts) - 1))
+        self.accounts[i].release_prefill(engine, purpose)
+        self.tokens[i].pop((engine, purpose), None)
+
+    @precondition(lambda self: self.accounts)
+    @rule(data=st.data(), engine=ENGINES, reserve=st.booleans())
+    def sequence(self, data: st.DataObject, engine: str, reserve: bool) -> None:
+        i = data.draw(st.integers(0, len(self.accounts) - 1))
+        if reserve:
+            self.accounts[i].reserve_sequence(engine)
+            if self.open[i]:
+                self.sequences[i].add(engine)
+        else:
+            self.accounts[i].release_sequence(engine)
+            self.sequences[i].discard(engine)
+
+    @precondition(lambda self: self.accounts)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        i = data.draw(st.integers(0, len(self.accounts) - 1))
+        self.accounts[i].close()
+        self.open[i] = False
+        self.tokens[i].clear()
+        self.sequences[i].clear()
+
+    @invariant()
+    def the_book_is_the_sum(self) -> None:
+        self.book.check_integrity()
+        for engine in "abc":
+            tokens = sum(n for table in self.tokens for (e, _), n in table.items() if e == engine)
+            sequences = sum(engine in table for table in self.sequences)
+            assert self.book.load(engine, EngineLoad()) == Load(tokens, sequences)
+
+    def teardown(self) -> None:
+        for account in self.accounts:
+            account.close()
+        assert self.book.is_zero
+
+
+TestLoad = LoadMachine.TestCase
+
+
+@given(st.integers(0, 3), st.sampled_from(["return", "raise", "cancel", "timeout"]))
+def test_no_way_out_of_a_request_leaks(steps: int, way: str) -> None:
+    book = LoadBook()
+
+    async def request() -> None:
+        with book.open() as account:
+            for step in range(steps):
+                account.reserve_prefill("a", f"send {step}", 100)
+                account.reserve_sequence("b")
+                await asyncio.sleep(0)
+            if way == "raise":
+                raise ValueError
+            if way in ("cancel", "timeout"):
+                await asyncio.Event().wait()
+
+    async def main() -> None:
+        task = asyncio.create_task(request())
+        for _ in range(steps + 2):
+            await asyncio.sleep(0)
+        if way == "timeout":
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0):
+                    await task
+        elif way == "cancel":
+            task.cancel()
+        with suppress(ValueError, asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert book.is_zero
+
+
+def test_what_the_engine_reports_counts_when_it_is_more() -> None:
+    book = LoadBook()
+    reported = EngineLoad(num_running=2, num_waiting=1, queued_prefill_tokens=500)
+    with book.open() as account:
+        account.reserve_prefill("a", "stream", 700)
+        account.reserve_sequence("a")
+        assert book.load("a", reported) == Load(700, 3)
+    assert book.load("a", reported) == Load(500, 3)
+
+
+def test_less_prefill_work_comes_before_fewer_sequences() -> None:
+    assert Load(0, 9) < Load(1, 0) < Load(1, 2)

@@ -1,0 +1,119 @@
+"""SIGKILL of each service with requests in flight: nothing hangs, nothing leaks, the rest serves on."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+from bus_client import BusClient
+from engine_client import EngineClient
+from processes import MeshProcesses
+
+from microserve.protocol.errors import DeadlineExceeded, PeerError
+from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.transport import ZmqBus
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
+
+IN_FLIGHT = 16
+TTL_S = 20.0
+STRATEGIES = ["data_parallel", "disaggregated", "balanced", "cache_aware", "migrate", "auto"]
+
+
+def prompts(seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(20, 250) for _ in range(rng.randrange(50, 400))] for _ in range(IN_FLIGHT)]
+
+
+async def assert_clean(bus: ZmqBus, mesh: MeshProcesses) -> None:
+    """Every living engine gets all of its blocks back."""
+    for name, service in mesh.services.items():
+        if not name.startswith("engine") or service.process.poll() is not None:
+            continue
+        async with EngineClient(bus, service.address) as engine, asyncio.timeout(30):
+            while True:
+                load = (await engine.stats()).load
+                assert engine.info is not None
+                idle = load.num_running == load.num_waiting == load.num_grants == load.quarantined_blocks == 0
+                if idle and load.free_blocks == engine.info.num_blocks:
+                    break
+                await asyncio.sleep(0.05)
+
+
+async def serve_all(client: BusClient, seed: int) -> list[str]:
+    """Sixteen requests under all strategies; how each ended. None may outlive its deadline."""
+    params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    answers = [
+        client.start(prompt, params, strategy=STRATEGIES[number % len(STRATEGIES)], ttl_s=TTL_S)
+        for number, prompt in enumerate(prompts(seed))
+    ]
+    async with asyncio.timeout(TTL_S + 10.0):
+        for answer in answers:
+            await answer.done.wait()
+    return [answer.reason for answer in answers]
+
+
+@pytest.mark.parametrize("victim", ["engine-0", "engine-1", "index", "router"])
+def test_the_rest_serves_on(victim: str, tiny_model: Path, tmp_path: Path) -> None:
+    with MeshProcesses(tiny_model, tmp_path) as mesh:
+        asyncio.run(_kill(mesh, victim))
+        for name in list(mesh.services):
+            mesh.stop(name)
+
+
+async def _kill(mesh: MeshProcesses, victim: str) -> None:
+    bus = ZmqBus(linger_s=0.1)
+    try:
+        async with BusClient(bus, mesh.router_address) as client:
+            await client.wait_engines(2)
+            assert await serve_all(client, seed=1) == ["length"] * IN_FLIGHT
+            params = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+            answers = [
+                client.start(prompt, params, strategy=STRATEGIES[number % len(STRATEGIES)], ttl_s=TTL_S)
+                for number, prompt in enumerate(prompts(2))
+            ]
+            async with asyncio.timeout(TTL_S):
+                await asyncio.wait(
+                    [asyncio.ensure_future(a.grown.wait()) for a in answers], return_when="FIRST_COMPLETED"
+                )
+            mesh.services[victim].kill()
+            if victim == "router":
+                await _other_router(bus, mesh)
+                return
+            async with asyncio.timeout(TTL_S + 10.0):
+                for answer in answers:
+                    await answer.done.wait()
+            for answer in answers:
+                assert answer.reason in ("length", "error")
+                if victim == "index":
+                    assert answer.reason == "length"
+                elif answer.reason == "error":
+                    assert answer.ended is not None
+                    assert answer.ended.code in _retryable(), answer.ended
+            await assert_clean(bus, mesh)
+            assert await serve_all(client, seed=3) == ["length"] * IN_FLIGHT
+            mesh.services.pop(victim)
+            await asyncio.to_thread(mesh.start, victim)
+            await client.wait_engines(2)
+            assert await serve_all(client, seed=4) == ["length"] * IN_FLIGHT
+            await assert_clean(bus, mesh)
+    finally:
+        bus.close()
+
+
+async def _other_router(bus: ZmqBus, mesh: MeshProcesses) -> None:
+    """The router is gone: its requests end on the engines, and a new router serves."""
+    await assert_clean(bus, mesh)
+    mesh.services.pop("router")
+    await asyncio.to_thread(mesh.start, "router")
+    async with BusClient(bus, mesh.router_address) as client:
+        await client.wait_engines(2)
+        assert await serve_all(client, seed=3) == ["length"] * IN_FLIGHT
+    await assert_clean(bus, mesh)
+
+
+def _retryable() -> set[str]:
+    kinds = [PeerError, DeadlineExceeded, *PeerError.__subclasses__()]
+    return {kind.code for kind in kinds} | {"no_engines", "cache_full"}

@@ -1,0 +1,125 @@
+"""Every split border on real engine processes, with prefix-cache hits on sender and receiver: all exact."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+from engine_client import EngineClient
+from exactness import Case, oracle
+from processes import MeshProcesses
+
+from microserve.protocol import actions as wire
+from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.transport import ZmqBus
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+LENGTHS = [1, 15, 16, 17, 257, 1023]
+BLOCK = 16
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+
+
+def borders(length: int) -> list[int]:
+    """0, +-1 around block edges (for long prompts: the first, a middle and the last edges), len-1, len."""
+    edges = list(range(0, length + 1, BLOCK))
+    if len(edges) > 8:
+        edges = [*edges[:3], edges[len(edges) // 2], *edges[-2:]]
+    near = {edge + step for edge in edges for step in (-1, 0, 1)} | {0, length - 1, length}
+    return sorted(border for border in near if 0 <= border <= length)
+
+
+def cached_amounts(length: int) -> list[int]:
+    whole = length // BLOCK * BLOCK
+    return sorted({0, whole // 2 // BLOCK * BLOCK, whole})
+
+
+def test_every_border(tiny_model: Path, tmp_path: Path) -> None:
+    rng = random.Random(3)
+    prompts = {n: [rng.randrange(20, 250) for _ in range(n)] for n in LENGTHS}
+    cases = [Case(tuple(prompts[n]), GREEDY) for n in LENGTHS]
+    expected = {n: answer for n, answer in zip(LENGTHS, oracle(tiny_model, cases), strict=True)}
+    with MeshProcesses(tiny_model, tmp_path) as mesh:
+        checked = asyncio.run(_sweep(mesh, prompts, expected))
+    print(f"{checked} splits exact")
+
+
+async def _sweep(
+    mesh: MeshProcesses, prompts: dict[int, list[int]], expected: dict[int, list[int] | None]
+) -> int:
+    bus = ZmqBus(linger_s=0.1)
+    checked = 0
+    try:
+        async with (
+            EngineClient(bus, mesh.services["engine-0"].address) as sender,
+            EngineClient(bus, mesh.services["engine-1"].address) as receiver,
+        ):
+            for length, prompt in prompts.items():
+                for there in cached_amounts(length):
+                    for here in cached_amounts(length):
+                        for border in borders(length):
+                            # A salt of its own gives each case an empty cache.
+                            salt = f"{length}/{there}/{here}/{border}"
+                            got = await _split(sender, receiver, prompt, border, there, here, salt)
+                            assert expected[length] == got, salt
+                            checked += 1
+    finally:
+        bus.close()
+    return checked
+
+
+async def _split(
+    sender: EngineClient,
+    receiver: EngineClient,
+    prompt: list[int],
+    border: int,
+    there: int,
+    here: int,
+    salt: str,
+) -> list[int]:
+    """Warm both caches, then receive ``[0, border)`` in two sends and compute the rest."""
+    length = len(prompt)
+    one = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    for engine, amount in ((sender, there), (receiver, here)):
+        if amount:
+            warm = wire.StartGenerate
+            await engine.call(
+                wire.Accepted, warm, f"w{salt}", 0, one, 60.0, None, False, 0, salt, tokens=prompt[:amount]
+            )
+            await engine.finished(f"w{salt}")
+    request_id = f"r{salt}"
+    granted = await receiver.call(wire.Granted, wire.PrepRecv, request_id, border, 60.0, salt, tokens=prompt)
+    grant = granted.grant
+    assert grant.matched == min(here, border // BLOCK * BLOCK)
+    first = border == length and grant.matched < border
+    await receiver.call(
+        wire.Accepted,
+        wire.StartGenerate,
+        request_id,
+        border,
+        GREEDY,
+        60.0,
+        grant.grant_id,
+        first,
+        0,
+        salt,
+    )
+    first_token = None
+    if grant.matched < border:
+        # Where two lanes meet is a border too.
+        middle = grant.matched + (border - grant.matched) // 2
+        await sender.call(
+            wire.Sent, wire.RemoteSend, request_id, 0, middle, grant, 0, 60.0, None, salt, tokens=prompt
+        )
+        sampling = GREEDY if first else None
+        sent = await sender.call(
+            wire.Sent, wire.RemoteSend, request_id, middle, border, grant, 1, 60.0, sampling, salt
+        )
+        assert sent.sent == border - middle
+        first_token = sent.first_token
+    tokens, finished = await receiver.finished(request_id)
+    assert finished.reason == "length", finished
+    await sender.call(wire.Done, wire.Abort, request_id)
+    return tokens if first_token is None else [first_token, *tokens]
