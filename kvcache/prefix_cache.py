@@ -217,6 +217,9 @@ class PrefixCache:
         """O(cached blocks). Raises :class:`InternalError` that says what is broken."""
         if len(self._by_hash) != len(self._by_block):
             raise InternalError(f"{len(self._by_hash)} hashes name {len(self._by_block)} blocks")
+        for salt, root in self._roots.items():
+            if not root.children:
+                raise InternalError(f"the root of salt {salt!r} is kept, but has no blocks")
         reached = {node.block for root in self._roots.values() for node in self._below(root)}
         if reached != self._by_block.keys():
             raise InternalError(

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-PROMPT = "What is the capital of France? Answer in one sentence."
-MAX_TOKENS = 48
+PROMPT = "What is the capital of France, and what is it known for?"
+MAX_TOKENS = 64
 
 
 class DemoFailed(Exception):

@@ -25,7 +25,14 @@ from microserve.protocol.errors import MeshError
 @pytest.mark.parametrize(
     ("error", "status", "kind", "code", "param", "retry"),
     [
-        (errors.InvalidRequest("x", field="top_p"), 400, "invalid_request_error", "invalid_request", "top_p", None),
+        (
+            errors.InvalidRequest("x", field="top_p"),
+            400,
+            "invalid_request_error",
+            "invalid_request",
+            "top_p",
+            None,
+        ),
         (errors.InvalidInterval("x"), 400, "invalid_request_error", "invalid_interval", None, None),
         (Unauthorized("x"), 401, "authentication_error", "invalid_api_key", None, None),
         (errors.ModelNotFound("x"), 404, "invalid_request_error", "model_not_found", "model", None),

@@ -36,7 +36,10 @@ def test_a_conversation_is_rendered_and_encoded(tokenizer: ModelTokenizer, raw_t
     }
     [ids] = run(chat_prompts(parse(json.dumps(body).encode(), ChatRequest), tokenizer, LIMITS))
     text = raw_tokenizer.decode(ids, skip_special_tokens=False)
-    assert text == "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\na\nb<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        text
+        == "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\na\nb<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert ids[0] == raw_tokenizer.token_to_id("<|im_start|>")
 
 
@@ -139,7 +142,9 @@ def test_a_hopelessly_long_text_is_refused_before_any_work(tokenizer: ModelToken
         prompts(tokenizer, "x" * 100_000, ModelLimits(max_model_len=10, vocab_size=300))
 
 
-def test_long_texts_are_encoded_as_short_ones_are(tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer) -> None:
+def test_long_texts_are_encoded_as_short_ones_are(
+    tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer
+) -> None:
     text = "Hello world, how are you today? " * (INLINE_CHARS // 16)
     assert prompts(tokenizer, text) == [raw_tokenizer.encode(text).ids]
 

@@ -68,9 +68,7 @@ def test_merging_changes_nothing(
         assert one_by_one[0] == text
 
 
-def test_the_stop_token_is_counted_but_not_shown(
-    tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer
-) -> None:
+def test_the_stop_token_is_counted_but_not_shown(tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer) -> None:
     [a], [b] = raw_tokenizer.encode("a").ids, raw_tokenizer.encode("b").ids
     chosen = sequence(tokenizer, [], logprobs=0)
     ended = Ended("stop", Usage(), Phases(), "auto", [], stop_token_id=b)

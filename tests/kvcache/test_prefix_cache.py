@@ -236,6 +236,34 @@ CacheWithCollisions.TestCase.settings = settings(max_examples=80, stateful_step_
 TestCacheWithCollisions = CacheWithCollisions.TestCase
 
 
+def hash_without_parent(parent: bytes, packed_tokens: bytes) -> bytes:
+    """One hash for the same tokens wherever they stand; the roots of the salts stay different."""
+    return sha256(packed_tokens).digest()[:16]
+
+
+def test_blocks_with_one_hash_and_the_same_tokens_are_told_apart_by_their_parents(
+    pool: BlockPool, cache: PrefixCache
+) -> None:
+    with patch.object(block_hash, "chain_hash", hash_without_parent):
+        first = computed(pool, cache, [1, 1, 9, 9])
+        second = computed(pool, cache, [2, 2, 9, 9, 3, 3])
+        assert cache.match([1, 1, 9, 9], 4) == first
+        assert cache.match([2, 2, 9, 9], 4) == second[:1]
+        assert cache.match([1, 1, 9, 9, 3, 3], 6) == first
+        cache.check_integrity()
+
+
+def test_blocks_with_one_hash_and_one_parent_are_told_apart_by_their_tokens(
+    pool: BlockPool, cache: PrefixCache
+) -> None:
+    with patch.object(block_hash, "chain_hash", lambda parent, packed: bytes(16)):
+        first = computed(pool, cache, [1, 1])
+        computed(pool, cache, [2, 2, 3, 3])
+        assert cache.match([1, 1], 2) == first
+        assert cache.match([2, 2], 2) == []
+        cache.check_integrity()
+
+
 def computed(
     pool: BlockPool, cache: PrefixCache, tokens: list[int], salt: str = "", insert: bool = True
 ) -> list[int]:
@@ -267,11 +295,11 @@ def test_a_whole_prompt_may_match(pool: BlockPool, cache: PrefixCache) -> None:
 def test_acquire_takes_references_and_counts(pool: BlockPool, cache: PrefixCache) -> None:
     blocks = computed(pool, cache, [1, 2, 3, 4])
     pool.free(blocks)
-    assert cache.acquire([1, 2, 3, 9, 9], 5) == blocks[:1]
+    assert cache.acquire([1, 2, 3, 9, 9], 4) == blocks[:1]
     assert pool.ref_count(blocks[0]) == 1
-    assert (cache.queries_tokens, cache.hit_tokens) == (5, 2)
+    assert (cache.queries_tokens, cache.hit_tokens) == (4, 2)
     cache.match([1, 2], 2)
-    assert (cache.queries_tokens, cache.hit_tokens) == (5, 2)
+    assert (cache.queries_tokens, cache.hit_tokens) == (4, 2)
 
 
 def test_tenants_with_different_salts_share_nothing(pool: BlockPool, cache: PrefixCache) -> None:
@@ -345,6 +373,15 @@ def test_eviction_takes_what_hangs_on_a_block_with_it(pool: BlockPool, cache: Pr
     assert isinstance(removed, BlockRemoved)
     assert set(removed.block_hashes) == set(hashes)
     assert cache.num_blocks == pool.num_cached == 0
+
+
+def test_evictions_of_one_step_are_one_event(pool: BlockPool, cache: PrefixCache) -> None:
+    pool.free([*computed(pool, cache, [1, 2]), *computed(pool, cache, [3, 4])])
+    cache.take_events()
+    pool.free(pool.allocate(pool.num_blocks))
+    (removed,) = cache.take_events()
+    assert isinstance(removed, BlockRemoved)
+    assert len(removed.block_hashes) == 2
 
 
 def test_clear_keeps_blocks_in_use(pool: BlockPool, cache: PrefixCache) -> None:

@@ -200,6 +200,18 @@ def test_what_lookups_use_outlives_what_they_do_not() -> None:
     assert index.lookup(unwanted) == {}
 
 
+def test_lookups_keep_to_the_cap_as_well() -> None:
+    for num_chains in range(380, 440, 4):
+        index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
+        chains = sequences(num_chains, 20)
+        for tokens in chains:
+            index.apply("engine", [store_all(tokens)])
+        for tokens in chains:  # each moves 20 blocks to the young generation, whose table grows
+            index.lookup(tokens)
+            assert index.nbytes <= index.max_nbytes
+        index.check_integrity()
+
+
 def test_at_the_cap_a_third_is_kept_at_least() -> None:
     index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
     most = 0

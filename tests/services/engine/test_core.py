@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,6 +21,7 @@ from microserve.protocol.errors import (
     UnknownRequest,
 )
 from microserve.protocol.sampling import SamplingParams
+from microserve.services.engine.batch import Batch, StepResult
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.state import Limits
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
@@ -414,6 +415,46 @@ def test_an_abort_in_each_phase_frees_everything(mesh: Mesh) -> None:
             engine.collect()
         mesh.b.finished.clear()
         mesh.b.tokens.clear()
+
+
+@pytest.mark.parametrize("role", ["sender", "receiver", "local"])
+@pytest.mark.parametrize("at_layer", [0, 1])
+def test_an_abort_during_a_step_is_done_at_its_end(mesh: Mesh, role: str, at_layer: int) -> None:
+    prompt = prompt_of(40)
+    if role == "local":
+        generate(mesh.a, "r", prompt)
+    else:
+        granted = grant_for(mesh.b, "r", prompt, 40)
+        receive(mesh.b, "r", granted, 40)
+        send(mesh.a, "r", prompt, granted, 0, 40)
+    victim = mesh.b if role == "receiver" else mesh.a
+    execute = mesh.a.runner.execute
+
+    def interrupted(batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
+        def hook(layer: int) -> None:
+            if layer == at_layer:
+                victim.core.actions.abort(ROUTER, wire.Abort(mesh.call(), "r"), mesh.now)
+            if on_layer is not None:
+                on_layer(layer)
+
+        return execute(batch, hook)
+
+    mesh.a.runner.execute = interrupted  # type: ignore[method-assign]
+    assert mesh.a.step()
+    mesh.a.runner.execute = execute  # type: ignore[method-assign]
+    victim.collect()
+
+    assert victim.core.state.num_requests == 0
+    assert victim.core.memory.pool.num_used == 0
+    if role == "receiver":
+        # Before its first put the writer holds nothing; after it, the blocks wait until it sees the closed grant.
+        assert victim.core.memory.pool.num_quarantined == (10 if at_layer else 0)
+        mesh.run()
+        assert "transfer_failed" in str(mesh.a.replies)
+    mesh.now += 100.0
+    mesh.run()
+    mesh.a.assert_clean()
+    mesh.b.assert_clean()
 
 
 def test_a_lost_router_takes_its_requests_along(mesh: Mesh) -> None:

@@ -158,8 +158,14 @@ async def test_reservations_show_in_the_load_while_the_work_lasts() -> None:
         answer = world.gateway.start(PROMPT, strategy="balanced")
         await b.saw(type(await b.saw(object)))
         await a.saw(object, 2)
-        assert (book.load("b", EngineLoad()).uncached_tokens, book.load("b", EngineLoad()).sequences) == (45, 0)
-        assert (book.load("a", EngineLoad()).uncached_tokens, book.load("a", EngineLoad()).sequences) == (5, 1)
+        assert (book.load("b", EngineLoad()).uncached_tokens, book.load("b", EngineLoad()).sequences) == (
+            45,
+            0,
+        )
+        assert (book.load("a", EngineLoad()).uncached_tokens, book.load("a", EngineLoad()).sequences) == (
+            5,
+            1,
+        )
         b.resume("RemoteSend")
         await eventually(lambda: book.load("b", EngineLoad()).uncached_tokens == 0, "sent")
         assert book.load("a", EngineLoad()).uncached_tokens == 5

@@ -14,7 +14,8 @@ TIMES = st.floats(0, 100, allow_nan=False)
     st.floats(0, 100, allow_nan=False),
     TIMES,
     st.lists(
-        st.tuples(st.sampled_from(["routed", "granted", "sent", "accepted", "first_token"]), TIMES), max_size=12
+        st.tuples(st.sampled_from(["routed", "granted", "sent", "accepted", "first_token"]), TIMES),
+        max_size=12,
     ),
     st.none() | st.builds(Timings, TIMES, TIMES, TIMES, TIMES, TIMES),
 )

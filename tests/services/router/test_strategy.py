@@ -60,7 +60,7 @@ def test_binding_converts_and_leaves_the_original() -> None:
 @pytest.mark.parametrize(
     ("values", "path", "text"),
     [
-        ({"rato": 0.1}, "router.strategies.tuned.rato", "no such parameter (tuned has: ratio, labels, verbose)"),
+        ({"rato": 0.1}, "router.strategies.tuned.rato", "no such parameter (has: ratio, labels, verbose)"),
         ({"ratio": "high"}, "router.strategies.tuned.ratio", "Expected `float`, got `str`"),
         ({"ratio": 1.5}, "router.strategies.tuned.ratio", "<= 1"),
         ({"labels": [1]}, "router.strategies.tuned.labels", "Expected `str`, got `int`"),

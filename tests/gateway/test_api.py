@@ -1,0 +1,393 @@
+"""The API as clients see it, with OpenAI's own client, against a router that the test plays."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from gateway_world import GatewayWorld, Served, gateway_world, run
+from structlog.testing import capture_logs
+from tokenizers import Tokenizer
+
+from microserve.gateway.canonical import PHASES
+from microserve.protocol import log
+from microserve.protocol.actions import TokenLogprob
+
+USER = [{"role": "user", "content": "hi"}]
+
+
+def saying(tokenizer: Tokenizer, text: str, **ended: Any) -> Callable[[Served], None]:
+    """A router that answers every request with ``text``, a token a message, then the stop token."""
+    ids, stop = tokenizer.encode(text).ids, tokenizer.token_to_id("<|im_end|>")
+
+    def answer(served: Served) -> None:
+        wanted = served.message.sampling.logprobs
+        for token_id in [*ids, stop]:
+            logprobs = [] if wanted is None else [TokenLogprob(-0.25, [(token_id, -0.25), (0, -2.0)][:wanted])]
+            end = served.ended("stop", stop_token_id=stop, **ended) if token_id == stop else None
+            served.send([token_id], logprobs=logprobs, ended=end)
+
+    return answer
+
+
+def client_of(world: GatewayWorld) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{world.address}/v1", api_key="none", max_retries=0)
+
+
+def http_of(world: GatewayWorld, **options: Any) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=world.address, timeout=20.0, **options)
+
+
+def events_of(body: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in body.split("\n\n") if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def test_chat(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, client_of(world) as client:
+            world.router.answer = saying(raw_tokenizer, "Hello 😀!", cached_tokens=4)
+            reply = await client.chat.completions.create(model="tiny", messages=USER)
+            [choice] = reply.choices
+            assert (choice.message.role, choice.message.content) == ("assistant", "Hello 😀!")
+            assert choice.finish_reason == "stop"
+            assert reply.id.startswith("chatcmpl-") and reply.object == "chat.completion"
+            [served] = world.router.served.values()
+            prompt = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+            assert raw_tokenizer.decode(served.tokens, skip_special_tokens=False) == prompt
+            assert reply.usage is not None and reply.usage.prompt_tokens_details is not None
+            assert reply.usage.prompt_tokens == len(served.tokens)
+            assert reply.usage.completion_tokens == len(raw_tokenizer.encode("Hello 😀!").ids) + 1
+            assert reply.usage.prompt_tokens_details.cached_tokens == 4
+
+    run(main())
+
+
+def test_chat_stream(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, client_of(world) as client:
+            world.router.answer = saying(raw_tokenizer, "Hello 😀!")
+            stream = await client.chat.completions.create(
+                model="tiny", messages=USER, stream=True, stream_options={"include_usage": True}
+            )
+            chunks = [chunk async for chunk in stream]
+            assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
+            assert chunks[0].choices[0].delta.role == "assistant"
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            assert text == "Hello 😀!"
+            assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [
+                "stop"
+            ]
+            assert all(chunk.usage is None for chunk in chunks[:-1])
+            assert chunks[-1].choices == [] and chunks[-1].usage is not None
+
+    run(main())
+
+
+def test_completions_with_choices_and_prompts(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, client_of(world) as client:
+
+            def answer(served: Served) -> None:
+                text = f"{raw_tokenizer.decode(served.tokens)}{served.message.sampling.seed}"
+                served.send(raw_tokenizer.encode(text).ids)
+                served.end("length")
+
+            world.router.answer = answer
+            reply = await client.completions.create(model="tiny", prompt=["a", "b"], n=2, seed=7, max_tokens=20)
+            assert [choice.text for choice in reply.choices] == ["a7", "a8", "b9", "b10"]
+            assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
+            assert {choice.finish_reason for choice in reply.choices} == {"length"}
+            assert reply.usage is not None and reply.usage.prompt_tokens == 2
+            [base] = {request_id.rpartition("-")[0] for request_id in world.router.served}
+            assert sorted(world.router.served) == [f"{base}-{index}" for index in range(4)]
+
+    run(main())
+
+
+def test_streamed_choices_keep_their_index(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, client_of(world) as client:
+            stream = await start(client.completions.create(model="tiny", prompt="x", n=2, stream=True), world, 2)
+            requests = sorted(world.router.served.values(), key=lambda served: served.message.request_id)
+            ids = raw_tokenizer.encode("abc").ids
+            for token_id in ids:
+                for served in reversed(requests):
+                    served.send([token_id])
+            for served in requests:
+                served.end("length")
+            texts = {0: "", 1: ""}
+            async for chunk in await stream:
+                texts[chunk.choices[0].index] += chunk.choices[0].text
+            assert texts == {0: "abc", 1: "abc"}
+
+    async def start(call: Any, world: GatewayWorld, count: int) -> Any:
+        import asyncio
+
+        task = asyncio.create_task(call)
+        for _ in range(count):
+            await world.router.request()
+        return task
+
+    run(main())
+
+
+def test_logprobs(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, client_of(world) as client:
+            world.router.answer = saying(raw_tokenizer, "a😀")
+            ids = raw_tokenizer.encode("a😀").ids
+            reply = await client.chat.completions.create(
+                model="tiny", messages=USER, logprobs=True, top_logprobs=2
+            )
+            assert reply.choices[0].logprobs is not None
+            content = reply.choices[0].logprobs.content or []
+            assert [entry.token for entry in content] == [raw_tokenizer.decode([i]) for i in ids]
+            assert b"".join(bytes(entry.bytes or []) for entry in content) == "a😀".encode()
+            assert [top.logprob for top in content[0].top_logprobs] == [-0.25, -2.0]
+
+            legacy = await client.completions.create(model="tiny", prompt="x", logprobs=1)
+            logprobs = legacy.choices[0].logprobs
+            assert logprobs is not None
+            assert logprobs.tokens == [raw_tokenizer.decode([i]) for i in ids]
+            assert logprobs.token_logprobs == [-0.25] * len(ids)
+            assert logprobs.text_offset == list(range(len(ids)))
+            assert logprobs.top_logprobs is not None and logprobs.top_logprobs[0] == {"a": -0.25}
+
+            stream = await client.chat.completions.create(
+                model="tiny", messages=USER, logprobs=True, stream=True
+            )
+            entries = [
+                entry
+                async for chunk in stream
+                if chunk.choices[0].logprobs
+                for entry in chunk.choices[0].logprobs.content or []
+            ]
+            assert [entry.token for entry in entries] == [raw_tokenizer.decode([i]) for i in ids]
+
+    run(main())
+
+
+def test_a_stop_string_ends_the_request_everywhere(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, client_of(world) as client:
+
+            def answer(served: Served) -> None:
+                served.send(raw_tokenizer.encode("one two STOP three").ids)
+
+            world.router.answer = answer
+            for stop, text in (("STOP", "one two "), (["xyz", "two"], "one ")):
+                reply = await client.completions.create(model="tiny", prompt="x", stop=stop, max_tokens=50)
+                assert (reply.choices[0].text, reply.choices[0].finish_reason) == (text, "stop")
+                stream = await client.completions.create(
+                    model="tiny", prompt="x", stop=stop, max_tokens=50, stream=True
+                )
+                chunks = [chunk async for chunk in stream]
+                assert "".join(chunk.choices[0].text for chunk in chunks) == text
+                assert chunks[-1].choices[0].finish_reason == "stop"
+            for served in world.router.served.values():
+                await served.cancelled.wait()
+            assert sorted(world.router.cancels) == sorted(world.router.served)
+
+    run(main())
+
+
+def test_what_the_router_is_asked(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, http_of(world) as http:
+            world.router.answer = saying(raw_tokenizer, "x")
+            headers = {
+                "x-request-id": "mine",
+                "x-microserve-strategy": "balanced",
+                "x-microserve-timeout-s": "5",
+            }
+            body = {
+                "model": "tiny",
+                "prompt": [1, 2, 3],
+                "max_tokens": 9,
+                "temperature": 0,
+                "stop_token_ids": [5],
+                "cache_salt": "tenant",
+            }
+            reply = await http.post("/v1/completions", json=body, headers=headers)
+            assert reply.headers["x-request-id"] == "mine"
+            assert reply.headers["x-microserve-strategy"] == "balanced"
+            assert reply.headers["x-microserve-engines"] == "e0,e1"
+            [served] = world.router.served.values()
+            message = served.message
+            assert served.tokens == [1, 2, 3]
+            assert message.request_id.startswith("mine.") and message.request_id.endswith("-0")
+            assert (message.model, message.strategy, message.salt) == ("tiny", "balanced", "tenant")
+            assert (message.sampling.max_tokens, message.sampling.temperature) == (9, 0.0)
+            assert message.sampling.stop_token_ids == (5,)
+            assert 4.0 < message.ttl_s <= 5.0
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("queue_full", 429),
+        ("cache_full", 503),
+        ("strategy_not_found", 404),
+        ("prompt_too_long", 413),
+        ("invalid_request", 400),
+        ("engine_lost", 502),
+        ("deadline_exceeded", 504),
+        ("strategy_error", 500),
+        ("of_a_newer_router", 500),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_of_the_router_has_its_status(model: Path, code: str, status: int, stream: bool) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, http_of(world) as http:
+            world.router.answer = lambda served: served.end(
+                "error", code=code, detail="because", field="a_field", retry_after_s=2.5
+            )
+            body = {"model": "tiny", "prompt": "x", "stream": stream}
+            reply = await http.post("/v1/completions", json=body)
+            assert reply.status_code == status
+            assert reply.json()["error"]["message"] == "because"
+            assert reply.json()["error"]["param"] == "a_field"
+            assert reply.headers.get("retry-after") == ("3" if status in (429, 503) else None)
+
+    run(main())
+
+
+def test_an_error_in_the_middle_of_a_stream(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, http_of(world) as http, client_of(world) as client:
+
+            def answer(served: Served) -> None:
+                served.send(raw_tokenizer.encode("abc").ids)
+                served.end("error", code="engine_lost", detail="e0 died")
+
+            world.router.answer = answer
+            body = {"model": "tiny", "prompt": "x", "stream": True}
+            reply = await http.post("/v1/completions", json=body)
+            *text, last = events_of(reply.text)
+            assert reply.status_code == 200
+            assert "".join(event["choices"][0]["text"] for event in text) == "abc"
+            assert last["error"]["code"] == "engine_lost"
+            stream = await client.completions.create(model="tiny", prompt="x", stream=True)
+            with pytest.raises(openai.APIError, match="e0 died"):
+                async for _ in stream:
+                    pass
+
+    run(main())
+
+
+def test_one_failed_choice_fails_the_request_and_cancels_the_others(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, http_of(world) as http:
+
+            def answer(served: Served) -> None:
+                if served.message.request_id.endswith("-1"):
+                    served.end("error", code="cache_full", detail="full")
+
+            world.router.answer = answer
+            reply = await http.post("/v1/completions", json={"model": "tiny", "prompt": "x", "n": 3})
+            assert reply.status_code == 503
+            for request_id, served in world.router.served.items():
+                if not request_id.endswith("-1"):
+                    await served.cancelled.wait()
+
+    run(main())
+
+
+def requests_of(events: Iterable[Any]) -> list[Any]:
+    return [event for event in events if event["event"] == log.REQUEST_FINISHED]
+
+
+def test_the_canonical_line(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        with capture_logs() as events:
+            async with gateway_world(model) as world, http_of(world) as http:
+                world.router.answer = saying(raw_tokenizer, "abc", cached_tokens=1)
+                body = {"model": "tiny", "prompt": "xy", "n": 2}
+                await http.post("/v1/completions", json=body, headers={"x-request-id": "mine"})
+                await http.post("/v1/completions", json={"model": "other", "prompt": "x"})
+        one, two, refused = requests_of(events)
+        assert [one["index"], two["index"]] == [0, 1]
+        for line in (one, two):
+            assert line["http_request_id"] == "mine" and line["request_id"].startswith("mine.")
+            assert (line["status"], line["code"], line["finish_reason"]) == (200, "", "stop")
+            assert (line["model"], line["strategy"], line["engines"]) == ("tiny", "auto", ["e0", "e1"])
+            assert (line["prompt_tokens"], line["cached_tokens"], line["output_tokens"]) == (2, 1, 4)
+            assert 0 < line["ttft_s"] <= line["wall_s"]
+            assert round(sum(line[f"{phase}_s"] for phase in PHASES), 6) == line["wall_s"]
+        assert (refused["status"], refused["code"]) == (404, "model_not_found")
+        assert refused["queued_s"] == refused["wall_s"]
+
+    run(main())
+
+
+def test_operator_routes(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, http_of(world) as http:
+            assert (await http.get("/health")).status_code == 200
+            ready = (await http.get("/ready")).json()
+            assert ready["ready"] and [router["router_id"] for router in ready["routers"]] == ["r0"]
+            models = (await http.get("/v1/models")).json()
+            assert [card["id"] for card in models["data"]] == ["tiny"]
+            assert (await http.get("/v1/models/tiny")).json()["max_model_len"] == 512
+            assert (await http.get("/v1/models/meta/other")).json()["error"]["code"] == "model_not_found"
+            assert (await http.get("/version")).json()["version"]
+            tokens = raw_tokenizer.encode("Hello world").ids
+            said = await http.post("/tokenize", json={"prompt": "Hello world"})
+            assert said.json() == {"count": len(tokens), "max_model_len": 512, "tokens": tokens}
+            assert (await http.post("/tokenize", json={"messages": USER})).json()["count"] > 2
+            back = await http.post("/detokenize", json={"tokens": tokens})
+            assert back.json() == {"prompt": "Hello world"}
+            text = (await http.get("/metrics", params={"names": "vllm"})).text
+            assert "vllm:time_to_first_token_seconds_bucket" in text
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/", 404, "not_found"),
+        ("GET", "/v1/nothing", 404, "not_found"),
+        ("GET", "/health/", 404, "not_found"),
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("DELETE", "/health", 405, "method_not_allowed"),
+        ("POST", "/v1/embeddings", 501, "not_implemented"),
+        ("POST", "/v1/responses", 501, "not_implemented"),
+        ("POST", "/tokenize", 400, "invalid_request"),
+        ("POST", "/detokenize", 400, "invalid_request"),
+    ],
+)
+def test_every_refusal_is_an_envelope(model: Path, method: str, path: str, status: int, code: str) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, http_of(world) as http:
+            reply = await http.request(method, path)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+            assert reply.headers["x-request-id"]
+
+    run(main())
+
+
+def test_keys_cover_everything_but_probes(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model, 'gateway.api_keys=["secret"]') as world, http_of(world) as http:
+            for path in ("/health", "/ready"):
+                assert (await http.get(path)).status_code == 200
+            for path in ("/v1/models", "/metrics", "/version", "/nothing"):
+                reply = await http.get(path)
+                assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+                assert reply.headers["www-authenticate"] == "Bearer"
+            for path in ("/v1/chat/completions", "/v1/completions", "/tokenize"):
+                assert (await http.post(path, content=b"{")).status_code == 401
+            with_key = {"authorization": "Bearer secret"}
+            assert (await http.get("/v1/models", headers=with_key)).status_code == 200
+
+    run(main())

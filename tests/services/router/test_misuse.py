@@ -1,0 +1,442 @@
+"""What strategies do wrong: the author is told at the line, the client is not left hanging, nothing leaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+import pytest
+import structlog
+from router_world import (
+    Answer,
+    World,
+    eventually,
+    expected_output,
+    in_loop,
+    router_world,
+    serve_with,
+    start_with,
+)
+
+from microserve.protocol import actions as wire
+from microserve.protocol import log
+from microserve.protocol.actions import Finished, Timings, Usage
+from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
+from microserve.services.router.engine import Engine
+from microserve.services.router.mesh import Mesh
+from microserve.services.router.request import Request
+from microserve.services.router.stream import Tokens
+
+PROMPT = list(range(50))
+Trial = Callable[[Engine, Engine, Request], Awaitable[object]]
+
+
+async def expect_error(
+    world: World, trial: Trial, error: type[MeshError], text: str, prompt: list[int] = PROMPT
+) -> None:
+    """``trial`` raises ``error`` inside a strategy; the strategy then serves plainly all the same."""
+    raised: list[MeshError] = []
+
+    async def body(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+        decode = mesh.pick("decode", request)
+        prefill = mesh.pick("prefill", request, exclude=[decode])
+        try:
+            await trial(decode, prefill, request)
+        except MeshError as mistake:
+            raised.append(mistake)
+        decode.abort(request)
+        async for tokens in decode.start_generate(request):
+            yield tokens
+
+    answer = await serve_with(world, body, prompt)
+    assert answer.token_ids == expected_output(4), answer
+    assert [type(mistake) for mistake in raised] == [error], raised
+    assert text in raised[0].detail
+
+
+async def gap_before_generate(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    p.remote_send(request, grant, end=20)
+    d.start_generate(request, begin=40, grant=grant)
+
+
+async def hole_between_sends(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    p.remote_send(request, grant, end=10)
+    p.remote_send(request, grant, begin=20, end=40)
+    await d.commit(request, grant)
+
+
+async def no_send_at_all(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    d.start_generate(request, begin=40, grant=grant)
+
+
+async def overlapping_sends(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    p.remote_send(request, grant, end=20)
+    p.remote_send(request, grant, begin=19, end=40)
+
+
+async def wrong_begin(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    sending = p.remote_send(request, grant, end=40)
+    d.start_generate(request, begin=39, after=sending)
+
+
+async def begin_without_grant(d: Engine, p: Engine, request: Request) -> None:
+    d.start_generate(request, begin=10)
+
+
+async def send_beyond_the_grant(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    p.remote_send(request, grant)
+
+
+async def send_backwards(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    p.remote_send(request, grant, begin=30, end=20)
+
+
+async def first_token_too_early(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    p.remote_send(request, grant, end=40, first_token=True)
+
+
+async def end_outside_the_prompt(d: Engine, p: Engine, request: Request) -> None:
+    await d.prep_recv(request, end=51)
+
+
+async def begin_outside_the_prompt(d: Engine, p: Engine, request: Request) -> None:
+    d.start_generate(request, begin=-51)
+
+
+@pytest.mark.parametrize(
+    ("trial", "text"),
+    [
+        (gap_before_generate, "no send covers [20, ...) of the grant's [0, 40)"),
+        (hole_between_sends, "no send covers [10, ...) of the grant's [0, 40)"),
+        (no_send_at_all, "no send covers [0, ...)"),
+        (overlapping_sends, "[19, 40) overlaps the send of [0, 20)"),
+        (wrong_begin, "begin is 39, but the engine has KV up to 40"),
+        (begin_without_grant, "begin is 10, but the engine has KV up to 0"),
+        (send_beyond_the_grant, "[0, 50) is not inside the grant's [0, 40)"),
+        (send_backwards, "[30, 20) is not inside the grant's [0, 40)"),
+        (first_token_too_early, "only at the prompt's end"),
+        (end_outside_the_prompt, "end 51 is outside a prompt of 50 tokens"),
+        (begin_outside_the_prompt, "begin -51 is outside a prompt of 50 tokens"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_intervals_that_do_not_fit(trial: Trial, text: str) -> None:
+    @in_loop
+    async def main() -> None:
+        async with router_world("d", "p", labels={"d": ["decode"], "p": ["prefill"]}) as world:
+            await expect_error(world, trial, InvalidInterval, text)
+
+    main()
+
+
+async def two_generates(d: Engine, p: Engine, request: Request) -> None:
+    d.start_generate(request)
+    p.start_generate(request)
+
+
+async def nobody_samples(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request)
+    sending = p.remote_send(request, grant, first_token=False)
+    d.start_generate(request, begin=request.num_tokens, after=sending)
+
+
+async def grant_of_another_engine(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    sending = p.remote_send(request, grant, end=40)
+    p.start_generate(request, begin=40, after=sending)
+
+
+async def grant_used_twice(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    p.remote_send(request, grant, end=40)
+    await d.commit(request, grant)
+    await d.release(request, grant)
+
+
+async def send_into_a_used_grant(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    await d.release(request, grant)
+    p.remote_send(request, grant, end=40)
+
+
+async def after_another_grant(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    other = await p.prep_recv(request, end=40)
+    d.start_generate(request, begin=40, grant=other, after=p.remote_send(request, grant, end=40))
+
+
+async def too_many_lanes(d: Engine, p: Engine, request: Request) -> None:
+    grant = await d.prep_recv(request, end=40)
+    for begin in range(40):
+        p.remote_send(request, grant, begin=begin, end=begin + 1)
+
+
+async def another_request(d: Engine, p: Engine, request: Request) -> None:
+    other = Request("other", [1], request.sampling, request.deadline, 16)
+    d.start_generate(other)
+
+
+@pytest.mark.parametrize(
+    ("trial", "text"),
+    [
+        (two_generates, "a request generates once"),
+        (nobody_samples, "no sender samples the first token"),
+        (grant_of_another_engine, "the grant is one of engine d, not of p"),
+        (grant_used_twice, "was used already"),
+        (send_into_a_used_grant, "was used already"),
+        (after_another_grant, "'after' sends into another grant"),
+        (too_many_lanes, "a grant takes at most 4 sends"),
+        (another_request, "not of other"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_actions_that_do_not_go_together(trial: Trial, text: str) -> None:
+    serves_after = trial is not two_generates
+
+    @in_loop
+    async def main() -> None:
+        async with router_world("d", "p", labels={"d": ["decode"], "p": ["prefill"]}) as world:
+            if serves_after:
+                await expect_error(world, trial, StrategyError, text)
+                return
+
+            async def body(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+                await trial(mesh.pick("decode", request), mesh.pick("prefill", request), request)
+                yield Tokens(0, [])
+
+            answer = await serve_with(world, body, PROMPT)
+            assert (answer.result.reason, answer.result.code) == ("error", "strategy_error")
+            assert text in answer.result.detail
+
+    main()
+
+
+# --- what the client sees of a broken strategy -----------------------------------------------------
+
+
+async def broken(world: World, body: Callable[[Mesh, Request], AsyncGenerator[Tokens, None]]) -> Answer:
+    """Serve by a strategy that must fail with ``strategy_error`` and say so in the log once."""
+    with structlog.testing.capture_logs() as logs:
+        answer = await serve_with(world, body, PROMPT)
+        await world.check_clean()
+    assert (answer.result.reason, answer.result.code) == ("error", "strategy_error")
+    events = [entry for entry in logs if entry["event"] == log.STRATEGY_FAILED]
+    assert len(events) == 1
+    assert events[0]["request_id"] == answer.request_id
+    assert events[0]["exc_info"] is not None
+    return answer
+
+
+FINISHED = Finished("length", Usage(), Timings())
+
+
+async def raises(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    async for tokens in mesh.pick(None, request).start_generate(request):
+        yield Tokens(tokens.offset, tokens.token_ids)
+        raise ZeroDivisionError("ratio")
+
+
+async def ends_early(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    mesh.pick(None, request).start_generate(request)
+    return
+    yield
+
+
+async def yields_junk(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    yield [1, 2]  # type: ignore[misc]
+
+
+async def repeats(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    yield Tokens(0, [3])
+    yield Tokens(0, [3])
+
+
+async def skips(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    yield Tokens(1, [3], finished=FINISHED)
+
+
+async def times_out_by_itself(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    async with asyncio.timeout(0):
+        await asyncio.sleep(60)
+    yield Tokens(0, [])
+
+
+async def cancels_itself(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    raise asyncio.CancelledError
+    yield
+
+
+async def bad_interval(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    mesh.pick(None, request).start_generate(request, begin=3)
+    yield Tokens(0, [])
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (raises, "ZeroDivisionError: ratio"),
+        (ends_early, "ended before its stream did"),
+        (yields_junk, "yielded list, not Tokens"),
+        (repeats, "yielded token 0, not 1"),
+        (skips, "yielded token 1, not 0"),
+        (times_out_by_itself, "TimeoutError"),
+        (cancels_itself, "cancelled itself"),
+        (bad_interval, "begin is 3"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_broken_strategy_ends_with_strategy_error(
+    body: Callable[[Mesh, Request], AsyncGenerator[Tokens, None]], text: str
+) -> None:
+    @in_loop
+    async def main() -> None:
+        async with router_world("d", "p") as world:
+            answer = await broken(world, body)
+            assert text in answer.result.detail
+            # The next request is none the worse.
+            assert (await world.gateway.generate(PROMPT)).token_ids == expected_output(4)
+
+    main()
+
+
+@in_loop
+async def test_a_forgotten_grant_is_given_back_and_reported_while_the_client_is_served() -> None:
+    async with router_world("d", "p", labels={"d": ["decode"], "p": ["prefill"]}) as world:
+
+        async def body(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+            decode, prefill = mesh.pick("decode", request), mesh.pick("prefill", request)
+            grant = await prefill.prep_recv(request, end=40)
+            decode.remote_send(request, grant, end=40)
+            async for tokens in decode.start_generate(request):
+                yield tokens
+
+        with structlog.testing.capture_logs() as logs:
+            answer = await serve_with(world, body, PROMPT)
+        assert answer.result.reason == "length"
+        assert answer.token_ids == expected_output(4)
+        events = [entry for entry in logs if entry["event"] == log.STRATEGY_FAILED]
+        assert [entry["error"] for entry in events] == ["forgotten grant p-1-1 of engine p"]
+        await world.engines["p"].saw(wire.Abort)
+
+
+@in_loop
+async def test_a_handle_is_dead_after_its_request() -> None:
+    async with router_world("d") as world:
+        kept: list[tuple[Mesh, Engine, Request]] = []
+
+        async def body(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+            kept.append((mesh, mesh.pick(None, request), request))
+            async for tokens in kept[0][1].start_generate(request):
+                yield tokens
+
+        await serve_with(world, body, PROMPT)
+        mesh, engine, request = kept[0]
+        world.forget_calls()
+        with pytest.raises(StrategyError, match="has ended"):
+            await engine.prep_recv(request)
+        with pytest.raises(StrategyError, match="has ended"):
+            engine.start_generate(request)
+        with pytest.raises(StrategyError, match="has ended"):
+            mesh.pick(None, request)
+        assert world.calls() == []
+
+
+@in_loop
+async def test_what_a_strategy_does_behind_its_last_chunk_is_not_run_but_finally_is() -> None:
+    async with router_world("d") as world:
+        steps: list[str] = []
+
+        async def body(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+            engine = mesh.pick(None, request)
+            try:
+                async for tokens in engine.start_generate(request):
+                    yield tokens
+                steps.append("behind")
+            finally:
+                steps.append("finally")
+                with pytest.raises(StrategyError, match="has ended"):
+                    await engine.prep_recv(request)
+
+        answer = await serve_with(world, body, PROMPT)
+        assert answer.result.reason == "length"
+        await eventually(lambda: steps == ["finally"], "closed")
+
+
+@in_loop
+async def test_a_finally_that_hangs_or_raises_hurts_nobody() -> None:
+    async with router_world("d") as world:
+        ends: list[str] = []
+
+        async def hangs(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+            try:
+                async for tokens in mesh.pick(None, request).start_generate(request):
+                    yield tokens
+            finally:
+                ends.append("finally")
+                await asyncio.Event().wait()
+
+        async def breaks(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+            try:
+                async for tokens in mesh.pick(None, request).start_generate(request):
+                    yield tokens
+            finally:
+                raise ValueError("in finally")
+
+        with structlog.testing.capture_logs() as logs:
+            for body in (hangs, breaks):
+                answer = await serve_with(world, body, PROMPT)
+                assert answer.result.reason == "length"
+            await eventually(
+                lambda: len([e for e in logs if e["event"] == log.STRATEGY_FAILED]) == 2, "both are reported"
+            )
+        assert ends == ["finally"]
+
+
+@in_loop
+async def test_a_strategy_that_swallows_its_cancellation_is_stopped_at_its_next_chunk() -> None:
+    async with router_world("d") as world:
+        swallowed = asyncio.Event()
+
+        async def body(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                swallowed.set()
+            async for tokens in mesh.pick(None, request).start_generate(request):
+                yield tokens
+
+        name = start_with(world, body)
+        answer = world.gateway.start(PROMPT, strategy=name)
+        await eventually(lambda: len(world.router.serving) == 1, "live")
+        world.gateway.cancel(answer)
+        assert (await answer.wait()).reason == "abort"
+        assert swallowed.is_set()
+        late = world.gateway.start(PROMPT, strategy=name, ttl_s=0.1)
+        assert (await late.wait()).code == "deadline_exceeded"
+
+
+@in_loop
+async def test_a_refused_start_may_be_repeated_on_another_engine() -> None:
+    async with router_world("d", "p", labels={"d": ["decode"], "p": ["prefill"]}) as world:
+        world.engines["d"].failures[wire.StartGenerate] = MeshError("no room")
+
+        async def body(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+            decode, prefill = mesh.pick("decode", request), mesh.pick("prefill", request)
+            try:
+                async for tokens in decode.start_generate(request):
+                    yield tokens
+            except MeshError:
+                async for tokens in prefill.start_generate(request):
+                    yield tokens
+
+        answer = await serve_with(world, body, PROMPT)
+        assert answer.token_ids == expected_output(4)
+        assert answer.result.engines == ["d", "p"]
