@@ -39,16 +39,16 @@ class EventStream:
         on_idle: Callable[[], None],
         on_stall: Callable[[MeshError], None],
         headers: Mapping[str, str] | None = None,
-        ping_s: float = PING_S,
-        stall_s: float = STALL_S,
+        ping_s: float | None = None,
+        stall_s: float | None = None,
     ) -> None:
         """``on_idle``: no write for ``ping_s``, so ``ping``. ``on_stall``: the client does not read."""
         self._exchange = exchange
         self._on_idle = on_idle
         self._on_stall = on_stall
         self._headers = {**_HEADERS, **(headers or {})}
-        self._ping_s = ping_s
-        self._stall_s = stall_s
+        self._ping_s = PING_S if ping_s is None else ping_s
+        self._stall_s = STALL_S if stall_s is None else stall_s
         self._loop = asyncio.get_running_loop()
         self._writing = False
         self._changed_at = self._loop.time()

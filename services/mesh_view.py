@@ -69,6 +69,8 @@ class PlainView:
     def mesh(self, state: MeshState) -> None:
         for child in state.children:
             known = self._children.get(child.name)
+            if child.state == "starting" and not child.pid:
+                continue  # its turn comes in a moment
             if known is None or (known.state, known.restarts) != (child.state, child.restarts):
                 self._children[child.name] = child
                 self._line(f"{time.monotonic() - self._began:6.1f} s  {describe(child)}")

@@ -53,7 +53,8 @@ class Filter:
     """Which events to show; no field given: canonical lines and whatever happened to services."""
 
     request_id: str | None = None
-    """This request (by its bus id or its ``x-request-id``) and its parts ``<id>-<k>``, in every service."""
+    """This request and its parts ``<id>-<k>``, in every service: its id on the bus, in the header or in the body
+    of the response."""
     service: str | None = None
     slow_s: float | None = None
     """Only requests whose canonical ``wall_s`` is at least this."""
@@ -129,7 +130,8 @@ def _format_request(event: Event) -> str:
     return " | ".join(filter(None, parts))
 
 
-def _concerns(event: Event, request_id: str) -> bool:
+def _concerns(event: Event, wanted: str) -> bool:
+    request_id = wanted.removeprefix("chatcmpl-").removeprefix("cmpl-")
     for name in ("request_id", "http_request_id"):
         value = str(event.get(name, ""))
         head, dash, number = value.rpartition("-")

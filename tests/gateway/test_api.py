@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -28,7 +30,9 @@ def saying(tokenizer: Tokenizer, text: str, **ended: Any) -> Callable[[Served], 
     def answer(served: Served) -> None:
         wanted = served.message.sampling.logprobs
         for token_id in [*ids, stop]:
-            logprobs = [] if wanted is None else [TokenLogprob(-0.25, [(token_id, -0.25), (0, -2.0)][:wanted])]
+            logprobs = (
+                [] if wanted is None else [TokenLogprob(-0.25, [(token_id, -0.25), (0, -2.0)][:wanted])]
+            )
             end = served.ended("stop", stop_token_id=stop, **ended) if token_id == stop else None
             served.send([token_id], logprobs=logprobs, ended=end)
 
@@ -80,9 +84,9 @@ def test_chat_stream(model: Path, raw_tokenizer: Tokenizer) -> None:
             assert chunks[0].choices[0].delta.role == "assistant"
             text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
             assert text == "Hello 😀!"
-            assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [
-                "stop"
-            ]
+            assert [
+                c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason
+            ] == ["stop"]
             assert all(chunk.usage is None for chunk in chunks[:-1])
             assert chunks[-1].choices == [] and chunks[-1].usage is not None
 
@@ -99,7 +103,9 @@ def test_completions_with_choices_and_prompts(model: Path, raw_tokenizer: Tokeni
                 served.end("length")
 
             world.router.answer = answer
-            reply = await client.completions.create(model="tiny", prompt=["a", "b"], n=2, seed=7, max_tokens=20)
+            reply = await client.completions.create(
+                model="tiny", prompt=["a", "b"], n=2, seed=7, max_tokens=20
+            )
             assert [choice.text for choice in reply.choices] == ["a7", "a8", "b9", "b10"]
             assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
             assert {choice.finish_reason for choice in reply.choices} == {"length"}
@@ -113,8 +119,9 @@ def test_completions_with_choices_and_prompts(model: Path, raw_tokenizer: Tokeni
 def test_streamed_choices_keep_their_index(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
         async with gateway_world(model) as world, client_of(world) as client:
-            stream = await start(client.completions.create(model="tiny", prompt="x", n=2, stream=True), world, 2)
-            requests = sorted(world.router.served.values(), key=lambda served: served.message.request_id)
+            call = client.completions.create(model="tiny", prompt="x", n=2, stream=True)
+            stream = asyncio.ensure_future(call)
+            requests = [await world.router.request(), await world.router.request()]
             ids = raw_tokenizer.encode("abc").ids
             for token_id in ids:
                 for served in reversed(requests):
@@ -125,14 +132,6 @@ def test_streamed_choices_keep_their_index(model: Path, raw_tokenizer: Tokenizer
             async for chunk in await stream:
                 texts[chunk.choices[0].index] += chunk.choices[0].text
             assert texts == {0: "abc", 1: "abc"}
-
-    async def start(call: Any, world: GatewayWorld, count: int) -> Any:
-        import asyncio
-
-        task = asyncio.create_task(call)
-        for _ in range(count):
-            await world.router.request()
-        return task
 
     run(main())
 
@@ -230,33 +229,38 @@ def test_what_the_router_is_asked(model: Path, raw_tokenizer: Tokenizer) -> None
     run(main())
 
 
-@pytest.mark.parametrize(
-    ("code", "status"),
-    [
-        ("queue_full", 429),
-        ("cache_full", 503),
-        ("strategy_not_found", 404),
-        ("prompt_too_long", 413),
-        ("invalid_request", 400),
-        ("engine_lost", 502),
-        ("deadline_exceeded", 504),
-        ("strategy_error", 500),
-        ("of_a_newer_router", 500),
-    ],
-)
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_refusal_of_the_router_has_its_status(model: Path, code: str, status: int, stream: bool) -> None:
+REFUSALS = {
+    "queue_full": 429,
+    "cache_full": 503,
+    "strategy_not_found": 404,
+    "prompt_too_long": 413,
+    "invalid_request": 400,
+    "engine_lost": 502,
+    "deadline_exceeded": 504,
+    "strategy_error": 500,
+    "of_a_newer_router": 500,
+}
+
+
+def test_a_refusal_of_the_router_has_its_status(model: Path) -> None:
     async def main() -> None:
         async with gateway_world(model) as world, http_of(world) as http:
-            world.router.answer = lambda served: served.end(
-                "error", code=code, detail="because", field="a_field", retry_after_s=2.5
-            )
-            body = {"model": "tiny", "prompt": "x", "stream": stream}
-            reply = await http.post("/v1/completions", json=body)
-            assert reply.status_code == status
-            assert reply.json()["error"]["message"] == "because"
-            assert reply.json()["error"]["param"] == "a_field"
-            assert reply.headers.get("retry-after") == ("3" if status in (429, 503) else None)
+            for code, status in REFUSALS.items():
+                world.router.answer = functools.partial(
+                    Served.end,
+                    reason="error",
+                    code=code,
+                    detail="because",
+                    field="a_field",
+                    retry_after_s=2.5,
+                )
+                for stream in (False, True):
+                    body = {"model": "tiny", "prompt": "x", "stream": stream}
+                    reply = await http.post("/v1/completions", json=body)
+                    assert reply.status_code == status
+                    assert reply.json()["error"]["message"] == "because"
+                    assert reply.json()["error"]["param"] == "a_field"
+                    assert reply.headers.get("retry-after") == ("3" if status in (429, 503) else None)
 
     run(main())
 
@@ -352,26 +356,26 @@ def test_operator_routes(model: Path, raw_tokenizer: Tokenizer) -> None:
     run(main())
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
-    [
-        ("GET", "/", 404, "not_found"),
-        ("GET", "/v1/nothing", 404, "not_found"),
-        ("GET", "/health/", 404, "not_found"),
-        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
-        ("DELETE", "/health", 405, "method_not_allowed"),
-        ("POST", "/v1/embeddings", 501, "not_implemented"),
-        ("POST", "/v1/responses", 501, "not_implemented"),
-        ("POST", "/tokenize", 400, "invalid_request"),
-        ("POST", "/detokenize", 400, "invalid_request"),
-    ],
-)
-def test_every_refusal_is_an_envelope(model: Path, method: str, path: str, status: int, code: str) -> None:
+ENVELOPES = [
+    ("GET", "/", 404, "not_found"),
+    ("GET", "/v1/nothing", 404, "not_found"),
+    ("GET", "/health/", 404, "not_found"),
+    ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+    ("DELETE", "/health", 405, "method_not_allowed"),
+    ("POST", "/v1/embeddings", 501, "not_implemented"),
+    ("POST", "/v1/responses", 501, "not_implemented"),
+    ("POST", "/tokenize", 400, "invalid_request"),
+    ("POST", "/detokenize", 400, "invalid_request"),
+]
+
+
+def test_every_refusal_is_an_envelope(model: Path) -> None:
     async def main() -> None:
         async with gateway_world(model) as world, http_of(world) as http:
-            reply = await http.request(method, path)
-            assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
-            assert reply.headers["x-request-id"]
+            for method, path, status, code in ENVELOPES:
+                reply = await http.request(method, path)
+                assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+                assert reply.headers["x-request-id"]
 
     run(main())
 

@@ -113,11 +113,11 @@ def test_text_that_is_no_event_keeps_its_place(tmp_path: Path) -> None:
 
 
 def test_a_request_is_one_line_whose_phases_are_shown(tmp_path: Path) -> None:
-    (tmp_path / "gateway.jsonl").write_bytes(canonical(1.5, "cmpl-7"))
-    (tmp_path / "router.jsonl").write_bytes(line(1.4, "request.finished", request_id="cmpl-7"))
+    (tmp_path / "gateway.jsonl").write_bytes(canonical(1.5, "r7"))
+    (tmp_path / "router.jsonl").write_bytes(line(1.4, "request.finished", request_id="r7"))
     (text,) = shown(tmp_path, Filter())
     assert text.split(" ", 1)[1] == (
-        "cmpl-7 | SmolLM2 | balanced e1→e0 | in=512 cached=256 received=200 out=48 | "
+        "r7 | SmolLM2 | balanced e1→e0 | in=512 cached=256 received=200 out=48 | "
         "queued 1.0 tokenised 2.0 routed 3.0 granted 4.0 prefilled 5.0 transferred 6.0 admitted 7.0 "
         "first_token 8.0 decoded 9.0 = 45.0 ms | ttft 36.0 ms | stop"
     )

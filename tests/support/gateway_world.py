@@ -305,3 +305,28 @@ async def gateway_world(
             await scripted.close()
         bus.close()
     serving.result()
+
+
+async def post(
+    world: GatewayWorld, path: str, **body: Any
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A request on a bare connection, so that a test can close it or leave it unread; nothing is read yet."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    content = json.dumps({"model": "tiny", **body}).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {len(content)}\r\n\r\n"
+    writer.write(head.encode() + content)
+    await writer.drain()
+    return reader, writer
+
+
+async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    """Status and headers of an answer."""
+    lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+    return int(lines[0].split()[1]), headers
+
+
+async def read_chunk(reader: asyncio.StreamReader) -> bytes:
+    """One chunk of a chunked answer, as the server wrote it; empty at the end."""
+    size = int(await reader.readline(), 16)
+    return (await reader.readexactly(size + 2))[:-2]

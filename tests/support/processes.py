@@ -80,7 +80,6 @@ class MeshProcesses:
             f"router.address={self.router_address}",
             f"gateway.port={self.gateway_port}",
             "kvcache.checksums=true",
-            "bus.heartbeat_interval_s=0.2",
             *self.settings,
         ]
         if kind == "engine":

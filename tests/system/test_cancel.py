@@ -1,4 +1,4 @@
-"""A client that leaves, in each phase: every engine involved drops the request and answers others as before."""
+"""A client that leaves, in each phase: every engine involved drops the request and serves on."""
 
 from __future__ import annotations
 

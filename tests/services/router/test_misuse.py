@@ -194,7 +194,7 @@ async def another_request(d: Engine, p: Engine, request: Request) -> None:
         (send_into_a_used_grant, "was used already"),
         (after_another_grant, "'after' sends into another grant"),
         (too_many_lanes, "a grant takes at most 4 sends"),
-        (another_request, "not of other"),
+        (another_request, "not other"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -1,0 +1,131 @@
+"""Where settings come from, in what order, and how a wrong one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from microserve.protocol.errors import ConfigError
+from microserve.protocol.settings import Settings, load_settings
+
+
+def refused(**sources: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as error:
+        load_settings(**sources)
+    return error.value
+
+
+def test_defaults_are_valid() -> None:
+    assert load_settings() == Settings() == Settings().check()
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.toml"
+    file.write_text("[bus]\ncredit = 1\nliveness = 2\nlinger_s = 3\n[engine]\nlabels = ['prefill']\n")
+    environment = {
+        "MICROSERVE_BUS__LIVENESS": "20",
+        "MICROSERVE_BUS__LINGER_S": "30",
+        "OTHER_BUS__CREDIT": "99",
+        "MICROSERVE_CONFIG": "not a setting",
+    }
+
+    settings = load_settings(file, environment=environment, overrides=["bus.linger_s=300"])
+
+    assert settings.bus.credit == 1
+    assert settings.bus.liveness == 20
+    assert settings.bus.linger_s == 300.0
+    assert settings.engine.labels == ["prefill"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("engine.labels=['a', 'b']", ["a", "b"]),
+        ("engine.address=tcp://127.0.0.1:1", "tcp://127.0.0.1:1"),
+        ("engine.id = 'quoted' ", "quoted"),
+        ("kvcache.checksums=true", True),
+        ("bus.linger_s=2", 2.0),
+        ("router.strategies.balanced.ratio=0.2", {"balanced": {"ratio": 0.2}}),
+        ("model.name=", ""),
+    ],
+)
+def test_values_read_as_toml_or_as_text(override: str, expected: object) -> None:
+    section, name = override.partition("=")[0].strip().split(".")[:2]
+
+    assert getattr(getattr(load_settings(overrides=[override]), section), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "reason"),
+    [
+        ("bus.crdit=3", "bus.crdit", "unknown field"),
+        ("buss.credit=3", "buss", "unknown field"),
+        ("bus.credit=many", "bus.credit", "Expected `int`"),
+        ("bus=3", "bus", "Expected `object`"),
+        ("bus.credit=0", "bus.credit", "bus.credit must be above 0, is 0"),
+        ("bus.heartbeat_interval_s=-1", "bus.heartbeat_interval_s", "above 0, is -1"),
+        ("bus.credit=2501", "bus.credit", "at most a quarter of bus.high_water_mark"),
+        ("engine.labels=prefill", "engine.labels", "Expected `array`"),
+        ("kvcache.checksums=2", "kvcache.checksums", "Expected `bool`"),
+        ("nonsense", "nonsense", "is not section.field=value"),
+    ],
+)
+def test_wrong_setting_is_named_by_its_path(override: str, field: str, reason: str) -> None:
+    error = refused(overrides=[override])
+
+    assert error.field == field
+    assert reason in error.detail
+
+
+def test_override_below_a_value_is_refused() -> None:
+    error = refused(overrides=["bus.credit=3", "bus.credit.more=4"])
+
+    assert error.field == "bus.credit.more"
+    assert "credit is not a section" in error.detail
+
+
+def test_typo_in_the_environment_is_refused() -> None:
+    assert refused(environment={"MICROSERVE_BUS__CRDIT": "3"}).field == "bus.crdit"
+
+
+@pytest.mark.parametrize("content", [b"[bus", b"bus = {", b"\xff\xfe"])
+def test_file_that_is_no_toml_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "mesh.toml"
+    file.write_bytes(content)
+
+    assert str(file) in refused(file=file).detail
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    error = refused(file=tmp_path / "absent.toml")
+
+    assert error.field == str(tmp_path / "absent.toml")
+    assert "cannot read" in error.detail
+
+
+def test_every_positive_number_is_checked_or_may_be_zero() -> None:
+    """A new number must be given its bound in ``check``, or named here with what zero means."""
+    may_be_zero = {
+        "bus.linger_s": "drop at once",
+        "engine.max_model_len": "the model's own",
+        "engine.drain_s": "stop at once",
+        "gateway.port": "any free port",
+        "mesh.max_restarts": "never restart",
+    }
+    for section in msgspec.structs.fields(Settings):
+        for field in msgspec.structs.fields(section.type):
+            path = f"{section.name}.{field.name}"
+            if field.type in (int, float) and path not in may_be_zero | UNCHECKED:
+                assert refused(overrides=[f"{path}=0"]).field == path
+
+
+UNCHECKED: dict[str, str] = {}
+
+
+def test_settings_do_not_change() -> None:
+    settings = load_settings()
+    with pytest.raises(AttributeError):
+        settings.bus.credit = 3  # type: ignore[misc]

@@ -1,0 +1,411 @@
+"""Requests and their ends: admission, cancel, deadline, loss and stop, in every phase of a request."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import pytest
+import structlog
+from router_world import Answer, World, eventually, expected_output, in_loop, router_world
+from scripted_engine import MAX_MODEL_LEN, VOCAB_SIZE, ScriptedEngine
+
+from microserve.protocol import actions as wire
+from microserve.protocol import log, serving
+from microserve.protocol.codec import encode_tokens
+from microserve.protocol.errors import CacheFull, QueueFull, TransferFailed
+from microserve.protocol.sampling import SamplingParams
+from microserve.services.router.strategies import BUILT_IN
+
+PROMPT = list(range(50))
+LABELS = {"d": ["decode"], "p": ["prefill"]}
+
+PHASES = {
+    "granting": (["PrepRecv"], lambda d, p: bool(d.of(wire.PrepRecv))),
+    "sending": (["RemoteSend"], lambda d, p: bool(p.of(wire.RemoteSend)) and bool(d.of(wire.StartGenerate))),
+    "accepting": (["StartGenerate"], lambda d, p: bool(d.of(wire.StartGenerate))),
+    "decoding": (["decode"], lambda d, p: bool(d.of(wire.StartGenerate))),
+}
+"""Phase -> what the engines hold back, and how they see that the request is there."""
+
+
+async def stuck_in(world: World, phase: str, **fields: object) -> Answer:
+    """A disaggregated request that stays in ``phase``."""
+    paused, reached = PHASES[phase]
+    d, p = world.engines["d"], world.engines["p"]
+    for engine in (d, p):
+        engine.paused.update(paused)
+    answer = world.gateway.start(PROMPT, strategy="disaggregated", **fields)  # type: ignore[arg-type]
+    await eventually(lambda: reached(d, p), f"the request is {phase}")
+    if phase == "decoding":
+        await answer.tokens(1)  # the sender's
+    return answer
+
+
+def holders(world: World) -> list[ScriptedEngine]:
+    """Engines that have been asked for something that has not ended."""
+    return [engine for engine in world.engines.values() if not engine.is_clean()]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_cancel_reaches_every_engine(phase: str) -> None:
+    @in_loop
+    async def main() -> None:
+        async with router_world("d", "p", labels=LABELS) as world:
+            answer = await stuck_in(world, phase)
+            held = {"d", *([] if phase in ("granting", "decoding") else ["p"])}
+            world.gateway.cancel(answer)
+            ended = await answer.wait()
+            assert (ended.reason, ended.code) == ("abort", "")
+            assert ended.usage.output_tokens == len(answer.token_ids)
+            for engine_id in held if phase == "sending" else {"d"}:
+                await world.engines[engine_id].saw(wire.Abort)
+            await world.check_clean()
+            for engine in world.engines.values():
+                engine.resume(*engine.paused)  # what comes now is late and does no harm
+            world.gateway.cancel(answer)
+
+    main()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_deadline_ends_it_in_any_phase(phase: str) -> None:
+    @in_loop
+    async def main() -> None:
+        async with router_world("d", "p", labels=LABELS) as world:
+            answer = await stuck_in(world, phase, ttl_s=0.3)
+            ended = await answer.wait()
+            assert (ended.reason, ended.code) == ("error", "deadline_exceeded")
+            assert 0.3 <= ended.phases.total_s < 5.0
+            await world.check_clean()
+
+    main()
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("lost", ["d", "p"])
+def test_the_loss_of_an_engine_ends_what_needs_it(phase: str, lost: str) -> None:
+    @in_loop
+    async def main() -> None:
+        async with router_world("d", "p", labels=LABELS, call_timeout_s=3.0) as world:
+            answer = await stuck_in(world, phase)
+            world.engines[lost].silent = True
+            other = world.engines["p" if lost == "d" else "d"]
+            if lost == "p" and phase != "sending":
+                # Nothing is wanted from the prefill engine yet, or any more.
+                await eventually(lambda: len(world.router.registry.joined()) == 1, "p is lost")
+                other.resume(*other.paused)
+                ended = await answer.wait()
+                if phase == "granting":  # its turn to send came after it was lost
+                    assert ended.code in ("engine_lost", "")
+                else:
+                    assert answer.token_ids == expected_output(4)
+            else:
+                ended = await answer.wait()
+                assert (ended.reason, ended.code) == ("error", "engine_lost")
+                assert lost in ended.detail
+            await eventually(other.is_clean, "the other engine holds nothing")
+            await world.check_clean()
+
+    main()
+
+
+@in_loop
+async def test_a_new_life_of_an_engine_ends_what_the_old_one_had() -> None:
+    async with router_world("d", "p", labels=LABELS) as world:
+        answer = await stuck_in(world, "decoding")
+        world.engines["d"].incarnation = 2  # what answers at the address is another life
+        ended = await answer.wait()
+        assert (ended.reason, ended.code) == ("error", "engine_lost")
+        assert "new life" in ended.detail
+        world.engines["d"].incarnation = 1
+        world.engines["d"].held.clear()
+
+
+@in_loop
+async def test_engines_errors_reach_the_client_with_their_code_and_hint() -> None:
+    async with router_world("d", "p", labels=LABELS) as world:
+        d, p = world.engines["d"], world.engines["p"]
+        for engine, action, error in (
+            (d, wire.PrepRecv, CacheFull("2000 blocks", retry_after_s=0.25)),
+            (p, wire.RemoteSend, TransferFailed("poisoned")),
+            (d, wire.StartGenerate, QueueFull("full", retry_after_s=1.5)),
+        ):
+            engine.failures[action] = error
+            ended = (await world.gateway.generate(PROMPT, strategy="disaggregated")).result
+            assert (ended.reason, ended.code) == ("error", error.code)
+            assert error.detail in ended.detail
+            assert ended.retry_after_s == error.retry_after_s
+            del engine.failures[action]
+            await world.check_clean()
+
+
+@in_loop
+async def test_an_error_of_the_decode_engine_in_mid_stream() -> None:
+    async with router_world("d") as world:
+        d = world.engines["d"]
+        d.manual = True
+        answer = world.gateway.start(PROMPT)
+        await d.saw(wire.StartGenerate)
+        d.emit(wire.Delta(answer.request_id, 0, [5, 6]))
+        await answer.tokens(2)
+        d.finish(answer.request_id, 2, "error", code="internal", detail="step failed")
+        ended = await answer.wait()
+        assert (ended.reason, ended.code, ended.usage.output_tokens) == ("error", "internal", 2)
+
+
+@in_loop
+async def test_duplicated_deltas_are_dropped_and_a_gap_is_an_error() -> None:
+    async with router_world("d") as world:
+        d = world.engines["d"]
+        d.manual = True
+        answer = world.gateway.start(PROMPT)
+        await d.saw(wire.StartGenerate)
+        rid = answer.request_id
+        d.emit(wire.Delta(rid, 0, [5, 6]), wire.Delta(rid, 0, [5, 6]), wire.Delta(rid, 1, [6, 7]))
+        await answer.tokens(3)
+        assert answer.token_ids == [5, 6, 7]
+        d.emit(wire.Delta(rid, 4, [9]))
+        ended = await answer.wait()
+        assert (ended.reason, ended.code) == ("error", "peer_error")
+        assert "[3, 4)" in ended.detail
+        assert answer.token_ids == [5, 6, 7]
+
+
+@in_loop
+async def test_the_first_token_of_the_sender_does_not_wait_for_the_decode_engine() -> None:
+    async with router_world("d", "p", labels=LABELS) as world:
+        d = world.engines["d"]
+        d.paused.add("decode")
+        answer = world.gateway.start(PROMPT, strategy="disaggregated")
+        await answer.tokens(1)
+        assert d.num_deltas == 0
+        start = d.of(wire.StartGenerate)[0]
+        assert start.await_first
+        # A decode engine that repeats token 0 is not heard twice.
+        d.emit(wire.Delta(answer.request_id, 0, expected_output(3)))
+        await answer.tokens(3)
+        d.resume("decode")
+        await answer.wait()
+        assert answer.token_ids == expected_output(4)
+
+
+@in_loop
+async def test_tokens_of_the_decode_engine_prove_that_the_send_was_whole() -> None:
+    async with router_world("d", "p", labels=LABELS) as world:
+        d, p = world.engines["d"], world.engines["p"]
+        d.manual = True
+        p.paused.add("RemoteSend")
+        answer = world.gateway.start(PROMPT, strategy="balanced")
+        await d.saw(wire.StartGenerate)
+        await p.saw(wire.RemoteSend)
+        d.emit(wire.Delta(answer.request_id, 0, [5]))
+        await answer.tokens(1)
+        p.failures[wire.RemoteSend] = TransferFailed("the answer is late and wrong")
+        p.resume("RemoteSend")
+        await eventually(lambda: not p.held or p.is_clean(), "failed")
+        d.emit(wire.Delta(answer.request_id, 1, [6]))
+        await answer.tokens(2)
+        d.finish(answer.request_id, 2)
+        assert (await answer.wait()).reason == "length"
+
+
+@in_loop
+async def test_an_acceptance_that_does_not_come_is_not_waited_for_until_the_deadline() -> None:
+    async with router_world("d", call_timeout_s=0.2) as world:
+        d = world.engines["d"]
+        d.paused.add("StartGenerate")
+        ended = (await world.gateway.generate(PROMPT)).result
+        assert (ended.reason, ended.code) == ("error", "deadline_exceeded")
+        await d.saw(wire.Abort)
+
+
+# --- admission -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "code", "field"),
+    [
+        ([], {}, "invalid_request", "tokens"),
+        ([1, VOCAB_SIZE], {}, "invalid_request", "tokens"),
+        ([1] * (MAX_MODEL_LEN - 3), {"max_tokens": 4}, "prompt_too_long", "tokens"),
+        ([1], {"temperature": -1.0}, "invalid_request", "temperature"),
+        ([1], {"max_tokens": 0}, "invalid_request", "max_tokens"),
+        ([1], {"stop_token_ids": (VOCAB_SIZE,)}, "invalid_request", "stop_token_ids"),
+        ([1], {"strategy": "fastest"}, "strategy_not_found", "strategy"),
+        ([1], {"model": "another"}, "model_not_found", "model"),
+        ([1], {"ttl_s": math.nan}, "invalid_request", "ttl_s"),
+        ([1], {"ttl_s": 0.0}, "deadline_exceeded", "ttl_s"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_be_served_is_refused_before_any_engine_hears_of_it(
+    prompt: list[int], fields: dict[str, object], code: str, field: str
+) -> None:
+    @in_loop
+    async def main() -> None:
+        async with router_world("d") as world:
+            ended = (await world.gateway.generate(prompt, **fields)).result  # type: ignore[arg-type]
+            assert (ended.reason, ended.code, ended.field) == ("error", code, field)
+            assert ended.detail
+            assert ended.engines == []
+            assert world.calls() == []
+
+    main()
+
+
+@in_loop
+async def test_the_longest_prompt_that_fits() -> None:
+    async with router_world("d") as world:
+        answer = await world.gateway.generate([1] * (MAX_MODEL_LEN - 4), max_tokens=4, model="scripted")
+        assert answer.result.reason == "length"
+
+
+@in_loop
+async def test_a_cut_token_frame_ends_its_request() -> None:
+    async with router_world("d") as world:
+        answer = Answer("cut")
+        world.gateway.answers["cut"] = answer
+        message = serving.Generate("cut", "", SamplingParams(), 5.0)
+        world.gateway.send(message, b"\0\0\0")
+        ended = await answer.wait()
+        assert (ended.code, ended.field) == ("invalid_request", "tokens")
+
+
+@in_loop
+async def test_no_engine_is_said_at_once_with_a_hint() -> None:
+    async with router_world() as world:
+        ended = (await world.gateway.generate(PROMPT)).result
+        assert (ended.code, ended.retry_after_s) == ("no_engines", 1.0)
+        world.add_engine("d")
+        await world.list_engines()
+        assert (await world.gateway.generate(PROMPT)).result.reason == "length"
+        world.engines["d"].load = wire.EngineLoad(draining=True)
+        await eventually(lambda: not world.router.registry.usable(), "heartbeat")
+        assert (await world.gateway.generate(PROMPT)).result.code == "no_engines"
+
+
+@in_loop
+async def test_a_live_id_cannot_be_used_twice() -> None:
+    async with router_world("d") as world:
+        d = world.engines["d"]
+        d.paused.add("decode")
+        other = world.connect_gateway()
+        await eventually(lambda: other.welcomes, "welcome")
+        answer = world.gateway.start(PROMPT, request_id="same")
+        await d.saw(wire.StartGenerate)
+        second = await other.generate(PROMPT, request_id="same")
+        assert (second.result.code, second.result.field) == ("invalid_request", "request_id")
+        other.cancel(second)  # not its owner
+        d.resume("decode")
+        assert (await answer.wait()).reason == "length"
+        assert (await other.generate(PROMPT, request_id="same")).result.reason == "length"
+
+
+@in_loop
+async def test_more_than_max_requests_are_refused_with_a_hint() -> None:
+    async with router_world("d", max_requests=2) as world:
+        d = world.engines["d"]
+        d.paused.add("decode")
+        live = [world.gateway.start(PROMPT) for _ in range(2)]
+        await d.saw(wire.StartGenerate, 2)
+        ended = (await world.gateway.generate(PROMPT)).result
+        assert (ended.code, ended.retry_after_s) == ("queue_full", 1.0)
+        d.resume("decode")
+        for answer in live:
+            assert (await answer.wait()).reason == "length"
+        assert (await world.gateway.generate(PROMPT)).result.reason == "length"
+
+
+# --- ends ------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_phases_add_up_and_the_log_has_one_canonical_line() -> None:
+    async with router_world("d", "p", labels=LABELS) as world:
+        with structlog.testing.capture_logs() as logs:
+            answers = [
+                await world.gateway.generate(PROMPT, strategy=item.name, max_tokens=3) for item in BUILT_IN
+            ]
+            refused = await world.gateway.generate([])
+        for answer in answers:
+            phases = answer.result.phases
+            parts = [getattr(phases, n) for n in phases.__struct_fields__ if n != "total_s"]
+            assert min(parts) >= 0
+            assert math.isclose(sum(parts), phases.total_s, abs_tol=1e-6)
+            assert phases.total_s > 0
+        lines = {e["request_id"]: e for e in logs if e["event"] == log.REQUEST_FINISHED}
+        assert len([e for e in logs if e["event"] == log.REQUEST_FINISHED]) == len(lines) == len(answers) + 1
+        for item, answer in zip(BUILT_IN, answers, strict=True):
+            line = lines[answer.request_id]
+            assert (line["strategy"], line["reason"], line["output_tokens"]) == (item.name, "length", 3)
+            assert line["engines"] == answer.result.engines
+            assert not any("token_ids" in key or key == "prompt" for key in line)
+        assert lines[refused.request_id]["code"] == "invalid_request"
+
+
+@in_loop
+async def test_disaggregated_phases_are_where_they_belong() -> None:
+    async with router_world("d", "p", labels=LABELS) as world:
+        d, p = world.engines["d"], world.engines["p"]
+        p.paused.add("RemoteSend")
+        answer = world.gateway.start(PROMPT, strategy="balanced")
+        await p.saw(wire.RemoteSend)
+        await asyncio.sleep(0.1)  # what is measured is time itself
+        p.resume("RemoteSend")
+        d.resume("decode")
+        phases = (await answer.wait()).phases
+        assert phases.prefilled_s + phases.transferred_s > 0.08
+        assert phases.granted_s < 0.08
+
+
+@in_loop
+async def test_stop_ends_what_is_live_and_tells_the_engines() -> None:
+    async with router_world("d", "p", labels=LABELS, check=False) as world:
+        answers = [await stuck_in(world, "decoding"), world.gateway.start(PROMPT)]
+        await world.engines["d"].saw(wire.StartGenerate, 2)
+        world.running.cancel()
+        for answer in answers:
+            ended = await answer.wait()
+            assert (ended.reason, ended.code) == ("error", "draining")
+            assert ended.retry_after_s > 0
+        await asyncio.wait([world.running])
+        await world.engines["d"].saw(wire.Abort, 2)
+        assert world.router.serving.book.is_zero
+        assert holders(world) == []
+
+
+@in_loop
+async def test_a_request_that_is_cancelled_before_its_first_step_still_ends() -> None:
+    async with router_world("d") as world:
+        outputs: list[serving.Output] = []
+        live = world.router.serving
+        message = serving.Generate("early", "", SamplingParams(), 5.0)
+        live.submit(b"me", message, encode_tokens(PROMPT), outputs.append)
+        live.cancel(b"me", "early")
+        await eventually(lambda: outputs, "the end")
+        assert [output.ended.reason for output in outputs if output.ended] == ["abort"]
+        assert world.calls() == []
+
+
+@in_loop
+async def test_many_requests_with_random_cancels_leave_nothing() -> None:
+    """Two hundred requests over all strategies; every third is cancelled at some point."""
+    async with router_world("a", "b", "c", call_timeout_s=10.0) as world:
+        names = world.router.strategies.names
+        answers: list[Answer] = []
+        for number in range(200):
+            prompt = [number % 997, *range(number % 90)]
+            answers.append(
+                world.gateway.start(prompt, strategy=names[number % len(names)], max_tokens=1 + number % 7)
+            )
+            if number % 3 == 0:
+                world.gateway.cancel(answers[number // 2])
+            if number % 10 == 0:
+                await asyncio.sleep(0)
+        for answer in answers:
+            ended = await answer.wait()
+            assert ended.reason in ("length", "abort"), ended
+            assert answer.token_ids == expected_output(len(answer.token_ids))
+            if ended.reason == "length":
+                assert len(answer.token_ids) == ended.usage.output_tokens

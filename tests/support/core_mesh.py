@@ -1,0 +1,172 @@
+"""Two engine cores in one process on memory heaps, stepped by hand: the rig of the core's tests."""
+
+from __future__ import annotations
+
+import random
+
+from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.protocol import actions as wire
+from microserve.protocol.sampling import SamplingParams
+from microserve.services.engine.core import EngineCore
+from microserve.services.engine.state import Limits
+from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
+
+VOCAB = 500
+ROUTER = b"router"
+GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+
+
+class Engine:
+    """One core and what its router would have collected."""
+
+    def __init__(self, mesh: Mesh, name: str, incarnation: int, **options: int) -> None:
+        num_blocks = options.get("num_blocks", 64)
+        layout = hash_layout(num_blocks=num_blocks)
+        self.mesh = mesh
+        heap = MemoryHeap(
+            layout, incarnation=incarnation, registry=mesh.registry, num_slots=options.get("num_slots", 8)
+        )
+        self.runner = HashRunner(heap.data, layout, vocab_size=VOCAB)
+        self.core = EngineCore(
+            engine_id=name,
+            incarnation=incarnation,
+            model="hash",
+            heap=heap,
+            runner=self.runner,
+            limits=Limits(
+                max_model_len=200,
+                vocab_size=VOCAB,
+                num_blocks=num_blocks,
+                max_waiting=options.get("max_waiting", 32),
+                eos_token_ids=frozenset({0}),
+            ),
+            max_num_seqs=options.get("max_num_seqs", 8),
+            max_num_batched_tokens=options.get("max_num_batched_tokens", 16),
+            lease_s=5.0,
+            checksums=True,
+            clock=lambda: mesh.now,
+            pause=lambda _: mesh.other_step(self),
+        )
+        self.replies: dict[int, wire.EngineReply] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.finished: dict[str, wire.Finished] = {}
+
+    def collect(self) -> None:
+        outbox, _ = self.core.take_output()
+        for _, reply in outbox.replies:
+            assert reply.call_id not in self.replies, "answered twice"
+            self.replies[reply.call_id] = reply
+        for _, delta in outbox.deltas:
+            have = self.tokens.setdefault(delta.request_id, [])
+            if not have and delta.offset:
+                have.extend([-1] * delta.offset)  # tokens that reached the router another way
+            assert delta.offset == len(have), "gap or duplicate"
+            have.extend(delta.token_ids)
+            if delta.finished is not None:
+                assert delta.request_id not in self.finished, "two ends"
+                self.finished[delta.request_id] = delta.finished
+
+    def step(self) -> bool:
+        stepped = self.core.step()
+        self.collect()
+        self.core.check_integrity()
+        return stepped
+
+    def assert_clean(self) -> None:
+        pool = self.core.memory.pool
+        assert pool.num_used == 0
+        assert pool.num_quarantined == 0
+        assert pool.num_free == pool.num_blocks
+        assert not self.core.state.num_requests
+        self.core.check_integrity()
+
+
+class Mesh:
+    def __init__(self, **options: int) -> None:
+        self.now = 100.0
+        self.registry = MemoryRegistry()
+        self.a = Engine(self, "a", 11, **options)
+        self.b = Engine(self, "b", 22, **options)
+        self.calls = 0
+        self._nested = False
+
+    def call(self) -> int:
+        self.calls += 1
+        return self.calls
+
+    def other_step(self, engine: Engine) -> None:
+        """While one engine waits inside a step, the other goes on."""
+        self.now += 0.001
+
+    def run(self, limit: int = 2000) -> None:
+        """Step both until neither can."""
+        for _ in range(limit):
+            self.now += 0.001
+            if not self.a.step() | self.b.step():
+                return
+        raise AssertionError("the mesh does not come to rest")
+
+    def close(self) -> None:
+        for engine in (self.a, self.b):
+            for record in engine.core.state.records:
+                engine.core.state.abort(record, self.now)
+        self.now += 1000.0
+        self.run()
+        for engine in (self.a, self.b):
+            engine.assert_clean()
+        self.a.core.close()
+        self.b.core.close()
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB) for _ in range(length)]
+
+
+def generate(engine: Engine, request_id: str, prompt: list[int], params: SamplingParams = GREEDY) -> None:
+    mesh = engine.mesh
+    message = wire.StartGenerate(mesh.call(), request_id, 0, params, 60.0)
+    engine.core.actions.start_generate(ROUTER, message, prompt, mesh.now)
+
+
+def expect(prompt: list[int], params: SamplingParams = GREEDY) -> list[int]:
+    return expected_tokens(prompt, params, vocab_size=VOCAB)
+
+
+def grant_for(engine: Engine, request_id: str, prompt: list[int], end: int) -> wire.Granted:
+    message = wire.PrepRecv(engine.mesh.call(), request_id, end, 60.0)
+    return engine.core.actions.prep_recv(ROUTER, message, prompt, engine.mesh.now)
+
+
+def send(
+    engine: Engine,
+    request_id: str,
+    prompt: list[int],
+    granted: wire.Granted,
+    begin: int,
+    end: int,
+    *,
+    lane: int = 0,
+    sampling: SamplingParams | None = None,
+) -> int:
+    call = engine.mesh.call()
+    message = wire.RemoteSend(call, request_id, begin, end, granted.grant, lane, 60.0, sampling)
+    sent = engine.core.actions.remote_send(ROUTER, message, prompt, engine.mesh.now)
+    if sent is not None:
+        engine.replies[call] = sent
+    return call
+
+
+def receive(
+    engine: Engine,
+    request_id: str,
+    granted: wire.Granted,
+    begin: int,
+    params: SamplingParams = GREEDY,
+    *,
+    await_first: bool = False,
+) -> None:
+    message = wire.StartGenerate(
+        engine.mesh.call(), request_id, begin, params, 60.0, granted.grant.grant_id, await_first
+    )
+    engine.core.actions.start_generate(ROUTER, message, None, engine.mesh.now)
