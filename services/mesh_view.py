@@ -163,4 +163,5 @@ def printable(text: str) -> str:
 def summarise(answer: Answer) -> str:
     decode_s = max(answer.total_s - answer.first_token_s, 1e-9)
     rate = f", then {(answer.num_tokens - 1) / decode_s:.0f} tokens/s" if answer.num_tokens > 1 else ""
-    return f"{answer.num_tokens} tokens; the first after {answer.first_token_s * 1000:.0f} ms{rate}"
+    tokens = "1 token" if answer.num_tokens == 1 else f"{answer.num_tokens} tokens"
+    return f"{tokens}; the first after {answer.first_token_s * 1000:.0f} ms{rate}"

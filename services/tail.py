@@ -53,8 +53,8 @@ class Filter:
     """Which events to show; no field given: canonical lines and whatever happened to services."""
 
     request_id: str | None = None
-    """This request and its parts ``<id>-<k>``, in every service: its id on the bus, in the header or in the body
-    of the response."""
+    """This request and its parts ``<id>-<k>``, in every service: its id on the bus, in ``x-request-id`` or in
+    the body of the response."""
     service: str | None = None
     slow_s: float | None = None
     """Only requests whose canonical ``wall_s`` is at least this."""

@@ -119,6 +119,8 @@ class Actions:
         else:
             if reception is None or reception.grant.grant_id != message.grant_id:
                 raise UnknownRequest(f"no open grant {message.grant_id!r}", field="grant_id")
+            if record.commit is not None:
+                raise InvalidRequest("a commit of this grant is under way", field="grant_id")
             if begin != reception.grant.end:
                 raise InvalidInterval(
                     f"begin must be the grant's end {reception.grant.end}, is {begin}", field="begin"
@@ -157,6 +159,7 @@ class Actions:
         _check_ttl(message.ttl_s)
         record.last_used = now
         record.commit = CommitJob(message.call_id, now + min(message.ttl_s, MAX_TTL_S))
+        self._state.committing.append(record)
         self._state.memory.grants.consume(message.grant_id)
 
     def release(self, owner: bytes, message: wire.Release, now: float) -> wire.Done:
@@ -177,7 +180,7 @@ class Actions:
     def _open(
         self, owner: bytes, request_id: str, token_ids: list[int] | None, ttl_s: float, now: float
     ) -> Record:
-        if self._state.draining:
+        if self._state.draining and self._state.records.find(owner, request_id) is None:
             raise Draining("this engine takes no new work", retry_after_s=1.0)
         if not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:
             raise InvalidRequest(

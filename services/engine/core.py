@@ -30,7 +30,9 @@ from microserve.services.engine.sequence import Transfer
 from microserve.services.engine.state import EngineState, Limits
 from microserve.services.engine.stepper import Stepper
 
-EARLY_POLL_S = 0.0001
+ARRIVAL_POLL_S = 0.001
+"""Pause between looks at arrival counters while nothing else is to be done."""
+EARLY_POLL_S = 0.0002
 """Pause between looks at an arrival counter while a step waits for a layer."""
 EARLY_LOOKS_A_PROBE = 50
 """Looks between two probes for a writer that failed or died."""
@@ -104,8 +106,8 @@ class EngineCore:
         with self._changed:
             if self._closed:
                 return
-            arriving = self.state.receiving or any(r.commit for r in self.state.records)
-            self._changed.wait(0.0005 if arriving else timeout_s)
+            arriving = self.state.receiving or self.state.committing
+            self._changed.wait(ARRIVAL_POLL_S if arriving else timeout_s)
 
     # --- steps -------------------------------------------------------------------------------------
 

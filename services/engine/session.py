@@ -29,12 +29,11 @@ class Session:
         if waiting is None or waiting.finished is not None:
             self.pending[delta.request_id] = delta
             return
+        # The lists are this session's alone: extending them keeps a long wait linear.
+        waiting.token_ids.extend(delta.token_ids)
+        waiting.logprobs.extend(delta.logprobs)
         self.pending[delta.request_id] = Delta(
-            delta.request_id,
-            waiting.offset,
-            [*waiting.token_ids, *delta.token_ids],
-            [*waiting.logprobs, *delta.logprobs],
-            delta.finished,
+            delta.request_id, waiting.offset, waiting.token_ids, waiting.logprobs, delta.finished
         )
 
     def take(self) -> Deltas | None:

@@ -21,6 +21,8 @@ from microserve.services.engine.record import Outbox, Record, Records
 from microserve.services.engine.scheduler import Scheduler
 from microserve.services.engine.sequence import Sequence, State
 
+PURGE_INTERVAL_S = 1.0
+
 _logger = structlog.get_logger()
 
 
@@ -46,7 +48,10 @@ class EngineState:
         """Accepted generating sequences whose KV is not all in."""
         self.inflight: list[Sequence] = []
         """Sequences of the step that runs now: their blocks may not be freed before it ends."""
+        self.committing: list[Record] = []
+        """Records with a ``Commit`` under way."""
         self.draining = False
+        self._purged_at = 0.0
         self.counters: Counter[str] = Counter()
         self._ids = itertools.count(1)
 
@@ -201,6 +206,7 @@ class EngineState:
         if record.commit is not None:
             self.outbox.replies.append((record.owner, failed(record.commit.call_id, error)))
             record.commit = None
+            self.committing.remove(record)
 
     def abort(self, record: Record, now: float) -> None:
         """End everything under a record."""
@@ -228,10 +234,13 @@ class EngineState:
             self.doom(
                 sequence, "error", now, DeadlineExceeded("the request's time was used up on this engine")
             )
-        for record in self.records:
+        for record in list(self.committing):
             if record.commit is not None and record.commit.deadline <= now:
+                self.fail_commit(record, DeadlineExceeded("the KV to commit did not arrive in time"))
                 self.close_reception(record, now)
-        self.records.purge(now)
+        if now - self._purged_at > PURGE_INTERVAL_S:
+            self._purged_at = now
+            self.records.purge(now)
 
 
 def failed(call_id: int, error: MeshError) -> wire.Failed:

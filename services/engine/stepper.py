@@ -66,7 +66,7 @@ class Stepper:
         for sequence in list(state.receiving):
             if sequence.grant_id is not None:
                 self._take_arrival(sequence, sequence.grant_id, now)
-        for record in state.records:
+        for record in list(state.committing):
             if record.commit is not None and record.commit.sealed_blocks is None:
                 self._take_commit(record, record.commit, now)
 
@@ -131,13 +131,14 @@ class Stepper:
             if sequence.grant_id == grant_id:
                 sequence.grant_id = None
                 return
-        for record in state.records:
+        for record in state.committing:
             reception, job = record.reception, record.commit
             if reception is None or job is None or job.sealed_blocks is None:
                 continue
             if reception.grant.grant_id == grant_id:
                 num_tokens = state.memory.commit(reception, job.sealed_blocks)
                 record.reception = record.commit = None
+                state.committing.remove(record)
                 state.count("commits")
                 _logger.info(log.KV_COMMITTED, request_id=record.request_id, num_tokens=num_tokens)
                 state.outbox.replies.append((record.owner, wire.Committed(job.call_id, num_tokens)))

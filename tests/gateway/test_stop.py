@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +24,7 @@ def visible(text: str, stops: list[str]) -> tuple[str, bool]:
 
 def pieces_of(text: str, cuts: list[int]) -> list[str]:
     borders = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    return [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(borders)]
 
 
 @given(text=st.text(LETTERS, max_size=40), stops=STOPS, cuts=st.lists(st.integers(0, 40)))

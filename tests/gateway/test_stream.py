@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from gateway_world import gateway_world, post, read_chunk, read_head, run
+from gateway_world import gateway_world, post, run
 from tokenizers import Tokenizer
 
 from microserve.gateway import sse
@@ -16,26 +16,23 @@ from microserve.protocol.actions import TokenLogprob
 
 def test_exact_bytes_of_a_chat_stream(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
-        async with gateway_world(model) as world:
-            reader, writer = await post(
-                world,
-                "/v1/chat/completions",
-                messages=[{"role": "user", "content": "hi"}],
-                stream=True,
-                stream_options={"include_usage": True},
-            )
+        body = {
+            "messages": [{"role": "user", "content": "hi"}],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        async with gateway_world(model) as world, post(world, "/v1/chat/completions", **body) as client:
             served = await world.router.request()
             [a], [quote] = raw_tokenizer.encode("a").ids, raw_tokenizer.encode('"').ids
             served.send([a])
-            status, headers = await read_head(reader)
+            status, headers = await client.head()
             assert status == 200
             assert headers["content-type"] == "text/event-stream; charset=utf-8"
             assert headers["cache-control"] == "no-cache"
             assert headers["x-accel-buffering"] == "no"
             assert "content-length" not in headers
 
-            first = await read_chunk(reader)
-            opening, delta, rest = first.split(b"\n\n")
+            opening, delta, rest = (await client.chunk()).split(b"\n\n")
             assert rest == b""
             start = json.loads(opening.removeprefix(b"data: "))
             head = (
@@ -43,83 +40,83 @@ def test_exact_bytes_of_a_chat_stream(model: Path, raw_tokenizer: Tokenizer) -> 
                 b'"system_fingerprint":"%b","choices":['
                 % (start["id"].encode(), start["created"], start["system_fingerprint"].encode())
             )
-            tail = b'],"usage":null}'
-            assert (
-                opening
-                == head
-                + (
-                    b'{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-                )
-                + tail
-            )
-            assert delta == head + (
-                b'{"index":0,"delta":{"content":"a"},"logprobs":null,"finish_reason":null}' + tail
-            )
+
+            def chunk(choice: bytes) -> bytes:
+                return head + b'{"index":0,' + choice + b'}],"usage":null}'
+
+            none = b'"logprobs":null,"finish_reason":null'
+            assert opening == chunk(b'"delta":{"role":"assistant","content":""},' + none)
+            assert delta == chunk(b'"delta":{"content":"a"},' + none)
             served.send([quote])
-            assert await read_chunk(reader) == head + (
-                b'{"index":0,"delta":{"content":"\\""},"logprobs":null,"finish_reason":null}' + tail + b"\n\n"
-            )
+            assert await client.chunk() == chunk(b'"delta":{"content":"\\""},' + none) + b"\n\n"
             served.end("length", cached_tokens=3)
-            assert await read_chunk(reader) == head + (
-                b'{"index":0,"delta":{},"logprobs":null,"finish_reason":"length"}' + tail + b"\n\n"
-            )
+            end = chunk(b'"delta":{},"logprobs":null,"finish_reason":"length"') + b"\n\n"
+            assert await client.chunk() == end
             prompt = len(served.tokens)
-            assert await read_chunk(reader) == head + (
+            assert await client.chunk() == head + (
                 b'],"usage":{"prompt_tokens":%d,"completion_tokens":2,"total_tokens":%d,'
                 b'"prompt_tokens_details":{"cached_tokens":3}}}\n\ndata: [DONE]\n\n' % (prompt, prompt + 2)
             )
-            assert await read_chunk(reader) == b""
-            writer.close()
+            assert await client.chunk() == b""
 
     run(main())
 
 
 def test_exact_bytes_of_a_completion_stream_that_breaks(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
-        async with gateway_world(model) as world:
-            reader, writer = await post(world, "/v1/completions", prompt="x", stream=True)
+        async with (
+            gateway_world(model) as world,
+            post(world, "/v1/completions", prompt="x", stream=True) as client,
+        ):
             served = await world.router.request()
             served.send(raw_tokenizer.encode("a").ids)
-            await read_head(reader)
-            chunk = await read_chunk(reader)
-            assert chunk.endswith(
+            await client.head()
+            assert (await client.chunk()).endswith(
                 b'"choices":[{"index":0,"text":"a","logprobs":null,"finish_reason":null}]}\n\n'
             )
             served.end("error", code="engine_lost", detail="gone")
-            assert await read_chunk(reader) == (
-                b'data: {"error":{"message":"gone","type":"server_error","param":null,"code":"engine_lost"}}\n\n'
+            assert await client.chunk() == (
+                b'data: {"error":{"message":"gone","type":"server_error","param":null,'
+                b'"code":"engine_lost"}}\n\n'
             )
-            assert await read_chunk(reader) == b""
-            writer.close()
+            assert await client.chunk() == b""
 
     run(main())
 
 
 def test_a_character_cut_between_messages_comes_whole(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
-        async with gateway_world(model) as world:
-            reader, writer = await post(world, "/v1/completions", prompt="x", stream=True)
+        async with (
+            gateway_world(model) as world,
+            post(world, "/v1/completions", prompt="x", stream=True) as client,
+        ):
             served = await world.router.request()
             ids = raw_tokenizer.encode("é😀").ids
             assert len(ids) == 6
             for token_id in ids:
                 served.send([token_id])
             served.end("length")
-            await read_head(reader)
-            text = ""
-            while (chunk := await read_chunk(reader)) and b"[DONE]" not in chunk:
-                for line in chunk.split(b"\n\n")[:-1]:
-                    text += json.loads(line.removeprefix(b"data: "))["choices"][0]["text"]
-                    assert "\N{REPLACEMENT CHARACTER}" not in text
-            assert text == "é😀"
-            writer.close()
+            await client.head()
+            texts = [event["choices"][0]["text"] for event in (await client.events())[:-1]]
+            assert "".join(texts) == "é😀"
+            assert set(texts) <= {"é", "😀", "é😀", ""}
 
     run(main())
 
 
 def logprobs_of(token_id: int) -> TokenLogprob:
-    """Many bytes for one token, so that a stream soon fills every buffer on its way."""
+    """Kilobytes for one token, so that a stream soon fills every buffer on its way."""
     return TokenLogprob(-1.0, [(token_id, -1.0)] * 20)
+
+
+def big_body(num_tokens: int) -> dict[str, object]:
+    return {
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": True,
+        "max_tokens": num_tokens,
+        "logprobs": True,
+        "top_logprobs": 20,
+    }
 
 
 def test_a_slow_reader_gets_fewer_and_larger_events_and_holds_up_nobody(
@@ -128,35 +125,30 @@ def test_a_slow_reader_gets_fewer_and_larger_events_and_holds_up_nobody(
     """The first client does not read; the second gets its answer meanwhile; then the first gets all of it."""
 
     async def main() -> None:
-        num_tokens = 1500
-        async with gateway_world(model, "bus.credit=4", max_model_len=2 * num_tokens) as world:
-            slow_reader, slow_writer = await post(
-                world, "/v1/completions", prompt="x", stream=True, max_tokens=num_tokens, logprobs=20
-            )
-            slow_writer.transport.pause_reading()  # type: ignore[attr-defined]
-            slow = await world.router.request()
+        num_tokens = 3000
+        async with (
+            gateway_world(model, "bus.credit=4", max_model_len=2 * num_tokens) as world,
+            post(world, "/v1/chat/completions", **big_body(num_tokens)) as slow,
+        ):
+            slow.stop_reading()
+            served = await world.router.request()
             [a] = raw_tokenizer.encode("a").ids
             for _ in range(num_tokens):
-                slow.send([a], logprobs=[logprobs_of(a)])
-            slow.end("length")
+                served.send([a], logprobs=[logprobs_of(a)])
+            served.end("length")
 
-            reader, writer = await post(world, "/v1/completions", prompt="x")
-            quick = await world.router.request()
-            quick.send([a])
-            quick.end("length")
-            status, _ = await read_head(reader)
-            assert status == 200
-            writer.close()
+            async with post(world, "/v1/completions", prompt="x") as quick:
+                other = await world.router.request()
+                other.send([a])
+                other.end("length")
+                assert (await quick.head())[0] == 200
 
-            slow_writer.transport.resume_reading()  # type: ignore[attr-defined]
-            await read_head(slow_reader)
-            texts: list[str] = []
-            while chunk := await read_chunk(slow_reader):
-                lines = [line for line in chunk.split(b"\n\n") if line and b"[DONE]" not in line]
-                texts += [json.loads(line.removeprefix(b"data: "))["choices"][0]["text"] for line in lines]
+            slow.go_on_reading()
+            await slow.head()
+            deltas = [event["choices"][0]["delta"] for event in (await slow.events())[:-1]]
+            texts = [delta.get("content", "") for delta in deltas]
             assert "".join(texts) == "a" * num_tokens
             assert max(map(len, texts)) > 100
-            slow_writer.close()
 
     run(main())
 
@@ -167,22 +159,21 @@ def test_a_client_that_stops_reading_is_given_up(
     monkeypatch.setattr(sse, "STALL_S", 0.2)
 
     async def main() -> None:
-        num_tokens = 1500
-        async with gateway_world(model, max_model_len=2 * num_tokens) as world:
-            reader, writer = await post(
-                world, "/v1/completions", prompt="x", stream=True, max_tokens=num_tokens, logprobs=20
-            )
-            writer.transport.pause_reading()  # type: ignore[attr-defined]
+        num_tokens = 3000
+        async with (
+            gateway_world(model, max_model_len=2 * num_tokens) as world,
+            post(world, "/v1/chat/completions", **big_body(num_tokens)) as client,
+        ):
+            client.stop_reading()
             served = await world.router.request()
             [a] = raw_tokenizer.encode("a").ids
             for _ in range(num_tokens - 1):
                 served.send([a], logprobs=[logprobs_of(a)])
             await served.cancelled.wait()
-            # The connection is dropped with what was still buffered, not flushed to a client that never reads.
-            writer.transport.resume_reading()  # type: ignore[attr-defined]
+            # Dropped with what was still buffered, not flushed to a client that never reads.
+            client.go_on_reading()
             with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
-                await reader.readexactly(1 << 30)
-            writer.close()
+                await client.reader.readexactly(1 << 30)
 
     run(main())
 
@@ -193,18 +184,18 @@ def test_a_waiting_stream_is_pinged(
     monkeypatch.setattr(sse, "PING_S", 0.05)
 
     async def main() -> None:
-        async with gateway_world(model) as world:
-            reader, writer = await post(world, "/v1/completions", prompt="x", stream=True)
+        async with (
+            gateway_world(model) as world,
+            post(world, "/v1/completions", prompt="x", stream=True) as client,
+        ):
             served = await world.router.request()
-            status, _ = await read_head(reader)
-            assert status == 200
-            assert await read_chunk(reader) == b": ping\n\n"
+            assert (await client.head())[0] == 200
+            assert await client.chunk() == b": ping\n\n"
             served.send(raw_tokenizer.encode("a").ids)
             served.end("length")
             rest = b""
-            while chunk := await read_chunk(reader):
+            while chunk := await client.chunk():
                 rest += chunk
             assert b'"text":"a"' in rest and rest.endswith(b"data: [DONE]\n\n")
-            writer.close()
 
     run(main())

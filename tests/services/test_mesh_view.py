@@ -15,9 +15,11 @@ from microserve.services.rich_view import RichView
 ANSWER = Answer("Paris.", num_tokens=11, first_token_s=0.25, total_s=0.75)
 
 
-def mesh(*states: str, ready: bool = False, restarts: int = 0) -> MeshState:
+def mesh(*states: str, ready: bool = False) -> MeshState:
     children = [
-        ChildState(f"engine-e{number}", state, 100 + number, "tcp://here", restarts, "", "e.jsonl")
+        ChildState(
+            f"engine-e{number}", state, 100 + number, "tcp://here", int(state == "restarting"), "", "e.jsonl"
+        )
         for number, state in enumerate(states)
     ]
     return MeshState(1, "http://127.0.0.1:8000", "tiny", children, ready)
@@ -33,7 +35,7 @@ def session(view: View) -> None:
     view.piece("ris.")
     view.answered(ANSWER)
     view.note("logs: here")
-    view.mesh(mesh("restarting", "ready", ready=True, restarts=1))
+    view.mesh(mesh("restarting", "ready", ready=True))
     view.close()
 
 
@@ -79,4 +81,4 @@ def test_off_a_terminal_there_is_no_cursor(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_one_token_has_no_rate() -> None:
-    assert summarise(Answer("a", 1, 0.1, 0.1)) == "1 tokens; the first after 100 ms"
+    assert summarise(Answer("a", 1, 0.1, 0.1)) == "1 token; the first after 100 ms"

@@ -307,26 +307,68 @@ async def gateway_world(
     serving.result()
 
 
-async def post(
-    world: GatewayWorld, path: str, **body: Any
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A request on a bare connection, so that a test can close it or leave it unread; nothing is read yet."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+class Connection:
+    """A bare HTTP connection with one request on it, so that a test can leave it unread or cut it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self._writer = writer
+
+    async def send(self, data: bytes) -> None:
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def head(self) -> tuple[int, dict[str, str]]:
+        """Status and headers of the answer."""
+        lines = (await self.reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+        return int(lines[0].split()[1]), headers
+
+    async def chunk(self) -> bytes:
+        """One chunk of a chunked answer, as the server wrote it; empty at the end."""
+        size = int(await self.reader.readline(), 16)
+        return (await self.reader.readexactly(size + 2))[:-2]
+
+    async def events(self) -> list[Any]:
+        """The rest of a stream: each event's JSON, and ``"[DONE]"``."""
+        events: list[Any] = []
+        while chunk := await self.chunk():
+            for line in chunk.split(b"\n\n")[:-1]:
+                data = line.removeprefix(b"data: ")
+                events.append("[DONE]" if data == b"[DONE]" else json.loads(data))
+        return events
+
+    def stop_reading(self) -> None:
+        self._writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+    def go_on_reading(self) -> None:
+        self._writer.transport.resume_reading()  # type: ignore[attr-defined]
+
+    def half_close(self) -> None:
+        self._writer.write_eof()
+
+    def reset(self) -> None:
+        """Cut it with a RST instead of a FIN."""
+        self._writer.transport.abort()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@asynccontextmanager
+async def post(world: GatewayWorld, path: str, **body: Any) -> AsyncIterator[Connection]:
+    """Send a request for the model; nothing is read yet."""
     content = json.dumps({"model": "tiny", **body}).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {len(content)}\r\n\r\n"
-    writer.write(head.encode() + content)
-    await writer.drain()
-    return reader, writer
+    async with connect(world) as connection:
+        await connection.send(head.encode() + content)
+        yield connection
 
 
-async def read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    """Status and headers of an answer."""
-    lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-    headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
-    return int(lines[0].split()[1]), headers
-
-
-async def read_chunk(reader: asyncio.StreamReader) -> bytes:
-    """One chunk of a chunked answer, as the server wrote it; empty at the end."""
-    size = int(await reader.readline(), 16)
-    return (await reader.readexactly(size + 2))[:-2]
+@asynccontextmanager
+async def connect(world: GatewayWorld) -> AsyncIterator[Connection]:
+    connection = Connection(*await asyncio.open_connection("127.0.0.1", world.port))
+    try:
+        yield connection
+    finally:
+        connection.close()

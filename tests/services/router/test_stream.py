@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 from hypothesis import given
@@ -44,7 +45,7 @@ def test_any_mix_of_duplicates_gives_each_token_once(
         stream = TokenStream("r", "e", await_first=first)
         borders = sorted({0, 40, *cuts})
         told = 0
-        for begin, end in zip(borders, borders[1:], strict=False):
+        for begin, end in itertools.pairwise(borders):
             stream.push(delta(begin, end, logprobs=True))
             told = end
             for low, high in repeats:

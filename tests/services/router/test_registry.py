@@ -1,0 +1,195 @@
+"""Membership: the index names engines, their own connections decide."""
+
+from __future__ import annotations
+
+import structlog
+from router_world import (
+    INTERVAL_S,
+    LIVENESS,
+    ScriptedIndex,
+    World,
+    eventually,
+    expected_output,
+    in_loop,
+    router_world,
+)
+
+from microserve.protocol import actions as wire
+from microserve.protocol import log, membership
+
+PROMPT = list(range(50))
+
+
+def joined(world: World) -> dict[str, int]:
+    return {c.engine_id: c.info.incarnation for c in world.router.registry.joined()}
+
+
+async def beats(world: World, count: int) -> None:
+    """Wait until so many heartbeat intervals have passed."""
+    have = len(world.gateway.heartbeats)
+    await eventually(lambda: len(world.gateway.heartbeats) >= have + count, "heartbeats")
+
+
+@in_loop
+async def test_the_death_of_the_index_drops_nobody() -> None:
+    async with router_world("a", "b") as world:
+        with structlog.testing.capture_logs() as logs:
+            world.index.close()
+            await beats(world, 2 * LIVENESS)
+            assert joined(world) == {"a": 1, "b": 1}
+            assert len([e for e in logs if e["event"] == log.INDEX_LOST]) == 1
+        assert (await world.gateway.generate(PROMPT)).token_ids == expected_output(4)
+
+
+@in_loop
+async def test_an_index_that_starts_empty_drops_nobody() -> None:
+    async with router_world("a", "b") as world:
+        address = world.index.address
+        world.index.close()
+        reborn = ScriptedIndex(world.bus, incarnation=2, address=address)
+        try:
+            await eventually(lambda: reborn.watches >= 3, "watched")
+            assert joined(world) == {"a": 1, "b": 1}
+            assert len(world.router.registry.usable()) == 2
+            reborn.set([world.engines["a"].info])  # the first to register again
+            await eventually(lambda: reborn.watches >= 6, "watched")
+            assert len(world.router.registry.usable()) == 2
+            reborn.set([world.engines["a"].info, world.engines["b"].info])
+            await eventually(lambda: reborn.watches >= 9, "watched")
+            reborn.set([world.engines["a"].info])  # now b has left
+            await eventually(lambda: joined(world) == {"a": 1}, "b is gone")
+        finally:
+            reborn.close()
+
+
+@in_loop
+async def test_an_engine_that_left_serves_out_what_it_has() -> None:
+    async with router_world("a", "b") as world:
+        world.engines["a"].paused.add("decode")
+        world.engines["b"].load = wire.EngineLoad(num_waiting=50)
+        await beats(world, 3)
+        answer = world.gateway.start(PROMPT)
+        await world.engines["a"].saw(wire.StartGenerate)
+        with structlog.testing.capture_logs() as logs:
+            world.index.set([world.engines["b"].info])
+            await eventually(lambda: len(world.router.registry.usable()) == 1, "a is leaving")
+            assert (await world.gateway.generate(PROMPT)).result.engines == ["b"]
+            assert joined(world) == {"a": 1, "b": 1}
+            world.engines["a"].resume("decode")
+            assert (await answer.wait()).reason == "length"
+            await eventually(lambda: joined(world) == {"b": 1}, "a is gone")
+            events = [e["event"] for e in logs if e.get("engine_id") == "a"]
+            assert log.ENGINE_LEFT in events
+            assert log.ENGINE_LOST not in events
+
+
+@in_loop
+async def test_an_engine_that_is_listed_again_stays() -> None:
+    async with router_world("a", "b") as world:
+        world.engines["a"].paused.add("decode")
+        world.engines["b"].load = wire.EngineLoad(num_waiting=50)
+        await beats(world, 3)
+        answer = world.gateway.start(PROMPT)
+        await world.engines["a"].saw(wire.StartGenerate)
+        world.index.set([world.engines["b"].info])
+        await eventually(lambda: len(world.router.registry.usable()) == 1, "a is leaving")
+        await world.list_engines()
+        world.engines["a"].resume("decode")
+        assert (await answer.wait()).reason == "length"
+        await beats(world, 4)
+        assert joined(world) == {"a": 1, "b": 1}
+        assert len(world.engines["a"].hellos) == 1
+
+
+@in_loop
+async def test_a_new_life_replaces_the_old_one_at_once() -> None:
+    async with router_world("a") as world:
+        old = world.engines["a"]
+        old.paused.add("decode")
+        answer = world.gateway.start(PROMPT)
+        await old.saw(wire.StartGenerate)
+        young = world.add_engine("a", incarnation=2)
+        try:
+            await world.list_engines(young)
+            ended = await answer.wait()
+            assert (ended.code, "new life" in ended.detail) == ("engine_lost", True)
+            assert joined(world) == {"a": 2}
+            assert (await world.gateway.generate(PROMPT)).token_ids == expected_output(4)
+        finally:
+            old.close()
+
+
+@in_loop
+async def test_a_lost_engine_comes_back_when_it_answers_again() -> None:
+    async with router_world("a", "b") as world:
+        world.engines["a"].silent = True
+        await eventually(lambda: joined(world) == {"b": 1}, "a is lost")
+        for _ in range(3):
+            assert (await world.gateway.generate(PROMPT)).result.engines == ["b"]
+        world.engines["a"].silent = False
+        await eventually(lambda: joined(world) == {"a": 1, "b": 1}, "a is back")
+
+
+@in_loop
+async def test_an_older_list_does_not_undo_a_newer_one() -> None:
+    async with router_world("a", "b") as world:
+        watcher = next(iter(world.index._watchers))
+        stale = membership.Members(world.index.incarnation, world.index.version - 1, [])
+        world.index.send(watcher, stale)
+        await beats(world, 3)
+        assert len(world.router.registry.usable()) == 2
+
+
+@in_loop
+async def test_an_engine_that_does_not_fit_the_mesh_is_refused_and_said_once() -> None:
+    async with router_world("a") as world:
+        with structlog.testing.capture_logs() as logs:
+            world.add_engine("b", model="another")
+            world.add_engine("c", layout_hash="another")
+            world.add_engine("d", block_size=32)
+            world.add_engine("e")
+            world.index.set(engine.info for engine in world.engines.values())
+            await eventually(lambda: joined(world) == {"a": 1, "e": 1}, "e joined")
+            await beats(world, 5)
+        refused = {e["engine_id"]: e["error"] for e in logs if e["event"] == log.ENGINE_REFUSED}
+        assert len([e for e in logs if e["event"] == log.ENGINE_REFUSED]) == 3
+        assert "another model" in refused["b"]
+        assert "another layout_hash" in refused["c"]
+        assert "another block_size" in refused["d"]
+        assert world.engines["b"].hellos == []
+
+
+@in_loop
+async def test_an_address_that_no_socket_takes_hides_nobody() -> None:
+    async with router_world("a") as world:
+        bad = world.add_engine("bad")
+        bad.info = wire.EngineInfo(
+            **{n: getattr(bad.info, n) for n in bad.info.__struct_fields__} | {"address": "nonsense"}
+        )
+        world.add_engine("z")
+        world.index.set(engine.info for engine in world.engines.values())
+        await eventually(lambda: joined(world) == {"a": 1, "z": 1}, "z joined")
+
+
+@in_loop
+async def test_a_mesh_may_be_replaced_by_another_model() -> None:
+    async with router_world("a") as world:
+        world.engines["a"].silent = True
+        await eventually(lambda: joined(world) == {}, "a is lost")
+        other = world.add_engine("b", model="another", block_size=32)
+        await world.list_engines(other)
+        await eventually(lambda: world.gateway.heartbeats[-1].model == "another", "told")
+        answer = await world.gateway.generate(PROMPT, model="another", strategy="data_parallel")
+        assert answer.result.reason == "length"
+
+
+@in_loop
+async def test_what_is_no_members_message_is_ignored() -> None:
+    async with router_world("a") as world:
+        watcher = next(iter(world.index._watchers))
+        world.index.send(watcher, membership.IndexFailed(0, "internal", "?"))
+        world.index.send(watcher, membership.Unknown("a"))
+        world.index._socket.send(watcher, [b"junk", b"more"])
+        await beats(world, 2)
+        assert joined(world) == {"a": 1}
+        assert INTERVAL_S > 0
