@@ -29,8 +29,6 @@ _Floats = npt.NDArray[np.float64]
 _Ids = npt.NDArray[np.int64]
 
 _HUGE = 1e300
-_NUCLEUS_GUESS = 256
-"""top_p looks at the likeliest so many tokens first, then at 16 times as many, and so on."""
 
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
@@ -88,7 +86,9 @@ def _sample_row(raw: npt.NDArray[np.float32], spec: SampleSpec) -> Sampled:
     if params.logprobs is None:
         return Sampled(token, None, [])
     logprobs = _log_softmax(raw)
-    top = [(int(other), float(logprobs[other])) for other in _largest(logprobs, params.logprobs)]
+    likeliest = _largest(logprobs, params.logprobs)
+    likeliest = likeliest[np.argsort(-logprobs[likeliest], kind="stable")]
+    top = [(int(other), float(logprobs[other])) for other in likeliest]
     return Sampled(token, float(logprobs[token]), top)
 
 
@@ -122,49 +122,33 @@ def _draw(scores: _Floats, params: SamplingParams, number: float) -> int:
     """The token whose cell of the filtered distribution holds ``number`` in [0, 1)."""
     with np.errstate(over="ignore", under="ignore"):  # a far token's weight is rightly 0
         weights = np.exp((scores - scores.max()) / params.temperature)
-    kept: _Ids | None = None
-    if 0 < params.top_k < len(weights):
-        kept = _largest(weights, params.top_k)
-    if params.top_p < 1.0:
-        kept = _nucleus(weights, kept, params.top_p)
-    if kept is not None:
-        kept = np.sort(kept)
-        weights = weights[kept]
+    kept = _largest(weights, _num_kept(weights, params))
     if params.min_p > 0.0:
-        weights = np.where(weights >= params.min_p, weights, 0.0)  # the likeliest token's weight is 1
-    ends = np.cumsum(weights)
+        kept = kept[weights[kept] >= params.min_p]  # the likeliest token's weight is 1
+    ends = np.cumsum(weights[kept])
     # A token of weight 0 has an empty cell, and side="right" steps over it. The product may round up to
     # the very end, which belongs to the last token with any weight.
     index = int(np.searchsorted(ends, number * ends[-1], side="right"))
-    index = min(index, int(np.searchsorted(ends, ends[-1], side="left")))
-    return index if kept is None else int(kept[index])
+    return int(kept[min(index, int(np.searchsorted(ends, ends[-1], side="left")))])
+
+
+def _num_kept(weights: _Floats, params: SamplingParams) -> int:
+    """How many of the likeliest tokens top_k leaves, and of these top_p: at least one."""
+    count = min(params.top_k or len(weights), len(weights))
+    if params.top_p == 1.0:
+        return count
+    reached = np.cumsum(np.sort(weights)[::-1][:count])
+    return min(int(np.searchsorted(reached, params.top_p * reached[-1], side="left")) + 1, count)
 
 
 def _largest(values: npt.NDArray[np.floating], count: int) -> _Ids:
-    """Indices of the ``count`` largest values, largest first, the lower index first among equals."""
-    count = min(count, len(values))
+    """Indices, ascending, of the ``count`` largest values; among equals the lower indices."""
+    if count >= len(values):
+        return np.arange(len(values))
     if count == 0:
         return np.empty(0, dtype=np.int64)
-    threshold = np.partition(values, len(values) - count)[len(values) - count]
-    candidates = np.flatnonzero(values >= threshold)
-    return candidates[np.argsort(-values[candidates], kind="stable")][:count]
-
-
-def _nucleus(weights: _Floats, kept: _Ids | None, top_p: float) -> _Ids:
-    """The likeliest tokens, until together they reach ``top_p`` of the weight of ``kept`` (None: of all)."""
-    if kept is not None:
-        return kept[: _num_until(weights[kept], top_p * weights[kept].sum())]
-    target = top_p * weights.sum()
-    guess = _NUCLEUS_GUESS
-    while True:
-        likeliest = _largest(weights, guess)
-        count = _num_until(weights[likeliest], target)
-        if count < guess or guess >= len(weights):
-            return likeliest[:count]
-        guess *= 16
-
-
-def _num_until(descending: _Floats, target: float) -> int:
-    """How many values it takes to reach ``target``; at least one, at most all."""
-    reached = int(np.searchsorted(np.cumsum(descending), target, side="left"))
-    return min(reached + 1, len(descending))
+    least = np.partition(values, len(values) - count)[len(values) - count]
+    above = values > least
+    ties = np.flatnonzero(values == least)[: count - int(np.count_nonzero(above))]
+    above[ties] = True
+    return np.flatnonzero(above)

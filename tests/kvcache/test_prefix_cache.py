@@ -256,10 +256,11 @@ def test_blocks_with_one_hash_and_the_same_tokens_are_told_apart_by_their_parent
 def test_blocks_with_one_hash_and_one_parent_are_told_apart_by_their_tokens(
     pool: BlockPool, cache: PrefixCache
 ) -> None:
-    with patch.object(block_hash, "chain_hash", lambda parent, packed: bytes(16)):
+    # Tokens 1 and 2 have one hash, token 3 another.
+    with patch.object(block_hash, "chain_hash", lambda parent, packed: bytes([packed[0] // 3]) * 16):
         first = computed(pool, cache, [1, 1])
         computed(pool, cache, [2, 2, 3, 3])
-        assert cache.match([1, 1], 2) == first
+        assert cache.match([1, 1, 3, 3], 4) == first
         assert cache.match([2, 2], 2) == []
         cache.check_integrity()
 

@@ -201,7 +201,7 @@ def test_what_lookups_use_outlives_what_they_do_not() -> None:
 
 
 def test_lookups_keep_to_the_cap_as_well() -> None:
-    for num_chains in range(380, 440, 4):
+    for num_chains in range(480, 540, 10):
         index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
         chains = sequences(num_chains, 20)
         for tokens in chains:
@@ -214,12 +214,21 @@ def test_lookups_keep_to_the_cap_as_well() -> None:
 
 def test_at_the_cap_a_third_is_kept_at_least() -> None:
     index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
-    most = 0
+    most = most_nbytes = 0
     for tokens in sequences(1000, 50):
         index.apply("engine", [store_all(tokens)])
-        most = max(most, index.num_blocks)
+        most, most_nbytes = max(most, index.num_blocks), max(most_nbytes, index.nbytes)
         assert index.num_blocks > 0.3 * most
     assert index.counters.evicted_blocks > 3 * most
+    assert most_nbytes > 0.8 * MIN_MAX_NBYTES
+
+
+def test_a_snapshot_larger_than_the_cap_is_kept_in_part() -> None:
+    index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
+    chains = sequences(600, 50)
+    index.replace("engine", [store_all(tokens) for tokens in chains])
+    assert index.nbytes > 0.3 * MIN_MAX_NBYTES
+    assert index.lookup(chains[-1]) == {"engine": 100}
 
 
 def test_eviction_forgets_foreign_names_too() -> None:

@@ -176,6 +176,9 @@ class ScriptedRouter:
     def _reply(self, peer: bytes, message: RouterReply) -> bool:
         return self._socket.send(peer, ROUTER_REPLY.encode(message))
 
+    def send_raw(self, peer: bytes, frames: Sequence[bytes]) -> None:
+        self._socket.send(peer, frames)
+
     def stream(self, peer: bytes, output: Output) -> None:
         self._backlog.append((peer, output))
         self._flush()

@@ -155,8 +155,8 @@ def serve(world: World, prompts: list[list[int]], num_output: int, rng: random.R
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-# The same examples every time: two engines' fp32 sums may differ in the last bits, and one in some ten thousand
-# random tokens is a tie that close.
+# The same examples every time: our sums may differ from theirs in the last bit, and about one random token in
+# 10,000 is that close a tie.
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 45), min_size=1, max_size=4), seed=st.integers(0, 2**32))
 def test_any_packing_and_chunking_gives_the_tokens_of_generate(

@@ -1,0 +1,223 @@
+"""The bus side: which router, what happens when it goes, and what it may not do to us."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+from gateway_world import BEAT_S, GatewayWorld, ScriptedRouter, gateway_world, post, run
+from tokenizers import Tokenizer
+
+from microserve.gateway import generation
+from microserve.protocol.errors import ConfigError
+from microserve.protocol.serving import Output
+
+
+def http_of(world: GatewayWorld) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=world.address, timeout=20.0)
+
+
+async def ask(world: GatewayWorld) -> httpx.Response:
+    async with http_of(world) as http:
+        return await http.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+
+
+async def until_ready(world: GatewayWorld, wanted: int) -> None:
+    async with http_of(world) as http:
+        while (await http.get("/ready")).status_code != wanted:
+            await asyncio.sleep(BEAT_S / 5)
+
+
+def answering(router: ScriptedRouter, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("ok").ids
+    router.answer = lambda served: served.send(ids, ended=served.ended("length"))
+
+
+async def lose(router: ScriptedRouter, how: str) -> None:
+    match how:
+        case "silent":
+            router.silent = True
+        case "restarted":
+            router.incarnation += 1
+        case "forgot us":
+            router.forget()
+
+
+LOSSES = pytest.mark.parametrize("how", ["silent", "restarted", "forgot us"])
+
+
+@LOSSES
+def test_a_lost_router_ends_its_requests_and_is_found_again(
+    model: Path, raw_tokenizer: Tokenizer, how: str
+) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world:
+            plain = asyncio.ensure_future(ask(world))
+            await world.router.request()
+            async with post(world, "/v1/completions", prompt="y", stream=True) as stream:
+                streamed = await world.router.request()
+                streamed.send(raw_tokenizer.encode("abc").ids)
+                await stream.head()
+                await stream.chunk()
+                world.router.joined.clear()
+                await lose(world.router, how)
+                reply = await plain
+                assert (reply.status_code, reply.json()["error"]["code"]) == (503, "router_lost")
+                assert reply.headers["retry-after"] == "1"
+                assert [event["error"]["code"] for event in await stream.events()] == ["router_lost"]
+            world.router.silent = False
+            answering(world.router, raw_tokenizer)
+            await world.router.joined.wait()
+            await until_ready(world, 200)
+            assert (await ask(world)).json()["choices"][0]["text"] == "ok"
+
+    run(main())
+
+
+def test_a_router_that_comes_later_is_found(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model, wait_ready=False) as world:
+            world.router.silent = True
+            reply = await ask(world)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_engines")
+            await until_ready(world, 503)
+            world.router.silent = False
+            answering(world.router, raw_tokenizer)
+            await until_ready(world, 200)
+            assert (await ask(world)).status_code == 200
+
+    run(main())
+
+
+def test_hellos_do_not_pile_up_at_a_router_that_is_not_there(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model, wait_ready=False) as world:
+            world.router.silent = True
+            await asyncio.sleep(20 * BEAT_S)  # time for three or so to be said to nobody
+            world.router.silent = False
+            await world.router.joined.wait()
+            assert world.router.num_hellos <= 2
+
+    run(main())
+
+
+def test_without_engines_there_is_nothing_to_ask(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model, num_engines=0) as world:
+            reply = await ask(world)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_engines")
+            await until_ready(world, 503)
+            world.router.num_engines = 2
+            answering(world.router, raw_tokenizer)
+            await until_ready(world, 200)
+            assert (await ask(world)).status_code == 200
+
+    run(main())
+
+
+def test_a_router_of_another_model_is_not_asked(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model, model="other") as world:
+            reply = await ask(world)
+            assert reply.status_code == 503
+            assert "serve other" in reply.json()["error"]["message"]
+
+    run(main())
+
+
+def test_requests_go_where_fewest_are(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model, num_routers=2) as world:
+            one, two = world.routers
+            calls = [asyncio.ensure_future(ask(world)) for _ in range(4)]
+            requests = [await router.request() for router in (one, two) for _ in range(2)]
+            assert (len(one.served), len(two.served)) == (2, 2)
+            for served in requests:
+                served.end("length")
+            assert [(await call).status_code for call in calls] == [200] * 4
+            one.silent = True
+            async with http_of(world) as http:
+                while (await http.get("/ready")).json()["routers"][0]["alive"]:
+                    await asyncio.sleep(BEAT_S / 5)
+            answering(two, raw_tokenizer)
+            assert (await ask(world)).status_code == 200
+
+    run(main())
+
+
+def test_repeated_tokens_are_dropped_and_a_gap_is_an_error(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world:
+            ids = raw_tokenizer.encode("abcd").ids
+            call = asyncio.ensure_future(ask(world))
+            served = await world.router.request()
+            for offset, tokens in ((0, ids[:2]), (0, ids[:2]), (1, ids[1:3]), (3, ids[3:]), (2, ids[2:])):
+                served.send(tokens, offset=offset)
+            served.end("length")
+            assert (await call).json()["choices"][0]["text"] == "abcd"
+
+            call = asyncio.ensure_future(ask(world))
+            served = await world.router.request()
+            served.send(ids[:1], offset=0)
+            served.send(ids[2:], offset=2)
+            await served.cancelled.wait()
+            reply = await call
+            assert (reply.status_code, reply.json()["error"]["code"]) == (502, "protocol_violation")
+
+    run(main())
+
+
+def test_a_request_that_nobody_waits_for_is_cancelled(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world:
+            call = asyncio.ensure_future(ask(world))
+            served = await world.router.request()
+            world.router.stream(served.peer, Output("left over from another life", 0, [1]))
+            served.end("length")
+            assert (await call).status_code == 200
+            while not world.router.cancels:
+                await asyncio.sleep(0)
+            assert world.router.cancels == ["left over from another life"]
+
+    run(main())
+
+
+def test_junk_from_a_router_is_dropped(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world:
+            call = asyncio.ensure_future(ask(world))
+            served = await world.router.request()
+            for frames in ([b""], [b"\x01\x04"], [b"\x01\x04", b"\xff"], [b"\x02\x04", b"\x90"], [b"x"] * 9):
+                world.router.send_raw(served.peer, frames)
+            served.send(raw_tokenizer.encode("ok").ids, ended=served.ended("length"))
+            assert (await call).json()["choices"][0]["text"] == "ok"
+
+    run(main())
+
+
+def test_a_router_that_never_answers_meets_the_deadline(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 0.05)
+
+    async def main() -> None:
+        async with gateway_world(model) as world, http_of(world) as http:
+            body = {"model": "tiny", "prompt": "x"}
+            call = http.post("/v1/completions", json=body, headers={"x-microserve-timeout-s": "0.05"})
+            task = asyncio.ensure_future(call)
+            served = await world.router.request()
+            await served.cancelled.wait()
+            reply = await task
+            assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+
+    run(main())
+
+
+def test_an_address_that_is_none_is_a_wrong_setting(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model, 'gateway.routers=["nowhere"]'):
+            pass
+
+    with pytest.raises(ConfigError) as caught:
+        run(main())
+    assert caught.value.field == "gateway.routers"

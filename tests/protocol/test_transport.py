@@ -1,0 +1,430 @@
+"""Sockets inside the loop: nothing hangs, nothing is lost unseen, nothing is left open."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import select
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+import structlog
+import uvloop
+import zmq
+
+from microserve.protocol import log
+from microserve.protocol import transport as module
+from microserve.protocol.transport import Bus, ServerSocket, ZmqBus, _Socket
+
+ANY = "tcp://127.0.0.1:0"
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+def on_bus(
+    test: Callable[[ZmqBus], Awaitable[None]],
+    *,
+    loop: str = "asyncio",
+    high_water_mark: int = 10_000,
+    linger_s: float = 0.2,
+) -> None:
+    async def run() -> None:
+        bus = ZmqBus(high_water_mark=high_water_mark, linger_s=linger_s)
+        try:
+            await test(bus)
+        finally:
+            bus.close()
+
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(run())
+
+
+def echo_server(bus: ZmqBus) -> ServerSocket:
+    def answer(peer: bytes, frames: list[bytes]) -> None:
+        server.send(peer, frames)
+
+    server = bus.server(ANY, answer)
+    return server
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def connected_raw_peer(bus: ZmqBus, received: list[bytes]) -> tuple[_Socket, bytes, zmq.Socket[bytes]]:
+    """A client of ours, its routing id, and the plain ROUTER that it is connected to."""
+    raw = bus.context.socket(zmq.ROUTER)
+    raw.set_hwm(bus.high_water_mark)
+    raw.bind(ANY)
+    client = bus.client(raw.getsockopt_string(zmq.LAST_ENDPOINT), lambda frames: received.append(frames[0]))
+    assert isinstance(client, _Socket)
+    client.send([b"hello"])
+    await until(lambda: raw.poll(0) != 0)
+    return client, raw.recv_multipart()[0], raw
+
+
+def is_readable(socket: _Socket, timeout_s: float) -> bool:
+    """Asks the FD, which takes no edge, as asking the socket would."""
+    return bool(select.select([socket._socket.fileno()], [], [], timeout_s)[0])
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_edge_trigger_under_load_in_both_directions(loop: str) -> None:
+    """Each side sends inside its handler, so every send may take the edge of what comes in meanwhile."""
+    num_clients, in_flight, round_trips = 4, 32, 13_000
+
+    async def test(bus: ZmqBus) -> None:
+        server = echo_server(bus)
+        finished = asyncio.Event()
+        left = num_clients
+
+        def make_client() -> Callable[[], None]:
+            sent = received = 0
+
+            def on_frames(frames: list[bytes]) -> None:
+                nonlocal received, left
+                assert frames == [b"%d" % received, b"payload"]
+                received += 1
+                if received == round_trips:
+                    left -= 1
+                    if not left:
+                        finished.set()
+                fill()
+
+            def fill() -> None:
+                nonlocal sent
+                while sent < round_trips and sent - received < in_flight:
+                    assert client.send([b"%d" % sent, b"payload"])
+                    sent += 1
+
+            client = bus.client(server.address, on_frames)
+            return fill
+
+        for fill in [make_client() for _ in range(num_clients)]:
+            fill()
+        async with asyncio.timeout(60):
+            await finished.wait()
+        assert bus.received == bus.sent == 2 * num_clients * round_trips > 100_000
+        assert bus.dropped == 0
+
+    on_bus(test, loop=loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_edge_trigger_when_sends_come_from_outside_the_handlers(loop: str) -> None:
+    """One message at a time each way, sent from a task: a lost edge would stop it for good."""
+
+    async def test(bus: ZmqBus) -> None:
+        answers: asyncio.Queue[list[bytes]] = asyncio.Queue()
+        server = echo_server(bus)
+        client = bus.client(server.address, answers.put_nowait)
+        for i in range(3000):
+            client.send([b"%d" % i])
+            async with asyncio.timeout(10):
+                assert await answers.get() == [b"%d" % i]
+
+    on_bus(test, loop=loop)
+
+
+def test_send_that_takes_the_edge_does_not_hide_what_came_in() -> None:
+    """The loop is held while a message arrives and another is sent: the FD is quiet when the loop looks."""
+
+    async def test(bus: ZmqBus) -> None:
+        received: list[bytes] = []
+        client, peer, raw = await connected_raw_peer(bus, received)
+        edges_taken = 0
+        for i in range(50):
+            raw.send_multipart([peer, b"%d" % i])
+            assert is_readable(client, 10.0)
+            time.sleep(0.002)  # libzmq looks for commands once a millisecond
+            assert client.send([b"x"])
+            edges_taken += not is_readable(client, 0.0)
+            await until(lambda i=i: len(received) == i + 1)  # type: ignore[misc]
+
+        assert edges_taken > 25
+        assert received == [b"%d" % i for i in range(50)]
+        raw.close(0)
+
+    on_bus(test)
+
+
+def test_burst_beyond_one_turn_is_drained_and_others_get_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_FRAMES_PER_TURN", 16)
+
+    async def test(bus: ZmqBus) -> None:
+        received: list[bytes] = []
+        turns: list[int] = []
+        server = bus.server(ANY, lambda peer, frames: received.append(frames[0]))
+        client = bus.client(server.address, lambda frames: None)
+        for i in range(2000):
+            assert client.send([b"%d" % i])
+
+        def turn() -> None:
+            turns.append(len(received))
+            if len(received) < 2000:
+                asyncio.get_running_loop().call_soon(turn)
+
+        turn()
+        await until(lambda: len(received) == 2000)
+        assert received == [b"%d" % i for i in range(2000)]
+        assert max(b - a for a, b in itertools.pairwise(turns)) <= 2 * 16
+
+    on_bus(test)
+
+
+def test_peers_are_told_apart_and_each_gets_its_own_answer() -> None:
+    async def test(bus: ZmqBus) -> None:
+        answers: dict[int, list[list[bytes]]] = {0: [], 1: [], 2: []}
+
+        def answer(peer: bytes, frames: list[bytes]) -> None:
+            server.send(peer, [peer, *frames])
+
+        server = bus.server(ANY, answer)
+        clients = [bus.client(server.address, answers[i].append) for i in answers]
+        for i, client in enumerate(clients):
+            client.send([b"%d" % i, b""])
+        await until(lambda: all(answers.values()))
+
+        assert [answers[i][0][1:] for i in answers] == [[b"0", b""], [b"1", b""], [b"2", b""]]
+        assert len({answers[i][0][0] for i in answers}) == 3
+
+    on_bus(test)
+
+
+def test_peer_that_never_was_is_counted_and_not_raised() -> None:
+    async def test(bus: ZmqBus) -> None:
+        server = bus.server(ANY, lambda peer, frames: None)
+
+        assert not server.send(b"nobody", [b"x"])
+        assert (bus.dropped, bus.sent) == (1, 0)
+
+    on_bus(test)
+
+
+def test_peer_that_is_gone_is_counted_and_not_raised() -> None:
+    async def test(bus: ZmqBus) -> None:
+        peers: list[bytes] = []
+        server = bus.server(ANY, lambda peer, frames: peers.append(peer))
+        client = bus.client(server.address, lambda frames: None)
+        client.send([b"hello"])
+        await until(lambda: bool(peers))
+        client.close()
+
+        await until(lambda: not server.send(peers[0], [b"x"]))
+        assert bus.dropped == 1
+
+    on_bus(test)
+
+
+def test_high_water_mark_refuses_and_nothing_accepted_is_lost() -> None:
+    async def test(bus: ZmqBus) -> None:
+        raw = bus.context.socket(zmq.ROUTER)
+        raw.set_hwm(10)
+        raw.bind(ANY)
+        client = bus.client(raw.getsockopt_string(zmq.LAST_ENDPOINT), lambda frames: None)
+        payload = b"x" * 200_000  # more than the kernel's buffers hold in all
+        accepted = 0
+        async with asyncio.timeout(30):
+            while client.send([b"%d" % accepted, payload]):
+                accepted += 1
+                await asyncio.sleep(0)
+        assert bus.dropped == 1
+        assert accepted < 1000
+
+        for i in range(accepted):
+            assert raw.poll(10_000), "an accepted message is delivered"
+            assert raw.recv_multipart()[1] == b"%d" % i
+        await until(lambda: client.send([b"again"]))
+        raw.close(0)
+
+    on_bus(test, high_water_mark=10)
+
+
+def test_router_refuses_a_peer_that_does_not_read() -> None:
+    async def test(bus: ZmqBus) -> None:
+        peers: list[bytes] = []
+        server = bus.server(ANY, lambda peer, frames: peers.append(peer))
+        raw = bus.context.socket(zmq.DEALER)
+        raw.set_hwm(10)
+        raw.connect(server.address)
+        raw.send(b"hello")
+        reader = bus.client(server.address, lambda frames: None)
+        await until(lambda: bool(peers))
+        async with asyncio.timeout(30):
+            while server.send(peers[0], [b"x" * 200_000]):
+                await asyncio.sleep(0)
+        assert bus.dropped == 1
+
+        reader.send([b"hello"])
+        await until(lambda: len(peers) == 2)
+        assert server.send(peers[1], [b"others are served"])
+        raw.close(0)
+
+    on_bus(test, high_water_mark=10)
+
+
+def test_handler_that_raises_costs_its_message_only() -> None:
+    async def test(bus: ZmqBus) -> None:
+        received: list[bytes] = []
+
+        def handle(peer: bytes, frames: list[bytes]) -> None:
+            if frames == [b"bad"]:
+                raise ValueError("a bug")
+            received.append(frames[0])
+
+        server = bus.server(ANY, handle)
+        client = bus.client(server.address, lambda frames: None)
+        with structlog.testing.capture_logs() as events:
+            for message in (b"1", b"bad", b"2"):
+                client.send([message])
+            await until(lambda: received == [b"1", b"2"])
+
+        assert bus.failed == 1
+        assert [(e["event"], e["address"]) for e in events] == [(log.BUS_HANDLER_FAILED, server.address)]
+
+    on_bus(test)
+
+
+def test_events_reach_every_subscriber_in_order() -> None:
+    async def test(bus: ZmqBus) -> None:
+        publisher = bus.publisher(ANY)
+        received: list[list[bytes]] = [[], []]
+        subscribers = [
+            bus.subscriber(publisher.address, lambda frames, i=i: received[i].append(frames[1]))  # type: ignore[misc]
+            for i in range(2)
+        ]
+        sent = 0
+
+        def joined() -> bool:
+            nonlocal sent
+            publisher.send([b"topic", b"%d" % sent])
+            sent += 1
+            return all(received)
+
+        await until(joined)
+        await until(lambda: all(got[-1] == b"%d" % (sent - 1) for got in received))
+        for got in received:
+            first = int(got[0])
+            assert got == [b"%d" % i for i in range(first, sent)]
+        with pytest.raises(TypeError):
+            subscribers[0].send([b"x"])
+
+    on_bus(test)
+
+
+def test_address_that_is_taken_is_an_os_error_and_leaves_nothing_open() -> None:
+    async def test(bus: ZmqBus) -> None:
+        server = bus.server(ANY, lambda peer, frames: None)
+        with pytest.raises(OSError, match=f"cannot bind {server.address}"):
+            bus.publisher(server.address)
+
+        assert len(bus._sockets) == 1
+
+    on_bus(test)
+
+
+def test_client_outlives_its_server() -> None:
+    """A server that returns at the same address is found again, and its peer has kept its name."""
+
+    async def test(bus: ZmqBus) -> None:
+        peers: list[bytes] = []
+        server = bus.server(ANY, lambda peer, frames: peers.append(peer))
+        client = bus.client(server.address, lambda frames: None)
+        client.send([b"1"])
+        await until(lambda: bool(peers))
+        server.close()
+
+        def rebound() -> bool:
+            try:
+                bus.server(server.address, lambda peer, frames: peers.append(peer))
+            except OSError:  # ZeroMQ frees the address in the background
+                return False
+            return True
+
+        await until(rebound)
+        await until(lambda: client.send([b"2"]) and len(peers) >= 2)
+        assert len(set(peers)) == 1
+
+    on_bus(test)
+
+
+def test_closed_socket_sends_nothing_and_is_forgotten() -> None:
+    async def test(bus: ZmqBus) -> None:
+        received: list[bytes] = []
+        server = bus.server(ANY, lambda peer, frames: received.append(frames[0]))
+        client = bus.client(server.address, lambda frames: None)
+        client.close()
+        client.close()
+
+        assert not client.send([b"x"])
+        assert len(bus._sockets) == 1
+
+    on_bus(test)
+
+
+def test_handler_may_close_its_own_socket() -> None:
+    async def test(bus: ZmqBus) -> None:
+        received: list[list[bytes]] = []
+
+        def once(frames: list[bytes]) -> None:
+            received.append(frames)
+            client.close()
+
+        def answer(peer: bytes, frames: list[bytes]) -> None:
+            for _ in range(9):
+                server.send(peer, [b"x"])
+
+        server = bus.server(ANY, answer)
+        client = bus.client(server.address, once)
+        client.send([b"hello"])
+        await until(lambda: len(bus._sockets) == 1)
+        assert len(received) == 1
+
+    on_bus(test)
+
+
+def test_what_was_sent_before_close_arrives() -> None:
+    async def test(bus: ZmqBus) -> None:
+        received: list[bytes] = []
+        server = bus.server(ANY, lambda peer, frames: received.append(frames[0]))
+        client = bus.client(server.address, lambda frames: None)
+        for i in range(100):
+            client.send([b"%d" % i])
+        client.close()
+
+        await until(lambda: received == [b"%d" % i for i in range(100)])
+
+    on_bus(test, linger_s=10.0)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_close_leaves_nothing(loop: str) -> None:
+    def num_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async def test(bus: ZmqBus) -> None:
+        server = echo_server(bus)
+        publisher = bus.publisher(ANY)
+        answers: list[list[bytes]] = []
+        for _ in range(5):
+            bus.client(server.address, answers.append).send([b"x"])
+            bus.subscriber(publisher.address, answers.append)
+        await until(lambda: len(answers) == 5)
+
+    on_bus(test, loop=loop)  # the first use of a loop may open files of its own
+    before = num_files()
+    for _ in range(3):
+        on_bus(test, loop=loop)
+
+    assert num_files() == before
+
+
+def test_zmq_bus_is_a_bus() -> None:
+    async def test(bus: ZmqBus) -> None:
+        as_bus: Bus = bus
+        assert as_bus.public_key == ""
+
+    on_bus(test)
