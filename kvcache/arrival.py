@@ -40,7 +40,7 @@ class Arrival:
         for begin, end in sorted(spans):
             if begin <= frontier:
                 frontier = max(frontier, end)
-        return min(frontier, grant.end)
+        return frontier
 
     def layer_complete(self, layer: int) -> bool:
         # Counts only grow, so what was complete stays so.

@@ -74,7 +74,9 @@ def configure(service: str, service_id: str, *, level: str = "info", directory: 
     if file is None and sys.stderr.isatty():
         render: list[Any] = [structlog.dev.ConsoleRenderer()]
     else:
-        render = [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        # Without locals: they could hold keys or prompt text.
+        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        render = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=[*shared, *render],
         wrapper_class=structlog.make_filtering_bound_logger(number),

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-PROMPT = "What is the capital of France, and what is it known for?"
+PROMPT = "Write a haiku about the sea."
 MAX_TOKENS = 64
 
 

@@ -24,6 +24,11 @@ from microserve.services.engine.state import failed
 _logger = structlog.get_logger()
 
 
+def is_index(session: Session) -> bool:
+    """The index connects as a router that only asks for snapshots; its own events tell of it."""
+    return session.router_id.startswith("index-")
+
+
 class Door:
     def __init__(
         self,
@@ -127,7 +132,8 @@ class Door:
         )
         for old in replaced:
             self._drop(old, "replaced")
-        _logger.info(log.ROUTER_JOINED, router_id=session.router_id, incarnation=session.incarnation)
+        if not is_index(session):
+            _logger.info(log.ROUTER_JOINED, router_id=session.router_id, incarnation=session.incarnation)
         with self._core.lock:
             return wire.Welcome(message.call_id, self._info, self._core.load())
 
@@ -184,7 +190,8 @@ class Door:
         with self._core.lock:
             dropped = self._core.state.drop_owner(session.peer, self._clock())
             self._core.wake()
-        _logger.warning(log.ROUTER_LOST, router_id=session.router_id, why=why, requests=dropped)
+        if not is_index(session):
+            _logger.warning(log.ROUTER_LOST, router_id=session.router_id, why=why, requests=dropped)
 
     def _send(self, peer: bytes, reply: wire.EngineReply, *bulk: bytes) -> None:
         # A peer that is gone is found by its silence; what it asked for is dropped then.

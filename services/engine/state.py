@@ -11,6 +11,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass
 
+import msgspec
 import structlog
 
 from microserve.protocol import actions as wire
@@ -125,6 +126,15 @@ class EngineState:
             stop_token_id=stop_token_id,
         )
         self.emit(sequence, new_tokens, finished)
+        _logger.info(
+            log.REQUEST_FINISHED,
+            request_id=sequence.request_id,
+            action="generate",
+            finish=reason,
+            code=finished.code,
+            **msgspec.structs.asdict(finished.usage),
+            **_rounded(finished.timings),
+        )
         self.count(f"generate_{reason}")
         if record is not None and record.generate is sequence:
             record.generate = None
@@ -182,6 +192,16 @@ class EngineState:
         if record is not None:
             record.sent[(transfer.grant.grant_id, transfer.lane)] = sent
         self.count("sends_done")
+        _logger.info(
+            log.KV_SENT,
+            request_id=sequence.request_id,
+            receiver=transfer.grant.engine_id,
+            computed=sent.computed,
+            cached=sent.cached,
+            sent=sent.sent,
+            nbytes=sent.nbytes,
+            **_rounded(sent.timings),
+        )
         self.count("sent_bytes", transfer.nbytes)
         self.outbox.replies.append((sequence.owner, sent))
 
@@ -241,6 +261,10 @@ class EngineState:
         if now - self._purged_at > PURGE_INTERVAL_S:
             self._purged_at = now
             self.records.purge(now)
+
+
+def _rounded(timings: wire.Timings) -> dict[str, float]:
+    return {name: round(seconds, 6) for name, seconds in msgspec.structs.asdict(timings).items()}
 
 
 def failed(call_id: int, error: MeshError) -> wire.Failed:

@@ -440,6 +440,31 @@ class HeapProcessConformance:
             assert torn == 0
             assert child.receive() == "done"
 
+    def test_a_claim_and_a_close_never_miss_each_other(self, mine: Heap, child: Child) -> None:
+        """The owner closes and asks who holds; the writer holds and asks if it is closed; at one moment.
+
+        A writer that found it open must have been seen, or its blocks would be given away under it.
+        """
+        num_rounds = 4000
+        words = {"state": mine.words.state(0), "go": mine.words.begin(0, 0), "result": mine.words.end(0, 0)}
+        chance = random.Random(5)
+        outcomes = set()
+        child.ask("attach", address=mine.address)
+        child.send("claim_against_close", rounds=num_rounds, **words)
+        for number in range(1, num_rounds + 1):
+            mine.store(words["go"], number)
+            for _ in range(chance.randrange(200)):
+                pass
+            mine.store(words["state"], number)
+            is_held = mine.is_held(0, 0)
+            wait_until(lambda number=number: mine.load(words["result"]) >= 2 * number, f"round {number}")  # type: ignore[misc]
+            found_open = bool(mine.load(words["result"]) & 1)
+            outcomes.add((found_open, is_held))
+
+        assert (True, False) not in outcomes
+        assert (True, True) in outcomes
+        assert child.receive() == "done"
+
     def test_a_writer_killed_in_the_middle_of_its_puts_is_proven_dead(self, mine: Heap, child: Child) -> None:
         child.ask("attach", address=mine.address)
         assert child.ask("hold", slot=1, lane=1)

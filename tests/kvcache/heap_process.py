@@ -46,6 +46,19 @@ class Commands:
                 os.sched_yield()
         return "done"
 
+    def claim_against_close(self, rounds: int, state: int, go: int, result: int) -> str:
+        """Each round: take lane 0 of slot 0, look at ``state``, and say 1 if it is still open. Keep the lane
+        until the next round."""
+        for number in range(1, rounds + 1):
+            while self.peer.read(go) < number:
+                pass
+            self.peer.let_go(0, 0)
+            is_open = self.peer.hold(0, 0) and self.peer.read(state) < number
+            if not is_open:
+                self.peer.let_go(0, 0)
+            self.peer.signal(result, 2 * number + is_open)
+        return "done"
+
     def put_for_ever(self, word: int) -> None:
         everything = Copies([Copy(0, 0, self._heap.data.size)])
         number = 0

@@ -43,12 +43,21 @@ class HookedPeer(MemoryPeerHeap):
         super().put(*arguments, **named)
 
 
+class HookedHeap(MemoryHeap):
+    after_asked: Callable[[], None] = staticmethod(lambda: None)
+
+    def is_held(self, slot: int, lane: int) -> bool:
+        answer = super().is_held(slot, lane)
+        self.after_asked()
+        return answer
+
+
 class Receiver:
     """A receiving engine with 12 blocks of 4 tokens, and senders that come and go."""
 
     def __init__(self) -> None:
         self.registry = MemoryRegistry()
-        self.heap = MemoryHeap(
+        self.heap = HookedHeap(
             make_layout(num_blocks=12), incarnation=RECEIVER, registry=self.registry, num_slots=NUM_SLOTS
         )
         self.pool = BlockPool(12)
@@ -558,6 +567,22 @@ def test_a_grant_closed_in_the_middle_of_a_claim_waits_for_it(receiver: Receiver
         writer.claim()
 
     assert receiver.table.poll(0.0) == [Discharged(grant.grant_id, "request", 4)]
+
+
+def test_a_claim_right_after_its_lane_was_found_free_finds_the_grant_closed(receiver: Receiver) -> None:
+    grant = receiver.open()
+    writers = [receiver.writer(grant, lane) for lane in range(4)]
+
+    def claim() -> None:
+        receiver.heap.after_asked = lambda: None
+        for writer in writers:
+            with pytest.raises(TransferFailed, match="closed"):
+                writer.claim()
+
+    receiver.heap.after_asked = claim
+    receiver.table.close(grant.grant_id, now=0.0)
+
+    assert receiver.pool.num_free == 12
 
 
 def test_a_stale_grant_of_a_dead_engine_names_no_block_of_the_new_one(receiver: Receiver) -> None:

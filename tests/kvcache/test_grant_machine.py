@@ -341,7 +341,7 @@ class GrantMachine(RuleBasedStateMachine):
             lane.writer.finish()
         lane.when_delivered(lambda: setattr(lane, "holds", False))
 
-    @rule(data=st.data(), count=st.integers(1, 30))
+    @rule(data=st.data(), count=st.integers(1, 6))
     def deliver(self, data: st.DataObject, count: int) -> None:
         """Some of what one writer has written takes effect, in its order."""
         lanes = [lane for model in self.all_grants for lane in model.lanes if lane.peer.on_the_way]

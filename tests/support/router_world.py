@@ -55,7 +55,7 @@ async def eventually(condition: Callable[[], object], what: str = "", timeout_s:
     """Wait until a condition holds; fails with ``what`` after ``timeout_s``."""
     try:
         async with asyncio.timeout(timeout_s):
-            while not condition():  # noqa: ASYNC110  (what is waited for has no event of its own)
+            while not condition():
                 await asyncio.sleep(0.002)
     except TimeoutError:
         raise AssertionError(f"did not come true: {what or condition}") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from microserve.services.demo_request import Answer, Gateway
+from microserve.services.demo_request import PROMPT, Answer, Gateway
 from microserve.services.mesh_state import MeshDirectory
 
 pytestmark = pytest.mark.system
@@ -85,7 +85,7 @@ def test_plain_output_reads_well(tiny_model: Path, tmp_path: Path) -> None:
     for text in (
         "engine-e0    ready",
         "gateway      ready",
-        "> What is",
+        f"> {PROMPT}",
         "tokens; the first after",
         "stopped",
     ):
