@@ -6,11 +6,10 @@ Owns the links and one task. Knows token ids and requests, not text.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
-
-import zmq
 
 from microserve.gateway.mailbox import Inbox, Mailbox
 from microserve.gateway.router_link import RouterLink
@@ -19,6 +18,8 @@ from microserve.protocol.errors import ConfigError, MeshError, NoEngines, QueueF
 from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.serving import Generate
 from microserve.protocol.transport import Bus
+
+_ADDRESS = re.compile(r"tcp://\S+:\d{1,5}|ipc://\S+|inproc://\S+")
 
 
 class RouterClient:
@@ -37,7 +38,13 @@ class RouterClient:
         liveness: int,
         on_tick: Callable[[], object] = lambda: None,
     ) -> None:
-        """``liveness`` missed intervals make a router lost. ``on_tick`` is called every interval."""
+        """``liveness`` missed intervals make a router lost. ``on_tick`` is called every interval.
+
+        Raises :class:`ConfigError` for an address that is none.
+        """
+        for address in addresses:
+            if _ADDRESS.fullmatch(address) is None:
+                raise ConfigError(f"gateway.routers: {address!r} is no address", field="gateway.routers")
         self._loop = asyncio.get_running_loop()
         self.links = [
             RouterLink(
@@ -56,14 +63,8 @@ class RouterClient:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Raises :class:`ConfigError` for an address that is none."""
         for link in self.links:
-            try:
-                link.connect()
-            except zmq.ZMQError as error:
-                raise ConfigError(
-                    f"gateway.routers: {link.address}: {error}", field="gateway.routers"
-                ) from None
+            link.connect()
         self._task = self._loop.create_task(self._beat(), name="router heartbeat")
 
     async def close(self) -> None:

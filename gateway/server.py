@@ -9,7 +9,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,6 +49,17 @@ class _ServerLog(logging.Handler):
             _logger.warning(log.HTTP_REJECTED, detail=record.getMessage())
 
 
+@contextmanager
+def _server_log() -> Iterator[None]:
+    handler = _ServerLog(logging.WARNING)
+    logger = logging.getLogger("uvicorn")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 async def serve(
     settings: Settings,
     *,
@@ -78,34 +90,29 @@ async def _serve(
     drain_s: float,
 ) -> None:
     keys = CurveKeys.load(settings.bus.curve_dir) if settings.bus.curve_dir else None
-    listener = bind(settings.gateway.host, settings.gateway.port)
-    bus = ZmqBus(high_water_mark=settings.bus.high_water_mark, linger_s=settings.bus.linger_s, keys=keys)
-    state = _make_state(settings, tokenizer, gateway_id, bus, notifier)
-    server = make_server(Application(state), graceful_s=int(drain_s) + 2)
-    handler = _ServerLog(logging.WARNING)
-    logging.getLogger("uvicorn").addHandler(handler)
-    serving: asyncio.Task[None] | None = None
-    try:
+    async with AsyncExitStack() as stack:
+        listener = stack.enter_context(bind(settings.gateway.host, settings.gateway.port))
+        bus = ZmqBus(high_water_mark=settings.bus.high_water_mark, linger_s=settings.bus.linger_s, keys=keys)
+        stack.callback(bus.close)
+        state = _make_state(settings, tokenizer, gateway_id, bus, notifier)
+        stack.push_async_callback(state.routers.close)
+        stack.enter_context(_server_log())
         state.routers.start()
+        server = make_server(Application(state), graceful_s=int(drain_s) + 2)
         serving = asyncio.create_task(server.serve([listener]), name="http server")
-        address = address_of(listener)
-        _logger.info(log.SERVICE_READY, address=address, model=state.model)
-        notifier.send("READY=1")
-        on_ready(address)
-        await asyncio.wait(
-            [serving, waiting := asyncio.create_task(stop.wait())], return_when=asyncio.FIRST_COMPLETED
-        )
-        waiting.cancel()
-    finally:
-        notifier.send("STOPPING=1")
-        state.draining = True
-        server.should_exit = True
-        if serving is not None:
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            address = address_of(listener)
+            _logger.info(log.SERVICE_READY, address=address, model=state.model)
+            notifier.send("READY=1")
+            on_ready(address)
+            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            notifier.send("STOPPING=1")
+            state.draining = True
+            server.should_exit = True
             await _drain(state, serving, drain_s)
-        listener.close()
-        await state.routers.close()
-        bus.close()
-        logging.getLogger("uvicorn").removeHandler(handler)
 
 
 def _make_state(

@@ -13,9 +13,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 2 layers with a byte-level tokenizer."""
     from tiny_model import make_tiny_model
 
-    directory = tmp_path_factory.mktemp("tiny")
-    make_tiny_model(directory)
-    return directory
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
 @pytest.fixture(scope="session")

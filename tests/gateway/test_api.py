@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from gateway_world import GatewayWorld, Served, gateway_world, run
+from gateway_world import GatewayWorld, Served, gateway_world, run, special_id
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
@@ -20,12 +20,12 @@ from microserve.gateway.canonical import PHASES
 from microserve.protocol import log
 from microserve.protocol.actions import TokenLogprob
 
-USER = [{"role": "user", "content": "hi"}]
+USER: list[Any] = [{"role": "user", "content": "hi"}]
 
 
 def saying(tokenizer: Tokenizer, text: str, **ended: Any) -> Callable[[Served], None]:
     """A router that answers every request with ``text``, a token a message, then the stop token."""
-    ids, stop = tokenizer.encode(text).ids, tokenizer.token_to_id("<|im_end|>")
+    ids, stop = tokenizer.encode(text).ids, special_id(tokenizer, "<|im_end|>")
 
     def answer(served: Served) -> None:
         wanted = served.message.sampling.logprobs

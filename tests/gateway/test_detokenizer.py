@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gateway_world import special_id
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
@@ -67,7 +68,7 @@ def test_half_a_character_at_the_end_is_flushed_as_a_replacement(raw_tokenizer: 
 
 
 def test_special_tokens_have_no_text(raw_tokenizer: Tokenizer) -> None:
-    end = raw_tokenizer.token_to_id("<|im_end|>")
+    end = special_id(raw_tokenizer, "<|im_end|>")
     ids = [end, *raw_tokenizer.encode("a").ids, end, *raw_tokenizer.encode("b").ids, end]
     assert "".join(grow(raw_tokenizer, [end], ids, [])) == "ab"
 

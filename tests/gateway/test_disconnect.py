@@ -13,6 +13,7 @@ from gateway_world import Connection, GatewayWorld, connect, gateway_world, post
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
+from microserve.gateway import sse
 from microserve.protocol import log
 
 CUTS: list[Callable[[Connection], None]] = [Connection.close, Connection.reset, Connection.half_close]
@@ -133,18 +134,22 @@ def test_a_router_that_does_not_confirm_holds_nothing_up(model: Path) -> None:
     run(main())
 
 
-def test_a_pipelining_client_that_goes(model: Path) -> None:
-    """The server must tell the request that runs, not only the one that waits behind it."""
+def test_a_pipelining_client_that_goes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server stops reading behind a second request, so only a write (a ping) meets the closed connection;
+    then the request that runs must be told, and not only the one that waits behind it."""
+    monkeypatch.setattr(sse, "PING_S", 0.05)
 
     async def main() -> None:
-        async with gateway_world(model) as world:
-            async with post(world, "/v1/completions", prompt="x", stream=True) as client:
-                served = await world.router.request()
-                await client.send(b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n")
-                async with httpx.AsyncClient() as http:  # the second request has been read by now
-                    await http.get(f"{world.address}/health")
-                client.reset()
-                await served.cancelled.wait()
+        async with (
+            gateway_world(model) as world,
+            post(world, "/v1/completions", prompt="x", stream=True) as client,
+        ):
+            served = await world.router.request()
+            await client.send(b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n")
+            async with httpx.AsyncClient() as http:  # the second request has been read by now
+                await http.get(f"{world.address}/health")
+            client.reset()
+            await served.cancelled.wait()
 
     run(main())
 

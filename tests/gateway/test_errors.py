@@ -90,8 +90,8 @@ def test_every_error_of_the_mesh_has_an_answer() -> None:
 def test_keys() -> None:
     KeyRing([]).check(None)
     ring = KeyRing(["one", "two"])
-    for header in (b"Bearer one", b"bearer two", b"Bearer  two "):
-        ring.check(header)
-    for header in (None, b"", b"one", b"Basic one", b"Bearer", b"Bearer onetwo", b"Bearer \xff"):
+    for good in (b"Bearer one", b"bearer two", b"Bearer  two "):
+        ring.check(good)
+    for bad in (None, b"", b"one", b"Basic one", b"Bearer", b"Bearer onetwo", b"Bearer \xff"):
         with pytest.raises(Unauthorized):
-            ring.check(header)
+            ring.check(bad)

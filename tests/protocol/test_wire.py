@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import types
 import typing
@@ -11,7 +12,17 @@ from typing import Any, get_args, get_origin
 import msgspec
 import pytest
 
-from microserve.protocol import actions, codec, credit, errors, grant, kv_events, membership, sampling, serving
+from microserve.protocol import (
+    actions,
+    codec,
+    credit,
+    errors,
+    grant,
+    kv_events,
+    membership,
+    sampling,
+    serving,
+)
 from microserve.protocol import transport as transport_module
 from microserve.protocol import types as protocol_types
 from microserve.protocol.settings import BusSettings
@@ -64,14 +75,13 @@ def block_of(name: str, within: str = SPEC) -> str:
 
 
 def rows_of(block: str) -> list[tuple[str, str, str]]:
-    """Field, type and default of a table's rows; a meaning is required."""
+    """Field, type and default of each row of the field table; a meaning is required."""
+    _, _, table = block.partition("| field | type | default | meaning |\n|---|---|---|---|\n")
     rows = []
-    for line in block.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("| `"):
-            assert len(cells) == 4, line
-            assert cells[3], f"no meaning: {line}"
-            rows.append((cells[0].strip("`"), cells[1], cells[2].strip("`")))
+    for line in table.partition("\n\n")[0].splitlines():
+        field, type_, default, meaning = (cell.strip() for cell in line.strip("|").split("|"))
+        assert meaning, line
+        rows.append((field.strip("`"), type_, default.strip("`")))
     return rows
 
 
@@ -84,9 +94,10 @@ def wire_type(hint: Any) -> str:
     if origin is typing.Annotated:
         return wire_type(args[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(sorted({wire_type(arg) for arg in args}, key=lambda name: name == "nil"))
+        return " or ".join(sorted(dict.fromkeys(map(wire_type, args)), key=lambda name: name == "nil"))
     if origin is list or (origin is tuple and args[1:] == (Ellipsis,)):
-        return f"array of {wire_type(args[0])}"
+        item = wire_type(args[0])
+        return f"array of ({item})" if " or " in item else f"array of {item}"
     if origin is tuple:
         return f"pair of {' and '.join(map(wire_type, args))}"
     if origin is dict:
@@ -101,7 +112,7 @@ def wire_default(field: msgspec.structs.FieldInfo) -> str:
         return "required"
     value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     spelled = {None: "nil", False: "false", True: "true", "": '""', (): "[]"}
-    return spelled[value] if isinstance(value, bool | str | tuple | None) else str(value)  # type: ignore[arg-type]
+    return spelled[value] if isinstance(value, bool | str | tuple | None) else str(value)
 
 
 def declared(struct: type[msgspec.Struct]) -> list[tuple[str, str, str]]:
@@ -145,7 +156,9 @@ def test_every_message_says_who_sends_it_and_what_answers() -> None:
 
 def test_every_error_code_is_listed() -> None:
     listed = re.findall(r"^\| `([a-z_]+)` \|", section_of("3.3"), re.M)
-    declared_codes = {cls.code for cls in vars(errors).values() if isinstance(cls, type) and hasattr(cls, "code")}
+    declared_codes = {
+        cls.code for cls in vars(errors).values() if isinstance(cls, type) and hasattr(cls, "code")
+    }
 
     assert sorted(listed) == sorted(declared_codes)
 
@@ -181,7 +194,7 @@ def test_channels_are_numbered_as_in_the_code() -> None:
 def test_constants_have_the_values_that_are_stated(name: str, value: float) -> None:
     stated = re.findall(rf"^\| `{re.escape(name)}` \| ([\d,.]+)", SPEC, re.M)
 
-    assert [float(number.replace(",", "")) for number in stated] == [value]
+    assert [json.loads(number.replace(",", "")) for number in stated] == [value]
 
 
 def test_sections_that_the_code_refers_to_exist() -> None:

@@ -54,6 +54,7 @@ class Engine:
     def collect(self) -> None:
         outbox, _ = self.core.take_output()
         for _, reply in outbox.replies:
+            assert not isinstance(reply, wire.Deltas | wire.Heartbeat)
             assert reply.call_id not in self.replies, "answered twice"
             self.replies[reply.call_id] = reply
         for _, delta in outbox.deltas:

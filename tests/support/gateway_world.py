@@ -63,6 +63,12 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None
+    return token_id
+
+
 def make_model(directory: Path) -> Path:
     """What the gateway needs of a model's directory."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -270,7 +276,7 @@ class GatewayWorld:
 
 @asynccontextmanager
 async def gateway_world(
-    model: Path,
+    directory: Path,
     *settings: str,
     num_routers: int = 1,
     wait_ready: bool = True,
@@ -285,7 +291,7 @@ async def gateway_world(
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     loaded = load_settings(
         overrides=[
-            f"model.path={model}", "model.name=tiny", "gateway.port=0", f"gateway.routers={addresses}",
+            f"model.path={directory}", "model.name=tiny", "gateway.port=0", f"gateway.routers={addresses}",
             f"bus.heartbeat_interval_s={BEAT_S}", *settings,
         ]
     )  # fmt: skip
@@ -293,7 +299,8 @@ async def gateway_world(
         serve(loaded, gateway_id="g0", stop=stop, on_ready=address.set_result, drain_s=drain_s)
     )
     try:
-        await asyncio.wait([address, serving], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [address, serving]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             serving.result()
         world = GatewayWorld(address.result(), bus, routers, stop, serving)

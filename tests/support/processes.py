@@ -65,7 +65,7 @@ class MeshProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
-        order = [n for n in ("gateway", "router") if n in self.services]
+        order: list[str] = [n for n in ("gateway", "router") if n in self.services]
         order += [n for n in self.services if n.startswith("engine")] + ["index"]
         for name in order:
             self.stop(name)

@@ -11,7 +11,7 @@ from bus_client import BusClient
 from engine_client import EngineClient
 from processes import MeshProcesses
 
-from microserve.protocol.errors import DeadlineExceeded, PeerError
+from microserve.protocol.errors import DeadlineExceeded, MeshError, PeerError
 from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.transport import ZmqBus
 
@@ -115,5 +115,5 @@ async def _other_router(bus: ZmqBus, mesh: MeshProcesses) -> None:
 
 
 def _retryable() -> set[str]:
-    kinds = [PeerError, DeadlineExceeded, *PeerError.__subclasses__()]
+    kinds: list[type[MeshError]] = [PeerError, DeadlineExceeded, *PeerError.__subclasses__()]
     return {kind.code for kind in kinds} | {"no_engines", "cache_full"}

@@ -8,12 +8,13 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 from processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 
 MODEL = "SmolLM2-135M-Instruct"
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_models(client: openai.OpenAI) -> None:
 def test_a_streamed_answer_is_the_same_under_every_strategy(client: openai.OpenAI, strategy: str) -> None:
     stream = client.chat.completions.create(
         model=MODEL,
-        messages=QUESTION,  # type: ignore[arg-type]
+        messages=QUESTION,
         temperature=0.0,
         max_tokens=12,
         stream=True,
@@ -68,7 +69,7 @@ def test_a_streamed_answer_is_the_same_under_every_strategy(client: openai.OpenA
 def test_a_whole_answer_with_logprobs_and_choices(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL,
-        messages=QUESTION,  # type: ignore[arg-type]
+        messages=QUESTION,
         temperature=0.0,
         max_completion_tokens=8,
         n=2,
@@ -141,6 +142,6 @@ def test_the_canonical_line_adds_up(client: openai.OpenAI, mesh: MeshProcesses) 
     ]
     for line in lines:
         if all(name in line for name in phases):
-            total = sum(float(line[name]) for name in phases)  # type: ignore[arg-type]
-            assert abs(total - float(line["wall_s"])) < 1e-5, line  # type: ignore[arg-type]
+            total = sum(float(str(line[name])) for name in phases)
+            assert abs(total - float(str(line["wall_s"]))) < 1e-5, line
     assert any(all(name in line for name in phases) for line in lines)

@@ -105,12 +105,13 @@ def test_a_receiver_starts_layer_by_layer_behind_its_sender(mesh: Mesh) -> None:
     granted = grant_for(mesh.b, "r", prompt, 9)
     receive(mesh.b, "r", granted, 9)
     send(mesh.a, "r", prompt, granted, 0, 9)
-    on_layer = mesh.a.runner.execute
+    execute = mesh.a.runner.execute
     seen: list[str] = []
 
-    def execute(batch, hook):  # type: ignore[no-untyped-def]
+    def interrupted(batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
         def hooked(layer: int) -> None:
-            hook(layer)
+            if on_layer is not None:
+                on_layer(layer)
             if layer == 0:
                 # The first layer is in, the second is not: the receiver may begin.
                 with mesh.b.core.lock:
@@ -124,9 +125,9 @@ def test_a_receiver_starts_layer_by_layer_behind_its_sender(mesh: Mesh) -> None:
                 sequence.num_computed = 0
                 mesh.b.core.state.receiving.append(sequence)
 
-        return on_layer(batch, hooked)
+        return execute(batch, hooked)
 
-    mesh.a.runner.execute = execute  # type: ignore[method-assign]
+    mesh.a.runner.execute = interrupted  # type: ignore[method-assign]
     mesh.run()
 
     assert seen == ["r"]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_model import FAMILIES, make_tiny_model
 
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.services.engine.model import load_model
-from tests.tiny_model import FAMILIES, make_tiny_model
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import FAMILIES, make_tiny_model
 from transformers import AutoModelForCausalLM
 
 from microserve.kvcache.layout import K, KvLayout, V
@@ -22,7 +23,6 @@ from microserve.protocol.sampling import SamplingParams
 from microserve.services.engine.batch import Batch, Chunk, Sampled, SampleSpec
 from microserve.services.engine.model import LoadedModel, load_model
 from microserve.services.engine.runner import ModelRunner
-from tests.tiny_model import FAMILIES, make_tiny_model
 
 NUM_BLOCKS, BLOCK_SIZE = 64, 4
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from junk import junk
 from router_world import (
-    LIVENESS,
     Answer,
     World,
     eventually,
@@ -51,7 +50,7 @@ async def test_welcome_and_heartbeats_tell_what_the_mesh_is() -> None:
         world.add_engine("a")
         world.add_engine("b", max_model_len=1000)
         await world.list_engines()
-        await eventually(lambda: world.gateway.heartbeats[-1].num_engines == 2, "told")
+        await eventually(lambda: [b for b in world.gateway.heartbeats if b.num_engines == 2], "told")
         beat = world.gateway.heartbeats[-1]
         assert (beat.model, beat.max_model_len, beat.vocab_size) == ("scripted", 1000, 1000)
         assert (beat.num_requests, beat.max_requests) == (0, 1024)
@@ -96,7 +95,7 @@ async def test_without_credit_outputs_merge_and_nothing_is_lost() -> None:
         d.emit(wire.Delta(brisk.request_id, 0, [1]))
         d.finish(brisk.request_id, 1)
         await brisk.wait()
-        assert len(slow.streams) == 1
+        await eventually(lambda: len(slow.streams) == 1, "the one message that it may get")
         slow.send(serving.StreamCredit(1))
         await first.wait()
         assert len(slow.streams) == 2
@@ -269,7 +268,6 @@ SAMPLES: list[serving.RouterRequest] = [
 def with_handler(run: Callable[[PeerHandler, LoopbackBus, Router], None]) -> None:
     """Call ``run`` in a loop with the handler of a router that has no engines."""
 
-    @in_loop
     async def main() -> None:
         bus = LoopbackBus()
         router = Router(make_settings("tcp://127.0.0.1:1"), bus, seed=1)
@@ -285,7 +283,7 @@ def with_handler(run: Callable[[PeerHandler, LoopbackBus, Router], None]) -> Non
             assert peer
             ROUTER_REPLY.decode(list(frames))
 
-    main()
+    asyncio.run(main())
 
 
 def test_a_hundred_thousand_junk_messages_are_answered_or_dropped() -> None:
@@ -334,4 +332,3 @@ async def _flood(world: World) -> None:
     await eventually(lambda: world.router.gateways.num_rejected >= 2000, "rejected")
     attacker.send(SAMPLES[1], encode_tokens(PROMPT))
     await eventually(lambda: attacker.answers["r"].ended is not None, "served all the same")
-    assert LIVENESS > 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import structlog
 from router_world import (
-    INTERVAL_S,
     LIVENESS,
     ScriptedIndex,
     World,
@@ -16,12 +17,23 @@ from router_world import (
 
 from microserve.protocol import actions as wire
 from microserve.protocol import log, membership
+from microserve.protocol.transport import ClientSocket, FramesHandler
 
 PROMPT = list(range(50))
 
 
 def joined(world: World) -> dict[str, int]:
     return {c.engine_id: c.info.incarnation for c in world.router.registry.joined()}
+
+
+async def reopened_index(world: World, address: str) -> ScriptedIndex:
+    """ZeroMQ gives an address free a moment after its socket was closed."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                return ScriptedIndex(world.bus, incarnation=2, address=address)
+            except OSError:
+                await asyncio.sleep(0.01)
 
 
 async def beats(world: World, count: int) -> None:
@@ -46,7 +58,7 @@ async def test_an_index_that_starts_empty_drops_nobody() -> None:
     async with router_world("a", "b") as world:
         address = world.index.address
         world.index.close()
-        reborn = ScriptedIndex(world.bus, incarnation=2, address=address)
+        reborn = await reopened_index(world, address)
         try:
             await eventually(lambda: reborn.watches >= 3, "watched")
             assert joined(world) == {"a": 1, "b": 1}
@@ -162,10 +174,14 @@ async def test_an_engine_that_does_not_fit_the_mesh_is_refused_and_said_once() -
 @in_loop
 async def test_an_address_that_no_socket_takes_hides_nobody() -> None:
     async with router_world("a") as world:
-        bad = world.add_engine("bad")
-        bad.info = wire.EngineInfo(
-            **{n: getattr(bad.info, n) for n in bad.info.__struct_fields__} | {"address": "nonsense"}
-        )
+        bad, connect = world.add_engine("bad"), world.bus.client
+
+        def client(address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
+            if address == bad.info.address:
+                raise OSError("cannot connect")
+            return connect(address, handler, server_key=server_key)
+
+        world.bus.client = client  # type: ignore[method-assign]
         world.add_engine("z")
         world.index.set(engine.info for engine in world.engines.values())
         await eventually(lambda: joined(world) == {"a": 1, "z": 1}, "z joined")
@@ -178,7 +194,6 @@ async def test_a_mesh_may_be_replaced_by_another_model() -> None:
         await eventually(lambda: joined(world) == {}, "a is lost")
         other = world.add_engine("b", model="another", block_size=32)
         await world.list_engines(other)
-        await eventually(lambda: world.gateway.heartbeats[-1].model == "another", "told")
         answer = await world.gateway.generate(PROMPT, model="another", strategy="data_parallel")
         assert answer.result.reason == "length"
 
@@ -192,4 +207,3 @@ async def test_what_is_no_members_message_is_ignored() -> None:
         world.index._socket.send(watcher, [b"junk", b"more"])
         await beats(world, 2)
         assert joined(world) == {"a": 1}
-        assert INTERVAL_S > 0
