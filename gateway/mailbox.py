@@ -169,12 +169,17 @@ class Inbox:
 
     async def settle(self, timeout_s: float) -> None:
         """Wait until every mailbox is over, for ``timeout_s`` at most (usage of what was cancelled)."""
+        if self._all_over():
+            return
         try:
             async with asyncio.timeout(timeout_s):
-                while not all(mailbox.over for mailbox in self.mailboxes):
+                while not self._all_over():
                     await self._sleep()
         except TimeoutError:
             return
+
+    def _all_over(self) -> bool:
+        return all(mailbox.over for mailbox in self.mailboxes)
 
     async def _sleep(self) -> None:
         waiter = self._waiter = asyncio.get_running_loop().create_future()

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 from microserve.kvcache.checksum import extend_checksum
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
-from microserve.kvcache.layout import K, KvLayout, V, block_spans
+from microserve.kvcache.layout import KvLayout, block_spans
 from microserve.kvcache.words import (
     CHECKSUMMED,
     CLAIMED,
@@ -59,7 +59,6 @@ class TransferPlan:
         self.begin = min(max(begin, grant.matched), end)
         self.end = end
         self._source = source
-        self._target = target
         self._grant = grant
 
     def copies(self, source_blocks: Sequence[int], lo: int, hi: int) -> Copies:
@@ -67,7 +66,7 @@ class TransferPlan:
 
         ``source_blocks`` is the block table of tokens ``[0, hi)`` in the sender's pool.
         """
-        source, target = self._source, self._target
+        source = self._source
         needed = source_blocks[lo // source.block_size : source.num_blocks_for(hi)]
         if (
             not self.begin <= lo <= hi <= self.end
@@ -79,20 +78,20 @@ class TransferPlan:
                 f"of a pool of {source.num_blocks}"
             )
 
-        def rows() -> Iterator[Copy]:
-            spans = block_spans(source_blocks, 0, lo, hi, source.block_size)
-            for (block, row, num_rows), (target_block, _, _) in zip(
-                spans, self.target_spans(lo, hi), strict=True
-            ):
-                # Row for row: both tables start at a multiple of the block size.
-                for kv in (K, V):
-                    yield Copy(
-                        source.offset(0, block, kv, row),
-                        target.offset(0, target_block, kv, row),
-                        num_rows * source.row_nbytes,
-                    )
-
-        return Copies(rows())
+        block_nbytes, row_nbytes = source.block_nbytes, source.row_nbytes
+        copies = []
+        for (block, row, num_rows), (target_block, _, _) in zip(
+            block_spans(source_blocks, 0, lo, hi, source.block_size), self.target_spans(lo, hi), strict=True
+        ):
+            # Row for row: both tables start at a multiple of the block size.
+            start, target_start = block * block_nbytes, target_block * block_nbytes
+            if num_rows == source.block_size:
+                copies.append(Copy(start, target_start, block_nbytes))
+                continue
+            for half in (0, source.half_nbytes):
+                at = half + row * row_nbytes
+                copies.append(Copy(start + at, target_start + at, num_rows * row_nbytes))
+        return Copies(copies)
 
     def target_spans(self, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
         """``(block, first row, number of rows)`` of tokens ``[lo, hi)`` in the receiver's pool."""

@@ -56,17 +56,15 @@ class Copies:
         merged: list[Copy] = []
         # By source: a run of blocks merges whichever way round the block tables name it.
         for copy in sorted(copies):
-            if min(copy) < 0:
+            source, target, nbytes = copy
+            if source < 0 or target < 0 or nbytes < 0:
                 raise InternalError(f"{copy} has a negative bound")
-            last = merged[-1] if merged else None
-            if (
-                last is not None
-                and last.source + last.nbytes == copy.source
-                and last.target + last.nbytes == copy.target
-            ):
-                merged[-1] = Copy(last.source, last.target, last.nbytes + copy.nbytes)
-            else:
-                merged.append(copy)
+            if merged:
+                last = merged[-1]
+                if last.source + last.nbytes == source and last.target + last.nbytes == target:
+                    merged[-1] = Copy(last.source, last.target, last.nbytes + nbytes)
+                    continue
+            merged.append(copy)
         self.copies = tuple(merged)
         self.nbytes = sum(copy.nbytes for copy in merged)
         self.source_end = max((copy.source + copy.nbytes for copy in merged), default=0)

@@ -6,10 +6,18 @@ leaves. Misuse raises ``StrategyError`` or ``InvalidInterval`` at the author's l
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from microserve.protocol import actions as wire
-from microserve.protocol.errors import DeadlineExceeded, InvalidInterval, MeshError, PeerError, StrategyError
+from microserve.protocol.errors import (
+    CacheFull,
+    DeadlineExceeded,
+    InvalidInterval,
+    MeshError,
+    PeerError,
+    StrategyError,
+)
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.generation import STREAM, Generation
 from microserve.services.router.request import Request
@@ -17,6 +25,8 @@ from microserve.services.router.scope import RequestScope
 from microserve.services.router.transfer import GrantHandle, Sending
 
 PREP = "prep_recv"
+MIN_RETRY_S, MAX_RETRY_S = 0.01, 1.0
+"""Pauses between two questions to a full engine; they grow from the engine's own hint."""
 
 
 class Engine:
@@ -59,8 +69,22 @@ class Engine:
     async def prep_recv(self, request: Request, *, end: int | None = None) -> GrantHandle:
         """Make room for KV of ``tokens[:end]``; None is the whole prompt, negative counts from its end.
 
-        Raises ``InvalidInterval``, ``CacheFull`` when the engine has no room, or a ``PeerError``.
+        An engine without room says when to ask again; asking goes on for ``router.call_timeout_s``. Raises
+        ``InvalidInterval``, ``CacheFull`` when there is no room for so long, or a ``PeerError``.
         """
+        gives_up_at = self._scope.now + self._scope.call_timeout_s
+        pause_s = 0.0
+        while True:
+            try:
+                return await self._prep_recv(request, end)
+            except CacheFull as error:
+                pause_s = min(pause_s + max(error.retry_after_s, MIN_RETRY_S), MAX_RETRY_S)
+                if self._scope.now + pause_s >= gives_up_at:
+                    raise
+                await asyncio.sleep(pause_s)
+
+    async def _prep_recv(self, request: Request, end: int | None) -> GrantHandle:
+        """Ask once."""
         scope, connection = self._scope, self._connection
         scope.check(request)
         stop = request.bound("end", end)

@@ -191,7 +191,12 @@ def main() -> int:
             arguments.model,
             Path(directory),
             num_engines=arguments.engines,
-            settings=["model.dtype=float32", "kvcache.num_blocks=1024", "bus.stuck_s=60"],
+            settings=[
+                "model.dtype=float32",
+                "kvcache.num_blocks=2048",
+                "bus.stuck_s=60",
+                "router.call_timeout_s=300",  # sixteen long prompts on two slow engines wait their turn
+            ],
         )
         with mesh:
             wrong = asyncio.run(
