@@ -1,6 +1,6 @@
 """``python -m microserve.gateway``: the gateway as a process of its own.
 
-Exit codes: 0 stopped by a signal, 2 a setting is wrong.
+Exit codes: 0 stopped by a signal, 2 a setting is wrong, 1 anything else (``service.failed``).
 """
 
 from __future__ import annotations
@@ -53,8 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
         logger.error(log.SERVICE_FAILED, detail=error.detail, field=error.field)
         print(f"microserve gateway: {error.detail}", file=sys.stderr)
         return 2
+    except Exception:
+        logger.exception(log.SERVICE_FAILED)
+        return 1
     finally:
         if file is not None:
+            structlog.reset_defaults()
             file.close()
     return 0
 

@@ -25,17 +25,47 @@ SEND_BUFFER_NBYTES = 64 << 10
 USER_TIMEOUT_MS = 30_000
 """A peer that vanished without a FIN is noticed after so long."""
 
+HEAD_TIMEOUT_S = 30.0
+MAX_HEAD_NBYTES = 512 << 10
+"""More than one read brings, so that bytes behind a body in the same read do not count against a head."""
+
 
 class GatewayProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with two things that ASGI cannot say."""
+    """uvicorn's HTTP/1.1 with bounds on a request's head, and two things that ASGI cannot say."""
 
     _earlier: list[RequestResponseCycle]
+    _head_timer: asyncio.TimerHandle | None = None
+    """Runs while the head of a request, the first one of a connection included, is not complete."""
+    _head_nbytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._earlier = []
         super().connection_made(transport)
+        self._await_head()
+
+    def _await_head(self) -> None:
+        self._head_complete()
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def _head_complete(self) -> None:
+        self._head_nbytes = 0
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_timer is not None:
+            self._head_nbytes += len(data)
+            if self._head_nbytes > MAX_HEAD_NBYTES:
+                self.send_400_response("Request head too large.")
+
+    def on_headers_complete(self) -> None:
+        self._head_complete()
+        super().on_headers_complete()
 
     def on_message_begin(self) -> None:
+        self._await_head()
         # uvicorn tells only the newest request of a pipelining client that the client has gone.
         self._earlier = [cycle for cycle in self._earlier if not cycle.response_complete]
         if self.cycle is not None and not self.cycle.response_complete:
@@ -44,6 +74,7 @@ class GatewayProtocol(HttpToolsProtocol):
         cast(dict[str, Any], self.scope)["extensions"] = {ABORT_EXTENSION: self.transport.abort}
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._head_complete()
         for cycle in self._earlier:
             if not cycle.response_complete:
                 cycle.disconnected = True

@@ -62,10 +62,12 @@ class RouterClient:
         self._on_tick = on_tick
         self._task: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
+    def start(self) -> asyncio.Task[None]:
+        """Begin; the task ends only by ``close`` or by a bug."""
         for link in self.links:
             link.connect()
         self._task = self._loop.create_task(self._beat(), name="router heartbeat")
+        return self._task
 
     async def close(self) -> None:
         if self._task is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -97,8 +98,8 @@ async def _serve(
         state = _make_state(settings, tokenizer, gateway_id, bus, notifier)
         stack.push_async_callback(state.routers.close)
         stack.enter_context(_server_log())
-        state.routers.start()
-        server = make_server(Application(state), graceful_s=int(drain_s) + 2)
+        beating = state.routers.start()
+        server = make_server(Application(state), graceful_s=math.ceil(drain_s) + 1)
         serving = asyncio.create_task(server.serve([listener]), name="http server")
         stopping = asyncio.create_task(stop.wait())
         try:
@@ -106,7 +107,9 @@ async def _serve(
             _logger.info(log.SERVICE_READY, address=address, model=state.model)
             notifier.send("READY=1")
             on_ready(address)
-            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait([serving, stopping, beating], return_when=asyncio.FIRST_COMPLETED)
+            if beating in done:
+                beating.result()  # without a heartbeat every router would give us up: better end
         finally:
             stopping.cancel()
             notifier.send("STOPPING=1")

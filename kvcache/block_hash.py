@@ -90,10 +90,11 @@ def iter_hashes(tokens: Sequence[int], block_size: int, root: BlockHash) -> Iter
     """The same, one at a time: who stops at the first unknown block has not paid for the rest."""
     full = len(tokens) - len(tokens) % block_size
     stride = block_size * TOKEN_NBYTES
-    piece = 64 * block_size  # packed at once
+    begin, end = 0, 8 * block_size
     parent = root
-    for begin in range(0, full, piece):
-        packed = pack_tokens(tokens[begin : min(begin + piece, full)])
+    while begin < full:
+        packed = pack_tokens(tokens[begin : min(end, full)])
         for offset in range(0, len(packed), stride):
             parent = chain_hash(parent, packed[offset : offset + stride])
             yield parent
+        begin, end = end, 2 * end

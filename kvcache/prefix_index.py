@@ -7,9 +7,9 @@
 One hash names a whole prefix, so a flat map does what a tree would, without splits and merges.
 
 A lookup walks the chain from its start and ANDs the owners; it does not search. Matched length is monotone
-along a chain only while no engine loses a block before its successors, which no foreign engine promises; and
-a binary search must hash the whole prompt first, while hashing is nine tenths of a walk's time and a walk
-stops at the first block that nobody holds (benchmarks/prefix_index.py).
+along a chain only while no engine loses a block before its successors, which no foreign engine promises. And
+a search must hash the whole prompt first, which costs more than walking all of it does (60 % of a lookup,
+benchmarks/prefix_index.py), while a walk stops hashing at the first block that nobody holds.
 
 Owns the map and its limit in bytes. Sans-I/O; sequence numbers, gaps and snapshots are its caller's matter.
 What it says is a hint: an engine decides by its own prefix cache.
@@ -300,19 +300,15 @@ class PrefixIndex:
         instead would double the memory."""
         if engine.holds_blocks:
             engine.holds_blocks = False
-            self._young = self._without(engine.bit, self._young)
-            self._old = self._without(engine.bit, self._old)
             self._prune_shared_owners()
+            others = {owners: owners & ~engine.bit for owners in self._shared_owners}
+            self._shared_owners = {owners: owners for owners in others.values()}
+            others = {owners: self._shared_owners[rest] for owners, rest in others.items()}
+            self._young = {key: rest for key, owners in self._young.items() if (rest := others[owners])}
+            self._old = {key: rest for key, owners in self._old.items() if (rest := others[owners])}
         if engine.foreign is not None:
             engine.foreign = ForeignBlocks(self.block_size, self.model, self.counters)
         self._measure_foreign(engine)
-
-    def _without(self, bit: int, generation: dict[bytes, int]) -> dict[bytes, int]:
-        remaining: dict[int, int] = {}
-        for owners in set(generation.values()):
-            rest = owners & ~bit
-            remaining[owners] = self._shared_owners.setdefault(rest, rest)
-        return {key: rest for key, owners in generation.items() if (rest := remaining[owners])}
 
     def _note(self, matched: dict[str, int], owners: int, num_tokens: int) -> None:
         while owners:
@@ -325,11 +321,11 @@ class PrefixIndex:
     def _keep_to_limit(self, changed: _Engine | None) -> None:
         """Afterwards ``nbytes <= max_nbytes``. Forgets a generation at a time, so between a third and the
         whole of the limit is in use: an order of use kept per entry would cost more memory than that."""
-        if changed is not None:
+        if changed is not None and changed.foreign is not None:
             self._measure_foreign(changed)
         if len(self._shared_owners) > self._max_shared_owners:
             self._prune_shared_owners()
-        while self._is_young_over_half() or self.nbytes > self.max_nbytes:
+        while self._needs_room():
             self.counters.evicted_blocks += len(self._old)
             self._old, self._young = self._young, {}
             self._prune_shared_owners()
@@ -338,9 +334,10 @@ class PrefixIndex:
                     engine.foreign.keep_if(lambda block_hash: block_hash[:_KEY_NBYTES] in self._old)
                     self._measure_foreign(engine)
 
-    def _is_young_over_half(self) -> bool:
-        """Then the old generation is not missed: another half can be filled before room is needed."""
-        return self.nbytes * len(self._young) * 2 > self.max_nbytes * self.num_blocks
+    def _needs_room(self) -> bool:
+        """Over the limit; or the young generation alone takes half of it, so that a new one should begin."""
+        nbytes = self.nbytes
+        return nbytes > self.max_nbytes or (nbytes * len(self._young) * 2 > self.max_nbytes * self.num_blocks)
 
     def _prune_shared_owners(self) -> None:
         """Sets of owners that no block has any more; O(blocks), so not before there can be that many."""

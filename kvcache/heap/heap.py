@@ -133,7 +133,7 @@ class Heap(ABC):
 class PeerHeap(ABC):
     """A writer's view of another engine's heap. One thread at a time; closes itself as a context manager.
 
-    After ``close`` every method but ``close`` raises :class:`InternalError`.
+    After ``close`` every other method raises :class:`InternalError`.
     """
 
     layout: KvLayout
@@ -168,13 +168,18 @@ class PeerHeap(ABC):
     def let_go(self, slot: int, lane: int) -> None:
         """Every put and signal of ours through this lane is done. Idempotent."""
 
+    @property
+    @abstractmethod
+    def is_idle(self) -> bool:
+        """We hold no lane of it: ``close`` may be called."""
+
     @abstractmethod
     def owner_is_dead(self) -> bool:
         """Proof that the owner has left or died; False when unsure."""
 
     @abstractmethod
     def close(self) -> None:
-        """Detach. Idempotent. :class:`InternalError` while a lane is held: its writer may be at work."""
+        """Detach. Idempotent. :class:`InternalError` unless ``is_idle``: a writer may be at work."""
 
     def __enter__(self) -> Self:
         return self

@@ -159,7 +159,8 @@ class EngineCore:
         address = transfer.grant.heap
         peer = self._peers.get(address.incarnation)
         if peer is None:
-            for incarnation in [i for i, heap in self._peers.items() if heap.owner_is_dead()]:
+            gone = [i for i, heap in self._peers.items() if heap.is_idle and heap.owner_is_dead()]
+            for incarnation in gone:
                 self._peers.pop(incarnation).close()
             peer = self._peers[address.incarnation] = self._heap.attach(address)
         writer = LaneWriter(

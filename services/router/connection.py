@@ -1,8 +1,8 @@
 """The router's one connection to one life of one engine: calls, token streams, liveness.
 
 Owns the DEALER socket and everything that waits for the engine. It ends once, by loss (silence, no progress,
-another incarnation) or by ``close``, and then everything that waited fails with ``EngineLost``; a new life of
-the engine is a new connection. Knows neither strategies nor what a request holds (scope.py does).
+another incarnation, a refusal) or by ``end``, and then everything that waited fails with ``EngineLost``; a
+new life of the engine is a new connection. Knows neither strategies nor what a request holds (scope.py does).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -30,7 +31,7 @@ from microserve.protocol.liveness import LivenessBook, Loss
 from microserve.protocol.settings import BusSettings
 from microserve.protocol.transport import Bus
 from microserve.services.router.abort import Aborts
-from microserve.services.router.stream import TokenStream
+from microserve.services.router.stream import TokenStreams
 
 _logger = structlog.get_logger()
 
@@ -48,7 +49,7 @@ class RouterIdentity:
 
 
 class EngineConnection:
-    """Open with :meth:`run`; usable while ``is_joined``."""
+    """:meth:`join`, then keep :meth:`run` running; usable while ``is_joined``."""
 
     def __init__(
         self,
@@ -67,17 +68,14 @@ class EngineConnection:
         """Requests that use this engine (scope.py keeps it)."""
         self.is_leaving = False
         """Not to be used by new requests."""
-        self.late_deltas = 0
-        """Deltas of requests that nobody here waits for any more: what an abort overtook."""
+        self.streams = TokenStreams()
         self._identity = identity
         self._interval_s = settings.heartbeat_interval_s
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._call_timeout_s = call_timeout_s
         self._liveness = LivenessBook(silence_s=self._silence_s, stuck_s=settings.stuck_s)
-        self._credit = settings.credit
         self._meter = CreditMeter(settings.credit)
         self._calls: Calls[Answer] = Calls(f"engine {info.engine_id}")
-        self._streams: dict[str, TokenStream] = {}
         self._aborts = Aborts()
         self._loop = asyncio.get_running_loop()
         self._joined = False
@@ -101,20 +99,20 @@ class EngineConnection:
     @property
     def has_waiters(self) -> bool:
         """Somebody waits for an answer or for tokens."""
-        return bool(self._calls or self._streams)
+        return bool(self._calls or self.streams)
 
     # --- life --------------------------------------------------------------------------------------
 
     async def join(self) -> None:
         """Say hello. Raises a :class:`MeshError`, and is ended, when the engine cannot be used."""
         try:
-            welcome = await self.call(
-                lambda call_id: wire.Hello(
-                    call_id, self._identity.router_id, self._identity.incarnation, self._credit
-                ),
-                wire.Welcome,
-                timeout_s=self._silence_s,
+            hello = partial(
+                wire.Hello,
+                router_id=self._identity.router_id,
+                incarnation=self._identity.incarnation,
+                credit=self._meter.window,
             )
+            welcome = await self.call(hello, wire.Welcome, timeout_s=self._silence_s)
             if welcome.info.incarnation != self.info.incarnation or welcome.info.engine_id != self.engine_id:
                 raise EngineLost(f"{self.info.address} is another life of {self.engine_id} by now")
         except MeshError as error:
@@ -129,11 +127,14 @@ class EngineConnection:
         while self._lost is None:
             self._send(wire.Ping(self._identity.incarnation))
             self._repeat_aborts()
+            began = self._loop.time()
             try:
                 async with asyncio.timeout(self._interval_s):
                     await self._ended.wait()
             except TimeoutError:
-                self._check_liveness()
+                # After a stall of our own, what the engine has sent is still to be read.
+                if self._loop.time() - began <= 2 * self._interval_s:
+                    self._check_liveness()
         return self._lost
 
     def end(self, reason: MeshError) -> None:
@@ -142,10 +143,8 @@ class EngineConnection:
             return
         self._lost = reason
         self._socket.close()
-        self._calls.fail_all(reason)
-        for stream in list(self._streams.values()):
-            stream.fail(reason)
-        self._streams.clear()
+        self._calls.fail_all(EngineLost(reason.detail))
+        self.streams.fail_all(reason.detail)
         self._aborts.clear()
         self._ended.set()
 
@@ -157,20 +156,16 @@ class EngineConnection:
     # --- calls -------------------------------------------------------------------------------------
 
     def begin(self, build: Build, *bulk: bytes) -> tuple[int, asyncio.Future[Answer]]:
-        """Send a call whose answer the caller awaits itself. Raises the reason if the connection ended.
+        """Send a call whose answer the caller awaits itself. Raises ``EngineLost`` when the connection ended.
 
-        The future fails with the engine's error or with the reason of the loss.
+        The future fails with the engine's error or with ``EngineLost``.
         """
         if self._lost is not None:
-            raise self._lost
+            raise EngineLost(self._lost.detail)
         call_id = self._calls.next_id()
-        frames = ENGINE_REQUEST.encode(build(call_id), *bulk)
         future = self._calls.open(call_id)
         future.add_done_callback(_retrieve)
-        if not self._socket.send(frames):
-            error = EngineLost(f"engine {self.engine_id} takes no messages")
-            self._calls.fail(call_id, error)
-            raise error
+        self._send(build(call_id), *bulk)
         return call_id, future
 
     async def wait(self, call_id: int, future: asyncio.Future[Answer], timeout_s: float) -> Answer:
@@ -198,16 +193,6 @@ class EngineConnection:
             raise PeerError(f"{self.engine_id} sent a snapshot with {len(bulk)} bulk frames, expected 1")
         return snapshot, bulk[0]
 
-    # --- streams -----------------------------------------------------------------------------------
-
-    def subscribe(self, stream: TokenStream) -> None:
-        """Its deltas go to ``stream`` until :meth:`unsubscribe`; one stream a request."""
-        self._streams[stream.request_id] = stream
-
-    def unsubscribe(self, stream: TokenStream) -> None:
-        if self._streams.get(stream.request_id) is stream:
-            del self._streams[stream.request_id]
-
     # --- aborts ------------------------------------------------------------------------------------
 
     def abort(self, request_id: str) -> None:
@@ -224,43 +209,41 @@ class EngineConnection:
 
     # --- messages ----------------------------------------------------------------------------------
 
-    def _send(self, message: wire.EngineRequest) -> bool:
-        return self._socket.send(ENGINE_REQUEST.encode(message))
+    def _send(self, message: wire.EngineRequest, *bulk: bytes) -> None:
+        """A queue that is full up to its high-water mark means that nobody reads at the other end."""
+        if not self._socket.send(ENGINE_REQUEST.encode(message, *bulk)):
+            self.end(EngineLost(f"engine {self.engine_id} takes no messages"))
 
     def _receive(self, frames: list[bytes]) -> None:
         if self._lost is not None:
             return
         try:
             message, bulk = ENGINE_REPLY.decode(frames)
-        except ProtocolViolation as error:
-            _logger.warning(log.FRAME_REJECTED, engine_id=self.engine_id, error=error.detail)
+        except ProtocolViolation as violation:
+            _logger.warning(log.FRAME_REJECTED, engine_id=self.engine_id, error=violation.detail)
             return
         if not isinstance(message, wire.Failed):  # a new life of the engine may refuse what the old one got
             self._liveness.heard(self.engine_id, self.info.incarnation, self._loop.time())
         match message:
             case wire.Deltas():
-                self._take_deltas(message)
+                self.streams.push(message.deltas)
+                credit = self._meter.consumed()
+                if credit:
+                    self._send(wire.Credit(credit))
             case wire.Heartbeat():
                 self._take_heartbeat(message)
-            case wire.Failed(call_id=0):
-                _logger.warning(log.FRAME_REJECTED, engine_id=self.engine_id, error=message.detail)
+            case wire.Failed(code=ProtocolViolation.code):
+                # It does not know us (any more), so it has dropped whatever it had of ours.
+                self.end(EngineLost(f"engine {self.engine_id} refuses this connection: {message.detail}"))
             case wire.Failed():
                 self._aborts.confirm(message.call_id)
-                self._calls.fail(message.call_id, _error(message))
+                error = error_for(
+                    message.code, message.detail, field=message.field, retry_after_s=message.retry_after_s
+                )
+                self._calls.fail(message.call_id, error)
             case _:
                 if not self._aborts.confirm(message.call_id):
                     self._calls.resolve(message.call_id, (message, bulk))
-
-    def _take_deltas(self, message: wire.Deltas) -> None:
-        for delta in message.deltas:
-            stream = self._streams.get(delta.request_id)
-            if stream is None:
-                self.late_deltas += 1
-            else:
-                stream.push(delta)
-        credit = self._meter.consumed()
-        if credit:
-            self._send(wire.Credit(credit))
 
     def _take_heartbeat(self, message: wire.Heartbeat) -> None:
         if message.incarnation != self.info.incarnation:
@@ -272,10 +255,6 @@ class EngineConnection:
         self._liveness.progressed(
             self.engine_id, progress=message.load.progress, busy=busy, now=self._loop.time()
         )
-
-
-def _error(failed: wire.Failed) -> MeshError:
-    return error_for(failed.code, failed.detail, field=failed.field, retry_after_s=failed.retry_after_s)
 
 
 def _retrieve(future: asyncio.Future[Answer]) -> None:

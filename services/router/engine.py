@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from microserve.protocol import actions as wire
 from microserve.protocol.errors import (
@@ -94,13 +95,11 @@ class Engine:
         scope.hold(connection, PREP)
         scope.account.reserve_sequence(self.id)
         ttl_s = scope.remaining_s
+        build = partial(
+            wire.PrepRecv, request_id=request.request_id, end=stop, ttl_s=ttl_s, salt=request.salt
+        )
         try:
-            granted = await connection.call(
-                lambda call_id: wire.PrepRecv(call_id, request.request_id, stop, ttl_s, request.salt),
-                wire.Granted,
-                *bulk,
-                timeout_s=scope.call_timeout_s,
-            )
+            granted = await connection.call(build, wire.Granted, *bulk, timeout_s=scope.call_timeout_s)
         except DeadlineExceeded:
             raise  # the grant may yet be made: PREP stays in the scope and is aborted with it
         except MeshError:
@@ -135,13 +134,7 @@ class Engine:
         """
         scope = self._scope
         scope.check(request)
-        grant.check_open(grant.engine_id)
-        start = max(grant.matched, 0 if begin is None else request.bound("begin", begin))
-        stop = request.bound("end", end)
-        if stop > grant.end or (begin is not None and request.bound("begin", begin) > stop):
-            raise InvalidInterval(
-                f"[{start}, {stop}) is not inside the grant's [0, {grant.end})", field="end"
-            )
+        start, stop = grant.interval(request, begin, end)
         samples = stop == request.num_tokens if first_token is None else first_token
         if samples and stop != request.num_tokens:
             raise InvalidInterval("the first token can be sampled only at the prompt's end", field="end")
@@ -151,21 +144,18 @@ class Engine:
         sending = Sending(request.request_id, grant, start, stop, first_token=samples)
         permission, lane, ttl_s = grant.grant, grant.take_lane(), scope.remaining_s
         scope.account.reserve_prefill(self.id, sending.name, max(0, stop - self._cached(self.id)))
-        sending.start(
-            scope,
-            self._connection,
-            lambda call_id: wire.RemoteSend(
-                call_id,
-                request.request_id,
-                start,
-                stop,
-                permission,
-                lane,
-                ttl_s,
-                request.sampling if samples else None,
-                request.salt,
-            ),
+        build = partial(
+            wire.RemoteSend,
+            request_id=request.request_id,
+            begin=start,
+            end=stop,
+            grant=permission,
+            lane=lane,
+            ttl_s=ttl_s,
+            sampling=request.sampling if samples else None,
+            salt=request.salt,
         )
+        sending.start(scope, self._connection, build)
         grant.sendings.append(sending)
         return sending
 
@@ -195,39 +185,30 @@ class Engine:
         end = grant.end if grant is not None else 0
         if position != end:
             raise InvalidInterval(f"begin is {position}, but the engine has KV up to {end}", field="begin")
+        first_from = None
         if grant is not None:
             grant.check_open(self.id)
             grant.check_covered()
-        first_from = None
-        if grant is not None and position == request.num_tokens and not grant.is_complete:
-            first_from = max(grant.sendings, key=lambda sending: sending.end)
-            if not first_from.first_token:
-                raise StrategyError("begin is the prompt's end, but no sender samples the first token")
+            if position == request.num_tokens and not grant.is_complete:
+                first_from = grant.sampler()
         grant_id = grant.grant_id if grant is not None else ""
         ttl_s = scope.remaining_s
-        generation = Generation(
-            scope,
-            self._connection,
-            lambda call_id: wire.StartGenerate(
-                call_id,
-                request.request_id,
-                position,
-                request.sampling,
-                ttl_s,
-                grant_id or None,
-                first_from is not None,
-                0,
-                request.salt,
-            ),
-            grant_id=grant_id,
-            first_from=first_from,
+        build = partial(
+            wire.StartGenerate,
+            request_id=request.request_id,
+            begin=position,
+            sampling=request.sampling,
+            ttl_s=ttl_s,
+            grant_id=grant_id or None,
+            await_first=first_from is not None,
+            salt=request.salt,
         )
+        generation = Generation(scope, self._connection, build, grant_id=grant_id, first_from=first_from)
         cached = position if grant_id else self._cached(self.id)
         scope.account.reserve_sequence(self.id)
         scope.account.reserve_prefill(self.id, STREAM, request.num_tokens - cached)
         if grant is not None:
-            scope.use(grant.grant_id)
-            grant.is_used = True
+            self._use(grant)
             for sending in grant.sendings:
                 generation.depends_on(sending)
         return generation
@@ -243,11 +224,10 @@ class Engine:
             return 0
         grant.check_open(self.id)
         grant.check_covered()
-        scope.use(grant.grant_id)
-        grant.is_used = True
+        self._use(grant)
         ttl_s = scope.remaining_s
         call_id, future = connection.begin(
-            lambda call_id: wire.Commit(call_id, request.request_id, grant.grant_id, ttl_s)
+            partial(wire.Commit, request_id=request.request_id, grant_id=grant.grant_id, ttl_s=ttl_s)
         )
 
         def fail_with(sending: Sending) -> None:
@@ -269,13 +249,9 @@ class Engine:
         if grant.grant is None:
             return
         grant.check_open(self.id)
-        scope.use(grant.grant_id)
-        grant.is_used = True
-        await connection.call(
-            lambda call_id: wire.Release(call_id, request.request_id, grant.grant_id),
-            wire.Done,
-            timeout_s=scope.call_timeout_s,
-        )
+        self._use(grant)
+        build = partial(wire.Release, request_id=request.request_id, grant_id=grant.grant_id)
+        await connection.call(build, wire.Done, timeout_s=scope.call_timeout_s)
         scope.drop(connection, grant.grant_id)
         scope.account.release_sequence(self.id)
 
@@ -284,3 +260,7 @@ class Engine:
         self._scope.check(request)
         self._scope.abort(self._connection)
         self._scope.account.release_sequence(self.id)
+
+    def _use(self, grant: GrantHandle) -> None:
+        grant.is_used = True
+        self._scope.use(grant.grant_id)

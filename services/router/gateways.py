@@ -75,10 +75,13 @@ class Gateways:
     async def run(self) -> None:
         """Heartbeats and the end of the silent, until cancelled."""
         while True:
+            began = self._loop.time()
             await asyncio.sleep(self._interval_s)
-            silent_since = self._loop.time() - self._silence_s
-            for gateway in [g for g in self._gateways.values() if g.heard_at < silent_since]:
-                self._lose(gateway, "silent")
+            now = self._loop.time()
+            # After a stall of our own, what gateways have sent is still to be read.
+            if now - began <= 2 * self._interval_s:
+                for gateway in [g for g in self._gateways.values() if now - g.heard_at > self._silence_s]:
+                    self._lose(gateway, "silent")
             for gateway in list(self._gateways.values()):
                 self._send(gateway, self._heartbeat())
 

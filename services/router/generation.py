@@ -45,11 +45,11 @@ class Generation:
         self._num_chunks = 0
         bulk = scope.prompt(connection)
         scope.hold(connection, STREAM)
-        connection.subscribe(self._stream)
+        connection.streams.add(self._stream)
         try:
             self._call_id, self._accepted = connection.begin(build, *bulk)
         except MeshError:
-            connection.unsubscribe(self._stream)
+            connection.streams.remove(self._stream)
             raise
         self._is_accepted = False
         scope.is_generating = True
@@ -114,12 +114,12 @@ class Generation:
 
     def _end(self) -> None:
         self._ended = True
-        self._connection.unsubscribe(self._stream)
+        self._connection.streams.remove(self._stream)
         self._scope.account.release_prefill(self._connection.engine_id, STREAM)
         self._scope.account.release_sequence(self._connection.engine_id)
 
     def _give_up(self, error: MeshError) -> None:
         """The request has ended; a reader that is left gets ``error``."""
-        self._connection.unsubscribe(self._stream)
+        self._connection.streams.remove(self._stream)
         self._connection.fail(self._call_id, error)
         self._stream.fail(error)

@@ -16,7 +16,7 @@ from enum import Enum
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.actions import Finished, Usage
+from microserve.protocol.actions import Usage
 from microserve.protocol.errors import (
     DeadlineExceeded,
     Draining,
@@ -25,9 +25,10 @@ from microserve.protocol.errors import (
     MeshError,
     StrategyError,
 )
-from microserve.protocol.serving import Ended, Generate, Output
+from microserve.protocol.serving import Generate, Output
 from microserve.services.router.admission import Admission
 from microserve.services.router.connection import EngineConnection
+from microserve.services.router.ending import cut_short, finished_well, write_line
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import RETRY_AFTER_S, Lookup, Mesh
 from microserve.services.router.phase import PhaseClock
@@ -162,6 +163,8 @@ class Serving:
             error = self._blame(live, mistake)
         except MeshError as failure:
             error = failure
+        except ExceptionGroup as group:
+            error = _first_failure(group) or self._blame(live, group)
         except Exception as mistake:
             expired = isinstance(mistake, TimeoutError) and limit.expired()
             error = _out_of_time() if expired else self._blame(live, mistake)
@@ -233,50 +236,25 @@ class Serving:
                 self._blame(live, StrategyError(f"forgotten grant {grant_id} of engine {engine_id}"))
             engines = scope.engines
             scope.close()
-        ended = self._ended(live, engines, finished, error)
-        if chunk is not None:
+        now = self._loop.time()
+        if chunk is not None and finished is not None:
+            phases = live.clock.phases(now, finished.timings)
+            ended = finished_well(finished, phases, live.strategy, engines)
             live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, ended))
         else:
+            usage = Usage(prompt_tokens=live.num_prompt_tokens, output_tokens=live.num_delivered)
+            ended = cut_short(error, usage, live.clock.phases(now), live.strategy, engines)
             live.sink(Output(live.request_id, live.num_delivered, [], [], ended))
-        phases = ended.phases
-        _logger.info(
-            log.REQUEST_FINISHED,
-            request_id=live.request_id,
-            strategy=ended.strategy,
-            engines=engines,
-            reason=ended.reason,
-            code=ended.code,
-            prompt_tokens=ended.usage.prompt_tokens,
-            cached_tokens=ended.usage.cached_tokens,
-            received_tokens=ended.usage.received_tokens,
-            output_tokens=ended.usage.output_tokens,
-            **{name: round(getattr(phases, name), 6) for name in phases.__struct_fields__},
-        )
+        write_line(live.request_id, ended)
 
-    def _ended(
-        self, live: LiveRequest, engines: list[str], finished: Finished | None, error: MeshError | None
-    ) -> Ended:
-        now = self._loop.time()
-        if finished is not None:
-            return Ended(
-                finished.reason,
-                finished.usage,
-                live.clock.phases(now, finished.timings),
-                live.strategy,
-                engines,
-                stop_token_id=finished.stop_token_id,
-            )
-        return Ended(
-            "abort" if error is None else "error",
-            Usage(prompt_tokens=live.num_prompt_tokens, output_tokens=live.num_delivered),
-            live.clock.phases(now),
-            live.strategy,
-            engines,
-            code=error.code if error else "",
-            detail=error.detail if error else "",
-            field=error.field if error else None,
-            retry_after_s=error.retry_after_s if error else 0.0,
-        )
+
+def _first_failure(group: ExceptionGroup[Exception]) -> MeshError | None:
+    """What a strategy's own task group failed of, if it is no mistake of the strategy."""
+    for error in group.exceptions:
+        found = _first_failure(error) if isinstance(error, ExceptionGroup) else error
+        if isinstance(found, MeshError) and not isinstance(found, StrategyError | InvalidInterval):
+            return found
+    return None
 
 
 def _out_of_time() -> DeadlineExceeded:

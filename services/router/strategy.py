@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 import typing
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -140,9 +141,11 @@ def load_file(path: str) -> list[Strategy]:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path}: not a Python file", field=field)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and the like look their module up by name
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[name]
         # Whatever an operator's file raises is about the file; the cause keeps its traceback.
         raise ConfigError(f"{path}: {type(error).__name__}: {error}", field=field) from error
     found = strategies_in(module)

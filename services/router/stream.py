@@ -10,7 +10,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from microserve.protocol.actions import Delta, Finished, TokenLogprob
-from microserve.protocol.errors import MeshError, PeerError, error_for
+from microserve.protocol.errors import EngineLost, MeshError, PeerError, error_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +114,37 @@ class TokenStream:
         self._offset += len(self._token_ids)
         self._token_ids, self._logprobs = [], []
         return chunk
+
+
+class TokenStreams:
+    """The streams of one engine by request id."""
+
+    def __init__(self) -> None:
+        self.late_deltas = 0
+        """Deltas of requests that nobody here waits for any more: what an abort overtook."""
+        self._streams: dict[str, TokenStream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def add(self, stream: TokenStream) -> None:
+        """One stream a request."""
+        self._streams[stream.request_id] = stream
+
+    def remove(self, stream: TokenStream) -> None:
+        if self._streams.get(stream.request_id) is stream:
+            del self._streams[stream.request_id]
+
+    def push(self, deltas: list[Delta]) -> None:
+        for delta in deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is None:
+                self.late_deltas += 1
+            else:
+                stream.push(delta)
+
+    def fail_all(self, detail: str) -> None:
+        """The engine is lost; streams get an error each, as a raised one collects its own traceback."""
+        for stream in self._streams.values():
+            stream.fail(EngineLost(detail))
+        self._streams.clear()

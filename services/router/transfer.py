@@ -14,6 +14,7 @@ from microserve.protocol import actions as wire
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.grant import Grant
 from microserve.services.router.connection import Answer, EngineConnection
+from microserve.services.router.request import Request
 from microserve.services.router.scope import RequestScope
 
 
@@ -61,6 +62,28 @@ class GrantHandle:
             raise StrategyError(f"the grant is one of engine {self.engine_id}, not of {engine_id}")
         if self.is_used and self.grant is not None:
             raise StrategyError(f"grant {self.grant_id} was used already")
+
+    def interval(self, request: Request, begin: int | None, end: int | None) -> tuple[int, int]:
+        """What is left to send of ``[begin, end)``: nothing below the receiver's match.
+
+        Raises :class:`InvalidInterval` when it is not inside the grant, ``StrategyError`` when that was used.
+        """
+        self.check_open(self.engine_id)
+        start = 0 if begin is None else request.bound("begin", begin)
+        stop = request.bound("end", end)
+        if not start <= stop <= self.end:
+            raise InvalidInterval(f"[{start}, {stop}) is not inside the grant's [0, {self.end})", field="end")
+        return max(start, self.matched), stop
+
+    def sampler(self) -> Sending:
+        """The send that reaches the grant's end and samples there; call after :meth:`check_covered`.
+
+        Raises :class:`StrategyError` when it does not sample.
+        """
+        last = max(self.sendings, key=lambda sending: sending.end)
+        if not last.first_token:
+            raise StrategyError("begin is the prompt's end, but no sender samples the first token")
+        return last
 
     def check_free(self, begin: int, end: int) -> None:
         """Raises :class:`InvalidInterval` when another send writes into ``[begin, end)``."""

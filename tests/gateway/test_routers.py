@@ -10,7 +10,7 @@ import pytest
 from gateway_world import BEAT_S, GatewayWorld, ScriptedRouter, gateway_world, post, run
 from tokenizers import Tokenizer
 
-from microserve.gateway import generation
+from microserve.gateway import sequence_group
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.serving import Output
 
@@ -78,8 +78,7 @@ def test_a_lost_router_ends_its_requests_and_is_found_again(
 
 def test_a_router_that_comes_later_is_found(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
-        async with gateway_world(model, wait_ready=False) as world:
-            world.router.silent = True
+        async with gateway_world(model, wait_ready=False, silent=True) as world:
             reply = await ask(world)
             assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_engines")
             await until_ready(world, 503)
@@ -93,8 +92,7 @@ def test_a_router_that_comes_later_is_found(model: Path, raw_tokenizer: Tokenize
 
 def test_hellos_do_not_pile_up_at_a_router_that_is_not_there(model: Path) -> None:
     async def main() -> None:
-        async with gateway_world(model, wait_ready=False) as world:
-            world.router.silent = True
+        async with gateway_world(model, wait_ready=False, silent=True) as world:
             await asyncio.sleep(20 * BEAT_S)  # time for three or so to be said to nobody
             world.router.silent = False
             await world.router.joined.wait()
@@ -198,7 +196,7 @@ def test_junk_from_a_router_is_dropped(model: Path, raw_tokenizer: Tokenizer) ->
 
 
 def test_a_router_that_never_answers_meets_the_deadline(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "DEADLINE_GRACE_S", 0.05)
+    monkeypatch.setattr(sequence_group, "DEADLINE_GRACE_S", 0.05)
 
     async def main() -> None:
         async with gateway_world(model) as world, http_of(world) as http:

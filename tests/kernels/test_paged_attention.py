@@ -119,14 +119,14 @@ def test_a_workspace_made_in_inference_mode_serves_outside_of_it() -> None:
 
 def test_one_long_context_does_not_pad_the_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_plan, "PADDING_NBYTES", 64 * 2 * 8 * 4)  # 64 rows of padding a group
-    query, kv, spans = Case(16, 1, 1, 8, None, [(1, 20), (1, 900), (1, 24), (1, 17)], True, 3).build(
-        torch.float32
-    )
+    query, kv, spans = Case(
+        16, 1, 1, 8, None, [(1, 20), (1, 900), (1, 24), (1, 17), (1, 940)], True, 3
+    ).build(torch.float32)
     plan = AttentionPlan(spans, kv)
     groups, _ = plan.layout(None)
     tokens = [group.tokens.tolist() for group in groups if group.tokens is not None]
-    assert tokens == [[0, 2, 3], [1]]
-    assert [group.gather.length for group in groups] == [24, 900]
+    assert tokens == [[0, 2, 3], [1, 4]]
+    assert [group.gather.length for group in groups] == [24, 940]
     got = fast.paged_attention(query, kv, plan, scale=0.3)
     torch.testing.assert_close(got, reference.paged_attention(query, kv, spans, scale=0.3))
 

@@ -1,24 +1,9 @@
-"""What every heap must do. A new heap adds a factory to ``FACTORIES`` and passes.
-
-``HeapConformance`` runs in one process; ``HeapProcessConformance`` is for heaps that other processes can
-attach, which heap_process.py plays.
-"""
+"""What every heap must do, within one process. heap_process_conformance.py goes on with several."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import selectors
-import signal
-import subprocess
-import sys
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
@@ -27,54 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
-from microserve.kvcache.heap.shm import ShmHeap
-from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import MAX_LANES
 from microserve.protocol.errors import InternalError, TransferFailed
-from microserve.protocol.grant import HeapAddress
+from tests.kvcache.heap_factories import MINE, NUM_SLOTS, OTHERS, THEIRS, HeapFactory
 from tests.kvcache.kv_samples import POISON_BYTE, make_layout
-
-TIMEOUT_S = 30.0
-NUM_SLOTS = 3
-MINE, THEIRS, OTHERS = 11, 22, 33
-"""Incarnations."""
-
-
-class HeapFactory(ABC):
-    crosses_processes: ClassVar[bool]
-
-    @abstractmethod
-    def create(self, layout: KvLayout, incarnation: int) -> Heap: ...
-
-
-class MemoryFactory(HeapFactory):
-    crosses_processes = False
-
-    def __init__(self) -> None:
-        self.registry = MemoryRegistry()
-
-    def create(self, layout: KvLayout, incarnation: int) -> Heap:
-        return MemoryHeap(layout, incarnation=incarnation, registry=self.registry, num_slots=NUM_SLOTS)
-
-
-class ShmFactory(HeapFactory):
-    crosses_processes = True
-
-    def create(self, layout: KvLayout, incarnation: int) -> Heap:
-        return ShmHeap(layout, incarnation=incarnation, num_slots=NUM_SLOTS)
-
-
-FACTORIES: dict[str, Callable[[], HeapFactory]] = {"memory": MemoryFactory, "shm": ShmFactory}
-CROSSING = [name for name, factory in FACTORIES.items() if factory().crosses_processes]
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        os.sched_yield()
 
 
 class HeapConformance:
@@ -329,13 +270,16 @@ class HeapConformance:
             assert {key for key in lanes if theirs.is_held(*key)} == held
 
     def test_a_peer_with_a_held_lane_cannot_close(self, theirs: Heap, peer: PeerHeap) -> None:
+        assert peer.is_idle
         peer.hold(0, 1)
+        assert not peer.is_idle
 
         with pytest.raises(InternalError, match=r"\(0, 1\)"):
             peer.close()
 
         assert theirs.is_held(0, 1)
         peer.let_go(0, 1)
+        assert peer.is_idle
 
     def test_another_heap_s_lanes_are_not_this_one_s(
         self, factory: HeapFactory, mine: Heap, peer: PeerHeap
@@ -346,201 +290,3 @@ class HeapConformance:
             peer.let_go(0, 0)
             assert other.is_held(0, 0)
             elsewhere.let_go(0, 0)
-
-
-class Child:
-    """A process with a heap of its own, that does what it is told over its pipes."""
-
-    def __init__(self, factory: str, incarnation: int, num_blocks: int = 8) -> None:
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.kvcache.heap_process"),
-                *(factory, str(incarnation), str(num_blocks)),
-            ],
-            cwd=Path(__file__).parents[2],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        self.pid = self._process.pid
-        self.address = msgspec.convert(self.receive(), HeapAddress)
-
-    def send(self, do: str, **arguments: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode({"do": do, **arguments}) + b"\n")
-        self._process.stdin.flush()
-
-    def receive(self, timeout_s: float = TIMEOUT_S) -> Any:
-        assert self._process.stdout is not None
-        # One answer for one question, so no second line hides in the buffered reader.
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(timeout_s):
-                raise TimeoutError(f"child {self.pid} does not answer")
-        return json.loads(self._process.stdout.readline())
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        self.send(do, **arguments)
-        return self.receive()
-
-    def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def stop(self) -> None:
-        """SIGSTOP, and wait until the kernel has stopped it."""
-        self.signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
-
-    def kill(self) -> None:
-        """SIGKILL, and reap it."""
-        self._process.kill()
-        self._process.wait(TIMEOUT_S)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-
-
-class HeapProcessConformance:
-    @pytest.fixture
-    def mine(self, factory_name: str) -> Iterator[Heap]:
-        with FACTORIES[factory_name]().create(make_layout(), MINE) as heap:
-            yield heap
-
-    @pytest.fixture
-    def child(self, factory_name: str) -> Iterator[Child]:
-        with Child(factory_name, THEIRS) as child:
-            yield child
-
-    # The last is beyond what memcpy sends through the caches.
-    @pytest.mark.parametrize(("nbytes", "num_rounds"), [(1 << 12, 3000), (1 << 20, 500), (1 << 26, 8)])
-    def test_no_signal_overtakes_its_put(self, factory_name: str, nbytes: int, num_rounds: int) -> None:
-        """The child paints our whole heap with one value a round and signals; we compare every byte."""
-        num_blocks = nbytes // 128
-        with (
-            FACTORIES[factory_name]().create(make_layout(num_blocks=num_blocks), MINE) as mine,
-            Child(factory_name, THEIRS, num_blocks) as child,
-        ):
-            assert 2 * 64 * num_blocks == mine.layout.data_nbytes == nbytes
-            done, seen = mine.words.begin(0, 0), mine.words.begin(1, 0)
-            child.ask("attach", address=mine.address)
-            child.send("paint_and_signal", rounds=num_rounds, done=done, seen=seen)
-            torn = 0
-            for number in range(1, num_rounds + 1):
-                wait_until(lambda number=number: mine.load(done) >= number, f"round {number}")  # type: ignore[misc]
-                torn += int((mine.data != number % 251).sum())
-                mine.store(seen, number)
-
-            assert torn == 0
-            assert child.receive() == "done"
-
-    def test_a_claim_and_a_close_never_miss_each_other(self, mine: Heap, child: Child) -> None:
-        """The owner closes and asks who holds; the writer holds and asks if it is closed; at one moment.
-
-        A writer that found it open must have been seen, or its blocks would be given away under it.
-        """
-        num_rounds = 4000
-        words = {"state": mine.words.state(0), "go": mine.words.begin(0, 0), "result": mine.words.end(0, 0)}
-        chance = random.Random(5)
-        outcomes = set()
-        child.ask("attach", address=mine.address)
-        child.send("claim_against_close", rounds=num_rounds, **words)
-        for number in range(1, num_rounds + 1):
-            mine.store(words["go"], number)
-            for _ in range(chance.randrange(200)):
-                pass
-            mine.store(words["state"], number)
-            is_held = mine.is_held(0, 0)
-            wait_until(lambda number=number: mine.load(words["result"]) >= 2 * number, f"round {number}")  # type: ignore[misc]
-            found_open = bool(mine.load(words["result"]) & 1)
-            outcomes.add((found_open, is_held))
-
-        assert (True, False) not in outcomes
-        assert (True, True) in outcomes
-        assert child.receive() == "done"
-
-    def test_a_writer_killed_in_the_middle_of_its_puts_is_proven_dead(self, mine: Heap, child: Child) -> None:
-        child.ask("attach", address=mine.address)
-        assert child.ask("hold", slot=1, lane=1)
-        child.send("put_for_ever", word=mine.words.begin(0, 0))
-        wait_until(lambda: mine.load(mine.words.begin(0, 0)) > 100, "puts")
-        assert mine.is_held(1, 1)
-
-        child.stop()
-        assert mine.is_held(1, 1)
-        child.signal(signal.SIGCONT)
-        assert mine.is_held(1, 1)
-        child.signal(signal.SIGKILL)
-        # Not reaped: a zombie has no threads and no mappings, and its lane is free.
-        wait_until(lambda: not mine.is_held(1, 1), "the lane of a dead writer")
-
-        mine.data[:] = POISON_BYTE
-        child.kill()
-        assert (mine.data == POISON_BYTE).all()
-
-    def test_an_owner_is_dead_only_when_it_is(self, mine: Heap, child: Child) -> None:
-        peer = mine.attach(child.address)
-        assert not peer.owner_is_dead()
-
-        child.stop()
-        assert not peer.owner_is_dead()
-        mine.attach(child.address).close()
-
-        child.kill()
-        wait_until(peer.owner_is_dead, "the owner's death")
-        with pytest.raises(TransferFailed, match="gone"):
-            mine.attach(child.address)
-        peer.put(Copies([Copy(0, 0, 64)]))
-        peer.signal(0, 1)
-        peer.close()
-
-    def test_a_writer_that_leaves_frees_its_lanes(self, mine: Heap, child: Child) -> None:
-        child.ask("attach", address=mine.address)
-        assert child.ask("hold", slot=0, lane=0)
-        assert not child.ask("hold", slot=0, lane=0)
-        assert mine.is_held(0, 0)
-
-        child.ask("let_go", slot=0, lane=0)
-
-        assert not mine.is_held(0, 0)
-
-    def test_another_process_under_the_owner_s_id_is_not_the_owner(self, mine: Heap, child: Child) -> None:
-        impostor = msgspec.structs.replace(child.address, incarnation=OTHERS)
-        with pytest.raises(TransferFailed):
-            mine.attach(impostor)
-        for fd in range(3):
-            with pytest.raises(TransferFailed):
-                mine.attach(msgspec.structs.replace(child.address, fd=fd))
-        with pytest.raises(TransferFailed):
-            mine.attach(msgspec.structs.replace(child.address, pid=os.getpid()))
-
-    def test_nothing_is_left_behind(self, factory_name: str) -> None:
-        """After a kill on either side: no file in /dev/shm, no descriptor and no mapping here."""
-        before = _traces()
-        with (
-            Child(factory_name, THEIRS) as child,
-            FACTORIES[factory_name]().create(make_layout(), 44) as heap,
-        ):
-            child.ask("attach", address=heap.address)
-            with heap.attach(child.address) as peer:
-                assert _traces() != before
-                child.kill()
-                assert peer.owner_is_dead()
-
-        assert _traces() == before
-
-
-def _traces() -> tuple[set[str], set[str], int]:
-    links = set()
-    for fd in os.listdir("/proc/self/fd"):
-        # The listing has a descriptor of its own.
-        if os.path.lexists(path := f"/proc/self/fd/{fd}"):
-            links.add(f"{fd} {os.readlink(path)}")
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    return set(os.listdir("/dev/shm")), links, maps.count("microserve")

@@ -16,7 +16,7 @@ from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.kvcache.transfer import LaneWriter
 from microserve.protocol.errors import MeshError
 from microserve.protocol.grant import Grant, HeapAddress
-from tests.kvcache.heap_conformance import FACTORIES
+from tests.kvcache.heap_factories import FACTORIES
 from tests.kvcache.kv_samples import fill, make_layout
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import K, KvLayout, V, block_spans
 
@@ -56,7 +59,7 @@ def is_painted(heap: Heap, blocks: Sequence[int], value: int) -> bool:
     return bool((_blocks_view(heap)[:, list(blocks)] == value).all())
 
 
-def _blocks_view(heap: Heap):  # type: ignore[no-untyped-def]
+def _blocks_view(heap: Heap) -> NDArray[np.uint8]:
     layout = heap.layout
     return heap.data.reshape(layout.num_layers, layout.num_blocks, layout.block_nbytes)
 

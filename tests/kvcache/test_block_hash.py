@@ -69,10 +69,9 @@ def test_one_changed_token_changes_every_hash_from_there_on(tokens: list[int], d
 
 
 def test_iter_hashes_packs_no_further_than_it_is_asked() -> None:
-    tokens: list[int] = [*range(64 * 4), -1]  # the bad token is in the piece after the first 64 blocks
-    tokens += [0] * 3
+    tokens = [*range(8 * 4), -1, 0, 0, 0]  # the bad token is in the piece after the first 8 blocks
     hashes = iter_hashes(tokens, 4, ROOT)
-    assert [next(hashes) for _ in range(64)] == block_hashes(tokens[:256], 4, ROOT)
+    assert [next(hashes) for _ in range(8)] == block_hashes(tokens[:32], 4, ROOT)
     with pytest.raises(InvalidRequest):
         next(hashes)
 

@@ -123,7 +123,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         assert self.pool.num_used == sum(count > 0 for count in self.refs)
 
 
-PoolAgainstModel.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+PoolAgainstModel.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestPoolAgainstModel = PoolAgainstModel.TestCase
 
 

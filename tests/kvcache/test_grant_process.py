@@ -15,7 +15,8 @@ from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant import Discharged, GrantTable, Settled
 from microserve.kvcache.heap.heap import Heap
 from microserve.protocol.grant import Grant
-from tests.kvcache.heap_conformance import CROSSING, FACTORIES, Child, wait_until
+from tests.kvcache.heap_child import Child, wait_until
+from tests.kvcache.heap_factories import CROSSING, FACTORIES
 from tests.kvcache.kv_samples import is_painted, make_layout, mismatches, paint
 
 NUM_BLOCKS = 64

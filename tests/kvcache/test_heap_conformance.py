@@ -2,13 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kvcache.heap_conformance import (
-    CROSSING,
-    FACTORIES,
-    HeapConformance,
-    HeapFactory,
-    HeapProcessConformance,
-)
+from tests.kvcache.heap_conformance import HeapConformance
+from tests.kvcache.heap_factories import CROSSING, FACTORIES, HeapFactory
+from tests.kvcache.heap_process_conformance import HeapProcessConformance
 
 
 class TestHeap(HeapConformance):

@@ -293,6 +293,7 @@ def test_tokens_are_little_endian_u32() -> None:
     assert encode_tokens([]) == b""
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1)))
 def test_tokens_round_trip(tokens: list[int]) -> None:
     data = encode_tokens(tokens)

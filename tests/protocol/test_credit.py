@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from microserve.protocol.credit import MAX_CREDIT, CreditMeter, CreditWindow
 
@@ -44,6 +44,7 @@ def test_small_windows_are_given_back_at_once(window: int) -> None:
     assert CreditMeter(window).consumed() == 1
 
 
+@settings(deadline=None)
 @given(st.integers(1, 100), st.lists(st.sampled_from(["send", "take", "give"]), max_size=400))
 def test_producer_stays_inside_the_window_and_is_never_stuck(size: int, steps: list[str]) -> None:
     """``send``: the producer sends if it may; ``take``: the consumer reads; ``give``: its credit arrives."""

@@ -131,9 +131,15 @@ class BusClient:
         self._socket.send(ROUTER_REQUEST.encode(serving.Cancel(answer.request_id)))
 
     async def generate(
-        self, prompt: list[int], params: SamplingParams, *, strategy: str | None = None, ttl_s: float = 300.0
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        strategy: str | None = None,
+        ttl_s: float = 300.0,
+        salt: str = "",
     ) -> Answer:
-        answer = self.start(prompt, params, strategy=strategy, ttl_s=ttl_s)
+        answer = self.start(prompt, params, strategy=strategy, ttl_s=ttl_s, salt=salt)
         async with asyncio.timeout(ttl_s + 30.0):
             await answer.done.wait()
         return answer

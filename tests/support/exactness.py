@@ -114,7 +114,10 @@ async def run_strategy(client: BusClient, strategy: str, cases: list[Case]) -> l
 
     async def one(case: Case) -> list[int]:
         async with gate:
-            answer = await client.generate(list(case.prompt), case.params, strategy=strategy, ttl_s=600.0)
+            # A salt of its own: no strategy may live on what another one has cached.
+            answer = await client.generate(
+                list(case.prompt), case.params, strategy=strategy, ttl_s=600.0, salt=strategy
+            )
             if answer.reason != "length":
                 raise AssertionError(f"{strategy}: a request ended with {answer.ended}")
             return answer.token_ids

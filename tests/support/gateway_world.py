@@ -148,6 +148,7 @@ class ScriptedRouter:
         max_model_len: int = MAX_MODEL_LEN,
         address: str = "tcp://127.0.0.1:0",
         confirm_cancels: bool = True,
+        silent: bool = False,
     ) -> None:
         """``confirm_cancels``: answer every cancel by an end, as routers must."""
         self.model = model
@@ -156,7 +157,7 @@ class ScriptedRouter:
         self.max_model_len = max_model_len
         self.incarnation = secrets.randbits(62) | 1
         self.confirm_cancels = confirm_cancels
-        self.silent = False
+        self.silent = silent
         self.answer: Callable[[Served], None] | None = None
         """Called for every request; None: the test takes it by ``request``."""
         self.served: dict[str, Served] = {}

@@ -159,7 +159,7 @@ class LossyBus(ZmqBus):
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Let the loop run until the condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110  (any state of any task: there is no one event to wait for)
+        while not condition():
             await asyncio.sleep(0.002)
 
 

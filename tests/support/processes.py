@@ -13,6 +13,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from microserve.services import leash
+
+
+LEASH = Path(leash.__file__)
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -73,7 +78,9 @@ class MeshProcesses:
     def start(self, name: str, *, wait: bool = True) -> Service:
         kind, _, number = name.partition("-")
         module = "microserve.gateway" if kind == "gateway" else "microserve.services.cli"
-        command = [sys.executable, "-m", module, *([] if kind == "gateway" else [kind])]
+        # The leash: a test run that is killed takes its services along.
+        tied = [sys.executable, "-S", "-E", str(LEASH), str(os.getpid())]
+        command = [*tied, sys.executable, "-m", module, *([] if kind == "gateway" else [kind])]
         overrides = [
             f"model.path={self.model}",
             f"index.address={self.index_address}",

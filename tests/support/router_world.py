@@ -304,13 +304,11 @@ class World:
 
 
 def make_settings(index_address: str, **router: Any) -> Settings:
-    bus = {key: router.pop(key) for key in ("credit", "stuck_s", "liveness") if key in router}
+    bus: dict[str, Any] = {"heartbeat_interval_s": INTERVAL_S, "liveness": LIVENESS, "linger_s": 0.05}
+    bus |= {key: router.pop(key) for key in ("credit", "stuck_s", "liveness") if key in router}
+    chosen: dict[str, Any] = {"address": ANY, "call_timeout_s": 5.0, "index_max_mb": 1, **router}
     return Settings(
-        bus=BusSettings(
-            **{"heartbeat_interval_s": INTERVAL_S, "liveness": LIVENESS, "linger_s": 0.05, **bus}
-        ),
-        index=IndexSettings(address=index_address),
-        router=RouterSettings(**{"address": ANY, "call_timeout_s": 5.0, "index_max_mb": 1, **router}),
+        bus=BusSettings(**bus), index=IndexSettings(address=index_address), router=RouterSettings(**chosen)
     ).check()
 
 

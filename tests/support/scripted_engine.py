@@ -94,6 +94,7 @@ class ScriptedEngine:
         self.cached: list[list[int]] = []
         """Prefixes that :meth:`store` has put there."""
         self.load = wire.EngineLoad()
+        self.mute_heartbeats = False
         self.silent = False
         """Answers nothing and sends nothing."""
         self.manual = False
@@ -116,7 +117,7 @@ class ScriptedEngine:
         self._socket: ServerSocket = bus.server(address, self._receive)
         self._events = bus.publisher(ANY)
         self.info = wire.EngineInfo(
-            **{  # type: ignore[arg-type]
+            **{
                 "engine_id": engine_id,
                 "incarnation": incarnation,
                 "address": self._socket.address,
@@ -197,6 +198,10 @@ class ScriptedEngine:
         self.num_deltas += 1
         self._send(self._peer, wire.Deltas(list(deltas)))
 
+    def refuse(self, detail: str, code: str = "protocol_violation") -> None:
+        """What an engine answers to a router that it does not know."""
+        self._send(self._peer, wire.Failed(0, code, detail))
+
     def finish(self, request_id: str, offset: int, reason: str = "length", **fields: Any) -> None:
         """End a stream by hand."""
         held = self.held.get(request_id)
@@ -210,7 +215,7 @@ class ScriptedEngine:
 
     async def _beat(self, interval_s: float) -> None:
         while True:
-            if self._peer:
+            if self._peer and not self.mute_heartbeats:
                 self._send(self._peer, wire.Heartbeat(self.incarnation, self.load))
             await asyncio.sleep(interval_s)
 

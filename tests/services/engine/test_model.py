@@ -41,9 +41,14 @@ def test_every_family_loads(family: str, tmp_path: Path) -> None:
     assert spec.num_heads == settings["num_attention_heads"]
     assert spec.num_kv_heads == settings["num_key_value_heads"]
     assert spec.head_dim == settings.get("head_dim", 8)
-    assert spec.eos_token_ids == {0, 2}, "of generation_config.json and of config.json"
+    assert spec.eos_token_ids == {0, 2}
     assert not model.module.training
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
+
+
+def test_eos_ids_of_both_files_count(llama: Path) -> None:
+    edit_config(llama, eos_token_id=7)
+    assert load_model(llama, dtype="float32").spec.eos_token_ids == {0, 2, 7}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.errors import InternalError, InvalidRequest
 from microserve.protocol.sampling import SamplingParams
+from microserve.services.engine import sampler
 from microserve.services.engine.batch import Sampled, SampleSpec
 from microserve.services.engine.sampler import sample, uniform
 
@@ -249,6 +250,15 @@ def test_a_forbidden_token_is_never_drawn() -> None:
     row = np.full(6, -np.inf)
     row[[1, 4]] = 0.0
     assert chosen(row, {}) == {1, 4}
+
+
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (1.0 - 2.0**-53, 4), (0.5, 4)])
+def test_cells_begin_at_their_own_edge(number: float, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the first nor the last number falls to a forbidden token; an edge belongs to what follows."""
+    monkeypatch.setattr(sampler, "uniform", lambda seed, position: number)
+    row = np.full(6, -np.inf)
+    row[[1, 4]] = 0.0
+    assert draw(row, spec_of(SamplingParams())).token_id == token
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -81,7 +81,7 @@ async def test_another_life_at_the_address_is_not_joined() -> None:
 async def test_silence_fails_everything_that_waits() -> None:
     async with connection_to() as (connection, engine):
         stream = TokenStream("r1", "e")
-        connection.subscribe(stream)
+        connection.streams.add(stream)
         call_id, future = connection.begin(wire.Stats)
         engine.silent = True
         with pytest.raises(EngineLost, match="fell silent"):
@@ -99,7 +99,7 @@ async def test_silence_fails_everything_that_waits() -> None:
 async def test_work_without_progress_is_a_loss_although_heartbeats_come() -> None:
     async with connection_to(stuck_s=0.3) as (connection, engine):
         stream = TokenStream("r1", "e")
-        connection.subscribe(stream)
+        connection.streams.add(stream)
         engine.load = wire.EngineLoad(progress=10, num_running=1)
         with pytest.raises(EngineLost, match="makes no progress"):
             async with asyncio.timeout(10):
@@ -119,19 +119,27 @@ async def test_idle_waiting_or_progressing_engines_are_not_stuck() -> None:
 
 
 @in_loop
-async def test_a_refusal_is_no_sign_of_life() -> None:
-    """An engine that has restarted at the same address refuses our pings: that is not the one we know."""
+async def test_an_engine_that_does_not_know_us_any_more_is_lost_at_once() -> None:
+    """It has restarted at the same address, or gave us up while we stood still."""
     async with connection_to() as (connection, engine):
-        peer = engine._peer
-        engine._peer = b""  # no heartbeats to us any more
+        stream = TokenStream("r1", "e")
+        connection.streams.add(stream)
+        engine.emit(wire.Delta("r1", 0, [5]))
+        assert (await stream.next()).token_ids == [5]
+        engine.refuse("say Hello first")
+        with pytest.raises(EngineLost, match="refuses this connection: say Hello first"):
+            await stream.next()
 
-        async def refuse() -> None:
-            while not connection.is_ended:
-                engine._send(peer, wire.Failed(0, "protocol_violation", "say Hello first"))
-                await asyncio.sleep(INTERVAL_S)
+
+@in_loop
+async def test_a_failure_is_no_sign_of_life() -> None:
+    async with connection_to() as (connection, engine):
+        engine.mute_heartbeats = True
 
         async with asyncio.timeout(10):
-            await refuse()
+            while not connection.is_ended:
+                engine.refuse("see the log", code="internal")
+                await asyncio.sleep(INTERVAL_S)
 
 
 @in_loop
@@ -147,7 +155,7 @@ async def test_a_heartbeat_of_a_new_life_is_the_end() -> None:
 async def test_credit_is_given_back_half_a_window_at_a_time() -> None:
     async with connection_to(credit=8) as (connection, engine):
         stream = TokenStream("r1", "e")
-        connection.subscribe(stream)
+        connection.streams.add(stream)
         for position in range(12):
             engine.emit(wire.Delta("r1", position, [position]))
         tokens: list[int] = []
@@ -160,7 +168,7 @@ async def test_credit_is_given_back_half_a_window_at_a_time() -> None:
 async def test_an_engine_without_credit_merges_and_nothing_is_lost() -> None:
     async with connection_to(credit=2) as (connection, engine):
         stream = TokenStream("r1", "e")
-        connection.subscribe(stream)
+        connection.streams.add(stream)
         prompt = b"\1\0\0\0"
         await connection.call(
             lambda i: wire.StartGenerate(i, "r1", 0, SamplingParams(max_tokens=50), 9.0),
@@ -198,7 +206,7 @@ async def test_late_answers_and_deltas_are_dropped() -> None:
         with pytest.raises(DeadlineExceeded):
             await connection.call(start, wire.Accepted, b"\1\0\0\0", timeout_s=0.05)
         engine.resume("StartGenerate")
-        await eventually(lambda: connection.late_deltas > 0, "late deltas")
+        await eventually(lambda: connection.streams.late_deltas > 0, "late deltas")
         assert not connection.has_waiters
 
 

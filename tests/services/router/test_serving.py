@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import structlog
@@ -20,7 +22,9 @@ from microserve.services.router.strategies import BUILT_IN
 PROMPT = list(range(50))
 LABELS = {"d": ["decode"], "p": ["prefill"]}
 
-PHASES = {
+Reached = Callable[[ScriptedEngine, ScriptedEngine], bool]
+
+PHASES: dict[str, tuple[list[str], Reached]] = {
     "granting": (["PrepRecv"], lambda d, p: bool(d.of(wire.PrepRecv))),
     "sending": (["RemoteSend"], lambda d, p: bool(p.of(wire.RemoteSend)) and bool(d.of(wire.StartGenerate))),
     "accepting": (["StartGenerate"], lambda d, p: bool(d.of(wire.StartGenerate))),
@@ -29,13 +33,13 @@ PHASES = {
 """Phase -> what the engines hold back, and how they see that the request is there."""
 
 
-async def stuck_in(world: World, phase: str, **fields: object) -> Answer:
+async def stuck_in(world: World, phase: str, **fields: Any) -> Answer:
     """A disaggregated request that stays in ``phase``."""
     paused, reached = PHASES[phase]
     d, p = world.engines["d"], world.engines["p"]
     for engine in (d, p):
         engine.paused.update(paused)
-    answer = world.gateway.start(PROMPT, strategy="disaggregated", **fields)  # type: ignore[arg-type]
+    answer = world.gateway.start(PROMPT, strategy="disaggregated", **fields)
     await eventually(lambda: reached(d, p), f"the request is {phase}")
     if phase == "decoding":
         await answer.tokens(1)  # the sender's
@@ -240,12 +244,12 @@ async def test_an_acceptance_that_does_not_come_is_not_waited_for_until_the_dead
     ids=lambda value: str(value)[:40],
 )
 def test_what_cannot_be_served_is_refused_before_any_engine_hears_of_it(
-    prompt: list[int], fields: dict[str, object], code: str, field: str
+    prompt: list[int], fields: dict[str, Any], code: str, field: str
 ) -> None:
     @in_loop
     async def main() -> None:
         async with router_world("d") as world:
-            ended = (await world.gateway.generate(prompt, **fields)).result  # type: ignore[arg-type]
+            ended = (await world.gateway.generate(prompt, **fields)).result
             assert (ended.reason, ended.code, ended.field) == ("error", code, field)
             assert ended.detail
             assert ended.engines == []

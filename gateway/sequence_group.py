@@ -1,0 +1,146 @@
+"""The sequences of one HTTP request on the bus: sent together, taken as they come, given back in the end.
+
+Owns the room that they take, their mailboxes and the deadline; knows nothing of how an answer looks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from time import monotonic
+
+import msgspec
+
+from microserve.gateway.canonical import Timeline
+from microserve.gateway.exchange import Exchange
+from microserve.gateway.mailbox import Inbox, Mailbox
+from microserve.gateway.sampling_request import MAX_SEQUENCES, GenerationOptions, seed_of
+from microserve.gateway.sequence import Piece, Sequence
+from microserve.gateway.state import GatewayState
+from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
+from microserve.protocol.sampling import SamplingParams
+
+DEADLINE_GRACE_S = 2.0
+"""The router ends a request at its deadline; only if it does not, we do."""
+SETTLE_S = 0.5
+"""Longest wait for the router's account of a sequence that was cancelled."""
+
+
+class SequenceGroup:
+    """Empty until ``submit``; ``release`` at the end, whatever happened."""
+
+    def __init__(self, state: GatewayState, exchange: Exchange) -> None:
+        self.inbox = Inbox()
+        self.times = Timeline(exchange.arrived)
+        """What all sequences have in common; each has a copy of its own from ``submit`` on."""
+        self.sequences: list[Sequence] = []
+        self._state = state
+        self._exchange = exchange
+        self._num_reserved = 0
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def submit(
+        self,
+        prompts: list[list[int]],
+        sampling: SamplingParams,
+        options: GenerationOptions,
+        *,
+        ttl_s: float,
+        strategy: str | None,
+    ) -> None:
+        """Send ``options.n`` sequences a prompt to one router, where they share its prefix.
+
+        ``ttl_s`` counts from the request's arrival. Raises :class:`InvalidRequest`, ``QueueFull``,
+        ``NoEngines``, ``Draining``, :class:`DeadlineExceeded`, or what has ended the inbox meanwhile.
+        """
+        state, exchange, inbox = self._state, self._exchange, self.inbox
+        count = len(prompts) * options.n
+        if count > MAX_SEQUENCES:
+            raise InvalidRequest(f"prompts times n must be at most {MAX_SEQUENCES}", field="n")
+        state.check_open()
+        if inbox.error is not None:  # the client went while its prompt was tokenised
+            raise inbox.error
+        now = monotonic()
+        remaining_s = exchange.arrived + ttl_s - now
+        if remaining_s <= 0.0:
+            raise DeadlineExceeded(f"{ttl_s:.3f} s were over before the request was sent")
+        link = state.routers.choose()
+        state.reserve(count)
+        self._num_reserved = count
+        self.times.submitted = now
+        self._deadline = asyncio.get_running_loop().call_later(
+            remaining_s + DEADLINE_GRACE_S,
+            inbox.fail,
+            DeadlineExceeded(f"the request took longer than {ttl_s:.3f} s"),
+        )
+        for index in range(count):
+            sequence = Sequence(
+                state.tokenizer,
+                index=index,
+                prompt_ids=prompts[index // options.n],
+                sampling=sampling,
+                stop=options.stop,
+                times=dataclasses.replace(self.times),
+            )
+            self.sequences.append(sequence)
+            sequence.mailbox = state.routers.generate(
+                inbox,
+                link,
+                request_id=f"{exchange.unique_id}-{index}",
+                index=index,
+                tokens=sequence.prompt_ids,
+                sampling=msgspec.structs.replace(sampling, seed=seed_of(sampling.seed, index)),
+                ttl_s=remaining_s,
+                strategy=strategy,
+                salt=options.salt,
+            )
+        state.metrics.submitted(sum(map(len, prompts)))
+
+    @property
+    def over(self) -> bool:
+        return all(sequence.over for sequence in self.sequences)
+
+    def take(self, mailbox: Mailbox) -> tuple[Sequence, Piece]:
+        """What has come for one sequence; its ``error`` is set if it failed."""
+        sequence = self.sequences[mailbox.index]
+        batch = mailbox.take()
+        if batch.token_ids and not sequence.over:
+            times, now = sequence.times, monotonic()
+            if times.first_token is None:
+                times.first_token = mailbox.first_at
+                self._state.metrics.first_token(now - times.arrived)
+            else:
+                self._state.metrics.next_tokens(now - sequence.last_tokens_at, len(batch.token_ids))
+            sequence.last_tokens_at = now
+        piece = sequence.push(batch)
+        if sequence.finish_reason is not None:
+            mailbox.cancel()  # a stop string ended it; the engine does not know yet
+        elif sequence.error is None:
+            sequence.error = mailbox.failed
+        return sequence, piece
+
+    def raise_failure(self) -> None:
+        """One failed choice fails the request: half an answer would look like a whole one."""
+        for sequence in self.sequences:
+            if sequence.error is not None:
+                raise sequence.error
+
+    async def settle(self) -> None:
+        """Wait for the router's account of what was cancelled, but not for long."""
+        await self.inbox.settle(SETTLE_S)
+
+    def stamp_end(self) -> None:
+        """What has not ended yet ends now."""
+        now = monotonic()
+        for times in (self.times, *(sequence.times for sequence in self.sequences)):
+            if times.ended is None:
+                times.ended = now
+
+    def release(self) -> None:
+        self.inbox.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
+        for mailbox in self.inbox.mailboxes:
+            self._state.routers.forget(mailbox)
+        self._state.num_sequences -= self._num_reserved
+        self._num_reserved = 0

@@ -1,0 +1,56 @@
+"""How a request's end is told: the gateway's ``Ended`` and the router's canonical log line."""
+
+from __future__ import annotations
+
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol.actions import Finished, Usage
+from microserve.protocol.errors import MeshError
+from microserve.protocol.serving import Ended, Phases
+
+_logger = structlog.get_logger()
+
+
+def finished_well(finished: Finished, phases: Phases, strategy: str, engines: list[str]) -> Ended:
+    """The decode engine brought it to its end."""
+    return Ended(
+        finished.reason, finished.usage, phases, strategy, engines, stop_token_id=finished.stop_token_id
+    )
+
+
+def cut_short(
+    error: MeshError | None, usage: Usage, phases: Phases, strategy: str, engines: list[str]
+) -> Ended:
+    """It failed; without an error, its client is gone."""
+    if error is None:
+        return Ended("abort", usage, phases, strategy, engines)
+    return Ended(
+        "error",
+        usage,
+        phases,
+        strategy,
+        engines,
+        code=error.code,
+        detail=error.detail,
+        field=error.field,
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def write_line(request_id: str, ended: Ended) -> None:
+    """One line a request: numbers and names, no text and no tokens."""
+    usage, phases = ended.usage, ended.phases
+    _logger.info(
+        log.REQUEST_FINISHED,
+        request_id=request_id,
+        strategy=ended.strategy,
+        engines=ended.engines,
+        reason=ended.reason,
+        code=ended.code,
+        prompt_tokens=usage.prompt_tokens,
+        cached_tokens=usage.cached_tokens,
+        received_tokens=usage.received_tokens,
+        output_tokens=usage.output_tokens,
+        **{name: round(getattr(phases, name), 6) for name in Phases.__struct_fields__},
+    )
