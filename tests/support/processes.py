@@ -15,7 +15,6 @@ from pathlib import Path
 
 from microserve.services import leash
 
-
 LEASH = Path(leash.__file__)
 
 

@@ -21,7 +21,7 @@ from router_world import (
 from microserve.protocol import actions as wire
 from microserve.protocol import log
 from microserve.protocol.actions import Finished, Timings, Usage
-from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
+from microserve.protocol.errors import CacheFull, InvalidInterval, MeshError, StrategyError
 from microserve.services.router.engine import Engine
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.request import Request
@@ -305,6 +305,21 @@ def test_a_broken_strategy_ends_with_strategy_error(
             assert (await world.gateway.generate(PROMPT)).token_ids == expected_output(4)
 
     main()
+
+
+@in_loop
+async def test_what_fails_inside_a_strategys_own_task_group_keeps_its_code() -> None:
+    async with router_world("d", "p", call_timeout_s=0.1) as world:
+        world.engines["d"].failures[wire.PrepRecv] = CacheFull("no room", retry_after_s=1.0)
+
+        async def body(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+            async with asyncio.TaskGroup() as tasks:
+                for engine in mesh.engines():
+                    tasks.create_task(engine.prep_recv(request, end=16))
+            yield Tokens(0, [])
+
+        answer = await serve_with(world, body, PROMPT)
+        assert (answer.result.code, answer.result.retry_after_s) == ("cache_full", 1.0)
 
 
 @in_loop

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import structlog
-from router_world import Answer, World, eventually, expected_output, in_loop, router_world
+from router_world import (
+    INTERVAL_S,
+    LIVENESS,
+    Answer,
+    World,
+    eventually,
+    expected_output,
+    in_loop,
+    router_world,
+)
 from scripted_engine import MAX_MODEL_LEN, VOCAB_SIZE, ScriptedEngine
 
 from microserve.protocol import actions as wire
@@ -128,7 +138,7 @@ async def test_a_new_life_of_an_engine_ends_what_the_old_one_had() -> None:
 
 @in_loop
 async def test_engines_errors_reach_the_client_with_their_code_and_hint() -> None:
-    async with router_world("d", "p", labels=LABELS) as world:
+    async with router_world("d", "p", labels=LABELS, call_timeout_s=0.2) as world:
         d, p = world.engines["d"], world.engines["p"]
         for engine, action, error in (
             (d, wire.PrepRecv, CacheFull("2000 blocks", retry_after_s=0.25)),
@@ -142,6 +152,38 @@ async def test_engines_errors_reach_the_client_with_their_code_and_hint() -> Non
             assert ended.retry_after_s == error.retry_after_s
             del engine.failures[action]
             await world.check_clean()
+
+
+@in_loop
+async def test_a_full_engine_is_asked_again_until_it_has_room() -> None:
+    async with router_world("d", "p", labels=LABELS) as world:
+        d = world.engines["d"]
+        d.failures[wire.PrepRecv] = CacheFull("no room", retry_after_s=0.01)
+        answer = world.gateway.start(PROMPT, strategy="disaggregated")
+        await d.saw(wire.PrepRecv, 3)
+        d.failures.clear()
+        assert (await answer.wait()).reason == "length"
+        # Between two questions nothing is held, so each of them brings the prompt.
+        questions = [
+            w for call, w in zip(d.calls, d.with_tokens, strict=True) if isinstance(call, wire.PrepRecv)
+        ]
+        assert len(questions) > 3
+        assert all(questions)
+
+
+@in_loop
+async def test_a_stall_of_our_own_loses_nobody() -> None:
+    async with router_world("d") as world:
+        d = world.engines["d"]
+        d.paused.add("decode")
+        answer = world.gateway.start(PROMPT)
+        await d.saw(wire.StartGenerate)
+        time.sleep(1.5 * LIVENESS * INTERVAL_S)  # noqa: ASYNC251  (nothing runs: that is the point)
+        beats = len(world.gateway.heartbeats)
+        await eventually(lambda: len(world.gateway.heartbeats) > beats + 3, "heartbeats")
+        d.resume("decode")
+        assert (await answer.wait()).reason == "length"
+        assert len(d.hellos) == len(world.gateway.welcomes) == 1
 
 
 @in_loop
