@@ -209,7 +209,11 @@ class Actions:
             raise QueueFull(f"{state.limits.max_waiting} requests wait already", retry_after_s=1.0)
 
     def _check_sampling(self, params: SamplingParams) -> None:
-        params.validate(self._state.limits.vocab_size)
+        limits = self._state.limits
+        params.validate(limits.vocab_size)
+        forbidden = limits.eos_token_ids.union(params.stop_token_ids)
+        if params.min_tokens and len(forbidden) >= limits.vocab_size:
+            raise InvalidRequest("min_tokens leaves no token that may be chosen", field="min_tokens")
 
     def _drop_if_idle(self, record: Record) -> None:
         if record.is_idle:

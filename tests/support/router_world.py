@@ -43,7 +43,7 @@ def in_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
         async def main() -> None:
             asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
             await test(*args, **kwargs)
-            gc.collect()
+            gc.collect(1)
 
         asyncio.run(main())
         assert not complaints
