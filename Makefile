@@ -33,7 +33,7 @@ exactness: $(VENV)/installed
 	$(BIN)/python tests/support/exactness.py --model "$$($(BIN)/microserve model fetch)" $(ARGS)
 
 bench: $(VENV)/installed
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
 
 clean:
 	rm -rf $(VENV) .microserve .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

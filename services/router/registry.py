@@ -61,6 +61,7 @@ class Registry:
         self._listed: set[str] = set()
         """Engines in the last list of this life of the index."""
         self._index_heard_at: float | None = None
+        self._stopping = False
         self._socket = bus.client(index_address, self._receive)
 
     def joined(self) -> list[EngineConnection]:
@@ -90,6 +91,10 @@ class Registry:
                 if connection.is_leaving and connection.is_idle:
                     connection.end(Draining(f"engine {connection.engine_id} has left the mesh"))
 
+    def stop(self) -> None:
+        """Take up no further engine; those that are here stay until :meth:`close`."""
+        self._stopping = True
+
     def close(self) -> None:
         for connection in self._connections.values():
             connection.end(EngineLost("the router stops"))
@@ -103,7 +108,7 @@ class Registry:
         except ProtocolViolation as error:
             _logger.warning(log.FRAME_REJECTED, address=self._index_address, error=error.detail)
             return
-        if not isinstance(message, Members):
+        if not isinstance(message, Members) or self._stopping:
             return
         if self._index_heard_at is None:
             _logger.info(log.INDEX_JOINED, address=self._index_address, incarnation=message.index_incarnation)

@@ -99,6 +99,7 @@ class Router:
                 try:
                     await asyncio.Event().wait()
                 finally:
+                    self.registry.stop()
                     self.serving.stop()
         finally:
             self.prefixes.close()

@@ -108,29 +108,51 @@ def test_requests_that_do_not_fit(
     run(main())
 
 
-def test_a_stop_lets_streams_finish_and_refuses_new_requests(model: Path, raw_tokenizer: Tokenizer) -> None:
+def test_a_stop_lets_streams_finish_and_takes_nothing_new(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
         async with gateway_world(model, drain_s=20.0) as world:
-            async with post(world, "/v1/completions", prompt="x", stream=True) as stream:
-                served = await world.router.request()
-                served.send(raw_tokenizer.encode("a").ids)
+            async with (
+                connect(world) as idle,
+                post(world, "/v1/completions", prompt="x", stream=True) as stream,
+                post(world, "/v1/completions", prompt="y") as plain,
+            ):
+                requests = [await world.router.request(), await world.router.request()]
+                for served in requests:
+                    served.send(raw_tokenizer.encode("a").ids)
                 await stream.head()
                 await stream.chunk()
-                # On a connection that is open already: its next request comes when the gateway is stopping.
-                async with post(world, "/v1/completions", prompt="y") as other:
-                    waiting = await world.router.request()
-                    world.stop.set()
-                    with pytest.raises(OSError):
-                        while True:
-                            async with connect(world):
-                                await asyncio.sleep(0.01)
-                    waiting.end("length")
-                    status, headers = await other.head()
-                    assert (status, headers["connection"]) == (200, "close")
-                served.send(raw_tokenizer.encode("b").ids)
-                served.end("length")
+                world.stop.set()
+                assert await idle.reader.read() == b""
+                with pytest.raises(OSError):
+                    async with connect(world):
+                        pass
+                for served in requests:
+                    served.send(raw_tokenizer.encode("b").ids)
+                    served.end("length")
+                status, headers = await plain.head()
+                assert (status, headers["connection"]) == (200, "close")
                 assert (await stream.events())[-1] == "[DONE]"
             await world.serving
+            assert world.router.cancels == []
+
+    run(main())
+
+
+def test_a_request_that_comes_during_a_stop_is_told_so(model: Path) -> None:
+    """On a connection that was open already, behind the request that runs there."""
+
+    async def main() -> None:
+        async with gateway_world(model, drain_s=20.0) as world:
+            async with connect(world) as idle, connect(world) as client:
+                await client.send(b"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: 29\r\n\r\n{")
+                async with http_of(world) as http:  # the first part has been read by now
+                    await http.get("/health")
+                world.stop.set()
+                assert await idle.reader.read() == b""
+                await client.send(b'"model":"tiny","prompt":"x"}')
+                # It had begun before: it is still heard, but nothing is sent any more.
+                assert (await client.head())[0] == 503
+            assert world.router.served == {}
 
     run(main())
 

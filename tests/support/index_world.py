@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -27,7 +29,6 @@ from microserve.protocol.transport import Bus, ClientSocket, FramesHandler, ZmqB
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.index.publisher import KvPublisher
 
-T = TypeVar("T")
 ANY = "tcp://127.0.0.1:0"
 BLOCK_SIZE = 4
 
@@ -163,14 +164,9 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
             await asyncio.sleep(0.002)
 
 
-async def once_free(make: Callable[[], T], timeout_s: float = 10.0) -> T:
-    """What ``make`` binds at an address that was just closed: ZeroMQ frees it in the background."""
-    async with asyncio.timeout(timeout_s):
-        while True:
-            try:
-                return make()
-            except OSError:
-                await asyncio.sleep(0.005)
+async def vacated(address: str) -> None:
+    """Wait until nobody listens at an ``ipc`` address: ZeroMQ closes sockets in the background."""
+    await until(lambda: not Path(address.removeprefix("ipc://")).exists())
 
 
 class World:
@@ -179,6 +175,7 @@ class World:
     def __init__(self) -> None:
         self.bus = LossyBus()
         self.until = until
+        self._directory = tempfile.TemporaryDirectory(prefix="mesh")
         self._closers: list[Callable[[], object]] = []
 
     def engine(
@@ -204,6 +201,10 @@ class World:
         self._closers.append(engine.close)
         return engine
 
+    def place(self) -> str:
+        """An address to be bound more than once: a TCP port may be somebody else's the next time."""
+        return f"ipc://{self._directory.name}/place"
+
     def at_end(self, close: Callable[[], object]) -> None:
         self._closers.append(close)
 
@@ -211,6 +212,7 @@ class World:
         for close in reversed(self._closers):
             close()
         self.bus.close()
+        self._directory.cleanup()
 
 
 def in_world(test: Callable[[World], Awaitable[None]]) -> None:

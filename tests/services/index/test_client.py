@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import structlog
-from index_world import ANY, World, in_world, make_info, once_free
+from index_world import ANY, World, in_world, make_info, vacated
 
 from microserve.protocol import log
 from microserve.protocol.actions import EngineLoad
@@ -112,15 +112,14 @@ def test_unknown_is_answered_by_registering_at_once() -> None:
 
 def test_index_that_is_absent_is_logged_once_and_found_when_it_comes() -> None:
     async def test(world: World) -> None:
-        place = Index(world, 1)
-        place.close()
+        address = world.place()
         with structlog.testing.capture_logs() as events:
-            member = Member(world, place.address)
+            member = Member(world, address)
             await world.until(lambda: bool(events))
             opened = member.client._opened_at
             await world.until(lambda: member.client._opened_at > opened)  # a fresh socket, at least once
 
-            index = await once_free(lambda: Index(world, 2, place.address))
+            index = Index(world, 2, address)
             await world.until(lambda: member.client.registered)
 
         assert [e["event"] for e in events] == [log.INDEX_LOST, log.INDEX_JOINED]
@@ -131,13 +130,14 @@ def test_index_that_is_absent_is_logged_once_and_found_when_it_comes() -> None:
 
 def test_restarted_index_is_registered_with_again() -> None:
     async def test(world: World) -> None:
-        first = Index(world, 1)
+        first = Index(world, 1, world.place())
         with structlog.testing.capture_logs() as events:
             member = Member(world, first.address)
             await world.until(lambda: member.client.registered)
             first.close()
             await world.until(lambda: not member.client.registered)
-            second = await once_free(lambda: Index(world, 2, first.address))
+            await vacated(first.address)
+            second = Index(world, 2, first.address)
             await world.until(lambda: member.client.registered)
 
         assert second.count(Register) >= 1

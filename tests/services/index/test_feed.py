@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
-from index_world import BLOCK_SIZE, Engine, World, in_world, once_free
+from index_world import BLOCK_SIZE, Engine, World, in_world, vacated
 
 from microserve.kvcache.prefix_index import PrefixIndex
 from microserve.protocol.actions import SnapshotReply
@@ -179,7 +179,8 @@ def test_engine_that_is_restarted_in_place_is_read_afresh() -> None:
     """A new life at the same addresses, before the membership knows: the old life's blocks go."""
 
     async def test(world: World) -> None:
-        engine = world.engine(incarnation=11)
+        address = world.place()
+        engine = world.engine(incarnation=11, events_address=address)
         engine.compute(PROMPT)
         lives = [engine]
 
@@ -195,8 +196,8 @@ def test_engine_that_is_restarted_in_place_is_read_afresh() -> None:
         await world.until(lambda: index.lookup(PROMPT) == {"e1": len(PROMPT)})
 
         engine.close()
-        address = engine.info.events_address
-        reborn = await once_free(lambda: world.engine(incarnation=3, events_address=address))
+        await vacated(address)
+        reborn = world.engine(incarnation=3, events_address=address)
         lives.append(reborn)
         reborn.compute(OTHER)
 
