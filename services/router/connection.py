@@ -204,7 +204,7 @@ class EngineConnection:
         self._send(wire.Abort(call_id, request_id))
 
     def _repeat_aborts(self) -> None:
-        for request_id in self._aborts.take_due(self._loop.time() - self._silence_s / 2):
+        for request_id in self._aborts.take_due(self._loop.time() - 2 * self._interval_s):
             self.abort(request_id)
 
     # --- messages ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import httpx
@@ -10,7 +11,7 @@ import pytest
 from gateway_world import GatewayWorld, Served, connect, gateway_world, post, run
 from tokenizers import Tokenizer
 
-from microserve.gateway import exchange, server
+from microserve.gateway import exchange, http_server, server
 from microserve.gateway.http_server import bind
 from microserve.protocol.errors import ConfigError
 
@@ -41,6 +42,38 @@ def test_bodies_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             async with connect(world) as client:
                 await client.send(b"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: 9\r\n\r\n{")
                 assert (await client.head())[0] == 408
+
+    run(main())
+
+
+def test_heads_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.2)
+
+    async def main() -> None:
+        async with gateway_world(model) as world:
+            async with connect(world) as silent, connect(world) as slow:
+                await slow.send(b"GET /health HTTP/1.1\r\nhost: t\r\nx-")
+                assert await silent.reader.read() == await slow.reader.read() == b""
+            async with connect(world) as endless:
+                await endless.send(b"GET /health HTTP/1.1\r\nhost: t\r\n")
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(100):
+                        await endless.send(b"x-y: " + b"z" * 20_000 + b"\r\n")
+                with contextlib.suppress(ConnectionError):
+                    assert (await endless.head())[0] == 400
+            # A body may take longer than a head, and a connection may rest between requests.
+            monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.05)
+            async with connect(world) as patient:
+                for _ in range(2):
+                    await patient.send(
+                        b"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: 2\r\n\r\n{"
+                    )
+                    await asyncio.sleep(0.15)
+                    await patient.send(b"}")
+                    status, headers = await patient.head()
+                    assert status == 400
+                    await patient.reader.readexactly(int(headers["content-length"]))
+                    await asyncio.sleep(0.15)
 
     run(main())
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import httpx
 import pytest
-from gateway_world import BEAT_S, GatewayWorld, ScriptedRouter, gateway_world, post, run
+from gateway_world import BEAT_S, QUICK_LOSS, GatewayWorld, ScriptedRouter, gateway_world, post, run
 from tokenizers import Tokenizer
 
 from microserve.gateway import sequence_group
+from microserve.gateway.router_client import RouterClient
+from microserve.protocol.codec import ROUTER_REQUEST
+from microserve.protocol.curve import create_keys
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.serving import Output
+from microserve.protocol.serving import GatewayHello, Output, RouterRequest
+from microserve.protocol.transport import Bus, ClientSocket, FramesHandler
 
 
 def http_of(world: GatewayWorld) -> httpx.AsyncClient:
@@ -53,7 +60,7 @@ def test_a_lost_router_ends_its_requests_and_is_found_again(
     model: Path, raw_tokenizer: Tokenizer, how: str
 ) -> None:
     async def main() -> None:
-        async with gateway_world(model) as world:
+        async with gateway_world(model, QUICK_LOSS) as world:
             plain = asyncio.ensure_future(ask(world))
             await world.router.request()
             async with post(world, "/v1/completions", prompt="y", stream=True) as stream:
@@ -76,9 +83,35 @@ def test_a_lost_router_ends_its_requests_and_is_found_again(
     run(main())
 
 
+def test_a_pause_of_our_own_is_not_the_routers_silence(model: Path, raw_tokenizer: Tokenizer) -> None:
+    """What the router said meanwhile still waits in the socket, unread."""
+
+    async def main() -> None:
+        async with gateway_world(model, "bus.liveness=4") as world:
+            call = asyncio.ensure_future(ask(world))
+            served = await world.router.request()
+            for _ in range(3):
+                time.sleep(8 * BEAT_S)  # noqa: ASYNC251  (the process stands still)
+                await world.router.next_beat()
+            served.send(raw_tokenizer.encode("ok").ids, ended=served.ended("length"))
+            assert (await call).json()["choices"][0]["text"] == "ok"
+
+    run(main())
+
+
+def test_a_bus_with_keys(model: Path, raw_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    async def main() -> None:
+        keys = create_keys(tmp_path / "keys")
+        async with gateway_world(model, f"bus.curve_dir={tmp_path / 'keys'}", keys=keys) as world:
+            answering(world.router, raw_tokenizer)
+            assert (await ask(world)).status_code == 200
+
+    run(main())
+
+
 def test_a_router_that_comes_later_is_found(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
-        async with gateway_world(model, wait_ready=False, silent=True) as world:
+        async with gateway_world(model, QUICK_LOSS, wait_ready=False, silent=True) as world:
             reply = await ask(world)
             assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_engines")
             await until_ready(world, 503)
@@ -90,13 +123,53 @@ def test_a_router_that_comes_later_is_found(model: Path, raw_tokenizer: Tokenize
     run(main())
 
 
-def test_hellos_do_not_pile_up_at_a_router_that_is_not_there(model: Path) -> None:
+class DeafBus:
+    """A bus whose every peer is away: it keeps what would wait in the sockets' queues."""
+
+    def __init__(self, enough: int) -> None:
+        self.queues: list[list[RouterRequest]] = []
+        self.num_open = 0
+        self.enough = asyncio.Event()
+        self._enough = enough
+
+    def client(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
+        self.num_open += 1
+        queue: list[RouterRequest] = []
+        self.queues.append(queue)
+        bus = self
+        if len(self.queues) == self._enough:
+            self.enough.set()
+
+        class Socket:
+            def send(self, frames: Sequence[bytes]) -> bool:
+                queue.append(ROUTER_REQUEST.decode(frames)[0])
+                return True
+
+            def close(self) -> None:
+                bus.num_open -= 1
+
+        return Socket()
+
+
+def test_hellos_do_not_pile_up_at_a_router_that_is_not_there() -> None:
     async def main() -> None:
-        async with gateway_world(model, wait_ready=False, silent=True) as world:
-            await asyncio.sleep(20 * BEAT_S)  # time for three or so to be said to nobody
-            world.router.silent = False
-            await world.router.joined.wait()
-            assert world.router.num_hellos <= 2
+        bus = DeafBus(enough=4)
+        routers = RouterClient(
+            cast(Bus, bus),
+            ["tcp://127.0.0.1:1"],
+            gateway_id="g",
+            incarnation=1,
+            model="m",
+            credit=8,
+            heartbeat_interval_s=0.005,
+            liveness=2,
+        )
+        routers.start()
+        await bus.enough.wait()
+        assert bus.num_open == 1
+        assert [[type(message) for message in queue] for queue in bus.queues] == [[GatewayHello]] * 4
+        await routers.close()
+        assert bus.num_open == 0
 
     run(main())
 
@@ -127,7 +200,7 @@ def test_a_router_of_another_model_is_not_asked(model: Path) -> None:
 
 def test_requests_go_where_fewest_are(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
-        async with gateway_world(model, num_routers=2) as world:
+        async with gateway_world(model, QUICK_LOSS, num_routers=2) as world:
             one, two = world.routers
             calls = [asyncio.ensure_future(ask(world)) for _ in range(4)]
             requests = [await router.request() for router in (one, two) for _ in range(2)]

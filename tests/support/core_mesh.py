@@ -21,7 +21,7 @@ class Engine:
 
     def __init__(self, mesh: Mesh, name: str, incarnation: int, **options: int) -> None:
         num_blocks = options.get("num_blocks", 64)
-        layout = hash_layout(num_blocks=num_blocks)
+        layout = hash_layout(num_blocks=num_blocks, block_size=options.get("block_size", 4))
         self.mesh = mesh
         heap = MemoryHeap(
             layout, incarnation=incarnation, registry=mesh.registry, num_slots=options.get("num_slots", 8)
@@ -34,7 +34,7 @@ class Engine:
             heap=heap,
             runner=self.runner,
             limits=Limits(
-                max_model_len=200,
+                max_model_len=options.get("max_model_len", 200),
                 vocab_size=VOCAB,
                 num_blocks=num_blocks,
                 max_waiting=options.get("max_waiting", 32),

@@ -18,6 +18,7 @@ from microserve.gateway.server import serve
 from microserve.protocol.actions import TokenLogprob, Usage
 from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST, decode_tokens
 from microserve.protocol.credit import CreditWindow
+from microserve.protocol.curve import CurveKeys
 from microserve.protocol.serving import (
     Cancel,
     Ended,
@@ -39,6 +40,8 @@ from microserve.protocol.transport import ZmqBus
 T = TypeVar("T")
 TIMEOUT_S = 30.0
 BEAT_S = 0.05
+QUICK_LOSS = "bus.liveness=16"
+"""Setting for tests of silence; elsewhere a busy machine must not look like a lost router."""
 MAX_MODEL_LEN = 512
 
 TEMPLATE = (
@@ -166,6 +169,7 @@ class ScriptedRouter:
         self.joined = asyncio.Event()
         """A ping came: the gateway has had our welcome."""
         self.windows: dict[bytes, CreditWindow] = {}
+        self._beaten = asyncio.Event()
         self._backlog: list[tuple[bytes, Output]] = []
         self._requests: asyncio.Queue[Served] = asyncio.Queue()
         self._socket = bus.server(address, self._on_frames)
@@ -176,6 +180,10 @@ class ScriptedRouter:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._socket.close()
+
+    async def next_beat(self) -> None:
+        """Until the next heartbeat has been sent."""
+        await self._beaten.wait()
 
     async def request(self) -> Served:
         return await self._requests.get()
@@ -253,6 +261,8 @@ class ScriptedRouter:
                 )  # fmt: skip
                 for peer in list(self.windows):
                     self._reply(peer, beat)
+            self._beaten.set()
+            self._beaten.clear()
             await asyncio.sleep(BEAT_S)
 
 
@@ -282,10 +292,11 @@ async def gateway_world(
     num_routers: int = 1,
     wait_ready: bool = True,
     drain_s: float = 1.0,
+    keys: CurveKeys | None = None,
     **router: Any,
 ) -> AsyncIterator[GatewayWorld]:
     """``settings``: ``section.field=value``. ``router``: arguments of :class:`ScriptedRouter`."""
-    bus = ZmqBus(linger_s=0.0)
+    bus = ZmqBus(linger_s=0.0, keys=keys)
     routers = [ScriptedRouter(bus, **router) for _ in range(num_routers)]
     addresses = json.dumps([router.address for router in routers])
     stop = asyncio.Event()
@@ -293,7 +304,7 @@ async def gateway_world(
     loaded = load_settings(
         overrides=[
             f"model.path={directory}", "model.name=tiny", "gateway.port=0", f"gateway.routers={addresses}",
-            f"bus.heartbeat_interval_s={BEAT_S}", *settings,
+            f"bus.heartbeat_interval_s={BEAT_S}", "bus.liveness=200", *settings,
         ]
     )  # fmt: skip
     serving = asyncio.create_task(

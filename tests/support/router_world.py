@@ -27,7 +27,8 @@ from microserve.services.router.strategy import Strategy
 from microserve.services.router.stream import Tokens
 
 INTERVAL_S = 0.05
-LIVENESS = 10
+LIVENESS = 60
+"""Generous: on a busy machine the threads of ZeroMQ may be late. Tests of silence choose their own."""
 
 
 P = ParamSpec("P")

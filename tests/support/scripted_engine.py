@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from microserve.kvcache.block_hash import block_hashes, root_hash
 from microserve.protocol import actions as wire
 from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST, decode_tokens
@@ -95,6 +97,8 @@ class ScriptedEngine:
         """Prefixes that :meth:`store` has put there."""
         self.load = wire.EngineLoad()
         self.mute_heartbeats = False
+        self.progresses = False
+        """Every heartbeat shows more progress than the last."""
         self.silent = False
         """Answers nothing and sends nothing."""
         self.manual = False
@@ -198,6 +202,11 @@ class ScriptedEngine:
         self.num_deltas += 1
         self._send(self._peer, wire.Deltas(list(deltas)))
 
+    def die(self) -> None:
+        """Be lost at once: another life is heard at the address, and then nothing."""
+        self._send(self._peer, wire.Heartbeat(self.incarnation + 1, self.load))
+        self.silent = True
+
     def refuse(self, detail: str, code: str = "protocol_violation") -> None:
         """What an engine answers to a router that it does not know."""
         self._send(self._peer, wire.Failed(0, code, detail))
@@ -215,6 +224,8 @@ class ScriptedEngine:
 
     async def _beat(self, interval_s: float) -> None:
         while True:
+            if self.progresses:
+                self.load = msgspec.structs.replace(self.load, progress=self.load.progress + 1)
             if self._peer and not self.mute_heartbeats:
                 self._send(self._peer, wire.Heartbeat(self.incarnation, self.load))
             await asyncio.sleep(interval_s)

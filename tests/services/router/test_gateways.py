@@ -124,7 +124,7 @@ async def test_a_hello_of_the_same_life_keeps_its_requests_and_opens_the_window_
 
 @in_loop
 async def test_a_silent_gateway_loses_its_requests_and_only_those() -> None:
-    async with router_world("d") as world:
+    async with router_world("d", liveness=20) as world:
         d = world.engines["d"]
         d.paused.add("decode")
         lost = world.connect_gateway()
@@ -179,7 +179,7 @@ async def test_a_new_life_of_a_gateway_ends_the_requests_of_the_old_one() -> Non
 
 @in_loop
 async def test_who_has_not_said_hello_is_told_so() -> None:
-    async with router_world("d") as world:
+    async with router_world("d", liveness=20) as world:
         stranger = world.connect_gateway()
         await eventually(lambda: stranger.welcomes, "welcome")
         stranger.fall_silent()

@@ -142,7 +142,7 @@ async def test_a_lost_engine_takes_its_prefixes_along() -> None:
         world.engines["a"].store(PROMPT)
         index = world.router.prefixes.index
         await eventually(lambda: index and index.lookup(PROMPT) == {"a": 48}, "events came")
-        world.engines["a"].silent = True
+        world.engines["a"].die()
         await eventually(lambda: len(world.router.registry.joined()) == 1, "a is lost")
         assert index is not None
         assert index.lookup(PROMPT) == {}
