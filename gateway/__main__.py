@@ -50,11 +50,12 @@ def main(arguments: list[str] | None = None) -> int:
         uvloop.run(_run(settings, gateway_id))
         logger.info(log.SERVICE_STOPPED)
     except ConfigError as error:
-        logger.error(log.SERVICE_FAILED, detail=error.detail, field=error.field)
-        print(f"microserve gateway: {error.detail}", file=sys.stderr)
+        logger.error(log.SERVICE_FAILED, error=error.detail, field=error.field)
+        if file is not None:
+            print(f"microserve gateway: {error.detail}", file=sys.stderr)
         return 2
-    except Exception:
-        logger.exception(log.SERVICE_FAILED)
+    except Exception as error:
+        logger.exception(log.SERVICE_FAILED, error=str(error) or type(error).__name__)
         return 1
     finally:
         if file is not None:

@@ -12,20 +12,27 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from microserve.gateway.errors import BodyTimeout, BodyTooLarge, ClientGone, problem_of
 from microserve.protocol.errors import InvalidRequest, MeshError, QueueFull
 
 BODY_TIMEOUT_S = 60.0
-ABORT_EXTENSION = "microserve.abort"
-"""ASGI extension of our server: a callable that drops the connection with whatever it still buffers."""
+CONNECTION_EXTENSION = "microserve.connection"
+"""ASGI extension of our server: the transport under the request (``Connection``)."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _UNSAFE_IN_HEADER = re.compile(r"[^\x20-\x7e]")
 _JSON = (b"content-type", b"application/json")
+
+
+class Connection(Protocol):
+    """What a handler may ask of the connection itself."""
+
+    def abort(self) -> None: ...
+    def is_closing(self) -> bool: ...
 
 
 class BodyBudget:
@@ -51,7 +58,7 @@ class Exchange:
         self.complete = False
         self._receive = receive
         self._send = send
-        self._abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT_EXTENSION)
+        self._connection: Connection = scope["extensions"][CONNECTION_EXTENSION]
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.query: bytes = scope.get("query_string", b"")
         self.path_params: Mapping[str, Any] = {}
@@ -123,13 +130,22 @@ class Exchange:
         self.status = status
         encoded = [(name.encode(), _header_value(value)) for name, value in headers.items()]
         encoded.append((b"x-request-id", self.request_id.encode()))
-        await self._send({"type": "http.response.start", "status": status, "headers": [*encoded, *extra]})
+        await self._emit({"type": "http.response.start", "status": status, "headers": [*encoded, *extra]})
 
     async def write(self, body: bytes, *, more: bool) -> None:
         """Send a part of the answer; waits while the client does not read."""
         if not more:
             self.complete = True
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        await self._emit({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _emit(self, message: Message) -> None:
+        try:
+            await self._send(message)
+        except RuntimeError:
+            # uvloop raises for a transport that has closed and has not told its protocol yet.
+            if not self._connection.is_closing():
+                raise
+            raise ClientGone("the client closed the connection") from None
 
     async def reply(
         self, status: int, body: bytes, headers: Mapping[str, str] | None = None, *, kind: bytes | None = None
@@ -153,8 +169,7 @@ class Exchange:
 
     def abort(self) -> None:
         """Drop the connection with its buffers: closing would wait for a client that does not read."""
-        if self._abort is not None:
-            self._abort()
+        self._connection.abort()
 
 
 def timeout_of(exchange: Exchange, longest_s: float) -> float:

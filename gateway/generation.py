@@ -91,7 +91,6 @@ class Generation(Generic[R]):
 
     async def _answer(self) -> None:
         state, exchange, group = self._state, self._exchange, self._group
-        state.check_open()
         ttl_s = timeout_of(exchange, state.request_timeout_s)
         strategy = strategy_of(exchange)
         body = await exchange.read_body(state.bodies)

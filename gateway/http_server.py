@@ -13,9 +13,9 @@ from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from microserve.gateway.exchange import ABORT_EXTENSION
+from microserve.gateway.exchange import CONNECTION_EXTENSION
 from microserve.protocol.errors import ConfigError
 
 BACKLOG = 2048
@@ -31,15 +31,13 @@ MAX_HEAD_NBYTES = 512 << 10
 
 
 class GatewayProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP/1.1 with bounds on a request's head, and two things that ASGI cannot say."""
+    """uvicorn's HTTP/1.1 with bounds on a request's head, and with the connection itself for the handler."""
 
-    _earlier: list[RequestResponseCycle]
     _head_timer: asyncio.TimerHandle | None = None
     """Runs while the head of a request, the first one of a connection included, is not complete."""
     _head_nbytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._earlier = []
         super().connection_made(transport)
         self._await_head()
 
@@ -66,19 +64,11 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._await_head()
-        # uvicorn tells only the newest request of a pipelining client that the client has gone.
-        self._earlier = [cycle for cycle in self._earlier if not cycle.response_complete]
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._earlier.append(self.cycle)
         super().on_message_begin()
-        cast(dict[str, Any], self.scope)["extensions"] = {ABORT_EXTENSION: self.transport.abort}
+        cast(dict[str, Any], self.scope)["extensions"] = {CONNECTION_EXTENSION: self.transport}
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_complete()
-        for cycle in self._earlier:
-            if not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
         super().connection_lost(exc)
 
 

@@ -37,7 +37,6 @@ VLLM_NAMES = {
     "microserve_prompt_tokens": "vllm:prompt_tokens",
     "microserve_generation_tokens": "vllm:generation_tokens",
     "microserve_request_success": "vllm:request_success",
-    "microserve_requests_running": "vllm:num_requests_running",
 }
 """Ours -> vLLM's, where both mean the same; counters without ``_total``."""
 

@@ -1,6 +1,8 @@
 """One gateway process: everything made, served and closed in order.
 
-bus, routers -> listening socket -> ready ... stop: refuse new, finish streams, end the rest, close the bus
+    bus, routers, socket -> ready ... stop -> nothing new, streams finish, the rest is ended, the bus closes
+
+Owns the order only; each part knows how it is made and closed.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ _logger = structlog.get_logger()
 
 
 class _ServerLog(logging.Handler):
-    """uvicorn's own messages as events: they are about clients that do not speak HTTP, or about bugs."""
+    """uvicorn's own messages as events: about exceptions, else about clients that do not keep to HTTP."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.ERROR:
+        if record.exc_info:
             _logger.error(log.SERVICE_FAILED, detail=record.getMessage(), exc_info=record.exc_info)
         else:
             _logger.warning(log.HTTP_REJECTED, detail=record.getMessage())

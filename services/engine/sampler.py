@@ -5,10 +5,12 @@ Owns the order in which decoding parameters act:
     raw logits (their log-softmax is what is reported) -> logit_bias -> repetition penalty -> presence and
     frequency penalties -> min_tokens -> temperature -> top_k -> top_p -> min_p -> one draw
 
-The draw is the inverse of the cumulative distribution *in vocabulary order*: with the same uniform number, a
-rounding error in the logits can only change the token at a cell's edge, while in order of probability it
-could swap two near-equal tokens. The uniform number is a function of (seed, position) and nothing else, so a
-sequence that moves to another engine goes on with the same tokens. Must not know models or sequences' states.
+The draw is the Gumbel-max trick: the token with the highest logit plus noise of its own. The noise of a token
+is a function of (seed, position, token) and nothing else, so a sequence that moves to another engine goes on
+with the same tokens. Two engines' logits differ by rounding; with this draw that matters only when the best
+two scores are as close as the rounding. (The inverse of the cumulative distribution has an edge at every
+token, and among thousands of edges one is always close: it gave one other token in some thousand.) Must not
+know models or sequences' states.
 
 numpy, not torch: its argmax over a vocabulary is 6 (fp32) to 30 (bf16) times as fast on a CPU.
 """
@@ -51,14 +53,15 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
     ]
 
 
-def uniform(seed: int, position: int) -> float:
-    """The number in [0, 1) that decides the token at ``position`` (prompt tokens count).
+def uniforms(seed: int, position: int, count: int) -> _Floats:
+    """The numbers in (0, 1), one for each of ``count`` tokens, that decide the token at ``position``
+    (prompt tokens count).
 
-    The first word of Philox4x64-10 with key ``seed`` and counter ``position + 1`` (numpy's generator steps
-    before it draws), its top 53 bits as a fraction.
+    Word ``t`` of the stream of Philox4x64-10 with key ``seed`` and the counter's third word ``position``
+    (numpy's generator steps the first word before it draws), its top 52 bits and a half as a fraction.
     """
-    word = int(np.random.Philox(key=seed, counter=position).random_raw())
-    return (word >> 11) * 2.0**-53
+    words = np.random.Philox(key=seed, counter=position << 128).random_raw(count)
+    return ((words >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
 def _is_plain_greedy(spec: SampleSpec) -> bool:
@@ -82,7 +85,7 @@ def _sample_row(raw: npt.NDArray[np.float32], spec: SampleSpec) -> Sampled:
         raise InvalidRequest("min_tokens forbids every token of the vocabulary", field="min_tokens")
     if params.temperature > 0.0:
         position = len(spec.prompt_token_ids) + len(spec.output_token_ids)
-        token = _draw(scores, params, uniform(params.seed, position))
+        token = _draw(scores, params, uniforms(params.seed, position, len(scores)))
     if params.logprobs is None:
         return Sampled(token, None, [])
     logprobs = _log_softmax(raw)
@@ -118,18 +121,26 @@ def _adjusted(raw: npt.NDArray[np.float32], spec: SampleSpec) -> _Floats:
     return scores
 
 
-def _draw(scores: _Floats, params: SamplingParams, number: float) -> int:
-    """The token whose cell of the filtered distribution holds ``number`` in [0, 1)."""
-    with np.errstate(over="ignore", under="ignore"):  # a far token's weight is rightly 0
-        weights = np.exp((scores - scores.max()) / params.temperature)
-    kept = _largest(weights, _num_kept(weights, params))
-    if params.min_p > 0.0:
-        kept = kept[weights[kept] >= params.min_p]  # the likeliest token's weight is 1
-    ends = np.cumsum(weights[kept])
-    # A token of weight 0 has an empty cell, and side="right" steps over it. The product may round up to
-    # the very end, which belongs to the last token with any weight.
-    index = int(np.searchsorted(ends, number * ends[-1], side="right"))
-    return int(kept[min(index, int(np.searchsorted(ends, ends[-1], side="left")))])
+def _draw(scores: _Floats, params: SamplingParams, numbers: _Floats) -> int:
+    """The kept token whose scaled score plus Gumbel noise is highest; of equals the lowest."""
+    with np.errstate(over="ignore"):  # a far token's score is rightly minus infinity
+        scaled = (scores - scores.max()) / params.temperature
+    # Logarithms are slow: only for those that could beat the likeliest token with the best noise of all.
+    bar = _gumbel(numbers[scaled.argmax()]) - _gumbel(numbers.max())
+    if params.top_k or params.top_p < 1.0 or params.min_p > 0.0:
+        with np.errstate(under="ignore"):
+            weights = np.exp(scaled)
+        kept = _largest(weights, _num_kept(weights, params))
+        kept = kept[
+            (weights[kept] >= params.min_p) & (scaled[kept] >= bar)
+        ]  # the likeliest one's weight is 1
+    else:
+        kept = np.flatnonzero(scaled >= bar)
+    return int(kept[(scaled[kept] + _gumbel(numbers[kept])).argmax()])
+
+
+def _gumbel(numbers: npt.NDArray[np.float64] | np.float64) -> npt.NDArray[np.float64]:
+    return np.asarray(-np.log(-np.log(numbers)))
 
 
 def _num_kept(weights: _Floats, params: SamplingParams) -> int:

@@ -132,9 +132,7 @@ class EngineConnection:
                 async with asyncio.timeout(self._interval_s):
                     await self._ended.wait()
             except TimeoutError:
-                # After a stall of our own, what the engine has sent is still to be read.
-                if self._loop.time() - began <= 2 * self._interval_s:
-                    self._check_liveness()
+                self._check_liveness(stalled=self._loop.time() - began > 2 * self._interval_s)
         return self._lost
 
     def end(self, reason: MeshError) -> None:
@@ -148,8 +146,11 @@ class EngineConnection:
         self._aborts.clear()
         self._ended.set()
 
-    def _check_liveness(self) -> None:
-        for _, loss in self._liveness.expire(self._loop.time()):
+    def _check_liveness(self, *, stalled: bool) -> None:
+        now = self._loop.time()
+        if stalled:  # who did not listen cannot say that the other was silent
+            self._liveness.heard(self.engine_id, self.info.incarnation, now)
+        for _, loss in self._liveness.expire(now):
             why = {Loss.SILENT: "fell silent", Loss.STUCK: "has work and makes no progress"}[loss]
             self.end(EngineLost(f"engine {self.engine_id} {why}"))
 

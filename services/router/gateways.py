@@ -78,9 +78,11 @@ class Gateways:
             began = self._loop.time()
             await asyncio.sleep(self._interval_s)
             now = self._loop.time()
-            # After a stall of our own, what gateways have sent is still to be read.
-            if now - began <= 2 * self._interval_s:
-                for gateway in [g for g in self._gateways.values() if now - g.heard_at > self._silence_s]:
+            stalled = now - began > 2 * self._interval_s
+            for gateway in list(self._gateways.values()):
+                if stalled:  # who did not listen cannot say that the other was silent
+                    gateway.heard_at = now
+                elif now - gateway.heard_at > self._silence_s:
                     self._lose(gateway, "silent")
             for gateway in list(self._gateways.values()):
                 self._send(gateway, self._heartbeat())

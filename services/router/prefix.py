@@ -42,6 +42,8 @@ class PrefixReplica:
         index = self._index
         if index is None or (index.block_size, index.model) != (info.block_size, info.model):
             index = self._index = PrefixIndex(info.block_size, info.model, self._max_nbytes)
+        if info.engine_id in self._feeds:
+            self.ended(self._feeds[info.engine_id][0])
         feed = KvFeed(self._bus, info, index, connection.snapshot)
         self._feeds[info.engine_id] = (connection, feed)
         try:

@@ -196,6 +196,22 @@ def test_a_stop_string_ends_the_request_everywhere(model: Path, raw_tokenizer: T
     run(main())
 
 
+def test_a_stopped_choice_is_cancelled_while_another_goes_on(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, client_of(world) as client:
+            call = client.completions.create(model="tiny", prompt="x", n=2, stop="b")
+            reply = asyncio.ensure_future(call)
+            one, two = [await world.router.request(), await world.router.request()]
+            one.send(raw_tokenizer.encode("abc").ids)
+            await one.cancelled.wait()
+            assert not two.cancelled.is_set()
+            two.send(raw_tokenizer.encode("xyz").ids)
+            two.end("length")
+            assert [choice.text for choice in (await reply).choices] == ["a", "xyz"]
+
+    run(main())
+
+
 def test_what_the_router_is_asked(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
         async with gateway_world(model) as world, http_of(world) as http:

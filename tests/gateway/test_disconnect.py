@@ -135,21 +135,24 @@ def test_a_router_that_does_not_confirm_holds_nothing_up(model: Path) -> None:
 
 
 def test_a_pipelining_client_that_goes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server stops reading behind a second request, so only a write (a ping) meets the closed connection;
-    then the request that runs must be told, and not only the one that waits behind it."""
+    """The server stops reading behind a second request, so that only a write meets the closed connection:
+    here the pings of a stream that still waits."""
     monkeypatch.setattr(sse, "PING_S", 0.05)
 
     async def main() -> None:
-        async with (
-            gateway_world(model) as world,
-            post(world, "/v1/completions", prompt="x", stream=True) as client,
-        ):
-            served = await world.router.request()
-            await client.send(b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n")
-            async with httpx.AsyncClient() as http:  # the second request has been read by now
-                await http.get(f"{world.address}/health")
-            client.reset()
-            await served.cancelled.wait()
+        with capture_logs() as events:
+            async with gateway_world(model) as world:
+                async with post(world, "/v1/completions", prompt="x", stream=True) as client:
+                    served = await world.router.request()
+                    await client.send(b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n")
+                    async with httpx.AsyncClient() as http:  # the second request has been read by now
+                        await http.get(f"{world.address}/health")
+                    client.reset()
+                    await served.cancelled.wait()
+                line = await finished(world, events)
+                await nothing_is_left(world, "prefill")
+        assert line["code"] == "client_disconnected"
+        assert not [event for event in events if event["event"] == log.SERVICE_FAILED]
 
     run(main())
 

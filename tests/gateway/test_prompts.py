@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_world import TEMPLATE, make_model, run
-from tokenizers import Tokenizer
+from gateway_world import TEMPLATE, make_model, run, special_id
+from tokenizers import Tokenizer, processors
 
 from microserve.gateway.chat import chat_prompts, template_messages
 from microserve.gateway.chat_template import ChatTemplate
@@ -157,7 +157,26 @@ def test_truncation_and_padding_of_a_tokenizer_file_do_not_count(tmp_path: Path)
     cutting.enable_padding(length=64)
     cutting.save(file)
     loaded = ModelTokenizer.load(directory)
-    assert prompts(loaded, "Hello world")[0] == make_plain(directory).encode("Hello world").ids
+    text = "Hello world, how are you?"
+    plain = make_plain(directory).encode(text).ids
+    assert len(plain) > 2
+    assert prompts(loaded, text) == [plain]
+    loaded.close()
+
+
+def test_special_tokens_are_added_to_prompts_and_not_to_what_a_template_made(tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "m")
+    file = str(directory / "tokenizer.json")
+    adding = Tokenizer.from_file(file)
+    begin = special_id(adding, "<|endoftext|>")
+    adding.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)]
+    )
+    adding.save(file)
+    loaded = ModelTokenizer.load(directory)
+    assert prompts(loaded, "a")[0][0] == begin
+    chat = run(loaded.encode_chat([{"role": "user", "content": "a"}], max_tokens=100))
+    assert begin not in chat
     loaded.close()
 
 

@@ -68,6 +68,15 @@ def test_merging_changes_nothing(
         assert one_by_one[0] == text
 
 
+def test_stop_strings_count_behind_the_least_length(
+    tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer
+) -> None:
+    [b] = raw_tokenizer.encode("b").ids
+    for min_tokens, shown in ((0, ""), (1, "b"), (3, "bbb")):
+        text, _, reason, num_tokens = answer(tokenizer, [b] * 9, [], ["b"], min_tokens=min_tokens)
+        assert (text, reason, num_tokens) == (shown, "stop", min_tokens + 1)
+
+
 def test_the_stop_token_is_counted_but_not_shown(tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer) -> None:
     [a], [b] = raw_tokenizer.encode("a").ids, raw_tokenizer.encode("b").ids
     chosen = sequence(tokenizer, [], logprobs=0)

@@ -10,7 +10,7 @@ import pytest
 from gateway_world import run
 
 from microserve.gateway.errors import ClientStalled
-from microserve.gateway.exchange import ABORT_EXTENSION, BodyBudget, Exchange, strategy_of, timeout_of
+from microserve.gateway.exchange import CONNECTION_EXTENSION, BodyBudget, Exchange, strategy_of, timeout_of
 from microserve.gateway.sse import DONE, PING, EventStream, event
 from microserve.protocol.errors import InvalidRequest, MeshError
 
@@ -32,13 +32,16 @@ class Connection:
             "method": "POST",
             "path": "/",
             "headers": headers or [],
-            "extensions": {ABORT_EXTENSION: self.abort},
+            "extensions": {CONNECTION_EXTENSION: self},
         }
         self.exchange = Exchange(scope, self.incoming.get, self.send, 0.0)
 
     def abort(self) -> None:
         self.aborted.set()
         self.writable.set()
+
+    def is_closing(self) -> bool:
+        return self.aborted.is_set()
 
     async def send(self, message: Message) -> None:
         await self.writable.wait()

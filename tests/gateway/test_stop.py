@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +49,19 @@ def test_nothing_is_held_back_that_cannot_become_a_stop_string(text: str, stops:
     if not matcher.stopped:
         held = text[len(shown) :]
         assert not held or any(stop.startswith(held) for stop in stops)
+
+
+@pytest.mark.parametrize("stops", [["xab", "b"], ["b", "xab"]])
+def test_of_stop_strings_that_end_together_the_longest_counts(stops: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    assert matcher.push("1xa") == "1"
+    assert matcher.push("b") == ""
+    assert matcher.stopped
+
+
+@pytest.mark.parametrize("stops", [["abc", "b"], ["b", "abc"]])
+def test_the_stop_string_that_is_complete_first_counts(stops: list[str]) -> None:
+    assert StopMatcher(stops).push("abc") == "a"
 
 
 def test_text_after_the_match_is_swallowed() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from pathlib import Path
 
 import pytest
 import structlog
@@ -170,21 +169,20 @@ def test_address_that_is_taken_is_an_os_error_and_leaves_nothing_open() -> None:
 def test_client_outlives_its_server() -> None:
     """A server that returns at the same address is found again, and its peer has kept its name."""
 
-    async def test(bus: ZmqBus, place: Path) -> None:
+    async def test(bus: ZmqBus, address: str) -> None:
         peers: list[bytes] = []
-        server = bus.server(f"ipc://{place}", lambda peer, frames: peers.append(peer))
-        client = bus.client(server.address, lambda frames: None)
+        server = bus.server(address, lambda peer, frames: peers.append(peer))
+        client = bus.client(address, lambda frames: None)
         client.send([b"1"])
         await until(lambda: bool(peers))
         server.close()
-        await until(lambda: not place.exists())
-
-        bus.server(server.address, lambda peer, frames: peers.append(peer))
+        bus.server(address, lambda peer, frames: peers.append(peer))
         await until(lambda: client.send([b"2"]) and len(peers) >= 2)
         assert len(set(peers)) == 1
 
-    with tempfile.TemporaryDirectory(prefix="mesh") as directory:  # a path for ipc must be short
-        on_bus(lambda bus: test(bus, Path(directory) / "place"))
+    # Not TCP: a port that is free now may be somebody else's a moment later.
+    with tempfile.TemporaryDirectory(prefix="mesh") as directory:
+        on_bus(lambda bus: test(bus, f"ipc://{directory}/place"))
 
 
 def test_closed_socket_sends_nothing_and_is_forgotten() -> None:

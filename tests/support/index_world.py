@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -162,11 +161,6 @@ async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.002)
-
-
-async def vacated(address: str) -> None:
-    """Wait until nobody listens at an ``ipc`` address: ZeroMQ closes sockets in the background."""
-    await until(lambda: not Path(address.removeprefix("ipc://")).exists())
 
 
 class World:

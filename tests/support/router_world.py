@@ -261,6 +261,11 @@ class World:
                 f"{engine.engine_id} joined",
             )
 
+    async def beats(self, count: int) -> None:
+        """Wait until so many heartbeat intervals of the router have passed."""
+        have = len(self.gateway.heartbeats)
+        await eventually(lambda: len(self.gateway.heartbeats) >= have + count, "heartbeats")
+
     def connect_gateway(self, **fields: Any) -> GatewayPeer:
         gateway = GatewayPeer(self.bus, self.router.address, **fields)
         self._gateways.append(gateway)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import structlog
-from index_world import ANY, World, in_world, make_info, vacated
+from index_world import ANY, World, in_world, make_info
 
 from microserve.protocol import log
 from microserve.protocol.actions import EngineLoad
@@ -136,7 +136,6 @@ def test_restarted_index_is_registered_with_again() -> None:
             await world.until(lambda: member.client.registered)
             first.close()
             await world.until(lambda: not member.client.registered)
-            await vacated(first.address)
             second = Index(world, 2, first.address)
             await world.until(lambda: member.client.registered)
 

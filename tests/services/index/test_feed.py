@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
-from index_world import BLOCK_SIZE, Engine, World, in_world, vacated
+from index_world import BLOCK_SIZE, Engine, World, in_world
 
 from microserve.kvcache.prefix_index import PrefixIndex
 from microserve.protocol.actions import SnapshotReply
@@ -196,7 +196,6 @@ def test_engine_that_is_restarted_in_place_is_read_afresh() -> None:
         await world.until(lambda: index.lookup(PROMPT) == {"e1": len(PROMPT)})
 
         engine.close()
-        await vacated(address)
         reborn = world.engine(incarnation=3, events_address=address)
         lives.append(reborn)
         reborn.compute(OTHER)

@@ -35,19 +35,13 @@ async def reopened_index(world: World, address: str) -> ScriptedIndex:
                 await asyncio.sleep(0.01)
 
 
-async def beats(world: World, count: int) -> None:
-    """Wait until so many heartbeat intervals have passed."""
-    have = len(world.gateway.heartbeats)
-    await eventually(lambda: len(world.gateway.heartbeats) >= have + count, "heartbeats")
-
-
 @in_loop
 async def test_the_death_of_the_index_drops_nobody() -> None:
     async with router_world("a", "b", liveness=20) as world:
         with structlog.testing.capture_logs() as logs:
             world.index.close()
             await eventually(lambda: log.INDEX_LOST in [e["event"] for e in logs], "noticed")
-            await beats(world, 10)
+            await world.beats(10)
             assert joined(world) == {"a": 1, "b": 1}
             assert [e["event"] for e in logs].count(log.INDEX_LOST) == 1
         assert (await world.gateway.generate(PROMPT)).token_ids == expected_output(4)
@@ -79,7 +73,7 @@ async def test_an_engine_that_left_serves_out_what_it_has() -> None:
     async with router_world("a", "b") as world:
         world.engines["a"].paused.add("decode")
         world.engines["b"].load = wire.EngineLoad(num_waiting=50)
-        await beats(world, 3)
+        await world.beats(3)
         answer = world.gateway.start(PROMPT)
         await world.engines["a"].saw(wire.StartGenerate)
         with structlog.testing.capture_logs() as logs:
@@ -100,7 +94,7 @@ async def test_an_engine_that_is_listed_again_stays() -> None:
     async with router_world("a", "b") as world:
         world.engines["a"].paused.add("decode")
         world.engines["b"].load = wire.EngineLoad(num_waiting=50)
-        await beats(world, 3)
+        await world.beats(3)
         answer = world.gateway.start(PROMPT)
         await world.engines["a"].saw(wire.StartGenerate)
         world.index.set([world.engines["b"].info])
@@ -108,7 +102,7 @@ async def test_an_engine_that_is_listed_again_stays() -> None:
         await world.list_engines()
         world.engines["a"].resume("decode")
         assert (await answer.wait()).reason == "length"
-        await beats(world, 4)
+        await world.beats(4)
         assert joined(world) == {"a": 1, "b": 1}
         assert len(world.engines["a"].hellos) == 1
 
@@ -148,7 +142,7 @@ async def test_an_older_list_does_not_undo_a_newer_one() -> None:
         watcher = next(iter(world.index._watchers))
         stale = membership.Members(world.index.incarnation, world.index.version - 1, [])
         world.index.send(watcher, stale)
-        await beats(world, 3)
+        await world.beats(3)
         assert len(world.router.registry.usable()) == 2
 
 
@@ -162,7 +156,7 @@ async def test_an_engine_that_does_not_fit_the_mesh_is_refused_and_said_once() -
             world.add_engine("e")
             world.index.set(engine.info for engine in world.engines.values())
             await eventually(lambda: joined(world) == {"a": 1, "e": 1}, "e joined")
-            await beats(world, 5)
+            await world.beats(5)
         refused = {e["engine_id"]: e["error"] for e in logs if e["event"] == log.ENGINE_REFUSED}
         assert len([e for e in logs if e["event"] == log.ENGINE_REFUSED]) == 3
         assert "another model" in refused["b"]
@@ -199,11 +193,22 @@ async def test_a_mesh_may_be_replaced_by_another_model() -> None:
 
 
 @in_loop
+async def test_a_router_that_stops_takes_up_no_engine() -> None:
+    async with router_world("a") as world:
+        world.router.registry.stop()
+        late = world.add_engine("late")
+        world.index.set(engine.info for engine in world.engines.values())
+        await world.beats(3)
+        assert late.hellos == []
+        assert joined(world) == {"a": 1}
+
+
+@in_loop
 async def test_what_is_no_members_message_is_ignored() -> None:
     async with router_world("a") as world:
         watcher = next(iter(world.index._watchers))
         world.index.send(watcher, membership.IndexFailed(0, "internal", "?"))
         world.index.send(watcher, membership.Unknown("a"))
         world.index._socket.send(watcher, [b"junk", b"more"])
-        await beats(world, 2)
+        await world.beats(2)
         assert joined(world) == {"a": 1}
