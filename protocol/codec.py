@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from microserve.protocol import actions, membership, serving
-from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.errors import InternalError, ProtocolViolation
 from microserve.protocol.types import WIRE_VERSION
 
 MAX_MESSAGE_NBYTES = 8 << 20
@@ -52,6 +52,12 @@ class Codec(Generic[T]):
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     def encode(self, message: T, *bulk: bytes) -> Frames:
+        """Raises :class:`InternalError` for bulk that no peer would take: it would cost the connection."""
+        if bulk and (len(bulk) > MAX_BULK_FRAMES or sum(map(len, bulk)) > MAX_BULK_NBYTES):
+            raise InternalError(
+                f"{len(bulk)} bulk frames of {sum(map(len, bulk))} bytes, "
+                f"limits {MAX_BULK_FRAMES} and {MAX_BULK_NBYTES}"
+            )
         return [self._header, self._encoder.encode(message), *bulk]
 
     def decode(self, frames: Sequence[Buffer]) -> tuple[T, list[bytes]]:

@@ -44,6 +44,8 @@ class CurveKeys:
             raise ConfigError(f"{secret_file}: {error}", field="bus.curve_dir") from None
         if secret is None:
             raise ConfigError(f"{secret_file} holds no secret key", field="bus.curve_dir")
+        if not (root / "trusted").is_dir():
+            raise ConfigError(f"no directory {root / 'trusted'}: nobody could connect", field="bus.curve_dir")
         return cls(public, secret, root / "trusted")
 
     def start_authenticator(self, context: zmq.Context[zmq.Socket[bytes]]) -> ThreadAuthenticator:
@@ -79,14 +81,15 @@ def create_keys(directory: str | Path) -> CurveKeys:
 
 def check_exposure(address: str, keys: CurveKeys | None) -> None:
     """Refuse to bind where other machines can reach us without keys. Raises :class:`ConfigError`."""
-    if keys is not None or not address.startswith("tcp://"):
+    scheme, _, endpoint = address.partition("://")
+    if keys is not None or scheme in ("ipc", "inproc"):
         return
-    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    host = endpoint.rpartition(":")[0].strip("[]")
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = host == "localhost"
-    if not loopback:
+    if scheme != "tcp" or not loopback:
         raise ConfigError(
             f"{address} is reachable from other machines; set bus.curve_dir (see 'microserve keys') "
             "or bind to 127.0.0.1",

@@ -23,6 +23,7 @@ class _Peer:
     heard_at: float
     progress: int
     progressed_at: float
+    busy: bool = False
 
 
 class LivenessBook:
@@ -64,6 +65,7 @@ class LivenessBook:
         if not busy or progress != peer.progress:
             peer.progressed_at = now
         peer.progress = progress
+        peer.busy = busy
 
     def left(self, peer_id: str) -> None:
         self._peers.pop(peer_id, None)
@@ -74,7 +76,7 @@ class LivenessBook:
         for peer_id, peer in self._peers.items():
             if now - peer.heard_at > self._silence_s:
                 lost.append((peer_id, Loss.SILENT))
-            elif now - peer.progressed_at > self._stuck_s and peer.heard_at > peer.progressed_at:
+            elif peer.busy and now - peer.progressed_at > self._stuck_s:
                 lost.append((peer_id, Loss.STUCK))
         for peer_id, _ in lost:
             del self._peers[peer_id]

@@ -6,6 +6,8 @@ reads the environment.
 
 from __future__ import annotations
 
+import logging
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -154,6 +156,7 @@ class Settings(_Section, frozen=True):
             "kvcache.lease_s": self.kvcache.lease_s,
             "index.max_mb": self.index.max_mb,
             "router.max_requests": self.router.max_requests,
+            "router.index_max_mb": self.router.index_max_mb,
             "router.deadline_s": self.router.deadline_s,
             "router.call_timeout_s": self.router.call_timeout_s,
             "gateway.max_body_mb": self.gateway.max_body_mb,
@@ -161,10 +164,30 @@ class Settings(_Section, frozen=True):
             "gateway.max_n": self.gateway.max_n,
             "gateway.max_streams": self.gateway.max_streams,
             "mesh.engines": self.mesh.engines,
+            "mesh.ready_timeout_s": self.mesh.ready_timeout_s,
+            "mesh.restart_window_s": self.mesh.restart_window_s,
         }
+        not_negative: dict[str, float] = {
+            "bus.linger_s": self.bus.linger_s,
+            "engine.max_model_len": self.engine.max_model_len,
+            "engine.drain_s": self.engine.drain_s,
+            "mesh.max_restarts": self.mesh.max_restarts,
+        }
+        for path, value in (positive | not_negative).items():
+            if not math.isfinite(value):
+                raise ConfigError(f"{path} must be a finite number, is {value}", field=path)
         for path, value in positive.items():
             if value <= 0:
                 raise ConfigError(f"{path} must be above 0, is {value}", field=path)
+        for path, value in not_negative.items():
+            if value < 0:
+                raise ConfigError(f"{path} must be 0 or more, is {value}", field=path)
+        if not 0 <= self.gateway.port <= 65535:
+            raise ConfigError(
+                f"gateway.port must be 0 to 65535, is {self.gateway.port}", field="gateway.port"
+            )
+        if self.log.level.upper() not in logging.getLevelNamesMapping():
+            raise ConfigError(f"log.level is no level: {self.log.level!r}", field="log.level")
         if self.bus.credit * 4 > self.bus.high_water_mark:
             raise ConfigError(
                 "bus.credit must be at most a quarter of bus.high_water_mark", field="bus.credit"
@@ -212,7 +235,18 @@ def _assign(merged: dict[str, Any], path: list[str], raw: str, *, source: str) -
         if not isinstance(child, dict):
             raise ConfigError(f"{source}: {name} is not a section", field=".".join(path))
         node = child
-    node[path[-1]] = _value(raw)
+    value = _value(raw)
+    node[path[-1]] = raw if _is_text(path) and not isinstance(value, str) else value
+
+
+def _is_text(path: list[str]) -> bool:
+    """Whether the setting is a string, so that ``engine.id=7`` is not taken for a number."""
+    section: Any = Settings
+    for name in path:
+        if not (isinstance(section, type) and issubclass(section, msgspec.Struct)):
+            return False
+        section = next((field.type for field in msgspec.structs.fields(section) if field.name == name), None)
+    return section is str
 
 
 def _value(raw: str) -> Any:

@@ -4,8 +4,8 @@ Owns every socket of a process, its options and its CURVE keys; knows frames, no
 is not used: a cancelled ``recv`` can lose a message there, and it costs two thirds of the throughput.
 
 The FD is edge-triggered and *any* use of the socket takes the edge, so two rules keep it from hanging:
-drain until ``Again`` (or reschedule the drain), and look at EVENTS again after every send. Nothing outside
-this module may touch a socket.
+drain until ``Again`` (or reschedule the drain), and look at EVENTS again after every send, refused ones too.
+Nothing outside this module may touch a socket.
 
 High-water marks: ROUTER sockets refuse at theirs (ROUTER_MANDATORY: the refusal is an error, counted here),
 so whatever must not be lost goes by credit (credit.py) and stays far below it.
@@ -14,8 +14,9 @@ so whatever must not be lost goes by credit (credit.py) and stays far below it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import structlog
@@ -93,21 +94,31 @@ class _Socket:
             self._loop.call_soon(self._drain)
 
     def bind(self, address: str) -> None:
-        check_exposure(address, self._bus.keys)
-        self._bus.secure_server(self._socket)
-        try:
+        with self._closed_on_failure(f"cannot bind {address}"):
+            check_exposure(address, self._bus.keys)
+            self._bus.secure_server(self._socket)
             self._socket.bind(address)
-        except zmq.ZMQError as error:
-            self._socket.close(0)
-            raise OSError(error.errno, f"cannot bind {address}: {error.strerror}") from None
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._start()
 
     def connect(self, address: str, server_key: str) -> None:
-        self._bus.secure_client(self._socket, server_key)
-        self._socket.connect(address)
+        with self._closed_on_failure(f"cannot connect to {address}"):
+            self._bus.secure_client(self._socket, server_key)
+            self._socket.connect(address)
         self.address = address
         self._start()
+
+    @contextlib.contextmanager
+    def _closed_on_failure(self, what: str) -> Iterator[None]:
+        """A socket left open would keep ``ZmqBus.close`` waiting for ever."""
+        try:
+            yield
+        except zmq.ZMQError as error:
+            self._socket.close(0)
+            raise OSError(error.errno, f"{what}: {error.strerror}") from None
+        except BaseException:
+            self._socket.close(0)
+            raise
 
     def _drain(self) -> None:
         if self._closed:
@@ -138,17 +149,18 @@ class _Socket:
         """False, and counted, when the peer is gone or its queue is full."""
         if self._closed:
             return False
+        taken = True
         try:
             self._socket.send_multipart(frames, zmq.NOBLOCK)
+            self._bus.sent += 1
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
+            taken = False
             self._bus.dropped += 1
-            return False
-        self._bus.sent += 1
         if self._handler is not None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             self._loop.call_soon(self._drain)
-        return True
+        return taken
 
     def close(self) -> None:
         if self._closed:
@@ -239,7 +251,9 @@ class ZmqBus:
         return self._keep(_Server(self, address, handler))
 
     def client(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
-        """Connect a DEALER socket; ``server_key`` (Z85) is used when CURVE is on."""
+        """Connect a DEALER socket; ``server_key`` (Z85) is used when CURVE is on.
+
+        Raises ``OSError`` for an address or a key that cannot be one; a peer that is absent is no error."""
         return self._keep(_Client(self, address, handler, server_key))
 
     def publisher(self, address: str) -> PublisherSocket:

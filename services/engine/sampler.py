@@ -61,7 +61,7 @@ def uniforms(seed: int, position: int, count: int) -> _Floats:
     (numpy's generator steps the first word before it draws), its top 52 bits and a half as a fraction.
     """
     words = np.random.Philox(key=seed, counter=position << 128).random_raw(count)
-    return ((words >> np.uint64(12)) + 0.5) * 2.0**-52
+    return np.asarray(((words >> np.uint64(12)) + 0.5) * 2.0**-52, dtype=np.float64)
 
 
 def _is_plain_greedy(spec: SampleSpec) -> bool:

@@ -119,7 +119,8 @@ class KvFeed:
             try:
                 reply, bulk = await self._snapshot()
                 events = decode_batch(bulk).events
-            except MeshError:
+            except MeshError as error:
+                _logger.info(log.INDEX_RESYNC_FAILED, engine_id=self._info.engine_id, error=error.detail)
                 self._obey(self._state.snapshot_failed(ask.ticket, self._loop.time()))
                 continue
             except Exception:

@@ -29,7 +29,7 @@ from microserve.protocol.codec import (
     decode_tokens,
     encode_tokens,
 )
-from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.errors import InternalError, ProtocolViolation
 from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.types import WIRE_VERSION
 
@@ -312,6 +312,13 @@ def test_token_outside_32_bits_is_refused(token: int) -> None:
 def test_token_frame_of_odd_length_is_a_violation(nbytes: int) -> None:
     with pytest.raises(ProtocolViolation, match=f"token frame of {nbytes} bytes"):
         decode_tokens(bytes(nbytes))
+
+
+def test_bulk_that_no_peer_would_take_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_BULK_NBYTES", 10)
+    for bulk in ([b"x" * 6, b"y" * 5], [b""] * (MAX_BULK_FRAMES + 1)):
+        with pytest.raises(InternalError, match="bulk frames"):
+            ENGINE_REQUEST.encode(actions.Drain(1), *bulk)
 
 
 def test_bulk_travels_behind_the_message() -> None:

@@ -66,6 +66,13 @@ def test_damaged_pair_is_refused(tmp_path: Path, content: str) -> None:
     assert refused(tmp_path).field == "bus.curve_dir"
 
 
+def test_pair_that_trusts_nobody_is_refused(tmp_path: Path) -> None:
+    create_keys(tmp_path)
+    shutil.rmtree(tmp_path / "trusted")
+
+    assert "nobody could connect" in refused(tmp_path).detail
+
+
 def test_public_key_in_the_place_of_the_secret_is_refused(tmp_path: Path) -> None:
     create_keys(tmp_path)
     (tmp_path / "service.key_secret").write_text((tmp_path / "service.key").read_text())
@@ -98,6 +105,9 @@ def test_loopback_needs_no_keys(address: str) -> None:
         "tcp://eth0:7100",
         "tcp://127.0.0.1.example.com:7100",
         "tcp://",
+        "tipc://{5560,0,0}",
+        "udp://10.0.0.1:1",
+        "nonsense",
     ],
 )
 def test_anything_else_needs_keys(address: str, tmp_path: Path) -> None:

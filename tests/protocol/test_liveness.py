@@ -86,6 +86,12 @@ def test_idle_peer_is_not_stuck_and_work_that_comes_has_its_own_time(book: Liven
     assert book.expire(120.6) == [("a", Loss.STUCK)]
 
 
+def test_peer_that_never_tells_of_work_is_not_stuck(book: LivenessBook) -> None:
+    for second in range(1, 100):
+        assert book.heard("a", 1, float(second))
+        assert book.expire(float(second)) == []
+
+
 def test_progress_of_a_stranger_is_ignored(book: LivenessBook) -> None:
     book.progressed("b", progress=1, busy=True, now=1.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from microserve.protocol.errors import ConfigError
@@ -49,6 +50,9 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("bus.linger_s=2", 2.0),
         ("router.strategies.balanced.ratio=0.2", {"balanced": {"ratio": 0.2}}),
         ("model.name=", ""),
+        ("engine.id=7", "7"),
+        ("engine.id=true", "true"),
+        ("engine.id=2026-01-02", "2026-01-02"),
     ],
 )
 def test_values_read_as_toml_or_as_text(override: str, expected: object) -> None:
@@ -70,6 +74,12 @@ def test_values_read_as_toml_or_as_text(override: str, expected: object) -> None
         ("engine.labels=prefill", "engine.labels", "Expected `array`"),
         ("kvcache.checksums=2", "kvcache.checksums", "Expected `bool`"),
         ("nonsense", "nonsense", "is not section.field=value"),
+        ("bus.heartbeat_interval_s=nan", "bus.heartbeat_interval_s", "must be a finite number"),
+        ("bus.stuck_s=inf", "bus.stuck_s", "must be a finite number"),
+        ("bus.linger_s=-1", "bus.linger_s", "must be 0 or more, is -1"),
+        ("mesh.max_restarts=-1", "mesh.max_restarts", "must be 0 or more, is -1"),
+        ("gateway.port=65536", "gateway.port", "0 to 65535, is 65536"),
+        ("log.level=loud", "log.level", "'loud'"),
     ],
 )
 def test_wrong_setting_is_named_by_its_path(override: str, field: str, reason: str) -> None:
@@ -103,6 +113,22 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
     assert error.field == str(tmp_path / "absent.toml")
     assert "cannot read" in error.detail
+
+
+def test_every_positive_number_is_checked_or_may_be_zero() -> None:
+    """A new number must be given its bound in ``check``, or named here with what zero means."""
+    may_be_zero = {
+        "bus.linger_s": "drop at once",
+        "engine.max_model_len": "the model's own",
+        "engine.drain_s": "stop at once",
+        "gateway.port": "any free port",
+        "mesh.max_restarts": "never restart",
+    }
+    for section in msgspec.structs.fields(Settings):
+        for field in msgspec.structs.fields(section.type):
+            path = f"{section.name}.{field.name}"
+            if field.type in (int, float) and path not in may_be_zero:
+                assert refused(overrides=[f"{path}=0"]).field == path
 
 
 def test_settings_do_not_change() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 import structlog
@@ -12,6 +13,8 @@ import zmq
 from socket_world import ANY, LOOPS, echo_server, on_bus, until
 
 from microserve.protocol import log
+from microserve.protocol.curve import create_keys
+from microserve.protocol.errors import ConfigError
 from microserve.protocol.transport import Bus, ZmqBus
 
 
@@ -164,6 +167,40 @@ def test_address_that_is_taken_is_an_os_error_and_leaves_nothing_open() -> None:
         assert len(bus._sockets) == 1
 
     on_bus(test)
+
+
+def test_exposed_address_is_refused_without_keys_and_leaves_nothing_open() -> None:
+    async def test(bus: ZmqBus) -> None:
+        for address in ("tcp://0.0.0.0:0", "tcp://*:0"):
+            with pytest.raises(ConfigError, match="reachable from other machines"):
+                bus.server(address, lambda peer, frames: None)
+            with pytest.raises(ConfigError):
+                bus.publisher(address)
+
+    on_bus(test)  # closing a bus with a socket left open would wait for ever
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", "tcp://", "tcp://host:x", "foo://x"])
+def test_address_that_is_none_is_an_os_error_and_leaves_nothing_open(address: str) -> None:
+    async def test(bus: ZmqBus) -> None:
+        with pytest.raises(OSError, match="cannot connect to"):
+            bus.client(address, lambda frames: None)
+        with pytest.raises(OSError, match="cannot connect to"):
+            bus.subscriber(address, lambda frames: None)
+
+    on_bus(test)
+
+
+def test_server_key_that_is_none_is_an_os_error_and_leaves_nothing_open(tmp_path: Path) -> None:
+    async def test() -> None:
+        bus = ZmqBus(keys=create_keys(tmp_path))
+        try:
+            with pytest.raises(OSError, match="cannot connect to"):
+                bus.client("tcp://127.0.0.1:1", lambda frames: None, server_key="no key")
+        finally:
+            bus.close()
+
+    asyncio.run(test())
 
 
 def test_client_outlives_its_server() -> None:

@@ -116,6 +116,31 @@ def test_send_that_takes_the_edge_does_not_hide_what_came_in() -> None:
     on_bus(test)
 
 
+def test_refused_send_that_takes_the_edge_does_not_hide_what_came_in() -> None:
+    async def test(bus: ZmqBus) -> None:
+        received: list[bytes] = []
+        client, peer, raw = await connected_raw_peer(bus, received)
+        refusals = 0
+        async with asyncio.timeout(30):
+            while refusals < 20:  # in a row: by then the kernel's buffers are full as well
+                refusals = 0 if client.send([b"x" * 200_000]) else refusals + 1
+                await asyncio.sleep(0.002)
+        edges_taken = 0
+        for i in range(50):
+            raw.send_multipart([peer, b"%d" % i])
+            hold_loop_until_readable(client)
+            refused = not client.send(
+                [b"x" * 200_000]
+            )  # now and then there is room: the kernel's buffers grow
+            edges_taken += refused and not is_readable(client, 0.0)
+            await until(lambda i=i: len(received) == i + 1)  # type: ignore[misc]
+
+        assert edges_taken > 10
+        raw.close(0)
+
+    on_bus(test, high_water_mark=10)
+
+
 def test_burst_beyond_one_turn_is_drained_and_others_get_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_FRAMES_PER_TURN", 16)
 

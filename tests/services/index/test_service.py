@@ -351,6 +351,21 @@ def test_junk_is_answered_or_dropped_and_the_service_goes_on() -> None:
     with_index(test)
 
 
+def test_address_that_cannot_be_reached_is_refused() -> None:
+    async def test(world: World, index: Index) -> None:
+        peer = index.peer()
+        wrong = [{"address": "nonsense"}, {"events_address": "tcp://"}, {"address": "tcp://host:x"}]
+        for life, changes in enumerate(wrong, start=1):
+            info = make_info("e1", life, **changes)
+            failed = await peer.ask(IndexFailed, Register(4, info))
+            assert (failed.call_id, failed.code) == (4, "invalid_request")
+            assert next(iter(changes.values())) in failed.detail
+        report = await peer.ask(IndexReport, IndexStats(3))
+        assert (report.num_engines, report.num_blocks, report.nbytes) == (0, 0, 0)
+
+    with_index(test)
+
+
 def test_stall_of_the_index_itself_costs_no_member() -> None:
     async def test(world: World, index: Index) -> None:
         engine, peer = world.engine(), index.peer()
