@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
+from microserve.protocol import log
 from microserve.protocol.errors import InvalidRequest
 
 
@@ -123,9 +124,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "priority": (0,),
 }
 
-FIELD_IGNORED = "http.field_ignored"
-"""Event: a client sent a field that nobody knows; once a name."""
-
 # Names of unknown fields come from clients: the memory of them is bounded.
 _MAX_WARNED_FIELDS = 64
 _MAX_WARNED_CHARS = 64
@@ -170,7 +168,7 @@ def _check_names(fields: dict[str, msgspec.Raw], kind: type[msgspec.Struct]) -> 
 def _warn_once(field: str) -> None:
     if field not in _warned and len(_warned) < _MAX_WARNED_FIELDS:
         _warned.add(field)
-        _logger.warning(FIELD_IGNORED, field=field)
+        _logger.warning(log.HTTP_FIELD_IGNORED, field=field)
 
 
 def _located(error: msgspec.ValidationError) -> InvalidRequest:

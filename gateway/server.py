@@ -26,11 +26,11 @@ from microserve.gateway.http_server import address_of, bind, make_server
 from microserve.gateway.metrics import GatewayMetrics
 from microserve.gateway.router_client import RouterClient
 from microserve.gateway.state import GatewayState
-from microserve.gateway.systemd import Notifier
 from microserve.gateway.tokenizer import ModelTokenizer
 from microserve.protocol import log
 from microserve.protocol.curve import CurveKeys
 from microserve.protocol.errors import Draining
+from microserve.protocol.notify import Notifier
 from microserve.protocol.settings import Settings
 from microserve.protocol.transport import ZmqBus
 
@@ -78,7 +78,15 @@ async def serve(
     """
     tokenizer = ModelTokenizer.load(settings.model.path)
     try:
-        await _serve(settings, tokenizer, gateway_id, stop, Notifier(environment or {}), on_ready, drain_s)
+        await _serve(
+            settings,
+            tokenizer,
+            gateway_id,
+            stop,
+            Notifier.from_environment(environment or {}),
+            on_ready,
+            drain_s,
+        )
     finally:
         tokenizer.close()
 
@@ -134,7 +142,7 @@ def _make_state(
         credit=settings.bus.credit,
         heartbeat_interval_s=settings.bus.heartbeat_interval_s,
         liveness=settings.bus.liveness,
-        on_tick=lambda: notifier.send("WATCHDOG=1") if notifier.watchdog else None,
+        on_tick=lambda: notifier.send("WATCHDOG=1") if notifier.watchdog_s else None,
     )
     max_body_nbytes = gateway.max_body_mb << 20
     return GatewayState(

@@ -52,6 +52,8 @@ BUS_HANDLER_FAILED = "bus.handler_failed"
 STRATEGY_FAILED = "strategy.failed"
 STRATEGY_LOADED = "strategy.loaded"
 HTTP_REJECTED = "http.rejected"
+HTTP_FIELD_IGNORED = "http.field_ignored"
+"""A client sent a field that nobody knows; once a name."""
 
 
 def _stamp(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import structlog
 
 from microserve.protocol import log
-from microserve.services.notify import Notifier
+from microserve.protocol.notify import Notifier
 
 _logger = structlog.get_logger()
 

@@ -21,10 +21,10 @@ import uvloop
 from microserve.protocol import log
 from microserve.protocol.curve import CurveKeys
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.notify import Notifier
 from microserve.protocol.settings import Settings
 from microserve.protocol.transport import Bus, ZmqBus
 from microserve.services.lifecycle import Lifecycle
-from microserve.services.notify import Notifier
 
 EXIT_STOPPED = 0
 EXIT_FAILED = 1

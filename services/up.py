@@ -22,13 +22,13 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.notify import Notifier
 from microserve.protocol.settings import Settings
 from microserve.services.demo_model import FetchFailed, default_cache, fetch
 from microserve.services.demo_request import PROMPT, DemoFailed, Gateway
 from microserve.services.mesh_plan import MeshPlan, assignment, first_key, plan_mesh
 from microserve.services.mesh_state import AlreadyRunning, ChildState, MeshDirectory, MeshState
 from microserve.services.mesh_view import View
-from microserve.services.notify import Notifier
 from microserve.services.supervisor import Child, MeshFailed, Supervisor
 
 EXIT_FAILED = 1

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import structlog
 
-from microserve.kvcache.prefix_index import MIN_MAX_NBYTES, PrefixIndex
+from microserve.kvcache.prefix_index import PrefixIndex
 from microserve.protocol import log
-from microserve.protocol.errors import ConfigError
 from microserve.protocol.transport import Bus
 from microserve.services.index.feed import KvFeed
 from microserve.services.router.connection import EngineConnection
@@ -23,9 +22,6 @@ class PrefixReplica:
     """One prefix index over the engines that are connected."""
 
     def __init__(self, bus: Bus, *, max_nbytes: int) -> None:
-        """Raises :class:`ConfigError` when ``max_nbytes`` holds no index."""
-        if max_nbytes < MIN_MAX_NBYTES:
-            raise ConfigError("router.index_max_mb must be at least 1", field="router.index_max_mb")
         self._bus = bus
         self._max_nbytes = max_nbytes
         self._index: PrefixIndex | None = None

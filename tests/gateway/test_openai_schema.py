@@ -13,13 +13,13 @@ from structlog.testing import capture_logs
 
 from microserve.gateway import openai_schema
 from microserve.gateway.openai_schema import (
-    FIELD_IGNORED,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
     parse,
 )
+from microserve.protocol import log
 from microserve.protocol.errors import InvalidRequest
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -143,8 +143,8 @@ def test_an_unknown_field_is_ignored_with_one_event() -> None:
     with capture_logs() as events:
         for _ in range(3):
             assert chat(favourite_colour="blue").model == "m"
-    assert [e for e in events if e["event"] == FIELD_IGNORED] == [
-        {"event": FIELD_IGNORED, "field": "favourite_colour", "log_level": "warning"}
+    assert [e for e in events if e["event"] == log.HTTP_FIELD_IGNORED] == [
+        {"event": log.HTTP_FIELD_IGNORED, "field": "favourite_colour", "log_level": "warning"}
     ]
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from gateway_world import gateway_world, run
 
-from microserve.gateway.systemd import Notifier
 from microserve.protocol import log
 
 TIMEOUT_S = 30.0
@@ -98,12 +97,6 @@ def test_no_heavy_imports() -> None:
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, timeout=TIMEOUT_S
     )
     assert found.stdout.strip() == "[]"
-
-
-def test_without_systemd_nothing_is_sent() -> None:
-    assert not Notifier({}).send("READY=1")
-    assert not Notifier({"NOTIFY_SOCKET": "/nonexistent/socket"}).send("READY=1")
-    assert not Notifier({"WATCHDOG_USEC": "1"}).watchdog
 
 
 def test_a_second_gateway_in_one_process(model: Path) -> None:

@@ -46,7 +46,6 @@ async def test_a_wrong_setting_is_said_before_anything_is_opened() -> None:
     bus = ZmqBus(linger_s=0.05)
     for settings, path in (
         (make_settings("tcp://127.0.0.1:1", default_strategy="best"), "router.default_strategy"),
-        (make_settings("tcp://127.0.0.1:1", index_max_mb=0), "router.index_max_mb"),
         (make_settings("tcp://127.0.0.1:1", strategies={"auto": {"tua": 1}}), "router.strategies.auto.tua"),
     ):
         with pytest.raises(ConfigError) as caught:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from microserve.protocol.notify import Notifier
 from microserve.services.lifecycle import Lifecycle
-from microserve.services.notify import Notifier
 from microserve.services.run import feed_watchdog
 
 TIMEOUT_S = 20.0
