@@ -57,6 +57,8 @@ class RemoteSend(_Message, frozen=True, tag=3):
     sampling: SamplingParams | None = None
     """With ``end == len(prompt)``: sample the first token as well and leave it in the lane."""
     salt: str = ""
+    num_output_tokens: int = 0
+    """As in ``StartGenerate``: the last so many of the tokens are output (they matter to sampling)."""
 
 
 class StartGenerate(_Message, frozen=True, tag=4):
@@ -70,7 +72,7 @@ class StartGenerate(_Message, frozen=True, tag=4):
     grant_id: str | None = None
     """The grant that this engine gave for the request, if KV was or is being sent to it."""
     await_first: bool = False
-    """The sender samples output token 0 (``begin == len(prompt)``): wait for it in the grant's lane."""
+    """The sender samples the next token (``begin == len(prompt)``): wait for it in the grant's lane."""
     num_output_tokens: int = 0
     """The last so many of the tokens are output already delivered (a continued stream)."""
     salt: str = ""

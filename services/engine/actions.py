@@ -76,6 +76,8 @@ class Actions:
             self._check_sampling(message.sampling)
             if end != num_tokens:
                 raise InvalidInterval("sampling needs end == len(prompt)", field="end")
+            if not 0 <= message.num_output_tokens < min(num_tokens, message.sampling.max_tokens):
+                raise InvalidRequest("num_output_tokens leaves no token to sample", field="num_output_tokens")
         first = max(begin, grant.matched)
         if first >= end and message.sampling is None:
             return wire.Sent(message.call_id, message.request_id, 0, 0, 0, 0, wire.Timings())
@@ -85,7 +87,7 @@ class Actions:
             record,
             message.call_id,
             record.token_ids[:end],
-            end,
+            end - message.num_output_tokens if message.sampling is not None else end,
             message.sampling,
             message.ttl_s,
             message.salt,

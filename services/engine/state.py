@@ -173,7 +173,7 @@ class EngineState:
             self.outbox.replies.append((sequence.owner, failed(sequence.call_id, failure)))
             return
         started = sequence.started_at or now
-        sampled = sequence.num_output_tokens > 0
+        sampled = sequence.num_tokens > transfer.end
         sent = wire.Sent(
             call_id=sequence.call_id,
             request_id=sequence.request_id,

@@ -87,7 +87,7 @@ class Stepper:
         state.receiving.remove(sequence)
         if first is not None:
             sequence.token_ids.append(first)
-            sequence.num_delivered = 1
+            sequence.num_delivered = sequence.num_output_tokens
             sequence.first_token_at = now
             reason, stop = self._stop_reason(sequence, first)
             if reason is not None:

@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
-from scripted_engine import ANY, Fabric, ScriptedEngine, output_token
+from fabric import Fabric
+from scripted_engine import ANY, ScriptedEngine, output_token
 
 from microserve.protocol import membership, serving
 from microserve.protocol.actions import EngineInfo, EngineLoad

@@ -7,11 +7,11 @@ only when every token of its grant was sent by somebody, so a gap shows as a str
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from fabric import Fabric
 
 from microserve.kvcache.block_hash import block_hashes, root_hash
 from microserve.protocol import actions as wire
@@ -32,27 +32,6 @@ MAX_MODEL_LEN = 4096
 def output_token(position: int) -> int:
     """The output token at an offset: the same on every engine, as if sampled from one model."""
     return (7 * position + 3) % VOCAB_SIZE
-
-
-@dataclass
-class Fabric:
-    """The one-sided writes of all scripted engines: which tokens have come into which grant."""
-
-    covered: dict[str, set[int]] = field(default_factory=dict)
-    first_tokens: dict[str, int] = field(default_factory=dict)
-    lanes: dict[str, set[int]] = field(default_factory=dict)
-    changed: list[Callable[[], None]] = field(default_factory=list)
-
-    def put(self, grant: Grant, begin: int, end: int, lane: int, first_token: int | None) -> None:
-        assert lane not in self.lanes.setdefault(grant.grant_id, set()), "a lane was used twice"
-        self.lanes[grant.grant_id].add(lane)
-        have = self.covered.setdefault(grant.grant_id, set())
-        assert not have & set(range(begin, end)), "two senders wrote the same tokens"
-        have.update(range(begin, end))
-        if first_token is not None:
-            self.first_tokens[grant.grant_id] = first_token
-        for callback in self.changed:
-            callback()
 
 
 @dataclass

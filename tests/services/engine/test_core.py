@@ -166,6 +166,53 @@ def test_preemption_neither_loses_nor_repeats_a_token() -> None:
     mesh.close()
 
 
+@pytest.mark.parametrize("split", [None, 9, 17])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("num_delivered", [1, 5, 11])
+def test_a_stream_continues_elsewhere_with_the_same_tokens(
+    mesh: Mesh, split: int | None, temperature: float, num_delivered: int
+) -> None:
+    """The prompt and what was delivered go to other engines; the rest is as if nothing had happened."""
+    params = SamplingParams(max_tokens=12, temperature=temperature, seed=5, ignore_eos=True)
+    prompt = prompt_of(17)
+    whole = expect(prompt, params)
+    known = prompt + whole[:num_delivered]
+    if split is None:
+        message = wire.StartGenerate(mesh.call(), "r", 0, params, 60.0, num_output_tokens=num_delivered)
+        mesh.b.core.actions.start_generate(ROUTER, message, known, mesh.now)
+    else:
+        end = len(known) if split == 17 else split
+        granted = grant_for(mesh.b, "r", known, end)
+        first = end == len(known)
+        send_message = wire.RemoteSend(
+            mesh.call(),
+            "r",
+            0,
+            end,
+            granted.grant,
+            0,
+            60.0,
+            params if first else None,
+            "",
+            num_delivered if first else 0,
+        )
+        mesh.a.core.actions.remote_send(ROUTER, send_message, known, mesh.now)
+        message = wire.StartGenerate(
+            mesh.call(), "r", end, params, 60.0, granted.grant.grant_id, first, num_delivered
+        )
+        mesh.b.core.actions.start_generate(ROUTER, message, None, mesh.now)
+    mesh.run()
+    got = mesh.b.tokens["r"][num_delivered:]
+    if split == 17:
+        sent = mesh.a.replies[send_message.call_id]
+        assert isinstance(sent, wire.Sent) and sent.first_token is not None
+        got = [sent.first_token, *mesh.b.tokens["r"][num_delivered + 1 :]]
+
+    assert whole[num_delivered:] == got
+    finished = mesh.b.finished["r"]
+    assert (finished.reason, finished.usage.prompt_tokens, finished.usage.output_tokens) == ("length", 17, 12)
+
+
 def test_an_abort_in_each_phase_frees_everything(mesh: Mesh) -> None:
     prompt = prompt_of(40)
     for steps in range(8):

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
+from fabric import Fabric
 from router_world import INTERVAL_S, LIVENESS, eventually, in_loop
-from scripted_engine import Fabric, ScriptedEngine
+from scripted_engine import ScriptedEngine
 
 from microserve.protocol import actions as wire
 from microserve.protocol.codec import Channel
