@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 from typing import Generic, TypeVar
 
@@ -59,4 +60,5 @@ class Calls(Generic[T]):
     def fail_all(self, error: MeshError) -> None:
         """The peer is lost: nobody may wait for it any longer."""
         for call_id in list(self._pending):
-            self.fail(call_id, error)
+            # One of its own for each: a raised exception collects its waiter's traceback.
+            self.fail(call_id, copy.copy(error))

@@ -86,12 +86,13 @@ class _Socket:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_BULK_NBYTES)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
         self._closed = False
+        self._drain_due = False
         self.address = ""
 
     def _start(self) -> None:
         if self._handler is not None:
             self._loop.add_reader(self._socket.fileno(), self._drain)
-            self._loop.call_soon(self._drain)
+            self._schedule_drain()
 
     def bind(self, address: str) -> None:
         with self._closed_on_failure(f"cannot bind {address}"):
@@ -120,7 +121,14 @@ class _Socket:
             self._socket.close(0)
             raise
 
+    def _schedule_drain(self) -> None:
+        """Once: a handler that answers each of many messages must not queue a drain for each answer."""
+        if not self._drain_due:
+            self._drain_due = True
+            self._loop.call_soon(self._drain)
+
     def _drain(self) -> None:
+        self._drain_due = False
         if self._closed:
             return
         for _ in range(MAX_FRAMES_PER_TURN):
@@ -132,7 +140,7 @@ class _Socket:
             self._handle(frames)
             if self._closed:
                 return
-        self._loop.call_soon(self._drain)
+        self._schedule_drain()
 
     def _handle(self, frames: list[bytes]) -> None:
         handler = self._handler
@@ -159,7 +167,7 @@ class _Socket:
             taken = False
             self._bus.dropped += 1
         if self._handler is not None and int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._loop.call_soon(self._drain)
+            self._schedule_drain()
         return taken
 
     def close(self) -> None:

@@ -171,8 +171,7 @@ class Door:
             if session is not None:
                 session.add(delta)
         for session in self._sessions.all():
-            deltas = session.take()
-            if deltas is not None:
+            while (deltas := session.take()) is not None:
                 self._send(session.peer, deltas)
 
     def beat(self) -> None:

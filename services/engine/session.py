@@ -13,6 +13,18 @@ from microserve.protocol.actions import Delta, Deltas
 from microserve.protocol.credit import CreditWindow
 
 
+MAX_MESSAGE_TOKENS = 16_384
+"""In one message: with 20 log-probabilities each they stay below ``codec.MAX_MESSAGE_NBYTES``."""
+
+
+def _cut(delta: Delta, count: int) -> tuple[Delta, Delta]:
+    """The first ``count`` tokens, and the rest with the end."""
+    head = Delta(delta.request_id, delta.offset, delta.token_ids[:count], delta.logprobs[:count])
+    rest = delta.offset + count
+    tail = Delta(delta.request_id, rest, delta.token_ids[count:], delta.logprobs[count:], delta.finished)
+    return head, tail
+
+
 @dataclass(slots=True)
 class Session:
     peer: bytes
@@ -37,12 +49,23 @@ class Session:
         )
 
     def take(self) -> Deltas | None:
-        """One message with everything that waits, or None without tokens or credit."""
+        """One message with as much as fits of what waits, or None without tokens or credit."""
         if not self.pending or not self.window.take():
             return None
-        message = Deltas(list(self.pending.values()))
-        self.pending = {}
-        return message
+        deltas: list[Delta] = []
+        room = MAX_MESSAGE_TOKENS
+        for request_id, delta in list(self.pending.items()):
+            if room <= 0:
+                break
+            if len(delta.token_ids) > room:
+                head, tail = _cut(delta, room)
+                deltas.append(head)
+                self.pending[request_id] = tail
+                break
+            deltas.append(delta)
+            del self.pending[request_id]
+            room -= len(delta.token_ids)
+        return Deltas(deltas)
 
 
 class Sessions:
