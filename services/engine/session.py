@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from microserve.protocol.actions import Delta, Deltas
 from microserve.protocol.credit import CreditWindow
 
-
 MAX_MESSAGE_TOKENS = 16_384
 """In one message: with 20 log-probabilities each they stay below ``codec.MAX_MESSAGE_NBYTES``."""
 
