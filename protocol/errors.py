@@ -38,6 +38,10 @@ class MeshError(Exception):
         self.detail = detail or self.code
         self.field = field
         self.retry_after_s = retry_after_s
+        self.reporter = ""
+        """Id of the engine that said so, where one did; not on the wire."""
+        self.suspect = ""
+        """Id of the engine that failed, where it is known; not on the wire."""
 
 
 class RequestError(MeshError):

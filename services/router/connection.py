@@ -141,10 +141,15 @@ class EngineConnection:
             return
         self._lost = reason
         self._socket.close()
-        self._calls.fail_all(EngineLost(reason.detail))
-        self.streams.fail_all(reason.detail)
+        self._calls.fail_all(self._loss(reason))
+        self.streams.fail_all(lambda: self._loss(reason))
         self._aborts.clear()
         self._ended.set()
+
+    def _loss(self, reason: MeshError) -> EngineLost:
+        loss = EngineLost(reason.detail)
+        loss.suspect = self.engine_id
+        return loss
 
     def _check_liveness(self, *, stalled: bool) -> None:
         now = self._loop.time()
@@ -162,7 +167,7 @@ class EngineConnection:
         The future fails with the engine's error or with ``EngineLost``.
         """
         if self._lost is not None:
-            raise EngineLost(self._lost.detail)
+            raise self._loss(self._lost)
         call_id = self._calls.next_id()
         future = self._calls.open(call_id)
         future.add_done_callback(_retrieve)
@@ -241,6 +246,7 @@ class EngineConnection:
                 error = error_for(
                     message.code, message.detail, field=message.field, retry_after_s=message.retry_after_s
                 )
+                error.reporter = self.engine_id
                 self._calls.fail(message.call_id, error)
             case _:
                 if not self._aborts.confirm(message.call_id):

@@ -154,6 +154,7 @@ class Engine:
             ttl_s=ttl_s,
             sampling=request.sampling if samples else None,
             salt=request.salt,
+            num_output_tokens=request.num_output_tokens if samples else 0,
         )
         sending.start(scope, self._connection, build)
         grant.sendings.append(sending)
@@ -201,6 +202,7 @@ class Engine:
             ttl_s=ttl_s,
             grant_id=grant_id or None,
             await_first=first_from is not None,
+            num_output_tokens=request.num_output_tokens,
             salt=request.salt,
         )
         generation = Generation(scope, self._connection, build, grant_id=grant_id, first_from=first_from)

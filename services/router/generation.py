@@ -39,7 +39,10 @@ class Generation:
         self._grant_id = grant_id
         self._first_from = first_from
         self._stream = TokenStream(
-            scope.request.request_id, connection.engine_id, await_first=first_from is not None
+            scope.request.request_id,
+            connection.engine_id,
+            await_first=first_from is not None,
+            start=scope.request.num_output_tokens,
         )
         self._ended = False
         self._num_chunks = 0

@@ -27,6 +27,8 @@ class Request:
     """Tokens in a KV block of this mesh."""
     salt: str = ""
     """Prefix cache namespace."""
+    num_output_tokens: int = 0
+    """The last so many of ``tokens`` are output, delivered before an engine failed."""
     token_frame: bytes = field(default=b"", repr=False)
     """The prompt as it travels (raw little-endian u32), made from ``tokens`` if not given."""
 
@@ -47,7 +49,19 @@ class Request:
     ) -> Request:
         """Read the prompt from its wire form. Raises ``ProtocolViolation`` if the frame is cut."""
         tokens = decode_tokens(token_frame)
-        return cls(request_id, tokens, sampling, deadline, block_size, salt, token_frame)
+        return cls(request_id, tokens, sampling, deadline, block_size, salt, token_frame=token_frame)
+
+    def continued(self, delivered: Sequence[int]) -> Request:
+        """The same request after ``delivered`` output tokens: they count as known tokens from now on."""
+        return Request(
+            self.request_id,
+            [*self.tokens, *delivered],
+            self.sampling,
+            self.deadline,
+            self.block_size,
+            self.salt,
+            self.num_output_tokens + len(delivered),
+        )
 
     @property
     def num_tokens(self) -> int:

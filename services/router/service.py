@@ -67,6 +67,7 @@ class Router:
             self._tasks,
             Admission(settings.router, self.strategies, self.registry),
             connections=self.registry.usable,
+            served=lambda: self.registry.served,
             lookup=self.prefixes.lookup,
             call_timeout_s=settings.router.call_timeout_s,
             rng=self._rng,

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.actions import Usage
+from microserve.protocol.actions import EngineInfo, Usage
 from microserve.protocol.errors import (
     DeadlineExceeded,
     Draining,
@@ -29,6 +29,7 @@ from microserve.protocol.serving import Generate, Output
 from microserve.services.router.admission import Admission
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.ending import cut_short, finished_well, write_line
+from microserve.services.router.failover import Failover
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import RETRY_AFTER_S, Lookup, Mesh
 from microserve.services.router.phase import PhaseClock
@@ -62,7 +63,10 @@ class LiveRequest:
     task: asyncio.Task[None] | None = None
     scope: RequestScope | None = None
     num_prompt_tokens: int = 0
-    num_delivered: int = 0
+    delivered: list[int] = field(default_factory=list)
+    """Output tokens handed to the gateway."""
+    engines: list[str] = field(default_factory=list)
+    """Those of attempts that have failed."""
     last: Tokens | None = None
     """The chunk that ends the stream."""
     interrupt: Interrupt | None = None
@@ -78,15 +82,18 @@ class Serving:
         admission: Admission,
         *,
         connections: Callable[[], list[EngineConnection]],
+        served: Callable[[], EngineInfo | None],
         lookup: Lookup,
         call_timeout_s: float,
         rng: random.Random,
     ) -> None:
-        """``connections`` lists engines that take new requests; ``lookup`` asks the prefix replica."""
+        """``connections`` lists engines that take new requests, ``served`` says what the mesh serves;
+        ``lookup`` asks the prefix replica."""
         self.book = LoadBook()
         self._tasks = tasks
         self._admission = admission
         self._connections = connections
+        self._served = served
         self._lookup = lookup
         self._call_timeout_s = call_timeout_s
         self._rng = rng
@@ -143,12 +150,52 @@ class Serving:
     # --- one request -------------------------------------------------------------------------------
 
     async def _serve(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
-        """One attempt with one strategy. A failover would be another attempt here: in a new scope, with
-        ``num_delivered`` tokens already out."""
-        request = scope.request
-        mesh = Mesh(scope, self._connections, self.book, self._lookup, self._rng)
-        generator = strategy(mesh, request)
-        error: MeshError | None = None
+        """Attempts, each in a scope of its own, until one ends the stream or its error is final."""
+        failover = Failover(scope.request, patience_s=self._call_timeout_s)
+        while True:
+            generator = strategy(self._mesh(scope, failover), scope.request)
+            error = await self._attempt(live, scope.request, generator)
+            now = self._loop.time()
+            if error is None or live.interrupt or not failover.allows(error, scope.engines, now):
+                break
+            scope.close()
+            await self._close(live, generator)
+            live.engines += [engine_id for engine_id in scope.engines if engine_id not in live.engines]
+            _logger.warning(
+                log.REQUEST_CONTINUED,
+                request_id=live.request_id,
+                code=error.code,
+                error=error.detail,
+                delivered=len(live.delivered),
+                attempt=failover.num_attempts,
+            )
+            finished = failover.end_of(live.delivered, self._served())
+            if finished is not None:
+                error, live.last = None, Tokens(len(live.delivered), [], [], finished)
+                break
+            try:
+                await asyncio.sleep(min(failover.pause_s, max(0.0, scope.request.deadline - now)))
+            except asyncio.CancelledError:
+                error = self._interruption(live)
+                break
+            request = failover.continued(live.delivered)
+            scope = live.scope = RequestScope(
+                request, self.book.open(), live.clock, call_timeout_s=self._call_timeout_s
+            )
+        self._end(live, error)
+        await self._close(live, generator)
+
+    def _mesh(self, scope: RequestScope, failover: Failover) -> Mesh:
+        def connections() -> list[EngineConnection]:
+            everyone = self._connections()
+            return [c for c in everyone if c.engine_id not in failover.suspects] or everyone
+
+        return Mesh(scope, connections, self.book, self._lookup, self._rng)
+
+    async def _attempt(
+        self, live: LiveRequest, request: Request, generator: AsyncGenerator[Tokens, None]
+    ) -> MeshError | None:
+        """Run the strategy once; its error, or None when ``live.last`` ends the stream or the client left."""
         limit = asyncio.timeout_at(request.deadline)
         try:
             async with limit:
@@ -156,20 +203,18 @@ class Serving:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if live.interrupt is None and not (task is not None and task.cancelling()):
-                error = self._blame(live, StrategyError("the strategy cancelled itself"))
-            else:
-                error = self._interruption(live)
+                return self._blame(live, StrategyError("the strategy cancelled itself"))
+            return self._interruption(live)
         except (InvalidInterval, StrategyError) as mistake:
-            error = self._blame(live, mistake)
+            return self._blame(live, mistake)
         except MeshError as failure:
-            error = failure
+            return failure
         except ExceptionGroup as group:
-            error = _first_failure(group) or self._blame(live, group)
+            return _first_failure(group) or self._blame(live, group)
         except Exception as mistake:
             expired = isinstance(mistake, TimeoutError) and limit.expired()
-            error = _out_of_time() if expired else self._blame(live, mistake)
-        self._end(live, error)
-        await self._close(live, generator)
+            return _out_of_time() if expired else self._blame(live, mistake)
+        return None
 
     async def _drive(
         self, live: LiveRequest, request: Request, generator: AsyncGenerator[Tokens, None]
@@ -182,9 +227,9 @@ class Serving:
                 raise _out_of_time()
             if not isinstance(chunk, Tokens):
                 raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
-            if chunk.offset != live.num_delivered:
-                raise StrategyError(f"the strategy yielded token {chunk.offset}, not {live.num_delivered}")
-            live.num_delivered += len(chunk.token_ids)
+            if chunk.offset != len(live.delivered):
+                raise StrategyError(f"the strategy yielded token {chunk.offset}, not {len(live.delivered)}")
+            live.delivered += chunk.token_ids
             if chunk.finished is not None:
                 return chunk
             live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs))
@@ -234,7 +279,7 @@ class Serving:
                 del self._live[live.request_id]
             for grant_id, engine_id in scope.unused.items() if finished is not None else ():
                 self._blame(live, StrategyError(f"forgotten grant {grant_id} of engine {engine_id}"))
-            engines = scope.engines
+            engines = [*live.engines, *(e for e in scope.engines if e not in live.engines)]
             scope.close()
         now = self._loop.time()
         if chunk is not None and finished is not None:
@@ -242,9 +287,9 @@ class Serving:
             ended = finished_well(finished, phases, live.strategy, engines)
             live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, ended))
         else:
-            usage = Usage(prompt_tokens=live.num_prompt_tokens, output_tokens=live.num_delivered)
+            usage = Usage(prompt_tokens=live.num_prompt_tokens, output_tokens=len(live.delivered))
             ended = cut_short(error, usage, live.clock.phases(now), live.strategy, engines)
-            live.sink(Output(live.request_id, live.num_delivered, [], [], ended))
+            live.sink(Output(live.request_id, len(live.delivered), [], [], ended))
         write_line(live.request_id, ended)
 
 

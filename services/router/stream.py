@@ -7,10 +7,11 @@ request's own output, and one wake-up.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from microserve.protocol.actions import Delta, Finished, TokenLogprob
-from microserve.protocol.errors import EngineLost, MeshError, PeerError, error_for
+from microserve.protocol.errors import MeshError, PeerError, error_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,15 @@ class Tokens:
 class TokenStream:
     """In: deltas, a first token, a failure, in any order. Out: :class:`Tokens` in order."""
 
-    def __init__(self, request_id: str, engine_id: str, *, await_first: bool = False) -> None:
-        """``await_first``: token 0 comes by :meth:`push_first` (its sender sampled it), not as delta."""
+    def __init__(self, request_id: str, engine_id: str, *, await_first: bool = False, start: int = 0) -> None:
+        """``await_first``: the first token comes by :meth:`push_first` (its sender sampled it), not as delta.
+        ``start``: its offset."""
         self.request_id = request_id
         self.engine_id = engine_id
         self._awaits_first = await_first
-        self._first_delta = self._next = 1 if await_first else 0
+        self._first_delta = self._next = start + (1 if await_first else 0)
         """Offset of the next token that a delta may bring."""
-        self._offset = 0
+        self._offset = start
         """Offset of the first waiting token."""
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
@@ -99,7 +101,9 @@ class TokenStream:
                 return self._take(None if failed else self._finished)
             if self._finished is not None:
                 if self._finished.reason == "error":
-                    raise error_for(self._finished.code, f"{self.engine_id}: {self._finished.detail}")
+                    error = error_for(self._finished.code, f"{self.engine_id}: {self._finished.detail}")
+                    error.reporter = self.engine_id
+                    raise error
                 if self._finished.reason not in ("stop", "length"):
                     raise PeerError(f"{self.engine_id} ended the request: {self._finished.reason}")
                 if not self._awaits_first:
@@ -143,8 +147,8 @@ class TokenStreams:
             else:
                 stream.push(delta)
 
-    def fail_all(self, detail: str) -> None:
+    def fail_all(self, make_error: Callable[[], MeshError]) -> None:
         """The engine is lost; streams get an error each, as a raised one collects its own traceback."""
         for stream in self._streams.values():
-            stream.fail(EngineLost(detail))
+            stream.fail(make_error())
         self._streams.clear()

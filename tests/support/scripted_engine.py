@@ -318,7 +318,7 @@ class ScriptedEngine:
         first = None
         if message.sampling is not None:
             assert message.end == len(held.tokens)
-            first = output_token(0)
+            first = output_token(message.num_output_tokens)
         self._fabric.put(grant, message.begin, message.end, message.lane, first)
         count = message.end - message.begin
         timings = wire.Timings(queued_s=0.001, prefill_s=0.002, transfer_s=0.001)
@@ -359,8 +359,8 @@ class ScriptedEngine:
             return
         if start.await_first:
             assert grant is not None
-            assert self._fabric.first_tokens[grant.grant_id] == output_token(0)
-        begin, end = int(start.await_first), start.sampling.max_tokens
+            assert self._fabric.first_tokens[grant.grant_id] == output_token(start.num_output_tokens)
+        begin, end = start.num_output_tokens + start.await_first, start.sampling.max_tokens
         received = grant.end - grant.matched if grant else 0
         usage = wire.Usage(len(held.tokens), grant.matched if grant else 0, received, end)
         finished = wire.Finished("length", usage, wire.Timings(0.001, 0.001, 0.001, 0.001))

@@ -1,0 +1,75 @@
+"""When a request goes on elsewhere, and from where: prompt plus tokens already delivered (DESIGN 7, 8).
+
+Sampling depends on (seed, position, token) alone, so another engine continues with the same tokens. Sans-I/O:
+decides; serving.py acts. An attempt is one run of the strategy; a failed one leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from microserve.protocol.actions import EngineInfo, Finished, Timings, Usage
+from microserve.protocol.errors import (
+    CapacityError,
+    Draining,
+    MeshError,
+    PeerError,
+    UnknownRequest,
+)
+from microserve.services.router.request import Request
+
+MAX_ATTEMPTS = 4
+"""Runs of the strategy for one request, the first included, while engines fail under it."""
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.02, 1.0
+
+
+class Failover:
+    """The attempts of one request."""
+
+    def __init__(self, request: Request, *, patience_s: float) -> None:
+        """After a failure, engines that are full or absent are waited for ``patience_s`` in all."""
+        self.original = request
+        self.suspects: set[str] = set()
+        """Engines not to be used again by this request, unless nobody else is left."""
+        self.num_attempts = 1
+        self.pause_s = 0.0
+        self._patience_s = patience_s
+        self._failed_at: float | None = None
+
+    def allows(self, error: MeshError, engines: list[str], now: float) -> bool:
+        """May there be another attempt? ``engines`` took part in this one.
+
+        A caller's error, a strategy's own fault and a used-up deadline are final; so is a lack of capacity
+        that no failure of an engine has caused.
+        """
+        if now >= self.original.deadline:
+            return False
+        if isinstance(error, PeerError | Draining | UnknownRequest):
+            self._failed_at = now if self._failed_at is None else self._failed_at
+            if self.num_attempts >= MAX_ATTEMPTS:
+                return False
+            self.num_attempts += 1
+            # Whoever says that something failed is alive; the other end may be dead and not yet missed.
+            self.suspects.update([error.suspect] if error.suspect else set(engines) - {error.reporter})
+        elif not isinstance(error, CapacityError) or not self._is_patient(now):
+            return False
+        self.pause_s = min(max(self.pause_s * 2, FIRST_PAUSE_S, error.retry_after_s), MAX_PAUSE_S)
+        return True
+
+    def _is_patient(self, now: float) -> bool:
+        return self._failed_at is not None and now - self._failed_at <= self._patience_s
+
+    def continued(self, delivered: list[int]) -> Request:
+        """The request as another engine must see it: what was delivered is part of its tokens."""
+        return self.original.continued(delivered)
+
+    def end_of(self, delivered: list[int], served: EngineInfo | None) -> Finished | None:
+        """The end that the delivered tokens already are, if only its message was lost."""
+        if not delivered:
+            return None
+        sampling, last = self.original.sampling, delivered[-1]
+        usage = Usage(prompt_tokens=self.original.num_tokens, output_tokens=len(delivered))
+        eos = served.eos_token_ids if served is not None else []
+        if (last in eos and not sampling.ignore_eos) or last in sampling.stop_token_ids:
+            return Finished("stop", usage, Timings(), stop_token_id=last)
+        if len(delivered) >= sampling.max_tokens:
+            return Finished("length", usage, Timings())
+        return None
