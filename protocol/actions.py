@@ -226,7 +226,7 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):
-    """The end of a stream: exactly one per accepted ``StartGenerate``."""
+    """The end of a stream: exactly one per accepted ``StartGenerate`` that is not aborted."""
 
     reason: str
     """``stop`` (end of sequence or stop token), ``length``, ``abort`` or ``error``."""

@@ -6,6 +6,9 @@ or returns None and the answer follows through the outbox. Called under the engi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import msgspec
 
 from microserve.protocol import actions as wire
@@ -14,6 +17,7 @@ from microserve.protocol.errors import (
     Draining,
     InvalidInterval,
     InvalidRequest,
+    MeshError,
     PromptTooLong,
     QueueFull,
     UnknownRequest,
@@ -36,8 +40,39 @@ class Actions:
     def prep_recv(
         self, owner: bytes, message: wire.PrepRecv, token_ids: list[int] | None, now: float
     ) -> wire.Granted:
-        state = self._state
+        with self._record(owner, message, token_ids, now) as record:
+            return self._prep_recv(owner, message, record, now)
+
+    def remote_send(
+        self, owner: bytes, message: wire.RemoteSend, token_ids: list[int] | None, now: float
+    ) -> wire.Sent | None:
+        with self._record(owner, message, token_ids, now) as record:
+            return self._remote_send(message, record, now)
+
+    def start_generate(
+        self, owner: bytes, message: wire.StartGenerate, token_ids: list[int] | None, now: float
+    ) -> wire.Accepted:
+        with self._record(owner, message, token_ids, now) as record:
+            return self._start_generate(message, record, now)
+
+    @contextmanager
+    def _record(
+        self,
+        owner: bytes,
+        message: wire.PrepRecv | wire.RemoteSend | wire.StartGenerate,
+        token_ids: list[int] | None,
+        now: float,
+    ) -> Iterator[Record]:
+        """The record of an action; refused work leaves none behind."""
         record = self._open(owner, message.request_id, token_ids, message.ttl_s, now)
+        try:
+            yield record
+        except MeshError:
+            self._drop_if_idle(record)
+            raise
+
+    def _prep_recv(self, owner: bytes, message: wire.PrepRecv, record: Record, now: float) -> wire.Granted:
+        state = self._state
         end = _bound("end", message.end, len(record.token_ids))
         if record.reception is not None:
             if record.reception.grant.end != end:
@@ -46,23 +81,19 @@ class Actions:
                     field="end",
                 )
             return wire.Granted(message.call_id, record.reception.grant)
-        self._check_fits(record, end)
+        self._check_fits(end)
         try:
             record.reception = state.memory.open_grant(
                 owner, message.request_id, record.token_ids, end, message.salt, now
             )
         except (CacheFull, PromptTooLong):
             state.count("grants_refused")
-            self._drop_if_idle(record)
             raise
         state.count("grants_opened")
         return wire.Granted(message.call_id, record.reception.grant)
 
-    def remote_send(
-        self, owner: bytes, message: wire.RemoteSend, token_ids: list[int] | None, now: float
-    ) -> wire.Sent | None:
+    def _remote_send(self, message: wire.RemoteSend, record: Record, now: float) -> wire.Sent | None:
         state, grant = self._state, message.grant
-        record = self._open(owner, message.request_id, token_ids, message.ttl_s, now)
         num_tokens = len(record.token_ids)
         begin, end = _bound("begin", message.begin, num_tokens), _bound("end", message.end, num_tokens)
         if not begin <= end <= grant.end:
@@ -81,7 +112,9 @@ class Actions:
         first = max(begin, grant.matched)
         if first >= end and message.sampling is None:
             return wire.Sent(message.call_id, message.request_id, 0, 0, 0, 0, wire.Timings())
-        self._check_fits(record, end)
+        if first >= end:
+            raise InvalidInterval("there is nothing to send: let the receiver sample", field="begin")
+        self._check_fits(end)
         self._check_queue()
         sequence = self._sequence(
             record,
@@ -98,12 +131,9 @@ class Actions:
         state.scheduler.add(sequence)
         return None
 
-    def start_generate(
-        self, owner: bytes, message: wire.StartGenerate, token_ids: list[int] | None, now: float
-    ) -> wire.Accepted:
+    def _start_generate(self, message: wire.StartGenerate, record: Record, now: float) -> wire.Accepted:
         state = self._state
         self._check_sampling(message.sampling)
-        record = self._open(owner, message.request_id, token_ids, message.ttl_s, now)
         if record.generate is not None:
             return wire.Accepted(message.call_id)
         num_tokens = len(record.token_ids)
@@ -113,7 +143,7 @@ class Actions:
             raise InvalidRequest(f"num_output_tokens must be below {num_tokens}", field="num_output_tokens")
         if message.num_output_tokens >= message.sampling.max_tokens:
             raise InvalidRequest("max_tokens are out already", field="num_output_tokens")
-        self._check_fits(record, num_tokens)
+        self._check_fits(num_tokens)
         reception = record.reception
         if message.grant_id is None:
             if begin != 0:
@@ -127,8 +157,10 @@ class Actions:
                 raise InvalidInterval(
                     f"begin must be the grant's end {reception.grant.end}, is {begin}", field="begin"
                 )
-            if message.await_first and begin != num_tokens:
-                raise InvalidInterval("await_first needs begin == len(prompt)", field="await_first")
+            if message.await_first and (begin != num_tokens or reception.grant.matched == begin):
+                raise InvalidInterval(
+                    "await_first needs a send that ends at begin == len(prompt)", field="await_first"
+                )
         self._check_queue()
         sequence = self._sequence(
             record,
@@ -182,7 +214,8 @@ class Actions:
     def _open(
         self, owner: bytes, request_id: str, token_ids: list[int] | None, ttl_s: float, now: float
     ) -> Record:
-        if self._state.draining and self._state.records.find(owner, request_id) is None:
+        known = self._state.records.find(owner, request_id)
+        if self._state.draining and (known is None or known.aborted or known.is_idle):
             raise Draining("this engine takes no new work", retry_after_s=1.0)
         if not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:
             raise InvalidRequest(
@@ -197,12 +230,11 @@ class Actions:
                 raise InvalidRequest(f"token id {max(token_ids)} is not below {limit}", field="tokens")
         return self._state.records.open(owner, request_id, token_ids, now)
 
-    def _check_fits(self, record: Record, num_tokens: int) -> None:
+    def _check_fits(self, num_tokens: int) -> None:
         """Could it ever run here? One more position is needed than the tokens known."""
         limits = self._state.limits
         room = min(limits.max_model_len, limits.num_blocks * self._state.memory.block_size) - 1
         if num_tokens > room:
-            self._drop_if_idle(record)
             raise PromptTooLong(f"{num_tokens} tokens, at most {room} fit this engine", field="tokens")
 
     def _check_queue(self) -> None:

@@ -36,8 +36,10 @@ EARLY_POLL_S = 0.0002
 """Pause between looks at an arrival counter while a step waits for a layer."""
 EARLY_LOOKS_A_PROBE = 50
 """Looks between two probes for a writer that failed or died."""
-EARLY_PATIENCE_S = 10.0
-"""A step waits no longer than this for one layer: its sender was computing when the step began."""
+
+
+class EarlyStartEnded(Exception):
+    """A step that waits for a layer has something better to do; nothing has failed."""
 
 
 class EngineCore:
@@ -91,6 +93,7 @@ class EngineCore:
         self._pause = pause
         self._peers: dict[int, PeerHeap] = {}
         self._closed = False
+        self._woken = False
 
     @property
     def lock(self) -> AbstractContextManager[bool]:
@@ -99,12 +102,13 @@ class EngineCore:
 
     def wake(self) -> None:
         """There may be something to run. With the lock held."""
+        self._woken = True
         self._changed.notify_all()
 
     def wait_for_work(self, timeout_s: float) -> None:
         """Sleep until woken; short while KV is on its way, since its arrival wakes nobody."""
         with self._changed:
-            if self._closed:
+            if self._closed or self._woken:  # woken between the last look and now
                 return
             arriving = self.state.receiving or self.state.committing
             self._changed.wait(ARRIVAL_POLL_S if arriving else timeout_s)
@@ -114,11 +118,16 @@ class EngineCore:
     def step(self) -> bool:
         """Run one step in the calling thread; False if there was nothing to run."""
         with self._changed:
+            self._woken = False
             plan = self.stepper.next_plan(self._clock())
         if plan is None:
             return False
         try:
             result = self._execute(plan)
+        except EarlyStartEnded:
+            with self._changed:
+                self.stepper.put_back(plan)
+            return True
         except MeshError as error:
             with self._changed:
                 self.stepper.fail(plan, error, self._clock())
@@ -176,11 +185,12 @@ class EngineCore:
         return writer
 
     def _await_layer(self, sequence: EngineSequence, layer: int) -> None:
-        """Hold the step until a layer's KV is in. Raises :class:`TransferFailed` when it cannot come."""
+        """Hold the step until a layer's KV is in, or until others want to run.
+
+        Raises :class:`TransferFailed` when it cannot come, :class:`EarlyStartEnded` to wait as others do."""
         grants, grant_id = self.memory.grants, sequence.grant_id
         if grant_id is None:
             return
-        waited_from = self._clock()
         num_looks = 0
         while not grants.layer_complete(grant_id, layer):
             now = self._clock()
@@ -190,9 +200,9 @@ class EngineCore:
                 if reason is not None and not grants.layer_complete(grant_id, layer):
                     raise TransferFailed(reason)
             if sequence.doomed is not None:
-                raise TransferFailed("the request was aborted")
-            if now > sequence.deadline or now - waited_from > EARLY_PATIENCE_S or self._closed:
-                raise TransferFailed(f"layer {layer} did not arrive within {now - waited_from:.1f} s")
+                raise EarlyStartEnded
+            if self.state.scheduler.waiting or now > sequence.deadline or self._closed:
+                raise EarlyStartEnded
             self._pause(EARLY_POLL_S)
         grants.verify(grant_id, layer)
 
@@ -228,8 +238,9 @@ class EngineCore:
 
     @property
     def is_busy(self) -> bool:
-        """Does a step have something to do (waiting for KV of others is not work)? With the lock held."""
-        return bool(self.state.scheduler.running or self.state.scheduler.waiting)
+        """Does a step have something to do? Waiting sequences may rightly wait for KV or for blocks. With the
+        lock held."""
+        return bool(self.state.scheduler.running)
 
     def check_integrity(self) -> None:
         """All blocks accounted for. Raises :class:`InternalError`. With the lock held."""

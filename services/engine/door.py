@@ -105,6 +105,7 @@ class Door:
                     case wire.Commit():
                         actions.commit(peer, message, now)
                     case wire.Abort():
+                        session.pending.pop(message.request_id, None)
                         return (actions.abort(peer, message, now),)
                     case wire.Release():
                         return (actions.release(peer, message, now),)
@@ -173,6 +174,12 @@ class Door:
         for session in self._sessions.all():
             while (deltas := session.take()) is not None:
                 self._send(session.peer, deltas)
+
+    @property
+    def has_pending(self) -> bool:
+        """Is there anything that routers have not been sent?"""
+        with self._core.lock:
+            return self._core.has_output or any(session.pending for session in self._sessions.all())
 
     def beat(self) -> None:
         """Heartbeat to every router, and the end of those that fell silent."""

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from microserve.protocol.actions import Delta, EngineReply, Sent
-from microserve.protocol.errors import UnknownRequest
+from microserve.protocol.errors import InvalidRequest, UnknownRequest
 from microserve.services.engine.memory import Reception
 from microserve.services.engine.sequence import Sequence
 
-IDLE_RECORD_S = 60.0
+IDLE_RECORD_S = 10.0
 """A record whose parts have all ended is kept this long for a further action on the same tokens."""
 
 Key = tuple[bytes, str]
@@ -53,6 +53,9 @@ class Record:
     def is_idle(self) -> bool:
         return self.reception is None and self.generate is None and not self.sends
 
+    def holds(self, sequence: Sequence) -> bool:
+        return sequence is self.generate or any(sequence is send for send in self.sends.values())
+
 
 class Records:
     """Records by owner and request id."""
@@ -70,7 +73,8 @@ class Records:
         return self._records.get((owner, request_id))
 
     def open(self, owner: bytes, request_id: str, token_ids: list[int] | None, now: float) -> Record:
-        """The record, made from the tokens if they came along. Raises :class:`UnknownRequest` without."""
+        """The record, made from the tokens if they came along. Raises :class:`UnknownRequest` without, and
+        :class:`InvalidRequest` for tokens that differ from those that work here."""
         record = self._records.get((owner, request_id))
         if record is None or record.aborted:
             if token_ids is None:
@@ -78,6 +82,8 @@ class Records:
             record = self._records[(owner, request_id)] = Record(owner, request_id, token_ids, now)
         elif token_ids is not None and record.is_idle:
             record.token_ids = token_ids
+        elif token_ids is not None and token_ids != record.token_ids:
+            raise InvalidRequest(f"request {request_id!r} runs here with other tokens", field="tokens")
         record.last_used = now
         return record
 

@@ -19,6 +19,9 @@ from microserve.services.engine.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.memory import KvMemory
 from microserve.services.engine.sequence import Sequence, State
 
+MAX_OVERTAKEN_S = 2.0
+"""A sequence that has waited so long at the head is not overtaken any more."""
+
 
 @dataclass(slots=True)
 class SendShare:
@@ -111,9 +114,10 @@ class Scheduler:
         return plan
 
     def add_ready(self, sequence: Sequence) -> None:
-        """A sequence whose KV has arrived: first in line, since it holds blocks."""
+        """A sequence whose KV has arrived: first in line, since it holds blocks; but not for ever."""
         sequence.state = State.WAITING
-        self.waiting.appendleft(sequence)
+        is_old = bool(self.waiting) and sequence.ready_at - self.waiting[0].arrived_at > MAX_OVERTAKEN_S
+        self.waiting.insert(1 if is_old else 0, sequence)
 
     def _reclaim(self, now: float) -> bool:
         """Nothing runs and the head does not fit: waiting sequences that hold blocks give them back.

@@ -182,8 +182,10 @@ class EngineService:
         ends_at = self._loop.time() + self._settings.engine.drain_s
         while self._loop.time() < ends_at and not self._crashed.is_set():
             with self._core.lock:
-                if not self._core.state.num_requests:
-                    break
+                state = self._core.state
+                is_done = not (state.num_requests or state.committing)
+            if is_done and not self._door.has_pending:
+                break
             self._door.beat()
             await asyncio.sleep(min(0.1, self._settings.bus.heartbeat_interval_s))
         self._door.beat()

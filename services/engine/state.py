@@ -84,6 +84,8 @@ class EngineState:
             self.receiving.remove(sequence)
         sequence.state = State.FINISHED
         record = self.records.find(sequence.owner, sequence.request_id)
+        if record is not None and not record.holds(sequence):
+            record = None  # aborted in its last step, and the id belongs to a newer record by now
         if sequence.transfer is not None:
             self._end_send(sequence, record, now, error, reason)
         else:
@@ -125,7 +127,8 @@ class EngineState:
             detail=error.detail if error else "",
             stop_token_id=stop_token_id,
         )
-        self.emit(sequence, new_tokens, finished)
+        if reason != "abort":  # who aborts listens no more, and the id may have been taken up again
+            self.emit(sequence, new_tokens, finished)
         _logger.info(
             log.REQUEST_FINISHED,
             request_id=sequence.request_id,

@@ -171,6 +171,8 @@ class Stepper:
         """
         state = self._state
         grants = state.memory.grants
+        if state.scheduler.waiting:
+            return None
         for sequence in state.receiving:
             if sequence.grant_id is None or sequence.await_first:
                 continue
@@ -251,6 +253,20 @@ class Stepper:
         if sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= room:
             return "length", None
         return None, None
+
+    def put_back(self, plan: Plan) -> None:
+        """An early start gave way: its sequence waits as before. What it wrote will be written again."""
+        state, sequence = self._state, plan.early
+        state.inflight = []
+        if sequence is None:
+            raise InternalError("only an early start can be put back")
+        state.scheduler.remove(sequence)
+        sequence.state = State.RECEIVING
+        sequence.num_computed, sequence.started_at = 0, 0.0
+        state.receiving.append(sequence)
+        state.count("early_starts_put_back")
+        if sequence.doomed is not None:
+            state.finish(sequence, sequence.doomed, plan.started_at, error=sequence.doom_error)
 
     def fail(self, plan: Plan, error: MeshError, now: float) -> None:
         """The step raised: nothing of it counts, and every sequence in it ends with the error."""

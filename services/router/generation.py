@@ -54,6 +54,7 @@ class Generation:
         except MeshError:
             connection.streams.remove(self._stream)
             raise
+        self._stream.accepted = self._accepted
         self._is_accepted = False
         scope.is_generating = True
         scope.on_close(self._give_up)

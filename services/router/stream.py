@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from microserve.protocol.actions import Delta, Finished, TokenLogprob
 from microserve.protocol.errors import MeshError, PeerError, error_for
@@ -44,6 +45,8 @@ class TokenStream:
         self._finished: Finished | None = None
         self._error: MeshError | None = None
         self._wake = asyncio.Event()
+        self.accepted: asyncio.Future[Any] | None = None
+        """The answer to ``StartGenerate``: what comes before it is left over from an older stream."""
 
     @property
     def started(self) -> bool:
@@ -142,7 +145,7 @@ class TokenStreams:
     def push(self, deltas: list[Delta]) -> None:
         for delta in deltas:
             stream = self._streams.get(delta.request_id)
-            if stream is None:
+            if stream is None or (stream.accepted is not None and not stream.accepted.done()):
                 self.late_deltas += 1
             else:
                 stream.push(delta)

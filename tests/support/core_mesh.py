@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
 from microserve.protocol import actions as wire
@@ -89,15 +90,19 @@ class Mesh:
         self.a = Engine(self, "a", 11, **options)
         self.b = Engine(self, "b", 22, **options)
         self.calls = 0
-        self._nested = False
+        self.arrived: Callable[[], None] | None = None
+        """Called once, in the next wait inside a step."""
 
     def call(self) -> int:
         self.calls += 1
         return self.calls
 
     def other_step(self, engine: Engine) -> None:
-        """While one engine waits inside a step, the other goes on."""
+        """While an engine waits inside a step, time passes and requests may arrive."""
         self.now += 0.001
+        if self.arrived is not None:
+            arrived, self.arrived = self.arrived, None
+            arrived()
 
     def run(self, limit: int = 2000) -> None:
         """Step both until neither can."""
