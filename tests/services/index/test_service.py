@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import structlog
 from index_service import Index, Peer, with_index
-from index_world import BLOCK_SIZE, Engine, World, make_info
+from index_world import BLOCK_SIZE, Engine, World, in_world, make_info
 
 from microserve.protocol import log
 from microserve.protocol.actions import EngineInfo, EngineLoad
