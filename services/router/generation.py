@@ -60,7 +60,7 @@ class Generation:
         scope.on_close(self._give_up)
 
     def depends_on(self, sending: Sending) -> None:
-        """A failed send ends the stream, unless the engine's own tokens prove that all KV came in."""
+        """A failed send ends the stream, unless the engine's own tokens prove that all of it came in."""
         sending.listen(self._take_sending)
 
     def __aiter__(self) -> Generation:
@@ -108,7 +108,8 @@ class Generation:
 
     def _take_sending(self, sending: Sending) -> None:
         if sending.error is not None:
-            if not self._stream.started:
+            # The first token comes by its sender's answer alone, however far the engine has got by itself.
+            if sending is self._first_from or not self._stream.started:
                 self._stream.fail(sending.error)
         elif sending is self._first_from and sending.sent is not None:
             if sending.sent.first_token is None:

@@ -116,6 +116,25 @@ def test_a_request_outlives_the_loss_of_an_engine(phase: str, lost: str) -> None
     main()
 
 
+@in_loop
+async def test_a_sender_lost_after_its_first_token_and_before_its_answer() -> None:
+    """The decode engine has the token from the lane and goes on; the client's copy died with the sender."""
+    async with router_world("d", "p", labels=LABELS) as world:
+        d, p = world.engines["d"], world.engines["p"]
+        d.manual = True
+        p.paused.add("RemoteSend")
+        answer = world.gateway.start(PROMPT, strategy="disaggregated")
+        await d.saw(wire.StartGenerate)
+        await p.saw(wire.RemoteSend)
+        d.emit(wire.Delta(answer.request_id, 1, expected_output(4)[1:3]))
+        p.die()
+        d.manual = False
+        ended = await answer.wait()
+        assert (ended.reason, ended.code) == ("length", "")
+        assert answer.token_ids == expected_output(4)
+        await world.check_clean()
+
+
 @pytest.mark.parametrize("num_delivered", [1, 2, 3])
 @in_loop
 async def test_a_stream_goes_on_where_it_was_cut(num_delivered: int) -> None:
