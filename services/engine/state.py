@@ -240,6 +240,9 @@ class EngineState:
         if record.generate is not None:
             self.doom(record.generate, "abort", now)
         record.aborted = True
+        # Whoever aborts listens no more, and a new life of the id must not be given the old one's tokens.
+        key = (record.owner, record.request_id)
+        self.outbox.deltas = [(o, d) for o, d in self.outbox.deltas if (o, d.request_id) != key]
         if record.is_idle:
             self.records.drop(record)
 

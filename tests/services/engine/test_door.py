@@ -215,3 +215,16 @@ def test_a_hundred_thousand_junk_frames(rig: Rig) -> None:
 
     assert expected_tokens(PROMPT, PARAMS, vocab_size=VOCAB) == tokens_of(rig.received())
     assert rig.door.rejected > 10_000
+
+
+def test_tokens_of_an_aborted_life_never_reach_the_next_one(rig: Rig) -> None:
+    """Without credit, with tokens that the step has just left, and the same id started again."""
+    rig.hello(credit=0)
+    rig.send(start(), encode_tokens(PROMPT))
+    while not rig.core.state.outbox.deltas:
+        assert rig.core.step()
+    rig.send(wire.Abort(3, "q"))
+    rig.send(start(call_id=4), encode_tokens(PROMPT))
+    rig.run()
+
+    assert expected_tokens(PROMPT, PARAMS, vocab_size=VOCAB) == tokens_of(rig.send(wire.Credit(9)))
