@@ -61,6 +61,7 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
+        self.engine_id, self.incarnation, self.model = engine_id, incarnation, model
         layout = self.layout = heap.layout
         pool = BlockPool(layout.num_blocks)
         cache = PrefixCache(pool, layout.block_size, model)

@@ -1,0 +1,187 @@
+"""One engine's shell: a core, its sockets and its place in the index, from start to a clean end.
+
+Heartbeats come from the event loop but carry the step thread's progress, so a stuck step is seen by everyone
+although the process lives. Knows no model: the core, what runs its steps and the clock are handed in, so the
+simulated mesh runs this very shell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from microserve.protocol.actions import EngineInfo, EngineLoad
+from microserve.protocol.settings import Settings
+from microserve.protocol.transport import Bus
+from microserve.protocol.types import WIRE_VERSION
+from microserve.services.engine.core import EngineCore
+from microserve.services.engine.door import Door
+from microserve.services.engine.step_loop import StepLoop
+from microserve.services.index.client import IndexClient
+from microserve.services.index.publisher import KvPublisher
+from microserve.services.lifecycle import Lifecycle
+
+STOP_STEP_S = 10.0
+"""A running step gets this long to end at shutdown."""
+
+
+class Steps(Protocol):
+    """What runs ``core.step()`` until it is stopped."""
+
+    def start(self) -> None: ...
+    def stop(self, timeout_s: float) -> bool: ...
+
+
+MakeSteps = Callable[[EngineCore, Callable[[], None], Callable[[], None]], Steps]
+"""From the core, ``on_output`` and ``on_crash``, which may be called from another thread."""
+
+
+class EngineService:
+    """The shell around one core, which it closes."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        bus: Bus,
+        lifecycle: Lifecycle,
+        core: EngineCore,
+        *,
+        make_steps: MakeSteps = StepLoop,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Raises ``OSError`` for a taken address, :class:`ConfigError` for one exposed without keys."""
+        self._settings = settings
+        self._lifecycle = lifecycle
+        self._loop = asyncio.get_running_loop()
+        self._crashed = asyncio.Event()
+        self._core = core
+        interval_s, clock = settings.bus.heartbeat_interval_s, self._loop.time
+        self._publisher = KvPublisher(
+            bus,
+            events_address=settings.engine.events_address,
+            replay_address=settings.engine.replay_address,
+            topic=f"kv@{core.engine_id}",
+            epoch=core.incarnation,
+            clock=wall_clock,
+        )
+        self._door = Door(
+            bus,
+            settings.engine.address,
+            self._core,
+            incarnation=core.incarnation,
+            silence_s=interval_s * settings.bus.liveness,
+            clock=clock,
+            publish=self._publisher.publish,
+            next_seq=lambda: self._publisher.next_seq,
+        )
+        limits = core.state.limits
+        self._info = EngineInfo(
+            engine_id=core.engine_id,
+            incarnation=core.incarnation,
+            address=self._door.address,
+            events_address=self._publisher.address,
+            replay_address=self._publisher.replay_address,
+            model=core.model,
+            labels=settings.engine.labels,
+            block_size=core.layout.block_size,
+            num_blocks=core.layout.num_blocks,
+            num_layers=core.layout.num_layers,
+            max_model_len=limits.max_model_len,
+            vocab_size=limits.vocab_size,
+            eos_token_ids=sorted(limits.eos_token_ids),
+            layout_hash=core.layout.layout_hash,
+            heap=settings.kvcache.heap,
+            wire_version=WIRE_VERSION,
+            curve_key=bus.public_key,
+        )
+        self._index = IndexClient(
+            bus,
+            settings.index.address,
+            info=self._info,
+            load=self._locked_load,
+            heartbeat_interval_s=interval_s,
+            liveness=settings.bus.liveness,
+        )
+        self._steps = make_steps(core, self._on_output, self._on_crash)
+        self._flush_scheduled = False
+        self._progress, self._progressed_at = 0, self._loop.time()
+
+    async def run(self) -> None:
+        self._lifecycle.set_health(self._healthy)
+        self._door.open(self._info)
+        self._steps.start()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._beat())
+                tasks.create_task(self._index.run())
+                tasks.create_task(self._watch_crash())
+                self._lifecycle.ready(self._door.address)
+        except asyncio.CancelledError:
+            await self._drain()
+            raise
+
+    async def _drain(self) -> None:
+        """Refuse new work and let what runs end, within ``engine.drain_s``."""
+        with self._core.lock:
+            self._core.state.draining = True
+        self._index.close()
+        ends_at = self._loop.time() + self._settings.engine.drain_s
+        while self._loop.time() < ends_at and not self._crashed.is_set():
+            with self._core.lock:
+                state = self._core.state
+                is_done = not (state.num_requests or state.committing)
+            if is_done and not self._door.has_pending:
+                break
+            self._door.beat()
+            await asyncio.sleep(min(0.1, self._settings.bus.heartbeat_interval_s))
+        self._door.beat()
+
+    async def _beat(self) -> None:
+        while True:
+            self._door.beat()
+            self._publisher.beat()
+            await asyncio.sleep(self._settings.bus.heartbeat_interval_s)
+
+    def _healthy(self) -> bool:
+        """Steps advance, or there is nothing to step."""
+        with self._core.lock:
+            progress, busy = self._core.progress, self._core.is_busy
+        now = self._loop.time()
+        if progress != self._progress or not busy:
+            self._progress, self._progressed_at = progress, now
+        return not self._crashed.is_set() and now - self._progressed_at < self._settings.bus.stuck_s
+
+    async def _watch_crash(self) -> None:
+        await self._crashed.wait()
+        raise RuntimeError("the step thread has ended; see step.failed")
+
+    def _locked_load(self) -> EngineLoad:
+        with self._core.lock:
+            return self._core.load()
+
+    def _on_output(self) -> None:
+        """From the step thread: let the loop send what there is to send."""
+        with self._core.lock:
+            if self._flush_scheduled or not self._core.has_output:
+                return
+            self._flush_scheduled = True
+        self._loop.call_soon_threadsafe(self._flush)
+
+    def _flush(self) -> None:
+        with self._core.lock:
+            self._flush_scheduled = False
+        self._door.flush()
+
+    def _on_crash(self) -> None:
+        self._loop.call_soon_threadsafe(self._crashed.set)
+
+    def close(self) -> None:
+        """Stop the step thread, tell the index, close every socket and the heap."""
+        stopped = self._steps.stop(STOP_STEP_S)
+        self._index.close()
+        self._door.close()
+        self._publisher.close()
+        if stopped:
+            self._core.close()
