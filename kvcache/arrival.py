@@ -32,10 +32,9 @@ class Arrival:
         spans = []
         for lane in range(MAX_LANES):
             count = count_of(load(words.arrival(grant.slot, lane, layer)), grant.generation)
-            if count:
-                # Its writer stored BEGIN before it.
-                begin = load(words.begin(grant.slot, lane))
-                spans.append((begin, begin + count))
+            if count and (interval := self._interval(lane)) is not None:
+                # Its writer stored CLAIM before it, and what a lane says without one counts for nothing.
+                spans.append((interval[0], interval[0] + count))
         frontier = grant.matched
         for begin, end in sorted(spans):
             if begin <= frontier:
@@ -57,15 +56,20 @@ class Arrival:
 
         With ``await_first`` a writer that has left without a first token counts as gone too early."""
         grant, words, load = self._grant, self._heap.words, self._heap.load
-        for lane in self._claimed_lanes():
+        for lane in range(MAX_LANES):
             # Asked before the counts are read: after a False they are final.
             is_held = self._heap.is_held(grant.slot, lane)
             arrivals = self._heap.load_each(words.arrivals(grant.slot, lane)).tolist()
             counts = [count_of(word, grant.generation) for word in arrivals]
+            interval = self._interval(lane)
+            if interval is None:
+                if not is_held and any(counts):
+                    return f"lane {lane}: KV has come without a claim"
+                continue
             writer = f"lane {lane}: the writer {load(words.writer(grant.slot, lane)):#x}"
             if any(word & POISON and count is not None for word, count in zip(arrivals, counts, strict=True)):
                 return f"{writer} gave up"
-            begin, end = self._interval(lane)
+            begin, end = interval
             if not is_held and any((count or 0) < end - begin for count in counts):
                 return f"{writer} is gone before its part was whole"
             if not is_held and await_first and end == grant.end and self.first_token() is None:
@@ -100,17 +104,18 @@ class Arrival:
 
     def _verify_sums(self, layer: int) -> None:
         grant, words = self._grant, self._heap.words
-        lanes = self._claimed_lanes()
-        for lane, flags in lanes.items():
-            begin, end = self._interval(lane)
+        found_intervals = {lane: self._interval(lane) for lane in range(MAX_LANES)}
+        intervals = {lane: interval for lane, interval in found_intervals.items() if interval is not None}
+        for lane, (begin, end) in intervals.items():
             # Two engines round differently: in rows that both wrote either one's bytes are right, and
             # neither one's sum is.
             is_alone = all(
-                end <= self._interval(other)[0] or self._interval(other)[1] <= begin
-                for other in lanes
+                end <= its_begin or its_end <= begin
+                for other, (its_begin, its_end) in intervals.items()
                 if other != lane
             )
-            if begin == end or not is_alone or not flags & CHECKSUMMED:
+            has_sums = self._heap.load(words.claim(grant.slot, lane)) & CHECKSUMMED
+            if begin == end or not is_alone or not has_sums:
                 continue
             rows = list(block_spans(grant.blocks, grant.matched, begin, end, grant.block_size))
             found = extend_checksum(0, self._heap.data, self._heap.layout, layer, rows)
@@ -122,16 +127,12 @@ class Arrival:
                     f"checksum {found:#x}, its writer's {expected:#x}"
                 )
 
-    def _claimed_lanes(self) -> dict[int, int]:
-        """Lane -> flags of its CLAIM, where a writer has claimed it under this grant."""
-        lanes = {}
-        for lane in range(MAX_LANES):
-            word = self._heap.load(self._heap.words.claim(self._grant.slot, lane))
-            if word >> 8 == self._grant.generation:
-                lanes[lane] = word & 0xFF
-        return lanes
-
-    def _interval(self, lane: int) -> tuple[int, int]:
-        """Tokens that the claimed lane will bring."""
-        words, slot = self._heap.words, self._grant.slot
-        return self._heap.load(words.begin(slot, lane)), self._heap.load(words.end(slot, lane))
+    def _interval(self, lane: int) -> tuple[int, int] | None:
+        """Tokens that the lane will bring, if a writer has claimed it under this grant."""
+        slot, generation = self._grant.slot, self._grant.generation
+        words, load = self._heap.words, self._heap.load
+        if load(words.claim(slot, lane)) >> 8 != generation:
+            return None
+        begin = count_of(load(words.begin(slot, lane)), generation)
+        end = count_of(load(words.end(slot, lane)), generation)
+        return None if begin is None or end is None else (begin, end)

@@ -121,6 +121,11 @@ class GrantTable:
         self._free_slots = deque(range(heap.words.num_slots))
         self._generations = [0] * heap.words.num_slots
 
+    @property
+    def num_slots(self) -> int:
+        """Grants that can be open, sealed or in quarantine at a time."""
+        return self._heap.words.num_slots
+
     # --- life of a grant -----------------------------------------------------------------------------
 
     def open(
@@ -149,11 +154,7 @@ class GrantTable:
             raise InternalError(
                 f"open: [{matched}, {end}) with {len(matched_blocks)} matched and {len(blocks)} new blocks"
             )
-        if not self._free_slots:
-            raise CacheFull(
-                f"all {self._heap.words.num_slots} grants are in use", retry_after_s=RETRY_AFTER_S
-            )
-        slot = self._free_slots.popleft()
+        slot = self._take_slot()
         self._generations[slot] += 1
         generation = self._generations[slot]
         grant = Grant(
@@ -327,6 +328,15 @@ class GrantTable:
 
     def _live_entries(self) -> list[tuple[str, _Entry]]:
         return [item for item in self._entries.items() if item[1].state is not _State.QUARANTINED]
+
+    def _take_slot(self) -> int:
+        """A free slot with no lane held: a late writer may hold one until it reads that its grant is closed,
+        or be frozen there, and the next grant's own writer would find its lane taken."""
+        for slot in self._free_slots:
+            if not any(self._heap.is_held(slot, lane) for lane in range(MAX_LANES)):
+                self._free_slots.remove(slot)
+                return slot
+        raise CacheFull(f"all {self._heap.words.num_slots} grants are in use", retry_after_s=RETRY_AFTER_S)
 
     def _store_closed(self, entry: _Entry) -> None:
         slot = entry.grant.slot

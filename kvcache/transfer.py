@@ -162,8 +162,8 @@ class LaneWriter:
         self._is_claimed = True
         flags = CLAIMED | (CHECKSUMMED if self._has_checksums else 0)
         peer.signal(words.writer(slot, lane), self._heap.address.incarnation)
-        peer.signal(words.begin(slot, lane), self.plan.begin)
-        peer.signal(words.end(slot, lane), self.plan.end)
+        peer.signal(words.begin(slot, lane), pack_count(self._grant.generation, self.plan.begin))
+        peer.signal(words.end(slot, lane), pack_count(self._grant.generation, self.plan.end))
         # Last: it makes the others mean something.
         peer.signal(words.claim(slot, lane), pack_state(self._grant.generation, flags))
 

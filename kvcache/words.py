@@ -9,12 +9,13 @@ of a lane belong to the process that holds the lane (heap.py), and a slot is use
 holds any of its lanes. A tag has two writers where two lanes meet inside a block: both write the same
 value.
 
-Nothing is ever reset. STATE, CLAIM, FIRST_TOKEN and arrival carry the generation, the use number of the
-slot, so what an earlier use left behind cannot be mistaken; the other words of a lane mean nothing until
-its CLAIM carries the current generation.
+Nothing is ever reset. STATE, CLAIM, BEGIN, END, FIRST_TOKEN and arrival carry the generation, the use number
+of the slot, so what an earlier use left behind cannot be mistaken; a lane means nothing until its CLAIM,
+BEGIN and END carry the current generation.
 
     STATE         generation << 8 | OPEN or CLOSED
     CLAIM         generation << 8 | CLAIMED, + CHECKSUMMED
+    BEGIN, END    generation << 32 | token position
     arrival       generation << 32 | tokens arrived since BEGIN, + POISON
     FIRST_TOKEN   generation << 32 | token id + 1
     checksum      crc32 of the K rows << 32 | crc32 of the V rows
@@ -116,12 +117,12 @@ def pack_state(generation: int, state: int) -> int:
 
 
 def pack_count(generation: int, count: int) -> int:
-    """Packs arrival and FIRST_TOKEN."""
+    """Packs BEGIN, END, arrival and FIRST_TOKEN."""
     return generation << 32 | count
 
 
 def count_of(word: int, generation: int) -> int | None:
-    """The low half of an arrival or FIRST_TOKEN word, or None if another generation wrote it."""
+    """The low half of a BEGIN, END, arrival or FIRST_TOKEN word, or None if another generation wrote it."""
     return word & _LOW if (word & ~POISON) >> 32 == generation else None
 
 
