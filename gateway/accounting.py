@@ -22,7 +22,7 @@ def usage_of(sequences: Iterable[Sequence], n: int) -> UsageCounts:
     for sequence in sequences:
         completion_tokens += sequence.num_output_tokens
         if sequence.index % n == 0:
-            prompt_tokens += len(sequence.prompt_ids)
+            prompt_tokens += sequence.num_prompt_tokens
             if sequence.ended is not None:
                 cached_tokens += sequence.ended.usage.cached_tokens
     return UsageCounts(prompt_tokens, completion_tokens, cached_tokens)
@@ -73,7 +73,7 @@ def account(
                 path=exchange.path,
                 stream=stream,
                 index=sequence.index,
-                prompt_tokens=len(sequence.prompt_ids),
+                prompt_tokens=sequence.num_prompt_tokens,
                 output_tokens=sequence.num_output_tokens,
                 strategy="" if ended is None else ended.strategy,
                 engines=[] if ended is None else ended.engines,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from microserve.gateway.answer import AnswerFormat, Choice, encode
 from microserve.gateway.openai_schema import CompletionRequest
@@ -32,14 +32,14 @@ async def completion_prompts(
 
 def _sorted_out(prompt: list[str | int | list[int]]) -> tuple[list[str], list[list[int]]]:
     """The list's texts, or its lists of ids; one of both is empty."""
-    texts = [entry for entry in prompt if isinstance(entry, str)]
-    ids = [entry for entry in prompt if isinstance(entry, int)]
-    lists = [entry for entry in prompt if isinstance(entry, list)]
-    if not prompt or len(prompt) not in (len(texts), len(ids), len(lists)):
-        raise InvalidRequest(
-            "prompt must be a text, texts, ids or lists of ids, not a mixture", field="prompt"
-        )
-    return texts, [ids] if ids else lists
+    kinds = set(map(type, prompt))  # one pass at C's speed: the loop must not stand still for 100,000 ids
+    if kinds == {str}:
+        return cast(list[str], prompt), []
+    if kinds == {int}:
+        return [], [cast(list[int], prompt)]
+    if kinds == {list}:
+        return [], cast(list[list[int]], prompt)
+    raise InvalidRequest("prompt must be a text, texts, ids or lists of ids, not a mixture", field="prompt")
 
 
 class CompletionFormat(AnswerFormat):

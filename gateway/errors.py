@@ -113,6 +113,7 @@ _ROWS: dict[type[MeshError], _Row] = {
     BodyTimeout: _Row(408, _INVALID),
     errors.CapacityError: _Row(503, _SERVER, retry=True),
     errors.QueueFull: _Row(429, "rate_limit_error", retry=True),
+    errors.CacheFull: _Row(429, "rate_limit_error", retry=True),
     errors.PeerError: _Row(502, _SERVER),
     RouterLost: _Row(503, _SERVER, retry=True),
     errors.DeadlineExceeded: _Row(504, _SERVER),

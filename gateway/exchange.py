@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
 from starlette.types import Message, Receive, Scope, Send
@@ -36,12 +36,27 @@ class Connection(Protocol):
 
 
 class BodyBudget:
-    """Bytes of bodies that all requests together may hold while they are read."""
+    """Bytes of bodies that all requests together may hold, from their first byte until they are tokenised."""
 
     def __init__(self, max_body_nbytes: int, max_total_nbytes: int) -> None:
         self.max_body_nbytes = max_body_nbytes
         self.max_total_nbytes = max_total_nbytes
         self.held_nbytes = 0
+
+    @contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        """Count a body that has been read, until nothing needs it any more. Raises :class:`QueueFull`."""
+        self.held_nbytes += nbytes
+        try:
+            self.check()
+            yield
+        finally:
+            self.held_nbytes -= nbytes
+
+    def check(self) -> None:
+        """Raises :class:`QueueFull` when bodies hold more than they may."""
+        if self.held_nbytes > self.max_total_nbytes:
+            raise QueueFull("too many large requests at a time", retry_after_s=1.0)
 
 
 class Exchange:
@@ -99,8 +114,7 @@ class Exchange:
                     budget.held_nbytes += len(part)
                     if len(body) > budget.max_body_nbytes:
                         raise _too_large(budget)
-                    if budget.held_nbytes > budget.max_total_nbytes:
-                        raise QueueFull("too many large requests at a time", retry_after_s=1.0)
+                    budget.check()
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:

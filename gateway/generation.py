@@ -90,32 +90,40 @@ class Generation(Generic[R]):
         return failure
 
     async def _answer(self) -> None:
-        state, exchange, group = self._state, self._exchange, self._group
+        state, exchange = self._state, self._exchange
         ttl_s = timeout_of(exchange, state.request_timeout_s)
         strategy = strategy_of(exchange)
         body = await exchange.read_body(state.bodies)
-        async with exchange.watch(group.inbox.fail):
-            request = parse(body, self._dialect.request)
-            state.check_model(request.model)
-            options = options_of(request, state.max_n)
-            self._n, self._stream = options.n, options.stream
-            limits = state.routers.choose().limits
-            group.times.tokenising = monotonic()
-            prompts = await self._dialect.prompts(request, state.tokenizer, limits)
-            sampling = sampling_of(request, limits, max(map(len, prompts)))
-            group.submit(prompts, sampling, options, ttl_s=ttl_s, strategy=strategy)
-            answer = self._dialect.format(
-                unique_id=exchange.unique_id,
-                created=int(time()),
-                model=state.model,
-                fingerprint=f"microserve-{state.version}",
-                include_usage=options.include_usage,
-                with_logprobs=sampling.logprobs is not None,
-            )
-            if options.stream:
-                await self._stream_answer(answer, options.include_usage)
+        async with exchange.watch(self._group.inbox.fail):
+            with state.bodies.hold(len(body)):
+                answer, include_usage = await self._submit(body, ttl_s, strategy)
+            del body  # a long prompt must not stay for as long as its answer takes
+            if self._stream:
+                await self._stream_answer(answer, include_usage)
             else:
                 await self._collect_answer(answer)
+
+    async def _submit(self, body: bytes, ttl_s: float, strategy: str | None) -> tuple[AnswerFormat, bool]:
+        """Send the sequences on their way; the answer's format, and whether a stream ends with the usage."""
+        state, group = self._state, self._group
+        request = parse(body, self._dialect.request)
+        state.check_model(request.model)
+        options = options_of(request, state.max_n)
+        self._n, self._stream = options.n, options.stream
+        limits = state.routers.choose().limits
+        group.times.tokenising = monotonic()
+        prompts = await self._dialect.prompts(request, state.tokenizer, limits)
+        sampling = sampling_of(request, limits, max(map(len, prompts)))
+        group.submit(prompts, sampling, options, ttl_s=ttl_s, strategy=strategy)
+        answer = self._dialect.format(
+            unique_id=self._exchange.unique_id,
+            created=int(time()),
+            model=state.model,
+            fingerprint=f"microserve-{state.version}",
+            include_usage=options.include_usage,
+            with_logprobs=sampling.logprobs is not None,
+        )
+        return answer, options.include_usage
 
     async def _collect_answer(self, answer: AnswerFormat) -> None:
         group = self._group

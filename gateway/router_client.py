@@ -54,7 +54,7 @@ class RouterClient:
                 incarnation=incarnation,
                 credit=credit,
             )
-            for address in addresses
+            for address in dict.fromkeys(addresses)  # a router has one connection of a gateway
         ]
         self._model = model
         self._interval_s = heartbeat_interval_s

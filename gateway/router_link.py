@@ -3,7 +3,7 @@
 Owns one DEALER socket at a time and the routing of outputs to mailboxes. Never waits: outputs are taken as
 they come and the credit given back at once, because mailboxes are bounded by ``max_tokens``.
 
-    down --hello--> (welcome) joined --silence or a new incarnation--> down
+    down --hello--> (welcome) joined --silence, a new incarnation, a lost message, a closed socket--> down
 
 A socket that got no answer is closed and opened anew with one hello, so that nothing piles up in a queue to a
 router that is not there.
@@ -23,6 +23,7 @@ from microserve.protocol import log
 from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST
 from microserve.protocol.credit import CreditMeter
 from microserve.protocol.errors import MeshError, ProtocolViolation
+from microserve.protocol.numbered import NumberedClient
 from microserve.protocol.serving import (
     Cancel,
     GatewayHello,
@@ -34,7 +35,7 @@ from microserve.protocol.serving import (
     Stream,
     StreamCredit,
 )
-from microserve.protocol.transport import Bus, ClientSocket
+from microserve.protocol.transport import Bus
 
 _logger = structlog.get_logger()
 
@@ -68,7 +69,7 @@ class RouterLink:
         self._incarnation = incarnation
         self._credit = credit
         self._meter = CreditMeter(credit)
-        self._socket: ClientSocket | None = None
+        self._socket: NumberedClient | None = None
 
     @property
     def joined(self) -> bool:
@@ -77,7 +78,9 @@ class RouterLink:
     def connect(self) -> None:
         """(Re)open the socket and say hello."""
         self.close()
-        self._socket = self._bus.client(self.address, self._on_frames)
+        self._socket = NumberedClient(
+            self._bus, self.address, self._on_frames, self._on_loss, on_disconnect=self._on_disconnect
+        )
         self._hello()
 
     def close(self) -> None:
@@ -120,6 +123,16 @@ class RouterLink:
         mailboxes, self.mailboxes = self.mailboxes, {}
         for mailbox in mailboxes.values():
             mailbox.fail(error)
+
+    def _on_loss(self, detail: str) -> None:
+        self.lose(detail)
+        self.connect()
+
+    def _on_disconnect(self) -> None:
+        """Without a welcome there is nothing to lose, and the hello may still be delivered."""
+        if self.joined:
+            self.lose("closed the connection")
+            self.connect()
 
     def _on_frames(self, frames: list[bytes]) -> None:
         try:

@@ -60,7 +60,7 @@ class Sequence:
         times: Timeline,
     ) -> None:
         self.index = index
-        self.prompt_ids = prompt_ids
+        self.num_prompt_tokens = len(prompt_ids)
         self.times = times
         self.num_output_tokens = 0
         self.finish_reason: str | None = None

@@ -74,10 +74,11 @@ class SequenceGroup:
             DeadlineExceeded(f"the request took longer than {ttl_s:.3f} s"),
         )
         for index in range(count):
+            prompt_ids = prompts[index // options.n]
             sequence = Sequence(
                 state.tokenizer,
                 index=index,
-                prompt_ids=prompts[index // options.n],
+                prompt_ids=prompt_ids,
                 sampling=sampling,
                 stop=options.stop,
                 times=dataclasses.replace(self.times),
@@ -88,7 +89,7 @@ class SequenceGroup:
                 link,
                 request_id=f"{exchange.unique_id}-{index}",
                 index=index,
-                tokens=sequence.prompt_ids,
+                tokens=prompt_ids,
                 sampling=msgspec.structs.replace(sampling, seed=seed_of(sampling.seed, index)),
                 ttl_s=remaining_s,
                 strategy=strategy,

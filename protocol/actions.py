@@ -103,9 +103,11 @@ class Release(_Message, frozen=True, tag=7):
 
 
 class Drain(_Message, frozen=True, tag=8):
-    """Take no new requests; finish what runs -> ``Done`` at once."""
+    """Leave the mesh -> ``Done`` at once."""
 
     call_id: int
+    incarnation: int = 0
+    """The life that shall leave; another one refuses."""
 
 
 class Stats(_Message, frozen=True, tag=9):
@@ -193,6 +195,12 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
     prefill_tokens_per_s: float = 0.0
     decode_step_s: float = 0.0
     draining: bool = False
+    max_num_seqs: int = 0
+    """Places in the running batch; 0: not said."""
+    prefill_rate_age_s: float = 0.0
+    """Since ``prefill_tokens_per_s`` was last measured."""
+    mean_output_tokens: float = 0.0
+    """Of sequences that have ended there; 0 before the first."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -25,7 +25,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class BusSettings(_Section, frozen=True):
-    heartbeat_interval_s: float = 0.5
+    heartbeat_interval_s: float = 0.25
     liveness: int = 6
     """Missed intervals after which a peer is lost."""
     stuck_s: float = 20.0
@@ -61,7 +61,7 @@ class EngineSettings(_Section, frozen=True):
     max_num_batched_tokens: int = 512
     """Tokens in one step, prefill chunks and decode together."""
     max_waiting: int = 512
-    """Requests accepted and not yet running; beyond it: 503 with Retry-After."""
+    """Requests accepted and not yet running; beyond it: 429 with Retry-After."""
     max_model_len: int = 0
     """0: the model's own."""
     drain_s: float = 30.0
@@ -91,6 +91,8 @@ class RouterSettings(_Section, frozen=True):
     strategy_files: list[str] = []
     """Python files with strategies of your own."""
     max_requests: int = 1024
+    max_ttft_s: float = 0.0
+    """A first token predicted to take longer is refused at once: 429 with Retry-After; 0: no bound."""
     deadline_s: float = 600.0
     """Longest life of a request."""
     call_timeout_s: float = 30.0
@@ -171,6 +173,7 @@ class Settings(_Section, frozen=True):
             "bus.linger_s": self.bus.linger_s,
             "engine.max_model_len": self.engine.max_model_len,
             "engine.drain_s": self.engine.drain_s,
+            "router.max_ttft_s": self.router.max_ttft_s,
             "mesh.max_restarts": self.mesh.max_restarts,
         }
         for path, value in (positive | not_negative).items():

@@ -8,7 +8,8 @@ drain until ``Again`` (or reschedule the drain), and look at EVENTS again after 
 Nothing outside this module may touch a socket.
 
 High-water marks: ROUTER sockets refuse at theirs (ROUTER_MANDATORY: the refusal is an error, counted here),
-so whatever must not be lost goes by credit (credit.py) and stays far below it.
+so whatever must not be lost goes by credit (credit.py) and stays far below it. What a reconnect loses in
+silence is found by the numbers of numbered.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
@@ -32,6 +34,8 @@ MAX_FRAMES_PER_TURN = 256
 PeerHandler = Callable[[bytes, list[bytes]], None]
 """Called with the peer's routing id and the frames behind the envelope."""
 FramesHandler = Callable[[list[bytes]], None]
+DisconnectHandler = Callable[[], None]
+"""Called when an established connection has gone, after what had come by it was handed over."""
 
 _logger = structlog.get_logger()
 
@@ -68,7 +72,14 @@ class Bus(Protocol):
         ...
 
     def server(self, address: str, handler: PeerHandler) -> ServerSocket: ...
-    def client(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket: ...
+    def client(
+        self,
+        address: str,
+        handler: FramesHandler,
+        *,
+        server_key: str = "",
+        on_disconnect: DisconnectHandler | None = None,
+    ) -> ClientSocket: ...
     def publisher(self, address: str) -> PublisherSocket: ...
     def subscriber(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket: ...
     def close(self) -> None: ...
@@ -192,14 +203,81 @@ class _Server(_Socket):
 
 
 class _Client(_Socket):
-    def __init__(self, bus: ZmqBus, address: str, handler: FramesHandler, server_key: str) -> None:
+    def __init__(
+        self,
+        bus: ZmqBus,
+        address: str,
+        handler: FramesHandler,
+        server_key: str,
+        on_disconnect: DisconnectHandler | None,
+    ) -> None:
         super().__init__(bus, zmq.DEALER, handler)
         # A name of our own, unguessable, so that a reconnect is the same peer (ROUTER_HANDOVER there).
         self._socket.setsockopt(zmq.ROUTING_ID, b"m" + secrets.token_bytes(15))
-        self.connect(address, server_key)
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._on_disconnect = on_disconnect
+        self._established = False
+        try:
+            if on_disconnect is not None:
+                self._watch_connection()
+            self.connect(address, server_key)
+        except BaseException:
+            self._close_monitor()
+            self._socket.close(0)
+            raise
 
     def send(self, frames: Sequence[bytes]) -> bool:
         return self.transmit(frames)
+
+    # --- the connection under the socket ------------------------------------------------------------
+
+    def _watch_connection(self) -> None:
+        """Must precede the connect, so that no event is missed."""
+        name = f"inproc://monitor-{secrets.token_hex(8)}"
+        self._socket.monitor(name, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._monitor = self._bus.context.socket(zmq.PAIR)
+        self._monitor.connect(name)
+        self._loop.add_reader(self._monitor.fileno(), self._drain_events)
+        self._loop.call_soon(self._drain_events)  # the FD is as edge-triggered as any other
+
+    def _drain_events(self) -> None:
+        while self._monitor is not None:
+            try:
+                event = self._monitor.recv_multipart(zmq.NOBLOCK)[0]
+            except zmq.Again:
+                return
+            kind = int.from_bytes(event[:2], sys.byteorder)
+            if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._established = True
+            elif self._established:  # else a connection that never came about was given up
+                self._established = False
+                self._tell_disconnect()
+
+    def _tell_disconnect(self) -> None:
+        """Once the socket is empty: the peer's last words may still be in it."""
+        self._drain()
+        if self._closed or self._on_disconnect is None:
+            return
+        if self._drain_due:
+            self._loop.call_soon(self._tell_disconnect)
+            return
+        try:
+            self._on_disconnect()
+        except Exception:
+            self._bus.failed += 1
+            _logger.exception(log.BUS_HANDLER_FAILED, address=self.address)
+
+    def _close_monitor(self) -> None:
+        monitor, self._monitor = self._monitor, None
+        if monitor is not None:
+            self._loop.remove_reader(monitor.fileno())
+            monitor.close(0)
+
+    def close(self) -> None:
+        if not self._closed and self._monitor is not None:
+            self._socket.disable_monitor()
+            self._close_monitor()
+        super().close()
 
 
 class _Publisher(_Socket):
@@ -258,11 +336,18 @@ class ZmqBus:
         """Bind a ROUTER socket. Raises ``OSError`` when the address is taken, ``ConfigError`` if exposed."""
         return self._keep(_Server(self, address, handler))
 
-    def client(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
+    def client(
+        self,
+        address: str,
+        handler: FramesHandler,
+        *,
+        server_key: str = "",
+        on_disconnect: DisconnectHandler | None = None,
+    ) -> ClientSocket:
         """Connect a DEALER socket; ``server_key`` (Z85) is used when CURVE is on.
 
         Raises ``OSError`` for an address or a key that cannot be one; a peer that is absent is no error."""
-        return self._keep(_Client(self, address, handler, server_key))
+        return self._keep(_Client(self, address, handler, server_key, on_disconnect))
 
     def publisher(self, address: str) -> PublisherSocket:
         return self._keep(_Publisher(self, address))

@@ -156,6 +156,37 @@ def gateway(config: str | None, assignments: tuple[str, ...], host: str | None, 
     os.execv(command[0], command)
 
 
+# --- a running mesh ----------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("engine_id", metavar="ENGINE")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds to wait.  [default: engine.drain_s + 15]",
+)
+@settings_flags
+def drain(config: str | None, assignments: tuple[str, ...], engine_id: str, timeout_s: float | None) -> None:
+    """Make ENGINE leave the mesh: its running requests go on elsewhere; exit code 1 unless it has left.
+
+    SIGTERM to the engine does the same. It is not started again: that is yours to do.
+    """
+    import asyncio
+
+    from microserve.protocol.errors import ConfigError
+    from microserve.services.drain import DrainFailed
+    from microserve.services.drain import drain as run_drain
+
+    try:
+        asyncio.run(run_drain(Flags(config, assignments).load(), engine_id, timeout_s, click.echo))
+    except ConfigError as error:
+        raise WrongSetting(str(error)) from None
+    except DrainFailed as error:
+        raise click.ClickException(str(error)) from None
+
+
 # --- a whole mesh on this machine ------------------------------------------------------------------
 
 

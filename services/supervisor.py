@@ -2,7 +2,8 @@
 
 Owns the life of processes and nothing of what they do: a child is a command, a log file and the order in
 which it stops. Policy after Erlang's supervisors: one_for_one, with an intensity limit; a child that fails
-before it was ever ready fails the start of the whole.
+before it was ever ready fails the start of the whole. One that was ready and ended with exit code 0 was asked
+to (SIGTERM, ``microserve drain``) and stays stopped, as under ``Restart=on-failure`` of systemd.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from microserve.protocol import log
 from microserve.services.event_log import LogFile, last_error
 
 READY_POLL_S = 0.05
+EXIT_STOPPED = 0
 EXIT_CONFIG = 2
 """A child that exits so has a wrong setting: starting it again cannot help."""
 
@@ -157,6 +159,8 @@ class Supervisor:
                 why = f"{why}: {child.detail}"
             if not child.was_ready or code == EXIT_CONFIG:
                 return self._give_up(child, why)
+            if code == EXIT_STOPPED:
+                break
             if not self._window.allow(loop.time()):
                 return self._give_up(child, f"{why}; that is more than {self._limit}")
             child.restarts += 1

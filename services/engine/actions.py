@@ -29,6 +29,9 @@ from microserve.services.engine.sequence import Sequence, State, Transfer
 from microserve.services.engine.state import EngineState
 
 MAX_TTL_S = 86_400.0
+MOVE_S = 4.0
+"""An engine that drains waits so long for the ``RemoteSend`` that moves what an aborted stream has computed;
+longer than a router tries (departure.py there)."""
 
 
 class Actions:
@@ -64,7 +67,10 @@ class Actions:
         now: float,
     ) -> Iterator[Record]:
         """The record of an action; refused work leaves none behind."""
-        record = self._open(owner, message.request_id, token_ids, message.ttl_s, now)
+        # Sends are how contexts leave an engine that drains.
+        is_new_work = not isinstance(message, wire.RemoteSend)
+        record = self._open(owner, message.request_id, token_ids, message.ttl_s, now, is_new_work=is_new_work)
+        self._state.awaited.pop((owner, message.request_id), None)
         try:
             yield record
         except MeshError:
@@ -204,18 +210,31 @@ class Actions:
         return wire.Done(message.call_id)
 
     def abort(self, owner: bytes, message: wire.Abort, now: float) -> wire.Done:
-        record = self._state.records.find(owner, message.request_id)
+        state, key = self._state, (owner, message.request_id)
+        record = state.records.find(*key)
+        state.awaited.pop(key, None)
         if record is not None:
-            self._state.abort(record, now)
+            sequence = record.generate
+            if state.draining and not record.aborted and sequence is not None and sequence.first_token_at:
+                state.awaited[key] = now + MOVE_S
+            state.abort(record, now)
         return wire.Done(message.call_id)
 
     # --- checks ------------------------------------------------------------------------------------
 
     def _open(
-        self, owner: bytes, request_id: str, token_ids: list[int] | None, ttl_s: float, now: float
+        self,
+        owner: bytes,
+        request_id: str,
+        token_ids: list[int] | None,
+        ttl_s: float,
+        now: float,
+        *,
+        is_new_work: bool,
     ) -> Record:
         known = self._state.records.find(owner, request_id)
-        if self._state.draining and (known is None or known.aborted or known.is_idle):
+        is_unknown = known is None or known.aborted or known.is_idle
+        if self._state.draining and is_new_work and is_unknown:
             raise Draining("this engine takes no new work", retry_after_s=1.0)
         if not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:
             raise InvalidRequest(

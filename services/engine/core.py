@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Protocol
 
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant import GrantTable
@@ -42,6 +44,17 @@ class EarlyStartEnded(Exception):
     """A step that waits for a layer has something better to do; nothing has failed."""
 
 
+class Changed(Protocol):
+    """A ``threading.Condition``, or what stands for it where one thread plays all."""
+
+    def __enter__(self) -> bool: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+    def wait(self, timeout: float | None = None) -> bool: ...
+    def notify_all(self) -> None: ...
+
+
 class EngineCore:
     """Owns pool, prefix cache, grants and queues of one engine; frees all of them in ``close``."""
 
@@ -60,6 +73,7 @@ class EngineCore:
         checksums: bool,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
+        changed: Changed | None = None,
     ) -> None:
         self.engine_id, self.incarnation, self.model = engine_id, incarnation, model
         layout = self.layout = heap.layout
@@ -86,10 +100,11 @@ class EngineCore:
         self.stepper = Stepper(self.state, layout.num_layers)
         self.progress = 0
         """Layers computed or sent since start; a busy engine's progress must grow."""
-        self._changed = threading.Condition()
+        self._changed: Changed = changed or threading.Condition()
         self._heap = heap
         self._runner = runner
         self._checksums = checksums
+        self._max_num_seqs = max_num_seqs
         self._clock = clock
         self._pause = pause
         self._peers: dict[int, PeerHeap] = {}
@@ -221,7 +236,7 @@ class EngineCore:
 
     def load(self) -> wire.EngineLoad:
         """With the lock held."""
-        state, pool = self.state, self.memory.pool
+        state, pool, rates = self.state, self.memory.pool, self.stepper.rates
         return wire.EngineLoad(
             progress=self.progress,
             num_steps=self.stepper.num_steps,
@@ -232,9 +247,12 @@ class EngineCore:
             free_blocks=pool.num_free,
             cached_blocks=pool.num_cached,
             quarantined_blocks=pool.num_quarantined,
-            prefill_tokens_per_s=self.stepper.prefill_tokens_per_s,
-            decode_step_s=self.stepper.decode_step_s,
+            prefill_tokens_per_s=rates.prefill_tokens_per_s,
+            decode_step_s=rates.decode_step_s,
             draining=state.draining,
+            max_num_seqs=self._max_num_seqs,
+            prefill_rate_age_s=rates.prefill_rate_age_s(self._clock()),
+            mean_output_tokens=rates.mean_output_tokens,
         )
 
     @property
@@ -248,10 +266,15 @@ class EngineCore:
         self.memory.check_integrity()
 
     def close(self) -> None:
-        """Let go of peers and heap. After the step thread has ended."""
+        """End what is left, let go of peers and heap. After the step thread has ended."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+            self.state.inflight = []
+            for record in self.state.records:
+                self.state.abort(
+                    record, self._clock()
+                )  # lanes that it held are let go, and said to be given up
         for peer in self._peers.values():
             peer.close()
         self._peers.clear()

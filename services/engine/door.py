@@ -1,7 +1,8 @@
 """The engine's action socket: frames in, one answer each, token streams out.
 
 Owns the ROUTER socket and the sessions; turns every failure into ``Failed`` so that no caller waits for
-nothing and no frame ends the service. Runs in the event loop; the core does the deciding.
+nothing and no frame ends the service. A session ends when messages were lost, or when its router is silent
+or takes nothing; the router is told, and begins anew. Runs in the event loop; the core does the deciding.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from microserve.protocol import log
 from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST, decode_tokens
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, ProtocolViolation
 from microserve.protocol.kv_events import KVEvent, KVEventBatch, encode_batch
+from microserve.protocol.numbered import NumberedServer
 from microserve.protocol.transport import Bus
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.session import Session, Sessions
@@ -41,16 +43,21 @@ class Door:
         clock: Callable[[], float],
         publish: Callable[[list[KVEvent]], None],
         next_seq: Callable[[], int],
+        on_drain: Callable[[], None] = lambda: None,
     ) -> None:
+        """``on_drain`` is called, under the core's lock, when a peer asks the engine to leave."""
         self._core = core
         self._incarnation = incarnation
         self._clock = clock
         self._publish = publish
         self._next_seq = next_seq
+        self._on_drain = on_drain
         self._sessions = Sessions(silence_s=silence_s)
         self._info: wire.EngineInfo | None = None
         self.rejected = 0
-        self._socket = bus.server(address, self._receive)
+        self._socket = NumberedServer(
+            bus, address, self._receive, lambda peer: self._lose(peer, "messages were lost")
+        )
 
     @property
     def address(self) -> str:
@@ -85,7 +92,8 @@ class Door:
     ) -> tuple[wire.EngineReply, bytes] | tuple[wire.EngineReply] | None:
         now = self._clock()
         if isinstance(message, wire.Hello):
-            return (self._hello(peer, message, now),)
+            self._hello(peer, message, now)
+            return None
         session = self._sessions.find(peer)
         if session is None:
             raise ProtocolViolation("say Hello first")
@@ -110,7 +118,10 @@ class Door:
                     case wire.Release():
                         return (actions.release(peer, message, now),)
                     case wire.Drain():
+                        if message.incarnation != self._incarnation:
+                            raise InvalidRequest("another life of this engine is meant", field="incarnation")
                         self._core.state.draining = True
+                        self._on_drain()
                         return (wire.Done(message.call_id),)
                     case wire.Stats():
                         return (self._stats(message.call_id),)
@@ -125,9 +136,13 @@ class Door:
                 self._core.wake()
         return None
 
-    def _hello(self, peer: bytes, message: wire.Hello, now: float) -> wire.Welcome:
+    def _hello(self, peer: bytes, message: wire.Hello, now: float) -> None:
         if self._info is None:
             raise InvalidRequest("the engine is still starting")
+        with self._core.lock:
+            welcome = wire.Welcome(message.call_id, self._info, self._core.load())
+        if not self._send(peer, welcome):
+            return  # an engine that thaws reads old hellos: one of a closed socket must replace nobody
         session, replaced = self._sessions.open(
             peer, message.router_id, message.incarnation, message.credit, now
         )
@@ -135,8 +150,6 @@ class Door:
             self._drop(old, "replaced")
         if not is_index(session):
             _logger.info(log.ROUTER_JOINED, router_id=session.router_id, incarnation=session.incarnation)
-        with self._core.lock:
-            return wire.Welcome(message.call_id, self._info, self._core.load())
 
     def _stats(self, call_id: int) -> wire.EngineStats:
         counters = dict(self._core.state.counters)
@@ -173,7 +186,13 @@ class Door:
                 session.add(delta)
         for session in self._sessions.all():
             while (deltas := session.take()) is not None:
-                self._send(session.peer, deltas)
+                if not self._send(session.peer, deltas):
+                    break
+
+    @property
+    def num_sessions(self) -> int:
+        """Peers that have said Hello and are not lost; the index is one of them."""
+        return len(self._sessions)
 
     @property
     def has_pending(self) -> bool:
@@ -190,7 +209,14 @@ class Door:
             self._send(session.peer, wire.Heartbeat(self._incarnation, load))
         for session in self._sessions.expire(now):
             self._drop(session, "silent")
+            # Should only one direction be dead, the router learns it before it misses us.
+            self._send(session.peer, failed(0, ProtocolViolation("you were silent; say Hello first")))
         self.flush()
+
+    def _lose(self, peer: bytes, why: str) -> None:
+        session = self._sessions.remove(peer)
+        if session is not None:
+            self._drop(session, why)
 
     def _drop(self, session: Session, why: str) -> None:
         with self._core.lock:
@@ -199,9 +225,12 @@ class Door:
         if not is_index(session):
             _logger.warning(log.ROUTER_LOST, router_id=session.router_id, why=why, requests=dropped)
 
-    def _send(self, peer: bytes, reply: wire.EngineReply, *bulk: bytes) -> None:
-        # A peer that is gone is found by its silence; what it asked for is dropped then.
-        self._socket.send(peer, ENGINE_REPLY.encode(reply, *bulk))
+    def _send(self, peer: bytes, reply: wire.EngineReply, *bulk: bytes) -> bool:
+        """False when the peer is gone or takes nothing: what it asked for is dropped."""
+        if self._socket.send(peer, ENGINE_REPLY.encode(reply, *bulk)):
+            return True
+        self._lose(peer, "unreachable")
+        return False
 
     def close(self) -> None:
         self._socket.close()

@@ -1,8 +1,8 @@
 """Routers that talk to this engine: who they are, what they may still be sent (WIRE.md 4).
 
-Sans-I/O. A router owns its requests: when it falls silent or returns with a new incarnation, everything of
-the old life is dropped. Deltas that may not be sent for lack of credit wait here, merged per request, so a
-slow router costs memory bounded by its requests' own ``max_tokens``.
+Sans-I/O. A router owns its requests and has one connection here: when it falls silent, or returns with a new
+incarnation or by a new connection, everything of the old one is dropped. Deltas that lack credit wait
+here, merged per request, so a slow router costs memory bounded by its requests' own ``max_tokens``.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Sessions:
     def __init__(self, *, silence_s: float) -> None:
         self._silence_s = silence_s
         self._sessions: dict[bytes, Session] = {}
+        self._expired_at = float("-inf")
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -86,25 +87,35 @@ class Sessions:
     def open(
         self, peer: bytes, router_id: str, incarnation: int, credit: int, now: float
     ) -> tuple[Session, list[Session]]:
-        """A router said hello. Also returns the sessions that it replaces: its older lives."""
+        """A router said hello. Also returns the sessions that it replaces: older lives and connections."""
         replaced = [
-            s for s in self._sessions.values() if s.router_id == router_id and s.incarnation != incarnation
+            s
+            for s in self._sessions.values()
+            if s.router_id == router_id and (s.peer != peer or s.incarnation != incarnation)
         ]
         known = self._sessions.get(peer)
-        if known is not None and known.incarnation == incarnation:
-            known.heard_at = now
-            known.window = CreditWindow(credit)
-            return known, []
-        if known is not None and known not in replaced:
+        if known is not None and known.incarnation != incarnation and known not in replaced:
             replaced.append(known)
         for session in replaced:
             del self._sessions[session.peer]
+        if known is not None and known not in replaced:
+            known.heard_at = now
+            known.window = CreditWindow(credit)
+            return known, replaced
         session = Session(peer, router_id, incarnation, CreditWindow(credit), now)
         self._sessions[peer] = session
         return session, replaced
 
+    def remove(self, peer: bytes) -> Session | None:
+        return self._sessions.pop(peer, None)
+
     def expire(self, now: float) -> list[Session]:
-        """Remove and return the silent."""
+        """Remove and return the silent. To be called several times in the silence that is allowed: after a
+        pause longer than half of it nobody counts as silent, for who did not listen cannot say so."""
+        stalled, self._expired_at = now - self._expired_at > self._silence_s / 2, now
+        if stalled:
+            for session in self._sessions.values():
+                session.heard_at = now
         silent = [s for s in self._sessions.values() if now - s.heard_at > self._silence_s]
         for session in silent:
             del self._sessions[session.peer]

@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import structlog
+
+from microserve.protocol import log
 from microserve.protocol.actions import EngineInfo, EngineLoad
 from microserve.protocol.settings import Settings
 from microserve.protocol.transport import Bus
@@ -25,6 +28,10 @@ from microserve.services.lifecycle import Lifecycle
 
 STOP_STEP_S = 10.0
 """A running step gets this long to end at shutdown."""
+LEAVE_POLL_S = 0.05
+"""Pause between looks whether a draining engine may leave."""
+
+_logger = structlog.get_logger()
 
 
 class Steps(Protocol):
@@ -56,6 +63,9 @@ class EngineService:
         self._lifecycle = lifecycle
         self._loop = asyncio.get_running_loop()
         self._crashed = asyncio.Event()
+        self._draining = asyncio.Event()
+        self._leaves_at = 0.0
+        """When a draining engine leaves, whatever is still here."""
         self._core = core
         interval_s, clock = settings.bus.heartbeat_interval_s, self._loop.time
         self._publisher = KvPublisher(
@@ -75,6 +85,7 @@ class EngineService:
             clock=clock,
             publish=self._publisher.publish,
             next_seq=lambda: self._publisher.next_seq,
+            on_drain=self.drain,
         )
         limits = core.state.limits
         self._info = EngineInfo(
@@ -108,34 +119,58 @@ class EngineService:
         self._flush_scheduled = False
         self._progress, self._progressed_at = 0, self._loop.time()
 
+    @property
+    def num_sessions(self) -> int:
+        """Routers, and the index, that the engine keeps something for."""
+        return self._door.num_sessions
+
     async def run(self) -> None:
+        """Serve until cancelled or told to drain; then leave as soon as nothing is left here, within
+        ``engine.drain_s``."""
         self._lifecycle.set_health(self._healthy)
         self._door.open(self._info)
         self._steps.start()
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._beat())
-                tasks.create_task(self._index.run())
-                tasks.create_task(self._watch_crash())
-                self._lifecycle.ready(self._door.address)
-        except asyncio.CancelledError:
-            await self._drain()
-            raise
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(self._beat()),
+                tasks.create_task(self._index.run()),
+                tasks.create_task(self._watch_crash()),
+            ]
+            self._lifecycle.ready(self._door.address)
+            try:
+                await self._leave()
+            except asyncio.CancelledError:
+                if any(task.done() for task in background):  # the group ends because one of them failed
+                    raise
+                self.drain()
+                await self._leave()
+                raise
+            for task in background:
+                task.cancel()
 
-    async def _drain(self) -> None:
-        """Refuse new work and let what runs end, within ``engine.drain_s``."""
+    def drain(self) -> None:
+        """Take no new work, and tell the routers at once: they move what runs here elsewhere, and :meth:`run`
+        ends. A second call changes nothing."""
+        if self._draining.is_set():
+            return
         with self._core.lock:
             self._core.state.draining = True
-        self._index.close()
-        ends_at = self._loop.time() + self._settings.engine.drain_s
-        while self._loop.time() < ends_at and not self._crashed.is_set():
+            num_requests = self._core.state.num_requests
+        self._leaves_at = self._loop.time() + self._settings.engine.drain_s
+        self._draining.set()
+        _logger.info(log.ENGINE_DRAINING, requests=num_requests, drain_s=self._settings.engine.drain_s)
+        self._door.beat()
+
+    async def _leave(self) -> None:
+        """Wait for the drain, then for its end, and leave the index."""
+        await self._draining.wait()
+        while self._loop.time() < self._leaves_at and not self._crashed.is_set():
             with self._core.lock:
-                state = self._core.state
-                is_done = not (state.num_requests or state.committing)
-            if is_done and not self._door.has_pending:
+                is_drained = self._core.state.is_drained(self._loop.time())
+            if is_drained and not self._door.has_pending:
                 break
-            self._door.beat()
-            await asyncio.sleep(min(0.1, self._settings.bus.heartbeat_interval_s))
+            await asyncio.sleep(LEAVE_POLL_S)
+        self._index.close()
         self._door.beat()
 
     async def _beat(self) -> None:

@@ -18,7 +18,7 @@ from microserve.protocol import actions as wire
 from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, MeshError, TransferFailed
 from microserve.services.engine.memory import KvMemory
-from microserve.services.engine.record import Outbox, Record, Records
+from microserve.services.engine.record import Key, Outbox, Record, Records
 from microserve.services.engine.scheduler import Scheduler
 from microserve.services.engine.sequence import Sequence, State
 
@@ -52,6 +52,9 @@ class EngineState:
         self.committing: list[Record] = []
         """Records with a ``Commit`` under way."""
         self.draining = False
+        """No new work; contexts may still be sent away."""
+        self.awaited: dict[Key, float] = {}
+        """Generations aborted while draining, whose KV their routers may now want: until when they may."""
         self._purged_at = 0.0
         self.counters: Counter[str] = Counter()
         self._ids = itertools.count(1)
@@ -65,6 +68,18 @@ class EngineState:
     @property
     def num_requests(self) -> int:
         return len(self.scheduler.running) + len(self.scheduler.waiting) + len(self.receiving)
+
+    def is_drained(self, now: float) -> bool:
+        """Nothing runs or waits here, no grant is open or in quarantine, and no context is about to move."""
+        self.awaited = {key: until for key, until in self.awaited.items() if until > now}
+        return not (
+            self.num_requests
+            or self.inflight
+            or self.committing
+            or self.awaited
+            or self.memory.pool.num_quarantined
+            or any(record.reception is not None for record in self.records)
+        )
 
     # --- endings -----------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from microserve.protocol import actions as wire
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError, TransferFailed
 from microserve.services.engine.batch import Sampled, StepResult
+from microserve.services.engine.rates import Rates
 from microserve.services.engine.record import CommitJob, Record
 from microserve.services.engine.scheduler import Plan
 from microserve.services.engine.sequence import Sequence, State
@@ -23,8 +24,6 @@ _logger = structlog.get_logger()
 PROBE_INTERVAL_S = 0.02
 """How often the writers of one grant are probed for failure and death."""
 MAX_PROBED = 1024
-SMOOTHING = 0.2
-"""Weight of the newest sample in the measured rates."""
 
 
 class Stepper:
@@ -33,8 +32,7 @@ class Stepper:
         self._num_layers = num_layers
         self._probed: dict[str, float] = {}
         self.num_steps = 0
-        self.prefill_tokens_per_s = 0.0
-        self.decode_step_s = 0.0
+        self.rates = Rates()
 
     # --- before a step -----------------------------------------------------------------------------
 
@@ -192,7 +190,7 @@ class Stepper:
         state = self._state
         state.inflight = []
         self.num_steps += 1
-        self._measure(plan, now)
+        self.rates.measure(plan, now)
         if plan.early is not None and plan.early.grant_id is not None:
             self._take_received(plan.early, plan.early.grant_id, now)
         for share in plan.sends:
@@ -277,17 +275,6 @@ class Stepper:
         for sequence in sequences:
             if sequence.state is not State.FINISHED:
                 state.finish(sequence, sequence.doomed or "error", now, error=sequence.doom_error or error)
-
-    def _measure(self, plan: Plan, now: float) -> None:
-        elapsed = now - plan.started_at
-        if elapsed <= 0.0 or not plan.batch.chunks:
-            return
-        prefill = plan.num_tokens - plan.num_decodes
-        if prefill > plan.num_decodes and plan.early is None:
-            rate = plan.num_tokens / elapsed
-            self.prefill_tokens_per_s += SMOOTHING * (rate - self.prefill_tokens_per_s)
-        elif prefill == 0:
-            self.decode_step_s += SMOOTHING * (elapsed - self.decode_step_s)
 
     def _forget_expired(self, grant_id: str) -> None:
         for record in self._state.records:

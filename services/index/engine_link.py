@@ -25,6 +25,7 @@ from microserve.protocol.actions import (
 from microserve.protocol.calls import Calls
 from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST
 from microserve.protocol.errors import EngineLost, ProtocolViolation, QueueFull, error_for
+from microserve.protocol.numbered import NumberedClient
 from microserve.protocol.transport import Bus
 
 SNAPSHOT_TIMEOUT_S = 10.0
@@ -46,7 +47,14 @@ class EngineLink:
         self._incarnation = incarnation
         self._calls: Calls[Answer] = Calls(info.engine_id)
         self._welcome = False
-        self._socket = bus.client(info.address, self._on_frames, server_key=info.curve_key)
+        self._socket = NumberedClient(
+            bus,
+            info.address,
+            self._on_frames,
+            self._start_over,
+            server_key=info.curve_key,
+            on_disconnect=lambda: self._start_over("the connection was closed"),
+        )
 
     async def snapshot(self) -> tuple[SnapshotReply, bytes]:
         """The engine's cache as events. Raises a :class:`MeshError` when it cannot be had now."""
@@ -91,6 +99,11 @@ class EngineLink:
         if not self._socket.send(ENGINE_REQUEST.encode(make(call_id))):
             self._calls.fail(call_id, QueueFull(f"the queue to {self._info.engine_id} is full"))
         return await self._calls.wait(call_id, future, timeout_s)
+
+    def _start_over(self, why: str) -> None:
+        """The next snapshot says hello again; who waits for one need not wait for its timeout."""
+        self._welcome = False
+        self._calls.fail_all(EngineLost(f"engine {self._info.engine_id}: {why}"))
 
     def _on_frames(self, frames: list[bytes]) -> None:
         try:

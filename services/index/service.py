@@ -72,6 +72,10 @@ class IndexService:
     def address(self) -> str:
         return self._socket.address
 
+    def prefix_index(self, model: str) -> PrefixIndex | None:
+        """None while no engine serves the model."""
+        return self._indexes.get(model)
+
     def tick(self) -> None:
         """Call every heartbeat interval."""
         now = self._loop.time()

@@ -1,8 +1,14 @@
-"""What may be served at all: a request's bounds against what the mesh is. Sans-I/O but for the clock."""
+"""What may be served at all: a request's bounds against the mesh's, its time against the work ahead.
+
+Sans-I/O but for the clock. A refusal takes nothing, asks nobody and waits for nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from microserve.protocol.errors import (
     DeadlineExceeded,
@@ -15,26 +21,50 @@ from microserve.protocol.errors import (
 )
 from microserve.protocol.serving import Generate
 from microserve.protocol.settings import RouterSettings
-from microserve.services.router.mesh import RETRY_AFTER_S
+from microserve.services.router.connection import EngineConnection
+from microserve.services.router.load import LoadBook
+from microserve.services.router.mesh import RETRY_AFTER_S, Lookup
+from microserve.services.router.prediction import EngineView, predicted_ttft_s
 from microserve.services.router.registry import Registry
 from microserve.services.router.request import Request
 from microserve.services.router.strategy import Strategy, StrategyBook
+
+MIN_RETRY_S, MAX_RETRY_S = 0.5, 60.0
+"""Bounds of what a refusal for lack of time says: predictions are no better than that."""
+
+
+class Admitted(NamedTuple):
+    """What may be served."""
+
+    strategy: Strategy
+    request: Request
+    num_uncached: int
+    """Prompt tokens that some engine must compute, as far as was asked."""
+    prompt: int
+    """Tells equal prompts in the book."""
 
 
 class Admission:
     """Turns a ``Generate`` into a :class:`Request` and its strategy, or raises the reason why not."""
 
-    def __init__(self, settings: RouterSettings, strategies: StrategyBook, registry: Registry) -> None:
+    def __init__(
+        self, settings: RouterSettings, strategies: StrategyBook, registry: Registry, lookup: Lookup
+    ) -> None:
         self._settings = settings
         self._strategies = strategies
         self._registry = registry
+        self._lookup = lookup
         self._loop = asyncio.get_running_loop()
 
     def strategy_name(self, message: Generate) -> str:
         return message.strategy or self._settings.default_strategy
 
-    def admit(self, message: Generate, token_frame: bytes, num_live: int) -> tuple[Strategy, Request]:
-        """Raises a ``RequestError`` that names the field, a ``CapacityError`` or ``DeadlineExceeded``."""
+    def admit(self, message: Generate, token_frame: bytes, num_live: int, book: LoadBook) -> Admitted:
+        """Raises a ``RequestError`` that names the field, a ``CapacityError`` or ``DeadlineExceeded``.
+
+        ``QueueFull`` also when no engine is predicted to give the first token within the request's time or
+        ``router.max_ttft_s``; its ``retry_after_s`` is how much too late it would come.
+        """
         if message.ttl_s <= 0:
             raise DeadlineExceeded("the request's time was used up before it came", field="ttl_s")
         if not message.ttl_s > 0:
@@ -62,7 +92,8 @@ class Admission:
         except ProtocolViolation as error:
             raise InvalidRequest(error.detail, field="tokens") from None
         self._check_tokens(request, served.vocab_size)
-        return strategy, request
+        prompt = hash((request.token_frame, request.salt))
+        return Admitted(strategy, request, self._check_time(request, prompt, book), prompt)
 
     def _check_tokens(self, request: Request, vocab_size: int) -> None:
         if not request.tokens:
@@ -78,3 +109,53 @@ class Admission:
                 f"than the model's {limit}",
                 field="tokens",
             )
+
+    # --- time --------------------------------------------------------------------------------------
+
+    def _check_time(self, request: Request, prompt: int, book: LoadBook) -> int:
+        """Tokens that the engine with the best prediction must compute. Raises :class:`QueueFull`."""
+        now = self._loop.time()
+        allowed_s, why = request.deadline - now, "the request allows"
+        bound_s = self._settings.max_ttft_s
+        if 0.0 < bound_s < allowed_s:
+            allowed_s, why = bound_s, "router.max_ttft_s is"
+        views = self._views(book, now)
+
+        def best(cached: Mapping[str, int]) -> tuple[float, int]:
+            """Prediction and tokens to compute of the engine that is soonest."""
+            uncached = {
+                e: 0 if book.shares(e, prompt) else request.num_tokens - cached.get(e, 0) for e in views
+            }
+            return min((predicted_ttft_s(views[e], uncached[e]), uncached[e]) for e in views)
+
+        # Without a bound nearly everything is far within its time even if nothing of it is cached.
+        best_s, num_uncached = best({}) if not bound_s else (math.inf, 0)
+        if best_s > allowed_s:
+            best_s, num_uncached = best(self._lookup(request))
+        if best_s > allowed_s:
+            raise QueueFull(
+                f"the first token is predicted in {best_s:.1f} s, {why} {allowed_s:.1f} s",
+                retry_after_s=min(max(best_s - allowed_s, MIN_RETRY_S), MAX_RETRY_S),
+            )
+        return num_uncached
+
+    def _views(self, book: LoadBook, now: float) -> dict[str, EngineView]:
+        """What is known of every engine that may compute prompts."""
+        chosen = [c for c in self._registry.usable() if _computes_prompts(c)] or self._registry.usable()
+        return {
+            connection.engine_id: EngineView(
+                connection.load,
+                now - connection.load_at,
+                book.own(connection.engine_id),
+                connection.info.block_size,
+                connection.info.num_blocks,
+                book.unplaced_tokens / len(chosen),
+            )
+            for connection in chosen
+        }
+
+
+def _computes_prompts(connection: EngineConnection) -> bool:
+    """An engine that is not for prefill and has never done any says nothing of how long prompts wait."""
+    labels = connection.info.labels
+    return not labels or "prefill" in labels or connection.load.prefill_tokens_per_s > 0.0

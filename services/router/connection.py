@@ -1,8 +1,9 @@
 """The router's one connection to one life of one engine: calls, token streams, liveness.
 
 Owns the DEALER socket and everything that waits for the engine. It ends once, by loss (silence, no progress,
-another incarnation, a refusal) or by ``end``, and then everything that waited fails with ``EngineLost``; a
-new life of the engine is a new connection. Knows neither strategies nor what a request holds (scope.py does).
+another incarnation, a refusal, a lost message, a closed socket) or by ``end``, and then all that waited fails
+with ``EngineLost``; a new life of the engine is a new connection. Knows neither strategies nor what a
+request holds (scope.py does).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from microserve.protocol.calls import Calls
 from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST
 from microserve.protocol.credit import CreditMeter
 from microserve.protocol.errors import (
+    Draining,
     EngineLost,
     MeshError,
     PeerError,
@@ -28,6 +30,7 @@ from microserve.protocol.errors import (
     error_for,
 )
 from microserve.protocol.liveness import LivenessBook, Loss
+from microserve.protocol.numbered import NumberedClient
 from microserve.protocol.settings import BusSettings
 from microserve.protocol.transport import Bus
 from microserve.services.router.abort import Aborts
@@ -59,11 +62,15 @@ class EngineConnection:
         settings: BusSettings,
         *,
         call_timeout_s: float,
+        on_draining: Callable[[EngineConnection], None] = lambda connection: None,
     ) -> None:
+        """``on_draining`` is called with every heartbeat of an engine that drains."""
         self.info = info
         self.engine_id = info.engine_id
         self.load = wire.EngineLoad()
         """As of the last heartbeat."""
+        self.load_at = 0.0
+        """When that came, by the loop's clock."""
         self.prompts: set[str] = set()
         """Requests that use this engine (scope.py keeps it)."""
         self.is_leaving = False
@@ -73,6 +80,7 @@ class EngineConnection:
         self._interval_s = settings.heartbeat_interval_s
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._call_timeout_s = call_timeout_s
+        self._on_draining = on_draining
         self._liveness = LivenessBook(silence_s=self._silence_s, stuck_s=settings.stuck_s)
         self._meter = CreditMeter(settings.credit)
         self._calls: Calls[Answer] = Calls(f"engine {info.engine_id}")
@@ -81,7 +89,14 @@ class EngineConnection:
         self._joined = False
         self._lost: MeshError | None = None
         self._ended = asyncio.Event()
-        self._socket = bus.client(info.address, self._receive, server_key=info.curve_key)
+        self._socket = NumberedClient(
+            bus,
+            info.address,
+            self._receive,
+            self._take_loss,
+            server_key=info.curve_key,
+            on_disconnect=self._take_disconnect,
+        )
 
     @property
     def is_joined(self) -> bool:
@@ -118,8 +133,8 @@ class EngineConnection:
         except MeshError as error:
             self.end(error)
             raise
-        self.info, self.load = welcome.info, welcome.load
-        self._liveness.joined(self.engine_id, self.info.incarnation, self._loop.time())
+        self.info, self.load, self.load_at = welcome.info, welcome.load, self._loop.time()
+        self._liveness.joined(self.engine_id, self.info.incarnation, self.load_at)
         self._joined = True
 
     async def run(self) -> MeshError:
@@ -145,6 +160,15 @@ class EngineConnection:
         self.streams.fail_all(lambda: self._loss(reason))
         self._aborts.clear()
         self._ended.set()
+
+    def _take_loss(self, detail: str) -> None:
+        self.end(EngineLost(f"engine {self.engine_id}: {detail}"))
+
+    def _take_disconnect(self) -> None:
+        if (self.is_leaving and self.is_idle) or (self.load.draining and not self.has_waiters):
+            self.end(Draining(f"engine {self.engine_id} has left the mesh"))
+        else:
+            self.end(EngineLost(f"engine {self.engine_id} closed the connection"))
 
     def _loss(self, reason: MeshError) -> EngineLost:
         loss = EngineLost(reason.detail)
@@ -256,12 +280,14 @@ class EngineConnection:
         if message.incarnation != self.info.incarnation:
             self.end(EngineLost(f"engine {self.engine_id} was replaced by a new life of it"))
             return
-        self.load = message.load
+        self.load, self.load_at = message.load, self._loop.time()
         # Waiting requests are no sign of being busy: they may rightly wait for another engine's KV.
         busy = message.load.num_running > 0
         self._liveness.progressed(
             self.engine_id, progress=message.load.progress, busy=busy, now=self._loop.time()
         )
+        if message.load.draining:
+            self._on_draining(self)
 
 
 def _retrieve(future: asyncio.Future[Answer]) -> None:

@@ -14,6 +14,7 @@ from microserve.protocol.errors import (
     PeerError,
     UnknownRequest,
 )
+from microserve.services.router.departure import EngineLeaving, MoveFailed
 from microserve.services.router.request import Request
 
 MAX_ATTEMPTS = 4
@@ -38,12 +39,22 @@ class Failover:
         """May there be another attempt? ``engines`` took part in this one.
 
         A caller's error, a strategy's own fault and a used-up deadline are final; so is a lack of capacity
-        that no failure of an engine has caused.
+        that no failure of an engine has caused. An engine that leaves has not failed: it counts for nothing,
+        as it takes no new work anyway.
         """
         if now >= self.original.deadline:
             return False
+        if isinstance(error, EngineLeaving):
+            self._failed_at, self.pause_s = now, 0.0
+            return True
+        if isinstance(error, MoveFailed):
+            self.suspects.update([error.suspect] if error.suspect else [])
+            return True
         if isinstance(error, PeerError | Draining | UnknownRequest):
             self._failed_at = now if self._failed_at is None else self._failed_at
+            if isinstance(error, Draining):
+                self.pause_s = min(max(self.pause_s * 2, FIRST_PAUSE_S), MAX_PAUSE_S)
+                return True
             if self.num_attempts >= MAX_ATTEMPTS:
                 return False
             self.num_attempts += 1

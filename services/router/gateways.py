@@ -1,7 +1,8 @@
 """The router's door for gateways: hellos, requests in, one ``Stream`` a wake-up out, liveness.
 
-Owns the ROUTER socket and what is known of each gateway. A gateway owns its requests: when it falls silent,
-comes back as a new life or cannot be sent to, they are cancelled. No frame can end the service.
+Owns the ROUTER socket and what is known of each gateway. A gateway owns its requests and has one connection
+here: when it falls silent, comes back as a new life or by a new connection, or cannot be sent to, and when
+messages were lost, they are cancelled and it is told so. No frame can end the service.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from microserve.protocol import serving as wire
 from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST
 from microserve.protocol.credit import CreditWindow
 from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.numbered import NumberedServer
 from microserve.protocol.settings import BusSettings
 from microserve.protocol.transport import Bus
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
@@ -63,7 +65,7 @@ class Gateways:
         """Gateways that have something to be sent."""
         self._flush_scheduled = False
         self._logged_at = float("-inf")
-        self._socket = bus.server(address, self.receive)
+        self._socket = NumberedServer(bus, address, self.receive, self._take_loss)
 
     def __len__(self) -> int:
         return len(self._gateways)
@@ -84,6 +86,8 @@ class Gateways:
                     gateway.heard_at = now
                 elif now - gateway.heard_at > self._silence_s:
                     self._lose(gateway, "silent")
+                    # Should only one direction be dead, the gateway learns it before it misses us.
+                    self._tell(gateway.peer, ProtocolViolation("you were silent; say GatewayHello first"))
             for gateway in list(self._gateways.values()):
                 self._send(gateway, self._heartbeat())
 
@@ -128,9 +132,11 @@ class Gateways:
 
     def _hello(self, peer: bytes, message: wire.GatewayHello) -> None:
         _check_id("gateway_id", message.gateway_id)
+        if not self._socket.send(peer, ROUTER_REPLY.encode(self._welcome())):
+            return  # a router that thaws reads old hellos: one of a closed socket must replace nobody
         for other in list(self._gateways.values()):
             is_same = other.peer == peer or other.gateway_id == message.gateway_id
-            if is_same and other.incarnation != message.incarnation:
+            if is_same and (other.peer, other.incarnation) != (peer, message.incarnation):
                 self._lose(other, "replaced")
         gateway = self._gateways.get(peer)
         if gateway is None:
@@ -140,8 +146,12 @@ class Gateways:
         # A gateway that says hello again counts from its full window, and so do we.
         gateway.outbox.window = CreditWindow(message.credit)
         gateway.heard_at = self._loop.time()
-        self._send(gateway, self._welcome())
         self._schedule(gateway)
+
+    def _take_loss(self, peer: bytes) -> None:
+        gateway = self._gateways.get(peer)
+        if gateway is not None:
+            self._lose(gateway, "messages were lost")
 
     def _reject(self, peer: bytes, violation: ProtocolViolation) -> None:
         self.num_rejected += 1
@@ -149,6 +159,9 @@ class Gateways:
         if now - self._logged_at >= LOG_INTERVAL_S:
             self._logged_at = now
             _logger.warning(log.FRAME_REJECTED, error=violation.detail, rejected=self.num_rejected)
+        self._tell(peer, violation)
+
+    def _tell(self, peer: bytes, violation: ProtocolViolation) -> None:
         self._socket.send(peer, ROUTER_REPLY.encode(wire.RouterFailed(violation.code, violation.detail)))
 
     # --- out ---------------------------------------------------------------------------------------

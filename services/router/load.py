@@ -24,24 +24,50 @@ class Load:
     """Requests that run, wait or receive there."""
 
 
+UNPLACED = ""
+"""Stands for an engine where none has been chosen."""
+
+
 class LoadBook:
     """Work in flight by engine id."""
 
     def __init__(self) -> None:
         self._tokens: Counter[str] = Counter()
         self._sequences: Counter[str] = Counter()
+        self._requests: Counter[str] = Counter()
+        """Accounts with anything on the engine."""
         self._accounts: set[Account] = set()
+        self._prompts: dict[tuple[str, int], Account] = {}
+        """The request that computes a prompt on an engine, where several have the same prompt."""
+        self.unplaced_tokens = 0
+        """Prompt tokens of requests whose strategy has not yet said where they are computed."""
 
     @property
     def is_zero(self) -> bool:
         """Nothing is in flight: no account is open and no number is left over."""
-        return not self._accounts and not self._tokens and not self._sequences
+        left = self._tokens or self._sequences or self._requests or self._prompts or self.unplaced_tokens
+        return not self._accounts and not left
 
-    def open(self) -> Account:
-        """An account for one request; its owner must close it (``with``, or ``finally``)."""
-        account = Account(self)
+    def open(self, num_tokens: int = 0, prompt: int | None = None) -> Account:
+        """An account for one request; its owner must close it (``with``, or ``finally``).
+
+        ``num_tokens`` are to be computed, it is not yet known where: they count as unplaced until the first
+        prefill is reserved. ``prompt`` tells equal prompts: those that an engine has at one time (the choices
+        of one ``n``) count once there, since the cache serves all but the first.
+        """
+        account = Account(self, prompt)
         self._accounts.add(account)
+        account.unplaced_tokens = num_tokens if self._lead(account, UNPLACED) else 0
+        self.unplaced_tokens += account.unplaced_tokens
         return account
+
+    def shares(self, engine_id: str, prompt: int) -> bool:
+        """Is an equal prompt about to be computed there, or not yet placed?"""
+        return (engine_id, prompt) in self._prompts or (UNPLACED, prompt) in self._prompts
+
+    def own(self, engine_id: str) -> Load:
+        """What this router put there; a request that only sends from there counts as a sequence too."""
+        return Load(self._tokens[engine_id], self._requests[engine_id])
 
     def load(self, engine_id: str, reported: EngineLoad) -> Load:
         """The larger of our own book (which knows what is on its way) and the engine's last report
@@ -55,11 +81,27 @@ class LoadBook:
         """The book is the sum of its open accounts."""
         tokens: Counter[str] = Counter()
         sequences: Counter[str] = Counter()
+        requests: Counter[str] = Counter()
         for account in self._accounts:
             for (engine_id, _), count in account.tokens.items():
                 tokens[engine_id] += count
             sequences.update(account.sequences)
+            requests.update({*account.sequences, *(engine_id for engine_id, _ in account.tokens)})
         assert +tokens == self._tokens and +sequences == self._sequences, "the book differs from its accounts"
+        assert +requests == self._requests, "the book counts other requests than its accounts"
+        assert self.unplaced_tokens == sum(account.unplaced_tokens for account in self._accounts)
+        assert self._accounts.issuperset(self._prompts.values()), "a closed account computes a prompt"
+
+    def _lead(self, account: Account, engine_id: str) -> bool:
+        """Is it this account that computes its prompt there? The first that asks is."""
+        if account.prompt is None:
+            return True
+        return self._prompts.setdefault((engine_id, account.prompt), account) is account
+
+    def _unlead(self, account: Account, engine_id: str) -> None:
+        """It computes its prompt there no more."""
+        if account.prompt is not None and self._prompts.get((engine_id, account.prompt)) is account:
+            del self._prompts[engine_id, account.prompt]
 
     def _add(self, counter: Counter[str], engine_id: str, amount: int) -> None:
         counter[engine_id] += amount
@@ -70,8 +112,10 @@ class LoadBook:
 class Account:
     """What one request has in flight; closing it twice is fine, using it afterwards has no effect."""
 
-    def __init__(self, book: LoadBook) -> None:
+    def __init__(self, book: LoadBook, prompt: int | None) -> None:
         self._book = book
+        self.prompt = prompt
+        self.unplaced_tokens = 0
         self.tokens: dict[tuple[str, str], int] = {}
         """By engine id and purpose: one engine may prefill and decode for the same request."""
         self.sequences: set[str] = set()
@@ -81,8 +125,10 @@ class Account:
         """``num_tokens`` are to be computed there; replaces an earlier number for the same purpose."""
         if self.is_closed:
             return
+        self._place()
         self.release_prefill(engine_id, purpose)
-        if num_tokens > 0:
+        if num_tokens > 0 and self._book._lead(self, engine_id):
+            self._enter(engine_id)
             self.tokens[engine_id, purpose] = num_tokens
             self._book._add(self._book._tokens, engine_id, num_tokens)
 
@@ -90,9 +136,13 @@ class Account:
         num_tokens = self.tokens.pop((engine_id, purpose), 0)
         if num_tokens:
             self._book._add(self._book._tokens, engine_id, -num_tokens)
+            self._leave(engine_id)
+            if not any(there == engine_id for there, _ in self.tokens):
+                self._book._unlead(self, engine_id)
 
     def reserve_sequence(self, engine_id: str) -> None:
         if not self.is_closed and engine_id not in self.sequences:
+            self._enter(engine_id)
             self.sequences.add(engine_id)
             self._book._add(self._book._sequences, engine_id, 1)
 
@@ -100,6 +150,25 @@ class Account:
         if engine_id in self.sequences:
             self.sequences.remove(engine_id)
             self._book._add(self._book._sequences, engine_id, -1)
+            self._leave(engine_id)
+
+    def _place(self) -> None:
+        self._book.unplaced_tokens -= self.unplaced_tokens
+        self.unplaced_tokens = 0
+        self._book._unlead(self, UNPLACED)
+
+    def _uses(self, engine_id: str) -> bool:
+        return engine_id in self.sequences or any(there == engine_id for there, _ in self.tokens)
+
+    def _enter(self, engine_id: str) -> None:
+        """Before its first entry there."""
+        if not self._uses(engine_id):
+            self._book._add(self._book._requests, engine_id, 1)
+
+    def _leave(self, engine_id: str) -> None:
+        """After its last one."""
+        if not self._uses(engine_id):
+            self._book._add(self._book._requests, engine_id, -1)
 
     @property
     def is_closed(self) -> bool:
@@ -110,6 +179,7 @@ class Account:
             self.release_prefill(engine_id, purpose)
         for engine_id in list(self.sequences):
             self.release_sequence(engine_id)
+        self._place()
         self._book._accounts.discard(self)
 
     def __enter__(self) -> Account:

@@ -49,6 +49,10 @@ class Mesh:
         fit = [c for c in everyone if label is None or not c.info.labels or label in c.info.labels]
         return [Engine(connection, self._scope, self._cached) for connection in fit or everyone]
 
+    def departing(self, connection: EngineConnection) -> Engine:
+        """An engine that drains: not among :meth:`engines`, but it still sends what it holds."""
+        return Engine(connection, self._scope, self._cached)
+
     def pick(
         self,
         label: str | None,

@@ -3,6 +3,7 @@
 Owns the DEALER to the index and every engine connection. The index only *names* engines: its death, its
 restart with an empty list, or its silence drop nobody. An engine goes when its own connection ends, when a
 new life of it is listed, or (once nothing of ours runs there) when the index that listed it lists it no more.
+One that was lost and is still listed is taken up again at once, whether or not the index lives.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ class Registry:
         call_timeout_s: float,
         on_joined: OnConnection,
         on_ended: OnConnection,
+        on_draining: OnConnection,
     ) -> None:
-        """``on_ended`` follows each ``on_joined`` once."""
+        """``on_ended`` follows each ``on_joined`` once; ``on_draining`` comes with every heartbeat of an
+        engine that drains."""
         self.served: EngineInfo | None = None
         """What the mesh serves: the last engine that joined; None until the first has."""
         self._bus = bus
@@ -52,14 +55,15 @@ class Registry:
         self._call_timeout_s = call_timeout_s
         self._on_joined = on_joined
         self._on_ended = on_ended
+        self._on_draining = on_draining
         self._loop = asyncio.get_running_loop()
         self._connections: dict[str, EngineConnection] = {}
         self._refused: dict[str, int] = {}
         """Incarnation by engine id: refused once, and said so once."""
         self._index_incarnation = 0
         self._index_version = -1
-        self._listed: set[str] = set()
-        """Engines in the last list of this life of the index."""
+        self._listed: dict[str, EngineInfo] = {}
+        """The last list of this life of the index."""
         self._index_heard_at: float | None = None
         self._stopping = False
         self._socket = bus.client(index_address, self._receive)
@@ -96,6 +100,7 @@ class Registry:
         self._stopping = True
 
     def close(self) -> None:
+        self._stopping = True
         for connection in self._connections.values():
             connection.end(EngineLost("the router stops"))
         self._socket.close()
@@ -121,8 +126,8 @@ class Registry:
             self._take_members([member.info for member in message.members])
 
     def _take_members(self, infos: list[EngineInfo]) -> None:
-        present = {info.engine_id for info in infos}
-        for engine_id in self._listed - present:
+        present = {info.engine_id: info for info in infos}
+        for engine_id in self._listed.keys() - present.keys():
             connection = self._connections.get(engine_id)
             if connection is not None and not connection.is_leaving:
                 connection.is_leaving = True
@@ -143,7 +148,12 @@ class Registry:
         try:
             self._check(info)
             connection = EngineConnection(
-                self._bus, info, self._identity, self._settings, call_timeout_s=self._call_timeout_s
+                self._bus,
+                info,
+                self._identity,
+                self._settings,
+                call_timeout_s=self._call_timeout_s,
+                on_draining=self._on_draining,
             )
         except Exception as error:
             # One member with an address that no socket takes must not hide the others.
@@ -153,6 +163,8 @@ class Registry:
         self._tasks.create_task(self._keep(connection), name=f"engine {info.engine_id}")
 
     def _refuse(self, info: EngineInfo, error: str) -> None:
+        if self._refused.get(info.engine_id) == info.incarnation:
+            return
         self._refused[info.engine_id] = info.incarnation
         _logger.warning(
             log.ENGINE_REFUSED, engine_id=info.engine_id, incarnation=info.incarnation, error=error
@@ -174,8 +186,8 @@ class Registry:
     # --- one connection ----------------------------------------------------------------------------
 
     async def _keep(self, connection: EngineConnection) -> None:
-        """Join, stay, and clean up after the end; the next list brings the engine back if it is there."""
-        engine_id = connection.engine_id
+        """Join, stay, and clean up after the end; an engine that is still listed is tried again."""
+        engine_id, began = connection.engine_id, self._loop.time()
         try:
             await connection.join()
             self._check(connection.info)
@@ -183,6 +195,7 @@ class Registry:
             connection.end(error)
             self._forget(connection)
             self._refuse(connection.info, error.detail)
+            self._loop.call_later(self._settings.heartbeat_interval_s, self._return_to, engine_id)
             return
         self.served = connection.info
         self._refused.pop(engine_id, None)
@@ -195,6 +208,15 @@ class Registry:
         finally:
             self._on_ended(connection)
         self._forget(connection)
+        # At once, but for a connection that does not last: its end may be what it leads to.
+        interval_s = self._settings.heartbeat_interval_s
+        pause_s = 0.0 if self._loop.time() - began > interval_s else interval_s
+        self._loop.call_later(pause_s, self._return_to, engine_id)
+
+    def _return_to(self, engine_id: str) -> None:
+        info = self._listed.get(engine_id)
+        if info is not None and engine_id not in self._connections and not self._stopping:
+            self._connect(info)
 
     def _forget(self, connection: EngineConnection) -> None:
         if self._connections.get(connection.engine_id) is connection:

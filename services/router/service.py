@@ -12,7 +12,7 @@ from microserve.protocol.settings import RouterSettings, Settings
 from microserve.protocol.transport import Bus
 from microserve.services.lifecycle import Lifecycle
 from microserve.services.router.admission import Admission
-from microserve.services.router.connection import RouterIdentity
+from microserve.services.router.connection import EngineConnection, RouterIdentity
 from microserve.services.router.gateways import Gateways
 from microserve.services.router.prefix import PrefixReplica
 from microserve.services.router.registry import Registry
@@ -62,10 +62,11 @@ class Router:
             call_timeout_s=settings.router.call_timeout_s,
             on_joined=self.prefixes.joined,
             on_ended=self.prefixes.ended,
+            on_draining=self._evacuate,
         )
         self.serving = Serving(
             self._tasks,
-            Admission(settings.router, self.strategies, self.registry),
+            Admission(settings.router, self.strategies, self.registry, self.prefixes.lookup),
             connections=self.registry.usable,
             served=lambda: self.registry.served,
             lookup=self.prefixes.lookup,
@@ -106,6 +107,9 @@ class Router:
             self.prefixes.close()
             self.gateways.close()
             self.registry.close()
+
+    def _evacuate(self, connection: EngineConnection) -> None:
+        self.serving.evacuate(connection)
 
     def _welcome(self) -> RouterWelcome:
         served = self.registry.served

@@ -28,6 +28,7 @@ from microserve.protocol.errors import (
 from microserve.protocol.serving import Generate, Output
 from microserve.services.router.admission import Admission
 from microserve.services.router.connection import EngineConnection
+from microserve.services.router.departure import EngineLeaving, move
 from microserve.services.router.ending import cut_short, finished_well, write_line
 from microserve.services.router.failover import Failover
 from microserve.services.router.load import LoadBook
@@ -113,12 +114,14 @@ class Serving:
                 raise Draining("the router stops", retry_after_s=RETRY_AFTER_S)
             if message.request_id in self._live:
                 raise InvalidRequest("a request of that id is live", field="request_id")
-            strategy, request = self._admission.admit(message, token_frame, len(self._live))
+            admitted = self._admission.admit(message, token_frame, len(self._live), self.book)
+            strategy, request, num_uncached, prompt = admitted
         except MeshError as error:
             self._end(live, error)
             return
         live.num_prompt_tokens = request.num_tokens
-        live.scope = RequestScope(request, self.book.open(), clock, call_timeout_s=self._call_timeout_s)
+        account = self.book.open(num_uncached, prompt)
+        live.scope = RequestScope(request, account, clock, call_timeout_s=self._call_timeout_s)
         self._live[live.request_id] = live
         live.task = self._tasks.create_task(self._serve(live, live.scope, strategy), name=live.request_id)
         live.task.add_done_callback(lambda _: self._reap(live))
@@ -136,6 +139,12 @@ class Serving:
             self._interrupt(live, Interrupt.CLIENT)
         return len(lost)
 
+    def evacuate(self, connection: EngineConnection) -> None:
+        """An engine drains: what is generated there goes on elsewhere, if there is anybody. Call repeatedly:
+        the others may come later, and streams may still begin there."""
+        if any(other is not connection for other in self._connections()):
+            connection.streams.fail_all(lambda: EngineLeaving(connection))
+
     def stop(self) -> None:
         """Refuse new requests and end the live ones with ``draining``."""
         self._stopping = True
@@ -152,8 +161,13 @@ class Serving:
     async def _serve(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
         """Attempts, each in a scope of its own, until one ends the stream or its error is final."""
         failover = Failover(scope.request, patience_s=self._call_timeout_s)
+        source: EngineConnection | None = None
         while True:
-            generator = strategy(self._mesh(scope, failover), scope.request)
+            mesh, num_known = self._mesh(scope, failover), len(live.delivered)
+            if source is not None:
+                generator = move(mesh, scope.request, source)
+            else:
+                generator = strategy(mesh, scope.request)
             error = await self._attempt(live, scope.request, generator)
             now = self._loop.time()
             if error is None or live.interrupt or not failover.allows(error, scope.engines, now):
@@ -161,7 +175,12 @@ class Serving:
             scope.close()
             await self._close(live, generator)
             live.engines += [engine_id for engine_id in scope.engines if engine_id not in live.engines]
-            _logger.warning(
+            source, tell = None, _logger.warning
+            if isinstance(error, EngineLeaving):
+                tell = _logger.info
+                # Of what was generated in this attempt the leaving engine has the KV.
+                source = error.source if len(live.delivered) > num_known else None
+            tell(
                 log.REQUEST_CONTINUED,
                 request_id=live.request_id,
                 code=error.code,

@@ -72,6 +72,17 @@ def test_engines_outlive_their_drain() -> None:
     assert int(re.findall(r"^stopwaitsecs=(\d+)$", supervisord, re.M)[0]) > Settings().engine.drain_s
 
 
+def test_supervisord_leaves_a_drained_service_stopped_as_systemd_does() -> None:
+    """Exit code 0: asked to leave; 2: a wrong setting. Neither is started again."""
+    supervisord = configparser.RawConfigParser(inline_comment_prefixes=(";",))
+    supervisord.read(DEPLOY / "supervisord.conf")
+    programs = [name for name in supervisord.sections() if name.startswith("program:")]
+    assert len(programs) == len(SERVICES)
+    for name in programs:
+        assert supervisord[name]["autorestart"] == "unexpected"
+        assert supervisord[name]["exitcodes"].split(",") == ["0", "2"]
+
+
 def test_the_example_loads_as_it_is() -> None:
     assert load_settings(DEPLOY / "microserve.toml") == Settings()
 

@@ -247,7 +247,7 @@ def test_what_the_router_is_asked(model: Path, raw_tokenizer: Tokenizer) -> None
 
 REFUSALS = {
     "queue_full": 429,
-    "cache_full": 503,
+    "cache_full": 429,
     "strategy_not_found": 404,
     "prompt_too_long": 413,
     "invalid_request": 400,
@@ -314,7 +314,7 @@ def test_one_failed_choice_fails_the_request_and_cancels_the_others(model: Path)
 
             world.router.answer = answer
             reply = await http.post("/v1/completions", json={"model": "tiny", "prompt": "x", "n": 3})
-            assert reply.status_code == 503
+            assert reply.status_code == 429
             for request_id, served in world.router.served.items():
                 if not request_id.endswith("-1"):
                     await served.cancelled.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ from microserve.gateway.router_client import RouterClient
 from microserve.protocol.codec import ROUTER_REQUEST
 from microserve.protocol.curve import create_keys
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.numbered import NumberedServer
 from microserve.protocol.serving import GatewayHello, Output, RouterRequest
-from microserve.protocol.transport import Bus, ClientSocket, FramesHandler
+from microserve.protocol.transport import Bus, ClientSocket, DisconnectHandler, FramesHandler
 
 
 def http_of(world: GatewayWorld) -> httpx.AsyncClient:
@@ -50,9 +52,23 @@ async def lose(router: ScriptedRouter, how: str) -> None:
             router.incarnation += 1
         case "forgot us":
             router.forget()
+        case "messages lost":
+            router.lossy.lose_next_down()
+        case "closed the connection":
+            router.forget()
+            router._socket.close()  # it is closed in the background
+            while True:
+                with contextlib.suppress(OSError):
+                    router._socket = NumberedServer(
+                        router.lossy, router.address, router._on_frames, lambda peer: None
+                    )
+                    break
+                await asyncio.sleep(0.005)
 
 
-LOSSES = pytest.mark.parametrize("how", ["silent", "restarted", "forgot us"])
+LOSSES = pytest.mark.parametrize(
+    "how", ["silent", "restarted", "forgot us", "messages lost", "closed the connection"]
+)
 
 
 @LOSSES
@@ -134,7 +150,14 @@ class DeafBus:
         self.enough = asyncio.Event()
         self._enough = enough
 
-    def client(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
+    def client(
+        self,
+        address: str,
+        handler: FramesHandler,
+        *,
+        server_key: str = "",
+        on_disconnect: DisconnectHandler | None = None,
+    ) -> ClientSocket:
         self.num_open += 1
         queue: list[RouterRequest] = []
         self.queues.append(queue)
@@ -144,7 +167,7 @@ class DeafBus:
 
         class Socket:
             def send(self, frames: Sequence[bytes]) -> bool:
-                queue.append(ROUTER_REQUEST.decode(frames)[0])
+                queue.append(ROUTER_REQUEST.decode([frames[0][:2], *frames[1:]])[0])
                 return True
 
             def close(self) -> None:

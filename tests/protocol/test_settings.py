@@ -122,6 +122,7 @@ def test_every_positive_number_is_checked_or_may_be_zero() -> None:
         "engine.max_model_len": "the model's own",
         "engine.drain_s": "stop at once",
         "gateway.port": "any free port",
+        "router.max_ttft_s": "no bound",
         "mesh.max_restarts": "never restart",
     }
     for section in msgspec.structs.fields(Settings):

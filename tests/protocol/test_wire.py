@@ -20,6 +20,7 @@ from microserve.protocol import (
     grant,
     kv_events,
     membership,
+    numbered,
     sampling,
     serving,
 )
@@ -179,6 +180,7 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_BULK_FRAMES", codec.MAX_BULK_FRAMES),
         ("MAX_CREDIT", credit.MAX_CREDIT),
         ("MAX_FRAMES_PER_TURN", transport_module.MAX_FRAMES_PER_TURN),
+        ("MAX_NUMBERED_PEERS", numbered.MAX_NUMBERED_PEERS),
         ("MAX_SEQ", kv_events.MAX_SEQ),
         ("MAX_LOGPROBS", sampling.MAX_LOGPROBS),
         ("MAX_STOP_TOKEN_IDS", sampling.MAX_STOP_TOKEN_IDS),

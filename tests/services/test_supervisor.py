@@ -26,6 +26,7 @@ SERVE = READY + "signal.pause()"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY
 STUBBORN += "while True: signal.pause()"
 CRASH_AFTER_READY = READY + "sys.exit(3)"
+SERVE_UNTIL_ASKED = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n" + SERVE
 CRASH = "import sys; sys.exit('no such model')"
 SILENT = "import signal; signal.pause()"
 WITH_GRANDCHILD = (
@@ -94,6 +95,30 @@ def test_one_crashed_child_is_restarted_and_the_others_stay(tmp_path: Path) -> N
             assert crashing.pid != first
             assert (staying.pid, staying.restarts) == (other, 0)
         assert ("a", State.RESTARTING) in watched.changes
+
+    run(test())
+
+
+@pytest.mark.parametrize("script", [SERVE_UNTIL_ASKED, READY])
+def test_a_child_that_ends_well_stays_stopped_and_the_others_run(tmp_path: Path, script: str) -> None:
+    """A drained engine, or a service that somebody has sent SIGTERM: no crash, and no restart."""
+
+    async def test() -> None:
+        watched = Watched([child(tmp_path, "a", script), child(tmp_path, "b", SERVE)], max_restarts=0)
+        leaving, staying = watched.children
+        async with watched.supervisor:
+            await watched.supervisor.ready()
+            if script == SERVE_UNTIL_ASKED:
+                os.kill(leaving.pid, signal.SIGTERM)
+            await watched.until(lambda: leaving.state is State.STOPPED)
+            assert (leaving.pid, leaving.restarts) == (0, 0)
+            assert staying.state is State.READY
+            failing = asyncio.create_task(watched.supervisor.watch())
+            await asyncio.sleep(0)
+            assert not failing.done()
+            failing.cancel()
+        assert [each.state for each in watched.children] == [State.STOPPED] * 2
+        assert ("a", State.RESTARTING) not in watched.changes
 
     run(test())
 

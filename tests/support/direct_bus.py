@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from microserve.protocol.transport import (
     ClientSocket,
+    DisconnectHandler,
     FramesHandler,
     PeerHandler,
     PublisherSocket,
@@ -20,8 +21,12 @@ class DirectServer:
         self.receive = handler
         self.sent: list[tuple[bytes, list[bytes]]] = []
         self.closed = False
+        self.gone: set[bytes] = set()
+        """Peers to which nothing can be sent."""
 
     def send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
+        if peer in self.gone:
+            return False
         self.sent.append((peer, list(frames)))
         return True
 
@@ -41,7 +46,14 @@ class DirectBus:
         self.servers.append(DirectServer(handler))
         return self.servers[-1]
 
-    def client(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
+    def client(
+        self,
+        address: str,
+        handler: FramesHandler,
+        *,
+        server_key: str = "",
+        on_disconnect: DisconnectHandler | None = None,
+    ) -> ClientSocket:
         raise AssertionError("no clients here")
 
     def publisher(self, address: str) -> PublisherSocket:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
+from lossy_bus import LossyBus
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from microserve.gateway.server import serve
@@ -19,6 +20,7 @@ from microserve.protocol.actions import TokenLogprob, Usage
 from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST, decode_tokens
 from microserve.protocol.credit import CreditWindow
 from microserve.protocol.curve import CurveKeys
+from microserve.protocol.numbered import NumberedServer
 from microserve.protocol.serving import (
     Cancel,
     Ended,
@@ -81,11 +83,11 @@ def make_model(directory: Path) -> Path:
     return directory
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
+def run(main: Coroutine[Any, Any, T], *, timeout_s: float = TIMEOUT_S) -> T:
     """Run a test on the loop that the gateway runs on, with an end to every hang."""
 
     async def bounded() -> T:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(timeout_s):
             return await main
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -172,7 +174,8 @@ class ScriptedRouter:
         self._beaten = asyncio.Event()
         self._backlog: list[tuple[bytes, Output]] = []
         self._requests: asyncio.Queue[Served] = asyncio.Queue()
-        self._socket = bus.server(address, self._on_frames)
+        self.lossy = LossyBus(bus)
+        self._socket = NumberedServer(self.lossy, address, self._on_frames, lambda peer: None)
         self.address = self._socket.address
         self._task = asyncio.get_running_loop().create_task(self._beat())
 
@@ -192,7 +195,8 @@ class ScriptedRouter:
         return self._socket.send(peer, ROUTER_REPLY.encode(message))
 
     def send_raw(self, peer: bytes, frames: Sequence[bytes]) -> None:
-        self._socket.send(peer, frames)
+        """As they are, without a number."""
+        self._socket._socket.send(peer, frames)
 
     def stream(self, peer: bytes, output: Output) -> None:
         self._backlog.append((peer, output))

@@ -24,6 +24,7 @@ from microserve.protocol.actions import (
 )
 from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST
 from microserve.protocol.kv_events import KVEventBatch, encode_batch
+from microserve.protocol.numbered import NumberedServer
 from microserve.protocol.transport import Bus, ClientSocket, FramesHandler, ZmqBus
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.index.publisher import KvPublisher
@@ -84,7 +85,7 @@ class Engine:
             epoch=incarnation,
             clock=lambda: 0.0,
         )
-        self._socket = bus.server(address, self._on_frames)
+        self._socket = NumberedServer(bus, address, self._on_frames, lambda peer: None)
         self.info = make_info(
             engine_id,
             incarnation,

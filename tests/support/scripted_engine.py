@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 from fabric import Fabric
+from lossy_bus import LossyBus
 
 from microserve.kvcache.block_hash import block_hashes, root_hash
 from microserve.protocol import actions as wire
@@ -20,7 +21,8 @@ from microserve.protocol.credit import CreditWindow
 from microserve.protocol.errors import InvalidInterval, MeshError, UnknownRequest
 from microserve.protocol.grant import Grant, HeapAddress
 from microserve.protocol.kv_events import BlockStored, KVEvent, KVEventBatch, encode_batch, publish_frames
-from microserve.protocol.transport import Bus, ServerSocket
+from microserve.protocol.numbered import NumberedServer
+from microserve.protocol.transport import Bus
 from microserve.protocol.types import WIRE_VERSION
 
 ANY = "tcp://127.0.0.1:0"
@@ -97,7 +99,10 @@ class ScriptedEngine:
         self._grants = 0
         self._stored: list[KVEvent] = []
         self._seen = asyncio.Event()
-        self._socket: ServerSocket = bus.server(address, self._receive)
+        self.losses = 0
+        """Times that messages to it were lost."""
+        self.lossy = LossyBus(bus)
+        self._socket = NumberedServer(self.lossy, address, self._receive, self._take_loss)
         self._events = bus.publisher(ANY)
         self.info = wire.EngineInfo(
             **{
@@ -208,6 +213,9 @@ class ScriptedEngine:
             if self._peer and not self.mute_heartbeats:
                 self._send(self._peer, wire.Heartbeat(self.incarnation, self.load))
             await asyncio.sleep(interval_s)
+
+    def _take_loss(self, peer: bytes) -> None:
+        self.losses += 1
 
     def _send(self, peer: bytes, message: wire.EngineReply, *bulk: bytes) -> None:
         if not self.silent:

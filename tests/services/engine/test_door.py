@@ -14,6 +14,7 @@ from microserve.protocol import actions as wire
 from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST, encode_tokens
 from microserve.protocol.grant import Grant, HeapAddress
 from microserve.protocol.kv_events import KVEvent, decode_batch
+from microserve.protocol.numbered import Outgoing
 from microserve.protocol.sampling import SamplingParams
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.door import Door
@@ -79,6 +80,12 @@ class Rig:
         replies = [ENGINE_REPLY.decode(frames)[0] for to, frames in self.socket.sent if to == peer]
         self.socket.sent.clear()
         return replies
+
+    def beat_for(self, seconds: float) -> None:
+        """Time passes as in a healthy engine."""
+        for _ in range(round(seconds / 0.5)):
+            self.now += 0.5
+            self.door.beat()
 
     def hello(self, peer: bytes = b"p", incarnation: int = 1, credit: int = 100, router: str = "r") -> Any:
         return self.send(wire.Hello(1, router, incarnation, credit), peer=peer)
@@ -149,10 +156,9 @@ def test_a_silent_router_loses_its_requests(rig: Rig) -> None:
     rig.hello()
     rig.hello(peer=b"other", router="s")
     rig.send(start(), encode_tokens(PROMPT))
-    rig.now += 2.0
+    rig.beat_for(2.0)
     rig.send(wire.Ping(1), peer=b"other")
-    rig.now += 2.0
-    rig.door.beat()
+    rig.beat_for(2.0)
 
     assert len(rig.core.state.records) == 0
     assert any(isinstance(r, wire.Heartbeat) for r in rig.received(b"other"))
@@ -228,3 +234,101 @@ def test_tokens_of_an_aborted_life_never_reach_the_next_one(rig: Rig) -> None:
     rig.run()
 
     assert expected_tokens(PROMPT, PARAMS, vocab_size=VOCAB) == tokens_of(rig.send(wire.Credit(9)))
+
+
+# --- losses ----------------------------------------------------------------------------------------
+
+
+class Numbering:
+    """A router that numbers what it sends."""
+
+    def __init__(self, rig: Rig, peer: bytes = b"p") -> None:
+        self.rig, self.peer = rig, peer
+        self.outgoing = Outgoing(3)
+
+    def send(self, message: Any, *bulk: bytes, lost: bool = False) -> list[Any]:
+        header, *frames = ENGINE_REQUEST.encode(message, *bulk)
+        stamped = [self.outgoing.stamp(header), *frames]
+        self.rig.socket.sent.clear()
+        if not lost:
+            self.rig.socket.receive(self.peer, stamped)
+        sent = [frames for to, frames in self.rig.socket.sent if to == self.peer]
+        return [ENGINE_REPLY.decode([frames[0][:2], *frames[1:]])[0] for frames in sent]
+
+
+def test_a_router_whose_messages_were_lost_has_no_session_and_no_requests(rig: Rig) -> None:
+    router = Numbering(rig)
+    router.send(wire.Hello(1, "r", 1, 100))
+    router.send(start(), encode_tokens(PROMPT))
+    assert len(rig.core.state.records) == 1
+    assert router.send(wire.Ping(1)) == []
+    router.send(wire.Abort(3, "q"), lost=True)
+
+    [failed] = router.send(wire.Ping(1))
+    assert (failed.code, failed.call_id) == ("protocol_violation", 0)
+    assert len(rig.core.state.records) == 0
+    [welcome] = router.send(wire.Hello(4, "r", 1, 100))
+    assert isinstance(welcome, wire.Welcome)
+
+
+def test_a_hello_that_reveals_a_loss_begins_anew(rig: Rig) -> None:
+    router = Numbering(rig)
+    router.send(wire.Hello(1, "r", 1, 100))
+    router.send(start(), encode_tokens(PROMPT))
+    router.send(wire.Ping(1), lost=True)
+
+    [welcome] = router.send(wire.Hello(4, "r", 1, 100))
+    assert isinstance(welcome, wire.Welcome)
+    assert len(rig.core.state.records) == 0
+    assert router.send(wire.Ping(1)) == []
+
+
+def test_a_silent_router_is_told_so_at_once(rig: Rig) -> None:
+    rig.hello()
+    rig.socket.sent.clear()
+    rig.beat_for(4.0)
+
+    last = rig.received()[-1]
+    assert (last.code, last.call_id) == ("protocol_violation", 0)
+
+
+def test_an_engine_that_stood_still_calls_nobody_silent(rig: Rig) -> None:
+    rig.hello()
+    rig.beat_for(1.0)
+    rig.now += 60.0
+    rig.door.beat()
+
+    assert rig.send(wire.Ping(1)) == []
+
+
+def test_a_router_that_takes_nothing_loses_its_requests(rig: Rig) -> None:
+    rig.hello()
+    rig.hello(peer=b"other", router="s")
+    rig.send(start(), encode_tokens(PROMPT))
+    rig.socket.gone.add(b"p")
+    rig.run()
+
+    assert len(rig.core.state.records) == 0
+    rig.socket.gone.clear()
+    assert rig.send(wire.Ping(1))[0].code == "protocol_violation"
+    assert rig.send(wire.Ping(1), peer=b"other") == []
+
+
+def test_a_new_connection_of_a_router_ends_what_the_old_one_began(rig: Rig) -> None:
+    rig.hello(peer=b"old")
+    rig.send(start(), encode_tokens(PROMPT), peer=b"old")
+    rig.hello(peer=b"new")
+
+    assert len(rig.core.state.records) == 0
+    assert rig.send(wire.Ping(1), peer=b"old")[0].code == "protocol_violation"
+    assert rig.send(wire.Ping(1), peer=b"new") == []
+
+
+def test_a_hello_of_a_connection_that_is_gone_replaces_nobody(rig: Rig) -> None:
+    rig.hello(peer=b"new")
+    rig.send(start(), encode_tokens(PROMPT), peer=b"new")
+    rig.socket.gone.add(b"old")
+    rig.hello(peer=b"old")
+
+    assert len(rig.core.state.records) == 1
+    assert rig.send(wire.Ping(1), peer=b"new") == []

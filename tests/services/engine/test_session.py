@@ -78,5 +78,18 @@ def test_a_new_life_replaces_the_old_one() -> None:
     second, replaced = sessions.open(b"p2", "r", 2, 4, 2.0)
     assert replaced == [first]
     assert sessions.find(b"p1") is None
-    assert sessions.expire(4.9) == []
+    assert [sessions.expire(now) for now in (2.0, 3.0, 4.0, 4.9)] == [[], [], [], []]
     assert sessions.expire(5.1) == [second]
+
+
+def test_a_new_connection_of_the_same_life_replaces_the_old_one() -> None:
+    sessions = Sessions(silence_s=3.0)
+    first, _ = sessions.open(b"p1", "r", 1, 4, 0.0)
+    other, _ = sessions.open(b"p2", "s", 1, 4, 0.0)
+    second, replaced = sessions.open(b"p3", "r", 1, 4, 0.0)
+    assert replaced == [first]
+    assert sessions.all() == [other, second]
+    again, replaced = sessions.open(b"p3", "r", 1, 4, 1.0)
+    assert (again, replaced) == (second, [])
+    assert sessions.remove(b"p3") is second
+    assert sessions.remove(b"p3") is None

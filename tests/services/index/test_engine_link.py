@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 import pytest
 from index_world import World, in_world
+from lossy_bus import LossyBus
 
-from microserve.protocol.actions import EngineInfo, Failed
+from microserve.protocol.actions import EngineInfo, EngineLoad, Failed, Heartbeat
 from microserve.protocol.codec import ENGINE_REPLY
 from microserve.protocol.errors import DeadlineExceeded, Draining, EngineLost, InvalidRequest
 from microserve.protocol.kv_events import decode_batch
+from microserve.protocol.numbered import NumberedServer
+from microserve.protocol.transport import PeerHandler
 from microserve.services.index import engine_link
 from microserve.services.index.engine_link import EngineLink
 
@@ -134,3 +139,44 @@ def test_closing_ends_whoever_waits() -> None:
             await link.snapshot()
 
     in_world(test)
+
+
+def test_a_lost_answer_ends_the_snapshot_with_the_next_message() -> None:
+    async def test(world: World) -> None:
+        engine = world.engine()
+        lossy = LossyBus(world.bus)
+        server = NumberedServer(lossy, "tcp://127.0.0.1:0", answer_of(lambda: server), lambda peer: None)
+        world.at_end(server.close)
+        link = make_link(world, msgspec.structs.replace(engine.info, address=server.address))
+        lossy.swallow_down = {1}
+
+        with pytest.raises(EngineLost, match="messages were lost"):
+            await link.snapshot()
+
+    in_world(test)
+
+
+def test_an_engine_that_closes_ends_the_snapshot() -> None:
+    async def test(world: World) -> None:
+        engine = world.engine()
+
+        def vanish(peer: bytes, frames: list[bytes]) -> None:
+            server.close()
+
+        server = world.bus.server("tcp://127.0.0.1:0", vanish)
+        link = make_link(world, msgspec.structs.replace(engine.info, address=server.address))
+
+        with pytest.raises(EngineLost, match="the connection was closed"):
+            await link.snapshot()
+
+    in_world(test)
+
+
+def answer_of(server: Callable[[], NumberedServer]) -> PeerHandler:
+    """Two messages for each, of which the first is to be lost."""
+
+    def answer(peer: bytes, frames: list[bytes]) -> None:
+        for _ in range(2):
+            server().send(peer, ENGINE_REPLY.encode(Heartbeat(1, EngineLoad())))
+
+    return answer

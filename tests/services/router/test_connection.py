@@ -260,7 +260,7 @@ async def test_junk_from_an_engine_is_dropped() -> None:
             [header, b"\x93\5\xc0"],
             [b"x"] * 9,
         ):
-            engine._socket.send(engine._peer, frames)
+            engine._socket._socket.send(engine._peer, frames)  # without numbers
         reply, _ = await connection.snapshot()
         assert reply.epoch == 5
 
@@ -273,3 +273,44 @@ async def test_two_ends_and_a_send_after_the_end() -> None:
         with pytest.raises(EngineLost, match="first"):
             connection.begin(wire.Stats)
         assert engine.calls == []
+
+
+@in_loop
+async def test_an_engine_that_closes_the_connection_is_lost_at_once() -> None:
+    async with connection_to(liveness=100_000) as (connection, engine):
+        stream = TokenStream("r1", "e")
+        connection.streams.add(stream)
+        engine.emit(wire.Delta("r1", 0, [5]))
+        engine.close()
+        assert (await stream.next()).token_ids == [5]
+        with pytest.raises(EngineLost, match="closed the connection"):
+            await stream.next()
+
+
+@in_loop
+async def test_an_engine_that_is_leaving_and_idle_may_close_the_connection() -> None:
+    async with connection_to(liveness=100_000) as (connection, engine):
+        connection.is_leaving = True
+        engine.close()
+        await eventually(lambda: connection.is_ended, "ended")
+        with pytest.raises(EngineLost, match="has left the mesh"):
+            connection.begin(wire.Stats)
+
+
+@in_loop
+@pytest.mark.parametrize("what", ["answer", "tokens"])
+async def test_a_lost_message_ends_the_connection_with_the_next_one(what: str) -> None:
+    async with connection_to(liveness=100_000) as (connection, engine):
+        stream = TokenStream("r1", "e")
+        connection.streams.add(stream)
+        if what == "answer":
+            engine.mute_heartbeats = True
+        engine.lossy.lose_next_down()
+        if what == "tokens":
+            engine.emit(wire.Delta("r1", 0, [5]))
+        else:
+            connection.begin(lambda call_id: wire.Abort(call_id, "r2"))
+            await engine.saw(wire.Abort)
+            engine.mute_heartbeats = False
+        with pytest.raises(EngineLost, match="messages were lost"):
+            await stream.next()

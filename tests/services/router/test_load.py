@@ -131,3 +131,87 @@ def test_what_the_engine_reports_counts_when_it_is_more() -> None:
 
 def test_less_prefill_work_comes_before_fewer_sequences() -> None:
     assert Load(0, 9) < Load(1, 0) < Load(1, 2)
+
+
+def test_what_is_admitted_counts_as_unplaced_until_its_prefill_is_placed() -> None:
+    book = LoadBook()
+    with book.open(700) as one, book.open(50) as two:
+        assert book.unplaced_tokens == 750
+        one.reserve_sequence("a")  # a grant is asked for: who computes is not yet known
+        assert book.unplaced_tokens == 750
+        one.reserve_prefill("b", "send 1", 600)
+        assert book.unplaced_tokens == 50
+        two.reserve_prefill("b", "stream", 0)
+        assert (book.unplaced_tokens, book.own("b")) == (0, Load(600, 1))
+        assert book.own("a") == Load(0, 1)
+        book.check_integrity()
+    with book.open(10):
+        assert book.unplaced_tokens == 10
+    assert book.is_zero
+
+
+def test_equal_prompts_count_once_on_an_engine() -> None:
+    book = LoadBook()
+    accounts = [book.open(800, prompt=7) for _ in range(4)]
+    other = book.open(100, prompt=8)
+    assert book.unplaced_tokens == 900
+    assert book.shares("a", 7) and book.shares("b", 7) and not book.shares("a", 9)
+    for account in accounts:
+        account.reserve_sequence("a")
+        account.reserve_prefill("a", "stream", 800)
+    other.reserve_prefill("a", "stream", 100)
+    assert book.own("a") == Load(900, 5)
+    assert book.shares("a", 7) and not book.shares("b", 7)
+    accounts[1].reserve_prefill("b", "stream", 800)  # another engine has to compute it too
+    assert book.own("b") == Load(800, 1)
+    accounts[0].release_prefill("a", "stream")
+    assert not book.shares("a", 7)
+    assert book.own("a") == Load(100, 5)
+    book.check_integrity()
+    for account in (*accounts, other):
+        account.close()
+        book.check_integrity()
+    assert book.is_zero
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 5),
+            st.sampled_from(["open", "prefill", "release", "sequence", "leave", "close"]),
+            ENGINES,
+            PURPOSES,
+            st.integers(0, 300),
+            st.sampled_from([None, 1, 2]),
+        ),
+        max_size=60,
+    )
+)
+def test_equal_prompts_never_leave_the_book_different_from_its_accounts(
+    operations: list[tuple[int, str, str, str, int, int | None]],
+) -> None:
+    book = LoadBook()
+    accounts: dict[int, Account] = {}
+    for number, name, engine, purpose, count, prompt in operations:
+        if name == "open" and number not in accounts:
+            accounts[number] = book.open(count, prompt)
+        account = accounts.get(number)
+        if account is None:
+            continue
+        match name:
+            case "prefill":
+                account.reserve_prefill(engine, purpose, count)
+            case "release":
+                account.release_prefill(engine, purpose)
+            case "sequence":
+                account.reserve_sequence(engine)
+            case "leave":
+                account.release_sequence(engine)
+            case "close":
+                account.close()
+                del accounts[number]
+        book.check_integrity()
+    for account in accounts.values():
+        account.close()
+    book.check_integrity()
+    assert book.is_zero

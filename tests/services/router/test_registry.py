@@ -16,7 +16,7 @@ from router_world import (
 
 from microserve.protocol import actions as wire
 from microserve.protocol import log, membership
-from microserve.protocol.transport import ClientSocket, FramesHandler
+from microserve.protocol.transport import ClientSocket, DisconnectHandler, FramesHandler
 
 PROMPT = list(range(50))
 
@@ -138,6 +138,27 @@ async def test_a_lost_engine_comes_back_when_it_answers_again() -> None:
 
 
 @in_loop
+async def test_an_engine_that_was_lost_for_a_message_comes_back_without_the_index() -> None:
+    async with router_world("a", "b", liveness=10_000) as world:
+        world.index.close()
+        await world.beats(3)
+        for number in range(2, 5):
+            a = world.engines["a"]
+            a.lossy.lose_next_down()
+            await eventually(lambda a=a, n=number: len(a.hellos) == n, "hello again")  # type: ignore[misc]
+            await eventually(lambda: joined(world) == {"a": 1, "b": 1}, "a is back")
+
+
+@in_loop
+async def test_an_engine_that_is_not_listed_any_more_is_not_looked_for() -> None:
+    async with router_world("a", "b", liveness=10_000) as world:
+        world.index.set([world.engines["b"].info])
+        await eventually(lambda: joined(world) == {"b": 1}, "a has left")
+        await world.beats(6)
+        assert len(world.engines["a"].hellos) == 1
+
+
+@in_loop
 async def test_an_older_list_does_not_undo_a_newer_one() -> None:
     async with router_world("a", "b") as world:
         watcher = next(iter(world.index._watchers))
@@ -171,10 +192,16 @@ async def test_an_address_that_no_socket_takes_hides_nobody() -> None:
     async with router_world("a") as world:
         bad, connect = world.add_engine("bad"), world.bus.client
 
-        def client(address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
+        def client(
+            address: str,
+            handler: FramesHandler,
+            *,
+            server_key: str = "",
+            on_disconnect: DisconnectHandler | None = None,
+        ) -> ClientSocket:
             if address == bad.info.address:
                 raise OSError("cannot connect")
-            return connect(address, handler, server_key=server_key)
+            return connect(address, handler, server_key=server_key, on_disconnect=on_disconnect)
 
         world.bus.client = client  # type: ignore[method-assign]
         world.add_engine("z")

@@ -1,0 +1,69 @@
+"""How fast the engine is, measured step by step: what routers predict waiting times from.
+
+Sans-I/O; knows steps by their plans only. Each number is 0 until there is something to measure, is then the
+first sample as a whole, and moves by a share of each later one.
+"""
+
+from __future__ import annotations
+
+from microserve.services.engine.scheduler import Plan
+from microserve.services.engine.sequence import Sequence, State
+
+SMOOTHING = 0.2
+"""Weight of the newest sample."""
+MAX_DECODE_JUMP = 4.0
+"""A decode step counts as at most so many times the mean: a process that was frozen measures its absence."""
+
+
+class Rates:
+    """``measure`` every completed step."""
+
+    def __init__(self) -> None:
+        self.prefill_tokens_per_s = 0.0
+        """Prompt tokens a second, of steps that are full of them."""
+        self.decode_step_s = 0.0
+        """Duration of a step without any prefill."""
+        self.mean_output_tokens = 0.0
+        """Of generating sequences that have ended here."""
+        self._prefill_measured_at = 0.0
+        self._largest_prefill = 0
+        """Prompt tokens of the fullest step so far."""
+        self._generating: list[Sequence] = []
+        """Of the last step: those that have ended since are samples."""
+
+    def prefill_rate_age_s(self, now: float) -> float:
+        """Since the prefill rate was last measured; 0 before the first."""
+        return now - self._prefill_measured_at if self._largest_prefill else 0.0
+
+    def measure(self, plan: Plan, now: float) -> None:
+        """Take in a step that has just been computed, before its results are booked."""
+        self._measure_outputs(plan)
+        elapsed = now - plan.started_at
+        if elapsed <= 0.0 or not plan.batch.chunks:
+            return
+        prefill = plan.num_tokens - plan.num_decodes
+        if prefill > plan.num_decodes and plan.early is None:
+            self._measure_prefill(prefill, prefill / elapsed, now)
+        elif prefill == 0:
+            known = self.decode_step_s
+            self.decode_step_s = _smoothed(known, min(elapsed, known * MAX_DECODE_JUMP or elapsed))
+
+    def _measure_prefill(self, num_tokens: int, rate: float, now: float) -> None:
+        """A step has a fixed cost beside its tokens, so a nearly empty one says only that a full one is no
+        slower: it may raise the rate, never lower it. A step much fuller than any before begins anew."""
+        known, largest = self.prefill_tokens_per_s, self._largest_prefill
+        if 2 * num_tokens < largest and rate <= known:
+            return
+        self.prefill_tokens_per_s = rate if num_tokens > 2 * largest else _smoothed(known, rate)
+        self._prefill_measured_at = now
+        self._largest_prefill = max(largest, num_tokens)
+
+    def _measure_outputs(self, plan: Plan) -> None:
+        for sequence in self._generating:
+            if sequence.state is State.FINISHED and sequence.num_output_tokens:
+                self.mean_output_tokens = _smoothed(self.mean_output_tokens, sequence.num_output_tokens)
+        self._generating = [sequence for sequence in plan.sequences if sequence.transfer is None]
+
+
+def _smoothed(known: float, sample: float) -> float:
+    return known + SMOOTHING * (sample - known) if known else sample
