@@ -2,8 +2,9 @@
 
 Sans-I/O: ``schedule(now)`` looks at the queues and returns a :class:`Plan`; ``finished``/``preempt`` move
 sequences between them. Order of service: decodes first (one token each), then prefills that have begun, then
-waiting sequences, oldest first. Sends and local prefills share that order. When blocks run out, the youngest
-running sequence gives its blocks back and recomputes later: it keeps its tokens, so none is lost or repeated.
+waiting sequences, oldest first (past a head that does not fit only when nothing else runs). Sends and local
+prefills share that order. When blocks run out, the youngest running sequence gives its blocks back and
+recomputes later: it keeps its tokens, so none is lost or repeated.
 
 A step that carries a send never waits for KV of another engine; only a step with one receiving sequence alone
 may (``Plan.early``). So two engines that send to each other can never wait for each other.
@@ -98,6 +99,8 @@ class Scheduler:
             if self._admit(self.waiting[0], now):
                 budget -= self._place(plan, self.running[-1], budget)
             elif not self._reclaim(now):
+                if not self.running:
+                    self._admit_past_head(plan, budget, now)
                 break
         return plan if plan.batch.chunks or plan.sends else None
 
@@ -119,6 +122,16 @@ class Scheduler:
         is_old = bool(self.waiting) and sequence.ready_at - self.waiting[0].arrived_at > MAX_OVERTAKEN_S
         self.waiting.insert(1 if is_old else 0, sequence)
 
+    def _admit_past_head(self, plan: Plan, budget: int, now: float) -> None:
+        """Nothing runs and the head cannot: run the first that can.
+
+        The head may need more than is left beside grants whose KV is still to come, and the sends that bring
+        it, here or on an engine in the same place, would wait behind it for ever."""
+        for sequence in list(self.waiting)[1:]:
+            if self._admit(sequence, now):
+                self._place(plan, sequence, budget)
+                return
+
     def _reclaim(self, now: float) -> bool:
         """Nothing runs and the head does not fit: waiting sequences that hold blocks give them back.
 
@@ -135,7 +148,7 @@ class Scheduler:
         return False
 
     def _admit(self, sequence: Sequence, now: float) -> bool:
-        """Move the head of the waiting queue to running if its known tokens fit beside what runs."""
+        """Move a waiting sequence to running if its known tokens fit beside what runs."""
         matched_here = not sequence.blocks
         if matched_here:
             self._memory.match(sequence)
@@ -150,7 +163,7 @@ class Scheduler:
             if matched_here:
                 self._memory.release(sequence, now)
             return False
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.state = State.RUNNING
         if matched_here and sequence.num_preemptions == 0:

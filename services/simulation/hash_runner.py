@@ -106,15 +106,16 @@ class HashRunner:
         return Sampled(number % self._vocab_size, logprob, [])
 
 
-def expected_tokens(
+def expected_samples(
     prompt: Sequence[int], params: SamplingParams, *, vocab_size: int, num_layers: int = 2
-) -> list[int]:
+) -> list[Sampled]:
     """What any mesh must answer: one sequence alone, whole prompt at once, no cache (eos is ignored)."""
     total = len(prompt) + params.max_tokens
     layout = hash_layout(num_blocks=-(-total // 4), num_layers=num_layers)
     runner = HashRunner(np.zeros(layout.data_nbytes, np.uint8), layout, vocab_size=vocab_size)
     tokens, start = list(prompt), 0
     table = list(range(layout.num_blocks))
+    samples: list[Sampled] = []
     while len(tokens) < total:
         spec = SampleSpec(params, tokens[: len(prompt)], tokens[len(prompt) :], frozenset())
         sampled = runner.execute(Batch([Chunk(0, tokens[start:], start, table, start, spec)])).sampled[0]
@@ -122,6 +123,15 @@ def expected_tokens(
             raise InternalError("nothing was sampled")
         start = len(tokens)
         tokens.append(sampled.token_id)
+        samples.append(sampled)
         if sampled.token_id in params.stop_token_ids:
             break
-    return tokens[len(prompt) :]
+    return samples
+
+
+def expected_tokens(
+    prompt: Sequence[int], params: SamplingParams, *, vocab_size: int, num_layers: int = 2
+) -> list[int]:
+    """The tokens of :func:`expected_samples`."""
+    samples = expected_samples(prompt, params, vocab_size=vocab_size, num_layers=num_layers)
+    return [sampled.token_id for sampled in samples]

@@ -1,0 +1,232 @@
+"""Seeds by the thousand: run each world, judge it, add up.
+
+    python -m microserve.services.simulation.campaign --seeds 1000
+
+Exit code 0: every promise held. A seed that broke one is printed with the command that replays it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from microserve.protocol import log
+from microserve.services.simulation.client import Answer
+from microserve.services.simulation.fault import Faults
+from microserve.services.simulation.journal import Journal
+from microserve.services.simulation.judge import (
+    GONE_S,
+    judge_answer,
+    judge_gone,
+    judge_outcomes,
+    judge_rest,
+    judge_service,
+)
+from microserve.services.simulation.loop import VirtualLoop
+from microserve.services.simulation.scenario import CALM, STRATEGIES, Arrival, Scenario, draw
+from microserve.services.simulation.world import World
+
+OUTCOME_S = 5.0
+"""After the last fault every request has an outcome within this time."""
+REST_S = 15.0
+"""And nothing is left over within this time."""
+NOTICE_S = 0.6
+"""A message that was lost last of all shows with the next one, two heartbeats later at most."""
+PROBE_S = 3.0
+MAX_PRINTED = 20
+"""Seeds with broken promises that are told in full."""
+LOOK_S = 0.25
+"""Between two looks at whether it is so far."""
+
+
+@dataclass
+class Verdict:
+    """What one seed, or many, came to."""
+
+    seed: int
+    violations: list[str] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    events: Counter[str] = field(default_factory=Counter)
+    digest: str = ""
+    lines: list[str] = field(default_factory=list)
+    virtual_s: float = 0.0
+
+
+def run_seed(seed: int, *, keep: bool = False, scenario: Scenario | None = None) -> Verdict:
+    """One world from its start to its verdict; the same for the same seed, byte for byte."""
+    loop = VirtualLoop()
+    journal = Journal(loop, keep=keep)
+    verdict = Verdict(seed)
+    journal.open()
+    try:
+        loop.run(_run(loop, journal, scenario or draw(seed), verdict))
+    except Exception as error:
+        verdict.violations.append(f"the world broke: {type(error).__name__}: {error}")
+    finally:
+        journal.close()
+    verdict.violations += [f"defect: {line}" for line in journal.defects]
+    verdict.violations += [f"uncaught: {failure}" for failure in loop.failures]
+    verdict.events = journal.events
+    verdict.digest, verdict.lines, verdict.virtual_s = journal.digest, journal.lines, loop.now
+    return verdict
+
+
+async def _run(loop: VirtualLoop, journal: Journal, scenario: Scenario, verdict: Verdict) -> None:
+    world = World(loop, scenario.seed, scenario.shape, journal)
+    faults = Faults(world, scenario.seed)
+    answers: list[Answer] = []
+    try:
+        world.start_all()
+        for arrival in scenario.arrivals:
+            loop.at(arrival.at, _submit, world, arrival, answers)
+            if arrival.cancel_after_s is not None and scenario.kind == CALM:
+                at = arrival.at + arrival.cancel_after_s + GONE_S
+                loop.at(at, _look_for, world, arrival, answers, verdict)
+        for fault in scenario.faults:
+            loop.at(fault.at, faults.begin, fault)
+            loop.at(fault.until, faults.end, fault)
+        await asyncio.sleep(scenario.ends_at + 1e-3)
+        faults.mend()
+        verdict.faults = faults.total()
+        await _until(lambda: all(answer.outcome for answer in answers), OUTCOME_S)
+        verdict.violations += judge_outcomes(answers)
+        num_continued = journal.events[log.REQUEST_CONTINUED]
+        verdict.violations += judge_service(scenario, answers, num_continued)
+        verdict.violations += await _settle(world)
+        verdict.violations += await _probe(world, answers)
+        for answer in answers:
+            verdict.violations += judge_answer(answer)
+            verdict.outcomes[answer.outcome or "none"] += 1
+        for gateway in world.all_gateways():
+            verdict.violations += gateway.violations
+    finally:
+        world.close()
+
+
+def _submit(world: World, arrival: Arrival, answers: list[Answer]) -> None:
+    seat = world.seats[arrival.gateway]
+    if not seat.is_alive:
+        return
+    answer = Answer(
+        f"{arrival.gateway}.{seat.num_lives}.{len(answers)}", list(arrival.prompt), arrival.params, arrival.at
+    )
+    answer.strategy = arrival.strategy
+    answers.append(answer)
+    gateway = seat.service
+    gateway.submit(
+        answer, world.address(arrival.router), strategy=arrival.strategy, ttl_s=30.0, salt=arrival.salt
+    )
+    if arrival.cancel_after_s is not None:
+        world.loop.at(world.loop.now + arrival.cancel_after_s, gateway.cancel, answer)
+
+
+def _look_for(world: World, arrival: Arrival, answers: list[Answer], verdict: Verdict) -> None:
+    for answer in answers:
+        if answer.submitted_at == arrival.at:
+            verdict.violations += judge_gone(world, answer.request_id)
+
+
+async def _until(holds: Callable[[], bool], timeout_s: float) -> None:
+    """Let time pass until it holds, or is over."""
+    waited_s = 0.0
+    while waited_s < timeout_s and not holds():
+        await asyncio.sleep(LOOK_S)
+        waited_s += LOOK_S
+
+
+async def _settle(world: World) -> list[str]:
+    """Violations that are still there when the time is over."""
+    left: list[str] = []
+
+    def is_clean() -> bool:
+        left[:] = judge_rest(world)
+        return not left
+
+    await asyncio.sleep(NOTICE_S)
+    await _until(is_clean, REST_S)
+    is_clean()
+    return left
+
+
+async def _probe(world: World, answers: list[Answer]) -> list[str]:
+    """The mesh serves again: one request for every strategy at every router, and each must be whole."""
+    probes = []
+    for router in world.routers:
+        for number, strategy in enumerate(STRATEGIES):
+            template = draw(number).arrivals[0]
+            probe = replace(
+                template,
+                gateway=world.gateways[0],
+                router=router,
+                strategy=strategy,
+                salt="",
+                cancel_after_s=None,
+            )
+            _submit(world, probe, answers)
+            probes.append(answers[-1])
+            await asyncio.sleep(0.1)  # one after the other: a full queue would be a good answer
+    await _until(lambda: all(probe.outcome for probe in probes), PROBE_S)
+    return [
+        f"not well: {probe.strategy} ended {probe.outcome!r} ({probe.detail}) after all faults were over"
+        for probe in probes
+        if not probe.is_complete
+    ]
+
+
+# --- many seeds ------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--first", type=int, default=0, help="first seed")
+    parser.add_argument("--seeds", type=int, default=1000, help="how many")
+    parser.add_argument("--seconds", type=float, default=0.0, help="stop after so much wall time (0: never)")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--replay", type=int, help="run this seed alone and print its journal")
+    options = parser.parse_args(arguments)
+    if options.replay is not None:
+        verdict = run_seed(options.replay, keep=True)
+        print("\n".join(verdict.lines))
+        print(f"\nseed {verdict.seed}: digest {verdict.digest}", *verdict.violations, sep="\n  ")
+        return 1 if verdict.violations else 0
+    return _run_many(options.first, options.seeds, options.seconds, options.jobs)
+
+
+def _run_many(first: int, num_seeds: int, seconds: float, jobs: int) -> int:
+    started = time.monotonic()
+    total, broken, done = Verdict(first), [], 0
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        for verdict in pool.imap_unordered(run_seed, range(first, first + num_seeds), chunksize=8):
+            done += 1
+            total.faults += verdict.faults
+            total.outcomes += verdict.outcomes
+            total.events += verdict.events
+            total.virtual_s += verdict.virtual_s
+            if verdict.violations:
+                broken.append(verdict)
+                if len(broken) > MAX_PRINTED:
+                    continue
+                print(f"seed {verdict.seed}:", *verdict.violations[:4], sep="\n  ", flush=True)
+            if seconds and time.monotonic() - started > seconds:
+                break
+    wall_s = time.monotonic() - started
+    num_faults = total.faults.total()
+    print(f"\n{done} seeds, {num_faults} faults, {total.virtual_s:.0f} s of virtual time in {wall_s:.0f} s")
+    print(f"{num_faults / wall_s:.0f} faults/s, {done / wall_s:.1f} seeds/s, {jobs} jobs")
+    for title, counts in (("faults", total.faults), ("outcomes", total.outcomes)):
+        print(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()))
+    print(f"seeds with a broken promise: {len(broken)}")
+    if broken:
+        print(f"replay: python -m microserve.services.simulation.campaign --replay {broken[0].seed}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""A gateway without HTTP, in a simulated process: requests in, token ids out, a stream's promises checked.
+
+Owns the connections to the routers and what became of each request. Behaves towards routers as the real
+gateway's link does (hello, pings, credit; a router that is lost costs its requests, retryably); says what a
+client would have seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from microserve.protocol import serving
+from microserve.protocol.actions import TokenLogprob
+from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST, encode_tokens
+from microserve.protocol.credit import CreditMeter
+from microserve.protocol.numbered import NumberedClient
+from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.settings import BusSettings
+from microserve.protocol.transport import Bus
+
+
+@dataclass
+class Answer:
+    """One request as its client sees it."""
+
+    request_id: str
+    prompt: list[int]
+    params: SamplingParams
+    submitted_at: float
+    """World time."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    outcome: str = ""
+    """Empty until there is one: ``stop``, ``length``, ``abort``, an error's code, or ``router_lost``."""
+    detail: str = ""
+    ended_at: float = 0.0
+    is_cancelled: bool = False
+    strategy: str = ""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.outcome in ("stop", "length")
+
+
+class SimGateway:
+    """One gateway process: a link to every router."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        gateway_id: str,
+        incarnation: int,
+        settings: BusSettings,
+        *,
+        world_time: Callable[[], float],
+    ) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.violations: list[str] = []
+        self._world_time = world_time
+        self._links: dict[str, Link] = {}
+        self._bus = bus
+        self._settings = settings
+        self._identity = (gateway_id, incarnation)
+
+    async def run(self, routers: list[str]) -> None:
+        for address in routers:
+            self._links[address] = Link(self, self._bus, address, *self._identity, self._settings)
+        try:
+            while True:
+                for link in self._links.values():
+                    link.tick()
+                await asyncio.sleep(self._settings.heartbeat_interval_s)
+        finally:
+            for link in self._links.values():
+                link.close()
+
+    @property
+    def num_joined(self) -> int:
+        """Routers that have welcomed this gateway."""
+        return sum(link.is_joined for link in self._links.values())
+
+    def submit(self, answer: Answer, address: str, *, strategy: str, ttl_s: float, salt: str = "") -> None:
+        """Send it to the router at ``address``, or to another one that is there."""
+        self.answers[answer.request_id] = answer
+        links = [link for link in self._links.values() if link.is_joined]
+        chosen = [link for link in links if link.address == address] or links
+        if not chosen:
+            self.end(answer, "no_router", "no router answers")
+            return
+        chosen[0].submit(answer, strategy=strategy, ttl_s=ttl_s, salt=salt)
+
+    def cancel(self, answer: Answer) -> None:
+        answer.is_cancelled = True
+        for link in self._links.values():
+            link.cancel(answer)
+
+    def end(self, answer: Answer, outcome: str, detail: str = "") -> None:
+        if answer.outcome:
+            self.violations.append(f"{answer.request_id} ended twice: {answer.outcome}, {outcome}")
+            return
+        answer.outcome, answer.detail, answer.ended_at = outcome, detail, self._world_time()
+
+
+class Link:
+    """One router as this gateway knows it."""
+
+    def __init__(
+        self,
+        gateway: SimGateway,
+        bus: Bus,
+        address: str,
+        gateway_id: str,
+        incarnation: int,
+        settings: BusSettings,
+    ) -> None:
+        self.address = address
+        self.is_joined = False
+        self._gateway = gateway
+        self._bus = bus
+        self._gateway_id = gateway_id
+        self._incarnation = incarnation
+        self._credit = settings.credit
+        self._silence_s = settings.heartbeat_interval_s * settings.liveness
+        self._meter = CreditMeter(self._credit)
+        self._loop = asyncio.get_running_loop()
+        self._heard_at = self._loop.time()
+        self._ticked_at = self._heard_at
+        self._router_incarnation = 0
+        self._requests: dict[str, Answer] = {}
+        self._socket: NumberedClient | None = None
+        self._connect()
+
+    def _connect(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        self._heard_at = self._loop.time()
+        self._meter = CreditMeter(self._credit)
+        self._socket = NumberedClient(
+            self._bus,
+            self.address,
+            self._receive,
+            lambda detail: self._lose(f"messages were lost: {detail}"),
+            on_disconnect=lambda: self._lose("the router closed the connection"),
+        )
+        self._send(serving.GatewayHello(self._gateway_id, self._incarnation, self._credit))
+
+    def _send(self, message: serving.RouterRequest, *bulk: bytes) -> None:
+        if self._socket is not None:
+            self._socket.send(ROUTER_REQUEST.encode(message, *bulk))
+
+    def tick(self) -> None:
+        now = self._loop.time()
+        stalled, self._ticked_at = now - self._ticked_at > self._silence_s / 2, now
+        if stalled:  # who did not listen cannot say that the other was silent
+            self._heard_at = now
+        elif now - self._heard_at > self._silence_s:
+            self._lose("the router fell silent")
+        elif self.is_joined:
+            self._send(serving.GatewayPing(self._incarnation))
+
+    def _lose(self, why: str) -> None:
+        self.is_joined = False
+        requests, self._requests = self._requests, {}
+        for answer in requests.values():
+            self._gateway.end(answer, "router_lost", why)
+        self._connect()
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def submit(self, answer: Answer, *, strategy: str, ttl_s: float, salt: str) -> None:
+        self._requests[answer.request_id] = answer
+        message = serving.Generate(answer.request_id, "", answer.params, ttl_s, strategy, salt)
+        self._send(message, encode_tokens(answer.prompt))
+
+    def cancel(self, answer: Answer) -> None:
+        if self._requests.get(answer.request_id) is answer:
+            self._send(serving.Cancel(answer.request_id))
+
+    def _receive(self, frames: list[bytes]) -> None:
+        message, _ = ROUTER_REPLY.decode(frames)
+        self._heard_at = self._loop.time()
+        match message:
+            case serving.RouterWelcome():
+                if self.is_joined and message.incarnation != self._router_incarnation:
+                    self._lose("the router restarted")
+                    return
+                self._router_incarnation = message.incarnation
+                self.is_joined = True
+            case serving.RouterHeartbeat():
+                if self.is_joined and message.incarnation != self._router_incarnation:
+                    self._lose("the router restarted")
+            case serving.RouterFailed():
+                if self.is_joined:
+                    self._lose(f"the router refused: {message.detail}")
+            case serving.Stream():
+                credit = self._meter.consumed()
+                if credit:
+                    self._send(serving.StreamCredit(credit))
+                for output in message.outputs:
+                    self._take(output)
+
+    def _take(self, output: serving.Output) -> None:
+        answer = self._requests.get(output.request_id)
+        if answer is None:
+            return
+        have = len(answer.token_ids)
+        if output.offset != have:
+            self._gateway.violations.append(
+                f"{answer.request_id}: tokens from {output.offset} on, {have} are here"
+            )
+            return
+        answer.token_ids += output.token_ids
+        answer.logprobs += output.logprobs
+        if output.ended is not None:
+            del self._requests[output.request_id]
+            ended = output.ended
+            self._gateway.end(answer, ended.code or ended.reason, ended.detail)

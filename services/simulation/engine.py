@@ -1,0 +1,122 @@
+"""One life of a simulated engine: the real shell and core on a heap, a clock and a model of the simulation.
+
+Owns nothing that a real engine has not; what is replaced is named in ``__init__``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+
+from microserve.kvcache.heap.memory import MemoryRegistry
+from microserve.protocol.settings import Settings
+from microserve.protocol.transport import Bus
+from microserve.services.engine.batch import Batch, StepResult
+from microserve.services.engine.core import EngineCore
+from microserve.services.engine.shell import EngineService
+from microserve.services.engine.state import Limits
+from microserve.services.lifecycle import Lifecycle
+from microserve.services.simulation.hash_runner import HashRunner, hash_layout
+from microserve.services.simulation.heap import FaultyHeap, WriteFaults
+from microserve.services.simulation.loop import Process, VirtualLoop
+from microserve.services.simulation.steps import Pacer, VirtualCondition, VirtualSteps
+
+MODEL = "hash"
+VOCAB_SIZE = 500
+LAYER_S = 0.004
+TOKEN_S = 0.0002
+"""A layer takes ``LAYER_S``, and ``TOKEN_S`` more for each token of the step."""
+MIN_PAUSE_S = 0.002
+"""Shortest pause between two looks at a counter: polling costs the simulation, and shows nothing more."""
+
+
+class TimedRunner:
+    """The hash model with a price: time passes after a layer's rows are written and before they are sent."""
+
+    def __init__(self, runner: HashRunner, pacer: Pacer) -> None:
+        self._runner = runner
+        self._pacer = pacer
+
+    def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
+        seconds = LAYER_S + TOKEN_S * sum(len(chunk.token_ids) for chunk in batch.chunks)
+
+        def timed(layer: int) -> None:
+            self._pacer.sleep(seconds)
+            if on_layer is not None:
+                on_layer(layer)
+
+        return self._runner.execute(batch, timed)
+
+
+class SimEngine:
+    """``run`` in the engine's process."""
+
+    def __init__(
+        self,
+        loop: VirtualLoop,
+        process: Process,
+        settings: Settings,
+        bus: Bus,
+        registry: MemoryRegistry,
+        *,
+        incarnation: int,
+        seed: int,
+    ) -> None:
+        cache = settings.kvcache
+        self.process = process
+        self.pacer = Pacer(loop, process)
+        self.faults = WriteFaults(random.Random(seed), self.pacer.sleep)
+        layout = hash_layout(num_blocks=cache.num_blocks, block_size=cache.block_size)
+        heap = FaultyHeap(
+            layout,
+            incarnation=incarnation,
+            registry=registry,
+            num_slots=cache.grant_slots,
+            faults=self.faults,
+        )
+        runner = HashRunner(heap.data, layout, vocab_size=VOCAB_SIZE)
+        self.core = EngineCore(
+            engine_id=settings.engine.id,
+            incarnation=incarnation,
+            model=MODEL,
+            heap=heap,
+            runner=TimedRunner(runner, self.pacer),
+            limits=Limits(
+                max_model_len=settings.engine.max_model_len,
+                vocab_size=VOCAB_SIZE,
+                num_blocks=cache.num_blocks,
+                max_waiting=settings.engine.max_waiting,
+                eos_token_ids=frozenset(),
+            ),
+            max_num_seqs=settings.engine.max_num_seqs,
+            max_num_batched_tokens=settings.engine.max_num_batched_tokens,
+            lease_s=cache.lease_s,
+            checksums=cache.checksums,
+            clock=lambda: process.now,
+            pause=lambda seconds: self.pacer.sleep(max(seconds, MIN_PAUSE_S)),
+            changed=VirtualCondition(self.pacer),
+        )
+        self.service: EngineService | None = None
+        self._settings = settings
+        self._bus = bus
+        self._loop = loop
+
+    @property
+    def num_routers(self) -> int:
+        """Peers that the engine keeps something for, the index among them."""
+        return self.service.num_sessions if self.service is not None else 0
+
+    async def run(self) -> None:
+        self.service = service = EngineService(
+            self._settings,
+            self._bus,
+            Lifecycle(),
+            self.core,
+            make_steps=partial(VirtualSteps, self.pacer),
+            wall_clock=lambda: self._loop.now,
+        )
+        try:
+            await service.run()
+        finally:
+            service.close()

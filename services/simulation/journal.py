@@ -1,0 +1,76 @@
+"""What happened in a simulated world, in order: one line an event, the same bytes for the same seed.
+
+Owns the lines and their digest. Takes the place of structlog's output while a world runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import traceback
+from collections import Counter
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import structlog
+
+from microserve.protocol import log
+from microserve.services.simulation.loop import VirtualLoop
+
+DEFECTS = frozenset({log.STEP_FAILED, log.BUS_HANDLER_FAILED, log.STRATEGY_FAILED, log.SERVICE_FAILED})
+"""Events that no fault outside of a process may cause."""
+
+
+class Journal:
+    """Lines of one world."""
+
+    def __init__(self, loop: VirtualLoop, *, keep: bool) -> None:
+        """``keep``: remember the lines, and not only their digest."""
+        self.lines: list[str] = []
+        self.defects: list[str] = []
+        self.events: Counter[str] = Counter()
+        self._loop = loop
+        self._keep = keep
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+    def note(self, event: str, **fields: object) -> None:
+        """Write a line in the name of the process whose callback runs."""
+        process = self._loop.current
+        if process is not None and not process.is_alive:
+            return
+        name = process.name if process is not None else "world"
+        told = " ".join(f"{key}={value}" for key, value in fields.items())
+        line = f"{self._loop.now:.6f} {name} {event} {told}"
+        self.events[event] += 1
+        self._digest.update(line.encode())
+        if self._keep:
+            self.lines.append(line)
+        if event in DEFECTS:
+            self.defects.append(line)
+
+    def capture(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+        """The only processor: structlog goes no further."""
+        name = str(event.pop("event"))
+        trace = event.pop("exc_info", None)
+        if trace is True or isinstance(trace, BaseException):
+            event["trace"] = (
+                "".join(traceback.format_exception(trace))
+                if isinstance(trace, BaseException)
+                else traceback.format_exc()
+            )
+        self.note(name, **event)
+        raise structlog.DropEvent
+
+    def open(self) -> None:
+        """From now on, everything that is logged in this process comes here."""
+        structlog.configure(
+            processors=[self.capture],
+            wrapper_class=structlog.make_filtering_bound_logger(20),
+            cache_logger_on_first_use=False,
+        )
+
+    def close(self) -> None:
+        structlog.reset_defaults()

@@ -1,0 +1,203 @@
+"""What must be true of a world after its faults: the promises, each as a check that can fail.
+
+Owns the oracle. Returns violations as text; an empty list is the only good answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from microserve.kvcache.prefix_index import PrefixIndex
+from microserve.protocol.errors import InternalError
+from microserve.protocol.sampling import SamplingParams
+from microserve.services.index.service import IndexService
+from microserve.services.router.service import Router
+from microserve.services.simulation.client import Answer
+from microserve.services.simulation.engine import VOCAB_SIZE, SimEngine
+from microserve.services.simulation.hash_runner import expected_samples
+from microserve.services.simulation.scenario import CALM, STORM, Scenario
+from microserve.services.simulation.world import INDEX, World
+
+GONE_S = 0.5
+"""Without faults a cancelled request is gone from every engine after so long."""
+PATIENCE_S = 4.0
+"""With one engine failing, a request takes no longer: 1.5 s until it is missed, and the work done twice."""
+
+
+@lru_cache(maxsize=50_000)
+def _expected(
+    prompt: tuple[int, ...], max_tokens: int, temperature: float, seed: int, stops: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        ignore_eos=True,
+        stop_token_ids=stops,
+        logprobs=0,
+    )
+    samples = expected_samples(prompt, params, vocab_size=VOCAB_SIZE)
+    return tuple(s.token_id for s in samples), tuple(s.logprob or 0.0 for s in samples)
+
+
+def judge_answer(answer: Answer) -> list[str]:
+    """A complete answer is the oracle's; one that was cut short is a prefix of it."""
+    params = answer.params
+    tokens, logprobs = _expected(
+        tuple(answer.prompt),
+        params.max_tokens,
+        params.temperature,
+        params.seed,
+        params.stop_token_ids,
+    )
+    name = f"{answer.request_id} ({answer.strategy}, {len(answer.prompt)} prompt tokens)"
+    have, wrong = tuple(answer.token_ids), []
+    if answer.is_complete and have != tokens:
+        wrong.append(f"wrong tokens: {name}: {list(have)}, expected {list(tokens)}")
+    elif have != tokens[: len(have)]:
+        wrong.append(f"wrong tokens before its end: {name}: {list(have)}, expected {list(tokens)}")
+    if params.logprobs is not None:
+        told = tuple(logprob.logprob for logprob in answer.logprobs)
+        if told != logprobs[: len(told)] or len(told) != len(have):
+            wrong.append(f"wrong logprobs: {name}")
+    return wrong
+
+
+def judge_outcomes(answers: Sequence[Answer]) -> list[str]:
+    return [f"stuck: {a.request_id} ({a.strategy}) has no outcome" for a in answers if not a.outcome]
+
+
+def judge_gone(world: World, request_id: str) -> list[str]:
+    """A cancelled request is nowhere any more."""
+    return [
+        f"leak: {name} still works for {request_id}, cancelled {GONE_S} s ago"
+        for name in world.engines
+        for record in world.seats[name].service.core.state.records
+        if record.request_id == request_id and not record.is_idle
+    ]
+
+
+def judge_service(scenario: Scenario, answers: Sequence[Answer], num_continued: int) -> list[str]:
+    """What is promised where nothing, or one engine of several, has failed."""
+    if scenario.kind == STORM:
+        return []
+    wrong = []
+    if scenario.kind == CALM and num_continued:
+        wrong.append(f"service: {num_continued} requests were begun anew though nothing had failed")
+    for answer in answers:
+        name = f"{answer.request_id} ({answer.strategy})"
+        if not answer.is_complete and not answer.is_cancelled:
+            wrong.append(f"service: {name} ended {answer.outcome!r} ({answer.detail})")
+        elif answer.ended_at - answer.submitted_at > PATIENCE_S:
+            seconds = answer.ended_at - answer.submitted_at
+            wrong.append(f"service: {name} took {seconds:.1f} s, at most {PATIENCE_S}")
+    return wrong
+
+
+def judge_rest(world: World) -> list[str]:
+    """What is left over once nobody asks for anything: nothing."""
+    left: list[str] = []
+    for name in world.engines:
+        left += _judge_engine(name, world.seats[name].service, world)
+    for name in world.routers:
+        left += _judge_router(name, world.seats[name].service)
+    left += _judge_connections(world)
+    left += _judge_indexes(world)
+    return left
+
+
+def _judge_connections(world: World) -> list[str]:
+    """Everybody has found everybody again."""
+    apart = []
+    for name in world.routers:
+        joined = {connection.engine_id for connection in world.seats[name].service.registry.usable()}
+        apart += [f"apart: {name} does not use {engine}" for engine in world.engines if engine not in joined]
+        if len(world.seats[name].service.gateways) != len(world.gateways):
+            apart.append(f"apart: {name} does not have every gateway")
+    for name in world.gateways:
+        if world.seats[name].service.num_joined != len(world.routers):
+            apart.append(f"apart: {name} has not joined every router")
+    return apart
+
+
+def _judge_engine(name: str, engine: SimEngine, world: World) -> list[str]:
+    core = engine.core
+    pool, state = core.memory.pool, core.state
+    counts = core.memory.grants.counts(0.0)
+    checks = {
+        "blocks in use": pool.num_used,
+        "blocks in quarantine": pool.num_quarantined,
+        "blocks missing": pool.num_blocks - pool.num_free - pool.num_used - pool.num_quarantined,
+        "requests": state.num_requests,
+        "grants open": counts.num_open,
+        "grants sealed": counts.num_sealed,
+        "grant slots missing": core.memory.grants.num_slots - counts.num_free_slots,
+        "commits": len(state.committing),
+        "routers that are gone": max(0, engine.num_routers - len(world.routers) - 1),
+    }
+    left = [f"leak: {name} has {value} {what}" for what, value in checks.items() if value]
+    try:
+        core.check_integrity()
+    except InternalError as error:
+        left.append(f"integrity: {name}: {error.detail}")
+    return left
+
+
+def _judge_router(name: str, router: Router) -> list[str]:
+    left = []
+    if len(router.serving):
+        left.append(f"leak: {name} has {len(router.serving)} live requests")
+    if not router.serving.book.is_zero:
+        left.append(f"leak: {name}'s load book is not at zero")
+    for connection in router.registry.joined():
+        if connection.prompts or connection.has_waiters or not connection.is_idle:
+            left.append(f"leak: {name} still waits for {connection.engine_id}")
+    return left
+
+
+def _judge_indexes(world: World) -> list[str]:
+    """Every index says of every engine what is in the engine's cache, and nothing else."""
+    wrong = []
+    truth = {name: _truth(world.seats[name].service) for name in world.engines}
+    service: IndexService = world.seats[INDEX].service
+    indexes: dict[str, PrefixIndex | None] = {INDEX: service.prefix_index("hash")}
+    for name in world.routers:
+        indexes[name] = world.seats[name].service.prefixes.index
+    everything = set().union(*truth.values())
+    for name, index in indexes.items():
+        if index is None:
+            wrong.append(f"index: {name} knows no engine")
+            continue
+        index.check_integrity()
+        if index.num_blocks != len({chain[-1] for chain in everything}):
+            wrong.append(f"index: {name} has {index.num_blocks} blocks, engines {len(everything)}")
+        for chain in everything:
+            told = index.lookup_hashes(chain)
+            real = {engine: _depth(chain, chains) for engine, chains in truth.items()}
+            held = {engine: depth * world.shape.block_size for engine, depth in real.items() if depth}
+            if told != held:
+                wrong.append(f"index: {name} says {told} of a chain of {len(chain)}, engines hold {held}")
+                break
+    return wrong
+
+
+Chain = tuple[bytes, ...]
+"""Hashes of a prefix, block by block."""
+
+
+def _truth(engine: SimEngine) -> set[Chain]:
+    """Every prefix that ends with a cached block."""
+    chains: dict[bytes, Chain] = {}
+    for event in engine.core.memory.cache.snapshot():
+        parent = event.parent_block_hash
+        chain: Chain = chains[parent] if isinstance(parent, bytes) else ()
+        for block_hash in event.block_hashes:
+            if isinstance(block_hash, bytes):
+                chain = (*chain, block_hash)
+                chains[block_hash] = chain
+    return set(chains.values())
+
+
+def _depth(chain: Chain, chains: set[Chain]) -> int:
+    return next((n for n in range(len(chain), 0, -1) if chain[:n] in chains), 0)

@@ -1,0 +1,375 @@
+"""Bugs planted on purpose: each must be caught by the simulation, or the simulation proves nothing.
+
+    python tests/simulation/mutations.py            the table: bug, seeds until it was caught, what was seen
+
+Every mutation is one small lie told to one function, undone afterwards. Several are bugs that systems of this
+kind have shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from microserve.kvcache.arrival import Arrival
+from microserve.kvcache.grant import Discharged, GrantEvent, GrantTable
+from microserve.kvcache.transfer import LaneWriter
+from microserve.protocol.actions import SnapshotReply
+from microserve.protocol.credit import CreditMeter
+from microserve.protocol.errors import MeshError, StrategyError
+from microserve.protocol.liveness import LivenessBook
+from microserve.protocol.numbered import Incoming, Verdict
+from microserve.services.engine.door import Door
+from microserve.services.engine.memory import KvMemory
+from microserve.services.engine.scheduler import Scheduler
+from microserve.services.engine.sequence import Sequence
+from microserve.services.engine.session import Session, Sessions
+from microserve.services.engine.state import EngineState
+from microserve.services.index.feed_state import FeedState
+from microserve.services.router.failover import Failover
+from microserve.services.router.load import Account
+from microserve.services.router.request import Request
+from microserve.services.router.scope import RequestScope
+from microserve.services.simulation.campaign import run_seed
+
+LIMIT_SEEDS = 2000
+Plant = Callable[[ExitStack], None]
+MUTATIONS: dict[str, Callable[[], ExitStack]] = {}
+
+
+def mutation(plant: Plant) -> Plant:
+    """Register; the function's docstring is what the table says of it."""
+
+    def planted() -> ExitStack:
+        stack = ExitStack()
+        plant(stack)
+        return stack
+
+    MUTATIONS[(plant.__doc__ or plant.__name__).strip().rstrip(".")] = planted
+    return plant
+
+
+def replace(stack: ExitStack, owner: type, name: str, new: Any) -> None:
+    stack.enter_context(mock.patch.object(owner, name, new))
+
+
+# --- KV ----------------------------------------------------------------------------------------------
+
+
+@mutation
+def _skip_quarantine(stack: ExitStack) -> None:
+    """Skip quarantine: a closed grant's blocks are free at once."""
+    replace(stack, GrantTable, "_is_drained", lambda self, entry: True)
+
+
+@mutation
+def _free_by_timer(stack: ExitStack) -> None:
+    """Free by timer: quarantine ends when its lease is over."""
+    poll = GrantTable.poll
+
+    def poll_with_timer(self: GrantTable, now: float) -> list[GrantEvent]:
+        events = poll(self, now)
+        for entry in list(self._entries.values()):
+            if entry.state.value == "quarantined" and now - entry.since > self._lease_s:
+                self._forget(entry)
+                self._pool.discharge(entry.grant.blocks)
+                events.append(Discharged(entry.grant.grant_id, entry.request_id, len(entry.grant.blocks)))
+        return events
+
+    replace(stack, GrantTable, "poll", poll_with_timer)
+
+
+@mutation
+def _publish_before_arrival(stack: ExitStack) -> None:
+    """Publish before arrival: a received prefix is cached while its writers may still write."""
+    insert = KvMemory.insert
+
+    def insert_at_once(self: KvMemory, sequence: Sequence) -> None:
+        grant_id, sequence.grant_id = sequence.grant_id, None
+        insert(self, sequence)
+        sequence.grant_id = grant_id
+
+    replace(stack, KvMemory, "insert", insert_at_once)
+
+
+@mutation
+def _any_arrival_is_all(stack: ExitStack) -> None:
+    """A layer counts as here when its first chunk is."""
+
+    def layer_complete(self: Arrival, layer: int) -> bool:
+        return self._grant.matched == self._grant.end or self.frontier(layer) > self._grant.matched
+
+    replace(stack, Arrival, "layer_complete", layer_complete)
+
+
+@mutation
+def _equal_instead_of_at_least(stack: ExitStack) -> None:
+    """EQ instead of GE: an interval joins the frontier only where it begins exactly there."""
+
+    def frontier(self: Arrival, layer: int) -> int:
+        words, load = self._heap.words, self._heap.load
+        position = self._grant.matched
+        for lane in range(4):
+            word = load(words.arrival(self._grant.slot, lane, layer))
+            interval = self._interval(lane)
+            if interval is not None and interval[0] == position and word >> 32 == self._grant.generation:
+                position += word & 0xFFFF_FFFF
+        # A send that begins below the receiver's match, or a repeated part, is never taken up.
+        return position if position == self._grant.end else self._grant.matched
+
+    replace(stack, Arrival, "frontier", frontier)
+
+
+@mutation
+def _verify_nothing(stack: ExitStack) -> None:
+    """Received blocks are used without a look at their tags and checksums."""
+    replace(stack, Arrival, "verify", lambda self, layer: None)
+
+
+@mutation
+def _poison_is_ignored(stack: ExitStack) -> None:
+    """A writer's failure or death is not noticed by who waits for it."""
+    replace(stack, Arrival, "poisoned", lambda self, *, await_first=False: None)
+
+
+@mutation
+def _lane_is_kept(stack: ExitStack) -> None:
+    """A writer never lets its lane go."""
+
+    def finish(self: LaneWriter) -> None:
+        self._is_over = True
+
+    replace(stack, LaneWriter, "finish", finish)
+
+
+@mutation
+def _preempted_keeps_its_place(stack: ExitStack) -> None:
+    """A preempted sequence forgets that its KV is gone."""
+    preempt = Scheduler.preempt
+
+    def preempt_and_forget(self: Scheduler, sequence: Sequence, plan: Any = None, now: float = 0.0) -> None:
+        num_computed = sequence.num_computed
+        preempt(self, sequence, plan, now)
+        sequence.num_computed = num_computed
+
+    replace(stack, Scheduler, "preempt", preempt_and_forget)
+
+
+# --- requests ----------------------------------------------------------------------------------------
+
+
+@mutation
+def _forget_abort_on_one_leg(stack: ExitStack) -> None:
+    """Forget Abort on one leg: only the first engine of a request hears that it has ended."""
+
+    def close(self: RequestScope) -> None:
+        if self.is_closed:
+            return
+        self.is_closed = True
+        for number, (connection, holds) in enumerate(self._holds.items()):
+            if holds and number == 0:
+                connection.abort(self.request.request_id)
+            connection.prompts.discard(self.request.request_id)
+        self._holds.clear()
+        ended: MeshError = StrategyError("ended")
+        for callback in self._on_close:
+            callback(ended)
+        self._on_close.clear()
+        self.account.close()
+
+    replace(stack, RequestScope, "close", close)
+
+
+@mutation
+def _lose_the_offset(stack: ExitStack) -> None:
+    """Lose the retry's offset: a continued request starts again from its prompt."""
+    replace(stack, Failover, "continued", lambda self, delivered: self.original)
+
+
+@mutation
+def _repeat_a_token(stack: ExitStack) -> None:
+    """A continued request knows one token less than was delivered."""
+
+    def continued(self: Failover, delivered: list[int]) -> Request:
+        request = self.original.continued(delivered[:-1])
+        object.__setattr__(request, "num_output_tokens", len(delivered))
+        return request
+
+    replace(stack, Failover, "continued", continued)
+
+
+@mutation
+def _load_is_not_given_back(stack: ExitStack) -> None:
+    """Count load without finally: a cancelled request's load stays in the book."""
+    close = Account.close
+
+    def close_unless_in_use(self: Account) -> None:
+        if not self.tokens:
+            close(self)
+
+    replace(stack, Account, "close", close_unless_in_use)
+
+
+@mutation
+def _silent_router_is_kept(stack: ExitStack) -> None:
+    """A silent router's requests are kept for ever."""
+    replace(stack, Sessions, "expire", lambda self, now: [])
+
+
+@mutation
+def _aborted_life_speaks(stack: ExitStack) -> None:
+    """Tokens of an aborted request may reach the next one of its id."""
+    abort = EngineState.abort
+
+    def abort_and_tell(self: EngineState, record: Any, now: float) -> None:
+        deltas = self.outbox.deltas
+        abort(self, record, now)
+        self.outbox.deltas = deltas
+
+    replace(stack, EngineState, "abort", abort_and_tell)
+
+
+@mutation
+def _merge_drops_the_first(stack: ExitStack) -> None:
+    """Without credit, only the newest tokens of a request wait."""
+
+    def add(self: Session, delta: Any) -> None:
+        self.pending[delta.request_id] = delta
+
+    replace(stack, Session, "add", add)
+
+
+# --- messages ----------------------------------------------------------------------------------------
+
+
+@mutation
+def _duplicates_are_news(stack: ExitStack) -> None:
+    """A message that comes twice is taken twice."""
+    take = Incoming.take
+
+    def take_again(self: Incoming, epoch: int, number: int) -> Verdict:
+        verdict = take(self, epoch, number)
+        return Verdict.NEXT if verdict is Verdict.DUPLICATE else verdict
+
+    replace(stack, Incoming, "take", take_again)
+
+
+@mutation
+def _losses_are_fine(stack: ExitStack) -> None:
+    """A lost message is not noticed."""
+    take = Incoming.take
+
+    def take_on(self: Incoming, epoch: int, number: int) -> Verdict:
+        verdict = take(self, epoch, number)
+        return Verdict.NEXT if verdict is Verdict.GAP else verdict
+
+    replace(stack, Incoming, "take", take_on)
+
+
+@mutation
+def _credit_is_not_given_back(stack: ExitStack) -> None:
+    """A consumer gives no credit back."""
+    replace(stack, CreditMeter, "consumed", lambda self: 0)
+
+
+@mutation
+def _nobody_is_ever_lost(stack: ExitStack) -> None:
+    """Silence and standstill are not noticed."""
+    replace(stack, LivenessBook, "expire", lambda self, now: [])
+
+
+# --- index -------------------------------------------------------------------------------------------
+
+
+@mutation
+def _ignore_the_incarnation(stack: ExitStack) -> None:
+    """Ignore the incarnation: events of a new life are taken for the old one's."""
+    receive = FeedState.receive
+
+    def receive_any(self: FeedState[Any], batch: Any, now: float) -> Any:
+        if self.live and self.epoch is not None and batch.seq >= self.next_seq:
+            return [self._apply(batch)]
+        return receive(self, batch, now)
+
+    replace(stack, FeedState, "receive", receive_any)
+
+
+@mutation
+def _gaps_are_fine(stack: ExitStack) -> None:
+    """A gap in an engine's events is not noticed."""
+    receive = FeedState.receive
+
+    def receive_on(self: FeedState[Any], batch: Any, now: float) -> Any:
+        if self.live and batch.epoch == self.epoch and batch.seq > self.next_seq:
+            return [self._apply(batch)]
+        return receive(self, batch, now)
+
+    replace(stack, FeedState, "receive", receive_on)
+
+
+@mutation
+def _snapshot_names_the_wrong_batch(stack: ExitStack) -> None:
+    """A snapshot claims to hold one batch more than it does."""
+    snapshot = Door._snapshot
+
+    def snapshot_ahead(self: Door, call_id: int) -> tuple[SnapshotReply, bytes]:
+        reply, bulk = snapshot(self, call_id)
+        assert isinstance(reply, SnapshotReply)
+        return SnapshotReply(reply.call_id, reply.epoch, reply.seq + 1), bulk
+
+    replace(stack, Door, "_snapshot", snapshot_ahead)
+
+
+# --- hunting -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Catch:
+    """``seeds`` worlds were run until one showed the bug; None: none of them did."""
+
+    name: str
+    seeds: int | None
+    seen: str
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    with MUTATIONS[name]():
+        yield
+
+
+def hunt(name: str, limit: int = LIMIT_SEEDS) -> Catch:
+    """Run seeds with the bug planted until the judge sees it."""
+    with planted(name):
+        for seed in range(limit):
+            violations = run_seed(seed).violations
+            if violations:
+                return Catch(name, seed + 1, violations[0])
+    return Catch(name, None, "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--limit", type=int, default=LIMIT_SEEDS, help="seeds for each bug")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    missed = 0
+    print(f"{'seeds':>6}  planted bug", flush=True)
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        hunts = [(pool.apply_async(hunt, (name, options.limit))) for name in MUTATIONS]
+        for pending in hunts:
+            catch = pending.get()
+            missed += catch.seeds is None
+            print(f"{catch.seeds or 'NONE':>6}  {catch.name}\n        {catch.seen[:100]}", flush=True)
+    print(f"{len(MUTATIONS) - missed} of {len(MUTATIONS)} caught within {options.limit} seeds")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
