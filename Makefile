@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: up test check fmt bench exactness clean
+.PHONY: up test check fmt bench exactness simulate mutations chaos clean
 
 up: $(VENV)/installed
 	$(BIN)/microserve up $(ARGS)
@@ -31,6 +31,18 @@ fmt: $(VENV)/installed
 # ARGS="--requests 20 --strategies auto" for a cut of it.
 exactness: $(VENV)/installed
 	$(BIN)/python tests/support/exactness.py --model "$$($(BIN)/microserve model fetch)" $(ARGS)
+
+# A thousand simulated worlds full of faults; ARGS="--seeds 20000", or ARGS="--replay 17" for one of them.
+simulate: $(VENV)/installed
+	$(BIN)/python -m microserve.services.simulation.campaign $(ARGS)
+
+# Bugs planted on purpose, and how many worlds it takes to catch each.
+mutations: $(VENV)/installed
+	$(BIN)/python tests/simulation/mutations.py $(ARGS)
+
+# Real processes killed, frozen and drained at random: make chaos ARGS="--seconds 1800 --seed 1"
+chaos: $(VENV)/installed
+	$(BIN)/python tests/chaos/chaos.py $(ARGS)
 
 bench: $(VENV)/installed
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done

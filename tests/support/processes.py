@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,27 +39,37 @@ class Service:
 
 @dataclass
 class MeshProcesses:
-    """Index, router, engines and (optionally) gateway, each a child process; a context manager."""
+    """Index, routers, engines and (optionally) gateway, each a child process; a context manager.
+
+    Names: ``index``, ``router`` (a second one is ``router-1``), ``engine-0`` ..., ``gateway``.
+    """
 
     model: Path
     directory: Path
     num_engines: int = 2
+    num_routers: int = 1
     gateway: bool = False
     settings: list[str] = field(default_factory=list)
     engine_settings: dict[int, list[str]] = field(default_factory=dict)
     services: dict[str, Service] = field(default_factory=dict)
+    history: list[Service] = field(default_factory=list)
+    """Every life of every service, in the order of their starts."""
+    make_port: Callable[[], int] = free_port
 
     def __post_init__(self) -> None:
-        self.index_address = f"tcp://127.0.0.1:{free_port()}"
-        self.router_address = f"tcp://127.0.0.1:{free_port()}"
-        self.gateway_port = free_port()
+        self.index_address = f"tcp://127.0.0.1:{self.make_port()}"
+        names = ["router", *(f"router-{number}" for number in range(1, self.num_routers))]
+        self.router_addresses = {name: f"tcp://127.0.0.1:{self.make_port()}" for name in names}
+        self.router_address = self.router_addresses["router"]
+        self.gateway_port = self.make_port()
 
     def __enter__(self) -> MeshProcesses:
         try:
             self.start("index")
             for number in range(self.num_engines):
                 self.start(f"engine-{number}", wait=False)
-            self.start("router")
+            for name in self.router_addresses:
+                self.start(name)
             for number in range(self.num_engines):
                 self.wait_ready(f"engine-{number}")
             if self.gateway:
@@ -69,7 +80,7 @@ class MeshProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
-        order: list[str] = [n for n in ("gateway", "router") if n in self.services]
+        order: list[str] = [n for n in ("gateway", *self.router_addresses) if n in self.services]
         order += [n for n in self.services if n.startswith("engine")] + ["index"]
         for name in order:
             self.stop(name)
@@ -83,13 +94,16 @@ class MeshProcesses:
         overrides = [
             f"model.path={self.model}",
             f"index.address={self.index_address}",
-            f"router.address={self.router_address}",
+            f"router.address={self.router_addresses.get(name, self.router_address)}",
+            f"gateway.routers={json.dumps(list(self.router_addresses.values()))}",
             f"gateway.port={self.gateway_port}",
             "kvcache.checksums=true",
             *self.settings,
         ]
         if kind == "engine":
             overrides += [f"engine.id={name}", *self.engine_settings.get(int(number), [])]
+        if kind == "router":
+            overrides += [f"router.id={name}"]
         for override in overrides:
             command += ["--set", override]
         log = self.directory / f"{name}.{len(list(self.directory.glob(f'{name}.*')))}.log"
@@ -97,6 +111,7 @@ class MeshProcesses:
         with log.open("w") as sink:
             process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, text=True)
         service = self.services[name] = Service(name, process, log)
+        self.history.append(service)
         if wait:
             self.wait_ready(name)
         return service

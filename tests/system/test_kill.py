@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
+import time
 from pathlib import Path
 
 import pytest
 from bus_client import Answer, BusClient
+from chaos_judge import next_token_s
 from engine_client import EngineClient
 from processes import MeshProcesses
 
@@ -74,15 +77,46 @@ async def whole_answers(client: BusClient, strategy: str) -> list[list[int]]:
     return [answer.token_ids for answer in answers]
 
 
+async def arrivals_of(answer: Answer) -> list[float]:
+    """Monotonic times at which tokens came, from now to the end."""
+    times = []
+    while not answer.done.is_set():
+        answer.grown.clear()
+        await answer.grown.wait()
+        times.append(time.monotonic())
+    return times
+
+
+def in_words(victim: str, killed_at: float, answers: list[Answer], arrivals: list[list[float]]) -> str:
+    """How long it took to the next token, of the streams that had a part there (all, for the index)."""
+    waits = [
+        wait
+        for answer, times in zip(answers, arrivals, strict=True)
+        if victim == "index" or (answer.ended is not None and victim in answer.ended.engines)
+        for wait in next_token_s(times, killed_at)
+    ]
+    if not waits:
+        return f"kill of {victim}: no stream had a part there"
+    return (
+        f"kill of {victim}: {len(waits)} streams, next token after {statistics.median(waits):.2f} s "
+        f"(median), {max(waits):.2f} s (worst)"
+    )
+
+
 @pytest.mark.parametrize("victim", ["engine-0", "engine-1", "index", "router"])
-def test_the_rest_serves_on(victim: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_rest_serves_on(
+    victim: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with MeshProcesses(tiny_model, tmp_path) as mesh:
-        asyncio.run(_kill(mesh, victim))
+        recovery = asyncio.run(_kill(mesh, victim))
         for name in list(mesh.services):
             mesh.stop(name)
+    with capsys.disabled():
+        print(f"\n{recovery}")
 
 
-async def _kill(mesh: MeshProcesses, victim: str) -> None:
+async def _kill(mesh: MeshProcesses, victim: str) -> str:
+    """How quickly the streams went on, in words."""
     bus = ZmqBus(linger_s=0.1)
     try:
         async with BusClient(bus, mesh.router_address) as client:
@@ -93,18 +127,21 @@ async def _kill(mesh: MeshProcesses, victim: str) -> None:
             async with asyncio.timeout(TTL_S):
                 grown = [asyncio.ensure_future(answer.grown.wait()) for answer in answers]
                 await asyncio.wait(grown, return_when="FIRST_COMPLETED")
+            killed_at = time.monotonic()
             mesh.services[victim].kill()
+            for each in grown:
+                each.cancel()
             if victim == "router":
-                for each in grown:
-                    each.cancel()
                 await _other_router(bus, mesh)
-                return
+                return f"kill of router: a new one had served after {time.monotonic() - killed_at:.2f} s"
+            watching = [asyncio.ensure_future(arrivals_of(answer)) for answer in answers]
             async with asyncio.timeout(TTL_S + 10.0):
                 for answer in answers:
                     await answer.done.wait()
             for answer, tokens in zip(answers, expected, strict=True):
                 assert answer.reason == "length", answer.ended
                 assert answer.token_ids == tokens
+            recovery = in_words(victim, killed_at, answers, await asyncio.gather(*watching))
             await assert_clean(bus, mesh)
             assert await serve_all(client, seed=3) == ["length"] * IN_FLIGHT
             mesh.services.pop(victim)
@@ -112,6 +149,7 @@ async def _kill(mesh: MeshProcesses, victim: str) -> None:
             await client.wait_engines(2)
             assert await serve_all(client, seed=4) == ["length"] * IN_FLIGHT
             await assert_clean(bus, mesh)
+            return recovery
     finally:
         bus.close()
 
