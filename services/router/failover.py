@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from microserve.protocol.actions import EngineInfo, Finished, Timings, Usage
 from microserve.protocol.errors import (
+    CacheFull,
     CapacityError,
     Draining,
     MeshError,
     PeerError,
+    PromptTooLong,
+    QueueFull,
     UnknownRequest,
 )
 from microserve.services.router.departure import EngineLeaving, MoveFailed
@@ -32,6 +35,10 @@ class Failover:
         """Engines not to be used again by this request, unless nobody else is left."""
         self.num_attempts = 1
         self.pause_s = 0.0
+        self.is_plain = False
+        """One engine alone shall serve it: what the strategy wanted does not fit."""
+        self._full: set[str] = set()
+        """Engines that had no room; each is asked once before the request is refused."""
         self._patience_s = patience_s
         self._failed_at: float | None = None
 
@@ -39,8 +46,8 @@ class Failover:
         """May there be another attempt? ``engines`` took part in this one.
 
         A caller's error, a strategy's own fault and a used-up deadline are final; so is a lack of capacity
-        that no failure of an engine has caused. An engine that leaves has not failed: it counts for nothing,
-        as it takes no new work anyway.
+        everywhere that no failure of an engine has caused. An engine that leaves has not failed: it counts
+        for nothing, as it takes no new work anyway. What cannot be received may yet fit where it is computed.
         """
         if now >= self.original.deadline:
             return False
@@ -49,6 +56,14 @@ class Failover:
             return True
         if isinstance(error, MoveFailed):
             self.suspects.update([error.suspect] if error.suspect else [])
+            return True
+        if isinstance(error, PromptTooLong) and error.reporter and not self.is_plain:
+            self.is_plain, self.pause_s = True, 0.0
+            return True
+        if isinstance(error, CacheFull | QueueFull) and error.reporter and error.reporter not in self._full:
+            self._full.add(error.reporter)
+            self.suspects.add(error.reporter)
+            self.pause_s = 0.0
             return True
         if isinstance(error, PeerError | Draining | UnknownRequest):
             self._failed_at = now if self._failed_at is None else self._failed_at
@@ -62,7 +77,9 @@ class Failover:
             self.suspects.update([error.suspect] if error.suspect else set(engines) - {error.reporter})
         elif not isinstance(error, CapacityError) or not self._is_patient(now):
             return False
-        self.pause_s = min(max(self.pause_s * 2, FIRST_PAUSE_S, error.retry_after_s), MAX_PAUSE_S)
+        # What the router itself says of when to come again is meant for clients.
+        asked_s = error.retry_after_s if error.reporter else 0.0
+        self.pause_s = min(max(self.pause_s * 2, FIRST_PAUSE_S, asked_s), MAX_PAUSE_S)
         return True
 
     def _is_patient(self, now: float) -> bool:

@@ -36,6 +36,7 @@ from microserve.services.router.mesh import RETRY_AFTER_S, Lookup, Mesh
 from microserve.services.router.phase import PhaseClock
 from microserve.services.router.request import Request
 from microserve.services.router.scope import RequestScope
+from microserve.services.router.strategies.data_parallel import data_parallel
 from microserve.services.router.strategy import Strategy
 from microserve.services.router.stream import Tokens
 
@@ -167,7 +168,7 @@ class Serving:
             if source is not None:
                 generator = move(mesh, scope.request, source)
             else:
-                generator = strategy(mesh, scope.request)
+                generator = (data_parallel if failover.is_plain else strategy)(mesh, scope.request)
             error = await self._attempt(live, scope.request, generator)
             now = self._loop.time()
             if error is None or live.interrupt or not failover.allows(error, scope.engines, now):

@@ -41,6 +41,8 @@ NOTICE_S = 0.6
 PROBE_S = 3.0
 MAX_PRINTED = 20
 """Seeds with broken promises that are told in full."""
+CHECK_S = 0.1
+"""Between two looks at every engine's blocks while faults happen."""
 LOOK_S = 0.25
 """Between two looks at whether it is so far."""
 
@@ -92,7 +94,9 @@ async def _run(loop: VirtualLoop, journal: Journal, scenario: Scenario, verdict:
         for fault in scenario.faults:
             loop.at(fault.at, faults.begin, fault)
             loop.at(fault.until, faults.end, fault)
-        await asyncio.sleep(scenario.ends_at + 1e-3)
+        while loop.now <= scenario.ends_at:
+            await asyncio.sleep(CHECK_S)
+            verdict.violations += world.check_integrity()
         faults.mend()
         verdict.faults = faults.total()
         await _until(lambda: all(answer.outcome for answer in answers), OUTCOME_S)

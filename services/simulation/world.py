@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from microserve.kvcache.heap.memory import MemoryRegistry
+from microserve.protocol.errors import InternalError
 from microserve.protocol.settings import (
     BusSettings,
     EngineSettings,
@@ -201,6 +202,18 @@ class World:
     def close(self) -> None:
         for name in reversed(list(self.seats)):
             self.kill(name)
+
+    def check_integrity(self) -> list[str]:
+        """Blocks of every living engine, between any two steps. Violations, as text."""
+        broken = []
+        for name in self.engines:
+            seat = self.seats[name]
+            if seat.is_alive and seat.service is not None:
+                try:
+                    seat.service.core.check_integrity()
+                except InternalError as error:
+                    broken.append(f"integrity: {name} at {self.loop.now:.3f}: {error.detail}")
+        return broken
 
     # --- names -------------------------------------------------------------------------------------
 

@@ -118,7 +118,8 @@ def test_a_broken_strategy_ends_with_strategy_error(
 @in_loop
 async def test_what_fails_inside_a_strategys_own_task_group_keeps_its_code() -> None:
     async with router_world("d", "p", call_timeout_s=1.0) as world:
-        world.engines["d"].failures[wire.PrepRecv] = CacheFull("no room", retry_after_s=1.0)
+        for engine in world.engines.values():
+            engine.failures[wire.PrepRecv] = CacheFull("no room", retry_after_s=1.0)
 
         async def body(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
             async with asyncio.TaskGroup() as tasks:
