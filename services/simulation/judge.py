@@ -19,7 +19,7 @@ from microserve.services.simulation.hash_runner import expected_samples
 from microserve.services.simulation.scenario import CALM, STORM, Scenario
 from microserve.services.simulation.world import INDEX, World
 
-GONE_S = 0.5
+GONE_S = 0.4
 """Without faults a cancelled request is gone from every engine after so long."""
 PATIENCE_S = 4.0
 """With one engine failing, a request takes no longer: 1.5 s until it is missed, and the work done twice."""

@@ -66,7 +66,8 @@ class Fault:
 class Scenario:
     seed: int
     kind: str
-    """``calm``: no fault. ``single``: one engine of several fails once. ``storm``: anything."""
+    """``calm``: no fault, though messages may be slow. ``single``: one engine of several fails once.
+    ``storm``: anything."""
     shape: Shape
     arrivals: list[Arrival]
     faults: list[Fault]
@@ -111,8 +112,10 @@ def draw(seed: int) -> Scenario:
     if kind == STORM:
         faults = _draw_faults(rng, shape, last)
     elif kind == SINGLE:
-        at, target = rng.uniform(QUIET_S, last), f"engine-{rng.randrange(shape.num_engines)}"
-        faults = [Fault(at, at + 4.0, rng.choice(("kill", "freeze", "drain")), target)]
+        faults = [_draw_single(rng, shape, last)]
+    else:  # a slow network is no fault
+        slow = Weather(delay=rng.choice((0.0, 0.1, 0.5)), max_delay_s=rng.choice((0.01, 0.1)))
+        faults = [Fault(QUIET_S, last, "weather", "", weather=slow)]
     ends_at = max([last, *(fault.until for fault in faults)])
     return Scenario(seed, kind, shape, _draw_arrivals(rng, kind, shape, last), faults, ends_at)
 
@@ -125,7 +128,7 @@ def _draw_arrivals(rng: random.Random, kind: str, shape: Shape, last: float) -> 
     for _ in range(rng.randint(6, most)):
         is_cancelled = rng.random() < 0.2
         params = SamplingParams(
-            max_tokens=60 if is_cancelled else rng.choice((1, 2, 6, 12, 30, 60)),
+            max_tokens=80 if is_cancelled else rng.choice((1, 2, 6, 12, 30, 60)),
             temperature=rng.choice((0.0, 1.0)),
             seed=rng.randrange(3),
             ignore_eos=True,
@@ -205,6 +208,16 @@ def _draw_faults(rng: random.Random, shape: Shape, last: float) -> list[Fault]:
                     factor = rng.choice((3.0, 20.0, 100.0))
                     faults.append(Fault(at, until, kind, rng.choice(engines), number=factor))
     return sorted(faults, key=lambda fault: fault.at)
+
+
+def _draw_single(rng: random.Random, shape: Shape, last: float) -> Fault:
+    """One engine of several fails once, or a router cannot reach it or hear it."""
+    at, engine = rng.uniform(QUIET_S, last), f"engine-{rng.randrange(shape.num_engines)}"
+    kind = rng.choice(("kill", "freeze", "drain", "partition"))
+    if kind != "partition":
+        return Fault(at, at + 4.0, kind, engine)
+    source, sink = rng.sample((engine, f"router-{rng.randrange(shape.num_routers)}"), 2)
+    return Fault(at, at + 4.0, kind, source, sink, number=float(rng.random() < 0.5))
 
 
 def _draw_weather(rng: random.Random) -> Weather:

@@ -1,0 +1,32 @@
+"""The simulation bites: bugs planted on purpose are caught, each within the seeds that a quick look allows.
+
+The whole list, with its table: ``make mutations``.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulation.mutations import MUTATIONS, hunt
+
+QUICK = [
+    "Skip quarantine: a closed grant's blocks are free at once",
+    "Publish before arrival: a prefix is cached while its KV is still to come",
+    "Forget Abort on one leg: the first engine of a request is not told that it has ended",
+    "Lose the retry's offset: a continued request starts again from its prompt",
+    "Count load without finally: a cancelled request's load stays in the book",
+    "A lost message is not noticed",
+    "Ignore the incarnation: events of a new life are taken for the old one's",
+]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_planted_bug_is_caught(name: str) -> None:
+    catch = hunt(name, limit=40)
+    assert catch.seeds is not None, name
+    assert catch.seen
+
+
+def test_the_list_is_as_long_as_promised() -> None:
+    assert len(MUTATIONS) >= 12
+    assert set(QUICK) <= set(MUTATIONS)
