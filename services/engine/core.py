@@ -272,9 +272,8 @@ class EngineCore:
             self._changed.notify_all()
             self.state.inflight = []
             for record in self.state.records:
-                self.state.abort(
-                    record, self._clock()
-                )  # lanes that it held are let go, and said to be given up
+                # Lanes that it holds are let go, and said to be given up.
+                self.state.abort(record, self._clock())
         for peer in self._peers.values():
             peer.close()
         self._peers.clear()
