@@ -67,6 +67,11 @@ class LivenessBook:
         peer.progress = progress
         peer.busy = busy
 
+    def silent_in(self, peer_id: str, now: float) -> float:
+        """Seconds until the peer is silent for too long if it stays so; 0 for one that is unknown."""
+        peer = self._peers.get(peer_id)
+        return max(0.0, peer.heard_at + self._silence_s - now) if peer else 0.0
+
     def left(self, peer_id: str) -> None:
         self._peers.pop(peer_id, None)
 

@@ -38,6 +38,9 @@ from microserve.services.router.stream import TokenStreams
 
 _logger = structlog.get_logger()
 
+SILENCE_MARGIN_S = 0.01
+"""The look for a silent engine is so much after it is due: no timer is exact."""
+
 Answer = tuple[wire.EngineReply, list[bytes]]
 """A reply and its bulk frames."""
 Build = Callable[[int], wire.EngineRequest]
@@ -143,8 +146,10 @@ class EngineConnection:
             self._send(wire.Ping(self._identity.incarnation))
             self._repeat_aborts()
             began = self._loop.time()
+            # Not an interval later than it can be known.
+            silent_s = self._liveness.silent_in(self.engine_id, began) + SILENCE_MARGIN_S
             try:
-                async with asyncio.timeout(self._interval_s):
+                async with asyncio.timeout(min(self._interval_s, silent_s)):
                     await self._ended.wait()
             except TimeoutError:
                 self._check_liveness(stalled=self._loop.time() - began > 2 * self._interval_s)

@@ -109,3 +109,13 @@ def test_only_the_lost_are_removed(book: LivenessBook) -> None:
 
     assert book.expire(4.0) == [("a", Loss.SILENT)]
     assert "b" in book
+
+
+def test_when_a_silent_peer_will_be_missed() -> None:
+    book = LivenessBook(silence_s=3.0, stuck_s=10.0)
+    book.joined("a", 1, 100.0)
+    assert book.silent_in("a", 101.0) == 2.0
+    assert book.heard("a", 1, 102.0)
+    assert book.silent_in("a", 102.5) == 2.5
+    assert book.silent_in("a", 200.0) == 0.0
+    assert book.silent_in("b", 0.0) == 0.0

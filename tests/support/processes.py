@@ -55,13 +55,15 @@ class MeshProcesses:
     history: list[Service] = field(default_factory=list)
     """Every life of every service, in the order of their starts."""
     make_port: Callable[[], int] = free_port
+    gateway_ports: dict[str, int] = field(default_factory=dict)
+    """By name; ``gateway`` and others that are started by hand (``gateway-1``)."""
 
     def __post_init__(self) -> None:
         self.index_address = f"tcp://127.0.0.1:{self.make_port()}"
         names = ["router", *(f"router-{number}" for number in range(1, self.num_routers))]
         self.router_addresses = {name: f"tcp://127.0.0.1:{self.make_port()}" for name in names}
         self.router_address = self.router_addresses["router"]
-        self.gateway_port = self.make_port()
+        self.gateway_port = self.gateway_ports["gateway"] = self.make_port()
 
     def __enter__(self) -> MeshProcesses:
         try:
@@ -80,13 +82,16 @@ class MeshProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
-        order: list[str] = [n for n in ("gateway", *self.router_addresses) if n in self.services]
+        order: list[str] = [n for n in self.services if n.startswith("gateway")]
+        order += [n for n in self.router_addresses if n in self.services]
         order += [n for n in self.services if n.startswith("engine")] + ["index"]
         for name in order:
             self.stop(name)
 
     def start(self, name: str, *, wait: bool = True) -> Service:
         kind, _, number = name.partition("-")
+        if kind == "gateway" and name not in self.gateway_ports:
+            self.gateway_ports[name] = self.make_port()
         module = "microserve.gateway" if kind == "gateway" else "microserve.services.cli"
         # The leash: a test run that is killed takes its services along.
         tied = [sys.executable, "-S", "-E", str(LEASH), str(os.getpid())]
@@ -96,7 +101,7 @@ class MeshProcesses:
             f"index.address={self.index_address}",
             f"router.address={self.router_addresses.get(name, self.router_address)}",
             f"gateway.routers={json.dumps(list(self.router_addresses.values()))}",
-            f"gateway.port={self.gateway_port}",
+            f"gateway.port={self.gateway_ports.get(name, self.gateway_port)}",
             "kvcache.checksums=true",
             *self.settings,
         ]
