@@ -28,7 +28,7 @@ from microserve.protocol.errors import (
 from microserve.protocol.serving import Generate, Output
 from microserve.services.router.admission import Admission
 from microserve.services.router.connection import EngineConnection
-from microserve.services.router.departure import EngineLeaving, move
+from microserve.services.router.departure import EngineLeaving, MoveFailed, move
 from microserve.services.router.ending import cut_short, finished_well, write_line
 from microserve.services.router.failover import Failover
 from microserve.services.router.load import LoadBook
@@ -172,6 +172,8 @@ class Serving:
             error = await self._attempt(live, scope.request, generator)
             now = self._loop.time()
             if error is None or live.interrupt or not failover.allows(error, scope.engines, now):
+                if isinstance(error, MoveFailed):  # only for lack of time is a failed move the end
+                    error = _out_of_time()
                 break
             scope.close()
             await self._close(live, generator)
