@@ -34,6 +34,9 @@ class Generate(_Message, frozen=True, tag=2):
     strategy: str | None = None
     """None: the router's default."""
     salt: str = ""
+    num_output_tokens: int = 0
+    """The last so many of the tokens are output that the client has: another router served it before. The
+    stream goes on behind them; offsets count from the prompt's end, as ever."""
 
 
 class Cancel(_Message, frozen=True, tag=3):

@@ -88,11 +88,14 @@ class Admission:
                 deadline=deadline,
                 block_size=served.block_size,
                 salt=message.salt,
+                num_output_tokens=message.num_output_tokens,
             )
         except ProtocolViolation as error:
             raise InvalidRequest(error.detail, field="tokens") from None
         self._check_tokens(request, served.vocab_size)
         prompt = hash((request.token_frame, request.salt))
+        if request.num_output_tokens:  # it runs already, elsewhere: too late to refuse it
+            return Admitted(strategy, request, request.num_tokens, prompt)
         return Admitted(strategy, request, self._check_time(request, prompt, book), prompt)
 
     def _check_tokens(self, request: Request, vocab_size: int) -> None:
@@ -101,11 +104,17 @@ class Admission:
         largest = max(request.tokens)
         if largest >= vocab_size:
             raise InvalidRequest(f"token id {largest} is not below {vocab_size}", field="tokens")
-        limit = self._registry.max_model_len
-        needed = request.num_tokens + request.sampling.max_tokens
-        if needed > limit:
+        limit, max_tokens = self._registry.max_model_len, request.sampling.max_tokens
+        most = min(request.num_tokens - 1, max_tokens)
+        if not 0 <= request.num_output_tokens <= most:
+            raise InvalidRequest(
+                f"num_output_tokens must be 0 to {most}, is {request.num_output_tokens}",
+                field="num_output_tokens",
+            )
+        num_prompt = request.num_tokens - request.num_output_tokens
+        if num_prompt + max_tokens > limit:
             raise PromptTooLong(
-                f"{request.num_tokens} prompt tokens and {request.sampling.max_tokens} of output are more "
+                f"{num_prompt} prompt tokens and {max_tokens} of output are more "
                 f"than the model's {limit}",
                 field="tokens",
             )

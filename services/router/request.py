@@ -28,7 +28,7 @@ class Request:
     salt: str = ""
     """Prefix cache namespace."""
     num_output_tokens: int = 0
-    """The last so many of ``tokens`` are output, delivered before an engine failed."""
+    """The last so many of ``tokens`` are output, delivered before an engine or a router failed."""
     token_frame: bytes = field(default=b"", repr=False)
     """The prompt as it travels (raw little-endian u32), made from ``tokens`` if not given."""
 
@@ -46,10 +46,33 @@ class Request:
         deadline: float,
         block_size: int,
         salt: str = "",
+        num_output_tokens: int = 0,
     ) -> Request:
         """Read the prompt from its wire form. Raises ``ProtocolViolation`` if the frame is cut."""
         tokens = decode_tokens(token_frame)
-        return cls(request_id, tokens, sampling, deadline, block_size, salt, token_frame=token_frame)
+        return cls(
+            request_id,
+            tokens,
+            sampling,
+            deadline,
+            block_size,
+            salt,
+            num_output_tokens,
+            token_frame=token_frame,
+        )
+
+    def begun(self) -> Request:
+        """The request as it was before it had any output."""
+        if not self.num_output_tokens:
+            return self
+        return Request(
+            self.request_id,
+            self.tokens[: self.num_tokens - self.num_output_tokens],
+            self.sampling,
+            self.deadline,
+            self.block_size,
+            self.salt,
+        )
 
     def continued(self, delivered: Sequence[int]) -> Request:
         """The same request after ``delivered`` output tokens: they count as known tokens from now on."""

@@ -65,8 +65,10 @@ class LiveRequest:
     task: asyncio.Task[None] | None = None
     scope: RequestScope | None = None
     num_prompt_tokens: int = 0
+    offset: int = 0
+    """Of the first token that this router may bring."""
     delivered: list[int] = field(default_factory=list)
-    """Output tokens handed to the gateway."""
+    """Output tokens handed to the gateway, by this router or one before it."""
     engines: list[str] = field(default_factory=list)
     """Those of attempts that have failed."""
     last: Tokens | None = None
@@ -110,6 +112,7 @@ class Serving:
         """Serve or refuse; ``sink`` gets the tokens and, exactly once, the end."""
         clock = PhaseClock(self._loop.time())
         live = LiveRequest(message.request_id, owner, sink, self._admission.strategy_name(message), clock)
+        live.offset = max(0, message.num_output_tokens)
         try:
             if self._stopping:
                 raise Draining("the router stops", retry_after_s=RETRY_AFTER_S)
@@ -120,7 +123,8 @@ class Serving:
         except MeshError as error:
             self._end(live, error)
             return
-        live.num_prompt_tokens = request.num_tokens
+        live.num_prompt_tokens = request.num_tokens - request.num_output_tokens
+        live.delivered = list(request.tokens[live.num_prompt_tokens :])
         account = self.book.open(num_uncached, prompt)
         live.scope = RequestScope(request, account, clock, call_timeout_s=self._call_timeout_s)
         self._live[live.request_id] = live
@@ -161,7 +165,12 @@ class Serving:
 
     async def _serve(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
         """Attempts, each in a scope of its own, until one ends the stream or its error is final."""
-        failover = Failover(scope.request, patience_s=self._call_timeout_s)
+        failover = Failover(scope.request.begun(), patience_s=self._call_timeout_s)
+        finished = failover.end_of(live.delivered, self._served())
+        if finished is not None:  # all that its last router did not tell any more was the end
+            live.last = Tokens(len(live.delivered), [], [], finished)
+            self._end(live, None)
+            return
         source: EngineConnection | None = None
         while True:
             mesh, num_known = self._mesh(scope, failover), len(live.delivered)
@@ -311,7 +320,7 @@ class Serving:
         else:
             usage = Usage(prompt_tokens=live.num_prompt_tokens, output_tokens=len(live.delivered))
             ended = cut_short(error, usage, live.clock.phases(now), live.strategy, engines)
-            live.sink(Output(live.request_id, len(live.delivered), [], [], ended))
+            live.sink(Output(live.request_id, max(live.offset, len(live.delivered)), [], [], ended))
         write_line(live.request_id, ended)
 
 

@@ -121,12 +121,10 @@ def _submit(world: World, arrival: Arrival, answers: list[Answer]) -> None:
     answer = Answer(
         f"{arrival.gateway}.{seat.num_lives}.{len(answers)}", list(arrival.prompt), arrival.params, arrival.at
     )
-    answer.strategy = arrival.strategy
+    answer.strategy, answer.salt = arrival.strategy, arrival.salt
     answers.append(answer)
     gateway = seat.service
-    gateway.submit(
-        answer, world.address(arrival.router), strategy=arrival.strategy, ttl_s=30.0, salt=arrival.salt
-    )
+    gateway.submit(answer, world.address(arrival.router), ttl_s=30.0)
     if arrival.cancel_after_s is not None:
         world.loop.at(world.loop.now + arrival.cancel_after_s, gateway.cancel, answer)
 

@@ -1,8 +1,8 @@
 """A gateway without HTTP, in a simulated process: requests in, token ids out, a stream's promises checked.
 
 Owns the connections to the routers and what became of each request. Behaves towards routers as the real
-gateway's link does (hello, pings, credit; a router that is lost costs its requests, retryably); says what a
-client would have seen.
+gateway does (hello, pings, credit; requests of a router that is lost, or that stops, go on at another one);
+says what a client would have seen.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from microserve.protocol import serving
 from microserve.protocol.actions import TokenLogprob
 from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST, encode_tokens
 from microserve.protocol.credit import CreditMeter
+from microserve.protocol.errors import Draining
 from microserve.protocol.numbered import NumberedClient
 from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings
 from microserve.protocol.transport import Bus
+
+MOVE_PATIENCE_S = 3.0
+"""A request waits so long for another router."""
 
 
 @dataclass
@@ -38,6 +42,11 @@ class Answer:
     ended_at: float = 0.0
     is_cancelled: bool = False
     strategy: str = ""
+    salt: str = ""
+    deadline: float = 0.0
+    """World time."""
+    num_moves: int = 0
+    """Routers that were lost under it."""
 
     @property
     def is_complete(self) -> bool:
@@ -58,8 +67,9 @@ class SimGateway:
     ) -> None:
         self.answers: dict[str, Answer] = {}
         self.violations: list[str] = []
-        self._world_time = world_time
+        self.world_time = world_time
         self._links: dict[str, Link] = {}
+        self._homeless: dict[str, tuple[Answer, float, str]] = {}
         self._bus = bus
         self._settings = settings
         self._identity = (gateway_id, incarnation)
@@ -71,6 +81,7 @@ class SimGateway:
             while True:
                 for link in self._links.values():
                     link.tick()
+                self.place_homeless()
                 await asyncio.sleep(self._settings.heartbeat_interval_s)
         finally:
             for link in self._links.values():
@@ -81,15 +92,37 @@ class SimGateway:
         """Routers that have welcomed this gateway."""
         return sum(link.is_joined for link in self._links.values())
 
-    def submit(self, answer: Answer, address: str, *, strategy: str, ttl_s: float, salt: str = "") -> None:
+    def submit(self, answer: Answer, address: str, *, ttl_s: float) -> None:
         """Send it to the router at ``address``, or to another one that is there."""
         self.answers[answer.request_id] = answer
-        links = [link for link in self._links.values() if link.is_joined]
+        answer.deadline = self.world_time() + ttl_s
+        links = [link for link in self._links.values() if link.is_usable]
         chosen = [link for link in links if link.address == address] or links
         if not chosen:
-            self.end(answer, "no_router", "no router answers")
+            self.end(answer, "no_router", "no router with an engine answers")
             return
-        chosen[0].submit(answer, strategy=strategy, ttl_s=ttl_s, salt=salt)
+        chosen[0].submit(answer)
+
+    def move(self, answer: Answer, why: str) -> None:
+        """Its router is lost or stops: it goes on at another one, from what the client has."""
+        if answer.is_cancelled:
+            self.end(answer, "router_lost", why)
+            return
+        answer.num_moves += 1
+        self._homeless[answer.request_id] = (answer, self.world_time(), why)
+        self.place_homeless()
+
+    def place_homeless(self) -> None:
+        """Requests without a router: to the next best one, but not for ever."""
+        now = self.world_time()
+        for answer, since, why in list(self._homeless.values()):
+            links = [link for link in self._links.values() if link.is_usable]
+            if answer.outcome or links or now - since > MOVE_PATIENCE_S:
+                del self._homeless[answer.request_id]
+            if not answer.outcome and links:
+                min(links, key=lambda link: link.num_requests).submit(answer)
+            elif not answer.outcome and now - since > MOVE_PATIENCE_S:
+                self.end(answer, "router_lost", why)
 
     def cancel(self, answer: Answer) -> None:
         answer.is_cancelled = True
@@ -100,7 +133,7 @@ class SimGateway:
         if answer.outcome:
             self.violations.append(f"{answer.request_id} ended twice: {answer.outcome}, {outcome}")
             return
-        answer.outcome, answer.detail, answer.ended_at = outcome, detail, self._world_time()
+        answer.outcome, answer.detail, answer.ended_at = outcome, detail, self.world_time()
 
 
 class Link:
@@ -128,6 +161,7 @@ class Link:
         self._heard_at = self._loop.time()
         self._ticked_at = self._heard_at
         self._router_incarnation = 0
+        self._num_engines = 0
         self._requests: dict[str, Answer] = {}
         self._socket: NumberedClient | None = None
         self._connect()
@@ -163,23 +197,41 @@ class Link:
     def _lose(self, why: str) -> None:
         self.is_joined = False
         requests, self._requests = self._requests, {}
-        for answer in requests.values():
-            self._gateway.end(answer, "router_lost", why)
         self._connect()
+        for answer in requests.values():
+            self._gateway.move(answer, why)
 
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
 
-    def submit(self, answer: Answer, *, strategy: str, ttl_s: float, salt: str) -> None:
-        self._requests[answer.request_id] = answer
-        message = serving.Generate(answer.request_id, "", answer.params, ttl_s, strategy, salt)
-        self._send(message, encode_tokens(answer.prompt))
+    @property
+    def is_usable(self) -> bool:
+        return self.is_joined and self._num_engines > 0
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    def submit(self, answer: Answer) -> None:
+        wire_id = f"{answer.request_id}~{answer.num_moves}"
+        self._requests[wire_id] = answer
+        message = serving.Generate(
+            wire_id,
+            "",
+            answer.params,
+            answer.deadline - self._gateway.world_time(),
+            answer.strategy,
+            answer.salt,
+            len(answer.token_ids),
+        )
+        self._send(message, encode_tokens([*answer.prompt, *answer.token_ids]))
 
     def cancel(self, answer: Answer) -> None:
-        if self._requests.get(answer.request_id) is answer:
-            self._send(serving.Cancel(answer.request_id))
+        wire_id = f"{answer.request_id}~{answer.num_moves}"
+        if self._requests.get(wire_id) is answer:
+            self._send(serving.Cancel(wire_id))
 
     def _receive(self, frames: list[bytes]) -> None:
         message, _ = ROUTER_REPLY.decode(frames)
@@ -191,7 +243,10 @@ class Link:
                     return
                 self._router_incarnation = message.incarnation
                 self.is_joined = True
+                self._num_engines = message.num_engines
+                self._gateway.place_homeless()
             case serving.RouterHeartbeat():
+                self._num_engines = message.num_engines
                 if self.is_joined and message.incarnation != self._router_incarnation:
                     self._lose("the router restarted")
             case serving.RouterFailed():
@@ -219,4 +274,7 @@ class Link:
         if output.ended is not None:
             del self._requests[output.request_id]
             ended = output.ended
+            if ended.code == Draining.code:
+                self._gateway.move(answer, ended.detail)
+                return
             self._gateway.end(answer, ended.code or ended.reason, ended.detail)

@@ -74,7 +74,7 @@ def judge_gone(world: World, request_id: str) -> list[str]:
         f"leak: {name} still works for {request_id}, cancelled {GONE_S} s ago"
         for name in world.engines
         for record in world.seats[name].service.core.state.records
-        if record.request_id == request_id and not record.is_idle
+        if record.request_id.partition("~")[0] == request_id and not record.is_idle
     ]
 
 

@@ -171,13 +171,22 @@ class GatewayPeer:
         ttl_s: float = 30.0,
         model: str = "",
         salt: str = "",
+        output: Sequence[int] = (),
         **sampling: Any,
     ) -> Answer:
-        answer = Answer(request_id or f"{self.gateway_id}-{next(self._ids)}")
+        """``output``: what another router has delivered of it before."""
+        answer = Answer(request_id or f"{self.gateway_id}-{next(self._ids)}", list(output))
         self.answers[answer.request_id] = answer
         params = SamplingParams(max_tokens=max_tokens, **sampling)
-        message = serving.Generate(answer.request_id, model, params, ttl_s, strategy, salt)
-        self.send(message, encode_tokens(prompt))
+        message = serving.Generate(
+            answer.request_id, model, params, ttl_s, strategy, salt, num_output_tokens=len(output)
+        )
+        self.send(message, encode_tokens([*prompt, *output]))
+        return answer
+
+    def expect(self, request_id: str, num_tokens: int) -> Answer:
+        """An answer to what the test sends itself, and that begins behind ``num_tokens``."""
+        answer = self.answers[request_id] = Answer(request_id, [0] * num_tokens)
         return answer
 
     async def generate(self, prompt: Sequence[int], **fields: Any) -> Answer:

@@ -370,7 +370,8 @@ class ScriptedEngine:
             assert self._fabric.first_tokens[grant.grant_id] == output_token(start.num_output_tokens)
         begin, end = start.num_output_tokens + start.await_first, start.sampling.max_tokens
         received = grant.end - grant.matched if grant else 0
-        usage = wire.Usage(len(held.tokens), grant.matched if grant else 0, received, end)
+        num_prompt = len(held.tokens) - start.num_output_tokens
+        usage = wire.Usage(num_prompt, grant.matched if grant else 0, received, end)
         finished = wire.Finished("length", usage, wire.Timings(0.001, 0.001, 0.001, 0.001))
         for position in range(begin, end):
             self._queue(wire.Delta(request_id, position, [output_token(position)]))
