@@ -7,6 +7,7 @@ a mailbox holds at most ``max_tokens`` tokens, whatever the client does. Knows n
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -42,7 +43,10 @@ class Mailbox:
     ) -> None:
         """``cancel`` asks the router to stop; it is called at most once, and never after the end."""
         self.request_id = request_id
+        """As the router knows it."""
         self.index = index
+        self.output = array("I")
+        """All tokens so far: what another router would have to be told."""
         self.ended: Ended | None = None
         self.failed: MeshError | None = None
         self.first_at: float | None = None
@@ -52,7 +56,6 @@ class Mailbox:
         self._with_logprobs = with_logprobs
         self._cancel = cancel
         self._cancelled = False
-        self._num_received = 0
         self._batch = Batch()
         inbox.add(self)
 
@@ -75,23 +78,23 @@ class Mailbox:
             self.cancel()
             self.fail(error)
             return
-        if self.first_at is None and self._num_received:
+        if self.first_at is None and len(self.output):
             self.first_at = now
         if output.ended is not None:
             self.ended = self._batch.ended = output.ended
         self._inbox.notify(self)
 
     def _append(self, output: Output) -> None:
-        duplicates = self._num_received - output.offset
+        duplicates = len(self.output) - output.offset
         if duplicates < 0:
             raise ProtocolViolation(
-                f"{self.request_id}: token {output.offset} came, expected {self._num_received}"
+                f"{self.request_id}: token {output.offset} came, expected {len(self.output)}"
             )
         # A repeated output brings nothing new, one that overlaps brings its tail.
         token_ids = output.token_ids[duplicates:] if duplicates else output.token_ids
         if not token_ids:
             return
-        if self._num_received + len(token_ids) > self._max_tokens:
+        if len(self.output) + len(token_ids) > self._max_tokens:
             raise ProtocolViolation(f"{self.request_id}: more than max_tokens = {self._max_tokens} tokens")
         if min(token_ids) < 0 or max(token_ids) > MAX_TOKEN_ID:
             raise ProtocolViolation(f"{self.request_id}: a token id is outside 32 bits")
@@ -102,7 +105,7 @@ class Mailbox:
                 )
             self._batch.logprobs += output.logprobs[duplicates:]
         self._batch.token_ids += token_ids
-        self._num_received += len(token_ids)
+        self.output.extend(token_ids)
 
     def fail(self, error: MeshError) -> None:
         """End without ``Ended``: the router is lost or broke the contract. What came can still be taken."""
@@ -114,6 +117,14 @@ class Mailbox:
         """Everything that has come; the mailbox is empty then."""
         batch, self._batch = self._batch, Batch()
         return batch
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled
+
+    def travel(self, request_id: str, cancel: Callable[[], None]) -> None:
+        """Another router has it now, under another name."""
+        self.request_id, self._cancel = request_id, cancel
 
     def cancel(self) -> None:
         """Nobody wants the rest. The mailbox stays known until the router confirms by ``Ended``."""

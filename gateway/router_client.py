@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any
 
 from microserve.gateway.mailbox import Inbox, Mailbox
+from microserve.gateway.moving import Moves
 from microserve.gateway.router_link import RouterLink
 from microserve.protocol.codec import encode_tokens
 from microserve.protocol.errors import ConfigError, MeshError, NoEngines, QueueFull
@@ -46,6 +47,7 @@ class RouterClient:
             if _ADDRESS.fullmatch(address) is None:
                 raise ConfigError(f"gateway.routers: {address!r} is no address", field="gateway.routers")
         self._loop = asyncio.get_running_loop()
+        self._moves = Moves(self.choose, patience_s=2 * heartbeat_interval_s * liveness)
         self.links = [
             RouterLink(
                 bus,
@@ -53,6 +55,7 @@ class RouterClient:
                 gateway_id=gateway_id,
                 incarnation=incarnation,
                 credit=credit,
+                on_lost=self._moves.lost,
             )
             for address in dict.fromkeys(addresses)  # a router has one connection of a gateway
         ]
@@ -83,6 +86,7 @@ class RouterClient:
             for mailbox in list(link.mailboxes.values()):
                 mailbox.cancel()
             link.fail_all(error)
+        self._moves.fail_all(error)
 
     async def _beat(self) -> None:
         beat_at = monotonic()
@@ -98,6 +102,7 @@ class RouterClient:
                 if not was_paused and now - link.seen_at > self._silence_s:
                     link.lose("silent")
                     link.connect()
+            self._moves.place()
             self._on_tick()
 
     def _usable(self, link: RouterLink) -> bool:
@@ -157,15 +162,18 @@ class RouterClient:
             strategy=strategy,
             salt=salt,
         )
-        if not link.send(message, encode_tokens(tokens)):
+        prompt = encode_tokens(tokens)
+        if not link.send(message, prompt):
             error = QueueFull("the queue to the router is full", retry_after_s=1.0)
             del link.mailboxes[request_id]
             mailbox.fail(error)
             raise error
+        self._moves.keep(mailbox, message, prompt)
         return mailbox
 
     def forget(self, mailbox: Mailbox) -> None:
         """The request is over for us; should it still run, its next output is answered by a cancel."""
+        self._moves.forget(mailbox)
         for link in self.links:
             if link.mailboxes.get(mailbox.request_id) is mailbox:
                 del link.mailboxes[mailbox.request_id]

@@ -11,6 +11,7 @@ router that is not there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -22,7 +23,7 @@ from microserve.gateway.sampling_request import ModelLimits
 from microserve.protocol import log
 from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST
 from microserve.protocol.credit import CreditMeter
-from microserve.protocol.errors import MeshError, ProtocolViolation
+from microserve.protocol.errors import Draining, MeshError, ProtocolViolation
 from microserve.protocol.numbered import NumberedClient
 from microserve.protocol.serving import (
     Cancel,
@@ -51,7 +52,9 @@ class RouterLink:
         gateway_id: str,
         incarnation: int,
         credit: int,
+        on_lost: Callable[[list[Mailbox], MeshError], None],
     ) -> None:
+        """``on_lost`` takes over the requests of a router that is lost or stops."""
         self.address = address
         self.router_id = ""
         self.router_incarnation: int | None = None
@@ -68,6 +71,7 @@ class RouterLink:
         self._gateway_id = gateway_id
         self._incarnation = incarnation
         self._credit = credit
+        self._on_lost = on_lost
         self._meter = CreditMeter(credit)
         self._socket: NumberedClient | None = None
 
@@ -106,7 +110,7 @@ class RouterLink:
         self.send(Cancel(request_id))
 
     def lose(self, reason: str) -> None:
-        """The router is gone, or is another life of it: every request there ends, ready to be retried."""
+        """The router is gone, or is another life: its requests go on elsewhere, or end to be retried."""
         if self.joined:
             _logger.warning(
                 log.ROUTER_LOST,
@@ -117,7 +121,9 @@ class RouterLink:
             )
         self.router_incarnation = None
         self.num_engines = 0
-        self.fail_all(RouterLost(f"router {self.router_id or self.address} was lost ({reason}); try again"))
+        mailboxes, self.mailboxes = list(self.mailboxes.values()), {}
+        error = RouterLost(f"router {self.router_id or self.address} was lost ({reason}); try again")
+        self._on_lost(mailboxes, error)
 
     def fail_all(self, error: MeshError) -> None:
         mailboxes, self.mailboxes = self.mailboxes, {}
@@ -167,6 +173,12 @@ class RouterLink:
                 # Left over from before a loss, or its cancellation got lost: it must not run on for nobody.
                 if output.ended is None:
                     self.cancel(output.request_id)
+                continue
+            ended = output.ended
+            if ended is not None and ended.code == Draining.code and not mailbox.is_cancelled:
+                del self.mailboxes[output.request_id]
+                self.num_engines = 0  # it stops: nothing is sent there until it says that it serves again
+                self._on_lost([mailbox], Draining(ended.detail, retry_after_s=ended.retry_after_s))
                 continue
             mailbox.deliver(output, now)
             if mailbox.over:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from microserve.gateway.router_client import RouterClient
 from microserve.protocol.codec import ROUTER_REQUEST
 from microserve.protocol.curve import create_keys
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.numbered import NumberedServer
 from microserve.protocol.serving import GatewayHello, Output, RouterRequest
 from microserve.protocol.transport import Bus, ClientSocket, DisconnectHandler, FramesHandler
 
@@ -44,41 +42,11 @@ def answering(router: ScriptedRouter, tokenizer: Tokenizer) -> None:
     router.answer = lambda served: served.send(ids, ended=served.ended("length"))
 
 
-async def lose(router: ScriptedRouter, how: str) -> None:
-    match how:
-        case "silent":
-            router.silent = True
-        case "restarted":
-            router.incarnation += 1
-        case "forgot us":
-            router.forget()
-        case "messages lost":
-            router.lossy.lose_next_down()
-        case "closed the connection":
-            router.forget()
-            router._socket.close()  # it is closed in the background
-            while True:
-                with contextlib.suppress(OSError):
-                    router._socket = NumberedServer(
-                        router.lossy, router.address, router._on_frames, lambda peer: None
-                    )
-                    break
-                await asyncio.sleep(0.005)
-
-
-LOSSES = pytest.mark.parametrize(
-    "how", ["silent", "restarted", "forgot us", "messages lost", "closed the connection"]
-)
-
-
-@LOSSES
-def test_a_lost_router_ends_its_requests_and_is_found_again(
-    model: Path, raw_tokenizer: Tokenizer, how: str
+def test_a_router_that_stays_silent_ends_its_requests_and_is_found_again(
+    model: Path, raw_tokenizer: Tokenizer
 ) -> None:
     async def main() -> None:
-        # Only silence is found by its length; the others must be found at once.
-        liveness = QUICK_LOSS if how == "silent" else "bus.liveness=100000"
-        async with gateway_world(model, liveness) as world:
+        async with gateway_world(model, QUICK_LOSS) as world:
             plain = asyncio.ensure_future(ask(world))
             await world.router.request()
             async with post(world, "/v1/completions", prompt="y", stream=True) as stream:
@@ -87,7 +55,7 @@ def test_a_lost_router_ends_its_requests_and_is_found_again(
                 await stream.head()
                 await stream.chunk()
                 world.router.joined.clear()
-                await lose(world.router, how)
+                world.router.silent = True
                 reply = await plain
                 assert (reply.status_code, reply.json()["error"]["code"]) == (503, "router_lost")
                 assert reply.headers["retry-after"] == "1"

@@ -1,0 +1,126 @@
+"""Requests whose router is lost: they go on at another one, behind the output that is here (WIRE.md 5).
+
+Owns what is needed to send a request again: its prompt as it travels, within a budget, and its deadline.
+Tokens depend on (seed, position) alone, so the client sees one stream. Knows links and mailboxes, not HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+import msgspec
+import structlog
+
+from microserve.gateway.mailbox import Mailbox
+from microserve.gateway.router_link import RouterLink
+from microserve.protocol import log
+from microserve.protocol.codec import encode_tokens
+from microserve.protocol.errors import MeshError, NoEngines
+from microserve.protocol.serving import Generate
+
+MAX_MOVES = 4
+"""Routers that one request may outlive: it may be what ends them."""
+MAX_PROMPT_NBYTES = 64 << 10
+"""A longer prompt (16,384 tokens) is not kept: such a request ends with its router."""
+MAX_KEPT_NBYTES = 128 << 20
+"""Of all prompts together; beyond it new ones are not kept."""
+
+_logger = structlog.get_logger()
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    message: Generate
+    prompt: bytes
+    deadline: float
+    """Monotonic."""
+    num_moves: int = 0
+    lost_at: float = 0.0
+    error: MeshError | None = None
+    """Why it has no router now."""
+
+
+class Moves:
+    """``keep`` each request; ``lost`` when its router is; ``place`` every interval; ``forget`` at the end."""
+
+    def __init__(self, choose: Callable[[], RouterLink], *, patience_s: float) -> None:
+        """``choose``: the router for the next request, or :class:`NoEngines`. A request waits for one for
+        ``patience_s``."""
+        self.kept_nbytes = 0
+        self._choose = choose
+        self._patience_s = patience_s
+        self._kept: dict[Mailbox, _Kept] = {}
+        self._homeless: dict[Mailbox, _Kept] = {}
+
+    def keep(self, mailbox: Mailbox, message: Generate, prompt: bytes) -> None:
+        """Remember how to send it again, if that is not too much."""
+        if len(prompt) > MAX_PROMPT_NBYTES or self.kept_nbytes + len(prompt) > MAX_KEPT_NBYTES:
+            return
+        self.kept_nbytes += len(prompt)
+        self._kept[mailbox] = _Kept(message, prompt, monotonic() + message.ttl_s)
+
+    def forget(self, mailbox: Mailbox) -> None:
+        kept = self._kept.pop(mailbox, None)
+        if kept is not None:
+            self.kept_nbytes -= len(kept.prompt)
+            self._homeless.pop(mailbox, None)
+
+    def lost(self, mailboxes: list[Mailbox], error: MeshError) -> None:
+        """The router of these is gone, or stops. What cannot go on elsewhere fails with ``error``."""
+        for mailbox in mailboxes:
+            kept = self._kept.get(mailbox)
+            if kept is None or mailbox.is_cancelled or kept.num_moves >= MAX_MOVES:
+                mailbox.fail(error)
+                continue
+            kept.lost_at, kept.error = monotonic(), error
+            self._homeless[mailbox] = kept
+        self.place()
+
+    def fail_all(self, error: MeshError) -> None:
+        """End those that have no router now."""
+        homeless, self._homeless = list(self._homeless), {}
+        for mailbox in homeless:
+            mailbox.fail(error)
+
+    def place(self) -> None:
+        """Find a router for those who have none."""
+        now = monotonic()
+        for mailbox, kept in list(self._homeless.items()):
+            if mailbox.over or mailbox.is_cancelled or now - kept.lost_at > self._patience_s:
+                del self._homeless[mailbox]
+                if kept.error is not None:
+                    mailbox.fail(kept.error)
+                continue
+            try:
+                link = self._choose()
+            except NoEngines:
+                continue
+            if self._send(link, mailbox, kept, now):
+                del self._homeless[mailbox]
+
+    def _send(self, link: RouterLink, mailbox: Mailbox, kept: _Kept, now: float) -> bool:
+        kept.num_moves += 1
+        # A new name: the old router may be this one, and may still have the old request.
+        request_id = f"{kept.message.request_id}~{kept.num_moves}"
+        output = encode_tokens(mailbox.output)
+        message = msgspec.structs.replace(
+            kept.message,
+            request_id=request_id,
+            ttl_s=max(kept.deadline - now, 0.001),
+            num_output_tokens=len(mailbox.output),
+        )
+        if not link.send(message, kept.prompt + output):
+            return False
+        _logger.info(
+            log.REQUEST_CONTINUED,
+            request_id=kept.message.request_id,
+            code=kept.error.code if kept.error is not None else "",
+            router_id=link.router_id,
+            delivered=len(mailbox.output),
+            attempt=kept.num_moves + 1,
+        )
+        mailbox.travel(request_id, lambda: link.cancel(request_id))
+        link.mailboxes[request_id] = mailbox
+        return True
