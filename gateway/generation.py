@@ -110,7 +110,7 @@ class Generation(Generic[R]):
         state.check_model(request.model)
         options = options_of(request, state.max_n)
         self._n, self._stream = options.n, options.stream
-        limits = state.routers.choose().limits
+        limits = state.routers.limits
         group.times.tokenising = monotonic()
         prompts = await self._dialect.prompts(request, state.tokenizer, limits)
         sampling = sampling_of(request, limits, max(map(len, prompts)))

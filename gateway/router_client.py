@@ -14,6 +14,7 @@ from typing import Any
 from microserve.gateway.mailbox import Inbox, Mailbox
 from microserve.gateway.moving import Moves
 from microserve.gateway.router_link import RouterLink
+from microserve.gateway.sampling_request import ModelLimits
 from microserve.protocol.codec import encode_tokens
 from microserve.protocol.errors import ConfigError, MeshError, NoEngines, QueueFull
 from microserve.protocol.sampling import SamplingParams
@@ -47,7 +48,8 @@ class RouterClient:
             if _ADDRESS.fullmatch(address) is None:
                 raise ConfigError(f"gateway.routers: {address!r} is no address", field="gateway.routers")
         self._loop = asyncio.get_running_loop()
-        self._moves = Moves(self.choose, patience_s=2 * heartbeat_interval_s * liveness)
+        self._patience_s = 2 * heartbeat_interval_s * liveness
+        self._moves = Moves(self.choose, patience_s=self._patience_s)
         self.links = [
             RouterLink(
                 bus,
@@ -130,10 +132,26 @@ class RouterClient:
             raise NoEngines(f"no engine serves {self._model} at the moment")
         raise NoEngines("no router answers at the moment")
 
+    def choose_soon(self) -> RouterLink | None:
+        """As :meth:`choose`; None if there is no router, but one was here a moment ago: it, or its next life,
+        is on its way back (after a pause of our own, say), and :meth:`generate` waits for it."""
+        try:
+            return self.choose()
+        except NoEngines:
+            if all(monotonic() - link.lost_at > self._patience_s for link in self.links):
+                raise
+            return None
+
+    @property
+    def limits(self) -> ModelLimits:
+        """Of the router that would take a request now, or was the last to say. Raises :class:`NoEngines`."""
+        link = self.choose_soon()
+        return (link or max(self.links, key=lambda each: each.lost_at)).limits
+
     def generate(
         self,
         inbox: Inbox,
-        link: RouterLink,
+        link: RouterLink | None,
         *,
         request_id: str,
         index: int,
@@ -143,17 +161,22 @@ class RouterClient:
         strategy: str | None,
         salt: str = "",
     ) -> Mailbox:
-        """Send one sequence to ``link``; its output will be in ``inbox``. Raises :class:`QueueFull`."""
-        assert request_id not in link.mailboxes
+        """Send one sequence to ``link``, or to the next router that comes; its output will be in ``inbox``.
+
+        Raises :class:`QueueFull`."""
+
+        def cancel() -> None:
+            if link is not None:
+                link.cancel(request_id)
+
         mailbox = Mailbox(
             inbox,
             request_id,
             index,
             max_tokens=sampling.max_tokens,
             with_logprobs=sampling.logprobs is not None,
-            cancel=lambda: link.cancel(request_id),
+            cancel=cancel,
         )
-        link.mailboxes[request_id] = mailbox
         message = Generate(
             request_id=request_id,
             model=self._model,
@@ -163,11 +186,16 @@ class RouterClient:
             salt=salt,
         )
         prompt = encode_tokens(tokens)
+        if link is None:
+            self._moves.keep(mailbox, message, prompt)
+            self._moves.lost([mailbox], NoEngines("no router answers at the moment"))
+            return mailbox
+        assert request_id not in link.mailboxes
         if not link.send(message, prompt):
             error = QueueFull("the queue to the router is full", retry_after_s=1.0)
-            del link.mailboxes[request_id]
             mailbox.fail(error)
             raise error
+        link.mailboxes[request_id] = mailbox
         self._moves.keep(mailbox, message, prompt)
         return mailbox
 

@@ -67,6 +67,8 @@ class RouterLink:
         self.mailboxes: dict[str, Mailbox] = {}
         self.seen_at = 0.0
         """Monotonic time of the router's last message, or of our hello."""
+        self.lost_at = float("-inf")
+        """Monotonic time at which it was last lost while it was joined."""
         self._bus = bus
         self._gateway_id = gateway_id
         self._incarnation = incarnation
@@ -119,6 +121,7 @@ class RouterLink:
                 reason=reason,
                 num_requests=len(self.mailboxes),
             )
+            self.lost_at = monotonic()
         self.router_incarnation = None
         self.num_engines = 0
         mailboxes, self.mailboxes = list(self.mailboxes.values()), {}

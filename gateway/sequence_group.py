@@ -64,7 +64,7 @@ class SequenceGroup:
         remaining_s = exchange.arrived + ttl_s - now
         if remaining_s <= 0.0:
             raise DeadlineExceeded(f"{ttl_s:.3f} s were over before the request was sent")
-        link = state.routers.choose()
+        link = state.routers.choose_soon()
         state.reserve(count)
         self._num_reserved = count
         self.times.submitted = now

@@ -103,6 +103,27 @@ def test_a_router_that_stops_hands_its_requests_to_another(model: Path, raw_toke
     run(main())
 
 
+def test_a_request_that_comes_while_the_router_is_away_waits_for_it(
+    model: Path, raw_tokenizer: Tokenizer
+) -> None:
+    async def main() -> None:
+        async with gateway_world(model, NEVER_SILENT) as world:
+            router = world.router
+            router.num_engines = 0  # its next life has to find the engines first
+            await lose(router, "restarted")
+            await router.next_beat()
+            await router.next_beat()
+            call = asyncio.ensure_future(ask(world))
+            await router.next_beat()
+            assert not router.served
+            router.num_engines = 1
+            served = await router.request()
+            served.send(raw_tokenizer.encode("ok").ids, ended=served.ended("length"))
+            assert (await call).json()["choices"][0]["text"] == "ok"
+
+    run(main())
+
+
 def test_a_request_outlives_so_many_routers_and_no_more(model: Path) -> None:
     """It may be the request that ends them."""
 
