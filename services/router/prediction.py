@@ -20,7 +20,7 @@ from microserve.protocol.actions import EngineLoad
 from microserve.services.router.load import Load
 
 REPORT_MAX_AGE_S = 1.5
-"""Three heartbeats, by default."""
+"""Six heartbeats, by default."""
 RATE_MAX_AGE_S = 1.5
 
 
