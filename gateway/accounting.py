@@ -76,6 +76,7 @@ def account(
                 prompt_tokens=sequence.num_prompt_tokens,
                 output_tokens=sequence.num_output_tokens,
                 strategy="" if ended is None else ended.strategy,
+                strategy_version=0 if ended is None else ended.strategy_version,
                 engines=[] if ended is None else ended.engines,
                 cached_tokens=0 if ended is None else ended.usage.cached_tokens,
                 received_tokens=0 if ended is None else ended.usage.received_tokens,

@@ -89,6 +89,7 @@ class Summary:
     model: str = ""
     index: int = 0
     strategy: str = ""
+    strategy_version: int = 0
     engines: list[str] = field(default_factory=list)
     finish_reason: str = ""
     prompt_tokens: int = 0
@@ -116,6 +117,7 @@ def write_line(summary: Summary) -> None:
         finish_reason=summary.finish_reason,
         model=summary.model,
         strategy=summary.strategy,
+        strategy_version=summary.strategy_version,
         engines=summary.engines,
         prompt_tokens=summary.prompt_tokens,
         cached_tokens=summary.cached_tokens,

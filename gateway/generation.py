@@ -149,7 +149,11 @@ class Generation(Generic[R]):
         ended = self._group.sequences[0].ended
         if ended is None:
             return {}
-        return {"x-microserve-strategy": ended.strategy, "x-microserve-engines": ",".join(ended.engines)}
+        return {
+            "x-microserve-strategy": ended.strategy,
+            "x-microserve-strategy-version": str(ended.strategy_version),
+            "x-microserve-engines": ",".join(ended.engines),
+        }
 
     async def _stream_answer(self, answer: AnswerFormat, include_usage: bool) -> None:
         group, inbox = self._group, self._group.inbox

@@ -4,6 +4,8 @@ A key directory holds one pair of this service and the public keys of those it t
 
     keys/service.key_secret        ours (made by ``microserve keys``), readable by the owner only
     keys/trusted/*.key             public keys of every service that may connect
+    keys/operators/*.key           public keys, of those, that may publish strategies (read by the index)
+    keys/index.key                 public key of the index, where it is not our own (read by operators)
 
 Loopback and ipc addresses may go without; anything else is refused without keys.
 """
@@ -77,6 +79,33 @@ def create_keys(directory: str | Path) -> CurveKeys:
     Path(secret_file).chmod(0o600)
     (root / "trusted" / "service.key").write_text(Path(public_file).read_text())
     return CurveKeys.load(root)
+
+
+def is_operator(directory: str | Path, key: str) -> bool:
+    """Whether a public key (Z85) may publish strategies; read anew each time, so that rights end at once."""
+    operators = Path(directory) / "operators"
+    for file in sorted(operators.glob("*.key")) if operators.is_dir() else ():
+        try:
+            public, _ = zmq.auth.load_certificate(file)
+        except (ValueError, OSError):
+            continue  # a damaged file gives nobody a right
+        if public.decode() == key:
+            return True
+    return False
+
+
+def index_key(directory: str | Path) -> str:
+    """Public key (Z85) of the index for those who do not share its pair; empty: they share it.
+
+    Raises :class:`ConfigError` if the file is damaged."""
+    file = Path(directory) / "index.key"
+    if not file.is_file():
+        return ""
+    try:
+        public, _ = zmq.auth.load_certificate(file)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{file}: {error}", field="bus.curve_dir") from None
+    return public.decode()
 
 
 def check_exposure(address: str, keys: CurveKeys | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from microserve.protocol import control
 from microserve.protocol.actions import EngineInfo, EngineLoad
 
 
@@ -42,6 +43,11 @@ class Watch(_Message, frozen=True, tag=4):
     Repeated by the watcher every interval: the repetition is its heartbeat."""
 
     watcher_id: str
+    control_version: int = -1
+    """Of the control state that it has applied; below the index's: ``ControlState`` comes too. -1: it wants
+    none."""
+    faults: list[control.VersionFault] = []
+    """Versions that it cannot run, or that fail here; repeated as long as the state has them."""
 
 
 class Lookup(_Message, frozen=True, tag=5):
@@ -57,7 +63,17 @@ class IndexStats(_Message, frozen=True, tag=6):
     call_id: int
 
 
-IndexRequest = Register | Beat | Deregister | Watch | Lookup | IndexStats
+IndexRequest = (
+    Register
+    | Beat
+    | Deregister
+    | Watch
+    | Lookup
+    | IndexStats
+    | control.Change
+    | control.ControlStatus
+    | control.ControlHistory
+)
 
 
 # --- index -> service ------------------------------------------------------------------------------
@@ -105,6 +121,18 @@ class IndexFailed(_Message, frozen=True, tag=6):
     call_id: int
     code: str
     detail: str
+    field: str | None = None
 
 
-IndexReply = Registered | Unknown | Members | Matches | IndexReport | IndexFailed
+IndexReply = (
+    Registered
+    | Unknown
+    | Members
+    | Matches
+    | IndexReport
+    | IndexFailed
+    | control.Changed
+    | control.ControlState
+    | control.ControlReport
+    | control.ControlRecords
+)

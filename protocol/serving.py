@@ -94,6 +94,8 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     field: str | None = None
     retry_after_s: float = 0.0
     stop_token_id: int | None = None
+    strategy_version: int = 0
+    """The published version that it began with; 0: the strategy that the router came with."""
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):

@@ -80,6 +80,8 @@ class KvCacheSettings(_Section, frozen=True):
 class IndexSettings(_Section, frozen=True):
     address: str = "tcp://127.0.0.1:7100"
     max_mb: int = 256
+    control_path: str = ""
+    """File (SQLite) of the control log; empty: in memory, published strategies end with the index."""
 
 
 class RouterSettings(_Section, frozen=True):

@@ -144,7 +144,7 @@ class _Socket:
             return
         for _ in range(MAX_FRAMES_PER_TURN):
             try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._take()
             except zmq.Again:
                 return
             self._bus.received += 1
@@ -152,6 +152,9 @@ class _Socket:
             if self._closed:
                 return
         self._schedule_drain()
+
+    def _take(self) -> list[bytes]:
+        return self._socket.recv_multipart(zmq.NOBLOCK)
 
     def _handle(self, frames: list[bytes]) -> None:
         handler = self._handler
@@ -192,6 +195,8 @@ class _Socket:
 
 
 class _Server(_Socket):
+    sender_key = ""
+
     def __init__(self, bus: ZmqBus, address: str, handler: PeerHandler) -> None:
         super().__init__(bus, zmq.ROUTER, lambda frames: handler(frames[0], frames[1:]))
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -200,6 +205,20 @@ class _Server(_Socket):
 
     def send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
         return self.transmit([peer, *frames])
+
+    def _take(self) -> list[bytes]:
+        if self._bus.keys is None:
+            return super()._take()
+        # The authenticator's answer (ZAP, RFC 27) names the key of the connection that a message came by.
+        frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        user_id = frames[-1].get("User-Id")
+        self.sender_key = user_id if isinstance(user_id, str) else ""
+        return [frame.bytes for frame in frames]
+
+
+def sender_key(socket: ServerSocket) -> str:
+    """Public key (Z85) of who sent the message that is being handled; empty when it cannot be known."""
+    return socket.sender_key if isinstance(socket, _Server) else ""
 
 
 class _Client(_Socket):

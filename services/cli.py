@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from microserve.services.strategy_command import strategy as strategy_group
+
 if TYPE_CHECKING:
     from microserve.protocol.settings import Settings
     from microserve.services.run import Serve
@@ -352,6 +354,9 @@ def settings(config: str | None, assignments: tuple[str, ...]) -> None:
     from microserve.services.settings_text import as_toml
 
     click.echo(as_toml(Flags(config, assignments).load()), nl=False)
+
+
+main.add_command(strategy_group)
 
 
 @main.command()

@@ -1,8 +1,8 @@
 """The index: who is in the mesh and which engine holds which prefix (WIRE.md 6).
 
 Owns the ROUTER socket, the watchers, one prefix index per model and one feed per engine; who may be a member
-is decided in ``membership.py``. Nothing in it is durable: engines register again with a restarted index, and
-serving goes on without one.
+is decided in ``membership.py``, which strategies are served in ``control.py``. Nothing but the control log is
+durable: engines register again with a restarted index, and serving goes on without one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import asyncio
 import dataclasses
 import secrets
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -20,9 +22,13 @@ from microserve.protocol import log
 from microserve.protocol import membership as wire
 from microserve.protocol.actions import EngineInfo
 from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST, decode_tokens
+from microserve.protocol.control import Change, ControlHistory, ControlStatus
+from microserve.protocol.curve import is_operator
 from microserve.protocol.errors import InvalidRequest, MeshError, ProtocolViolation, QueueFull
 from microserve.protocol.settings import BusSettings, Settings
-from microserve.protocol.transport import Bus
+from microserve.protocol.transport import Bus, sender_key
+from microserve.services.index.control import ControlDesk
+from microserve.services.index.control_log import ControlLog
 from microserve.services.index.engine_link import EngineLink
 from microserve.services.index.feed import KvFeed
 from microserve.services.index.membership import Admission, Membership
@@ -46,9 +52,18 @@ class IndexService:
     """Answers on one ROUTER socket; ``tick`` every heartbeat interval does the rest."""
 
     def __init__(
-        self, bus: Bus, *, address: str, settings: BusSettings, max_nbytes: int, incarnation: int
+        self,
+        bus: Bus,
+        *,
+        address: str,
+        settings: BusSettings,
+        max_nbytes: int,
+        incarnation: int,
+        control_log: ControlLog | None = None,
+        may_publish: Callable[[str], bool] | None = None,
     ) -> None:
-        """``max_nbytes`` is the hard limit of all prefix indexes together.
+        """``max_nbytes`` is the hard limit of all prefix indexes together. ``control_log`` becomes ours;
+        None: one in memory. ``may_publish`` is asked with a sender's key; None: everybody may.
 
         Raises ``OSError`` when the address is taken and :class:`ConfigError` when it is exposed without keys.
         """
@@ -66,7 +81,12 @@ class IndexService:
         self._watchers: dict[bytes, float] = {}
         """Routing id -> when it last asked."""
         self._ticked_at = self._loop.time()
-        self._socket = bus.server(address, self._on_frames)
+        self.control = ControlDesk(control_log or ControlLog(), self._answer, may_publish=may_publish)
+        try:
+            self._socket = bus.server(address, self._on_frames)
+        except BaseException:
+            self.control.close()
+            raise
 
     @property
     def address(self) -> str:
@@ -87,7 +107,7 @@ class IndexService:
                 _logger.warning(log.ENGINE_LOST, engine_id=info.engine_id, reason=loss.value)
                 self._forget(info.engine_id)
             for peer in [p for p, asked_at in self._watchers.items() if now - asked_at > self._silence_s]:
-                del self._watchers[peer]
+                self._unwatch(peer)
         for engine in self._engines.values():
             engine.link.ping()
         self._publish()
@@ -96,6 +116,7 @@ class IndexService:
         for engine_id in list(self._engines):
             self._forget(engine_id)
         self._socket.close()
+        self.control.close()
 
     # --- messages ----------------------------------------------------------------------------------
 
@@ -112,7 +133,7 @@ class IndexService:
             self._on_message(peer, message, bulk)
         except MeshError as error:
             self.counters[f"refused_{error.code}"] += 1
-            self._answer(peer, wire.IndexFailed(call_id, error.code, error.detail))
+            self._answer(peer, wire.IndexFailed(call_id, error.code, error.detail, error.field))
 
     def _on_message(self, peer: bytes, message: wire.IndexRequest, bulk: list[bytes]) -> None:
         now = self._loop.time()
@@ -130,10 +151,13 @@ class IndexService:
                     self._publish()
             case wire.Watch():
                 self._watch(peer, now)
+                self.control.watch(peer, message)
             case wire.Lookup(call_id, salt):
                 self._answer(peer, wire.Matches(call_id, self._lookup(bulk, salt)))
             case wire.IndexStats(call_id):
                 self._answer(peer, self._report(call_id))
+            case Change() | ControlStatus() | ControlHistory():
+                self._answer(peer, self.control.answer(message, sender_key(self._socket)))
 
     def _answer(self, peer: bytes, reply: wire.IndexReply) -> bool:
         return self._socket.send(peer, INDEX_REPLY.encode(reply))
@@ -212,7 +236,11 @@ class IndexService:
         frames = INDEX_REPLY.encode(self._members())
         for peer in list(self._watchers):
             if not self._socket.send(peer, frames):
-                del self._watchers[peer]
+                self._unwatch(peer)
+
+    def _unwatch(self, peer: bytes) -> None:
+        del self._watchers[peer]
+        self.control.forget(peer)
 
     # --- questions ---------------------------------------------------------------------------------
 
@@ -245,12 +273,15 @@ class IndexService:
 
 async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = None) -> None:
     """Serve until cancelled."""
+    keys = settings.bus.curve_dir
     service = IndexService(
         bus,
         address=settings.index.address,
         settings=settings.bus,
         max_nbytes=settings.index.max_mb << 20,
         incarnation=secrets.randbits(62) | 1,
+        control_log=ControlLog(settings.index.control_path),
+        may_publish=partial(is_operator, keys) if keys else None,
     )
     try:
         (lifecycle or Lifecycle()).ready(service.address)

@@ -71,7 +71,7 @@ class Admission:
             raise InvalidRequest("ttl_s must be a number", field="ttl_s")
         if num_live >= self._settings.max_requests:
             raise QueueFull(f"{num_live} requests are live already", retry_after_s=RETRY_AFTER_S)
-        strategy = self._strategies.get(self.strategy_name(message))
+        strategy = self._strategies.get(self.strategy_name(message), message.request_id)
         served = self._registry.served
         if served is None or not self._registry.usable():
             raise NoEngines("no engine is alive", retry_after_s=RETRY_AFTER_S)
@@ -114,8 +114,7 @@ class Admission:
         num_prompt = request.num_tokens - request.num_output_tokens
         if num_prompt + max_tokens > limit:
             raise PromptTooLong(
-                f"{num_prompt} prompt tokens and {max_tokens} of output are more "
-                f"than the model's {limit}",
+                f"{num_prompt} prompt tokens and {max_tokens} of output are more than the model's {limit}",
                 field="tokens",
             )
 

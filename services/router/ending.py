@@ -12,19 +12,27 @@ from microserve.protocol.serving import Ended, Phases
 _logger = structlog.get_logger()
 
 
-def finished_well(finished: Finished, phases: Phases, strategy: str, engines: list[str]) -> Ended:
+def finished_well(
+    finished: Finished, phases: Phases, strategy: str, version: int, engines: list[str]
+) -> Ended:
     """The decode engine brought it to its end."""
     return Ended(
-        finished.reason, finished.usage, phases, strategy, engines, stop_token_id=finished.stop_token_id
+        finished.reason,
+        finished.usage,
+        phases,
+        strategy,
+        engines,
+        stop_token_id=finished.stop_token_id,
+        strategy_version=version,
     )
 
 
 def cut_short(
-    error: MeshError | None, usage: Usage, phases: Phases, strategy: str, engines: list[str]
+    error: MeshError | None, usage: Usage, phases: Phases, strategy: str, version: int, engines: list[str]
 ) -> Ended:
     """It failed; without an error, its client is gone."""
     if error is None:
-        return Ended("abort", usage, phases, strategy, engines)
+        return Ended("abort", usage, phases, strategy, engines, strategy_version=version)
     return Ended(
         "error",
         usage,
@@ -35,6 +43,7 @@ def cut_short(
         detail=error.detail,
         field=error.field,
         retry_after_s=error.retry_after_s,
+        strategy_version=version,
     )
 
 
@@ -45,6 +54,7 @@ def write_line(request_id: str, ended: Ended) -> None:
         log.REQUEST_FINISHED,
         request_id=request_id,
         strategy=ended.strategy,
+        strategy_version=ended.strategy_version,
         engines=ended.engines,
         reason=ended.reason,
         code=ended.code,

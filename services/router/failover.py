@@ -15,6 +15,7 @@ from microserve.protocol.errors import (
     PeerError,
     PromptTooLong,
     QueueFull,
+    StrategyError,
     UnknownRequest,
 )
 from microserve.services.router.departure import EngineLeaving, MoveFailed
@@ -28,8 +29,9 @@ FIRST_PAUSE_S, MAX_PAUSE_S = 0.02, 1.0
 class Failover:
     """The attempts of one request."""
 
-    def __init__(self, request: Request, *, patience_s: float) -> None:
-        """After a failure, engines that are full or absent are waited for ``patience_s`` in all."""
+    def __init__(self, request: Request, *, patience_s: float, is_published: bool = False) -> None:
+        """After a failure, engines that are full or absent are waited for ``patience_s`` in all.
+        ``is_published``: the strategy came by the control topic; its mistakes are not the client's."""
         self.original = request
         self.suspects: set[str] = set()
         """Engines not to be used again by this request, unless nobody else is left."""
@@ -40,6 +42,7 @@ class Failover:
         self._full: set[str] = set()
         """Engines that had no room; each is asked once before the request is refused."""
         self._patience_s = patience_s
+        self._is_published = is_published
         self._failed_at: float | None = None
 
     def allows(self, error: MeshError, engines: list[str], now: float) -> bool:
@@ -53,6 +56,9 @@ class Failover:
             return False
         if isinstance(error, EngineLeaving):
             self._failed_at, self.pause_s = now, 0.0
+            return True
+        if isinstance(error, StrategyError) and self._is_published and not self.is_plain:
+            self.is_plain, self.pause_s = True, 0.0
             return True
         if isinstance(error, MoveFailed):
             self.suspects.update([error.suspect] if error.suspect else [])

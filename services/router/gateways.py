@@ -61,8 +61,8 @@ class Gateways:
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._loop = asyncio.get_running_loop()
         self._gateways: dict[bytes, Gateway] = {}
-        self._waiting: set[Gateway] = set()
-        """Gateways that have something to be sent."""
+        self._waiting: dict[Gateway, None] = {}
+        """Gateways that have something to be sent, in the order of its coming: a set's would be by chance."""
         self._flush_scheduled = False
         self._logged_at = float("-inf")
         self._socket = NumberedServer(bus, address, self.receive, self._take_loss)
@@ -173,14 +173,14 @@ class Gateways:
 
     def _schedule(self, gateway: Gateway) -> None:
         """Everything that this turn of the loop brings goes out in one message a gateway."""
-        self._waiting.add(gateway)
+        self._waiting[gateway] = None
         if not self._flush_scheduled:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        waiting, self._waiting = self._waiting, set()
+        waiting, self._waiting = self._waiting, {}
         for gateway in waiting:
             while (stream := gateway.outbox.take()) is not None:
                 if not self._send(gateway, stream):
@@ -197,7 +197,7 @@ class Gateways:
         if self._gateways.get(gateway.peer) is not gateway:
             return
         del self._gateways[gateway.peer]
-        self._waiting.discard(gateway)
+        self._waiting.pop(gateway, None)
         cancelled = self._serving.cancel_owner(gateway.peer)
         _logger.warning(log.GATEWAY_LOST, gateway_id=gateway.gateway_id, reason=why, requests=cancelled)
 

@@ -1,9 +1,10 @@
 """Which engines this router is connected to: what the index lists, minus what does not answer.
 
-Owns the DEALER to the index and every engine connection. The index only *names* engines: its death, its
-restart with an empty list, or its silence drop nobody. An engine goes when its own connection ends, when a
-new life of it is listed, or (once nothing of ours runs there) when the index that listed it lists it no more.
-One that was lost and is still listed is taken up again at once, whether or not the index lives.
+Owns the DEALER to the index (what it says of strategies goes to control.py) and every engine connection. The
+index only *names* engines: its death, its restart with an empty list, or its silence drop nobody. An engine
+goes when its own connection ends, when a new life of it is listed, or (once nothing of ours runs there) when
+the index that listed it lists it no more. One that was lost and is still listed is taken up again at once,
+whether or not the index lives.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.actions import EngineInfo
 from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.control import ControlState
 from microserve.protocol.errors import Draining, EngineLost, MeshError, ProtocolViolation
 from microserve.protocol.membership import Members, Watch
 from microserve.protocol.settings import BusSettings
 from microserve.protocol.transport import Bus
 from microserve.services.router.connection import EngineConnection, RouterIdentity
+from microserve.services.router.control import StrategyControl
 
 _logger = structlog.get_logger()
 
@@ -39,6 +42,7 @@ class Registry:
         *,
         index_address: str,
         call_timeout_s: float,
+        control: StrategyControl,
         on_joined: OnConnection,
         on_ended: OnConnection,
         on_draining: OnConnection,
@@ -53,6 +57,7 @@ class Registry:
         self._settings = settings
         self._index_address = index_address
         self._call_timeout_s = call_timeout_s
+        self._control = control
         self._on_joined = on_joined
         self._on_ended = on_ended
         self._on_draining = on_draining
@@ -82,10 +87,9 @@ class Registry:
 
     async def run(self) -> None:
         """Watch the index until cancelled."""
-        watch = INDEX_REQUEST.encode(Watch(self._identity.router_id))
         silence_s = self._settings.heartbeat_interval_s * self._settings.liveness
         while True:
-            self._socket.send(watch)
+            self._watch()
             await asyncio.sleep(self._settings.heartbeat_interval_s)
             heard_at = self._index_heard_at
             if heard_at is not None and self._loop.time() - heard_at > silence_s:
@@ -94,6 +98,11 @@ class Registry:
             for connection in list(self._connections.values()):
                 if connection.is_leaving and connection.is_idle:
                     connection.end(Draining(f"engine {connection.engine_id} has left the mesh"))
+
+    def _watch(self) -> None:
+        control = self._control
+        watch = Watch(self._identity.router_id, control.version, control.faults)
+        self._socket.send(INDEX_REQUEST.encode(watch))
 
     def stop(self) -> None:
         """Take up no further engine; those that are here stay until :meth:`close`."""
@@ -112,6 +121,10 @@ class Registry:
             message, _ = INDEX_REPLY.decode(frames)
         except ProtocolViolation as error:
             _logger.warning(log.FRAME_REJECTED, address=self._index_address, error=error.detail)
+            return
+        if isinstance(message, ControlState) and not self._stopping:
+            self._control.apply(message)
+            self._watch()  # whoever published waits for this
             return
         if not isinstance(message, Members) or self._stopping:
             return

@@ -13,6 +13,7 @@ from microserve.protocol.transport import Bus
 from microserve.services.lifecycle import Lifecycle
 from microserve.services.router.admission import Admission
 from microserve.services.router.connection import EngineConnection, RouterIdentity
+from microserve.services.router.control import StrategyControl
 from microserve.services.router.gateways import Gateways
 from microserve.services.router.prefix import PrefixReplica
 from microserve.services.router.registry import Registry
@@ -51,6 +52,7 @@ class Router:
         incarnation = self._rng.getrandbits(62) | 1
         self.identity = RouterIdentity(settings.router.id or f"router-{incarnation:x}", incarnation)
         self.strategies = load_strategies(settings.router)
+        self.control = StrategyControl(self.strategies, asyncio.get_running_loop().time)
         self._tasks = asyncio.TaskGroup()
         self.prefixes = PrefixReplica(bus, max_nbytes=settings.router.index_max_mb << 20)
         self.registry = Registry(
@@ -60,6 +62,7 @@ class Router:
             settings.bus,
             index_address=settings.index.address,
             call_timeout_s=settings.router.call_timeout_s,
+            control=self.control,
             on_joined=self.prefixes.joined,
             on_ended=self.prefixes.ended,
             on_draining=self._evacuate,
@@ -72,6 +75,7 @@ class Router:
             lookup=self.prefixes.lookup,
             call_timeout_s=settings.router.call_timeout_s,
             rng=self._rng,
+            on_end=self.control.ended,
         )
         try:
             self.gateways = Gateways(

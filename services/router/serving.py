@@ -25,7 +25,7 @@ from microserve.protocol.errors import (
     MeshError,
     StrategyError,
 )
-from microserve.protocol.serving import Generate, Output
+from microserve.protocol.serving import Ended, Generate, Output
 from microserve.services.router.admission import Admission
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.departure import EngineLeaving, MoveFailed, move
@@ -44,6 +44,8 @@ CLOSE_S = 1.0
 """What stands in a strategy's ``finally`` gets this long; its request has ended before."""
 
 Sink = Callable[[Output], None]
+OnEnd = Callable[[Ended, bool], None]
+"""How it ended, and whether its strategy made a mistake."""
 
 _logger = structlog.get_logger()
 
@@ -75,6 +77,10 @@ class LiveRequest:
     """The chunk that ends the stream."""
     interrupt: Interrupt | None = None
     ended: bool = False
+    version: int = 0
+    """Of its strategy, if that was published."""
+    is_blamed: bool = False
+    """Its strategy has made a mistake."""
 
 
 class Serving:
@@ -90,9 +96,10 @@ class Serving:
         lookup: Lookup,
         call_timeout_s: float,
         rng: random.Random,
+        on_end: OnEnd,
     ) -> None:
         """``connections`` lists engines that take new requests, ``served`` says what the mesh serves;
-        ``lookup`` asks the prefix replica."""
+        ``lookup`` asks the prefix replica; ``on_end`` hears of every request that was admitted."""
         self.book = LoadBook()
         self._tasks = tasks
         self._admission = admission
@@ -101,6 +108,7 @@ class Serving:
         self._lookup = lookup
         self._call_timeout_s = call_timeout_s
         self._rng = rng
+        self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._live: dict[str, LiveRequest] = {}
         self._stopping = False
@@ -125,6 +133,7 @@ class Serving:
             return
         live.num_prompt_tokens = request.num_tokens - request.num_output_tokens
         live.delivered = list(request.tokens[live.num_prompt_tokens :])
+        live.version = strategy.version
         account = self.book.open(num_uncached, prompt)
         live.scope = RequestScope(request, account, clock, call_timeout_s=self._call_timeout_s)
         self._live[live.request_id] = live
@@ -165,7 +174,9 @@ class Serving:
 
     async def _serve(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
         """Attempts, each in a scope of its own, until one ends the stream or its error is final."""
-        failover = Failover(scope.request.begun(), patience_s=self._call_timeout_s)
+        failover = Failover(
+            scope.request.begun(), patience_s=self._call_timeout_s, is_published=strategy.version > 0
+        )
         finished = failover.end_of(live.delivered, self._served())
         if finished is not None:  # all that its last router did not tell any more was the end
             live.last = Tokens(len(live.delivered), [], [], finished)
@@ -242,6 +253,8 @@ class Serving:
             return failure
         except ExceptionGroup as group:
             return _first_failure(group) or self._blame(live, group)
+        except (SystemExit, KeyboardInterrupt):  # signals come to a service by its loop, never as this
+            return self._blame(live, StrategyError("the strategy wanted to end the router"))
         except Exception as mistake:
             expired = isinstance(mistake, TimeoutError) and limit.expired()
             return _out_of_time() if expired else self._blame(live, mistake)
@@ -273,10 +286,12 @@ class Serving:
 
     def _blame(self, live: LiveRequest, mistake: Exception) -> StrategyError:
         """The strategy's own fault: its author gets the traceback, the client gets ``StrategyError``."""
+        live.is_blamed = True
         _logger.error(
             log.STRATEGY_FAILED,
             request_id=live.request_id,
             strategy=live.strategy,
+            strategy_version=live.version,
             error=str(mistake),
             exc_info=mistake,
         )
@@ -315,13 +330,16 @@ class Serving:
         now = self._loop.time()
         if chunk is not None and finished is not None:
             phases = live.clock.phases(now, finished.timings)
-            ended = finished_well(finished, phases, live.strategy, engines)
+            ended = finished_well(finished, phases, live.strategy, live.version, engines)
             live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, ended))
         else:
             usage = Usage(prompt_tokens=live.num_prompt_tokens, output_tokens=len(live.delivered))
-            ended = cut_short(error, usage, live.clock.phases(now), live.strategy, engines)
+            phases = live.clock.phases(now)
+            ended = cut_short(error, usage, phases, live.strategy, live.version, engines)
             live.sink(Output(live.request_id, max(live.offset, len(live.delivered)), [], [], ended))
         write_line(live.request_id, ended)
+        if scope is not None:
+            self._on_end(ended, live.is_blamed)
 
 
 def _first_failure(group: ExceptionGroup[Exception]) -> MeshError | None:

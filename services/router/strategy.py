@@ -8,6 +8,7 @@ may name them. Knows nothing of what a strategy does.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -15,7 +16,7 @@ import typing
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import msgspec
@@ -38,6 +39,8 @@ class Strategy:
     """Annotation of each parameter."""
     values: Mapping[str, Any]
     description: str
+    version: int = 0
+    """Of the control log (control.py); 0: the router came with it."""
 
     def __call__(self, mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
         return self.function(mesh, request, **self.values)
@@ -90,10 +93,29 @@ def strategy(function: StrategyFunction) -> Strategy:
     return Strategy(name, function, types, values, inspect.getdoc(function) or "")
 
 
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What the control topic serves under one name."""
+
+    stable: Strategy
+    canary: Strategy | None = None
+    share: float = 0.0
+    """Of the requests, 0 to 1, those that the canary serves."""
+
+    def choose(self, request_id: str) -> Strategy:
+        """By the request's id alone: the same on every router, and a larger share only adds requests."""
+        if self.canary is None:
+            return self.stable
+        digest = hashlib.blake2b(f"{self.stable.name} {request_id}".encode(), digest_size=8).digest()
+        return self.canary if int.from_bytes(digest) < self.share * 2**64 else self.stable
+
+
 class StrategyBook:
     """The strategies of a router by name, with the operator's parameters."""
 
     def __init__(self, strategies: Iterable[Strategy]) -> None:
+        self.published: Mapping[str, Published] = MappingProxyType({})
+        """Goes before what the router came with; replaced whole (control.py)."""
         self._strategies: dict[str, Strategy] = {}
         for item in strategies:
             self.add(item)
@@ -106,10 +128,17 @@ class StrategyBook:
 
     @property
     def names(self) -> list[str]:
-        return sorted(self._strategies)
+        return sorted({*self._strategies, *self.published})
 
-    def get(self, name: str) -> Strategy:
-        """Raises :class:`StrategyNotFound`."""
+    def own(self, name: str) -> Strategy | None:
+        """The strategy that the router came with."""
+        return self._strategies.get(name)
+
+    def get(self, name: str, request_id: str = "") -> Strategy:
+        """For one request, whose id decides on canaries. Raises :class:`StrategyNotFound`."""
+        published = self.published.get(name)
+        if published is not None:
+            return published.choose(request_id)
         try:
             return self._strategies[name]
         except KeyError:

@@ -233,6 +233,7 @@ def test_what_the_router_is_asked(model: Path, raw_tokenizer: Tokenizer) -> None
             assert reply.headers["x-request-id"] == "mine"
             assert reply.headers["x-microserve-strategy"] == "balanced"
             assert reply.headers["x-microserve-engines"] == "e0,e1"
+            assert reply.headers["x-microserve-strategy-version"] == "0"
             [served] = world.router.served.values()
             message = served.message
             assert served.tokens == [1, 2, 3]

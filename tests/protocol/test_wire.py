@@ -15,6 +15,7 @@ import pytest
 from microserve.protocol import (
     actions,
     codec,
+    control,
     credit,
     errors,
     grant,
@@ -55,6 +56,11 @@ STRUCTURES = [
     serving.Ended,
     serving.Output,
     membership.Member,
+    control.StrategyVersion,
+    control.ControlEntry,
+    control.VersionFault,
+    control.RouterControl,
+    control.ControlRecord,
     kv_events.KVEventBatch,
 ]
 MESSAGES = [(section, t) for section, union in CHANNELS.items() for t in get_args(union)]
@@ -102,7 +108,8 @@ def wire_type(hint: Any) -> str:
     if origin is tuple:
         return f"pair of {' and '.join(map(wire_type, args))}"
     if origin is dict:
-        return f"map of {wire_type(args[0])} to {wire_type(args[1])}"
+        value = wire_type(args[1])
+        return f"map of {wire_type(args[0])} to {f'({value})' if ' or ' in value else value}"
     if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
         return f"`{hint.__name__}`"
     return str(hint.__name__)
@@ -182,6 +189,9 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_FRAMES_PER_TURN", transport_module.MAX_FRAMES_PER_TURN),
         ("MAX_NUMBERED_PEERS", numbered.MAX_NUMBERED_PEERS),
         ("MAX_SEQ", kv_events.MAX_SEQ),
+        ("MAX_SOURCE_NBYTES", control.MAX_SOURCE_NBYTES),
+        ("MAX_CONTROL_NBYTES", control.MAX_CONTROL_NBYTES),
+        ("MAX_CONTROL_ENTRIES", control.MAX_CONTROL_ENTRIES),
         ("MAX_LOGPROBS", sampling.MAX_LOGPROBS),
         ("MAX_STOP_TOKEN_IDS", sampling.MAX_STOP_TOKEN_IDS),
         ("MAX_LOGIT_BIAS", sampling.MAX_LOGIT_BIAS),

@@ -17,6 +17,7 @@ from scripted_engine import ANY, ScriptedEngine, output_token
 from microserve.protocol import membership, serving
 from microserve.protocol.actions import EngineInfo, EngineLoad
 from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST, ROUTER_REPLY, ROUTER_REQUEST, encode_tokens
+from microserve.protocol.control import ControlState, VersionFault
 from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
 from microserve.protocol.transport import Bus, ZmqBus
@@ -71,6 +72,7 @@ class ScriptedIndex:
         self.version = 0
         self.infos: list[EngineInfo] = []
         self.watches = 0
+        self.last_watch: membership.Watch | None = None
         self._watchers: set[bytes] = set()
         self._socket = bus.server(address, self._receive)
 
@@ -84,10 +86,20 @@ class ScriptedIndex:
         for peer in self._watchers:
             self._answer(peer)
 
+    def control(self, state: ControlState) -> None:
+        for peer in self._watchers:
+            self.send(peer, state)
+
+    def acknowledged(self) -> tuple[int, list[VersionFault]]:
+        """What the last ``Watch`` said of control."""
+        assert self.last_watch is not None
+        return self.last_watch.control_version, self.last_watch.faults
+
     def _receive(self, peer: bytes, frames: list[bytes]) -> None:
         message, _ = INDEX_REQUEST.decode(frames)
         assert isinstance(message, membership.Watch)
         self.watches += 1
+        self.last_watch = message
         self._watchers.add(peer)
         self._answer(peer)
 

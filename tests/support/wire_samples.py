@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import control_samples
+
 from microserve.protocol import actions, membership, serving
 from microserve.protocol.codec import (
     ENGINE_REPLY,
@@ -120,6 +122,7 @@ ENDED = serving.Ended(
     field="f",
     retry_after_s=1.5,
     stop_token_id=2,
+    strategy_version=3,
 )
 OUTPUT = serving.Output(request_id="r1", offset=4, token_ids=[11], logprobs=[LOGPROB], ended=ENDED)
 MEMBER = membership.Member(info=INFO, load=LOAD)
@@ -238,7 +241,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
     (INDEX_REQUEST, membership.Register(call_id=1, info=INFO)),
     (INDEX_REQUEST, membership.Beat(engine_id="e1", incarnation=LIFE, load=LOAD)),
     (INDEX_REQUEST, membership.Deregister(engine_id="e1", incarnation=LIFE)),
-    (INDEX_REQUEST, membership.Watch(watcher_id="router")),
+    (INDEX_REQUEST, membership.Watch(watcher_id="router", control_version=3, faults=[control_samples.FAULT])),
     (INDEX_REQUEST, membership.Lookup(call_id=5, salt="s")),
     (INDEX_REQUEST, membership.IndexStats(call_id=6)),
     (INDEX_REPLY, membership.Registered(call_id=1, index_incarnation=LIFE)),
@@ -251,7 +254,8 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
             call_id=6, num_engines=2, num_blocks=300, nbytes=30_000, counters={"joined": 2}
         ),
     ),
-    (INDEX_REPLY, membership.IndexFailed(call_id=7, code="invalid_request", detail="d")),
+    (INDEX_REPLY, membership.IndexFailed(call_id=7, code="invalid_request", detail="d", field="f")),
+    *control_samples.MESSAGES,
 ]
 
 GOLDEN: dict[str, str] = {
@@ -333,10 +337,10 @@ GOLDEN: dict[str, str] = {
         "9901a6726f75746572cf1000000000000000a16dcd2000cdc0000292a46175746fa862616c616e636564a46175746f"
     ),
     "ROUTER_TO_GATEWAY.Stream": (
-        "92029195a2723104910b9192cbbfe000000000000092920bcbbfd0000000000000920ccbbff80000000000009aa56572"
+        "92029195a2723104910b9192cbbfe000000000000092920bcbbfd0000000000000920ccbbff80000000000009ba56572"
         "726f7295281014050198cb4042000000000000cb3ff0000000000000cb4000000000000000cb4008000000000000cb40"
         "10000000000000cb4014000000000000cb4024000000000000cb4026000000000000a862616c616e63656492a26531a2"
-        "6532aa63616368655f66756c6ca164a166cb3ff800000000000002"
+        "6532aa63616368655f66756c6ca164a166cb3ff80000000000000203"
     ),
     "ROUTER_TO_GATEWAY.RouterHeartbeat": "9803cf10000000000000000203cd0400a16dcd2000cdc000",
     "ROUTER_TO_GATEWAY.RouterFailed": "9304b270726f746f636f6c5f76696f6c6174696f6ea164",
@@ -353,7 +357,7 @@ GOLDEN: dict[str, str] = {
         "0000c340cb3fe8000000000000cb4034800000000000"
     ),
     "TO_INDEX.Deregister": "9303a26531cf1000000000000000",
-    "TO_INDEX.Watch": "9204a6726f75746572",
+    "TO_INDEX.Watch": "9404a6726f75746572039193a862616c616e63656403a172",
     "TO_INDEX.Lookup": "930505a173",
     "TO_INDEX.IndexStats": "920606",
     "FROM_INDEX.Registered": "930101cf1000000000000000",
@@ -369,8 +373,9 @@ GOLDEN: dict[str, str] = {
     ),
     "FROM_INDEX.Matches": "93040581a2653120",
     "FROM_INDEX.IndexReport": "96050602cd012ccd753081a66a6f696e656402",
-    "FROM_INDEX.IndexFailed": "940607af696e76616c69645f72657175657374a164",
+    "FROM_INDEX.IndexFailed": "950607af696e76616c69645f72657175657374a164a166",
 }
+GOLDEN |= control_samples.GOLDEN
 """Channel and message name -> hex of the message frame; the parts in the order that WIRE.md lists fields."""
 
 

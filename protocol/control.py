@@ -1,0 +1,151 @@
+"""The control topic: strategies published to a living mesh, and which router runs what (WIRE.md 6.4).
+
+Travels on the index's channels. A change gets a version from the index's log; a state is always whole, so a
+receiver takes the highest version it has seen and loss, repetition and reordering do no harm.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+Scalar = bool | int | float | str
+"""Value of a strategy's parameter."""
+
+MAX_SOURCE_NBYTES = 64 << 10
+"""Longest source of one strategy."""
+MAX_CONTROL_NBYTES = 4 << 20
+"""Of all sources and parameters of a state together: half of the longest message frame."""
+MAX_CONTROL_ENTRIES = 64
+"""Strategies under control at a time."""
+
+PUBLISH, SET, PROMOTE, ROLLBACK, RETIRE = KINDS = ("publish", "set", "promote", "rollback", "retire")
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True):
+    """Positional on the wire: fields are only ever appended, with defaults."""
+
+
+# --- structures ------------------------------------------------------------------------------------
+
+
+class StrategyVersion(msgspec.Struct, frozen=True, array_like=True):
+    """One version of one strategy; never changes."""
+
+    version: int
+    """Of the change that made it."""
+    source: str
+    """Python; empty: the strategy of that name that the router came with."""
+    digest: str
+    """SHA-256 of the source, hex."""
+    parameters: dict[str, Scalar]
+
+
+class ControlEntry(msgspec.Struct, frozen=True, array_like=True):
+    """What serves the requests that ask for one strategy."""
+
+    strategy: str
+    stable: StrategyVersion | None = None
+    """None: nothing published; the strategy of that name that the router came with."""
+    canary: StrategyVersion | None = None
+    share: float = 0.0
+    """Of the requests, those that the canary serves; chosen by their ids."""
+
+
+class VersionFault(msgspec.Struct, frozen=True, array_like=True):
+    """A router cannot run a version, or has seen it fail too often."""
+
+    strategy: str
+    version: int
+    reason: str
+
+
+class RouterControl(msgspec.Struct, frozen=True, array_like=True):
+    """How far one router is."""
+
+    router_id: str
+    version: int
+    """Of the state that it has applied."""
+    faults: list[VersionFault]
+
+
+class ControlRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One change, as the log keeps it."""
+
+    version: int
+    at: float
+    """Wall clock, seconds since 1970."""
+    who: str
+    """CURVE key (Z85) of the publisher, ``local`` without CURVE, or ``router <id>``."""
+    kind: str
+    strategy: str
+    digest: str
+    parameters: dict[str, Scalar]
+    share: float
+    reason: str
+
+
+# --- service -> index ------------------------------------------------------------------------------
+
+
+class Change(_Message, frozen=True, tag=7):
+    """Change what is served -> ``Changed``. Idempotent by ``change_id``."""
+
+    call_id: int
+    change_id: str
+    """Random; the same change repeated is no second one."""
+    kind: str
+    strategy: str
+    source: str = ""
+    parameters: dict[str, Scalar] = {}
+    share: float = 1.0
+    """``publish``: below 1 it is a canary."""
+    version: int = 0
+    """``rollback``: only if this version would be taken back; 0: whichever."""
+    shadow: bool = False
+    """Reserved; refused."""
+    reason: str = ""
+
+
+class ControlStatus(_Message, frozen=True, tag=8):
+    """-> ``ControlReport``."""
+
+    call_id: int
+
+
+class ControlHistory(_Message, frozen=True, tag=9):
+    """-> ``ControlRecords``, the newest first."""
+
+    call_id: int
+    strategy: str = ""
+    """Empty: of all."""
+    limit: int = 100
+
+
+# --- index -> service ------------------------------------------------------------------------------
+
+
+class Changed(_Message, frozen=True, tag=7):
+    """The change is in the log."""
+
+    call_id: int
+    version: int
+
+
+class ControlState(_Message, frozen=True, tag=8):
+    """Everything that is under control, whole."""
+
+    version: int
+    entries: list[ControlEntry]
+
+
+class ControlReport(_Message, frozen=True, tag=9):
+    call_id: int
+    state: ControlState
+    routers: list[RouterControl]
+    durable: bool
+    """The log survives the index."""
+
+
+class ControlRecords(_Message, frozen=True, tag=10):
+    call_id: int
+    records: list[ControlRecord]

@@ -1,0 +1,132 @@
+"""The index's desk for control: logs changes, tells the routers, keeps who runs what (WIRE.md 6.4).
+
+Owns the right to publish and the watchers that run strategies. Knows no strategy: what a source does is for
+those who check it before, and for the routers that run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol import membership as wire
+from microserve.protocol.control import (
+    ROLLBACK,
+    Change,
+    Changed,
+    ControlHistory,
+    ControlRecords,
+    ControlReport,
+    ControlStatus,
+    RouterControl,
+)
+from microserve.protocol.errors import InvalidRequest, MeshError
+from microserve.services.index.control_log import MAX_VERSION, ControlLog
+from microserve.services.index.control_state import MAX_REASON_CHARS, digest_of
+
+LOCAL = "local"
+
+Send = Callable[[bytes, wire.IndexReply], bool]
+_logger = structlog.get_logger()
+
+
+class ControlDesk:
+    def __init__(
+        self, control_log: ControlLog, send: Send, *, may_publish: Callable[[str], bool] | None
+    ) -> None:
+        """``may_publish`` is asked with a sender's public key; None: without keys, everybody here may."""
+        self._log = control_log
+        self._send = send
+        self._may_publish = may_publish
+        self._routers: dict[bytes, RouterControl] = {}
+        self._highest_seen = 0
+        """Of the versions that routers have: a log that was lost must not use them again."""
+        fold = control_log.fold
+        _logger.info(
+            log.CONTROL_OPENED,
+            durable=control_log.is_durable,
+            version=fold.version,
+            strategies=sorted(fold.rollouts),
+        )
+
+    # --- publishers --------------------------------------------------------------------------------
+
+    def answer(self, message: Change | ControlStatus | ControlHistory, key: str) -> wire.IndexReply:
+        """``key``: the sender's public key, empty without. Raises a :class:`MeshError` naming the field."""
+        match message:
+            case Change():
+                return Changed(message.call_id, self._change(message, key))
+            case ControlStatus(call_id):
+                routers = sorted(self._routers.values(), key=lambda router: router.router_id)
+                return ControlReport(call_id, self._log.fold.state(), routers, self._log.is_durable)
+            case ControlHistory(call_id, strategy, limit):
+                return ControlRecords(call_id, self._log.records(strategy, limit))
+
+    def _change(self, change: Change, key: str) -> int:
+        who = LOCAL if self._may_publish is None else key or "unknown"
+        try:
+            if self._may_publish is not None and not (key and self._may_publish(key)):
+                raise InvalidRequest("this key has no right to publish strategies", field="operators")
+            return self._append(change, who)
+        except MeshError as error:
+            _logger.warning(
+                log.STRATEGY_REFUSED,
+                who=who,
+                kind=change.kind,
+                strategy=change.strategy,
+                digest=digest_of(change.source),
+                field=error.field,
+                error=error.detail,
+            )
+            raise
+
+    def _append(self, change: Change, who: str) -> int:
+        before = self._log.fold.version
+        version = self._log.append(change, who, above=self._highest_seen)
+        if version > before:
+            _logger.info(
+                log.STRATEGY_ROLLED_BACK if change.kind == ROLLBACK else log.STRATEGY_PUBLISHED,
+                version=version,
+                who=who,
+                kind=change.kind,
+                strategy=change.strategy,
+                digest=digest_of(change.source) if change.source else "",
+                parameters=change.parameters,
+                share=change.share,
+                reason=change.reason,
+            )
+            for peer in self._routers:
+                self._send(peer, self._log.fold.state())
+        return version
+
+    # --- routers -----------------------------------------------------------------------------------
+
+    def watch(self, peer: bytes, message: wire.Watch) -> None:
+        """What a watcher says of itself, and what it has missed."""
+        if message.control_version < 0:
+            return
+        self._routers[peer] = RouterControl(message.watcher_id, message.control_version, message.faults)
+        if message.control_version < MAX_VERSION:
+            self._highest_seen = max(self._highest_seen, message.control_version)
+        for fault in message.faults:
+            if self._log.fold.is_in_force(fault.strategy, fault.version):
+                # The version that it names is taken back once, whoever says so and how often.
+                change = Change(
+                    0,
+                    f"fault {fault.strategy} {fault.version} {self._log.fold.version}",
+                    ROLLBACK,
+                    fault.strategy,
+                    version=fault.version,
+                    reason=fault.reason[:MAX_REASON_CHARS],
+                )
+                self._append(change, f"router {message.watcher_id}")
+        if message.control_version < self._log.fold.version:
+            self._send(peer, self._log.fold.state())
+
+    def forget(self, peer: bytes) -> None:
+        self._routers.pop(peer, None)
+
+    def close(self) -> None:
+        self._log.close()

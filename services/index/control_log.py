@@ -1,0 +1,139 @@
+"""The log of all changes: SQLite, written through before anybody hears of a change (WIRE.md 6.4).
+
+Owns the file, the versions and who did what when. What is in force is the fold of its rows, read once at the
+start. One index at a time has the file; a killed one leaves each change either whole or absent.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from microserve.protocol.control import MAX_CONTROL_ENTRIES, Change, ControlRecord, Scalar
+from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest, MeshError
+from microserve.services.index.control_state import Fold, digest_of
+
+MAX_VERSION = 1 << 62
+MAX_RECORDS = 1000
+"""In one answer."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS changes (
+    version INTEGER PRIMARY KEY,
+    change_id TEXT NOT NULL UNIQUE,
+    at REAL NOT NULL,
+    who TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    strategy TEXT NOT NULL,
+    source TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    parameters TEXT NOT NULL,
+    share REAL NOT NULL,
+    rolled_back INTEGER NOT NULL,
+    reason TEXT NOT NULL
+) STRICT
+"""
+_PARAMETERS = msgspec.json.Decoder(dict[str, Scalar])
+
+
+class ControlLog:
+    """Append-only; ``fold`` is what is in force."""
+
+    def __init__(self, path: str = "", *, wall_clock: Callable[[], float] = time.time) -> None:
+        """``path`` empty: in memory only.
+
+        Raises :class:`ConfigError` when the file cannot be had, is in use by another index, or does not fold.
+        """
+        self.fold = Fold()
+        self.is_durable = bool(path)
+        self._wall_clock = wall_clock
+        try:
+            self._database = sqlite3.connect(path or ":memory:", timeout=1.0, isolation_level=None)
+        except sqlite3.Error as error:
+            raise _unusable(path, error) from None
+        try:
+            # Exclusive before the first read: WAL then needs no shared memory, and the lock ends with us.
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL"):
+                self._database.execute(f"PRAGMA {pragma}")
+            self._database.execute("BEGIN IMMEDIATE")
+            self._database.execute(_SCHEMA)
+            self._database.execute("COMMIT")
+            self._replay()
+        except (sqlite3.Error, msgspec.MsgspecError, MeshError) as error:
+            self._database.close()
+            raise _unusable(path, error) from None
+
+    def _replay(self) -> None:
+        columns = "version, change_id, kind, strategy, source, parameters, share, rolled_back, reason"
+        for row in self._database.execute(f"SELECT {columns} FROM changes ORDER BY version"):
+            version, change_id, kind, strategy, source, parameters, share, rolled_back, reason = row
+            change = Change(
+                0,
+                change_id,
+                kind,
+                strategy,
+                source,
+                _PARAMETERS.decode(parameters),
+                share,
+                rolled_back,
+                reason=reason,
+            )
+            self.fold = self.fold.after(change, version)
+
+    def append(self, change: Change, who: str, *, above: int = 0) -> int:
+        """Log a change; its version, which is higher than ``above``. It is on disk when this returns.
+
+        A ``change_id`` that the log has is answered with its version. Raises :class:`InvalidRequest` for what
+        cannot be applied, and :class:`InternalError` when the disk takes nothing; then nothing has changed.
+        """
+        try:
+            known = self._database.execute(
+                "SELECT version, kind, strategy FROM changes WHERE change_id = ?", (change.change_id,)
+            ).fetchone()
+            if known is not None:
+                if known[1:] != (change.kind, change.strategy):
+                    raise InvalidRequest("another change has this id", field="change_id")
+                return int(known[0])
+            version = max(self.fold.version, above) + 1
+            fold = self.fold.after(change, version)
+            row = (
+                version,
+                change.change_id,
+                self._wall_clock(),
+                who,
+                change.kind,
+                change.strategy,
+                change.source,
+                digest_of(change.source) if change.source else "",
+                msgspec.json.encode(change.parameters).decode(),
+                change.share,
+                change.version,
+                change.reason,
+            )
+            self._database.execute(f"INSERT INTO changes VALUES ({','.join('?' * len(row))})", row)
+        except (sqlite3.Error, UnicodeEncodeError) as error:
+            raise InternalError(f"the control log took nothing: {error}") from None
+        self.fold = fold
+        return version
+
+    def records(self, strategy: str = "", limit: int = MAX_CONTROL_ENTRIES) -> list[ControlRecord]:
+        """The newest first; ``strategy`` empty: of all. At most ``MAX_RECORDS``."""
+        columns = "version, at, who, kind, strategy, digest, parameters, share, reason"
+        rows = self._database.execute(
+            f"SELECT {columns} FROM changes WHERE ? IN ('', strategy) ORDER BY version DESC LIMIT ?",
+            (strategy, max(0, min(limit, MAX_RECORDS))),
+        )
+        return [
+            ControlRecord(version, at, who, kind, name, digest, _PARAMETERS.decode(parameters), share, reason)
+            for version, at, who, kind, name, digest, parameters, share, reason in rows
+        ]
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def _unusable(path: str, error: Exception) -> ConfigError:
+    return ConfigError(f"control log {path or 'in memory'}: {error}", field="index.control_path")

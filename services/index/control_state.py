@@ -1,0 +1,183 @@
+"""What is under control: the fold of all changes, without I/O (WIRE.md 6.4).
+
+Owns the rules of a change and what each leaves in force. Knows no log, no clock and no peers, and nothing of
+what is in a source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import keyword
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from microserve.protocol.control import (
+    MAX_CONTROL_ENTRIES,
+    MAX_CONTROL_NBYTES,
+    MAX_SOURCE_NBYTES,
+    PROMOTE,
+    PUBLISH,
+    RETIRE,
+    ROLLBACK,
+    SET,
+    Change,
+    ControlEntry,
+    ControlState,
+    StrategyVersion,
+)
+from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.types import MAX_REQUEST_ID_CHARS
+
+MAX_NAME_CHARS = 64
+MAX_REASON_CHARS = 1000
+MAX_BEFORE = 8
+"""Stable versions of a strategy that rollbacks can go back."""
+
+
+def digest_of(source: str) -> str:
+    """SHA-256, hex."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One strategy: what is in force, and what was before."""
+
+    stable: StrategyVersion | None = None
+    canary: StrategyVersion | None = None
+    share: float = 0.0
+    before: tuple[StrategyVersion | None, ...] = ()
+    """Stable versions before this one, the latest last; None is the router's own."""
+
+    def with_stable(self, version: StrategyVersion) -> Rollout:
+        return replace(self, stable=version, before=(*self.before, self.stable)[-MAX_BEFORE:])
+
+    @property
+    def nbytes(self) -> int:
+        """At least what it adds to a message."""
+        versions = [version for version in (self.stable, self.canary) if version is not None]
+        return sum(
+            len(version.source.encode()) + len(repr(version.parameters).encode()) for version in versions
+        )
+
+
+_NOTHING: Mapping[str, Rollout] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """Everything under control after the change ``version``."""
+
+    version: int = 0
+    rollouts: Mapping[str, Rollout] = field(default_factory=lambda: _NOTHING)
+
+    def state(self) -> ControlState:
+        entries = [
+            ControlEntry(name, rollout.stable, rollout.canary, rollout.share)
+            for name, rollout in sorted(self.rollouts.items())
+        ]
+        return ControlState(self.version, entries)
+
+    def is_in_force(self, strategy: str, version: int) -> bool:
+        rollout = self.rollouts.get(strategy)
+        present = () if rollout is None else (rollout.stable, rollout.canary)
+        return any(each is not None and each.version == version for each in present)
+
+    def after(self, change: Change, version: int) -> Fold:
+        """With one change more, whose version is ``version``.
+
+        Raises :class:`InvalidRequest` naming the field and the bound; then nothing has changed.
+        """
+        _check(change)
+        if version <= self.version:
+            raise InvalidRequest(f"version {version} is not above {self.version}", field="version")
+        rollouts = dict(self.rollouts)
+        name = change.strategy
+        match change.kind:
+            case "publish":
+                made = StrategyVersion(version, change.source, digest_of(change.source), change.parameters)
+                rollouts[name] = _publish(rollouts.get(name, Rollout()), made, change.share)
+            case "set":
+                rollouts[name] = _set(rollouts.get(name, Rollout()), change, version)
+            case "promote":
+                rollouts[name] = _promote(_known(rollouts, name))
+            case "rollback":
+                rollouts[name] = _roll_back(_known(rollouts, name), change)
+            case _:
+                _known(rollouts, name)
+                del rollouts[name]
+        if len(rollouts) > MAX_CONTROL_ENTRIES:
+            raise InvalidRequest(
+                f"{len(rollouts)} strategies under control, at most {MAX_CONTROL_ENTRIES}", field="strategy"
+            )
+        nbytes = sum(rollout.nbytes for rollout in rollouts.values())
+        if nbytes > MAX_CONTROL_NBYTES:
+            raise InvalidRequest(
+                f"all sources together have {nbytes} bytes, at most {MAX_CONTROL_NBYTES}", field="source"
+            )
+        return Fold(version, MappingProxyType(rollouts))
+
+
+def _check(change: Change) -> None:
+    """Bounds that do not depend on what is in force."""
+    if change.kind not in (PUBLISH, SET, PROMOTE, ROLLBACK, RETIRE):
+        raise InvalidRequest(f"{change.kind!r} is no kind of change", field="kind")
+    name = change.strategy
+    if not name.isidentifier() or keyword.iskeyword(name) or len(name) > MAX_NAME_CHARS:
+        raise InvalidRequest(
+            f"a strategy's name is a Python identifier of at most {MAX_NAME_CHARS} characters",
+            field="strategy",
+        )
+    if not 0 < len(change.change_id) <= MAX_REQUEST_ID_CHARS:
+        raise InvalidRequest(f"1 to {MAX_REQUEST_ID_CHARS} characters", field="change_id")
+    if change.shadow:
+        raise InvalidRequest("shadow mode is not there yet", field="shadow")
+    if len(change.reason) > MAX_REASON_CHARS:
+        raise InvalidRequest(f"at most {MAX_REASON_CHARS} characters", field="reason")
+    if (change.kind == PUBLISH) != bool(change.source):
+        raise InvalidRequest("publish, and nothing else, has a source", field="source")
+    if len(change.source.encode()) > MAX_SOURCE_NBYTES:
+        raise InvalidRequest(f"at most {MAX_SOURCE_NBYTES} bytes", field="source")
+    if not 0.0 < change.share <= 1.0 or (change.share < 1.0 and change.kind != PUBLISH):
+        raise InvalidRequest(f"a share is above 0 and at most 1, with publish only; it is {change.share}",
+                             field="share")  # fmt: skip
+    if change.kind == SET and not change.parameters:
+        raise InvalidRequest("nothing to set", field="parameters")
+    if change.kind not in (PUBLISH, SET) and change.parameters:
+        raise InvalidRequest(f"{change.kind} has no parameters", field="parameters")
+
+
+def _known(rollouts: Mapping[str, Rollout], name: str) -> Rollout:
+    if name not in rollouts:
+        known = ", ".join(sorted(rollouts)) or "none"
+        raise InvalidRequest(f"{name} is not under control (there are: {known})", field="strategy")
+    return rollouts[name]
+
+
+def _publish(rollout: Rollout, made: StrategyVersion, share: float) -> Rollout:
+    if share < 1.0:
+        return replace(rollout, canary=made, share=share)
+    return replace(rollout.with_stable(made), canary=None, share=0.0)
+
+
+def _set(rollout: Rollout, change: Change, version: int) -> Rollout:
+    old = rollout.stable or StrategyVersion(0, "", "", {})
+    made = StrategyVersion(version, old.source, old.digest, {**old.parameters, **change.parameters})
+    return rollout.with_stable(made)
+
+
+def _promote(rollout: Rollout) -> Rollout:
+    if rollout.canary is None:
+        raise InvalidRequest("it has no canary to promote", field="strategy")
+    return replace(rollout.with_stable(rollout.canary), canary=None, share=0.0)
+
+
+def _roll_back(rollout: Rollout, change: Change) -> Rollout:
+    canary, stable = rollout.canary, rollout.stable
+    if canary is not None and change.version in (0, canary.version):
+        return replace(rollout, canary=None, share=0.0)
+    if stable is None or change.version not in (0, stable.version):
+        raise InvalidRequest("no such version is in force", field="version")
+    *earlier, last = rollout.before or (None,)
+    return replace(rollout, stable=last, before=tuple(earlier))

@@ -1,0 +1,147 @@
+"""One strategy served in a small simulated mesh before it is published: what would go wrong, in words.
+
+Owns the requests of a dry run and what counts as a problem. The strategy comes to the simulated routers the
+way it comes to real ones, through the index. Nothing fails in this mesh, so whatever goes wrong is the
+strategy's doing. What neither ends nor awaits must be ended from outside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from microserve.protocol.control import PUBLISH, Change, Changed, Scalar
+from microserve.protocol.errors import InternalError, MeshError
+from microserve.services.index.service import IndexService
+from microserve.services.router.service import Router
+from microserve.services.simulation.campaign import NOTICE_S, REST_S
+from microserve.services.simulation.client import Answer
+from microserve.services.simulation.journal import Journal
+from microserve.services.simulation.judge import judge_answer, judge_rest
+from microserve.services.simulation.loop import VirtualLoop
+from microserve.services.simulation.scenario import draw
+from microserve.services.simulation.world import INDEX, Shape, World
+
+NUM_REQUESTS = 12
+MAX_ENGINES = 8
+"""A larger mesh is tried with so many."""
+GAP_S = 0.15
+"""Between two requests: the later ones meet the earlier ones."""
+TTL_S = 20.0
+LOOK_S = 0.05
+JOIN_S = 10.0
+MAX_PROBLEMS = 8
+
+Labels = Sequence[Sequence[str]]
+"""Of each engine."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    problems: list[str]
+    request_s: float
+    """Mean time of a request, virtual seconds."""
+
+
+def try_strategy(name: str, source: str, parameters: dict[str, Scalar], labels: Labels) -> Trial:
+    """Serve a few requests with it; with ``source`` empty, by the ``name`` that routers come with."""
+    loop = VirtualLoop()
+    journal = Journal(loop, keep=False)
+    journal.open()
+    answers: list[Answer] = []
+    problems: list[str] = []
+    try:
+        problems += loop.run(_run(loop, journal, answers, name, source, parameters, labels))
+    except MeshError as error:
+        problems.append(error.detail)
+    finally:
+        journal.close()
+    problems += [_plainly(line) for line in journal.defects] + loop.failures
+    times = [answer.ended_at - answer.submitted_at for answer in answers if answer.outcome]
+    unique = list(dict.fromkeys(problems))[:MAX_PROBLEMS]
+    return Trial(unique, sum(times) / len(times) if times else 0.0)
+
+
+def _plainly(line: str) -> str:
+    """What a line of the journal says went wrong: the last line of its traceback, or else its error."""
+    text, _, trace = line.partition(" trace=")
+    told = [each for each in trace.splitlines() if each and not each.startswith(" ")]
+    return told[-1] if told else text.partition(" error=")[2] or text
+
+
+async def _run(
+    loop: VirtualLoop,
+    journal: Journal,
+    answers: list[Answer],
+    name: str,
+    source: str,
+    parameters: dict[str, Scalar],
+    labels: Labels,
+) -> list[str]:
+    labels = labels[:MAX_ENGINES] or [[]]
+    shape = Shape(
+        num_engines=len(labels), num_blocks=256, labels=tuple(tuple(each) for each in labels), max_skew_s=0.0
+    )
+    world = World(loop, 1, shape, journal)
+    try:
+        world.start_all()
+        await _until(lambda: _is_together(world), JOIN_S)
+        if source:
+            problems = await _publish(world, name, source, parameters)
+            if problems:
+                return problems
+        for number in range(NUM_REQUESTS):
+            answers.append(_submit(world, name, number))
+            await asyncio.sleep(GAP_S)
+        await _until(lambda: all(answer.outcome for answer in answers), 2 * TTL_S)
+        return await _judge(world, answers)
+    finally:
+        world.close()
+
+
+def _is_together(world: World) -> bool:
+    router: Router | None = world.seats["router-0"].service
+    gateway = world.seats["gateway-0"].service
+    if router is None or gateway is None or gateway.num_joined == 0:
+        return False
+    return len(router.registry.usable()) == len(world.engines)
+
+
+async def _publish(world: World, name: str, source: str, parameters: dict[str, Scalar]) -> list[str]:
+    index: IndexService = world.seats[INDEX].service
+    router: Router = world.seats["router-0"].service
+    reply = index.control.answer(Change(1, "dry run", PUBLISH, name, source, parameters), "")
+    if not isinstance(reply, Changed):
+        raise InternalError(f"the index answered {reply}")
+    await _until(lambda: router.control.version >= reply.version, JOIN_S)
+    return [fault.reason for fault in router.control.faults]
+
+
+def _submit(world: World, name: str, number: int) -> Answer:
+    # Prompts, lengths and sampling as the campaign draws them.
+    template = draw(number).arrivals[0]
+    answer = Answer(f"dry-{number}", list(template.prompt), template.params, world.loop.now)
+    answer.strategy = name
+    gateway = world.seats["gateway-0"].service
+    gateway.submit(answer, world.address("router-0"), strategy=name, ttl_s=TTL_S, salt="")
+    return answer
+
+
+async def _judge(world: World, answers: Sequence[Answer]) -> list[str]:
+    problems: list[str] = []
+    for answer in answers:
+        if not answer.is_complete:
+            outcome = answer.outcome or "it has not ended"
+            problems.append(f"a request was not served: {outcome} {answer.detail}".rstrip())
+        problems += judge_answer(answer)
+    await asyncio.sleep(NOTICE_S)
+    await _until(lambda: not judge_rest(world), REST_S)
+    return problems + judge_rest(world)
+
+
+async def _until(holds: Callable[[], bool], timeout_s: float) -> None:
+    waited_s = 0.0
+    while waited_s < timeout_s and not holds():
+        await asyncio.sleep(LOOK_S)
+        waited_s += LOOK_S

@@ -1,0 +1,64 @@
+"""A strategy's source checked before it is published: ``python -m microserve.services.strategy_check``.
+
+A process of its own, because the source is run here: whoever starts it bounds its time. Reads a ``Task`` as
+JSON from stdin and writes a ``Finding`` as JSON to stdout. Knows no mesh but the labels of its engines.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from typing import Any, NoReturn
+
+import msgspec
+
+from microserve.protocol.errors import MeshError
+from microserve.services.router.control import load_source
+from microserve.services.strategy_wire import Finding, Task
+
+MAX_MEMORY_NBYTES = 4 << 30
+BASELINE = "data_parallel"
+
+
+def _refuse_sleep(_seconds: object) -> NoReturn:
+    raise RuntimeError("time.sleep stops the whole router; await asyncio.sleep instead")
+
+
+def check(task: Task) -> Finding:
+    """Run the source and look at its shape and parameters; then, if wanted, serve with it in a simulation."""
+    try:
+        load_source(task.source, task.strategy).bind(task.parameters)
+    except MeshError as error:
+        return Finding([error.detail])
+    if not task.dry_run:
+        return Finding([])
+    try:
+        from microserve.services.simulation.dry_run import try_strategy
+    except ModuleNotFoundError as error:
+        if error.name != "greenlet":
+            raise
+        return Finding(["the dry run needs greenlet: pip install greenlet, or --no-dry-run to go without"])
+    trial = try_strategy(task.strategy, task.source, task.parameters, task.labels)
+    if trial.problems:
+        return Finding(trial.problems)
+    base = try_strategy(BASELINE, "", {}, task.labels)
+    times = f"a request takes {trial.request_s:.3f} s, under {BASELINE} {base.request_s:.3f} s"
+    return Finding([], [f"dry run in the simulation: {times}"])
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_NBYTES, MAX_MEMORY_NBYTES))
+    task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
+    # What the strategy prints must not be taken for the finding.
+    out = os.dup(1)
+    os.dup2(2, 1)
+    blocking: Any = time
+    blocking.sleep = _refuse_sleep
+    finding = check(task)
+    os.write(out, msgspec.json.encode(finding))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""A peer of the index that publishes strategies and sees who runs what (WIRE.md 6.4).
+
+Owns one DEALER, its calls and their repetition: a call is idempotent, so it is said again until it is
+answered or its time is over. Knows no command line and runs no source.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.control import (
+    KINDS,
+    ROLLBACK,
+    Change,
+    Changed,
+    ControlHistory,
+    ControlRecord,
+    ControlRecords,
+    ControlReport,
+    ControlStatus,
+    RouterControl,
+    Scalar,
+)
+from microserve.protocol.curve import CurveKeys, index_key
+from microserve.protocol.errors import DeadlineExceeded, MeshError, ProtocolViolation, error_for
+from microserve.protocol.membership import IndexFailed, IndexReply, IndexRequest, Members, Watch
+from microserve.protocol.settings import Settings
+from microserve.protocol.transport import Bus, ZmqBus
+
+REPEAT_S = 0.5
+LOOK_S = 0.01
+"""Between two looks at who has applied a change."""
+
+T = TypeVar("T", bound=IndexReply)
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """How a change fared."""
+
+    version: int
+    routers: list[RouterControl]
+    late: list[str]
+    """Routers that have not applied it within the time."""
+    undone: str
+    """Why it was taken back, or does not run; empty if it does."""
+    seconds: float
+    """From the change's sending to the last acknowledgement seen, or to giving up."""
+
+
+class ControlClient:
+    """Calls to one index. Make it in a running loop; ``close`` it."""
+
+    def __init__(self, bus: Bus, address: str, *, server_key: str = "", timeout_s: float = 5.0) -> None:
+        """``timeout_s`` bounds each call."""
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[IndexReply]] = {}
+        self._members: asyncio.Future[Members] | None = None
+        self._address = address
+        self._socket = bus.client(address, self._receive, server_key=server_key)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    async def change(
+        self,
+        kind: str,
+        strategy: str,
+        *,
+        source: str = "",
+        parameters: dict[str, Scalar] | None = None,
+        share: float = 1.0,
+        reason: str = "",
+    ) -> int:
+        """The version of the change, once it is logged. Raises the :class:`MeshError` that the index says,
+        and :class:`DeadlineExceeded` when it says nothing: then the history tells whether it was logged."""
+        if kind not in KINDS:
+            raise ValueError(kind)
+        change_id = secrets.token_hex(8)
+        reply = await self._ask(
+            Changed,
+            lambda call_id: Change(
+                call_id, change_id, kind, strategy, source, parameters or {}, share, reason=reason
+            ),
+        )
+        return reply.version
+
+    async def report(self) -> ControlReport:
+        return await self._ask(ControlReport, ControlStatus)
+
+    async def history(self, strategy: str = "", limit: int = 100) -> list[ControlRecord]:
+        """The newest first."""
+        reply = await self._ask(ControlRecords, lambda call_id: ControlHistory(call_id, strategy, limit))
+        return reply.records
+
+    async def labels(self) -> list[list[str]]:
+        """Of each engine of the mesh."""
+        self._members = self._loop.create_future()
+        self._socket.send(INDEX_REQUEST.encode(Watch(f"publisher-{secrets.token_hex(4)}")))
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                members = await self._members
+        except TimeoutError:
+            raise self._silence() from None
+        return [member.info.labels for member in members.members]
+
+    async def applied(self, version: int, strategy: str, within_s: float) -> Applied:
+        """Wait until every watching router has applied ``version``, it was taken back, or time is over."""
+        began = self._loop.time()
+        while True:
+            report = await self.report()
+            seconds = self._loop.time() - began
+            undone = await self._undone(report, version, strategy)
+            late = [router.router_id for router in report.routers if router.version < version]
+            faults = [
+                f for r in report.routers for f in r.faults if (f.strategy, f.version) == (strategy, version)
+            ]
+            if seconds > within_s and faults and not undone:
+                undone = faults[0].reason
+            if undone or seconds > within_s or not (late or faults):
+                return Applied(version, report.routers, late, undone, seconds)
+            await asyncio.sleep(LOOK_S)
+
+    async def _undone(self, report: ControlReport, version: int, strategy: str) -> str:
+        """The rollback, by a router, of what is not in force any more."""
+        present = [each for entry in report.state.entries for each in (entry.stable, entry.canary)]
+        if report.state.version <= version or any(each and each.version == version for each in present):
+            return ""
+        for record in await self.history(strategy, 16):
+            if record.version > version and record.kind == ROLLBACK and record.who.startswith("router "):
+                return f"{record.who}: {record.reason}"
+        return ""
+
+    # --- calls -------------------------------------------------------------------------------------
+
+    async def _ask(self, kind: type[T], make: Callable[[int], IndexRequest]) -> T:
+        call_id = next(self._ids)
+        future = self._waiting[call_id] = self._loop.create_future()
+        frames = INDEX_REQUEST.encode(make(call_id))
+        deadline = self._loop.time() + self._timeout_s
+        try:
+            while not future.done():
+                left_s = deadline - self._loop.time()
+                if left_s <= 0:
+                    raise self._silence()
+                self._socket.send(frames)
+                await asyncio.wait([future], timeout=min(left_s, REPEAT_S))
+            reply = future.result()
+        finally:
+            del self._waiting[call_id]
+        if isinstance(reply, IndexFailed):
+            raise error_for(reply.code, reply.detail, field=reply.field)
+        if not isinstance(reply, kind):
+            raise ProtocolViolation(f"the index answered {type(reply).__name__}, not {kind.__name__}")
+        return reply
+
+    def _silence(self) -> MeshError:
+        return DeadlineExceeded(f"the index at {self._address} does not answer")
+
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            message, _ = INDEX_REPLY.decode(frames)
+        except ProtocolViolation:
+            return  # what answers there is no index: the call ends by its timeout
+        if isinstance(message, Members):
+            if self._members is not None and not self._members.done():
+                self._members.set_result(message)
+            return
+        future = self._waiting.get(getattr(message, "call_id", 0))
+        if future is not None and not future.done():
+            future.set_result(message)
+
+
+@asynccontextmanager
+async def control_client(settings: Settings, timeout_s: float = 5.0) -> AsyncIterator[ControlClient]:
+    """To the index of these settings. Raises :class:`ConfigError` for wrong keys."""
+    directory = settings.bus.curve_dir
+    keys = CurveKeys.load(directory) if directory else None
+    server_key = index_key(directory) if directory else ""
+    bus = ZmqBus(high_water_mark=settings.bus.high_water_mark, linger_s=settings.bus.linger_s, keys=keys)
+    try:
+        client = ControlClient(bus, settings.index.address, server_key=server_key, timeout_s=timeout_s)
+        try:
+            yield client
+        finally:
+            client.close()
+    finally:
+        bus.close()

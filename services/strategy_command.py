@@ -1,0 +1,324 @@
+"""``microserve strategy``: publish, look at, change and take back the strategies of a living mesh.
+
+Owns names, flags, what is printed and exit codes (0 done, 1 failed, 2 a flag or a setting is wrong). A source
+is run only by strategy_check.py, in a process of its own; what is said to the index is strategy_client.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from microserve.protocol.control import ControlEntry, Scalar, StrategyVersion
+    from microserve.protocol.settings import Settings
+    from microserve.services.strategy_client import ControlClient
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+T = TypeVar("T")
+
+CHECK_S = 60.0
+"""A source that is not through with its check by then never will be."""
+APPLIED_S = 5.0
+
+
+class WrongFlag(click.ClickException):
+    exit_code = 2
+
+
+class _Options:
+    """Flags that all commands have."""
+
+    def __init__(self, config: str | None, index: str | None) -> None:
+        self.config = config
+        self.index = index
+
+    def load(self) -> Settings:
+        from microserve.protocol.errors import ConfigError
+        from microserve.protocol.settings import load_settings
+
+        overrides = [f"index.address={self.index}"] if self.index else []
+        try:
+            return load_settings(self.config, environment=os.environ, overrides=overrides)
+        except ConfigError as error:
+            raise WrongFlag(str(error)) from None
+
+    def run(self, talk: Callable[[ControlClient], Awaitable[T]]) -> T:
+        """Talk to the index; what it refuses is told in its words."""
+        import asyncio
+
+        from microserve.protocol.errors import ConfigError, MeshError
+        from microserve.services.strategy_client import control_client
+
+        settings = self.load()
+
+        async def go() -> T:
+            async with control_client(settings) as client:
+                return await talk(client)
+
+        try:
+            return asyncio.run(go())
+        except ConfigError as error:
+            raise WrongFlag(str(error)) from None
+        except MeshError as error:
+            where = f"{error.field}: " if error.field else ""
+            raise click.ClickException(f"{where}{error.detail}") from None
+
+
+def index_flags(command: Command) -> Command:
+    config = click.option("--config", metavar="FILE", help="Settings as TOML (index.address, bus.curve_dir).")
+    index = click.option("--index", metavar="ADDRESS", help="Where the index is (index.address).")
+    return config(index(command))
+
+
+def change_flags(command: Command) -> Command:
+    reason = click.option("--reason", default="", help="For the log.")
+    timeout = click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(min=0, min_open=True),
+        default=APPLIED_S,
+        show_default=True,
+        help="Seconds for every router to apply it.",
+    )
+    return index_flags(reason(timeout(command)))
+
+
+def parameter(text: str) -> tuple[str, Scalar]:
+    """``name=value``; a value that reads as TOML is that, anything else is text."""
+    import tomllib
+
+    name, equals, raw = text.partition("=")
+    if not equals or not name.strip():
+        raise WrongFlag(f"{text!r} is not name=value")
+    try:
+        value: object = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    if not isinstance(value, bool | int | float | str):
+        raise WrongFlag(f"{name}: a parameter is a number, a text, true or false")
+    return name.strip(), value
+
+
+def share_of(text: str) -> float:
+    """``10%`` or ``0.1``."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise WrongFlag(f"--share {text}: a share is above 0% and at most 100%")
+    return share
+
+
+def _apply(client: ControlClient, kind: str, name: str, timeout_s: float, **fields: Any) -> Awaitable[int]:
+    """Make a change, wait for the routers, say who runs what; the exit code."""
+
+    async def go() -> int:
+        version = await client.change(kind, name, **fields)
+        applied = await client.applied(version, name, timeout_s)
+        click.echo(f"{kind} {name}: version {version}")
+        for router in applied.routers:
+            click.echo(f"  {router.router_id}  version {router.version}")
+        if not applied.routers:
+            click.echo("  no router watches this index; they take it over when they come")
+        if applied.undone:
+            click.echo(f"Error: version {version} is not served: {applied.undone}", err=True)
+        elif applied.late:
+            late = ", ".join(applied.late)
+            click.echo(f"Error: not applied within {timeout_s:g} s by: {late}", err=True)
+        else:
+            return 0
+        return 1
+
+    return go()
+
+
+@click.group()
+def strategy() -> None:
+    """Change how a running mesh serves: publish strategies, try them on a share, take them back."""
+
+
+@strategy.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--name", help="Name that requests ask for.  [default: the file's]")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A parameter; may be repeated."
+)
+@click.option("--share", "share_text", default="100%", show_default=True, help="Below 100%: a canary.")
+@click.option("--no-dry-run", is_flag=True, help="Without serving in the simulation first.")
+@change_flags
+def publish(
+    file: Path,
+    name: str | None,
+    assignments: tuple[str, ...],
+    share_text: str,
+    no_dry_run: bool,
+    config: str | None,
+    index: str | None,
+    reason: str,
+    timeout_s: float,
+) -> None:
+    """Check FILE, log it, and let every router serve by it from its next request on."""
+    options, share = _Options(config, index), share_of(share_text)
+    parameters, chosen = dict(map(parameter, assignments)), name or file.stem
+    try:
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WrongFlag(f"{file}: {error}") from None
+
+    async def talk(client: ControlClient) -> int:
+        labels = await client.labels()
+        if not _check(chosen, source, parameters, labels, not no_dry_run):
+            return 1
+        return await _apply(
+            client,
+            "publish",
+            chosen,
+            timeout_s,
+            source=source,
+            parameters=parameters,
+            share=share,
+            reason=reason,
+        )
+
+    sys.exit(options.run(talk))
+
+
+def _check(
+    name: str, source: str, parameters: dict[str, Scalar], labels: list[list[str]], dry_run: bool
+) -> bool:
+    """Whether the source may be published; says why not."""
+    import subprocess
+
+    import msgspec
+
+    from microserve.services.strategy_wire import Finding, Task
+
+    command = [sys.executable, "-P", "-m", "microserve.services.strategy_check"]
+    task = msgspec.json.encode(Task(name, source, parameters, labels, dry_run))
+    try:
+        done = subprocess.run(command, input=task, capture_output=True, timeout=CHECK_S, check=False)
+    except subprocess.TimeoutExpired:
+        click.echo(f"Error: the check did not end within {CHECK_S:g} s: an endless loop?", err=True)
+        return False
+    try:
+        finding = msgspec.json.decode(done.stdout, type=Finding)
+    except msgspec.MsgspecError:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
+        click.echo(f"Error: the check ended with code {done.returncode}: {last[0]}", err=True)
+        return False
+    for line in finding.notes:
+        click.echo(line)
+    for line in finding.problems:
+        click.echo(f"Error: {line}", err=True)
+    return not finding.problems
+
+
+@strategy.command("set")
+@click.argument("name")
+@click.argument("assignments", nargs=-1, required=True, metavar="NAME=VALUE...")
+@change_flags
+def set_(
+    name: str,
+    assignments: tuple[str, ...],
+    config: str | None,
+    index: str | None,
+    reason: str,
+    timeout_s: float,
+) -> None:
+    """Change parameters of a strategy, a published one or one that the routers came with."""
+    parameters = dict(map(parameter, assignments))
+    code = _Options(config, index).run(
+        lambda client: _apply(client, "set", name, timeout_s, parameters=parameters, reason=reason)
+    )
+    sys.exit(code)
+
+
+def _simple(kind: str, text: str) -> None:
+    @strategy.command(kind, help=text)
+    @click.argument("name")
+    @change_flags
+    def command(name: str, config: str | None, index: str | None, reason: str, timeout_s: float) -> None:
+        options = _Options(config, index)
+        sys.exit(options.run(lambda client: _apply(client, kind, name, timeout_s, reason=reason)))
+
+
+_simple("promote", "Let the canary serve all requests.")
+_simple("rollback", "Drop the canary; without one, go back to the version before.")
+_simple("retire", "Take a strategy from control: the routers' own of that name serves, if there is one.")
+
+
+# --- looking -----------------------------------------------------------------------------------------
+
+
+def _version_line(kind: str, version: StrategyVersion, share: float) -> str:
+    values = " ".join(f"{key}={value}" for key, value in version.parameters.items())
+    digest = version.digest[:12] or "(own)"
+    return f"{kind:<7}{version.version:>6}  {share:>5.0%}  {digest:<12}  {values}".rstrip()
+
+
+def _lines(entry: ControlEntry) -> list[str]:
+    lines = [entry.strategy]
+    if entry.stable is not None:
+        lines.append("  " + _version_line("stable", entry.stable, 1 - entry.share))
+    else:
+        lines.append("  " + f"stable      (what the routers came with)  {1 - entry.share:.0%}")
+    if entry.canary is not None:
+        lines.append("  " + _version_line("canary", entry.canary, entry.share))
+    return lines
+
+
+@strategy.command("list")
+@index_flags
+def list_(config: str | None, index: str | None) -> None:
+    """What is under control, and which router runs which version."""
+    report = _Options(config, index).run(lambda client: client.report())
+    kept = "" if report.durable else "  (in memory only: index.control_path is not set)"
+    click.echo(f"version {report.state.version}{kept}")
+    for entry in report.state.entries:
+        click.echo("\n".join(_lines(entry)))
+    for router in report.routers:
+        click.echo(f"{router.router_id}  version {router.version}")
+        for fault in router.faults:
+            click.echo(f"  cannot run {fault.strategy} {fault.version}: {fault.reason}")
+
+
+@strategy.command()
+@click.argument("name")
+@index_flags
+def show(name: str, config: str | None, index: str | None) -> None:
+    """The versions of NAME in force and their sources."""
+    report = _Options(config, index).run(lambda client: client.report())
+    entries = [entry for entry in report.state.entries if entry.strategy == name]
+    if not entries:
+        raise click.ClickException(f"{name} is not under control")
+    click.echo("\n".join(_lines(entries[0])))
+    for kind, version in (("stable", entries[0].stable), ("canary", entries[0].canary)):
+        if version is not None and version.source:
+            click.echo(
+                f"\n# --- {kind}, version {version.version}, sha256 {version.digest}\n{version.source}"
+            )
+
+
+@strategy.command()
+@click.argument("name", default="")
+@click.option("--limit", type=click.IntRange(1, 1000), default=100, show_default=True)
+@index_flags
+def history(name: str, limit: int, config: str | None, index: str | None) -> None:
+    """Who changed what and why, the newest first; of NAME, or of all."""
+    from datetime import UTC, datetime
+
+    for record in _Options(config, index).run(lambda client: client.history(name, limit)):
+        at = datetime.fromtimestamp(record.at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+        values = "".join(f" {key}={value}" for key, value in record.parameters.items())
+        share = f" {record.share:.0%}" if record.kind == "publish" else ""
+        what = f"{record.kind} {record.strategy}{share}{values}"
+        click.echo(
+            f"{record.version:>6}  {at}  {what}  {record.digest[:12]}  {record.who}  {record.reason}".rstrip()
+        )

@@ -1,0 +1,172 @@
+"""Control over real sockets: published to watchers, repeated until they have it, acknowledged, refused."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+from index_service import Index, Peer, with_index
+from index_world import World
+
+from microserve.protocol import log
+from microserve.protocol.control import (
+    Change,
+    Changed,
+    ControlHistory,
+    ControlRecords,
+    ControlReport,
+    ControlState,
+    ControlStatus,
+    VersionFault,
+)
+from microserve.protocol.membership import IndexFailed, Members, Watch
+from microserve.services.index.control import ControlDesk
+from microserve.services.index.control_log import ControlLog
+
+_IDS = itertools.count()
+
+
+def change(kind: str = "publish", strategy: str = "mine", **fields: Any) -> Change:
+    fields.setdefault("source", "code" if kind == "publish" else "")
+    return Change(next(_IDS) + 1, f"id {next(_IDS)}", kind, strategy, **fields)
+
+
+async def reported(peer: Peer, condition: Callable[[ControlReport], bool]) -> ControlReport:
+    async with asyncio.timeout(10):
+        while True:
+            report = await peer.ask(ControlReport, ControlStatus(1))
+            if condition(report):
+                return report
+            await asyncio.sleep(0.002)
+
+
+def states(peer: Peer) -> list[ControlState]:
+    return [reply for reply in peer.replies if isinstance(reply, ControlState)]
+
+
+def test_a_change_reaches_every_watching_router_at_once_and_nobody_else() -> None:
+    async def test(world: World, index: Index) -> None:
+        router, other, drain, publisher = (index.peer() for _ in range(4))
+        await router.ask(Members, Watch("r1", 0))
+        await other.ask(Members, Watch("r2", 0))
+        await drain.ask(Members, Watch("drain"))
+        asked = change()
+        changed = await publisher.ask(Changed, asked)
+        assert changed == Changed(asked.call_id, 1)
+        await world.until(lambda: states(router) != [] and states(other) != [])
+        [state] = states(router)
+        assert state.version == 1
+        assert [entry.strategy for entry in state.entries] == ["mine"]
+        await drain.ask(Members, Watch("drain"))
+        assert states(drain) == []
+
+    with_index(test)
+
+
+def test_a_watcher_that_has_an_older_state_is_told_until_it_has_the_newest() -> None:
+    async def test(world: World, index: Index) -> None:
+        publisher, router = index.peer(), index.peer()
+        await publisher.ask(Changed, change())
+        for _ in range(3):  # as if what it was sent had been lost
+            assert (await router.ask(ControlState, Watch("r1", 0))).version == 1
+        router.send(Watch("r1", 1))
+        report = await reported(publisher, lambda report: report.routers[0].version == 1)
+        assert [router.router_id for router in report.routers] == ["r1"]
+        count = len(states(router))
+        await router.ask(ControlReport, ControlStatus(5))
+        assert len(states(router)) == count, "it has it, and is told no more"
+
+    with_index(test)
+
+
+def test_a_router_that_falls_silent_is_forgotten() -> None:
+    async def test(world: World, index: Index) -> None:
+        publisher, router = index.peer(), index.peer()
+        router.send(Watch("r1", 0))
+        await reported(publisher, lambda report: len(report.routers) == 1)
+        await reported(publisher, lambda report: report.routers == [])
+
+    with_index(test, interval_s=0.02, liveness=5)
+
+
+def test_a_refusal_names_the_field_and_is_an_event() -> None:
+    async def test(world: World, index: Index) -> None:
+        publisher = index.peer()
+        with structlog.testing.capture_logs() as logs:
+            failed = await publisher.ask(IndexFailed, change("promote"))
+        assert (failed.code, failed.field) == ("invalid_request", "strategy")
+        [event] = [entry for entry in logs if entry["event"] == log.STRATEGY_REFUSED]
+        assert (event["who"], event["kind"], event["field"]) == ("local", "promote", "strategy")
+
+    with_index(test)
+
+
+def test_every_change_is_an_audit_event_and_a_record() -> None:
+    async def test(world: World, index: Index) -> None:
+        publisher = index.peer()
+        with structlog.testing.capture_logs() as logs:
+            await publisher.ask(Changed, change(reason="why"))
+            await publisher.ask(Changed, change("rollback", reason="slow"))
+        events = [entry for entry in logs if entry["event"].startswith("strategy.")]
+        assert [(e["event"], e["version"], e["reason"]) for e in events] == [
+            (log.STRATEGY_PUBLISHED, 1, "why"),
+            (log.STRATEGY_ROLLED_BACK, 2, "slow"),
+        ]
+        assert {event["who"] for event in events} == {"local"}
+        history = await publisher.ask(ControlRecords, ControlHistory(7))
+        assert [record.kind for record in history.records] == ["rollback", "publish"]
+
+    with_index(test)
+
+
+def test_a_fault_of_a_version_in_force_takes_it_back_once() -> None:
+    async def test(world: World, index: Index) -> None:
+        publisher = index.peer()
+        await publisher.ask(Changed, change(source="good"))
+        await publisher.ask(Changed, change(source="bad"))
+        fault = VersionFault("mine", 2, "it failed")
+        for name in ("r1", "r2", "r1"):
+            index.peer().send(Watch(name, 2, [fault]))
+        report = await reported(publisher, lambda report: report.state.version >= 3)
+        assert report.state.version == 3
+        stable = report.state.entries[0].stable
+        assert stable is not None
+        assert (stable.version, stable.source) == (1, "good")
+        await reported(publisher, lambda report: len(report.routers) >= 2)
+        history = (await publisher.ask(ControlRecords, ControlHistory(7))).records
+        assert [record.version for record in history] == [3, 2, 1]
+        assert history[0].who.startswith("router r")
+        assert history[0].reason == "it failed"
+
+    with_index(test)
+
+
+def test_a_log_that_was_lost_uses_no_version_again() -> None:
+    async def test(world: World, index: Index) -> None:
+        publisher, router = index.peer(), index.peer()
+        await router.ask(Members, Watch("r1", 17))
+        assert (await publisher.ask(Changed, change())).version == 18
+        await world.until(lambda: bool(states(router)))
+        assert states(router)[-1].version == 18
+
+    with_index(test)
+
+
+def test_without_the_right_nobody_publishes() -> None:
+    desk = ControlDesk(ControlLog(), lambda peer, reply: True, may_publish=lambda key: key == "good")
+    try:
+        refused = []
+        for key in ("", "bad", "good"):
+            try:
+                desk.answer(change(), key)
+            except Exception as error:
+                refused.append((key, type(error).__name__, getattr(error, "field", "")))
+        assert refused == [("", "InvalidRequest", "operators"), ("bad", "InvalidRequest", "operators")]
+        reply = desk.answer(ControlHistory(1), "bad")
+        assert isinstance(reply, ControlRecords)
+        assert [record.who for record in reply.records] == ["good"]
+    finally:
+        desk.close()
