@@ -88,9 +88,9 @@ class SimGateway:
                 link.close()
 
     @property
-    def num_joined(self) -> int:
-        """Routers that have welcomed this gateway."""
-        return sum(link.is_joined for link in self._links.values())
+    def num_usable(self) -> int:
+        """Routers that have welcomed this gateway and have told it of engines."""
+        return sum(link.is_usable for link in self._links.values())
 
     def submit(self, answer: Answer, address: str, *, ttl_s: float) -> None:
         """Send it to the router at ``address``, or to another one that is there."""

@@ -116,8 +116,8 @@ def _judge_connections(world: World) -> list[str]:
         if len(world.seats[name].service.gateways) != len(world.gateways):
             apart.append(f"apart: {name} does not have every gateway")
     for name in world.gateways:
-        if world.seats[name].service.num_joined != len(world.routers):
-            apart.append(f"apart: {name} has not joined every router")
+        if world.seats[name].service.num_usable != len(world.routers):
+            apart.append(f"apart: {name} cannot use every router")
     return apart
 
 

@@ -99,7 +99,7 @@ def test_another_engine_at_the_address_is_not_believed() -> None:
     in_world(test)
 
 
-def test_absent_engine_is_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_absent_engine_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_link, "HELLO_TIMEOUT_S", 0.05)
 
     async def test(world: World) -> None:
@@ -107,7 +107,8 @@ def test_absent_engine_is_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.close()
         link = make_link(world, engine.info)
 
-        with pytest.raises(DeadlineExceeded):
+        # Its socket is closed in the background: the link may still have met it.
+        with pytest.raises((DeadlineExceeded, EngineLost)):
             await link.snapshot()
 
     in_world(test)
