@@ -239,7 +239,7 @@ class EngineConnection:
         self._send(wire.Abort(call_id, request_id))
 
     def _repeat_aborts(self) -> None:
-        for request_id in self._aborts.take_due(self._loop.time() - 2 * self._interval_s):
+        for request_id in self._aborts.take_due(self._loop.time() - 2 * self._interval_s, self.prompts):
             self.abort(request_id)
 
     # --- messages ----------------------------------------------------------------------------------
