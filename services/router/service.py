@@ -61,7 +61,7 @@ class Router:
             index_address=settings.index.address,
             call_timeout_s=settings.router.call_timeout_s,
             on_joined=self.prefixes.joined,
-            on_ended=self.prefixes.ended,
+            on_ended=self._forget,
             on_draining=self._evacuate,
         )
         self.serving = Serving(
@@ -107,6 +107,10 @@ class Router:
             self.prefixes.close()
             self.gateways.close()
             self.registry.close()
+
+    def _forget(self, connection: EngineConnection) -> None:
+        self.prefixes.ended(connection)
+        self.serving.book.links.forget(connection.engine_id)
 
     def _evacuate(self, connection: EngineConnection) -> None:
         self.serving.evacuate(connection)
