@@ -60,14 +60,20 @@ def _forget(module: str, file: str) -> None:
 class StrategyControl:
     """Applies control states to a book; ``version`` and ``faults`` are what the index hears."""
 
-    def __init__(self, book: StrategyBook, clock: Callable[[], float]) -> None:
-        """``clock``: seconds, monotonic."""
+    def __init__(
+        self,
+        book: StrategyBook,
+        clock: Callable[[], float],
+        on_retired: Callable[[Strategy], None] = lambda strategy: None,
+    ) -> None:
+        """``clock``: seconds, monotonic. ``on_retired``: a source that was loaded is in force no more."""
         self.version = 0
         """Of the state that is applied; 0: none yet."""
         self.faults: list[VersionFault] = []
         """Of versions in that state."""
         self._book = book
         self._clock = clock
+        self._on_retired = on_retired
         self._loaded: dict[tuple[str, str], Strategy] = {}
         """By name and digest: a source runs once, however often its parameters change or it comes back."""
         self._windows: dict[tuple[str, int], VersionWindow] = {}
@@ -169,9 +175,9 @@ class StrategyControl:
         live = {(name, number) for name, each in self._book.published.items() for number in _versions(each)}
         self._windows = {key: window for key, window in self._windows.items() if key in live}
         digests = {(name, version.digest) for name, version in present}
-        for name, digest in self._loaded.keys() - digests:
+        for name, digest in sorted(self._loaded.keys() - digests):
             _forget(f"microserve_published.{name}_{digest[:16]}", f"<strategy {name} {digest[:16]}>")
-            del self._loaded[name, digest]
+            self._on_retired(self._loaded.pop((name, digest)))
 
 
 def _versions(published: Published) -> list[int]:

@@ -7,7 +7,7 @@ leaves. Misuse raises ``StrategyError`` or ``InvalidInterval`` at the author's l
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from microserve.protocol import actions as wire
@@ -24,48 +24,23 @@ from microserve.services.router.generation import STREAM, Generation
 from microserve.services.router.request import Request
 from microserve.services.router.scope import RequestScope
 from microserve.services.router.transfer import GrantHandle, Sending
+from microserve.services.router.view import EngineFacts
 
 PREP = "prep_recv"
 MIN_RETRY_S, MAX_RETRY_S = 0.01, 1.0
 """Pauses between two questions to a full engine; they grow from the engine's own hint."""
 
 
-class Engine:
+class Engine(EngineFacts):
     """Handle of one engine for one request. Equal handles are the same engine."""
 
     def __init__(
         self, connection: EngineConnection, scope: RequestScope, cached: Callable[[str], int]
     ) -> None:
-        self._connection = connection
+        super().__init__(connection)
         self._scope = scope
         self._cached = cached
         """Prompt tokens that the engine of that id is known to hold."""
-
-    @property
-    def id(self) -> str:
-        return self._connection.engine_id
-
-    @property
-    def labels(self) -> Sequence[str]:
-        return self._connection.info.labels
-
-    @property
-    def info(self) -> wire.EngineInfo:
-        return self._connection.info
-
-    @property
-    def reported(self) -> wire.EngineLoad:
-        """What the engine said of itself in its last heartbeat."""
-        return self._connection.load
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Engine) and other.id == self.id
-
-    def __hash__(self) -> int:
-        return hash(self.id)
-
-    def __repr__(self) -> str:
-        return f"Engine({self.id!r})"
 
     async def prep_recv(self, request: Request, *, end: int | None = None) -> GrantHandle:
         """Make room for KV of ``tokens[:end]``; None is the whole prompt, negative counts from its end.

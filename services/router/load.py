@@ -8,20 +8,31 @@ down on the good path stays up for ever after the first cancelled client).
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
-from microserve.protocol.actions import EngineLoad
+from microserve.protocol.actions import EngineLoad, Sent
+from microserve.services.router.link import Links
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Load:
-    """Work on one engine; compares by prefill work first, then by sequences."""
+    """Work on one engine; compares by prefill work first, then by sequences, and by nothing else."""
 
     uncached_tokens: int
     """Prompt tokens in flight that the engine must still compute."""
     sequences: int
     """Requests that run, wait or receive there."""
+    running: int = field(default=0, compare=False)
+    """Sequences in its batch, by its last report; the others of ``sequences`` wait or receive."""
+    free_blocks: int = field(default=0, compare=False)
+    """Blocks that nobody uses, by its last report; some of them hold prefixes."""
+    prefill_tokens_per_s: float = field(default=0.0, compare=False)
+    """Measured by the engine; 0: not yet."""
+    decode_step_s: float = field(default=0.0, compare=False)
+    """Measured by the engine; 0: not yet."""
+    transfer_tokens: int = field(default=0, compare=False)
+    """Tokens whose KV is to be sent from there or to there, in sends of this router that are not done."""
 
 
 UNPLACED = ""
@@ -34,6 +45,7 @@ class LoadBook:
     def __init__(self) -> None:
         self._tokens: Counter[str] = Counter()
         self._sequences: Counter[str] = Counter()
+        self._transfers: Counter[str] = Counter()
         self._requests: Counter[str] = Counter()
         """Accounts with anything on the engine."""
         self._accounts: set[Account] = set()
@@ -41,12 +53,13 @@ class LoadBook:
         """The request that computes a prompt on an engine, where several have the same prompt."""
         self.unplaced_tokens = 0
         """Prompt tokens of requests whose strategy has not yet said where they are computed."""
+        self.links = Links()
 
     @property
     def is_zero(self) -> bool:
         """Nothing is in flight: no account is open and no number is left over."""
         left = self._tokens or self._sequences or self._requests or self._prompts or self.unplaced_tokens
-        return not self._accounts and not left
+        return not (self._accounts or self._transfers or left)
 
     def open(self, num_tokens: int = 0, prompt: int | None = None) -> Account:
         """An account for one request; its owner must close it (``with``, or ``finally``).
@@ -75,6 +88,11 @@ class LoadBook:
         return Load(
             max(self._tokens[engine_id], reported.queued_prefill_tokens),
             max(self._sequences[engine_id], reported.num_running + reported.num_waiting),
+            reported.num_running,
+            reported.free_blocks,
+            reported.prefill_tokens_per_s,
+            reported.decode_step_s,
+            self._transfers[engine_id],
         )
 
     def check_integrity(self) -> None:
@@ -82,13 +100,17 @@ class LoadBook:
         tokens: Counter[str] = Counter()
         sequences: Counter[str] = Counter()
         requests: Counter[str] = Counter()
+        transfers: Counter[str] = Counter()
         for account in self._accounts:
             for (engine_id, _), count in account.tokens.items():
                 tokens[engine_id] += count
             sequences.update(account.sequences)
+            for source, target, count in account.transfers.values():
+                transfers.update({source: count, target: count})
             requests.update({*account.sequences, *(engine_id for engine_id, _ in account.tokens)})
         assert +tokens == self._tokens and +sequences == self._sequences, "the book differs from its accounts"
         assert +requests == self._requests, "the book counts other requests than its accounts"
+        assert +transfers == self._transfers, "the book counts other sends than its accounts"
         assert self.unplaced_tokens == sum(account.unplaced_tokens for account in self._accounts)
         assert self._accounts.issuperset(self._prompts.values()), "a closed account computes a prompt"
 
@@ -120,6 +142,8 @@ class Account:
         """By engine id and purpose: one engine may prefill and decode for the same request."""
         self.sequences: set[str] = set()
         """Engines on which the request takes a place."""
+        self.transfers: dict[str, tuple[str, str, int]] = {}
+        """Source, target and tokens of each send that is not done, by name."""
 
     def reserve_prefill(self, engine_id: str, purpose: str, num_tokens: int) -> None:
         """``num_tokens`` are to be computed there; replaces an earlier number for the same purpose."""
@@ -152,6 +176,24 @@ class Account:
             self._book._add(self._book._sequences, engine_id, -1)
             self._leave(engine_id)
 
+    def begin_transfer(self, name: str, source: str, target: str, num_tokens: int) -> None:
+        """KV of ``num_tokens`` > 0 is to be sent; ``name`` is new."""
+        if self.is_closed:
+            return
+        self.transfers[name] = (source, target, num_tokens)
+        for engine_id in {source, target}:
+            self._book._add(self._book._transfers, engine_id, num_tokens)
+
+    def end_transfer(self, name: str, sent: Sent | None = None) -> None:
+        """It is done, or has failed; what its sender measured is kept for later requests."""
+        source, target, num_tokens = self.transfers.pop(name, ("", "", 0))
+        if not num_tokens:
+            return
+        for engine_id in {source, target}:
+            self._book._add(self._book._transfers, engine_id, -num_tokens)
+        if sent is not None:
+            self._book.links.measure(source, target, sent)
+
     def _place(self) -> None:
         self._book.unplaced_tokens -= self.unplaced_tokens
         self.unplaced_tokens = 0
@@ -179,6 +221,8 @@ class Account:
             self.release_prefill(engine_id, purpose)
         for engine_id in list(self.sequences):
             self.release_sequence(engine_id)
+        for name in list(self.transfers):
+            self.end_transfer(name)
         self._place()
         self._book._accounts.discard(self)
 

@@ -6,14 +6,20 @@ The base layer of every decision; owns no state of its own. Knows no sockets and
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
 
-from microserve.protocol.errors import NoEngines
+from microserve.protocol.errors import NoEngines, StrategyError
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.engine import Engine
 from microserve.services.router.load import Load, LoadBook
 from microserve.services.router.request import Request
 from microserve.services.router.scope import RequestScope
+from microserve.services.router.scorer import combined, softmax_choice
+from microserve.services.router.view import MeshView, State
+
+if TYPE_CHECKING:
+    from microserve.services.router.scorer import Scorer
 
 RETRY_AFTER_S = 1.0
 
@@ -21,7 +27,7 @@ Lookup = Callable[[Request], dict[str, int]]
 """Engine id -> tokens of the prompt that it holds from the start."""
 
 
-class Mesh:
+class Mesh(MeshView):
     """Made for one request; membership and load are as of each call."""
 
     def __init__(
@@ -31,23 +37,17 @@ class Mesh:
         book: LoadBook,
         lookup: Lookup,
         rng: random.Random,
+        state: State,
     ) -> None:
-        """``connections`` lists the engines that may take new work."""
+        """``connections`` lists the engines that may take new work; ``state`` is the strategy's."""
+        super().__init__(connections, book, rng, state)
         self._scope = scope
-        self._connections = connections
-        self._book = book
         self._lookup = lookup
-        self._rng = rng
         self._matched: dict[str, int] | None = None
 
     def engines(self, label: str | None = None) -> list[Engine]:
-        """Engines with ``label``; one without any label serves every label. If no engine has it: all.
-
-        Labels are preferences and not roles, so an empty list means that nobody is alive.
-        """
-        everyone = self._connections()
-        fit = [c for c in everyone if label is None or not c.info.labels or label in c.info.labels]
-        return [Engine(connection, self._scope, self._cached) for connection in fit or everyone]
+        """As in :class:`MeshView`, with the request's actions."""
+        return [Engine(connection, self._scope, self._cached) for connection in self._fit(label)]
 
     def departing(self, connection: EngineConnection) -> Engine:
         """An engine that drains: not among :meth:`engines`, but it still sends what it holds."""
@@ -61,22 +61,27 @@ class Mesh:
         exclude: Collection[Engine] = (),
         prefix: bool = False,
         cost: Callable[[Engine], float] | None = None,
+        scorers: Mapping[Scorer, float] | None = None,
+        temperature: float = 0.0,
     ) -> Engine:
         """The engine with the least work (uncached tokens, then sequences); equals by lot.
 
-        ``cost`` or else ``prefix`` counts first: the least of your own measure, or the longest prefix of the
-        prompt. ``exclude`` yields when nobody else is left, so a mesh of one engine serves every strategy.
-        Raises :class:`NoEngines`.
+        ``scorers``, ``cost`` or else ``prefix`` counts first: the largest weighted sum (scorer.py says of
+        what), the least of your own measure, or the longest prefix of the prompt. ``temperature`` > 0 draws
+        by that instead of taking the best, so that routers which see the same do not all do the same.
+        ``exclude`` yields when nobody else is left, so a mesh of one engine serves every strategy.
+        Raises :class:`NoEngines`, and ``StrategyError`` for scores that are no numbers.
         """
         self._scope.check(request)
+        if cost is not None and scorers is not None:
+            raise StrategyError("pick takes a cost or scorers, not both")
+        if not temperature >= 0.0:
+            raise StrategyError(f"temperature {temperature} is below 0")
         if cost is None and prefix:
             matched = self.prefix(request)
 
             def cost(engine: Engine) -> float:
                 return -matched.get(engine.id, 0)
-
-        def rank(engine: Engine) -> tuple[float, Load]:
-            return (cost(engine) if cost is not None else 0.0, self.load(engine))
 
         labelled = self.engines(label)
         candidates = (
@@ -86,13 +91,15 @@ class Mesh:
         )
         if not candidates:
             raise NoEngines("no engine is alive", retry_after_s=RETRY_AFTER_S)
-        ranked = [(rank(engine), engine) for engine in candidates]
-        least = min(position for position, _ in ranked)
-        return self._rng.choice([engine for position, engine in ranked if position == least])
-
-    def load(self, engine: Engine) -> Load:
-        """Work on the engine now: our own book and its last report, whichever is more."""
-        return self._book.load(engine.id, engine.reported)
+        if scorers is not None:
+            costs = [-score for score in combined(self, candidates, request, scorers)]
+        else:
+            costs = [cost(engine) if cost is not None else 0.0 for engine in candidates]
+        if temperature > 0.0:
+            return candidates[softmax_choice([-c for c in costs], temperature, self.rng)]
+        ranked: list[tuple[float, Load]] = [*zip(costs, map(self.load, candidates), strict=True)]
+        least = min(ranked)
+        return self.rng.choice([e for e, rank in zip(candidates, ranked, strict=True) if rank == least])
 
     def prefix(self, request: Request) -> dict[str, int]:
         """Prompt tokens that each engine holds from the start, by engine id; engines with none are absent."""

@@ -19,7 +19,7 @@ from microserve.services.router.prefix import PrefixReplica
 from microserve.services.router.registry import Registry
 from microserve.services.router.serving import Serving
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.router.strategy import StrategyBook, load_file
+from microserve.services.router.strategy import Strategy, StrategyBook, load_file
 
 
 def load_strategies(settings: RouterSettings) -> StrategyBook:
@@ -52,7 +52,11 @@ class Router:
         incarnation = self._rng.getrandbits(62) | 1
         self.identity = RouterIdentity(settings.router.id or f"router-{incarnation:x}", incarnation)
         self.strategies = load_strategies(settings.router)
-        self.control = StrategyControl(self.strategies, asyncio.get_running_loop().time)
+        self.control = StrategyControl(
+            self.strategies,
+            asyncio.get_running_loop().time,
+            on_retired=self._retire,
+        )
         self._tasks = asyncio.TaskGroup()
         self.prefixes = PrefixReplica(bus, max_nbytes=settings.router.index_max_mb << 20)
         self.registry = Registry(
@@ -64,7 +68,7 @@ class Router:
             call_timeout_s=settings.router.call_timeout_s,
             control=self.control,
             on_joined=self.prefixes.joined,
-            on_ended=self.prefixes.ended,
+            on_ended=self._forget,
             on_draining=self._evacuate,
         )
         self.serving = Serving(
@@ -95,6 +99,9 @@ class Router:
         """Where gateways connect."""
         return self.gateways.address
 
+    def _retire(self, strategy: Strategy) -> None:
+        self.serving.plans.drop(strategy)
+
     async def run(self, lifecycle: Lifecycle) -> None:
         """Serve until cancelled; then live requests end with ``draining`` and engines drop their parts."""
         try:
@@ -111,6 +118,10 @@ class Router:
             self.prefixes.close()
             self.gateways.close()
             self.registry.close()
+
+    def _forget(self, connection: EngineConnection) -> None:
+        self.prefixes.ended(connection)
+        self.serving.book.links.forget(connection.engine_id)
 
     def _evacuate(self, connection: EngineConnection) -> None:
         self.serving.evacuate(connection)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -23,8 +24,10 @@ from microserve.protocol.errors import (
     InvalidInterval,
     InvalidRequest,
     MeshError,
+    NoEngines,
     StrategyError,
 )
+from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.serving import Ended, Generate, Output
 from microserve.services.router.admission import Admission
 from microserve.services.router.connection import EngineConnection
@@ -34,11 +37,13 @@ from microserve.services.router.failover import Failover
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import RETRY_AFTER_S, Lookup, Mesh
 from microserve.services.router.phase import PhaseClock
+from microserve.services.router.plan import PlanMesh, Plans
 from microserve.services.router.request import Request
 from microserve.services.router.scope import RequestScope
 from microserve.services.router.strategies.data_parallel import data_parallel
 from microserve.services.router.strategy import Strategy
 from microserve.services.router.stream import Tokens
+from microserve.services.router.view import State
 
 CLOSE_S = 1.0
 """What stands in a strategy's ``finally`` gets this long; its request has ended before."""
@@ -101,6 +106,7 @@ class Serving:
         """``connections`` lists engines that take new requests, ``served`` says what the mesh serves;
         ``lookup`` asks the prefix replica; ``on_end`` hears of every request that was admitted."""
         self.book = LoadBook()
+        self.plans = Plans(tasks, lambda state: PlanMesh(connections, self.book, rng, state, self._borrow))
         self._tasks = tasks
         self._admission = admission
         self._connections = connections
@@ -184,7 +190,7 @@ class Serving:
             return
         source: EngineConnection | None = None
         while True:
-            mesh, num_known = self._mesh(scope, failover), len(live.delivered)
+            mesh, num_known = self._mesh(scope, failover, strategy), len(live.delivered)
             if source is not None:
                 generator = move(mesh, scope.request, source)
             else:
@@ -227,12 +233,35 @@ class Serving:
         self._end(live, error)
         await self._close(live, generator)
 
-    def _mesh(self, scope: RequestScope, failover: Failover) -> Mesh:
+    def _mesh(self, scope: RequestScope, failover: Failover, strategy: Strategy) -> Mesh:
         def connections() -> list[EngineConnection]:
             everyone = self._connections()
             return [c for c in everyone if c.engine_id not in failover.suspects] or everyone
 
-        return Mesh(scope, connections, self.book, self._lookup, self._rng)
+        return Mesh(scope, connections, self.book, self._lookup, self._rng, self.plans.use(strategy))
+
+    @asynccontextmanager
+    async def _borrow(
+        self, state: State, tokens: Sequence[int], salt: str, ttl_s: float
+    ) -> AsyncIterator[tuple[Mesh, Request]]:
+        """A request of a plan: in the books and with a scope like any other, but nobody waits for it."""
+        served, now = self._served(), self._loop.time()
+        if served is None:
+            raise NoEngines("no engine has joined yet", retry_after_s=RETRY_AFTER_S)
+        request_id = f"plan-{self._rng.getrandbits(62):x}"
+        sampling, deadline = SamplingParams(max_tokens=1), now + ttl_s
+        request = Request(request_id, tokens, sampling, deadline, served.block_size, salt)
+        scope = RequestScope(request, self.book.open(), PhaseClock(now), call_timeout_s=self._call_timeout_s)
+        limit = asyncio.timeout_at(deadline)
+        try:
+            async with limit:
+                yield Mesh(scope, self._connections, self.book, self._lookup, self._rng, state), request
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise _out_of_time() from None
+        finally:
+            scope.close()
 
     async def _attempt(
         self, live: LiveRequest, request: Request, generator: AsyncGenerator[Tokens, None]

@@ -2,8 +2,9 @@
 
 A strategy is an async generator function ``(mesh, request, *, parameters with defaults)`` that yields the
 chunks of a ``start_generate``. It ends with the last chunk: what stands behind it is not run (``finally``
-is). Cancellation, deadlines, accounting and cleanup are the router's. Source files are code: only operators
-may name them. Knows nothing of what a strategy does.
+is). Beside it may stand a plan, ``async def (mesh, *, parameters of the strategy)``, that runs in the
+background (plan.py). Cancellation, deadlines, accounting and cleanup are the router's. Source files are code:
+only operators may name them. Knows nothing of what a strategy does.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import importlib.util
 import inspect
 import sys
 import typing
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, overload
 
 import msgspec
 
@@ -25,8 +26,10 @@ from microserve.protocol.errors import ConfigError, StrategyError, StrategyNotFo
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.request import Request
 from microserve.services.router.stream import Tokens
+from microserve.services.router.view import MeshView
 
 StrategyFunction = Callable[..., AsyncGenerator[Tokens, None]]
+PlanFunction = Callable[..., Coroutine[Any, Any, None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,19 @@ class Strategy:
     """Annotation of each parameter."""
     values: Mapping[str, Any]
     description: str
+    plan: PlanFunction | None = None
+    """Runs in the background while the strategy is in use (plan.py)."""
     version: int = 0
     """Of the control log (control.py); 0: the router came with it."""
 
     def __call__(self, mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
         return self.function(mesh, request, **self.values)
+
+    def start_plan(self, mesh: MeshView) -> Coroutine[Any, Any, None]:
+        """With those of the strategy's values that the plan asks for; call only if there is a plan."""
+        assert self.plan is not None, "the caller has looked"
+        wanted = inspect.signature(self.plan).parameters
+        return self.plan(mesh, **{name: value for name, value in self.values.items() if name in wanted})
 
     def bind(self, values: Mapping[str, Any]) -> Strategy:
         """With other parameter values. Raises :class:`ConfigError` for an unknown name or a wrong value."""
@@ -62,12 +73,26 @@ class Strategy:
         return replace(self, values=bound)
 
 
-def strategy(function: StrategyFunction) -> Strategy:
-    """Decorator: check the shape and make a :class:`Strategy` of the function's name.
+@overload
+def strategy(function: StrategyFunction, /) -> Strategy: ...
+@overload
+def strategy(*, plan: PlanFunction | None = None) -> Callable[[StrategyFunction], Strategy]: ...
+def strategy(
+    function: StrategyFunction | None = None, /, *, plan: PlanFunction | None = None
+) -> Strategy | Callable[[StrategyFunction], Strategy]:
+    """Decorator, ``@strategy`` or ``@strategy(plan=...)``: check the shape and make a :class:`Strategy` of
+    the function's name.
 
     Raises :class:`StrategyError` when it is no async generator function, has a parameter without default or
-    annotation, or a default that its own annotation refuses.
+    annotation, or a default that its own annotation refuses; when the plan is no async function or wants a
+    parameter that the strategy has not.
     """
+    if function is None:
+        return lambda function: _made(function, plan)
+    return _made(function, plan)
+
+
+def _made(function: StrategyFunction, plan: PlanFunction | None) -> Strategy:
     name = getattr(function, "__name__", repr(function))
     if not inspect.isasyncgenfunction(function):
         raise StrategyError(f"{name} must be an 'async def' with 'yield'")
@@ -90,7 +115,20 @@ def strategy(function: StrategyFunction) -> Strategy:
             values[parameter.name] = msgspec.convert(parameter.default, types[parameter.name])
         except (msgspec.ValidationError, TypeError) as error:
             raise StrategyError(f"{name}: default of {parameter.name}: {error}") from None
-    return Strategy(name, function, types, values, inspect.getdoc(function) or "")
+    if plan is not None:
+        _check_plan(name, plan, types)
+    return Strategy(name, function, types, values, inspect.getdoc(function) or "", plan)
+
+
+def _check_plan(name: str, plan: PlanFunction, types: Mapping[str, Any]) -> None:
+    if not inspect.iscoroutinefunction(plan):
+        raise StrategyError(f"{name}: the plan must be an 'async def' without 'yield'")
+    parameters = list(inspect.signature(plan).parameters.values())
+    if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        raise StrategyError(f"{name}: the plan must take (mesh, *, parameters of the strategy)")
+    for parameter in parameters[1:]:
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name not in types:
+            raise StrategyError(f"{name}: the plan's {parameter.name} is no parameter of the strategy")
 
 
 @dataclass(frozen=True, slots=True)

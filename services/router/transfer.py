@@ -142,6 +142,7 @@ class Sending:
         bulk = scope.prompt(connection)
         scope.hold(connection, name)
         call_id, future = connection.begin(build, *bulk)
+        scope.account.begin_transfer(name, connection.engine_id, self.grant.engine_id, self.end - self.begin)
         scope.on_close(lambda error: connection.fail(call_id, error))
 
         def settle(answer: asyncio.Future[Answer]) -> None:
@@ -150,9 +151,11 @@ class Sending:
                 sent = connection.expect(answer.result()[0], wire.Sent)
             except MeshError as error:
                 self.error = error
+                scope.account.end_transfer(name)
                 scope.gone(connection, name)
             else:
                 self.sent = sent
+                scope.account.end_transfer(name, sent)
                 scope.clock.sent(begun, scope.now, sent.timings)
                 scope.drop(connection, name)
             self._settled.set()

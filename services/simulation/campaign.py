@@ -173,7 +173,8 @@ async def _probe(world: World, answers: list[Answer]) -> list[str]:
             )
             _submit(world, probe, answers)
             probes.append(answers[-1])
-            await asyncio.sleep(0.1)  # one after the other: a full queue would be a good answer
+            # One after the other: a full queue would be a good answer.
+            await _until(lambda: bool(answers[-1].outcome), PROBE_S)
     await _until(lambda: all(probe.outcome for probe in probes), PROBE_S)
     return [
         f"not well: {probe.strategy} ended {probe.outcome!r} ({probe.detail}) after all faults were over"

@@ -16,7 +16,20 @@ from microserve.services.simulation.heap import WriteWeather
 from microserve.services.simulation.network import Weather
 from microserve.services.simulation.world import INDEX, Shape
 
-STRATEGIES = ("data_parallel", "disaggregated", "balanced", "cache_aware", "migrate", "auto")
+STRATEGIES = (
+    "data_parallel",
+    "disaggregated",
+    "balanced",
+    "cache_aware",
+    "migrate",
+    "auto",
+    "token_aware",
+    "kv_cost",
+    "min_ttft",
+    "conditional",
+    "balanced_adaptive",
+    "replicate_hot",
+)
 CALM, SINGLE, STORM = "calm", "single", "storm"
 FAULT_KINDS = (
     "kill",
@@ -121,7 +134,8 @@ def draw(seed: int) -> Scenario:
 
 
 def _draw_arrivals(rng: random.Random, kind: str, shape: Shape, last: float) -> list[Arrival]:
-    strategies = rng.sample(STRATEGIES, rng.randint(1, len(STRATEGIES)))
+    # Not all at a time: what one kind of request provokes is not thinned out by all the others.
+    strategies = rng.sample(STRATEGIES, rng.randint(3, 8))
     arrivals = []
     # A storm comes over many requests at a time; otherwise the engines must be able to keep up.
     most = 40 if kind == STORM else 6 * shape.num_engines

@@ -253,7 +253,15 @@ class World:
                 id="" if is_engine else name,
                 address=self.address(name),
                 default_strategy="auto",
-                strategies={"auto": {"threshold": 8, "tau": 64}},
+                # As small as the prompts: every strategy shall do all that it can do.
+                strategies={
+                    "auto": {"threshold": 8, "tau": 64},
+                    "balanced_adaptive": {"min_share": 4},
+                    "conditional": {"policy": "isl_or_load", "max_tokens": 24, "prefill_busy": 16},
+                    "kv_cost": {"temperature": 0.5},
+                    "min_ttft": {"balance": 1.0},
+                    "replicate_hot": {"depth": 2, "hot": 1, "period_s": 0.2},
+                },
                 max_requests=shape.max_requests,
                 deadline_s=60.0,
                 call_timeout_s=shape.call_timeout_s,

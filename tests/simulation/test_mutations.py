@@ -22,7 +22,7 @@ QUICK = [
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_planted_bug_is_caught(name: str) -> None:
-    catch = hunt(name, limit=40)
+    catch = hunt(name, limit=120)
     assert catch.seeds is not None, name
     assert catch.seen
 

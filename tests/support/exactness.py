@@ -27,7 +27,27 @@ from processes import MeshProcesses
 from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.transport import ZmqBus
 
-STRATEGIES = ["data_parallel", "disaggregated", "balanced", "cache_aware", "migrate", "auto"]
+STRATEGIES = [
+    "data_parallel",
+    "disaggregated",
+    "balanced",
+    "cache_aware",
+    "migrate",
+    "auto",
+    "token_aware",
+    "kv_cost",
+    "min_ttft",
+    "conditional",
+    "balanced_adaptive",
+    "replicate_hot",
+]
+SETTINGS = [
+    # So that each strategy does all that it can do, also with short prompts.
+    "router.strategies.balanced_adaptive.min_share=8",
+    "router.strategies.kv_cost.temperature=0.5",
+    "router.strategies.min_ttft.balance=1.0",
+    "router.strategies.replicate_hot={depth=2,hot=1,period_s=0.2}",
+]
 IN_FLIGHT = 16
 
 
@@ -195,6 +215,7 @@ def main() -> int:
             Path(directory),
             num_engines=arguments.engines,
             settings=[
+                *SETTINGS,
                 "model.dtype=float32",
                 "kvcache.num_blocks=2048",
                 "bus.stuck_s=60",

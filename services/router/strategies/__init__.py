@@ -4,9 +4,28 @@ from __future__ import annotations
 
 from microserve.services.router.strategies.auto import auto
 from microserve.services.router.strategies.balanced import balanced
+from microserve.services.router.strategies.balanced_adaptive import balanced_adaptive
 from microserve.services.router.strategies.cache_aware import cache_aware
+from microserve.services.router.strategies.conditional import conditional
 from microserve.services.router.strategies.data_parallel import data_parallel
 from microserve.services.router.strategies.disaggregated import disaggregated
+from microserve.services.router.strategies.kv_cost import kv_cost
 from microserve.services.router.strategies.migrate import migrate
+from microserve.services.router.strategies.min_ttft import min_ttft
+from microserve.services.router.strategies.replicate_hot import replicate_hot
+from microserve.services.router.strategies.token_aware import token_aware
 
-BUILT_IN = (auto, balanced, cache_aware, data_parallel, disaggregated, migrate)
+BUILT_IN = (
+    auto,
+    balanced,
+    balanced_adaptive,
+    cache_aware,
+    conditional,
+    data_parallel,
+    disaggregated,
+    kv_cost,
+    migrate,
+    min_ttft,
+    replicate_hot,
+    token_aware,
+)

@@ -25,6 +25,7 @@ class LoadMachine(RuleBasedStateMachine):
         self.accounts: list[Account] = []
         self.tokens: list[dict[tuple[str, str], int]] = []
         self.sequences: list[set[str]] = []
+        self.transfers: list[dict[str, tuple[str, str, int]]] = []
         self.open: list[bool] = []
 
     @rule()
@@ -32,6 +33,7 @@ class LoadMachine(RuleBasedStateMachine):
         self.accounts.append(self.book.open())
         self.tokens.append({})
         self.sequences.append(set())
+        self.transfers.append({})
         self.open.append(True)
 
     @precondition(lambda self: self.accounts)
@@ -62,6 +64,25 @@ class LoadMachine(RuleBasedStateMachine):
             self.sequences[i].discard(engine)
 
     @precondition(lambda self: self.accounts)
+    @rule(data=st.data(), ends=st.tuples(ENGINES, ENGINES), count=st.integers(1, 5000))
+    def begin_transfer(self, data: st.DataObject, ends: tuple[str, str], count: int) -> None:
+        i = data.draw(st.integers(0, len(self.accounts) - 1))
+        name = f"send {len(self.transfers[i])} {count}"
+        if name not in self.transfers[i]:
+            self.accounts[i].begin_transfer(name, *ends, count)
+            if self.open[i]:
+                self.transfers[i][name] = (*ends, count)
+
+    @precondition(lambda self: any(self.transfers))
+    @rule(data=st.data())
+    def end_transfer(self, data: st.DataObject) -> None:
+        i = data.draw(st.sampled_from([i for i, table in enumerate(self.transfers) if table]))
+        name = data.draw(st.sampled_from(sorted(self.transfers[i])))
+        for _ in range(2):  # a second end has no effect
+            self.accounts[i].end_transfer(name)
+        del self.transfers[i][name]
+
+    @precondition(lambda self: self.accounts)
     @rule(data=st.data())
     def close(self, data: st.DataObject) -> None:
         i = data.draw(st.integers(0, len(self.accounts) - 1))
@@ -69,6 +90,7 @@ class LoadMachine(RuleBasedStateMachine):
         self.open[i] = False
         self.tokens[i].clear()
         self.sequences[i].clear()
+        self.transfers[i].clear()
 
     @invariant()
     def the_book_is_the_sum(self) -> None:
@@ -76,7 +98,10 @@ class LoadMachine(RuleBasedStateMachine):
         for engine in "abc":
             tokens = sum(n for table in self.tokens for (e, _), n in table.items() if e == engine)
             sequences = sum(engine in table for table in self.sequences)
-            assert self.book.load(engine, EngineLoad()) == Load(tokens, sequences)
+            load = self.book.load(engine, EngineLoad())
+            assert load == Load(tokens, sequences)
+            sends = [send for table in self.transfers for send in table.values()]
+            assert load.transfer_tokens == sum(n for a, b, n in sends if engine in (a, b))
 
     def teardown(self) -> None:
         for account in self.accounts:
@@ -127,6 +152,14 @@ def test_what_the_engine_reports_counts_when_it_is_more() -> None:
         account.reserve_sequence("a")
         assert book.load("a", reported) == Load(700, 3)
     assert book.load("a", reported) == Load(500, 3)
+
+
+def test_what_only_the_engine_can_say_is_as_it_says() -> None:
+    reported = EngineLoad(num_running=2, free_blocks=7, prefill_tokens_per_s=900.0, decode_step_s=0.05)
+    load = LoadBook().load("a", reported)
+    assert (load.running, load.free_blocks) == (2, 7)
+    assert (load.prefill_tokens_per_s, load.decode_step_s) == (900.0, 0.05)
+    assert load == Load(0, 2), "which is no reason to prefer it"
 
 
 def test_less_prefill_work_comes_before_fewer_sequences() -> None:

@@ -1,0 +1,35 @@
+"""Everything that a strategy file needs, in one import. The programming model is documented in
+docs/strategies.md; what is not named here is the router's own and may change.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from microserve.protocol.errors import CapacityError, PeerError, QueueFull
+from microserve.services.router import scorer
+from microserve.services.router.engine import Engine
+from microserve.services.router.load import Load
+from microserve.services.router.mesh import Mesh
+from microserve.services.router.plan import PlanMesh
+from microserve.services.router.request import Request
+from microserve.services.router.strategy import strategy
+from microserve.services.router.stream import Tokens
+
+__all__ = [
+    "strategy",
+    "Mesh",
+    "PlanMesh",
+    "Request",
+    "Engine",
+    "Load",
+    "Tokens",
+    "scorer",
+    "Annotated",
+    "Meta",
+    "QueueFull",
+    "CapacityError",
+    "PeerError",
+]

@@ -1,0 +1,117 @@
+"""What a strategy keeps between requests: its state, and the plan that it runs in the background.
+
+Owned by the router: made when a strategy serves its first request, gone with the strategy. A plan that
+raises begins again after a pause that doubles; it cannot take a request along. Knows no sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol.errors import CapacityError, PeerError
+from microserve.services.router.connection import EngineConnection
+from microserve.services.router.load import LoadBook
+from microserve.services.router.mesh import Mesh
+from microserve.services.router.request import Request
+from microserve.services.router.strategy import Strategy, StrategyFunction
+from microserve.services.router.view import MeshView, State
+
+MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 30.0
+"""Before a plan that raised begins again; one that ran for longer than the last pause starts afresh."""
+
+_logger = structlog.get_logger()
+
+Borrow = Callable[[State, Sequence[int], str, float], AbstractAsyncContextManager[tuple[Mesh, Request]]]
+"""Makes a request of the router's own: the strategy's state, tokens, salt, seconds that it may take."""
+
+
+class PlanMesh(MeshView):
+    """The mesh as a plan sees it: membership, load and links at any time, actions inside :meth:`request`."""
+
+    def __init__(
+        self,
+        connections: Callable[[], list[EngineConnection]],
+        book: LoadBook,
+        rng: random.Random,
+        state: State,
+        borrow: Borrow,
+    ) -> None:
+        super().__init__(connections, book, rng, state)
+        self._borrow = borrow
+
+    def request(
+        self, tokens: Sequence[int], *, salt: str = "", ttl_s: float = 30.0
+    ) -> AbstractAsyncContextManager[tuple[Mesh, Request]]:
+        """A request that no client has asked for: ``async with mesh.request(tokens) as (mesh, request):``.
+
+        Inside, everything that a strategy can do can be done; whatever it holds is given back at the end of
+        the block, and all of it must happen within ``ttl_s``. Raises ``NoEngines``, ``DeadlineExceeded``.
+        """
+        return self._borrow(self.state, tokens, salt, ttl_s)
+
+
+@dataclass
+class _Kept:
+    """Of one strategy in use."""
+
+    state: State = field(default_factory=dict)
+    plan: asyncio.Task[None] | None = None
+
+
+class Plans:
+    """State and plans by strategy; two versions of a strategy are two functions, and share nothing."""
+
+    def __init__(self, tasks: asyncio.TaskGroup, make_mesh: Callable[[State], PlanMesh]) -> None:
+        self._tasks = tasks
+        self._make_mesh = make_mesh
+        self._kept: dict[StrategyFunction, _Kept] = {}
+        self._dropped: weakref.WeakSet[StrategyFunction] = weakref.WeakSet()
+
+    def use(self, strategy: Strategy) -> State:
+        """The strategy is about to serve a request: its state. Starts its plan with the parameters of now."""
+        kept = self._kept.get(strategy.function)
+        if kept is None and strategy.function in self._dropped:
+            return {}  # a request that outlives the version that it began with
+        if kept is None:
+            kept = self._kept[strategy.function] = _Kept()
+            if strategy.plan is not None:
+                mesh = self._make_mesh(kept.state)
+                kept.plan = self._tasks.create_task(self._run(strategy, mesh), name=f"plan {strategy.name}")
+        return kept.state
+
+    def drop(self, strategy: Strategy) -> None:
+        """The strategy is not in use any more: forget its state, cancel its plan. Unknown ones are fine."""
+        self._dropped.add(strategy.function)
+        kept = self._kept.pop(strategy.function, None)
+        if kept is not None and kept.plan is not None:
+            kept.plan.cancel()
+
+    async def _run(self, strategy: Strategy, mesh: PlanMesh) -> None:
+        """Until the plan returns or is cancelled."""
+        loop, pause_s = asyncio.get_running_loop(), 0.0
+        while True:
+            began = loop.time()
+            try:
+                await strategy.start_plan(mesh)
+                return
+            except Exception as error:
+                ran_long = loop.time() - began > max(pause_s, MIN_PAUSE_S)
+                pause_s = MIN_PAUSE_S if ran_long else min(max(2 * pause_s, MIN_PAUSE_S), MAX_PAUSE_S)
+                # An engine that failed or is full is no fault of the author's.
+                tell = _logger.warning if isinstance(error, PeerError | CapacityError) else _logger.error
+                tell(
+                    log.PLAN_FAILED,
+                    strategy=strategy.name,
+                    error=str(error) or type(error).__name__,
+                    pause_s=pause_s,
+                    exc_info=error,
+                )
+            await asyncio.sleep(pause_s)

@@ -1,0 +1,55 @@
+"""Hot prefixes on more engines: what many requests begin with is copied before they queue for its one holder.
+
+Source: Mooncake, arXiv 2407.00079, section 6.2 (cache load balancing by replicating hot blocks). There a
+request that needs the copy makes it; here a plan does, so that no request waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Annotated
+
+from msgspec import Meta
+
+from microserve.protocol.errors import CapacityError, PeerError
+from microserve.services.router.mesh import Mesh
+from microserve.services.router.plan import PlanMesh
+from microserve.services.router.request import Request
+from microserve.services.router.strategy import strategy
+from microserve.services.router.stream import Tokens
+
+Count = Annotated[int, Meta(ge=1)]
+Period = Annotated[float, Meta(gt=0.0)]
+
+
+async def copy_hot(mesh: PlanMesh, *, period_s: float, hot: int) -> None:
+    """Every period: one more copy of each prefix that is hot; what was counted before weighs half."""
+    while True:
+        await asyncio.sleep(period_s)
+        heat = mesh.state.setdefault("heat", {})
+        for prefix, salt in [key for key, count in heat.items() if count >= hot]:
+            with suppress(CapacityError, PeerError):  # in the next period, if it is hot by then
+                async with mesh.request(prefix, salt=salt, ttl_s=5.0) as (inner, request):
+                    source = inner.pick(None, request, prefix=True)
+                    target = inner.pick(None, request, cost=lambda e: inner.prefix(request).get(e.id, 0))
+                    if inner.prefix(request).get(source.id, 0) > inner.prefix(request).get(target.id, 0):
+                        grant = await target.prep_recv(request)
+                        source.remote_send(request, grant, first_token=False)
+                        await target.commit(request, grant)
+        mesh.state["heat"] = {key: count // 2 for key, count in heat.items() if count > 1}
+
+
+@strategy(plan=copy_hot)
+async def replicate_hot(
+    mesh: Mesh, request: Request, *, depth: Count = 16, hot: Count = 4, period_s: Period = 1.0
+) -> AsyncGenerator[Tokens, None]:
+    """Serve where the fewest tokens are to be computed; a prefix is the prompt's first ``depth`` blocks."""
+    prefix = tuple(request.tokens[: depth * request.block_size])
+    if len(prefix) == depth * request.block_size:
+        heat = mesh.state.setdefault("heat", {})
+        heat[prefix, request.salt] = heat.get((prefix, request.salt), 0) + 1
+    engine = mesh.pick(None, request, cost=lambda e: mesh.load(e).uncached_tokens + mesh.uncached(e, request))
+    async for tokens in engine.start_generate(request):
+        yield tokens

@@ -1,0 +1,119 @@
+"""The mesh without a request: who is there, how busy, how fast. What a plan reads, and a strategy too.
+
+Owns no state of its own and sends nothing; actions belong to a request (engine.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from microserve.protocol import actions as wire
+from microserve.services.router.connection import EngineConnection
+from microserve.services.router.load import Load, LoadBook
+from microserve.services.router.prediction import EngineView, predicted_ttft_s
+
+State = dict[str, Any]
+"""What a strategy remembers between requests."""
+
+
+class EngineFacts:
+    """One engine, to look at. Equal handles are the same engine."""
+
+    def __init__(self, connection: EngineConnection) -> None:
+        self._connection = connection
+
+    @property
+    def id(self) -> str:
+        return self._connection.engine_id
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self._connection.info.labels
+
+    @property
+    def info(self) -> wire.EngineInfo:
+        return self._connection.info
+
+    @property
+    def reported(self) -> wire.EngineLoad:
+        """What the engine said of itself in its last heartbeat."""
+        return self._connection.load
+
+    @property
+    def reported_age_s(self) -> float:
+        """Seconds since that came."""
+        return asyncio.get_running_loop().time() - self._connection.load_at
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EngineFacts) and other.id == self.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        return f"Engine({self.id!r})"
+
+
+class MeshView:
+    """Membership, load and links as of each call."""
+
+    def __init__(
+        self,
+        connections: Callable[[], list[EngineConnection]],
+        book: LoadBook,
+        rng: random.Random,
+        state: State,
+    ) -> None:
+        """``connections`` lists the engines that may take new work."""
+        self.state = state
+        """This strategy's own, in this router: the same object for every request and for the plan. Lives as
+        long as the strategy; keep it bounded. Code between two ``await`` has it alone."""
+        self.rng = rng
+        """The router's: with a seeded router, draws from it can be repeated."""
+        self._connections = connections
+        self._book = book
+
+    def engines(self, label: str | None = None) -> Sequence[EngineFacts]:
+        """Engines with ``label``; one without any label serves every label. If no engine has it: all.
+
+        Labels are preferences and not roles, so an empty list means that nobody is alive.
+        """
+        return [EngineFacts(connection) for connection in self._fit(label)]
+
+    def load(self, engine: EngineFacts) -> Load:
+        """Work on the engine now: our own book and its last report, whichever is more."""
+        return self._book.load(engine.id, engine.reported)
+
+    def link(self, source: EngineFacts, target: EngineFacts) -> float:
+        """Measured goodput of puts from ``source`` to ``target``, bytes a second; 0: not measured."""
+        return self._book.links.goodput(source.id, target.id)
+
+    @property
+    def kv_nbytes_per_token(self) -> float:
+        """Bytes that one token's KV is on a link; 0 before the first send."""
+        return self._book.links.kv_nbytes_per_token
+
+    def transfer_s(self, source: EngineFacts, target: EngineFacts, num_tokens: int) -> float:
+        """Seconds that a put of ``num_tokens`` takes; 0 where the link has not been measured."""
+        goodput = self.link(source, target)
+        return num_tokens * self.kv_nbytes_per_token / goodput if goodput else 0.0
+
+    def predicted_ttft_s(self, engine: EngineFacts, num_tokens: int) -> float:
+        """Seconds until the engine's first token for a prompt of which it must compute ``num_tokens``: as
+        admission predicts it (prediction.py). 0 where nothing has been measured."""
+        view = EngineView(
+            engine.reported,
+            engine.reported_age_s,
+            self._book.own(engine.id),
+            engine.info.block_size,
+            engine.info.num_blocks,
+        )
+        return predicted_ttft_s(view, num_tokens)
+
+    def _fit(self, label: str | None) -> list[EngineConnection]:
+        everyone = self._connections()
+        fit = [c for c in everyone if label is None or not c.info.labels or label in c.info.labels]
+        return fit or everyone
