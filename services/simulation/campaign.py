@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 from microserve.protocol import log
 from microserve.services.simulation.client import Answer
@@ -43,6 +44,8 @@ MAX_PRINTED = 20
 """Seeds with broken promises that are told in full."""
 CHECK_S = 0.1
 """Between two looks at every engine's blocks while faults happen."""
+PROBES_A_ROUTER = 4
+PROBE_LOOK_S = 0.02
 LOOK_S = 0.25
 """Between two looks at whether it is so far."""
 
@@ -135,12 +138,12 @@ def _look_for(world: World, arrival: Arrival, answers: list[Answer], verdict: Ve
             verdict.violations += judge_gone(world, answer.request_id)
 
 
-async def _until(holds: Callable[[], bool], timeout_s: float) -> None:
+async def _until(holds: Callable[[], bool], timeout_s: float, look_s: float = LOOK_S) -> None:
     """Let time pass until it holds, or is over."""
     waited_s = 0.0
     while waited_s < timeout_s and not holds():
-        await asyncio.sleep(LOOK_S)
-        waited_s += LOOK_S
+        await asyncio.sleep(look_s)
+        waited_s += look_s
 
 
 async def _settle(world: World) -> list[str]:
@@ -157,14 +160,20 @@ async def _settle(world: World) -> list[str]:
     return left
 
 
+@cache
+def _template(number: int) -> Arrival:
+    return draw(number).arrivals[0]
+
+
 async def _probe(world: World, answers: list[Answer]) -> list[str]:
-    """The mesh serves again: one request for every strategy at every router, and each must be whole."""
+    """The mesh serves again: every router is asked, the strategies in turn, and each answer must be whole."""
     probes = []
-    for router in world.routers:
-        for number, strategy in enumerate(STRATEGIES):
-            template = draw(number).arrivals[0]
+    for place, router in enumerate(world.routers):
+        for offset in range(PROBES_A_ROUTER):
+            number = (world.seed * PROBES_A_ROUTER + place + offset) % len(STRATEGIES)
+            strategy = STRATEGIES[number]
             probe = replace(
-                template,
+                _template(number),
                 gateway=world.gateways[0],
                 router=router,
                 strategy=strategy,
@@ -174,7 +183,7 @@ async def _probe(world: World, answers: list[Answer]) -> list[str]:
             _submit(world, probe, answers)
             probes.append(answers[-1])
             # One after the other: a full queue would be a good answer.
-            await _until(lambda: bool(answers[-1].outcome), PROBE_S)
+            await _until(lambda: bool(answers[-1].outcome), PROBE_S, PROBE_LOOK_S)
     await _until(lambda: all(probe.outcome for probe in probes), PROBE_S)
     return [
         f"not well: {probe.strategy} ended {probe.outcome!r} ({probe.detail}) after all faults were over"

@@ -138,7 +138,7 @@ def _draw_arrivals(rng: random.Random, kind: str, shape: Shape, last: float) -> 
     strategies = rng.sample(STRATEGIES, rng.randint(3, 8))
     arrivals = []
     # A storm comes over many requests at a time; otherwise the engines must be able to keep up.
-    most = 40 if kind == STORM else 6 * shape.num_engines
+    most = 24 if kind == STORM else 6 * shape.num_engines
     for _ in range(rng.randint(6, most)):
         is_cancelled = rng.random() < 0.2
         params = SamplingParams(
