@@ -103,7 +103,7 @@ async def _run(
 def _is_together(world: World) -> bool:
     router: Router | None = world.seats["router-0"].service
     gateway = world.seats["gateway-0"].service
-    if router is None or gateway is None or gateway.num_joined == 0:
+    if router is None or gateway is None or gateway.num_usable == 0:
         return False
     return len(router.registry.usable()) == len(world.engines)
 
@@ -124,7 +124,7 @@ def _submit(world: World, name: str, number: int) -> Answer:
     answer = Answer(f"dry-{number}", list(template.prompt), template.params, world.loop.now)
     answer.strategy = name
     gateway = world.seats["gateway-0"].service
-    gateway.submit(answer, world.address("router-0"), strategy=name, ttl_s=TTL_S, salt="")
+    gateway.submit(answer, world.address("router-0"), ttl_s=TTL_S)
     return answer
 
 

@@ -64,9 +64,10 @@ class Mesh:
             number = len(self.answers)
             template = draw(number % 40).arrivals[0]
             answer = Answer(f"r-{number}", list(template.prompt), template.params, world.loop.now)
+            answer.strategy = "mine"
             self.answers.append(answer)
             address = world.address(world.routers[number % 2])
-            world.seats["gateway-0"].service.submit(answer, address, strategy="mine", ttl_s=30.0)
+            world.seats["gateway-0"].service.submit(answer, address, ttl_s=30.0)
             await asyncio.sleep(REQUEST_S)
 
     async def settle(self) -> None:
