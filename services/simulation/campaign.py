@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from microserve.protocol import log
+from microserve.protocol.errors import QueueFull
 from microserve.services.simulation.client import Answer
 from microserve.services.simulation.fault import Faults
 from microserve.services.simulation.journal import Journal
@@ -45,6 +46,7 @@ MAX_PRINTED = 20
 CHECK_S = 0.1
 """Between two looks at every engine's blocks while faults happen."""
 PROBES_A_ROUTER = 4
+AGAIN_S = 2.0
 PROBE_LOOK_S = 0.02
 LOOK_S = 0.25
 """Between two looks at whether it is so far."""
@@ -181,9 +183,14 @@ async def _probe(world: World, answers: list[Answer]) -> list[str]:
                 cancel_after_s=None,
             )
             _submit(world, probe, answers)
-            probes.append(answers[-1])
             # One after the other: a full queue would be a good answer.
             await _until(lambda: bool(answers[-1].outcome), PROBE_S, PROBE_LOOK_S)
+            if answers[-1].outcome == QueueFull.code:
+                # What was measured in a fault may still predict too long a wait; a client comes again later.
+                await asyncio.sleep(AGAIN_S)
+                _submit(world, probe, answers)
+                await _until(lambda: bool(answers[-1].outcome), PROBE_S, PROBE_LOOK_S)
+            probes.append(answers[-1])
     await _until(lambda: all(probe.outcome for probe in probes), PROBE_S)
     return [
         f"not well: {probe.strategy} ended {probe.outcome!r} ({probe.detail}) after all faults were over"
