@@ -219,6 +219,8 @@ class RouterLink:
     def _set_model(self, message: RouterWelcome | RouterHeartbeat) -> None:
         self.num_engines = message.num_engines
         self.model = message.model
+        if not message.model:  # it has yet to find the engines: what its life before said is still true
+            return
         if (message.max_model_len, message.vocab_size) != (self.limits.max_model_len, self.limits.vocab_size):
             self.limits = ModelLimits(max_model_len=message.max_model_len, vocab_size=message.vocab_size)
 

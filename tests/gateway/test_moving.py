@@ -109,14 +109,18 @@ def test_a_request_that_comes_while_the_router_is_away_waits_for_it(
     async def main() -> None:
         async with gateway_world(model, NEVER_SILENT) as world:
             router = world.router
-            router.num_engines = 0  # its next life has to find the engines first
+            known = router.model, router.max_model_len, router.vocab_size
+            # Its next life has to find the engines first, and knows nothing of the model until then.
+            router.num_engines, router.model, router.max_model_len, router.vocab_size = 0, "", 0, 0
             await lose(router, "restarted")
             await router.next_beat()
             await router.next_beat()
             call = asyncio.ensure_future(ask(world))
             await router.next_beat()
             assert not router.served
+            assert not call.done(), "what is known of the model is still true"
             router.num_engines = 1
+            router.model, router.max_model_len, router.vocab_size = known
             served = await router.request()
             served.send(raw_tokenizer.encode("ok").ids, ended=served.ended("length"))
             assert (await call).json()["choices"][0]["text"] == "ok"
