@@ -55,15 +55,19 @@ class Arrival:
         """Why the grant will never complete, as far as the lanes that were claimed can tell.
 
         With ``await_first`` a writer that has left without a first token counts as gone too early."""
-        grant, words, load = self._grant, self._heap.words, self._heap.load
+        grant, words = self._grant, self._heap.words
+        load, load_each = self._heap.load, self._heap.load_each
         for lane in range(MAX_LANES):
-            # Asked before the counts are read: after a False they are final.
+            if self._interval(lane) is None and self._is_untouched(lane):
+                # Not to be asked who holds it: the question itself could make its writer's ``hold`` fail.
+                continue
+            # Asked before the words are read: after a False they are final.
             is_held = self._heap.is_held(grant.slot, lane)
-            arrivals = self._heap.load_each(words.arrivals(grant.slot, lane)).tolist()
-            counts = [count_of(word, grant.generation) for word in arrivals]
             interval = self._interval(lane)
+            arrivals = load_each(words.arrivals(grant.slot, lane)).tolist()
+            counts = [count_of(word, grant.generation) for word in arrivals]
             if interval is None:
-                if not is_held and any(counts):
+                if not is_held:
                     return f"lane {lane}: KV has come without a claim"
                 continue
             writer = f"lane {lane}: the writer {load(words.writer(grant.slot, lane)):#x}"
@@ -136,3 +140,8 @@ class Arrival:
         begin = count_of(load(words.begin(slot, lane)), generation)
         end = count_of(load(words.end(slot, lane)), generation)
         return None if begin is None or end is None else (begin, end)
+
+    def _is_untouched(self, lane: int) -> bool:
+        """Nothing has been counted, nor given up, in this lane under this grant."""
+        arrivals = self._heap.load_each(self._heap.words.arrivals(self._grant.slot, lane)).tolist()
+        return all(count_of(word, self._grant.generation) is None for word in arrivals)

@@ -200,3 +200,29 @@ def test_a_block_last_written_under_another_grant_is_found(receiver: Receiver) -
 
     with pytest.raises(TransferFailed, match=f"layer 1, block {grant.blocks[1]}"):
         receiver.table.verify(grant.grant_id, 1)
+
+
+def test_nobody_asks_who_holds_a_lane_that_its_writer_may_be_taking(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask takes the lane for a moment in shared memory, and its writer's ``hold`` would fail (heap.py)."""
+    asked: list[int] = []
+    is_held = receiver.heap.is_held
+
+    def ask(slot: int, lane: int) -> bool:
+        asked.append(lane)
+        return is_held(slot, lane)
+
+    grant = receiver.open()
+    writer = receiver.writer(grant, lane=2)
+    monkeypatch.setattr(receiver.heap, "is_held", ask)
+
+    assert receiver.table.poisoned(grant.grant_id) is None
+    assert asked == []
+
+    writer.claim()
+    assert receiver.table.poisoned(grant.grant_id) is None
+    assert asked == [2]
+
+    writer.fail()
+    assert receiver.table.poisoned(grant.grant_id) is not None
