@@ -13,7 +13,6 @@ import multiprocessing
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -32,7 +31,7 @@ from microserve.services.simulation.judge import (
 )
 from microserve.services.simulation.loop import VirtualLoop
 from microserve.services.simulation.scenario import CALM, STRATEGIES, Arrival, Scenario, draw
-from microserve.services.simulation.world import World
+from microserve.services.simulation.world import World, until
 
 OUTCOME_S = 5.0
 """After the last fault every request has an outcome within this time."""
@@ -48,8 +47,6 @@ CHECK_S = 0.1
 PROBES_A_ROUTER = 4
 AGAIN_S = 2.0
 PROBE_LOOK_S = 0.02
-LOOK_S = 0.25
-"""Between two looks at whether it is so far."""
 
 
 @dataclass
@@ -104,7 +101,7 @@ async def _run(loop: VirtualLoop, journal: Journal, scenario: Scenario, verdict:
             verdict.violations += world.check_integrity()
         faults.mend()
         verdict.faults = faults.total()
-        await _until(lambda: all(answer.outcome for answer in answers), OUTCOME_S)
+        await until(lambda: all(answer.outcome for answer in answers), OUTCOME_S)
         verdict.violations += judge_outcomes(answers)
         num_continued = journal.events[log.REQUEST_CONTINUED]
         verdict.violations += judge_service(scenario, answers, num_continued)
@@ -140,14 +137,6 @@ def _look_for(world: World, arrival: Arrival, answers: list[Answer], verdict: Ve
             verdict.violations += judge_gone(world, answer.request_id)
 
 
-async def _until(holds: Callable[[], bool], timeout_s: float, look_s: float = LOOK_S) -> None:
-    """Let time pass until it holds, or is over."""
-    waited_s = 0.0
-    while waited_s < timeout_s and not holds():
-        await asyncio.sleep(look_s)
-        waited_s += look_s
-
-
 async def _settle(world: World) -> list[str]:
     """Violations that are still there when the time is over."""
     left: list[str] = []
@@ -157,7 +146,7 @@ async def _settle(world: World) -> list[str]:
         return not left
 
     await asyncio.sleep(NOTICE_S)
-    await _until(is_clean, REST_S)
+    await until(is_clean, REST_S)
     is_clean()
     return left
 
@@ -184,14 +173,14 @@ async def _probe(world: World, answers: list[Answer]) -> list[str]:
             )
             _submit(world, probe, answers)
             # One after the other: a full queue would be a good answer.
-            await _until(lambda: bool(answers[-1].outcome), PROBE_S, PROBE_LOOK_S)
+            await until(lambda: bool(answers[-1].outcome), PROBE_S, PROBE_LOOK_S)
             if answers[-1].outcome == QueueFull.code:
                 # What was measured in a fault may still predict too long a wait; a client comes again later.
                 await asyncio.sleep(AGAIN_S)
                 _submit(world, probe, answers)
-                await _until(lambda: bool(answers[-1].outcome), PROBE_S, PROBE_LOOK_S)
+                await until(lambda: bool(answers[-1].outcome), PROBE_S, PROBE_LOOK_S)
             probes.append(answers[-1])
-    await _until(lambda: all(probe.outcome for probe in probes), PROBE_S)
+    await until(lambda: all(probe.outcome for probe in probes), PROBE_S)
     return [
         f"not well: {probe.strategy} ended {probe.outcome!r} ({probe.detail}) after all faults were over"
         for probe in probes

@@ -8,7 +8,7 @@ strategy's doing. What neither ends nor awaits must be ended from outside.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from microserve.protocol.control import PUBLISH, Change, Changed, Scalar
@@ -21,7 +21,7 @@ from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.judge import judge_answer, judge_rest
 from microserve.services.simulation.loop import VirtualLoop
 from microserve.services.simulation.scenario import draw
-from microserve.services.simulation.world import INDEX, Shape, World
+from microserve.services.simulation.world import INDEX, Shape, World, until
 
 NUM_REQUESTS = 12
 MAX_ENGINES = 8
@@ -86,7 +86,7 @@ async def _run(
     world = World(loop, 1, shape, journal)
     try:
         world.start_all()
-        await _until(lambda: _is_together(world), JOIN_S)
+        await until(lambda: _is_together(world), JOIN_S, LOOK_S)
         if source:
             problems = await _publish(world, name, source, parameters)
             if problems:
@@ -94,7 +94,7 @@ async def _run(
         for number in range(NUM_REQUESTS):
             answers.append(_submit(world, name, number))
             await asyncio.sleep(GAP_S)
-        await _until(lambda: all(answer.outcome for answer in answers), 2 * TTL_S)
+        await until(lambda: all(answer.outcome for answer in answers), 2 * TTL_S, LOOK_S)
         return await _judge(world, answers)
     finally:
         world.close()
@@ -114,7 +114,7 @@ async def _publish(world: World, name: str, source: str, parameters: dict[str, S
     reply = index.control.answer(Change(1, "dry run", PUBLISH, name, source, parameters), "")
     if not isinstance(reply, Changed):
         raise InternalError(f"the index answered {reply}")
-    await _until(lambda: router.control.version >= reply.version, JOIN_S)
+    await until(lambda: router.control.version >= reply.version, JOIN_S, LOOK_S)
     return [fault.reason for fault in router.control.faults]
 
 
@@ -136,12 +136,5 @@ async def _judge(world: World, answers: Sequence[Answer]) -> list[str]:
             problems.append(f"a request was not served: {outcome} {answer.detail}".rstrip())
         problems += judge_answer(answer)
     await asyncio.sleep(NOTICE_S)
-    await _until(lambda: not judge_rest(world), REST_S)
+    await until(lambda: not judge_rest(world), REST_S)
     return problems + judge_rest(world)
-
-
-async def _until(holds: Callable[[], bool], timeout_s: float) -> None:
-    waited_s = 0.0
-    while waited_s < timeout_s and not holds():
-        await asyncio.sleep(LOOK_S)
-        waited_s += LOOK_S

@@ -55,6 +55,10 @@ def judge_answer(answer: Answer) -> list[str]:
     have, wrong = tuple(answer.token_ids), []
     if answer.is_complete and have != tokens:
         wrong.append(f"wrong tokens: {name}: {list(have)}, expected {list(tokens)}")
+    elif answer.is_complete and answer.outcome != (
+        "stop" if tokens[-1] in params.stop_token_ids else "length"
+    ):
+        wrong.append(f"wrong end: {name}: {answer.outcome}")
     elif have != tokens[: len(have)]:
         wrong.append(f"wrong tokens before its end: {name}: {list(have)}, expected {list(tokens)}")
     if params.logprobs is not None:

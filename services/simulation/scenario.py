@@ -11,25 +11,13 @@ import random
 from dataclasses import dataclass
 
 from microserve.protocol.sampling import SamplingParams
+from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.engine import VOCAB_SIZE
 from microserve.services.simulation.heap import WriteWeather
 from microserve.services.simulation.network import Weather
 from microserve.services.simulation.world import INDEX, Shape
 
-STRATEGIES = (
-    "data_parallel",
-    "disaggregated",
-    "balanced",
-    "cache_aware",
-    "migrate",
-    "auto",
-    "token_aware",
-    "kv_cost",
-    "min_ttft",
-    "conditional",
-    "balanced_adaptive",
-    "replicate_hot",
-)
+STRATEGIES = tuple(strategy.name for strategy in BUILT_IN)
 CALM, SINGLE, STORM = "calm", "single", "storm"
 FAULT_KINDS = (
     "kill",

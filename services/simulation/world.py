@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,8 @@ from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.network import Network
 
 INDEX = "index"
+LOOK_S = 0.25
+"""Between two looks at whether it is so far."""
 RESTART_S = 0.3
 """A supervisor starts a process that has ended by itself after so long."""
 
@@ -278,3 +280,11 @@ class World:
     def all_gateways(self) -> list[SimGateway]:
         present = [seat.service for name in self.gateways if (seat := self.seats[name]).service is not None]
         return [*self.past, *present]
+
+
+async def until(holds: Callable[[], bool], timeout_s: float, look_s: float = LOOK_S) -> None:
+    """Let virtual time pass until it holds, or is over."""
+    waited_s = 0.0
+    while waited_s < timeout_s and not holds():
+        await asyncio.sleep(look_s)
+        waited_s += look_s

@@ -26,21 +26,9 @@ from processes import MeshProcesses
 
 from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.transport import ZmqBus
+from microserve.services.router.strategies import BUILT_IN
 
-STRATEGIES = [
-    "data_parallel",
-    "disaggregated",
-    "balanced",
-    "cache_aware",
-    "migrate",
-    "auto",
-    "token_aware",
-    "kv_cost",
-    "min_ttft",
-    "conditional",
-    "balanced_adaptive",
-    "replicate_hot",
-]
+STRATEGIES = [strategy.name for strategy in BUILT_IN]
 SETTINGS = [
     # So that each strategy does all that it can do, also with short prompts.
     "router.strategies.balanced_adaptive.min_share=8",

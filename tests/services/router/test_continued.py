@@ -10,12 +10,12 @@ from microserve.protocol import serving
 from microserve.protocol.codec import encode_tokens
 from microserve.protocol.errors import EngineLost
 from microserve.protocol.sampling import SamplingParams
+from microserve.services.router.strategies import BUILT_IN
 
 PROMPT = list(range(50))
-STRATEGIES = ["data_parallel", "disaggregated", "balanced", "cache_aware", "migrate", "auto"]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [strategy.name for strategy in BUILT_IN])
 def test_the_stream_goes_on_behind_what_the_client_has(strategy: str) -> None:
     @in_loop
     async def main() -> None:
