@@ -38,6 +38,10 @@ class StrategyVersion(msgspec.Struct, frozen=True, array_like=True):
     digest: str
     """SHA-256 of the source, hex."""
     parameters: dict[str, Scalar]
+    max_ttft_s: float = 0.0
+    """Taken back when more than a tenth of its requests wait longer for their first token; 0: no bound."""
+    max_tpot_s: float = 0.0
+    """As ``max_ttft_s``, seconds for each output token after the first."""
 
 
 class ControlEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -49,6 +53,10 @@ class ControlEntry(msgspec.Struct, frozen=True, array_like=True):
     canary: StrategyVersion | None = None
     share: float = 0.0
     """Of the requests, those that the canary serves; chosen by their ids."""
+    shadow: StrategyVersion | None = None
+    """Decides about requests that others serve; its decisions are scored (``ShadowScore``)."""
+    shadow_share: float = 0.0
+    """Of the requests, those that it decides about."""
 
 
 class VersionFault(msgspec.Struct, frozen=True, array_like=True):
@@ -59,6 +67,28 @@ class VersionFault(msgspec.Struct, frozen=True, array_like=True):
     reason: str
 
 
+class ShadowScore(msgspec.Struct, frozen=True, array_like=True):
+    """What a shadow version would have done in one router, beside what was done: means over the same
+    requests, by the router's cost model."""
+
+    strategy: str
+    version: int
+    num_decisions: int
+    num_errors: int
+    """Decisions that were mistakes, or refusals; not in the means."""
+    num_agreed: int
+    """Decisions that decode on the same engine."""
+    ttft_s: float
+    """Predicted."""
+    served_ttft_s: float
+    """Predicted in the same way for what was done."""
+    computed_tokens: float
+    served_computed_tokens: float
+    sent_tokens: float
+    """KV that moves between engines."""
+    served_sent_tokens: float
+
+
 class RouterControl(msgspec.Struct, frozen=True, array_like=True):
     """How far one router is."""
 
@@ -66,6 +96,7 @@ class RouterControl(msgspec.Struct, frozen=True, array_like=True):
     version: int
     """Of the state that it has applied."""
     faults: list[VersionFault]
+    shadows: list[ShadowScore] = []
 
 
 class ControlRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -98,12 +129,15 @@ class Change(_Message, frozen=True, tag=7):
     source: str = ""
     parameters: dict[str, Scalar] = {}
     share: float = 1.0
-    """``publish``: below 1 it is a canary."""
+    """``publish``: below 1 it is a canary; of a shadow, the requests that it decides about."""
     version: int = 0
     """``rollback``: only if this version would be taken back; 0: whichever."""
     shadow: bool = False
-    """Reserved; refused."""
+    """``publish`` as a shadow; ``promote`` or ``rollback`` the shadow."""
     reason: str = ""
+    max_ttft_s: float = 0.0
+    max_tpot_s: float = 0.0
+    """``publish``: bounds of the version."""
 
 
 class ControlStatus(_Message, frozen=True, tag=8):

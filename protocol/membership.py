@@ -48,6 +48,8 @@ class Watch(_Message, frozen=True, tag=4):
     none."""
     faults: list[control.VersionFault] = []
     """Versions that it cannot run, or that fail here; repeated as long as the state has them."""
+    shadows: list[control.ShadowScore] = []
+    """Of the shadow versions that it runs, since it applied them."""
 
 
 class Lookup(_Message, frozen=True, tag=5):

@@ -99,6 +99,10 @@ class RouterSettings(_Section, frozen=True):
     """Longest life of a request."""
     call_timeout_s: float = 30.0
     """Longest wait for a grant or an acceptance."""
+    strategy_idle_s: float = 5.0
+    """A strategy that for so long waits for no engine and yields nothing is given up for plain service."""
+    strategy_budget_s: float = 0.1
+    """Longest time between two ``await`` of a strategy; a version that often needs more is taken back."""
     index_max_mb: int = 256
 
 
@@ -163,6 +167,8 @@ class Settings(_Section, frozen=True):
             "router.index_max_mb": self.router.index_max_mb,
             "router.deadline_s": self.router.deadline_s,
             "router.call_timeout_s": self.router.call_timeout_s,
+            "router.strategy_idle_s": self.router.strategy_idle_s,
+            "router.strategy_budget_s": self.router.strategy_budget_s,
             "gateway.max_body_mb": self.gateway.max_body_mb,
             "gateway.request_timeout_s": self.gateway.request_timeout_s,
             "gateway.max_n": self.gateway.max_n,

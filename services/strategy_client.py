@@ -80,6 +80,9 @@ class ControlClient:
         parameters: dict[str, Scalar] | None = None,
         share: float = 1.0,
         reason: str = "",
+        shadow: bool = False,
+        max_ttft_s: float = 0.0,
+        max_tpot_s: float = 0.0,
     ) -> int:
         """The version of the change, once it is logged. Raises the :class:`MeshError` that the index says,
         and :class:`DeadlineExceeded` when it says nothing: then the history tells whether it was logged."""
@@ -89,7 +92,17 @@ class ControlClient:
         reply = await self._ask(
             Changed,
             lambda call_id: Change(
-                call_id, change_id, kind, strategy, source, parameters or {}, share, reason=reason
+                call_id,
+                change_id,
+                kind,
+                strategy,
+                source,
+                parameters or {},
+                share,
+                shadow=shadow,
+                reason=reason,
+                max_ttft_s=max_ttft_s,
+                max_tpot_s=max_tpot_s,
             ),
         )
         return reply.version
@@ -132,7 +145,9 @@ class ControlClient:
 
     async def _undone(self, report: ControlReport, version: int, strategy: str) -> str:
         """The rollback, by a router, of what is not in force any more."""
-        present = [each for entry in report.state.entries for each in (entry.stable, entry.canary)]
+        present = [
+            each for entry in report.state.entries for each in (entry.stable, entry.canary, entry.shadow)
+        ]
         if report.state.version <= version or any(each and each.version == version for each in present):
             return ""
         for record in await self.history(strategy, 16):

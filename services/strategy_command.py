@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from microserve.protocol.control import ControlEntry, Scalar, StrategyVersion
+    from microserve.protocol.control import Scalar
     from microserve.protocol.settings import Settings
     from microserve.services.strategy_client import ControlClient
 
@@ -25,6 +25,7 @@ T = TypeVar("T")
 CHECK_S = 60.0
 """A source that is not through with its check by then never will be."""
 APPLIED_S = 5.0
+BOUND = click.FloatRange(min=0.0)
 
 
 class WrongFlag(click.ClickException):
@@ -151,6 +152,13 @@ def strategy() -> None:
     "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A parameter; may be repeated."
 )
 @click.option("--share", "share_text", default="100%", show_default=True, help="Below 100%: a canary.")
+@click.option(
+    "--shadow", is_flag=True, help="Decides about live requests, serves none; see its score in show."
+)
+@click.option(
+    "--max-ttft", "max_ttft_s", type=BOUND, default=0.0, help="Taken back beyond it (seconds, p90)."
+)
+@click.option("--max-tpot", "max_tpot_s", type=BOUND, default=0.0, help="Likewise, for an output token.")
 @click.option("--no-dry-run", is_flag=True, help="Without serving in the simulation first.")
 @change_flags
 def publish(
@@ -158,6 +166,9 @@ def publish(
     name: str | None,
     assignments: tuple[str, ...],
     share_text: str,
+    shadow: bool,
+    max_ttft_s: float,
+    max_tpot_s: float,
     no_dry_run: bool,
     config: str | None,
     index: str | None,
@@ -184,6 +195,9 @@ def publish(
             source=source,
             parameters=parameters,
             share=share,
+            shadow=shadow,
+            max_ttft_s=max_ttft_s,
+            max_tpot_s=max_tpot_s,
             reason=reason,
         )
 
@@ -240,49 +254,54 @@ def set_(
     sys.exit(code)
 
 
-def _simple(kind: str, text: str) -> None:
-    @strategy.command(kind, help=text)
-    @click.argument("name")
-    @change_flags
-    def command(name: str, config: str | None, index: str | None, reason: str, timeout_s: float) -> None:
-        options = _Options(config, index)
-        sys.exit(options.run(lambda client: _apply(client, kind, name, timeout_s, reason=reason)))
+def _move(kind: str, name: str, options: _Options, timeout_s: float, reason: str, shadow: bool) -> None:
+    sys.exit(options.run(lambda client: _apply(client, kind, name, timeout_s, reason=reason, shadow=shadow)))
 
 
-_simple("promote", "Let the canary serve all requests.")
-_simple("rollback", "Drop the canary; without one, go back to the version before.")
-_simple("retire", "Take a strategy from control: the routers' own of that name serves, if there is one.")
+@strategy.command()
+@click.argument("name")
+@click.option("--shadow", is_flag=True, help="The shadow, not the canary.")
+@change_flags
+def promote(
+    name: str, shadow: bool, config: str | None, index: str | None, reason: str, timeout_s: float
+) -> None:
+    """Let the canary serve all requests."""
+    _move("promote", name, _Options(config, index), timeout_s, reason, shadow)
+
+
+@strategy.command()
+@click.argument("name")
+@click.option("--shadow", is_flag=True, help="Drop the shadow.")
+@change_flags
+def rollback(
+    name: str, shadow: bool, config: str | None, index: str | None, reason: str, timeout_s: float
+) -> None:
+    """Drop the canary; without one, go back to the version before."""
+    _move("rollback", name, _Options(config, index), timeout_s, reason, shadow)
+
+
+@strategy.command()
+@click.argument("name")
+@change_flags
+def retire(name: str, config: str | None, index: str | None, reason: str, timeout_s: float) -> None:
+    """Take a strategy from control: the routers' own of that name serves, if there is one."""
+    _move("retire", name, _Options(config, index), timeout_s, reason, False)
 
 
 # --- looking -----------------------------------------------------------------------------------------
-
-
-def _version_line(kind: str, version: StrategyVersion, share: float) -> str:
-    values = " ".join(f"{key}={value}" for key, value in version.parameters.items())
-    digest = version.digest[:12] or "(own)"
-    return f"{kind:<7}{version.version:>6}  {share:>5.0%}  {digest:<12}  {values}".rstrip()
-
-
-def _lines(entry: ControlEntry) -> list[str]:
-    lines = [entry.strategy]
-    if entry.stable is not None:
-        lines.append("  " + _version_line("stable", entry.stable, 1 - entry.share))
-    else:
-        lines.append("  " + f"stable      (what the routers came with)  {1 - entry.share:.0%}")
-    if entry.canary is not None:
-        lines.append("  " + _version_line("canary", entry.canary, entry.share))
-    return lines
 
 
 @strategy.command("list")
 @index_flags
 def list_(config: str | None, index: str | None) -> None:
     """What is under control, and which router runs which version."""
+    from microserve.services.strategy_lines import entry_lines
+
     report = _Options(config, index).run(lambda client: client.report())
     kept = "" if report.durable else "  (in memory only: index.control_path is not set)"
     click.echo(f"version {report.state.version}{kept}")
     for entry in report.state.entries:
-        click.echo("\n".join(_lines(entry)))
+        click.echo("\n".join(entry_lines(entry)))
     for router in report.routers:
         click.echo(f"{router.router_id}  version {router.version}")
         for fault in router.faults:
@@ -293,13 +312,16 @@ def list_(config: str | None, index: str | None) -> None:
 @click.argument("name")
 @index_flags
 def show(name: str, config: str | None, index: str | None) -> None:
-    """The versions of NAME in force and their sources."""
+    """The versions of NAME in force, their sources, and how a shadow fares."""
+    from microserve.services.strategy_lines import entry_lines, score_lines
+
     report = _Options(config, index).run(lambda client: client.report())
     entries = [entry for entry in report.state.entries if entry.strategy == name]
     if not entries:
         raise click.ClickException(f"{name} is not under control")
-    click.echo("\n".join(_lines(entries[0])))
-    for kind, version in (("stable", entries[0].stable), ("canary", entries[0].canary)):
+    click.echo("\n".join([*entry_lines(entries[0]), *score_lines(entries[0], report.routers)]))
+    entry = entries[0]
+    for kind, version in (("stable", entry.stable), ("canary", entry.canary), ("shadow", entry.shadow)):
         if version is not None and version.source:
             click.echo(
                 f"\n# --- {kind}, version {version.version}, sha256 {version.digest}\n{version.source}"

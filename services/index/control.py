@@ -107,7 +107,9 @@ class ControlDesk:
         """What a watcher says of itself, and what it has missed."""
         if message.control_version < 0:
             return
-        self._routers[peer] = RouterControl(message.watcher_id, message.control_version, message.faults)
+        self._routers[peer] = RouterControl(
+            message.watcher_id, message.control_version, message.faults, message.shadows
+        )
         if message.control_version < MAX_VERSION:
             self._highest_seen = max(self._highest_seen, message.control_version)
         for fault in message.faults:

@@ -36,6 +36,12 @@ CREATE TABLE IF NOT EXISTS changes (
     reason TEXT NOT NULL
 ) STRICT
 """
+_ADDED = (
+    "shadow INTEGER NOT NULL DEFAULT 0",
+    "max_ttft_s REAL NOT NULL DEFAULT 0",
+    "max_tpot_s REAL NOT NULL DEFAULT 0",
+)
+"""Columns that came later, in order."""
 _PARAMETERS = msgspec.json.Decoder(dict[str, Scalar])
 
 
@@ -60,6 +66,10 @@ class ControlLog:
                 self._database.execute(f"PRAGMA {pragma}")
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute(_SCHEMA)
+            present = {row[1] for row in self._database.execute("PRAGMA table_info(changes)")}
+            for column in _ADDED:
+                if column.split()[0] not in present:
+                    self._database.execute(f"ALTER TABLE changes ADD COLUMN {column}")
             self._database.execute("COMMIT")
             self._replay()
         except (sqlite3.Error, msgspec.MsgspecError, MeshError) as error:
@@ -67,21 +77,14 @@ class ControlLog:
             raise _unusable(path, error) from None
 
     def _replay(self) -> None:
-        columns = "version, change_id, kind, strategy, source, parameters, share, rolled_back, reason"
-        for row in self._database.execute(f"SELECT {columns} FROM changes ORDER BY version"):
-            version, change_id, kind, strategy, source, parameters, share, rolled_back, reason = row
-            change = Change(
-                0,
-                change_id,
-                kind,
-                strategy,
-                source,
-                _PARAMETERS.decode(parameters),
-                share,
-                rolled_back,
-                reason=reason,
-            )
-            self.fold = self.fold.after(change, version)
+        columns = (
+            "version, change_id, kind, strategy, source, parameters, share, rolled_back, shadow, reason, "
+            "max_ttft_s, max_tpot_s"
+        )
+        for version, *row in self._database.execute(f"SELECT {columns} FROM changes ORDER BY version"):
+            row[4] = _PARAMETERS.decode(row[4])
+            row[7] = bool(row[7])
+            self.fold = self.fold.after(Change(0, *row), version)
 
     def append(self, change: Change, who: str, *, above: int = 0) -> int:
         """Log a change; its version, which is higher than ``above``. It is on disk when this returns.
@@ -112,6 +115,9 @@ class ControlLog:
                 change.share,
                 change.version,
                 change.reason,
+                change.shadow,
+                change.max_ttft_s,
+                change.max_tpot_s,
             )
             self._database.execute(f"INSERT INTO changes VALUES ({','.join('?' * len(row))})", row)
         except (sqlite3.Error, UnicodeEncodeError) as error:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import keyword
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
 
 from microserve.protocol.control import (
     MAX_CONTROL_ENTRIES,
@@ -47,18 +50,27 @@ class Rollout:
     stable: StrategyVersion | None = None
     canary: StrategyVersion | None = None
     share: float = 0.0
+    shadow: StrategyVersion | None = None
+    shadow_share: float = 0.0
     before: tuple[StrategyVersion | None, ...] = ()
     """Stable versions before this one, the latest last; None is the router's own."""
 
     def with_stable(self, version: StrategyVersion) -> Rollout:
         return replace(self, stable=version, before=(*self.before, self.stable)[-MAX_BEFORE:])
 
+    def without_shadow(self) -> Rollout:
+        return replace(self, shadow=None, shadow_share=0.0)
+
+    @property
+    def present(self) -> list[StrategyVersion]:
+        """All versions in force."""
+        return [version for version in (self.stable, self.canary, self.shadow) if version is not None]
+
     @property
     def nbytes(self) -> int:
         """At least what it adds to a message."""
-        versions = [version for version in (self.stable, self.canary) if version is not None]
         return sum(
-            len(version.source.encode()) + len(repr(version.parameters).encode()) for version in versions
+            len(version.source.encode()) + len(repr(version.parameters).encode()) for version in self.present
         )
 
 
@@ -74,15 +86,21 @@ class Fold:
 
     def state(self) -> ControlState:
         entries = [
-            ControlEntry(name, rollout.stable, rollout.canary, rollout.share)
+            ControlEntry(
+                name,
+                rollout.stable,
+                rollout.canary,
+                rollout.share,
+                rollout.shadow,
+                rollout.shadow_share,
+            )
             for name, rollout in sorted(self.rollouts.items())
         ]
         return ControlState(self.version, entries)
 
     def is_in_force(self, strategy: str, version: int) -> bool:
         rollout = self.rollouts.get(strategy)
-        present = () if rollout is None else (rollout.stable, rollout.canary)
-        return any(each is not None and each.version == version for each in present)
+        return rollout is not None and any(each.version == version for each in rollout.present)
 
     def after(self, change: Change, version: int) -> Fold:
         """With one change more, whose version is ``version``.
@@ -96,12 +114,11 @@ class Fold:
         name = change.strategy
         match change.kind:
             case "publish":
-                made = StrategyVersion(version, change.source, digest_of(change.source), change.parameters)
-                rollouts[name] = _publish(rollouts.get(name, Rollout()), made, change.share)
+                rollouts[name] = _publish(rollouts.get(name, Rollout()), change, version)
             case "set":
                 rollouts[name] = _set(rollouts.get(name, Rollout()), change, version)
             case "promote":
-                rollouts[name] = _promote(_known(rollouts, name))
+                rollouts[name] = _promote(_known(rollouts, name), change)
             case "rollback":
                 rollouts[name] = _roll_back(_known(rollouts, name), change)
             case _:
@@ -131,8 +148,11 @@ def _check(change: Change) -> None:
         )
     if not 0 < len(change.change_id) <= MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"1 to {MAX_REQUEST_ID_CHARS} characters", field="change_id")
-    if change.shadow:
-        raise InvalidRequest("shadow mode is not there yet", field="shadow")
+    if change.shadow and change.kind not in (PUBLISH, PROMOTE, ROLLBACK):
+        raise InvalidRequest(f"{change.kind} knows no shadow", field="shadow")
+    for bound, bound_s in (("max_ttft_s", change.max_ttft_s), ("max_tpot_s", change.max_tpot_s)):
+        if not 0.0 <= bound_s < math.inf or (bound_s and change.kind != PUBLISH):
+            raise InvalidRequest("a bound is 0 or more seconds, with publish only", field=bound)
     if len(change.reason) > MAX_REASON_CHARS:
         raise InvalidRequest(f"at most {MAX_REASON_CHARS} characters", field="reason")
     if (change.kind == PUBLISH) != bool(change.source):
@@ -155,29 +175,46 @@ def _known(rollouts: Mapping[str, Rollout], name: str) -> Rollout:
     return rollouts[name]
 
 
-def _publish(rollout: Rollout, made: StrategyVersion, share: float) -> Rollout:
-    if share < 1.0:
-        return replace(rollout, canary=made, share=share)
+def _publish(rollout: Rollout, change: Change, version: int) -> Rollout:
+    made = StrategyVersion(
+        version,
+        change.source,
+        digest_of(change.source),
+        change.parameters,
+        change.max_ttft_s,
+        change.max_tpot_s,
+    )
+    if change.shadow:
+        return replace(rollout, shadow=made, shadow_share=change.share)
+    if change.share < 1.0:
+        return replace(rollout, canary=made, share=change.share)
     return replace(rollout.with_stable(made), canary=None, share=0.0)
 
 
 def _set(rollout: Rollout, change: Change, version: int) -> Rollout:
     old = rollout.stable or StrategyVersion(0, "", "", {})
-    made = StrategyVersion(version, old.source, old.digest, {**old.parameters, **change.parameters})
+    made = msgspec.structs.replace(old, version=version, parameters={**old.parameters, **change.parameters})
     return rollout.with_stable(made)
 
 
-def _promote(rollout: Rollout) -> Rollout:
-    if rollout.canary is None:
-        raise InvalidRequest("it has no canary to promote", field="strategy")
-    return replace(rollout.with_stable(rollout.canary), canary=None, share=0.0)
+def _promote(rollout: Rollout, change: Change) -> Rollout:
+    promoted = rollout.shadow if change.shadow else rollout.canary
+    if promoted is None:
+        raise InvalidRequest(
+            f"it has no {'shadow' if change.shadow else 'canary'} to promote", field="strategy"
+        )
+    if change.shadow:
+        rollout = rollout.without_shadow()
+    return replace(rollout.with_stable(promoted), canary=None, share=0.0)
 
 
 def _roll_back(rollout: Rollout, change: Change) -> Rollout:
-    canary, stable = rollout.canary, rollout.stable
-    if canary is not None and change.version in (0, canary.version):
+    canary, stable, shadow = rollout.canary, rollout.stable, rollout.shadow
+    if shadow is not None and change.version in (0 if change.shadow else shadow.version, shadow.version):
+        return rollout.without_shadow()
+    if canary is not None and change.version in (0, canary.version) and not change.shadow:
         return replace(rollout, canary=None, share=0.0)
-    if stable is None or change.version not in (0, stable.version):
+    if stable is None or change.version not in (0, stable.version) or change.shadow:
         raise InvalidRequest("no such version is in force", field="version")
     *earlier, last = rollout.before or (None,)
     return replace(rollout, stable=last, before=tuple(earlier))

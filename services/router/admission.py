@@ -42,6 +42,8 @@ class Admitted(NamedTuple):
     """Prompt tokens that some engine must compute, as far as was asked."""
     prompt: int
     """Tells equal prompts in the book."""
+    shadow: Strategy | None = None
+    """Decides about the request as well."""
 
 
 class Admission:
@@ -96,7 +98,9 @@ class Admission:
         prompt = hash((request.token_frame, request.salt))
         if request.num_output_tokens:  # it runs already, elsewhere: too late to refuse it
             return Admitted(strategy, request, request.num_tokens, prompt)
-        return Admitted(strategy, request, self._check_time(request, prompt, book), prompt)
+        num_uncached = self._check_time(request, prompt, book)
+        shadow = self._strategies.shadow(self.strategy_name(message), message.request_id)
+        return Admitted(strategy, request, num_uncached, prompt, shadow)
 
     def _check_tokens(self, request: Request, vocab_size: int) -> None:
         if not request.tokens:

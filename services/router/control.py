@@ -20,9 +20,11 @@ from microserve.protocol import log
 from microserve.protocol.control import ControlEntry, ControlState, StrategyVersion, VersionFault
 from microserve.protocol.errors import ConfigError, MeshError
 from microserve.protocol.serving import Ended
+from microserve.services.router.decision import Cost
+from microserve.services.router.shadow_book import ShadowBook
 from microserve.services.router.strategies.data_parallel import data_parallel
 from microserve.services.router.strategy import Published, Strategy, StrategyBook, strategies_in
-from microserve.services.router.version_window import End, VersionWindow
+from microserve.services.router.version_window import Bounds, End, VersionWindow
 
 _logger = structlog.get_logger()
 
@@ -65,17 +67,23 @@ class StrategyControl:
         book: StrategyBook,
         clock: Callable[[], float],
         on_retired: Callable[[Strategy], None] = lambda strategy: None,
+        on_shadows: Callable[[list[Strategy]], None] = lambda strategies: None,
     ) -> None:
-        """``clock``: seconds, monotonic. ``on_retired``: a source that was loaded is in force no more."""
+        """``clock``: seconds, monotonic. ``on_retired``: a source that was loaded is in force no more.
+        ``on_shadows``: these are the shadows now."""
         self.version = 0
         """Of the state that is applied; 0: none yet."""
         self.faults: list[VersionFault] = []
         """Of versions in that state."""
+        self.shadows = ShadowBook()
+        """How those in force fare."""
         self._book = book
         self._clock = clock
         self._on_retired = on_retired
+        self._on_shadows = on_shadows
         self._loaded: dict[tuple[str, str], Strategy] = {}
         """By name and digest: a source runs once, however often its parameters change or it comes back."""
+        self._bounds: dict[tuple[str, int], Bounds] = {}
         self._windows: dict[tuple[str, int], VersionWindow] = {}
         """By name and version; 0 is what the router came with, beside a canary."""
 
@@ -87,7 +95,7 @@ class StrategyControl:
         faults: dict[tuple[str, int], VersionFault] = {}
         published: dict[str, Published] = {}
         for entry in state.entries:
-            for version in (entry.stable, entry.canary):
+            for version in (entry.stable, entry.canary, entry.shadow):
                 key = (entry.strategy, 0 if version is None else version.version)
                 if key in known and key in self._windows:  # it runs, and has failed too often
                     faults[key] = known[key]
@@ -102,20 +110,45 @@ class StrategyControl:
         )
         return True
 
-    def ended(self, ended: Ended, failed: bool) -> None:
-        """An admitted request has ended; ``failed``: its strategy made a mistake."""
+    def hung(self, name: str, version: int, what: str) -> None:
+        """A version had to be broken off: nothing more is served by it here, whatever the index says."""
+        self._book.suspend(name, version, data_parallel)
+        fault = VersionFault(name, version, what)
+        if version > 0 and not self._is_known(fault):
+            self._reject(fault)
+
+    def ended(self, ended: Ended, failed: bool, slow: bool) -> None:
+        """An admitted request has ended; ``failed``: its strategy made a mistake; ``slow``: it held the
+        router for longer than it may."""
         name, version = ended.strategy, ended.strategy_version
         published = self._book.published.get(name)
         if published is None or version not in _versions(published):
             return
         window = self._window(name, version)
-        window.add(_end(self._clock(), ended, failed))
-        reason = window.too_many_errors()
+        window.add(_end(self._clock(), ended, failed, slow))
+        reason = window.too_many_errors() or window.over(self._bounds.get((name, version), Bounds()))
         if not reason and published.canary is not None and version == published.canary.version:
             reason = window.slower_than(self._window(name, published.stable.version))
-        is_known = any((fault.strategy, fault.version) == (name, version) for fault in self.faults)
-        if reason and version > 0 and not is_known:
-            self._reject(VersionFault(name, version, reason))
+        fault = VersionFault(name, version, reason)
+        if reason and version > 0 and not self._is_known(fault):
+            self._reject(fault)
+
+    def _is_known(self, fault: VersionFault) -> bool:
+        key = (fault.strategy, fault.version)
+        return any((known.strategy, known.version) == key for known in self.faults)
+
+    def decided(self, shadow: Strategy, cost: Cost | None, done: Cost | None, agreed: bool) -> None:
+        """A shadow has decided about a request (shadow.py)."""
+        key = (shadow.name, shadow.version)
+        published = self._book.published.get(shadow.name)
+        if published is None or published.shadow is None or published.shadow.version != shadow.version:
+            return
+        self.shadows.add(key, cost, done, agreed)
+        window = self._window(*key)
+        window.add(End(self._clock(), cost is None))
+        fault = VersionFault(*key, window.too_many_errors())
+        if fault.reason and not self._is_known(fault):
+            self._reject(fault)
 
     def _window(self, name: str, version: int) -> VersionWindow:
         return self._windows.setdefault((name, version), VersionWindow())
@@ -124,7 +157,7 @@ class StrategyControl:
 
     def _publish(self, entry: ControlEntry, faults: dict[tuple[str, int], VersionFault]) -> Published:
         made: list[Strategy | None] = []
-        for version in (entry.stable, entry.canary):
+        for version in (entry.stable, entry.canary, entry.shadow):
             try:
                 made.append(None if version is None else self._make(entry.strategy, version))
             except MeshError as error:
@@ -133,11 +166,17 @@ class StrategyControl:
                     fault = VersionFault(entry.strategy, version.version, error.detail)
                     faults[entry.strategy, version.version] = fault
                     self._log_rejected(fault)
-        stable, canary = made
+        stable, canary, shadow = made
         if stable is None:
             running = self._book.published.get(entry.strategy) if entry.stable is not None else None
             stable = running.stable if running is not None else self._own(entry.strategy)
-        return Published(stable, canary, entry.share if canary is not None else 0.0)
+        return Published(
+            stable,
+            canary,
+            entry.share if canary is not None else 0.0,
+            shadow,
+            entry.shadow_share if shadow is not None else 0.0,
+        )
 
     def _own(self, name: str) -> Strategy:
         """What the router came with; under a name that it does not know, plain service."""
@@ -169,11 +208,18 @@ class StrategyControl:
         present = [
             (entry.strategy, version)
             for entry in state.entries
-            for version in (entry.stable, entry.canary)
+            for version in (entry.stable, entry.canary, entry.shadow)
             if version is not None
         ]
+        shadows = [each.shadow for each in self._book.published.values() if each.shadow is not None]
+        self.shadows.keep((shadow.name, shadow.version) for shadow in shadows)
+        self._on_shadows(shadows)
         live = {(name, number) for name, each in self._book.published.items() for number in _versions(each)}
         self._windows = {key: window for key, window in self._windows.items() if key in live}
+        self._bounds = {
+            (name, version.version): Bounds(version.max_ttft_s, version.max_tpot_s)
+            for name, version in present
+        }
         digests = {(name, version.digest) for name, version in present}
         for name, digest in sorted(self._loaded.keys() - digests):
             _forget(f"microserve_published.{name}_{digest[:16]}", f"<strategy {name} {digest[:16]}>")
@@ -181,14 +227,14 @@ class StrategyControl:
 
 
 def _versions(published: Published) -> list[int]:
-    canary = published.canary
-    return [published.stable.version, *([] if canary is None else [canary.version])]
+    beside = (published.canary, published.shadow)
+    return [published.stable.version, *(each.version for each in beside if each is not None)]
 
 
-def _end(now: float, ended: Ended, failed: bool) -> End:
+def _end(now: float, ended: Ended, failed: bool, slow: bool) -> End:
     """What counts of a request: times only where the strategy itself brought it to its end."""
     if failed or ended.reason not in ("stop", "length"):
-        return End(now, failed)
+        return End(now, failed, slow=slow)
     phases, num_output = ended.phases, ended.usage.output_tokens
     tpot_s = phases.decoded_s / (num_output - 1) if num_output > 1 else None
-    return End(now, failed, phases.total_s - phases.decoded_s, tpot_s)
+    return End(now, failed, phases.total_s - phases.decoded_s, tpot_s, slow)

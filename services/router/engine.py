@@ -20,6 +20,7 @@ from microserve.protocol.errors import (
     StrategyError,
 )
 from microserve.services.router.connection import EngineConnection
+from microserve.services.router.decision import Send
 from microserve.services.router.generation import STREAM, Generation
 from microserve.services.router.request import Request
 from microserve.services.router.scope import RequestScope
@@ -50,14 +51,15 @@ class Engine(EngineFacts):
         """
         gives_up_at = self._scope.now + self._scope.call_timeout_s
         pause_s = 0.0
-        while True:
-            try:
-                return await self._prep_recv(request, end)
-            except CacheFull as error:
-                pause_s = min(pause_s + max(error.retry_after_s, MIN_RETRY_S), MAX_RETRY_S)
-                if self._scope.now + pause_s >= gives_up_at:
-                    raise
-                await asyncio.sleep(pause_s)
+        with self._scope.engaged():
+            while True:
+                try:
+                    return await self._prep_recv(request, end)
+                except CacheFull as error:
+                    pause_s = min(pause_s + max(error.retry_after_s, MIN_RETRY_S), MAX_RETRY_S)
+                    if self._scope.now + pause_s >= gives_up_at:
+                        raise
+                    await asyncio.sleep(pause_s)
 
     async def _prep_recv(self, request: Request, end: int | None) -> GrantHandle:
         """Ask once."""
@@ -133,6 +135,7 @@ class Engine(EngineFacts):
         )
         sending.start(scope, self._connection, build)
         grant.sendings.append(sending)
+        scope.decision.sends.append(Send(self.id, grant.engine_id, start, stop))
         return sending
 
     def start_generate(
@@ -181,6 +184,9 @@ class Engine(EngineFacts):
             salt=request.salt,
         )
         generation = Generation(scope, self._connection, build, grant_id=grant_id, first_from=first_from)
+        decision = scope.decision
+        decision.engine_id, decision.begin = self.id, position
+        decision.awaits_first = first_from is not None
         cached = position if grant_id else self._cached(self.id)
         scope.account.reserve_sequence(self.id)
         scope.account.reserve_prefill(self.id, STREAM, request.num_tokens - cached)
@@ -213,7 +219,8 @@ class Engine(EngineFacts):
 
         for sending in grant.sendings:
             sending.listen(fail_with)
-        answer, _ = await connection.wait(call_id, future, ttl_s)
+        with scope.engaged():
+            answer, _ = await connection.wait(call_id, future, ttl_s)
         committed = connection.expect(answer, wire.Committed)
         scope.drop(connection, grant.grant_id)
         scope.account.release_sequence(self.id)
@@ -228,7 +235,8 @@ class Engine(EngineFacts):
         grant.check_open(self.id)
         self._use(grant)
         build = partial(wire.Release, request_id=request.request_id, grant_id=grant.grant_id)
-        await connection.call(build, wire.Done, timeout_s=scope.call_timeout_s)
+        with scope.engaged():
+            await connection.call(build, wire.Done, timeout_s=scope.call_timeout_s)
         scope.drop(connection, grant.grant_id)
         scope.account.release_sequence(self.id)
 

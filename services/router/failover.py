@@ -29,35 +29,34 @@ FIRST_PAUSE_S, MAX_PAUSE_S = 0.02, 1.0
 class Failover:
     """The attempts of one request."""
 
-    def __init__(self, request: Request, *, patience_s: float, is_published: bool = False) -> None:
-        """After a failure, engines that are full or absent are waited for ``patience_s`` in all.
-        ``is_published``: the strategy came by the control topic; its mistakes are not the client's."""
+    def __init__(self, request: Request, *, patience_s: float) -> None:
+        """After a failure, engines that are full or absent are waited for ``patience_s`` in all."""
         self.original = request
         self.suspects: set[str] = set()
         """Engines not to be used again by this request, unless nobody else is left."""
         self.num_attempts = 1
         self.pause_s = 0.0
         self.is_plain = False
-        """One engine alone shall serve it: what the strategy wanted does not fit."""
+        """One engine alone shall serve it: what the strategy wanted does not fit, or was a mistake."""
         self._full: set[str] = set()
         """Engines that had no room; each is asked once before the request is refused."""
         self._patience_s = patience_s
-        self._is_published = is_published
         self._failed_at: float | None = None
 
     def allows(self, error: MeshError, engines: list[str], now: float) -> bool:
         """May there be another attempt? ``engines`` took part in this one.
 
-        A caller's error, a strategy's own fault and a used-up deadline are final; so is a lack of capacity
-        everywhere that no failure of an engine has caused. An engine that leaves has not failed: it counts
-        for nothing, as it takes no new work anyway. What cannot be received may yet fit where it is computed.
+        A caller's error and a used-up deadline are final; so is a lack of capacity everywhere that no failure
+        of an engine has caused. An engine that leaves has not failed: it counts for nothing, as it takes no
+        new work anyway. What cannot be received may yet fit where it is computed, and a strategy's mistake is
+        not the client's: then one engine serves it plainly.
         """
         if now >= self.original.deadline:
             return False
         if isinstance(error, EngineLeaving):
             self._failed_at, self.pause_s = now, 0.0
             return True
-        if isinstance(error, StrategyError) and self._is_published and not self.is_plain:
+        if isinstance(error, StrategyError) and not self.is_plain:
             self.is_plain, self.pause_s = True, 0.0
             return True
         if isinstance(error, MoveFailed):

@@ -70,6 +70,7 @@ class Generation:
         """Raises the error of the engine or of a send that this depends on."""
         if self._ended:
             raise StopAsyncIteration
+        self._scope.engage()
         try:
             if not self._is_accepted:
                 await self._accept()
@@ -80,6 +81,8 @@ class Generation:
                 self._scope.gone(self._connection, STREAM)
                 self._scope.is_generating = False
             raise
+        finally:
+            self._scope.disengage()
         if self._num_chunks == 0:
             self._scope.clock.first_token(self._scope.now)
             self._scope.account.release_prefill(self._connection.engine_id, STREAM)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 
@@ -69,9 +69,17 @@ class _Kept:
 class Plans:
     """State and plans by strategy; two versions of a strategy are two functions, and share nothing."""
 
-    def __init__(self, tasks: asyncio.TaskGroup, make_mesh: Callable[[State], PlanMesh]) -> None:
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        make_mesh: Callable[[State], PlanMesh],
+        *,
+        run: Callable[[Strategy, PlanMesh], Awaitable[None]],
+    ) -> None:
+        """``run``: a strategy's plan, once."""
         self._tasks = tasks
         self._make_mesh = make_mesh
+        self._run_once = run
         self._kept: dict[StrategyFunction, _Kept] = {}
         self._dropped: weakref.WeakSet[StrategyFunction] = weakref.WeakSet()
 
@@ -94,13 +102,21 @@ class Plans:
         if kept is not None and kept.plan is not None:
             kept.plan.cancel()
 
+    def keep(self, strategies: Iterable[Strategy]) -> None:
+        """Drop all others; they may come back."""
+        kept = {strategy.function for strategy in strategies}
+        for function in [function for function in self._kept if function not in kept]:
+            gone = self._kept.pop(function)
+            if gone.plan is not None:
+                gone.plan.cancel()
+
     async def _run(self, strategy: Strategy, mesh: PlanMesh) -> None:
         """Until the plan returns or is cancelled."""
         loop, pause_s = asyncio.get_running_loop(), 0.0
         while True:
             began = loop.time()
             try:
-                await strategy.start_plan(mesh)
+                await self._run_once(strategy, mesh)
                 return
             except Exception as error:
                 ran_long = loop.time() - began > max(pause_s, MIN_PAUSE_S)

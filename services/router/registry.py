@@ -101,7 +101,7 @@ class Registry:
 
     def _watch(self) -> None:
         control = self._control
-        watch = Watch(self._identity.router_id, control.version, control.faults)
+        watch = Watch(self._identity.router_id, control.version, control.faults, control.shadows.scores())
         self._socket.send(INDEX_REQUEST.encode(watch))
 
     def stop(self) -> None:

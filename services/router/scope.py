@@ -7,10 +7,12 @@ it back at once and without waiting, whatever the strategy did. Knows no interva
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from microserve.protocol.errors import DeadlineExceeded, MeshError, StrategyError
 from microserve.services.router.connection import EngineConnection
+from microserve.services.router.decision import Decision
 from microserve.services.router.load import Account
 from microserve.services.router.phase import PhaseClock
 from microserve.services.router.request import Request
@@ -29,12 +31,16 @@ class RequestScope:
         """Engines that took part, in order of first use."""
         self.unused: dict[str, str] = {}
         """Grants taken and neither generated from, committed nor released: engine id by grant id."""
+        self.decision = Decision()
+        """What its strategy decided, for shadows to be compared with."""
         self.is_generating = False
         self.is_closed = False
         self._call_timeout_s = call_timeout_s
         self._loop = asyncio.get_running_loop()
         self._holds: dict[EngineConnection, set[str]] = {}
         self._prompts: set[EngineConnection] = set()
+        self._num_engaged = 0
+        self._idle_since = self._loop.time()
         self._on_close: list[Callable[[MeshError], None]] = []
 
     @property
@@ -53,6 +59,27 @@ class RequestScope:
     def call_timeout_s(self) -> float:
         """Longest wait for an answer that an engine gives at once."""
         return min(self._call_timeout_s, self.remaining_s)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the strategy last waited for an engine; 0 while it does."""
+        return 0.0 if self._num_engaged else self._loop.time() - self._idle_since
+
+    def engage(self) -> None:
+        """An engine does something that the strategy waits for, or will: until :meth:`disengage`."""
+        self._num_engaged += 1
+
+    def disengage(self) -> None:
+        self._num_engaged -= 1
+        self._idle_since = self._loop.time()
+
+    @contextmanager
+    def engaged(self) -> Iterator[None]:
+        self.engage()
+        try:
+            yield
+        finally:
+            self.disengage()
 
     def check(self, request: Request) -> None:
         """A handle is used for its own, living request. Raises :class:`StrategyError`."""

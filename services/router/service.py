@@ -12,9 +12,11 @@ from microserve.protocol.settings import RouterSettings, Settings
 from microserve.protocol.transport import Bus
 from microserve.services.lifecycle import Lifecycle
 from microserve.services.router.admission import Admission
+from microserve.services.router.attempt import Attempts
 from microserve.services.router.connection import EngineConnection, RouterIdentity
 from microserve.services.router.control import StrategyControl
 from microserve.services.router.gateways import Gateways
+from microserve.services.router.overseer import Overseer
 from microserve.services.router.prefix import PrefixReplica
 from microserve.services.router.registry import Registry
 from microserve.services.router.serving import Serving
@@ -42,8 +44,10 @@ def load_strategies(settings: RouterSettings) -> StrategyBook:
 class Router:
     """One life of a router; ``run`` once."""
 
-    def __init__(self, settings: Settings, bus: Bus, *, seed: int | None = None) -> None:
-        """``seed`` fixes every choice by lot and the incarnation.
+    def __init__(
+        self, settings: Settings, bus: Bus, *, seed: int | None = None, overseer: Overseer | None = None
+    ) -> None:
+        """``seed`` fixes every choice by lot and the incarnation; ``overseer`` times the strategies.
 
         Raises :class:`ConfigError`, and ``OSError`` when the address is taken.
         """
@@ -56,6 +60,7 @@ class Router:
             self.strategies,
             asyncio.get_running_loop().time,
             on_retired=self._retire,
+            on_shadows=self._keep_shadows,
         )
         self._tasks = asyncio.TaskGroup()
         self.prefixes = PrefixReplica(bus, max_nbytes=settings.router.index_max_mb << 20)
@@ -79,7 +84,12 @@ class Router:
             lookup=self.prefixes.lookup,
             call_timeout_s=settings.router.call_timeout_s,
             rng=self._rng,
+            attempts=Attempts(
+                idle_s=settings.router.strategy_idle_s, overseer=overseer, on_hung=self.control.hung
+            ),
             on_end=self.control.ended,
+            on_decided=self.control.decided,
+            shadow_seed=incarnation,
         )
         try:
             self.gateways = Gateways(
@@ -101,6 +111,9 @@ class Router:
 
     def _retire(self, strategy: Strategy) -> None:
         self.serving.plans.drop(strategy)
+
+    def _keep_shadows(self, shadows: list[Strategy]) -> None:
+        self.serving.shadows.plans.keep(shadows)
 
     async def run(self, lifecycle: Lifecycle) -> None:
         """Serve until cancelled; then live requests end with ``draining`` and engines drop their parts."""
@@ -154,4 +167,5 @@ class Router:
 
 async def run_router(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = None) -> None:
     """Serve until cancelled. Raises :class:`ConfigError`, or ``OSError`` when the address is taken."""
-    await Router(settings, bus).run(lifecycle or Lifecycle())
+    with Overseer(settings.router.strategy_budget_s) as overseer:
+        await Router(settings, bus, overseer=overseer).run(lifecycle or Lifecycle())

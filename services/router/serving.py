@@ -9,19 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from enum import Enum
 
 import structlog
 
 from microserve.protocol import log
 from microserve.protocol.actions import EngineInfo, Usage
 from microserve.protocol.errors import (
-    DeadlineExceeded,
     Draining,
-    InvalidInterval,
     InvalidRequest,
     MeshError,
     NoEngines,
@@ -30,62 +26,28 @@ from microserve.protocol.errors import (
 from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.serving import Ended, Generate, Output
 from microserve.services.router.admission import Admission
+from microserve.services.router.attempt import Attempts, out_of_time
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.departure import EngineLeaving, MoveFailed, move
 from microserve.services.router.ending import cut_short, finished_well, write_line
 from microserve.services.router.failover import Failover
+from microserve.services.router.live import Interrupt, LiveRequest, Sink
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import RETRY_AFTER_S, Lookup, Mesh
 from microserve.services.router.phase import PhaseClock
 from microserve.services.router.plan import PlanMesh, Plans
 from microserve.services.router.request import Request
 from microserve.services.router.scope import RequestScope
+from microserve.services.router.shadow import OnDecided, Shadows
 from microserve.services.router.strategies.data_parallel import data_parallel
 from microserve.services.router.strategy import Strategy
 from microserve.services.router.stream import Tokens
 from microserve.services.router.view import State
 
-CLOSE_S = 1.0
-"""What stands in a strategy's ``finally`` gets this long; its request has ended before."""
-
-Sink = Callable[[Output], None]
-OnEnd = Callable[[Ended, bool], None]
-"""How it ended, and whether its strategy made a mistake."""
+OnEnd = Callable[[Ended, bool, bool], None]
+"""How it ended; whether its strategy made a mistake; whether that held the router for too long."""
 
 _logger = structlog.get_logger()
-
-
-class Interrupt(Enum):
-    """Why a request was cancelled."""
-
-    CLIENT = "the client is gone"
-    STOP = "the router stops"
-
-
-@dataclass(slots=True, eq=False)
-class LiveRequest:
-    request_id: str
-    owner: bytes
-    sink: Sink
-    strategy: str
-    clock: PhaseClock
-    task: asyncio.Task[None] | None = None
-    scope: RequestScope | None = None
-    num_prompt_tokens: int = 0
-    offset: int = 0
-    """Of the first token that this router may bring."""
-    delivered: list[int] = field(default_factory=list)
-    """Output tokens handed to the gateway, by this router or one before it."""
-    engines: list[str] = field(default_factory=list)
-    """Those of attempts that have failed."""
-    last: Tokens | None = None
-    """The chunk that ends the stream."""
-    interrupt: Interrupt | None = None
-    ended: bool = False
-    version: int = 0
-    """Of its strategy, if that was published."""
-    is_blamed: bool = False
-    """Its strategy has made a mistake."""
 
 
 class Serving:
@@ -101,12 +63,30 @@ class Serving:
         lookup: Lookup,
         call_timeout_s: float,
         rng: random.Random,
+        attempts: Attempts,
         on_end: OnEnd,
+        on_decided: OnDecided,
+        shadow_seed: int,
     ) -> None:
         """``connections`` lists engines that take new requests, ``served`` says what the mesh serves;
-        ``lookup`` asks the prefix replica; ``on_end`` hears of every request that was admitted."""
+        ``lookup`` asks the prefix replica; ``attempts`` runs the strategies; ``on_end`` hears of every
+        request that was admitted, ``on_decided`` of every shadow."""
         self.book = LoadBook()
-        self.plans = Plans(tasks, lambda state: PlanMesh(connections, self.book, rng, state, self._borrow))
+        self.plans = Plans(
+            tasks,
+            lambda state: PlanMesh(connections, self.book, rng, state, self._borrow),
+            run=attempts.run_plan,
+        )
+        self.shadows = Shadows(
+            tasks,
+            self.book,
+            attempts,
+            connections=connections,
+            served=served,
+            lookup=lookup,
+            on_decided=on_decided,
+            seed=shadow_seed,
+        )
         self._tasks = tasks
         self._admission = admission
         self._connections = connections
@@ -114,6 +94,7 @@ class Serving:
         self._lookup = lookup
         self._call_timeout_s = call_timeout_s
         self._rng = rng
+        self._attempts = attempts
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._live: dict[str, LiveRequest] = {}
@@ -133,13 +114,15 @@ class Serving:
             if message.request_id in self._live:
                 raise InvalidRequest("a request of that id is live", field="request_id")
             admitted = self._admission.admit(message, token_frame, len(self._live), self.book)
-            strategy, request, num_uncached, prompt = admitted
+            strategy, request, num_uncached, prompt, shadow = admitted
         except MeshError as error:
             self._end(live, error)
             return
         live.num_prompt_tokens = request.num_tokens - request.num_output_tokens
         live.delivered = list(request.tokens[live.num_prompt_tokens :])
         live.version = strategy.version
+        if shadow is not None:
+            live.rehearsal = self.shadows.begin(shadow, request)
         account = self.book.open(num_uncached, prompt)
         live.scope = RequestScope(request, account, clock, call_timeout_s=self._call_timeout_s)
         self._live[live.request_id] = live
@@ -180,9 +163,7 @@ class Serving:
 
     async def _serve(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
         """Attempts, each in a scope of its own, until one ends the stream or its error is final."""
-        failover = Failover(
-            scope.request.begun(), patience_s=self._call_timeout_s, is_published=strategy.version > 0
-        )
+        failover = Failover(scope.request.begun(), patience_s=self._call_timeout_s)
         finished = failover.end_of(live.delivered, self._served())
         if finished is not None:  # all that its last router did not tell any more was the end
             live.last = Tokens(len(live.delivered), [], [], finished)
@@ -195,14 +176,14 @@ class Serving:
                 generator = move(mesh, scope.request, source)
             else:
                 generator = (data_parallel if failover.is_plain else strategy)(mesh, scope.request)
-            error = await self._attempt(live, scope.request, generator)
+            error = await self._attempts.run(live, scope, generator)
             now = self._loop.time()
             if error is None or live.interrupt or not failover.allows(error, scope.engines, now):
                 if isinstance(error, MoveFailed):  # only for lack of time is a failed move the end
-                    error = _out_of_time()
+                    error = out_of_time()
                 break
             scope.close()
-            await self._close(live, generator)
+            await self._attempts.close(live, generator)
             live.engines += [engine_id for engine_id in scope.engines if engine_id not in live.engines]
             source, tell = None, _logger.warning
             if isinstance(error, EngineLeaving):
@@ -224,14 +205,14 @@ class Serving:
             try:
                 await asyncio.sleep(min(failover.pause_s, max(0.0, scope.request.deadline - now)))
             except asyncio.CancelledError:
-                error = self._interruption(live)
+                error = live.interruption
                 break
             request = failover.continued(live.delivered)
             scope = live.scope = RequestScope(
                 request, self.book.open(), live.clock, call_timeout_s=self._call_timeout_s
             )
         self._end(live, error)
-        await self._close(live, generator)
+        await self._attempts.close(live, generator)
 
     def _mesh(self, scope: RequestScope, failover: Failover, strategy: Strategy) -> Mesh:
         def connections() -> list[EngineConnection]:
@@ -259,89 +240,16 @@ class Serving:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise _out_of_time() from None
+            raise out_of_time() from None
         finally:
             scope.close()
-
-    async def _attempt(
-        self, live: LiveRequest, request: Request, generator: AsyncGenerator[Tokens, None]
-    ) -> MeshError | None:
-        """Run the strategy once; its error, or None when ``live.last`` ends the stream or the client left."""
-        limit = asyncio.timeout_at(request.deadline)
-        try:
-            async with limit:
-                live.last = await self._drive(live, request, generator)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if live.interrupt is None and not (task is not None and task.cancelling()):
-                return self._blame(live, StrategyError("the strategy cancelled itself"))
-            return self._interruption(live)
-        except (InvalidInterval, StrategyError) as mistake:
-            return self._blame(live, mistake)
-        except MeshError as failure:
-            return failure
-        except ExceptionGroup as group:
-            return _first_failure(group) or self._blame(live, group)
-        except (SystemExit, KeyboardInterrupt):  # signals come to a service by its loop, never as this
-            return self._blame(live, StrategyError("the strategy wanted to end the router"))
-        except Exception as mistake:
-            expired = isinstance(mistake, TimeoutError) and limit.expired()
-            return _out_of_time() if expired else self._blame(live, mistake)
-        return None
-
-    async def _drive(
-        self, live: LiveRequest, request: Request, generator: AsyncGenerator[Tokens, None]
-    ) -> Tokens:
-        """Pass the chunks on; returns the one that ends the stream, which goes out with the end."""
-        async for chunk in generator:
-            if live.interrupt is not None:  # the strategy swallowed its cancellation
-                raise asyncio.CancelledError
-            if self._loop.time() >= request.deadline:
-                raise _out_of_time()
-            if not isinstance(chunk, Tokens):
-                raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
-            if chunk.offset != len(live.delivered):
-                raise StrategyError(f"the strategy yielded token {chunk.offset}, not {len(live.delivered)}")
-            live.delivered += chunk.token_ids
-            if chunk.finished is not None:
-                return chunk
-            live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs))
-        raise StrategyError("the strategy ended before its stream did")
-
-    def _interruption(self, live: LiveRequest) -> MeshError | None:
-        if live.interrupt is Interrupt.CLIENT:
-            return None
-        return Draining("the router stops", retry_after_s=RETRY_AFTER_S)
-
-    def _blame(self, live: LiveRequest, mistake: Exception) -> StrategyError:
-        """The strategy's own fault: its author gets the traceback, the client gets ``StrategyError``."""
-        live.is_blamed = True
-        _logger.error(
-            log.STRATEGY_FAILED,
-            request_id=live.request_id,
-            strategy=live.strategy,
-            strategy_version=live.version,
-            error=str(mistake),
-            exc_info=mistake,
-        )
-        if isinstance(mistake, StrategyError):
-            return mistake
-        return StrategyError(f"{live.strategy}: {type(mistake).__name__}: {mistake}")
-
-    async def _close(self, live: LiveRequest, generator: AsyncGenerator[Tokens, None]) -> None:
-        try:
-            async with asyncio.timeout(CLOSE_S):
-                await generator.aclose()
-        except Exception as mistake:
-            # The request has ended: what a strategy's ``finally`` raises concerns its author only.
-            self._blame(live, mistake)
 
     # --- the end -----------------------------------------------------------------------------------
 
     def _reap(self, live: LiveRequest) -> None:
         """A task that was cancelled before its first step has not told the end."""
         if not live.ended:
-            self._end(live, self._interruption(live))
+            self._end(live, live.interruption)
 
     def _end(self, live: LiveRequest, error: MeshError | None) -> None:
         """Close the scope, tell the end, write the canonical line. Without error or last chunk: aborted."""
@@ -353,7 +261,7 @@ class Serving:
             if self._live.get(live.request_id) is live:
                 del self._live[live.request_id]
             for grant_id, engine_id in scope.unused.items() if finished is not None else ():
-                self._blame(live, StrategyError(f"forgotten grant {grant_id} of engine {engine_id}"))
+                self._attempts.blame(live, StrategyError(f"forgotten grant {grant_id} of engine {engine_id}"))
             engines = [*live.engines, *(e for e in scope.engines if e not in live.engines)]
             scope.close()
         now = self._loop.time()
@@ -367,18 +275,8 @@ class Serving:
             ended = cut_short(error, usage, phases, live.strategy, live.version, engines)
             live.sink(Output(live.request_id, max(live.offset, len(live.delivered)), [], [], ended))
         write_line(live.request_id, ended)
+        if live.rehearsal is not None and scope is not None:
+            told = finished is not None and not live.engines and bool(scope.decision.engine_id)
+            self.shadows.end(live.rehearsal, scope.decision if told else None)
         if scope is not None:
-            self._on_end(ended, live.is_blamed)
-
-
-def _first_failure(group: ExceptionGroup[Exception]) -> MeshError | None:
-    """What a strategy's own task group failed of, if it is no mistake of the strategy."""
-    for error in group.exceptions:
-        found = _first_failure(error) if isinstance(error, ExceptionGroup) else error
-        if isinstance(found, MeshError) and not isinstance(found, StrategyError | InvalidInterval):
-            return found
-    return None
-
-
-def _out_of_time() -> DeadlineExceeded:
-    return DeadlineExceeded("the request's time was used up")
+            self._on_end(ended, live.is_blamed, live.is_slow)

@@ -139,13 +139,27 @@ class Published:
     canary: Strategy | None = None
     share: float = 0.0
     """Of the requests, 0 to 1, those that the canary serves."""
+    shadow: Strategy | None = None
+    """Decides, serves nothing (shadow.py)."""
+    shadow_share: float = 0.0
 
     def choose(self, request_id: str) -> Strategy:
         """By the request's id alone: the same on every router, and a larger share only adds requests."""
         if self.canary is None:
             return self.stable
-        digest = hashlib.blake2b(f"{self.stable.name} {request_id}".encode(), digest_size=8).digest()
-        return self.canary if int.from_bytes(digest) < self.share * 2**64 else self.stable
+        return self.canary if _lot(self.stable.name, request_id) < self.share else self.stable
+
+    def choose_shadow(self, request_id: str) -> Strategy | None:
+        """As :meth:`choose`, by lots of its own."""
+        if self.shadow is None or _lot(f"shadow {self.stable.name}", request_id) >= self.shadow_share:
+            return None
+        return self.shadow
+
+
+def _lot(name: str, request_id: str) -> float:
+    """In [0, 1), even, and always the same for the same request."""
+    digest = hashlib.blake2b(f"{name} {request_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
 
 
 class StrategyBook:
@@ -155,6 +169,7 @@ class StrategyBook:
         self.published: Mapping[str, Published] = MappingProxyType({})
         """Goes before what the router came with; replaced whole (control.py)."""
         self._strategies: dict[str, Strategy] = {}
+        self._suspended: dict[tuple[str, int], Strategy] = {}
         for item in strategies:
             self.add(item)
 
@@ -175,13 +190,21 @@ class StrategyBook:
     def get(self, name: str, request_id: str = "") -> Strategy:
         """For one request, whose id decides on canaries. Raises :class:`StrategyNotFound`."""
         published = self.published.get(name)
-        if published is not None:
-            return published.choose(request_id)
-        try:
-            return self._strategies[name]
-        except KeyError:
+        found = self._strategies.get(name) if published is None else published.choose(request_id)
+        if found is None:
             known = ", ".join(self.names)
-            raise StrategyNotFound(f"no strategy {name!r} (there are: {known})", field="strategy") from None
+            raise StrategyNotFound(f"no strategy {name!r} (there are: {known})", field="strategy")
+        return self._suspended.get((name, found.version), found)
+
+    def shadow(self, name: str, request_id: str) -> Strategy | None:
+        """The version that decides about this request beside the one that serves it, if there is one."""
+        published = self.published.get(name)
+        found = published.choose_shadow(request_id) if published is not None else None
+        return None if found is None or (name, found.version) in self._suspended else found
+
+    def suspend(self, name: str, version: int, instead: Strategy) -> None:
+        """From the next request on ``instead`` serves for this version, as long as this router lives."""
+        self._suspended[name, version] = replace(instead, name=name)
 
     def configure(self, parameters: Mapping[str, Mapping[str, Any]]) -> None:
         """Apply ``[router.strategies.<name>]``. Raises :class:`ConfigError` naming the path."""

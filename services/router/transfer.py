@@ -142,10 +142,12 @@ class Sending:
         bulk = scope.prompt(connection)
         scope.hold(connection, name)
         call_id, future = connection.begin(build, *bulk)
+        scope.engage()
         scope.account.begin_transfer(name, connection.engine_id, self.grant.engine_id, self.end - self.begin)
         scope.on_close(lambda error: connection.fail(call_id, error))
 
         def settle(answer: asyncio.Future[Answer]) -> None:
+            scope.disengage()
             scope.account.release_prefill(connection.engine_id, name)
             try:
                 sent = connection.expect(answer.result()[0], wire.Sent)

@@ -1,7 +1,8 @@
 """How one version of a strategy fares: its last requests, their failures and times. Sans-I/O.
 
 Decides when a version is given up; control.py acts. Times are only compared with those of the version that
-serves the other requests at the same time: what load does to both is not held against one.
+serves the other requests at the same time (what load does to both is not held against one), or with bounds
+that its publisher gave it.
 """
 
 from __future__ import annotations
@@ -32,28 +33,57 @@ class End(NamedTuple):
     ttft_s: float | None = None
     tpot_s: float | None = None
     """Of one output token after the first; None where it is not known."""
+    slow: bool = False
+    """It held the router for longer than it may."""
+
+
+class Bounds(NamedTuple):
+    """What its publisher allows a version; 0: anything."""
+
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
 
 
 class VersionWindow:
     def __init__(self) -> None:
         self._ends: deque[End] = deque()
         self._num_failed = 0
+        self._num_slow = 0
 
     def add(self, end: End) -> None:
         self._ends.append(end)
         self._num_failed += end.failed
+        self._num_slow += end.slow
         while end.at - self._ends[0].at > WINDOW_S or len(self._ends) > MAX_ENDS:
-            self._num_failed -= self._ends.popleft().failed
+            old = self._ends.popleft()
+            self._num_failed -= old.failed
+            self._num_slow -= old.slow
 
     def too_many_errors(self) -> str:
         """Why the version is to be given up; empty if it is not."""
         num_ends = len(self._ends)
-        if self._num_failed < MIN_ERRORS or self._num_failed <= MAX_ERROR_SHARE * num_ends:
-            return ""
-        return (
-            f"{self._num_failed} of {num_ends} requests failed by its fault within {WINDOW_S:g} s, "
-            f"the bound is {MAX_ERROR_SHARE:.0%}"
-        )
+        for num, what in (
+            (self._num_failed, "failed by its fault"),
+            (self._num_slow, "held the router for longer than it may"),
+        ):
+            if num >= MIN_ERRORS and num > MAX_ERROR_SHARE * num_ends:
+                return (
+                    f"{num} of {num_ends} requests {what} within {WINDOW_S:g} s, "
+                    f"the bound is {MAX_ERROR_SHARE:.0%}"
+                )
+        return ""
+
+    def over(self, bounds: Bounds) -> str:
+        """Why the version is to be given up by its publisher's own bounds; empty if it is not."""
+        for name, times, bound_s in (
+            ("TTFT", self._ttfts(), bounds.ttft_s),
+            ("TPOT", self._tpots(), bounds.tpot_s),
+        ):
+            if bound_s > 0.0 and len(times) >= MIN_TIMED:
+                found_s = statistics.quantiles(times, n=10)[-1]
+                if found_s > bound_s:
+                    return f"90 % of {name} within {found_s:.4f} s, the bound is {bound_s:g} s"
+        return ""
 
     def slower_than(self, stable: VersionWindow) -> str:
         """Why a canary is to be given up beside ``stable``; empty if it is not."""

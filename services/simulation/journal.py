@@ -28,6 +28,8 @@ class Journal:
         self.lines: list[str] = []
         self.defects: list[str] = []
         self.events: Counter[str] = Counter()
+        self.preempted: set[str] = set()
+        """Ids, as clients know them, of requests that an engine put back for want of blocks."""
         self._loop = loop
         self._keep = keep
         self._digest = hashlib.blake2b(digest_size=16)
@@ -61,6 +63,8 @@ class Journal:
                 if isinstance(trace, BaseException)
                 else traceback.format_exc()
             )
+        if name == log.REQUEST_FINISHED and event.get("num_preemptions"):
+            self.preempted.add(str(event["request_id"]).partition("~")[0])
         self.note(name, **event)
         raise structlog.DropEvent
 

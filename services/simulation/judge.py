@@ -5,7 +5,7 @@ Owns the oracle. Returns violations as text; an empty list is the only good answ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 from microserve.kvcache.prefix_index import PrefixIndex
@@ -82,10 +82,19 @@ def judge_gone(world: World, request_id: str) -> list[str]:
     ]
 
 
-def judge_service(scenario: Scenario, answers: Sequence[Answer], num_continued: int) -> list[str]:
-    """What is promised where nothing, or one engine of several, has failed."""
+def judge_service(
+    scenario: Scenario, answers: Sequence[Answer], num_continued: int, preempted: Collection[str]
+) -> list[str]:
+    """What is promised where nothing, or one engine of several, has failed.
+
+    ``preempted`` requests wait for blocks, and a frozen writer keeps those of its grants for as long as it is
+    frozen.
+    """
     if scenario.kind == STORM:
         return []
+    frozen_s = max(
+        (fault.until - fault.at for fault in scenario.faults if fault.kind == "freeze"), default=0.0
+    )
     wrong = []
     if scenario.kind == CALM and num_continued:
         wrong.append(f"service: {num_continued} requests were begun anew though nothing had failed")
@@ -93,9 +102,11 @@ def judge_service(scenario: Scenario, answers: Sequence[Answer], num_continued: 
         name = f"{answer.request_id} ({answer.strategy})"
         if not answer.is_complete and not answer.is_cancelled:
             wrong.append(f"service: {name} ended {answer.outcome!r} ({answer.detail})")
-        elif answer.ended_at - answer.submitted_at > PATIENCE_S:
+            continue
+        patience_s = PATIENCE_S + (frozen_s if answer.request_id in preempted else 0.0)
+        if answer.ended_at - answer.submitted_at > patience_s:
             seconds = answer.ended_at - answer.submitted_at
-            wrong.append(f"service: {name} took {seconds:.1f} s, at most {PATIENCE_S}")
+            wrong.append(f"service: {name} took {seconds:.1f} s, at most {patience_s}")
     return wrong
 
 

@@ -60,6 +60,7 @@ STRUCTURES = [
     control.ControlEntry,
     control.VersionFault,
     control.RouterControl,
+    control.ShadowScore,
     control.ControlRecord,
     kv_events.KVEventBatch,
 ]

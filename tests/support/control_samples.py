@@ -7,9 +7,26 @@ from typing import Any
 from microserve.protocol import control
 from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST, Codec
 
-VERSION = control.StrategyVersion(version=3, source="s", digest="d", parameters={"ratio": 0.5})
-ENTRY = control.ControlEntry(strategy="balanced", stable=VERSION, canary=VERSION, share=0.25)
+VERSION = control.StrategyVersion(
+    version=3, source="s", digest="d", parameters={"ratio": 0.5}, max_ttft_s=2.0, max_tpot_s=0.5
+)
+ENTRY = control.ControlEntry(
+    strategy="balanced", stable=VERSION, canary=VERSION, share=0.25, shadow=VERSION, shadow_share=0.5
+)
 FAULT = control.VersionFault(strategy="balanced", version=3, reason="r")
+SCORE = control.ShadowScore(
+    strategy="balanced",
+    version=3,
+    num_decisions=4,
+    num_errors=1,
+    num_agreed=2,
+    ttft_s=0.5,
+    served_ttft_s=1.0,
+    computed_tokens=2.0,
+    served_computed_tokens=4.0,
+    sent_tokens=8.0,
+    served_sent_tokens=16.0,
+)
 CONTROL = control.ControlState(version=4, entries=[ENTRY])
 
 MESSAGES: list[tuple[Codec[Any], Any]] = [
@@ -26,6 +43,8 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
             version=2,
             shadow=True,
             reason="r",
+            max_ttft_s=2.0,
+            max_tpot_s=0.5,
         ),
     ),
     (INDEX_REQUEST, control.ControlStatus(call_id=8)),
@@ -37,7 +56,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
         control.ControlReport(
             call_id=8,
             state=CONTROL,
-            routers=[control.RouterControl(router_id="router", version=4, faults=[FAULT])],
+            routers=[control.RouterControl(router_id="router", version=4, faults=[FAULT], shadows=[SCORE])],
             durable=True,
         ),
     ),
@@ -64,19 +83,25 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
 
 GOLDEN: dict[str, str] = {
     "TO_INDEX.Change": (
-        "9b0707a163a77075626c697368a862616c616e636564a17381a5726174696fcb3fe0000000000000cb3fd00000000000"
-        "0002c3a172"
+        "9d0707a163a77075626c697368a862616c616e636564a17381a5726174696fcb3fe0000000000000cb3fd00000000000"
+        "0002c3a172cb4000000000000000cb3fe0000000000000"
     ),
     "TO_INDEX.ControlStatus": "920808",
     "TO_INDEX.ControlHistory": "940909a862616c616e63656405",
     "FROM_INDEX.Changed": "93070704",
     "FROM_INDEX.ControlState": (
-        "9308049194a862616c616e6365649403a173a16481a5726174696fcb3fe00000000000009403a173a16481a572617469"
-        "6fcb3fe0000000000000cb3fd0000000000000"
+        "9308049196a862616c616e6365649603a173a16481a5726174696fcb3fe0000000000000cb4000000000000000cb3fe0"
+        "0000000000009603a173a16481a5726174696fcb3fe0000000000000cb4000000000000000cb3fe0000000000000cb3f"
+        "d00000000000009603a173a16481a5726174696fcb3fe0000000000000cb4000000000000000cb3fe0000000000000cb"
+        "3fe0000000000000"
     ),
     "FROM_INDEX.ControlReport": (
-        "9509089308049194a862616c616e6365649403a173a16481a5726174696fcb3fe00000000000009403a173a16481a572"
-        "6174696fcb3fe0000000000000cb3fd00000000000009193a6726f75746572049193a862616c616e63656403a172c3"
+        "9509089308049196a862616c616e6365649603a173a16481a5726174696fcb3fe0000000000000cb4000000000000000"
+        "cb3fe00000000000009603a173a16481a5726174696fcb3fe0000000000000cb4000000000000000cb3fe00000000000"
+        "00cb3fd00000000000009603a173a16481a5726174696fcb3fe0000000000000cb4000000000000000cb3fe000000000"
+        "0000cb3fe00000000000009194a6726f75746572049193a862616c616e63656403a172919ba862616c616e6365640304"
+        "0102cb3fe0000000000000cb3ff0000000000000cb4000000000000000cb4010000000000000cb4020000000000000cb"
+        "4030000000000000c3"
     ),
     "FROM_INDEX.ControlRecords": (
         "930a09919903cb3ff8000000000000a56c6f63616ca77075626c697368a862616c616e636564a16481a5726174696fcb"

@@ -23,6 +23,7 @@ from microserve.protocol.settings import BusSettings, IndexSettings, RouterSetti
 from microserve.protocol.transport import Bus, ZmqBus
 from microserve.services.lifecycle import Lifecycle
 from microserve.services.router.mesh import Mesh
+from microserve.services.router.overseer import Overseer
 from microserve.services.router.request import Request
 from microserve.services.router.service import Router
 from microserve.services.router.strategy import Strategy
@@ -252,13 +253,15 @@ class GatewayPeer:
 class World:
     """What :func:`router_world` yields."""
 
-    def __init__(self, bus: ZmqBus, settings: Settings, index: ScriptedIndex) -> None:
+    def __init__(
+        self, bus: ZmqBus, settings: Settings, index: ScriptedIndex, overseer: Overseer | None = None
+    ) -> None:
         self.bus = bus
         self.settings = settings
         self.index = index
         self.fabric = Fabric()
         self.engines: dict[str, ScriptedEngine] = {}
-        self.router = Router(settings, bus, seed=1)
+        self.router = Router(settings, bus, seed=1, overseer=overseer)
         self.lifecycle = Lifecycle()
         self.running = asyncio.create_task(self.router.run(self.lifecycle))
         self.gateway = GatewayPeer(bus, self.router.address)
@@ -340,11 +343,16 @@ def make_settings(index_address: str, **router: Any) -> Settings:
     ).check()
 
 
-async def open_world(*engine_ids: str, labels: dict[str, list[str]] | None = None, **router: Any) -> World:
+async def open_world(
+    *engine_ids: str,
+    labels: dict[str, list[str]] | None = None,
+    overseer: Overseer | None = None,
+    **router: Any,
+) -> World:
     """A world with these engines joined; ``router`` overrides settings of ``router`` and some of ``bus``."""
     bus = ZmqBus(linger_s=0.05)
     index = ScriptedIndex(bus)
-    world = World(bus, make_settings(index.address, **router), index)
+    world = World(bus, make_settings(index.address, **router), index, overseer)
     for engine_id in engine_ids:
         world.add_engine(engine_id, labels=(labels or {}).get(engine_id, []))
     if engine_ids:

@@ -241,7 +241,15 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
     (INDEX_REQUEST, membership.Register(call_id=1, info=INFO)),
     (INDEX_REQUEST, membership.Beat(engine_id="e1", incarnation=LIFE, load=LOAD)),
     (INDEX_REQUEST, membership.Deregister(engine_id="e1", incarnation=LIFE)),
-    (INDEX_REQUEST, membership.Watch(watcher_id="router", control_version=3, faults=[control_samples.FAULT])),
+    (
+        INDEX_REQUEST,
+        membership.Watch(
+            watcher_id="router",
+            control_version=3,
+            faults=[control_samples.FAULT],
+            shadows=[control_samples.SCORE],
+        ),
+    ),
     (INDEX_REQUEST, membership.Lookup(call_id=5, salt="s")),
     (INDEX_REQUEST, membership.IndexStats(call_id=6)),
     (INDEX_REPLY, membership.Registered(call_id=1, index_incarnation=LIFE)),
@@ -357,7 +365,10 @@ GOLDEN: dict[str, str] = {
         "0000c340cb3fe8000000000000cb4034800000000000"
     ),
     "TO_INDEX.Deregister": "9303a26531cf1000000000000000",
-    "TO_INDEX.Watch": "9404a6726f75746572039193a862616c616e63656403a172",
+    "TO_INDEX.Watch": (
+        "9504a6726f75746572039193a862616c616e63656403a172919ba862616c616e63656403040102cb3fe0000000000000"
+        "cb3ff0000000000000cb4000000000000000cb4010000000000000cb4020000000000000cb4030000000000000"
+    ),
     "TO_INDEX.Lookup": "930505a173",
     "TO_INDEX.IndexStats": "920606",
     "FROM_INDEX.Registered": "930101cf1000000000000000",

@@ -44,6 +44,23 @@ def test_a_log_reopened_folds_to_the_same_state(tmp_path: Path) -> None:
         assert log.append(change("promote"), "local") == 4
 
 
+def test_a_file_of_before_shadows_and_bounds_is_taken_over(tmp_path: Path) -> None:
+    path = str(tmp_path / "control.db")
+    with closing(ControlLog(path)) as log:
+        log.append(change("publish"), "me")
+    with closing(sqlite3.connect(path)) as database:
+        for column in ("shadow", "max_ttft_s", "max_tpot_s"):
+            database.execute(f"ALTER TABLE changes DROP COLUMN {column}")
+    with closing(ControlLog(path)) as log:
+        assert log.fold.is_in_force("mine", 1)
+        log.append(change("publish", shadow=True, max_ttft_s=1.5), "me")
+        state = log.fold.state()
+    with closing(ControlLog(path)) as log:
+        assert log.fold.state() == state
+        assert state.entries[0].shadow is not None
+        assert state.entries[0].shadow.max_ttft_s == 1.5
+
+
 def test_records_say_who_did_what_when_and_why() -> None:
     with closing(ControlLog(wall_clock=lambda: 12.5)) as log:
         log.append(change(reason="first", share=0.5), "local")

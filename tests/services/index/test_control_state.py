@@ -66,6 +66,33 @@ def test_a_canary_stands_beside_the_stable_version_until_it_is_promoted_or_dropp
     assert numbers(*begun, change("publish", source="all")) == (3, 0, 0.0)
 
 
+def test_a_shadow_stands_beside_both_and_moves_by_its_own_flag() -> None:
+    begun = [
+        change("publish"),
+        change("publish", source="new", share=0.1),
+        change("publish", source="dark", share=0.5, shadow=True, max_ttft_s=2.0),
+    ]
+    entry = entry_of(*begun)
+    assert entry.shadow == StrategyVersion(3, "dark", digest_of("dark"), {}, 2.0)
+    assert (entry.shadow_share, numbers(*begun)) == (0.5, (1, 2, 0.1))
+    assert fold_of(*begun).is_in_force("mine", 3)
+    assert entry_of(*begun, change("publish", source="darker", shadow=True)).shadow_share == 1.0
+    for dropped in (change("rollback", shadow=True), change("rollback", version=3)):
+        assert entry_of(*begun, dropped).shadow is None
+        assert numbers(*begun, dropped) == (1, 2, 0.1)
+    assert numbers(*begun, change("rollback")) == (1, 0, 0.0), "what serves goes first"
+    assert entry_of(*begun, change("rollback")).shadow is not None
+    promoted = entry_of(*begun, change("promote", shadow=True))
+    assert (promoted.stable, promoted.canary, promoted.shadow) == (entry.shadow, None, None)
+    assert numbers(*begun, change("promote")) == (2, 0, 0.0)
+
+
+def test_bounds_go_with_the_version_and_stay_when_parameters_change() -> None:
+    entry = entry_of(change("publish", max_ttft_s=2.0, max_tpot_s=0.5), change("set", parameters={"a": 1}))
+    assert entry.stable is not None
+    assert (entry.stable.version, entry.stable.max_ttft_s, entry.stable.max_tpot_s) == (2, 2.0, 0.5)
+
+
 def test_set_keeps_the_source_and_the_other_parameters() -> None:
     entry = entry_of(
         change("publish", source="s", parameters={"a": 1, "b": 2}), change("set", parameters={"b": 3})
@@ -111,7 +138,12 @@ def test_retire_leaves_nothing() -> None:
         (change("publish", share=1.5), "share"),
         (change("publish", share=float("nan")), "share"),
         (change("promote", share=0.5), "share"),
-        (change("publish", shadow=True), "shadow"),
+        (change("set", shadow=True, parameters={"a": 1}), "shadow"),
+        (change("promote", shadow=True), "strategy"),
+        (change("rollback", shadow=True), "version"),
+        (change("publish", max_ttft_s=-1.0), "max_ttft_s"),
+        (change("publish", max_tpot_s=float("inf")), "max_tpot_s"),
+        (change("set", parameters={"a": 1}, max_ttft_s=1.0), "max_ttft_s"),
         (change("set"), "parameters"),
         (change("rollback", parameters={"a": 1}), "parameters"),
         (change("promote"), "strategy"),
@@ -161,6 +193,7 @@ CHANGES = st.builds(
     parameters=st.sampled_from([{}, {"p": 1}, {"q": 0.5}]),
     share=st.sampled_from([1.0, 0.5]),
     version=st.integers(0, 30),
+    shadow=st.booleans(),
 )
 
 
@@ -184,10 +217,11 @@ def test_any_changes_leave_versions_that_were_made_by_some_change(changes: list[
         assert others == {n: r for n, r in fold.rollouts.items() if n != each.strategy}
         fold = after
     for entry in fold.state().entries:
-        present = [version for version in (entry.stable, entry.canary) if version is not None]
+        present = [v for v in (entry.stable, entry.canary, entry.shadow) if v is not None]
         assert {version.version for version in present} <= made
         assert len({version.version for version in present}) == len(present)
         assert (entry.canary is None) == (entry.share == 0.0)
+        assert (entry.shadow is None) == (entry.shadow_share == 0.0)
         assert all(
             version.digest == (digest_of(version.source) if version.source else "") for version in present
         )

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Callable
 import pytest
 import structlog
 from router_world import (
-    Answer,
     World,
     eventually,
     expected_output,
@@ -30,17 +29,18 @@ from microserve.services.router.stream import Tokens
 PROMPT = list(range(50))
 
 
-async def broken(world: World, body: Callable[[Mesh, Request], AsyncGenerator[Tokens, None]]) -> Answer:
-    """Serve by a strategy that must fail with ``strategy_error`` and say so in the log once."""
+async def broken(world: World, body: Callable[[Mesh, Request], AsyncGenerator[Tokens, None]]) -> str:
+    """Serve by a strategy that must fail and say so in the log once, while its client is served."""
     with structlog.testing.capture_logs() as logs:
         answer = await serve_with(world, body, PROMPT)
         await world.check_clean()
-    assert (answer.result.reason, answer.result.code) == ("error", "strategy_error")
+    assert answer.result.reason == "length"
+    assert answer.token_ids == expected_output(4)
     events = [entry for entry in logs if entry["event"] == log.STRATEGY_FAILED]
     assert len(events) == 1
     assert events[0]["request_id"] == answer.request_id
     assert events[0]["exc_info"] is not None
-    return answer
+    return str(events[0]["error"])
 
 
 FINISHED = Finished("length", Usage(), Timings())
@@ -90,25 +90,24 @@ async def bad_interval(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, N
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        (raises, "ZeroDivisionError: ratio"),
+        (raises, "ratio"),
         (ends_early, "ended before its stream did"),
         (yields_junk, "yielded list, not Tokens"),
         (repeats, "yielded token 0, not 1"),
         (skips, "yielded token 1, not 0"),
-        (times_out_by_itself, "TimeoutError"),
+        (times_out_by_itself, ""),
         (cancels_itself, "cancelled itself"),
         (bad_interval, "begin is 3"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_broken_strategy_ends_with_strategy_error(
+def test_the_client_of_a_broken_strategy_is_served(
     body: Callable[[Mesh, Request], AsyncGenerator[Tokens, None]], text: str
 ) -> None:
     @in_loop
     async def main() -> None:
         async with router_world("d", "p") as world:
-            answer = await broken(world, body)
-            assert text in answer.result.detail
+            assert text in await broken(world, body)
             # The next request is none the worse.
             assert (await world.gateway.generate(PROMPT)).token_ids == expected_output(4)
 

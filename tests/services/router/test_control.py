@@ -21,12 +21,8 @@ from microserve.services.router.control import StrategyControl, load_source
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategy import Published, StrategyBook
 from microserve.services.router.version_window import (
-    MAX_ERROR_SHARE,
     MIN_ERRORS,
     MIN_TIMED,
-    WINDOW_S,
-    End,
-    VersionWindow,
 )
 
 PLAIN = """
@@ -234,50 +230,15 @@ def test_a_share_of_all_is_all() -> None:
 # --- errors ----------------------------------------------------------------------------------------
 
 
-def window_of(*ends: End) -> VersionWindow:
-    window = VersionWindow()
-    for end in ends:
-        window.add(end)
-    return window
-
-
-def test_a_version_is_given_up_when_its_errors_are_many_and_a_large_share() -> None:
-    assert not window_of(*[End(0.0, True)] * (MIN_ERRORS - 1)).too_many_errors()
-    assert window_of(*[End(0.0, True)] * MIN_ERRORS).too_many_errors()
-    few = VersionWindow()
-    for number in range(2500):
-        few.add(End(0.0, number % 20 == 19))
-        assert not few.too_many_errors(), "five in a hundred are below the bound"
-
-
-def test_errors_outside_the_window_are_forgotten() -> None:
-    window = VersionWindow()
-    for number in range(50):
-        window.add(End(number * WINDOW_S, True))
-        assert not window.too_many_errors()
-
-
-@given(st.lists(st.tuples(st.floats(0.0, 5.0), st.booleans()), min_size=1, max_size=80))
-def test_the_count_of_errors_is_that_of_the_window(steps: list[tuple[float, bool]]) -> None:
-    window, ends, now = VersionWindow(), [], 0.0
-    for seconds, failed in steps:
-        now += seconds
-        ends.append((now, failed))
-        window.add(End(now, failed))
-        recent = [failure for at, failure in ends if now - at <= WINDOW_S]
-        is_bad = sum(recent) >= MIN_ERRORS and sum(recent) > MAX_ERROR_SHARE * len(recent)
-        assert bool(window.too_many_errors()) == is_bad
-
-
-def test_a_canary_is_slow_beside_the_stable_version_only() -> None:
-    stable = window_of(*[End(0.0, False, 0.1, 0.01)] * MIN_TIMED)
-    assert "TTFT" in window_of(*[End(0.0, False, 0.25, 0.01)] * MIN_TIMED).slower_than(stable)
-    assert "TPOT" in window_of(*[End(0.0, False, 0.1, 0.025)] * MIN_TIMED).slower_than(stable)
-    assert not window_of(*[End(0.0, False, 0.19, 0.011)] * MIN_TIMED).slower_than(stable)
-    assert not window_of(*[End(0.0, False, 0.2)] * (MIN_TIMED - 1)).slower_than(stable), "too few to tell"
-    assert not window_of(*[End(0.0, False, 0.2)] * MIN_TIMED).slower_than(VersionWindow())
-    quick = window_of(*[End(0.0, False, 0.001)] * MIN_TIMED)
-    assert not window_of(*[End(0.0, False, 0.01)] * MIN_TIMED).slower_than(quick), "milliseconds are noise"
+def test_a_version_over_its_publishers_own_bounds_is_given_up() -> None:
+    _, control, _ = make()
+    bounded = StrategyVersion(1, PLAIN, "d", {}, max_ttft_s=0.5)
+    control.apply(state(1, ControlEntry("mine", bounded)))
+    slow = Ended("length", Usage(output_tokens=1), Phases(total_s=2.0), "mine", [], strategy_version=1)
+    for _ in range(MIN_TIMED):
+        control.ended(slow, False, False)
+    [fault] = control.faults
+    assert "the bound is 0.5 s" in fault.reason
 
 
 def test_a_fault_is_told_until_its_version_is_gone() -> None:
@@ -285,7 +246,7 @@ def test_a_fault_is_told_until_its_version_is_gone() -> None:
     control.apply(serving(1))
     failed = Ended("length", Usage(), Phases(), "mine", [], strategy_version=1)
     for _ in range(MIN_ERRORS + 2):
-        control.ended(failed, True)
+        control.ended(failed, True, False)
         clock.now += 0.1
     [fault] = control.faults
     assert (fault.strategy, fault.version) == ("mine", 1)
@@ -293,7 +254,7 @@ def test_a_fault_is_told_until_its_version_is_gone() -> None:
     assert control.faults == [fault]
     control.apply(state(3, ControlEntry("mine")))
     assert control.faults == []
-    control.ended(failed, True)
+    control.ended(failed, True, False)
     assert control.faults == [], "what ends late counts for nothing"
 
 

@@ -157,7 +157,11 @@ def test_the_pause_doubles_up_to_its_limit_and_a_plan_that_ran_well_starts_afres
 
     async def main() -> None:
         async with asyncio.TaskGroup() as tasks:
-            plans = Plans(tasks, lambda state: PlanMesh(list, LoadBook(), random.Random(), state, no_request))
+            plans = Plans(
+                tasks,
+                lambda state: PlanMesh(list, LoadBook(), random.Random(), state, no_request),
+                run=Strategy.start_plan,
+            )
             plans.use(counting("one", fail))
 
     with structlog.testing.capture_logs():

@@ -1,0 +1,226 @@
+"""One run of a strategy for one request: passes its chunks on, bounds it, and says what its end means.
+
+A mistake of the strategy is told to its author here and blamed on its version; which mistakes the client
+hears of is failover.py's. Bounds: the request's deadline; ``idle_s`` in which it neither waits for an engine
+nor yields; and how long its code may hold the loop (overseer.py). Knows no gateways and no engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol.errors import DeadlineExceeded, InvalidInterval, MeshError, StrategyError
+from microserve.protocol.serving import Output
+from microserve.services.router.live import LiveRequest
+from microserve.services.router.overseer import Overseer, StrategyHung
+from microserve.services.router.scope import RequestScope
+from microserve.services.router.strategy import Strategy
+from microserve.services.router.stream import Tokens
+from microserve.services.router.view import MeshView
+
+CLOSE_S = 1.0
+"""What stands in a strategy's ``finally`` gets this long; its request has ended before."""
+
+T = TypeVar("T")
+OnHung = Callable[[str, int, str], None]
+"""Strategy, version, what it did."""
+
+_logger = structlog.get_logger()
+
+
+class Attempts:
+    """Runs strategies; keeps nothing between two runs."""
+
+    def __init__(self, *, idle_s: float, overseer: Overseer | None, on_hung: OnHung) -> None:
+        """Without an overseer a strategy may hold the loop for as long as it likes (virtual time)."""
+        self._idle_s = idle_s
+        self._overseer = overseer
+        self._on_hung = on_hung
+        self._loop = asyncio.get_running_loop()
+
+    async def run(
+        self, live: LiveRequest, scope: RequestScope, generator: AsyncGenerator[Tokens, None]
+    ) -> MeshError | None:
+        """The attempt's error, or None when ``live.last`` ends the stream or the client left."""
+        limit = asyncio.timeout_at(scope.request.deadline)
+        try:
+            async with limit:
+                watch = _IdleWatch(scope, limit, self._idle_s)
+                try:
+                    live.last = await self._drive(live, scope, generator)
+                finally:
+                    watch.stop()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if live.interrupt is None and not (task is not None and task.cancelling()):
+                return self.blame(live, StrategyError("the strategy cancelled itself"))
+            return live.interruption
+        except (InvalidInterval, StrategyError) as mistake:
+            return self.blame(live, mistake)
+        except MeshError as failure:
+            return failure
+        except ExceptionGroup as group:
+            return _first_failure(group) or self.blame(live, group)
+        except Exception as mistake:
+            if not (isinstance(mistake, TimeoutError) and limit.expired()):
+                return self.blame(live, mistake)
+            if watch.has_fired:
+                bound = f"for {self._idle_s:g} s it waited for no engine and yielded nothing"
+                return self.blame(live, StrategyError(bound))
+            return out_of_time()
+        except BaseException as mistake:  # signals come to a service by its loop, never as this
+            return self.blame(live, _ending(mistake))
+        return None
+
+    async def _drive(
+        self, live: LiveRequest, scope: RequestScope, generator: AsyncGenerator[Tokens, None]
+    ) -> Tokens:
+        """Pass the chunks on; returns the one that ends the stream, which goes out with the end."""
+        while True:
+            try:
+                chunk = await self._oversee(live, generator.__anext__())
+            except StopAsyncIteration:
+                raise StrategyError("the strategy ended before its stream did") from None
+            if live.interrupt is not None:  # the strategy swallowed its cancellation
+                raise asyncio.CancelledError
+            if self._loop.time() >= scope.request.deadline:
+                raise out_of_time()
+            if not isinstance(chunk, Tokens):
+                raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
+            if chunk.offset != len(live.delivered):
+                raise StrategyError(f"the strategy yielded token {chunk.offset}, not {len(live.delivered)}")
+            live.delivered += chunk.token_ids
+            if chunk.finished is not None:
+                return chunk
+            live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs))
+
+    async def close(self, live: LiveRequest, generator: AsyncGenerator[Tokens, None]) -> None:
+        """Run what stands in the strategy's ``finally``."""
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._oversee(live, generator.aclose())
+        except Exception as mistake:
+            # The request has ended: what a strategy's ``finally`` raises concerns its author only.
+            self.blame(live, mistake)
+
+    async def _oversee(self, live: LiveRequest, awaitable: Awaitable[T]) -> T:
+        if self._overseer is None:
+            return await awaitable
+
+        def tell(seconds: float) -> None:
+            if not live.is_slow:
+                live.is_slow = True
+                _tell_slow(live.strategy, live.version, live.request_id, seconds)
+
+        return await self._overseer.run(awaitable, tell)
+
+    async def run_plan(self, strategy: Strategy, mesh: MeshView) -> None:
+        """Run a strategy's plan until it returns. Raises what it raises."""
+        plan = strategy.start_plan(mesh)
+        if self._overseer is None:
+            await plan
+            return
+        try:
+            await self._overseer.run(
+                plan, lambda seconds: _tell_slow(strategy.name, strategy.version, "plan", seconds)
+            )
+        except StrategyHung as error:
+            self._on_hung(strategy.name, strategy.version, f"its plan: {error.detail}")
+            raise
+
+    async def rehearse(self, strategy: Strategy, generator: AsyncGenerator[Tokens, None]) -> None:
+        """Run it for a shadow (shadow.py), to the end of what it yields. Raises its mistake."""
+        slow_s: list[float] = []
+        try:
+            while True:
+                step = generator.__anext__()
+                chunk = await (self._overseer.run(step, slow_s.append) if self._overseer else step)
+                if not isinstance(chunk, Tokens):
+                    raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
+                if chunk.finished is not None:
+                    break
+        except StopAsyncIteration:
+            raise StrategyError("the strategy ended before its stream did") from None
+        except StrategyHung as mistake:
+            self._on_hung(strategy.name, strategy.version, mistake.detail)
+            raise
+        except (Exception, asyncio.CancelledError):
+            raise
+        except BaseException as mistake:
+            raise _ending(mistake) from None
+        finally:
+            await generator.aclose()
+        if slow_s:
+            raise StrategyError(f"it held the router for {max(slow_s):.3f} s")
+
+    def blame(self, live: LiveRequest, mistake: Exception) -> StrategyError:
+        """The strategy's own fault: its author gets the traceback, whoever asks gets ``StrategyError``."""
+        live.is_blamed = True
+        _logger.error(
+            log.STRATEGY_FAILED,
+            request_id=live.request_id,
+            strategy=live.strategy,
+            strategy_version=live.version,
+            error=str(mistake),
+            exc_info=mistake,
+        )
+        if isinstance(mistake, StrategyHung):
+            self._on_hung(live.strategy, live.version, mistake.detail)
+        if isinstance(mistake, StrategyError):
+            return mistake
+        return StrategyError(f"{live.strategy}: {type(mistake).__name__}: {mistake}")
+
+
+class _IdleWatch:
+    """Ends ``limit`` when the strategy has for so long waited for nothing that an engine does."""
+
+    def __init__(self, scope: RequestScope, limit: asyncio.Timeout, idle_s: float) -> None:
+        self.has_fired = False
+        self._scope = scope
+        self._limit = limit
+        self._idle_s = idle_s
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(idle_s, self._look)
+
+    def _look(self) -> None:
+        left_s = self._idle_s - self._scope.idle_s
+        if left_s > 0.0:
+            self._timer = self._loop.call_later(left_s, self._look)
+            return
+        self.has_fired = True
+        self._limit.reschedule(self._loop.time())
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+
+def _ending(mistake: BaseException) -> StrategyError:
+    return StrategyError(f"the strategy wanted to end the router: {type(mistake).__name__}")
+
+
+def _tell_slow(strategy: str, version: int, request_id: str, seconds: float) -> None:
+    _logger.warning(
+        log.STRATEGY_SLOW,
+        request_id=request_id,
+        strategy=strategy,
+        strategy_version=version,
+        held_s=round(seconds, 3),
+    )
+
+
+def _first_failure(group: ExceptionGroup[Exception]) -> MeshError | None:
+    """What a strategy's own task group failed of, if it is no mistake of the strategy."""
+    for error in group.exceptions:
+        found = _first_failure(error) if isinstance(error, ExceptionGroup) else error
+        if isinstance(found, MeshError) and not isinstance(found, StrategyError | InvalidInterval):
+            return found
+    return None
+
+
+def out_of_time() -> DeadlineExceeded:
+    return DeadlineExceeded("the request's time was used up")

@@ -1,0 +1,208 @@
+"""Shadow versions: they decide about live requests that others serve, and are scored beside what was done.
+
+    request admitted ──> shadow decides at once, by engines that answer and do nothing (shadow_engine.py)
+                    └──> served as ever; its own decision is in its scope
+    both are there   ──> both are priced with what was known at the admission (decision.py), and counted
+
+A shadow costs the router its decision and no engine anything. Its mistakes are counted; too many of them, or
+one that hangs, and the version is reported as a fault. Knows no gateways and sends nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol.actions import EngineInfo
+from microserve.protocol.errors import NoEngines, StrategyError
+from microserve.protocol.sampling import SamplingParams
+from microserve.services.router.attempt import Attempts
+from microserve.services.router.connection import EngineConnection
+from microserve.services.router.decision import Cost, Decision, cost_of
+from microserve.services.router.load import LoadBook
+from microserve.services.router.mesh import RETRY_AFTER_S, Lookup, Mesh
+from microserve.services.router.phase import PhaseClock
+from microserve.services.router.plan import PlanMesh, Plans
+from microserve.services.router.prediction import EngineView
+from microserve.services.router.request import Request
+from microserve.services.router.scope import RequestScope
+from microserve.services.router.shadow_engine import ShadowConnection
+from microserve.services.router.strategy import Strategy
+from microserve.services.router.view import State
+
+DECISION_S = 5.0
+"""A shadow that has not decided by then never will."""
+MAX_DECIDING = 64
+"""Requests beyond it have no shadow."""
+
+OnDecided = Callable[[Strategy, Cost | None, Cost | None, bool], None]
+"""The shadow; its cost, None for a mistake; that of what was done; whether both decode on one engine."""
+
+_logger = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Rehearsal:
+    """One request with a shadow: whatever comes last, its decision or the end of the request, settles it."""
+
+    shadow: Strategy
+    request: Request
+    cached: dict[str, int]
+    views: dict[str, EngineView]
+    is_decided: bool = False
+    decided: Decision | None = None
+    """None, when it is decided: a mistake."""
+    is_over: bool = False
+    done: Decision | None = None
+    """What was done about the request; None: it took several attempts, and tells nothing."""
+
+
+class Shadows:
+    """The rehearsals of one router."""
+
+    def __init__(
+        self,
+        tasks: asyncio.TaskGroup,
+        book: LoadBook,
+        attempts: Attempts,
+        *,
+        connections: Callable[[], list[EngineConnection]],
+        served: Callable[[], EngineInfo | None],
+        lookup: Lookup,
+        on_decided: OnDecided,
+        seed: int,
+    ) -> None:
+        """``book`` is only read. ``seed``: shadows draw their own lots, so that they change nobody else's."""
+        self._tasks = tasks
+        self._book = book
+        self._attempts = attempts
+        self._connections = connections
+        self._served = served
+        self._lookup = lookup
+        self._on_decided = on_decided
+        self._rng = random.Random(seed)
+        self._loop = asyncio.get_running_loop()
+        self._num_deciding = 0
+        self.plans = Plans(
+            tasks,
+            lambda state: PlanMesh(connections, book, self._rng, state, self._borrow),
+            run=attempts.run_plan,
+        )
+
+    def begin(self, shadow: Strategy, request: Request) -> Rehearsal | None:
+        """Let it decide; call before the request's own strategy runs. None: too many decide already."""
+        if self._num_deciding >= MAX_DECIDING:
+            return None
+        now = self._loop.time()
+        views = {
+            c.engine_id: EngineView(
+                c.load,
+                now - c.load_at,
+                self._book.own(c.engine_id),
+                c.info.block_size,
+                c.info.num_blocks,
+            )
+            for c in self._connections()
+        }
+        rehearsal = Rehearsal(shadow, request, self._lookup(request), views)
+        self._num_deciding += 1
+        task = self._tasks.create_task(self._decide(rehearsal), name=f"shadow {request.request_id}")
+        task.add_done_callback(lambda _: self._took_decision())
+        return rehearsal
+
+    def _took_decision(self) -> None:
+        self._num_deciding -= 1
+
+    def end(self, rehearsal: Rehearsal, done: Decision | None) -> None:
+        """The request has ended; ``done``: what its strategy decided, if that was carried out."""
+        rehearsal.is_over, rehearsal.done = True, done
+        self._settle(rehearsal)
+
+    async def _decide(self, rehearsal: Rehearsal) -> None:
+        shadow, request = rehearsal.shadow, rehearsal.request
+        scope = self._scope(request)
+        mesh = self._mesh(scope, self.plans.use(shadow))
+        try:
+            async with asyncio.timeout(DECISION_S):
+                await self._attempts.rehearse(shadow, shadow(mesh, request))
+            if not scope.decision.engine_id:
+                raise StrategyError("the strategy ended without a decision")
+            rehearsal.decided = scope.decision
+        except Exception as mistake:
+            _logger.info(
+                log.SHADOW_FAILED,
+                request_id=request.request_id,
+                strategy=shadow.name,
+                strategy_version=shadow.version,
+                error=str(mistake) or type(mistake).__name__,
+            )
+        finally:
+            rehearsal.is_decided = True
+            scope.close()
+        self._settle(rehearsal)
+
+    def _settle(self, rehearsal: Rehearsal) -> None:
+        if not (rehearsal.is_decided and rehearsal.is_over):
+            return
+        decided, done = rehearsal.decided, rehearsal.done
+        if decided is None:
+            self._on_decided(rehearsal.shadow, None, None, False)
+        elif done is not None:
+            costs = self._cost(rehearsal, decided), self._cost(rehearsal, done)
+            if costs[0] is not None and costs[1] is not None:
+                self._on_decided(rehearsal.shadow, *costs, decided.engine_id == done.engine_id)
+
+    def _cost(self, rehearsal: Rehearsal, decision: Decision) -> Cost | None:
+        links = self._book.links
+
+        def transfer_s(source: str, target: str, num_tokens: int) -> float:
+            goodput = links.goodput(source, target)
+            return num_tokens * links.kv_nbytes_per_token / goodput if goodput else 0.0
+
+        num_tokens = rehearsal.request.num_tokens
+        return cost_of(decision, num_tokens, rehearsal.cached, rehearsal.views, transfer_s)
+
+    # --- a mesh that does nothing ------------------------------------------------------------------
+
+    def _scope(self, request: Request) -> RequestScope:
+        """With books of its own."""
+        clock = PhaseClock(self._loop.time())
+        return RequestScope(request, LoadBook().open(), clock, call_timeout_s=DECISION_S)
+
+    def _mesh(self, scope: RequestScope, state: State) -> Mesh:
+        made: dict[EngineConnection, ShadowConnection] = {}
+
+        def connections() -> list[EngineConnection]:
+            for real in self._connections():
+                if real not in made:
+                    made[real] = ShadowConnection(real, lambda real=real: cached(real.engine_id))  # type: ignore[misc]
+            return [cast(EngineConnection, made[real]) for real in self._connections()]
+
+        def cached(engine_id: str) -> int:
+            return mesh.prefix(scope.request).get(engine_id, 0)
+
+        mesh = Mesh(scope, connections, self._book, self._lookup, self._rng, state)
+        return mesh
+
+    @asynccontextmanager
+    async def _borrow(
+        self, state: State, tokens: Sequence[int], salt: str, ttl_s: float
+    ) -> AsyncIterator[tuple[Mesh, Request]]:
+        """As for a plan in service, but nothing is done."""
+        served = self._served()
+        if served is None:
+            raise NoEngines("no engine has joined yet", retry_after_s=RETRY_AFTER_S)
+        deadline = self._loop.time() + ttl_s
+        request = Request("plan", tokens, SamplingParams(max_tokens=1), deadline, served.block_size, salt)
+        scope = self._scope(request)
+        try:
+            yield self._mesh(scope, state), request
+        finally:
+            scope.close()

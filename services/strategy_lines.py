@@ -1,0 +1,49 @@
+"""How ``microserve strategy`` shows what is under control: versions, and how shadows fare. Text only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from microserve.protocol.control import ControlEntry, RouterControl, StrategyVersion
+
+
+def _version_line(kind: str, version: StrategyVersion, share: float) -> str:
+    values = " ".join(f"{key}={value}" for key, value in version.parameters.items())
+    for bound, bound_s in (("TTFT", version.max_ttft_s), ("TPOT", version.max_tpot_s)):
+        values += f"  {bound} <= {bound_s:g} s" if bound_s else ""
+    digest = version.digest[:12] or "(own)"
+    return f"{kind:<7}{version.version:>6}  {share:>5.0%}  {digest:<12}  {values}".rstrip()
+
+
+def entry_lines(entry: ControlEntry) -> list[str]:
+    lines = [entry.strategy]
+    if entry.stable is not None:
+        lines.append("  " + _version_line("stable", entry.stable, 1 - entry.share))
+    else:
+        lines.append("  " + f"stable      (what the routers came with)  {1 - entry.share:.0%}")
+    if entry.canary is not None:
+        lines.append("  " + _version_line("canary", entry.canary, entry.share))
+    if entry.shadow is not None:
+        lines.append("  " + _version_line("shadow", entry.shadow, entry.shadow_share))
+    return lines
+
+
+def score_lines(entry: ControlEntry, routers: Sequence[RouterControl]) -> list[str]:
+    """What the shadow would have done, by router, beside what was done."""
+    if entry.shadow is None:
+        return []
+    lines = [
+        f"{'shadow':<16}{'decisions':>10}{'errors':>8}{'same engine':>13}  TTFT  computed  sent (served)"
+    ]
+    for router in routers:
+        for score in router.shadows:
+            if (score.strategy, score.version) != (entry.strategy, entry.shadow.version):
+                continue
+            agreed = score.num_agreed / max(1, score.num_decisions - score.num_errors)
+            lines.append(
+                f"{router.router_id:<16}{score.num_decisions:>10}{score.num_errors:>8}{agreed:>13.0%}"
+                f"  {score.ttft_s:.4f} s ({score.served_ttft_s:.4f} s)"
+                f"  {score.computed_tokens:.0f} ({score.served_computed_tokens:.0f})"
+                f"  {score.sent_tokens:.0f} ({score.served_sent_tokens:.0f})"
+            )
+    return lines if len(lines) > 1 else ["shadow: no decision yet"]

@@ -1,0 +1,158 @@
+"""How long a strategy may hold the router: told beyond its budget, broken off when it never ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+
+from microserve.services.router.overseer import HANG_S, Overseer, StrategyHung
+
+
+@pytest.fixture
+def overseer() -> Iterator[Overseer]:
+    with Overseer(budget_s=10.0) as overseer:
+        yield overseer
+    assert not any(thread.name == "overseer" for thread in threading.enumerate())
+
+
+def ignore(_seconds: float) -> None:
+    """Slow spans do not matter here."""
+
+
+async def loops() -> None:
+    while True:
+        pass
+
+
+async def sleeps() -> None:
+    time.sleep(600)  # noqa: ASYNC251
+
+
+async def loops_and_catches() -> None:
+    while True:
+        try:
+            while True:
+                pass
+        except Exception:
+            continue
+
+
+async def computes_in_a_library() -> None:
+    max(itertools.count(), key=lambda number: number)
+
+
+@pytest.mark.parametrize("hangs", [loops, sleeps, loops_and_catches, computes_in_a_library])
+def test_what_never_ends_is_broken_off(overseer: Overseer, hangs: Callable[[], Awaitable[None]]) -> None:
+    with pytest.raises(StrategyHung, match="held the router"):
+        asyncio.run(_await(overseer.run(hangs(), ignore)))
+
+
+async def _await(awaitable: Awaitable[object]) -> object:
+    return await awaitable
+
+
+def test_after_that_the_next_one_runs(overseer: Overseer) -> None:
+    async def main() -> str:
+        with pytest.raises(StrategyHung):
+            await overseer.run(loops(), ignore)
+        return await overseer.run(asyncio.sleep(0.01, "well"), ignore)
+
+    assert asyncio.run(main()) == "well"
+
+
+def test_waiting_is_not_holding(overseer: Overseer) -> None:
+    async def waits() -> int:
+        rounds = 0
+        until = asyncio.get_running_loop().time() + 1.2 * HANG_S
+        while asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0)
+            rounds += 1
+        return rounds
+
+    assert asyncio.run(_await(overseer.run(waits(), ignore))) != 0
+
+
+def test_a_span_over_the_budget_is_told_and_others_are_not() -> None:
+    told: list[float] = []
+
+    async def body() -> None:
+        await asyncio.sleep(0)
+        time.sleep(0.06)  # noqa: ASYNC251
+        await asyncio.sleep(0.06)
+
+    with Overseer(budget_s=0.05) as overseer:
+        asyncio.run(_await(overseer.run(body(), told.append)))
+    assert len(told) == 1
+    assert told[0] >= 0.06
+
+
+def test_it_passes_values_errors_and_cancellation_on(overseer: Overseer) -> None:
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise KeyError("x")
+
+    async def main() -> None:
+        assert await overseer.run(asyncio.sleep(0, 5), ignore) == 5
+        with pytest.raises(KeyError):
+            await overseer.run(fails(), ignore)
+        task = asyncio.ensure_future(_await(overseer.run(asyncio.sleep(60), ignore)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+
+
+FROZEN = f"""
+import asyncio, sys, time
+from microserve.services.router.overseer import Overseer
+
+async def body():
+    print("running", flush=True)
+    end = time.process_time() + {HANG_S / 2}
+    while time.process_time() < end:
+        pass
+    return "well"
+
+async def main(overseer):
+    print(await overseer.run(body(), lambda seconds: None), flush=True)
+
+with Overseer(10.0) as overseer:
+    asyncio.run(main(overseer))
+"""
+
+
+def test_a_process_that_was_stopped_meanwhile_is_not_taken_for_one_that_hangs() -> None:
+    with subprocess.Popen([sys.executable, "-c", FROZEN], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "running\n"
+        child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+        threading.Event().wait(3 * HANG_S)  # the time that it is stopped for is what is tested
+        child.send_signal(signal.SIGCONT)
+        assert child.stdout.read() == "well\n"
+        assert child.wait(20) == 0
+
+
+def test_nothing_is_raised_in_the_routers_own_code(overseer: Overseer) -> None:
+    """The strategy calls code of the package that never ends by itself within the time: it is let be."""
+    module: dict[str, object] = {"__name__": "microserve.services.router.load"}
+    ends = HANG_S + 0.3
+    code = "import time\ndef work():\n    end = time.perf_counter() + %f\n" % ends  # noqa: UP031
+    code += "    while time.perf_counter() < end:\n        pass\n    return 'whole'\n"
+    exec(code, module)
+
+    async def body() -> object:
+        return module["work"]()  # type: ignore[operator]
+
+    assert asyncio.run(_await(overseer.run(body(), ignore))) == "whole"
