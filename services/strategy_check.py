@@ -15,7 +15,9 @@ from typing import Any, NoReturn
 import msgspec
 
 from microserve.protocol.errors import MeshError
+from microserve.protocol.settings import RouterSettings
 from microserve.services.router.control import load_source
+from microserve.services.router.overseer import Overseer
 from microserve.services.strategy_wire import Finding, Task
 
 MAX_MEMORY_NBYTES = 4 << 30
@@ -26,10 +28,10 @@ def _refuse_sleep(_seconds: object) -> NoReturn:
     raise RuntimeError("time.sleep stops the whole router; await asyncio.sleep instead")
 
 
-def check(task: Task) -> Finding:
+def check(task: Task, overseer: Overseer) -> Finding:
     """Run the source and look at its shape and parameters; then, if wanted, serve with it in a simulation."""
     try:
-        load_source(task.source, task.strategy).bind(task.parameters)
+        load_source(task.source, task.strategy, overseer.call).bind(task.parameters)
     except MeshError as error:
         return Finding([error.detail])
     if not task.dry_run:
@@ -40,7 +42,7 @@ def check(task: Task) -> Finding:
         if error.name != "greenlet":
             raise
         return Finding(["the dry run needs greenlet: pip install greenlet, or --no-dry-run to go without"])
-    trial = try_strategy(task.strategy, task.source, task.parameters, task.labels)
+    trial = try_strategy(task.strategy, task.source, task.parameters, task.labels, overseer)
     if trial.problems:
         return Finding(trial.problems)
     base = try_strategy(BASELINE, "", {}, task.labels)
@@ -56,7 +58,8 @@ def main() -> None:
     os.dup2(2, 1)
     blocking: Any = time
     blocking.sleep = _refuse_sleep
-    finding = check(task)
+    with Overseer(RouterSettings().strategy_budget_s) as overseer:
+        finding = check(task, overseer)
     os.write(out, msgspec.json.encode(finding))
 
 

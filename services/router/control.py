@@ -12,6 +12,7 @@ import linecache
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import structlog
@@ -29,7 +30,11 @@ from microserve.services.router.version_window import Bounds, End, VersionWindow
 _logger = structlog.get_logger()
 
 
-def load_source(source: str, name: str) -> Strategy:
+Run = Callable[[Callable[[], None]], None]
+"""Runs a source's own code."""
+
+
+def load_source(source: str, name: str, run: Run = lambda code: code()) -> Strategy:
     """Run a strategy's source; the strategy called ``name`` in it, or the only one, under that name.
 
     Raises :class:`ConfigError` when it cannot be run or holds no such strategy.
@@ -40,7 +45,8 @@ def load_source(source: str, name: str) -> Strategy:
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     sys.modules[module.__name__] = module  # dataclasses and the like look their module up by name
     try:
-        exec(compile(source, file, "exec", dont_inherit=True), module.__dict__)
+        # Nothing of ours in between: an overseer breaks off only what it has called itself.
+        run(partial(exec, compile(source, file, "exec", dont_inherit=True), module.__dict__))
     except BaseException as error:
         # Whatever a source raises is about the source: it must not end a router.
         _forget(module.__name__, file)
@@ -68,9 +74,10 @@ class StrategyControl:
         clock: Callable[[], float],
         on_retired: Callable[[Strategy], None] = lambda strategy: None,
         on_shadows: Callable[[list[Strategy]], None] = lambda strategies: None,
+        run: Run = lambda code: code(),
     ) -> None:
         """``clock``: seconds, monotonic. ``on_retired``: a source that was loaded is in force no more.
-        ``on_shadows``: these are the shadows now."""
+        ``on_shadows``: these are the shadows now. ``run`` bounds the loading of sources."""
         self.version = 0
         """Of the state that is applied; 0: none yet."""
         self.faults: list[VersionFault] = []
@@ -81,6 +88,7 @@ class StrategyControl:
         self._clock = clock
         self._on_retired = on_retired
         self._on_shadows = on_shadows
+        self._run = run
         self._loaded: dict[tuple[str, str], Strategy] = {}
         """By name and digest: a source runs once, however often its parameters change or it comes back."""
         self._bounds: dict[tuple[str, int], Bounds] = {}
@@ -191,7 +199,7 @@ class StrategyControl:
         elif key in self._loaded:
             base = self._loaded[key]
         else:
-            base = self._loaded[key] = load_source(version.source, name)
+            base = self._loaded[key] = load_source(version.source, name, self._run)
         return replace(base.bind(version.parameters), version=version.version)
 
     def _reject(self, fault: VersionFault) -> None:

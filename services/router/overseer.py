@@ -53,6 +53,16 @@ class Overseer:
         self._thread = threading.Thread(target=self._look, name="overseer", daemon=True)
         self._handler: Any = signal.SIG_DFL
 
+    def call(self, function: Callable[[], T]) -> T:
+        """Call it as one span, however long it may be below ``HANG_S``. Raises as :meth:`run`."""
+        self._began = perf_counter()
+        try:
+            return function()
+        except _BrokenOff as error:
+            raise StrategyHung(str(error)) from None
+        finally:
+            self._began = None
+
     @types.coroutine
     def run(self, awaitable: Awaitable[T], on_slow: Callable[[float], None]) -> Generator[Any, Any, T]:
         """Await it; ``on_slow`` hears the seconds of each span over the budget.
@@ -68,8 +78,8 @@ class Overseer:
                 waited = inner.send(value) if error is None else inner.throw(error)
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]
-            except _BrokenOff:
-                raise StrategyHung(f"the strategy held the router for {HANG_S:g} s without waiting") from None
+            except _BrokenOff as broken:
+                raise StrategyHung(str(broken)) from None
             finally:
                 self._began = None
                 if (seconds := perf_counter() - began) > self._budget_s:
@@ -112,7 +122,7 @@ class Overseer:
         while frame is not None:
             name = str(frame.f_globals.get("__name__", ""))
             if name == __name__:
-                raise _BrokenOff
+                raise _BrokenOff(f"the strategy held the router for {HANG_S:g} s without waiting")
             if name.startswith(_PACKAGE) and not name.startswith(_STRATEGIES):
                 return  # the router's own; the thread asks again
             frame = frame.f_back

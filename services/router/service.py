@@ -61,6 +61,7 @@ class Router:
             asyncio.get_running_loop().time,
             on_retired=self._retire,
             on_shadows=self._keep_shadows,
+            run=(lambda code: code()) if overseer is None else overseer.call,
         )
         self._tasks = asyncio.TaskGroup()
         self.prefixes = PrefixReplica(bus, max_nbytes=settings.router.index_max_mb << 20)

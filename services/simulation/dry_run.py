@@ -11,10 +11,13 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from microserve.protocol import log
 from microserve.protocol.control import PUBLISH, Change, Changed, Scalar
 from microserve.protocol.errors import InternalError, MeshError
 from microserve.services.index.service import IndexService
+from microserve.services.router.overseer import Overseer
 from microserve.services.router.service import Router
+from microserve.services.router.version_window import MIN_ERRORS
 from microserve.services.simulation.campaign import NOTICE_S, REST_S
 from microserve.services.simulation.client import Answer
 from microserve.services.simulation.journal import Journal
@@ -44,20 +47,33 @@ class Trial:
     """Mean time of a request, virtual seconds."""
 
 
-def try_strategy(name: str, source: str, parameters: dict[str, Scalar], labels: Labels) -> Trial:
-    """Serve a few requests with it; with ``source`` empty, by the ``name`` that routers come with."""
+def try_strategy(
+    name: str,
+    source: str,
+    parameters: dict[str, Scalar],
+    labels: Labels,
+    overseer: Overseer | None = None,
+) -> Trial:
+    """Serve a few requests with it; with ``source`` empty, by the ``name`` that routers come with.
+
+    With an overseer its decisions have a budget of real time too.
+    """
     loop = VirtualLoop()
     journal = Journal(loop, keep=False)
     journal.open()
     answers: list[Answer] = []
     problems: list[str] = []
     try:
-        problems += loop.run(_run(loop, journal, answers, name, source, parameters, labels))
+        problems += loop.run(_run(loop, journal, answers, name, source, parameters, labels, overseer))
     except MeshError as error:
         problems.append(error.detail)
     finally:
         journal.close()
     problems += [_plainly(line) for line in journal.defects] + loop.failures
+    if (num_slow := journal.events[log.STRATEGY_SLOW]) >= MIN_ERRORS:  # one or two may be the machine's doing
+        problems.append(
+            f"it held the router for too long at a time, in {num_slow} of {len(answers)} requests"
+        )
     times = [answer.ended_at - answer.submitted_at for answer in answers if answer.outcome]
     unique = list(dict.fromkeys(problems))[:MAX_PROBLEMS]
     return Trial(unique, sum(times) / len(times) if times else 0.0)
@@ -78,12 +94,13 @@ async def _run(
     source: str,
     parameters: dict[str, Scalar],
     labels: Labels,
+    overseer: Overseer | None,
 ) -> list[str]:
     labels = labels[:MAX_ENGINES] or [[]]
     shape = Shape(
         num_engines=len(labels), num_blocks=256, labels=tuple(tuple(each) for each in labels), max_skew_s=0.0
     )
-    world = World(loop, 1, shape, journal)
+    world = World(loop, 1, shape, journal, overseer)
     try:
         world.start_all()
         await until(lambda: _is_together(world), JOIN_S, LOOK_S)

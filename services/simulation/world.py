@@ -25,6 +25,7 @@ from microserve.protocol.settings import (
 )
 from microserve.services.index.service import IndexService
 from microserve.services.lifecycle import Lifecycle
+from microserve.services.router.overseer import Overseer
 from microserve.services.router.service import Router
 from microserve.services.simulation.bus import Addresses, SimBus
 from microserve.services.simulation.client import SimGateway
@@ -92,6 +93,8 @@ class World:
     journal: Journal
     rng: random.Random = field(init=False)
     seats: dict[str, Seat] = field(init=False)
+    overseer: Overseer | None = None
+    """Times strategies by the real clock, so what comes of that does not repeat."""
     past: list[SimGateway] = field(default_factory=list)
     """Gateways of earlier lives: what became of their requests."""
 
@@ -141,7 +144,7 @@ class World:
         if kind == INDEX:
             return self._run_index(seat, bus, settings, incarnation)
         if kind == "router":
-            seat.service = router = Router(settings, bus, seed=seed)
+            seat.service = router = Router(settings, bus, seed=seed, overseer=self.overseer)
             return router.run(Lifecycle())
         if kind == "engine":
             seat.service = engine = SimEngine(

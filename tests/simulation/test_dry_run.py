@@ -54,11 +54,28 @@ def test_what_would_hurt_the_checker_is_refused_by_a_process_of_its_own(
     assert says in capsys.readouterr().err
 
 
-def test_an_endless_loop_is_ended_from_outside(
+@pytest.mark.parametrize(
+    "source",
+    [HEAD + "    while True: pass\n" + SERVE, GOOD + "while True: pass\n"],
+    ids=["in a request", "when it is loaded"],
+)
+def test_an_endless_loop_is_broken_off(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not _check("mine", source, {}, [[]], True)
+    assert "held the router" in capsys.readouterr().err
+
+
+def test_a_decision_over_its_budget_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    busy = "    end = time.perf_counter() + 0.15\n    while time.perf_counter() < end: pass\n"
+    assert not _check("mine", HEAD + busy + SERVE, {}, [[]], True)
+    assert "too long at a time" in capsys.readouterr().err
+
+
+def test_what_no_signal_ends_is_ended_from_outside(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strategy_command, "CHECK_S", 2.0)
-    assert not _check("mine", HEAD + "    while True: pass\n" + SERVE, {}, [[]], True)
+    deaf = "    import signal\n    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})\n    while True: pass\n"
+    assert not _check("mine", HEAD + deaf + SERVE, {}, [[]], True)
     assert "endless loop" in capsys.readouterr().err
 
 
