@@ -74,8 +74,8 @@ def test_what_no_signal_ends_is_ended_from_outside(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strategy_command, "CHECK_S", 2.0)
-    deaf = "    import signal\n    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})\n    while True: pass\n"
-    assert not _check("mine", HEAD + deaf + SERVE, {}, [[]], True)
+    deaf = "    import signal\n    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})\n"
+    assert not _check("mine", HEAD + deaf + "    while True: pass\n" + SERVE, {}, [[]], True)
     assert "endless loop" in capsys.readouterr().err
 
 
