@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: up test check fmt bench exactness simulate mutations chaos clean
+.PHONY: up test check fmt bench exactness simulate mutations chaos swaps clean
 
 up: $(VENV)/installed
 	$(BIN)/microserve up $(ARGS)
@@ -43,6 +43,10 @@ mutations: $(VENV)/installed
 # Real processes killed, frozen and drained at random: make chaos ARGS="--seconds 1800 --seed 1"
 chaos: $(VENV)/installed
 	$(BIN)/python tests/chaos/chaos.py $(ARGS)
+
+# Strategies swapped on a live mesh under load: ARGS="--seconds 60 --swaps 1000 --rate 50"
+swaps: $(VENV)/installed
+	$(BIN)/python tests/support/swaps.py $(ARGS)
 
 bench: $(VENV)/installed
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done

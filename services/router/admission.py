@@ -61,6 +61,10 @@ class Admission:
     def strategy_name(self, message: Generate) -> str:
         return message.strategy or self._settings.default_strategy
 
+    def current(self, strategy: Strategy) -> Strategy:
+        """What is to run for an admitted request now."""
+        return self._strategies.current(strategy)
+
     def admit(self, message: Generate, token_frame: bytes, num_live: int, book: LoadBook) -> Admitted:
         """Raises a ``RequestError`` that names the field, a ``CapacityError`` or ``DeadlineExceeded``.
 

@@ -175,7 +175,9 @@ class Serving:
             if source is not None:
                 generator = move(mesh, scope.request, source)
             else:
-                generator = (data_parallel if failover.is_plain else strategy)(mesh, scope.request)
+                # Requests that came together with one that hung must not hang in turn.
+                chosen = data_parallel if failover.is_plain else self._admission.current(strategy)
+                generator = chosen(mesh, scope.request)
             error = await self._attempts.run(live, scope, generator)
             now = self._loop.time()
             if error is None or live.interrupt or not failover.allows(error, scope.engines, now):

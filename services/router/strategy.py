@@ -194,7 +194,11 @@ class StrategyBook:
         if found is None:
             known = ", ".join(self.names)
             raise StrategyNotFound(f"no strategy {name!r} (there are: {known})", field="strategy")
-        return self._suspended.get((name, found.version), found)
+        return self.current(found)
+
+    def current(self, found: Strategy) -> Strategy:
+        """What serves instead of a strategy that was got before, if that has been suspended since."""
+        return self._suspended.get((found.name, found.version), found)
 
     def shadow(self, name: str, request_id: str) -> Strategy | None:
         """The version that decides about this request beside the one that serves it, if there is one."""

@@ -57,6 +57,8 @@ class MeshProcesses:
     make_port: Callable[[], int] = free_port
     gateway_ports: dict[str, int] = field(default_factory=dict)
     """By name; ``gateway`` and others that are started by hand (``gateway-1``)."""
+    router_index: str = ""
+    """Where routers find the index, if not where it is."""
 
     def __post_init__(self) -> None:
         self.index_address = f"tcp://127.0.0.1:{self.make_port()}"
@@ -108,7 +110,7 @@ class MeshProcesses:
         if kind == "engine":
             overrides += [f"engine.id={name}", *self.engine_settings.get(int(number), [])]
         if kind == "router":
-            overrides += [f"router.id={name}"]
+            overrides += [f"router.id={name}", f"index.address={self.router_index or self.index_address}"]
         for override in overrides:
             command += ["--set", override]
         log = self.directory / f"{name}.{len(list(self.directory.glob(f'{name}.*')))}.log"

@@ -3,78 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from bus_client import Answer, BusClient
+from bus_client import BusClient
 from processes import MeshProcesses
+from swaps import GREEDY, PROMPTS, run_swaps, source
 
-from microserve.protocol import log
 from microserve.protocol.control import ControlReport
 from microserve.protocol.errors import MeshError
-from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.transport import ZmqBus
-from microserve.services.strategy_client import Applied, ControlClient
+from microserve.services.strategy_client import ControlClient
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
-
-NUM_SWAPS = 50
-WORKERS = 3
-"""Requests under way at each router."""
-GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-
-HEAD = (
-    "from microserve.services.router.strategy import strategy\n\n@strategy\nasync def mine(mesh, request):\n"
-)
-PLAIN = """    async for tokens in mesh.pick(None, request).start_generate(request):
-        yield tokens
-"""
-SPLIT = """    decode, prefill = mesh.pick(None, request), mesh.pick(None, request)
-    grant = await decode.prep_recv(request, end=-1)
-    sending = prefill.remote_send(request, grant, end=-1)
-    async for tokens in decode.start_generate(request, begin=-1, after=sending):
-        yield tokens
-"""
-
-
-def source(number: int) -> str:
-    """Another one each time, of two kinds."""
-    return f"# {number}\n{HEAD}{(PLAIN, SPLIT)[number % 2]}"
-
-
-def prompt(number: int) -> list[int]:
-    rng = random.Random(number)
-    return [rng.randrange(20, 250) for _ in range(40 + 8 * number)]
-
-
-PROMPTS = [prompt(number) for number in range(6)]
-
-
-class Load:
-    """Requests one after another at every router until it is stopped; every answer is kept."""
-
-    def __init__(self, clients: list[BusClient]) -> None:
-        self.answers: list[tuple[int, int, Answer]] = []
-        """Number of the prompt, the version that everybody ran when it began, the answer."""
-        self.acknowledged = 0
-        self._stopping = False
-        self._numbers = itertools.count()
-        self._tasks = [asyncio.create_task(self._run(c)) for c in clients for _ in range(WORKERS)]
-
-    async def _run(self, client: BusClient) -> None:
-        while not self._stopping:
-            number, known = next(self._numbers) % len(PROMPTS), self.acknowledged
-            answer = await client.generate(PROMPTS[number], GREEDY, strategy="mine", ttl_s=60.0)
-            self.answers.append((number, known, answer))
-
-    async def stop(self) -> None:
-        self._stopping = True
-        await asyncio.gather(*self._tasks)
 
 
 async def everybody(control: ControlClient, version: int = 0) -> ControlReport:
@@ -96,18 +40,20 @@ async def everybody(control: ControlClient, version: int = 0) -> ControlReport:
 def test_swaps_under_load_lose_nothing_and_reach_everybody(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = [f"index.control_path={tmp_path / 'control.db'}"]
-    with MeshProcesses(tiny_model, tmp_path, num_routers=2, settings=settings) as mesh:
-        publish_by_the_command(mesh, tmp_path)
-        applied, answers = asyncio.run(_swap_under_load(mesh))
-        for name in mesh.router_addresses:  # nothing was saved by the fallback either
-            assert [e for e in mesh.events(name) if e["event"] == log.STRATEGY_FAILED] == []
-    times = sorted(each.seconds * 1e3 for each in applied)
+    """A cut of ``make swaps``."""
+    swapped = run_swaps(tiny_model, tmp_path, seconds=8.0, num_swaps=130, rate=30.0)
+    assert swapped.wrong == []
+    assert swapped.num_swaps == 130
+    assert swapped.num_versions > 1, "some requests met each other's versions"
+    assert swapped.num_doubled and swapped.num_late
     with capsys.disabled():
-        print(
-            f"\n{len(applied)} swaps, {len(answers)} requests meanwhile, none failed; from publish to all "
-            f"acknowledged: p50 {times[len(times) // 2]:.1f} ms, p99 {times[int(len(times) * 0.99)]:.1f} ms"
-        )
+        print(f"\n{swapped}")
+
+
+def test_the_command_publishes_checks_and_takes_back(tiny_model: Path, tmp_path: Path) -> None:
+    settings = [f"index.control_path={tmp_path / 'control.db'}"]
+    with MeshProcesses(tiny_model, tmp_path, num_engines=1, num_routers=2, settings=settings) as mesh:
+        publish_by_the_command(mesh, tmp_path)
 
 
 def publish_by_the_command(mesh: MeshProcesses, tmp_path: Path) -> None:
@@ -134,45 +80,6 @@ def publish_by_the_command(mesh: MeshProcesses, tmp_path: Path) -> None:
     done = run("set", "data_parallel", "no_such=1")
     assert done.returncode == 1
     assert "no such parameter" in done.stderr, "the routers refuse it, and it is taken back"
-
-
-async def _swap_under_load(mesh: MeshProcesses) -> tuple[list[Applied], list[Answer]]:
-    bus = ZmqBus(linger_s=0.1)
-    control = ControlClient(bus, mesh.index_address)
-    applied: list[Applied] = []
-    try:
-        first, second = mesh.router_addresses.values()
-        async with BusClient(bus, first) as one, BusClient(bus, second) as other:
-            for client in (one, other):
-                await client.wait_engines(2)
-            expected = [
-                (await one.generate(tokens, GREEDY, strategy="data_parallel")).token_ids for tokens in PROMPTS
-            ]
-            load = Load([one, other])
-            loop = asyncio.get_running_loop()
-            for number in range(NUM_SWAPS):
-                began = loop.time()
-                version = await control.change("publish", "mine", source=source(number + 1))
-                done = await control.applied(version, "mine", 5.0)
-                assert (done.late, done.undone) == ([], "")
-                assert len(done.routers) == 2
-                applied.append(Applied(version, done.routers, [], "", loop.time() - began))
-                load.acknowledged = version
-            await load.stop()
-            report = await everybody(control)
-            assert report.state.version == applied[-1].version
-            versions = set()
-            for number, known, answer in load.answers:
-                assert answer.reason == "length", answer.ended
-                assert answer.token_ids == expected[number]
-                assert answer.ended is not None
-                versions.add(answer.ended.strategy_version)
-                assert known <= answer.ended.strategy_version <= applied[-1].version or known == 0
-            assert len(versions) > 1, "some requests met each other's versions"
-            return applied, [answer for _, _, answer in load.answers]
-    finally:
-        control.close()
-        bus.close()
 
 
 def test_index_and_router_killed_while_publishing_everywhere_or_nowhere(

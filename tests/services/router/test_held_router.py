@@ -51,8 +51,9 @@ def test_a_version_that_hangs_serves_nobody_any_more(overseer: Overseer) -> None
         async with router_world("d", overseer=overseer) as world:
             await publish(world, HANGS)
             with structlog.testing.capture_logs() as logs:
-                for _ in range(3):
-                    answer = await world.gateway.generate(PROMPT, strategy="mine")
+                together = [world.gateway.start(PROMPT, strategy="mine") for _ in range(4)]
+                for answer in together:
+                    await answer.wait()
                     assert answer.token_ids == expected_output(4)
             hung = [entry for entry in logs if entry["event"] == log.STRATEGY_FAILED]
             assert len(hung) == 1, "the others were not served by it"
