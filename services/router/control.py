@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 
@@ -71,6 +71,8 @@ class StrategyControl:
         """Of the state that is applied; 0: none yet."""
         self.faults: list[VersionFault] = []
         """Of versions in that state."""
+        self.labels: Mapping[str, Sequence[str]] = {}
+        """That operators have set, by engine id; in that state too."""
         self._book = book
         self._clock = clock
         self._on_retired = on_retired
@@ -94,6 +96,7 @@ class StrategyControl:
             published[entry.strategy] = self._publish(entry, faults)
         self.version, self.faults = state.version, list(faults.values())
         self._book.published = published
+        self.labels = {each.engine: each.labels for each in state.labels}
         self._clean(state)
         _logger.info(
             log.STRATEGY_APPLIED,

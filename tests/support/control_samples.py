@@ -10,7 +10,8 @@ from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST, Codec
 VERSION = control.StrategyVersion(version=3, source="s", digest="d", parameters={"ratio": 0.5})
 ENTRY = control.ControlEntry(strategy="balanced", stable=VERSION, canary=VERSION, share=0.25)
 FAULT = control.VersionFault(strategy="balanced", version=3, reason="r")
-CONTROL = control.ControlState(version=4, entries=[ENTRY])
+LABELS = control.EngineLabels(engine="e", labels=["decode"])
+CONTROL = control.ControlState(version=4, entries=[ENTRY], labels=[LABELS])
 
 MESSAGES: list[tuple[Codec[Any], Any]] = [
     (
@@ -26,6 +27,8 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
             version=2,
             shadow=True,
             reason="r",
+            engine="e",
+            labels=["decode"],
         ),
     ),
     (INDEX_REQUEST, control.ControlStatus(call_id=8)),
@@ -56,6 +59,8 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
                     parameters={"ratio": 0.5},
                     share=0.25,
                     reason="r",
+                    engine="e",
+                    labels=["decode"],
                 )
             ],
         ),
@@ -64,22 +69,23 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
 
 GOLDEN: dict[str, str] = {
     "TO_INDEX.Change": (
-        "9b0707a163a77075626c697368a862616c616e636564a17381a5726174696fcb3fe0000000000000cb3fd00000000000"
-        "0002c3a172"
+        "9d0707a163a77075626c697368a862616c616e636564a17381a5726174696fcb3fe0000000000000cb3fd00000000000"
+        "0002c3a172a16591a66465636f6465"
     ),
     "TO_INDEX.ControlStatus": "920808",
     "TO_INDEX.ControlHistory": "940909a862616c616e63656405",
     "FROM_INDEX.Changed": "93070704",
     "FROM_INDEX.ControlState": (
-        "9308049194a862616c616e6365649403a173a16481a5726174696fcb3fe00000000000009403a173a16481a572617469"
-        "6fcb3fe0000000000000cb3fd0000000000000"
+        "9408049194a862616c616e6365649403a173a16481a5726174696fcb3fe00000000000009403a173a16481a572617469"
+        "6fcb3fe0000000000000cb3fd00000000000009192a16591a66465636f6465"
     ),
     "FROM_INDEX.ControlReport": (
-        "9509089308049194a862616c616e6365649403a173a16481a5726174696fcb3fe00000000000009403a173a16481a572"
-        "6174696fcb3fe0000000000000cb3fd00000000000009193a6726f75746572049193a862616c616e63656403a172c3"
+        "9509089408049194a862616c616e6365649403a173a16481a5726174696fcb3fe00000000000009403a173a16481a572"
+        "6174696fcb3fe0000000000000cb3fd00000000000009192a16591a66465636f64659193a6726f75746572049193a862"
+        "616c616e63656403a172c3"
     ),
     "FROM_INDEX.ControlRecords": (
-        "930a09919903cb3ff8000000000000a56c6f63616ca77075626c697368a862616c616e636564a16481a5726174696fcb"
-        "3fe0000000000000cb3fd0000000000000a172"
+        "930a09919b03cb3ff8000000000000a56c6f63616ca77075626c697368a862616c616e636564a16481a5726174696fcb"
+        "3fe0000000000000cb3fd0000000000000a172a16591a66465636f6465"
     ),
 }
