@@ -1,10 +1,12 @@
-"""The control topic: strategies published to a living mesh, and which router runs what (WIRE.md 6.4).
+"""The control topic: strategies and labels set on a living mesh, and which router runs what (WIRE.md 6.4).
 
 Travels on the index's channels. A change gets a version from the index's log; a state is always whole, so a
 receiver takes the highest version it has seen and loss, repetition and reordering do no harm.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import msgspec
 
@@ -14,11 +16,34 @@ Scalar = bool | int | float | str
 MAX_SOURCE_NBYTES = 64 << 10
 """Longest source of one strategy."""
 MAX_CONTROL_NBYTES = 4 << 20
-"""Of all sources and parameters of a state together: half of the longest message frame."""
+"""Of all sources, parameters and labels of a state together: half of the longest message frame."""
 MAX_CONTROL_ENTRIES = 64
 """Strategies under control at a time."""
 
-PUBLISH, SET, PROMOTE, ROLLBACK, RETIRE = KINDS = ("publish", "set", "promote", "rollback", "retire")
+MAX_LABELLED_ENGINES = 1024
+"""Engines whose labels are set at a time."""
+MAX_LABELS = 16
+"""Of one engine."""
+MAX_LABEL_CHARS = 64
+ANY = "any"
+"""What people write for an engine without labels, which serves every label; itself no label."""
+
+PUBLISH, SET, PROMOTE, ROLLBACK, RETIRE = STRATEGY_KINDS = "publish", "set", "promote", "rollback", "retire"
+LABEL, UNLABEL = LABEL_KINDS = "label", "unlabel"
+KINDS = (*STRATEGY_KINDS, *LABEL_KINDS)
+
+
+def fault_of_labels(labels: Sequence[str]) -> str:
+    """What is wrong with them as the labels of one engine, in words; empty: nothing."""
+    if len(labels) > MAX_LABELS:
+        return f"{len(labels)} labels, at most {MAX_LABELS}"
+    for label in labels:
+        is_text = label.isprintable() and not any(letter.isspace() for letter in label)
+        if not (is_text and 0 < len(label) <= MAX_LABEL_CHARS):
+            return f"a label is 1 to {MAX_LABEL_CHARS} printable characters without spaces, not {label!r}"
+        if label == ANY:
+            return f"{ANY!r} stands for no label at all"
+    return "" if len(set(labels)) == len(labels) else "a label twice"
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True):
@@ -57,6 +82,15 @@ class ControlEntry(msgspec.Struct, frozen=True, array_like=True):
     """Decides about requests that others serve; its decisions are scored (``ShadowScore``)."""
     shadow_share: float = 0.0
     """Of the requests, those that it decides about."""
+
+
+class EngineLabels(msgspec.Struct, frozen=True, array_like=True):
+    """Labels that an operator has given an engine; they go before those that it announces."""
+
+    engine: str
+    """Its id, in this life and the next."""
+    labels: list[str]
+    """Empty: it serves every label."""
 
 
 class VersionFault(msgspec.Struct, frozen=True, array_like=True):
@@ -113,6 +147,8 @@ class ControlRecord(msgspec.Struct, frozen=True, array_like=True):
     parameters: dict[str, Scalar]
     share: float
     reason: str
+    engine: str = ""
+    labels: list[str] = []
 
 
 # --- service -> index ------------------------------------------------------------------------------
@@ -138,6 +174,10 @@ class Change(_Message, frozen=True, tag=7):
     max_ttft_s: float = 0.0
     max_tpot_s: float = 0.0
     """``publish``: bounds of the version."""
+    engine: str = ""
+    """``label`` and ``unlabel``: which; it need not be a member."""
+    labels: list[str] = []
+    """``label``: instead of those that it announces; empty: it serves every label."""
 
 
 class ControlStatus(_Message, frozen=True, tag=8):
@@ -170,6 +210,8 @@ class ControlState(_Message, frozen=True, tag=8):
 
     version: int
     entries: list[ControlEntry]
+    labels: list[EngineLabels] = []
+    """By engine id; the others have those that they announce."""
 
 
 class ControlReport(_Message, frozen=True, tag=9):

@@ -4,7 +4,7 @@ A key directory holds one pair of this service and the public keys of those it t
 
     keys/service.key_secret        ours (made by ``microserve keys``), readable by the owner only
     keys/trusted/*.key             public keys of every service that may connect
-    keys/operators/*.key           public keys, of those, that may publish strategies (read by the index)
+    keys/operators/*.key           public keys, of those, that may change what is served (read by the index)
     keys/index.key                 public key of the index, where it is not our own (read by operators)
 
 Loopback and ipc addresses may go without; anything else is refused without keys.

@@ -1,4 +1,4 @@
-"""A peer of the index that publishes strategies and sees who runs what (WIRE.md 6.4).
+"""A peer of the index that publishes strategies, labels engines and sees who runs what (WIRE.md 6.4).
 
 Owns one DEALER, its calls and their repetition: a call is idempotent, so it is said again until it is
 answered or its time is over. Knows no command line and runs no source.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from microserve.protocol.actions import EngineInfo
 from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.control import (
     KINDS,
@@ -74,7 +75,7 @@ class ControlClient:
     async def change(
         self,
         kind: str,
-        strategy: str,
+        strategy: str = "",
         *,
         source: str = "",
         parameters: dict[str, Scalar] | None = None,
@@ -83,6 +84,8 @@ class ControlClient:
         shadow: bool = False,
         max_ttft_s: float = 0.0,
         max_tpot_s: float = 0.0,
+        engine: str = "",
+        labels: Sequence[str] = (),
     ) -> int:
         """The version of the change, once it is logged. Raises the :class:`MeshError` that the index says,
         and :class:`DeadlineExceeded` when it says nothing: then the history tells whether it was logged."""
@@ -103,6 +106,8 @@ class ControlClient:
                 reason=reason,
                 max_ttft_s=max_ttft_s,
                 max_tpot_s=max_tpot_s,
+                engine=engine,
+                labels=list(labels),
             ),
         )
         return reply.version
@@ -116,7 +121,12 @@ class ControlClient:
         return reply.records
 
     async def labels(self) -> list[list[str]]:
-        """Of each engine of the mesh."""
+        """Of each engine of the mesh, as routers see them."""
+        chosen = {each.engine: each.labels for each in (await self.report()).state.labels}
+        return [chosen.get(info.engine_id, info.labels) for info in await self.engines()]
+
+    async def engines(self) -> list[EngineInfo]:
+        """The members, by id."""
         self._members = self._loop.create_future()
         self._socket.send(INDEX_REQUEST.encode(Watch(f"publisher-{secrets.token_hex(4)}")))
         try:
@@ -124,10 +134,13 @@ class ControlClient:
                 members = await self._members
         except TimeoutError:
             raise self._silence() from None
-        return [member.info.labels for member in members.members]
+        return [member.info for member in members.members]
 
     async def applied(self, version: int, strategy: str, within_s: float) -> Applied:
-        """Wait until every watching router has applied ``version``, it was taken back, or time is over."""
+        """Wait until every watching router has applied ``version``, it was taken back, or time is over.
+
+        ``strategy`` empty: the change was of none, and nobody takes it back by himself.
+        """
         began = self._loop.time()
         while True:
             report = await self.report()
@@ -145,6 +158,8 @@ class ControlClient:
 
     async def _undone(self, report: ControlReport, version: int, strategy: str) -> str:
         """The rollback, by a router, of what is not in force any more."""
+        if not strategy:
+            return ""
         present = [
             each for entry in report.state.entries for each in (entry.stable, entry.canary, entry.shadow)
         ]

@@ -17,7 +17,7 @@ import click
 if TYPE_CHECKING:
     from microserve.protocol.control import Scalar
     from microserve.protocol.settings import Settings
-    from microserve.services.strategy_client import ControlClient
+    from microserve.services.strategy_client import Applied, ControlClient
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -71,6 +71,11 @@ class _Options:
             raise click.ClickException(f"{where}{error.detail}") from None
 
 
+def talk_to_index(config: str | None, index: str | None, talk: Callable[[ControlClient], Awaitable[T]]) -> T:
+    """For the commands in other files."""
+    return _Options(config, index).run(talk)
+
+
 def index_flags(command: Command) -> Command:
     config = click.option("--config", metavar="FILE", help="Settings as TOML (index.address, bus.curve_dir).")
     index = click.option("--index", metavar="ADDRESS", help="Where the index is (index.address).")
@@ -122,22 +127,26 @@ def _apply(client: ControlClient, kind: str, name: str, timeout_s: float, **fiel
 
     async def go() -> int:
         version = await client.change(kind, name, **fields)
-        applied = await client.applied(version, name, timeout_s)
         click.echo(f"{kind} {name}: version {version}")
-        for router in applied.routers:
-            click.echo(f"  {router.router_id}  version {router.version}")
-        if not applied.routers:
-            click.echo("  no router watches this index; they take it over when they come")
-        if applied.undone:
-            click.echo(f"Error: version {version} is not served: {applied.undone}", err=True)
-        elif applied.late:
-            late = ", ".join(applied.late)
-            click.echo(f"Error: not applied within {timeout_s:g} s by: {late}", err=True)
-        else:
-            return 0
-        return 1
+        return tell(await client.applied(version, name, timeout_s), timeout_s)
 
     return go()
+
+
+def tell(applied: Applied, timeout_s: float) -> int:
+    """Say which routers have applied a change; the exit code."""
+    for router in applied.routers:
+        click.echo(f"  {router.router_id}  version {router.version}")
+    if not applied.routers:
+        click.echo("  no router watches this index; they take it over when they come")
+    if applied.undone:
+        click.echo(f"Error: version {applied.version} is not served: {applied.undone}", err=True)
+    elif applied.late:
+        late = ", ".join(applied.late)
+        click.echo(f"Error: not applied within {timeout_s:g} s by: {late}", err=True)
+    else:
+        return 0
+    return 1
 
 
 @click.group()
@@ -295,6 +304,7 @@ def retire(name: str, config: str | None, index: str | None, reason: str, timeou
 @index_flags
 def list_(config: str | None, index: str | None) -> None:
     """What is under control, and which router runs which version."""
+    from microserve.protocol.control import ANY
     from microserve.services.strategy_lines import entry_lines
 
     report = _Options(config, index).run(lambda client: client.report())
@@ -302,6 +312,8 @@ def list_(config: str | None, index: str | None) -> None:
     click.echo(f"version {report.state.version}{kept}")
     for entry in report.state.entries:
         click.echo("\n".join(entry_lines(entry)))
+    for each in report.state.labels:
+        click.echo(f"engine {each.engine}  labels {' '.join(each.labels) or ANY}")
     for router in report.routers:
         click.echo(f"{router.router_id}  version {router.version}")
         for fault in router.faults:
@@ -336,11 +348,14 @@ def history(name: str, limit: int, config: str | None, index: str | None) -> Non
     """Who changed what and why, the newest first; of NAME, or of all."""
     from datetime import UTC, datetime
 
+    from microserve.protocol.control import ANY, LABEL
+
     for record in _Options(config, index).run(lambda client: client.history(name, limit)):
         at = datetime.fromtimestamp(record.at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
         values = "".join(f" {key}={value}" for key, value in record.parameters.items())
         share = f" {record.share:.0%}" if record.kind == "publish" else ""
-        what = f"{record.kind} {record.strategy}{share}{values}"
+        labels = " " + (" ".join(record.labels) or ANY) if record.kind == LABEL else ""
+        what = f"{record.kind} {record.strategy or record.engine}{labels}{share}{values}"
         click.echo(
             f"{record.version:>6}  {at}  {what}  {record.digest[:12]}  {record.who}  {record.reason}".rstrip()
         )

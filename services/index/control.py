@@ -13,6 +13,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol import membership as wire
 from microserve.protocol.control import (
+    LABEL_KINDS,
     ROLLBACK,
     Change,
     Changed,
@@ -49,6 +50,7 @@ class ControlDesk:
             durable=control_log.is_durable,
             version=fold.version,
             strategies=sorted(fold.rollouts),
+            labelled=sorted(fold.labels),
         )
 
     # --- publishers --------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ class ControlDesk:
         who = LOCAL if self._may_publish is None else key or "unknown"
         try:
             if self._may_publish is not None and not (key and self._may_publish(key)):
-                raise InvalidRequest("this key has no right to publish strategies", field="operators")
+                raise InvalidRequest("this key has no right to change what is served", field="operators")
             return self._append(change, who)
         except MeshError as error:
             _logger.warning(
@@ -76,6 +78,7 @@ class ControlDesk:
                 who=who,
                 kind=change.kind,
                 strategy=change.strategy,
+                engine_id=change.engine,
                 digest=digest_of(change.source),
                 field=error.field,
                 error=error.detail,
@@ -86,20 +89,35 @@ class ControlDesk:
         before = self._log.fold.version
         version = self._log.append(change, who, above=self._highest_seen)
         if version > before:
-            _logger.info(
-                log.STRATEGY_ROLLED_BACK if change.kind == ROLLBACK else log.STRATEGY_PUBLISHED,
-                version=version,
-                who=who,
-                kind=change.kind,
-                strategy=change.strategy,
-                digest=digest_of(change.source) if change.source else "",
-                parameters=change.parameters,
-                share=change.share,
-                reason=change.reason,
-            )
+            self._tell_of(change, version, who)
             for peer in self._routers:
                 self._send(peer, self._log.fold.state())
         return version
+
+    def _tell_of(self, change: Change, version: int, who: str) -> None:
+        """The audit event of a change."""
+        if change.kind in LABEL_KINDS:
+            _logger.info(
+                log.ENGINE_LABELLED,
+                version=version,
+                who=who,
+                kind=change.kind,
+                engine_id=change.engine,
+                labels=change.labels,
+                reason=change.reason,
+            )
+            return
+        _logger.info(
+            log.STRATEGY_ROLLED_BACK if change.kind == ROLLBACK else log.STRATEGY_PUBLISHED,
+            version=version,
+            who=who,
+            kind=change.kind,
+            strategy=change.strategy,
+            digest=digest_of(change.source) if change.source else "",
+            parameters=change.parameters,
+            share=change.share,
+            reason=change.reason,
+        )
 
     # --- routers -----------------------------------------------------------------------------------
 

@@ -36,13 +36,16 @@ CREATE TABLE IF NOT EXISTS changes (
     reason TEXT NOT NULL
 ) STRICT
 """
-_ADDED = (
-    "shadow INTEGER NOT NULL DEFAULT 0",
-    "max_ttft_s REAL NOT NULL DEFAULT 0",
-    "max_tpot_s REAL NOT NULL DEFAULT 0",
-)
-"""Columns that came later, in order."""
+_ADDED = {
+    "shadow": "INTEGER NOT NULL DEFAULT 0",
+    "max_ttft_s": "REAL NOT NULL DEFAULT 0",
+    "max_tpot_s": "REAL NOT NULL DEFAULT 0",
+    "engine": "TEXT NOT NULL DEFAULT ''",
+    "labels": "TEXT NOT NULL DEFAULT '[]'",
+}
+"""Columns that came later: a log from before gets them when it is opened."""
 _PARAMETERS = msgspec.json.Decoder(dict[str, Scalar])
+_LABELS = msgspec.json.Decoder(list[str])
 
 
 class ControlLog:
@@ -67,9 +70,8 @@ class ControlLog:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute(_SCHEMA)
             present = {row[1] for row in self._database.execute("PRAGMA table_info(changes)")}
-            for column in _ADDED:
-                if column.split()[0] not in present:
-                    self._database.execute(f"ALTER TABLE changes ADD COLUMN {column}")
+            for column in _ADDED.keys() - present:
+                self._database.execute(f"ALTER TABLE changes ADD COLUMN {column} {_ADDED[column]}")
             self._database.execute("COMMIT")
             self._replay()
         except (sqlite3.Error, msgspec.MsgspecError, MeshError) as error:
@@ -79,11 +81,10 @@ class ControlLog:
     def _replay(self) -> None:
         columns = (
             "version, change_id, kind, strategy, source, parameters, share, rolled_back, shadow, reason, "
-            "max_ttft_s, max_tpot_s"
+            "max_ttft_s, max_tpot_s, engine, labels"
         )
         for version, *row in self._database.execute(f"SELECT {columns} FROM changes ORDER BY version"):
-            row[4] = _PARAMETERS.decode(row[4])
-            row[7] = bool(row[7])
+            row[4], row[7], row[12] = _PARAMETERS.decode(row[4]), bool(row[7]), _LABELS.decode(row[12])
             self.fold = self.fold.after(Change(0, *row), version)
 
     def append(self, change: Change, who: str, *, above: int = 0) -> int:
@@ -94,32 +95,37 @@ class ControlLog:
         """
         try:
             known = self._database.execute(
-                "SELECT version, kind, strategy FROM changes WHERE change_id = ?", (change.change_id,)
+                "SELECT version, kind, strategy, engine FROM changes WHERE change_id = ?", (change.change_id,)
             ).fetchone()
             if known is not None:
-                if known[1:] != (change.kind, change.strategy):
+                if known[1:] != (change.kind, change.strategy, change.engine):
                     raise InvalidRequest("another change has this id", field="change_id")
                 return int(known[0])
             version = max(self.fold.version, above) + 1
             fold = self.fold.after(change, version)
-            row = (
-                version,
-                change.change_id,
-                self._wall_clock(),
-                who,
-                change.kind,
-                change.strategy,
-                change.source,
-                digest_of(change.source) if change.source else "",
-                msgspec.json.encode(change.parameters).decode(),
-                change.share,
-                change.version,
-                change.reason,
-                change.shadow,
-                change.max_ttft_s,
-                change.max_tpot_s,
+            row = {
+                "version": version,
+                "change_id": change.change_id,
+                "at": self._wall_clock(),
+                "who": who,
+                "kind": change.kind,
+                "strategy": change.strategy,
+                "source": change.source,
+                "digest": digest_of(change.source) if change.source else "",
+                "parameters": msgspec.json.encode(change.parameters).decode(),
+                "share": change.share,
+                "rolled_back": change.version,
+                "reason": change.reason,
+                "shadow": change.shadow,
+                "max_ttft_s": change.max_ttft_s,
+                "max_tpot_s": change.max_tpot_s,
+                "engine": change.engine,
+                "labels": msgspec.json.encode(change.labels).decode(),
+            }
+            places = ",".join("?" * len(row))
+            self._database.execute(
+                f"INSERT INTO changes ({','.join(row)}) VALUES ({places})", list(row.values())
             )
-            self._database.execute(f"INSERT INTO changes VALUES ({','.join('?' * len(row))})", row)
         except (sqlite3.Error, UnicodeEncodeError) as error:
             raise InternalError(f"the control log took nothing: {error}") from None
         self.fold = fold
@@ -127,18 +133,32 @@ class ControlLog:
 
     def records(self, strategy: str = "", limit: int = MAX_CONTROL_ENTRIES) -> list[ControlRecord]:
         """The newest first; ``strategy`` empty: of all. At most ``MAX_RECORDS``."""
-        columns = "version, at, who, kind, strategy, digest, parameters, share, reason"
+        columns = "version, at, who, kind, strategy, digest, parameters, share, reason, engine, labels"
         rows = self._database.execute(
             f"SELECT {columns} FROM changes WHERE ? IN ('', strategy) ORDER BY version DESC LIMIT ?",
             (strategy, max(0, min(limit, MAX_RECORDS))),
         )
-        return [
-            ControlRecord(version, at, who, kind, name, digest, _PARAMETERS.decode(parameters), share, reason)
-            for version, at, who, kind, name, digest, parameters, share, reason in rows
-        ]
+        return [_record(*row) for row in rows]
 
     def close(self) -> None:
         self._database.close()
+
+
+def _record(
+    version: int,
+    at: float,
+    who: str,
+    kind: str,
+    strategy: str,
+    digest: str,
+    parameters: str,
+    share: float,
+    reason: str,
+    engine: str,
+    labels: str,
+) -> ControlRecord:
+    values, names = _PARAMETERS.decode(parameters), _LABELS.decode(labels)
+    return ControlRecord(version, at, who, kind, strategy, digest, values, share, reason, engine, names)
 
 
 def _unusable(path: str, error: Exception) -> ConfigError:

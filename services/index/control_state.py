@@ -16,24 +16,30 @@ from types import MappingProxyType
 import msgspec
 
 from microserve.protocol.control import (
+    KINDS,
+    LABEL,
+    LABEL_KINDS,
     MAX_CONTROL_ENTRIES,
     MAX_CONTROL_NBYTES,
+    MAX_LABELLED_ENGINES,
     MAX_SOURCE_NBYTES,
     PROMOTE,
     PUBLISH,
-    RETIRE,
     ROLLBACK,
     SET,
     Change,
     ControlEntry,
     ControlState,
+    EngineLabels,
     StrategyVersion,
+    fault_of_labels,
 )
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 
 MAX_NAME_CHARS = 64
 MAX_REASON_CHARS = 1000
+MAX_ENGINE_ID_CHARS = 128
 MAX_BEFORE = 8
 """Stable versions of a strategy that rollbacks can go back."""
 
@@ -74,7 +80,9 @@ class Rollout:
         )
 
 
+Labels = tuple[str, ...]
 _NOTHING: Mapping[str, Rollout] = MappingProxyType({})
+_NO_LABELS: Mapping[str, Labels] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,8 @@ class Fold:
 
     version: int = 0
     rollouts: Mapping[str, Rollout] = field(default_factory=lambda: _NOTHING)
+    labels: Mapping[str, Labels] = field(default_factory=lambda: _NO_LABELS)
+    """By engine id, where an operator has set them."""
 
     def state(self) -> ControlState:
         entries = [
@@ -96,7 +106,8 @@ class Fold:
             )
             for name, rollout in sorted(self.rollouts.items())
         ]
-        return ControlState(self.version, entries)
+        labels = [EngineLabels(engine, list(each)) for engine, each in sorted(self.labels.items())]
+        return ControlState(self.version, entries, labels)
 
     def is_in_force(self, strategy: str, version: int) -> bool:
         rollout = self.rollouts.get(strategy)
@@ -110,42 +121,59 @@ class Fold:
         _check(change)
         if version <= self.version:
             raise InvalidRequest(f"version {version} is not above {self.version}", field="version")
-        rollouts = dict(self.rollouts)
-        name = change.strategy
-        match change.kind:
-            case "publish":
-                rollouts[name] = _publish(rollouts.get(name, Rollout()), change, version)
-            case "set":
-                rollouts[name] = _set(rollouts.get(name, Rollout()), change, version)
-            case "promote":
-                rollouts[name] = _promote(_known(rollouts, name), change)
-            case "rollback":
-                rollouts[name] = _roll_back(_known(rollouts, name), change)
-            case _:
-                _known(rollouts, name)
-                del rollouts[name]
-        if len(rollouts) > MAX_CONTROL_ENTRIES:
-            raise InvalidRequest(
-                f"{len(rollouts)} strategies under control, at most {MAX_CONTROL_ENTRIES}", field="strategy"
-            )
+        rollouts, labels = dict(self.rollouts), dict(self.labels)
+        if change.kind in LABEL_KINDS:
+            _label(labels, change)
+        else:
+            _roll_out(rollouts, change, version)
         nbytes = sum(rollout.nbytes for rollout in rollouts.values())
+        nbytes += sum(len(repr(each).encode()) for each in labels.items())
         if nbytes > MAX_CONTROL_NBYTES:
             raise InvalidRequest(
-                f"all sources together have {nbytes} bytes, at most {MAX_CONTROL_NBYTES}", field="source"
+                f"all sources and labels together have {nbytes} bytes, at most {MAX_CONTROL_NBYTES}",
+                field="labels" if change.kind in LABEL_KINDS else "source",
             )
-        return Fold(version, MappingProxyType(rollouts))
+        return Fold(version, MappingProxyType(rollouts), MappingProxyType(labels))
+
+
+def _label(labels: dict[str, Labels], change: Change) -> None:
+    if change.kind == LABEL:
+        labels[change.engine] = tuple(change.labels)
+        if len(labels) > MAX_LABELLED_ENGINES:
+            raise InvalidRequest(f"the labels of {MAX_LABELLED_ENGINES} engines are set", field="engine")
+    elif labels.pop(change.engine, None) is None:
+        known = ", ".join(sorted(labels)) or "none"
+        raise InvalidRequest(f"no labels are set for {change.engine} (they are for: {known})", field="engine")
+
+
+def _roll_out(rollouts: dict[str, Rollout], change: Change, version: int) -> None:
+    name = change.strategy
+    match change.kind:
+        case "publish":
+            rollouts[name] = _publish(rollouts.get(name, Rollout()), change, version)
+        case "set":
+            rollouts[name] = _set(rollouts.get(name, Rollout()), change, version)
+        case "promote":
+            rollouts[name] = _promote(_known(rollouts, name), change)
+        case "rollback":
+            rollouts[name] = _roll_back(_known(rollouts, name), change)
+        case _:
+            _known(rollouts, name)
+            del rollouts[name]
+    if len(rollouts) > MAX_CONTROL_ENTRIES:
+        raise InvalidRequest(
+            f"{len(rollouts)} strategies under control, at most {MAX_CONTROL_ENTRIES}", field="strategy"
+        )
 
 
 def _check(change: Change) -> None:
     """Bounds that do not depend on what is in force."""
-    if change.kind not in (PUBLISH, SET, PROMOTE, ROLLBACK, RETIRE):
+    if change.kind not in KINDS:
         raise InvalidRequest(f"{change.kind!r} is no kind of change", field="kind")
-    name = change.strategy
-    if not name.isidentifier() or keyword.iskeyword(name) or len(name) > MAX_NAME_CHARS:
-        raise InvalidRequest(
-            f"a strategy's name is a Python identifier of at most {MAX_NAME_CHARS} characters",
-            field="strategy",
-        )
+    if change.kind in LABEL_KINDS:
+        _check_labels(change)
+    else:
+        _check_strategy(change)
     if not 0 < len(change.change_id) <= MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"1 to {MAX_REQUEST_ID_CHARS} characters", field="change_id")
     if change.shadow and change.kind not in (PUBLISH, PROMOTE, ROLLBACK):
@@ -166,6 +194,30 @@ def _check(change: Change) -> None:
         raise InvalidRequest("nothing to set", field="parameters")
     if change.kind not in (PUBLISH, SET) and change.parameters:
         raise InvalidRequest(f"{change.kind} has no parameters", field="parameters")
+
+
+def _check_strategy(change: Change) -> None:
+    name = change.strategy
+    if not name.isidentifier() or keyword.iskeyword(name) or len(name) > MAX_NAME_CHARS:
+        raise InvalidRequest(
+            f"a strategy's name is a Python identifier of at most {MAX_NAME_CHARS} characters",
+            field="strategy",
+        )
+    for field_name in ("engine", "labels"):
+        if getattr(change, field_name):
+            raise InvalidRequest(f"{change.kind} has no {field_name}", field=field_name)
+
+
+def _check_labels(change: Change) -> None:
+    if change.strategy:
+        raise InvalidRequest(f"{change.kind} has no strategy", field="strategy")
+    if not 0 < len(change.engine) <= MAX_ENGINE_ID_CHARS:
+        raise InvalidRequest(f"an engine's id of 1 to {MAX_ENGINE_ID_CHARS} characters", field="engine")
+    fault = fault_of_labels(change.labels)
+    if change.kind != LABEL and change.labels:
+        fault = f"{change.kind} has no labels"
+    if fault:
+        raise InvalidRequest(fault, field="labels")
 
 
 def _known(rollouts: Mapping[str, Rollout], name: str) -> Rollout:

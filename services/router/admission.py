@@ -173,5 +173,5 @@ class Admission:
 
 def _computes_prompts(connection: EngineConnection) -> bool:
     """An engine that is not for prefill and has never done any says nothing of how long prompts wait."""
-    labels = connection.info.labels
+    labels = connection.labels
     return not labels or "prefill" in labels or connection.load.prefill_tokens_per_s > 0.0

@@ -9,7 +9,7 @@ request holds (scope.py does).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -70,6 +70,8 @@ class EngineConnection:
         """``on_draining`` is called with every heartbeat of an engine that drains."""
         self.info = info
         self.engine_id = info.engine_id
+        self.set_labels: Sequence[str] | None = None
+        """An operator's, instead of those that it announces."""
         self.load = wire.EngineLoad()
         """As of the last heartbeat."""
         self.load_at = 0.0
@@ -100,6 +102,10 @@ class EngineConnection:
             server_key=info.curve_key,
             on_disconnect=self._take_disconnect,
         )
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self.info.labels if self.set_labels is None else self.set_labels
 
     @property
     def is_joined(self) -> bool:

@@ -22,6 +22,7 @@ from microserve.protocol.errors import (
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.decision import Send
 from microserve.services.router.generation import STREAM, Generation
+from microserve.services.router.labels import OwnLabels
 from microserve.services.router.request import Request
 from microserve.services.router.scope import RequestScope
 from microserve.services.router.transfer import GrantHandle, Sending
@@ -36,9 +37,13 @@ class Engine(EngineFacts):
     """Handle of one engine for one request. Equal handles are the same engine."""
 
     def __init__(
-        self, connection: EngineConnection, scope: RequestScope, cached: Callable[[str], int]
+        self,
+        connection: EngineConnection,
+        own_labels: OwnLabels,
+        scope: RequestScope,
+        cached: Callable[[str], int],
     ) -> None:
-        super().__init__(connection)
+        super().__init__(connection, own_labels)
         self._scope = scope
         self._cached = cached
         """Prompt tokens that the engine of that id is known to hold."""

@@ -47,11 +47,14 @@ class Mesh(MeshView):
 
     def engines(self, label: str | None = None) -> list[Engine]:
         """As in :class:`MeshView`, with the request's actions."""
-        return [Engine(connection, self._scope, self._cached) for connection in self._fit(label)]
+        return [self._engine(connection) for connection in self._fit(label)]
 
     def departing(self, connection: EngineConnection) -> Engine:
         """An engine that drains: not among :meth:`engines`, but it still sends what it holds."""
-        return Engine(connection, self._scope, self._cached)
+        return self._engine(connection)
+
+    def _engine(self, connection: EngineConnection) -> Engine:
+        return Engine(connection, self.state.labels, self._scope, self._cached)
 
     def pick(
         self,

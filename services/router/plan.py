@@ -62,7 +62,7 @@ class PlanMesh(MeshView):
 class _Kept:
     """Of one strategy in use."""
 
-    state: State = field(default_factory=dict)
+    state: State = field(default_factory=State)
     plan: asyncio.Task[None] | None = None
 
 
@@ -87,7 +87,7 @@ class Plans:
         """The strategy is about to serve a request: its state. Starts its plan with the parameters of now."""
         kept = self._kept.get(strategy.function)
         if kept is None and strategy.function in self._dropped:
-            return {}  # a request that outlives the version that it began with
+            return State()  # a request that outlives the version that it began with
         if kept is None:
             kept = self._kept[strategy.function] = _Kept()
             if strategy.plan is not None:

@@ -123,7 +123,8 @@ class Registry:
             _logger.warning(log.FRAME_REJECTED, address=self._index_address, error=error.detail)
             return
         if isinstance(message, ControlState) and not self._stopping:
-            self._control.apply(message)
+            if self._control.apply(message):
+                self._set_labels()
             self._watch()  # whoever published waits for this
             return
         if not isinstance(message, Members) or self._stopping:
@@ -137,6 +138,13 @@ class Registry:
         if message.version >= self._index_version:
             self._index_version = message.version
             self._take_members([member.info for member in message.members])
+
+    def _set_labels(self) -> None:
+        """From the next pick on; what runs on an engine stays there."""
+        for engine_id, connection in self._connections.items():
+            before, connection.set_labels = connection.labels, self._control.labels.get(engine_id)
+            if list(connection.labels) != list(before):
+                _logger.info(log.ENGINE_LABELLED, engine_id=engine_id, labels=list(connection.labels))
 
     def _take_members(self, infos: list[EngineInfo]) -> None:
         present = {info.engine_id: info for info in infos}
@@ -172,6 +180,7 @@ class Registry:
             # One member with an address that no socket takes must not hide the others.
             self._refuse(info, str(error))
             return
+        connection.set_labels = self._control.labels.get(info.engine_id)
         self._connections[info.engine_id] = connection
         self._tasks.create_task(self._keep(connection), name=f"engine {info.engine_id}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar, assert_never
 
 from microserve.protocol import actions as wire
@@ -40,6 +40,10 @@ class ShadowConnection:
     @property
     def info(self) -> EngineInfo:
         return self._real.info
+
+    @property
+    def labels(self) -> Sequence[str]:
+        return self._real.labels
 
     @property
     def load(self) -> EngineLoad:

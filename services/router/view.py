@@ -12,18 +12,25 @@ from typing import Any
 
 from microserve.protocol import actions as wire
 from microserve.services.router.connection import EngineConnection
+from microserve.services.router.labels import OwnLabels
 from microserve.services.router.load import Load, LoadBook
 from microserve.services.router.prediction import EngineView, predicted_ttft_s
 
-State = dict[str, Any]
-"""What a strategy remembers between requests."""
+
+class State(dict[str, Any]):
+    """What a strategy remembers between requests, and the labels that it has given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = OwnLabels()
 
 
 class EngineFacts:
     """One engine, to look at. Equal handles are the same engine."""
 
-    def __init__(self, connection: EngineConnection) -> None:
+    def __init__(self, connection: EngineConnection, own_labels: OwnLabels) -> None:
         self._connection = connection
+        self._own_labels = own_labels
 
     @property
     def id(self) -> str:
@@ -31,7 +38,13 @@ class EngineFacts:
 
     @property
     def labels(self) -> Sequence[str]:
-        return self._connection.info.labels
+        """The strategy's own if it has given any, else the operator's, else those that it announces."""
+        return self._own_labels.of(self.id, self._connection.labels)
+
+    @property
+    def shared_labels(self) -> Sequence[str]:
+        """The same without the strategy's own."""
+        return self._connection.labels
 
     @property
     def info(self) -> wire.EngineInfo:
@@ -81,7 +94,15 @@ class MeshView:
 
         Labels are preferences and not roles, so an empty list means that nobody is alive.
         """
-        return [EngineFacts(connection) for connection in self._fit(label)]
+        return [EngineFacts(connection, self.state.labels) for connection in self._fit(label)]
+
+    def label(self, engine: EngineFacts, *labels: str) -> None:
+        """Give an engine other labels for this strategy's picks in this router, from the next one on.
+
+        They hold until they are given anew, or until an operator labels the engine. Without any: what the
+        mesh says counts again. Raises ``StrategyError`` for what cannot be a label.
+        """
+        self.state.labels.give(engine.id, labels, engine.shared_labels)
 
     def load(self, engine: EngineFacts) -> Load:
         """Work on the engine now: our own book and its last report, whichever is more."""
@@ -115,5 +136,8 @@ class MeshView:
 
     def _fit(self, label: str | None) -> list[EngineConnection]:
         everyone = self._connections()
-        fit = [c for c in everyone if label is None or not c.info.labels or label in c.info.labels]
+        if label is None:
+            return everyone
+        own = self.state.labels
+        fit = [c for c in everyone if not (has := own.of(c.engine_id, c.labels)) or label in has]
         return fit or everyone

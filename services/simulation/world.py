@@ -263,6 +263,7 @@ class World:
                     "auto": {"threshold": 8, "tau": 64},
                     "balanced_adaptive": {"min_share": 4},
                     "conditional": {"policy": "isl_or_load", "max_tokens": 24, "prefill_busy": 16},
+                    "elastic_roles": {"period_s": 0.2, "ttft_s": 0.1, "drain_s": 2.0},
                     "kv_cost": {"temperature": 0.5},
                     "min_ttft": {"balance": 1.0},
                     "replicate_hot": {"depth": 2, "hot": 1, "period_s": 0.2},

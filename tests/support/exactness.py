@@ -32,6 +32,7 @@ STRATEGIES = [strategy.name for strategy in BUILT_IN]
 SETTINGS = [
     # So that each strategy does all that it can do, also with short prompts.
     "router.strategies.balanced_adaptive.min_share=8",
+    "router.strategies.elastic_roles={period_s=0.2,ttft_s=0.1,drain_s=1.0}",
     "router.strategies.kv_cost.temperature=0.5",
     "router.strategies.min_ttft.balance=1.0",
     "router.strategies.replicate_hot={depth=2,hot=1,period_s=0.2}",

@@ -23,6 +23,7 @@ from microserve.services.router.mesh import Mesh
 from microserve.services.router.phase import PhaseClock
 from microserve.services.router.request import Request
 from microserve.services.router.scope import RequestScope
+from microserve.services.router.view import State
 
 BLOCK_SIZE = 16
 
@@ -69,7 +70,8 @@ def paper_mesh(
     connections = cast("list[EngineConnection]", list(engines))
     with asyncio.Runner() as runner:
         scope = runner.run(make())
-        mesh = Mesh(scope, lambda: connections, used, lambda _: dict(held or {}), random.Random(seed), {})
+        rng, state = random.Random(seed), State()
+        mesh = Mesh(scope, lambda: connections, used, lambda _: dict(held or {}), rng, state)
         yield mesh, scope.request
         scope.close()
 

@@ -9,6 +9,7 @@ from microserve.services.router.strategies.cache_aware import cache_aware
 from microserve.services.router.strategies.conditional import conditional
 from microserve.services.router.strategies.data_parallel import data_parallel
 from microserve.services.router.strategies.disaggregated import disaggregated
+from microserve.services.router.strategies.elastic_roles import elastic_roles
 from microserve.services.router.strategies.kv_cost import kv_cost
 from microserve.services.router.strategies.migrate import migrate
 from microserve.services.router.strategies.min_ttft import min_ttft
@@ -23,6 +24,7 @@ BUILT_IN = (
     conditional,
     data_parallel,
     disaggregated,
+    elastic_roles,
     kv_cost,
     migrate,
     min_ttft,

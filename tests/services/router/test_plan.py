@@ -23,7 +23,7 @@ from microserve.services.router.plan import PlanMesh, Plans
 from microserve.services.router.request import Request
 from microserve.services.router.strategy import PlanFunction, Strategy, strategy
 from microserve.services.router.stream import Tokens
-from microserve.services.router.view import MeshView
+from microserve.services.router.view import MeshView, State
 from microserve.services.simulation.loop import VirtualLoop
 
 PROMPT = list(range(50))
@@ -230,7 +230,7 @@ async def test_without_engines_a_plan_reads_an_empty_mesh() -> None:
         world.engines["a"].die()
         await eventually(lambda: not world.router.registry.joined(), "a is lost")
         serving = world.router.serving
-        view = MeshView(world.router.registry.usable, serving.book, serving._rng, {})
+        view = MeshView(world.router.registry.usable, serving.book, serving._rng, State())
         assert list(view.engines("prefill")) == []
 
 

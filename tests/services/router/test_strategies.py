@@ -125,7 +125,7 @@ def test_one_engine_alone(mesh: Mesh, strategy: str, n: int, matched: int) -> No
     assert [call[1:] for call in d + p] == [("generate", 0, None, ("alone", False))]
 
 
-@pytest.mark.parametrize("strategy", ["disaggregated", "min_ttft", "conditional"])
+@pytest.mark.parametrize("strategy", ["disaggregated", "min_ttft", "conditional", "elastic_roles"])
 @PROPERTY
 @given(n=lengths, matched=matches)
 def test_disaggregated(mesh: Mesh, strategy: str, n: int, matched: int) -> None:
