@@ -122,16 +122,19 @@ class Attempts:
     async def run_plan(self, strategy: Strategy, mesh: MeshView) -> None:
         """Run a strategy's plan until it returns. Raises what it raises."""
         plan = strategy.start_plan(mesh)
-        if self._overseer is None:
-            await plan
-            return
+
+        def tell(seconds: float) -> None:
+            _tell_slow(strategy.name, strategy.version, "plan", seconds)
+
         try:
-            await self._overseer.run(
-                plan, lambda seconds: _tell_slow(strategy.name, strategy.version, "plan", seconds)
-            )
+            await (plan if self._overseer is None else self._overseer.run(plan, tell))
         except StrategyHung as error:
             self._on_hung(strategy.name, strategy.version, f"its plan: {error.detail}")
             raise
+        except (Exception, asyncio.CancelledError):
+            raise
+        except BaseException as mistake:
+            raise _ending(mistake) from None
 
     async def rehearse(self, strategy: Strategy, generator: AsyncGenerator[Tokens, None]) -> None:
         """Run it for a shadow (shadow.py), to the end of what it yields. Raises its mistake."""

@@ -73,11 +73,11 @@ class StrategyControl:
         book: StrategyBook,
         clock: Callable[[], float],
         on_retired: Callable[[Strategy], None] = lambda strategy: None,
-        on_shadows: Callable[[list[Strategy]], None] = lambda strategies: None,
+        on_applied: Callable[[list[Strategy], list[Strategy]], None] = lambda serving, shadows: None,
         run: Run = lambda code: code(),
     ) -> None:
         """``clock``: seconds, monotonic. ``on_retired``: a source that was loaded is in force no more.
-        ``on_shadows``: these are the shadows now. ``run`` bounds the loading of sources."""
+        ``on_applied``: these serve now, and these are shadows. ``run`` bounds the loading of sources."""
         self.version = 0
         """Of the state that is applied; 0: none yet."""
         self.faults: list[VersionFault] = []
@@ -89,7 +89,7 @@ class StrategyControl:
         self._book = book
         self._clock = clock
         self._on_retired = on_retired
-        self._on_shadows = on_shadows
+        self._on_applied = on_applied
         self._run = run
         self._loaded: dict[tuple[str, str], Strategy] = {}
         """By name and digest: a source runs once, however often its parameters change or it comes back."""
@@ -224,7 +224,7 @@ class StrategyControl:
         ]
         shadows = [each.shadow for each in self._book.published.values() if each.shadow is not None]
         self.shadows.keep((shadow.name, shadow.version) for shadow in shadows)
-        self._on_shadows(shadows)
+        self._on_applied(self._book.serving(), shadows)
         live = {(name, number) for name, each in self._book.published.items() for number in _versions(each)}
         self._windows = {key: window for key, window in self._windows.items() if key in live}
         self._bounds = {

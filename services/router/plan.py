@@ -1,7 +1,8 @@
 """What a strategy keeps between requests: its state, and the plan that it runs in the background.
 
 Owned by the router: made when a strategy serves its first request, gone with the strategy. A plan that
-raises begins again after a pause that doubles; it cannot take a request along. Knows no sockets.
+raises begins again after a pause that doubles, one that hangs does not; it cannot take a request along.
+Knows no sockets.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import random
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 
@@ -20,6 +22,7 @@ from microserve.protocol.errors import CapacityError, PeerError
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import Mesh
+from microserve.services.router.overseer import StrategyHung
 from microserve.services.router.request import Request
 from microserve.services.router.strategy import Strategy, StrategyFunction
 from microserve.services.router.view import MeshView, State
@@ -64,6 +67,8 @@ class _Kept:
 
     state: State = field(default_factory=State)
     plan: asyncio.Task[None] | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """That the plan was started with."""
 
 
 class Plans:
@@ -90,10 +95,22 @@ class Plans:
             return State()  # a request that outlives the version that it began with
         if kept is None:
             kept = self._kept[strategy.function] = _Kept()
-            if strategy.plan is not None:
-                mesh = self._make_mesh(kept.state)
-                kept.plan = self._tasks.create_task(self._run(strategy, mesh), name=f"plan {strategy.name}")
+            self._start(strategy, kept)
         return kept.state
+
+    def _start(self, strategy: Strategy, kept: _Kept) -> None:
+        if strategy.plan is not None:
+            mesh = self._make_mesh(kept.state)
+            kept.plan = self._tasks.create_task(self._run(strategy, mesh), name=f"plan {strategy.name}")
+            kept.values = strategy.values
+
+    def rebind(self, strategies: Iterable[Strategy]) -> None:
+        """These are in force now: plans that run with other parameters begin again; states stay."""
+        for strategy in strategies:
+            kept = self._kept.get(strategy.function)
+            if kept is not None and kept.plan is not None and kept.values != strategy.values:
+                kept.plan.cancel()
+                self._start(strategy, kept)
 
     def drop(self, strategy: Strategy) -> None:
         """The strategy is not in use any more: forget its state, cancel its plan. Unknown ones are fine."""
@@ -117,6 +134,9 @@ class Plans:
             began = loop.time()
             try:
                 await self._run_once(strategy, mesh)
+                return
+            except StrategyHung as error:
+                _logger.error(log.PLAN_FAILED, strategy=strategy.name, error=str(error), exc_info=error)
                 return
             except Exception as error:
                 ran_long = loop.time() - began > max(pause_s, MIN_PAUSE_S)

@@ -60,7 +60,7 @@ class Router:
             self.strategies,
             asyncio.get_running_loop().time,
             on_retired=self._retire,
-            on_shadows=self._keep_shadows,
+            on_applied=self._take_over,
             run=(lambda code: code()) if overseer is None else overseer.call,
         )
         self._tasks = asyncio.TaskGroup()
@@ -113,7 +113,8 @@ class Router:
     def _retire(self, strategy: Strategy) -> None:
         self.serving.plans.drop(strategy)
 
-    def _keep_shadows(self, shadows: list[Strategy]) -> None:
+    def _take_over(self, serving: list[Strategy], shadows: list[Strategy]) -> None:
+        self.serving.plans.rebind(serving)
         self.serving.shadows.plans.keep(shadows)
 
     async def run(self, lifecycle: Lifecycle) -> None:

@@ -183,6 +183,12 @@ class StrategyBook:
     def names(self) -> list[str]:
         return sorted({*self._strategies, *self.published})
 
+    def serving(self) -> list[Strategy]:
+        """All that may serve the next request."""
+        own = [strategy for name, strategy in self._strategies.items() if name not in self.published]
+        published = [each for item in self.published.values() for each in (item.stable, item.canary)]
+        return own + [each for each in published if each is not None]
+
     def own(self, name: str) -> Strategy | None:
         """The strategy that the router came with."""
         return self._strategies.get(name)

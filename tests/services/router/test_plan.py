@@ -15,6 +15,7 @@ from router_world import World, eventually, in_loop, router_world
 
 from microserve.protocol import actions as wire
 from microserve.protocol import log
+from microserve.protocol.control import ControlEntry, ControlState, StrategyVersion
 from microserve.protocol.errors import DeadlineExceeded, StrategyError
 from microserve.services.router import plan as plan_module
 from microserve.services.router.load import LoadBook
@@ -102,6 +103,41 @@ async def test_a_plan_begins_with_the_first_request_and_ends_with_its_strategy()
         world.router.serving.plans.drop(item)
         await asyncio.wait_for(ended.wait(), 10)
         world.router.serving.plans.drop(item)  # an unknown one is fine
+
+
+@in_loop
+async def test_parameters_that_change_reach_the_plan_that_runs_and_its_state_stays() -> None:
+    begun: list[int] = []
+
+    async def watch(mesh: PlanMesh, *, step: int) -> None:
+        begun.append(step)
+        await asyncio.Event().wait()
+
+    async with router_world("a") as world:
+        world.router.strategies.add(counting("one", watch))
+        await eventually(lambda: world.index.last_watch is not None, "the router watches")
+        await world.gateway.generate(PROMPT, strategy="one")
+        for version, entries in enumerate(
+            ([ControlEntry("one", StrategyVersion(1, "", "", {"step": 5}))], [], [ControlEntry("other")]), 1
+        ):
+            world.index.control(ControlState(version, entries))
+            await eventually(lambda v=version: world.router.control.version == v, "applied")  # type: ignore[misc]
+        await eventually(lambda: begun == [1, 5, 1], "the plan follows, and nothing else stirs it")
+        await world.gateway.generate(PROMPT, strategy="one")
+        [state] = [kept.state for kept in world.router.serving.plans._kept.values() if kept.plan]
+        assert state == {"requests": 2}
+
+
+@in_loop
+async def test_a_plan_that_wants_to_end_the_router_does_not() -> None:
+    async def leave(mesh: PlanMesh) -> None:
+        raise SystemExit(3)
+
+    async with router_world("a") as world:
+        with structlog.testing.capture_logs() as logs:
+            await serve(world, counting("one", leave))
+            await eventually(lambda: [e for e in logs if e["event"] == log.PLAN_FAILED], "told")
+        assert (await world.gateway.generate(PROMPT)).result.reason == "length"
 
 
 @in_loop
