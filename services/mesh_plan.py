@@ -44,9 +44,11 @@ def service_command(service: str) -> list[str]:
     return [sys.executable, "-P", "-m", "microserve.services", service]
 
 
-def plan_mesh(settings: Settings, flags: Sequence[str], logs: Path) -> MeshPlan:
+def plan_mesh(settings: Settings, flags: Sequence[str], logs: Path, control: Path) -> MeshPlan:
     """Children for ``settings``, which ``flags`` (``--config``, ``--set``) describe to them.
 
+    ``control`` is the index's control log if the settings name none: what was published is there after a
+    restart, of the index alone or of everything.
     Ports that are 0 become free ones now, so that a restarted child comes back where the others look for it.
     Raises :class:`ConfigError`.
     """
@@ -85,8 +87,9 @@ def plan_mesh(settings: Settings, flags: Sequence[str], logs: Path) -> MeshPlan:
         child("engine", f"engine-e{i}", ENGINES_STOP, *assignment("engine.id", f"e{i}"), stop_s=drain_s)
         for i in range(settings.mesh.engines)
     ]
+    control_log = [] if settings.index.control_path else assignment("index.control_path", str(control))
     children = [
-        child("index", "index", INDEX_STOPS),
+        child("index", "index", INDEX_STOPS, *control_log),
         child("router", "router", ROUTER_STOPS, *assignment("router.id", settings.router.id or "r0")),
         *engines,
         child("gateway", "gateway", GATEWAY_STOPS),

@@ -58,7 +58,7 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
         with directory.hold():
             logs = Path(settings.log.dir) if settings.log.dir else directory.logs
             _set_aside(logs)
-            plan = plan_mesh(settings, options.flags, logs)
+            plan = plan_mesh(settings, options.flags, logs, directory.root / "control.db")
             events = log.configure("supervisor", "up", level=settings.log.level, directory=str(logs))
             try:
                 return asyncio.run(_Up(settings, options, directory, view, plan).run())

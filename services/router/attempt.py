@@ -195,8 +195,9 @@ class _IdleWatch:
         if left_s > 0.0:
             self._timer = self._loop.call_later(left_s, self._look)
             return
-        self.has_fired = True
-        self._limit.reschedule(self._loop.time())
+        if not self._limit.expired():  # else its deadline is over, and it goes on all the same
+            self.has_fired = True
+            self._limit.reschedule(self._loop.time())
 
     def stop(self) -> None:
         self._timer.cancel()

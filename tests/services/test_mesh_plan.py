@@ -25,12 +25,22 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path / "Tiny")
 
 
+def test_the_control_log_outlives_the_mesh_unless_another_one_is_named(model: Path, tmp_path: Path) -> None:
+    def index_flags(*overrides: str) -> list[str]:
+        settings = load_settings(overrides=[f"model.path={model}", *overrides])
+        plan = plan_mesh(settings, [], tmp_path, tmp_path / "control.db")
+        return next(child.argv for child in plan.children if child.name == "index")
+
+    assert f'index.control_path="{tmp_path / "control.db"}"' in index_flags()
+    assert not any("control_path" in flag for flag in index_flags("index.control_path=other.db"))
+
+
 def test_children_agree_on_addresses_and_each_engine_has_an_id(model: str, tmp_path: Path) -> None:
     flags = ["--set", "index.address=tcp://127.0.0.1:0", "--set", "mesh.engines=3"]
     settings = load_settings(
         overrides=[*flags[1::2], "router.address=tcp://127.0.0.1:0", "gateway.port=0", f"model.path={model}"]
     )
-    plan = plan_mesh(settings, flags, tmp_path)
+    plan = plan_mesh(settings, flags, tmp_path, tmp_path / "control.db")
     assert [child.name for child in plan.children] == [
         "index",
         "router",
@@ -51,7 +61,7 @@ def test_children_agree_on_addresses_and_each_engine_has_an_id(model: str, tmp_p
 
 
 def test_callers_stop_before_those_they_call(model: str, tmp_path: Path) -> None:
-    plan = plan_mesh(load_settings(overrides=[f"model.path={model}"]), [], tmp_path)
+    plan = plan_mesh(load_settings(overrides=[f"model.path={model}"]), [], tmp_path, tmp_path / "control.db")
     in_order = sorted(plan.children, key=lambda child: child.stop_order)
     assert [child.name for child in in_order] == ["gateway", "router", "engine-e0", "engine-e1", "index"]
     assert all(child.stop_timeout_s > Settings().engine.drain_s for child in in_order[2:4])
@@ -59,7 +69,7 @@ def test_callers_stop_before_those_they_call(model: str, tmp_path: Path) -> None
 
 def test_configured_addresses_stay(model: str, tmp_path: Path) -> None:
     overrides = ["gateway.host=0.0.0.0", "gateway.port=81", f"model.path={model}"]
-    plan = plan_mesh(load_settings(overrides=overrides), [], tmp_path)
+    plan = plan_mesh(load_settings(overrides=overrides), [], tmp_path, tmp_path / "control.db")
     assert child_settings(plan.children[0]).index.address == Settings().index.address
     assert plan.gateway.url == "http://127.0.0.1:81"
 
@@ -68,13 +78,13 @@ def test_engines_cannot_share_a_port(model: str, tmp_path: Path) -> None:
     overrides = ["engine.events_address=tcp://127.0.0.1:7200", f"model.path={model}"]
     settings = load_settings(overrides=overrides)
     with pytest.raises(ConfigError, match="cannot serve 2 engines") as caught:
-        plan_mesh(settings, [], tmp_path)
+        plan_mesh(settings, [], tmp_path, tmp_path / "control.db")
     assert caught.value.field == "engine.events_address"
 
 
 def test_a_model_that_is_not_there_is_a_wrong_setting(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
-        plan_mesh(load_settings(overrides=[f"model.path={tmp_path}"]), [], tmp_path)
+        plan_mesh(load_settings(overrides=[f"model.path={tmp_path}"]), [], tmp_path, tmp_path / "control.db")
 
 
 def test_free_ports_differ() -> None:
