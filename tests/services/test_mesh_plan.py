@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path / "Tiny")
 
 
-def test_the_control_log_outlives_the_mesh_unless_another_one_is_named(model: Path, tmp_path: Path) -> None:
-    def index_flags(*overrides: str) -> list[str]:
+def test_the_control_log_outlives_the_mesh_unless_another_one_is_named(model: str, tmp_path: Path) -> None:
+    def index_flags(*overrides: str) -> Sequence[str]:
         settings = load_settings(overrides=[f"model.path={model}", *overrides])
         plan = plan_mesh(settings, [], tmp_path, tmp_path / "control.db")
         return next(child.argv for child in plan.children if child.name == "index")

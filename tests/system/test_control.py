@@ -77,9 +77,41 @@ def publish_by_the_command(mesh: MeshProcesses, tmp_path: Path) -> None:
     assert "mine" in run("list").stdout
     assert "sha256" in run("show", "mine").stdout
     assert run("promote", "mine").returncode == 1
+    dark = tmp_path / "dark.py"
+    dark.write_text(source(1))
+    done = run("publish", str(dark), "--name", "mine", "--shadow", "--max-ttft", "30")
+    assert done.returncode == 0, done.stderr
+    asyncio.run(ask(mesh, "mine", 6))
+    shown = run("show", "mine").stdout
+    assert "TTFT <= 30 s" in shown
+    assert sum(int(words[1]) for line in shown.splitlines() if (words := line.split())[0:1] == ["router"]) > 0
+    assert run("promote", "mine", "--shadow").returncode == 0
+    assert run("rollback", "mine").returncode == 0
     done = run("set", "data_parallel", "no_such=1")
     assert done.returncode == 1
     assert "no such parameter" in done.stderr, "the routers refuse it, and it is taken back"
+
+
+async def ask(mesh: MeshProcesses, strategy: str, count: int) -> None:
+    """So many requests of the first router, and wait until it has told the index of them."""
+    bus = ZmqBus(linger_s=0.1)
+    control = ControlClient(bus, mesh.index_address)
+    try:
+        async with BusClient(bus, mesh.router_address) as client:
+            await client.wait_engines(1)
+            for number in range(count):
+                answer = await client.generate(PROMPTS[number % len(PROMPTS)], GREEDY, strategy=strategy)
+                assert answer.reason == "length"
+            async with asyncio.timeout(30):
+                while not any(
+                    score.num_decisions == count
+                    for r in (await control.report()).routers
+                    for score in r.shadows
+                ):
+                    await asyncio.sleep(0.05)
+    finally:
+        control.close()
+        bus.close()
 
 
 def test_index_and_router_killed_while_publishing_everywhere_or_nowhere(
