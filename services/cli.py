@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from microserve.services.label_command import label as label_command
+from microserve.services.simulate_command import simulate as simulate_command
 from microserve.services.strategy_command import strategy as strategy_group
 
 if TYPE_CHECKING:
@@ -359,6 +360,7 @@ def settings(config: str | None, assignments: tuple[str, ...]) -> None:
 
 main.add_command(strategy_group)
 main.add_command(label_command)
+main.add_command(simulate_command)
 
 
 @main.command()

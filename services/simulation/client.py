@@ -39,7 +39,11 @@ class Answer:
     outcome: str = ""
     """Empty until there is one: ``stop``, ``length``, ``abort``, an error's code, or ``router_lost``."""
     detail: str = ""
+    first_token_at: float = 0.0
+    """World time; 0 until there is a token."""
     ended_at: float = 0.0
+    ended: serving.Ended | None = None
+    """What the router said at the end."""
     is_cancelled: bool = False
     strategy: str = ""
     salt: str = ""
@@ -269,6 +273,8 @@ class Link:
                 f"{answer.request_id}: tokens from {output.offset} on, {have} are here"
             )
             return
+        if output.token_ids and not have:
+            answer.first_token_at = self._gateway.world_time()
         answer.token_ids += output.token_ids
         answer.logprobs += output.logprobs
         if output.ended is not None:
@@ -277,4 +283,5 @@ class Link:
             if ended.code == Draining.code:
                 self._gateway.move(answer, ended.detail)
                 return
+            answer.ended = ended
             self._gateway.end(answer, ended.code or ended.reason, ended.detail)

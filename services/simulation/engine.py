@@ -9,10 +9,10 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from microserve.kvcache.heap.memory import MemoryRegistry
+from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
 from microserve.protocol.settings import Settings
 from microserve.protocol.transport import Bus
-from microserve.services.engine.batch import Batch, StepResult
+from microserve.services.engine.batch import Batch, Runner, StepResult
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.shell import EngineService
 from microserve.services.engine.state import Limits
@@ -52,6 +52,8 @@ class TimedRunner:
 class SimEngine:
     """``run`` in the engine's process."""
 
+    vocab_size = VOCAB_SIZE
+
     def __init__(
         self,
         loop: VirtualLoop,
@@ -67,24 +69,16 @@ class SimEngine:
         self.process = process
         self.pacer = Pacer(loop, process)
         self.faults = WriteFaults(random.Random(seed), self.pacer.sleep)
-        layout = hash_layout(num_blocks=cache.num_blocks, block_size=cache.block_size)
-        heap = FaultyHeap(
-            layout,
-            incarnation=incarnation,
-            registry=registry,
-            num_slots=cache.grant_slots,
-            faults=self.faults,
-        )
-        runner = HashRunner(heap.data, layout, vocab_size=VOCAB_SIZE)
+        heap, runner = self._equip(settings, registry, incarnation)
         self.core = EngineCore(
             engine_id=settings.engine.id,
             incarnation=incarnation,
             model=MODEL,
             heap=heap,
-            runner=TimedRunner(runner, self.pacer),
+            runner=runner,
             limits=Limits(
                 max_model_len=settings.engine.max_model_len,
-                vocab_size=VOCAB_SIZE,
+                vocab_size=self.vocab_size,
                 num_blocks=cache.num_blocks,
                 max_waiting=settings.engine.max_waiting,
                 eos_token_ids=frozenset(),
@@ -94,13 +88,36 @@ class SimEngine:
             lease_s=cache.lease_s,
             checksums=cache.checksums,
             clock=lambda: process.now,
-            pause=lambda seconds: self.pacer.sleep(max(seconds, MIN_PAUSE_S)),
-            changed=VirtualCondition(self.pacer),
+            pause=self._pause,
+            changed=self._make_condition(),
         )
         self.service: EngineService | None = None
         self._settings = settings
         self._bus = bus
         self._loop = loop
+
+    def _equip(
+        self, settings: Settings, registry: MemoryRegistry, incarnation: int
+    ) -> tuple[MemoryHeap, Runner]:
+        """Its memory, and what computes on it."""
+        cache = settings.kvcache
+        layout = hash_layout(num_blocks=cache.num_blocks, block_size=cache.block_size)
+        heap = FaultyHeap(
+            layout,
+            incarnation=incarnation,
+            registry=registry,
+            num_slots=cache.grant_slots,
+            faults=self.faults,
+        )
+        runner = HashRunner(heap.data, layout, vocab_size=VOCAB_SIZE)
+        return heap, TimedRunner(runner, self.pacer)
+
+    def _pause(self, seconds: float) -> None:
+        """Between two looks at a counter."""
+        self.pacer.sleep(max(seconds, MIN_PAUSE_S))
+
+    def _make_condition(self) -> VirtualCondition:
+        return VirtualCondition(self.pacer)
 
     @property
     def num_routers(self) -> int:

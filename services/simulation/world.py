@@ -147,15 +147,18 @@ class World:
             seat.service = router = Router(settings, bus, seed=seed, overseer=self.overseer)
             return router.run(Lifecycle())
         if kind == "engine":
-            seat.service = engine = SimEngine(
-                self.loop, process, settings, bus, self.registry, incarnation=incarnation, seed=seed
-            )
+            seat.service = engine = self._make_engine(process, settings, bus, incarnation, seed)
             return engine.run()
         gateway = SimGateway(bus, seat.name, incarnation, settings.bus, world_time=lambda: self.loop.now)
         if seat.service is not None:
             self.past.append(seat.service)
         seat.service = gateway
         return gateway.run([self.address(name) for name in self.routers])
+
+    def _make_engine(
+        self, process: Process, settings: Settings, bus: SimBus, incarnation: int, seed: int
+    ) -> SimEngine:
+        return SimEngine(self.loop, process, settings, bus, self.registry, incarnation=incarnation, seed=seed)
 
     async def _run_index(self, seat: Seat, bus: SimBus, settings: Settings, incarnation: int) -> None:
         seat.service = service = IndexService(

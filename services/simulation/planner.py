@@ -1,0 +1,207 @@
+"""Strategies against load: what ``microserve simulate`` runs, with a task as JSON for its only argument.
+
+A process of its own: services do not know their simulation. Owns the points of a task, the processes that
+work on them, and what is printed. Exit codes: 0 done, 1 a simulated mesh broke, 2 the task is wrong.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import msgspec
+
+from microserve.protocol.errors import ConfigError, MeshError
+from microserve.services.router.strategies import BUILT_IN
+from microserve.services.router.strategy import Strategy, load_file
+from microserve.services.simulate_wire import SimulateTask
+from microserve.services.simulation.point import TOKEN_PARAMETERS, Point, PointResult, run_point
+from microserve.services.simulation.timing import Profile, profile_of
+from microserve.services.simulation.trace import HASH_TOKENS, read_trace
+
+MIN_TOKENS_A_BLOCK = 4
+HEADER = (
+    f"{'strategy':<20}{'req/s':>6}  {'TTFT s: mean':>12}{'p50':>8}{'p99':>8}  {'TPOT ms: mean':>13}{'p50':>7}"
+    f"{'p99':>7}  {'JCT s: mean':>11}{'p50':>8}{'p99':>8}{'good/s':>8}{'served':>8}{'refused':>8}"
+    f"{'failed':>7}{'hits':>7}{'sent GB':>9}"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The task is the only argument, as JSON."""
+    (text,) = sys.argv[1:] if arguments is None else arguments
+    try:
+        task = msgspec.json.decode(text, type=SimulateTask)
+        points = points_of(task)
+        if task.plot:
+            # Whether it is there shows now, and not after all points.
+            from microserve.services.simulation.plots import draw
+        results = _run(points, task)
+        if task.plot:
+            for path in draw(results, Path(task.plot)):
+                print(path)
+    except ConfigError as error:
+        print(f"Error: {error.detail}", file=sys.stderr)
+        return 2
+    except MeshError as error:
+        print(f"Error: {error.detail}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"Error: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("Error: plots need matplotlib: pip install 'microserve[simulation]'", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(points: Sequence[Point], task: SimulateTask) -> list[PointResult]:
+    """Results in the order of the points, told as they come."""
+    first = points[0]
+    print(
+        f"{len(first.requests)} requests, {first.num_engines} engines {first.profile.name} "
+        f"({first.profile.source}), labels {' '.join(task.labels) or 'none'}, "
+        f"1 simulated token for {task.scale}",
+        HEADER,
+        sep="\n",
+    )
+    results = []
+    with (
+        open(task.out, "wb") if task.out else nullcontext() as out,
+        closing(_results(points, task.jobs)) as arriving,
+    ):
+        for result in arriving:
+            results.append(result)
+            print(line_of(result), flush=True)
+            if out is not None:
+                out.write(msgspec.json.encode(result) + b"\n")
+    return results
+
+
+def _results(points: Sequence[Point], jobs: int) -> Generator[PointResult, None, None]:
+    if jobs == 1:
+        yield from map(run_point, points)
+        return
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(points))) as pool:
+        yield from pool.imap(run_point, points)
+
+
+def line_of(result: PointResult) -> str:
+    """One row below :data:`HEADER`."""
+    ttft, tpot, jct = result.ttft_s, result.tpot_s, result.jct_s
+    return (
+        f"{result.strategy:<20}{result.load:>6g}  {ttft.mean:>12.2f}{ttft.p50:>8.2f}{ttft.p99:>8.2f}  "
+        f"{tpot.mean * 1e3:>13.1f}{tpot.p50 * 1e3:>7.1f}{tpot.p99 * 1e3:>7.1f}  "
+        f"{jct.mean:>11.2f}{jct.p50:>8.2f}{jct.p99:>8.2f}{result.goodput_per_s:>8.2f}{result.num_served:>8}"
+        f"{result.num_refused:>8}{result.num_failed:>7}{result.hit_rate:>7.3f}{result.sent_gb:>9.0f}"
+    )
+
+
+# --- from a task to its points ---------------------------------------------------------------------
+
+
+def points_of(task: SimulateTask) -> list[Point]:
+    """Every strategy under every load. Raises :class:`ConfigError` that names what is wrong."""
+    _check(task)
+    requests = read_trace(task.trace, task.num_requests, task.longest)
+    profile = profile_of(task.profile)
+    if task.link_gbps:
+        profile = replace(profile, link_nbytes_per_s=task.link_gbps * 1e9 / 8)
+    _check_fit(profile, max(each.num_tokens for each in requests))
+    found = _found(task.strategies)
+    unused = set(task.parameters) - {strategy.name for strategy, _ in found}
+    if unused:
+        raise ConfigError(f"parameters of {min(unused)}, which is not simulated", field="set")
+    points = []
+    for (strategy, file), load in product(found, task.loads):
+        parameters = _parameters(strategy, task)
+        points.append(
+            Point(
+                strategy.name,
+                file,
+                load,
+                requests,
+                profile,
+                task.num_engines,
+                tuple((label,) if label else () for label in task.labels),
+                task.scale,
+                task.seed,
+                {strategy.name: parameters} if parameters else {},
+                task.slo_ttft_s,
+                task.slo_tpot_s,
+            )
+        )
+    return points
+
+
+def _check(task: SimulateTask) -> None:
+    if not task.loads or min(task.loads) <= 0:
+        raise ConfigError("a load is requests a second, above 0", field="load")
+    for name, value in (("engines", task.num_engines), ("jobs", task.jobs), ("scale", task.scale)):
+        if value < 1:
+            raise ConfigError(f"{name} is {value}, at least 1", field=name)
+    for name, number in (("link_gbps", task.link_gbps), ("requests", task.num_requests)):
+        if number < 0:
+            raise ConfigError(f"{name} is {number:g}, 0 or more", field=name)
+    if HASH_TOKENS % task.scale or HASH_TOKENS // task.scale < MIN_TOKENS_A_BLOCK:
+        most = HASH_TOKENS // MIN_TOKENS_A_BLOCK
+        raise ConfigError(f"scale is {task.scale}, a power of two up to {most}", field="scale")
+    if task.labels and len(task.labels) != task.num_engines:
+        raise ConfigError(f"{len(task.labels)} labels for {task.num_engines} engines", field="labels")
+
+
+def _check_fit(profile: Profile, num_tokens: int) -> None:
+    if num_tokens > profile.num_kv_tokens:
+        raise ConfigError(
+            f"the trace's longest request has {num_tokens} tokens, an engine of profile {profile.name} "
+            f"holds {profile.num_kv_tokens}",
+            field="profile",
+        )
+
+
+def _found(names: Sequence[str]) -> list[tuple[Strategy, str]]:
+    """Strategies, each with the file that it is from."""
+    built_in = {strategy.name: strategy for strategy in BUILT_IN}
+    if not names:
+        return [(strategy, "") for strategy in BUILT_IN]
+    found: list[tuple[Strategy, str]] = []
+    for name in names:
+        if name in built_in:
+            found.append((built_in[name], ""))
+        elif name.endswith(".py"):
+            found += [(_own(strategy, name, built_in), name) for strategy in load_file(name)]
+        else:
+            known = ", ".join(built_in)
+            raise ConfigError(f"no strategy {name!r}, nor a .py file (there are: {known})", field="strategy")
+    return found
+
+
+def _own(strategy: Strategy, file: str, built_in: Mapping[str, Strategy]) -> Strategy:
+    """A router knows each name once."""
+    if strategy.name in built_in:
+        raise ConfigError(
+            f"{file}: {strategy.name} is the name of a built-in strategy: give it another", field="strategy"
+        )
+    return strategy
+
+
+def _parameters(strategy: Strategy, task: SimulateTask) -> dict[str, bool | int | float | str]:
+    """What differs from the defaults; token counts of built-in strategies become simulated ones."""
+    bound = strategy.bind(task.parameters.get(strategy.name, {}))
+    own = {name: bound.values[name] for name in task.parameters.get(strategy.name, {})}
+    for name in TOKEN_PARAMETERS.get(strategy.name, ()):
+        own[name] = max(1, bound.values[name] // task.scale)
+    return own
+
+
+if __name__ == "__main__":
+    sys.exit(main())
