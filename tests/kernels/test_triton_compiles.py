@@ -1,0 +1,169 @@
+"""Every Triton kernel compiles to machine code for sm_80 and sm_90, without a GPU, and fits a device.
+
+Compiled as a launch does: pointers and strides multiples of 16, which decides on vector loads and pipelining.
+"""
+
+# mypy: disable-error-code="import-untyped, import-not-found"
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from microserve.kernels.block_scatter import MAX_THREADS
+
+triton = pytest.importorskip("triton", reason="no triton: its kernels are not compiled")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("TRITON_INTERPRET is set: nothing can be compiled", allow_module_level=True)
+
+LEAST_SHARED_NBYTES = 99 << 10
+"""A thread block's share on sm_86 and sm_89; sm_80 has 163 KiB and sm_90 227 KiB."""
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+ARCHITECTURES = [80, 90]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    directory: Path = tmp_path_factory.mktemp("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(directory))
+        yield
+
+
+def compiled(kernel: Any, architecture: int, types: str, constants: dict[str, Any], **options: int) -> Any:
+    """types: of the arguments that are no constants, in order; ``:16`` for a multiple of 16."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    given = iter(types.split())
+    signature = {name: "constexpr" if name in constants else next(given) for name in kernel.arg_names}
+    assert next(given, None) is None
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, type_ in enumerate(signature.values())
+        if type_.startswith("*") or type_.endswith(":16")
+    }
+    plain = {name: type_.removesuffix(":16") for name, type_ in signature.items()}
+    source = ASTSource(kernel, signature=plain, constexprs=constants, attrs=aligned)
+    result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    assert result.asm["cubin"][:4] == b"\x7fELF"
+    assert result.metadata.shared <= LEAST_SHARED_NBYTES
+    return result
+
+
+def geometry(head_dim: int, share: int = 4, window: int = 0) -> dict[str, Any]:
+    from microserve.kernels.triton_attention import padded
+
+    sizes = {"BLOCK_SIZE": 16, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "DIM": padded(head_dim)}
+    return sizes | {"SHARE": share, "WINDOW": window}
+
+
+CASES = [
+    *((80, torch.bfloat16, dim) for dim in (64, 128, 256)),
+    *((90, torch.bfloat16, dim) for dim in (64, 80, 96, 128, 256)),
+    (90, torch.float16, 128),
+    (80, torch.float32, 64),
+    (90, torch.float32, 128),
+]
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "head_dim"), CASES)
+def test_prefill(architecture: int, dtype: torch.dtype, head_dim: int) -> None:
+    from microserve.kernels.triton_attention import prefill_kernel, prefill_tiles
+
+    tiles = prefill_tiles(head_dim, dtype.itemsize)
+    constants = geometry(head_dim) | {"SHARE_ROWS": 4, "ROWS": tiles.rows, "KEYS": tiles.keys}
+    pointer = f"*{NAMES[dtype]}"
+    types = f"{pointer} {pointer} {pointer} *i32 *i32 *i32 i32:16 i32:16 i32 fp32 i32 i32"
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    ptx = compiled(prefill_kernel, architecture, types, constants, **options).asm["ptx"]
+    assert "cp.async" in ptx  # keys and values are under way while others are worked on
+    if dtype != torch.float32:
+        assert ("wgmma" if architecture == 90 else "mma.sync") in ptx
+
+
+# Without a split it is the same code but for the last store: one head_dim is enough.
+DECODES = [(*case, True) for case in CASES] + [(*case, False) for case in CASES if case[2] == 128]
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "head_dim", "split"), DECODES)
+def test_decode(architecture: int, dtype: torch.dtype, head_dim: int, split: bool) -> None:
+    from microserve.kernels.triton_attention import decode_kernel, decode_tiles
+
+    tiles = decode_tiles(head_dim, dtype.itemsize)
+    constants = geometry(head_dim) | {"ROWS": tiles.rows, "KEYS": tiles.keys, "SPLIT": split}
+    pointer = f"*{NAMES[dtype]}"
+    types = f"{pointer} {pointer} {pointer} *fp32 *fp32 *i32 *i32 i32:16 i32:16 i32 fp32"
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    ptx = compiled(decode_kernel, architecture, types, constants, **options).asm["ptx"]
+    assert "cp.async" in ptx
+    if dtype != torch.float32:
+        assert "mma.sync" in ptx
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_with_a_window_and_a_share_that_is_no_power_of_two(architecture: int) -> None:
+    from microserve.kernels import triton_attention as kernels
+
+    window = geometry(64, share=3, window=4096)
+    tiles = kernels.prefill_tiles(64, 2)
+    constants = window | {"SHARE_ROWS": 4, "ROWS": tiles.rows, "KEYS": tiles.keys}
+    types = "*bf16 *bf16 *bf16 *i32 *i32 *i32 i32:16 i32:16 i32 fp32 i32 i32"
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    compiled(kernels.prefill_kernel, architecture, types, constants, **options)
+    tiles = kernels.decode_tiles(64, 2)
+    constants = window | {"ROWS": tiles.rows, "KEYS": tiles.keys, "SPLIT": True}
+    types = "*bf16 *bf16 *bf16 *fp32 *fp32 *i32 *i32 i32:16 i32:16 i32 fp32"
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    compiled(kernels.decode_kernel, architecture, types, constants, **options)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", [80, 256])
+def test_reduction(architecture: int, head_dim: int) -> None:
+    from microserve.kernels.triton_attention import padded, reduce_kernel
+
+    constants = {"HEAD_DIM": head_dim, "DIM": padded(head_dim), "CHUNK": 16}
+    compiled(reduce_kernel, architecture, "*fp32 *fp32 *bf16 i32:16 i32", constants)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("floating", [True, False])
+def test_quantisation(architecture: int, floating: bool) -> None:
+    """Both formats on both architectures: sm_80 has no cast to e4m3, and none is needed."""
+    from microserve.kernels.triton_quantize import gather_kernel, scatter_kernel, tile
+
+    code = "*u8" if floating else "*i8"
+    dim, rows = tile(128)
+    constants = {
+        "BLOCK_SIZE": 16,
+        "NUM_HEADS": 8,
+        "HEAD_DIM": 128,
+        "DIM": dim,
+        "ROWS": rows,
+        "FLOAT": floating,
+    }
+    types = f"*bf16 *bf16 *i64 {code} *fp32 *i32 *i64 i64 i32 i32 i32:16 i32:16 i32:16 i32:16"
+    ptx = compiled(scatter_kernel, architecture, types, constants | {"SIGNAL": True}).asm["ptx"]
+    ordering = re.compile(r"bar\.sync|atom\.\S+")
+    *before, count, barrier, reset, word = ordering.findall(ptx)
+    assert before[-1] == "bar.sync"
+    assert (count, barrier) == ("atom.global.sys.acq_rel.add.u32", "bar.sync")
+    assert reset.startswith("atom.global.gpu.relaxed.exch")
+    assert word == "atom.global.sys.release.exch.b64"
+    assert ptx.rindex("st.global") < ptx.index("atom.global.sys.acq_rel.add")
+    compiled(scatter_kernel, architecture, types, constants | {"SIGNAL": False})
+    compiled(gather_kernel, architecture, f"{code} *fp32 *i64 *bf16 *bf16 i32 i32", constants)
+
+
+def test_threads_of_a_scatter_fit_its_launch_bounds() -> None:
+    from microserve.kernels.cuda_module import SOURCES
+
+    (bound,) = set(re.findall(r"__launch_bounds__\((\d+)\)", (SOURCES / "block_scatter.cu").read_text()))
+    assert int(bound) == MAX_THREADS
