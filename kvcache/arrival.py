@@ -122,7 +122,7 @@ class Arrival:
             if begin == end or not is_alone or not has_sums:
                 continue
             rows = list(block_spans(grant.blocks, grant.matched, begin, end, grant.block_size))
-            found = extend_checksum(0, self._heap.data, self._heap.layout, layer, rows)
+            found = extend_checksum(0, self._heap, layer, rows)
             expected = self._heap.load(words.checksum(grant.slot, lane, layer))
             if found != expected:
                 blocks = [block for block, _, _ in rows]

@@ -5,16 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from microserve.kvcache.layout import K, KvLayout, V
+from microserve.kvcache.heap.heap import Heap
+from microserve.kvcache.layout import K, V
 
 
 def extend_checksum(
     checksum: int,
-    data: NDArray[np.uint8],
-    layout: KvLayout,
+    heap: Heap,
     layer: int,
     spans: Iterable[tuple[int, int, int]],
 ) -> int:
@@ -22,10 +19,11 @@ def extend_checksum(
 
     ``spans`` are ``(block, first row, number of rows)`` in token order, as ``block_spans`` gives them.
     """
+    layout = heap.layout
     keys, values = checksum >> 32, checksum & 0xFFFFFFFF
     for block, row, num_rows in spans:
         start = layout.offset(layer, block, K, row)
-        keys = zlib.crc32(data[start : start + num_rows * layout.row_nbytes].data, keys)
+        keys = zlib.crc32(heap.read_data(start, num_rows * layout.row_nbytes).data, keys)
         start = layout.offset(layer, block, V, row)
-        values = zlib.crc32(data[start : start + num_rows * layout.row_nbytes].data, values)
+        values = zlib.crc32(heap.read_data(start, num_rows * layout.row_nbytes).data, values)
     return keys << 32 | values

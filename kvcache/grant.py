@@ -218,6 +218,7 @@ class GrantTable:
     def poll(self, now: float) -> list[GrantEvent]:
         """What time and the writers have brought. To be called every step, and a few times a second when
         idle: a lane that is let go wakes nobody."""
+        self._heap.poll()
         events: list[GrantEvent] = []
         for entry in list(self._entries.values()):
             grant_id, request_id = entry.grant.grant_id, entry.request_id

@@ -188,7 +188,7 @@ class LaneWriter:
         peer.signal_each(words.tags(layer, self._target_blocks), self._tag)
         if self._has_checksums:
             spans = block_spans(source_blocks, 0, lo, hi, mine.block_size)
-            self._sums[layer] = extend_checksum(self._sums[layer], self._heap.data, mine, layer, spans)
+            self._sums[layer] = extend_checksum(self._sums[layer], self._heap, layer, spans)
             peer.signal(words.checksum(slot, lane, layer), self._sums[layer])
         self._next[layer] = hi
         peer.signal(words.arrival(slot, lane, layer), self._count(layer))
@@ -205,6 +205,12 @@ class LaneWriter:
         if self._is_claimed and not self._is_over:
             self._peer.let_go(self._grant.slot, self._lane)
         self._is_over = True
+
+    @property
+    def is_drained(self) -> bool:
+        """It is over, and none of its puts is on its way: the source blocks may be overwritten."""
+        is_held = self._is_claimed and self._peer.holds(self._grant.slot, self._lane)
+        return self._is_over and not is_held
 
     def fail(self) -> None:
         """Give up: tell the receiver so in every layer, then finish. Idempotent; nothing after ``finish``."""

@@ -73,6 +73,11 @@ class WordLayout:
         object.__setattr__(self, "_tags", tags)
         object.__setattr__(self, "num_words", tags + self.num_layers * self.num_blocks)
 
+    @property
+    def num_slot_words(self) -> int:
+        """Words of all slots; the tags follow."""
+        return self._tags
+
     def state(self, slot: int) -> int:
         return slot * self._slot_words
 

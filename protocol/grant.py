@@ -12,13 +12,16 @@ class HeapAddress(msgspec.Struct, frozen=True, array_like=True):
     """Where a heap is; enough for a process on ``host`` to attach it."""
 
     kind: str
-    """``shm``, later ``nvshmem``, ``cuda_ipc``, ``nixl``."""
+    """``shm``, ``cuda_ipc`` or ``nvshmem``, later ``nixl``."""
     host: str
-    """Kernel boot id: two processes with the same one share a kernel, so they can share memory."""
+    """Kernel boot id: two processes with the same one share a kernel, so they can share memory. Of
+    ``nvshmem`` the name of its world."""
     pid: int
+    """Of ``nvshmem`` the rank."""
     fd: int
-    """File descriptor of the memfd in process ``pid``."""
+    """File descriptor of the memfd in process ``pid``; 0 of ``nvshmem``."""
     nbytes: int
+    """Of the memfd, or of a rank's symmetric memory."""
     incarnation: int
     """Incarnation of the owner; also in the heap's header, so a reused pid cannot be mistaken for it."""
 

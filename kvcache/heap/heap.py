@@ -15,6 +15,9 @@ Proof    ``is_held`` turns False only when no write through that hold can come a
          go, or is gone with all its threads and mappings. A frozen holder still holds. When a heap
          cannot know, it says True.
 
+What a PeerHeap does may be on its way when the call returns: a GPU heap enqueues it in a stream. Promises
+hold all the same; ``poll`` brings what is on its way, and ``holds`` says of a lane whether anything is.
+
 Holding is the transport's business and not a protocol of words on purpose. With plain words (claim, then
 read STATE) a writer that sleeps between reading STATE and claiming may wake when the slot serves another
 grant, and overwrite the claim of a living writer, whose blocks would then look unused.
@@ -83,8 +86,17 @@ class Heap(ABC):
     words: WordLayout
     address: HeapAddress
     """For others to ``attach``; its incarnation is the owner's."""
-    data: NDArray[np.uint8]
-    """The data region, shape ``[layout.data_nbytes]``, writable; zero at first."""
+
+    @abstractmethod
+    def read_data(self, start: int, nbytes: int) -> NDArray[np.uint8]:
+        """Bytes of the data region, which is zero at first, in host memory. For checksums and tests.
+
+        Maybe a view: use it before the next call. A GPU heap waits for its whole device first.
+        """
+
+    @abstractmethod
+    def write_data(self, start: int, content: NDArray[np.uint8]) -> None:
+        """Set bytes of the data region, seen by every later put and kernel. For tests."""
 
     @abstractmethod
     def load(self, word: int) -> int:
@@ -97,6 +109,14 @@ class Heap(ABC):
     @abstractmethod
     def store(self, word: int, value: int) -> None:
         """Set a word of this heap, after all earlier stores of this process."""
+
+    @abstractmethod
+    def poll(self, *, wait: bool = False) -> None:
+        """Bring nearer what ``load`` and ``is_held`` see, once a step; never blocks.
+
+        With ``wait`` it blocks (microseconds), and they see what had arrived when it was called. A heap
+        whose words are host memory has nothing to do.
+        """
 
     @abstractmethod
     def is_held(self, slot: int, lane: int) -> bool:
@@ -118,7 +138,7 @@ class Heap(ABC):
     def close(self) -> None:
         """Leave: peers see the owner as dead. Idempotent. Close the PeerHeaps first.
 
-        Views of ``data`` that others hold (a torch tensor) stay valid; the memory goes with the last.
+        Views of its ``data`` that others hold (a torch tensor) stay valid; the memory goes with the last.
         """
 
     def __enter__(self) -> Self:
@@ -142,15 +162,22 @@ class PeerHeap(ABC):
     address: HeapAddress
 
     @abstractmethod
+    def follow(self, stream: int) -> None:
+        """Later puts read our data region after all that is enqueued in this CUDA stream by now: the one
+        in which the KV is computed. Nothing to do where computing ends before its call returns."""
+
+    @abstractmethod
     def put(self, copies: Copies, source_shift: int = 0, target_shift: int = 0) -> None:
         """Copy from our data region to the peer's, each side shifted by so many bytes.
 
-        :class:`InternalError`, and nothing written, if a copy leaves either region.
+        The source may be read until ``holds`` of the lane is False. :class:`InternalError`, and nothing
+        written, if a copy leaves either region.
         """
 
     @abstractmethod
     def signal(self, word: int, value: int) -> None:
-        """Set a word of the peer, visible only after all earlier puts and signals of this PeerHeap."""
+        """Set a word of the peer, visible only after all earlier puts of this PeerHeap, and after its
+        earlier signals of the same slot or of tags."""
 
     @abstractmethod
     def signal_each(self, words: NDArray[np.int64], value: int) -> None:
@@ -158,7 +185,8 @@ class PeerHeap(ABC):
 
     @abstractmethod
     def read(self, word: int) -> int:
-        """The value of a word of the peer."""
+        """The value of a word of the peer, as it was at our last ``hold`` or later. Of a word that we
+        signalled, maybe the value before."""
 
     @abstractmethod
     def hold(self, slot: int, lane: int) -> bool:
@@ -166,12 +194,24 @@ class PeerHeap(ABC):
 
     @abstractmethod
     def let_go(self, slot: int, lane: int) -> None:
-        """Every put and signal of ours through this lane is done. Idempotent."""
+        """No put or signal of ours through this lane follows. It is free for others when all of them are
+        done: at once, or by a later ``poll``. Idempotent."""
+
+    @abstractmethod
+    def holds(self, slot: int, lane: int) -> bool:
+        """We hold the lane, or something that we put through it is still on its way."""
+
+    @abstractmethod
+    def poll(self, *, wait: bool = False) -> None:
+        """Free the lanes that we let go and whose puts are done; once a step, never blocks.
+
+        With ``wait`` it blocks until all that we put and signalled is there.
+        """
 
     @property
     @abstractmethod
     def is_idle(self) -> bool:
-        """We hold no lane of it: ``close`` may be called."""
+        """``holds`` is False of all its lanes."""
 
     @abstractmethod
     def owner_is_dead(self) -> bool:
@@ -179,7 +219,8 @@ class PeerHeap(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Detach. Idempotent. :class:`InternalError` unless ``is_idle``: a writer may be at work."""
+        """Detach, when all that we let go is done. Idempotent. :class:`InternalError` while a lane is held
+        that we did not let go: a writer may be at work."""
 
     def __enter__(self) -> Self:
         return self

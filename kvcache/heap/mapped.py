@@ -24,8 +24,29 @@ from microserve.protocol.errors import InternalError, TransferFailed
 from microserve.protocol.grant import HeapAddress
 
 
-class MappedHeap(Heap):
+class MappedWords(Heap):
+    """An owner whose words are memory of this process, wherever its data may be."""
+
+    _words: NDArray[np.uint64]
+
+    def load(self, word: int) -> int:
+        return self._words.item(word)
+
+    def load_each(self, words: NDArray[np.int64]) -> NDArray[np.uint64]:
+        return self._words[words]
+
+    def store(self, word: int, value: int) -> None:
+        self._words[word] = value
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Words are here as soon as they are anywhere."""
+
+
+class MappedHeap(MappedWords):
     """Subclasses hold lanes, attach and close."""
+
+    data: NDArray[np.uint8]
+    """The data region, shape ``[layout.data_nbytes]``, writable."""
 
     def __init__(
         self,
@@ -40,16 +61,13 @@ class MappedHeap(Heap):
         self.words = words
         self.address = address
         self.data = np.frombuffer(data_region, np.uint8)
-        self._words: NDArray[np.uint64] = np.frombuffer(word_region, np.uint64)
+        self._words = np.frombuffer(word_region, np.uint64)
 
-    def load(self, word: int) -> int:
-        return self._words.item(word)
+    def read_data(self, start: int, nbytes: int) -> NDArray[np.uint8]:
+        return self.data[start : start + nbytes]
 
-    def load_each(self, words: NDArray[np.int64]) -> NDArray[np.uint64]:
-        return self._words[words]
-
-    def store(self, word: int, value: int) -> None:
-        self._words[word] = value
+    def write_data(self, start: int, content: NDArray[np.uint8]) -> None:
+        self.data[start : start + content.size] = content
 
     def _drop(self) -> None:
         """Our own views of the regions; nothing can be loaded or stored after."""
@@ -79,16 +97,13 @@ class MappedPeerHeap(PeerHeap):
         self._target = data_region
         self._source = source
 
+    def follow(self, stream: int) -> None:
+        """Our data region is written by this process's own code: done when the call returns."""
+        self._require_open()
+
     def put(self, copies: Copies, source_shift: int = 0, target_shift: int = 0) -> None:
         self._require_open()
-        for side, shift, end, region in (
-            ("source", source_shift, copies.source_end, self._source),
-            ("target", target_shift, copies.target_end, self._target),
-        ):
-            if shift < 0 or shift + end > len(region):
-                raise InternalError(
-                    f"put: bytes up to {shift + end} of a {side} of {len(region)}, shift {shift}"
-                )
+        require_inside(copies, source_shift, target_shift, len(self._source), len(self._target))
         source, target = self._source[source_shift:], self._target[target_shift:]
         for target_slice, source_slice in copies.slices:
             target[target_slice] = source[source_slice]
@@ -104,6 +119,13 @@ class MappedPeerHeap(PeerHeap):
     def read(self, word: int) -> int:
         self._require_open()
         return self._words.item(word)
+
+    def holds(self, slot: int, lane: int) -> bool:
+        return (slot, lane) in self._held
+
+    def poll(self, *, wait: bool = False) -> None:
+        """Every call was done when it returned."""
+        self._require_open()
 
     @property
     def is_idle(self) -> bool:
@@ -123,6 +145,18 @@ class MappedPeerHeap(PeerHeap):
         self._words = np.empty(0, np.uint64)
         self._target = self._source = memoryview(b"")
         return True
+
+
+def require_inside(
+    copies: Copies, source_shift: int, target_shift: int, source_nbytes: int, target_nbytes: int
+) -> None:
+    """:class:`InternalError` if a copy leaves one of the data regions."""
+    for side, shift, end, nbytes in (
+        ("source", source_shift, copies.source_end, source_nbytes),
+        ("target", target_shift, copies.target_end, target_nbytes),
+    ):
+        if shift < 0 or shift + end > nbytes:
+            raise InternalError(f"put: bytes up to {shift + end} of a {side} of {nbytes}, shift {shift}")
 
 
 def require_same_kv(mine: KvLayout, theirs: KvLayout) -> None:

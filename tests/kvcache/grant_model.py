@@ -62,6 +62,15 @@ class LatePeer(PeerHeap):
     def hold(self, slot: int, lane: int) -> bool:
         return self._peer.hold(slot, lane)
 
+    def follow(self, stream: int) -> None:
+        self._peer.follow(stream)
+
+    def holds(self, slot: int, lane: int) -> bool:
+        return self._peer.holds(slot, lane)
+
+    def poll(self, *, wait: bool = False) -> None:
+        self._peer.poll(wait=wait)
+
     @property
     def is_idle(self) -> bool:
         return self._peer.is_idle

@@ -19,6 +19,9 @@ import msgspec
 from microserve.protocol.grant import HeapAddress
 
 TIMEOUT_S = 30.0
+ROOT = Path(__file__).parents[2]
+PYTHONPATH = os.pathsep.join((str(ROOT / "tests" / "support"), *filter(None, sys.path)))
+"""What this process imports from, for its children."""
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -38,7 +41,8 @@ class Child:
                 *(sys.executable, "-m", "tests.kvcache.heap_process"),
                 *(factory, str(incarnation), str(num_blocks)),
             ],
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": PYTHONPATH},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -15,7 +15,7 @@ from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.kvcache.words import MAX_LANES
 from microserve.protocol.errors import InternalError, TransferFailed
 from tests.kvcache.heap_factories import MINE, NUM_SLOTS, OTHERS, THEIRS, HeapFactory
-from tests.kvcache.kv_samples import POISON_BYTE, make_layout
+from tests.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data, settle
 
 
 class HeapConformance:
@@ -38,13 +38,13 @@ class HeapConformance:
     # --- bytes
 
     def test_a_new_heap_is_zero_and_writable(self, theirs: Heap) -> None:
-        assert theirs.data.shape == (theirs.layout.data_nbytes,)
-        assert not theirs.data.any()
+        assert data_of(theirs).shape == (theirs.layout.data_nbytes,)
+        assert not data_of(theirs).any()
         assert all(theirs.load(word) == 0 for word in range(theirs.words.num_words))
 
-        theirs.data[:] = 7
+        set_data(theirs, 7)
 
-        assert theirs.data.all()
+        assert (data_of(theirs) == 7).all()
 
     def test_the_peer_is_seen_with_its_own_layout(self, theirs: Heap, peer: PeerHeap) -> None:
         assert peer.layout == theirs.layout
@@ -59,24 +59,27 @@ class HeapConformance:
         source_shift = data.draw(st.integers(0, 64))
         target_shift = data.draw(st.integers(0, 64))
         seed = data.draw(st.integers(0, 9))
-        mine.data[:] = np.frombuffer(random.Random(seed).randbytes(mine.data.size), np.uint8)
-        theirs.data[:] = POISON_BYTE
-        expected = bytearray(theirs.data)
+        mine_nbytes, theirs_nbytes = mine.layout.data_nbytes, theirs.layout.data_nbytes
+        content = random.Random(seed).randbytes(mine_nbytes)
+        set_data(mine, content)
+        set_data(theirs, POISON_BYTE)
+        expected = bytearray([POISON_BYTE]) * theirs_nbytes
         copies = []
         # Targets in disjoint strips; sources anywhere.
-        for strip in range(0, theirs.data.size - 64 - 32, 32):
+        for strip in range(0, theirs_nbytes - 64 - 32, 32):
             if data.draw(st.booleans()):
                 nbytes = data.draw(st.integers(0, 32))
-                source = data.draw(st.integers(0, mine.data.size - 64 - nbytes))
+                source = data.draw(st.integers(0, mine_nbytes - 64 - nbytes))
                 copies.append(Copy(source, strip, nbytes))
                 start = source + source_shift
-                expected[strip + target_shift : strip + target_shift + nbytes] = mine.data[
+                expected[strip + target_shift : strip + target_shift + nbytes] = content[
                     start : start + nbytes
-                ].tobytes()
+                ]
 
         peer.put(Copies(copies), source_shift, target_shift)
+        settle(peer, theirs)
 
-        assert theirs.data.tobytes() == expected
+        assert data_of(theirs).tobytes() == expected
 
     @pytest.mark.parametrize(
         ("source", "target", "nbytes", "source_shift", "target_shift"),
@@ -102,12 +105,12 @@ class HeapConformance:
         source_shift: int | str,
         target_shift: int | str,
     ) -> None:
-        ends = {"source": mine.data.size, "target": theirs.data.size}
+        ends = {"source": mine.layout.data_nbytes, "target": theirs.layout.data_nbytes}
         values = {"source": source, "target": target}
         shifts = {"source": source_shift, "target": target_shift}
         at = {side: ends[side] if value == "end" else value for side, value in values.items()}
         by = {side: ends[side] - 4 if value == "end" else value for side, value in shifts.items()}
-        theirs.data[:] = POISON_BYTE
+        set_data(theirs, POISON_BYTE)
 
         with pytest.raises(InternalError):
             peer.put(
@@ -116,42 +119,39 @@ class HeapConformance:
                 by["target"],  # type: ignore[arg-type]
             )
 
-        assert (theirs.data == POISON_BYTE).all()
-
-    def test_views_of_the_data_outlive_the_heap(self, factory: HeapFactory) -> None:
-        heap = factory.create(make_layout(), OTHERS)
-        view = heap.data
-        view[:] = 5
-        heap.close()
-
-        assert view[-1] == 5
-        view[0] = 6
+        settle(peer, theirs)
+        assert (data_of(theirs) == POISON_BYTE).all()
 
     # --- words
 
     def test_words_carry_64_bits_both_ways(self, theirs: Heap, peer: PeerHeap) -> None:
         for word, value in ((0, (1 << 64) - 1), (theirs.words.num_words - 1, 1 << 63), (5, 1)):
             peer.signal(word, value)
+            settle(peer, theirs)
             assert theirs.load(word) == value
             theirs.store(word, value - 1)
-            assert peer.read(word) == value - 1
+            theirs.poll(wait=True)
+            assert theirs.load(word) == peer.read(word) == value - 1
 
     def test_several_words_at_once(self, theirs: Heap, peer: PeerHeap) -> None:
         words = theirs.words.tags(1, [6, 0, 3])
 
         peer.signal_each(words, 77)
+        settle(peer, theirs)
 
         assert theirs.load_each(words).tolist() == [77, 77, 77]
         assert sum(theirs.load(word) == 77 for word in range(theirs.words.num_words)) == 3
 
     def test_data_and_words_do_not_overlap(self, theirs: Heap, peer: PeerHeap) -> None:
-        theirs.data[:] = 255
+        set_data(theirs, 255)
+        theirs.poll(wait=True)
         assert all(theirs.load(word) == 0 for word in range(theirs.words.num_words))
 
         for word in range(theirs.words.num_words):
             peer.signal(word, 0)
+        settle(peer, theirs)
 
-        assert (theirs.data == 255).all()
+        assert (data_of(theirs) == 255).all()
 
     # --- attaching
 
@@ -180,16 +180,16 @@ class HeapConformance:
             mine.attach(theirs.address)
 
     def test_an_engine_may_attach_itself(self, mine: Heap) -> None:
-        mine.data[:] = 1
-        mine.data[:8] = 9
+        set_data(mine, bytes([9]) * 8 + bytes([1]) * (mine.layout.data_nbytes - 8))
         with mine.attach(mine.address) as peer:
             peer.put(Copies([Copy(0, 100, 8)]))
 
             assert peer.hold(0, 0)
+            settle(peer, mine)
             assert mine.is_held(0, 0)
             peer.let_go(0, 0)
 
-        assert (mine.data == 9).sum() == 16
+        assert (data_of(mine) == 9).sum() == 16
 
     # --- life
 
@@ -205,6 +205,7 @@ class HeapConformance:
 
         peer.put(Copies([Copy(0, 0, 64)]))
         peer.signal(0, 1)
+        peer.poll(wait=True)
 
         assert peer.read(0) == 1
 
@@ -220,10 +221,13 @@ class HeapConformance:
             lambda: peer.read(0),
             lambda: peer.hold(0, 0),
             lambda: peer.let_go(0, 0),
+            lambda: peer.follow(0),
+            peer.poll,
             peer.owner_is_dead,
         ):
             with pytest.raises(InternalError):
                 call()
+        theirs.poll(wait=True)
         assert theirs.load(0) == 0
         assert not theirs.is_held(0, 0)
 
@@ -241,16 +245,20 @@ class HeapConformance:
             factory.create(make_layout(), OTHERS) as other,
             other.attach(theirs.address) as rival,
         ):
+            settle(peer, theirs)
             assert not theirs.is_held(1, 2)
             assert peer.hold(1, 2)
+            settle(peer, theirs)
             assert theirs.is_held(1, 2)
             assert not peer.hold(1, 2)
             assert not rival.hold(1, 2)
             rival.let_go(1, 2)
+            settle(rival, theirs)
             assert theirs.is_held(1, 2)
 
             peer.let_go(1, 2)
             peer.let_go(1, 2)
+            settle(peer, theirs)
 
             assert not theirs.is_held(1, 2)
             assert rival.hold(1, 2)
@@ -263,10 +271,14 @@ class HeapConformance:
         for key in random.Random(1).sample(lanes, len(lanes)):
             assert peer.hold(*key)
             held.add(key)
+            assert {key for key in lanes if peer.holds(*key)} == held
+            settle(peer, theirs)
             assert {key for key in lanes if theirs.is_held(*key)} == held
         for key in random.Random(2).sample(lanes, len(lanes)):
             peer.let_go(*key)
             held.remove(key)
+            settle(peer, theirs)
+            assert {key for key in lanes if peer.holds(*key)} == held
             assert {key for key in lanes if theirs.is_held(*key)} == held
 
     def test_a_peer_with_a_held_lane_cannot_close(self, theirs: Heap, peer: PeerHeap) -> None:
@@ -277,8 +289,10 @@ class HeapConformance:
         with pytest.raises(InternalError, match=r"\(0, 1\)"):
             peer.close()
 
+        settle(peer, theirs)
         assert theirs.is_held(0, 1)
         peer.let_go(0, 1)
+        peer.poll(wait=True)
         assert peer.is_idle
 
     def test_another_heap_s_lanes_are_not_this_one_s(
@@ -288,5 +302,6 @@ class HeapConformance:
             assert elsewhere.hold(0, 0)
             assert peer.hold(0, 0)
             peer.let_go(0, 0)
+            settle(elsewhere, other)
             assert other.is_held(0, 0)
             elsewhere.let_go(0, 0)

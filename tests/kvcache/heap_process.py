@@ -12,12 +12,14 @@ from typing import Any
 
 import msgspec
 
+from microserve.kvcache.heap.cuda_ipc import CudaIpcPeerHeap
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.kvcache.transfer import LaneWriter
 from microserve.protocol.errors import MeshError
 from microserve.protocol.grant import Grant, HeapAddress
 from tests.kvcache.heap_factories import FACTORIES
-from tests.kvcache.kv_samples import fill, make_layout
+from tests.kvcache.heap_stress import send_random
+from tests.kvcache.kv_samples import fill, make_layout, set_data
 
 
 class Commands:
@@ -34,12 +36,19 @@ class Commands:
 
     def let_go(self, slot: int, lane: int) -> str:
         self.peer.let_go(slot, lane)
+        self.peer.poll(wait=True)
         return "free"
 
+    def lose_file(self) -> str:
+        """Of a heap whose words are a file: what the kernel takes first from a process that dies."""
+        assert isinstance(self.peer, CudaIpcPeerHeap)
+        self.peer._shared.close()
+        return "lost"
+
     def paint_and_signal(self, rounds: int, done: int, seen: int) -> str:
-        everything = Copies([Copy(0, 0, self._heap.data.size)])
+        everything = Copies([Copy(0, 0, self._heap.layout.data_nbytes)])
         for number in range(1, rounds + 1):
-            self._heap.data[:] = number % 251
+            set_data(self._heap, number % 251)
             self.peer.put(everything)
             self.peer.signal(done, number)
             while self.peer.read(seen) < number:
@@ -53,14 +62,19 @@ class Commands:
             while self.peer.read(go) < number:
                 pass
             self.peer.let_go(0, 0)
+            self.peer.poll(wait=True)
             is_open = self.peer.hold(0, 0) and self.peer.read(state) < number
             if not is_open:
                 self.peer.let_go(0, 0)
             self.peer.signal(result, 2 * number + is_open)
         return "done"
 
+    def send_random(self, rounds: int) -> str:
+        send_random(self._heap, self.peer, rounds)
+        return "done"
+
     def put_for_ever(self, word: int) -> None:
-        everything = Copies([Copy(0, 0, self._heap.data.size)])
+        everything = Copies([Copy(0, 0, self._heap.layout.data_nbytes)])
         number = 0
         while True:
             number += 1
@@ -83,10 +97,12 @@ class Commands:
         """Tokens ``[lo, hi)`` in every layer."""
         for layer in range(self._heap.layout.num_layers):
             self._writer.put_layer(layer, self._blocks(hi), lo, hi)
+        self.peer.poll(wait=True)
         return "put"
 
     def finish(self) -> str:
         self._writer.finish()
+        self.peer.poll(wait=True)
         return "finished"
 
     def transfer(self, grant: dict[str, Any], lane: int, begin: int, end: int) -> str:
@@ -94,13 +110,15 @@ class Commands:
         try:
             self.claim(grant, lane, begin, end)
             for token in range(begin, end):
-                self.put(token, token + 1)
+                for layer in range(self._heap.layout.num_layers):
+                    self._writer.put_layer(layer, self._blocks(token + 1), token, token + 1)
+                self.peer.poll()
                 # Lets the receiver in between on a machine with few cores.
                 os.sched_yield()
         except MeshError as error:
             return error.code
         finally:
-            self._writer.finish()
+            self.finish()
         return "finished"
 
     def _blocks(self, num_tokens: int) -> list[int]:

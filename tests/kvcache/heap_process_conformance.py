@@ -15,10 +15,13 @@ from microserve.kvcache.heap.heap import Copies, Copy, Heap
 from microserve.protocol.errors import TransferFailed
 from tests.kvcache.heap_child import Child, wait_until
 from tests.kvcache.heap_factories import FACTORIES, MINE, OTHERS, THEIRS
-from tests.kvcache.kv_samples import POISON_BYTE, make_layout
+from tests.kvcache.heap_stress import receive_random
+from tests.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data
 
 
 class HeapProcessConformance:
+    num_random_rounds = 300
+
     @pytest.fixture
     def mine(self, factory_name: str) -> Iterator[Heap]:
         with FACTORIES[factory_name]().create(make_layout(), MINE) as heap:
@@ -38,25 +41,34 @@ class HeapProcessConformance:
             FACTORIES[factory_name]().create(make_layout(num_blocks=num_blocks), MINE) as mine,
             Child(factory_name, THEIRS, num_blocks) as child,
         ):
-            assert 2 * 64 * num_blocks == mine.layout.data_nbytes == nbytes
+            assert mine.layout.data_nbytes == nbytes
             done, seen = mine.words.begin(0, 0), mine.words.begin(1, 0)
             child.ask("attach", address=mine.address)
             child.send("paint_and_signal", rounds=num_rounds, done=done, seen=seen)
             torn = 0
             for number in range(1, num_rounds + 1):
                 wait_until(lambda number=number: mine.load(done) >= number, f"round {number}")  # type: ignore[misc]
-                torn += int((mine.data != number % 251).sum())
+                torn += int((mine.read_data(0, nbytes) != number % 251).sum())
                 mine.store(seen, number)
 
             assert torn == 0
             assert child.receive() == "done"
 
-    def test_a_claim_and_a_close_never_miss_each_other(self, mine: Heap, child: Child) -> None:
+    def test_random_bytes_at_random_places(self, mine: Heap, child: Child) -> None:
+        child.ask("attach", address=mine.address)
+        child.send("send_random", rounds=self.num_random_rounds)
+
+        assert receive_random(mine, make_layout(), self.num_random_rounds) == 0
+        assert child.receive() == "done"
+
+    def test_a_claim_and_a_close_never_miss_each_other(
+        self, factory_name: str, mine: Heap, child: Child
+    ) -> None:
         """The owner closes and asks who holds; the writer holds and asks if it is closed; at one moment.
 
         A writer that found it open must have been seen, or its blocks would be given away under it.
         """
-        num_rounds = 4000
+        num_rounds = FACTORIES[factory_name]().num_race_rounds
         words = {"state": mine.words.state(0), "go": mine.words.begin(0, 0), "result": mine.words.end(0, 0)}
         chance = random.Random(5)
         outcomes = set()
@@ -93,9 +105,9 @@ class HeapProcessConformance:
         # Not reaped: a zombie has no threads and no mappings, and its lane is free.
         wait_until(lambda: not mine.is_held(1, 1), "the lane of a dead writer")
 
-        mine.data[:] = POISON_BYTE
+        set_data(mine, POISON_BYTE)
         child.kill()
-        assert (mine.data == POISON_BYTE).all()
+        assert (data_of(mine) == POISON_BYTE).all()
 
     def test_an_owner_is_dead_only_when_it_is(self, mine: Heap, child: Child) -> None:
         peer = mine.attach(child.address)
@@ -135,25 +147,24 @@ class HeapProcessConformance:
 
     def test_nothing_is_left_behind(self, factory_name: str) -> None:
         """After a kill on either side: no file in /dev/shm, no descriptor and no mapping here."""
-        before = _traces()
+        before = self.traces()
         with (
             Child(factory_name, THEIRS) as child,
             FACTORIES[factory_name]().create(make_layout(), 44) as heap,
         ):
             child.ask("attach", address=heap.address)
             with heap.attach(child.address) as peer:
-                assert _traces() != before
+                assert self.traces() != before
                 child.kill()
                 assert peer.owner_is_dead()
 
-        assert _traces() == before
+        assert self.traces() == before
 
-
-def _traces() -> tuple[set[str], set[str], int]:
-    links = set()
-    for fd in os.listdir("/proc/self/fd"):
-        # The listing has a descriptor of its own.
-        if os.path.lexists(path := f"/proc/self/fd/{fd}"):
-            links.add(f"{fd} {os.readlink(path)}")
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
-    return set(os.listdir("/dev/shm")), links, maps.count("microserve")
+    def traces(self) -> tuple[set[str], set[str], int]:
+        links = set()
+        for fd in os.listdir("/proc/self/fd"):
+            # The listing has a descriptor of its own.
+            if os.path.lexists(path := f"/proc/self/fd/{fd}"):
+                links.add(f"{fd} {os.readlink(path)}")
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        return set(os.listdir("/dev/shm")), links, maps.count("microserve")

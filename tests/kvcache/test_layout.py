@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.kvcache.checksum import extend_checksum
+from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import K, KvLayout, V, block_spans
 from microserve.kvcache.words import (
     MAX_GENERATION,
@@ -164,13 +165,14 @@ def test_tags_tell_grants_apart() -> None:
 
 
 def test_a_checksum_does_not_depend_on_where_it_was_interrupted() -> None:
-    data = np.frombuffer(np.random.default_rng(1).bytes(LAYOUT.data_nbytes), np.uint8)
+    heap = MemoryHeap(LAYOUT, incarnation=1, registry=MemoryRegistry())
+    heap.data[:] = np.frombuffer(np.random.default_rng(1).bytes(LAYOUT.data_nbytes), np.uint8)
 
     def over(*cuts: int) -> int:
         checksum = 0
         for lo, hi in itertools.pairwise(cuts):
             spans = block_spans([4, 0, 2], 0, lo, hi, 4)
-            checksum = extend_checksum(checksum, data, LAYOUT, 1, spans)
+            checksum = extend_checksum(checksum, heap, 1, spans)
         return checksum
 
     assert over(1, 11) == over(1, 2, 7, 11)

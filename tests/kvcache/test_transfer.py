@@ -21,7 +21,7 @@ from microserve.protocol.errors import (
     TransferFailed,
 )
 from microserve.protocol.grant import Grant, HeapAddress
-from tests.kvcache.kv_samples import POISON_BYTE, fill, make_layout, mismatches
+from tests.kvcache.kv_samples import POISON_BYTE, data_of, fill, make_layout, mismatches
 
 SENDER, RECEIVER = 1, 2
 
@@ -129,12 +129,12 @@ def test_a_grant_closed_on_the_way_stops_its_writer_before_the_next_layer(pair: 
     writer.claim()
     writer.put_layer(0, pair.source_blocks, 0, 16)
     pair.table.close(grant.grant_id, now=0.0)
-    before = pair.receiver.data.copy()
+    before = data_of(pair.receiver)
 
     with pytest.raises(TransferFailed, match="closed"):
         writer.put_layer(1, pair.source_blocks, 0, 16)
 
-    assert np.array_equal(pair.receiver.data, before)
+    assert np.array_equal(data_of(pair.receiver), before)
     assert pair.receiver.is_held(0, 0)
     writer.fail()
     assert not pair.receiver.is_held(0, 0)
@@ -176,7 +176,7 @@ def test_nothing_is_written_after_the_end(pair: Pair, end_with: str) -> None:
             call()
 
     assert np.array_equal(pair.receiver.load_each(np.arange(pair.receiver.words.num_words)), before)
-    assert (pair.receiver.data == POISON_BYTE).all()
+    assert (data_of(pair.receiver) == POISON_BYTE).all()
 
 
 def test_nothing_is_written_before_the_claim(pair: Pair) -> None:
@@ -187,7 +187,7 @@ def test_nothing_is_written_before_the_claim(pair: Pair) -> None:
     with pytest.raises(InternalError):
         writer.set_first_token(1)
 
-    assert (pair.receiver.data == POISON_BYTE).all()
+    assert (data_of(pair.receiver) == POISON_BYTE).all()
 
 
 def test_a_writer_that_gives_up_poisons_its_lane(pair: Pair) -> None:

@@ -145,7 +145,8 @@ def each_point(new_id: str, *, consumed: bool) -> Iterator[Succession]:
 def contents(succession: Succession) -> bytes:
     """Every byte and word of the receiver's heap."""
     heap = succession.core._heap
-    return heap.data.tobytes() + heap.load_each(np.arange(heap.words.num_words)).tobytes()
+    data = heap.read_data(0, heap.layout.data_nbytes)
+    return data.tobytes() + heap.load_each(np.arange(heap.words.num_words)).tobytes()
 
 
 def settle(succession: Succession) -> None:

@@ -1,0 +1,77 @@
+"""Many transfers of random bytes to random places, every byte compared: order, and nothing beside its target.
+
+The writer runs ``send_random``, the owner ``receive_random``; both draw a round's bytes from its number.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
+from microserve.kvcache.layout import KvLayout
+from tests.kvcache.heap_child import wait_until
+from tests.kvcache.kv_samples import POISON_BYTE, set_data
+
+
+class _Round(NamedTuple):
+    content: NDArray[np.uint8]
+    source: int
+    target: int
+
+    @classmethod
+    def draw(cls, number: int, source: KvLayout, target: KvLayout) -> _Round:
+        chance = np.random.default_rng(number)
+        room = min(source.data_nbytes, target.data_nbytes)
+        content = np.frombuffer(chance.bytes(int(chance.integers(1, room + 1))), np.uint8)
+        return cls(
+            content,
+            int(chance.integers(source.data_nbytes - content.size + 1)),
+            int(chance.integers(target.data_nbytes - content.size + 1)),
+        )
+
+
+def send_random(heap: Heap, peer: PeerHeap, num_rounds: int) -> None:
+    done, seen = peer.words.arrival(0, 0, 0), peer.words.state(0)
+
+    def take() -> bool:
+        peer.poll()
+        return peer.hold(0, 0)
+
+    for number in range(1, num_rounds + 1):
+        content, source, target = _Round.draw(number, heap.layout, peer.layout)
+        wait_until(take, f"the lane of round {number}")
+        heap.write_data(source, content)
+        half = content.size // 2
+        # The later half first: one set of copies, two that cannot be merged.
+        peer.put(Copies([Copy(source + half, target + half, content.size - half)]))
+        peer.put(Copies([Copy(source, target, half)]))
+        peer.signal(done, number)
+        peer.let_go(0, 0)
+        wait_until(lambda number=number: peer.read(seen) >= number, f"the end of round {number}")  # type: ignore[misc]
+    peer.poll(wait=True)
+
+
+def receive_random(heap: Heap, sender: KvLayout, num_rounds: int) -> int:
+    """The number of bytes that were wrong."""
+    done, seen = heap.words.arrival(0, 0, 0), heap.words.state(0)
+    num_wrong = 0
+
+    def has_come(number: int) -> bool:
+        heap.poll()
+        os.sched_yield()
+        return heap.load(done) >= number
+
+    set_data(heap, POISON_BYTE)
+    for number in range(1, num_rounds + 1):
+        expected = np.full(heap.layout.data_nbytes, POISON_BYTE, np.uint8)
+        content, _, target = _Round.draw(number, sender, heap.layout)
+        expected[target : target + content.size] = content
+        wait_until(lambda number=number: has_come(number), f"round {number}")  # type: ignore[misc]
+        num_wrong += int((heap.read_data(0, expected.size) != expected).sum())
+        set_data(heap, POISON_BYTE)
+        heap.store(seen, number)
+    return num_wrong
