@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: up test check fmt bench exactness simulate mutations chaos swaps clean
+.PHONY: up test check fmt bench exactness simulate mutations chaos swaps extras clean
 
 up: $(VENV)/installed
 	$(BIN)/microserve up $(ARGS)
@@ -47,6 +47,11 @@ chaos: $(VENV)/installed
 # Strategies swapped on a live mesh under load: ARGS="--seconds 60 --swaps 1000 --rate 50"
 swaps: $(VENV)/installed
 	$(BIN)/python tests/support/swaps.py $(ARGS)
+
+# What a machine with a GPU would install, resolved and not installed.
+extras: $(VENV)/installed
+	$(BIN)/pip install --quiet --dry-run '.[cuda12]'
+	$(BIN)/pip install --quiet --dry-run '.[cuda13]'
 
 bench: $(VENV)/installed
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
