@@ -104,7 +104,7 @@ async def _run(loop: VirtualLoop, journal: Journal, scenario: Scenario, verdict:
         await until(lambda: all(answer.outcome for answer in answers), OUTCOME_S)
         verdict.violations += judge_outcomes(answers)
         num_continued = journal.events[log.REQUEST_CONTINUED]
-        verdict.violations += judge_service(scenario, answers, num_continued, journal.preempted)
+        verdict.violations += judge_service(scenario, answers, num_continued, journal.held_up)
         verdict.violations += await _settle(world)
         verdict.violations += await _probe(world, answers)
         for answer in answers:

@@ -19,6 +19,9 @@ from microserve.services.simulation.loop import VirtualLoop
 DEFECTS = frozenset({log.STEP_FAILED, log.BUS_HANDLER_FAILED, log.STRATEGY_FAILED, log.SERVICE_FAILED})
 """Events that no fault outside of a process may cause."""
 
+QUEUED_S = 1.0
+"""No work of others takes so long in the worlds that are judged by time; want of blocks does."""
+
 
 class Journal:
     """Lines of one world."""
@@ -28,8 +31,9 @@ class Journal:
         self.lines: list[str] = []
         self.defects: list[str] = []
         self.events: Counter[str] = Counter()
-        self.preempted: set[str] = set()
-        """Ids, as clients know them, of requests that an engine put back for want of blocks."""
+        self.held_up: set[str] = set()
+        """Ids, as clients know them, of requests that an engine put back for want of blocks, or let wait for
+        them before it began."""
         self._loop = loop
         self._keep = keep
         self._digest = hashlib.blake2b(digest_size=16)
@@ -63,8 +67,8 @@ class Journal:
                 if isinstance(trace, BaseException)
                 else traceback.format_exc()
             )
-        if name == log.REQUEST_FINISHED and event.get("num_preemptions"):
-            self.preempted.add(str(event["request_id"]).partition("~")[0])
+        if event.get("num_preemptions") or event.get("queued_s", 0.0) > QUEUED_S:
+            self.held_up.add(str(event["request_id"]).partition("~")[0])
         self.note(name, **event)
         raise structlog.DropEvent
 

@@ -83,11 +83,11 @@ def judge_gone(world: World, request_id: str) -> list[str]:
 
 
 def judge_service(
-    scenario: Scenario, answers: Sequence[Answer], num_continued: int, preempted: Collection[str]
+    scenario: Scenario, answers: Sequence[Answer], num_continued: int, held_up: Collection[str]
 ) -> list[str]:
     """What is promised where nothing, or one engine of several, has failed.
 
-    ``preempted`` requests wait for blocks, and a frozen writer keeps those of its grants for as long as it is
+    ``held_up`` requests wait for blocks, and a frozen writer keeps those of its grants for as long as it is
     frozen.
     """
     if scenario.kind == STORM:
@@ -103,7 +103,7 @@ def judge_service(
         if not answer.is_complete and not answer.is_cancelled:
             wrong.append(f"service: {name} ended {answer.outcome!r} ({answer.detail})")
             continue
-        patience_s = PATIENCE_S + (frozen_s if answer.request_id in preempted else 0.0)
+        patience_s = PATIENCE_S + (frozen_s if answer.request_id in held_up else 0.0)
         if answer.ended_at - answer.submitted_at > patience_s:
             seconds = answer.ended_at - answer.submitted_at
             wrong.append(f"service: {name} took {seconds:.1f} s, at most {patience_s}")
