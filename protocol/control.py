@@ -149,6 +149,7 @@ class ControlRecord(msgspec.Struct, frozen=True, array_like=True):
     reason: str
     engine: str = ""
     labels: list[str] = []
+    shadow: bool = False
 
 
 # --- service -> index ------------------------------------------------------------------------------

@@ -355,7 +355,8 @@ def history(name: str, limit: int, config: str | None, index: str | None) -> Non
         values = "".join(f" {key}={value}" for key, value in record.parameters.items())
         share = f" {record.share:.0%}" if record.kind == "publish" else ""
         labels = " " + (" ".join(record.labels) or ANY) if record.kind == LABEL else ""
-        what = f"{record.kind} {record.strategy or record.engine}{labels}{share}{values}"
+        shadow = " (shadow)" if record.shadow else ""
+        what = f"{record.kind}{shadow} {record.strategy or record.engine}{labels}{share}{values}"
         click.echo(
             f"{record.version:>6}  {at}  {what}  {record.digest[:12]}  {record.who}  {record.reason}".rstrip()
         )

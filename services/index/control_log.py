@@ -133,7 +133,9 @@ class ControlLog:
 
     def records(self, strategy: str = "", limit: int = MAX_CONTROL_ENTRIES) -> list[ControlRecord]:
         """The newest first; ``strategy`` empty: of all. At most ``MAX_RECORDS``."""
-        columns = "version, at, who, kind, strategy, digest, parameters, share, reason, engine, labels"
+        columns = (
+            "version, at, who, kind, strategy, digest, parameters, share, reason, engine, labels, shadow"
+        )
         rows = self._database.execute(
             f"SELECT {columns} FROM changes WHERE ? IN ('', strategy) ORDER BY version DESC LIMIT ?",
             (strategy, max(0, min(limit, MAX_RECORDS))),
@@ -156,9 +158,12 @@ def _record(
     reason: str,
     engine: str,
     labels: str,
+    shadow: int,
 ) -> ControlRecord:
     values, names = _PARAMETERS.decode(parameters), _LABELS.decode(labels)
-    return ControlRecord(version, at, who, kind, strategy, digest, values, share, reason, engine, names)
+    return ControlRecord(
+        version, at, who, kind, strategy, digest, values, share, reason, engine, names, bool(shadow)
+    )
 
 
 def _unusable(path: str, error: Exception) -> ConfigError:

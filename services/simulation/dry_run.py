@@ -8,6 +8,7 @@ strategy's doing. What neither ends nor awaits must be ended from outside.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,7 +84,8 @@ def _plainly(line: str) -> str:
     """What a line of the journal says went wrong: the last line of its traceback, or else its error."""
     text, _, trace = line.partition(" trace=")
     told = [each for each in trace.splitlines() if each and not each.startswith(" ")]
-    return told[-1] if told else text.partition(" error=")[2] or text
+    found = told[-1] if told else text.partition(" error=")[2] or text
+    return re.sub(r"^microserve\.[\w.]*\.(\w+: )", r"\1", found)
 
 
 async def _run(

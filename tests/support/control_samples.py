@@ -80,6 +80,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
                     reason="r",
                     engine="e",
                     labels=["decode"],
+                    shadow=True,
                 )
             ],
         ),
@@ -109,7 +110,7 @@ GOLDEN: dict[str, str] = {
         "0000cb4020000000000000cb4030000000000000c3"
     ),
     "FROM_INDEX.ControlRecords": (
-        "930a09919b03cb3ff8000000000000a56c6f63616ca77075626c697368a862616c616e636564a16481a5726174696fcb"
-        "3fe0000000000000cb3fd0000000000000a172a16591a66465636f6465"
+        "930a09919c03cb3ff8000000000000a56c6f63616ca77075626c697368a862616c616e636564a16481a5726174696fcb"
+        "3fe0000000000000cb3fd0000000000000a172a16591a66465636f6465c3"
     ),
 }
