@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: up test check fmt bench exactness simulate mutations chaos swaps extras clean
+.PHONY: up test check fmt bench exactness simulate mutations chaos swaps soak extras clean
 
 up: $(VENV)/installed
 	$(BIN)/microserve up $(ARGS)
@@ -47,6 +47,10 @@ chaos: $(VENV)/installed
 # Strategies swapped on a live mesh under load: ARGS="--seconds 60 --swaps 1000 --rate 50"
 swaps: $(VENV)/installed
 	$(BIN)/python tests/support/swaps.py $(ARGS)
+
+# Memory under a steady load, nothing killed: ARGS="--seconds 1200 --rate 12"
+soak: $(VENV)/installed
+	$(BIN)/python tests/support/soak.py $(ARGS)
 
 # What a machine with a GPU would install, resolved and not installed.
 extras: $(VENV)/installed
