@@ -139,14 +139,20 @@ class Attempts:
     async def rehearse(self, strategy: Strategy, generator: AsyncGenerator[Tokens, None]) -> None:
         """Run it for a shadow (shadow.py), to the end of what it yields. Raises its mistake."""
         slow_s: list[float] = []
+
+        def step(awaitable: Awaitable[T]) -> Awaitable[T]:
+            return awaitable if self._overseer is None else self._overseer.run(awaitable, slow_s.append)
+
         try:
-            while True:
-                step = generator.__anext__()
-                chunk = await (self._overseer.run(step, slow_s.append) if self._overseer else step)
-                if not isinstance(chunk, Tokens):
-                    raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
-                if chunk.finished is not None:
-                    break
+            try:
+                while True:
+                    chunk = await step(generator.__anext__())
+                    if not isinstance(chunk, Tokens):
+                        raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
+                    if chunk.finished is not None:
+                        break
+            finally:
+                await step(generator.aclose())
         except StopAsyncIteration:
             raise StrategyError("the strategy ended before its stream did") from None
         except StrategyHung as mistake:
@@ -156,8 +162,6 @@ class Attempts:
             raise
         except BaseException as mistake:
             raise _ending(mistake) from None
-        finally:
-            await generator.aclose()
         if slow_s:
             raise StrategyError(f"it held the router for {max(slow_s):.3f} s")
 

@@ -188,3 +188,28 @@ async def test_waiting_for_a_slow_engine_is_not_idle() -> None:
         answer = await serve_with(world, body, PROMPT)
         assert answer.token_ids == expected_output(4)
         assert answer.result.engines == ["d"]
+
+
+@pytest.mark.parametrize("place", ["deciding", "in its finally"])
+def test_a_shadow_that_hangs_decides_no_more(overseer: Overseer, place: str) -> None:
+    serve = "async for t in mesh.pick(None, request).start_generate(request):\n            yield t"
+    in_finally = f"try:\n        {serve}\n    finally:\n        while True:\n            pass\n"
+    shadow = HANGS if place == "deciding" else HANGS[: HANGS.index("    while")] + "    " + in_finally
+
+    @in_loop
+    async def main() -> None:
+        async with router_world("d", overseer=overseer) as world:
+            entry = ControlEntry("mine", shadow=StrategyVersion(1, shadow, "dark", {}), shadow_share=1.0)
+            await eventually(lambda: world.index.last_watch is not None, "the router watches")
+            world.index.control(ControlState(1, [entry]))
+            await eventually(lambda: world.router.control.version == 1, "applied")
+            for _ in range(3):
+                answer = await world.gateway.generate(PROMPT, strategy="mine")
+                assert answer.token_ids == expected_output(4)
+            await eventually(lambda: bool(world.index.acknowledged()[1]), "the index is told")
+            [fault] = world.index.acknowledged()[1]
+            assert "held the router" in fault.reason
+            [score] = world.router.control.shadows.scores()
+            assert score.num_decisions == score.num_errors == 1, "the others had no shadow"
+
+    main()
