@@ -70,7 +70,7 @@ class ControlLog:
             self._database.execute("BEGIN IMMEDIATE")
             self._database.execute(_SCHEMA)
             present = {row[1] for row in self._database.execute("PRAGMA table_info(changes)")}
-            for column in _ADDED.keys() - present:
+            for column in [column for column in _ADDED if column not in present]:
                 self._database.execute(f"ALTER TABLE changes ADD COLUMN {column} {_ADDED[column]}")
             self._database.execute("COMMIT")
             self._replay()

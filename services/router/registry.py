@@ -148,7 +148,7 @@ class Registry:
 
     def _take_members(self, infos: list[EngineInfo]) -> None:
         present = {info.engine_id: info for info in infos}
-        for engine_id in self._listed.keys() - present.keys():
+        for engine_id in [engine_id for engine_id in self._listed if engine_id not in present]:
             connection = self._connections.get(engine_id)
             if connection is not None and not connection.is_leaving:
                 connection.is_leaving = True
