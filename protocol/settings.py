@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -56,6 +57,7 @@ class EngineSettings(_Section, frozen=True):
     labels: list[str] = []
     threads: int = 1
     device: str = "cpu"
+    """``cpu``, or ``cuda:N`` with ``kvcache.heap = "cuda_ipc"``."""
     max_num_seqs: int = 64
     """Sequences in one step."""
     max_num_batched_tokens: int = 512
@@ -69,6 +71,7 @@ class EngineSettings(_Section, frozen=True):
 
 class KvCacheSettings(_Section, frozen=True):
     heap: str = "shm"
+    """``shm``, or ``cuda_ipc``: memory of ``engine.device``. Only engines with the same exchange KV."""
     block_size: int = 16
     num_blocks: int = 2048
     grant_slots: int = 256
@@ -197,6 +200,7 @@ class Settings(_Section, frozen=True):
             raise ConfigError(
                 f"gateway.port must be 0 to 65535, is {self.gateway.port}", field="gateway.port"
             )
+        self._check_heap()
         if self.log.level.upper() not in logging.getLevelNamesMapping():
             raise ConfigError(f"log.level is no level: {self.log.level!r}", field="log.level")
         if self.bus.credit * 4 > self.bus.high_water_mark:
@@ -204,6 +208,23 @@ class Settings(_Section, frozen=True):
                 "bus.credit must be at most a quarter of bus.high_water_mark", field="bus.credit"
             )
         return self
+
+    def _check_heap(self) -> None:
+        heap, device = self.kvcache.heap, self.engine.device
+        if heap not in ("shm", "cuda_ipc"):
+            raise ConfigError(f"kvcache.heap must be 'shm' or 'cuda_ipc', is {heap!r}", field="kvcache.heap")
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device):
+            raise ConfigError(
+                f"engine.device must be 'cpu' or 'cuda:N', is {device!r}", field="engine.device"
+            )
+        if device != "cpu" and heap == "shm":
+            raise ConfigError(
+                f"kvcache.heap must be 'cuda_ipc' on engine.device {device!r}, is 'shm'", field="kvcache.heap"
+            )
+        if device == "cpu" and heap != "shm":
+            raise ConfigError(
+                f"engine.device must be 'cuda:N' for kvcache.heap {heap!r}, is 'cpu'", field="engine.device"
+            )
 
 
 def load_settings(

@@ -53,6 +53,8 @@ class StepResult:
 
 
 class Runner(Protocol):
-    """Computes batches; calls ``on_layer(layer)`` when a layer's KV is written and before any is read."""
+    """Computes batches; calls ``on_layer(layer)`` when a layer's KV is written (or its writing is enqueued in
+    the stream that the core follows) and before any is read. When it returns or raises, nothing is under way.
+    """
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult: ...

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant import GrantTable
-from microserve.kvcache.heap.heap import Heap, PeerHeap
+from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.prefix_cache import PrefixCache
 from microserve.kvcache.transfer import LaneWriter
 from microserve.protocol import actions as wire
@@ -25,6 +25,7 @@ from microserve.protocol.kv_events import KVEvent
 from microserve.services.engine.actions import Actions
 from microserve.services.engine.batch import Runner, StepResult
 from microserve.services.engine.memory import KvMemory
+from microserve.services.engine.peers import Peers
 from microserve.services.engine.record import Outbox
 from microserve.services.engine.scheduler import Plan, Scheduler
 from microserve.services.engine.sequence import Sequence as EngineSequence
@@ -71,10 +72,13 @@ class EngineCore:
         max_num_batched_tokens: int,
         lease_s: float,
         checksums: bool,
+        compute_stream: int | None = None,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
         changed: Changed | None = None,
     ) -> None:
+        """``compute_stream``: the CUDA stream in which ``runner`` computes KV; None where KV stands in the
+        heap when ``on_layer`` is called."""
         self.engine_id, self.incarnation, self.model = engine_id, incarnation, model
         layout = self.layout = heap.layout
         pool = BlockPool(layout.num_blocks)
@@ -107,7 +111,8 @@ class EngineCore:
         self._max_num_seqs = max_num_seqs
         self._clock = clock
         self._pause = pause
-        self._peers: dict[int, PeerHeap] = {}
+        self._compute_stream = compute_stream
+        self._peers = Peers(heap, clock)
         self._closed = False
         self._woken = False
 
@@ -126,8 +131,8 @@ class EngineCore:
         with self._changed:
             if self._closed or self._woken:  # woken between the last look and now
                 return
-            arriving = self.state.receiving or self.state.committing
-            self._changed.wait(ARRIVAL_POLL_S if arriving else timeout_s)
+            moving = self.state.receiving or self.state.committing or self.memory.is_departing
+            self._changed.wait(ARRIVAL_POLL_S if moving else timeout_s)
 
     # --- steps -------------------------------------------------------------------------------------
 
@@ -135,6 +140,8 @@ class EngineCore:
         """Run one step in the calling thread; False if there was nothing to run."""
         with self._changed:
             self._woken = False
+            self._peers.poll()
+            self.memory.free_drained()
             plan = self.stepper.next_plan(self._clock())
         if plan is None:
             return False
@@ -175,19 +182,19 @@ class EngineCore:
         try:
             if transfer.writer is None:
                 transfer.writer = self._open_writer(transfer)
+            if self._compute_stream is not None and transfer.peer is not None:
+                transfer.peer.follow(self._compute_stream)
+            transfer.is_put = True
             transfer.nbytes += transfer.writer.put_layer(layer, sequence.blocks, lo, hi)
         except MeshError as error:
             transfer.error = error
         transfer.put_s += self._clock() - started
 
     def _open_writer(self, transfer: Transfer) -> LaneWriter:
-        address = transfer.grant.heap
-        peer = self._peers.get(address.incarnation)
-        if peer is None:
-            gone = [i for i, heap in self._peers.items() if heap.is_idle and heap.owner_is_dead()]
-            for incarnation in gone:
-                self._peers.pop(incarnation).close()
-            peer = self._peers[address.incarnation] = self._heap.attach(address)
+        peer = transfer.peer = self._peers.open(transfer.grant.heap)
+        if peer.holds(transfer.grant.slot, transfer.lane):
+            # Ours: a claim under the slot's last grant came too late, and leaves behind other puts.
+            peer.poll(wait=True)
         writer = LaneWriter(
             self._heap,
             peer,
@@ -274,7 +281,6 @@ class EngineCore:
             for record in self.state.records:
                 # Lanes that it holds are let go, and said to be given up.
                 self.state.abort(record, self._clock())
-        for peer in self._peers.values():
-            peer.close()
-        self._peers.clear()
+            self._peers.close()
+            self.memory.free_drained()
         self._heap.close()

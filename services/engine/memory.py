@@ -4,7 +4,8 @@ Invariants, checked by ``check_integrity``:
   - a sequence holds one reference to each of its blocks, and only blocks below ``num_cached`` are shared;
   - a block enters the prefix cache only when its KV is complete and nobody else may still write to it:
     computed here, or received under a grant whose writers have all drained (DESIGN 5, rule 4);
-  - blocks of an unsettled grant never go straight to the pool: the grant table closes them (rule 2).
+  - blocks of an unsettled grant never go straight to the pool: the grant table closes them (rule 2);
+  - blocks that were put into a peer go back to the pool when its heap has read them, not before.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from microserve.kvcache.block_hash import HashChain
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant import GrantEvent, GrantTable
 from microserve.kvcache.prefix_cache import PrefixCache
+from microserve.kvcache.transfer import LaneWriter
 from microserve.protocol.errors import CacheFull, PromptTooLong
 from microserve.protocol.grant import Grant
-from microserve.services.engine.sequence import Sequence
+from microserve.services.engine.sequence import Sequence, State
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +44,8 @@ class KvMemory:
         self.block_size = cache.block_size
         self._pending: dict[str, int] = {}
         """Blocks, matched ones too, that each grant whose KV is not all in pins."""
+        self._departing: list[tuple[LaneWriter, list[int]]] = []
+        """Sends that have ended here, and the blocks that a stream may still read for them."""
 
     @property
     def pending_grants(self) -> list[str]:
@@ -95,16 +99,52 @@ class KvMemory:
         sequence.num_inserted = num_full
 
     def release(self, sequence: Sequence, now: float) -> None:
-        """Take all its blocks; those that a writer may still reach stay with the grant table."""
+        """Take all its blocks; those that a writer may still reach stay with the grant table, those that a
+        stream may still read with ``free_drained``.
+
+        A send that goes on later (preempted) waits for its stream: its next blocks may be these very ones,
+        so they must be free when this returns, and its lane is not let go before its end.
+        """
         blocks = sequence.blocks
         if sequence.grant_id is not None:
             num_granted = len(self.grants.block_table(sequence.grant_id))
             self.close_grant(sequence.grant_id, now)
             sequence.grant_id = None
             blocks = blocks[num_granted:]
-        self.pool.free(blocks)
+        if not self._depart(sequence, blocks):
+            self.pool.free(blocks)
         sequence.blocks = []
         sequence.num_computed = sequence.num_cached = sequence.num_inserted = 0
+
+    def _depart(self, sequence: Sequence, blocks: list[int]) -> bool:
+        """Whether the blocks of an ended send have to wait for its stream."""
+        transfer = sequence.transfer
+        if transfer is None or transfer.writer is None or transfer.writer.is_drained:
+            return False
+        if sequence.state is State.FINISHED:
+            self._departing.append((transfer.writer, blocks))
+            return True
+        if transfer.is_put and transfer.peer is not None:
+            transfer.peer.poll(wait=True)
+            transfer.is_put = False
+        return False
+
+    @property
+    def is_departing(self) -> bool:
+        """Something that ended sends have put is still on its way."""
+        return bool(self._departing)
+
+    def free_drained(self) -> None:
+        """Free the blocks of ended sends whose puts are done. After the peers' ``poll``."""
+        if not self._departing:
+            return
+        waiting: list[tuple[LaneWriter, list[int]]] = []
+        for writer, blocks in self._departing:
+            if writer.is_drained:
+                self.pool.free(blocks)
+            else:
+                waiting.append((writer, blocks))
+        self._departing = waiting
 
     # --- received KV -------------------------------------------------------------------------------
 

@@ -20,8 +20,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from microserve.kernels.paged_attention import AttentionPlan, KvWrite, Workspace, paged_attention
 from microserve.protocol.errors import ConfigError, InternalError
+from microserve.services.engine.attention import StepAttention
 
 ATTENTION = "microserve_paged"
 """Our name in transformers' registries of attention and mask functions."""
@@ -73,11 +73,10 @@ class AttentionStep:
 
     layers: list[Tensor]
     """Per layer [num_blocks, 2, block_size, num_kv_heads, head_dim], views on the heap."""
-    plan: AttentionPlan
-    write: KvWrite
-    workspace: Workspace
+    attention: StepAttention
     on_layer: Callable[[int], None] | None
-    """Called with the layer's index when its new KV stands in the blocks and before any is read."""
+    """Called with the layer's index when its new KV is written, or enqueued in the stream, and before any is
+    read."""
 
 
 def load_model(
@@ -220,17 +219,10 @@ def _attention(
         raise InternalError(f"a model of the engine was called without {STEP}")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     kv = step.layers[layer]
-    step.write.apply(kv, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    step.attention.write(kv, key[0].transpose(0, 1), value[0].transpose(0, 1))
     if step.on_layer is not None:
         step.on_layer(layer)
-    out = paged_attention(
-        query[0].transpose(0, 1),
-        kv,
-        step.plan,
-        scale=scaling,
-        sliding_window=sliding_window,
-        workspace=step.workspace,
-    )
+    out = step.attention.attend(query[0].transpose(0, 1), kv, scale=scaling, sliding_window=sliding_window)
     return out.unsqueeze(0), None
 
 

@@ -5,19 +5,25 @@ Owns the views on the heap's data region and the packing of chunks. Must not kno
 
     packed call   [1, T]   chunk 0 | chunk 1 | ...        position_ids restart with each chunk
     data region   [layer][block][K | V][row][kv_head][head_dim]
+
+On a GPU a step is enqueued in one stream of the runner's own, and waited for once, at its end: whoever sees
+``execute`` return or raise may give the batch's blocks to others, also to writers on other devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from microserve.kernels.paged_attention import AttentionPlan, KvWrite, Span, Workspace
+from microserve.kernels.paged_attention import Span, Workspace
 from microserve.protocol.errors import ConfigError, InternalError
+from microserve.services.engine.attention import DeviceAttention, HostAttention, MakeAttention, upload
 from microserve.services.engine.batch import Batch, Chunk, Runner, Sampled, StepResult
 from microserve.services.engine.model import DTYPES, STEP, AttentionStep, LoadedModel
 from microserve.services.engine.sampler import sample
@@ -29,18 +35,47 @@ class ModelRunner:
     """A ``Runner`` over a real model. For one thread; holds no state of a step once it has ended.
 
     kv_data: the heap's data region, uint8, at least ``num_layers * num_blocks * block bytes`` long and on the
-    model's device; it is used in place. Raises :class:`ConfigError` when it is too small or misaligned.
+    model's device; it is used in place. make_attention: None for what the device is best at. Raises
+    :class:`ConfigError` when the region is too small or misaligned.
     """
 
     def __init__(
-        self, model: LoadedModel, kv_data: npt.NDArray[np.uint8] | Tensor, num_blocks: int, block_size: int
+        self,
+        model: LoadedModel,
+        kv_data: npt.NDArray[np.uint8] | Tensor,
+        num_blocks: int,
+        block_size: int,
+        *,
+        make_attention: MakeAttention | None = None,
     ) -> None:
         self.spec = model.spec
         self._module = model.module
         self._num_blocks, self._block_size = num_blocks, block_size
         self._layers = self._views(kv_data)
         self._device = self._layers[0].device
-        self._workspace = Workspace()
+        self._stream: torch.cuda.Stream | None = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize(self._device)  # the weights came by another stream
+            make_attention = make_attention or DeviceAttention
+        self._make_attention = make_attention or partial(HostAttention, workspace=Workspace())
+
+    @property
+    def stream(self) -> int | None:
+        """The CUDA stream in which KV is computed; None on a CPU."""
+        return self._stream.cuda_stream if self._stream is not None else None
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            try:
+                yield
+            finally:
+                # Also for a step that gave way: what it has enqueued writes into its blocks.
+                self._stream.synchronize()
 
     def _views(self, kv_data: npt.NDArray[np.uint8] | Tensor) -> list[Tensor]:
         spec = self.spec
@@ -59,9 +94,9 @@ class ModelRunner:
         """Compute the chunks and sample where asked.
 
         ``on_layer(layer)`` comes once a layer, in order, when the batch's KV of that layer stands in the
-        blocks and before any is read; what it raises ends the step and is passed on. Raises
-        :class:`InternalError` for a batch that does not fit the model or the pool, and for logits that are
-        not finite.
+        blocks (on a GPU: when its writing is enqueued in ``stream``) and before any is read; what it raises
+        ends the step and is passed on. Raises :class:`InternalError` for a batch that does not fit the model
+        or the pool, and for logits that are not finite.
         """
         chunks = batch.chunks
         if not chunks:
@@ -76,12 +111,10 @@ class ModelRunner:
         last_rows = np.cumsum(lengths) - 1
         specs = [chunk.sample for chunk in chunks if chunk.sample is not None]
         sampled_rows = last_rows[[chunk.sample is not None for chunk in chunks]]
-        with torch.inference_mode():
+        with torch.inference_mode(), self._computing():
             step = AttentionStep(
                 layers=self._layers,
-                plan=AttentionPlan(spans, self._layers[0]),
-                write=KvWrite(self._tensor(slots), self._block_size),
-                workspace=self._workspace,
+                attention=self._make_attention(spans, slots, self._layers[0]),
                 on_layer=on_layer,
             )
             output = self._module(
@@ -117,7 +150,7 @@ class ModelRunner:
         return np.where(positions < chunk.write_from, -1, blocks * size + positions % size)
 
     def _tensor(self, values: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return upload(values, self._device)
 
 
 def _positions(chunk: Chunk) -> npt.NDArray[np.int64]:

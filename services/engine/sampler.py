@@ -12,7 +12,8 @@ two scores are as close as the rounding. (The inverse of the cumulative distribu
 token, and among thousands of edges one is always close: it gave one other token in some thousand.) Must not
 know models or sequences' states.
 
-numpy, not torch: its argmax over a vocabulary is 6 (fp32) to 30 (bf16) times as fast on a CPU.
+numpy, not torch: its argmax over a vocabulary is 6 (fp32) to 30 (bf16) times as fast on a CPU. From a GPU, a
+step in which all take the likeliest token brings two numbers a row, others whole rows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from microserve.protocol.errors import InternalError, InvalidRequest
@@ -41,12 +43,12 @@ def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
     """
     if not specs:
         return []
+    if logits.device.type != "cpu" and all(_is_plain_greedy(spec) for spec in specs):
+        return _sample_there(logits)
     raw = logits.float().cpu().numpy()
     rows = np.arange(len(specs))
     likeliest = raw.argmax(axis=1)  # the first of equals; the first NaN, if there is one
-    broken = np.flatnonzero(~np.isfinite(raw[rows, likeliest]))
-    if len(broken):
-        raise InternalError(f"logits of rows {broken.tolist()} are not finite")
+    _require_finite(raw[rows, likeliest])
     return [
         Sampled(int(token), None, []) if _is_plain_greedy(spec) else _sample_row(row, spec)
         for row, token, spec in zip(raw, likeliest, specs, strict=True)
@@ -62,6 +64,20 @@ def uniforms(seed: int, position: int, count: int) -> _Floats:
     """
     words = np.random.Philox(key=seed, counter=position << 128).random_raw(count)
     return np.asarray(((words >> np.uint64(12)) + 0.5) * 2.0**-52, dtype=np.float64)
+
+
+def _sample_there(logits: Tensor) -> list[Sampled]:
+    """The likeliest tokens, found where the logits are, with one wait for that device."""
+    best, token = logits.max(dim=1)  # the first of equals; the first NaN
+    found = torch.stack([best.double(), token.double()]).cpu().numpy()
+    _require_finite(found[0])
+    return [Sampled(int(token), None, []) for token in found[1]]
+
+
+def _require_finite(best: npt.NDArray[np.floating]) -> None:
+    broken = np.flatnonzero(~np.isfinite(best))
+    if len(broken):
+        raise InternalError(f"logits of rows {broken.tolist()} are not finite")
 
 
 def _is_plain_greedy(spec: SampleSpec) -> bool:

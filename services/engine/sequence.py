@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from microserve.kvcache.block_hash import HashChain
+from microserve.kvcache.heap.heap import PeerHeap
 from microserve.kvcache.transfer import LaneWriter
 from microserve.protocol.actions import TokenLogprob
 from microserve.protocol.errors import MeshError
@@ -40,6 +41,10 @@ class Transfer:
     """Rows below it have been put in every layer; starts at ``max(begin, grant.matched)``."""
     writer: LaneWriter | None = None
     """None until the first step that sends: an unclaimed lane can be closed at no cost."""
+    peer: PeerHeap | None = None
+    """What the writer writes into."""
+    is_put: bool = False
+    """Rows of the blocks that the sequence has now were put: they may be read until the peer has them."""
     error: MeshError | None = None
     nbytes: int = 0
     put_s: float = 0.0

@@ -6,8 +6,13 @@ import asyncio
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from microserve.kvcache.heap.cuda_driver import LibCuda
+from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
@@ -25,10 +30,7 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
     """Serve until cancelled. Raises :class:`ConfigError` when model or settings cannot work."""
     if not settings.model.path:
         raise ConfigError("model.path is not set", field="model.path")
-    if settings.kvcache.heap != "shm":
-        raise ConfigError(
-            f"kvcache.heap {settings.kvcache.heap!r} is not known; use 'shm'", field="kvcache.heap"
-        )
+    settings.check()
     torch.set_num_threads(settings.engine.threads)
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, "load") as pool:
@@ -65,13 +67,14 @@ def make_core(settings: Settings, model: LoadedModel, engine_id: str, incarnatio
         head_dim=spec.head_dim,
         dtype=spec.dtype,
     )
-    heap = ShmHeap(layout, incarnation=incarnation, num_slots=cache.grant_slots)
+    heap, data = make_heap(settings, layout, incarnation)
+    runner = ModelRunner(model, data, cache.num_blocks, cache.block_size)
     return EngineCore(
         engine_id=engine_id,
         incarnation=incarnation,
         model=name,
         heap=heap,
-        runner=ModelRunner(model, heap.data, cache.num_blocks, cache.block_size),
+        runner=runner,
         limits=Limits(
             max_model_len=max_model_len,
             vocab_size=spec.vocab_size,
@@ -83,4 +86,25 @@ def make_core(settings: Settings, model: LoadedModel, engine_id: str, incarnatio
         max_num_batched_tokens=settings.engine.max_num_batched_tokens,
         lease_s=cache.lease_s,
         checksums=cache.checksums,
+        compute_stream=runner.stream,
     )
+
+
+def make_heap(
+    settings: Settings, layout: KvLayout, incarnation: int
+) -> tuple[Heap, npt.NDArray[np.uint8] | torch.Tensor]:
+    """The heap of ``kvcache.heap``, and its data region as the runner uses it.
+
+    Raises :class:`ConfigError` if it cannot be had: no such device, too little memory.
+    """
+    num_slots = settings.kvcache.grant_slots
+    if settings.kvcache.heap == "shm":
+        heap = ShmHeap(layout, incarnation=incarnation, num_slots=num_slots)
+        return heap, heap.data
+    device = torch.device(settings.engine.device)
+    try:
+        driver = LibCuda(device.index or 0)
+    except ConfigError as error:
+        raise ConfigError(error.detail, field="engine.device") from error
+    device_heap = CudaIpcHeap(layout, incarnation=incarnation, driver=driver, num_slots=num_slots)
+    return device_heap, torch.as_tensor(device_heap.data, device=device)

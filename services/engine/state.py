@@ -70,7 +70,8 @@ class EngineState:
         return len(self.scheduler.running) + len(self.scheduler.waiting) + len(self.receiving)
 
     def is_drained(self, now: float) -> bool:
-        """Nothing runs or waits here, no grant is open or in quarantine, and no context is about to move."""
+        """Nothing runs or waits here, no grant is open or in quarantine, nothing sent is on its way, and no
+        context is about to move."""
         self.awaited = {key: until for key, until in self.awaited.items() if until > now}
         return not (
             self.num_requests
@@ -78,6 +79,7 @@ class EngineState:
             or self.committing
             or self.awaited
             or self.memory.pool.num_quarantined
+            or self.memory.is_departing
             or any(record.reception is not None for record in self.records)
         )
 

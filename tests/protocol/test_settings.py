@@ -80,6 +80,11 @@ def test_values_read_as_toml_or_as_text(override: str, expected: object) -> None
         ("mesh.max_restarts=-1", "mesh.max_restarts", "must be 0 or more, is -1"),
         ("gateway.port=65536", "gateway.port", "0 to 65535, is 65536"),
         ("log.level=loud", "log.level", "'loud'"),
+        ("kvcache.heap=floppy", "kvcache.heap", "'shm' or 'cuda_ipc', is 'floppy'"),
+        ("engine.device=abacus", "engine.device", "'cpu' or 'cuda:N', is 'abacus'"),
+        ("engine.device=cuda:", "engine.device", "'cpu' or 'cuda:N', is 'cuda:'"),
+        ("engine.device=cuda:1", "kvcache.heap", "must be 'cuda_ipc' on engine.device 'cuda:1'"),
+        ("kvcache.heap=cuda_ipc", "engine.device", "must be 'cuda:N' for kvcache.heap 'cuda_ipc'"),
     ],
 )
 def test_wrong_setting_is_named_by_its_path(override: str, field: str, reason: str) -> None:
@@ -87,6 +92,12 @@ def test_wrong_setting_is_named_by_its_path(override: str, field: str, reason: s
 
     assert error.field == field
     assert reason in error.detail
+
+
+def test_an_engine_on_a_gpu_keeps_its_kv_there() -> None:
+    settings = load_settings(overrides=["engine.device=cuda:1", "kvcache.heap=cuda_ipc"])
+
+    assert (settings.engine.device, settings.kvcache.heap) == ("cuda:1", "cuda_ipc")
 
 
 def test_override_below_a_value_is_refused() -> None:

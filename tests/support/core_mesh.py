@@ -1,13 +1,21 @@
-"""Two engine cores in one process on memory heaps, stepped by hand: the rig of the core's tests."""
+"""Two engine cores in one process on memory heaps, stepped by hand: the rig of the core's tests.
+
+Other heaps and runners: override ``Mesh.equip``.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import product
 
+from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.layout import KvLayout
+from microserve.kvcache.words import MAX_LANES
 from microserve.protocol import actions as wire
 from microserve.protocol.sampling import SamplingParams
+from microserve.services.engine.batch import Runner
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.state import Limits
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
@@ -24,16 +32,15 @@ class Engine:
         num_blocks = options.get("num_blocks", 64)
         layout = hash_layout(num_blocks=num_blocks, block_size=options.get("block_size", 4))
         self.mesh = mesh
-        heap = MemoryHeap(
-            layout, incarnation=incarnation, registry=mesh.registry, num_slots=options.get("num_slots", 8)
-        )
-        self.runner = HashRunner(heap.data, layout, vocab_size=VOCAB)
+        self.heap, runner, compute_stream = mesh.equip(layout, incarnation, options.get("num_slots", 8))
+        if isinstance(runner, HashRunner):
+            self.runner = runner
         self.core = EngineCore(
             engine_id=name,
             incarnation=incarnation,
             model="hash",
-            heap=heap,
-            runner=self.runner,
+            heap=self.heap,
+            runner=runner,
             limits=Limits(
                 max_model_len=options.get("max_model_len", 200),
                 vocab_size=VOCAB,
@@ -44,7 +51,8 @@ class Engine:
             max_num_seqs=options.get("max_num_seqs", 8),
             max_num_batched_tokens=options.get("max_num_batched_tokens", 16),
             lease_s=5.0,
-            checksums=True,
+            checksums=mesh.checksums,
+            compute_stream=compute_stream,
             clock=lambda: mesh.now,
             pause=lambda _: mesh.other_step(self),
         )
@@ -80,10 +88,17 @@ class Engine:
         assert pool.num_quarantined == 0
         assert pool.num_free == pool.num_blocks
         assert not self.core.state.num_requests
+        assert not self.core.memory.is_departing
+        num_slots = self.heap.words.num_slots
+        assert not [at for at in product(range(num_slots), range(MAX_LANES)) if self.heap.is_held(*at)]
         self.core.check_integrity()
 
 
 class Mesh:
+    checksums = True
+    lanes_linger = False
+    """A send may be refused a lane that its last writer has not quite left: a router would try again."""
+
     def __init__(self, **options: int) -> None:
         self.now = 100.0
         self.registry = MemoryRegistry()
@@ -92,6 +107,11 @@ class Mesh:
         self.calls = 0
         self.arrived: Callable[[], None] | None = None
         """Called once, in the next wait inside a step."""
+
+    def equip(self, layout: KvLayout, incarnation: int, num_slots: int) -> tuple[Heap, Runner, int | None]:
+        """An engine's heap, what computes on it, and in which stream."""
+        heap = MemoryHeap(layout, incarnation=incarnation, registry=self.registry, num_slots=num_slots)
+        return heap, HashRunner(heap.data, layout, vocab_size=VOCAB), None
 
     def call(self) -> int:
         self.calls += 1

@@ -5,7 +5,8 @@
 Starts real processes (index, router, engines) in fp32 and sends the same mixed requests under every strategy:
 prompts of 1 to 2,000 tokens with shared prefixes, 16 in flight, greedy and seeded sampling. Greedy answers
 must equal ``transformers`` ``generate`` one at a time; sampled ones those of the first strategy
-(``data_parallel``). Prints one line a strategy; exits 1 on any mismatch.
+(``data_parallel``). With ``--device cuda:0`` engines and oracle share that GPU. Prints one line a strategy;
+exits 1 on any mismatch.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def make_cases(count: int, *, vocab_size: int, max_prompt: int, seed: int = 0) -
     return cases
 
 
-def oracle(model_path: Path, cases: list[Case], cache: Path | None = None) -> list[list[int] | None]:
+def oracle(
+    model_path: Path, cases: list[Case], cache: Path | None = None, device: str = "cpu"
+) -> list[list[int] | None]:
     """Greedy answers of ``transformers`` in fp32, one request at a time; None for sampled cases."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -91,7 +94,7 @@ def oracle(model_path: Path, cases: list[Case], cache: Path | None = None) -> li
     if cache is not None and cache.is_file():
         known = json.loads(cache.read_text())
     torch.set_num_threads(2)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval().to(device)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     answers: list[list[int] | None] = []
@@ -101,7 +104,7 @@ def oracle(model_path: Path, cases: list[Case], cache: Path | None = None) -> li
             continue
         key = json.dumps([case.prompt, case.params.max_tokens])
         if key not in known:
-            ids = torch.tensor([case.prompt])
+            ids = torch.tensor([case.prompt], device=device)
             with torch.inference_mode():
                 out = model.generate(
                     ids,
@@ -182,6 +185,13 @@ async def check(
     return wrong
 
 
+def device_settings(device: str) -> list[str]:
+    if device == "cpu":
+        return []
+    # A checksum waits for the whole device: puts would never be late.
+    return [f"engine.device={device}", "kvcache.heap=cuda_ipc", "kvcache.checksums=false"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
@@ -190,11 +200,12 @@ def main() -> int:
     parser.add_argument("--engines", type=int, default=2)
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--cache", type=Path)
+    parser.add_argument("--device", default="cpu", help="of the engines and of the oracle: cpu or cuda:N")
     arguments = parser.parse_args()
     config = json.loads((arguments.model / "config.json").read_text())
     cases = make_cases(arguments.requests, vocab_size=config["vocab_size"], max_prompt=arguments.max_prompt)
     started = time.monotonic()
-    expected = oracle(arguments.model, cases, arguments.cache)
+    expected = oracle(arguments.model, cases, arguments.cache, arguments.device)
     print(
         f"oracle: {sum(e is not None for e in expected)} greedy answers, {time.monotonic() - started:.0f} s"
     )
@@ -209,6 +220,7 @@ def main() -> int:
                 "kvcache.num_blocks=2048",
                 "bus.stuck_s=60",
                 "router.call_timeout_s=300",  # sixteen long prompts on two slow engines wait their turn
+                *device_settings(arguments.device),
             ],
         )
         with mesh:

@@ -171,6 +171,21 @@ class HostDriver:
 
     # --- for tests
 
+    def launch(self, stream: int, kernel: Callable[[], None]) -> None:
+        """Enqueue work of the test's own."""
+
+        def run() -> bool:
+            kernel()
+            return True
+
+        self._enqueue(stream, run, writes=True)
+
+    def host_view(self, address: int, nbytes: int) -> NDArray[np.uint8]:
+        """Device memory as its kernels see it; not after it is freed."""
+        # From an address: a view of the mapping itself would keep it from being closed.
+        memory = (ctypes.c_uint8 * nbytes).from_address(self._host(address, nbytes))
+        return np.frombuffer(memoryview(memory), np.uint8)
+
     @property
     def busy_streams(self) -> list[int]:
         return [number for number, stream in self._streams.items() if stream.operations]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from microserve.kvcache.layout import K, KvLayout, V
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
 from microserve.protocol.sampling import SamplingParams
+from microserve.services.engine.attention import DeviceAttention, MakeAttention
 from microserve.services.engine.batch import Batch, Chunk, Sampled, SampleSpec
 from microserve.services.engine.model import LoadedModel, load_model
 from microserve.services.engine.runner import ModelRunner
@@ -42,6 +43,7 @@ class World:
 
     model: LoadedModel
     oracle: Any
+    make_attention: MakeAttention | None = None
     region: npt.NDArray[np.uint8] = field(init=False)
     runner: ModelRunner = field(init=False)
 
@@ -64,7 +66,9 @@ class World:
     def clear(self) -> None:
         """Unused memory holds NaN (all bits set), as if a sequence with broken numbers had been there."""
         self.region = np.full(self.layout.data_nbytes, 0xFF, np.uint8)
-        self.runner = ModelRunner(self.model, self.region, NUM_BLOCKS, BLOCK_SIZE)
+        self.runner = ModelRunner(
+            self.model, self.region, NUM_BLOCKS, BLOCK_SIZE, make_attention=self.make_attention
+        )
 
     def expected(self, prompt: list[int], num_tokens: int) -> list[int]:
         ids = torch.tensor([prompt])
@@ -85,13 +89,13 @@ class World:
         return self.region[begin : begin + self.layout.row_nbytes].view(np.float32)
 
 
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
+@pytest.fixture(scope="module", params=[None, DeviceAttention], ids=["host", "device"])
+def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
     made = {}
     for family in FAMILIES:
         directory = make_tiny_model(tmp_path_factory.mktemp(family) / family, family)
         oracle: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        made[family] = World(load_model(directory, dtype="float32"), oracle.eval())
+        made[family] = World(load_model(directory, dtype="float32"), oracle.eval(), request.param)
     return made
 
 

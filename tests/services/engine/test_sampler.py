@@ -34,6 +34,18 @@ def draw(row: Any, spec: SampleSpec) -> Sampled:
     return sampled
 
 
+def test_the_likeliest_found_on_a_device_is_the_one_found_here() -> None:
+    rows = torch.randn(200, VOCAB, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    rows[::2] = rows[::2].round()  # many equals
+    greedy = spec_of(SamplingParams(temperature=0.0))
+    assert sampler._sample_there(rows) == sample(rows, [greedy] * 200)
+
+    rows[7, 3], rows[11, 2] = torch.nan, torch.inf
+    rows[19] = -torch.inf
+    with pytest.raises(InternalError, match=r"rows \[7, 11, 19\]"):
+        sampler._sample_there(rows)
+
+
 # --- a naive implementation: one token at a time, everything sorted -----------------------------------
 
 

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Checks MicroServe on a machine with an NVIDIA GPU and prints one table.
+#
+#     deploy/gpu_check.sh [MODEL_DIR]
+#
+# tests/gpu, then every strategy on two engines that share the GPU (engine.device=cuda:0,
+# kvcache.heap=cuda_ipc, fp32) token by token against transformers, then benchmarks/gpu_kernels.py.
+# MODEL_DIR: a model directory for the strategies; default: a tiny random one, made for the run.
+# PYTHON: the interpreter, with the wheels that the script names where they are missing; it installs nothing.
+# REQUESTS: requests of each strategy, default 40.
+#
+# Exit code 0: all passed. 1: something failed. 2: this machine cannot run it, nothing was checked.
+
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+PYTHON=${PYTHON:-python3}
+export PYTHONPATH="$PWD/.src${PYTHONPATH:+:$PYTHONPATH}"
+
+if ! gpu=$("$PYTHON" - <<'END'
+import ctypes, sys
+try:
+    driver = ctypes.CDLL("libcuda.so.1")
+except OSError as error:
+    sys.exit(print(error) or 1)
+count = ctypes.c_int()
+if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+    sys.exit(print("the NVIDIA driver shows no device") or 1)
+name = ctypes.create_string_buffer(256)
+driver.cuDeviceGetName(name, 256, 0)
+print(f"{name.value.decode()}, {count.value} device(s)")
+END
+); then
+    echo "gpu_check: no NVIDIA GPU here, nothing was checked (${gpu:-$PYTHON does not run})" >&2
+    exit 2
+fi
+
+if ! missing=$("$PYTHON" - <<'END'
+import importlib.util, sys
+wheels = {
+    "torch": "torch (a CUDA build)",
+    "triton": "triton (comes with a CUDA build of torch)",
+    "cupy": "cupy-cuda12x>=13.4 or cupy-cuda13x>=14.0, as torch's CUDA",
+    "transformers": "microserve[engine]",
+    "zmq": "microserve[engine]",
+    "pytest": "microserve[dev]",
+    "hypothesis": "microserve[dev]",
+}
+lacking = [wheel for name, wheel in wheels.items() if importlib.util.find_spec(name) is None]
+if "torch" not in " ".join(lacking):
+    import torch
+    if not torch.cuda.is_available():
+        lacking.append(f"torch (a CUDA build; {torch.__version__} sees no GPU)")
+print("; ".join(dict.fromkeys(lacking)))
+sys.exit(bool(lacking))
+END
+); then
+    echo "gpu_check: wheels are missing, nothing was checked: ${missing:-$PYTHON does not run}" >&2
+    exit 2
+fi
+
+work=$(mktemp -d) || exit 2
+trap 'rm -rf "$work"' EXIT
+rows=()
+failures=0
+
+row() { # name, result, seconds, last line
+    rows+=("$(printf '%-44s %-10s %6s s   %s' "$1" "$2" "$3" "$4")")
+    [ "$2" = passed ] || failures=$((failures + 1))
+}
+
+stage() { # name, pattern that the output must have, command
+    local name=$1 pattern=$2 start=$SECONDS result=passed code
+    shift 2
+    echo "== $name"
+    "$@" 2>&1 | tee "$work/output"
+    code=${PIPESTATUS[0]}
+    # A run in which nothing ran has shown nothing, whatever its exit code.
+    if [ "$code" != 0 ] || ! grep -Eq "$pattern" "$work/output"; then
+        result=FAILED
+    fi
+    row "$name" "$result" "$((SECONDS - start))" "$(tail -n 1 "$work/output" | cut -c 1-80)"
+}
+
+model=${1:-}
+if [ -z "$model" ]; then
+    model=$work/tiny
+    PYTHONPATH="$PWD/tests/support:$PYTHONPATH" "$PYTHON" -c \
+        "import sys; from tiny_model import make_tiny_model; make_tiny_model(sys.argv[1], head_dim=64)" "$model"
+fi
+
+stage "tests/gpu" '(^|[^0-9])[1-9][0-9]* passed' \
+    "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu
+stage "strategies, 2 engines on cuda:0, fp32" '^exact$' \
+    "$PYTHON" tests/support/exactness.py --model "$model" --device cuda:0 --requests "${REQUESTS:-40}"
+stage "benchmarks/gpu_kernels.py" 'multiprocessors' \
+    "$PYTHON" benchmarks/gpu_kernels.py
+
+echo
+echo "$gpu"
+printf '%s\n' "${rows[@]}"
+[ "$failures" = 0 ]

@@ -1,0 +1,109 @@
+"""One step's attention, for model.py's attention function: where it writes new KV and what it attends to.
+
+Built once a step and used by every layer. ``HostAttention`` gathers in plain torch, tuned for a CPU;
+``DeviceAttention`` hands lengths and block tables to the kernels of a GPU, and never waits for it. Owns the
+choice between them and what they upload; must not know sequences or who owns the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from microserve.kernels import gpu_attention
+from microserve.kernels.gpu_attention import DeviceBatch
+from microserve.kernels.paged_attention import AttentionPlan, KvWrite, Span, Workspace, paged_attention
+
+
+class StepAttention(Protocol):
+    def write(self, kv: Tensor, key: Tensor, value: Tensor) -> None:
+        """key, value: [num_tokens, num_kv_heads, head_dim], any strides; kv: one layer of the pool."""
+
+    def attend(self, query: Tensor, kv: Tensor, *, scale: float, sliding_window: int | None) -> Tensor:
+        """query: [num_tokens, num_heads, head_dim], any strides; after ``write``. Returns the same shape."""
+
+
+class MakeAttention(Protocol):
+    def __call__(self, spans: Sequence[Span], slots: npt.NDArray[np.int64], kv: Tensor) -> StepAttention:
+        """spans: in the order of their tokens; slots: [num_tokens], ``block * block_size + row`` or -1 for a
+        token that is not written; kv: any layer of the pool, for its geometry and device."""
+
+
+class HostAttention:
+    def __init__(
+        self, spans: Sequence[Span], slots: npt.NDArray[np.int64], kv: Tensor, *, workspace: Workspace
+    ) -> None:
+        self._plan = AttentionPlan(spans, kv)
+        self._write = KvWrite(torch.from_numpy(slots).to(kv.device), kv.shape[2])
+        self._workspace = workspace
+
+    def write(self, kv: Tensor, key: Tensor, value: Tensor) -> None:
+        self._write.apply(kv, key, value)
+
+    def attend(self, query: Tensor, kv: Tensor, *, scale: float, sliding_window: int | None) -> Tensor:
+        return paged_attention(
+            query, kv, self._plan, scale=scale, sliding_window=sliding_window, workspace=self._workspace
+        )
+
+
+class DeviceAttention:
+    """On a CPU it gives the same numbers, slowly: for tests."""
+
+    def __init__(self, spans: Sequence[Span], slots: npt.NDArray[np.int64], kv: Tensor) -> None:
+        device, block_size = kv.device, kv.shape[2]
+        self._batch = device_batch(spans, block_size, device)
+        written = np.flatnonzero(slots >= 0)
+        is_all = len(written) == len(slots)
+        self._tokens = None if is_all else upload(written, device)
+        kept = slots[written]
+        # Row of the key in the flat list of rows; its value is one half block further on.
+        key_rows = kept // block_size * (2 * block_size) + kept % block_size
+        self._rows = upload(np.concatenate([key_rows, key_rows + block_size]), device)
+
+    def write(self, kv: Tensor, key: Tensor, value: Tensor) -> None:
+        if self._tokens is not None:
+            key, value = key[self._tokens], value[self._tokens]
+        rows = kv.view(-1, kv.shape[3] * kv.shape[4])
+        rows.index_copy_(0, self._rows, torch.cat([key, value]).reshape(-1, rows.shape[1]))
+
+    def attend(self, query: Tensor, kv: Tensor, *, scale: float, sliding_window: int | None) -> Tensor:
+        # RoPE leaves the heads of a token far from each other; the kernels want them side by side.
+        return gpu_attention.paged_attention(
+            query.contiguous(), kv, self._batch, scale=scale, sliding_window=sliding_window
+        )
+
+
+def device_batch(spans: Sequence[Span], block_size: int, device: torch.device) -> DeviceBatch:
+    """Single tokens before the first longer span are worked on as decodes: the scheduler puts decodes first.
+
+    Raises ``ValueError`` for a block table that does not hold its span.
+    """
+    lengths = [span.query_len for span in spans]
+    contexts = np.array([span.context_len for span in spans], dtype=np.int32)
+    needed = -(-contexts // block_size)
+    tables = np.zeros((len(spans), int(needed.max(initial=1))), dtype=np.int32)
+    for table, num_blocks, span in zip(tables, needed.tolist(), spans, strict=True):
+        if len(span.block_table) < num_blocks:
+            raise ValueError(f"{len(span.block_table)} blocks do not hold {span.context_len} tokens")
+        table[:num_blocks] = span.block_table[:num_blocks]
+    return DeviceBatch(
+        query_starts=upload(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), device),
+        context_lens=upload(contexts, device),
+        block_tables=upload(tables, device),
+        num_decodes=len(list(takewhile(lambda length: length == 1, lengths))),
+    )
+
+
+def upload(values: npt.NDArray[np.int32] | npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    """To the device, in order of its current stream, without waiting for it."""
+    host = torch.from_numpy(values)
+    if device.type != "cuda":
+        return host.to(device)
+    # torch keeps pinned memory from being used again until the copy is done.
+    return host.pin_memory().to(device, non_blocking=True)

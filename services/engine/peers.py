@@ -1,0 +1,49 @@
+"""Heaps of other engines that this one writes into: opened at the first send, left when the owner is gone.
+
+For the step thread. Owns the open :class:`PeerHeap`s; knows neither requests nor blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from microserve.kvcache.heap.heap import Heap, PeerHeap
+from microserve.protocol.grant import HeapAddress
+
+DEAD_LOOK_S = 1.0
+"""Pause between looks for dead owners: an open heap of theirs pins all of its memory."""
+
+
+class Peers:
+    def __init__(self, heap: Heap, clock: Callable[[], float]) -> None:
+        self._heap = heap
+        self._clock = clock
+        self._open: dict[int, PeerHeap] = {}
+        """By incarnation."""
+        self._looked_at = clock()
+
+    def open(self, address: HeapAddress) -> PeerHeap:
+        """:class:`TransferFailed` if the owner is gone, out of reach of our heap, or has other KV."""
+        peer = self._open.get(address.incarnation)
+        if peer is None:
+            self._leave_dead()
+            peer = self._open[address.incarnation] = self._heap.attach(address)
+        return peer
+
+    def poll(self) -> None:
+        """Free the lanes whose puts are done; once a step, and on idle ticks. Never waits for a put."""
+        for peer in self._open.values():
+            peer.poll()
+        if self._clock() - self._looked_at >= DEAD_LOOK_S:
+            self._leave_dead()
+
+    def _leave_dead(self) -> None:
+        self._looked_at = self._clock()
+        gone = [i for i, peer in self._open.items() if peer.is_idle and peer.owner_is_dead()]
+        for incarnation in gone:
+            self._open.pop(incarnation).close()
+
+    def close(self) -> None:
+        """Leave all of them, once what was put is there. No lane may be held that was not let go."""
+        while self._open:
+            self._open.popitem()[1].close()
