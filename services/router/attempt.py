@@ -56,8 +56,7 @@ class Attempts:
                 finally:
                     watch.stop()
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if live.interrupt is None and not (task is not None and task.cancelling()):
+            if live.interrupt is None and not _is_cancelled():
                 return self.blame(live, StrategyError("the strategy cancelled itself"))
             return live.interruption
         except (InvalidInterval, StrategyError) as mistake:
@@ -107,6 +106,12 @@ class Attempts:
         except Exception as mistake:
             # The request has ended: what a strategy's ``finally`` raises concerns its author only.
             self.blame(live, mistake)
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            self.blame(live, StrategyError("the strategy cancelled itself"))
+        except BaseException as mistake:
+            self.blame(live, _ending(mistake))
 
     async def _oversee(self, live: LiveRequest, awaitable: Awaitable[T]) -> T:
         if self._overseer is None:
@@ -205,6 +210,12 @@ class _IdleWatch:
 
     def stop(self) -> None:
         self._timer.cancel()
+
+
+def _is_cancelled() -> bool:
+    """From outside, and not by the strategy."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _ending(mistake: BaseException) -> StrategyError:

@@ -263,3 +263,29 @@ async def test_a_refused_start_may_be_repeated_on_another_engine() -> None:
         answer = await serve_with(world, body, PROMPT)
         assert answer.token_ids == expected_output(4)
         assert answer.result.engines == ["d", "p"]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["after the end", "before another attempt"])
+@pytest.mark.parametrize("leaving", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_a_finally_that_wants_to_end_the_router_does_not(leaving: type[BaseException], fails: bool) -> None:
+    @in_loop
+    async def main() -> None:
+        async with router_world("d", strategy_idle_s=0.1) as world:
+
+            async def leaves(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+                try:
+                    async for tokens in mesh.pick(None, request).start_generate(request):
+                        yield Tokens(tokens.offset, tokens.token_ids[:1]) if fails else tokens
+                        await asyncio.sleep(60)
+                finally:
+                    raise leaving
+
+            with structlog.testing.capture_logs() as logs:
+                answer = await serve_with(world, leaves, PROMPT)
+                assert (answer.result.reason, answer.token_ids) == ("length", expected_output(4))
+                await eventually(
+                    lambda: [e for e in logs if e["event"] == log.STRATEGY_FAILED], "its author is told"
+                )
+            assert (await world.gateway.generate(PROMPT)).token_ids == expected_output(4)
+
+    main()
