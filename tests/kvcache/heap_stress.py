@@ -35,7 +35,10 @@ class _Round(NamedTuple):
 
 
 def send_random(heap: Heap, peer: PeerHeap, num_rounds: int) -> None:
-    done, seen = peer.words.arrival(0, 0, 0), peer.words.state(0)
+    done, ready = peer.words.arrival(0, 0, 0), peer.words.state(0)
+
+    def wait_for_owner(number: int) -> None:
+        wait_until(lambda: peer.read(ready) >= number, f"the owner before round {number}")
 
     def take() -> bool:
         peer.poll()
@@ -43,6 +46,7 @@ def send_random(heap: Heap, peer: PeerHeap, num_rounds: int) -> None:
 
     for number in range(1, num_rounds + 1):
         content, source, target = _Round.draw(number, heap.layout, peer.layout)
+        wait_for_owner(number)
         wait_until(take, f"the lane of round {number}")
         heap.write_data(source, content)
         half = content.size // 2
@@ -51,13 +55,13 @@ def send_random(heap: Heap, peer: PeerHeap, num_rounds: int) -> None:
         peer.put(Copies([Copy(source, target, half)]))
         peer.signal(done, number)
         peer.let_go(0, 0)
-        wait_until(lambda number=number: peer.read(seen) >= number, f"the end of round {number}")  # type: ignore[misc]
+    wait_for_owner(num_rounds + 1)
     peer.poll(wait=True)
 
 
 def receive_random(heap: Heap, sender: KvLayout, num_rounds: int) -> int:
     """The number of bytes that were wrong."""
-    done, seen = heap.words.arrival(0, 0, 0), heap.words.state(0)
+    done, ready = heap.words.arrival(0, 0, 0), heap.words.state(0)
     num_wrong = 0
 
     def has_come(number: int) -> bool:
@@ -66,6 +70,8 @@ def receive_random(heap: Heap, sender: KvLayout, num_rounds: int) -> int:
         return heap.load(done) >= number
 
     set_data(heap, POISON_BYTE)
+    # Not sooner: the writer may have begun to run long ago.
+    heap.store(ready, 1)
     for number in range(1, num_rounds + 1):
         expected = np.full(heap.layout.data_nbytes, POISON_BYTE, np.uint8)
         content, _, target = _Round.draw(number, sender, heap.layout)
@@ -73,5 +79,5 @@ def receive_random(heap: Heap, sender: KvLayout, num_rounds: int) -> int:
         wait_until(lambda number=number: has_come(number), f"round {number}")  # type: ignore[misc]
         num_wrong += int((heap.read_data(0, expected.size) != expected).sum())
         set_data(heap, POISON_BYTE)
-        heap.store(seen, number)
+        heap.store(ready, number + 1)
     return num_wrong
