@@ -108,8 +108,8 @@ def block_put(
         held = cuda_module.num_multiprocessors(device) * THREAD_BLOCKS_PER_MULTIPROCESSOR
         max_thread_blocks = -(-held // num_layers)
     put_launch(
-        source,
-        target,
+        source.data_ptr(),
+        target.data_ptr(),
         plan,
         num_layers,
         (source_layer_nbytes, target_layer_nbytes),
@@ -119,18 +119,21 @@ def block_put(
 
 
 def put_launch(
-    source: Tensor,
-    target: Tensor,
+    source: int,
+    target: int,
     plan: PutPlan,
     num_layers: int,
     layer_nbytes: tuple[int, int],
     signal: ArrivalSignal | None,
     max_thread_blocks: int,
 ) -> Launch:
-    """What :func:`block_put` enqueues, for arguments that it has checked; layer_nbytes: source, target."""
+    """What :func:`block_put` enqueues, for arguments that it has checked.
+
+    source, target: addresses on the device; layer_nbytes: of the source, of the target.
+    """
     width, pieces = launch_shape(plan.num_ranges, plan.max_nbytes, max_thread_blocks)
     arguments: tuple[np.generic, ...] = (
-        *(np.uint64(source.data_ptr()), np.uint64(target.data_ptr())),
+        *(np.uint64(source), np.uint64(target)),
         *(np.int64(nbytes) for nbytes in layer_nbytes),
         *(np.uint64(plan.ranges.data_ptr()), np.uint32(plan.num_ranges), np.uint32(pieces)),
         *signal_arguments(signal),

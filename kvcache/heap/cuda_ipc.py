@@ -40,7 +40,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from microserve.kvcache.heap.cuda_driver import CudaDriver
-from microserve.kvcache.heap.device import DeviceHeap, DevicePeerHeap, DeviceRegion
+from microserve.kvcache.heap.device import BlockPut, DeviceHeap, DevicePeerHeap, DeviceRegion
 from microserve.kvcache.heap.mapped import MappedWords
 from microserve.kvcache.heap.memfd import IMPORTERS, OWNER, HeapFile, lane_byte
 from microserve.kvcache.heap.process import is_gone, this_process
@@ -76,10 +76,16 @@ class _Words:
 
 class CudaIpcHeap(MappedWords, DeviceHeap):
     def __init__(
-        self, layout: KvLayout, *, incarnation: int, driver: CudaDriver, num_slots: int = DEFAULT_NUM_SLOTS
+        self,
+        layout: KvLayout,
+        *,
+        incarnation: int,
+        driver: CudaDriver,
+        num_slots: int = DEFAULT_NUM_SLOTS,
+        block_put: BlockPut | None = None,
     ) -> None:
         """Takes all of its memory now. :class:`ConfigError` if there is too little, or on a machine that
-        is not x86-64 Linux."""
+        is not x86-64 Linux. ``block_put``: how peers put many runs at once; None: one copy each."""
         with ExitStack() as undo:
             address = driver.allocate(layout.data_nbytes)
             undo.callback(driver.free, address)
@@ -97,6 +103,7 @@ class CudaIpcHeap(MappedWords, DeviceHeap):
         data = DeviceRegion(address, layout.data_nbytes)
         super().__init__(layout, file.words, file.address, data, driver)
         self._words = self._shared.values
+        self._block_put = block_put
         self._is_closed = False
 
     def is_held(self, slot: int, lane: int) -> bool:
@@ -113,7 +120,7 @@ class CudaIpcHeap(MappedWords, DeviceHeap):
             self._file.unlock(byte)
 
     def attach(self, address: HeapAddress) -> CudaIpcPeerHeap:
-        return CudaIpcPeerHeap(self.layout, self.data, address, self._driver)
+        return CudaIpcPeerHeap(self.layout, self.data, address, self._driver, self._block_put)
 
     def word_address(self, word: int) -> int:
         return self._shared.address(word)
@@ -137,7 +144,12 @@ class CudaIpcHeap(MappedWords, DeviceHeap):
 
 class CudaIpcPeerHeap(DevicePeerHeap):
     def __init__(
-        self, mine: KvLayout, source: DeviceRegion, address: HeapAddress, driver: CudaDriver
+        self,
+        mine: KvLayout,
+        source: DeviceRegion,
+        address: HeapAddress,
+        driver: CudaDriver,
+        block_put: BlockPut | None = None,
     ) -> None:
         with ExitStack() as undo:
             self._file = file = HeapFile.open(address, KIND, mine)
@@ -150,7 +162,7 @@ class CudaIpcPeerHeap(DevicePeerHeap):
             undo.callback(driver.close, target)
             self._shared = _Words(file, driver)
             undo.pop_all()
-        super().__init__(file.header.layout, file.words, address, source, target, driver)
+        super().__init__(file.header.layout, file.words, address, source, target, driver, block_put)
         self._me = this_process()
 
     def read(self, word: int) -> int:
@@ -178,6 +190,9 @@ class CudaIpcPeerHeap(DevicePeerHeap):
 
     def _leave(self, slot: int, lane: int) -> None:
         """Nothing to write: the host lets go once the stream has drained."""
+
+    def _give_back(self, slot: int, lane: int) -> None:
+        self._release(slot, lane)
 
     def _release(self, slot: int, lane: int) -> None:
         self._shared.holders[slot * MAX_LANES + lane] = 0

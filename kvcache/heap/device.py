@@ -7,10 +7,9 @@
 All that a PeerHeap writes goes through its one stream, so order is the stream's (cuda_driver.py). Nothing
 here waits but ``poll(wait=True)``, ``close`` and the calls for tests and checksums.
 
-Where a kernel is to do the puts of a layer: ``DevicePeerHeap.put`` is one driver copy for each run of
-blocks. A kernel that scatters a layer into ``target_address`` and is launched on ``stream`` takes its place
-one for one: the ``signal`` that follows it stays ordered. A kernel that also stores the arrival word itself
-must do so as the last thing, after a system fence, and ``signal`` is not called for that word.
+``DevicePeerHeap.put`` is one driver copy for each run of blocks, or one launch for all of them where a
+:class:`BlockPut` is given (kernel_put.py). Either is in the peer's stream, so the ``signal`` that follows
+stays ordered.
 
 Owns these. Does not know where the words are, nor how lanes are held.
 """
@@ -19,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from typing import Any
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,17 @@ from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import WordLayout
 from microserve.protocol.errors import InternalError
 from microserve.protocol.grant import HeapAddress
+
+
+MIN_RUNS_OF_A_LAUNCH: Final = 4
+"""Fewer runs of blocks than that are left to the copy engines, which take no multiprocessor."""
+
+
+class BlockPut(Protocol):
+    def __call__(self, copies: Copies, source: int, target: int, stream: int) -> None:
+        """Enqueue all copies in the stream; their offsets count from the addresses ``source`` and ``target``.
+
+        The same set is put again for the next layer, from other addresses."""
 
 
 class DeviceRegion:
@@ -112,6 +122,7 @@ class DevicePeerHeap(PeerHeap):
         source: DeviceRegion,
         target_address: int,
         driver: CudaDriver,
+        block_put: BlockPut | None = None,
     ) -> None:
         """``source`` is our own data region, ``target_address`` where our device finds the peer's."""
         self.layout = layout
@@ -120,8 +131,11 @@ class DevicePeerHeap(PeerHeap):
         self.target_address = target_address
         self.stream = driver.create_stream()
         self._driver = driver
+        self._block_put = block_put
         self._source = source
-        self._held: set[tuple[int, int]] = set()
+        self._held: dict[tuple[int, int], int] = {}
+        """Lanes, with what ``_num_enqueued`` was when we took them."""
+        self._num_enqueued = 0
         self._leaving: dict[tuple[int, int], int] = {}
         """Lanes that were let go, with the event of their last write."""
         self._is_closed = False
@@ -135,33 +149,44 @@ class DevicePeerHeap(PeerHeap):
 
     def put(self, copies: Copies, source_shift: int = 0, target_shift: int = 0) -> None:
         self._require_open()
+        self._num_enqueued += 1
         require_inside(copies, source_shift, target_shift, self._source.nbytes, self.layout.data_nbytes)
         source, target = self._source.address + source_shift, self.target_address + target_shift
+        if self._block_put is not None and len(copies.copies) >= MIN_RUNS_OF_A_LAUNCH:
+            self._block_put(copies, source, target, self.stream)
+            return
         for copy in copies.copies:
             if copy.nbytes:
                 self._copy(target + copy.target, source + copy.source, copy.nbytes)
 
     def signal(self, word: int, value: int) -> None:
         self._require_open()
+        self._num_enqueued += 1
         self._write([word], value)
 
     def signal_each(self, words: NDArray[np.int64], value: int) -> None:
         self._require_open()
+        self._num_enqueued += 1
         self._write(words.tolist(), value)
 
     def hold(self, slot: int, lane: int) -> bool:
         self._require_open()
         if self.holds(slot, lane) or not self._take(slot, lane):
             return False
-        self._held.add((slot, lane))
+        self._held[slot, lane] = self._num_enqueued
         return True
 
     def let_go(self, slot: int, lane: int) -> None:
         self._require_open()
-        if (slot, lane) in self._held:
+        if (slot, lane) not in self._held:
+            return
+        if self._held[slot, lane] == self._num_enqueued:
+            # Nothing went through it: it need not wait for what the stream does for other lanes.
+            self._give_back(slot, lane)
+        else:
             self._leave(slot, lane)
             self._leaving[slot, lane] = self._driver.record(self.stream)
-            self._held.remove((slot, lane))
+        del self._held[slot, lane]
 
     def holds(self, slot: int, lane: int) -> bool:
         return (slot, lane) in self._held or (slot, lane) in self._leaving
@@ -209,6 +234,10 @@ class DevicePeerHeap(PeerHeap):
     @abstractmethod
     def _leave(self, slot: int, lane: int) -> None:
         """The last write of the lane has been enqueued."""
+
+    @abstractmethod
+    def _give_back(self, slot: int, lane: int) -> None:
+        """Leave and release a lane that nothing was written through."""
 
     @abstractmethod
     def _release(self, slot: int, lane: int) -> None:

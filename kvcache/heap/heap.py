@@ -52,7 +52,7 @@ class Copy(NamedTuple):
 class Copies:
     """A set of copies, neighbours merged; made once, then put for one layer after the other."""
 
-    __slots__ = ("copies", "nbytes", "slices", "source_end", "target_end")
+    __slots__ = ("__weakref__", "copies", "nbytes", "slices", "source_end", "target_end")
 
     def __init__(self, copies: Iterable[Copy]) -> None:
         """:class:`InternalError` for a negative offset or size."""

@@ -281,8 +281,7 @@ class NvshmemPeerHeap(DevicePeerHeap):
         holders = row.view(np.uint64).tolist()
         del holders[self._world.rank]
         if any(holder and holder not in self._mine.dead for holder in holders):
-            self._signal_holder(slot, lane, 0, self._asking)
-            self._driver.synchronize(self._asking)
+            self._clear_holder(slot, lane)
             return False
         self._mine.taken.add(key)
         return True
@@ -290,11 +289,20 @@ class NvshmemPeerHeap(DevicePeerHeap):
     def _leave(self, slot: int, lane: int) -> None:
         self._signal_holder(slot, lane, 0, self.stream)
 
+    def _give_back(self, slot: int, lane: int) -> None:
+        self._clear_holder(slot, lane)
+        self._release(slot, lane)
+
     def _release(self, slot: int, lane: int) -> None:
         self._mine.taken.remove((self._rank, slot, lane))
 
     def _detach(self) -> None:
         self._stop_asking()
+
+    def _clear_holder(self, slot: int, lane: int) -> None:
+        """Of a lane that nothing was written through; blocks."""
+        self._signal_holder(slot, lane, 0, self._asking)
+        self._driver.synchronize(self._asking)
 
     def _signal_holder(self, slot: int, lane: int, value: int, stream: int) -> None:
         word = self._mine.base + self._places.holder(slot, lane, self._world.rank)

@@ -63,15 +63,21 @@ def test_every_range_of_every_layer_is_copied_and_no_other_byte(
             want[to + layer * target_step :][:nbytes] = source[at : at + nbytes]
     work = plan(*ranges)
     on_cpu = target.clone()
-    launch = put_launch(source, target, work, num_layers, (source_step, target_step), None, max_thread_blocks)
+    steps = source_step, target_step
+    addresses = source.data_ptr(), target.data_ptr()
+    launch = put_launch(*addresses, work, num_layers, steps, None, max_thread_blocks)
     if pieces:  # any number must do
         place = PARAMETERS.index("pieces")
         arguments = (*launch.arguments[:place], np.uint32(pieces), *launch.arguments[place + 1 :])
         launch = replace(launch, arguments=arguments)
     emulate(host_kernels.emulate_put, launch)
     assert torch.equal(target, want)
-    steps: dict[str, Any] = {"source_layer_nbytes": source_step, "target_layer_nbytes": target_step}
-    block_put(source, on_cpu, work, num_layers=num_layers, **steps)
+    block_put(
+        *(source, on_cpu, work),
+        num_layers=num_layers,
+        source_layer_nbytes=source_step,
+        target_layer_nbytes=target_step,
+    )
     assert torch.equal(on_cpu, want)
 
 

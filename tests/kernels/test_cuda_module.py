@@ -196,7 +196,7 @@ def test_a_launch_passes_what_its_kernel_declares(name: str) -> None:
         known = {"slots": slots, "layer": layer, "word": signal.words, "done": signal.counters}
     else:
         plan = put_plan([(0, 0, 16)], torch.device("cpu"))
-        launch = put_launch(key, layer, plan, 1, (32, 64), signal, 9)
+        launch = put_launch(key.data_ptr(), layer.data_ptr(), plan, 1, (32, 64), signal, 9)
         known = {"ranges": plan.ranges, "target": layer, "words": signal.words, "done": signal.counters}
     assert launch.entry in cuda_module.ENTRIES[launch.module]
     parameters = declared(launch.module)

@@ -18,8 +18,9 @@ from tests.kvcache.kv_samples import data_of, make_layout, set_data
 
 LAYOUT = make_layout(num_blocks=2, num_layers=1)
 EVERYTHING = Copies(
-    # Two runs, so that a put is more than one copy.
-    [Copy(at, at, LAYOUT.data_nbytes // 2) for at in (LAYOUT.data_nbytes // 2, 0)]
+    # Runs that do not merge, and enough of them for a launch.
+    Copy((3 - number) * LAYOUT.data_nbytes // 4, number * LAYOUT.data_nbytes // 4, LAYOUT.data_nbytes // 4)
+    for number in range(4)
 )
 NUM_ACTIONS = 8
 schedules = st.lists(st.integers(0, NUM_ACTIONS - 1), min_size=10, max_size=120)

@@ -5,6 +5,7 @@ The writer runs ``send_random``, the owner ``receive_random``; both draw a round
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import NamedTuple
 
@@ -34,6 +35,12 @@ class _Round(NamedTuple):
         )
 
 
+def cut(nbytes: int, num_runs: int) -> list[tuple[int, int]]:
+    """``[begin, end)`` of runs that make up ``nbytes`` bytes, none longer than needed by more than a byte."""
+    ends = [nbytes * number // num_runs for number in range(num_runs + 1)]
+    return list(itertools.pairwise(ends))
+
+
 def send_random(heap: Heap, peer: PeerHeap, num_rounds: int) -> None:
     done, ready = peer.words.arrival(0, 0, 0), peer.words.state(0)
 
@@ -48,11 +55,13 @@ def send_random(heap: Heap, peer: PeerHeap, num_rounds: int) -> None:
         content, source, target = _Round.draw(number, heap.layout, peer.layout)
         wait_for_owner(number)
         wait_until(take, f"the lane of round {number}")
-        heap.write_data(source, content)
         half = content.size // 2
-        # The later half first: one set of copies, two that cannot be merged.
+        runs = cut(half, number % 7 + 1)
+        # Backwards in the source, so that no two runs merge; and the later half before it.
+        heap.write_data(source, np.concatenate([content[begin:end] for begin, end in reversed(runs)]))
+        heap.write_data(source + half, content[half:])
         peer.put(Copies([Copy(source + half, target + half, content.size - half)]))
-        peer.put(Copies([Copy(source, target, half)]))
+        peer.put(Copies(Copy(source + half - end, target + begin, end - begin) for begin, end in runs))
         peer.signal(done, number)
         peer.let_go(0, 0)
     wait_for_owner(num_rounds + 1)

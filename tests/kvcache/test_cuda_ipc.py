@@ -171,11 +171,27 @@ def test_a_lane_is_free_when_the_stream_has_drained_and_not_before(pair: Pair) -
     pair.peer.let_go(0, 0)
 
 
+def test_a_lane_that_nothing_went_through_is_free_at_once_whatever_the_stream_does(pair: Pair) -> None:
+    assert pair.peer.hold(0, 0)
+    pair.peer.put(Copies([Copy(0, 0, 8)]))
+    assert pair.peer.hold(0, 1)
+    pair.peer.let_go(0, 1)
+
+    assert not pair.peer.holds(0, 1)
+    assert not pair.owner.is_held(0, 1)
+    assert pair.peer.hold(0, 1)
+    pair.peer.signal(1, 1)
+    pair.peer.let_go(0, 1)
+    pair.peer.let_go(0, 0)
+    assert pair.owner.is_held(0, 1)
+
+
 def test_a_stream_that_fails_keeps_its_lanes(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(event: int) -> bool:
         raise InternalError("cuEventQuery failed: an illegal memory access (700)")
 
     pair.peer.hold(0, 0)
+    pair.peer.signal(0, 1)
     pair.peer.let_go(0, 0)
     pair.run()
     with monkeypatch.context() as patch:

@@ -259,6 +259,11 @@ class HostDriver:
                     self._changed.wait(0.001)
 
 
+def host_address(address: int) -> int:
+    """Of an address that a HostDriver gave, where the host finds it."""
+    return address & ~(_DEVICE | _REGISTERED)
+
+
 def _move(target: int, source: int, nbytes: int) -> bool:
     ctypes.memmove(target, source, nbytes)
     return True
