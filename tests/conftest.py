@@ -29,8 +29,8 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="session")
 def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The address arithmetic of the CUDA kernels as a CPU library (``kernels/host_kernels.cpp``), with undefined
-    behaviour and misaligned access made fatal."""
+    """The address arithmetic of the CUDA kernels as a CPU library (``kernels/host_kernels.cpp``), with
+    undefined behaviour and misaligned access made fatal."""
     from microserve.kernels.cuda_module import SOURCES
 
     compiler = shutil.which("g++")

@@ -31,7 +31,6 @@ from microserve.kvcache.words import WordLayout
 from microserve.protocol.errors import InternalError
 from microserve.protocol.grant import HeapAddress
 
-
 MIN_RUNS_OF_A_LAUNCH: Final = 4
 """Fewer runs of blocks than that are left to the copy engines, which take no multiprocessor."""
 

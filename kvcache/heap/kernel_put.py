@@ -1,10 +1,9 @@
 """Puts of many runs of blocks as one launch of a kernel, instead of one driver copy a run.
 
-    Copies ── once ──> table of ranges on the device ── layer 0, 1, ... ──> block_put(source + shift, target + shift)
+    Copies ── once ──> table of ranges on the device ── layer by layer ──> block_put between shifted places
 
-A prompt of 3,000 tokens in scattered blocks is 188 runs a layer: as driver copies they cost the step's thread
-a millisecond in every layer, as a launch some ten microseconds. The kernel takes few thread blocks, so that the
-layers that compute beside it keep the multiprocessors.
+A prompt of 3,000 tokens in scattered blocks is 188 runs a layer, and a driver copy of each costs the step's
+thread a call. The kernel takes few thread blocks, so that what computes beside it keeps the multiprocessors.
 
 Owns the tables and the launch. Knows neither heaps nor who may write where (device.py).
 """
@@ -24,7 +23,7 @@ from microserve.kernels.cuda_module import Launch
 from microserve.kvcache.heap.heap import Copies
 
 MAX_THREAD_BLOCKS: Final = 32
-"""Of 132 multiprocessors, a quarter: enough for any link between GPUs, by the arithmetic of bytes in flight."""
+"""At most a quarter of an H100's multiprocessors, for any length of put. To be measured."""
 
 
 class KernelPut:
@@ -45,7 +44,7 @@ class KernelPut:
             tables = self._tables.setdefault(copies, {})
             table = tables.get(stream)
             if table is None:
-                ranges = [tuple(copy) for copy in copies.copies if copy.nbytes]
+                ranges = [copy for copy in copies.copies if copy.nbytes]
                 table = tables[stream] = put_plan(ranges, self._device)
             if table.num_ranges:
                 launch = put_launch(source, target, table, 1, (0, 0), None, MAX_THREAD_BLOCKS)
@@ -62,6 +61,6 @@ class KernelPut:
         # Memory that torch allocates in here, the tables, is used again in this stream's order only.
         with (
             torch.cuda.device(self._device),
-            torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self._device)),
+            torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self._device)),  # type: ignore[no-untyped-call]
         ):
             yield
