@@ -37,6 +37,8 @@ class Chunk:
 @dataclass(slots=True)
 class Batch:
     chunks: list[Chunk]
+    is_layerwise: bool = True
+    """Some layer is sent or awaited. Else ``on_layer`` may come for all layers at the end of the step."""
 
 
 @dataclass(slots=True)

@@ -168,6 +168,7 @@ class EngineCore:
                 self._await_layer(plan.early, layer)
 
         if plan.batch.chunks:
+            plan.batch.is_layerwise = bool(plan.sends) or plan.early is not None
             return self._runner.execute(plan.batch, on_layer)
         for layer in range(self._heap.layout.num_layers):
             on_layer(layer)

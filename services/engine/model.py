@@ -17,14 +17,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.services.engine.attention import StepAttention
 
 ATTENTION = "microserve_paged"
-"""Our name in transformers' registries of attention and mask functions."""
+"""Our name in transformers' registry of attention functions."""
 
 STEP = "microserve_step"
 """Keyword of ``module(...)`` that carries the :class:`AttentionStep` to every layer."""
@@ -226,9 +225,6 @@ def _attention(
     return out.unsqueeze(0), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
-
-
+# Not among the mask functions too: for an attention that it has no mask for, transformers makes none. For
+# others it looks for packed sequences in the positions, and waits for the device's answer in every step.
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, _no_mask)

@@ -23,8 +23,15 @@ from torch import Tensor
 
 from microserve.kernels.paged_attention import Span, Workspace
 from microserve.protocol.errors import ConfigError, InternalError
-from microserve.services.engine.attention import HostAttention, MakeAttention, device_attention, upload
+from microserve.services.engine.attention import (
+    HostAttention,
+    MakeAttention,
+    StepAttention,
+    device_attention,
+    upload,
+)
 from microserve.services.engine.batch import Batch, Chunk, Runner, Sampled, StepResult
+from microserve.services.engine.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from microserve.services.engine.model import DTYPES, STEP, AttentionStep, LoadedModel
 from microserve.services.engine.sampler import sample
 
@@ -54,11 +61,49 @@ class ModelRunner:
         self._layers = self._views(kv_data)
         self._device = self._layers[0].device
         self._stream: torch.cuda.Stream | None = None
+        self._graphs: DecodeGraphs | None = None
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self._device)  # the weights came by another stream
             make_attention = make_attention or device_attention
         self._make_attention = make_attention or partial(HostAttention, workspace=Workspace())
+
+    def capture_decodes(self, max_num_seqs: int, max_model_len: int, capture: Capture | None = None) -> None:
+        """Replay steps of nothing but decodes from now on (decode_graphs.py): costs seconds and memory.
+        Raises :class:`ConfigError` on a CPU, unless there is a ``capture`` that stands for the device's."""
+        if capture is None:
+            if self._stream is None:
+                raise ConfigError("CUDA graphs need a CUDA device", field="engine.cuda_graphs")
+            capture = CudaCapture(self._stream)
+        with torch.inference_mode(), self._computing():
+            self._graphs = DecodeGraphs(
+                self._forward,
+                capture,
+                max_num_seqs=max_num_seqs,
+                max_blocks=min(-(-max_model_len // self._block_size), self._num_blocks),
+                block_size=self._block_size,
+                device=self._device,
+            )
+
+    def _forward(
+        self,
+        attention: StepAttention,
+        tokens: Tensor,
+        positions: Tensor,
+        *,
+        rows: Tensor | int = 0,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Logits [rows, vocab_size] of the tokens at ``rows``; 0: of all."""
+        output = self._module(
+            input_ids=tokens.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=rows,
+            **{STEP: AttentionStep(layers=self._layers, attention=attention, on_layer=on_layer)},
+        )
+        logits: Tensor = output.logits[0]
+        return logits
 
     @property
     def stream(self) -> int | None:
@@ -95,8 +140,9 @@ class ModelRunner:
 
         ``on_layer(layer)`` comes once a layer, in order, when the batch's KV of that layer stands in the
         blocks (on a GPU: when its writing is enqueued in ``stream``) and before any is read; what it raises
-        ends the step and is passed on. Raises :class:`InternalError` for a batch that does not fit the model
-        or the pool, and for logits that are not finite.
+        ends the step and is passed on. For a batch that is not layerwise it may come when all is enqueued.
+        Raises :class:`InternalError` for a batch that does not fit the model or the pool, and for logits that
+        are not finite.
         """
         chunks = batch.chunks
         if not chunks:
@@ -112,19 +158,21 @@ class ModelRunner:
         specs = [chunk.sample for chunk in chunks if chunk.sample is not None]
         sampled_rows = last_rows[[chunk.sample is not None for chunk in chunks]]
         with torch.inference_mode(), self._computing():
-            step = AttentionStep(
-                layers=self._layers,
-                attention=self._make_attention(spans, slots, self._layers[0]),
-                on_layer=on_layer,
-            )
-            output = self._module(
-                input_ids=self._tensor(tokens).unsqueeze(0),
-                position_ids=self._tensor(positions).unsqueeze(0),
-                use_cache=False,
-                logits_to_keep=self._tensor(sampled_rows),
-                **{STEP: step},
-            )
-            drawn = iter(sample(output.logits[0], specs))
+            if self._graphs is not None and not batch.is_layerwise and self._graphs.fits(spans):
+                logits = self._graphs.run(tokens, positions, slots, spans)
+                if len(specs) < len(chunks):
+                    logits = logits[self._tensor(sampled_rows)]
+                if on_layer is not None:
+                    for layer in range(self.spec.num_layers):
+                        on_layer(layer)
+            else:
+                logits = self._forward(
+                    self._make_attention(spans, slots, self._layers[0]),
+                    *(self._tensor(tokens), self._tensor(positions)),
+                    rows=self._tensor(sampled_rows),
+                    on_layer=on_layer,
+                )
+            drawn = iter(sample(logits, specs))
         result: list[Sampled | None] = [next(drawn) if chunk.sample is not None else None for chunk in chunks]
         return StepResult(result)
 

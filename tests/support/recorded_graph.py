@@ -1,0 +1,136 @@
+"""CUDA graphs without a GPU: the operations of a captured pass, recorded and run again over the same tensors.
+
+Like a graph it bakes in every address, shape and number of the host, and sees later only what is in its
+tensors. Like a capture it refuses to read a tensor on the host. The engine's two device operations read
+lengths on the device, and become one operation each (``device_operations``), as their kernels are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from microserve.kernels import block_scatter as scatter
+from microserve.kernels import gpu_attention
+from microserve.kernels.gpu_attention import DeviceBatch
+from microserve.services.engine import attention
+
+_HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+_HOST_METHODS = ("tolist", "numpy", "__array__", "item", "cpu")
+"""Of tensors, some without an operation where the tensor is on the host already."""
+
+
+class HostRead(Exception):
+    """A capture would have failed here."""
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Callable[[], None]] = []
+        self._is_in_operation = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Nobody reads a tensor on the host but the operations themselves, which stand for kernels."""
+        held = {name: getattr(Tensor, name) for name in _HOST_METHODS}
+        try:
+            for name, method in held.items():
+                setattr(Tensor, name, self._refusing(name, method))
+            with self:
+                yield
+        finally:
+            for name, method in held.items():
+                setattr(Tensor, name, method)
+
+    def _refusing(self, name: str, method: Any) -> Callable[..., Any]:
+        def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not self._is_in_operation:
+                raise HostRead(name)
+            return method(tensor, *args, **kwargs)
+
+        return read
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket.__name__ in _HOST_READS:
+            raise HostRead(str(func))
+        self._is_in_operation = True
+        try:
+            made = func(*args, **kwargs)
+        finally:
+            self._is_in_operation = False
+        self.operations.append(lambda: _run_again(func, args, kwargs, made))
+        return made
+
+
+def _run_again(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
+    again = func(*args, **kwargs)
+    for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+        # The same memory: a view, or an operation in place. What is declared a view (reshape) may be a copy.
+        if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+            old.copy_(new)
+
+
+def record(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    """A ``decode_graphs.Capture``."""
+    recorder = _Recorder()
+    with recorder.watched():
+        output = run()
+
+    def replay() -> None:
+        for operation in recorder.operations:
+            operation()
+
+    return replay, output
+
+
+@torch.library.custom_op("microserve_test::attend", mutates_args=())
+def _attend(
+    query: Tensor,
+    kv: Tensor,
+    starts: Tensor,
+    contexts: Tensor,
+    tables: Tensor,
+    num_decodes: int,
+    scale: float,
+    window: int,
+) -> Tensor:
+    batch = DeviceBatch(starts, contexts, tables, num_decodes)
+    return gpu_attention.paged_attention(query, kv, batch, scale=scale, sliding_window=window or None)
+
+
+@torch.library.custom_op("microserve_test::scatter", mutates_args=("layer",))
+def _scatter(key: Tensor, value: Tensor, slots: Tensor, layer: Tensor) -> None:
+    scatter.block_scatter(key, value, slots, layer)
+
+
+class _Attention:
+    """Stands for the module ``gpu_attention``."""
+
+    @staticmethod
+    def paged_attention(
+        query: Tensor, kv: Tensor, batch: DeviceBatch, *, scale: float, sliding_window: int | None
+    ) -> Tensor:
+        starts, contexts, tables = batch.query_starts, batch.context_lens, batch.block_tables
+        out: Tensor = _attend(
+            query, kv, starts, contexts, tables, batch.num_decodes, scale, sliding_window or 0
+        )
+        return out
+
+
+@contextmanager
+def device_operations(patch: Any) -> Iterator[None]:
+    """``patch``: pytest's."""
+    with patch.context() as patched:
+        patched.setattr(attention, "gpu_attention", _Attention)
+        patched.setattr(attention, "block_scatter", _scatter)
+        yield
