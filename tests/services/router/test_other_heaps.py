@@ -37,8 +37,15 @@ def _refuse(engine: ScriptedEngine, on_gpu: set[str]) -> None:
 @pytest.mark.parametrize("strategy", [strategy.name for strategy in BUILT_IN])
 @pytest.mark.parametrize(
     ("engines", "labels"),
-    [("ab", {}), ("ab", {"a": ["decode"], "b": ["prefill"]}), ("abcd", {})],
-    ids=["two", "roles", "four"],
+    [
+        ("ab", {}),
+        ("ab", {"a": ["decode"], "b": ["prefill"]}),
+        ("abcd", {}),
+        # Whichever of them prefills, its KV does not reach the one that decodes.
+        ("acegb", {name: ["prefill"] for name in "aceg"} | {"b": ["decode"]}),
+        ("acegb", {name: ["decode"] for name in "aceg"} | {"b": ["prefill"]}),
+    ],
+    ids=["two", "roles", "four", "one against four", "four against one"],
 )
 def test_every_strategy_serves_it_all_the_same(
     strategy: str, engines: str, labels: dict[str, list[str]]
