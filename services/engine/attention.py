@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +99,7 @@ def device_batch(spans: Sequence[Span], block_size: int, device: torch.device) -
     )
 
 
-def upload(values: npt.NDArray[np.int32] | npt.NDArray[np.int64], device: torch.device) -> Tensor:
+def upload(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """To the device, in order of its current stream, without waiting for it."""
     host = torch.from_numpy(values)
     if device.type != "cuda":

@@ -32,6 +32,7 @@ from microserve.services.engine.attention import (
 )
 from microserve.services.engine.batch import Batch, Chunk, Runner, Sampled, StepResult
 from microserve.services.engine.decode_graphs import Capture, CudaCapture, DecodeGraphs
+from microserve.services.engine.device_sampler import sample_there
 from microserve.services.engine.model import DTYPES, STEP, AttentionStep, LoadedModel
 from microserve.services.engine.sampler import sample
 
@@ -62,10 +63,12 @@ class ModelRunner:
         self._device = self._layers[0].device
         self._stream: torch.cuda.Stream | None = None
         self._graphs: DecodeGraphs | None = None
+        self._sample = sample
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self._device)  # the weights came by another stream
             make_attention = make_attention or device_attention
+            self._sample = sample_there
         self._make_attention = make_attention or partial(HostAttention, workspace=Workspace())
 
     def capture_decodes(self, max_num_seqs: int, max_model_len: int, capture: Capture | None = None) -> None:
@@ -172,7 +175,7 @@ class ModelRunner:
                     rows=self._tensor(sampled_rows),
                     on_layer=on_layer,
                 )
-            drawn = iter(sample(logits, specs))
+            drawn = iter(self._sample(logits, specs))
         result: list[Sampled | None] = [next(drawn) if chunk.sample is not None else None for chunk in chunks]
         return StepResult(result)
 

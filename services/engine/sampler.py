@@ -12,8 +12,8 @@ two scores are as close as the rounding. (The inverse of the cumulative distribu
 token, and among thousands of edges one is always close: it gave one other token in some thousand.) Must not
 know models or sequences' states.
 
-numpy, not torch: its argmax over a vocabulary is 6 (fp32) to 30 (bf16) times as fast on a CPU. From a GPU, a
-step in which all take the likeliest token brings two numbers a row, others whole rows.
+numpy, not torch: its argmax over a vocabulary is 6 (fp32) to 30 (bf16) times as fast on a CPU. Logits that
+are on a GPU stay there: device_sampler.py does the same for all rows at once.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from microserve.kernels.philox import uniforms
 from microserve.protocol.errors import InternalError, InvalidRequest
 from microserve.protocol.sampling import SamplingParams
 from microserve.services.engine.batch import Sampled, SampleSpec
@@ -32,55 +32,41 @@ from microserve.services.engine.batch import Sampled, SampleSpec
 _Floats = npt.NDArray[np.float64]
 _Ids = npt.NDArray[np.int64]
 
-_HUGE = 1e300
+HUGE = 1e300
 
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
-    """One token for each row of ``logits`` [N, vocab_size], any float dtype and device; N == len(specs).
+    """One token for each row of ``logits`` [N, vocab_size], any float dtype, on a CPU; N == len(specs).
 
     Raises :class:`InternalError` when a row has no finite maximum: its token would be garbage. Raises
     :class:`InvalidRequest` when ``min_tokens`` and the stop ids leave no token to choose.
     """
     if not specs:
         return []
-    if logits.device.type != "cpu" and all(_is_plain_greedy(spec) for spec in specs):
-        return _sample_there(logits)
-    raw = logits.float().cpu().numpy()
+    raw = logits.float().numpy()
     rows = np.arange(len(specs))
     likeliest = raw.argmax(axis=1)  # the first of equals; the first NaN, if there is one
-    _require_finite(raw[rows, likeliest])
+    require_finite(raw[rows, likeliest])
     return [
-        Sampled(int(token), None, []) if _is_plain_greedy(spec) else _sample_row(row, spec)
+        Sampled(int(token), None, []) if is_plain_greedy(spec) else _sample_row(row, spec)
         for row, token, spec in zip(raw, likeliest, specs, strict=True)
     ]
 
 
-def uniforms(seed: int, position: int, count: int) -> _Floats:
-    """The numbers in (0, 1), one for each of ``count`` tokens, that decide the token at ``position``
-    (prompt tokens count).
-
-    Word ``t`` of the stream of Philox4x64-10 with key ``seed`` and the counter's third word ``position``
-    (numpy's generator steps the first word before it draws), its top 52 bits and a half as a fraction.
-    """
-    words = np.random.Philox(key=seed, counter=position << 128).random_raw(count)
-    return np.asarray(((words >> np.uint64(12)) + 0.5) * 2.0**-52, dtype=np.float64)
-
-
-def _sample_there(logits: Tensor) -> list[Sampled]:
-    """The likeliest tokens, found where the logits are, with one wait for that device."""
-    best, token = logits.max(dim=1)  # the first of equals; the first NaN
-    found = torch.stack([best.double(), token.double()]).cpu().numpy()
-    _require_finite(found[0])
-    return [Sampled(int(token), None, []) for token in found[1]]
-
-
-def _require_finite(best: npt.NDArray[np.floating]) -> None:
+def require_finite(best: npt.NDArray[np.floating]) -> None:
     broken = np.flatnonzero(~np.isfinite(best))
     if len(broken):
         raise InternalError(f"logits of rows {broken.tolist()} are not finite")
 
 
-def _is_plain_greedy(spec: SampleSpec) -> bool:
+def require_choice(peaks: npt.NDArray[np.float64]) -> None:
+    """peaks: the highest adjusted score of each row."""
+    if (peaks == -np.inf).any():
+        raise InvalidRequest("min_tokens forbids every token of the vocabulary", field="min_tokens")
+
+
+def is_plain_greedy(spec: SampleSpec) -> bool:
+    """It takes the likeliest token, whatever else there is to know."""
     params = spec.params
     return (
         params.temperature == 0.0
@@ -97,8 +83,7 @@ def _sample_row(raw: npt.NDArray[np.float32], spec: SampleSpec) -> Sampled:
     params = spec.params
     scores = _adjusted(raw, spec)
     token = int(scores.argmax())
-    if scores[token] == -np.inf:
-        raise InvalidRequest("min_tokens forbids every token of the vocabulary", field="min_tokens")
+    require_choice(scores[token : token + 1])
     if params.temperature > 0.0:
         position = len(spec.prompt_token_ids) + len(spec.output_token_ids)
         token = _draw(scores, params, uniforms(params.seed, position, len(scores)))
@@ -123,18 +108,37 @@ def _adjusted(raw: npt.NDArray[np.float32], spec: SampleSpec) -> _Floats:
     for token, bias in params.logit_bias.items():
         scores[token] += bias
     if params.repetition_penalty != 1.0:
-        seen = np.unique(np.array([*spec.prompt_token_ids, *spec.output_token_ids], dtype=np.int64))
+        seen = seen_tokens(spec)
         held, penalty = scores[seen], params.repetition_penalty
         with np.errstate(over="ignore"):  # a penalty near 0 may not push a score out of the numbers
-            held = np.clip(np.where(held > 0.0, held / penalty, held * penalty), -_HUGE, _HUGE)
+            held = np.clip(np.where(held > 0.0, held / penalty, held * penalty), -HUGE, HUGE)
         scores[seen] = held
-    if params.presence_penalty or params.frequency_penalty:
-        said, counts = np.unique(np.array(spec.output_token_ids, dtype=np.int64), return_counts=True)
-        scores[said] -= params.presence_penalty + params.frequency_penalty * counts
-    if len(spec.output_token_ids) < params.min_tokens:
-        ends = [token for token in (*spec.eos_token_ids, *params.stop_token_ids) if token < len(scores)]
-        scores[np.array(ends, dtype=np.int64)] = -np.inf
+    said, amounts = said_tokens(spec)
+    scores[said] -= amounts
+    scores[forbidden_tokens(spec, len(scores))] = -np.inf
     return scores
+
+
+def seen_tokens(spec: SampleSpec) -> _Ids:
+    """In prompt or output; ascending, each once."""
+    return np.unique(np.array([*spec.prompt_token_ids, *spec.output_token_ids], dtype=np.int64))
+
+
+def said_tokens(spec: SampleSpec) -> tuple[_Ids, _Floats]:
+    """Tokens of the output, each once, and what the penalties take from their scores; none without any."""
+    params = spec.params
+    if not (params.presence_penalty or params.frequency_penalty):
+        return np.empty(0, dtype=np.int64), np.empty(0)
+    said, counts = np.unique(np.array(spec.output_token_ids, dtype=np.int64), return_counts=True)
+    return said, params.presence_penalty + params.frequency_penalty * counts.astype(np.float64)
+
+
+def forbidden_tokens(spec: SampleSpec, vocab_size: int) -> _Ids:
+    """That would end the output before ``min_tokens``; each once."""
+    if len(spec.output_token_ids) >= spec.params.min_tokens:
+        return np.empty(0, dtype=np.int64)
+    ends = {*spec.eos_token_ids, *spec.params.stop_token_ids}
+    return np.array(sorted(token for token in ends if token < vocab_size), dtype=np.int64)
 
 
 def _draw(scores: _Floats, params: SamplingParams, numbers: _Floats) -> int:

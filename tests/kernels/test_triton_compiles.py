@@ -167,3 +167,10 @@ def test_threads_of_a_scatter_fit_its_launch_bounds() -> None:
 
     (bound,) = set(re.findall(r"__launch_bounds__\((\d+)\)", (SOURCES / "block_scatter.cu").read_text()))
     assert int(bound) == MAX_THREADS
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_philox(architecture: int) -> None:
+    from microserve.kernels.triton_philox import TILE, uniform_kernel
+
+    compiled(uniform_kernel, architecture, "*i64 *i64 *fp64 i32", {"TILE": TILE}, num_warps=4)

@@ -30,9 +30,9 @@ class HostRead(Exception):
     """A capture would have failed here."""
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Callable[[], None]] = []
         self._is_in_operation = False
 
