@@ -23,13 +23,13 @@ import argparse
 import importlib
 import importlib.util
 import random
-import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gpu_parts import timing
+from gpu_parts.timing import CEILING_NBYTES, Run
 from torch import Tensor
 
 from microserve.kernels.arrival_signal import ArrivalSignal
@@ -41,13 +41,9 @@ from microserve.kernels.kv_quantize import quantize_scatter
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
 ROW_NBYTES = NUM_KV_HEADS * HEAD_DIM * 2
-CEILING_NBYTES = 1 << 30
 DECODE_POOL_NBYTES = 16 << 30
 SHAPES = [(1, 1024), (1, 32768), (16, 4096), (64, 1024), (64, 8192), (256, 1024), (256, 8192)]
 QUICK_SHAPES = [(1, 1024), (4, 512)]
-
-Run = Callable[[int], object]
-"""One round's work; the round says at which place."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +60,7 @@ class Setting:
 
 
 def seconds(setting: Setting, run: Run) -> float:
-    """Median device time of one round; on a CPU one round is run, and not timed."""
-    if setting.device.type != "cuda":
-        run(0)
-        return float("nan")
-    for round_ in range(3):
-        run(round_)
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(setting.rounds)]
-    torch.cuda.synchronize()
-    torch.cuda._sleep(1 << 26)  # the launches queue up behind it: their own cost is not measured
-    for round_, (begin, end) in enumerate(marks):
-        begin.record()
-        run(round_)
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(float(begin.elapsed_time(end)) for begin, end in marks) / 1e3
+    return timing.seconds(setting.device, setting.rounds, run)
 
 
 def report(what: str, elapsed_s: float, nbytes: int, ceiling: float | None = None) -> float:
@@ -149,8 +131,7 @@ def transfers(setting: Setting) -> None:
 
 
 def read_rate(setting: Setting, nbytes: int) -> float:
-    buffer = torch.ones(nbytes // 4, device=setting.device)
-    elapsed = seconds(setting, lambda round_: buffer.sum())
+    elapsed = timing.read_seconds(setting.device, setting.rounds, nbytes)
     return report(f"read, {nbytes >> 20} MiB", elapsed, nbytes)
 
 
@@ -220,8 +201,7 @@ def main(arguments: list[str]) -> int:
         print("gpu_kernels: no CUDA device: nothing is measured")
         return 0
     device = torch.device("cuda", torch.cuda.current_device())
-    properties = torch.cuda.get_device_properties(device)
-    print(f"{properties.name}, {properties.multi_processor_count} multiprocessors, torch {torch.__version__}")
+    print(timing.describe(device))
     setting = Setting(device, options.tokens, 5 if options.quick else options.rounds, places=16)
     shapes, pool_nbytes = (QUICK_SHAPES, 1 << 30) if options.quick else (SHAPES, DECODE_POOL_NBYTES)
     pool_blocks = pool_nbytes // (2 * BLOCK_SIZE * ROW_NBYTES)
