@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-Unit = Literal["%", "x", "layers", ""]
+Unit = Literal["%", "x", "layers", "launches"]
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
     """A bound for a row's ``share``. ``unit``: ``%`` for parts of one, ``x`` for times as fast, ``layers``
-    for times of one layer."""
+    for times of one layer, ``launches`` for a count."""
 
     relation: Literal[">=", "<="]
     bound: float
@@ -75,7 +75,7 @@ def in_unit(value: float, unit: Unit) -> str:
         return f"{value * 100:.1f} %"
     if unit == "layers":
         return f"{value:.2f} layers"
-    return f"{value:.1f} {unit}".rstrip()
+    return f"{value:.0f} launches" if unit == "launches" else f"{value:.1f} {unit}"
 
 
 def counted(count: float, unit: str) -> str:
