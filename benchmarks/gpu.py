@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --device cpu --tiny
 
 A model in the shape of Llama-3.1-8B with random weights, bf16, is prefilled, decoded, sent to an engine in
-another process on the same GPU, and migrated there; about 50 GB of its memory. Rows of the table:
+another process on the same GPU, and migrated there; some 45 GB of its memory. Rows of the table:
 
     rates       of torch, in this run: one read, one copy, one matrix product, all far larger than the caches
     transfer    a prompt prefilled with its KV sent as it is computed, and another one without, by turns: what
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -178,7 +179,8 @@ def measure(plan: Plan, device: str) -> Iterator[Row]:
             max_num_seqs=max(plan.decodes),
             max_num_batched_tokens=plan.step_tokens,
         )
-        with engine:
+        # Events and streams of torch are of its current device.
+        with engine, nullcontext() if device == "cpu" else torch.cuda.device(device):
             layout = msgspec.structs.replace(engine.layout, num_blocks=plan.num_receiver_blocks)
             with Receiver(layout, device_settings(device), device) as receiver:
                 yield from Measurement(plan, device, engine, receiver).rows()
