@@ -193,6 +193,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="few rounds")
     options = parser.parse_args(arguments)
     is_gpu = options.device != "cpu"
+    is_judged = is_gpu and not options.tiny
     if not is_gpu and not options.tiny:
         parser.error("--device cpu needs --tiny")
     if is_gpu and not torch.cuda.is_available():
@@ -200,20 +201,21 @@ def main(arguments: list[str]) -> int:
         return 0
     log.configure("benchmark", "sender", level="warning")
     print(timing.describe(torch.device(options.device)))
-    if not is_gpu:
-        print("on a CPU: this tries the code out and measures nothing about GPUs")
+    if not is_judged:
+        place = "with a tiny model" if is_gpu else "on a CPU"
+        print(f"{place}: this tries the code out and measures nothing about GPUs")
     plan = TRIAL if options.tiny else QUICK if options.quick else FULL
     print(f"{plan.shape.name}, random weights, bf16", flush=True)
     rows: list[Row] = []
     print(head())
     try:
         for row in measure(plan, options.device):
-            print(line(row, is_judged=is_gpu), flush=True)
+            print(line(row, is_judged=is_judged), flush=True)
             rows.append(row)
     except (MeshError, KernelUnavailable) as error:
         print(f"gpu: {error}", file=sys.stderr)
         return 1
-    print(summary(rows) if is_gpu else "nothing about GPUs was measured")
+    print(summary(rows) if is_judged else "nothing about GPUs was measured")
     return 0
 
 
