@@ -183,6 +183,7 @@ def _pretrained(directory: Path, dtype: str) -> Any:
 def _random(config: Any, dtype: str, device: str) -> Any:
     """Made where they stay: a model of 16 GB takes seconds on a GPU, and minutes by way of the host."""
     place = torch.device(device)
+    torch.empty(0, device=place)  # of a device that is not there it says so, unlike its generators
     generators = [place] if place.type == "cuda" else []
     with torch.random.fork_rng(devices=generators), place:
         torch.manual_seed(0)
