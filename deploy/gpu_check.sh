@@ -3,8 +3,15 @@
 #
 #     deploy/gpu_check.sh [MODEL_DIR]
 #
-# tests/gpu, then every strategy on two engines that share the GPU (engine.device=cuda:0,
-# kvcache.heap=cuda_ipc, fp32) token by token against transformers, then benchmarks/gpu_kernels.py.
+# One row each, in this order:
+#   heaps       tests/gpu without what follows: the conformance suite of cuda_ipc between two processes, 10,000
+#               random puts that no signal may overtake, grants, writers that are killed within a transfer
+#   nvshmem     two ranks, 10,000 transfers (nvshmem4py; where it is missing the row fails)
+#   kernels     against their references
+#   engine      the runner: fp32 token by token, bf16 logits within bounds of fp32 on the CPU
+#   strategies  every strategy on two engines that share the GPU (engine.device=cuda:0, kvcache.heap=cuda_ipc,
+#               fp32) token by token against transformers
+#   benchmarks  gpu_kernels.py, then gpu.py; a goal that they miss is no failure
 # MODEL_DIR: a model directory for the strategies; default: a tiny random one, made for the run.
 # PYTHON: the interpreter, with the wheels that the script names where they are missing; it installs nothing.
 # REQUESTS: requests of each strategy, default 40.
@@ -88,12 +95,23 @@ if [ -z "$model" ]; then
         "import sys; from tiny_model import make_tiny_model; make_tiny_model(sys.argv[1], head_dim=64)" "$model"
 fi
 
-stage "tests/gpu" '(^|[^0-9])[1-9][0-9]* passed' \
-    "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu
+passed='(^|[^0-9])[1-9][0-9]* passed'
+tests() { # pytest's arguments
+    "$PYTHON" -m pytest -q -rs -p no:cacheprovider "$@"
+}
+
+nvshmem=tests/gpu/heap/test_nvshmem_on_device.py
+stage "heaps and grants, 2 processes" "$passed" \
+    tests tests/gpu --ignore="$nvshmem" --ignore=tests/gpu/kernels --ignore=tests/gpu/engine
+stage "nvshmem, 2 ranks" "$passed" tests "$nvshmem"
+stage "kernels against their references" "$passed" tests tests/gpu/kernels
+stage "engine, fp32 tokens and bf16 logits" "$passed" tests tests/gpu/engine
 stage "strategies, 2 engines on cuda:0, fp32" '^exact$' \
     "$PYTHON" tests/support/exactness.py --model "$model" --device cuda:0 --requests "${REQUESTS:-40}"
 stage "benchmarks/gpu_kernels.py" 'multiprocessors' \
     "$PYTHON" benchmarks/gpu_kernels.py
+stage "benchmarks/gpu.py" '^[0-9]+ of [0-9]+ goals met' \
+    "$PYTHON" benchmarks/gpu.py
 
 echo
 echo "$gpu"

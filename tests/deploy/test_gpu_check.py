@@ -12,9 +12,13 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "deploy" / "gpu_check.sh"
 STAND_IN = """#!/bin/bash
 case "$*" in
-    *pytest*) echo "$TESTS"; exit "$TESTS_CODE" ;;
+    *"pytest"*" tests/gpu/heap/test_nvshmem"*) echo "$NVSHMEM"; exit 0 ;;
+    *"pytest"*" tests/gpu/kernels"*) echo "3 passed in 1 s"; exit 0 ;;
+    *"pytest"*" tests/gpu/engine"*) echo "4 passed in 1 s"; exit 0 ;;
+    *"pytest"*" tests/gpu --ignore=tests/gpu/heap/test_nvshmem"*) echo "$TESTS"; exit "$TESTS_CODE" ;;
     *exactness*) echo "$EXACT"; exit 0 ;;
     *gpu_kernels*) echo "A GPU, 132 multiprocessors"; exit 0 ;;
+    *benchmarks/gpu.py*) echo "$GOALS"; exit 0 ;;
     -) echo "A GPU, 1 device(s)" ;;
 esac
 """
@@ -41,28 +45,46 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     assert done.stderr.startswith("gpu_check: no NVIDIA GPU here, nothing was checked (libcuda.so.1")
 
 
+RIGHT = {
+    "TESTS": "40 passed, 2 skipped in 3 s",
+    "TESTS_CODE": "0",
+    "NVSHMEM": "1 passed in 9 s",
+    "EXACT": "exact",
+    "GOALS": "8 of 8 goals met",
+}
+
+
 @pytest.mark.parametrize(
-    ("tests", "code", "exact", "failed"),
+    ("found", "failed"),
     [
-        ("40 passed, 2 skipped in 3 s", "0", "exact", []),
-        ("1 failed, 40 passed in 3 s", "1", "exact", ["tests/gpu"]),
-        ("42 skipped in 3 s", "0", "exact", ["tests/gpu"]),
-        ("40 passed in 3 s", "0", "3 MISMATCHES", ["strategies"]),
-        ("no tests ran", "5", "", ["tests/gpu", "strategies"]),
+        ({}, []),
+        ({"TESTS": "1 failed, 40 passed in 3 s", "TESTS_CODE": "1"}, ["heaps"]),
+        ({"TESTS": "42 skipped in 3 s"}, ["heaps"]),
+        ({"NVSHMEM": "1 skipped in 3 s"}, ["nvshmem"]),
+        ({"EXACT": "3 MISMATCHES"}, ["strategies"]),
+        ({"TESTS": "no tests ran", "TESTS_CODE": "5", "EXACT": ""}, ["heaps", "strategies"]),
+        ({"GOALS": "0 of 8 goals met; missed: all"}, []),  # a measurement, and no test
+        ({"GOALS": "gpu: no CUDA device: nothing is measured"}, ["benchmarks/gpu.py"]),
     ],
 )
-def test_the_table_says_what_failed(
-    tmp_path: Path, tests: str, code: str, exact: str, failed: list[str]
-) -> None:
+def test_the_table_says_what_failed(tmp_path: Path, found: dict[str, str], failed: list[str]) -> None:
     python = tmp_path / "python"
     python.write_text(STAND_IN)
     python.chmod(0o755)
-    done = check(PYTHON=str(python), TESTS=tests, TESTS_CODE=code, EXACT=exact)
+    done = check(PYTHON=str(python), **{**RIGHT, **found})
 
     assert done.returncode == bool(failed), done.stderr
-    *_, title, first, second, third = done.stdout.splitlines()
+    names = [
+        "heaps",
+        "nvshmem",
+        "kernels",
+        "engine",
+        "strategies",
+        "benchmarks/gpu_kernels",
+        "benchmarks/gpu.py",
+    ]
+    title, *rows = done.stdout.splitlines()[-len(names) - 1 :]
     assert title == "A GPU, 1 device(s)"
-    rows = {"tests/gpu": first, "strategies": second, "benchmarks": third}
-    for name, row in rows.items():
+    for name, row in zip(names, rows, strict=True):
         assert row.startswith(name)
         assert ("FAILED" if name in failed else "passed") in row[44:56]

@@ -72,6 +72,21 @@ def test_random_weights_need_only_the_config_and_are_always_the_same(llama: Path
     assert first.spec.eos_token_ids == {2}
 
 
+def test_random_weights_are_made_on_the_device_itself(llama: Path) -> None:
+    """No host could hold these on their way there."""
+    edit_config(llama, vocab_size=1 << 42)
+    loaded = load_model(llama, dtype="bfloat16", load_format="random", device="meta")
+    assert {parameter.device.type for parameter in loaded.module.parameters()} == {"meta"}
+    assert loaded.spec.vocab_size == 1 << 42
+
+
+@pytest.mark.parametrize("load_format", ["auto", "random"])
+def test_a_device_that_is_not_there_is_refused(llama: Path, load_format: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be used") as caught:
+        load_model(llama, dtype="float32", load_format=load_format, device="cuda:99")
+    assert caught.value.field == "engine.device"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
