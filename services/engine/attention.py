@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from microserve.kernels import gpu_attention
+from microserve.kernels.block_scatter import block_scatter
 from microserve.kernels.gpu_attention import DeviceBatch
 from microserve.kernels.paged_attention import AttentionPlan, KvWrite, Span, Workspace, paged_attention
 
@@ -53,30 +54,28 @@ class HostAttention:
 
 
 class DeviceAttention:
-    """On a CPU it gives the same numbers, slowly: for tests."""
+    """Lengths, tables and slots are read on the device alone: a captured CUDA graph may hold its calls.
 
-    def __init__(self, spans: Sequence[Span], slots: npt.NDArray[np.int64], kv: Tensor) -> None:
-        device, block_size = kv.device, kv.shape[2]
-        self._batch = device_batch(spans, block_size, device)
-        written = np.flatnonzero(slots >= 0)
-        is_all = len(written) == len(slots)
-        self._tokens = None if is_all else upload(written, device)
-        kept = slots[written]
-        # Row of the key in the flat list of rows; its value is one half block further on.
-        key_rows = kept // block_size * (2 * block_size) + kept % block_size
-        self._rows = upload(np.concatenate([key_rows, key_rows + block_size]), device)
+    slots: [num_tokens] int64, ``block * block_size + row``, or -1 for a token that is not written; on the
+    batch's device. On a CPU it gives the same numbers, slowly: for tests.
+    """
+
+    def __init__(self, batch: DeviceBatch, slots: Tensor) -> None:
+        self._batch, self._slots = batch, slots
 
     def write(self, kv: Tensor, key: Tensor, value: Tensor) -> None:
-        if self._tokens is not None:
-            key, value = key[self._tokens], value[self._tokens]
-        rows = kv.view(-1, kv.shape[3] * kv.shape[4])
-        rows.index_copy_(0, self._rows, torch.cat([key, value]).reshape(-1, rows.shape[1]))
+        block_scatter(key, value, self._slots, kv)
 
     def attend(self, query: Tensor, kv: Tensor, *, scale: float, sliding_window: int | None) -> Tensor:
         # RoPE leaves the heads of a token far from each other; the kernels want them side by side.
         return gpu_attention.paged_attention(
             query.contiguous(), kv, self._batch, scale=scale, sliding_window=sliding_window
         )
+
+
+def device_attention(spans: Sequence[Span], slots: npt.NDArray[np.int64], kv: Tensor) -> DeviceAttention:
+    """A step's ``DeviceAttention``; a ``MakeAttention``."""
+    return DeviceAttention(device_batch(spans, kv.shape[2], kv.device), upload(slots, kv.device))
 
 
 def device_batch(spans: Sequence[Span], block_size: int, device: torch.device) -> DeviceBatch:

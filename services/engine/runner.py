@@ -23,7 +23,7 @@ from torch import Tensor
 
 from microserve.kernels.paged_attention import Span, Workspace
 from microserve.protocol.errors import ConfigError, InternalError
-from microserve.services.engine.attention import DeviceAttention, HostAttention, MakeAttention, upload
+from microserve.services.engine.attention import HostAttention, MakeAttention, device_attention, upload
 from microserve.services.engine.batch import Batch, Chunk, Runner, Sampled, StepResult
 from microserve.services.engine.model import DTYPES, STEP, AttentionStep, LoadedModel
 from microserve.services.engine.sampler import sample
@@ -57,7 +57,7 @@ class ModelRunner:
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self._device)  # the weights came by another stream
-            make_attention = make_attention or DeviceAttention
+            make_attention = make_attention or device_attention
         self._make_attention = make_attention or partial(HostAttention, workspace=Workspace())
 
     @property

@@ -17,7 +17,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import actions as wire
 from microserve.protocol.sampling import SamplingParams
-from microserve.services.engine.attention import DeviceAttention, MakeAttention
+from microserve.services.engine.attention import MakeAttention, device_attention
 from microserve.services.engine.batch import Runner
 from microserve.services.engine.model import LoadedModel, load_model
 from microserve.services.engine.runner import ModelRunner
@@ -95,4 +95,4 @@ def test_the_attention_of_a_gpu_gives_the_engine_the_same_tokens(model: LoadedMo
     assert sorted(normal) == [*(f"beside{n}" for n in range(5)), "long", *(f"r{n}" for n in range(5))]
     assert {len(tokens) for tokens in normal.values()} == {5, 30}
 
-    assert serve(model, DeviceAttention) == normal
+    assert serve(model, device_attention) == normal

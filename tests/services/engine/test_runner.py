@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from microserve.kvcache.layout import K, KvLayout, V
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
 from microserve.protocol.sampling import SamplingParams
-from microserve.services.engine.attention import DeviceAttention, MakeAttention
+from microserve.services.engine.attention import MakeAttention, device_attention
 from microserve.services.engine.batch import Batch, Chunk, Sampled, SampleSpec
 from microserve.services.engine.model import LoadedModel, load_model
 from microserve.services.engine.runner import ModelRunner
@@ -89,7 +89,7 @@ class World:
         return self.region[begin : begin + self.layout.row_nbytes].view(np.float32)
 
 
-@pytest.fixture(scope="module", params=[None, DeviceAttention], ids=["host", "device"])
+@pytest.fixture(scope="module", params=[None, device_attention], ids=["host", "device"])
 def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
     made = {}
     for family in FAMILIES:
