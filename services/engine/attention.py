@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from microserve.kernels import gpu_attention
-from microserve.kernels.block_scatter import block_scatter
 from microserve.kernels.gpu_attention import DeviceBatch
+from microserve.kernels.kv_scatter import kv_scatter
 from microserve.kernels.paged_attention import AttentionPlan, KvWrite, Span, Workspace, paged_attention
 
 
@@ -64,7 +64,7 @@ class DeviceAttention:
         self._batch, self._slots = batch, slots
 
     def write(self, kv: Tensor, key: Tensor, value: Tensor) -> None:
-        block_scatter(key, value, self._slots, kv)
+        kv_scatter(key, value, self._slots, kv)
 
     def attend(self, query: Tensor, kv: Tensor, *, scale: float, sliding_window: int | None) -> Tensor:
         # RoPE leaves the heads of a token far from each other; the kernels want them side by side.
