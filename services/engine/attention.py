@@ -101,8 +101,11 @@ def device_batch(spans: Sequence[Span], block_size: int, device: torch.device) -
 
 def upload(values: npt.NDArray[np.int32] | npt.NDArray[np.int64], device: torch.device) -> Tensor:
     """To the device, in order of its current stream, without waiting for it."""
-    host = torch.from_numpy(values)
-    if device.type != "cuda":
-        return host.to(device)
     # torch keeps pinned memory from being used again until the copy is done.
-    return host.pin_memory().to(device, non_blocking=True)
+    return on_host(values, device).to(device, non_blocking=device.type == "cuda")
+
+
+def on_host(values: npt.NDArray[np.int32] | npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    """In memory from which a copy to the device does not wait."""
+    host = torch.from_numpy(values)
+    return host.pin_memory() if device.type == "cuda" else host
