@@ -7,7 +7,7 @@ the results of one step were held against the plain ones. Must not know the runn
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -51,10 +51,14 @@ def choose_attention(
     with torch.cuda.device(device):
         if (detail := missing_kernel(device)) is not None:
             _logger.warning(log.KERNEL_MISSING, kernel="block_scatter", instead="triton", detail=detail)
-        load: Callable[[], MakeWrapper] | None = None
+        loads: dict[str, Callable[[], MakeWrapper]] = {}
         if importlib.util.find_spec("flashinfer") is not None:
-            load = partial(load_flashinfer, device, spec.num_heads, spec.num_kv_heads, spec.head_dim)
-        return choose_kernels(wanted, spec, block_size, device, load)
+            shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+            # What it would take for Hopper by itself needs more of the CUDA toolkit to compile.
+            backends = ["fa3", "fa2"] if torch.cuda.get_device_capability(device) == (9, 0) else ["fa2"]
+            for backend in backends:
+                loads[f"flashinfer-{backend}"] = partial(load_flashinfer, device, *shape, backend)
+        return choose_kernels(wanted, spec, block_size, device, loads)
 
 
 def choose_kernels(
@@ -62,28 +66,34 @@ def choose_kernels(
     spec: ModelSpec,
     block_size: int,
     device: torch.device,
-    load: Callable[[], MakeWrapper] | None,
+    loads: Mapping[str, Callable[[], MakeWrapper]],
 ) -> MakeAttention:
-    """As ``choose_attention``; load: imports FlashInfer, None where it is not installed."""
+    """As ``choose_attention``; loads: FlashInfer's kernels, best first, each with what imports it."""
     if wanted == "triton":
         return _chosen(device_attention, "triton", "engine.attention")
-    why = _misfit(spec)
-    if why is None and load is None:
-        why = "FlashInfer is not installed"
-    if why is None and load is not None:
-        try:
-            make_wrapper = load()
-            try_out(FlashInfer(make_wrapper), spec, block_size, device)
-        except Exception as error:  # whatever its import, its compiler, its kernels raise
-            first_line = str(error).strip().partition("\n")[0]
-            why = f"{type(error).__name__}: {first_line}"
-            if wanted == "auto":
-                _logger.warning(log.KERNEL_MISSING, kernel="flashinfer", instead="triton", detail=why)
-        else:
-            return _chosen(FlashInfer(make_wrapper), "flashinfer", None)
+    why = _misfit(spec) or (None if loads else "FlashInfer is not installed")
+    if why is None:
+        names = [*loads, "triton"]
+        for (name, load), instead in zip(loads.items(), names[1:], strict=True):
+            try:
+                make_wrapper = load()
+                try_out(FlashInfer(make_wrapper), spec, block_size, device)
+            except Exception as error:  # whatever its import, its compiler, its kernels raise
+                why = _in_one_line(error)
+                if wanted == "auto" or instead != "triton":
+                    _logger.warning(log.KERNEL_MISSING, kernel=name, instead=instead, detail=why)
+            else:
+                return _chosen(FlashInfer(make_wrapper), name, None)
     if wanted == "flashinfer":
         raise ConfigError(f"engine.attention 'flashinfer' cannot be had: {why}", field="engine.attention")
     return _chosen(device_attention, "triton", why)
+
+
+def _in_one_line(error: Exception) -> str:
+    """The compiler's first error where its whole output is in the message, else the first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = next((line for line in lines if " error: " in line), lines[0])
+    return f"{type(error).__name__}: {line}"[:500]
 
 
 def _chosen(make: MakeAttention, name: str, why: str | None) -> MakeAttention:

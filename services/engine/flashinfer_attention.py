@@ -158,11 +158,12 @@ def _starts(lengths: list[int]) -> npt.NDArray[np.int32]:
 
 
 def load_flashinfer(
-    device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int
+    device: torch.device, num_heads: int, num_kv_heads: int, head_dim: int, backend: str
 ) -> Callable[[], PrefillWrapper]:
     """Makes FlashInfer's wrappers, which share one workspace, as layers run one after the other.
 
-    Raises what its import raises.
+    backend: its name for a set of kernels, ``fa2`` or, on sm_90 alone, ``fa3``. Raises what its import
+    raises.
     """
     flashinfer: Any = importlib.import_module("flashinfer")
     multiprocessors = cuda_module.num_multiprocessors(device)
@@ -170,7 +171,9 @@ def load_flashinfer(
     workspace = torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def make_wrapper() -> PrefillWrapper:
-        wrapper: PrefillWrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+        wrapper: PrefillWrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            workspace, "NHD", backend=backend
+        )
         return wrapper
 
     return make_wrapper

@@ -61,6 +61,10 @@ def no_compiler() -> MakeWrapper:
     raise RuntimeError("Could not find nvcc\nand more lines")
 
 
+def no_header() -> MakeWrapper:
+    raise RuntimeError("Ninja build failed. Output:\n[1/11] nvcc\na.h:5:10: fatal error: curand_kernel.h")
+
+
 class Unaligned(StandInWrapper):
     """Off by one in what ``window_left`` means."""
 
@@ -89,42 +93,52 @@ def make_by(kind: type[DeviceAttention]) -> MakeAttention:
 def test_flashinfer_is_taken_where_it_fits(wanted: str, dtype: str, head_dim: int, block_size: int) -> None:
     spec = replace(SPEC, dtype=dtype, head_dim=head_dim)
     with capture_logs() as events:
-        make = choose_kernels(wanted, spec, block_size, CPU, stand_in)
+        make = choose_kernels(wanted, spec, block_size, CPU, {"flashinfer-fa2": stand_in})
     assert isinstance(make, FlashInfer)
     assert [(event["event"], event["attention"]) for event in events] == [
-        (log.ATTENTION_CHOSEN, "flashinfer")
+        (log.ATTENTION_CHOSEN, "flashinfer-fa2")
     ]
 
 
-MISFITS: list[tuple[dict[str, Any], Any, str]] = [
-    ({"dtype": "float32"}, stand_in, "model.dtype float32 is none of bfloat16, float16"),
-    ({"head_dim": 80}, stand_in, "head_dim 80 is none of 64, 128, 256"),
-    ({}, None, "FlashInfer is not installed"),
-    ({}, no_compiler, "RuntimeError: Could not find nvcc"),
-    ({}, lambda: Unaligned, "WrongResult: off by"),
-    ({}, lambda: Forgetful, "WrongResult: off by"),
+@pytest.mark.parametrize("wanted", ["auto", "flashinfer"])
+def test_its_next_best_kernels_are_taken_where_the_best_fail(wanted: str) -> None:
+    with capture_logs() as events:
+        make = choose_kernels(wanted, SPEC, 16, CPU, {"fa3": no_header, "fa2": stand_in})
+    assert isinstance(make, FlashInfer)
+    failure, chosen = events
+    assert (failure["event"], failure["kernel"], failure["instead"]) == (log.KERNEL_MISSING, "fa3", "fa2")
+    assert failure["detail"] == "RuntimeError: a.h:5:10: fatal error: curand_kernel.h"
+    assert (chosen["event"], chosen["attention"]) == (log.ATTENTION_CHOSEN, "fa2")
+
+
+MISFITS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"dtype": "float32"}, {"fa2": stand_in}, "model.dtype float32 is none of bfloat16, float16"),
+    ({"head_dim": 80}, {"fa2": stand_in}, "head_dim 80 is none of 64, 128, 256"),
+    ({}, {}, "FlashInfer is not installed"),
+    ({}, {"fa3": no_header, "fa2": no_compiler}, "RuntimeError: Could not find nvcc"),
+    ({}, {"fa2": lambda: Unaligned}, "WrongResult: off by"),
+    ({}, {"fa2": lambda: Forgetful}, "WrongResult: off by"),
 ]
 
 
-@pytest.mark.parametrize(("change", "load", "why"), MISFITS)
-def test_else_auto_takes_triton_and_says_why(change: dict[str, Any], load: Any, why: str) -> None:
+@pytest.mark.parametrize(("change", "loads", "why"), MISFITS)
+def test_else_auto_takes_triton_and_says_why(change: dict[str, Any], loads: dict[str, Any], why: str) -> None:
     with capture_logs() as events:
-        make = choose_kernels("auto", replace(SPEC, **change), 16, CPU, load)
+        make = choose_kernels("auto", replace(SPEC, **change), 16, CPU, loads)
     assert make is device_attention
     *failures, chosen = events
     assert (chosen["event"], chosen["attention"]) == (log.ATTENTION_CHOSEN, "triton")
     assert chosen["why"].startswith(why)
     # What should have worked and did not is a warning of its own.
-    tried = load not in (None, stand_in)
-    assert [(e["event"], e["kernel"], e["log_level"]) for e in failures] == [
-        (log.KERNEL_MISSING, "flashinfer", "warning")
-    ] * tried
+    failing = [name for name, load in loads.items() if load is not stand_in]
+    assert [e["kernel"] for e in failures] == failing
+    assert {(e["event"], e["log_level"]) for e in failures} <= {(log.KERNEL_MISSING, "warning")}
 
 
-@pytest.mark.parametrize(("change", "load", "why"), MISFITS)
-def test_and_flashinfer_by_name_is_refused(change: dict[str, Any], load: Any, why: str) -> None:
+@pytest.mark.parametrize(("change", "loads", "why"), MISFITS)
+def test_and_flashinfer_by_name_is_refused(change: dict[str, Any], loads: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        choose_kernels("flashinfer", replace(SPEC, **change), 16, CPU, load)
+        choose_kernels("flashinfer", replace(SPEC, **change), 16, CPU, loads)
     assert refused.value.field == "engine.attention"
     assert f"'flashinfer' cannot be had: {why}" in refused.value.detail
     assert "\n" not in refused.value.detail
@@ -132,7 +146,7 @@ def test_and_flashinfer_by_name_is_refused(change: dict[str, Any], load: Any, wh
 
 def test_triton_by_name_does_not_touch_flashinfer() -> None:
     with capture_logs() as events:
-        assert choose_kernels("triton", SPEC, 16, CPU, no_compiler) is device_attention
+        assert choose_kernels("triton", SPEC, 16, CPU, {"fa2": no_compiler}) is device_attention
     assert [event["event"] for event in events] == [log.ATTENTION_CHOSEN]
 
 

@@ -92,28 +92,28 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Compiled]]:
         return plain_empty(*arguments, **options)
 
     monkeypatch.setattr(prefill, "get_batch_prefill_module", module)
-    monkeypatch.setattr(prefill, "determine_attention_backend", lambda *arguments: "fa2")
     monkeypatch.setattr(prefill, "device_support_pdl", lambda device: False)
     monkeypatch.setattr(torch, "empty", empty)
     yield made
 
 
+@pytest.mark.parametrize("backend", ["fa2", "fa3"])
 def test_one_step_through_its_python_is_attention(
-    modules: list[Compiled], monkeypatch: pytest.MonkeyPatch
+    modules: list[Compiled], monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     monkeypatch.setattr(cuda_module, "num_multiprocessors", lambda device: 132)
-    try_out(FlashInfer(load_flashinfer(CPU, 6, 2, 64)), SPEC, 16, CPU)
+    try_out(FlashInfer(load_flashinfer(CPU, 6, 2, 64, backend)), SPEC, 16, CPU)
     # Compiled for layers with a window and for those without; no soft cap, no scores in fp16, no positions.
     bf16 = torch.bfloat16
     kernels = {(bf16, bf16, bf16, torch.int32, 64, 64, 0, window, False, False) for window in (False, True)}
-    assert {made.arguments for made in modules} == {("fa2", *kernel) for kernel in kernels}
+    assert {made.arguments for made in modules} == {(backend, *kernel) for kernel in kernels}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: its first step would not fail")
 def test_without_a_gpu_its_own_failure_leads_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_module, "num_multiprocessors", lambda device: 132)
     with capture_logs() as events:
-        make = choose_kernels("auto", SPEC, 16, CPU, lambda: load_flashinfer(CPU, 6, 2, 64))
+        make = choose_kernels("auto", SPEC, 16, CPU, {"fa2": lambda: load_flashinfer(CPU, 6, 2, 64, "fa2")})
     assert make is device_attention
     assert [event["event"] for event in events] == [log.KERNEL_MISSING, log.ATTENTION_CHOSEN]
 
