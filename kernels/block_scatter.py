@@ -63,7 +63,7 @@ def block_scatter(
     On CUDA this is one launch on the current stream, also for no tokens if there is a signal. Raises
     ``ValueError`` naming the argument; :class:`~microserve.kernels.cuda_module.KernelUnavailable`.
     """
-    _check(key, value, slots, layer)
+    check_rows(key, value, slots, layer)
     if max_thread_blocks is not None and max_thread_blocks < 1:
         raise ValueError(f"max_thread_blocks {max_thread_blocks} must be at least 1")
     if signal is not None:
@@ -129,7 +129,8 @@ def launch_shape(
     return (max(1, min(wanted, max_thread_blocks)),), (along_row, along_tokens)
 
 
-def _check(key: Tensor, value: Tensor, slots: Tensor, layer: Tensor) -> None:
+def check_rows(key: Tensor, value: Tensor, slots: Tensor, layer: Tensor) -> None:
+    """As ``block_scatter`` wants them. Raises ``ValueError`` naming the argument."""
     if layer.dim() != 5 or layer.shape[1] != 2:
         raise ValueError(
             f"layer is {tuple(layer.shape)}, [num_blocks, 2, block_size, num_kv_heads, head_dim] is needed"

@@ -108,11 +108,14 @@ def load(device: torch.device) -> None:
 
     Raises :class:`KernelUnavailable`.
     """
-    index = _index(device)
-    with _cupy().cuda.Device(index):
-        for module, entries in ENTRIES.items():
-            for entry in entries:
-                _function(module, entry, index).compile()
+    index, cupy = _index(device), _cupy()
+    try:
+        with cupy.cuda.Device(index):
+            for module, entries in ENTRIES.items():
+                for entry in entries:
+                    _function(module, entry, index).compile()
+    except cupy.cuda.driver.CUDADriverError as error:  # an nvcc newer than the driver, say
+        raise KernelUnavailable(f"the driver does not load what nvcc built: {_first_line(error)}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from microserve.kernels.triton_address import key_row
+
 
 class Tiles(NamedTuple):
     """One kernel's tile and how it is executed."""
@@ -68,7 +70,7 @@ def _attend(
         else:
             held = keys >= 0
             blocks = tl.load(table + keys // BLOCK_SIZE).to(tl.int64)
-        offsets = (blocks * (2 * BLOCK_SIZE) + keys % BLOCK_SIZE) * ROW
+        offsets = key_row(blocks, keys % BLOCK_SIZE, BLOCK_SIZE) * ROW
         # Rows past the end are not read: a stray NaN there survives a weight of 0.
         if MASKED or HEAD_DIM != DIM:
             there = held[:, None] & (dims < HEAD_DIM)[None, :]

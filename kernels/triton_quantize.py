@@ -19,9 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from microserve.kernels.arrival_signal import ArrivalSignal
-
-TILE_VALUES = 2048
-"""Of one program: (token, head) rows times their padded length."""
+from microserve.kernels.triton_address import pair_tile, paired_rows
 
 
 @triton.jit
@@ -81,12 +79,10 @@ def scatter_kernel(
     SIGNAL: tl.constexpr,
 ):
     """ROWS (token, head) pairs, of K in the grid's second axis 0 and of V in 1."""
-    pairs = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     half = tl.program_id(1)
-    tokens = pairs // NUM_HEADS
-    heads = pairs % NUM_HEADS
-    slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1)
-    written = (slot >= 0) & (slot < num_slots)
+    _, tokens, heads, written, target = paired_rows(
+        slots, half, num_tokens, num_slots, BLOCK_SIZE, NUM_HEADS, ROWS
+    )
     dims = tl.arange(0, DIM)
     there = written[:, None] & (dims < HEAD_DIM)[None, :]
     if half == 0:
@@ -101,8 +97,6 @@ def scatter_kernel(
     scale = tl.where(absmax > 1e-30, tl.div_rn(absmax, tl.full([ROWS], greatest, tl.float32)), 1.0)
     ratios = tl.div_rn(rows, tl.broadcast_to(scale[:, None], [ROWS, DIM]))
     ratios = tl.where((absmax > 1e-30)[:, None], ratios, 0.0)
-    target = slot // BLOCK_SIZE * (2 * BLOCK_SIZE) + half * BLOCK_SIZE + slot % BLOCK_SIZE
-    target = target * NUM_HEADS + heads
     if FLOAT:
         # A quotient may round to just above the greatest code, and is that code.
         bounded = tl.minimum(tl.maximum(ratios, -448.0), 448.0)
@@ -137,16 +131,10 @@ def gather_kernel(
     FLOAT: tl.constexpr,
 ):
     """ROWS (token, head) pairs, of K in the grid's second axis 0 and of V in 1; key, value: contiguous."""
-    pairs = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     half = tl.program_id(1)
-    tokens = pairs // NUM_HEADS
-    heads = pairs % NUM_HEADS
-    slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1)
-    held = (slot >= 0) & (slot < num_slots)
+    pairs, _, _, held, source = paired_rows(slots, half, num_tokens, num_slots, BLOCK_SIZE, NUM_HEADS, ROWS)
     dims = tl.arange(0, DIM)
     there = held[:, None] & (dims < HEAD_DIM)[None, :]
-    source = slot // BLOCK_SIZE * (2 * BLOCK_SIZE) + half * BLOCK_SIZE + slot % BLOCK_SIZE
-    source = source * NUM_HEADS + heads
     raw = tl.load(codes + source[:, None] * HEAD_DIM + dims[None, :], mask=there, other=0)
     scale = tl.load(scales + source, mask=held, other=1.0)
     plain = decode_e4m3(raw) if FLOAT else raw.to(tl.float32)
@@ -166,7 +154,7 @@ def launch_scatter(
     if num_tokens == 0 and signal is None:
         return
     num_blocks, _, block_size, num_heads, head_dim = codes.shape
-    dim, rows = tile(head_dim)
+    dim, rows = pair_tile(head_dim)
     grid = (max(1, triton.cdiv(num_tokens * num_heads, rows)), 2)
     floating = codes.dtype == torch.float8_e4m3fn
     counter, word, sequence = slots, slots, 0  # never touched without a signal
@@ -185,15 +173,9 @@ def launch_gather(codes: Tensor, scales: Tensor, slots: Tensor, key: Tensor, val
     if num_tokens == 0:
         return
     num_blocks, _, block_size, num_heads, head_dim = codes.shape
-    dim, rows = tile(head_dim)
+    dim, rows = pair_tile(head_dim)
     floating = codes.dtype == torch.float8_e4m3fn
     gather_kernel[(triton.cdiv(num_tokens * num_heads, rows), 2)](
         *(codes.view(torch.uint8) if floating else codes, scales, slots, key, value),
         *(num_tokens, num_blocks * block_size, block_size, num_heads, head_dim, dim, rows, floating),
     )
-
-
-def tile(head_dim: int) -> tuple[int, int]:
-    """(padded head_dim, rows of a program)."""
-    dim = triton.next_power_of_2(head_dim)
-    return dim, max(1, TILE_VALUES // dim)

@@ -58,6 +58,8 @@ class EngineSettings(_Section, frozen=True):
     threads: int = 1
     device: str = "cpu"
     """``cpu``, or ``cuda:N`` with ``kvcache.heap = "cuda_ipc"``."""
+    attention: str = "auto"
+    """On a GPU: ``triton``, ``flashinfer``, or ``auto`` for FlashInfer where it is installed and fits."""
     max_num_seqs: int = 64
     """Sequences in one step."""
     max_num_batched_tokens: int = 512
@@ -201,6 +203,7 @@ class Settings(_Section, frozen=True):
                 f"gateway.port must be 0 to 65535, is {self.gateway.port}", field="gateway.port"
             )
         self._check_heap()
+        self._check_attention()
         if self.log.level.upper() not in logging.getLevelNamesMapping():
             raise ConfigError(f"log.level is no level: {self.log.level!r}", field="log.level")
         if self.bus.credit * 4 > self.bus.high_water_mark:
@@ -225,6 +228,17 @@ class Settings(_Section, frozen=True):
             raise ConfigError(
                 f"engine.device must be 'cuda:N' for kvcache.heap {heap!r}, is 'cpu'", field="engine.device"
             )
+
+    def _check_attention(self) -> None:
+        attention, problem = self.engine.attention, None
+        if attention not in ("auto", "triton", "flashinfer"):
+            problem = f"engine.attention must be 'auto', 'triton' or 'flashinfer', is {attention!r}"
+        elif attention != "auto" and self.engine.device == "cpu":
+            problem = f"engine.attention must be 'auto' on engine.device 'cpu', is {attention!r}"
+        elif attention == "flashinfer" and self.model.dtype == "float32":
+            problem = "engine.attention 'flashinfer' does bfloat16 and float16, model.dtype is 'float32'"
+        if problem is not None:
+            raise ConfigError(problem, field="engine.attention")
 
 
 def load_settings(

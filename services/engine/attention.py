@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from microserve.kernels import gpu_attention
-from microserve.kernels.block_scatter import block_scatter
 from microserve.kernels.gpu_attention import DeviceBatch
+from microserve.kernels.kv_scatter import kv_scatter
 from microserve.kernels.paged_attention import AttentionPlan, KvWrite, Span, Workspace, paged_attention
 
 
@@ -64,7 +64,7 @@ class DeviceAttention:
         self._batch, self._slots = batch, slots
 
     def write(self, kv: Tensor, key: Tensor, value: Tensor) -> None:
-        block_scatter(key, value, self._slots, kv)
+        kv_scatter(key, value, self._slots, kv)
 
     def attend(self, query: Tensor, kv: Tensor, *, scale: float, sliding_window: int | None) -> Tensor:
         # RoPE leaves the heads of a token far from each other; the kernels want them side by side.
@@ -101,8 +101,11 @@ def device_batch(spans: Sequence[Span], block_size: int, device: torch.device) -
 
 def upload(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """To the device, in order of its current stream, without waiting for it."""
-    host = torch.from_numpy(values)
-    if device.type != "cuda":
-        return host.to(device)
     # torch keeps pinned memory from being used again until the copy is done.
-    return host.pin_memory().to(device, non_blocking=True)
+    return on_host(values, device).to(device, non_blocking=device.type == "cuda")
+
+
+def on_host(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """In memory from which a copy to the device does not wait."""
+    host = torch.from_numpy(values)
+    return host.pin_memory() if device.type == "cuda" else host

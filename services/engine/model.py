@@ -57,6 +57,8 @@ class ModelSpec:
     eos_token_ids: frozenset[int]
     dtype: str
     """``float32``, ``bfloat16`` or ``float16``: of weights and KV."""
+    sliding_windows: frozenset[int | None]
+    """Of its layers; None: of layers that see everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,18 @@ def _spec(directory: Path, config: Any, dtype: str) -> ModelSpec:
         max_model_len=config.max_position_embeddings,
         eos_token_ids=frozenset(eos),
         dtype=dtype,
+        sliding_windows=_sliding_windows(config),
     )
+
+
+def _sliding_windows(config: Any) -> frozenset[int | None]:
+    window = None
+    if getattr(config, "use_sliding_window", True):
+        window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or not kinds:
+        return frozenset({window})
+    return frozenset(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _check_supported(directory: Path, raw: dict[str, Any], config: Any) -> None:

@@ -18,6 +18,8 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
 from microserve.protocol.transport import Bus
+from microserve.services.engine.attention import MakeAttention
+from microserve.services.engine.attention_choice import choose_attention
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.model import LoadedModel, load_model
 from microserve.services.engine.runner import ModelRunner
@@ -34,9 +36,9 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
     torch.set_num_threads(settings.engine.threads)
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(1, "load") as pool:
-        model = await loop.run_in_executor(pool, _load, settings)
+        model, attention = await loop.run_in_executor(pool, _load, settings)
     engine_id = settings.engine.id or f"engine-{secrets.token_hex(4)}"
-    core = make_core(settings, model, engine_id, secrets.randbits(62) | 1)
+    core = make_core(settings, model, engine_id, secrets.randbits(62) | 1, attention)
     engine = EngineService(settings, bus, lifecycle, core)
     try:
         await engine.run()
@@ -44,17 +46,26 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
         engine.close()
 
 
-def _load(settings: Settings) -> LoadedModel:
-    return load_model(
+def _load(settings: Settings) -> tuple[LoadedModel, MakeAttention | None]:
+    engine = settings.engine
+    model = load_model(
         settings.model.path,
         dtype=settings.model.dtype,
-        device=settings.engine.device,
+        device=engine.device,
         load_format=settings.model.load_format,
     )
+    device, block_size = torch.device(engine.device), settings.kvcache.block_size
+    return model, choose_attention(engine.attention, model.spec, block_size, device)
 
 
-def make_core(settings: Settings, model: LoadedModel, engine_id: str, incarnation: int) -> EngineCore:
-    """Heap, runner and core for a loaded model."""
+def make_core(
+    settings: Settings,
+    model: LoadedModel,
+    engine_id: str,
+    incarnation: int,
+    attention: MakeAttention | None = None,
+) -> EngineCore:
+    """Heap, runner and core for a loaded model; attention: None for what the device is best at."""
     spec, cache = model.spec, settings.kvcache
     name = settings.model.name or spec.name
     max_model_len = min(settings.engine.max_model_len or spec.max_model_len, spec.max_model_len)
@@ -68,7 +79,7 @@ def make_core(settings: Settings, model: LoadedModel, engine_id: str, incarnatio
         dtype=spec.dtype,
     )
     heap, data = make_heap(settings, layout, incarnation)
-    runner = ModelRunner(model, data, cache.num_blocks, cache.block_size)
+    runner = ModelRunner(model, data, cache.num_blocks, cache.block_size, make_attention=attention)
     return EngineCore(
         engine_id=engine_id,
         incarnation=incarnation,

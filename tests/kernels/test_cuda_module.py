@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -232,6 +233,25 @@ def test_without_a_driver_a_launch_says_so_in_one_line(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     with pytest.raises(KernelUnavailable, match=r"^no CUDA device or driver: cudaErrorInsuff.* too old$"):
         launch()
+
+
+@pytest.mark.usefixtures("no_cupy_yet")
+def test_a_cubin_that_the_driver_does_not_take_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from an nvcc that is newer than the driver."""
+
+    class Refused:
+        def compile(self) -> None:
+            raise DriverError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid\nand more")
+
+    cuda = SimpleNamespace(
+        runtime=SimpleNamespace(getDeviceCount=lambda: 1, CUDARuntimeError=DriverError),
+        driver=SimpleNamespace(CUDADriverError=DriverError),
+        Device=lambda index: nullcontext(),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(cuda_module, "_function", lambda module, entry, index: Refused())
+    with pytest.raises(KernelUnavailable, match=r"^the driver does not load .*: CUDA_ERROR_INVALID_IMAGE.*$"):
+        cuda_module.load(torch.device("cuda", 0))
 
 
 def test_ahead_of_time_builds_fail_with_one_line(

@@ -137,10 +137,11 @@ def test_reduction(architecture: int, head_dim: int) -> None:
 @pytest.mark.parametrize("floating", [True, False])
 def test_quantisation(architecture: int, floating: bool) -> None:
     """Both formats on both architectures: sm_80 has no cast to e4m3, and none is needed."""
-    from microserve.kernels.triton_quantize import gather_kernel, scatter_kernel, tile
+    from microserve.kernels.triton_address import pair_tile
+    from microserve.kernels.triton_quantize import gather_kernel, scatter_kernel
 
     code = "*u8" if floating else "*i8"
-    dim, rows = tile(128)
+    dim, rows = pair_tile(128)
     constants = {
         "BLOCK_SIZE": 16,
         "NUM_HEADS": 8,
@@ -160,6 +161,21 @@ def test_quantisation(architecture: int, floating: bool) -> None:
     assert ptx.rindex("st.global") < ptx.index("atom.global.sys.acq_rel.add")
     compiled(scatter_kernel, architecture, types, constants | {"SIGNAL": False})
     compiled(gather_kernel, architecture, f"{code} *fp32 *i64 *bf16 *bf16 i32 i32", constants)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("raw", "head_dim"), [("i16", 128), ("i16", 80), ("i32", 64)])
+def test_scatter(architecture: int, raw: str, head_dim: int) -> None:
+    from microserve.kernels.triton_address import pair_tile
+    from microserve.kernels.triton_scatter import scatter_kernel
+
+    dim, rows = pair_tile(head_dim)
+    constants = {"BLOCK_SIZE": 16, "NUM_HEADS": 8, "HEAD_DIM": head_dim, "DIM": dim, "ROWS": rows}
+    types = f"*{raw} *{raw} *i64 *{raw} i32 i32 i32:16 i32:16 i32:16 i32:16"
+    ptx = compiled(scatter_kernel, architecture, types, constants).asm["ptx"]
+    if dim == head_dim:
+        assert "ld.global.v4.b32" in ptx  # 16 bytes at a time
+        assert "st.global.v4.b32" in ptx
 
 
 def test_threads_of_a_scatter_fit_its_launch_bounds() -> None:

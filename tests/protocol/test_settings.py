@@ -85,6 +85,9 @@ def test_values_read_as_toml_or_as_text(override: str, expected: object) -> None
         ("engine.device=cuda:", "engine.device", "'cpu' or 'cuda:N', is 'cuda:'"),
         ("engine.device=cuda:1", "kvcache.heap", "must be 'cuda_ipc' on engine.device 'cuda:1'"),
         ("kvcache.heap=cuda_ipc", "engine.device", "must be 'cuda:N' for kvcache.heap 'cuda_ipc'"),
+        ("engine.attention=flash", "engine.attention", "'triton' or 'flashinfer', is 'flash'"),
+        ("engine.attention=flashinfer", "engine.attention", "on engine.device 'cpu', is 'flashinfer'"),
+        ("engine.attention=triton", "engine.attention", "on engine.device 'cpu', is 'triton'"),
     ],
 )
 def test_wrong_setting_is_named_by_its_path(override: str, field: str, reason: str) -> None:
@@ -98,6 +101,16 @@ def test_an_engine_on_a_gpu_keeps_its_kv_there() -> None:
     settings = load_settings(overrides=["engine.device=cuda:1", "kvcache.heap=cuda_ipc"])
 
     assert (settings.engine.device, settings.kvcache.heap) == ("cuda:1", "cuda_ipc")
+
+
+def test_flashinfer_is_refused_for_the_dtype_that_it_does_not_do() -> None:
+    overrides = ["engine.device=cuda:0", "kvcache.heap=cuda_ipc", "engine.attention=flashinfer"]
+    error = refused(overrides=overrides)
+
+    assert error.field == "engine.attention"
+    assert "model.dtype is 'float32'" in error.detail
+    settings = load_settings(overrides=[*overrides, "model.dtype=bfloat16"])
+    assert settings.engine.attention == "flashinfer"
 
 
 def test_override_below_a_value_is_refused() -> None:

@@ -132,5 +132,5 @@ def device_operations(patch: Any) -> Iterator[None]:
     """``patch``: pytest's."""
     with patch.context() as patched:
         patched.setattr(attention, "gpu_attention", _Attention)
-        patched.setattr(attention, "block_scatter", _scatter)
+        patched.setattr(attention, "kv_scatter", _scatter)
         yield

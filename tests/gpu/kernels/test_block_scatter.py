@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
 from kernel_cases import random_slots
+from torch import Tensor
 
 from microserve.kernels import cuda_module, reference
 from microserve.kernels.arrival_signal import ArrivalSignal
@@ -21,12 +23,26 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Genera
     return torch.randint(0, 256, (nbytes,), generator=generator).to(torch.uint8).view(dtype).view(shape)
 
 
+def by_triton(key: Tensor, value: Tensor, slots: Tensor, layer: Tensor) -> None:
+    pytest.importorskip("triton", reason="no triton")
+    from microserve.kernels.triton_scatter import launch_scatter
+
+    launch_scatter(key, value, slots, layer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(8, 128), (3, 64), (1, 80), (2, 3), (1, 1)])
 @pytest.mark.parametrize("num_tokens", [0, 1, 37, 3000])
 @pytest.mark.parametrize("view", ["contiguous", "packed", "head major"])
+@pytest.mark.parametrize("scatter", [block_scatter, by_triton], ids=["cuda", "triton"])
 def test_bytes_equal_the_oracle(
-    gpu: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int, num_tokens: int, view: str
+    gpu: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    head_dim: int,
+    num_tokens: int,
+    view: str,
+    scatter: Callable[[Tensor, Tensor, Tensor, Tensor], None],
 ) -> None:
     generator = torch.Generator().manual_seed(num_tokens + head_dim)
     num_blocks = num_tokens // 16 + 3
@@ -43,7 +59,7 @@ def test_bytes_equal_the_oracle(
     if view == "packed":
         packed = torch.cat([keys, values], 1)
         keys, values = packed[:, :num_heads], packed[:, num_heads:]
-    block_scatter(keys, values, slots.to(gpu), layer)
+    scatter(keys, values, slots.to(gpu), layer)
     assert torch.equal(layer.cpu().view(torch.uint8), want.view(torch.uint8))
 
 

@@ -16,7 +16,7 @@ from logit_bounds import (
     make_model,
 )
 
-from microserve.services.engine.attention import DeviceAttention
+from microserve.services.engine.attention import device_attention
 from microserve.services.engine.model import load_model
 from microserve.services.engine.runner import ModelRunner
 
@@ -24,7 +24,7 @@ from microserve.services.engine.runner import ModelRunner
 def runner_of(directory: Path, dtype: str, *, is_device: bool = False) -> tuple[ModelRunner, torch.Tensor]:
     model = load_model(directory, dtype=dtype)
     data = torch.zeros(layout_of(model.spec).data_nbytes, dtype=torch.uint8)
-    make = DeviceAttention if is_device else None
+    make = device_attention if is_device else None
     return ModelRunner(model, data, NUM_BLOCKS, BLOCK_SIZE, make_attention=make), data
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from core_mesh import ROUTER, generate, grant_for, receive, send
 from device_mesh import DeviceMesh
+from flashinfer_stand_in import StandInWrapper
 from host_driver import HostDriver
 from tiny_model import make_tiny_model
 
@@ -19,6 +20,7 @@ from microserve.protocol import actions as wire
 from microserve.protocol.sampling import SamplingParams
 from microserve.services.engine.attention import MakeAttention, device_attention
 from microserve.services.engine.batch import Runner
+from microserve.services.engine.flashinfer_attention import FlashInfer
 from microserve.services.engine.model import LoadedModel, load_model
 from microserve.services.engine.runner import ModelRunner
 
@@ -96,3 +98,4 @@ def test_the_attention_of_a_gpu_gives_the_engine_the_same_tokens(model: LoadedMo
     assert {len(tokens) for tokens in normal.values()} == {5, 30}
 
     assert serve(model, device_attention) == normal
+    assert serve(model, FlashInfer(StandInWrapper)) == normal

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from flashinfer_stand_in import StandInWrapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import FAMILIES, make_tiny_model
@@ -22,11 +23,17 @@ from microserve.protocol.errors import ConfigError, InternalError, TransferFaile
 from microserve.protocol.sampling import SamplingParams
 from microserve.services.engine.attention import MakeAttention, device_attention
 from microserve.services.engine.batch import Batch, Chunk, Sampled, SampleSpec
+from microserve.services.engine.flashinfer_attention import FlashInfer
 from microserve.services.engine.model import LoadedModel, load_model
 from microserve.services.engine.runner import ModelRunner
 
 NUM_BLOCKS, BLOCK_SIZE = 64, 4
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
+ATTENTIONS: dict[str, MakeAttention | None] = {
+    "host": None,
+    "device": device_attention,
+    "flashinfer": FlashInfer(StandInWrapper),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,7 +96,7 @@ class World:
         return self.region[begin : begin + self.layout.row_nbytes].view(np.float32)
 
 
-@pytest.fixture(scope="module", params=[None, device_attention], ids=["host", "device"])
+@pytest.fixture(scope="module", params=list(ATTENTIONS.values()), ids=list(ATTENTIONS))
 def worlds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, World]:
     made = {}
     for family in FAMILIES:
