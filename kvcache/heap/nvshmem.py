@@ -52,7 +52,15 @@ from microserve.kvcache.heap.device import (
     copy_to_host,
 )
 from microserve.kvcache.heap.mapped import require_same_kv
-from microserve.kvcache.heap.nvshmem_places import ALIVE, LENGTH, PAGE, Header, Mirror, Places
+from microserve.kvcache.heap.nvshmem_places import (
+    ALIVE,
+    LENGTH,
+    PAGE,
+    Header,
+    Mirror,
+    Places,
+    require_room,
+)
 from microserve.kvcache.heap.nvshmem_world import SymmetricMemory
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS, POISON, WORD_NBYTES
@@ -79,14 +87,7 @@ class NvshmemHeap(DeviceHeap):
         for the largest pool among them. :class:`ConfigError` if ours does not fit into it."""
         self._places = places = Places(layout, num_slots, world.num_ranks)
         header = msgspec.msgpack.encode(Header(incarnation, num_slots, layout))
-        if places.nbytes > capacity_nbytes:
-            raise ConfigError(
-                f"the heap has {places.nbytes} bytes, a rank's memory {capacity_nbytes}", field="num_blocks"
-            )
-        if LENGTH.size + len(header) > ALIVE:
-            raise ConfigError("the model's name does not fit into a heap's header", field="model")
-        if world.num_ranks * WORD_NBYTES > PAGE:
-            raise ConfigError(f"a world of {world.num_ranks} ranks is too large", field="heap")
+        require_room(layout, num_slots, world.num_ranks, capacity_nbytes)
         self.world = world
         self.base = world.allocate(capacity_nbytes)
         driver.clear(self.base, capacity_nbytes)

@@ -1,4 +1,5 @@
-"""One engine process: loads the model, makes heap, runner and core, and runs them in the shell (shell.py)."""
+"""One engine process: loads the model, makes heap (or joins a world for it, world.py), runner and core, and
+runs them in the shell (shell.py)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from microserve.kvcache.heap import nvshmem
 from microserve.kvcache.heap.cuda_driver import LibCuda
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.heap import Heap
@@ -23,7 +25,11 @@ from microserve.services.engine.model import LoadedModel, load_model
 from microserve.services.engine.runner import ModelRunner
 from microserve.services.engine.shell import EngineService
 from microserve.services.engine.state import Limits
+from microserve.services.engine.world import World, join_world
 from microserve.services.lifecycle import Lifecycle
+
+HeapData = npt.NDArray[np.uint8] | torch.Tensor
+"""The data region of a heap, as the runner uses it."""
 
 
 async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None:
@@ -36,10 +42,26 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
     with ThreadPoolExecutor(1, "load") as pool:
         model = await loop.run_in_executor(pool, _load, settings)
     engine_id = settings.engine.id or f"engine-{secrets.token_hex(4)}"
-    core = make_core(settings, model, engine_id, secrets.randbits(62) | 1)
+    incarnation = secrets.randbits(62) | 1
+    layout = make_layout(settings, model)
+    world: World | None = None
+    if settings.kvcache.heap == nvshmem.KIND:
+        device = torch.device(settings.engine.device)
+        world = await join_world(settings, bus, lifecycle, layout, incarnation, device=device.index or 0)
+        heap: Heap = world.heap
+        data: HeapData = torch.as_tensor(world.heap.data, device=device)
+    else:
+        heap, data = make_heap(settings, layout, incarnation)
+    core = make_core(settings, model, engine_id, heap, data)
     engine = EngineService(settings, bus, lifecycle, core)
     try:
-        await engine.run()
+        if world is None:
+            await engine.run()
+        else:
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(world.watch(core.lock))
+                await engine.run()
+                watching.cancel()
     finally:
         engine.close()
 
@@ -53,13 +75,11 @@ def _load(settings: Settings) -> LoadedModel:
     )
 
 
-def make_core(settings: Settings, model: LoadedModel, engine_id: str, incarnation: int) -> EngineCore:
-    """Heap, runner and core for a loaded model."""
+def make_layout(settings: Settings, model: LoadedModel) -> KvLayout:
+    """How the KV of a loaded model lies in the heap."""
     spec, cache = model.spec, settings.kvcache
-    name = settings.model.name or spec.name
-    max_model_len = min(settings.engine.max_model_len or spec.max_model_len, spec.max_model_len)
-    layout = KvLayout(
-        model=name,
+    return KvLayout(
+        model=settings.model.name or spec.name,
         num_layers=spec.num_layers,
         num_blocks=cache.num_blocks,
         block_size=cache.block_size,
@@ -67,12 +87,19 @@ def make_core(settings: Settings, model: LoadedModel, engine_id: str, incarnatio
         head_dim=spec.head_dim,
         dtype=spec.dtype,
     )
-    heap, data = make_heap(settings, layout, incarnation)
+
+
+def make_core(
+    settings: Settings, model: LoadedModel, engine_id: str, heap: Heap, data: HeapData
+) -> EngineCore:
+    """Runner and core for a loaded model; ``data`` is the data region of ``heap``, as the runner uses it."""
+    spec, cache = model.spec, settings.kvcache
+    max_model_len = min(settings.engine.max_model_len or spec.max_model_len, spec.max_model_len)
     runner = ModelRunner(model, data, cache.num_blocks, cache.block_size)
     return EngineCore(
         engine_id=engine_id,
-        incarnation=incarnation,
-        model=name,
+        incarnation=heap.address.incarnation,
+        model=heap.layout.model,
         heap=heap,
         runner=runner,
         limits=Limits(
@@ -90,10 +117,9 @@ def make_core(settings: Settings, model: LoadedModel, engine_id: str, incarnatio
     )
 
 
-def make_heap(
-    settings: Settings, layout: KvLayout, incarnation: int
-) -> tuple[Heap, npt.NDArray[np.uint8] | torch.Tensor]:
-    """The heap of ``kvcache.heap``, and its data region as the runner uses it.
+def make_heap(settings: Settings, layout: KvLayout, incarnation: int) -> tuple[Heap, HeapData]:
+    """The heap of ``kvcache.heap``, and its data region as the runner uses it. Not ``nvshmem``: nobody makes
+    such a heap alone (world.py).
 
     Raises :class:`ConfigError` if it cannot be had: no such device, too little memory.
     """
