@@ -10,9 +10,10 @@ the first shows was there before the second began, and so was all that had been 
 changes in between keeps its older words until the next ``poll``. Tags are not mirrored: they are read, and
 waited for, when a layer is verified.
 
-A signal is seen at the second ``poll`` after it came, mostly; nothing blocks, and no stream ever waits for a
-signal, so a sender that dies leaves nothing stuck (``signal_wait`` would even end the process where ranks
-share a GPU). A kernel launched once a word was seen reads the data that came before it.
+A signal is seen at the second ``poll`` after it came, mostly. A ``store`` waits for the mirror's copies that
+are before it in its stream; nothing else blocks, and no stream ever waits for a signal, so a sender that dies
+leaves nothing stuck (``signal_wait`` would even end the process where ranks share a GPU). A kernel launched
+once a word was seen reads the data that came before it.
 
 Order is that of one stream (device.py): for a peer that is mapped, NVSHMEM's put on a stream is a copy in it,
 and its signal a stream write with a fence before it. A peer that is not mapped (another transport than NVLink
@@ -150,6 +151,8 @@ class NvshmemHeap(DeviceHeap):
         if word < self.words.num_slot_words:
             self._num_stores += 1
             self._stored[word] = value, self._num_stores
+        # Whoever is told of it by a message finds it: a grant's writer would take it for closed.
+        self._driver.synchronize(self._stream)
 
     def poll(self, *, wait: bool = False) -> None:
         self._take_over()

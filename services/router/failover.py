@@ -16,6 +16,7 @@ from microserve.protocol.errors import (
     PromptTooLong,
     QueueFull,
     StrategyError,
+    TransferFailed,
     UnknownRequest,
 )
 from microserve.services.router.departure import EngineLeaving, MoveFailed
@@ -37,7 +38,8 @@ class Failover:
         self.num_attempts = 1
         self.pause_s = 0.0
         self.is_plain = False
-        """One engine alone shall serve it: what the strategy wanted does not fit, or was a mistake."""
+        """One engine alone shall serve it: what the strategy wanted does not fit, was a mistake, or keeps
+        failing."""
         self._full: set[str] = set()
         """Engines that had no room; each is asked once before the request is refused."""
         self._patience_s = patience_s
@@ -78,6 +80,8 @@ class Failover:
             if self.num_attempts >= MAX_ATTEMPTS:
                 return False
             self.num_attempts += 1
+            # The last attempt sends nothing: engines whose heaps do not reach each other fail every send.
+            self.is_plain |= isinstance(error, TransferFailed) and self.num_attempts == MAX_ATTEMPTS
             # Whoever says that something failed is alive; the other end may be dead and not yet missed.
             self.suspects.update([error.suspect] if error.suspect else set(engines) - {error.reporter})
         elif not isinstance(error, CapacityError) or not self._is_patient(now):
