@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from core_interleaving import interleave
@@ -13,6 +14,7 @@ from world_mesh import WorldMesh
 
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.protocol import actions as wire
+from microserve.services.engine.batch import Batch, StepResult
 
 
 @pytest.mark.parametrize("length", [1, 5, 17, 50])
@@ -44,27 +46,37 @@ def test_any_interleaving_is_exact_and_leaks_nothing(seed: int) -> None:
     interleave(mesh, rng, rng.randrange(1, 13))
 
 
-def early(mesh: WorldMesh) -> None:
-    """``b`` starts on its own share while the layers before it are on their way from ``a``."""
-    prompt = prompt_of(24)
-    granted = grant_for(mesh.b, "r", prompt, 12)
-    receive(mesh.b, "r", granted, 12)
-    send(mesh.a, "r", prompt, granted, 0, 12)
-    mesh.a.step()  # all is put; what the owner knows of it is old
-    for _ in range(200):
-        mesh.now += 0.001
-        mesh.drift()
-        if mesh.b.step():
-            return
-    raise AssertionError("no step was begun")
-
-
 def test_a_step_that_waits_for_a_layer_looks_for_it() -> None:
-    mesh = WorldMesh(seed=3)
-    early(mesh)
+    mesh = WorldMesh()
+    prompt = prompt_of(15)
+    granted = grant_for(mesh.b, "r", prompt, 9)
+    receive(mesh.b, "r", granted, 9)
+    send(mesh.a, "r", prompt, granted, 0, 9)
+    execute = mesh.a.runner.execute
+
+    def first_layer_seen(batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
+        def hooked(layer: int) -> None:
+            if on_layer is not None:
+                on_layer(layer)
+            if layer == 0:
+                for driver in mesh.drivers:
+                    driver.synchronize(None)
+                mesh.b.heap.poll(wait=True)
+
+        return execute(batch, hooked)
+
+    mesh.a.runner.execute = first_layer_seen  # type: ignore[method-assign]
+    mesh.a.step()
+    for driver in mesh.drivers:
+        driver.synchronize(None)
+
+    # All layers are in the memory of ``b``, and one in its mirror: that one lets its step begin.
+    assert mesh.b.step()
+
     assert mesh.b.core.state.counters["early_starts_put_back"] == 0
+    assert mesh.b.core.state.scheduler.running
     mesh.run()
-    assert expect(prompt_of(24)) == mesh.b.tokens["r"]
+    assert expect(prompt) == mesh.b.tokens["r"]
     mesh.close()
 
 
