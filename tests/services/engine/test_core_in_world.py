@@ -38,12 +38,30 @@ def test_every_split_is_exact(length: int) -> None:
         mesh.close()
 
 
-@given(st.integers(0, 1 << 30))
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_any_interleaving_is_exact_and_leaks_nothing(seed: int) -> None:
+def play(seed: int) -> None:
     rng = random.Random(seed)
     mesh = WorldMesh(seed=seed, num_blocks=rng.choice([20, 40, 64]), num_slots=4)
     interleave(mesh, rng, rng.randrange(1, 13))
+
+
+@given(st.integers(0, 1 << 30))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_interleaving_is_exact_and_leaks_nothing(seed: int) -> None:
+    play(seed)
+
+
+def test_the_interleavings_find_a_store_that_its_message_overtakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = NvshmemHeap.store
+
+    def store_later(heap: NvshmemHeap, word: int, value: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(heap._driver, "synchronize", lambda stream: None)
+            store(heap, word, value)
+
+    monkeypatch.setattr(NvshmemHeap, "store", store_later)
+    with pytest.raises(AssertionError):
+        for seed in range(20):
+            play(seed)
 
 
 def test_a_step_that_waits_for_a_layer_looks_for_it() -> None:
