@@ -111,6 +111,8 @@ async def join_world(
     :class:`InvalidRequest` for a rank that does not fit in; :class:`DeadlineExceeded` at the end of
     ``nvshmem.join_timeout_s``. From here on the process ends without exit handlers.
     """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + settings.nvshmem.join_timeout_s
     own, num_slots = settings.nvshmem, settings.kvcache.grant_slots
     library = library or Library()
     capacity_nbytes = own.memory_mb << 20
@@ -142,9 +144,11 @@ async def join_world(
         lifecycle.status(f"waits for its world: {len(present)} of {own.num_ranks} ranks are there")
 
     try:
-        with _paths_named(), _ended_by_force(own.join_timeout_s + GRACE_S):
+        with _paths_named():
             async with asyncio.timeout(own.join_timeout_s):
-                unique_id = await _on_thread(library.new_unique_id) if own.rank == 0 else b""
+                unique_id = b""
+                if own.rank == 0:
+                    unique_id = await _on_thread(library.new_unique_id, own.join_timeout_s)
                 meeting = Rendezvous(
                     bus,
                     settings.index.address,
@@ -164,7 +168,7 @@ async def join_world(
                 joined = await meeting.meet()
                 provable = [each for each in joined.ranks if _is_provable(each, incarnation)]
                 stage = "all ranks were there, but NVSHMEM has not brought them together"
-                heap = await _on_thread(lambda: make_heap(joined.unique_id))
+                heap = await _on_thread(lambda: make_heap(joined.unique_id), deadline - loop.time())
     except TimeoutError:
         reason = stage or _missing(meeting, own.num_ranks)
         raise DeadlineExceeded(
@@ -202,22 +206,13 @@ def _paths_named() -> Iterator[None]:
         raise ConfigError(error.detail, field=paths.get(error.field or "", error.field)) from error
 
 
-@contextmanager
-def _ended_by_force(after_s: float) -> Iterator[None]:
-    """The process ends by then, even if no Python can run any more."""
-    faulthandler.dump_traceback_later(after_s, exit=True, file=_STDERR)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
-async def _on_thread(call: Callable[[], T]) -> T:
-    """Its result, from a thread that nobody waits for if the caller gives up."""
+async def _on_thread(call: Callable[[], T], within_s: float) -> T:
+    """Its result, from a thread that nobody waits for if the caller gives up. If it is inside of ``call``
+    then, the process must end: it has ``GRACE_S`` more than ``within_s``, even if no Python runs any more."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
 
     def run() -> None:
-        future.set_running_or_notify_cancel()
         try:
             result = call()
         except BaseException as error:
@@ -225,5 +220,10 @@ async def _on_thread(call: Callable[[], T]) -> T:
         else:
             future.set_result(result)
 
+    faulthandler.dump_traceback_later(within_s + GRACE_S, exit=True, file=_STDERR)
     threading.Thread(target=run, name="nvshmem", daemon=True).start()
-    return await asyncio.wrap_future(future)
+    try:
+        return await asyncio.wrap_future(future)
+    finally:
+        if future.done():
+            faulthandler.cancel_dump_traceback_later()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
 import subprocess
 import sys
@@ -193,9 +194,12 @@ def test_the_deadline_says_what_was_waited_for(tmp_path: Path) -> None:
             return b""
 
         library = Library(wait, parts.make_world, parts.make_driver)
-        with pytest.raises(DeadlineExceeded, match="the library has given no unique id"):
-            await bench.join(0, "nvshmem.join_timeout_s=0.3", library=library)
-        release.set()
+        try:
+            with pytest.raises(DeadlineExceeded, match="the library has given no unique id"):
+                await bench.join(0, "nvshmem.join_timeout_s=0.3", library=library)
+        finally:
+            faulthandler.cancel_dump_traceback_later()  # it would end this process
+            release.set()
 
     at_the_index(tmp_path, absent, is_there=False)
     for number, test in enumerate((alone, stuck)):

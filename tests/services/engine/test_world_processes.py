@@ -171,7 +171,7 @@ def test_a_library_that_holds_the_interpreter_is_ended_by_force(mesh: Mesh) -> N
     deaf.until_event("test.library_entered")
     assert deaf.end() == 1
     assert not failures(deaf)
-    assert "Timeout (0:00:06)!\n" in deaf.lines
+    assert [line for line in deaf.lines if line.startswith("Timeout (0:00:0")]
 
 
 @pytest.mark.system

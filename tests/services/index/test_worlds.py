@@ -7,63 +7,15 @@ from typing import Any
 import msgspec
 import pytest
 import structlog
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from world_desk import SILENCE_S, Bench, join, unique_id
 
 from microserve.protocol import log
-from microserve.protocol import membership as wire
 from microserve.protocol.errors import ConfigError, InvalidRequest, MeshError, QueueFull
 from microserve.protocol.worlds import (
     MAX_UNIQUE_ID_NBYTES,
     MAX_WORLDS,
-    JoinWorld,
-    WorldJoined,
     WorldRank,
-    WorldWaiting,
 )
-from microserve.services.index.worlds import WorldDesk
-
-SILENCE_S = 1.5
-
-
-class Bench:
-    """A desk and the peers in front of it, one for each life."""
-
-    def __init__(self, *, has_keys: bool = True) -> None:
-        self.desk = WorldDesk(self.send, has_keys=has_keys, silence_s=SILENCE_S)
-        self.gone: set[bytes] = set()
-        self.sent: list[tuple[bytes, wire.IndexReply]] = []
-        self.now = 100.0
-
-    def send(self, peer: bytes, reply: wire.IndexReply) -> bool:
-        if peer not in self.gone:
-            self.sent.append((peer, reply))
-        return peer not in self.gone
-
-    def ask(self, rank: int, life: int, num_ranks: int = 2, **changes: Any) -> None:
-        peer = changes.pop("peer", str(life).encode())
-        message = join(rank, life, num_ranks)
-        self.desk.join(peer, msgspec.structs.replace(message, **changes), self.now)
-
-    def joined(self) -> dict[bytes, WorldJoined]:
-        return {peer: reply for peer, reply in self.sent if isinstance(reply, WorldJoined)}
-
-    def present(self, life: int) -> list[int]:
-        """As that life was told last."""
-        peer = str(life).encode()
-        return [reply.present for to, reply in self.sent if to == peer and isinstance(reply, WorldWaiting)][
-            -1
-        ]
-
-
-def unique_id(life: int) -> bytes:
-    return b"secret %8d" % life
-
-
-def join(rank: int, life: int, num_ranks: int = 2, world: str = "w") -> JoinWorld:
-    who = WorldRank(life, "host", life << 42)
-    return JoinWorld(life + 1000, world, rank, num_ranks, who, b"" if rank else unique_id(life))
-
 
 # --- a round
 
@@ -255,67 +207,3 @@ def test_no_log_error_or_repr_shows_an_id() -> None:
     shown = repr(logs) + repr(join(0, 1)) + repr(bench.joined()) + repr(vars(bench.desk))
     assert "secret" not in shown
     assert "secret" in repr(bench.joined()[b"1"].unique_id)
-
-
-# --- any order of things
-
-MOVES = st.lists(
-    st.tuples(
-        st.sampled_from(["ask", "ask", "ask", "die", "wait", "silent"]),
-        st.integers(0, 2),  # rank
-        st.integers(0, 1),  # which of the rank's processes
-        st.sampled_from([3, 3, 3, 3, 2]),  # its number of ranks
-    ),
-    max_size=60,
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(MOVES)
-def test_who_is_told_is_told_the_same_as_all_others_who_live(moves: list[tuple[str, int, int, int]]) -> None:
-    """Processes ask, die, are restarted and fall silent; two may claim one rank."""
-    bench = Bench()
-    lives: dict[tuple[int, int], int] = {}
-    heard: dict[int, tuple[int, int, float]] = {}
-    num_lives = 0
-    for kind, rank, which, num_ranks in moves:
-        at = rank, which
-        if at not in lives:
-            num_lives += 1
-            lives[at] = num_lives
-        life = lives[at]
-        seen = len(bench.sent)
-        if kind == "ask" and rank < num_ranks:
-            rivals = [
-                other for place, other in lives.items() if place == (rank, 1 - which) and other in heard
-            ]
-            others = {n for other, (r, n, _) in heard.items() if r != rank}
-            try:
-                bench.ask(rank, life, num_ranks)
-            except InvalidRequest as error:
-                assert rivals if error.field == "rank" else others - {num_ranks}
-            else:
-                heard[life] = rank, num_ranks, bench.now
-        elif kind == "die":
-            bench.gone.add(str(life).encode())
-            heard.pop(life, None)
-            del lives[at]
-        elif kind == "wait":
-            bench.now += 0.5
-        elif kind == "silent":
-            bench.desk.expire(bench.now)
-            heard = {k: v for k, v in heard.items() if bench.now - v[2] <= SILENCE_S}
-        told = {int(peer): reply for peer, reply in bench.sent[seen:] if isinstance(reply, WorldJoined)}
-        if told:
-            [first, *_] = told.values()
-            names = [each.incarnation for each in first.ranks]
-            assert sorted(told) == sorted(names), "all of them, once each"
-            assert [heard[name][0] for name in names] == list(range(len(names))), "who live, at their ranks"
-            assert {heard[name][1] for name in names} == {len(names)}
-            assert all(
-                (reply.unique_id, reply.ranks) == (unique_id(names[0]), first.ranks)
-                for reply in told.values()
-            )
-            for name in names:
-                del heard[name]
-        assert bench.desk.num_waiting <= 5
