@@ -67,6 +67,16 @@ def test_a_silent_rank_has_left_and_its_id_with_it() -> None:
     assert bench.joined()[b"2"].unique_id == unique_id(3)
 
 
+def test_an_id_is_kept_no_longer_than_its_rank_waits() -> None:
+    bench = Bench()
+    bench.ask(0, 1)
+    [current] = bench.desk._rounds.values()
+    assert current.unique_id == unique_id(1)
+    bench.now += SILENCE_S + 0.1
+    bench.desk.expire(bench.now)
+    assert current.unique_id == b""
+
+
 def test_a_rank_that_repeats_itself_stays() -> None:
     bench = Bench()
     for _ in range(5):

@@ -11,11 +11,12 @@ from microserve.protocol.worlds import WorldJoined
 
 MOVES = st.lists(
     st.tuples(
-        st.sampled_from(["ask", "ask", "ask", "die", "wait", "silent"]),
+        st.sampled_from(["ask"] * 6 + ["die", "wait", "silent"]),
         st.integers(0, 2),  # rank
-        st.integers(0, 1),  # which of the rank's processes
-        st.sampled_from([3, 3, 3, 3, 2]),  # its number of ranks
+        st.sampled_from([0] * 5 + [1]),  # which of the rank's processes
+        st.sampled_from([3] * 9 + [2]),  # its number of ranks
     ),
+    min_size=20,
     max_size=60,
 )
 
@@ -45,6 +46,7 @@ def test_who_is_told_is_told_the_same_as_all_others_who_live(moves: list[tuple[s
             except InvalidRequest as error:
                 assert rivals if error.field == "rank" else others - {num_ranks}
             else:
+                assert not rivals and not others - {num_ranks}
                 heard[life] = rank, num_ranks, bench.now
         elif kind == "die":
             bench.gone.add(str(life).encode())
