@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from microserve.protocol import control
+from microserve.protocol import control, worlds
 from microserve.protocol.actions import EngineInfo, EngineLoad
 
 
@@ -75,6 +75,7 @@ IndexRequest = (
     | control.Change
     | control.ControlStatus
     | control.ControlHistory
+    | worlds.JoinWorld
 )
 
 
@@ -137,4 +138,6 @@ IndexReply = (
     | control.ControlState
     | control.ControlReport
     | control.ControlRecords
+    | worlds.WorldJoined
+    | worlds.WorldWaiting
 )

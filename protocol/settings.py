@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.nvshmem_settings import NvshmemSettings
 
 ENV_PREFIX = "MICROSERVE_"
 
@@ -57,9 +58,11 @@ class EngineSettings(_Section, frozen=True):
     labels: list[str] = []
     threads: int = 1
     device: str = "cpu"
-    """``cpu``, or ``cuda:N`` with ``kvcache.heap = "cuda_ipc"``."""
+    """``cpu``, or ``cuda:N`` with a ``kvcache.heap`` in device memory."""
     attention: str = "auto"
     """On a GPU: ``triton``, ``flashinfer``, or ``auto`` for FlashInfer where it is installed and fits."""
+    cuda_graphs: bool = True
+    """On a GPU: capture decode steps at the start, and replay them."""
     max_num_seqs: int = 64
     """Sequences in one step."""
     max_num_batched_tokens: int = 512
@@ -73,7 +76,8 @@ class EngineSettings(_Section, frozen=True):
 
 class KvCacheSettings(_Section, frozen=True):
     heap: str = "shm"
-    """``shm``, or ``cuda_ipc``: memory of ``engine.device``. Only engines with the same exchange KV."""
+    """``shm``; or memory of ``engine.device``: ``cuda_ipc``, or ``nvshmem``, which has a section of its own.
+    Only engines with the same exchange KV."""
     block_size: int = 16
     num_blocks: int = 2048
     grant_slots: int = 256
@@ -145,6 +149,7 @@ class Settings(_Section, frozen=True):
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
     kvcache: KvCacheSettings = KvCacheSettings()
+    nvshmem: NvshmemSettings = NvshmemSettings()
     index: IndexSettings = IndexSettings()
     router: RouterSettings = RouterSettings()
     gateway: GatewaySettings = GatewaySettings()
@@ -167,6 +172,7 @@ class Settings(_Section, frozen=True):
             "kvcache.num_blocks": self.kvcache.num_blocks,
             "kvcache.grant_slots": self.kvcache.grant_slots,
             "kvcache.lease_s": self.kvcache.lease_s,
+            "nvshmem.join_timeout_s": self.nvshmem.join_timeout_s,
             "index.max_mb": self.index.max_mb,
             "router.max_requests": self.router.max_requests,
             "router.index_max_mb": self.router.index_max_mb,
@@ -186,6 +192,9 @@ class Settings(_Section, frozen=True):
             "bus.linger_s": self.bus.linger_s,
             "engine.max_model_len": self.engine.max_model_len,
             "engine.drain_s": self.engine.drain_s,
+            "nvshmem.rank": self.nvshmem.rank,
+            "nvshmem.num_ranks": self.nvshmem.num_ranks,
+            "nvshmem.memory_mb": self.nvshmem.memory_mb,
             "router.max_ttft_s": self.router.max_ttft_s,
             "mesh.max_restarts": self.mesh.max_restarts,
         }
@@ -214,20 +223,25 @@ class Settings(_Section, frozen=True):
 
     def _check_heap(self) -> None:
         heap, device = self.kvcache.heap, self.engine.device
-        if heap not in ("shm", "cuda_ipc"):
-            raise ConfigError(f"kvcache.heap must be 'shm' or 'cuda_ipc', is {heap!r}", field="kvcache.heap")
+        if heap not in ("shm", "cuda_ipc", "nvshmem"):
+            raise ConfigError(
+                f"kvcache.heap must be 'shm', 'cuda_ipc' or 'nvshmem', is {heap!r}", field="kvcache.heap"
+            )
         if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device):
             raise ConfigError(
                 f"engine.device must be 'cpu' or 'cuda:N', is {device!r}", field="engine.device"
             )
         if device != "cpu" and heap == "shm":
             raise ConfigError(
-                f"kvcache.heap must be 'cuda_ipc' on engine.device {device!r}, is 'shm'", field="kvcache.heap"
+                f"kvcache.heap must be 'cuda_ipc' or 'nvshmem' on engine.device {device!r}, is 'shm'",
+                field="kvcache.heap",
             )
         if device == "cpu" and heap != "shm":
             raise ConfigError(
                 f"engine.device must be 'cuda:N' for kvcache.heap {heap!r}, is 'cpu'", field="engine.device"
             )
+        if heap == "nvshmem":
+            self.nvshmem.check(curve_dir=self.bus.curve_dir)
 
     def _check_attention(self) -> None:
         attention, problem = self.engine.attention, None

@@ -24,6 +24,9 @@ class Lifecycle:
         self._health: Callable[[], bool] = lambda: True
         self._ready = asyncio.Event()
         self.address = ""
+        self.skips_exit_handlers = False
+        """The process is to end as soon as its log is written: a library in it could wait for other processes
+        in a handler or a thread, for ever."""
 
     def ready(self, address: str) -> None:
         """The service answers at ``address``: logged as ``service.ready``, told to systemd, once."""

@@ -65,6 +65,13 @@ def plan_mesh(settings: Settings, flags: Sequence[str], logs: Path, control: Pat
                     f"engine.{name} {address} cannot serve {settings.mesh.engines} engines; use port 0",
                     field=f"engine.{name}",
                 )
+    first_rank, num_ranks = settings.nvshmem.rank, settings.nvshmem.num_ranks
+    if settings.kvcache.heap == "nvshmem" and first_rank + settings.mesh.engines > num_ranks:
+        raise ConfigError(
+            f"nvshmem.num_ranks {num_ranks} is too small for {settings.mesh.engines} engines from rank "
+            f"{first_rank} on",
+            field="nvshmem.num_ranks",
+        )
     ports = iter(free_ports(3))
     index = _with_port(settings.index.address, ports)
     router = _with_port(settings.router.address, ports)
@@ -83,10 +90,14 @@ def plan_mesh(settings: Settings, flags: Sequence[str], logs: Path, control: Pat
         return Child(name, argv, logs / f"{name}.jsonl", stop_order, stop_s)
 
     drain_s = settings.engine.drain_s + STOP_TIMEOUT_S
-    engines = [
-        child("engine", f"engine-e{i}", ENGINES_STOP, *assignment("engine.id", f"e{i}"), stop_s=drain_s)
-        for i in range(settings.mesh.engines)
-    ]
+
+    def engine(number: int) -> Child:
+        own = assignment("engine.id", f"e{number}")
+        if settings.kvcache.heap == "nvshmem":
+            own += assignment("nvshmem.rank", first_rank + number)
+        return child("engine", f"engine-e{number}", ENGINES_STOP, *own, stop_s=drain_s)
+
+    engines = [engine(number) for number in range(settings.mesh.engines)]
     control_log = [] if settings.index.control_path else assignment("index.control_path", str(control))
     children = [
         child("index", "index", INDEX_STOPS, *control_log),

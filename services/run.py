@@ -56,17 +56,30 @@ def run_service(
     *,
     notifier: Notifier | None = None,
 ) -> int:
-    """Run one service to its end in this process; returns the exit code.
+    """Run one service to its end in this process; returns the exit code, or ends the process with it if the
+    service has asked for that (``Lifecycle.skips_exit_handlers``).
 
     ``load`` imports the service: late, so that a heavy import is already logged and supervised.
     """
-    service_id, settings = identify(service, settings)
     notifier = notifier or Notifier.from_environment(os.environ)
+    lifecycle = Lifecycle(notifier)
+    code = _run_service(service, settings, load, lifecycle, notifier)
+    if lifecycle.skips_exit_handlers:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run_service(
+    service: str, settings: Settings, load: Callable[[], Serve], lifecycle: Lifecycle, notifier: Notifier
+) -> int:
+    service_id, settings = identify(service, settings)
     file = log.configure(service, service_id, level=settings.log.level, directory=settings.log.dir)
     try:
         _logger.info(log.SERVICE_STARTED, pid=os.getpid())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings, load(), Lifecycle(notifier), notifier))
+            runner.run(_serve(settings, load(), lifecycle, notifier))
         _logger.info(log.SERVICE_STOPPED)
         return EXIT_STOPPED
     except KeyboardInterrupt:  # before the loop took the signals over

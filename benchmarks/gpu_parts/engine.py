@@ -21,9 +21,10 @@ from microserve.protocol.errors import InternalError
 from microserve.protocol.grant import Grant
 from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.settings import load_settings
+from microserve.services.engine.attention_choice import choose_attention
 from microserve.services.engine.batch import Batch, Runner, StepResult
 from microserve.services.engine.model import load_model
-from microserve.services.engine.service import make_core
+from microserve.services.engine.service import make_core, make_heap, make_layout
 
 INCARNATION = 1
 OWNER = b"benchmark"
@@ -107,7 +108,10 @@ class Engine:
         )
         torch.set_num_threads(settings.engine.threads)
         loaded = load_model(model, dtype="bfloat16", device=device, load_format="random")
-        self.core = make_core(settings, loaded, "sender", INCARNATION)
+        block_size = settings.kvcache.block_size
+        attention = choose_attention("auto", loaded.spec, block_size, torch.device(device))
+        heap, data = make_heap(settings, make_layout(settings, loaded), INCARNATION)
+        self.core = make_core(settings, loaded, "sender", heap, data, attention)
         self._device = device
         self._max_num_batched_tokens = max_num_batched_tokens
         self._num_calls = 0

@@ -123,7 +123,7 @@ class DevicePeerHeap(PeerHeap):
         driver: CudaDriver,
         block_put: BlockPut | None = None,
     ) -> None:
-        """``source`` is our own data region, ``target_address`` where our device finds the peer's."""
+        """``source`` is our own data region, ``target_address`` the peer's as ``_copy`` is told it."""
         self.layout = layout
         self.words = words
         self.address = address
@@ -139,6 +139,11 @@ class DevicePeerHeap(PeerHeap):
         """Lanes that were let go, with the event of their last write."""
         self._is_closed = False
 
+    @property
+    def mapped_target(self) -> int:
+        """Where a kernel of ours writes the peer's data region."""
+        return self.target_address
+
     def follow(self, stream: int) -> None:
         self._require_open()
         event = self._driver.record(stream)
@@ -152,7 +157,7 @@ class DevicePeerHeap(PeerHeap):
         require_inside(copies, source_shift, target_shift, self._source.nbytes, self.layout.data_nbytes)
         source, target = self._source.address + source_shift, self.target_address + target_shift
         if self._block_put is not None and len(copies.copies) >= MIN_RUNS_OF_A_LAUNCH:
-            self._block_put(copies, source, target, self.stream)
+            self._block_put(copies, source, self.mapped_target + target_shift, self.stream)
             return
         for copy in copies.copies:
             if copy.nbytes:

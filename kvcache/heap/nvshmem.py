@@ -10,9 +10,10 @@ the first shows was there before the second began, and so was all that had been 
 changes in between keeps its older words until the next ``poll``. Tags are not mirrored: they are read, and
 waited for, when a layer is verified.
 
-A signal is seen at the second ``poll`` after it came, mostly; nothing blocks, and no stream ever waits for a
-signal, so a sender that dies leaves nothing stuck (``signal_wait`` would even end the process where ranks
-share a GPU). A kernel launched once a word was seen reads the data that came before it.
+A signal is seen at the second ``poll`` after it came, mostly. A ``store`` waits for the mirror's copies that
+are before it in its stream; nothing else blocks, and no stream ever waits for a signal, so a sender that dies
+leaves nothing stuck (``signal_wait`` would even end the process where ranks share a GPU). A kernel launched
+once a word was seen reads the data that came before it.
 
 Order is that of one stream (device.py): for a peer that is mapped, NVSHMEM's put on a stream is a copy in it,
 and its signal a stream write with a fence before it. A peer that is not mapped (another transport than NVLink
@@ -45,6 +46,7 @@ from numpy.typing import NDArray
 
 from microserve.kvcache.heap.cuda_driver import CudaDriver
 from microserve.kvcache.heap.device import (
+    BlockPut,
     DeviceHeap,
     DevicePeerHeap,
     DeviceRegion,
@@ -52,7 +54,15 @@ from microserve.kvcache.heap.device import (
     copy_to_host,
 )
 from microserve.kvcache.heap.mapped import require_same_kv
-from microserve.kvcache.heap.nvshmem_places import ALIVE, LENGTH, PAGE, Header, Mirror, Places
+from microserve.kvcache.heap.nvshmem_places import (
+    ALIVE,
+    LENGTH,
+    PAGE,
+    Header,
+    Mirror,
+    Places,
+    require_room,
+)
 from microserve.kvcache.heap.nvshmem_world import SymmetricMemory
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS, POISON, WORD_NBYTES
@@ -74,20 +84,16 @@ class NvshmemHeap(DeviceHeap):
         driver: CudaDriver,
         capacity_nbytes: int,
         num_slots: int = DEFAULT_NUM_SLOTS,
+        block_put: BlockPut | None = None,
     ) -> None:
         """Collective: blocks until all ranks do the same. ``capacity_nbytes`` is what each of them takes,
         for the largest pool among them. :class:`ConfigError` if ours does not fit into it."""
         self._places = places = Places(layout, num_slots, world.num_ranks)
         header = msgspec.msgpack.encode(Header(incarnation, num_slots, layout))
-        if places.nbytes > capacity_nbytes:
-            raise ConfigError(
-                f"the heap has {places.nbytes} bytes, a rank's memory {capacity_nbytes}", field="num_blocks"
-            )
-        if LENGTH.size + len(header) > ALIVE:
-            raise ConfigError("the model's name does not fit into a heap's header", field="model")
-        if world.num_ranks * WORD_NBYTES > PAGE:
-            raise ConfigError(f"a world of {world.num_ranks} ranks is too large", field="heap")
+        require_room(layout, num_slots, world.num_ranks, capacity_nbytes)
         self.world = world
+        self.block_put = block_put
+        """How peers put many runs at once; None: one copy each."""
         self.base = world.allocate(capacity_nbytes)
         driver.clear(self.base, capacity_nbytes)
         super().__init__(
@@ -149,6 +155,8 @@ class NvshmemHeap(DeviceHeap):
         if word < self.words.num_slot_words:
             self._num_stores += 1
             self._stored[word] = value, self._num_stores
+        # Whoever is told of it by a message finds it: a grant's writer would take it for closed.
+        self._driver.synchronize(self._stream)
 
     def poll(self, *, wait: bool = False) -> None:
         self._take_over()
@@ -246,7 +254,7 @@ class NvshmemPeerHeap(DevicePeerHeap):
         self._places = Places(header.layout, header.num_slots, world.num_ranks)
         super().__init__(
             *(header.layout, self._places.word_layout, address, mine.data),
-            *(mine.base + self._places.data, driver),
+            *(mine.base + self._places.data, driver, mine.block_put),
         )
 
     def read(self, word: int) -> int:
@@ -258,6 +266,10 @@ class NvshmemPeerHeap(DevicePeerHeap):
         if self.address.incarnation in self._mine.dead:
             return True
         return not self._fetch(ALIVE, WORD_NBYTES).any()
+
+    @property
+    def mapped_target(self) -> int:
+        return self._mapped + self._places.data
 
     def _copy(self, target: int, source: int, nbytes: int) -> None:
         self._world.put(target, source, nbytes, self._rank, self.stream)

@@ -20,10 +20,12 @@ import numpy as np
 from microserve.kvcache.heap.cuda_driver import CudaDriver
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import MAX_LANES, WORD_NBYTES, WordLayout
+from microserve.protocol.errors import ConfigError
 
 PAGE: Final = mmap.PAGESIZE
 ALIVE: Final = PAGE - WORD_NBYTES
 LENGTH: Final = struct.Struct("<Q")
+_LONGEST_INCARNATION: Final = (1 << 64) - 1
 
 
 class Header(msgspec.Struct, array_like=True):
@@ -49,6 +51,21 @@ class Places:
 
     def holder(self, slot: int, lane: int, rank: int) -> int:
         return self.holders + ((slot * MAX_LANES + lane) * self.num_ranks + rank) * WORD_NBYTES
+
+
+def require_room(layout: KvLayout, num_slots: int, num_ranks: int, capacity_nbytes: int) -> None:
+    """:class:`ConfigError` if such a heap does not fit into that much memory of a rank: to be known before
+    others are kept waiting."""
+    nbytes = Places(layout, num_slots, num_ranks).nbytes
+    if nbytes > capacity_nbytes:
+        raise ConfigError(
+            f"the heap has {nbytes} bytes, a rank's memory {capacity_nbytes}", field="num_blocks"
+        )
+    header = msgspec.msgpack.encode(Header(_LONGEST_INCARNATION, num_slots, layout))
+    if LENGTH.size + len(header) > ALIVE:
+        raise ConfigError("the model's name does not fit into a heap's header", field="model")
+    if num_ranks * WORD_NBYTES > PAGE:
+        raise ConfigError(f"a world of {num_ranks} ranks is too large", field="heap")
 
 
 class Mirror:

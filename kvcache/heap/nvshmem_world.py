@@ -8,6 +8,10 @@ Send it over authenticated sockets only, and keep it out of logs; ``name`` is a 
 NVSHMEM ends the process on many of its errors, and every collective call (joining, ``allocate``, ``leave``)
 waits for all engines, forever if one has died. So it lives in the engine's process and nowhere else, joining
 is to be watched with a deadline from outside, and after a death nobody leaves: the process just exits.
+nvshmem4py lets other Python threads run while ``init`` waits, but not during ``allocate`` and ``barrier``:
+whoever watches these must not need the interpreter.
+
+One thread at a time may be inside of NVSHMEM, so calls take turns here.
 
 Owns the calls. nvshmem4py is imported when it is first needed. Does not know heaps.
 """
@@ -15,6 +19,8 @@ Owns the calls. nvshmem4py is imported when it is first needed. Does not know he
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -28,6 +34,8 @@ UNIQUE_ID_NBYTES: Final = 128
 _SIGNAL_SET: Final = 9
 _ALIGNMENT: Final = 256
 """What cuMemAlloc gives: kernels load 16 bytes at a time."""
+_MARGIN_NBYTES: Final = 64 << 20
+"""For the alignment, and what the library takes for itself."""
 
 
 class SymmetricMemory(Protocol):
@@ -79,9 +87,14 @@ def new_unique_id() -> bytes:
 class NvshmemWorld:
     """The library itself. One a process, for its life."""
 
-    def __init__(self, unique_id: bytes, *, rank: int, num_ranks: int, device: int = 0) -> None:
-        """Blocks until all have come; see the module. :class:`InvalidRequest` names a bad argument,
-        :class:`ConfigError` a library, a driver or a device that cannot be used."""
+    def __init__(
+        self, unique_id: bytes, *, rank: int, num_ranks: int, device: int = 0, symmetric_nbytes: int = 0
+    ) -> None:
+        """Blocks until all have come; see the module. ``symmetric_nbytes``, the same everywhere: what will be
+        allocated; 0, or where the environment says otherwise (NVSHMEM_SYMMETRIC_SIZE): as the library likes.
+
+        :class:`InvalidRequest` names a bad argument, :class:`ConfigError` a library, a driver or a device
+        that cannot be used."""
         if len(unique_id) != UNIQUE_ID_NBYTES:
             raise InvalidRequest(
                 f"the unique id has {len(unique_id)} bytes, not {UNIQUE_ID_NBYTES}", field="unique_id"
@@ -93,42 +106,65 @@ class NvshmemWorld:
         with _one_line(f"cuda:{device} cannot be used", "device"):
             its_device = cuda.Device(device)
             its_device.set_current()
+        if symmetric_nbytes:
+            # Where the library cannot let its memory grow, it takes this much at the start.
+            os.environ.setdefault("NVSHMEM_SYMMETRIC_SIZE", str(symmetric_nbytes + _MARGIN_NBYTES))
         with _one_line("the NVSHMEM world cannot be joined", "heap"):
             unpacked = core.get_unique_id(empty=True)
             unpacked._data.view(np.int8)[:] = np.frombuffer(unique_id, np.int8)
             core.init(device=its_device, uid=unpacked, rank=rank, nranks=num_ranks, initializer_method="uid")
         self._core = core
+        self._device = its_device
+        self._turn = threading.Lock()
+        self._thread = threading.local()
         self.name = hashlib.blake2b(unique_id, digest_size=16).hexdigest()
         self.rank = rank
         self.num_ranks = num_ranks
 
     def allocate(self, nbytes: int) -> int:
-        address = int(self._bindings.malloc(nbytes + _ALIGNMENT - 1))
+        with self._calling() as library:
+            address = int(library.malloc(nbytes + _ALIGNMENT - 1))
         if not address:
             raise ConfigError(f"no {nbytes} bytes of symmetric memory", field="num_blocks")
         # The same step everywhere: the memory itself starts at such a boundary in every engine.
         return -(-address // _ALIGNMENT) * _ALIGNMENT
 
     def barrier(self) -> None:
-        self._bindings.barrier_all()
+        with self._calling() as library:
+            library.barrier_all()
 
     def mapped_address(self, address: int, rank: int) -> int:
-        return int(self._bindings.ptr(address, rank))
+        with self._calling() as library:
+            return int(library.ptr(address, rank))
 
     def put(self, target: int, source: int, nbytes: int, rank: int, stream: int) -> None:
-        self._bindings.putmem_on_stream(target, source, nbytes, rank, stream)
+        with self._calling() as library:
+            library.putmem_on_stream(target, source, nbytes, rank, stream)
 
     def get(self, target: int, source: int, nbytes: int, rank: int, stream: int) -> None:
-        self._bindings.getmem_on_stream(target, source, nbytes, rank, stream)
+        with self._calling() as library:
+            library.getmem_on_stream(target, source, nbytes, rank, stream)
 
     def signal(self, word: int, value: int, rank: int, stream: int) -> None:
-        self._bindings.signal_op_on_stream(word, value, _SIGNAL_SET, rank, stream)
+        with self._calling() as library:
+            library.signal_op_on_stream(word, value, _SIGNAL_SET, rank, stream)
 
     def quiet(self, stream: int) -> None:
-        self._bindings.quiet_on_stream(stream)
+        with self._calling() as library:
+            library.quiet_on_stream(stream)
 
     def leave(self) -> None:
-        self._core.finalize()
+        with self._calling():
+            self._core.finalize()
+
+    @contextmanager
+    def _calling(self) -> Iterator[Any]:
+        """Our turn, on our device: the current one belongs to a thread."""
+        with self._turn:
+            if not getattr(self._thread, "is_ready", False):
+                self._device.set_current()
+                self._thread.is_ready = True
+            yield self._bindings
 
 
 @contextmanager

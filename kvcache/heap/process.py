@@ -4,7 +4,7 @@
 
 A pid below 2**22 (the kernel's limit) and 2**42 ticks (1,400 years at 100 a second) fit. Pid and start time
 together name one life: a reused pid shows another start time. The word means something inside one pid
-namespace of one boot only.
+namespace of one boot only, which ``this_namespace`` names.
 
 What the proof rests on. A pidfd is readable when every thread of the process has exited. A thread of
 Linux gives up its descriptors (exit_files) and runs the closing that this leaves behind (exit_task_work)
@@ -28,6 +28,12 @@ _START_TIME = 19
 def this_process() -> int:
     """The word of this process; never 0."""
     return os.getpid() << _TICK_BITS | _start_time(os.getpid())
+
+
+def this_namespace() -> str:
+    """Kernel and pid namespace of this process: words of one are not to be judged in another."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def is_gone(word: int) -> bool:

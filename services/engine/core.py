@@ -216,13 +216,18 @@ class EngineCore:
         if grant_id is None:
             return
         num_looks = 0
-        while not grants.layer_complete(grant_id, layer):
+        while True:
             now = self._clock()
             num_looks += 1
-            if num_looks % EARLY_LOOKS_A_PROBE == 0:
-                reason = grants.poisoned(grant_id)
-                if reason is not None and not grants.layer_complete(grant_id, layer):
-                    raise TransferFailed(reason)
+            with self._changed:
+                # Where words are a mirror of the device's, nothing arrives unless somebody looks for it.
+                self._heap.poll()
+                if grants.layer_complete(grant_id, layer):
+                    break
+                if num_looks % EARLY_LOOKS_A_PROBE == 0:
+                    reason = grants.poisoned(grant_id)
+                    if reason is not None and not grants.layer_complete(grant_id, layer):
+                        raise TransferFailed(reason)
             if sequence.doomed is not None:
                 raise EarlyStartEnded
             if self.state.scheduler.waiting or now > sequence.deadline or self._closed:

@@ -1,4 +1,5 @@
-"""One engine process: loads the model, makes heap, runner and core, and runs them in the shell (shell.py)."""
+"""One engine process: loads the model, makes heap (or joins a world for it, world.py), runner and core, and
+runs them in the shell (shell.py)."""
 
 from __future__ import annotations
 
@@ -8,13 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 
+from microserve.kernels.kv_scatter import missing_kernel
+from microserve.kvcache.heap import nvshmem
 from microserve.kvcache.heap.cuda_driver import LibCuda
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.heap.device import BlockPut
 from microserve.kvcache.heap.heap import Heap
+from microserve.kvcache.heap.kernel_put import KernelPut
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
+from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
 from microserve.protocol.transport import Bus
@@ -25,7 +32,14 @@ from microserve.services.engine.model import LoadedModel, load_model
 from microserve.services.engine.runner import ModelRunner
 from microserve.services.engine.shell import EngineService
 from microserve.services.engine.state import Limits
+from microserve.services.engine.world import World, join_world
 from microserve.services.lifecycle import Lifecycle
+
+_logger = structlog.get_logger()
+_logger = structlog.get_logger()
+
+HeapData = npt.NDArray[np.uint8] | torch.Tensor
+"""The data region of a heap, as the runner uses it."""
 
 
 async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None:
@@ -38,10 +52,35 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
     with ThreadPoolExecutor(1, "load") as pool:
         model, attention = await loop.run_in_executor(pool, _load, settings)
     engine_id = settings.engine.id or f"engine-{secrets.token_hex(4)}"
-    core = make_core(settings, model, engine_id, secrets.randbits(62) | 1, attention)
+    incarnation = secrets.randbits(62) | 1
+    layout = make_layout(settings, model)
+    world: World | None = None
+    if settings.kvcache.heap == nvshmem.KIND:
+        device = torch.device(settings.engine.device)
+        world = await join_world(
+            settings,
+            bus,
+            lifecycle,
+            layout,
+            incarnation,
+            device=device.index or 0,
+            block_put=choose_put(device),
+        )
+        heap: Heap = world.heap
+        data: HeapData = torch.as_tensor(world.heap.data, device=device)
+    else:
+        heap, data = make_heap(settings, layout, incarnation)
+    with ThreadPoolExecutor(1, "load") as pool:
+        core = await loop.run_in_executor(pool, make_core, settings, model, engine_id, heap, data, attention)
     engine = EngineService(settings, bus, lifecycle, core)
     try:
-        await engine.run()
+        if world is None:
+            await engine.run()
+        else:
+            async with asyncio.TaskGroup() as tasks:
+                watching = tasks.create_task(world.watch(core.lock))
+                await engine.run()
+                watching.cancel()
     finally:
         engine.close()
 
@@ -58,19 +97,11 @@ def _load(settings: Settings) -> tuple[LoadedModel, MakeAttention | None]:
     return model, choose_attention(engine.attention, model.spec, block_size, device)
 
 
-def make_core(
-    settings: Settings,
-    model: LoadedModel,
-    engine_id: str,
-    incarnation: int,
-    attention: MakeAttention | None = None,
-) -> EngineCore:
-    """Heap, runner and core for a loaded model; attention: None for what the device is best at."""
+def make_layout(settings: Settings, model: LoadedModel) -> KvLayout:
+    """How the KV of a loaded model lies in the heap."""
     spec, cache = model.spec, settings.kvcache
-    name = settings.model.name or spec.name
-    max_model_len = min(settings.engine.max_model_len or spec.max_model_len, spec.max_model_len)
-    layout = KvLayout(
-        model=name,
+    return KvLayout(
+        model=settings.model.name or spec.name,
         num_layers=spec.num_layers,
         num_blocks=cache.num_blocks,
         block_size=cache.block_size,
@@ -78,12 +109,27 @@ def make_core(
         head_dim=spec.head_dim,
         dtype=spec.dtype,
     )
-    heap, data = make_heap(settings, layout, incarnation)
+
+
+def make_core(
+    settings: Settings,
+    model: LoadedModel,
+    engine_id: str,
+    heap: Heap,
+    data: HeapData,
+    attention: MakeAttention | None = None,
+) -> EngineCore:
+    """Runner and core for a loaded model; ``data`` is the data region of ``heap``, as the runner uses it;
+    ``attention``: None for what the device is best at. On a GPU it may take a minute to capture graphs."""
+    spec, cache = model.spec, settings.kvcache
+    max_model_len = min(settings.engine.max_model_len or spec.max_model_len, spec.max_model_len)
     runner = ModelRunner(model, data, cache.num_blocks, cache.block_size, make_attention=attention)
+    if settings.engine.device != "cpu" and settings.engine.cuda_graphs:
+        runner.capture_decodes(settings.engine.max_num_seqs, max_model_len)
     return EngineCore(
         engine_id=engine_id,
-        incarnation=incarnation,
-        model=name,
+        incarnation=heap.address.incarnation,
+        model=heap.layout.model,
         heap=heap,
         runner=runner,
         limits=Limits(
@@ -101,10 +147,18 @@ def make_core(
     )
 
 
-def make_heap(
-    settings: Settings, layout: KvLayout, incarnation: int
-) -> tuple[Heap, npt.NDArray[np.uint8] | torch.Tensor]:
-    """The heap of ``kvcache.heap``, and its data region as the runner uses it.
+def choose_put(device: torch.device) -> BlockPut | None:
+    """One launch for many runs of blocks, where this machine has the kernel."""
+    detail = missing_kernel(device)
+    if detail is None:
+        return KernelPut(device)
+    _logger.warning(log.KERNEL_MISSING, kernel="block_put", instead="driver copies", detail=detail)
+    return None
+
+
+def make_heap(settings: Settings, layout: KvLayout, incarnation: int) -> tuple[Heap, HeapData]:
+    """The heap of ``kvcache.heap``, and its data region as the runner uses it. Not ``nvshmem``: nobody makes
+    such a heap alone (world.py).
 
     Raises :class:`ConfigError` if it cannot be had: no such device, too little memory.
     """
@@ -117,5 +171,7 @@ def make_heap(
         driver = LibCuda(device.index or 0)
     except ConfigError as error:
         raise ConfigError(error.detail, field="engine.device") from error
-    device_heap = CudaIpcHeap(layout, incarnation=incarnation, driver=driver, num_slots=num_slots)
+    device_heap = CudaIpcHeap(
+        layout, incarnation=incarnation, driver=driver, num_slots=num_slots, block_put=choose_put(device)
+    )
     return device_heap, torch.as_tensor(device_heap.data, device=device)

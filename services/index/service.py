@@ -1,8 +1,9 @@
 """The index: who is in the mesh and which engine holds which prefix (WIRE.md 6).
 
 Owns the ROUTER socket, the watchers, one prefix index per model and one feed per engine; who may be a member
-is decided in ``membership.py``, which strategies are served in ``control.py``. Nothing but the control log is
-durable: engines register again with a restarted index, and serving goes on without one.
+is decided in ``membership.py``, which strategies are served in ``control.py``, which engines make an NVSHMEM
+world in ``worlds.py``. Nothing but the control log is durable: engines register again with a restarted index,
+and serving goes on without one.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from microserve.protocol.curve import is_operator
 from microserve.protocol.errors import InvalidRequest, MeshError, ProtocolViolation, QueueFull
 from microserve.protocol.settings import BusSettings, Settings
 from microserve.protocol.transport import Bus, sender_key
+from microserve.protocol.worlds import JoinWorld
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
 from microserve.services.index.engine_link import EngineLink
 from microserve.services.index.feed import KvFeed
 from microserve.services.index.membership import Admission, Membership
+from microserve.services.index.worlds import WorldDesk
 from microserve.services.lifecycle import Lifecycle
 
 MAX_WATCHERS = 1024
@@ -81,6 +84,7 @@ class IndexService:
         self._watchers: dict[bytes, float] = {}
         """Routing id -> when it last asked."""
         self._ticked_at = self._loop.time()
+        self.worlds = WorldDesk(self._answer, has_keys=bool(bus.public_key), silence_s=self._silence_s)
         self.control = ControlDesk(control_log or ControlLog(), self._answer, may_publish=may_publish)
         try:
             self._socket = bus.server(address, self._on_frames)
@@ -108,6 +112,7 @@ class IndexService:
                 self._forget(info.engine_id)
             for peer in [p for p, asked_at in self._watchers.items() if now - asked_at > self._silence_s]:
                 self._unwatch(peer)
+            self.worlds.expire(now)
         for engine in self._engines.values():
             engine.link.ping()
         self._publish()
@@ -156,6 +161,8 @@ class IndexService:
                 self._answer(peer, wire.Matches(call_id, self._lookup(bulk, salt)))
             case wire.IndexStats(call_id):
                 self._answer(peer, self._report(call_id))
+            case JoinWorld():
+                self.worlds.join(peer, message, now)
             case Change() | ControlStatus() | ControlHistory():
                 self._answer(peer, self.control.answer(message, sender_key(self._socket)))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from host_driver import HostDriver
 from host_world import HostRank, HostWorld
 
+from microserve.kvcache.heap.device import BlockPut
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.kvcache.layout import KvLayout
 from tests.kvcache.kv_samples import make_layout
@@ -35,6 +36,7 @@ def make_heap(
     driver: HostDriver | None = None,
     layout: KvLayout | None = None,
     num_slots: int = 2,
+    block_put: BlockPut | None = None,
 ) -> NvshmemHeap:
     driver = driver or HostDriver()
     return heap(
@@ -44,4 +46,5 @@ def make_heap(
         driver=driver,
         capacity_nbytes=CAPACITY,
         num_slots=num_slots,
+        block_put=block_put,
     )

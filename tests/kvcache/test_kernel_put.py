@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from host_driver import HostDriver, host_address
+from host_world import HostWorld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import declared, emulate
@@ -26,6 +27,7 @@ from microserve.protocol.errors import InternalError
 from microserve.protocol.grant import Grant
 from tests.kvcache.device_schedules import LAYOUT, play, schedules
 from tests.kvcache.kv_samples import data_of, fill, make_layout, mismatches
+from tests.kvcache.nvshmem_ranks import make_heap
 
 PLACES = {name: place for place, (_, name) in enumerate(declared("block_put"))}
 CPU = torch.device("cpu")
@@ -149,5 +151,19 @@ def test_no_count_overtakes_a_launch(host_kernels: ctypes.CDLL, schedule: list[i
     def make(incarnation: int, driver: HostDriver) -> DeviceHeap:
         put = KernelPut(CPU, enqueue=HostLaunches(host_kernels, driver))
         return CudaIpcHeap(LAYOUT, incarnation=incarnation, driver=driver, num_slots=1, block_put=put)
+
+    assert play(schedule, make) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedules)
+def test_no_count_overtakes_a_launch_into_symmetric_memory(
+    host_kernels: ctypes.CDLL, schedule: list[int]
+) -> None:
+    world = HostWorld(num_ranks=3)
+
+    def make(incarnation: int, driver: HostDriver) -> DeviceHeap:
+        put = KernelPut(CPU, enqueue=HostLaunches(host_kernels, driver))
+        return make_heap(world, incarnation, driver=driver, layout=LAYOUT, block_put=put)
 
     assert play(schedule, make) is None

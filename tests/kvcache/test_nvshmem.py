@@ -88,6 +88,15 @@ def test_the_owner_says_held_until_its_mirror_is_newer_than_its_last_store(three
     assert three.owner.load(three.owner.words.state(0)) == CLOSED
 
 
+def test_a_store_is_there_for_whoever_is_told_of_it(three: Three) -> None:
+    state = three.owner.words.state(0)
+    three.owner.poll()  # copies of the mirror are in the stream before it
+
+    three.owner.store(state, OPEN)
+
+    assert [peer.read(state) for peer in three.peers] == [OPEN, OPEN]
+
+
 def test_signals_are_seen_when_the_mirror_is_polled_and_no_call_waits(three: Three) -> None:
     word = three.owner.words.arrival(0, 1, 1)
     three.peers[0].signal(word, 5)

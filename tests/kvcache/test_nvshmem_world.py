@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -89,10 +91,11 @@ class Device:
         self.number = number
 
     def set_current(self) -> None:
-        self.is_current = True
+        self.threads = [*getattr(self, "threads", []), threading.get_ident()]
 
 
-def test_the_library_is_called_as_it_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+def install(monkeypatch: pytest.MonkeyPatch) -> Library:
+    """The stand-in takes the place of the library."""
     library = Library()
     for name, content in (
         ("nvshmem", SimpleNamespace()),
@@ -106,12 +109,23 @@ def test_the_library_is_called_as_it_is_declared(monkeypatch: pytest.MonkeyPatch
             if not attribute.startswith("_"):
                 setattr(module, attribute, getattr(content, attribute))
         monkeypatch.setitem(sys.modules, name, module)
+    return library
 
+
+def library_module() -> ModuleType:
+    return sys.modules["nvshmem.bindings"]
+
+
+def test_the_library_is_called_as_it_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = install(monkeypatch)
     unique_id = new_unique_id()
-    world = NvshmemWorld(unique_id, rank=1, num_ranks=2, device=3)
+    monkeypatch.delenv("NVSHMEM_SYMMETRIC_SIZE", raising=False)
+    world = NvshmemWorld(unique_id, rank=1, num_ranks=2, device=3, symmetric_nbytes=1 << 30)
+    assert 1 << 30 < int(os.environ["NVSHMEM_SYMMETRIC_SIZE"]) < 2 << 30
+    monkeypatch.delenv("NVSHMEM_SYMMETRIC_SIZE")
 
     (name, device, joined_with, *rest) = library.calls.pop()
-    assert (name, device.number, device.is_current) == ("init", 3, True)
+    assert (name, device.number, device.threads) == ("init", 3, [threading.get_ident()])
     assert joined_with == unique_id == bytes(range(UNIQUE_ID_NBYTES))
     assert rest == [1, 2, "uid"]
     # A capability: nothing that is shown tells it.
@@ -134,6 +148,17 @@ def test_the_library_is_called_as_it_is_declared(monkeypatch: pytest.MonkeyPatch
         ("barrier_all",),
         ("finalize",),
     ]
+
+    def call_twice() -> None:
+        world.quiet(6)
+        world.quiet(7)
+
+    elsewhere = threading.Thread(target=call_twice)
+    elsewhere.start()
+    elsewhere.join()
+    assert library.calls[-2:] == [("quiet", 6), ("quiet", 7)]
+    assert len(device.threads) == 3, "each thread has it as its current device, from its first call on"
+    assert device.threads[-1] != threading.get_ident()
     with pytest.raises(ConfigError, match=r"cuda:4 cannot be used: .*libcuda.so.1$") as caught:
         NvshmemWorld(unique_id, rank=0, num_ranks=2, device=4)
     assert caught.value.field == "device"
@@ -141,6 +166,33 @@ def test_the_library_is_called_as_it_is_declared(monkeypatch: pytest.MonkeyPatch
     assert world.mapped_address(0x5000, 1) == 0x5100
     with pytest.raises(ConfigError):
         world.allocate(2000)
+
+
+def test_one_thread_at_a_time_is_inside_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = install(monkeypatch)
+    world = NvshmemWorld(new_unique_id(), rank=0, num_ranks=2)
+    inside, others = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slow(cstrm: int) -> None:
+        order.append("in")
+        inside.set()
+        others.wait(5)
+        order.append("out")
+
+    monkeypatch.setattr(library_module(), "quiet_on_stream", slow)
+    monkeypatch.setattr(library_module(), "barrier_all", lambda: order.append("barrier"))
+    first = threading.Thread(target=lambda: world.quiet(1))
+    first.start()
+    inside.wait(5)
+    second = threading.Thread(target=world.barrier)
+    second.start()
+    assert order == ["in"]
+    others.set()
+    for thread in (first, second):
+        thread.join()
+    assert order == ["in", "out", "barrier"]
+    assert library.calls[0][0] == "init"
 
 
 def test_the_installed_library_declares_what_is_called() -> None:

@@ -80,10 +80,10 @@ def test_values_read_as_toml_or_as_text(override: str, expected: object) -> None
         ("mesh.max_restarts=-1", "mesh.max_restarts", "must be 0 or more, is -1"),
         ("gateway.port=65536", "gateway.port", "0 to 65535, is 65536"),
         ("log.level=loud", "log.level", "'loud'"),
-        ("kvcache.heap=floppy", "kvcache.heap", "'shm' or 'cuda_ipc', is 'floppy'"),
+        ("kvcache.heap=floppy", "kvcache.heap", "'shm', 'cuda_ipc' or 'nvshmem', is 'floppy'"),
         ("engine.device=abacus", "engine.device", "'cpu' or 'cuda:N', is 'abacus'"),
         ("engine.device=cuda:", "engine.device", "'cpu' or 'cuda:N', is 'cuda:'"),
-        ("engine.device=cuda:1", "kvcache.heap", "must be 'cuda_ipc' on engine.device 'cuda:1'"),
+        ("engine.device=cuda:1", "kvcache.heap", "'cuda_ipc' or 'nvshmem' on engine.device 'cuda:1'"),
         ("kvcache.heap=cuda_ipc", "engine.device", "must be 'cuda:N' for kvcache.heap 'cuda_ipc'"),
         ("engine.attention=flash", "engine.attention", "'triton' or 'flashinfer', is 'flash'"),
         ("engine.attention=flashinfer", "engine.attention", "on engine.device 'cpu', is 'flashinfer'"),
@@ -111,6 +111,51 @@ def test_flashinfer_is_refused_for_the_dtype_that_it_does_not_do() -> None:
     assert "model.dtype is 'float32'" in error.detail
     settings = load_settings(overrides=[*overrides, "model.dtype=bfloat16"])
     assert settings.engine.attention == "flashinfer"
+
+
+WORLD = [
+    "engine.device=cuda:1",
+    "kvcache.heap=nvshmem",
+    "nvshmem.world=w",
+    "nvshmem.rank=1",
+    "nvshmem.num_ranks=2",
+    "nvshmem.memory_mb=64",
+    "bus.curve_dir=keys",
+]
+
+
+def test_an_engine_of_a_world_says_which_and_as_what() -> None:
+    settings = load_settings(overrides=WORLD)
+
+    assert (settings.nvshmem.world, settings.nvshmem.rank, settings.nvshmem.num_ranks) == ("w", 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("engine.device=cpu", "must be 'cuda:N' for kvcache.heap 'nvshmem'"),
+        ("nvshmem.world=", "1 to 64 printable characters"),
+        ("nvshmem.world='a b'", "without spaces, not 'a b'"),
+        (f"nvshmem.world={'w' * 65}", "1 to 64"),
+        ("nvshmem.rank=2", "must be 0 to 1, is 2"),
+        ("nvshmem.rank=-1", "must be 0 or more, is -1"),
+        ("nvshmem.num_ranks=0", "must be 1 to 512, is 0"),
+        ("nvshmem.num_ranks=513", "must be 1 to 512, is 513"),
+        ("nvshmem.memory_mb=0", "must be above 0"),
+        ("nvshmem.join_timeout_s=0", "must be above 0"),
+        ("bus.curve_dir=", "authenticated sockets only"),
+        ("nvshmem.ranks=2", "unknown field"),
+    ],
+)
+def test_a_world_that_cannot_be_is_refused(override: str, reason: str) -> None:
+    error = refused(overrides=[*WORLD, override])
+
+    assert error.field == override.partition("=")[0]
+    assert reason in error.detail
+
+
+def test_who_has_another_heap_needs_no_world() -> None:
+    assert load_settings(overrides=["nvshmem.rank=7"]).nvshmem.rank == 7
 
 
 def test_override_below_a_value_is_refused() -> None:
@@ -147,6 +192,9 @@ def test_every_positive_number_is_checked_or_may_be_zero() -> None:
         "engine.drain_s": "stop at once",
         "gateway.port": "any free port",
         "router.max_ttft_s": "no bound",
+        "nvshmem.rank": "the first",
+        "nvshmem.num_ranks": "no world; refused where there is to be one",
+        "nvshmem.memory_mb": "the same",
         "mesh.max_restarts": "never restart",
     }
     for section in msgspec.structs.fields(Settings):

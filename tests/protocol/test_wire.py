@@ -24,6 +24,7 @@ from microserve.protocol import (
     numbered,
     sampling,
     serving,
+    worlds,
 )
 from microserve.protocol import transport as transport_module
 from microserve.protocol import types as protocol_types
@@ -63,6 +64,7 @@ STRUCTURES = [
     control.RouterControl,
     control.ShadowScore,
     control.ControlRecord,
+    worlds.WorldRank,
     kv_events.KVEventBatch,
 ]
 MESSAGES = [(section, t) for section, union in CHANNELS.items() for t in get_args(union)]
@@ -197,6 +199,10 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_LABELLED_ENGINES", control.MAX_LABELLED_ENGINES),
         ("MAX_LABELS", control.MAX_LABELS),
         ("MAX_LABEL_CHARS", control.MAX_LABEL_CHARS),
+        ("MAX_WORLDS", worlds.MAX_WORLDS),
+        ("MAX_WORLD_RANKS", worlds.MAX_WORLD_RANKS),
+        ("MAX_WORLD_CHARS", worlds.MAX_WORLD_CHARS),
+        ("MAX_UNIQUE_ID_NBYTES", worlds.MAX_UNIQUE_ID_NBYTES),
         ("MAX_LOGPROBS", sampling.MAX_LOGPROBS),
         ("MAX_STOP_TOKEN_IDS", sampling.MAX_STOP_TOKEN_IDS),
         ("MAX_LOGIT_BIAS", sampling.MAX_LOGIT_BIAS),

@@ -36,6 +36,25 @@ def test_the_control_log_outlives_the_mesh_unless_another_one_is_named(model: st
     assert not any("control_path" in flag for flag in index_flags("index.control_path=other.db"))
 
 
+def test_engines_of_a_world_get_their_ranks(model: str, tmp_path: Path) -> None:
+    world = [
+        *(f"model.path={model}", "mesh.engines=2", "engine.device=cuda:0", "kvcache.heap=nvshmem"),
+        *("bus.curve_dir=keys", "nvshmem.world=w", "nvshmem.memory_mb=1", "nvshmem.rank=1"),
+    ]
+
+    def ranks(*overrides: str) -> list[int]:
+        overrides = (*world, *overrides)
+        flags = [word for override in overrides for word in ("--set", override)]
+        plan = plan_mesh(load_settings(overrides=overrides), flags, tmp_path, tmp_path / "control.db")
+        engines = [child for child in plan.children if child.name.startswith("engine")]
+        return [child_settings(child).nvshmem.rank for child in engines]
+
+    assert ranks("nvshmem.num_ranks=3") == [1, 2], "another machine has the first"
+    with pytest.raises(ConfigError) as caught:
+        ranks("nvshmem.num_ranks=2")
+    assert caught.value.field == "nvshmem.num_ranks"
+
+
 def test_children_agree_on_addresses_and_each_engine_has_an_id(model: str, tmp_path: Path) -> None:
     flags = ["--set", "index.address=tcp://127.0.0.1:0", "--set", "mesh.engines=3"]
     settings = load_settings(

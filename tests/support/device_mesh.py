@@ -15,6 +15,7 @@ from core_mesh import VOCAB, Engine, Mesh
 from host_driver import HostDriver
 
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.heap.device import DeviceHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.services.engine.batch import Batch, Runner, StepResult
@@ -27,7 +28,7 @@ LATENESS = (0, 0, 1, 3, 10, 30)
 class StreamRunner(HashRunner):
     """The hash model as kernels of one stream: written KV and what is read from it come late, in order."""
 
-    def __init__(self, heap: CudaIpcHeap, driver: HostDriver, drift: Callable[[], None]) -> None:
+    def __init__(self, heap: DeviceHeap, driver: HostDriver, drift: Callable[[], None]) -> None:
         data = driver.host_view(heap.data.address, heap.data.nbytes)
         super().__init__(data, heap.layout, vocab_size=VOCAB)
         self._driver = driver

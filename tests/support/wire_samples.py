@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import control_samples
+import world_samples
 
 from microserve.protocol import actions, membership, serving
 from microserve.protocol.codec import (
@@ -264,6 +265,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
     ),
     (INDEX_REPLY, membership.IndexFailed(call_id=7, code="invalid_request", detail="d", field="f")),
     *control_samples.MESSAGES,
+    *world_samples.MESSAGES,
 ]
 
 GOLDEN: dict[str, str] = {
@@ -386,7 +388,7 @@ GOLDEN: dict[str, str] = {
     "FROM_INDEX.IndexReport": "96050602cd012ccd753081a66a6f696e656402",
     "FROM_INDEX.IndexFailed": "950607af696e76616c69645f72657175657374a164a166",
 }
-GOLDEN |= control_samples.GOLDEN
+GOLDEN |= control_samples.GOLDEN | world_samples.GOLDEN
 """Channel and message name -> hex of the message frame; the parts in the order that WIRE.md lists fields."""
 
 

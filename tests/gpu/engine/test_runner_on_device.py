@@ -30,7 +30,9 @@ def settings() -> Settings:
     return load_settings(overrides=[*overrides, f"kvcache.num_blocks={NUM_BLOCKS}"])
 
 
-def serve(runner: ModelRunner, prompts: list[list[int]], rng: random.Random) -> list[list[int]]:
+def serve(
+    runner: ModelRunner, prompts: list[list[int]], rng: random.Random, *, is_layerwise: bool = True
+) -> list[list[int]]:
     """Chunked prefills beside decodes, four tokens each."""
     tokens, computed = [list(prompt) for prompt in prompts], [0] * len(prompts)
     tables = [list(range(8 * number, 8 * number + 8)) for number in range(len(prompts))]
@@ -47,7 +49,7 @@ def serve(runner: ModelRunner, prompts: list[list[int]], rng: random.Random) -> 
                 chunks.append(Chunk(number, part, begin, tables[number], begin, sample))
                 owners.append(number)
                 computed[number] += length
-        for number, sampled in zip(owners, runner.execute(Batch(chunks)).sampled, strict=True):
+        for number, sampled in zip(owners, runner.execute(Batch(chunks, is_layerwise)).sampled, strict=True):
             if sampled is not None:
                 tokens[number].append(sampled.token_id)
     return [have[len(prompt) :] for have, prompt in zip(tokens, prompts, strict=True)]
@@ -81,3 +83,8 @@ def test_the_runner_gives_the_tokens_of_a_cpu(tmp_path: Path, settings: Settings
         runner = ModelRunner(there, data, NUM_BLOCKS, BLOCK)
         assert runner.stream is not None
         assert serve(runner, prompts, random.Random(2)) == expected
+
+        runner.capture_decodes(len(prompts), 128)
+        assert serve(runner, prompts, random.Random(2), is_layerwise=False) == expected
+        # And again: what a replay leaves behind must not show in the next.
+        assert serve(runner, prompts[::-1], random.Random(3), is_layerwise=False) == expected[::-1]

@@ -13,7 +13,7 @@ import pytest
 from tests.kvcache.heap_child import PYTHONPATH, ROOT
 
 TIMEOUT_S = 240.0
-_ENVIRONMENT = {
+ENVIRONMENT = {
     # Two ranks on one device: multicast cannot be bound, and nothing leaves the device.
     "NVSHMEM_DISABLE_NVLS": "1",
     "NVSHMEM_REMOTE_TRANSPORT": "none",
@@ -33,7 +33,7 @@ def test_ten_thousand_transfers_between_two_ranks(tmp_path: Path) -> None:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.gpu.heap.nvshmem_rank", str(rank), str(tmp_path)],
                 cwd=ROOT,
-                env={**os.environ, **_ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

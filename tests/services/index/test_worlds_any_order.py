@@ -1,0 +1,73 @@
+"""The index's desk for worlds: ranks ask, die, come back and fall silent in any order."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from world_desk import SILENCE_S, Bench, unique_id
+
+from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.worlds import WorldJoined
+
+MOVES = st.lists(
+    st.tuples(
+        st.sampled_from(["ask"] * 6 + ["die", "wait", "silent"]),
+        st.integers(0, 2),  # rank
+        st.sampled_from([0] * 5 + [1]),  # which of the rank's processes
+        st.sampled_from([3] * 9 + [2]),  # its number of ranks
+    ),
+    min_size=20,
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(MOVES)
+def test_who_is_told_is_told_the_same_as_all_others_who_live(moves: list[tuple[str, int, int, int]]) -> None:
+    """Processes ask, die, are restarted and fall silent; two may claim one rank."""
+    bench = Bench()
+    lives: dict[tuple[int, int], int] = {}
+    heard: dict[int, tuple[int, int, float]] = {}
+    num_lives = 0
+    for kind, rank, which, num_ranks in moves:
+        at = rank, which
+        if at not in lives:
+            num_lives += 1
+            lives[at] = num_lives
+        life = lives[at]
+        seen = len(bench.sent)
+        if kind == "ask" and rank < num_ranks:
+            rivals = [
+                other for place, other in lives.items() if place == (rank, 1 - which) and other in heard
+            ]
+            others = {n for other, (r, n, _) in heard.items() if r != rank}
+            try:
+                bench.ask(rank, life, num_ranks)
+            except InvalidRequest as error:
+                assert rivals if error.field == "rank" else others - {num_ranks}
+            else:
+                assert not rivals and not others - {num_ranks}
+                heard[life] = rank, num_ranks, bench.now
+        elif kind == "die":
+            bench.gone.add(str(life).encode())
+            heard.pop(life, None)
+            del lives[at]
+        elif kind == "wait":
+            bench.now += 0.5
+        elif kind == "silent":
+            bench.desk.expire(bench.now)
+            heard = {k: v for k, v in heard.items() if bench.now - v[2] <= SILENCE_S}
+        told = {int(peer): reply for peer, reply in bench.sent[seen:] if isinstance(reply, WorldJoined)}
+        if told:
+            [first, *_] = told.values()
+            names = [each.incarnation for each in first.ranks]
+            assert sorted(told) == sorted(names), "all of them, once each"
+            assert [heard[name][0] for name in names] == list(range(len(names))), "who live, at their ranks"
+            assert {heard[name][1] for name in names} == {len(names)}
+            assert all(
+                (reply.unique_id, reply.ranks) == (unique_id(names[0]), first.ranks)
+                for reply in told.values()
+            )
+            for name in names:
+                del heard[name]
+        assert bench.desk.num_waiting <= 5
