@@ -29,6 +29,9 @@ Each side writes first and reads after, so of two that meet one at least sees th
 owner did not see reads CLOSED. Two writers that meet may both give way. The word becomes 0 in stream order,
 after the last put. A mirror of the slot that is older than the owner's last store to it says held.
 
+Whoever is outside of the world cannot write here. The other way it goes: a receiver's address says how it is
+written, and a ``cuda_ipc`` heap on our host is written as by anybody there (cuda_ipc.py).
+
 Proof of death comes from outside: a word stays until its rank let go, or until ``report_dead`` is called by
 someone who knows that the process is gone with its GPU work (its host's supervisor; cuda_ipc.py says what
 that takes). Words that a dead rank holds count for nothing from then on, for owner and writers alike.
@@ -44,7 +47,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from microserve.kvcache.heap import cuda_ipc
 from microserve.kvcache.heap.cuda_driver import CudaDriver
+from microserve.kvcache.heap.cuda_ipc import CudaIpcPeerHeap
 from microserve.kvcache.heap.device import (
     BlockPut,
     DeviceHeap,
@@ -205,7 +210,10 @@ class NvshmemHeap(DeviceHeap):
         """That engine is gone with all of its GPU work, as somebody outside can prove."""
         self.dead.add(incarnation)
 
-    def attach(self, address: HeapAddress) -> NvshmemPeerHeap:
+    def attach(self, address: HeapAddress) -> DevicePeerHeap:
+        """Of our world, or a ``cuda_ipc`` heap on our host, whose engine may come and go."""
+        if address.kind == cuda_ipc.KIND:
+            return CudaIpcPeerHeap(self.layout, self.data, address, self._driver, self.block_put)
         return NvshmemPeerHeap(self, address, self._driver)
 
     def word_address(self, word: int) -> int:

@@ -9,8 +9,12 @@ import pytest
 from host_driver import HostDriver
 from host_world import HostWorld
 
+from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.transfer import LaneWriter
+from microserve.kvcache.words import pack_state
 from microserve.protocol.errors import ConfigError, TransferFailed
-from tests.kvcache.kv_samples import make_layout
+from microserve.protocol.grant import Grant
+from tests.kvcache.kv_samples import fill, make_layout, mismatches
 from tests.kvcache.nvshmem_ranks import Rank, make_heap
 
 OPEN, CLOSED = 1, 2
@@ -165,3 +169,34 @@ def test_a_pool_that_does_not_fit_is_said_before_anyone_waits() -> None:
             make_heap(world, 1, layout=layout)
         assert caught.value.field == field
     assert world.handles == {}
+
+
+# --- engines outside of the world
+
+
+def test_an_engine_outside_of_the_world_is_sent_to_and_sends_nothing_in() -> None:
+    world, driver = HostWorld(num_ranks=1), HostDriver()
+    layout, num_tokens = make_layout(), 7
+    with (
+        make_heap(world, 1, driver=driver) as inside,
+        CudaIpcHeap(layout, incarnation=2, driver=HostDriver(), num_slots=2) as outside,
+    ):
+        grant = Grant(
+            *("g", "e", 2, 1, 1, 0, num_tokens, [5, 2], layout.block_size, layout.layout_hash),
+            *(outside.address, 1.0),
+        )
+        outside.store(outside.words.state(1), pack_state(1, OPEN))
+        fill(inside, [0, 1], num_tokens, seed=3)
+        with inside.attach(outside.address) as peer:
+            writer = LaneWriter(inside, peer, grant, 0, 0, num_tokens)
+            writer.claim()
+            assert outside.is_held(1, 0)
+            for layer in range(layout.num_layers):
+                writer.put_layer(layer, [0, 1], 0, num_tokens)
+            writer.finish()
+            peer.poll(wait=True)
+
+        assert not outside.is_held(1, 0)
+        assert mismatches(outside, [5, 2], 0, 0, num_tokens, seed=3) == []
+        with pytest.raises(TransferFailed, match="out of reach"):
+            outside.attach(inside.address)
