@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, overload
 
 from microserve.protocol.sampling import SamplingParams
 
 
+class TokenView(Sequence[int]):
+    """Tokens ``[begin, end)`` of a list that only grows at its end, without a copy: a context is long, and a
+    step asks for it of every sequence."""
+
+    __slots__ = ("_begin", "_end", "_token_ids")
+
+    def __init__(self, token_ids: list[int], begin: int, end: int) -> None:
+        self._token_ids, self._begin, self._end = token_ids, begin, end
+
+    def __len__(self) -> int:
+        return self._end - self._begin
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        places = range(self._begin, self._end)[index]
+        if isinstance(places, range):
+            return [self._token_ids[place] for place in places]
+        return self._token_ids[places]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._token_ids[self._begin : self._end])
+
+
 @dataclass(slots=True)
 class SampleSpec:
-    """How to choose a sequence's next token."""
+    """How to choose a sequence's next token. Good for its own step."""
 
     params: SamplingParams
-    prompt_token_ids: list[int]
-    output_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
     eos_token_ids: frozenset[int]
 
 

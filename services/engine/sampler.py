@@ -129,7 +129,7 @@ def said_tokens(spec: SampleSpec) -> tuple[_Ids, _Floats]:
     params = spec.params
     if not (params.presence_penalty or params.frequency_penalty):
         return np.empty(0, dtype=np.int64), np.empty(0)
-    said, counts = np.unique(np.array(spec.output_token_ids, dtype=np.int64), return_counts=True)
+    said, counts = np.unique(np.array([*spec.output_token_ids], dtype=np.int64), return_counts=True)
     return said, params.presence_penalty + params.frequency_penalty * counts.astype(np.float64)
 
 

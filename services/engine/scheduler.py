@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from microserve.services.engine.batch import Batch, Chunk, SampleSpec
+from microserve.services.engine.batch import Batch, Chunk, SampleSpec, TokenView
 from microserve.services.engine.memory import KvMemory
 from microserve.services.engine.sequence import Sequence, State
 
@@ -199,8 +199,8 @@ class Scheduler:
         if sequence.params is not None and end == sequence.num_tokens:
             spec = SampleSpec(
                 sequence.params,
-                sequence.token_ids[: sequence.num_prompt_tokens],
-                sequence.token_ids[sequence.num_prompt_tokens :],
+                TokenView(sequence.token_ids, 0, sequence.num_prompt_tokens),
+                TokenView(sequence.token_ids, sequence.num_prompt_tokens, sequence.num_tokens),
                 self._eos_token_ids,
             )
         plan.num_decodes += sequence.is_decoding()
