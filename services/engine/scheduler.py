@@ -1,10 +1,11 @@
 """Which tokens run in the next step: continuous batching with chunked prefill under one token budget.
 
 Sans-I/O: ``schedule(now)`` looks at the queues and returns a :class:`Plan`; ``finished``/``preempt`` move
-sequences between them. Order of service: decodes first (one token each), then prefills that have begun, then
-waiting sequences, oldest first (past a head that does not fit only when nothing else runs). Sends and local
-prefills share that order. When blocks run out, the youngest running sequence gives its blocks back and
-recomputes later: it keeps its tokens, so none is lost or repeated.
+sequences between them. Order of service: decodes first (one token each), then those whose KV has arrived and
+that lack one token, then prefills that have begun, then waiting sequences, oldest first (past a head that does
+not fit only when nothing else runs). Sends and local prefills share that order. When blocks run out, the
+youngest running sequence gives its blocks back and recomputes later: it keeps its tokens, so none is lost or
+repeated.
 
 A step that carries a send never waits for KV of another engine; only a step with one receiving sequence alone
 may (``Plan.early``). So two engines that send to each other can never wait for each other.
@@ -91,10 +92,9 @@ class Scheduler:
         """The next step, or None when nothing can run."""
         plan = Plan(Batch([]), [], started_at=now)
         budget = self._max_num_batched_tokens
-        for decoding in (True, False):
-            for sequence in list(self.running):
-                if sequence.is_decoding() is decoding and sequence.state is State.RUNNING and budget > 0:
-                    budget -= self._place(plan, sequence, budget)
+        budget -= self._place_running(plan, budget, decoding=True)
+        budget -= self._place_arrived(plan, budget, now)
+        budget -= self._place_running(plan, budget, decoding=False)
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
             if self._admit(self.waiting[0], now):
                 budget -= self._place(plan, self.running[-1], budget)
@@ -103,6 +103,30 @@ class Scheduler:
                     self._admit_past_head(plan, budget, now)
                 break
         return plan if plan.batch.chunks or plan.sends else None
+
+    def _place_running(self, plan: Plan, budget: int, *, decoding: bool) -> int:
+        left = budget
+        for sequence in list(self.running):
+            is_next = sequence.is_decoding() is decoding and sequence not in plan.sequences
+            if is_next and sequence.state is State.RUNNING and left > 0:
+                left -= self._place(plan, sequence, left)
+        return budget - left
+
+    def _place_arrived(self, plan: Plan, budget: int, now: float) -> int:
+        """Received sequences at the head that lack one token: they are decodes but for their place. Behind a
+        long prefill they would wait for all of it. Not where the prefill's next chunk could take their blocks
+        from them again."""
+        left = budget
+        while self.waiting and left > 0 and len(self.running) < self._max_num_seqs:
+            head = self.waiting[0]
+            if not head.blocks or head.is_send or head.num_uncomputed() > 1:
+                break
+            missing = self._memory.missing_blocks(head, head.num_tokens + 1)
+            chunk = -(-left // self._memory.block_size) + len(self.running)
+            if missing + chunk > self._memory.pool.num_free or not self._admit(head, now):
+                break
+            left -= self._place(plan, head, left)
+        return budget - left
 
     def schedule_early(self, sequence: Sequence, end: int, now: float) -> Plan | None:
         """A step of one receiving sequence alone: its KV below ``end`` arrives layer by layer meanwhile."""

@@ -1,0 +1,117 @@
+"""Who runs in the next step, beside what the engine's tests show of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from microserve.kvcache.block_hash import HashChain
+from microserve.kvcache.block_pool import BlockPool
+from microserve.kvcache.grant import GrantTable
+from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.layout import KvLayout
+from microserve.kvcache.prefix_cache import PrefixCache
+from microserve.protocol.sampling import SamplingParams
+from microserve.services.engine.memory import KvMemory
+from microserve.services.engine.scheduler import Plan, Scheduler
+from microserve.services.engine.sequence import Sequence
+
+BLOCK_SIZE, BUDGET = 16, 32
+
+
+class World:
+    def __init__(self, num_blocks: int = 64) -> None:
+        layout = KvLayout("m", 1, num_blocks, BLOCK_SIZE, 1, 4, "float16")
+        pool = BlockPool(num_blocks)
+        heap = MemoryHeap(layout, incarnation=1, registry=MemoryRegistry(), num_slots=1)
+        grants = GrantTable(heap, pool, engine_id="e", incarnation=1, lease_s=1.0, verify_checksums=False)
+        self.memory = KvMemory(pool, PrefixCache(pool, BLOCK_SIZE, "m"), grants)
+        self.preempted: list[Sequence] = []
+        self.scheduler = Scheduler(
+            self.memory,
+            max_num_seqs=8,
+            max_num_batched_tokens=BUDGET,
+            eos_token_ids=frozenset(),
+            on_preempt=self.preempted.append,
+        )
+        self._number = 0
+
+    def sequence(self, num_tokens: int, num_prompt_tokens: int | None = None) -> Sequence:
+        self._number += 1
+        return Sequence(
+            sequence_id=self._number,
+            owner=b"o",
+            request_id=f"r{self._number}",
+            call_id=self._number,
+            token_ids=[self._number] * num_tokens,
+            num_prompt_tokens=num_tokens if num_prompt_tokens is None else num_prompt_tokens,
+            params=SamplingParams(max_tokens=100),
+            deadline=1e9,
+            arrived_at=0.0,
+            chain=HashChain(b"", BLOCK_SIZE),
+        )
+
+    def received(self, num_tokens: int, num_missing: int) -> Sequence:
+        """Its KV came from elsewhere, but for the last ``num_missing`` tokens."""
+        sequence = self.sequence(num_tokens, num_tokens - 1)
+        assert self.memory.grow(sequence, num_tokens)
+        sequence.num_computed = num_tokens - num_missing
+        self.scheduler.add_ready(sequence)
+        return sequence
+
+    def step(self) -> Plan:
+        plan = self.scheduler.schedule(0.0)
+        assert plan is not None
+        for sequence, chunk in zip(plan.sequences, plan.batch.chunks, strict=True):
+            sequence.num_computed = chunk.start + len(chunk.token_ids)
+        return plan
+
+
+def shares(plan: Plan) -> dict[int, int]:
+    return {chunk.sequence_id: len(chunk.token_ids) for chunk in plan.batch.chunks}
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def test_a_received_sequence_that_lacks_one_token_does_not_wait_for_a_prefill(world: World) -> None:
+    prefill = world.sequence(200)
+    world.scheduler.add(prefill)
+    assert shares(world.step()) == {prefill.sequence_id: BUDGET}
+    first, second = world.received(40, 1), world.received(50, 1)
+
+    plan = world.step()
+
+    assert shares(plan) == {
+        first.sequence_id: 1,
+        second.sequence_id: 1,
+        prefill.sequence_id: BUDGET - 2,
+    }
+    assert plan.num_decodes == 2
+
+
+def test_one_that_lacks_more_waits_its_turn_and_so_does_a_new_one(world: World) -> None:
+    prefill = world.sequence(200)
+    world.scheduler.add(prefill)
+    world.step()
+    world.received(40, 5)
+    world.scheduler.add(world.sequence(1))
+
+    assert shares(world.step()) == {prefill.sequence_id: BUDGET}
+
+
+def test_a_received_sequence_without_room_to_go_on_preempts_nobody() -> None:
+    world = World(num_blocks=9)
+    prefill = world.sequence(100)
+    world.scheduler.add(prefill)
+    world.step()
+    received = world.received(
+        5 * BLOCK_SIZE, 1
+    )  # it needs another block, and the prefill the two that are left
+
+    plan = world.step()
+
+    assert world.preempted == []
+    assert prefill.sequence_id in shares(plan)
+    assert received.sequence_id not in shares(plan)
