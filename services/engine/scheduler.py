@@ -2,8 +2,8 @@
 
 Sans-I/O: ``schedule(now)`` looks at the queues and returns a :class:`Plan`; ``finished``/``preempt`` move
 sequences between them. Order of service: decodes first (one token each), then those whose KV has arrived and
-that lack one token, then prefills that have begun, then waiting sequences, oldest first (past a head that does
-not fit only when nothing else runs). Sends and local prefills share that order. When blocks run out, the
+that lack one token, then prefills that have begun, then waiting sequences, oldest first (past a head that
+does not fit only when nothing else runs). Sends and local prefills share that order. When blocks run out, the
 youngest running sequence gives its blocks back and recomputes later: it keeps its tokens, so none is lost or
 repeated.
 
