@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -16,8 +18,8 @@ from microserve.protocol.curve import CurveKeys, create_keys
 from microserve.protocol.errors import ConfigError, InvalidRequest, ProtocolViolation
 from microserve.protocol.membership import IndexFailed
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import Bus, ZmqBus
-from microserve.protocol.worlds import JoinWorld, WorldJoined, WorldRank
+from microserve.protocol.transport import Bus, ClientSocket, ZmqBus
+from microserve.protocol.worlds import JoinWorld, WorldJoined, WorldRank, WorldWaiting
 from microserve.services.index.rendezvous import Rendezvous
 from microserve.services.index.service import IndexService
 
@@ -48,10 +50,12 @@ class Meeting:
         )
         return self.index
 
-    def rank(self, rank: int, life: int, num_ranks: int = 2, *, bus: Bus | None = None) -> Rendezvous:
+    def rank(
+        self, rank: int, life: int, num_ranks: int = 2, *, bus: Bus | None = None, liveness: int = 10
+    ) -> Rendezvous:
         call = JoinWorld(1, "w", rank, num_ranks, WorldRank(life, "here", 5), b"" if rank else SECRET)
         return Rendezvous(
-            bus or self.bus(self.keys), self.address, call, heartbeat_interval_s=0.05, liveness=10
+            bus or self.bus(self.keys), self.address, call, heartbeat_interval_s=0.05, liveness=liveness
         )
 
     def close(self) -> None:
@@ -114,6 +118,39 @@ def test_ranks_that_wait_outlive_their_index(tmp_path: Path) -> None:
         assert meeting.start_index().worlds.num_waiting == 0
         answer = await meeting.rank(0, 10).meet()
         assert answer == await waiting
+
+    at_the_index(tmp_path, test)
+
+
+def test_an_index_that_comes_late_hears_of_no_connection_that_was_given_up(tmp_path: Path) -> None:
+    """It would answer there, to nobody, and the other ranks would wait for this one inside of the library."""
+
+    async def test(meeting: Meeting) -> None:
+        opened, heard = 0, Counter[bytes]()
+        bus = ZmqBus(linger_s=30, keys=meeting.keys)
+        meeting.buses.append(bus)
+        client = bus.client
+
+        def count(*args: Any, **options: Any) -> ClientSocket:
+            nonlocal opened
+            opened += 1
+            return client(*args, **options)
+
+        bus.client = count  # type: ignore[method-assign]
+        waiting = asyncio.create_task(meeting.rank(0, 10, bus=bus, liveness=2).meet())
+        await until(lambda: opened > 3)
+        num_given_up = opened - 1
+
+        def listen(peer: bytes, frames: list[bytes]) -> None:
+            heard[peer] += 1
+            index.send(peer, INDEX_REPLY.encode(WorldWaiting("w", [0])))
+
+        index = meeting.bus(meeting.keys).server(meeting.address, listen)
+        # More than any connection but the last one can have been given to say.
+        await until(lambda: max(heard.values(), default=0) > 10)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert len(heard) <= opened - num_given_up
 
     at_the_index(tmp_path, test)
 
