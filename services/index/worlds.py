@@ -6,11 +6,15 @@
 A connection is asked by sending to it: a socket refuses what is for a peer that is gone. So all who wait are
 sent something just before the id is given out, and before a second claim to a rank is refused.
 
+An id is given out once. A rank 0 that shows one again has missed the answer, or has not heard it yet: the
+others meet by that id already, without those who would be new.
+
 Owns the rounds, in memory and bounded. Does not know what a unique id is good for, and shows none.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -32,6 +36,9 @@ from microserve.protocol.worlds import (
 )
 
 Send = Callable[[bytes, wire.IndexReply], bool]
+MAX_GIVEN = 1024
+"""Ids that were given out and are known by their digest: the latest."""
+
 _logger = structlog.get_logger()
 
 
@@ -69,6 +76,8 @@ class WorldDesk:
         self._has_keys = has_keys
         self._silence_s = silence_s
         self._rounds: dict[str, _Round] = {}
+        self._given: dict[bytes, None] = {}
+        """Digests of the ids that were given out, the oldest first."""
 
     @property
     def num_waiting(self) -> int:
@@ -78,6 +87,11 @@ class WorldDesk:
     def join(self, peer: bytes, message: JoinWorld, now: float) -> None:
         """Let it wait, and answer all if it was the last. Raises a :class:`MeshError` naming the field: a
         round that it does not fit into goes on without it."""
+        if _digest(message.unique_id) in self._given:  # no warning: mostly the answer has crossed it
+            raise InvalidRequest(
+                f"the unique id of world {message.world!r:.80} was given out already, and cannot be again",
+                field="unique_id",
+            )
         try:
             self._check(message)
             current = self._round_for(peer, message)
@@ -192,6 +206,9 @@ class WorldDesk:
     def _form(self, world: str, current: _Round) -> None:
         """All are told, at once; the round, and the id with it, is forgotten."""
         del self._rounds[world]
+        self._given[_digest(current.unique_id)] = None
+        if len(self._given) > MAX_GIVEN:
+            del self._given[next(iter(self._given))]
         members = [current.waiting[rank] for rank in range(current.num_ranks)]
         ranks = [each.who for each in members]
         told = [
@@ -203,3 +220,7 @@ class WorldDesk:
             ranks=current.num_ranks,
             untold=[rank for rank, is_told in enumerate(told) if not is_told],
         )
+
+
+def _digest(unique_id: bytes) -> bytes:
+    return hashlib.blake2b(unique_id, digest_size=16).digest()

@@ -16,6 +16,7 @@ from microserve.protocol.worlds import (
     MAX_WORLDS,
     WorldRank,
 )
+from microserve.services.index.worlds import MAX_GIVEN
 
 # --- a round
 
@@ -53,6 +54,33 @@ def test_a_rank_that_asks_again_is_one_rank() -> None:
     assert bench.present(1) == [0]
     bench.ask(1, 2)
     assert sorted(bench.joined()) == [b"2", b"its second connection"]
+
+
+def test_an_id_is_given_out_once() -> None:
+    """Rank 0 has missed the answer: the others are in the library already, with the id that it shows."""
+    bench = Bench()
+    bench.ask(0, 1)
+    bench.ask(1, 2)
+    bench.sent.clear()
+
+    with structlog.testing.capture_logs() as logs:
+        error = refused(bench, 0, 1)
+
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "unique_id"
+    assert not logs, "mostly it repeats what the answer has crossed"
+    assert bench.desk.num_waiting == 0
+    bench.ask(1, 3)
+    bench.ask(0, 4)
+    assert {each.unique_id for each in bench.joined().values()} == {unique_id(4)}
+
+
+def test_so_many_ids_that_were_given_out_are_known_and_no_more() -> None:
+    bench = Bench()
+    for life in range(1, MAX_GIVEN + 2):
+        bench.ask(0, life, 1)
+    assert refused(bench, 0, 2, 1).field == "unique_id"
+    assert len(bench.desk._given) == MAX_GIVEN
 
 
 def test_a_silent_rank_has_left_and_its_id_with_it() -> None:
