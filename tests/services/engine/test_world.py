@@ -28,6 +28,7 @@ from microserve.protocol.errors import ConfigError, DeadlineExceeded
 from microserve.protocol.settings import Settings, load_settings
 from microserve.protocol.transport import ZmqBus
 from microserve.protocol.worlds import WorldRank
+from microserve.services.engine import world as world_module
 from microserve.services.engine.world import Library, World, _is_provable, join_world
 from microserve.services.index.service import run_index
 from microserve.services.lifecycle import Lifecycle
@@ -151,6 +152,7 @@ def test_a_pool_without_room_is_said_before_the_others_hear_of_us(
         with pytest.raises(ConfigError) as caught:
             await bench.join(0, override, layout=layout, lifecycle=lifecycle)
         assert caught.value.field == field
+        assert caught.value.detail.startswith(f"{field}: "), "the log has this line only"
         assert not lifecycle.skips_exit_handlers
 
     at_the_index(tmp_path, test, is_there=False)
@@ -172,11 +174,14 @@ def test_what_the_library_lacks_is_said_by_the_setting_that_asks_for_it(tmp_path
             with pytest.raises(ConfigError) as caught:
                 await bench.join(0, library=library)
             assert caught.value.field == path
+            assert caught.value.detail.startswith(f"{path}: ")
 
     at_the_index(tmp_path, test, is_there=False)
 
 
-def test_the_deadline_says_what_was_waited_for(tmp_path: Path) -> None:
+def test_the_deadline_says_what_was_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world_module, "GRACE_S", 1000.0)  # else a slow machine ends this very process
+
     async def absent(bench: Bench) -> None:
         with pytest.raises(DeadlineExceeded, match=r"after 0\.3 s: the index does not answer"):
             await bench.join(0, "nvshmem.join_timeout_s=0.3")
@@ -198,11 +203,25 @@ def test_the_deadline_says_what_was_waited_for(tmp_path: Path) -> None:
             with pytest.raises(DeadlineExceeded, match="the library has given no unique id"):
                 await bench.join(0, "nvshmem.join_timeout_s=0.3", library=library)
         finally:
-            faulthandler.cancel_dump_traceback_later()  # it would end this process
+            faulthandler.cancel_dump_traceback_later()
             release.set()
 
+    async def slow_driver(bench: Bench) -> None:
+        parts = bench.library()
+
+        def make_driver(device: int) -> CudaDriver:
+            threading.Event().wait(0.5)
+            return parts.make_driver(device)
+
+        library = Library(parts.new_unique_id, parts.make_world, make_driver)
+        try:
+            with pytest.raises(DeadlineExceeded, match=r"after 0\.4 s"):
+                await bench.join(0, "nvshmem.join_timeout_s=0.4", "nvshmem.num_ranks=1", library=library)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
     at_the_index(tmp_path, absent, is_there=False)
-    for number, test in enumerate((alone, stuck)):
+    for number, test in enumerate((alone, stuck, slow_driver)):
         (tmp_path / str(number)).mkdir()
         at_the_index(tmp_path / str(number), test)
 
