@@ -162,6 +162,7 @@ async def join_world(
                         own.num_ranks,
                         WorldRank(incarnation, this_namespace(), this_process()),
                         unique_id,
+                        capacity_nbytes,
                     ),
                     heartbeat_interval_s=settings.bus.heartbeat_interval_s,
                     liveness=settings.bus.liveness,

@@ -55,6 +55,7 @@ class _Waiting:
 @dataclass(slots=True)
 class _Round:
     num_ranks: int
+    memory_nbytes: int
     waiting: dict[int, _Waiting] = field(default_factory=dict)
     """By rank."""
     unique_id: bytes = field(default=b"", repr=False)
@@ -137,6 +138,8 @@ class WorldDesk:
             )
         if not 0 <= message.rank < message.num_ranks:
             raise InvalidRequest(f"rank {message.rank} of {message.num_ranks}", field="rank")
+        if message.memory_nbytes < 0:
+            raise InvalidRequest(f"{message.memory_nbytes} bytes of memory", field="memory_nbytes")
         if len(who.host) > MAX_HOST_CHARS or who.incarnation <= 0 or who.process < 0:
             raise InvalidRequest("this is no rank's life", field="who")
         if len(message.unique_id) > MAX_UNIQUE_ID_NBYTES or bool(message.unique_id) != (message.rank == 0):
@@ -157,9 +160,10 @@ class WorldDesk:
         if current is None:
             if len(self._rounds) >= MAX_WORLDS:
                 raise QueueFull(f"{MAX_WORLDS} worlds wait already", retry_after_s=self._silence_s)
-            current = self._rounds[world] = _Round(message.num_ranks)
+            current = self._rounds[world] = _Round(message.num_ranks, message.memory_nbytes)
         elif not set(current.waiting) - {rank}:
-            current.num_ranks = message.num_ranks  # nobody else is there to disagree
+            # Nobody else is there to disagree.
+            current.num_ranks, current.memory_nbytes = message.num_ranks, message.memory_nbytes
         return current
 
     @staticmethod
@@ -169,6 +173,7 @@ class WorldDesk:
         life = message.who.incarnation
         return (
             (not others or current.num_ranks == message.num_ranks)
+            and (not others or current.memory_nbytes == message.memory_nbytes)
             and (same is None or same.who.incarnation == life)
             and all(each.who.incarnation != life and each.peer != peer for each in others.values())
         )
@@ -188,6 +193,12 @@ class WorldDesk:
                 f"ranks {current.present()} wait for a world {world} of {current.num_ranks} ranks, "
                 f"rank {rank} says {message.num_ranks}",
                 field="num_ranks",
+            )
+        if current.memory_nbytes != message.memory_nbytes:
+            return InvalidRequest(
+                f"ranks {current.present()} wait for a world {world} of {current.memory_nbytes} bytes of "
+                f"memory each, rank {rank} says {message.memory_nbytes}",
+                field="memory_nbytes",
             )
         return InvalidRequest(f"one engine claims two ranks of world {world}", field="rank")
 

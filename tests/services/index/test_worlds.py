@@ -177,12 +177,23 @@ def test_ranks_that_disagree_on_their_number_are_told_so() -> None:
     assert bench.present(2) == [1]
 
 
+def test_ranks_that_disagree_on_their_memory_are_told_so() -> None:
+    """The library takes it from all at once, and does not look whether they mean the same."""
+    bench = Bench()
+    bench.ask(0, 1, memory_nbytes=64)
+    error = refused(bench, 1, 2, memory_nbytes=128)
+    assert error.field == "memory_nbytes"
+    assert error.detail == "ranks [0] wait for a world w of 64 bytes of memory each, rank 1 says 128"
+    bench.ask(1, 2, memory_nbytes=64)
+    assert sorted(bench.joined()) == [b"1", b"2"]
+
+
 def test_a_lonely_rank_may_change_its_mind() -> None:
     bench = Bench()
     bench.ask(0, 1, 3)
     bench.gone.add(b"1")
-    bench.ask(0, 2, 2)
-    bench.ask(1, 3, 2)
+    bench.ask(0, 2, 2, memory_nbytes=64)
+    bench.ask(1, 3, 2, memory_nbytes=64)
     assert sorted(bench.joined()) == [b"2", b"3"]
 
 
@@ -206,6 +217,7 @@ def test_one_engine_is_one_rank() -> None:
         ({"unique_id": b""}, "unique_id"),
         ({"unique_id": bytes(MAX_UNIQUE_ID_NBYTES + 1)}, "unique_id"),
         ({"rank": 1, "unique_id": b"mine"}, "unique_id"),
+        ({"memory_nbytes": -1}, "memory_nbytes"),
         ({"who": WorldRank(0, "host", 1)}, "who"),
         ({"who": WorldRank(1, "h" * 129, 1)}, "who"),
         ({"who": WorldRank(1, "host", -1)}, "who"),
