@@ -11,6 +11,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -137,6 +138,29 @@ def test_engines_of_a_world_write_into_each_other(tmp_path: Path) -> None:
     at_the_index(tmp_path, test)
 
 
+def test_who_has_joined_is_not_ended_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_armed: list[bool] = []
+    arm, disarm = faulthandler.dump_traceback_later, faulthandler.cancel_dump_traceback_later
+
+    def armed(*args: Any, **options: Any) -> None:
+        is_armed.append(True)
+        arm(*args, **options)
+
+    def disarmed() -> None:
+        is_armed.append(False)
+        disarm()
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", armed)
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", disarmed)
+
+    async def test(bench: Bench) -> None:
+        world = await bench.join(0, "nvshmem.num_ranks=1")
+        world.heap.close()
+
+    at_the_index(tmp_path, test)
+    assert is_armed == [True, False, True, False], "for the unique id, and for the heap"
+
+
 @pytest.mark.parametrize(
     ("layout", "override", "field"),
     [
@@ -245,14 +269,22 @@ def test_who_is_watched_is_reported_once_when_it_is_gone(tmp_path: Path) -> None
             start = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])
             ours = WorldRank(50, this_namespace(), this_process())
             theirs = WorldRank(51, this_namespace(), child.pid << 42 | start)
-            world = World(first.heap, [ours, theirs])
+            world, lock = World(first.heap, [ours, theirs]), threading.Lock()
+            report_dead, is_locked = first.heap.report_dead, []
+
+            def report(incarnation: int) -> None:
+                is_locked.append(lock.locked())
+                report_dead(incarnation)
+
+            first.heap.report_dead = report  # type: ignore[method-assign]
             with structlog.testing.capture_logs() as logs:
-                world.look_for_deaths(threading.Lock())
+                world.look_for_deaths(lock)
                 assert not logs
                 child.kill()
                 child.wait()
-                world.look_for_deaths(threading.Lock())
-                world.look_for_deaths(threading.Lock())
+                world.look_for_deaths(lock)
+                world.look_for_deaths(lock)
+        assert is_locked == [True]
         assert [(entry["event"], entry["incarnation"]) for entry in logs] == [(log.RANK_LOST, 51)]
         assert first.heap.dead == {51}
 

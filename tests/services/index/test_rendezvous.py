@@ -13,7 +13,7 @@ import pytest
 import structlog
 from index_world import until
 
-from microserve.protocol.codec import INDEX_REPLY
+from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.curve import CurveKeys, create_keys
 from microserve.protocol.errors import ConfigError, InvalidRequest, ProtocolViolation
 from microserve.protocol.membership import IndexFailed
@@ -23,7 +23,6 @@ from microserve.protocol.worlds import JoinWorld, WorldJoined, WorldRank, WorldW
 from microserve.services.index.rendezvous import Rendezvous
 from microserve.services.index.service import IndexService
 
-SETTINGS = BusSettings(heartbeat_interval_s=0.05, liveness=100)
 SECRET = b"\x00the capability\xff" * 8
 
 
@@ -40,11 +39,11 @@ class Meeting:
         self.buses.append(ZmqBus(linger_s=0.1, keys=keys))
         return self.buses[-1]
 
-    def start_index(self, *, has_keys: bool = True) -> IndexService:
+    def start_index(self, *, has_keys: bool = True, liveness: int = 100) -> IndexService:
         self.index = IndexService(
             self.bus(self.keys if has_keys else None),
             address=self.address,
-            settings=SETTINGS,
+            settings=BusSettings(heartbeat_interval_s=0.05, liveness=liveness),
             max_nbytes=1 << 20,
             incarnation=7,
         )
@@ -170,6 +169,22 @@ def test_a_rank_that_gives_up_has_left_at_once(tmp_path: Path) -> None:
         assert [who.incarnation for who in (await second).ranks] == [20, 11]
         assert (await other).unique_id == SECRET
         assert index.worlds.num_waiting == 0
+
+    at_the_index(tmp_path, test)
+
+
+def test_a_rank_that_falls_silent_on_a_living_connection_has_left(tmp_path: Path) -> None:
+    async def test(meeting: Meeting) -> None:
+        index = meeting.start_index(liveness=2)
+        silent = meeting.bus(meeting.keys).client(meeting.address, lambda frames: None)
+        silent.send(INDEX_REQUEST.encode(JoinWorld(1, "w", 0, 2, WorldRank(10, "here", 5), SECRET)))
+        await until(lambda: index.worlds.num_waiting == 1)
+
+        def has_left() -> bool:
+            index.tick()
+            return index.worlds.num_waiting == 0
+
+        await until(has_left)
 
     at_the_index(tmp_path, test)
 
