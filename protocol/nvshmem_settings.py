@@ -10,6 +10,10 @@ import msgspec
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.worlds import MAX_WORLD_RANKS, fault_of_world
 
+MAX_MEMORY_MB = 1 << 24
+MAX_JOIN_TIMEOUT_S = 1e6
+"""Far beyond use, and within what timers and messages can hold."""
+
 
 class NvshmemSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     world: str = ""
@@ -39,6 +43,16 @@ class NvshmemSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             raise ConfigError(
                 f"nvshmem.memory_mb must be above 0 for kvcache.heap 'nvshmem', is {self.memory_mb}",
                 field="nvshmem.memory_mb",
+            )
+        if self.memory_mb > MAX_MEMORY_MB:
+            raise ConfigError(
+                f"nvshmem.memory_mb must be at most {MAX_MEMORY_MB}, is {self.memory_mb}",
+                field="nvshmem.memory_mb",
+            )
+        if self.join_timeout_s > MAX_JOIN_TIMEOUT_S:
+            raise ConfigError(
+                f"nvshmem.join_timeout_s must be at most {MAX_JOIN_TIMEOUT_S:.0f}, is {self.join_timeout_s}",
+                field="nvshmem.join_timeout_s",
             )
         if not curve_dir:
             raise ConfigError(

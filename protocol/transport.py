@@ -184,13 +184,13 @@ class _Socket:
             self._schedule_drain()
         return taken
 
-    def close(self) -> None:
+    def close(self, *, lingers: bool = True) -> None:
         if self._closed:
             return
         self._closed = True
         if self._handler is not None:
             self._loop.remove_reader(self._socket.fileno())
-        self._socket.close(self._bus.linger_ms)
+        self._socket.close(self._bus.linger_ms if lingers else 0)
         self._bus.forget(self)
 
 
@@ -292,11 +292,19 @@ class _Client(_Socket):
             self._loop.remove_reader(monitor.fileno())
             monitor.close(0)
 
-    def close(self) -> None:
+    def close(self, *, lingers: bool = True) -> None:
         if not self._closed and self._monitor is not None:
             self._socket.disable_monitor()
             self._close_monitor()
-        super().close()
+        super().close(lingers=lingers)
+
+
+def discard(socket: ClientSocket) -> None:
+    """Close it, and drop what it has not sent: a socket that lingers still connects to whoever comes."""
+    if isinstance(socket, _Client):
+        socket.close(lingers=False)
+    else:
+        socket.close()
 
 
 class _Publisher(_Socket):

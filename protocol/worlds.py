@@ -56,6 +56,8 @@ class JoinWorld(_Message, frozen=True, tag=10):
     who: WorldRank
     unique_id: bytes
     """From rank 0, fresh; empty from the others."""
+    memory_nbytes: int = 0
+    """Of symmetric memory that each rank takes; all say the same."""
 
     def __repr__(self) -> str:
         return f"JoinWorld({self.call_id}, {self.world!r}, rank {self.rank} of {self.num_ranks})"

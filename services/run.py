@@ -7,10 +7,12 @@ Owns a service process from its settings to its exit; does not know what the ser
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -63,10 +65,18 @@ def run_service(
     """
     notifier = notifier or Notifier.from_environment(os.environ)
     lifecycle = Lifecycle(notifier)
-    code = _run_service(service, settings, load, lifecycle, notifier)
+    try:
+        code = _run_service(service, settings, load, lifecycle, notifier)
+    except BaseException:  # nobody reads the log any more, perhaps
+        if not lifecycle.skips_exit_handlers:
+            raise
+        code = EXIT_FAILED
+        with contextlib.suppress(Exception):
+            traceback.print_exc()
     if lifecycle.skips_exit_handlers:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
         os._exit(code)
     return code
 

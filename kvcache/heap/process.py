@@ -27,7 +27,7 @@ _START_TIME = 19
 
 def this_process() -> int:
     """The word of this process; never 0."""
-    return os.getpid() << _TICK_BITS | _start_time(os.getpid())
+    return os.getpid() << _TICK_BITS | _start_time("self")
 
 
 def this_namespace() -> str:
@@ -39,6 +39,7 @@ def this_namespace() -> str:
 def is_gone(word: int) -> bool:
     """Proof that the process of that word has exited with all its threads; False when unsure."""
     pid, start_time = word >> _TICK_BITS, word & ((1 << _TICK_BITS) - 1)
+    ends: select.poll | None = None
     with ExitStack() as closing:
         try:
             pidfd = os.pidfd_open(pid)
@@ -48,20 +49,31 @@ def is_gone(word: int) -> bool:
             pass  # the number of somebody's thread by now, perhaps: its start time tells
         else:
             closing.callback(os.close, pidfd)
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            if poll.poll(0):
+            ends = select.poll()
+            ends.register(pidfd, select.POLLIN)
+            if ends.poll(0):
                 # Whoever had that pid when we asked is its last holder, or came after it.
                 return True
+        if not _is_proc_ours():
+            return False
         try:
             return _start_time(pid) != start_time
         except (FileNotFoundError, ProcessLookupError):
-            return True  # reaped since we looked
+            # Reaped since we looked, or hidden from us (hidepid).
+            return ends is None or bool(ends.poll(0))
         except OSError:
             return False
 
 
-def _start_time(pid: int) -> int:
+def _is_proc_ours() -> bool:
+    """/proc may be that of another pid namespace, where our numbers are others' (``unshare --pid`` alone)."""
+    try:
+        return os.readlink("/proc/self") == str(os.getpid())
+    except OSError:
+        return False
+
+
+def _start_time(pid: int | str) -> int:
     """Raises OSError if there is no such process, or if it may not be looked at."""
     stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     return int(stat.rpartition(")")[2].split()[_START_TIME])

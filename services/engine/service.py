@@ -36,7 +36,6 @@ from microserve.services.engine.world import World, join_world
 from microserve.services.lifecycle import Lifecycle
 
 _logger = structlog.get_logger()
-_logger = structlog.get_logger()
 
 HeapData = npt.NDArray[np.uint8] | torch.Tensor
 """The data region of a heap, as the runner uses it."""

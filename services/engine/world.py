@@ -148,10 +148,10 @@ async def join_world(
 
     try:
         with _paths_named():
-            async with asyncio.timeout(own.join_timeout_s):
+            async with asyncio.timeout_at(deadline):
                 unique_id = b""
                 if own.rank == 0:
-                    unique_id = await _on_thread(library.new_unique_id, own.join_timeout_s)
+                    unique_id = await _on_thread(library.new_unique_id, deadline - loop.time())
                 meeting = Rendezvous(
                     bus,
                     settings.index.address,
@@ -162,6 +162,7 @@ async def join_world(
                         own.num_ranks,
                         WorldRank(incarnation, this_namespace(), this_process()),
                         unique_id,
+                        capacity_nbytes,
                     ),
                     heartbeat_interval_s=settings.bus.heartbeat_interval_s,
                     liveness=settings.bus.liveness,
@@ -206,7 +207,10 @@ def _paths_named() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(error.detail, field=paths.get(error.field or "", error.field)) from error
+        path = paths.get(error.field or "")
+        if path is None:
+            raise
+        raise ConfigError(f"{path}: {error.detail}", field=path) from error
 
 
 async def _on_thread(call: Callable[[], T], within_s: float) -> T:
@@ -223,7 +227,7 @@ async def _on_thread(call: Callable[[], T], within_s: float) -> T:
         else:
             future.set_result(result)
 
-    faulthandler.dump_traceback_later(within_s + GRACE_S, exit=True, file=_STDERR)
+    faulthandler.dump_traceback_later(max(within_s, 0.0) + GRACE_S, exit=True, file=_STDERR)
     threading.Thread(target=run, name="nvshmem", daemon=True).start()
     try:
         return await asyncio.wrap_future(future)

@@ -15,7 +15,7 @@ from microserve.protocol import log
 from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.errors import ProtocolViolation, error_for
 from microserve.protocol.membership import IndexFailed
-from microserve.protocol.transport import Bus, ClientSocket
+from microserve.protocol.transport import Bus, ClientSocket, discard
 from microserve.protocol.worlds import JoinWorld, WorldJoined, WorldWaiting
 
 _logger = structlog.get_logger()
@@ -63,12 +63,13 @@ class Rendezvous:
                 await asyncio.wait([self._answer], timeout=self._interval_s)
                 now = self._loop.time()
                 if now - max(opened_at, self._heard_at or 0.0) > self._silence_s:
-                    # What the socket still holds for an index that is absent is out of date.
-                    socket.close()
+                    # What the socket still holds for an index that is absent is out of date, and would be
+                    # answered there: nobody would hear it, and the others would wait for us in the library.
+                    discard(socket)
                     socket, opened_at = self._open(), now
             return self._answer.result()
         finally:
-            socket.close()
+            discard(socket)
 
     def _open(self) -> ClientSocket:
         return self._bus.client(self._address, self._on_frames, server_key=self._server_key)

@@ -6,11 +6,15 @@
 A connection is asked by sending to it: a socket refuses what is for a peer that is gone. So all who wait are
 sent something just before the id is given out, and before a second claim to a rank is refused.
 
+An id is given out once. A rank 0 that shows one again has missed the answer, or has not heard it yet: the
+others meet by that id already, without those who would be new.
+
 Owns the rounds, in memory and bounded. Does not know what a unique id is good for, and shows none.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -32,6 +36,9 @@ from microserve.protocol.worlds import (
 )
 
 Send = Callable[[bytes, wire.IndexReply], bool]
+MAX_GIVEN = 1024
+"""Ids that were given out and are known by their digest: the latest."""
+
 _logger = structlog.get_logger()
 
 
@@ -48,6 +55,7 @@ class _Waiting:
 @dataclass(slots=True)
 class _Round:
     num_ranks: int
+    memory_nbytes: int
     waiting: dict[int, _Waiting] = field(default_factory=dict)
     """By rank."""
     unique_id: bytes = field(default=b"", repr=False)
@@ -69,6 +77,8 @@ class WorldDesk:
         self._has_keys = has_keys
         self._silence_s = silence_s
         self._rounds: dict[str, _Round] = {}
+        self._given: dict[bytes, None] = {}
+        """Digests of the ids that were given out, the oldest first."""
 
     @property
     def num_waiting(self) -> int:
@@ -78,6 +88,11 @@ class WorldDesk:
     def join(self, peer: bytes, message: JoinWorld, now: float) -> None:
         """Let it wait, and answer all if it was the last. Raises a :class:`MeshError` naming the field: a
         round that it does not fit into goes on without it."""
+        if _digest(message.unique_id) in self._given:  # no warning: mostly the answer has crossed it
+            raise InvalidRequest(
+                f"the unique id of world {message.world!r:.80} was given out already, and cannot be again",
+                field="unique_id",
+            )
         try:
             self._check(message)
             current = self._round_for(peer, message)
@@ -123,6 +138,8 @@ class WorldDesk:
             )
         if not 0 <= message.rank < message.num_ranks:
             raise InvalidRequest(f"rank {message.rank} of {message.num_ranks}", field="rank")
+        if message.memory_nbytes < 0:
+            raise InvalidRequest(f"{message.memory_nbytes} bytes of memory", field="memory_nbytes")
         if len(who.host) > MAX_HOST_CHARS or who.incarnation <= 0 or who.process < 0:
             raise InvalidRequest("this is no rank's life", field="who")
         if len(message.unique_id) > MAX_UNIQUE_ID_NBYTES or bool(message.unique_id) != (message.rank == 0):
@@ -143,9 +160,10 @@ class WorldDesk:
         if current is None:
             if len(self._rounds) >= MAX_WORLDS:
                 raise QueueFull(f"{MAX_WORLDS} worlds wait already", retry_after_s=self._silence_s)
-            current = self._rounds[world] = _Round(message.num_ranks)
+            current = self._rounds[world] = _Round(message.num_ranks, message.memory_nbytes)
         elif not set(current.waiting) - {rank}:
-            current.num_ranks = message.num_ranks  # nobody else is there to disagree
+            # Nobody else is there to disagree.
+            current.num_ranks, current.memory_nbytes = message.num_ranks, message.memory_nbytes
         return current
 
     @staticmethod
@@ -155,6 +173,7 @@ class WorldDesk:
         life = message.who.incarnation
         return (
             (not others or current.num_ranks == message.num_ranks)
+            and (not others or current.memory_nbytes == message.memory_nbytes)
             and (same is None or same.who.incarnation == life)
             and all(each.who.incarnation != life and each.peer != peer for each in others.values())
         )
@@ -175,6 +194,12 @@ class WorldDesk:
                 f"rank {rank} says {message.num_ranks}",
                 field="num_ranks",
             )
+        if current.memory_nbytes != message.memory_nbytes:
+            return InvalidRequest(
+                f"ranks {current.present()} wait for a world {world} of {current.memory_nbytes} bytes of "
+                f"memory each, rank {rank} says {message.memory_nbytes}",
+                field="memory_nbytes",
+            )
         return InvalidRequest(f"one engine claims two ranks of world {world}", field="rank")
 
     def _leave_gone(self, world: str, current: _Round) -> None:
@@ -192,6 +217,9 @@ class WorldDesk:
     def _form(self, world: str, current: _Round) -> None:
         """All are told, at once; the round, and the id with it, is forgotten."""
         del self._rounds[world]
+        self._given[_digest(current.unique_id)] = None
+        if len(self._given) > MAX_GIVEN:
+            del self._given[next(iter(self._given))]
         members = [current.waiting[rank] for rank in range(current.num_ranks)]
         ranks = [each.who for each in members]
         told = [
@@ -203,3 +231,7 @@ class WorldDesk:
             ranks=current.num_ranks,
             untold=[rank for rank, is_told in enumerate(told) if not is_told],
         )
+
+
+def _digest(unique_id: bytes) -> bytes:
+    return hashlib.blake2b(unique_id, digest_size=16).digest()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from microserve.kvcache.heap import process
 from microserve.kvcache.heap.process import is_gone, this_process
 from tests.kvcache.heap_child import wait_until
 
@@ -65,6 +66,50 @@ def test_a_pid_that_is_a_thread_by_now_names_no_process() -> None:
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_process_that_is_hidden_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mounted with hidepid, /proc shows no processes of others, or shows them no more."""
+
+    def hidden(pid: int) -> int:
+        raise FileNotFoundError(pid)
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        monkeypatch.setattr(process, "_start_time", hidden)
+        assert not is_gone(child.pid << 42 | 7)
+        child.kill()
+        wait_until(lambda: is_gone(child.pid << 42 | 7), "the end of the process")
+        child.wait()
+    assert is_gone(child.pid << 42 | 7)
+
+
+_IN_A_NAMESPACE = """
+import os, subprocess, sys
+from microserve.kvcache.heap.process import is_gone, this_process
+assert os.readlink("/proc/self") != str(os.getpid())
+assert this_process() >> 42 == os.getpid()
+with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+    word = child.pid << 42 | 7
+    assert not is_gone(word)
+    child.kill()
+    child.wait()
+assert is_gone(word)
+"""
+
+
+def test_nobody_is_judged_by_the_proc_of_another_namespace() -> None:
+    """As after ``unshare --pid`` without ``--mount-proc``: numbers in /proc are others' processes."""
+    unshare = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
+    try:
+        subprocess.run([*unshare, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no pid namespace can be made here: {error}")
+
+    done = subprocess.run(
+        [*unshare, sys.executable, "-c", _IN_A_NAMESPACE], capture_output=True, text=True, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def _state(pid: int) -> str:

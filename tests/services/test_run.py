@@ -95,6 +95,29 @@ def test_a_crash_exits_1_with_its_traceback_in_the_log() -> None:
     assert "out of luck" in json.dumps(failed["exception"])
 
 
+HANDLED = (
+    "import atexit, os; lifecycle.skips_exit_handlers = True; atexit.register(os.write, {fd}, b'handler'); "
+)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["stdout", "stderr"])
+def test_exit_handlers_are_skipped_also_where_nobody_reads_the_output(number: int) -> None:
+    """A library's handler may wait for ever, and a reader of logs may be gone first."""
+    with start(HANDLED.format(fd=3 - number) + "print('held back'); " + SERVE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stderr:
+            if events(line)[-1]["event"] == "service.ready":
+                break
+        unread, read = process.stdout, process.stderr
+        if number == 2:
+            unread, read = read, unread
+        unread.close()
+        process.terminate()
+        rest = read.read()
+        assert process.wait(TIMEOUT_S) == 1, "it could not say all that it had to say"
+    assert "handler" not in rest
+
+
 def test_missing_curve_keys_are_a_wrong_setting(tmp_path: Path) -> None:
     with start(SERVE, f"bus.curve_dir={tmp_path}") as process:
         _, err = process.communicate(timeout=TIMEOUT_S)

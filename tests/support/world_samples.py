@@ -15,7 +15,15 @@ RANKS = [
 MESSAGES: list[tuple[Codec[Any], Any]] = [
     (
         INDEX_REQUEST,
-        JoinWorld(call_id=1, world="w", rank=2, num_ranks=3, who=RANKS[0], unique_id=bytes(range(4))),
+        JoinWorld(
+            call_id=1,
+            world="w",
+            rank=2,
+            num_ranks=3,
+            who=RANKS[0],
+            unique_id=bytes(range(4)),
+            memory_nbytes=5,
+        ),
     ),
     (INDEX_REPLY, WorldJoined(call_id=1, unique_id=bytes(range(4)), ranks=RANKS)),
     (INDEX_REPLY, WorldWaiting(world="w", present=[0, 2])),
@@ -23,7 +31,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
 
 GOLDEN: dict[str, str] = {
     "TO_INDEX.JoinWorld": (
-        "970a01a177020393cf1000000000000000ac626f6f74207069643a5b315dcf8000000000000005c40400010203"
+        "980a01a177020393cf1000000000000000ac626f6f74207069643a5b315dcf8000000000000005c4040001020305"
     ),
     "FROM_INDEX.WorldJoined": (
         "940b01c404000102039293cf1000000000000000ac626f6f74207069643a5b315dcf80000000000000059309ad6f7468"

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -28,6 +29,7 @@ from microserve.protocol.errors import ConfigError, DeadlineExceeded
 from microserve.protocol.settings import Settings, load_settings
 from microserve.protocol.transport import ZmqBus
 from microserve.protocol.worlds import WorldRank
+from microserve.services.engine import world as world_module
 from microserve.services.engine.world import Library, World, _is_provable, join_world
 from microserve.services.index.service import run_index
 from microserve.services.lifecycle import Lifecycle
@@ -136,6 +138,29 @@ def test_engines_of_a_world_write_into_each_other(tmp_path: Path) -> None:
     at_the_index(tmp_path, test)
 
 
+def test_who_has_joined_is_not_ended_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_armed: list[bool] = []
+    arm, disarm = faulthandler.dump_traceback_later, faulthandler.cancel_dump_traceback_later
+
+    def armed(*args: Any, **options: Any) -> None:
+        is_armed.append(True)
+        arm(*args, **options)
+
+    def disarmed() -> None:
+        is_armed.append(False)
+        disarm()
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", armed)
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", disarmed)
+
+    async def test(bench: Bench) -> None:
+        world = await bench.join(0, "nvshmem.num_ranks=1")
+        world.heap.close()
+
+    at_the_index(tmp_path, test)
+    assert is_armed == [True, False, True, False], "for the unique id, and for the heap"
+
+
 @pytest.mark.parametrize(
     ("layout", "override", "field"),
     [
@@ -151,6 +176,7 @@ def test_a_pool_without_room_is_said_before_the_others_hear_of_us(
         with pytest.raises(ConfigError) as caught:
             await bench.join(0, override, layout=layout, lifecycle=lifecycle)
         assert caught.value.field == field
+        assert caught.value.detail.startswith(f"{field}: "), "the log has this line only"
         assert not lifecycle.skips_exit_handlers
 
     at_the_index(tmp_path, test, is_there=False)
@@ -172,11 +198,14 @@ def test_what_the_library_lacks_is_said_by_the_setting_that_asks_for_it(tmp_path
             with pytest.raises(ConfigError) as caught:
                 await bench.join(0, library=library)
             assert caught.value.field == path
+            assert caught.value.detail.startswith(f"{path}: ")
 
     at_the_index(tmp_path, test, is_there=False)
 
 
-def test_the_deadline_says_what_was_waited_for(tmp_path: Path) -> None:
+def test_the_deadline_says_what_was_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world_module, "GRACE_S", 1000.0)  # else a slow machine ends this very process
+
     async def absent(bench: Bench) -> None:
         with pytest.raises(DeadlineExceeded, match=r"after 0\.3 s: the index does not answer"):
             await bench.join(0, "nvshmem.join_timeout_s=0.3")
@@ -198,11 +227,25 @@ def test_the_deadline_says_what_was_waited_for(tmp_path: Path) -> None:
             with pytest.raises(DeadlineExceeded, match="the library has given no unique id"):
                 await bench.join(0, "nvshmem.join_timeout_s=0.3", library=library)
         finally:
-            faulthandler.cancel_dump_traceback_later()  # it would end this process
+            faulthandler.cancel_dump_traceback_later()
             release.set()
 
+    async def slow_driver(bench: Bench) -> None:
+        parts = bench.library()
+
+        def make_driver(device: int) -> CudaDriver:
+            threading.Event().wait(0.5)
+            return parts.make_driver(device)
+
+        library = Library(parts.new_unique_id, parts.make_world, make_driver)
+        try:
+            with pytest.raises(DeadlineExceeded, match=r"after 0\.4 s"):
+                await bench.join(0, "nvshmem.join_timeout_s=0.4", "nvshmem.num_ranks=1", library=library)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
     at_the_index(tmp_path, absent, is_there=False)
-    for number, test in enumerate((alone, stuck)):
+    for number, test in enumerate((alone, stuck, slow_driver)):
         (tmp_path / str(number)).mkdir()
         at_the_index(tmp_path / str(number), test)
 
@@ -226,14 +269,22 @@ def test_who_is_watched_is_reported_once_when_it_is_gone(tmp_path: Path) -> None
             start = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])
             ours = WorldRank(50, this_namespace(), this_process())
             theirs = WorldRank(51, this_namespace(), child.pid << 42 | start)
-            world = World(first.heap, [ours, theirs])
+            world, lock = World(first.heap, [ours, theirs]), threading.Lock()
+            report_dead, is_locked = first.heap.report_dead, []
+
+            def report(incarnation: int) -> None:
+                is_locked.append(lock.locked())
+                report_dead(incarnation)
+
+            first.heap.report_dead = report  # type: ignore[method-assign]
             with structlog.testing.capture_logs() as logs:
-                world.look_for_deaths(threading.Lock())
+                world.look_for_deaths(lock)
                 assert not logs
                 child.kill()
                 child.wait()
-                world.look_for_deaths(threading.Lock())
-                world.look_for_deaths(threading.Lock())
+                world.look_for_deaths(lock)
+                world.look_for_deaths(lock)
+        assert is_locked == [True]
         assert [(entry["event"], entry["incarnation"]) for entry in logs] == [(log.RANK_LOST, 51)]
         assert first.heap.dead == {51}
 

@@ -184,6 +184,16 @@ def test_an_engine_that_waits_for_others_ends_when_it_is_told(mesh: Mesh) -> Non
 
 
 @pytest.mark.system
+def test_an_engine_inside_of_the_library_ends_when_it_is_told(mesh: Mesh) -> None:
+    stuck = mesh.engine(0, "stuck", num_ranks=1)
+    stuck.until_event("test.library_entered")
+    stuck.popen.send_signal(signal.SIGTERM)
+    assert stuck.end() == 0
+    assert stuck.events[-1]["event"] == log.SERVICE_STOPPED
+    assert "exit handlers" not in stuck.output
+
+
+@pytest.mark.system
 def test_a_second_engine_of_one_rank_ends_with_the_reason(mesh: Mesh) -> None:
     first = mesh.engine(1)
     first.until_event(log.WORLD_AWAITED)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
 from index_world import until
 
-from microserve.protocol.codec import INDEX_REPLY
+from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.curve import CurveKeys, create_keys
 from microserve.protocol.errors import ConfigError, InvalidRequest, ProtocolViolation
 from microserve.protocol.membership import IndexFailed
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import Bus, ZmqBus
-from microserve.protocol.worlds import JoinWorld, WorldJoined, WorldRank
+from microserve.protocol.transport import Bus, ClientSocket, ZmqBus
+from microserve.protocol.worlds import JoinWorld, WorldJoined, WorldRank, WorldWaiting
 from microserve.services.index.rendezvous import Rendezvous
 from microserve.services.index.service import IndexService
 
-SETTINGS = BusSettings(heartbeat_interval_s=0.05, liveness=100)
 SECRET = b"\x00the capability\xff" * 8
 
 
@@ -38,20 +39,22 @@ class Meeting:
         self.buses.append(ZmqBus(linger_s=0.1, keys=keys))
         return self.buses[-1]
 
-    def start_index(self, *, has_keys: bool = True) -> IndexService:
+    def start_index(self, *, has_keys: bool = True, liveness: int = 100) -> IndexService:
         self.index = IndexService(
             self.bus(self.keys if has_keys else None),
             address=self.address,
-            settings=SETTINGS,
+            settings=BusSettings(heartbeat_interval_s=0.05, liveness=liveness),
             max_nbytes=1 << 20,
             incarnation=7,
         )
         return self.index
 
-    def rank(self, rank: int, life: int, num_ranks: int = 2, *, bus: Bus | None = None) -> Rendezvous:
+    def rank(
+        self, rank: int, life: int, num_ranks: int = 2, *, bus: Bus | None = None, liveness: int = 10
+    ) -> Rendezvous:
         call = JoinWorld(1, "w", rank, num_ranks, WorldRank(life, "here", 5), b"" if rank else SECRET)
         return Rendezvous(
-            bus or self.bus(self.keys), self.address, call, heartbeat_interval_s=0.05, liveness=10
+            bus or self.bus(self.keys), self.address, call, heartbeat_interval_s=0.05, liveness=liveness
         )
 
     def close(self) -> None:
@@ -118,6 +121,39 @@ def test_ranks_that_wait_outlive_their_index(tmp_path: Path) -> None:
     at_the_index(tmp_path, test)
 
 
+def test_an_index_that_comes_late_hears_of_no_connection_that_was_given_up(tmp_path: Path) -> None:
+    """It would answer there, to nobody, and the other ranks would wait for this one inside of the library."""
+
+    async def test(meeting: Meeting) -> None:
+        opened, heard = 0, Counter[bytes]()
+        bus = ZmqBus(linger_s=30, keys=meeting.keys)
+        meeting.buses.append(bus)
+        client = bus.client
+
+        def count(*args: Any, **options: Any) -> ClientSocket:
+            nonlocal opened
+            opened += 1
+            return client(*args, **options)
+
+        bus.client = count  # type: ignore[method-assign]
+        waiting = asyncio.create_task(meeting.rank(0, 10, bus=bus, liveness=2).meet())
+        await until(lambda: opened > 3)
+        num_given_up = opened - 1
+
+        def listen(peer: bytes, frames: list[bytes]) -> None:
+            heard[peer] += 1
+            index.send(peer, INDEX_REPLY.encode(WorldWaiting("w", [0])))
+
+        index = meeting.bus(meeting.keys).server(meeting.address, listen)
+        # More than any connection but the last one can have been given to say.
+        await until(lambda: max(heard.values(), default=0) > 10)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert len(heard) <= opened - num_given_up
+
+    at_the_index(tmp_path, test)
+
+
 def test_a_rank_that_gives_up_has_left_at_once(tmp_path: Path) -> None:
     async def test(meeting: Meeting) -> None:
         index = meeting.start_index()
@@ -133,6 +169,22 @@ def test_a_rank_that_gives_up_has_left_at_once(tmp_path: Path) -> None:
         assert [who.incarnation for who in (await second).ranks] == [20, 11]
         assert (await other).unique_id == SECRET
         assert index.worlds.num_waiting == 0
+
+    at_the_index(tmp_path, test)
+
+
+def test_a_rank_that_falls_silent_on_a_living_connection_has_left(tmp_path: Path) -> None:
+    async def test(meeting: Meeting) -> None:
+        index = meeting.start_index(liveness=2)
+        silent = meeting.bus(meeting.keys).client(meeting.address, lambda frames: None)
+        silent.send(INDEX_REQUEST.encode(JoinWorld(1, "w", 0, 2, WorldRank(10, "here", 5), SECRET)))
+        await until(lambda: index.worlds.num_waiting == 1)
+
+        def has_left() -> bool:
+            index.tick()
+            return index.worlds.num_waiting == 0
+
+        await until(has_left)
 
     at_the_index(tmp_path, test)
 

@@ -16,6 +16,7 @@ from microserve.protocol.worlds import (
     MAX_WORLDS,
     WorldRank,
 )
+from microserve.services.index.worlds import MAX_GIVEN
 
 # --- a round
 
@@ -53,6 +54,33 @@ def test_a_rank_that_asks_again_is_one_rank() -> None:
     assert bench.present(1) == [0]
     bench.ask(1, 2)
     assert sorted(bench.joined()) == [b"2", b"its second connection"]
+
+
+def test_an_id_is_given_out_once() -> None:
+    """Rank 0 has missed the answer: the others are in the library already, with the id that it shows."""
+    bench = Bench()
+    bench.ask(0, 1)
+    bench.ask(1, 2)
+    bench.sent.clear()
+
+    with structlog.testing.capture_logs() as logs:
+        error = refused(bench, 0, 1)
+
+    assert isinstance(error, InvalidRequest)
+    assert error.field == "unique_id"
+    assert not logs, "mostly it repeats what the answer has crossed"
+    assert bench.desk.num_waiting == 0
+    bench.ask(1, 3)
+    bench.ask(0, 4)
+    assert {each.unique_id for each in bench.joined().values()} == {unique_id(4)}
+
+
+def test_so_many_ids_that_were_given_out_are_known_and_no_more() -> None:
+    bench = Bench()
+    for life in range(1, MAX_GIVEN + 2):
+        bench.ask(0, life, 1)
+    assert refused(bench, 0, 2, 1).field == "unique_id"
+    assert len(bench.desk._given) == MAX_GIVEN
 
 
 def test_a_silent_rank_has_left_and_its_id_with_it() -> None:
@@ -149,12 +177,23 @@ def test_ranks_that_disagree_on_their_number_are_told_so() -> None:
     assert bench.present(2) == [1]
 
 
+def test_ranks_that_disagree_on_their_memory_are_told_so() -> None:
+    """The library takes it from all at once, and does not look whether they mean the same."""
+    bench = Bench()
+    bench.ask(0, 1, memory_nbytes=64)
+    error = refused(bench, 1, 2, memory_nbytes=128)
+    assert error.field == "memory_nbytes"
+    assert error.detail == "ranks [0] wait for a world w of 64 bytes of memory each, rank 1 says 128"
+    bench.ask(1, 2, memory_nbytes=64)
+    assert sorted(bench.joined()) == [b"1", b"2"]
+
+
 def test_a_lonely_rank_may_change_its_mind() -> None:
     bench = Bench()
     bench.ask(0, 1, 3)
     bench.gone.add(b"1")
-    bench.ask(0, 2, 2)
-    bench.ask(1, 3, 2)
+    bench.ask(0, 2, 2, memory_nbytes=64)
+    bench.ask(1, 3, 2, memory_nbytes=64)
     assert sorted(bench.joined()) == [b"2", b"3"]
 
 
@@ -178,6 +217,7 @@ def test_one_engine_is_one_rank() -> None:
         ({"unique_id": b""}, "unique_id"),
         ({"unique_id": bytes(MAX_UNIQUE_ID_NBYTES + 1)}, "unique_id"),
         ({"rank": 1, "unique_id": b"mine"}, "unique_id"),
+        ({"memory_nbytes": -1}, "memory_nbytes"),
         ({"who": WorldRank(0, "host", 1)}, "who"),
         ({"who": WorldRank(1, "h" * 129, 1)}, "who"),
         ({"who": WorldRank(1, "host", -1)}, "who"),

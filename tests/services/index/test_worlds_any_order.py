@@ -28,6 +28,8 @@ def test_who_is_told_is_told_the_same_as_all_others_who_live(moves: list[tuple[s
     bench = Bench()
     lives: dict[tuple[int, int], int] = {}
     heard: dict[int, tuple[int, int, float]] = {}
+    given: set[int] = set()
+    """Lives whose id was given out."""
     num_lives = 0
     for kind, rank, which, num_ranks in moves:
         at = rank, which
@@ -44,9 +46,10 @@ def test_who_is_told_is_told_the_same_as_all_others_who_live(moves: list[tuple[s
             try:
                 bench.ask(rank, life, num_ranks)
             except InvalidRequest as error:
-                assert rivals if error.field == "rank" else others - {num_ranks}
+                reasons = {"rank": rivals, "num_ranks": others - {num_ranks}, "unique_id": {life} & given}
+                assert reasons[str(error.field)]
             else:
-                assert not rivals and not others - {num_ranks}
+                assert not rivals and not others - {num_ranks} and life not in given
                 heard[life] = rank, num_ranks, bench.now
         elif kind == "die":
             bench.gone.add(str(life).encode())
@@ -68,6 +71,7 @@ def test_who_is_told_is_told_the_same_as_all_others_who_live(moves: list[tuple[s
                 (reply.unique_id, reply.ranks) == (unique_id(names[0]), first.ranks)
                 for reply in told.values()
             )
+            given.add(names[0])
             for name in names:
                 del heard[name]
         assert bench.desk.num_waiting <= 5
