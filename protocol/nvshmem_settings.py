@@ -23,7 +23,7 @@ class NvshmemSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     num_ranks: int = 0
     memory_mb: int = 0
     """Device memory that every rank takes, the same for all: room for the largest pool among them."""
-    join_timeout_s: float = 300.0
+    join_timeout_s: float = 120.0
     """From the model's being loaded until all ranks are there and have their heaps; then the process ends."""
 
     def check(self, *, curve_dir: str) -> None:

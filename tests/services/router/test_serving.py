@@ -177,7 +177,6 @@ async def test_engines_errors_reach_the_client_with_their_code_and_hint() -> Non
     async with router_world("d", "p", labels=LABELS, call_timeout_s=1.0) as world:
         for action, error in (
             (wire.PrepRecv, CacheFull("2000 blocks", retry_after_s=0.25)),
-            (wire.RemoteSend, TransferFailed("poisoned")),
             (wire.StartGenerate, QueueFull("full", retry_after_s=1.5)),
         ):
             for engine in world.engines.values():
@@ -189,6 +188,18 @@ async def test_engines_errors_reach_the_client_with_their_code_and_hint() -> Non
             for engine in world.engines.values():
                 del engine.failures[action]
             await world.check_clean()
+
+
+@in_loop
+async def test_where_every_send_fails_one_engine_serves_it_alone_in_the_end() -> None:
+    async with router_world("d", "p", labels=LABELS) as world:
+        for engine in world.engines.values():
+            engine.failures[wire.RemoteSend] = TransferFailed("poisoned")
+        answer = await world.gateway.generate(PROMPT, strategy="disaggregated")
+        assert (answer.result.reason, answer.token_ids) == ("length", expected_output(4))
+        calls = [call for engine in world.engines.values() for call in engine.calls]
+        assert sum(isinstance(call, wire.RemoteSend) for call in calls) == 3
+        await world.check_clean()
 
 
 @in_loop
