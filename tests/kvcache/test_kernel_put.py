@@ -23,7 +23,7 @@ from microserve.kvcache.heap.device import MIN_RUNS_OF_A_LAUNCH, DeviceHeap
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.kernel_put import KernelPut
 from microserve.kvcache.transfer import TransferPlan
-from microserve.protocol.errors import InternalError
+from microserve.protocol.errors import InternalError, MeshError
 from microserve.protocol.grant import Grant
 from tests.kvcache.device_schedules import LAYOUT, play, schedules
 from tests.kvcache.kv_samples import data_of, fill, make_layout, mismatches
@@ -132,6 +132,20 @@ def test_runs_outside_of_a_region_are_refused_before_any_launch(pair: Pair) -> N
         pair.peer.put(runs, source_shift=nbytes - 500)
     with pytest.raises(InternalError):
         pair.peer.put(runs, target_shift=pair.owner.layout.data_nbytes - 500)
+    assert pair.launches.num_launches == 0
+
+
+def test_a_grant_that_names_a_block_twice_ends_its_send_and_not_the_step(pair: Pair) -> None:
+    """The step passes over refusals of a send (MeshError); anything else ends the engine."""
+    layout = pair.writer.layout
+    theirs = [8, 3, 0, 6, 3]
+    grant = Grant(
+        *("g", "e", 2, 0, 1, 0, 5 * layout.block_size, theirs, layout.block_size, layout.layout_hash),
+        *(pair.owner.address, 1.0),
+    )
+    with pytest.raises(MeshError):
+        plan = TransferPlan(layout, pair.owner.layout, grant, 0, grant.end)
+        pair.peer.put(plan.copies([6, 1, 4, 0, 7], 0, grant.end))
     assert pair.launches.num_launches == 0
 
 
