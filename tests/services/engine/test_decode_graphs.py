@@ -199,6 +199,25 @@ def test_graphs_on_a_cpu_are_refused_by_name(model: LoadedModel) -> None:
     assert refused.value.field == "engine.cuda_graphs"
 
 
+def test_a_capture_that_fails_is_a_wrong_setting_by_name_in_one_line(model: LoadedModel) -> None:
+    """Twenty graphs may take memory that the weights and the pool have left, or a library may refuse."""
+
+    class Full(Replays):
+        def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+            if self.sizes:
+                try:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+                finally:  # as torch.cuda.graph does when it is left
+                    raise RuntimeError("operation failed due to a previous error during capture")
+            self.sizes.append(0)
+            return super().__call__(run)
+
+    with pytest.raises(ConfigError, match=r"engine.cuda_graphs.*out of memory") as refused:
+        make_runner(model, Full())
+    assert refused.value.field == "engine.cuda_graphs"
+    assert "\n" not in refused.value.detail
+
+
 def test_a_pass_that_reads_its_lengths_on_the_host_is_noticed(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
