@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from recorded_graph import HostRead, device_operations, record
+from recorded_graph import Freed, HostRead, device_operations, record
 from tiny_model import FAMILIES, make_tiny_model
 from torch import Tensor
 
@@ -170,6 +170,13 @@ def test_the_stand_in_notices_what_a_graph_cannot_do() -> None:
     static[0], host[0] = 10.0, 100.0
     replay()
     assert output.tolist() == [23.0, 7.0]
+
+    lent = [torch.ones(2)]
+    replay, _ = record(lambda: lent[0] * torch.arange(2.0))
+    replay()
+    lent.clear()
+    with pytest.raises(Freed):
+        replay()
 
 
 @given(st.integers(1, 2000))
