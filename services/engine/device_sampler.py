@@ -167,8 +167,9 @@ def _kept(scaled: Tensor, params: list[SamplingParams]) -> Tensor:
     limited = [row for row, one in enumerate(params) if one.top_k or one.top_p < 1.0]
     if limited:
         there = _there(limited, device)
-        # Among equals the lower ids come first.
-        ordered, order = weights[there].sort(dim=1, descending=True, stable=True)
+        # Among equals the lower ids come first; equal weights may be of scores that are not.
+        order = scaled[there].sort(dim=1, descending=True, stable=True).indices
+        ordered = weights[there].gather(1, order)
         most = [min(params[row].top_k or vocab_size, vocab_size) for row in limited]
         count = _column(most, device)
         ranks = torch.arange(vocab_size, device=device)
