@@ -74,8 +74,8 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 class DecodeGraphs:
     """``run`` gives what the forward pass gives, for steps of one token a sequence.
 
-    Captures at once, the largest bucket first: the others find their memory in its own. For one thread, in
-    inference mode, on the stream of ``capture``.
+    Captures at once, the largest bucket first: the others find their memory in its own, but for their logits.
+    For one thread, in inference mode, on the stream of ``capture``.
     """
 
     def __init__(
