@@ -24,6 +24,7 @@ from microserve.kernels.gpu_attention import DeviceBatch
 from microserve.services.engine import attention
 
 _HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
+_HOST_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _HOST_METHODS = ("tolist", "numpy", "__array__", "item", "cpu")
 """Of tensors, some without an operation where the tensor is on the host already."""
 
@@ -69,7 +70,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket.__name__ in _HOST_READS:
+        if _reads_on_host(func, args):
             raise HostRead(str(func))
         self._is_in_operation = True
         try:
@@ -85,6 +86,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _weakly(self, leaf: Any) -> Any:
         return weakref.ref(leaf) if isinstance(leaf, Tensor) and id(leaf) not in self._made else leaf
+
+
+def _reads_on_host(func: Any, args: tuple[Any, ...]) -> bool:
+    name = func.overloadpacket.__name__
+    if name.startswith(("index", "_index")):  # how many a mask takes is a shape
+        return any(isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1:2]))
+    return name in _HOST_READS or bool(_HOST_TAGS & set(func.tags))
 
 
 def _run_again(func: Any, leaves: list[Any], shape: TreeSpec, made: Any) -> None:

@@ -165,6 +165,15 @@ def test_the_stand_in_notices_what_a_graph_cannot_do() -> None:
     with pytest.raises(HostRead):
         record(lambda: static * static[0].item())
 
+    for shape_on_host in (
+        lambda: static[static > 1.0],
+        lambda: static.repeat_interleave(static.long()),
+        static.unique,
+    ):
+        with pytest.raises(HostRead):
+            record(shape_on_host)
+    record(lambda: static[torch.tensor([1, 0])])
+
     host = [3.0]
     replay, output = record(lambda: static * 2 + torch.tensor(host))
     static[0], host[0] = 10.0, 100.0
