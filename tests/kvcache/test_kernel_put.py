@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import declared, emulate
 
+from microserve.kernels.block_put import PutPlan
 from microserve.kernels.cuda_module import Launch
+from microserve.kvcache.heap import kernel_put
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.device import MIN_RUNS_OF_A_LAUNCH, DeviceHeap
 from microserve.kvcache.heap.heap import Copies, Copy
@@ -147,6 +149,29 @@ def test_a_grant_that_names_a_block_twice_ends_its_send_and_not_the_step(pair: P
         plan = TransferPlan(layout, pair.owner.layout, grant, 0, grant.end)
         pair.peer.put(plan.copies([6, 1, 4, 0, 7], 0, grant.end))
     assert pair.launches.num_launches == 0
+
+
+def test_runs_go_one_by_one_where_the_device_has_no_room_for_their_table(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch takes memory of its own for each stream. The step must not end for want of it."""
+
+    def full(*_: object) -> PutPlan:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    content = np.random.default_rng(1).integers(1, 256, pair.writer.layout.data_nbytes, dtype=np.uint8)
+    pair.writer.write_data(0, content)
+    runs = Copies(Copy(64 * (9 - number), 64 * number, 64) for number in range(9))
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_put, "put_plan", full)
+        pair.peer.put(runs)
+    pair.peer.poll(wait=True)
+    assert pair.launches.num_launches == 0
+    for copy in runs.copies:
+        assert (data_of(pair.owner)[copy.target :][:64] == content[copy.source :][:64]).all()
+
+    pair.peer.put(runs)
+    assert pair.launches.num_launches == 1
 
 
 def test_each_stream_has_a_table_of_its_own(pair: Pair) -> None:
