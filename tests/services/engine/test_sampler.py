@@ -191,6 +191,11 @@ def test_greedy_takes_the_lowest_of_equal_tokens(logprobs: int | None, dtype: to
     assert [token for token, _ in sample(logits, [greedy, greedy])[0].top] == [7, 512, 999][: logprobs or 0]
 
 
+def test_more_logprobs_than_tokens_are_all_of_them() -> None:
+    sampled = draw([0.0, 2.0, 1.0], spec_of(SamplingParams(temperature=0.0, logprobs=20)))
+    assert [token for token, _ in sampled.top] == [1, 2, 0]
+
+
 def test_greedy_and_sampled_rows_mix() -> None:
     row = np.arange(VOCAB, dtype=np.float32)
     greedy = spec_of(SamplingParams(temperature=0.0))
