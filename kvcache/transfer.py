@@ -252,3 +252,5 @@ def _check_blocks(grant: Grant, target: KvLayout) -> None:
         )
     if any(not 0 <= block < target.num_blocks for block in grant.blocks):
         raise InvalidRequest(f"a block is outside 0 to {target.num_blocks - 1}", field="grant.blocks")
+    if len(set(grant.blocks)) < len(grant.blocks):
+        raise InvalidRequest("a block occurs twice", field="grant.blocks")

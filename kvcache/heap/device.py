@@ -36,8 +36,9 @@ MIN_RUNS_OF_A_LAUNCH: Final = 4
 
 
 class BlockPut(Protocol):
-    def __call__(self, copies: Copies, source: int, target: int, stream: int) -> None:
+    def __call__(self, copies: Copies, source: int, target: int, stream: int) -> bool:
         """Enqueue all copies in the stream; their offsets count from the addresses ``source`` and ``target``.
+        False: none of them, as the device has no memory left for it.
 
         The same set is put again for the next layer, from other addresses."""
 
@@ -157,8 +158,9 @@ class DevicePeerHeap(PeerHeap):
         require_inside(copies, source_shift, target_shift, self._source.nbytes, self.layout.data_nbytes)
         source, target = self._source.address + source_shift, self.target_address + target_shift
         if self._block_put is not None and len(copies.copies) >= MIN_RUNS_OF_A_LAUNCH:
-            self._block_put(copies, source, self.mapped_target + target_shift, self.stream)
-            return
+            mapped = self.mapped_target + target_shift
+            if self._block_put(copies, source, mapped, self.stream):
+                return
         for copy in copies.copies:
             if copy.nbytes:
                 self._copy(target + copy.target, source + copy.source, copy.nbytes)

@@ -39,16 +39,20 @@ class KernelPut:
         self._tables: WeakKeyDictionary[Copies, dict[int, PutPlan]] = WeakKeyDictionary()
         """By stream: a table is there for whatever its own stream does after its upload."""
 
-    def __call__(self, copies: Copies, source: int, target: int, stream: int) -> None:
+    def __call__(self, copies: Copies, source: int, target: int, stream: int) -> bool:
         with self._on(stream):
             tables = self._tables.setdefault(copies, {})
             table = tables.get(stream)
             if table is None:
                 ranges = [copy for copy in copies.copies if copy.nbytes]
-                table = tables[stream] = put_plan(ranges, self._device)
+                try:
+                    table = tables[stream] = put_plan(ranges, self._device)
+                except torch.OutOfMemoryError:  # a stream's first table takes megabytes, as torch allocates
+                    return False
             if table.num_ranges:
                 launch = put_launch(source, target, table, 1, (0, 0), None, MAX_THREAD_BLOCKS)
                 self._enqueue(launch, stream)
+        return True
 
     def _launch(self, launch: Launch, stream: int) -> None:
         launch.enqueue(self._device)

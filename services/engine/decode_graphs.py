@@ -12,8 +12,8 @@ A batch runs in the smallest bucket that holds it. A place without a sequence ha
 places of its bucket, so nothing is left over from the run before.
 
 What a capture bakes in: every address, every shape, every number that the host knew. So nothing in it may
-depend on a length or a table but by reading it on the device; tests/support/recorded_graph.py holds that
-against a stand-in that bakes in just as much.
+depend on a length or a table but by reading it on the device, and whatever is read is kept alive here;
+tests/support/recorded_graph.py holds that against a stand-in that bakes in just as much.
 
 Owns inputs, buckets and captured passes. Must not know sequences, sampling, nor transfers: a step in which a
 layer is sent or awaited is never replayed.
@@ -74,8 +74,8 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 class DecodeGraphs:
     """``run`` gives what the forward pass gives, for steps of one token a sequence.
 
-    Captures at once, the largest bucket first: the others find their memory in its own. For one thread, in
-    inference mode, on the stream of ``capture``.
+    Captures at once, the largest bucket first: the others find their memory in its own, but for their logits.
+    For one thread, in inference mode, on the stream of ``capture``.
     """
 
     def __init__(
@@ -96,13 +96,15 @@ class DecodeGraphs:
         self._inputs = torch.zeros(4, largest, dtype=torch.int64, device=device)
         self._inputs[2] = -1
         self._tables = torch.zeros(largest, max_blocks, dtype=torch.int32, device=device)
-        starts = torch.arange(largest + 1, dtype=torch.int32, device=device)
+        self._starts = torch.arange(largest + 1, dtype=torch.int32, device=device)
         self._graphs: dict[int, tuple[Callable[[], object], Tensor]] = {}
         for size in reversed(sizes):
 
             def run(size: int = size) -> Tensor:
                 tokens, positions, slots, contexts = self._inputs[:, :size]
-                batch = DeviceBatch(starts[: size + 1], contexts.int(), self._tables[:size], num_decodes=size)
+                batch = DeviceBatch(
+                    self._starts[: size + 1], contexts.int(), self._tables[:size], num_decodes=size
+                )
                 return forward(DeviceAttention(batch, slots), tokens, positions)
 
             self._graphs[size] = capture(run)

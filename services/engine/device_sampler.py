@@ -45,7 +45,7 @@ def sample_there(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
     if not specs:
         return []
     raw = logits.float()
-    num_top = max(spec.params.logprobs or 0 for spec in specs)
+    num_top = min(max(spec.params.logprobs or 0 for spec in specs), raw.shape[1])
     found = torch.zeros(len(specs), _TOP + 2 * num_top, dtype=torch.float64, device=raw.device)
     best, tokens = raw.max(dim=1)  # the first of equals; the first NaN
     found[:, _BEST] = found[:, _PEAK] = best.double()
@@ -167,8 +167,9 @@ def _kept(scaled: Tensor, params: list[SamplingParams]) -> Tensor:
     limited = [row for row, one in enumerate(params) if one.top_k or one.top_p < 1.0]
     if limited:
         there = _there(limited, device)
-        # Among equals the lower ids come first.
-        ordered, order = weights[there].sort(dim=1, descending=True, stable=True)
+        # Among equals the lower ids come first; equal weights may be of scores that are not.
+        order = scaled[there].sort(dim=1, descending=True, stable=True).indices
+        ordered = weights[there].gather(1, order)
         most = [min(params[row].top_k or vocab_size, vocab_size) for row in limited]
         count = _column(most, device)
         ranks = torch.arange(vocab_size, device=device)
@@ -201,6 +202,7 @@ def _sampled(found: npt.NDArray[np.float64], specs: Sequence[SampleSpec], num_to
         if asked is None:
             result.append(Sampled(token, None, []))
             continue
+        asked = min(asked, num_top)
         ids, values = row[_TOP : _TOP + asked], row[_TOP + num_top : _TOP + num_top + asked]
         top = [(int(other), float(value)) for other, value in zip(ids, values, strict=True)]
         result.append(Sampled(token, float(row[_OWN]), top))

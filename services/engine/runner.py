@@ -73,20 +73,30 @@ class ModelRunner:
 
     def capture_decodes(self, max_num_seqs: int, max_model_len: int, capture: Capture | None = None) -> None:
         """Replay steps of nothing but decodes from now on (decode_graphs.py): costs seconds and memory.
-        Raises :class:`ConfigError` on a CPU, unless there is a ``capture`` that stands for the device's."""
+        Raises :class:`ConfigError` where a capture fails, and on a CPU, unless there is a ``capture`` that
+        stands for the device's."""
         if capture is None:
             if self._stream is None:
                 raise ConfigError("CUDA graphs need a CUDA device", field="engine.cuda_graphs")
             capture = CudaCapture(self._stream)
-        with torch.inference_mode(), self._computing():
-            self._graphs = DecodeGraphs(
-                self._forward,
-                capture,
-                max_num_seqs=max_num_seqs,
-                max_blocks=min(-(-max_model_len // self._block_size), self._num_blocks),
-                block_size=self._block_size,
-                device=self._device,
-            )
+        try:
+            with torch.inference_mode(), self._computing():
+                self._graphs = DecodeGraphs(
+                    self._forward,
+                    capture,
+                    max_num_seqs=max_num_seqs,
+                    max_blocks=min(-(-max_model_len // self._block_size), self._num_blocks),
+                    block_size=self._block_size,
+                    device=self._device,
+                )
+        except RuntimeError as error:  # whatever torch and the kernels raise; no memory left, most likely
+            first: BaseException = error
+            while isinstance(first.__context__, RuntimeError):
+                first = first.__context__  # ending a capture that has failed fails too
+            reason = str(first).strip().partition("\n")[0]
+            raise ConfigError(
+                f"engine.cuda_graphs: decode steps cannot be captured: {reason}", field="engine.cuda_graphs"
+            ) from error
 
     def _forward(
         self,

@@ -150,7 +150,8 @@ def _draw(scores: _Floats, params: SamplingParams, numbers: _Floats) -> int:
     if params.top_k or params.top_p < 1.0 or params.min_p > 0.0:
         with np.errstate(under="ignore"):
             weights = np.exp(scaled)
-        kept = _largest(weights, _num_kept(weights, params))
+        # By the scores: weights that are equal may be of scores that are not.
+        kept = _largest(scaled, _num_kept(weights, params))
         kept = kept[
             (weights[kept] >= params.min_p) & (scaled[kept] >= bar)
         ]  # the likeliest one's weight is 1

@@ -162,15 +162,20 @@ def make_heap(settings: Settings, layout: KvLayout, incarnation: int) -> tuple[H
     Raises :class:`ConfigError` if it cannot be had: no such device, too little memory.
     """
     num_slots = settings.kvcache.grant_slots
-    if settings.kvcache.heap == "shm":
-        heap = ShmHeap(layout, incarnation=incarnation, num_slots=num_slots)
-        return heap, heap.data
-    device = torch.device(settings.engine.device)
     try:
-        driver = LibCuda(device.index or 0)
+        if settings.kvcache.heap == "shm":
+            heap = ShmHeap(layout, incarnation=incarnation, num_slots=num_slots)
+            return heap, heap.data
+        device = torch.device(settings.engine.device)
+        driver, block_put = LibCuda(device.index or 0), choose_put(device)
+        device_heap = CudaIpcHeap(
+            layout, incarnation=incarnation, driver=driver, num_slots=num_slots, block_put=block_put
+        )
     except ConfigError as error:
-        raise ConfigError(error.detail, field="engine.device") from error
-    device_heap = CudaIpcHeap(
-        layout, incarnation=incarnation, driver=driver, num_slots=num_slots, block_put=choose_put(device)
-    )
+        # Heaps and drivers name what is wrong by their own parameters; people by settings.
+        paths = {"num_blocks": "kvcache.num_blocks", "heap": "kvcache.heap", "device": "engine.device"}
+        path = paths.get(error.field or "")
+        if path is None:
+            raise
+        raise ConfigError(f"{path}: {error.detail}", field=path) from error
     return device_heap, torch.as_tensor(device_heap.data, device=device)

@@ -93,6 +93,26 @@ class LibCudaFactory(HeapFactory):
         return CudaIpcHeap(layout, incarnation=incarnation, driver=self._driver, num_slots=NUM_SLOTS)
 
 
+class LaunchFactory(HeapFactory):
+    """On a device, with the puts of an engine on it: many runs are one launch. Needs CUDA's torch, CuPy."""
+
+    crosses_processes = True
+    num_race_rounds = 1000
+
+    def __init__(self) -> None:
+        import torch
+
+        from microserve.kvcache.heap.kernel_put import KernelPut
+
+        self._driver = LibCuda()
+        self._put = KernelPut(torch.device("cuda", 0))
+
+    def create(self, layout: KvLayout, incarnation: int) -> Heap:
+        return CudaIpcHeap(
+            layout, incarnation=incarnation, driver=self._driver, num_slots=NUM_SLOTS, block_put=self._put
+        )
+
+
 LIBCUDA = "MICROSERVE_TEST_LIBCUDA"
 FACTORIES: dict[str, Callable[[], HeapFactory]] = {
     "memory": MemoryFactory,
@@ -100,6 +120,7 @@ FACTORIES: dict[str, Callable[[], HeapFactory]] = {
     "cuda_ipc": CudaIpcFactory,
     "nvshmem": NvshmemFactory,
     "libcuda": LibCudaFactory,
+    "libcuda_launch": LaunchFactory,
 }
 EVERYWHERE = ["memory", "shm", "cuda_ipc", "nvshmem"]
 """Need nothing that a machine may lack."""

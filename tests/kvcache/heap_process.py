@@ -13,12 +13,13 @@ from typing import Any
 import msgspec
 
 from microserve.kvcache.heap.cuda_ipc import CudaIpcPeerHeap
+from microserve.kvcache.heap.device import MIN_RUNS_OF_A_LAUNCH
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.kvcache.transfer import LaneWriter
 from microserve.protocol.errors import MeshError
 from microserve.protocol.grant import Grant, HeapAddress
 from tests.kvcache.heap_factories import FACTORIES
-from tests.kvcache.heap_stress import send_random
+from tests.kvcache.heap_stress import cut, send_random
 from tests.kvcache.kv_samples import fill, make_layout, set_data
 
 
@@ -46,7 +47,7 @@ class Commands:
         return "lost"
 
     def paint_and_signal(self, rounds: int, done: int, seen: int) -> str:
-        everything = Copies([Copy(0, 0, self._heap.layout.data_nbytes)])
+        everything = self._everything()
         for number in range(1, rounds + 1):
             set_data(self._heap, number % 251)
             self.peer.put(everything)
@@ -74,7 +75,7 @@ class Commands:
         return "done"
 
     def put_for_ever(self, word: int) -> None:
-        everything = Copies([Copy(0, 0, self._heap.layout.data_nbytes)])
+        everything = self._everything()
         number = 0
         while True:
             number += 1
@@ -123,6 +124,15 @@ class Commands:
 
     def _blocks(self, num_tokens: int) -> list[int]:
         return list(range(self._heap.layout.num_blocks_for(num_tokens)))
+
+    def _everything(self) -> Copies:
+        """All bytes: in one run, or in as many as a heap that puts by launch leaves to one, back to front."""
+        nbytes, is_launched = (
+            self._heap.layout.data_nbytes,
+            getattr(self.peer, "_block_put", None) is not None,
+        )
+        runs = cut(nbytes, MIN_RUNS_OF_A_LAUNCH if is_launched else 1)
+        return Copies(Copy(nbytes - end, begin, end - begin) for begin, end in runs)
 
     @property
     def peer(self) -> PeerHeap:

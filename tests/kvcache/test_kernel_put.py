@@ -17,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import declared, emulate
 
+from microserve.kernels.block_put import PutPlan
 from microserve.kernels.cuda_module import Launch
+from microserve.kvcache.heap import kernel_put
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.device import MIN_RUNS_OF_A_LAUNCH, DeviceHeap
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.kernel_put import KernelPut
 from microserve.kvcache.transfer import TransferPlan
-from microserve.protocol.errors import InternalError
+from microserve.protocol.errors import InternalError, MeshError
 from microserve.protocol.grant import Grant
 from tests.kvcache.device_schedules import LAYOUT, play, schedules
 from tests.kvcache.kv_samples import data_of, fill, make_layout, mismatches
@@ -133,6 +135,43 @@ def test_runs_outside_of_a_region_are_refused_before_any_launch(pair: Pair) -> N
     with pytest.raises(InternalError):
         pair.peer.put(runs, target_shift=pair.owner.layout.data_nbytes - 500)
     assert pair.launches.num_launches == 0
+
+
+def test_a_grant_that_names_a_block_twice_ends_its_send_and_not_the_step(pair: Pair) -> None:
+    """The step passes over refusals of a send (MeshError); anything else ends the engine."""
+    layout = pair.writer.layout
+    theirs = [8, 3, 0, 6, 3]
+    grant = Grant(
+        *("g", "e", 2, 0, 1, 0, 5 * layout.block_size, theirs, layout.block_size, layout.layout_hash),
+        *(pair.owner.address, 1.0),
+    )
+    with pytest.raises(MeshError):
+        plan = TransferPlan(layout, pair.owner.layout, grant, 0, grant.end)
+        pair.peer.put(plan.copies([6, 1, 4, 0, 7], 0, grant.end))
+    assert pair.launches.num_launches == 0
+
+
+def test_runs_go_one_by_one_where_the_device_has_no_room_for_their_table(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch takes memory of its own for each stream. The step must not end for want of it."""
+
+    def full(*_: object) -> PutPlan:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    content = np.random.default_rng(1).integers(1, 256, pair.writer.layout.data_nbytes, dtype=np.uint8)
+    pair.writer.write_data(0, content)
+    runs = Copies(Copy(64 * (9 - number), 64 * number, 64) for number in range(9))
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_put, "put_plan", full)
+        pair.peer.put(runs)
+    pair.peer.poll(wait=True)
+    assert pair.launches.num_launches == 0
+    for copy in runs.copies:
+        assert (data_of(pair.owner)[copy.target :][:64] == content[copy.source :][:64]).all()
+
+    pair.peer.put(runs)
+    assert pair.launches.num_launches == 1
 
 
 def test_each_stream_has_a_table_of_its_own(pair: Pair) -> None:

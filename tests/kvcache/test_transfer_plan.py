@@ -114,6 +114,7 @@ def test_what_the_receiver_has_is_not_sent(begin: int, end: int, clamped: tuple[
         ({"blocks": [0, 1, 2, 3, 4]}, InvalidRequest),
         ({"blocks": [0, 1, 2, 8]}, InvalidRequest),
         ({"blocks": [0, 1, 2, -1]}, InvalidRequest),
+        ({"blocks": [0, 1, 2, 1]}, InvalidRequest),
         ({"matched": 2}, InvalidRequest),
         ({"matched": 20}, InvalidRequest),
         ({"matched": -4}, InvalidRequest),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny_model import make_tiny_model
+from torch import Tensor
 
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.sampling import SamplingParams
 from microserve.protocol.settings import Settings, load_settings
 from microserve.services.engine.batch import Batch, Chunk, SampleSpec
+from microserve.services.engine.decode_graphs import CudaCapture
 from microserve.services.engine.model import LoadedModel, load_model
 from microserve.services.engine.runner import ModelRunner
 from microserve.services.engine.service import make_heap
@@ -28,6 +31,21 @@ def settings() -> Settings:
         pytest.skip("no CUDA device: torch.cuda.is_available() is False")
     overrides = ["engine.device=cuda:0", "kvcache.heap=cuda_ipc", "kvcache.grant_slots=4"]
     return load_settings(overrides=[*overrides, f"kvcache.num_blocks={NUM_BLOCKS}"])
+
+
+class Replays(CudaCapture):
+    """Counts them: launch by launch the tokens would be the same."""
+
+    count = 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        replay, output = super().__call__(run)
+
+        def counted() -> None:
+            self.count += 1
+            replay()
+
+        return counted, output
 
 
 def serve(
@@ -81,10 +99,12 @@ def test_the_runner_gives_the_tokens_of_a_cpu(tmp_path: Path, settings: Settings
     heap, data = make_heap(settings, layout_of(there), 7)
     with heap:
         runner = ModelRunner(there, data, NUM_BLOCKS, BLOCK)
-        assert runner.stream is not None
+        assert runner._stream is not None
         assert serve(runner, prompts, random.Random(2)) == expected
 
-        runner.capture_decodes(len(prompts), 128)
+        replays = Replays(runner._stream)
+        runner.capture_decodes(len(prompts), 128, replays)
         assert serve(runner, prompts, random.Random(2), is_layerwise=False) == expected
+        assert replays.count > 0
         # And again: what a replay leaves behind must not show in the next.
         assert serve(runner, prompts[::-1], random.Random(3), is_layerwise=False) == expected[::-1]

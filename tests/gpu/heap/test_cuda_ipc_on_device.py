@@ -14,19 +14,30 @@ from tests.kvcache.heap_process_conformance import HeapProcessConformance
 from tests.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data
 
 
+@pytest.fixture(params=["libcuda", "libcuda_launch"])
+def factory_name(request: pytest.FixtureRequest) -> str:
+    """Puts by copies of the driver alone, and as engines put: many runs by one launch."""
+    name: str = request.param
+    if name == "libcuda_launch":
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("this torch is built without CUDA")
+        from microserve.kernels.kv_scatter import missing_kernel
+
+        if (detail := missing_kernel(torch.device("cuda", 0))) is not None:
+            pytest.skip(detail)
+    return name
+
+
 class TestHeap(HeapConformance):
     @pytest.fixture
-    def factory(self) -> HeapFactory:
-        return FACTORIES["libcuda"]()
+    def factory(self, factory_name: str) -> HeapFactory:
+        return FACTORIES[factory_name]()
 
 
 @pytest.mark.slow
 class TestHeapProcess(HeapProcessConformance):
     num_random_rounds = 10_000
-
-    @pytest.fixture
-    def factory_name(self) -> str:
-        return "libcuda"
 
     def traces(self) -> tuple[set[str], set[str], int]:
         """Only ours: the driver opens and keeps what it likes."""
@@ -39,14 +50,14 @@ class TestHeapProcess(HeapProcessConformance):
 
 
 @pytest.mark.slow
-def test_nothing_lands_after_the_proof_of_death() -> None:
-    """Writers are killed with copies of 32 MiB in their streams, as many as the driver takes."""
+def test_nothing_lands_after_the_proof_of_death(factory_name: str) -> None:
+    """Writers are killed with puts of 32 MiB in their streams, as many as the driver takes."""
     num_blocks = 1 << 18
-    with FACTORIES["libcuda"]().create(make_layout(num_blocks=num_blocks), MINE) as heap:
+    with FACTORIES[factory_name]().create(make_layout(num_blocks=num_blocks), MINE) as heap:
         word = heap.words.arrival(0, 0, 0)
         for number in range(20):
             heap.store(word, 0)
-            with Child("libcuda", THEIRS + number, num_blocks) as child:
+            with Child(factory_name, THEIRS + number, num_blocks) as child:
                 child.ask("attach", address=heap.address)
                 assert child.ask("hold", slot=1, lane=1)
                 child.send("put_for_ever", word=word)

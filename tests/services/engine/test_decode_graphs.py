@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from recorded_graph import HostRead, device_operations, record
+from recorded_graph import Freed, HostRead, device_operations, record
 from tiny_model import FAMILIES, make_tiny_model
 from torch import Tensor
 
@@ -165,11 +165,27 @@ def test_the_stand_in_notices_what_a_graph_cannot_do() -> None:
     with pytest.raises(HostRead):
         record(lambda: static * static[0].item())
 
+    for shape_on_host in (
+        lambda: static[static > 1.0],
+        lambda: static.repeat_interleave(static.long()),
+        static.unique,
+    ):
+        with pytest.raises(HostRead):
+            record(shape_on_host)
+    record(lambda: static[torch.tensor([1, 0])])
+
     host = [3.0]
     replay, output = record(lambda: static * 2 + torch.tensor(host))
     static[0], host[0] = 10.0, 100.0
     replay()
     assert output.tolist() == [23.0, 7.0]
+
+    lent = [torch.ones(2)]
+    replay, _ = record(lambda: lent[0] * torch.arange(2.0))
+    replay()
+    lent.clear()
+    with pytest.raises(Freed):
+        replay()
 
 
 @given(st.integers(1, 2000))
@@ -197,6 +213,25 @@ def test_graphs_on_a_cpu_are_refused_by_name(model: LoadedModel) -> None:
     with pytest.raises(ConfigError) as refused:
         make_runner(model).capture_decodes(4, 40)
     assert refused.value.field == "engine.cuda_graphs"
+
+
+def test_a_capture_that_fails_is_a_wrong_setting_by_name_in_one_line(model: LoadedModel) -> None:
+    """Twenty graphs may take memory that the weights and the pool have left, or a library may refuse."""
+
+    class Full(Replays):
+        def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+            if self.sizes:
+                try:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+                finally:  # as torch.cuda.graph does when it is left
+                    raise RuntimeError("operation failed due to a previous error during capture")
+            self.sizes.append(0)
+            return super().__call__(run)
+
+    with pytest.raises(ConfigError, match=r"engine.cuda_graphs.*out of memory") as refused:
+        make_runner(model, Full())
+    assert refused.value.field == "engine.cuda_graphs"
+    assert "\n" not in refused.value.detail
 
 
 def test_a_pass_that_reads_its_lengths_on_the_host_is_noticed(

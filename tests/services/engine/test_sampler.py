@@ -81,7 +81,7 @@ def naive_distribution(scores: list[float], params: SamplingParams) -> list[floa
     """Probabilities in vocabulary order after temperature and filters."""
     largest = max(scores)
     weights = [float(np.exp((score - largest) / params.temperature)) for score in scores]
-    order = sorted(range(len(scores)), key=lambda token: (-weights[token], token))
+    order = sorted(range(len(scores)), key=lambda token: (-scores[token], token))
     if params.top_k:
         order = order[: params.top_k]
     if params.top_p < 1.0:
@@ -191,6 +191,11 @@ def test_greedy_takes_the_lowest_of_equal_tokens(logprobs: int | None, dtype: to
     assert [token for token, _ in sample(logits, [greedy, greedy])[0].top] == [7, 512, 999][: logprobs or 0]
 
 
+def test_more_logprobs_than_tokens_are_all_of_them() -> None:
+    sampled = draw([0.0, 2.0, 1.0], spec_of(SamplingParams(temperature=0.0, logprobs=20)))
+    assert [token for token, _ in sampled.top] == [1, 2, 0]
+
+
 def test_greedy_and_sampled_rows_mix() -> None:
     row = np.arange(VOCAB, dtype=np.float32)
     greedy = spec_of(SamplingParams(temperature=0.0))
@@ -215,6 +220,11 @@ def chosen(row: Any, params: dict[str, Any], count: int = 400) -> set[int]:
 def test_top_k_keeps_exactly_k_and_the_lowest_of_equals() -> None:
     assert chosen(np.zeros(10), {"top_k": 3}) == {0, 1, 2}
     assert chosen([0, 0, 5, 0, 0], {"top_k": 3, "temperature": 9.0}) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-9}])
+def test_scores_so_close_that_their_weights_are_equal_are_no_equals(filters: dict[str, Any]) -> None:
+    assert chosen([0.0, 1e-20, -5.0], filters) == {1}
 
 
 def test_top_p_keeps_the_token_that_reaches_it_and_no_more() -> None:
