@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
 
+from microserve.protocol.errors import MeshError
 from microserve.protocol.sampling import SamplingParams
 
 
@@ -72,6 +73,8 @@ class Sampled:
     token_id: int
     logprob: float | None
     top: list[tuple[int, float]]
+    error: MeshError | None = None
+    """Why there is no token, and ``token_id`` is -1: it ends its own sequence and no other."""
 
 
 @dataclass(slots=True)

@@ -25,10 +25,9 @@ from microserve.services.engine.attention import upload
 from microserve.services.engine.batch import Sampled, SampleSpec
 from microserve.services.engine.sampler import (
     HUGE,
+    failure,
     forbidden_tokens,
     is_plain_greedy,
-    require_choice,
-    require_finite,
     said_tokens,
     seen_tokens,
 )
@@ -194,10 +193,12 @@ def _logprobs(raw: Tensor, tokens: Tensor, num_top: int) -> Tensor:
 
 
 def _sampled(found: npt.NDArray[np.float64], specs: Sequence[SampleSpec], num_top: int) -> list[Sampled]:
-    require_finite(found[:, _BEST])
-    require_choice(found[:, _PEAK])
-    result = []
+    result: list[Sampled] = []
     for row, spec in zip(found, specs, strict=True):
+        failed = failure(float(row[_BEST]), float(row[_PEAK]))
+        if failed is not None:
+            result.append(failed)
+            continue
         asked, token = spec.params.logprobs, int(row[_TOKEN])
         if asked is None:
             result.append(Sampled(token, None, []))

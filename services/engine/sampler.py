@@ -18,6 +18,7 @@ are on a GPU stay there: device_sampler.py does the same for all rows at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +26,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from microserve.kernels.philox import uniforms
-from microserve.protocol.errors import InternalError, InvalidRequest
+from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
 from microserve.protocol.sampling import SamplingParams
 from microserve.services.engine.batch import Sampled, SampleSpec
 
@@ -38,31 +39,31 @@ HUGE = 1e300
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
     """One token for each row of ``logits`` [N, vocab_size], any float dtype, on a CPU; N == len(specs).
 
-    Raises :class:`InternalError` when a row has no finite maximum: its token would be garbage. Raises
-    :class:`InvalidRequest` when ``min_tokens`` and the stop ids leave no token to choose.
+    A row without a finite maximum gets an :class:`InternalError`, as its token would be garbage; one for
+    which ``min_tokens`` and the stop ids leave no token an :class:`InvalidRequest`.
     """
     if not specs:
         return []
     raw = logits.float().numpy()
-    rows = np.arange(len(specs))
     likeliest = raw.argmax(axis=1)  # the first of equals; the first NaN, if there is one
-    require_finite(raw[rows, likeliest])
     return [
-        Sampled(int(token), None, []) if is_plain_greedy(spec) else _sample_row(row, spec)
+        failure(float(row[token]), 0.0)
+        or (Sampled(int(token), None, []) if is_plain_greedy(spec) else _sample_row(row, spec))
         for row, token, spec in zip(raw, likeliest, specs, strict=True)
     ]
 
 
-def require_finite(best: npt.NDArray[np.floating]) -> None:
-    broken = np.flatnonzero(~np.isfinite(best))
-    if len(broken):
-        raise InternalError(f"logits of rows {broken.tolist()} are not finite")
-
-
-def require_choice(peaks: npt.NDArray[np.float64]) -> None:
-    """peaks: the highest adjusted score of each row."""
-    if (peaks == -np.inf).any():
-        raise InvalidRequest("min_tokens forbids every token of the vocabulary", field="min_tokens")
+def failure(best: float, peak: float) -> Sampled | None:
+    """What stands for a token where there is none. best: a row's highest logit; peak: its highest adjusted
+    score."""
+    error: MeshError
+    if not math.isfinite(best):
+        error = InternalError("the logits are not finite")
+    elif peak == -math.inf:
+        error = InvalidRequest("min_tokens forbids every token of the vocabulary", field="min_tokens")
+    else:
+        return None
+    return Sampled(-1, None, [], error)
 
 
 def is_plain_greedy(spec: SampleSpec) -> bool:
@@ -83,7 +84,8 @@ def _sample_row(raw: npt.NDArray[np.float32], spec: SampleSpec) -> Sampled:
     params = spec.params
     scores = _adjusted(raw, spec)
     token = int(scores.argmax())
-    require_choice(scores[token : token + 1])
+    if (failed := failure(0.0, float(scores[token]))) is not None:
+        return failed
     if params.temperature > 0.0:
         position = len(spec.prompt_token_ids) + len(spec.output_token_ids)
         token = _draw(scores, params, uniforms(params.seed, position, len(scores)))

@@ -198,6 +198,13 @@ class Stepper:
             if transfer is not None and transfer.error is None:
                 transfer.sent_until = share.hi
         for sequence, chunk, sampled in zip(plan.sequences, plan.batch.chunks, result.sampled, strict=True):
+            if sampled is not None and sampled.error is not None:
+                # Nothing of its share counts: what broke its logits may stand in its KV.
+                state.count("sequences_failed")
+                state.finish(
+                    sequence, sequence.doomed or "error", now, error=sequence.doom_error or sampled.error
+                )
+                continue
             end = chunk.start + len(chunk.token_ids)
             if end > sequence.num_computed:
                 sequence.computed_tokens += end - sequence.num_computed

@@ -277,9 +277,9 @@ def test_min_tokens_forbids_eos_and_stop_ids_even_with_ignore_eos() -> None:
 
 def test_min_tokens_that_forbids_everything_is_refused() -> None:
     spec = spec_of(SamplingParams(min_tokens=1, stop_token_ids=(0, 1, 3, 4)))
-    with pytest.raises(InvalidRequest) as caught:
-        draw(np.zeros(6), spec)
-    assert caught.value.field == "min_tokens"
+    refused = draw(np.zeros(6), spec).error
+    assert isinstance(refused, InvalidRequest)
+    assert refused.field == "min_tokens"
 
 
 def test_an_eos_id_past_the_vocabulary_is_harmless() -> None:
@@ -312,10 +312,15 @@ def test_no_luck_helps_a_forbidden_token(lucky: int, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers_give_no_token(bad: float, temperature: float) -> None:
-    logits = torch.zeros(3, VOCAB)
+    logits = torch.zeros(4, VOCAB)
     logits[1, 17] = bad
-    with pytest.raises(InternalError, match=r"rows \[1\]"):
-        sample(logits, [spec_of(SamplingParams(temperature=temperature))] * 3)
+    logits[2] = -torch.inf
+    first, *broken, last = sample(logits, [spec_of(SamplingParams(temperature=temperature, logprobs=1))] * 4)
+    assert first == last
+    assert first.error is None
+    for one in broken:
+        assert (one.token_id, one.logprob, one.top) == (-1, None, [])
+        assert isinstance(one.error, InternalError)
 
 
 # --- randomness -------------------------------------------------------------------------------------
