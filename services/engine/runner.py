@@ -23,6 +23,7 @@ from torch import Tensor
 
 from microserve.kernels.paged_attention import Span, Workspace
 from microserve.protocol.errors import ConfigError, InternalError
+from microserve.protocol.sampling import SamplingParams
 from microserve.services.engine.attention import (
     HostAttention,
     MakeAttention,
@@ -30,7 +31,7 @@ from microserve.services.engine.attention import (
     device_attention,
     upload,
 )
-from microserve.services.engine.batch import Batch, Chunk, Runner, Sampled, StepResult
+from microserve.services.engine.batch import Batch, Chunk, Runner, Sampled, SampleSpec, StepResult
 from microserve.services.engine.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from microserve.services.engine.device_sampler import sample_there
 from microserve.services.engine.model import DTYPES, STEP, AttentionStep, LoadedModel
@@ -98,6 +99,20 @@ class ModelRunner:
                 f"engine.cuda_graphs: decode steps cannot be captured: {reason}", field="engine.cuda_graphs"
             ) from error
 
+    def warm_up(self) -> None:
+        """Have everything compiled and loaded that steps need, by steps that write no KV.
+
+        Else somebody's first tokens would wait for compilers, and so would the first measured rates."""
+        params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, frequency_penalty=0.1)
+        spec = SampleSpec(params, [0], [0], frozenset())
+        longest = min(self._num_blocks * self._block_size, self.spec.max_model_len)
+        length = min(2 * self._block_size + 1, longest)
+        table = list(range(-(-length // self._block_size)))
+        chunk = Chunk(0, [0] * length, 0, table, length, spec)
+        decode = Chunk(1, [0], 0, table[:1], 1, spec)
+        for chunks in ([chunk], [decode], [decode, chunk]):
+            self.execute(Batch(chunks))
+
     def _forward(
         self,
         attention: StepAttention,
@@ -154,8 +169,7 @@ class ModelRunner:
         ``on_layer(layer)`` comes once a layer, in order, when the batch's KV of that layer stands in the
         blocks (on a GPU: when its writing is enqueued in ``stream``) and before any is read; what it raises
         ends the step and is passed on. For a batch that is not layerwise it may come when all is enqueued.
-        Raises :class:`InternalError` for a batch that does not fit the model or the pool, and for logits that
-        are not finite.
+        Raises :class:`InternalError` for a batch that does not fit the model or the pool.
         """
         chunks = batch.chunks
         if not chunks:

@@ -123,8 +123,10 @@ def make_core(
     spec, cache = model.spec, settings.kvcache
     max_model_len = min(settings.engine.max_model_len or spec.max_model_len, spec.max_model_len)
     runner = ModelRunner(model, data, cache.num_blocks, cache.block_size, make_attention=attention)
-    if settings.engine.device != "cpu" and settings.engine.cuda_graphs:
-        runner.capture_decodes(settings.engine.max_num_seqs, max_model_len)
+    if settings.engine.device != "cpu":
+        runner.warm_up()
+        if settings.engine.cuda_graphs:
+            runner.capture_decodes(settings.engine.max_num_seqs, max_model_len)
     return EngineCore(
         engine_id=engine_id,
         incarnation=heap.address.incarnation,

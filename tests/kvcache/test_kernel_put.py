@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.device import MIN_RUNS_OF_A_LAUNCH, DeviceHeap
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.kernel_put import KernelPut
-from microserve.kvcache.transfer import TransferPlan
+from microserve.kvcache.transfer import LaneWriter, TransferPlan
+from microserve.kvcache.words import OPEN, pack_state
 from microserve.protocol.errors import InternalError, MeshError
 from microserve.protocol.grant import Grant
 from tests.kvcache.device_schedules import LAYOUT, play, schedules
@@ -100,6 +102,33 @@ def test_scattered_blocks_of_every_layer_arrive_by_one_launch_each(pair: Pair) -
 
     pair.peer.poll(wait=True)
     assert mismatches(pair.owner, theirs, 0, 0, num_tokens, seed=4) == []
+
+
+def test_a_layer_of_a_transfer_is_three_operations_however_scattered(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launch, the tags, the arrival: the step's thread enqueues no more, for 6 blocks or 600."""
+    layout, num_tokens = pair.writer.layout, 5 * make_layout().block_size + 1
+    grant = Grant(
+        *("g", "e", 2, 0, 1, 0, num_tokens, [8, 3, 0, 6, 1, 5], layout.block_size, layout.layout_hash),
+        *(pair.owner.address, 1.0),
+    )
+    pair.owner.store(pair.owner.words.state(0), pack_state(1, OPEN))
+    writer = LaneWriter(pair.writer, pair.peer, grant, 0, 0, num_tokens)
+    writer.claim()
+    operations: list[str] = []
+    for name in ("copy", "write_values", "launch"):
+        original = getattr(pair.driver, name)
+
+        def counted(*arguments: Any, name: str = name, original: Any = original, **options: Any) -> None:
+            operations.append(name)
+            original(*arguments, **options)
+
+        monkeypatch.setattr(pair.driver, name, counted)
+    writer.put_layer(0, [6, 1, 4, 0, 7, 2], 0, num_tokens)
+
+    assert operations == ["launch", "write_values", "write_values"]
+    writer.finish()
 
 
 @settings(max_examples=60, deadline=None)
