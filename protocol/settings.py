@@ -58,7 +58,7 @@ class EngineSettings(_Section, frozen=True):
     labels: list[str] = []
     threads: int = 1
     device: str = "cpu"
-    """``cpu``, or ``cuda:N`` with a ``kvcache.heap`` in device memory."""
+    """``cpu`` or ``cuda:N``."""
     attention: str = "auto"
     """On a GPU: ``triton``, ``flashinfer``, or ``auto`` for FlashInfer where it is installed and fits."""
     cuda_graphs: bool = True
@@ -75,9 +75,9 @@ class EngineSettings(_Section, frozen=True):
 
 
 class KvCacheSettings(_Section, frozen=True):
-    heap: str = "shm"
-    """``shm``; or memory of ``engine.device``: ``cuda_ipc``, or ``nvshmem``, which has a section of its own.
-    Only engines with the same exchange KV."""
+    heap: str = "auto"
+    """``shm`` on a CPU; memory of a GPU: ``cuda_ipc``, or ``nvshmem``, which has a section of its own.
+    ``auto``: ``shm`` or ``cuda_ipc``, as the device is. Only engines with the same exchange KV."""
     block_size: int = 16
     num_blocks: int = 2048
     grant_slots: int = 256
@@ -221,11 +221,19 @@ class Settings(_Section, frozen=True):
             )
         return self
 
+    @property
+    def heap(self) -> str:
+        """``kvcache.heap``, with ``auto`` decided."""
+        if self.kvcache.heap != "auto":
+            return self.kvcache.heap
+        return "shm" if self.engine.device == "cpu" else "cuda_ipc"
+
     def _check_heap(self) -> None:
-        heap, device = self.kvcache.heap, self.engine.device
+        heap, device = self.heap, self.engine.device
         if heap not in ("shm", "cuda_ipc", "nvshmem"):
             raise ConfigError(
-                f"kvcache.heap must be 'shm', 'cuda_ipc' or 'nvshmem', is {heap!r}", field="kvcache.heap"
+                f"kvcache.heap must be 'auto', 'shm', 'cuda_ipc' or 'nvshmem', is {heap!r}",
+                field="kvcache.heap",
             )
         if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device):
             raise ConfigError(

@@ -95,12 +95,23 @@ def _run(service: str, flags: Flags, load: Callable[[], Serve]) -> None:
 @main.command()
 @click.option("--model", metavar="DIR", help="Model directory (model.path).")
 @click.option("--id", "own_id", help="Name of this engine in the mesh (engine.id).")
+@click.option("--device", metavar="cpu|cuda:N", help="Where it computes (engine.device).")
+@click.option("--load-format", metavar="auto|random", help="Weights, or random ones (model.load_format).")
 @settings_flags
-def engine(config: str | None, assignments: tuple[str, ...], model: str | None, own_id: str | None) -> None:
+def engine(
+    config: str | None,
+    assignments: tuple[str, ...],
+    model: str | None,
+    own_id: str | None,
+    device: str | None,
+    load_format: str | None,
+) -> None:
     """Run an engine: it holds the model and the KV cache."""
     flags = Flags(config, assignments)
     flags.set("model.path", model)
     flags.set("engine.id", own_id)
+    flags.set("engine.device", device)
+    flags.set("model.load_format", load_format)
 
     def load() -> Serve:
         try:

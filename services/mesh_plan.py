@@ -66,7 +66,7 @@ def plan_mesh(settings: Settings, flags: Sequence[str], logs: Path, control: Pat
                     field=f"engine.{name}",
                 )
     first_rank, num_ranks = settings.nvshmem.rank, settings.nvshmem.num_ranks
-    if settings.kvcache.heap == "nvshmem" and first_rank + settings.mesh.engines > num_ranks:
+    if settings.heap == "nvshmem" and first_rank + settings.mesh.engines > num_ranks:
         raise ConfigError(
             f"nvshmem.num_ranks {num_ranks} is too small for {settings.mesh.engines} engines from rank "
             f"{first_rank} on",
@@ -93,7 +93,7 @@ def plan_mesh(settings: Settings, flags: Sequence[str], logs: Path, control: Pat
 
     def engine(number: int) -> Child:
         own = assignment("engine.id", f"e{number}")
-        if settings.kvcache.heap == "nvshmem":
+        if settings.heap == "nvshmem":
             own += assignment("nvshmem.rank", first_rank + number)
         return child("engine", f"engine-e{number}", ENGINES_STOP, *own, stop_s=drain_s)
 

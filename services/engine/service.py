@@ -54,7 +54,7 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
     incarnation = secrets.randbits(62) | 1
     layout = make_layout(settings, model)
     world: World | None = None
-    if settings.kvcache.heap == nvshmem.KIND:
+    if settings.heap == nvshmem.KIND:
         device = torch.device(settings.engine.device)
         world = await join_world(
             settings,
@@ -165,7 +165,7 @@ def make_heap(settings: Settings, layout: KvLayout, incarnation: int) -> tuple[H
     """
     num_slots = settings.kvcache.grant_slots
     try:
-        if settings.kvcache.heap == "shm":
+        if settings.heap == "shm":
             heap = ShmHeap(layout, incarnation=incarnation, num_slots=num_slots)
             return heap, heap.data
         device = torch.device(settings.engine.device)

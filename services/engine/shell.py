@@ -103,7 +103,7 @@ class EngineService:
             vocab_size=limits.vocab_size,
             eos_token_ids=sorted(limits.eos_token_ids),
             layout_hash=core.layout.layout_hash,
-            heap=settings.kvcache.heap,
+            heap=settings.heap,
             wire_version=WIRE_VERSION,
             curve_key=bus.public_key,
         )

@@ -80,10 +80,9 @@ def test_values_read_as_toml_or_as_text(override: str, expected: object) -> None
         ("mesh.max_restarts=-1", "mesh.max_restarts", "must be 0 or more, is -1"),
         ("gateway.port=65536", "gateway.port", "0 to 65535, is 65536"),
         ("log.level=loud", "log.level", "'loud'"),
-        ("kvcache.heap=floppy", "kvcache.heap", "'shm', 'cuda_ipc' or 'nvshmem', is 'floppy'"),
+        ("kvcache.heap=floppy", "kvcache.heap", "'auto', 'shm', 'cuda_ipc' or 'nvshmem', is 'floppy'"),
         ("engine.device=abacus", "engine.device", "'cpu' or 'cuda:N', is 'abacus'"),
         ("engine.device=cuda:", "engine.device", "'cpu' or 'cuda:N', is 'cuda:'"),
-        ("engine.device=cuda:1", "kvcache.heap", "'cuda_ipc' or 'nvshmem' on engine.device 'cuda:1'"),
         ("kvcache.heap=cuda_ipc", "engine.device", "must be 'cuda:N' for kvcache.heap 'cuda_ipc'"),
         ("engine.attention=flash", "engine.attention", "'triton' or 'flashinfer', is 'flash'"),
         ("engine.attention=flashinfer", "engine.attention", "on engine.device 'cpu', is 'flashinfer'"),
@@ -98,9 +97,12 @@ def test_wrong_setting_is_named_by_its_path(override: str, field: str, reason: s
 
 
 def test_an_engine_on_a_gpu_keeps_its_kv_there() -> None:
-    settings = load_settings(overrides=["engine.device=cuda:1", "kvcache.heap=cuda_ipc"])
-
-    assert (settings.engine.device, settings.kvcache.heap) == ("cuda:1", "cuda_ipc")
+    assert load_settings(overrides=[]).heap == "shm"
+    for more in ([], ["kvcache.heap=cuda_ipc"]):
+        assert load_settings(overrides=["engine.device=cuda:1", *more]).heap == "cuda_ipc"
+    error = refused(overrides=["engine.device=cuda:1", "kvcache.heap=shm"])
+    assert error.field == "kvcache.heap"
+    assert "'cuda_ipc' or 'nvshmem' on engine.device 'cuda:1'" in error.detail
 
 
 def test_flashinfer_is_refused_for_the_dtype_that_it_does_not_do() -> None:

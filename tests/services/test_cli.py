@@ -54,6 +54,15 @@ def test_a_wrong_setting_exits_2_and_names_its_path(command: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_an_engine_s_device_is_a_flag_and_decides_its_heap() -> None:
+    result = CliRunner().invoke(main, ["engine", "--device", "abacus"])
+    assert result.exit_code == 2
+    assert "engine.device" in result.output
+    result = CliRunner().invoke(main, ["engine", "--device", "cuda:0", "--set", "kvcache.heap=shm"])
+    assert result.exit_code == 2
+    assert "kvcache.heap" in result.output
+
+
 def test_a_missing_file_exits_2() -> None:
     result = invoke("index", "--config", "absent.toml")
     assert (result.exit_code, result.stderr) == (
