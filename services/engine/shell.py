@@ -131,10 +131,11 @@ class EngineService:
         self._door.open(self._info)
         self._steps.start()
         async with asyncio.TaskGroup() as tasks:
+            crash = tasks.create_task(self._watch_crash())
             background = [
+                crash,
                 tasks.create_task(self._beat()),
                 tasks.create_task(self._index.run()),
-                tasks.create_task(self._watch_crash()),
             ]
             self._lifecycle.ready(self._door.address)
             try:
@@ -145,6 +146,9 @@ class EngineService:
                 self.drain()
                 await self._leave()
                 raise
+            if self._crashed.is_set():
+                # Not a clean end, whoever of us has seen it first.
+                await crash
             for task in background:
                 task.cancel()
 

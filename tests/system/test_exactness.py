@@ -24,7 +24,7 @@ def test_tiny_model(tiny_model: Path, tmp_path: Path, num_engines: int) -> None:
 
 
 def test_demo_model(demo_model: Path, tmp_path: Path) -> None:
-    cases = make_cases(16, vocab_size=49152, max_prompt=300, seed=2)
+    cases = make_cases(8, vocab_size=49152, max_prompt=300, seed=2)
     expected = oracle(demo_model, cases)
     settings = [*SETTINGS, "kvcache.num_blocks=1024", "bus.stuck_s=60"]
     with MeshProcesses(demo_model, tmp_path, settings=settings) as mesh:
