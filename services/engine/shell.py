@@ -131,11 +131,10 @@ class EngineService:
         self._door.open(self._info)
         self._steps.start()
         async with asyncio.TaskGroup() as tasks:
-            crash = tasks.create_task(self._watch_crash())
             background = [
-                crash,
                 tasks.create_task(self._beat()),
                 tasks.create_task(self._index.run()),
+                tasks.create_task(self._watch_crash()),
             ]
             self._lifecycle.ready(self._door.address)
             try:
@@ -146,9 +145,6 @@ class EngineService:
                 self.drain()
                 await self._leave()
                 raise
-            if self._crashed.is_set():
-                # Not a clean end, whoever of us has seen it first.
-                await crash
             for task in background:
                 task.cancel()
 
@@ -166,7 +162,8 @@ class EngineService:
         self._door.beat()
 
     async def _leave(self) -> None:
-        """Wait for the drain, then for its end, and leave the index."""
+        """Wait for the drain, then for its end, and leave the index. Raises if the step thread has ended: no
+        clean end, also where this sees it before ``_watch_crash`` does."""
         await self._draining.wait()
         while self._loop.time() < self._leaves_at and not self._crashed.is_set():
             with self._core.lock:
@@ -176,6 +173,8 @@ class EngineService:
             await asyncio.sleep(LEAVE_POLL_S)
         self._index.close()
         self._door.beat()
+        if self._crashed.is_set():
+            raise _crash()
 
     async def _beat(self) -> None:
         while True:
@@ -194,7 +193,7 @@ class EngineService:
 
     async def _watch_crash(self) -> None:
         await self._crashed.wait()
-        raise RuntimeError("the step thread has ended; see step.failed")
+        raise _crash()
 
     def _locked_load(self) -> EngineLoad:
         with self._core.lock:
@@ -224,3 +223,7 @@ class EngineService:
         self._publisher.close()
         if stopped:
             self._core.close()
+
+
+def _crash() -> RuntimeError:
+    return RuntimeError("the step thread has ended; see step.failed")

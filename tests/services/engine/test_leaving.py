@@ -104,20 +104,25 @@ async def test_the_heartbeat_that_says_so_comes_with_the_answer() -> None:
         assert not one.task.done()
 
 
-@in_loop
-async def test_a_step_that_fails_ends_a_draining_engine_as_any_other() -> None:
-    async with world() as (one, client):
-        await start(client)
-        await ask_to_leave(one, client, "message")
+@pytest.mark.parametrize("how", ["signal", "message"])
+def test_a_step_that_fails_ends_a_draining_engine_as_any_other(how: str) -> None:
+    @in_loop
+    async def main() -> None:
+        async with world() as (one, client):
+            await start(client)
+            await ask_to_leave(one, client, how)
 
-        def broken() -> object:
-            raise ZeroDivisionError
+            def broken(now: float) -> object:
+                raise ZeroDivisionError
 
-        one.core.stepper.next_plan = broken  # type: ignore[method-assign,assignment]
-        one.gate.set()
-        async with asyncio.timeout(20):
-            await asyncio.wait([one.task])
-        assert one.task.exception() is not None
+            one.core.stepper.next_plan = broken  # type: ignore[method-assign,assignment]
+            one.gate.set()
+            async with asyncio.timeout(20):
+                await asyncio.wait([one.task])
+            assert not one.task.cancelled()
+            assert one.task.exception() is not None
+
+    main()
 
 
 @in_loop
