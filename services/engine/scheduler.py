@@ -92,9 +92,11 @@ class Scheduler:
         """The next step, or None when nothing can run."""
         plan = Plan(Batch([]), [], started_at=now)
         budget = self._max_num_batched_tokens
-        budget -= self._place_running(plan, budget, decoding=True)
+        decodes = [sequence for sequence in self.running if sequence.is_decoding()]
+        prefills = [sequence for sequence in self.running if not sequence.is_decoding()]
+        budget -= self._place_each(plan, decodes, budget)
         budget -= self._place_arrived(plan, budget, now)
-        budget -= self._place_running(plan, budget, decoding=False)
+        budget -= self._place_each(plan, prefills, budget)
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
             if self._admit(self.waiting[0], now):
                 budget -= self._place(plan, self.running[-1], budget)
@@ -104,11 +106,11 @@ class Scheduler:
                 break
         return plan if plan.batch.chunks or plan.sends else None
 
-    def _place_running(self, plan: Plan, budget: int, *, decoding: bool) -> int:
+    def _place_each(self, plan: Plan, sequences: list[Sequence], budget: int) -> int:
+        """Those that still run: placing one may preempt another."""
         left = budget
-        for sequence in list(self.running):
-            is_next = sequence.is_decoding() is decoding and sequence not in plan.sequences
-            if is_next and sequence.state is State.RUNNING and left > 0:
+        for sequence in sequences:
+            if sequence.state is State.RUNNING and left > 0:
                 left -= self._place(plan, sequence, left)
         return budget - left
 

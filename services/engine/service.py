@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import numpy.typing as npt
@@ -69,9 +70,14 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
         data: HeapData = torch.as_tensor(world.heap.data, device=device)
     else:
         heap, data = make_heap(settings, layout, incarnation)
-    with ThreadPoolExecutor(1, "load") as pool:
-        core = await loop.run_in_executor(pool, make_core, settings, model, engine_id, heap, data, attention)
-    engine = EngineService(settings, bus, lifecycle, core)
+    with ExitStack() as undo:
+        undo.callback(heap.close)  # until the engine owns it, in whatever way this ends
+        with ThreadPoolExecutor(1, "load") as pool:
+            core = await loop.run_in_executor(
+                pool, make_core, settings, model, engine_id, heap, data, attention
+            )
+        engine = EngineService(settings, bus, lifecycle, core)
+        undo.pop_all()
     try:
         if world is None:
             await engine.run()
