@@ -162,8 +162,7 @@ class EngineService:
         self._door.beat()
 
     async def _leave(self) -> None:
-        """Wait for the drain, then for its end, and leave the index. Raises if the step thread has ended: no
-        clean end, also where this sees it before ``_watch_crash`` does."""
+        """Wait for the drain, then for its end, and leave the index."""
         await self._draining.wait()
         while self._loop.time() < self._leaves_at and not self._crashed.is_set():
             with self._core.lock:
@@ -174,7 +173,8 @@ class EngineService:
         self._index.close()
         self._door.beat()
         if self._crashed.is_set():
-            raise _crash()
+            # No clean end: ``_watch_crash`` ends all of us, also where this has seen it first.
+            await self._loop.create_future()
 
     async def _beat(self) -> None:
         while True:
@@ -193,7 +193,7 @@ class EngineService:
 
     async def _watch_crash(self) -> None:
         await self._crashed.wait()
-        raise _crash()
+        raise RuntimeError("the step thread has ended; see step.failed")
 
     def _locked_load(self) -> EngineLoad:
         with self._core.lock:
@@ -223,7 +223,3 @@ class EngineService:
         self._publisher.close()
         if stopped:
             self._core.close()
-
-
-def _crash() -> RuntimeError:
-    return RuntimeError("the step thread has ended; see step.failed")

@@ -120,7 +120,9 @@ def test_a_step_that_fails_ends_a_draining_engine_as_any_other(how: str) -> None
             async with asyncio.timeout(20):
                 await asyncio.wait([one.task])
             assert not one.task.cancelled()
-            assert one.task.exception() is not None
+            error = one.task.exception()
+            assert isinstance(error, ExceptionGroup)
+            assert [str(each) for each in error.exceptions] == ["the step thread has ended; see step.failed"]
 
     main()
 
