@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
@@ -125,7 +126,7 @@ def record(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
     return replay, output
 
 
-@torch.library.custom_op("microserve_test::attend", mutates_args=())
+@custom_op("microserve_test::attend", mutates_args=())
 def _attend(
     query: Tensor,
     kv: Tensor,
@@ -140,7 +141,7 @@ def _attend(
     return gpu_attention.paged_attention(query, kv, batch, scale=scale, sliding_window=window or None)
 
 
-@torch.library.custom_op("microserve_test::scatter", mutates_args=("layer",))
+@custom_op("microserve_test::scatter", mutates_args=("layer",))
 def _scatter(key: Tensor, value: Tensor, slots: Tensor, layer: Tensor) -> None:
     scatter.block_scatter(key, value, slots, layer)
 

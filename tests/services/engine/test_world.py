@@ -49,7 +49,7 @@ class Bench:
     asked: list[tuple[bytes, int, int, int, int]] = field(default_factory=list)
     """What worlds were made with."""
 
-    def library(self) -> Library:
+    def make_library(self) -> Library:
         driver = HostDriver()
 
         def make_world(
@@ -95,7 +95,7 @@ class Bench:
             layout or make_layout(),
             50 + rank,
             device=3,
-            library=library or self.library(),
+            library=library or self.make_library(),
         )
 
 
@@ -190,7 +190,7 @@ def test_what_the_library_lacks_is_said_by_the_setting_that_asks_for_it(tmp_path
         raise ConfigError("the nvshmem heap needs nvshmem4py", field="heap")
 
     async def test(bench: Bench) -> None:
-        parts = bench.library()
+        parts = bench.make_library()
         for library, path in (
             (Library(parts.new_unique_id, parts.make_world, no_driver), "engine.device"),
             (Library(no_library, parts.make_world, parts.make_driver), "kvcache.heap"),
@@ -216,7 +216,7 @@ def test_the_deadline_says_what_was_waited_for(tmp_path: Path, monkeypatch: pyte
 
     async def stuck(bench: Bench) -> None:
         release = threading.Event()
-        parts = bench.library()
+        parts = bench.make_library()
 
         def wait() -> bytes:
             release.wait()
@@ -231,7 +231,7 @@ def test_the_deadline_says_what_was_waited_for(tmp_path: Path, monkeypatch: pyte
             release.set()
 
     async def slow_driver(bench: Bench) -> None:
-        parts = bench.library()
+        parts = bench.make_library()
 
         def make_driver(device: int) -> CudaDriver:
             threading.Event().wait(0.5)

@@ -158,7 +158,7 @@ def test_a_rank_alone_ends_with_one_line_at_its_deadline(mesh: Mesh) -> None:
 @pytest.mark.system
 def test_a_library_that_never_comes_back_ends_with_one_line_at_its_deadline(mesh: Mesh) -> None:
     stuck = mesh.engine(0, "stuck", "nvshmem.join_timeout_s=2", num_ranks=1)
-    stuck.until_event("test.library_entered")
+    stuck.until_event("test.joining")
     assert stuck.end() == 1
     [failure] = failures(stuck)
     assert failure.endswith("all ranks were there, but NVSHMEM has not brought them together")
@@ -168,7 +168,7 @@ def test_a_library_that_never_comes_back_ends_with_one_line_at_its_deadline(mesh
 @pytest.mark.system
 def test_a_library_that_holds_the_interpreter_is_ended_by_force(mesh: Mesh) -> None:
     deaf = mesh.engine(0, "deaf", "nvshmem.join_timeout_s=1", num_ranks=1)
-    deaf.until_event("test.library_entered")
+    deaf.until_event("test.joining")
     assert deaf.end() == 1
     assert not failures(deaf)
     assert [line for line in deaf.lines if line.startswith("Timeout (0:00:0")]
@@ -186,7 +186,7 @@ def test_an_engine_that_waits_for_others_ends_when_it_is_told(mesh: Mesh) -> Non
 @pytest.mark.system
 def test_an_engine_inside_of_the_library_ends_when_it_is_told(mesh: Mesh) -> None:
     stuck = mesh.engine(0, "stuck", num_ranks=1)
-    stuck.until_event("test.library_entered")
+    stuck.until_event("test.joining")
     stuck.popen.send_signal(signal.SIGTERM)
     assert stuck.end() == 0
     assert stuck.events[-1]["event"] == log.SERVICE_STOPPED

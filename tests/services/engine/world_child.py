@@ -47,7 +47,7 @@ class StandIn:
         self._folder = folder
         self._driver = HostDriver(threaded=True)
 
-    def library(self) -> Library:
+    def make_library(self) -> Library:
         return Library(
             lambda: b"capability".ljust(UNIQUE_ID_NBYTES, b"!"), self._make_world, self._make_driver
         )
@@ -58,7 +58,7 @@ class StandIn:
     def _make_world(
         self, unique_id: bytes, *, rank: int, num_ranks: int, device: int, symmetric_nbytes: int
     ) -> SymmetricMemory:
-        _logger.info("test.library_entered")
+        _logger.info("test.joining")
         if self._mode == "stuck":
             threading.Event().wait()
         if self._mode == "deaf":
@@ -69,7 +69,7 @@ class StandIn:
 async def serve(settings: Settings, bus: Bus, lifecycle: Lifecycle, mode: str, folder: Path) -> None:
     stand_in = StandIn(mode, folder)
     world = await join_world(
-        settings, bus, lifecycle, make_layout(), os.getpid(), device=0, library=stand_in.library()
+        settings, bus, lifecycle, make_layout(), os.getpid(), device=0, library=stand_in.make_library()
     )
     publish(folder / f"address{settings.nvshmem.rank}", msgspec.json.encode(world.heap.address))
     peer: PeerHeap | None = None
