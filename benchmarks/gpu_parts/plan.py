@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpu_parts import timing
 from gpu_parts.engine import BLOCK_SIZE
@@ -54,17 +54,7 @@ FULL = Plan(
     rounds=11,
     step_tokens=8192,
 )
-QUICK = Plan(
-    shape=LLAMA_8B,
-    transfers={3000: 3, 32000: 1},
-    decodes={1: 0.75, 64: 0.65},
-    decode_context=1024,
-    decode_steps=16,
-    prefill_tokens=8192,
-    migration_tokens=3000,
-    rounds=3,
-    step_tokens=8192,
-)
+QUICK = replace(FULL, transfers={3000: 3, 32000: 1}, decode_steps=16, rounds=3)
 TRIAL = Plan(
     shape=TINY,
     transfers={40: 2, 150: 2},
