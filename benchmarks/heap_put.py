@@ -31,7 +31,7 @@ from microserve.kvcache.heap.heap import Copies
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.transfer import LaneWriter, TransferPlan
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages.grant import Grant
 
 POOL_NBYTES = 1 << 29
 NUM_LAYERS = 16

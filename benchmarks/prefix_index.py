@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 from microserve.kvcache.block_hash import block_hashes, root_hash
 from microserve.kvcache.prefix_index import PrefixIndex
-from microserve.protocol.kv_events import (
+from microserve.protocol.messages.kv_events import (
     BlockRemoved,
     BlockStored,
     KVEvent,

@@ -23,7 +23,7 @@ import torch
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.demo_model import default_cache, fetch
 from microserve.services.engine.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.model import load_model

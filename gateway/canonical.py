@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.serving import Phases
+from microserve.protocol.messages.router import Phases
 
 ROUTER_PHASES = ("routed", "granted", "prefilled", "transferred", "admitted", "first_token")
 PHASES = ("queued", "tokenised", *ROUTER_PHASES, "decoded")

@@ -11,9 +11,9 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from microserve.protocol.actions import TokenLogprob
 from microserve.protocol.errors import MeshError, ProtocolViolation
-from microserve.protocol.serving import Ended, Output
+from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.router import Ended, Output
 
 MAX_TOKEN_ID = 0xFFFF_FFFF
 

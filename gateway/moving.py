@@ -16,9 +16,9 @@ import structlog
 from microserve.gateway.mailbox import Mailbox
 from microserve.gateway.router_link import RouterLink
 from microserve.protocol import log
-from microserve.protocol.codec import encode_tokens
+from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import MeshError, NoEngines
-from microserve.protocol.serving import Generate
+from microserve.protocol.messages.router import Generate
 
 MAX_MOVES = 4
 """Routers that one request may outlive: it may be what ends them."""

@@ -15,11 +15,11 @@ from microserve.gateway.mailbox import Inbox, Mailbox
 from microserve.gateway.moving import Moves
 from microserve.gateway.router_link import RouterLink
 from microserve.gateway.sampling_request import ModelLimits
-from microserve.protocol.codec import encode_tokens
+from microserve.protocol.bus.codec import encode_tokens
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, MeshError, NoEngines, QueueFull
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.serving import Generate
-from microserve.protocol.transport import Bus
+from microserve.protocol.messages.router import Generate
+from microserve.protocol.messages.sampling import SamplingParams
 
 _ADDRESS = re.compile(r"tcp://\S+:\d{1,5}|ipc://\S+|inproc://\S+")
 

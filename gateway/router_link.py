@@ -21,11 +21,12 @@ from microserve.gateway.errors import RouterLost
 from microserve.gateway.mailbox import Mailbox
 from microserve.gateway.sampling_request import ModelLimits
 from microserve.protocol import log
-from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST
-from microserve.protocol.credit import CreditMeter
+from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST
+from microserve.protocol.bus.credit import CreditMeter
+from microserve.protocol.bus.numbered import NumberedClient
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import Draining, MeshError, ProtocolViolation
-from microserve.protocol.numbered import NumberedClient
-from microserve.protocol.serving import (
+from microserve.protocol.messages.router import (
     Cancel,
     GatewayHello,
     GatewayPing,
@@ -36,7 +37,6 @@ from microserve.protocol.serving import (
     Stream,
     StreamCredit,
 )
-from microserve.protocol.transport import Bus
 
 _logger = structlog.get_logger()
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from microserve.gateway.openai_schema import ChatRequest, CompletionRequest, GenerationRequest
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
-from microserve.protocol.sampling import MAX_LOGPROBS, SamplingParams
+from microserve.protocol.messages.sampling import MAX_LOGPROBS, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_STRINGS = 16

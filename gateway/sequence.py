@@ -13,10 +13,10 @@ from microserve.gateway.canonical import Timeline
 from microserve.gateway.mailbox import Batch, Mailbox
 from microserve.gateway.stop import StopMatcher
 from microserve.gateway.tokenizer import ModelTokenizer
-from microserve.protocol.actions import TokenLogprob
 from microserve.protocol.errors import MeshError, PeerError, ProtocolViolation, error_for
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.serving import Ended
+from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.router import Ended
+from microserve.protocol.messages.sampling import SamplingParams
 
 LOWEST_LOGPROB = -9999.0
 """What OpenAI sends for minus infinity, which JSON cannot say."""

@@ -18,7 +18,7 @@ from microserve.gateway.sampling_request import MAX_SEQUENCES, GenerationOptions
 from microserve.gateway.sequence import Piece, Sequence
 from microserve.gateway.state import GatewayState
 from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 
 DEADLINE_GRACE_S = 2.0
 """The router ends a request at its deadline; only if it does not, we do."""

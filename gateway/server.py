@@ -28,11 +28,11 @@ from microserve.gateway.router_client import RouterClient
 from microserve.gateway.state import GatewayState
 from microserve.gateway.tokenizer import ModelTokenizer
 from microserve.protocol import log
-from microserve.protocol.curve import CurveKeys
+from microserve.protocol.bus.curve import CurveKeys
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining
-from microserve.protocol.notify import Notifier
+from microserve.protocol.process.notify import Notifier
 from microserve.protocol.settings import Settings
-from microserve.protocol.transport import ZmqBus
 
 DRAIN_S = 9.0
 """Streams that run at a stop have so long to finish; supervisors kill after ten."""

@@ -12,8 +12,8 @@ from microserve.gateway.exchange import BodyBudget
 from microserve.gateway.metrics import GatewayMetrics, Levels
 from microserve.gateway.router_client import RouterClient
 from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining, MeshError, ModelNotFound, QueueFull
-from microserve.protocol.transport import ZmqBus
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import block_spans
 from microserve.kvcache.words import CHECKSUMMED, MAX_LANES, POISON, count_of, grant_tag
 from microserve.protocol.errors import InternalError, TransferFailed
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages.grant import Grant
 
 
 class Arrival:

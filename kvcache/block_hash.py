@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from hashlib import sha256
 
-from microserve.protocol.codec import encode_tokens
+from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import ConfigError, InvalidRequest
 
 BlockHash = bytes

@@ -29,9 +29,9 @@ from microserve.kvcache.block_hash import (
     root_hash,
 )
 from microserve.kvcache.block_pool import BlockPool
-from microserve.protocol.codec import decode_tokens
+from microserve.protocol.bus.codec import decode_tokens
 from microserve.protocol.errors import InternalError, InvalidInterval
-from microserve.protocol.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
+from microserve.protocol.messages.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
 
 _ROOT_BLOCK = -1
 

@@ -30,7 +30,7 @@ from microserve.kvcache.block_hash import (
 )
 from microserve.kvcache.foreign_blocks import EventCounters, ForeignBlocks, salt_of
 from microserve.protocol.errors import ConfigError, InternalError
-from microserve.protocol.kv_events import (
+from microserve.protocol.messages.kv_events import (
     DEVICE_MEDIUMS,
     AllBlocksCleared,
     BlockRemoved,

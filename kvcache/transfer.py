@@ -33,7 +33,7 @@ from microserve.kvcache.words import (
     pack_state,
 )
 from microserve.protocol.errors import InternalError, InvalidInterval, InvalidRequest, TransferFailed
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages.grant import Grant
 
 
 class TransferPlan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.worlds import MAX_WORLD_RANKS, fault_of_world
+from microserve.protocol.messages.world import MAX_WORLD_RANKS, fault_of_world
 
 MAX_MEMORY_MB = 1 << 24
 MAX_JOIN_TIMEOUT_S = 1e6

@@ -18,8 +18,8 @@ from microserve.services.simulate_command import simulate as simulate_command
 from microserve.services.strategy_command import strategy as strategy_group
 
 if TYPE_CHECKING:
+    from microserve.protocol.process.run import Serve
     from microserve.protocol.settings import Settings
-    from microserve.services.run import Serve
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -83,7 +83,7 @@ def main() -> None:
 
 def _run(service: str, flags: Flags, load: Callable[[], Serve]) -> None:
     settings = flags.load()
-    from microserve.services.run import run_service
+    from microserve.protocol.process.run import run_service
 
     code = run_service(service, settings, load)
     sys.stdout.flush()
@@ -349,7 +349,7 @@ def model_fetch() -> None:
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 def keys(directory: Path) -> None:
     """Make a CURVE key pair in DIRECTORY that trusts itself (for bus.curve_dir)."""
-    from microserve.protocol.curve import create_keys
+    from microserve.protocol.bus.curve import create_keys
     from microserve.protocol.errors import ConfigError
 
     try:

@@ -12,13 +12,13 @@ import secrets
 from collections.abc import Callable
 from functools import partial
 
-from microserve.protocol.actions import Done, Drain, EngineInfo
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
-from microserve.protocol.curve import CurveKeys
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.curve import CurveKeys
+from microserve.protocol.bus.transport import Bus, ClientSocket, ZmqBus
 from microserve.protocol.errors import EngineLost, MeshError, ProtocolViolation
-from microserve.protocol.membership import Members, Watch
+from microserve.protocol.messages.engine import Done, Drain, EngineInfo
+from microserve.protocol.messages.index import Members, Watch
 from microserve.protocol.settings import Settings
-from microserve.protocol.transport import Bus, ClientSocket, ZmqBus
 from microserve.services.router.connection import EngineConnection, RouterIdentity
 
 INDEX_TIMEOUT_S = 5.0

@@ -16,8 +16,8 @@ import click
 from microserve.services.strategy_command import WrongFlag, change_flags, talk_to_index, tell
 
 if TYPE_CHECKING:
-    from microserve.protocol.actions import EngineInfo
-    from microserve.protocol.control import EngineLabels
+    from microserve.protocol.messages.control import EngineLabels
+    from microserve.protocol.messages.engine import EngineInfo
     from microserve.services.strategy_client import ControlClient
 
 
@@ -54,7 +54,7 @@ def label(
     chosen = _chosen(labels)
 
     async def talk(client: ControlClient) -> int:
-        from microserve.protocol.control import ANY, LABEL, UNLABEL
+        from microserve.protocol.messages.control import ANY, LABEL, UNLABEL
 
         if not reset and not force:
             await _check_member(client, engine)
@@ -68,7 +68,7 @@ def label(
 
 
 def _chosen(labels: Sequence[str]) -> list[str]:
-    from microserve.protocol.control import ANY, fault_of_labels
+    from microserve.protocol.messages.control import ANY, fault_of_labels
 
     chosen = [] if list(labels) == [ANY] else list(labels)
     if fault := fault_of_labels(chosen):
@@ -96,7 +96,7 @@ async def _table(client: ControlClient) -> list[str]:
 
 def rows(present: Sequence[EngineInfo], chosen: Sequence[EngineLabels]) -> list[str]:
     """A line for each engine that is in the mesh or whose labels are set."""
-    from microserve.protocol.control import ANY
+    from microserve.protocol.messages.control import ANY
 
     def text(labels: Sequence[str] | None) -> str:
         return "-" if labels is None else " ".join(labels) or ANY

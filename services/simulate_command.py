@@ -15,7 +15,7 @@ import click
 from microserve.services.strategy_command import WrongFlag, parameter
 
 if TYPE_CHECKING:
-    from microserve.protocol.control import Scalar
+    from microserve.protocol.messages.control import Scalar
 
 MODULE = "microserve.services.simulation.planner"
 

@@ -14,9 +14,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from microserve.protocol.actions import EngineInfo
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
-from microserve.protocol.control import (
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.curve import CurveKeys, index_key
+from microserve.protocol.bus.transport import Bus, ZmqBus
+from microserve.protocol.errors import DeadlineExceeded, MeshError, ProtocolViolation, error_for
+from microserve.protocol.messages.control import (
     KINDS,
     ROLLBACK,
     Change,
@@ -29,11 +31,9 @@ from microserve.protocol.control import (
     RouterControl,
     Scalar,
 )
-from microserve.protocol.curve import CurveKeys, index_key
-from microserve.protocol.errors import DeadlineExceeded, MeshError, ProtocolViolation, error_for
-from microserve.protocol.membership import IndexFailed, IndexReply, IndexRequest, Members, Watch
+from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.index import IndexFailed, IndexReply, IndexRequest, Members, Watch
 from microserve.protocol.settings import Settings
-from microserve.protocol.transport import Bus, ZmqBus
 
 REPEAT_S = 0.5
 LOOK_S = 0.01

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from microserve.protocol.control import Scalar
+    from microserve.protocol.messages.control import Scalar
     from microserve.protocol.settings import Settings
     from microserve.services.strategy_client import Applied, ControlClient
 
@@ -304,7 +304,7 @@ def retire(name: str, config: str | None, index: str | None, reason: str, timeou
 @index_flags
 def list_(config: str | None, index: str | None) -> None:
     """What is under control, and which router runs which version."""
-    from microserve.protocol.control import ANY
+    from microserve.protocol.messages.control import ANY
     from microserve.services.strategy_lines import entry_lines
 
     report = _Options(config, index).run(lambda client: client.report())
@@ -348,7 +348,7 @@ def history(name: str, limit: int, config: str | None, index: str | None) -> Non
     """Who changed what and why, the newest first; of NAME, or of all."""
     from datetime import UTC, datetime
 
-    from microserve.protocol.control import ANY, LABEL
+    from microserve.protocol.messages.control import ANY, LABEL
 
     for record in _Options(config, index).run(lambda client: client.history(name, limit)):
         at = datetime.fromtimestamp(record.at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

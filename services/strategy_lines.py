@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from microserve.protocol.control import ControlEntry, RouterControl, StrategyVersion
+from microserve.protocol.messages.control import ControlEntry, RouterControl, StrategyVersion
 
 
 def _version_line(kind: str, version: StrategyVersion, share: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from microserve.protocol.control import Scalar
+from microserve.protocol.messages.control import Scalar
 
 
 class Task(msgspec.Struct):

@@ -22,7 +22,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.notify import Notifier
+from microserve.protocol.process.notify import Notifier
 from microserve.protocol.settings import Settings
 from microserve.services.demo_model import FetchFailed, default_cache, fetch
 from microserve.services.demo_request import PROMPT, DemoFailed, Gateway

@@ -16,10 +16,10 @@ from typing import Any, Self
 import torch
 
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import InternalError
-from microserve.protocol.grant import Grant
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import load_settings
 from microserve.services.engine.attention_choice import choose_attention
 from microserve.services.engine.batch import Batch, Runner, StepResult

@@ -22,10 +22,10 @@ from typing import Any, Self
 import msgspec
 
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol import actions as wire
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.grant import Grant
 from microserve.protocol.settings import load_settings
 from microserve.services.engine.batch import Batch, StepResult
 from microserve.services.engine.core import EngineCore

@@ -47,7 +47,7 @@ from microserve.kvcache.heap.process import is_gone, this_process
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS, MAX_LANES, POISON, WORD_NBYTES
 from microserve.protocol.errors import TransferFailed
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.messages.grant import HeapAddress
 
 KIND = "cuda_ipc"
 

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import WordLayout
 from microserve.protocol.errors import InternalError
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.messages.grant import HeapAddress
 
 
 class Copy(NamedTuple):

@@ -21,7 +21,7 @@ from microserve.kvcache.heap.heap import Copies, Heap, PeerHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import WordLayout
 from microserve.protocol.errors import InternalError, TransferFailed
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.messages.grant import HeapAddress
 
 
 class MappedWords(Heap):

@@ -42,7 +42,7 @@ from microserve.kvcache.heap.mapped import require_same_kv
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import MAX_LANES, WORD_NBYTES, WordLayout
 from microserve.protocol.errors import ConfigError, TransferFailed
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.messages.grant import HeapAddress
 
 _NAME: Final = "microserve-kv"
 _MAGIC: Final = b"MSERVKV1"

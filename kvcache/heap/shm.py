@@ -19,7 +19,7 @@ from microserve.kvcache.heap.mapped import MappedHeap, MappedPeerHeap
 from microserve.kvcache.heap.memfd import OWNER, HeapFile, lane_byte
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.messages.grant import HeapAddress
 
 KIND = "shm"
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import msgspec
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import (
     CacheFull,
     Draining,
@@ -22,7 +21,8 @@ from microserve.protocol.errors import (
     QueueFull,
     UnknownRequest,
 )
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 from microserve.services.engine.record import CommitJob, Record
 from microserve.services.engine.sequence import Sequence, State, Transfer

@@ -19,9 +19,9 @@ from microserve.kvcache.grant import GrantTable
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.prefix_cache import PrefixCache
 from microserve.kvcache.transfer import LaneWriter
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import MeshError, TransferFailed
-from microserve.protocol.kv_events import KVEvent
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.kv_events import KVEvent
 from microserve.services.engine.actions import Actions
 from microserve.services.engine.batch import Runner, StepResult
 from microserve.services.engine.memory import KvMemory

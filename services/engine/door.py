@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import structlog
 
-from microserve.protocol import actions as wire
 from microserve.protocol import log
-from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST, decode_tokens
+from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, decode_tokens
+from microserve.protocol.bus.numbered import NumberedServer
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, ProtocolViolation
-from microserve.protocol.kv_events import KVEvent, KVEventBatch, encode_batch
-from microserve.protocol.numbered import NumberedServer
-from microserve.protocol.transport import Bus
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.kv_events import KVEvent, KVEventBatch, encode_batch
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.session import Session, Sessions
 from microserve.services.engine.state import failed

@@ -18,7 +18,7 @@ from microserve.kvcache.grant import GrantEvent, GrantTable
 from microserve.kvcache.prefix_cache import PrefixCache
 from microserve.kvcache.transfer import LaneWriter
 from microserve.protocol.errors import CacheFull, PromptTooLong
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages.grant import Grant
 from microserve.services.engine.sequence import Sequence, State
 
 

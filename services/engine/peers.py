@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from microserve.kvcache.heap.heap import Heap, PeerHeap
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.messages.grant import HeapAddress
 
 DEAD_LOOK_S = 1.0
 """Pause between looks for dead owners: an open heap of theirs pins all of its memory."""

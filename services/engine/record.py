@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from microserve.protocol.actions import Delta, EngineReply, Sent
 from microserve.protocol.errors import InvalidRequest, UnknownRequest
+from microserve.protocol.messages.engine import Delta, EngineReply, Sent
 from microserve.services.engine.memory import Reception
 from microserve.services.engine.sequence import Sequence
 

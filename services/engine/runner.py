@@ -23,7 +23,7 @@ from torch import Tensor
 
 from microserve.kernels.paged_attention import Span, Workspace
 from microserve.protocol.errors import ConfigError, InternalError
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.attention import (
     HostAttention,
     MakeAttention,

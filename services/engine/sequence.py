@@ -15,10 +15,10 @@ from enum import Enum
 from microserve.kvcache.block_hash import HashChain
 from microserve.kvcache.heap.heap import PeerHeap
 from microserve.kvcache.transfer import LaneWriter
-from microserve.protocol.actions import TokenLogprob
 from microserve.protocol.errors import MeshError
-from microserve.protocol.grant import Grant
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.sampling import SamplingParams
 
 
 class State(Enum):

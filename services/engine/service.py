@@ -23,9 +23,10 @@ from microserve.kvcache.heap.kernel_put import KernelPut
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
-from microserve.protocol.transport import Bus
 from microserve.services.engine.attention import MakeAttention
 from microserve.services.engine.attention_choice import choose_attention
 from microserve.services.engine.core import EngineCore
@@ -34,7 +35,6 @@ from microserve.services.engine.runner import ModelRunner
 from microserve.services.engine.shell import EngineService
 from microserve.services.engine.state import Limits
 from microserve.services.engine.world import World, join_world
-from microserve.services.lifecycle import Lifecycle
 
 _logger = structlog.get_logger()
 

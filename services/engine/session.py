@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from microserve.protocol.actions import Delta, Deltas
-from microserve.protocol.credit import CreditWindow
+from microserve.protocol.bus.credit import CreditWindow
+from microserve.protocol.messages.engine import Delta, Deltas
 
 MAX_MESSAGE_TOKENS = 16_384
 """In one message: with 20 log-probabilities each they stay below ``codec.MAX_MESSAGE_NBYTES``."""

@@ -15,16 +15,16 @@ from typing import Protocol
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.actions import EngineInfo, EngineLoad
+from microserve.protocol.bus.transport import Bus
+from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
-from microserve.protocol.transport import Bus
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.door import Door
 from microserve.services.engine.step_loop import StepLoop
 from microserve.services.index.client import IndexClient
 from microserve.services.index.publisher import KvPublisher
-from microserve.services.lifecycle import Lifecycle
 
 STOP_STEP_S = 10.0
 """A running step gets this long to end at shutdown."""

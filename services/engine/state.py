@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import msgspec
 import structlog
 
-from microserve.protocol import actions as wire
 from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, MeshError, TransferFailed
+from microserve.protocol.messages import engine as wire
 from microserve.services.engine.memory import KvMemory
 from microserve.services.engine.record import Key, Outbox, Record, Records
 from microserve.services.engine.scheduler import Scheduler

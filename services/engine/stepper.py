@@ -9,9 +9,9 @@ from __future__ import annotations
 import structlog
 
 from microserve.kvcache.grant import Discharged, Expired, Settled
-from microserve.protocol import actions as wire
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError, TransferFailed
+from microserve.protocol.messages import engine as wire
 from microserve.services.engine.batch import Sampled, StepResult
 from microserve.services.engine.rates import Rates
 from microserve.services.engine.record import CommitJob, Record

@@ -40,12 +40,12 @@ from microserve.kvcache.heap.nvshmem_world import NvshmemWorld, SymmetricMemory,
 from microserve.kvcache.heap.process import is_gone, this_namespace, this_process
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, DeadlineExceeded
+from microserve.protocol.messages.world import JoinWorld, WorldRank
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
-from microserve.protocol.transport import Bus
-from microserve.protocol.worlds import JoinWorld, WorldRank
 from microserve.services.index.rendezvous import Rendezvous
-from microserve.services.lifecycle import Lifecycle
 
 GRACE_S: Final = 5.0
 """Behind the deadline: for this process to end by itself."""

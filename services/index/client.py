@@ -15,10 +15,11 @@ from collections.abc import Callable
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.actions import EngineInfo, EngineLoad
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.membership import (
+from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.messages.index import (
     Beat,
     Deregister,
     IndexFailed,
@@ -27,7 +28,6 @@ from microserve.protocol.membership import (
     Registered,
     Unknown,
 )
-from microserve.protocol.transport import Bus, ClientSocket
 
 REGISTER_INTERVALS = 2
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol import membership as wire
-from microserve.protocol.control import (
+from microserve.protocol.errors import InvalidRequest, MeshError
+from microserve.protocol.messages import index as wire
+from microserve.protocol.messages.control import (
     LABEL_KINDS,
     ROLLBACK,
     Change,
@@ -23,7 +24,6 @@ from microserve.protocol.control import (
     ControlStatus,
     RouterControl,
 )
-from microserve.protocol.errors import InvalidRequest, MeshError
 from microserve.services.index.control_log import MAX_VERSION, ControlLog
 from microserve.services.index.control_state import MAX_REASON_CHARS, digest_of
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import msgspec
 
-from microserve.protocol.control import MAX_CONTROL_ENTRIES, Change, ControlRecord, Scalar
 from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest, MeshError
+from microserve.protocol.messages.control import MAX_CONTROL_ENTRIES, Change, ControlRecord, Scalar
 from microserve.services.index.control_state import Fold, digest_of
 
 MAX_VERSION = 1 << 62

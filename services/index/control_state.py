@@ -15,7 +15,8 @@ from types import MappingProxyType
 
 import msgspec
 
-from microserve.protocol.control import (
+from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.messages.control import (
     KINDS,
     LABEL,
     LABEL_KINDS,
@@ -34,7 +35,6 @@ from microserve.protocol.control import (
     StrategyVersion,
     fault_of_labels,
 )
-from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 
 MAX_NAME_CHARS = 64

@@ -11,7 +11,12 @@ from collections.abc import Callable
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.actions import (
+from microserve.protocol.bus.calls import Calls
+from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST
+from microserve.protocol.bus.numbered import NumberedClient
+from microserve.protocol.bus.transport import Bus
+from microserve.protocol.errors import EngineLost, ProtocolViolation, QueueFull, error_for
+from microserve.protocol.messages.engine import (
     EngineInfo,
     EngineReply,
     EngineRequest,
@@ -22,11 +27,6 @@ from microserve.protocol.actions import (
     SnapshotReply,
     Welcome,
 )
-from microserve.protocol.calls import Calls
-from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST
-from microserve.protocol.errors import EngineLost, ProtocolViolation, QueueFull, error_for
-from microserve.protocol.numbered import NumberedClient
-from microserve.protocol.transport import Bus
 
 SNAPSHOT_TIMEOUT_S = 10.0
 """A snapshot of a million blocks is tens of megabytes."""

@@ -14,10 +14,10 @@ import structlog
 
 from microserve.kvcache.prefix_index import PrefixIndex
 from microserve.protocol import log
-from microserve.protocol.actions import EngineInfo, SnapshotReply
+from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import MeshError, ProtocolViolation
-from microserve.protocol.kv_events import KVEvent, decode_batch, parse_published
-from microserve.protocol.transport import Bus, ClientSocket
+from microserve.protocol.messages.engine import EngineInfo, SnapshotReply
+from microserve.protocol.messages.kv_events import KVEvent, decode_batch, parse_published
 from microserve.services.index.feed_state import (
     Apply,
     AskSnapshot,

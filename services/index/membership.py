@@ -17,10 +17,10 @@ from enum import Enum
 
 import msgspec
 
-from microserve.protocol.actions import EngineInfo, EngineLoad
+from microserve.protocol.bus.liveness import LivenessBook, Loss
 from microserve.protocol.errors import EngineLost, InvalidRequest, QueueFull
-from microserve.protocol.liveness import LivenessBook, Loss
-from microserve.protocol.membership import Member
+from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.messages.index import Member
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS, WIRE_VERSION
 
 MAX_MEMBERS = 1024

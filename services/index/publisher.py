@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import structlog
 
 from microserve.protocol import log
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.kv_events import (
+from microserve.protocol.messages.kv_events import (
     KVEvent,
     KVEventBatch,
     encode_batch,
@@ -28,7 +29,6 @@ from microserve.protocol.kv_events import (
     replay_answer,
     replay_end,
 )
-from microserve.protocol.transport import Bus
 
 MAX_RING_BATCHES = 10_000
 MAX_RING_NBYTES = 64 << 20

@@ -12,11 +12,11 @@ from collections.abc import Callable
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.transport import Bus, ClientSocket, discard
 from microserve.protocol.errors import ProtocolViolation, error_for
-from microserve.protocol.membership import IndexFailed
-from microserve.protocol.transport import Bus, ClientSocket, discard
-from microserve.protocol.worlds import JoinWorld, WorldJoined, WorldWaiting
+from microserve.protocol.messages.index import IndexFailed
+from microserve.protocol.messages.world import JoinWorld, WorldJoined, WorldWaiting
 
 _logger = structlog.get_logger()
 

@@ -20,22 +20,22 @@ import structlog
 
 from microserve.kvcache.prefix_index import MIN_MAX_NBYTES, PrefixIndex
 from microserve.protocol import log
-from microserve.protocol import membership as wire
-from microserve.protocol.actions import EngineInfo
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST, decode_tokens
-from microserve.protocol.control import Change, ControlHistory, ControlStatus
-from microserve.protocol.curve import is_operator
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, decode_tokens
+from microserve.protocol.bus.curve import is_operator
+from microserve.protocol.bus.transport import Bus, sender_key
 from microserve.protocol.errors import InvalidRequest, MeshError, ProtocolViolation, QueueFull
+from microserve.protocol.messages import index as wire
+from microserve.protocol.messages.control import Change, ControlHistory, ControlStatus
+from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.world import JoinWorld
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import BusSettings, Settings
-from microserve.protocol.transport import Bus, sender_key
-from microserve.protocol.worlds import JoinWorld
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
 from microserve.services.index.engine_link import EngineLink
 from microserve.services.index.feed import KvFeed
 from microserve.services.index.membership import Admission, Membership
 from microserve.services.index.worlds import WorldDesk
-from microserve.services.lifecycle import Lifecycle
 
 MAX_WATCHERS = 1024
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol import membership as wire
 from microserve.protocol.errors import ConfigError, InvalidRequest, MeshError, QueueFull
-from microserve.protocol.worlds import (
+from microserve.protocol.messages import index as wire
+from microserve.protocol.messages.world import (
     MAX_HOST_CHARS,
     MAX_UNIQUE_ID_NBYTES,
     MAX_WORLD_RANKS,

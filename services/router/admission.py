@@ -19,7 +19,7 @@ from microserve.protocol.errors import (
     ProtocolViolation,
     QueueFull,
 )
-from microserve.protocol.serving import Generate
+from microserve.protocol.messages.router import Generate
 from microserve.protocol.settings import RouterSettings
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.load import LoadBook

@@ -15,7 +15,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, InvalidInterval, MeshError, StrategyError
-from microserve.protocol.serving import Output
+from microserve.protocol.messages.router import Output
 from microserve.services.router.live import LiveRequest
 from microserve.services.router.overseer import Overseer, StrategyHung
 from microserve.services.router.scope import RequestScope

@@ -16,11 +16,13 @@ from typing import TypeVar
 
 import structlog
 
-from microserve.protocol import actions as wire
 from microserve.protocol import log
-from microserve.protocol.calls import Calls
-from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST
-from microserve.protocol.credit import CreditMeter
+from microserve.protocol.bus.calls import Calls
+from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST
+from microserve.protocol.bus.credit import CreditMeter
+from microserve.protocol.bus.liveness import LivenessBook, Loss
+from microserve.protocol.bus.numbered import NumberedClient
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import (
     Draining,
     EngineLost,
@@ -29,10 +31,8 @@ from microserve.protocol.errors import (
     ProtocolViolation,
     error_for,
 )
-from microserve.protocol.liveness import LivenessBook, Loss
-from microserve.protocol.numbered import NumberedClient
+from microserve.protocol.messages import engine as wire
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import Bus
 from microserve.services.router.abort import Aborts
 from microserve.services.router.stream import TokenStreams
 

@@ -18,9 +18,9 @@ from types import ModuleType
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.control import ControlEntry, ControlState, StrategyVersion, VersionFault
 from microserve.protocol.errors import ConfigError, MeshError
-from microserve.protocol.serving import Ended
+from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion, VersionFault
+from microserve.protocol.messages.router import Ended
 from microserve.services.router.decision import Cost
 from microserve.services.router.shadow_book import ShadowBook
 from microserve.services.router.strategies.data_parallel import data_parallel

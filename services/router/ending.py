@@ -5,9 +5,9 @@ from __future__ import annotations
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.actions import Finished, Usage
 from microserve.protocol.errors import MeshError
-from microserve.protocol.serving import Ended, Phases
+from microserve.protocol.messages.engine import Finished, Usage
+from microserve.protocol.messages.router import Ended, Phases
 
 _logger = structlog.get_logger()
 

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import (
     CacheFull,
     DeadlineExceeded,
@@ -19,6 +18,7 @@ from microserve.protocol.errors import (
     PeerError,
     StrategyError,
 )
+from microserve.protocol.messages import engine as wire
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.decision import Send
 from microserve.services.router.generation import STREAM, Generation

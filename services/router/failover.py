@@ -6,7 +6,6 @@ decides; serving.py acts. An attempt is one run of the strategy; a failed one le
 
 from __future__ import annotations
 
-from microserve.protocol.actions import EngineInfo, Finished, Timings, Usage
 from microserve.protocol.errors import (
     CacheFull,
     CapacityError,
@@ -19,6 +18,7 @@ from microserve.protocol.errors import (
     TransferFailed,
     UnknownRequest,
 )
+from microserve.protocol.messages.engine import EngineInfo, Finished, Timings, Usage
 from microserve.services.router.departure import EngineLeaving, MoveFailed
 from microserve.services.router.request import Request
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol import serving as wire
-from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST
-from microserve.protocol.credit import CreditWindow
+from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST
+from microserve.protocol.bus.credit import CreditWindow
+from microserve.protocol.bus.numbered import NumberedServer
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.numbered import NumberedServer
+from microserve.protocol.messages import router as wire
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import Bus
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 from microserve.services.router.outbox import Outbox
 from microserve.services.router.serving import Serving

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import MeshError, PeerError
+from microserve.protocol.messages import engine as wire
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.scope import RequestScope
 from microserve.services.router.stream import Tokens, TokenStream

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from microserve.protocol.control import fault_of_labels
 from microserve.protocol.errors import StrategyError
+from microserve.protocol.messages.control import fault_of_labels
 
 MAX_ENGINES = 1024
 """Beyond that the label that was given first is forgotten: engines that are gone must not add up."""

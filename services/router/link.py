@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from microserve.protocol.actions import Sent
+from microserve.protocol.messages.engine import Sent
 
 SMOOTHING = 0.2
 """Weight of the newest send."""

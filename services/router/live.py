@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from microserve.protocol.errors import Draining, MeshError
-from microserve.protocol.serving import Output
+from microserve.protocol.messages.router import Output
 from microserve.services.router.mesh import RETRY_AFTER_S
 from microserve.services.router.phase import PhaseClock
 from microserve.services.router.scope import RequestScope

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from microserve.protocol.actions import EngineLoad, Sent
+from microserve.protocol.messages.engine import EngineLoad, Sent
 from microserve.services.router.link import Links
 
 

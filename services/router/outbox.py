@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from microserve.protocol.actions import TokenLogprob
-from microserve.protocol.credit import CreditWindow
-from microserve.protocol.serving import Ended, Output, Stream
+from microserve.protocol.bus.credit import CreditWindow
+from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.router import Ended, Output, Stream
 
 MAX_STREAM_TOKENS = 16_384
 """In one message: with 20 log-probabilities each they stay below ``codec.MAX_MESSAGE_NBYTES``."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from microserve.protocol.actions import Timings
-from microserve.protocol.serving import Phases
+from microserve.protocol.messages.engine import Timings
+from microserve.protocol.messages.router import Phases
 
 
 class PhaseClock:

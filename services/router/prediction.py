@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from microserve.protocol.actions import EngineLoad
+from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.load import Load
 
 REPORT_MAX_AGE_S = 1.5

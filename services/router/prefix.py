@@ -10,7 +10,7 @@ import structlog
 
 from microserve.kvcache.prefix_index import PrefixIndex
 from microserve.protocol import log
-from microserve.protocol.transport import Bus
+from microserve.protocol.bus.transport import Bus
 from microserve.services.index.feed import KvFeed
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.request import Request

@@ -15,13 +15,13 @@ from collections.abc import Callable
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.actions import EngineInfo
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
-from microserve.protocol.control import ControlState
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import Draining, EngineLost, MeshError, ProtocolViolation
-from microserve.protocol.membership import Members, Watch
+from microserve.protocol.messages.control import ControlState
+from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.index import Members, Watch
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import Bus
 from microserve.services.router.connection import EngineConnection, RouterIdentity
 from microserve.services.router.control import StrategyControl
 

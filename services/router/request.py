@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from microserve.protocol.codec import decode_tokens, encode_tokens
+from microserve.protocol.bus.codec import decode_tokens, encode_tokens
 from microserve.protocol.errors import InvalidInterval
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,11 +6,11 @@ import asyncio
 import random
 import secrets
 
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, StrategyNotFound
-from microserve.protocol.serving import RouterHeartbeat, RouterWelcome
+from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import RouterSettings, Settings
-from microserve.protocol.transport import Bus
-from microserve.services.lifecycle import Lifecycle
 from microserve.services.router.admission import Admission
 from microserve.services.router.attempt import Attempts
 from microserve.services.router.connection import EngineConnection, RouterIdentity

@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.actions import EngineInfo, Usage
 from microserve.protocol.errors import (
     Draining,
     InvalidRequest,
@@ -23,8 +22,9 @@ from microserve.protocol.errors import (
     NoEngines,
     StrategyError,
 )
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.serving import Ended, Generate, Output
+from microserve.protocol.messages.engine import EngineInfo, Usage
+from microserve.protocol.messages.router import Ended, Generate, Output
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.admission import Admission
 from microserve.services.router.attempt import Attempts, out_of_time
 from microserve.services.router.connection import EngineConnection

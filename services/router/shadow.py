@@ -20,9 +20,9 @@ from typing import cast
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.actions import EngineInfo
 from microserve.protocol.errors import NoEngines, StrategyError
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.attempt import Attempts
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.decision import Cost, Decision, cost_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from microserve.protocol.control import ShadowScore
+from microserve.protocol.messages.control import ShadowScore
 from microserve.services.router.decision import Cost
 
 Key = tuple[str, int]

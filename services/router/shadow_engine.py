@@ -11,10 +11,10 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TypeVar, assert_never
 
-from microserve.protocol import actions as wire
-from microserve.protocol.actions import Delta, EngineInfo, EngineLoad, Finished, Timings, Usage
 from microserve.protocol.errors import MeshError
-from microserve.protocol.grant import Grant, HeapAddress
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.engine import Delta, EngineInfo, EngineLoad, Finished, Timings, Usage
+from microserve.protocol.messages.grant import Grant, HeapAddress
 from microserve.services.router.connection import Answer, EngineConnection
 from microserve.services.router.stream import TokenStreams
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from microserve.protocol.actions import Delta, Finished, TokenLogprob
 from microserve.protocol.errors import MeshError, PeerError, error_for
+from microserve.protocol.messages.engine import Delta, Finished, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import Callable, Generator
 
 from microserve.kvcache.words import MAX_LANES
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.grant import Grant
 from microserve.services.router.connection import Answer, EngineConnection
 from microserve.services.router.request import Request
 from microserve.services.router.scope import RequestScope

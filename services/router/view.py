@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from microserve.protocol import actions as wire
+from microserve.protocol.messages import engine as wire
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.labels import OwnLabels
 from microserve.services.router.load import Load, LoadBook

@@ -1,4 +1,4 @@
-"""Sockets of simulated processes: the ``Bus`` of protocol/transport.py over a :class:`Network`.
+"""Sockets of simulated processes: the ``Bus`` of protocol/bus/transport.py over a :class:`Network`.
 
 Owns addresses, peers and reconnection, as ZeroMQ has them: a client queues until its server is there, keeps
 its peer id when it reconnects, and loses what was on its way when a connection breaks; a server refuses to
@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from microserve.protocol.transport import FramesHandler, PeerHandler
+from microserve.protocol.bus.transport import FramesHandler, PeerHandler
 from microserve.services.simulation.loop import Process
 from microserve.services.simulation.network import HIGH_WATER_MARK, RECONNECT_S, Endpoint, Network
 

@@ -11,15 +11,15 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from microserve.protocol import serving
-from microserve.protocol.actions import TokenLogprob
-from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST, encode_tokens
-from microserve.protocol.credit import CreditMeter
+from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST, encode_tokens
+from microserve.protocol.bus.credit import CreditMeter
+from microserve.protocol.bus.numbered import NumberedClient
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import Draining
-from microserve.protocol.numbered import NumberedClient
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import Bus
 
 MOVE_PATIENCE_S = 3.0
 """A request waits so long for another router."""

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from microserve.protocol import log
-from microserve.protocol.control import PUBLISH, Change, Changed, Scalar
 from microserve.protocol.errors import InternalError, MeshError
+from microserve.protocol.messages.control import PUBLISH, Change, Changed, Scalar
 from microserve.services.index.service import IndexService
 from microserve.services.router.overseer import Overseer
 from microserve.services.router.service import Router

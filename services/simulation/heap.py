@@ -20,7 +20,7 @@ from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.mapped import require_same_kv
 from microserve.kvcache.heap.memory import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.messages.grant import HeapAddress
 
 
 @dataclass

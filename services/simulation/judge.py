@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from microserve.kvcache.prefix_index import PrefixIndex
 from microserve.protocol.errors import InternalError
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
 from microserve.services.simulation.client import Answer

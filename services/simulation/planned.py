@@ -19,7 +19,7 @@ import msgspec
 from microserve.kvcache.heap.heap import Copies
 from microserve.kvcache.heap.mapped import require_same_kv
 from microserve.kvcache.heap.memory import MemoryHeap, MemoryPeerHeap, MemoryRegistry
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.messages.grant import HeapAddress
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.engine.batch import Batch, Chunk, Runner, Sampled, StepResult
 from microserve.services.engine.step_loop import IDLE_WAIT_S

@@ -12,9 +12,9 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from microserve.protocol.control import Scalar
 from microserve.protocol.errors import InternalError, QueueFull
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.control import Scalar
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.simulation.client import Answer
 from microserve.services.simulation.journal import Journal

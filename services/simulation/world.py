@@ -15,6 +15,7 @@ from typing import Any
 
 from microserve.kvcache.heap.memory import MemoryRegistry
 from microserve.protocol.errors import InternalError
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import (
     BusSettings,
     EngineSettings,
@@ -24,7 +25,6 @@ from microserve.protocol.settings import (
     Settings,
 )
 from microserve.services.index.service import IndexService
-from microserve.services.lifecycle import Lifecycle
 from microserve.services.router.overseer import Overseer
 from microserve.services.router.service import Router
 from microserve.services.simulation.bus import Addresses, SimBus

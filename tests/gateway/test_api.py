@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from microserve.gateway.canonical import PHASES
 from microserve.protocol import log
-from microserve.protocol.actions import TokenLogprob
+from microserve.protocol.messages.engine import TokenLogprob
 
 USER: list[Any] = [{"role": "user", "content": "hi"}]
 

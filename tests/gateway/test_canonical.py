@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.gateway.canonical import PHASES, Timeline, phase_durations
-from microserve.protocol.serving import Phases
+from microserve.protocol.messages.router import Phases
 
 SECONDS = st.floats(0.0, 100.0) | st.sampled_from([float("nan"), float("inf"), -1.0])
 STEPS = st.lists(st.floats(0.0, 100.0), min_size=4, max_size=4)

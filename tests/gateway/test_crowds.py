@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from microserve.gateway import server, sse
 from microserve.gateway.tokenizer import ModelTokenizer
-from microserve.protocol.actions import TokenLogprob
+from microserve.protocol.messages.engine import TokenLogprob
 
 NUM_IDLE = int(os.environ.get("MICROSERVE_TEST_STREAMS", "10000"))
 """Idle streams; fewer where the machine does not allow so many files in one process."""

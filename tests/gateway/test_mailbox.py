@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from microserve.gateway.errors import ClientGone, RouterLost
 from microserve.gateway.mailbox import Inbox, Mailbox
-from microserve.protocol.actions import TokenLogprob, Usage
 from microserve.protocol.errors import DeadlineExceeded, ProtocolViolation
-from microserve.protocol.serving import Ended, Output, Phases
+from microserve.protocol.messages.engine import TokenLogprob, Usage
+from microserve.protocol.messages.router import Ended, Output, Phases
 
 ENDED = Ended("length", Usage(), Phases(), "auto", [])
 

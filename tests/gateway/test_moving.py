@@ -12,7 +12,7 @@ from gateway_world import BEAT_S, GatewayWorld, ScriptedRouter, Served, gateway_
 from tokenizers import Tokenizer
 
 from microserve.gateway import moving
-from microserve.protocol.numbered import NumberedServer
+from microserve.protocol.bus.numbered import NumberedServer
 
 NEVER_SILENT = "bus.liveness=100000"
 """What is tested here is found at once."""

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 
 from microserve.gateway import sequence_group
 from microserve.gateway.router_client import RouterClient
-from microserve.protocol.codec import ROUTER_REQUEST
-from microserve.protocol.curve import create_keys
+from microserve.protocol.bus.codec import ROUTER_REQUEST
+from microserve.protocol.bus.curve import create_keys
+from microserve.protocol.bus.transport import Bus, ClientSocket, DisconnectHandler, FramesHandler
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.serving import GatewayHello, Output, RouterRequest
-from microserve.protocol.transport import Bus, ClientSocket, DisconnectHandler, FramesHandler
+from microserve.protocol.messages.router import GatewayHello, Output, RouterRequest
 
 
 def http_of(world: GatewayWorld) -> httpx.AsyncClient:

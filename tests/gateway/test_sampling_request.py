@@ -15,7 +15,7 @@ from microserve.gateway.sampling_request import (
     seed_of,
 )
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 
 LIMITS = ModelLimits(max_model_len=100, vocab_size=50)
 

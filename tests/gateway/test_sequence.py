@@ -13,10 +13,10 @@ from microserve.gateway.canonical import Timeline
 from microserve.gateway.mailbox import Batch
 from microserve.gateway.sequence import LOWEST_LOGPROB, Sequence, TokenText
 from microserve.gateway.tokenizer import ModelTokenizer
-from microserve.protocol.actions import TokenLogprob, Usage
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, ProtocolViolation
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.serving import Ended, Phases
+from microserve.protocol.messages.engine import TokenLogprob, Usage
+from microserve.protocol.messages.router import Ended, Phases
+from microserve.protocol.messages.sampling import SamplingParams
 
 ENDED = Ended("length", Usage(), Phases(), "auto", [])
 

@@ -11,7 +11,7 @@ from gateway_world import gateway_world, post, run
 from tokenizers import Tokenizer
 
 from microserve.gateway import sse
-from microserve.protocol.actions import TokenLogprob
+from microserve.protocol.messages.engine import TokenLogprob
 
 
 def test_exact_bytes_of_a_chat_stream(model: Path, raw_tokenizer: Tokenizer) -> None:

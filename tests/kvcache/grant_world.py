@@ -9,7 +9,7 @@ from microserve.kvcache.grant import GrantTable
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.memory import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.kvcache.transfer import LaneWriter
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages.grant import Grant
 from tests.kvcache.kv_samples import fill, make_layout
 
 RECEIVER = 9

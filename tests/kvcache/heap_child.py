@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import msgspec
 
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.messages.grant import HeapAddress
 
 TIMEOUT_S = 30.0
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,7 @@ from microserve.kvcache.heap.memfd import lane_byte
 from microserve.kvcache.transfer import LaneWriter
 from microserve.kvcache.words import POISON
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
-from microserve.protocol.grant import Grant, HeapAddress
+from microserve.protocol.messages.grant import Grant, HeapAddress
 from tests.kvcache.device_schedules import LAYOUT, MakeHeap, play, schedules
 from tests.kvcache.heap_child import Child, wait_until
 from tests.kvcache.heap_factories import MINE, NUM_SLOTS, THEIRS

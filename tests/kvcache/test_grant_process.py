@@ -14,7 +14,7 @@ import pytest
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant import Discharged, GrantTable, Settled
 from microserve.kvcache.heap.heap import Heap
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages.grant import Grant
 from tests.kvcache.heap_child import Child, wait_until
 from tests.kvcache.heap_factories import CROSSING, FACTORIES
 from tests.kvcache.kv_samples import is_painted, make_layout, mismatches, paint

@@ -28,7 +28,7 @@ from microserve.kvcache.heap.kernel_put import KernelPut
 from microserve.kvcache.transfer import LaneWriter, TransferPlan
 from microserve.kvcache.words import OPEN, pack_state
 from microserve.protocol.errors import InternalError, MeshError
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages.grant import Grant
 from tests.kvcache.device_schedules import LAYOUT, play, schedules
 from tests.kvcache.kv_samples import data_of, fill, make_layout, mismatches
 from tests.kvcache.nvshmem_ranks import make_heap

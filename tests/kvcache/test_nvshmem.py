@@ -13,7 +13,7 @@ from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.transfer import LaneWriter
 from microserve.kvcache.words import pack_state
 from microserve.protocol.errors import ConfigError, TransferFailed
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages.grant import Grant
 from tests.kvcache.kv_samples import fill, make_layout, mismatches
 from tests.kvcache.nvshmem_ranks import Rank, make_heap
 

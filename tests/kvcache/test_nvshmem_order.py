@@ -14,7 +14,7 @@ from hypothesis import find, given, settings
 from numpy.typing import NDArray
 
 from microserve.kvcache.heap.nvshmem import NvshmemHeap, NvshmemPeerHeap
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.messages.grant import HeapAddress
 from tests.kvcache.device_schedules import LAYOUT, MakeHeap, play, schedules
 from tests.kvcache.heap_stress import receive_random, send_random
 from tests.kvcache.nvshmem_ranks import make_heap

@@ -12,7 +12,7 @@ from microserve.kvcache.block_hash import block_hashes, root_hash
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.prefix_cache import PrefixCache
 from microserve.protocol.errors import InternalError, InvalidInterval
-from microserve.protocol.kv_events import (
+from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,

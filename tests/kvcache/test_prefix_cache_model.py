@@ -15,7 +15,7 @@ from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.prefix_cache import PrefixCache
 from microserve.kvcache.prefix_index import PrefixIndex
 from microserve.protocol.errors import CacheFull
-from microserve.protocol.kv_events import (
+from microserve.protocol.messages.kv_events import (
     BlockRemoved,
     BlockStored,
     KVEventBatch,

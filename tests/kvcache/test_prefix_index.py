@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from microserve.kvcache.block_hash import block_hashes, root_hash
 from microserve.kvcache.prefix_index import MIN_MAX_NBYTES, PrefixIndex
 from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest
-from microserve.protocol.kv_events import (
+from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,

@@ -10,7 +10,7 @@ import pytest
 
 from microserve.kvcache.block_hash import block_hashes, root_hash
 from microserve.kvcache.prefix_index import MIN_MAX_NBYTES, PrefixIndex
-from microserve.protocol.kv_events import (
+from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from microserve.protocol.calls import Calls
+from microserve.protocol.bus.calls import Calls
 from microserve.protocol.errors import CacheFull, DeadlineExceeded, EngineLost
 
 

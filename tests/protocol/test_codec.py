@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from junk import junk
 from wire_samples import GOLDEN, GRANT, MESSAGES, SAMPLING, name_of
 
-from microserve.protocol import actions, membership, serving
-from microserve.protocol import codec as module
-from microserve.protocol.codec import (
+from microserve.protocol.bus import codec as module
+from microserve.protocol.bus.codec import (
     ENGINE_REPLY,
     ENGINE_REQUEST,
     INDEX_REPLY,
@@ -30,7 +29,10 @@ from microserve.protocol.codec import (
     encode_tokens,
 )
 from microserve.protocol.errors import InternalError, ProtocolViolation
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as actions
+from microserve.protocol.messages import index as membership
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.types import WIRE_VERSION
 
 CHANNELS: list[tuple[Codec[Any], Any]] = [

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from microserve.protocol.credit import MAX_CREDIT, CreditMeter, CreditWindow
+from microserve.protocol.bus.credit import MAX_CREDIT, CreditMeter, CreditWindow
 
 
 def test_window_lets_through_what_was_granted() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from microserve.protocol.curve import CurveKeys, check_exposure, create_keys
+from microserve.protocol.bus.curve import CurveKeys, check_exposure, create_keys
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.transport import ZmqBus
 
 ANY = "tcp://127.0.0.1:0"
 

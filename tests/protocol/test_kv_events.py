@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.kv_events import (
+from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from microserve.protocol.liveness import LivenessBook, Loss
+from microserve.protocol.bus.liveness import LivenessBook, Loss
 
 SILENCE_S = 3.0
 STUCK_S = 20.0

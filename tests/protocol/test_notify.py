@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from microserve.protocol.notify import Notifier
-from microserve.services.lifecycle import Lifecycle
-from microserve.services.run import feed_watchdog
+from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.process.notify import Notifier
+from microserve.protocol.process.run import feed_watchdog
 
 TIMEOUT_S = 20.0
 

@@ -9,9 +9,9 @@ from lossy_bus import LossyBus
 from numbered_pair import HEADER, Pair
 from socket_world import ANY, on_bus, until
 
-from microserve.protocol import numbered as module
-from microserve.protocol.numbered import Incoming, NumberedClient, NumberedServer, Outgoing, Verdict
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus import numbered as module
+from microserve.protocol.bus.numbered import Incoming, NumberedClient, NumberedServer, Outgoing, Verdict
+from microserve.protocol.bus.transport import ZmqBus
 
 LAST = 0xFFFF_FFFF
 

@@ -13,9 +13,9 @@ import zmq
 from socket_world import ANY, LOOPS, echo_server, on_bus, until
 
 from microserve.protocol import log
-from microserve.protocol.curve import create_keys
+from microserve.protocol.bus.curve import create_keys
+from microserve.protocol.bus.transport import Bus, ZmqBus
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.transport import Bus, ZmqBus
 
 
 def test_peers_are_told_apart_and_each_gets_its_own_answer() -> None:

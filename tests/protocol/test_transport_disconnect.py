@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 from socket_world import ANY, LOOPS, on_bus, until
 
-from microserve.protocol.transport import ServerSocket, ZmqBus, _Client
+from microserve.protocol.bus.transport import ServerSocket, ZmqBus, _Client
 
 
 def other_bus() -> closing[ZmqBus]:

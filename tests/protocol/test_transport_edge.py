@@ -11,8 +11,8 @@ import pytest
 import zmq
 from socket_world import ANY, LOOPS, echo_server, on_bus, until
 
-from microserve.protocol import transport as module
-from microserve.protocol.transport import ZmqBus, _Client
+from microserve.protocol.bus import transport as module
+from microserve.protocol.bus.transport import ZmqBus, _Client
 
 
 async def connected_raw_peer(bus: ZmqBus, received: list[bytes]) -> tuple[_Client, bytes, zmq.Socket[bytes]]:

@@ -12,22 +12,15 @@ from typing import Any, get_args, get_origin
 import msgspec
 import pytest
 
-from microserve.protocol import (
-    actions,
-    codec,
-    control,
-    credit,
-    errors,
-    grant,
-    kv_events,
-    membership,
-    numbered,
-    sampling,
-    serving,
-    worlds,
-)
-from microserve.protocol import transport as transport_module
+from microserve.protocol import errors
 from microserve.protocol import types as protocol_types
+from microserve.protocol.bus import codec, credit, numbered
+from microserve.protocol.bus import transport as transport_module
+from microserve.protocol.messages import control, grant, kv_events, sampling
+from microserve.protocol.messages import engine as actions
+from microserve.protocol.messages import index as membership
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages import world as worlds
 from microserve.protocol.settings import BusSettings
 
 SPEC = (Path(codec.__file__).parent / "WIRE.md").read_text(encoding="utf-8")

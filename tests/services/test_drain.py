@@ -11,9 +11,9 @@ from engine_client import EngineClient
 from engine_world import EngineWorld, engine_world, make_settings
 from router_world import eventually, in_loop
 
-from microserve.protocol import actions as wire
-from microserve.protocol.curve import create_keys
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.bus.curve import create_keys
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.cli import main
 from microserve.services.drain import DrainFailed, drain
 

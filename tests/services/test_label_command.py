@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 from index_service import Index, Peer, with_index
 from index_world import World, make_info
 
-from microserve.protocol.control import ControlState, EngineLabels
-from microserve.protocol.membership import Register, Registered, Watch
+from microserve.protocol.messages.control import ControlState, EngineLabels
+from microserve.protocol.messages.index import Register, Registered, Watch
 from microserve.services.cli import main
 from microserve.services.label_command import rows
 from microserve.services.strategy_client import ControlClient

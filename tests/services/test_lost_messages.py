@@ -11,7 +11,7 @@ from router_world import eventually, in_loop
 
 from microserve.gateway.mailbox import Inbox
 from microserve.gateway.router_client import RouterClient
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 TTL_S = 300.0

@@ -19,7 +19,7 @@ PROGRAM = """
 import asyncio, sys
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import load_settings
-from microserve.services.run import run_service
+from microserve.protocol.process.run import run_service
 
 async def serve(settings, bus, lifecycle):
     server = bus.server("tcp://127.0.0.1:0", lambda peer, frames: None)

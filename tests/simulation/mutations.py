@@ -20,11 +20,11 @@ from unittest import mock
 from microserve.kvcache.arrival import Arrival
 from microserve.kvcache.grant import Discharged, GrantEvent, GrantTable
 from microserve.kvcache.transfer import LaneWriter
-from microserve.protocol.actions import SnapshotReply
-from microserve.protocol.credit import CreditMeter
+from microserve.protocol.bus.credit import CreditMeter
+from microserve.protocol.bus.liveness import LivenessBook
+from microserve.protocol.bus.numbered import Incoming, Verdict
 from microserve.protocol.errors import MeshError, StrategyError
-from microserve.protocol.liveness import LivenessBook
-from microserve.protocol.numbered import Incoming, Verdict
+from microserve.protocol.messages.engine import SnapshotReply
 from microserve.services.engine.door import Door
 from microserve.services.engine.memory import KvMemory, Reception
 from microserve.services.engine.scheduler import Scheduler

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from microserve.protocol import log
-from microserve.protocol.control import PUBLISH, Change, Changed
+from microserve.protocol.messages.control import PUBLISH, Change, Changed
 from microserve.services.simulation.client import Answer
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.judge import judge_answer, judge_rest

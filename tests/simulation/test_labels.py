@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from microserve.protocol.control import LABEL, UNLABEL, Change, Changed
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.control import LABEL, UNLABEL, Change, Changed
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.service import Router
 from microserve.services.simulation.client import Answer
 from microserve.services.simulation.journal import Journal

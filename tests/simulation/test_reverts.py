@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from hostile_strategies import GOOD, HEAD, HOSTILE, SERVE
 
-from microserve.protocol.control import (
+from microserve.protocol.messages.control import (
     PUBLISH,
     Change,
     Changed,

@@ -7,12 +7,12 @@ import itertools
 import secrets
 from dataclasses import dataclass, field
 
-from microserve.protocol import serving
-from microserve.protocol.actions import TokenLogprob
-from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST, encode_tokens
-from microserve.protocol.credit import CreditMeter
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import Bus
+from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST, encode_tokens
+from microserve.protocol.bus.credit import CreditMeter
+from microserve.protocol.bus.transport import Bus
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.sampling import SamplingParams
 
 PING_INTERVAL_S = 0.5
 

@@ -13,9 +13,9 @@ from engine_client import EngineClient
 from exactness import Case
 from tokenizers import Tokenizer
 
-from microserve.protocol import actions as wire
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import Bus
+from microserve.protocol.bus.transport import Bus
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.batch import SampleSpec
 from microserve.services.engine.sampler import sample
 

@@ -21,11 +21,11 @@ from processes import MeshProcesses
 from microserve.gateway.mailbox import Inbox, Mailbox
 from microserve.gateway.router_client import RouterClient
 from microserve.gateway.router_link import RouterLink
-from microserve.protocol.codec import encode_tokens
+from microserve.protocol.bus.codec import encode_tokens
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import MeshError
-from microserve.protocol.serving import Generate, Output
+from microserve.protocol.messages.router import Generate, Output
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import Bus
 
 HTTP_LOST = "http_lost"
 """Our own code: the connection to the gateway could not be made, or broke."""

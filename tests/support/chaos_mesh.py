@@ -15,8 +15,8 @@ import psutil
 from engine_client import EngineClient
 from processes import MeshProcesses
 
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import Bus
 
 SYS_PIDFD_GETFD = 438
 READY_S = 60.0

@@ -23,8 +23,8 @@ from chaos_load import Load, Outcome, plan_load
 from chaos_mesh import ChaosMesh, chaos_mesh
 from chaos_watch import Logs, Watch, read_logs
 
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import ZmqBus
 
 POOL = 60
 """Questions made; those with a near-tie are left out."""

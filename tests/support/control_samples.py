@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from microserve.protocol import control
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST, Codec
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, Codec
+from microserve.protocol.messages import control
 
 VERSION = control.StrategyVersion(
     version=3, source="s", digest="d", parameters={"ratio": 0.5}, max_ttft_s=2.0, max_tpot_s=0.5

@@ -6,9 +6,9 @@ import random
 
 from core_mesh import ROUTER, Engine, Mesh, expect, generate, grant_for, prompt_of, receive, send
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import CacheFull, PromptTooLong, QueueFull
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 
 _IS_HELD = "is held by another writer"
 

@@ -13,8 +13,8 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import MAX_LANES
-from microserve.protocol import actions as wire
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.batch import Runner
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.state import Limits

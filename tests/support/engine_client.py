@@ -6,11 +6,11 @@ import asyncio
 import secrets
 from typing import Any, TypeVar
 
-from microserve.protocol import actions as wire
-from microserve.protocol.calls import Calls
-from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST, encode_tokens
+from microserve.protocol.bus.calls import Calls
+from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, encode_tokens
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import error_for
-from microserve.protocol.transport import Bus
+from microserve.protocol.messages import engine as wire
 
 T = TypeVar("T")
 

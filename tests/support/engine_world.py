@@ -10,17 +10,17 @@ from contextlib import asynccontextmanager
 from router_world import eventually
 
 from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
-from microserve.protocol import membership
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
-from microserve.protocol.curve import CurveKeys
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.curve import CurveKeys
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages import index as membership
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings, load_settings
-from microserve.protocol.transport import ZmqBus
 from microserve.services.engine.batch import Batch, StepResult
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.shell import EngineService
 from microserve.services.engine.state import Limits
 from microserve.services.index.service import run_index
-from microserve.services.lifecycle import Lifecycle
 from microserve.services.simulation.hash_runner import HashRunner, hash_layout
 
 VOCAB = 500

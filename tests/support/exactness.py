@@ -25,8 +25,8 @@ from typing import Any
 from bus_client import BusClient
 from processes import MeshProcesses
 
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 
 STRATEGIES = [strategy.name for strategy in BUILT_IN]

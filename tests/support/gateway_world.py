@@ -16,12 +16,13 @@ from lossy_bus import LossyBus
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from microserve.gateway.server import serve
-from microserve.protocol.actions import TokenLogprob, Usage
-from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST, decode_tokens
-from microserve.protocol.credit import CreditWindow
-from microserve.protocol.curve import CurveKeys
-from microserve.protocol.numbered import NumberedServer
-from microserve.protocol.serving import (
+from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST, decode_tokens
+from microserve.protocol.bus.credit import CreditWindow
+from microserve.protocol.bus.curve import CurveKeys
+from microserve.protocol.bus.numbered import NumberedServer
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages.engine import TokenLogprob, Usage
+from microserve.protocol.messages.router import (
     Cancel,
     Ended,
     GatewayHello,
@@ -37,7 +38,6 @@ from microserve.protocol.serving import (
     StreamCredit,
 )
 from microserve.protocol.settings import load_settings
-from microserve.protocol.transport import ZmqBus
 
 T = TypeVar("T")
 TIMEOUT_S = 30.0

@@ -9,11 +9,11 @@ from typing import TypeVar
 import pytest
 from index_world import ANY, World, in_world
 
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
-from microserve.protocol.membership import IndexReply, IndexRequest, Members
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.messages.index import IndexReply, IndexRequest, Members
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import load_settings
 from microserve.services.index.service import run_index
-from microserve.services.lifecycle import Lifecycle
 
 T = TypeVar("T", bound=IndexReply)
 

@@ -11,7 +11,10 @@ import msgspec
 
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.prefix_cache import PrefixCache
-from microserve.protocol.actions import (
+from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST
+from microserve.protocol.bus.numbered import NumberedServer
+from microserve.protocol.bus.transport import Bus, ClientSocket, FramesHandler, ZmqBus
+from microserve.protocol.messages.engine import (
     EngineInfo,
     EngineLoad,
     EngineReply,
@@ -22,10 +25,7 @@ from microserve.protocol.actions import (
     SnapshotReply,
     Welcome,
 )
-from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST
-from microserve.protocol.kv_events import KVEventBatch, encode_batch
-from microserve.protocol.numbered import NumberedServer
-from microserve.protocol.transport import Bus, ClientSocket, FramesHandler, ZmqBus
+from microserve.protocol.messages.kv_events import KVEventBatch, encode_batch
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.index.publisher import KvPublisher
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.memory import MemoryHeap, MemoryPeerHeap, MemoryRegistry
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.messages.grant import HeapAddress
 from microserve.services.engine.batch import StepResult
 from microserve.services.engine.scheduler import Plan
 

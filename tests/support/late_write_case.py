@@ -13,8 +13,8 @@ from core_mesh import GREEDY, ROUTER, Mesh, generate, prompt_of
 from late_write import Sender
 from late_write_receiver import BLOCK_SIZE, LONG_S, NEXT, OPTIONS, Occupant, Receiver, oracle
 
-from microserve.protocol import actions as wire
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.grant import Grant
 
 SHORT_S = 2.0
 """Time of a request that is to run out of it: less than a lease."""

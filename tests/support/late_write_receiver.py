@@ -13,9 +13,9 @@ from functools import lru_cache
 
 from core_mesh import ROUTER, VOCAB, Engine, Mesh, prompt_of
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import CacheFull
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.simulation.hash_runner import expected_tokens
 
 BLOCK_SIZE = 4

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import make_tiny_model
 
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.batch import Batch, Chunk, Runner, SampleSpec
 from microserve.services.engine.model import ModelSpec
 

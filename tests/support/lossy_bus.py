@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from microserve.protocol.transport import (
+from microserve.protocol.bus.transport import (
     Bus,
     ClientSocket,
     DisconnectHandler,

@@ -14,7 +14,9 @@ from lossy_bus import LossyBus
 from router_world import GatewayPeer, eventually
 
 from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import (
     BusSettings,
     EngineSettings,
@@ -22,12 +24,10 @@ from microserve.protocol.settings import (
     RouterSettings,
     Settings,
 )
-from microserve.protocol.transport import ZmqBus
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.shell import EngineService
 from microserve.services.engine.state import Limits
 from microserve.services.index.service import IndexService
-from microserve.services.lifecycle import Lifecycle
 from microserve.services.router.service import Router
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from microserve.protocol.numbered import NumberedClient, NumberedServer, Outgoing
-from microserve.protocol.transport import (
+from microserve.protocol.bus.numbered import NumberedClient, NumberedServer, Outgoing
+from microserve.protocol.bus.transport import (
     ClientSocket,
     DisconnectHandler,
     FramesHandler,

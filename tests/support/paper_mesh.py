@@ -15,8 +15,8 @@ from typing import Any, cast
 import msgspec
 from wire_samples import INFO
 
-from microserve.protocol.actions import EngineInfo, EngineLoad, Sent, Timings
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.engine import EngineInfo, EngineLoad, Sent, Timings
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import Mesh

@@ -14,14 +14,21 @@ from typing import Any, ParamSpec
 from fabric import Fabric
 from scripted_engine import ANY, ScriptedEngine, output_token
 
-from microserve.protocol import membership, serving
-from microserve.protocol.actions import EngineInfo, EngineLoad
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST, ROUTER_REPLY, ROUTER_REQUEST, encode_tokens
-from microserve.protocol.control import ControlState, VersionFault
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.bus.codec import (
+    INDEX_REPLY,
+    INDEX_REQUEST,
+    ROUTER_REPLY,
+    ROUTER_REQUEST,
+    encode_tokens,
+)
+from microserve.protocol.bus.transport import Bus, ZmqBus
+from microserve.protocol.messages import index as membership
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.control import ControlState, VersionFault
+from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
-from microserve.protocol.transport import Bus, ZmqBus
-from microserve.services.lifecycle import Lifecycle
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.overseer import Overseer
 from microserve.services.router.request import Request

@@ -15,14 +15,20 @@ from fabric import Fabric
 from lossy_bus import LossyBus
 
 from microserve.kvcache.block_hash import block_hashes, root_hash
-from microserve.protocol import actions as wire
-from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST, decode_tokens
-from microserve.protocol.credit import CreditWindow
+from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, decode_tokens
+from microserve.protocol.bus.credit import CreditWindow
+from microserve.protocol.bus.numbered import NumberedServer
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import InvalidInterval, MeshError, UnknownRequest
-from microserve.protocol.grant import Grant, HeapAddress
-from microserve.protocol.kv_events import BlockStored, KVEvent, KVEventBatch, encode_batch, publish_frames
-from microserve.protocol.numbered import NumberedServer
-from microserve.protocol.transport import Bus
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.kv_events import (
+    BlockStored,
+    KVEvent,
+    KVEventBatch,
+    encode_batch,
+    publish_frames,
+)
 from microserve.protocol.types import WIRE_VERSION
 
 ANY = "tcp://127.0.0.1:0"

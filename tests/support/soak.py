@@ -21,8 +21,8 @@ from bus_client import BusClient
 from processes import MeshProcesses
 from tiny_model import make_tiny_model
 
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 
 SAMPLE_S = 15.0

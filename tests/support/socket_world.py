@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import uvloop
 
-from microserve.protocol.transport import ServerSocket, ZmqBus
+from microserve.protocol.bus.transport import ServerSocket, ZmqBus
 
 ANY = "tcp://127.0.0.1:0"
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

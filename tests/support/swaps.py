@@ -22,8 +22,8 @@ from control_proxy import ControlProxy
 from processes import MeshProcesses, free_port
 
 from microserve.protocol import log
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.strategy_client import ControlClient
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)

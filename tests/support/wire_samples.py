@@ -11,8 +11,7 @@ from typing import Any
 import control_samples
 import world_samples
 
-from microserve.protocol import actions, membership, serving
-from microserve.protocol.codec import (
+from microserve.protocol.bus.codec import (
     ENGINE_REPLY,
     ENGINE_REQUEST,
     INDEX_REPLY,
@@ -21,8 +20,11 @@ from microserve.protocol.codec import (
     ROUTER_REQUEST,
     Codec,
 )
-from microserve.protocol.grant import Grant, HeapAddress
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as actions
+from microserve.protocol.messages import index as membership
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.sampling import SamplingParams
 
 HEAP = HeapAddress(kind="shm", host="boot", pid=70_000, fd=9, nbytes=1 << 33, incarnation=1 << 61)
 GRANT = Grant(

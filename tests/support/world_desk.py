@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from microserve.protocol import membership as wire
-from microserve.protocol.worlds import JoinWorld, WorldJoined, WorldRank, WorldWaiting
+from microserve.protocol.messages import index as wire
+from microserve.protocol.messages.world import JoinWorld, WorldJoined, WorldRank, WorldWaiting
 from microserve.services.index.worlds import WorldDesk
 
 SILENCE_S = 1.5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST, Codec
-from microserve.protocol.worlds import JoinWorld, WorldJoined, WorldRank, WorldWaiting
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, Codec
+from microserve.protocol.messages.world import JoinWorld, WorldJoined, WorldRank, WorldWaiting
 
 RANKS = [
     WorldRank(incarnation=1 << 60, host="boot pid:[1]", process=(1 << 63) + 5),

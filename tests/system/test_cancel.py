@@ -11,9 +11,9 @@ from bus_client import BusClient
 from engine_client import EngineClient
 from processes import MeshProcesses
 
-from microserve.protocol import actions as wire
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

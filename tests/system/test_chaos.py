@@ -14,7 +14,7 @@ from chaos_load import Outcome, Plan
 from chaos_run import Chaos, run_chaos
 from exactness import Case
 
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 
 SEED = 2
 

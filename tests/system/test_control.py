@@ -13,9 +13,9 @@ from bus_client import BusClient
 from processes import MeshProcesses
 from swaps import GREEDY, PROMPTS, run_swaps, source
 
-from microserve.protocol.control import ControlReport
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import MeshError
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.messages.control import ControlReport
 from microserve.services.strategy_client import ControlClient
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]

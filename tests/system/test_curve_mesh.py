@@ -9,9 +9,9 @@ import pytest
 from bus_client import BusClient
 from processes import MeshProcesses
 
-from microserve.protocol.curve import CurveKeys, create_keys
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.curve import CurveKeys, create_keys
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages.sampling import SamplingParams
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(200)]
 

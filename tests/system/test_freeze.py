@@ -19,9 +19,9 @@ from chaos_judge import next_token_s
 from chaos_mesh import ChaosMesh
 from exactness import STRATEGIES, Case
 
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import ZmqBus
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 

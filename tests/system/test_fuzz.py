@@ -13,11 +13,13 @@ from engine_client import EngineClient
 from junk import junk
 from processes import MeshProcesses
 
-from microserve.protocol import actions, membership, serving
-from microserve.protocol.codec import ENGINE_REQUEST, INDEX_REPLY, INDEX_REQUEST, ROUTER_REQUEST, Codec
-from microserve.protocol.grant import Grant, HeapAddress
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.codec import ENGINE_REQUEST, INDEX_REPLY, INDEX_REQUEST, ROUTER_REQUEST, Codec
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages import engine as actions
+from microserve.protocol.messages import index as membership
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.sampling import SamplingParams
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 

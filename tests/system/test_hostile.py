@@ -16,8 +16,8 @@ from bus_client import Answer, BusClient
 from processes import MeshProcesses
 from swaps import GREEDY, PROMPTS
 
-from microserve.protocol.control import ROLLBACK, ControlRecord
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages.control import ROLLBACK, ControlRecord
 from microserve.services.strategy_client import ControlClient
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]

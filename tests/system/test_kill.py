@@ -14,8 +14,8 @@ from chaos_judge import next_token_s
 from engine_client import EngineClient
 from processes import MeshProcesses
 
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages.sampling import SamplingParams
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

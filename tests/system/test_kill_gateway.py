@@ -10,7 +10,7 @@ import pytest
 from engine_client import EngineClient
 from processes import MeshProcesses
 
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.transport import ZmqBus
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(200)]
 

@@ -13,8 +13,8 @@ import pytest
 from bus_client import Answer, BusClient
 from processes import MeshProcesses
 
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages.sampling import SamplingParams
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 

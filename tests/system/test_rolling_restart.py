@@ -21,7 +21,7 @@ from engine_client import EngineClient
 from processes import MeshProcesses
 
 from microserve.protocol import log
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.transport import ZmqBus
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

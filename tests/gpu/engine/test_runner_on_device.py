@@ -13,7 +13,7 @@ from tiny_model import make_tiny_model
 from torch import Tensor
 
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import Settings, load_settings
 from microserve.services.engine.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.decode_graphs import CudaCapture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from microserve.kernels.philox import uniform_rows, uniforms
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine import sampler
 from microserve.services.engine.batch import SampleSpec
 from microserve.services.engine.device_sampler import sample_there

@@ -12,9 +12,9 @@ from processes import MeshProcesses
 from tiny_model import make_tiny_model
 
 from microserve.protocol import log
-from microserve.protocol.curve import CurveKeys, create_keys
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import ZmqBus
+from microserve.protocol.bus.curve import CurveKeys, create_keys
+from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.messages.sampling import SamplingParams
 from tests.gpu.heap.test_nvshmem_on_device import ENVIRONMENT
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)

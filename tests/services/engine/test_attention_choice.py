@@ -18,7 +18,7 @@ from tiny_model import FAMILIES, make_tiny_model
 from microserve.kernels.paged_attention import Span
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.attention import (
     DeviceAttention,
     MakeAttention,

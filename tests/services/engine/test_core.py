@@ -9,7 +9,6 @@ from core_mesh import GREEDY, ROUTER, VOCAB, Mesh, expect, generate, grant_for, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import (
     CacheFull,
     DeadlineExceeded,
@@ -18,7 +17,8 @@ from microserve.protocol.errors import (
     PromptTooLong,
     UnknownRequest,
 )
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.batch import Batch, StepResult
 
 

@@ -16,8 +16,8 @@ from tiny_model import make_tiny_model
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol import actions as wire
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.attention import MakeAttention, device_attention
 from microserve.services.engine.batch import Runner
 from microserve.services.engine.flashinfer_attention import FlashInfer

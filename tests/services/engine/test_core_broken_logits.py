@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from core_mesh import GREEDY, Engine, Mesh, expect, generate, grant_for, prompt_of, receive, send
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import InternalError
+from microserve.protocol.messages import engine as wire
 from microserve.services.engine.batch import Batch, Sampled, StepResult
 
 BROKEN = Sampled(-1, None, [], InternalError("the logits are not finite"))

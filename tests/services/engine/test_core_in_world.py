@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from world_mesh import WorldMesh
 
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
-from microserve.protocol import actions as wire
+from microserve.protocol.messages import engine as wire
 from microserve.services.engine.batch import Batch, StepResult
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from core_mesh import GREEDY, ROUTER, Engine, Mesh, expect, generate, grant_for, prompt_of, receive, send
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import InvalidInterval, InvalidRequest, QueueFull
+from microserve.protocol.messages import engine as wire
 from microserve.services.engine.batch import Batch, StepResult
 
 

@@ -14,9 +14,9 @@ from host_driver import HostDriver
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import CacheFull
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.batch import Runner
 from microserve.services.engine.step_loop import StepLoop
 

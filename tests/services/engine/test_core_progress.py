@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from core_mesh import Mesh, expect, generate, grant_for, prompt_of, receive, send
 
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 
 LONG = SamplingParams(max_tokens=70, temperature=0.0, ignore_eos=True)
 

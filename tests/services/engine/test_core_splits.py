@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from core_mesh import GREEDY, Mesh, expect, generate, grant_for, prompt_of, receive, send
 
-from microserve.protocol import actions as wire
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 
 BLOCK = 16
 ONE = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from microserve.kernels.paged_attention import Span
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.attention import DeviceAttention, device_attention
 from microserve.services.engine.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.decode_graphs import MAX_BUCKET, bucket_sizes

@@ -10,12 +10,12 @@ from direct_bus import DirectBus
 from junk import junk
 
 from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
-from microserve.protocol import actions as wire
-from microserve.protocol.codec import ENGINE_REPLY, ENGINE_REQUEST, encode_tokens
-from microserve.protocol.grant import Grant, HeapAddress
-from microserve.protocol.kv_events import KVEvent, decode_batch
-from microserve.protocol.numbered import Outgoing
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, encode_tokens
+from microserve.protocol.bus.numbered import Outgoing
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.kv_events import KVEvent, decode_batch
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core import EngineCore
 from microserve.services.engine.door import Door
 from microserve.services.engine.state import Limits

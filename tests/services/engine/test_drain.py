@@ -9,9 +9,9 @@ from core_mesh import GREEDY, ROUTER, Engine, Mesh, expect, generate, grant_for,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import Draining
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.actions import MOVE_S
 
 BLOCK = 4

@@ -19,9 +19,9 @@ from late_write_receiver import LONG_S, NEXT, OPTIONS, Receiver, oracle
 
 from microserve.kvcache.transfer import LaneWriter
 from microserve.kvcache.words import MAX_LANES, OPEN
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import InvalidRequest, MeshError, TransferFailed, UnknownRequest
-from microserve.protocol.grant import Grant
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.grant import Grant
 
 LENGTH = 13
 

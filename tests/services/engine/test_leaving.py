@@ -12,9 +12,9 @@ from engine_client import EngineClient
 from engine_world import INCARNATION, VOCAB, EngineWorld, engine_world
 from router_world import eventually, in_loop
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import Draining, InvalidRequest
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.simulation.hash_runner import expected_tokens
 
 PROMPT = list(range(10, 31))

@@ -9,7 +9,7 @@ from core_mesh import Mesh, generate, prompt_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.batch import Batch, Chunk, StepResult
 from microserve.services.engine.rates import MAX_DECODE_JUMP, Rates
 from microserve.services.engine.scheduler import Plan

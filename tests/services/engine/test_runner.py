@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from microserve.kvcache.layout import K, KvLayout, V
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.attention import MakeAttention, device_attention
 from microserve.services.engine.batch import Batch, Chunk, Sampled, SampleSpec
 from microserve.services.engine.flashinfer_attention import FlashInfer

@@ -20,7 +20,7 @@ from torch import Tensor
 from microserve.kernels import philox
 from microserve.kernels.philox import uniforms
 from microserve.protocol.errors import InternalError, InvalidRequest
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine import sampler
 from microserve.services.engine.batch import Sampled, SampleSpec
 from microserve.services.engine.device_sampler import sample_there

@@ -10,7 +10,7 @@ from microserve.kvcache.grant import GrantTable
 from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.prefix_cache import PrefixCache
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.memory import KvMemory
 from microserve.services.engine.scheduler import Plan, Scheduler
 from microserve.services.engine.sequence import Sequence

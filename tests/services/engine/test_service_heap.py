@@ -11,13 +11,13 @@ from host_driver import HostDriver
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError, TransferFailed
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import load_settings
-from microserve.protocol.transport import ZmqBus
 from microserve.services.engine import service
 from microserve.services.engine.model import LoadedModel
 from microserve.services.engine.service import make_heap, run_engine
-from microserve.services.lifecycle import Lifecycle
 
 
 def test_a_pool_that_the_device_has_no_room_for_is_said_by_its_setting(

@@ -7,9 +7,9 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.protocol.actions import Delta, Finished, Timings, TokenLogprob, Usage
-from microserve.protocol.codec import ENGINE_REPLY, MAX_MESSAGE_NBYTES
-from microserve.protocol.credit import CreditWindow
+from microserve.protocol.bus.codec import ENGINE_REPLY, MAX_MESSAGE_NBYTES
+from microserve.protocol.bus.credit import CreditWindow
+from microserve.protocol.messages.engine import Delta, Finished, Timings, TokenLogprob, Usage
 from microserve.services.engine.session import MAX_MESSAGE_TOKENS, Session, Sessions
 
 END = Finished("length", Usage(), Timings())

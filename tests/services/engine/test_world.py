@@ -24,15 +24,15 @@ from microserve.kvcache.heap.nvshmem_world import SymmetricMemory
 from microserve.kvcache.heap.process import this_namespace, this_process
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
-from microserve.protocol.curve import create_keys
+from microserve.protocol.bus.curve import create_keys
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError, DeadlineExceeded
+from microserve.protocol.messages.world import WorldRank
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings, load_settings
-from microserve.protocol.transport import ZmqBus
-from microserve.protocol.worlds import WorldRank
 from microserve.services.engine import world as world_module
 from microserve.services.engine.world import Library, World, _is_provable, join_world
 from microserve.services.index.service import run_index
-from microserve.services.lifecycle import Lifecycle
 from tests.kvcache.kv_samples import make_layout
 
 NUM_RANKS = 2

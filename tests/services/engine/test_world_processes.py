@@ -15,7 +15,7 @@ from typing import IO, Any
 import pytest
 
 from microserve.protocol import log
-from microserve.protocol.curve import create_keys
+from microserve.protocol.bus.curve import create_keys
 from tests.kvcache.heap_child import PYTHONPATH, ROOT
 
 TIMEOUT_S = 60.0

@@ -26,12 +26,12 @@ from microserve.kvcache.heap.heap import PeerHeap
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.kvcache.heap.nvshmem_world import UNIQUE_ID_NBYTES, SymmetricMemory
 from microserve.kvcache.words import OPEN, pack_state
-from microserve.protocol.grant import HeapAddress
+from microserve.protocol.bus.transport import Bus
+from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.process.run import run_service
 from microserve.protocol.settings import Settings, load_settings
-from microserve.protocol.transport import Bus
 from microserve.services.engine.world import Library, join_world
-from microserve.services.lifecycle import Lifecycle
-from microserve.services.run import run_service
 from tests.kvcache.kv_samples import make_layout
 
 LOOK_S = 0.01

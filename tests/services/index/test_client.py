@@ -8,9 +8,9 @@ import structlog
 from index_world import ANY, World, in_world, make_info
 
 from microserve.protocol import log
-from microserve.protocol.actions import EngineLoad
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
-from microserve.protocol.membership import (
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.index import (
     Beat,
     Deregister,
     IndexFailed,

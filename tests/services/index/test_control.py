@@ -12,7 +12,7 @@ from index_service import Index, Peer, with_index
 from index_world import World
 
 from microserve.protocol import log
-from microserve.protocol.control import (
+from microserve.protocol.messages.control import (
     Change,
     Changed,
     ControlHistory,
@@ -22,7 +22,7 @@ from microserve.protocol.control import (
     ControlStatus,
     VersionFault,
 )
-from microserve.protocol.membership import IndexFailed, Members, Watch
+from microserve.protocol.messages.index import IndexFailed, Members, Watch
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
 

@@ -10,10 +10,10 @@ import pytest
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.curve import CurveKeys, create_keys, index_key, is_operator
+from microserve.protocol.bus.curve import CurveKeys, create_keys, index_key, is_operator
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError, InvalidRequest
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import ZmqBus
 from microserve.services.index.service import IndexService
 from microserve.services.strategy_client import ControlClient
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from microserve.protocol.codec import INDEX_REPLY, MAX_MESSAGE_NBYTES
-from microserve.protocol.control import (
+from microserve.protocol.bus.codec import INDEX_REPLY, MAX_MESSAGE_NBYTES
+from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.messages.control import (
     KINDS,
     MAX_CONTROL_ENTRIES,
     MAX_SOURCE_NBYTES,
@@ -19,7 +20,6 @@ from microserve.protocol.control import (
     ControlEntry,
     StrategyVersion,
 )
-from microserve.protocol.errors import InvalidRequest
 from microserve.services.index.control_state import MAX_BEFORE, Fold, digest_of
 
 

@@ -9,12 +9,12 @@ import pytest
 from index_world import World, in_world
 from lossy_bus import LossyBus
 
-from microserve.protocol.actions import EngineInfo, EngineLoad, Failed, Heartbeat
-from microserve.protocol.codec import ENGINE_REPLY
+from microserve.protocol.bus.codec import ENGINE_REPLY
+from microserve.protocol.bus.numbered import NumberedServer
+from microserve.protocol.bus.transport import PeerHandler
 from microserve.protocol.errors import DeadlineExceeded, Draining, EngineLost, InvalidRequest
-from microserve.protocol.kv_events import decode_batch
-from microserve.protocol.numbered import NumberedServer
-from microserve.protocol.transport import PeerHandler
+from microserve.protocol.messages.engine import EngineInfo, EngineLoad, Failed, Heartbeat
+from microserve.protocol.messages.kv_events import decode_batch
 from microserve.services.index import engine_link
 from microserve.services.index.engine_link import EngineLink
 

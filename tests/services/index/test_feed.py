@@ -8,9 +8,9 @@ import msgspec
 from index_world import BLOCK_SIZE, Engine, World, in_world
 
 from microserve.kvcache.prefix_index import PrefixIndex
-from microserve.protocol.actions import SnapshotReply
 from microserve.protocol.errors import EngineLost
-from microserve.protocol.kv_events import KVEventBatch, encode_batch, publish_frames
+from microserve.protocol.messages.engine import SnapshotReply
+from microserve.protocol.messages.kv_events import KVEventBatch, encode_batch, publish_frames
 from microserve.services.index.engine_link import EngineLink
 from microserve.services.index.feed import KvFeed
 

@@ -16,8 +16,9 @@ from index_service import Index, with_index
 from index_world import World
 
 from microserve.protocol import log
-from microserve.protocol.codec import INDEX_REPLY, MAX_MESSAGE_NBYTES
-from microserve.protocol.control import (
+from microserve.protocol.bus.codec import INDEX_REPLY, MAX_MESSAGE_NBYTES
+from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.messages.control import (
     LABEL,
     MAX_CONTROL_NBYTES,
     MAX_LABEL_CHARS,
@@ -31,8 +32,7 @@ from microserve.protocol.control import (
     ControlState,
     EngineLabels,
 )
-from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.membership import Members, Watch
+from microserve.protocol.messages.index import Members, Watch
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
 from microserve.services.index.control_state import Fold

@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from index_world import make_info
 
-from microserve.protocol.actions import EngineLoad
+from microserve.protocol.bus.liveness import Loss
 from microserve.protocol.errors import EngineLost, InvalidRequest, MeshError, QueueFull
-from microserve.protocol.liveness import Loss
-from microserve.protocol.membership import Member
+from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.index import Member
 from microserve.services.index import membership
 from microserve.services.index.membership import Admission, Membership
 

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from index_world import ANY, World, in_world
 
-from microserve.protocol.kv_events import (
+from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     Published,

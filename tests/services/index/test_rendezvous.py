@@ -13,13 +13,13 @@ import pytest
 import structlog
 from index_world import until
 
-from microserve.protocol.codec import INDEX_REPLY, INDEX_REQUEST
-from microserve.protocol.curve import CurveKeys, create_keys
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.curve import CurveKeys, create_keys
+from microserve.protocol.bus.transport import Bus, ClientSocket, ZmqBus
 from microserve.protocol.errors import ConfigError, InvalidRequest, ProtocolViolation
-from microserve.protocol.membership import IndexFailed
+from microserve.protocol.messages.index import IndexFailed
+from microserve.protocol.messages.world import JoinWorld, WorldJoined, WorldRank, WorldWaiting
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import Bus, ClientSocket, ZmqBus
-from microserve.protocol.worlds import JoinWorld, WorldJoined, WorldRank, WorldWaiting
 from microserve.services.index.rendezvous import Rendezvous
 from microserve.services.index.service import IndexService
 

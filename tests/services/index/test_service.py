@@ -12,9 +12,9 @@ from index_service import Index, Peer, with_index
 from index_world import BLOCK_SIZE, Engine, World, in_world, make_info
 
 from microserve.protocol import log
-from microserve.protocol.actions import EngineInfo, EngineLoad
-from microserve.protocol.codec import INDEX_REQUEST, encode_tokens
-from microserve.protocol.membership import (
+from microserve.protocol.bus.codec import INDEX_REQUEST, encode_tokens
+from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.messages.index import (
     Beat,
     Deregister,
     IndexFailed,

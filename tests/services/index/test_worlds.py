@@ -11,7 +11,7 @@ from world_desk import SILENCE_S, Bench, join, unique_id
 
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, InvalidRequest, MeshError, QueueFull
-from microserve.protocol.worlds import (
+from microserve.protocol.messages.world import (
     MAX_UNIQUE_ID_NBYTES,
     MAX_WORLDS,
     WorldRank,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from world_desk import SILENCE_S, Bench, unique_id
 
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.worlds import WorldJoined
+from microserve.protocol.messages.world import WorldJoined
 
 MOVES = st.lists(
     st.tuples(

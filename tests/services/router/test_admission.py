@@ -14,9 +14,9 @@ from router_world import (
 )
 from scripted_engine import MAX_MODEL_LEN, VOCAB_SIZE
 
-from microserve.protocol import actions as wire
-from microserve.protocol import serving
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.sampling import SamplingParams
 
 PROMPT = list(range(50))
 

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from router_world import GatewayPeer, World, eventually, in_loop, router_world
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import QueueFull
+from microserve.protocol.messages import engine as wire
 from microserve.services.router import prediction
 from microserve.services.router.admission import MAX_RETRY_S
 

@@ -17,10 +17,10 @@ from router_world import (
     start_with,
 )
 
-from microserve.protocol import actions as wire
 from microserve.protocol import log
-from microserve.protocol.actions import Finished, Timings, Usage
 from microserve.protocol.errors import CacheFull, MeshError, StrategyError
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.engine import Finished, Timings, Usage
 from microserve.services.router.engine import Engine
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.request import Request

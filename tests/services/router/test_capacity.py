@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from router_world import expected_output, in_loop, router_world
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import PromptTooLong, QueueFull
+from microserve.protocol.messages import engine as wire
 
 PROMPT = list(range(50))
 LABELS = {"d": ["decode"], "p": ["prefill"]}

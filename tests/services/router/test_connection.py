@@ -11,12 +11,12 @@ from fabric import Fabric
 from router_world import INTERVAL_S, LIVENESS, eventually, in_loop
 from scripted_engine import ScriptedEngine
 
-from microserve.protocol import actions as wire
-from microserve.protocol.codec import Channel
+from microserve.protocol.bus.codec import Channel
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import CacheFull, DeadlineExceeded, EngineLost, MeshError, PeerError
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.transport import ZmqBus
 from microserve.services.router.connection import EngineConnection, RouterIdentity
 from microserve.services.router.stream import TokenStream
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from router_world import expected_output, in_loop, router_world
 
-from microserve.protocol import actions as wire
-from microserve.protocol import serving
-from microserve.protocol.codec import encode_tokens
+from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import EngineLost
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 
 PROMPT = list(range(50))

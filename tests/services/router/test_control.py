@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from router_world import World, eventually, expected_output, in_loop, router_world
 
 from microserve.protocol import log
-from microserve.protocol.actions import Usage
-from microserve.protocol.control import ControlEntry, ControlState, Scalar, StrategyVersion
 from microserve.protocol.errors import ConfigError, StrategyNotFound
-from microserve.protocol.serving import Ended, Phases
+from microserve.protocol.messages.control import ControlEntry, ControlState, Scalar, StrategyVersion
+from microserve.protocol.messages.engine import Usage
+from microserve.protocol.messages.router import Ended, Phases
 from microserve.services.router.control import StrategyControl, load_source
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategy import Published, StrategyBook

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.protocol.actions import EngineLoad
+from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.decision import Cost, Decision, Send, cost_of
 from microserve.services.router.load import Load
 from microserve.services.router.prediction import EngineView

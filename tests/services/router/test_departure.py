@@ -8,9 +8,9 @@ import structlog
 from router_world import Answer, World, eventually, expected_output, in_loop, router_world, start_with
 from scripted_engine import BLOCK_SIZE, ScriptedEngine, output_token
 
-from microserve.protocol import actions as wire
 from microserve.protocol import log
 from microserve.protocol.errors import CacheFull, Draining, MeshError, QueueFull, TransferFailed
+from microserve.protocol.messages import engine as wire
 from microserve.services.router.failover import MAX_ATTEMPTS
 from microserve.services.router.strategies.data_parallel import data_parallel
 

@@ -23,12 +23,10 @@ from router_world import (
     router_world,
 )
 
-from microserve.protocol import actions as wire
-from microserve.protocol import log, serving
-from microserve.protocol.codec import ROUTER_REPLY, ROUTER_REQUEST, Channel, encode_tokens
-from microserve.protocol.numbered import NumberedClient
-from microserve.protocol.sampling import SamplingParams
-from microserve.protocol.transport import (
+from microserve.protocol import log
+from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST, Channel, encode_tokens
+from microserve.protocol.bus.numbered import NumberedClient
+from microserve.protocol.bus.transport import (
     ClientSocket,
     DisconnectHandler,
     FramesHandler,
@@ -36,8 +34,11 @@ from microserve.protocol.transport import (
     PublisherSocket,
     ServerSocket,
 )
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.types import WIRE_VERSION
-from microserve.services.lifecycle import Lifecycle
 from microserve.services.router.service import Router
 
 PROMPT = list(range(50))

@@ -11,7 +11,7 @@ import structlog
 from router_world import World, eventually, expected_output, in_loop, router_world, serve_with
 
 from microserve.protocol import log
-from microserve.protocol.control import ControlEntry, ControlState, StrategyVersion
+from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.overseer import Overseer
 from microserve.services.router.plan import PlanMesh

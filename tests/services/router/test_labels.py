@@ -16,9 +16,9 @@ from paper_mesh import PaperEngine, by_id, paper_mesh
 from router_world import World, eventually, expected_output, in_loop, router_world, serve_with, start_with
 
 from microserve.protocol import log
-from microserve.protocol.actions import EngineLoad
-from microserve.protocol.control import ControlState, EngineLabels
 from microserve.protocol.errors import StrategyError
+from microserve.protocol.messages.control import ControlState, EngineLabels
+from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.connection import EngineConnection
 from microserve.services.router.control import StrategyControl
 from microserve.services.router.labels import MAX_ENGINES, OwnLabels

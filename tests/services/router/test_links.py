@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from paper_mesh import PaperEngine, by_id, paper_mesh, sent
 from router_world import eventually, in_loop, router_world
 
-from microserve.protocol import actions as wire
-from microserve.protocol.actions import EngineLoad
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.link import Links
 from microserve.services.router.load import LoadBook
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from microserve.protocol.actions import EngineLoad
+from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.load import Account, Load, LoadBook
 
 ENGINES = st.sampled_from(["a", "b", "c"])

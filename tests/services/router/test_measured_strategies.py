@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from paper_mesh import PaperEngine, by_id, paper_mesh, sent
 from router_world import World, eventually, expected_output, in_loop, router_world
 
-from microserve.protocol import actions as wire
-from microserve.protocol.actions import EngineLoad
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.load import LoadBook
 from microserve.services.router.strategies.balanced_adaptive import even_split
 

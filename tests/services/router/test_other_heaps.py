@@ -8,8 +8,8 @@ import pytest
 from router_world import World, expected_output, router_world
 from scripted_engine import ScriptedEngine
 
-from microserve.protocol import actions as wire
 from microserve.protocol.errors import TransferFailed
+from microserve.protocol.messages import engine as wire
 from microserve.services.router.strategies import BUILT_IN
 
 PROMPT = list(range(40))

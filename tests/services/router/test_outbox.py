@@ -4,9 +4,9 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.protocol.actions import TokenLogprob, Usage
-from microserve.protocol.codec import MAX_MESSAGE_NBYTES
-from microserve.protocol.serving import Ended, Output, Phases, Stream
+from microserve.protocol.bus.codec import MAX_MESSAGE_NBYTES
+from microserve.protocol.messages.engine import TokenLogprob, Usage
+from microserve.protocol.messages.router import Ended, Output, Phases, Stream
 from microserve.services.router.outbox import MAX_STREAM_TOKENS, Outbox
 
 ENDED = Ended("length", Usage(), Phases(), "s", [])

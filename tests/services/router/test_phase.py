@@ -3,8 +3,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.protocol.actions import Timings
-from microserve.protocol.serving import Phases
+from microserve.protocol.messages.engine import Timings
+from microserve.protocol.messages.router import Phases
 from microserve.services.router.phase import PhaseClock
 
 TIMES = st.floats(0, 100, allow_nan=False)

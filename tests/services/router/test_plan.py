@@ -13,10 +13,10 @@ import pytest
 import structlog
 from router_world import World, eventually, in_loop, router_world
 
-from microserve.protocol import actions as wire
 from microserve.protocol import log
-from microserve.protocol.control import ControlEntry, ControlState, StrategyVersion
 from microserve.protocol.errors import DeadlineExceeded, StrategyError
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
 from microserve.services.router import plan as plan_module
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import Mesh

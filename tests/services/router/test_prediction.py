@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.protocol.actions import EngineLoad
+from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.load import Load
 from microserve.services.router.prediction import (
     RATE_MAX_AGE_S,

@@ -14,9 +14,10 @@ from router_world import (
     router_world,
 )
 
-from microserve.protocol import actions as wire
-from microserve.protocol import log, membership
-from microserve.protocol.transport import ClientSocket, DisconnectHandler, FramesHandler
+from microserve.protocol import log
+from microserve.protocol.bus.transport import ClientSocket, DisconnectHandler, FramesHandler
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages import index as membership
 
 PROMPT = list(range(50))
 

@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.protocol.codec import encode_tokens
+from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import InvalidInterval, ProtocolViolation
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.request import Request
 
 

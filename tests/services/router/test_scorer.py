@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paper_mesh import PaperEngine, by_id, paper_mesh, sent
 
-from microserve.protocol.actions import EngineLoad
 from microserve.protocol.errors import StrategyError
+from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router import scorer
 from microserve.services.router.engine import Engine
 from microserve.services.router.load import LoadBook

@@ -7,9 +7,9 @@ import structlog
 from router_world import eventually, in_loop, make_settings, router_world
 
 from microserve.protocol import log
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.transport import ZmqBus
-from microserve.services.lifecycle import Lifecycle
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.services.router.service import Router, run_router
 
 

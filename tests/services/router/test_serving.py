@@ -21,11 +21,12 @@ from router_world import (
 )
 from scripted_engine import ScriptedEngine
 
-from microserve.protocol import actions as wire
-from microserve.protocol import log, serving
-from microserve.protocol.codec import encode_tokens
+from microserve.protocol import log
+from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import CacheFull, QueueFull, TransferFailed
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 
 PROMPT = list(range(50))

@@ -10,8 +10,8 @@ import structlog
 from router_world import World, eventually, expected_output, in_loop, router_world
 
 from microserve.protocol import log
-from microserve.protocol.actions import EngineLoad
-from microserve.protocol.control import ControlEntry, ControlState, ShadowScore, StrategyVersion
+from microserve.protocol.messages.control import ControlEntry, ControlState, ShadowScore, StrategyVersion
+from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategies.data_parallel import data_parallel
 from microserve.services.router.strategy import Published, StrategyBook

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from router_world import World, eventually, expected_output, in_loop, open_world, router_world
 from scripted_engine import BLOCK_SIZE, ScriptedEngine
 
-from microserve.protocol import actions as wire
+from microserve.protocol.messages import engine as wire
 from microserve.services.router.strategies import BUILT_IN
 
 Call = tuple[Any, ...]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from router_world import in_loop
 
-from microserve.protocol.actions import Delta, Finished, Timings, TokenLogprob, Usage
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, TransferFailed
+from microserve.protocol.messages.engine import Delta, Finished, Timings, TokenLogprob, Usage
 from microserve.services.router.stream import Tokens, TokenStream
 
 OUTPUT = list(range(100, 140))

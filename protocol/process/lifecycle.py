@@ -11,7 +11,7 @@ from collections.abc import Callable
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.notify import Notifier
+from microserve.protocol.process.notify import Notifier
 
 _logger = structlog.get_logger()
 

@@ -21,12 +21,12 @@ import structlog
 import uvloop
 
 from microserve.protocol import log
-from microserve.protocol.curve import CurveKeys
+from microserve.protocol.bus.curve import CurveKeys
+from microserve.protocol.bus.transport import Bus, ZmqBus
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.notify import Notifier
+from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.process.notify import Notifier
 from microserve.protocol.settings import Settings
-from microserve.protocol.transport import Bus, ZmqBus
-from microserve.services.lifecycle import Lifecycle
 
 EXIT_STOPPED = 0
 EXIT_FAILED = 1

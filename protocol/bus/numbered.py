@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from struct import Struct
 
-from microserve.protocol.transport import Bus, DisconnectHandler, FramesHandler, PeerHandler
+from microserve.protocol.bus.transport import Bus, DisconnectHandler, FramesHandler, PeerHandler
 from microserve.protocol.types import WIRE_VERSION
 
 MAX_NUMBERED_PEERS = 4096

@@ -17,8 +17,10 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from microserve.protocol import actions, membership, serving
 from microserve.protocol.errors import InternalError, ProtocolViolation
+from microserve.protocol.messages import engine as actions
+from microserve.protocol.messages import index as membership
+from microserve.protocol.messages import router as serving
 from microserve.protocol.types import WIRE_VERSION
 
 MAX_MESSAGE_NBYTES = 8 << 20

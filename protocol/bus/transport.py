@@ -25,8 +25,8 @@ import structlog
 import zmq
 
 from microserve.protocol import log
-from microserve.protocol.codec import MAX_BULK_NBYTES
-from microserve.protocol.curve import CurveKeys, check_exposure
+from microserve.protocol.bus.codec import MAX_BULK_NBYTES
+from microserve.protocol.bus.curve import CurveKeys, check_exposure
 
 MAX_FRAMES_PER_TURN = 256
 """Messages drained before the loop gets its turn again."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from microserve.protocol.actions import TokenLogprob, Usage
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.engine import TokenLogprob, Usage
+from microserve.protocol.messages.sampling import SamplingParams
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True):

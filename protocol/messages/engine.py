@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import msgspec
 
-from microserve.protocol.grant import Grant
-from microserve.protocol.sampling import SamplingParams
+from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.sampling import SamplingParams
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, omit_defaults=False):

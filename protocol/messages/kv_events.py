@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from microserve.protocol.codec import MAX_BULK_NBYTES, Buffer
+from microserve.protocol.bus.codec import MAX_BULK_NBYTES, Buffer
 from microserve.protocol.errors import InternalError, ProtocolViolation
 
 WireHash = int | Annotated[bytes, msgspec.Meta(max_length=64)]

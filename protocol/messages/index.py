@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from microserve.protocol import control, worlds
-from microserve.protocol.actions import EngineInfo, EngineLoad
+from microserve.protocol.messages import control
+from microserve.protocol.messages import world as worlds
+from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True):
