@@ -26,11 +26,11 @@ from collections.abc import Callable
 import numpy as np
 
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.grant import GrantTable
+from microserve.kvcache.grant.table import GrantTable
+from microserve.kvcache.grant.writer import LaneWriter, TransferPlan
 from microserve.kvcache.heap.heap import Copies
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.kvcache.transfer import LaneWriter, TransferPlan
 from microserve.protocol.messages.grant import Grant
 
 POOL_NBYTES = 1 << 29

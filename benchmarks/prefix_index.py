@@ -16,8 +16,8 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 
-from microserve.kvcache.block_hash import block_hashes, root_hash
-from microserve.kvcache.prefix_index import PrefixIndex
+from microserve.kvcache.prefix.hash import block_hashes, root_hash
+from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.messages.kv_events import (
     BlockRemoved,
     BlockStored,

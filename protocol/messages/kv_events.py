@@ -10,7 +10,7 @@ We send this form only. We read it and what others send: the batch as a map (new
 positional arrays (vLLM before June 2026, SGLang), replay answers without a topic. ``epoch`` is ours: the
 incarnation of the engine, so that a restart cannot be taken for a continuation.
 
-Owns bytes and frames. Does not know what a hash means (kvcache/prefix_index.py) nor any socket.
+Owns bytes and frames. Does not know what a hash means (kvcache/prefix/index.py) nor any socket.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from microserve.protocol.bus.codec import MAX_BULK_NBYTES, Buffer
 from microserve.protocol.errors import InternalError, ProtocolViolation
 
 WireHash = int | Annotated[bytes, msgspec.Meta(max_length=64)]
-"""16 bytes from our engines (kvcache/block_hash.py); 64-bit ints or digests from others: opaque names."""
+"""16 bytes from our engines (kvcache/prefix/hash.py); 64-bit ints or digests from others: opaque names."""
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
 ExtraKeys = list[tuple[Any, ...] | None]

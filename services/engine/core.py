@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Protocol
 
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.grant import GrantTable
+from microserve.kvcache.grant.table import GrantTable
+from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import Heap
-from microserve.kvcache.prefix_cache import PrefixCache
-from microserve.kvcache.transfer import LaneWriter
+from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.protocol.errors import MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv_events import KVEvent

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from microserve.kvcache.block_hash import HashChain
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.grant import GrantEvent, GrantTable
-from microserve.kvcache.prefix_cache import PrefixCache
-from microserve.kvcache.transfer import LaneWriter
+from microserve.kvcache.grant.table import GrantEvent, GrantTable
+from microserve.kvcache.grant.writer import LaneWriter
+from microserve.kvcache.prefix.cache import PrefixCache
+from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.errors import CacheFull, PromptTooLong
 from microserve.protocol.messages.grant import Grant
 from microserve.services.engine.sequence import Sequence, State

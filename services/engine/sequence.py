@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from microserve.kvcache.block_hash import HashChain
+from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import PeerHeap
-from microserve.kvcache.transfer import LaneWriter
+from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.grant import Grant

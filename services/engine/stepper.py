@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import structlog
 
-from microserve.kvcache.grant import Discharged, Expired, Settled
+from microserve.kvcache.grant.table import Discharged, Expired, Settled
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from microserve.kvcache.prefix_index import PrefixIndex
+from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import MeshError, ProtocolViolation

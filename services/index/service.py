@@ -18,7 +18,7 @@ from functools import partial
 
 import structlog
 
-from microserve.kvcache.prefix_index import MIN_MAX_NBYTES, PrefixIndex
+from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, decode_tokens
 from microserve.protocol.bus.curve import is_operator

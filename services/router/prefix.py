@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import structlog
 
-from microserve.kvcache.prefix_index import PrefixIndex
+from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.services.index.feed import KvFeed

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings

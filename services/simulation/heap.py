@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microserve.kvcache.heap.heap import Copies, Copy
+from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.kvcache.heap.mapped import require_same_kv
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.grant import HeapAddress
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 
-from microserve.kvcache.prefix_index import PrefixIndex
+from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.errors import InternalError
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.index.service import IndexService

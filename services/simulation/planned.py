@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import msgspec
 
 from microserve.kvcache.heap.heap import Copies
+from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.kvcache.heap.mapped import require_same_kv
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.protocol.messages.grant import HeapAddress
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.engine.batch import Batch, Chunk, Runner, Sampled, StepResult

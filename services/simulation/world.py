@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from microserve.kvcache.heap.memory import MemoryRegistry
+from microserve.kvcache.heap.local import MemoryRegistry
 from microserve.protocol.errors import InternalError
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import (

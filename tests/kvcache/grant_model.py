@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import Copies, PeerHeap
-from microserve.kvcache.transfer import LaneWriter
 from microserve.protocol.messages.grant import Grant
 
 NUM_BLOCKS = 10

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.grant import GrantTable
+from microserve.kvcache.grant.table import GrantTable
+from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import Heap
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryPeerHeap, MemoryRegistry
-from microserve.kvcache.transfer import LaneWriter
+from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.protocol.messages.grant import Grant
 from tests.kvcache.kv_samples import fill, make_layout
 

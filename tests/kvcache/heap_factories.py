@@ -13,7 +13,7 @@ from host_world import HostWorld
 from microserve.kvcache.heap.cuda_driver import LibCuda
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.heap import Heap
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout

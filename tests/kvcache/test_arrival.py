@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from microserve.kvcache.grant import Settled
+from microserve.kvcache.grant.table import Settled
 from microserve.kvcache.layout import K
 from microserve.kvcache.words import OPEN, pack_state
 from microserve.protocol.errors import InternalError, TransferFailed

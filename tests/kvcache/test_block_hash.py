@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.kvcache.block_hash import HashChain, block_hashes, iter_hashes, root_hash
+from microserve.kvcache.prefix.hash import HashChain, block_hashes, iter_hashes, root_hash
 from microserve.protocol.errors import ConfigError, InvalidRequest
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=300)

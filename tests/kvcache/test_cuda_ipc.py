@@ -13,11 +13,11 @@ import pytest
 from host_driver import FREED_BYTE, HostDriver
 from hypothesis import find, given, settings
 
+from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap, CudaIpcPeerHeap
 from microserve.kvcache.heap.device import DeviceHeap
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.memfd import lane_byte
-from microserve.kvcache.transfer import LaneWriter
 from microserve.kvcache.words import POISON
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
 from microserve.protocol.messages.grant import Grant, HeapAddress

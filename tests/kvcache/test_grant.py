@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from microserve.kvcache.grant import Discharged, Expired, Settled
+from microserve.kvcache.grant.table import Discharged, Expired, Settled
 from microserve.kvcache.words import CLOSED, MAX_GENERATION, pack_state
 from microserve.protocol.errors import CacheFull, InternalError, TransferFailed, UnknownRequest
 from tests.kvcache.grant_world import NUM_SLOTS, Receiver

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.grant import Discharged, Expired, GrantTable, Settled
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
-from microserve.kvcache.transfer import LaneWriter
+from microserve.kvcache.grant.table import Discharged, Expired, GrantTable, Settled
+from microserve.kvcache.grant.writer import LaneWriter
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.errors import CacheFull, TransferFailed
 from tests.kvcache.grant_model import (
     BLOCK_SIZE,

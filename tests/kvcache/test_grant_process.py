@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.grant import Discharged, GrantTable, Settled
+from microserve.kvcache.grant.table import Discharged, GrantTable, Settled
 from microserve.kvcache.heap.heap import Heap
 from microserve.protocol.messages.grant import Grant
 from tests.kvcache.heap_child import Child, wait_until

@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from microserve.kvcache.grant import Discharged
-from microserve.kvcache.transfer import LaneWriter
+from microserve.kvcache.grant.table import Discharged
+from microserve.kvcache.grant.writer import LaneWriter
 from microserve.protocol.errors import CacheFull, TransferFailed
 from tests.kvcache.grant_world import NUM_SLOTS, RECEIVER, SEED, Receiver
 from tests.kvcache.kv_samples import is_painted, mismatches, paint

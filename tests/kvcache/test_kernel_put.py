@@ -20,12 +20,12 @@ from kernel_cases import declared, emulate
 
 from microserve.kernels.block_put import PutPlan
 from microserve.kernels.cuda_module import Launch
+from microserve.kvcache.grant.writer import LaneWriter, TransferPlan
 from microserve.kvcache.heap import kernel_put
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.device import MIN_RUNS_OF_A_LAUNCH, DeviceHeap
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.kernel_put import KernelPut
-from microserve.kvcache.transfer import LaneWriter, TransferPlan
 from microserve.kvcache.words import OPEN, pack_state
 from microserve.protocol.errors import InternalError, MeshError
 from microserve.protocol.messages.grant import Grant

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.kvcache.checksum import extend_checksum
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.grant.checksum import extend_checksum
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import K, KvLayout, V, block_spans
 from microserve.kvcache.words import (
     MAX_GENERATION,

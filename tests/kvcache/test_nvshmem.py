@@ -9,8 +9,8 @@ import pytest
 from host_driver import HostDriver
 from host_world import HostWorld
 
+from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
-from microserve.kvcache.transfer import LaneWriter
 from microserve.kvcache.words import pack_state
 from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.messages.grant import Grant

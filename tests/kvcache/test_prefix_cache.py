@@ -7,10 +7,10 @@ from unittest.mock import patch
 
 import pytest
 
-from microserve.kvcache import block_hash
-from microserve.kvcache.block_hash import block_hashes, root_hash
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.prefix_cache import PrefixCache
+from microserve.kvcache.prefix import hash as block_hash
+from microserve.kvcache.prefix.cache import PrefixCache
+from microserve.kvcache.prefix.hash import block_hashes, root_hash
 from microserve.protocol.errors import InternalError, InvalidInterval
 from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,

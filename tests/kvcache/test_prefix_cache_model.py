@@ -9,11 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from microserve.kvcache import block_hash
-from microserve.kvcache.block_hash import HashChain, block_hashes, root_hash
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.prefix_cache import PrefixCache
-from microserve.kvcache.prefix_index import PrefixIndex
+from microserve.kvcache.prefix import hash as block_hash
+from microserve.kvcache.prefix.cache import PrefixCache
+from microserve.kvcache.prefix.hash import HashChain, block_hashes, root_hash
+from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.errors import CacheFull
 from microserve.protocol.messages.kv_events import (
     BlockRemoved,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from microserve.kvcache.block_hash import block_hashes, root_hash
-from microserve.kvcache.prefix_index import MIN_MAX_NBYTES, PrefixIndex
+from microserve.kvcache.prefix.hash import block_hashes, root_hash
+from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
 from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest
 from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,

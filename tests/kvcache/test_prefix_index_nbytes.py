@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from microserve.kvcache.block_hash import block_hashes, root_hash
-from microserve.kvcache.prefix_index import MIN_MAX_NBYTES, PrefixIndex
+from microserve.kvcache.prefix.hash import block_hashes, root_hash
+from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
 from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,
     BlockRemoved,

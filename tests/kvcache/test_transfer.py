@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.grant import GrantTable
+from microserve.kvcache.grant.table import GrantTable
+from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import Heap, PeerHeap
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
-from microserve.kvcache.transfer import LaneWriter
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.words import CHECKSUMMED, CLAIMED, MAX_LANES, pack_count, pack_state
 from microserve.protocol.errors import (
     InternalError,

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.grant import GrantTable
+from microserve.kvcache.grant.table import GrantTable
+from microserve.kvcache.grant.writer import LaneWriter, TransferPlan
 from microserve.kvcache.heap.heap import Copies, Copy
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import K, V
-from microserve.kvcache.transfer import LaneWriter, TransferPlan
 from microserve.protocol.errors import (
     InternalError,
     InvalidInterval,

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from microserve.kvcache.arrival import Arrival
-from microserve.kvcache.grant import Discharged, GrantEvent, GrantTable
-from microserve.kvcache.transfer import LaneWriter
+from microserve.kvcache.grant.arrival import Arrival
+from microserve.kvcache.grant.table import Discharged, GrantEvent, GrantTable
+from microserve.kvcache.grant.writer import LaneWriter
 from microserve.protocol.bus.credit import CreditMeter
 from microserve.protocol.bus.liveness import LivenessBook
 from microserve.protocol.bus.numbered import Incoming, Verdict

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import product
 
 from microserve.kvcache.heap.heap import Heap
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import MAX_LANES
 from microserve.protocol.messages import engine as wire

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from router_world import eventually
 
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.bus.curve import CurveKeys
 from microserve.protocol.bus.transport import ZmqBus

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.prefix_cache import PrefixCache
+from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST
 from microserve.protocol.bus.numbered import NumberedServer
 from microserve.protocol.bus.transport import Bus, ClientSocket, FramesHandler, ZmqBus

@@ -14,7 +14,7 @@ from core_mesh import Engine
 from numpy.typing import NDArray
 
 from microserve.kvcache.heap.heap import Copies, Copy
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryPeerHeap, MemoryRegistry
+from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.protocol.messages.grant import HeapAddress
 from microserve.services.engine.batch import StepResult
 from microserve.services.engine.scheduler import Plan

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from lossy_bus import LossyBus
 from router_world import GatewayPeer, eventually
 
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.process.lifecycle import Lifecycle

@@ -14,7 +14,7 @@ import msgspec
 from fabric import Fabric
 from lossy_bus import LossyBus
 
-from microserve.kvcache.block_hash import block_hashes, root_hash
+from microserve.kvcache.prefix.hash import block_hashes, root_hash
 from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, decode_tokens
 from microserve.protocol.bus.credit import CreditWindow
 from microserve.protocol.bus.numbered import NumberedServer

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from core_mesh import VOCAB, Mesh, expect, generate, grant_for, prompt_of, receive, send
 
 from microserve.kvcache.heap.heap import Heap
-from microserve.kvcache.heap.memory import MemoryHeap
+from microserve.kvcache.heap.local import MemoryHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.services.engine.batch import Batch, Runner, StepResult
 from microserve.services.simulation.hash_runner import HashRunner

@@ -9,7 +9,7 @@ import pytest
 from direct_bus import DirectBus
 from junk import junk
 
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, encode_tokens
 from microserve.protocol.bus.numbered import Outgoing
 from microserve.protocol.messages import engine as wire

@@ -25,9 +25,9 @@ from late_write_case import (
     num_points,
 )
 
-from microserve.kvcache.grant import GrantEvent, GrantTable, _Entry
-from microserve.kvcache.heap.memory import MemoryHeap
-from microserve.kvcache.transfer import LaneWriter
+from microserve.kvcache.grant.table import GrantEvent, GrantTable, _Entry
+from microserve.kvcache.grant.writer import LaneWriter
+from microserve.kvcache.heap.local import MemoryHeap
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from core_mesh import GREEDY, ROUTER, Mesh, prompt_of
 from late_write import Sender
 from late_write_receiver import LONG_S, NEXT, OPTIONS, Receiver, oracle
 
-from microserve.kvcache.transfer import LaneWriter
+from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.words import MAX_LANES, OPEN
 from microserve.protocol.errors import InvalidRequest, MeshError, TransferFailed, UnknownRequest
 from microserve.protocol.messages import engine as wire

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from microserve.kvcache.block_hash import HashChain
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.grant import GrantTable
-from microserve.kvcache.heap.memory import MemoryHeap, MemoryRegistry
+from microserve.kvcache.grant.table import GrantTable
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
-from microserve.kvcache.prefix_cache import PrefixCache
+from microserve.kvcache.prefix.cache import PrefixCache
+from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.memory import KvMemory
 from microserve.services.engine.scheduler import Plan, Scheduler

@@ -7,7 +7,7 @@ import asyncio
 import msgspec
 from index_world import BLOCK_SIZE, Engine, World, in_world
 
-from microserve.kvcache.prefix_index import PrefixIndex
+from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.errors import EngineLost
 from microserve.protocol.messages.engine import SnapshotReply
 from microserve.protocol.messages.kv_events import KVEventBatch, encode_batch, publish_frames

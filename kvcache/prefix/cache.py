@@ -20,7 +20,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from microserve.kvcache.block_hash import (
+from microserve.kvcache.block_pool import BlockPool
+from microserve.kvcache.prefix.hash import (
     TOKEN_NBYTES,
     BlockHash,
     HashChain,
@@ -28,7 +29,6 @@ from microserve.kvcache.block_hash import (
     pack_tokens,
     root_hash,
 )
-from microserve.kvcache.block_pool import BlockPool
 from microserve.protocol.bus.codec import decode_tokens
 from microserve.protocol.errors import InternalError, InvalidInterval
 from microserve.protocol.messages.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from microserve.kvcache.checksum import extend_checksum
+from microserve.kvcache.grant.checksum import extend_checksum
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.kvcache.layout import KvLayout, block_spans
 from microserve.kvcache.words import (

@@ -9,7 +9,7 @@ Only reads. Does not know who asked for the KV, nor who frees the blocks (grant.
 
 from __future__ import annotations
 
-from microserve.kvcache.checksum import extend_checksum
+from microserve.kvcache.grant.checksum import extend_checksum
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import block_spans
 from microserve.kvcache.words import CHECKSUMMED, MAX_LANES, POISON, count_of, grant_tag

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from microserve.kvcache.block_hash import TOKEN_NBYTES, BlockHash, chain_hash, pack_tokens, root_hash
+from microserve.kvcache.prefix.hash import TOKEN_NBYTES, BlockHash, chain_hash, pack_tokens, root_hash
 from microserve.protocol.messages.kv_events import BlockStored, WireHash
 
 _HASH_OBJECT_NBYTES = 64

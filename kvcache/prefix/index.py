@@ -20,7 +20,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
-from microserve.kvcache.block_hash import (
+from microserve.kvcache.prefix.foreign import EventCounters, ForeignBlocks, salt_of
+from microserve.kvcache.prefix.hash import (
     BLOCK_HASH_NBYTES,
     BlockHash,
     chain_hash,
@@ -28,7 +29,6 @@ from microserve.kvcache.block_hash import (
     pack_tokens,
     root_hash,
 )
-from microserve.kvcache.foreign_blocks import EventCounters, ForeignBlocks, salt_of
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.protocol.messages.kv_events import (
     DEVICE_MEDIUMS,

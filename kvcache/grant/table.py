@@ -24,8 +24,8 @@ import enum
 from collections import deque
 from dataclasses import dataclass, field
 
-from microserve.kvcache.arrival import Arrival
 from microserve.kvcache.block_pool import BlockPool
+from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.words import CLOSED, MAX_GENERATION, MAX_LANES, OPEN, pack_state
 from microserve.protocol.errors import CacheFull, InternalError, UnknownRequest
