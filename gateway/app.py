@@ -14,12 +14,12 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from microserve.gateway import operator_routes
-from microserve.gateway.chat import ChatFormat, chat_prompts
-from microserve.gateway.completions import CompletionFormat, completion_prompts
-from microserve.gateway.errors import ClientGone, MethodNotAllowed, NotOffered, PathNotFound, problem_of
-from microserve.gateway.exchange import Exchange
-from microserve.gateway.generation import Dialect, Generation
-from microserve.gateway.openai_schema import ChatRequest, CompletionRequest
+from microserve.gateway.generation.generation import Dialect, Generation
+from microserve.gateway.http.errors import ClientGone, MethodNotAllowed, NotOffered, PathNotFound, problem_of
+from microserve.gateway.http.exchange import Exchange
+from microserve.gateway.openai.chat import ChatFormat, chat_prompts
+from microserve.gateway.openai.completions import CompletionFormat, completion_prompts
+from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
 from microserve.gateway.state import GatewayState
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError

@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 
-from microserve.gateway.chat import template_messages
-from microserve.gateway.exchange import Exchange
+from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.metrics import CONTENT_TYPE
-from microserve.gateway.openai_schema import DetokenizeRequest, TokenizeRequest, parse
+from microserve.gateway.openai.chat import template_messages
+from microserve.gateway.openai.schema import DetokenizeRequest, TokenizeRequest, parse
 from microserve.gateway.state import GatewayState
 from microserve.protocol.errors import InvalidRequest
 

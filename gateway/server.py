@@ -20,13 +20,13 @@ from pathlib import Path
 import structlog
 
 from microserve.gateway.app import Application
-from microserve.gateway.auth import KeyRing
-from microserve.gateway.exchange import BodyBudget
-from microserve.gateway.http_server import address_of, bind, make_server
+from microserve.gateway.http.auth import KeyRing
+from microserve.gateway.http.exchange import BodyBudget
+from microserve.gateway.http.server import address_of, bind, make_server
 from microserve.gateway.metrics import GatewayMetrics
-from microserve.gateway.router_client import RouterClient
+from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.state import GatewayState
-from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol import log
 from microserve.protocol.bus.curve import CurveKeys
 from microserve.protocol.bus.transport import ZmqBus

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from microserve.gateway.auth import KeyRing
-from microserve.gateway.exchange import BodyBudget
+from microserve.gateway.http.auth import KeyRing
+from microserve.gateway.http.exchange import BodyBudget
 from microserve.gateway.metrics import GatewayMetrics, Levels
-from microserve.gateway.router_client import RouterClient
-from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.gateway.routers.client import RouterClient
+from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining, MeshError, ModelNotFound, QueueFull
 

@@ -8,7 +8,7 @@ import pytest
 from gateway_world import make_model, make_tokenizer
 from tokenizers import Tokenizer
 
-from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.gateway.text.tokenizer import ModelTokenizer
 
 
 @pytest.fixture(scope="session")

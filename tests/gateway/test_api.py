@@ -16,7 +16,7 @@ from gateway_world import GatewayWorld, Served, gateway_world, run, special_id
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
-from microserve.gateway.canonical import PHASES
+from microserve.gateway.generation.summary import PHASES
 from microserve.protocol import log
 from microserve.protocol.messages.engine import TokenLogprob
 

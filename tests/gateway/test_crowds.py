@@ -23,8 +23,9 @@ import pytest
 from gateway_world import GatewayWorld, Served, connect, gateway_world, post, run
 from tokenizers import Tokenizer
 
-from microserve.gateway import server, sse
-from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.gateway import server
+from microserve.gateway.http import sse
+from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.messages.engine import TokenLogprob
 
 NUM_IDLE = int(os.environ.get("MICROSERVE_TEST_STREAMS", "10000"))

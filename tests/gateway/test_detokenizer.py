@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from microserve.gateway.detokenizer import MAX_HELD_TOKENS, REPLACEMENT, Detokenizer
-from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.gateway.text.detokenizer import MAX_HELD_TOKENS, REPLACEMENT, Detokenizer
+from microserve.gateway.text.tokenizer import ModelTokenizer
 
 TEXT = st.text(alphabet=st.sampled_from("abc Hello,😀👩‍🚀漢字éÅ\n\t\U0001f1e9\U0001f1ea"), max_size=40)
 

@@ -13,7 +13,7 @@ from gateway_world import Connection, GatewayWorld, connect, gateway_world, post
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
-from microserve.gateway import sse
+from microserve.gateway.http import sse
 from microserve.protocol import log
 
 CUTS: list[Callable[[Connection], None]] = [Connection.close, Connection.reset, Connection.half_close]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.gateway.auth import KeyRing
-from microserve.gateway.errors import (
+from microserve.gateway.http.auth import KeyRing
+from microserve.gateway.http.errors import (
     MAX_RETRY_AFTER_S,
     BodyTooLarge,
     NotOffered,

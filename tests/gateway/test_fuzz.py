@@ -16,7 +16,7 @@ from gateway_world import connect, gateway_world
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from microserve.gateway.openai_schema import ChatRequest, CompletionRequest
+from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),

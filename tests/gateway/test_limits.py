@@ -11,8 +11,10 @@ import pytest
 from gateway_world import GatewayWorld, Served, connect, gateway_world, post, run
 from tokenizers import Tokenizer
 
-from microserve.gateway import exchange, http_server, server
-from microserve.gateway.http_server import bind
+from microserve.gateway import server
+from microserve.gateway.http import exchange
+from microserve.gateway.http import server as http_server
+from microserve.gateway.http.server import bind
 from microserve.protocol.errors import ConfigError
 
 BODY = {"model": "tiny", "prompt": "x"}

@@ -9,8 +9,8 @@ from gateway_world import run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.gateway.errors import ClientGone, RouterLost
-from microserve.gateway.mailbox import Inbox, Mailbox
+from microserve.gateway.http.errors import ClientGone, RouterLost
+from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.protocol.errors import DeadlineExceeded, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob, Usage
 from microserve.protocol.messages.router import Ended, Output, Phases

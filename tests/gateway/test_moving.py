@@ -11,7 +11,7 @@ import pytest
 from gateway_world import BEAT_S, GatewayWorld, ScriptedRouter, Served, gateway_world, post, run
 from tokenizers import Tokenizer
 
-from microserve.gateway import moving
+from microserve.gateway.routers import failover as moving
 from microserve.protocol.bus.numbered import NumberedServer
 
 NEVER_SILENT = "bus.liveness=100000"

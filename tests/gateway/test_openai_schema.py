@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from microserve.gateway import openai_schema
-from microserve.gateway.openai_schema import (
+from microserve.gateway.openai import schema as openai_schema
+from microserve.gateway.openai.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,

@@ -10,12 +10,12 @@ import pytest
 from gateway_world import TEMPLATE, make_model, run, special_id
 from tokenizers import Tokenizer, processors
 
-from microserve.gateway.chat import chat_prompts, template_messages
-from microserve.gateway.chat_template import ChatTemplate
-from microserve.gateway.completions import completion_prompts
-from microserve.gateway.openai_schema import ChatRequest, CompletionRequest, parse
-from microserve.gateway.sampling_request import ModelLimits
-from microserve.gateway.tokenizer import INLINE_CHARS, ModelTokenizer
+from microserve.gateway.openai.chat import chat_prompts, template_messages
+from microserve.gateway.openai.completions import completion_prompts
+from microserve.gateway.openai.sampling import ModelLimits
+from microserve.gateway.openai.schema import ChatRequest, CompletionRequest, parse
+from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.tokenizer import INLINE_CHARS, ModelTokenizer
 from microserve.protocol.errors import ConfigError, InvalidRequest, PromptTooLong
 
 LIMITS = ModelLimits(max_model_len=10_000, vocab_size=300)

@@ -13,8 +13,8 @@ import pytest
 from gateway_world import BEAT_S, QUICK_LOSS, GatewayWorld, ScriptedRouter, gateway_world, post, run
 from tokenizers import Tokenizer
 
-from microserve.gateway import sequence_group
-from microserve.gateway.router_client import RouterClient
+from microserve.gateway.generation import group as sequence_group
+from microserve.gateway.routers.client import RouterClient
 from microserve.protocol.bus.codec import ROUTER_REQUEST
 from microserve.protocol.bus.curve import create_keys
 from microserve.protocol.bus.transport import Bus, ClientSocket, DisconnectHandler, FramesHandler

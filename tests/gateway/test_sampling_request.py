@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from microserve.gateway.openai_schema import ChatRequest, CompletionRequest, GenerationRequest
-from microserve.gateway.sampling_request import (
+from microserve.gateway.openai.sampling import (
     DEFAULT_COMPLETION_TOKENS,
     ModelLimits,
     options_of,
     sampling_of,
     seed_of,
 )
+from microserve.gateway.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
 from microserve.protocol.messages.sampling import SamplingParams
 

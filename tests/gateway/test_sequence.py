@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from microserve.gateway.canonical import Timeline
-from microserve.gateway.mailbox import Batch
-from microserve.gateway.sequence import LOWEST_LOGPROB, Sequence, TokenText
-from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.gateway.generation.summary import Timeline
+from microserve.gateway.routers.mailbox import Batch
+from microserve.gateway.text.choice import LOWEST_LOGPROB, Sequence, TokenText
+from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob, Usage
 from microserve.protocol.messages.router import Ended, Phases

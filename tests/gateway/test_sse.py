@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 from gateway_world import run
 
-from microserve.gateway.errors import ClientStalled
-from microserve.gateway.exchange import CONNECTION_EXTENSION, BodyBudget, Exchange, strategy_of, timeout_of
-from microserve.gateway.sse import DONE, PING, EventStream, event
+from microserve.gateway.http.errors import ClientStalled
+from microserve.gateway.http.exchange import (
+    CONNECTION_EXTENSION,
+    BodyBudget,
+    Exchange,
+    strategy_of,
+    timeout_of,
+)
+from microserve.gateway.http.sse import DONE, PING, EventStream, event
 from microserve.protocol.errors import InvalidRequest, MeshError
 
 Message = MutableMapping[str, Any]

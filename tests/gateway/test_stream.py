@@ -10,7 +10,7 @@ import pytest
 from gateway_world import gateway_world, post, run
 from tokenizers import Tokenizer
 
-from microserve.gateway import sse
+from microserve.gateway.http import sse
 from microserve.protocol.messages.engine import TokenLogprob
 
 

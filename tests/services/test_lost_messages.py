@@ -9,8 +9,8 @@ from lossy_bus import LossyBus
 from lossy_mesh import LossyMesh, lossy_mesh, oracle
 from router_world import eventually, in_loop
 
-from microserve.gateway.mailbox import Inbox
-from microserve.gateway.router_client import RouterClient
+from microserve.gateway.routers.client import RouterClient
+from microserve.gateway.routers.mailbox import Inbox
 from microserve.protocol.messages.sampling import SamplingParams
 
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)

@@ -18,9 +18,9 @@ import httpx
 from exactness import Case
 from processes import MeshProcesses
 
-from microserve.gateway.mailbox import Inbox, Mailbox
-from microserve.gateway.router_client import RouterClient
-from microserve.gateway.router_link import RouterLink
+from microserve.gateway.routers.client import RouterClient
+from microserve.gateway.routers.link import RouterLink
+from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import MeshError

@@ -15,7 +15,7 @@ from chaos_client import HTTP_LOST, NO_OUTCOME, Attempt
 from chaos_faults import Fault
 from chaos_load import CAPACITY, RETRYABLE, Outcome
 
-from microserve.gateway.errors import RouterLost
+from microserve.gateway.http.errors import RouterLost
 from microserve.protocol.errors import DeadlineExceeded, NoEngines
 
 ECHO_S = 3.0

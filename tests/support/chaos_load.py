@@ -16,7 +16,7 @@ from chaos_cases import Question
 from chaos_client import HTTP_LOST, NO_OUTCOME, Attempt, Doors
 from exactness import STRATEGIES
 
-from microserve.gateway.errors import RouterLost
+from microserve.gateway.http.errors import RouterLost
 from microserve.protocol.errors import CapacityError, MeshError, PeerError
 
 TTL_S = 30.0

@@ -11,12 +11,12 @@ from time import monotonic
 
 import msgspec
 
-from microserve.gateway.canonical import Timeline
-from microserve.gateway.exchange import Exchange
-from microserve.gateway.mailbox import Inbox, Mailbox
-from microserve.gateway.sampling_request import MAX_SEQUENCES, GenerationOptions, seed_of
-from microserve.gateway.sequence import Piece, Sequence
+from microserve.gateway.generation.summary import Timeline
+from microserve.gateway.http.exchange import Exchange
+from microserve.gateway.openai.sampling import MAX_SEQUENCES, GenerationOptions, seed_of
+from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.gateway.state import GatewayState
+from microserve.gateway.text.choice import Piece, Sequence
 from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
 from microserve.protocol.messages.sampling import SamplingParams
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from microserve.gateway.sequence import Piece, TokenText
-from microserve.gateway.sse import event
+from microserve.gateway.http.sse import event
+from microserve.gateway.text.choice import Piece, TokenText
 
 encode = msgspec.json.Encoder().encode
 

@@ -9,7 +9,7 @@ import secrets
 from dataclasses import dataclass
 from typing import TypeVar
 
-from microserve.gateway.openai_schema import ChatRequest, CompletionRequest, GenerationRequest
+from microserve.gateway.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
 from microserve.protocol.messages.sampling import MAX_LOGPROBS, SamplingParams
 

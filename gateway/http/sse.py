@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from microserve.gateway.errors import ClientStalled
-from microserve.gateway.exchange import Exchange
+from microserve.gateway.http.errors import ClientStalled
+from microserve.gateway.http.exchange import Exchange
 from microserve.protocol.errors import MeshError
 
 PING_S = 15.0

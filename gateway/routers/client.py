@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
-from microserve.gateway.mailbox import Inbox, Mailbox
-from microserve.gateway.moving import Moves
-from microserve.gateway.router_link import RouterLink
-from microserve.gateway.sampling_request import ModelLimits
+from microserve.gateway.openai.sampling import ModelLimits
+from microserve.gateway.routers.failover import Moves
+from microserve.gateway.routers.link import RouterLink
+from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, MeshError, NoEngines, QueueFull

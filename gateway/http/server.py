@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from microserve.gateway.exchange import CONNECTION_EXTENSION
+from microserve.gateway.http.exchange import CONNECTION_EXTENSION
 from microserve.protocol.errors import ConfigError
 
 BACKLOG = 2048

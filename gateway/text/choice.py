@@ -9,10 +9,10 @@ import math
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 
-from microserve.gateway.canonical import Timeline
-from microserve.gateway.mailbox import Batch, Mailbox
-from microserve.gateway.stop import StopMatcher
-from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.gateway.generation.summary import Timeline
+from microserve.gateway.routers.mailbox import Batch, Mailbox
+from microserve.gateway.text.stop import StopMatcher
+from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import MeshError, PeerError, ProtocolViolation, error_for
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.router import Ended

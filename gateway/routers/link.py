@@ -17,9 +17,9 @@ from typing import Any
 
 import structlog
 
-from microserve.gateway.errors import RouterLost
-from microserve.gateway.mailbox import Mailbox
-from microserve.gateway.sampling_request import ModelLimits
+from microserve.gateway.http.errors import RouterLost
+from microserve.gateway.openai.sampling import ModelLimits
+from microserve.gateway.routers.mailbox import Mailbox
 from microserve.protocol import log
 from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST
 from microserve.protocol.bus.credit import CreditMeter

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from microserve.gateway.answer import UsageCounts
-from microserve.gateway.canonical import Summary, Timeline, write_line
-from microserve.gateway.errors import ClientGone
-from microserve.gateway.exchange import Exchange
-from microserve.gateway.sequence import Sequence
+from microserve.gateway.generation.summary import Summary, Timeline, write_line
+from microserve.gateway.http.errors import ClientGone
+from microserve.gateway.http.exchange import Exchange
+from microserve.gateway.openai.answer import UsageCounts
 from microserve.gateway.state import GatewayState
+from microserve.gateway.text.choice import Sequence
 from microserve.protocol.errors import MeshError
 
 

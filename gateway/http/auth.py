@@ -9,7 +9,7 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 
-from microserve.gateway.errors import Unauthorized
+from microserve.gateway.http.errors import Unauthorized
 
 
 class KeyRing:

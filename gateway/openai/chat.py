@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from microserve.gateway.answer import AnswerFormat, Choice, encode
-from microserve.gateway.openai_schema import ChatRequest, ContentPart, Message
-from microserve.gateway.sampling_request import ModelLimits
-from microserve.gateway.sequence import Piece, TokenText
-from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.gateway.openai.answer import AnswerFormat, Choice, encode
+from microserve.gateway.openai.sampling import ModelLimits
+from microserve.gateway.openai.schema import ChatRequest, ContentPart, Message
+from microserve.gateway.text.choice import Piece, TokenText
+from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest
 
 MAX_MESSAGES = 4096

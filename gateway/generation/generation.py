@@ -13,18 +13,18 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from microserve.gateway.accounting import account, usage_of
-from microserve.gateway.answer import AnswerFormat, Choice
-from microserve.gateway.errors import ClientGone, problem_of
-from microserve.gateway.exchange import Exchange, strategy_of, timeout_of
-from microserve.gateway.mailbox import Mailbox
-from microserve.gateway.openai_schema import GenerationRequest, parse
-from microserve.gateway.sampling_request import ModelLimits, options_of, sampling_of
-from microserve.gateway.sequence import Sequence, TokenText
-from microserve.gateway.sequence_group import SequenceGroup
-from microserve.gateway.sse import DONE, EventStream, event
+from microserve.gateway.generation.accounting import account, usage_of
+from microserve.gateway.generation.group import SequenceGroup
+from microserve.gateway.http.errors import ClientGone, problem_of
+from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of
+from microserve.gateway.http.sse import DONE, EventStream, event
+from microserve.gateway.openai.answer import AnswerFormat, Choice
+from microserve.gateway.openai.sampling import ModelLimits, options_of, sampling_of
+from microserve.gateway.openai.schema import GenerationRequest, parse
+from microserve.gateway.routers.mailbox import Mailbox
 from microserve.gateway.state import GatewayState
-from microserve.gateway.tokenizer import ModelTokenizer
+from microserve.gateway.text.choice import Sequence, TokenText
+from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from starlette.types import Message, Receive, Scope, Send
 
-from microserve.gateway.errors import BodyTimeout, BodyTooLarge, ClientGone, problem_of
+from microserve.gateway.http.errors import BodyTimeout, BodyTooLarge, ClientGone, problem_of
 from microserve.protocol.errors import InvalidRequest, MeshError, QueueFull
 
 BODY_TIMEOUT_S = 60.0

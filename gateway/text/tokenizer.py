@@ -16,8 +16,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 
-from microserve.gateway.chat_template import ChatTemplate
-from microserve.gateway.detokenizer import Detokenizer
+from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.detokenizer import Detokenizer
 from microserve.protocol.errors import ConfigError, InvalidRequest, PromptTooLong
 
 INLINE_CHARS = 2048

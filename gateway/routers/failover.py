@@ -13,8 +13,8 @@ from time import monotonic
 import msgspec
 import structlog
 
-from microserve.gateway.mailbox import Mailbox
-from microserve.gateway.router_link import RouterLink
+from microserve.gateway.routers.link import RouterLink
+from microserve.gateway.routers.mailbox import Mailbox
 from microserve.protocol import log
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import MeshError, NoEngines
