@@ -24,10 +24,10 @@ from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.demo_model import default_cache, fetch
 from microserve.services.engine.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.model import load_model
 from microserve.services.engine.runner import ModelRunner
+from microserve.services.local.demo_model import default_cache, fetch
 
 NUM_BLOCKS, BLOCK_SIZE = 2048, 16
 PREFILLS = [(n, start) for n in (2, 8, 32, 128, 512) for start in (0, 1024, 4096)]

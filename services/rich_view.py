@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.text import Text
 from rich.tree import Tree
 
-from microserve.services.demo_request import Answer
-from microserve.services.mesh_state import MeshState
-from microserve.services.mesh_view import COLOURS, SYMBOLS, describe, printable, summarise
+from microserve.services.local.demo_request import Answer
+from microserve.services.local.directory import MeshState
+from microserve.services.local.view import COLOURS, SYMBOLS, describe, printable, summarise
 
 
 class RichView:

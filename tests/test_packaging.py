@@ -77,7 +77,9 @@ def test_the_wheel_names_its_licence_and_command(wheel: zipfile.ZipFile) -> None
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     information = f"microserve-{version}.dist-info"
     assert b"Apache License" in wheel.read(f"{information}/licenses/LICENSE")
-    assert b"microserve = microserve.services.cli:main" in wheel.read(f"{information}/entry_points.txt")
+    assert b"microserve = microserve.services.command.main:main" in wheel.read(
+        f"{information}/entry_points.txt"
+    )
 
 
 def test_no_file_is_too_long() -> None:

@@ -33,9 +33,9 @@ from microserve.protocol.settings import BusSettings, Settings
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
 from microserve.services.index.engine_link import EngineLink
-from microserve.services.index.feed import KvFeed
 from microserve.services.index.membership import Admission, Membership
 from microserve.services.index.worlds import WorldDesk
+from microserve.services.links.feed import KvFeed
 
 MAX_WATCHERS = 1024
 

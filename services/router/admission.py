@@ -21,7 +21,7 @@ from microserve.protocol.errors import (
 )
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.settings import RouterSettings
-from microserve.services.router.connection import EngineConnection
+from microserve.services.links.engine import EngineConnection
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import RETRY_AFTER_S, Lookup
 from microserve.services.router.prediction import EngineView, predicted_ttft_s

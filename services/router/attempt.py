@@ -16,11 +16,11 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages.router import Output
+from microserve.services.links.stream import Tokens
 from microserve.services.router.live import LiveRequest
 from microserve.services.router.overseer import Overseer, StrategyHung
 from microserve.services.router.scope import RequestScope
 from microserve.services.router.strategy import Strategy
-from microserve.services.router.stream import Tokens
 from microserve.services.router.view import MeshView
 
 CLOSE_S = 1.0

@@ -9,6 +9,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from microserve.protocol.errors import CapacityError, PeerError, QueueFull
+from microserve.services.links.stream import Tokens
 from microserve.services.router import scorer
 from microserve.services.router.engine import Engine
 from microserve.services.router.load import Load
@@ -16,7 +17,6 @@ from microserve.services.router.mesh import Mesh
 from microserve.services.router.plan import PlanMesh
 from microserve.services.router.request import Request
 from microserve.services.router.strategy import strategy
-from microserve.services.router.stream import Tokens
 
 __all__ = [
     "strategy",

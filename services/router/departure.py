@@ -13,10 +13,10 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import EngineLost, MeshError, PeerError
-from microserve.services.router.connection import EngineConnection
+from microserve.services.links.engine import EngineConnection
+from microserve.services.links.stream import Tokens
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.request import Request
-from microserve.services.router.stream import Tokens
 from microserve.services.router.transfer import Sending
 
 GRANT_S = 2.0

@@ -19,7 +19,7 @@ from microserve.protocol.errors import (
     StrategyError,
 )
 from microserve.protocol.messages import engine as wire
-from microserve.services.router.connection import EngineConnection
+from microserve.services.links.engine import EngineConnection
 from microserve.services.router.decision import Send
 from microserve.services.router.generation import STREAM, Generation
 from microserve.services.router.labels import OwnLabels

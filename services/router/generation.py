@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from microserve.protocol.errors import MeshError, PeerError
 from microserve.protocol.messages import engine as wire
-from microserve.services.router.connection import EngineConnection
+from microserve.services.links.engine import EngineConnection
+from microserve.services.links.stream import Tokens, TokenStream
 from microserve.services.router.scope import RequestScope
-from microserve.services.router.stream import Tokens, TokenStream
 from microserve.services.router.transfer import Sending
 
 STREAM = "stream"

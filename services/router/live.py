@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from microserve.protocol.errors import Draining, MeshError
 from microserve.protocol.messages.router import Output
+from microserve.services.links.stream import Tokens
 from microserve.services.router.mesh import RETRY_AFTER_S
 from microserve.services.router.phase import PhaseClock
 from microserve.services.router.scope import RequestScope
-from microserve.services.router.stream import Tokens
 
 if TYPE_CHECKING:
     from microserve.services.router.shadow import Rehearsal

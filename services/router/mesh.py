@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from microserve.protocol.errors import NoEngines, StrategyError
-from microserve.services.router.connection import EngineConnection
+from microserve.services.links.engine import EngineConnection
 from microserve.services.router.engine import Engine
 from microserve.services.router.load import Load, LoadBook
 from microserve.services.router.request import Request

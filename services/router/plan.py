@@ -19,7 +19,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import CapacityError, PeerError
-from microserve.services.router.connection import EngineConnection
+from microserve.services.links.engine import EngineConnection
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.overseer import StrategyHung

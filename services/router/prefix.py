@@ -11,8 +11,8 @@ import structlog
 from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
-from microserve.services.index.feed import KvFeed
-from microserve.services.router.connection import EngineConnection
+from microserve.services.links.engine import EngineConnection
+from microserve.services.links.feed import KvFeed
 from microserve.services.router.request import Request
 
 _logger = structlog.get_logger()

@@ -22,7 +22,7 @@ from microserve.protocol.messages.control import ControlState
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.index import Members, Watch
 from microserve.protocol.settings import BusSettings
-from microserve.services.router.connection import EngineConnection, RouterIdentity
+from microserve.services.links.engine import EngineConnection, RouterIdentity
 from microserve.services.router.control import StrategyControl
 
 _logger = structlog.get_logger()

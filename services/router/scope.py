@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from microserve.protocol.errors import DeadlineExceeded, MeshError, StrategyError
-from microserve.services.router.connection import EngineConnection
+from microserve.services.links.engine import EngineConnection
 from microserve.services.router.decision import Decision
 from microserve.services.router.load import Account
 from microserve.services.router.phase import PhaseClock

@@ -11,9 +11,9 @@ from microserve.protocol.errors import ConfigError, StrategyNotFound
 from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import RouterSettings, Settings
+from microserve.services.links.engine import EngineConnection, RouterIdentity
 from microserve.services.router.admission import Admission
 from microserve.services.router.attempt import Attempts
-from microserve.services.router.connection import EngineConnection, RouterIdentity
 from microserve.services.router.control import StrategyControl
 from microserve.services.router.gateways import Gateways
 from microserve.services.router.overseer import Overseer

@@ -25,9 +25,10 @@ from microserve.protocol.errors import (
 from microserve.protocol.messages.engine import EngineInfo, Usage
 from microserve.protocol.messages.router import Ended, Generate, Output
 from microserve.protocol.messages.sampling import SamplingParams
+from microserve.services.links.engine import EngineConnection
+from microserve.services.links.stream import Tokens
 from microserve.services.router.admission import Admission
 from microserve.services.router.attempt import Attempts, out_of_time
-from microserve.services.router.connection import EngineConnection
 from microserve.services.router.departure import EngineLeaving, MoveFailed, move
 from microserve.services.router.ending import cut_short, finished_well, write_line
 from microserve.services.router.failover import Failover
@@ -41,7 +42,6 @@ from microserve.services.router.scope import RequestScope
 from microserve.services.router.shadow import OnDecided, Shadows
 from microserve.services.router.strategies.data_parallel import data_parallel
 from microserve.services.router.strategy import Strategy
-from microserve.services.router.stream import Tokens
 from microserve.services.router.view import State
 
 OnEnd = Callable[[Ended, bool, bool], None]

@@ -23,8 +23,8 @@ from microserve.protocol import log
 from microserve.protocol.errors import NoEngines, StrategyError
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.sampling import SamplingParams
+from microserve.services.links.engine import EngineConnection
 from microserve.services.router.attempt import Attempts
-from microserve.services.router.connection import EngineConnection
 from microserve.services.router.decision import Cost, Decision, cost_of
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import RETRY_AFTER_S, Lookup, Mesh

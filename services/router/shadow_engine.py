@@ -15,8 +15,8 @@ from microserve.protocol.errors import MeshError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine import Delta, EngineInfo, EngineLoad, Finished, Timings, Usage
 from microserve.protocol.messages.grant import Grant, HeapAddress
-from microserve.services.router.connection import Answer, EngineConnection
-from microserve.services.router.stream import TokenStreams
+from microserve.services.links.engine import Answer, EngineConnection
+from microserve.services.links.stream import TokenStreams
 
 T = TypeVar("T")
 ShadowRequest = wire.PrepRecv | wire.RemoteSend | wire.StartGenerate | wire.Commit | wire.Release

@@ -23,9 +23,9 @@ from typing import Any, overload
 import msgspec
 
 from microserve.protocol.errors import ConfigError, StrategyError, StrategyNotFound
+from microserve.services.links.stream import Tokens
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.request import Request
-from microserve.services.router.stream import Tokens
 from microserve.services.router.view import MeshView
 
 StrategyFunction = Callable[..., AsyncGenerator[Tokens, None]]

@@ -13,7 +13,7 @@ from microserve.kvcache.words import MAX_LANES
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import Grant
-from microserve.services.router.connection import Answer, EngineConnection
+from microserve.services.links.engine import Answer, EngineConnection
 from microserve.services.router.request import Request
 from microserve.services.router.scope import RequestScope
 

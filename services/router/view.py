@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from microserve.protocol.messages import engine as wire
-from microserve.services.router.connection import EngineConnection
+from microserve.services.links.engine import EngineConnection
 from microserve.services.router.labels import OwnLabels
 from microserve.services.router.load import Load, LoadBook
 from microserve.services.router.prediction import EngineView, predicted_ttft_s

@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from microserve.protocol.settings import GatewaySettings, Settings, load_settings
-from microserve.services.cli import Flags, main
-from microserve.services.mesh_plan import assignment
-from microserve.services.settings_text import MASK, as_toml
+from microserve.services.command.main import Flags, main
+from microserve.services.command.settings_text import MASK, as_toml
+from microserve.services.local.composition import assignment
 
 HEAVY = ("torch", "transformers", "numpy", "zmq", "rich", "structlog", "asyncio", "microserve.protocol")
 
@@ -29,7 +29,7 @@ def test_help_imports_nothing_heavy() -> None:
     """Speed, without measuring time: 150 ms of start-up is what these imports would cost."""
     program = (
         "import sys\n"
-        "from microserve.services.cli import main\n"
+        "from microserve.services.command.main import main\n"
         "for words in (['--help'], ['up', '--help'], ['engine', '--help']):\n"
         "    main(words, standalone_mode=False)\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"

@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from microserve.services import demo_model
-from microserve.services.demo_model import MODEL_NAME, FetchFailed, Report, default_cache, fetch, find_gguf
+from microserve.services.local import demo_model
+from microserve.services.local.demo_model import (
+    MODEL_NAME,
+    FetchFailed,
+    Report,
+    default_cache,
+    fetch,
+    find_gguf,
+)
 
 TIMEOUT_S = 20.0
 

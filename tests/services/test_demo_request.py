@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from microserve.services.demo_request import Answer, DemoFailed, Gateway
+from microserve.services.local.demo_request import Answer, DemoFailed, Gateway
 
 TIMEOUT_S = 20.0
 

@@ -14,8 +14,8 @@ from router_world import eventually, in_loop
 from microserve.protocol.bus.curve import create_keys
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.cli import main
-from microserve.services.drain import DrainFailed, drain
+from microserve.services.command.drain import DrainFailed, drain
+from microserve.services.command.main import main
 
 PROMPT = list(range(10, 31))
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
@@ -89,7 +89,7 @@ async def test_an_engine_that_takes_longer_than_the_bound() -> None:
 
 @in_loop
 async def test_without_an_index_nobody_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("microserve.services.drain.INDEX_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("microserve.services.command.drain.INDEX_TIMEOUT_S", 0.2)
     address = absent_address()
     with pytest.raises(DrainFailed, match=f"^the index at {address} does not answer$"):
         await drain(make_settings(address), "e", 10.0, lambda line: None)

@@ -12,9 +12,9 @@ from index_world import World, make_info
 
 from microserve.protocol.messages.control import ControlState, EngineLabels
 from microserve.protocol.messages.index import Register, Registered, Watch
-from microserve.services.cli import main
-from microserve.services.label_command import rows
-from microserve.services.strategy_client import ControlClient
+from microserve.services.command.control_client import ControlClient
+from microserve.services.command.label import rows
+from microserve.services.command.main import main
 
 
 def run(*words: str) -> Result:

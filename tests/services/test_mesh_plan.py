@@ -9,8 +9,8 @@ import pytest
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings, load_settings
-from microserve.services.mesh_plan import free_ports, plan_mesh
-from microserve.services.supervisor import Child
+from microserve.services.local.composition import free_ports, plan_mesh
+from microserve.services.local.supervisor import Child
 
 
 def child_settings(child: Child) -> Settings:

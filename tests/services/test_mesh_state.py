@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from microserve.services.mesh_state import AlreadyRunning, ChildState, MeshDirectory, MeshState
-from microserve.services.supervisor import Child, MeshFailed
-from microserve.services.up import down
+from microserve.services.local.directory import AlreadyRunning, ChildState, MeshDirectory, MeshState
+from microserve.services.local.supervisor import Child, MeshFailed
+from microserve.services.local.up import down
 
 HOLD = """
 import sys, pathlib, signal
-from microserve.services.mesh_state import MeshDirectory
+from microserve.services.local.directory import MeshDirectory
 {prelude}
 with MeshDirectory(pathlib.Path(sys.argv[1])).hold():
     print("held", flush=True)

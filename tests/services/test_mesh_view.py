@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from microserve.services.demo_request import Answer
-from microserve.services.mesh_state import ChildState, MeshState
-from microserve.services.mesh_view import JsonView, PlainView, View, make_view, summarise
+from microserve.services.local.demo_request import Answer
+from microserve.services.local.directory import ChildState, MeshState
+from microserve.services.local.view import JsonView, PlainView, View, make_view, summarise
 from microserve.services.rich_view import RichView
 
 ANSWER = Answer("Paris.", num_tokens=11, first_token_s=0.25, total_s=0.75)

@@ -8,8 +8,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from microserve.services.cli import main
-from microserve.services.strategy_command import parameter, share_of
+from microserve.services.command.main import main
+from microserve.services.command.strategy import parameter, share_of
 
 
 @pytest.mark.parametrize(

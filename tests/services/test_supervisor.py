@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.services.supervisor import Child, MeshFailed, RestartWindow, State, Supervisor
+from microserve.services.local.supervisor import Child, MeshFailed, RestartWindow, State, Supervisor
 
 TIMEOUT_S = 30.0
 
@@ -206,7 +206,7 @@ def test_what_a_child_has_started_goes_with_it(tmp_path: Path) -> None:
 def test_sigkill_of_the_supervisor_leaves_no_child(tmp_path: Path) -> None:
     script = f"""
 import asyncio, pathlib, sys
-from microserve.services.supervisor import Child, Supervisor
+from microserve.services.local.supervisor import Child, Supervisor
 async def main():
     argv = [sys.executable, "-S", "-c", {SERVE!r}]
     children = [Child(n, argv, pathlib.Path({str(tmp_path)!r}) / n) for n in "ab"]

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.services.event_log import EventLog, LogFile, last_error, parse_event
-from microserve.services.tail import PHASES, Filter, format_event, show
+from microserve.services.command.tail import PHASES, Filter, format_event, show
+from microserve.services.local.event_log import EventLog, LogFile, last_error, parse_event
 
 
 def line(ts: float, event: str, service: str = "router", **fields: Any) -> bytes:

@@ -30,7 +30,7 @@ from microserve.services.engine.memory import KvMemory, Reception
 from microserve.services.engine.scheduler import Scheduler
 from microserve.services.engine.sequence import Sequence
 from microserve.services.engine.session import Session, Sessions
-from microserve.services.index.feed_state import FeedState
+from microserve.services.links.feed_state import FeedState
 from microserve.services.router.failover import Failover
 from microserve.services.router.load import Account
 from microserve.services.router.request import Request

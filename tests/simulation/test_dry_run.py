@@ -8,10 +8,10 @@ import sys
 import pytest
 from hostile_strategies import GOOD, HEAD, HOSTILE, SERVE
 
-from microserve.services import strategy_command
+from microserve.services.command import strategy as strategy_command
+from microserve.services.command.strategy import _check
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.dry_run import try_strategy
-from microserve.services.strategy_command import _check
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -17,7 +17,7 @@ from wire_samples import INFO
 
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad, Sent, Timings
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.router.connection import EngineConnection
+from microserve.services.links.engine import EngineConnection
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.phase import PhaseClock

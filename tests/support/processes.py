@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from microserve.services import leash
+from microserve.services.local import leash
 
 LEASH = Path(leash.__file__)
 
@@ -94,7 +94,7 @@ class MeshProcesses:
         kind, _, number = name.partition("-")
         if kind == "gateway" and name not in self.gateway_ports:
             self.gateway_ports[name] = self.make_port()
-        module = "microserve.gateway" if kind == "gateway" else "microserve.services.cli"
+        module = "microserve.gateway" if kind == "gateway" else "microserve.services.command.main"
         # The leash: a test run that is killed takes its services along.
         tied = [sys.executable, "-S", "-E", str(LEASH), str(os.getpid())]
         command = [*tied, sys.executable, "-m", module, *([] if kind == "gateway" else [kind])]

@@ -24,7 +24,7 @@ from processes import MeshProcesses, free_port
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.strategy_client import ControlClient
+from microserve.services.command.control_client import ControlClient
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 HEAD = (

@@ -16,7 +16,7 @@ from swaps import GREEDY, PROMPTS, run_swaps, source
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.control import ControlReport
-from microserve.services.strategy_client import ControlClient
+from microserve.services.command.control_client import ControlClient
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

@@ -18,7 +18,7 @@ from swaps import GREEDY, PROMPTS
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.control import ROLLBACK, ControlRecord
-from microserve.services.strategy_client import ControlClient
+from microserve.services.command.control_client import ControlClient
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 

@@ -207,7 +207,7 @@ async def _leave(mesh: MeshProcesses, name: str, loading: asyncio.Task[None]) ->
 
 
 def _drain_command(mesh: MeshProcesses, name: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "microserve.services.cli", "drain", name]
+    command = [sys.executable, "-m", "microserve.services.command.main", "drain", name]
     command += ["--set", f"index.address={mesh.index_address}", "--timeout", str(DRAIN_S)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     return done.returncode, done.stdout + done.stderr

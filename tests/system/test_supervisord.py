@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from microserve.services.demo_request import Answer, Gateway
-from microserve.services.event_log import EventLog
-from microserve.services.mesh_plan import free_ports
+from microserve.services.local.composition import free_ports
+from microserve.services.local.demo_request import Answer, Gateway
+from microserve.services.local.event_log import EventLog
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "supervisord.conf"
 START_TIMEOUT_S = 120.0

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from microserve.services.demo_request import PROMPT, Answer, Gateway
-from microserve.services.mesh_state import MeshDirectory
+from microserve.services.local.demo_request import PROMPT, Answer, Gateway
+from microserve.services.local.directory import MeshDirectory
 
 pytestmark = pytest.mark.system
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
+from microserve.services.links.stream import Tokens
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.request import Request
 from microserve.services.router.strategy import strategy
-from microserve.services.router.stream import Tokens
 
 
 @strategy

@@ -12,11 +12,11 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from microserve.services.links.stream import Tokens
 from microserve.services.router.engine import Engine
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.request import Request
 from microserve.services.router.strategy import strategy
-from microserve.services.router.stream import Tokens
 
 
 @strategy

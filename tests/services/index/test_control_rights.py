@@ -14,8 +14,8 @@ from microserve.protocol.bus.curve import CurveKeys, create_keys, index_key, is_
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError, InvalidRequest
 from microserve.protocol.settings import BusSettings
+from microserve.services.command.control_client import ControlClient
 from microserve.services.index.service import IndexService
-from microserve.services.strategy_client import ControlClient
 
 
 def make_directories(tmp_path: Path) -> tuple[Path, Path]:

@@ -12,7 +12,7 @@ from microserve.protocol.errors import EngineLost
 from microserve.protocol.messages.engine import SnapshotReply
 from microserve.protocol.messages.kv_events import KVEventBatch, encode_batch, publish_frames
 from microserve.services.index.engine_link import EngineLink
-from microserve.services.index.feed import KvFeed
+from microserve.services.links.feed import KvFeed
 
 PROMPT = list(range(100, 100 + 4 * BLOCK_SIZE))
 OTHER = list(range(500, 500 + 2 * BLOCK_SIZE))

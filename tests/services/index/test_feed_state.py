@@ -8,8 +8,8 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from microserve.services.index import feed_state
-from microserve.services.index.feed_state import (
+from microserve.services.links import feed_state
+from microserve.services.links.feed_state import (
     BACKOFF_MAX_S,
     MAX_BUFFERED_BATCHES,
     Apply,

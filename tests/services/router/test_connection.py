@@ -17,8 +17,8 @@ from microserve.protocol.errors import CacheFull, DeadlineExceeded, EngineLost, 
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings
-from microserve.services.router.connection import EngineConnection, RouterIdentity
-from microserve.services.router.stream import TokenStream
+from microserve.services.links.engine import EngineConnection, RouterIdentity
+from microserve.services.links.stream import TokenStream
 
 
 @asynccontextmanager

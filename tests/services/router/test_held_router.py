@@ -12,12 +12,12 @@ from router_world import World, eventually, expected_output, in_loop, router_wor
 
 from microserve.protocol import log
 from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
+from microserve.services.links.stream import Tokens
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.overseer import Overseer
 from microserve.services.router.plan import PlanMesh
 from microserve.services.router.request import Request
 from microserve.services.router.strategy import Strategy
-from microserve.services.router.stream import Tokens
 from microserve.services.router.version_window import MIN_ERRORS
 
 PROMPT = list(range(50))

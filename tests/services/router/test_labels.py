@@ -19,7 +19,8 @@ from microserve.protocol import log
 from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages.control import ControlState, EngineLabels
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.services.router.connection import EngineConnection
+from microserve.services.links.engine import EngineConnection
+from microserve.services.links.stream import Tokens
 from microserve.services.router.control import StrategyControl
 from microserve.services.router.labels import MAX_ENGINES, OwnLabels
 from microserve.services.router.load import LoadBook
@@ -29,7 +30,6 @@ from microserve.services.router.request import Request
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategies.elastic_roles import LABELS, ROLES, elastic_roles
 from microserve.services.router.strategy import StrategyBook
-from microserve.services.router.stream import Tokens
 from microserve.services.router.view import State
 from microserve.services.simulation.loop import VirtualLoop
 

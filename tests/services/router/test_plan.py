@@ -17,13 +17,13 @@ from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
+from microserve.services.links.stream import Tokens
 from microserve.services.router import plan as plan_module
 from microserve.services.router.load import LoadBook
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.plan import PlanMesh, Plans
 from microserve.services.router.request import Request
 from microserve.services.router.strategy import PlanFunction, Strategy, strategy
-from microserve.services.router.stream import Tokens
 from microserve.services.router.view import MeshView, State
 from microserve.services.simulation.loop import VirtualLoop
 

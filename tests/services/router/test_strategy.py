@@ -9,12 +9,12 @@ from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError, StrategyError, StrategyNotFound
 from microserve.protocol.settings import RouterSettings
+from microserve.services.links.stream import Tokens
 from microserve.services.router.mesh import Mesh
 from microserve.services.router.request import Request
 from microserve.services.router.service import load_strategies
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategy import StrategyBook, load_file, strategy
-from microserve.services.router.stream import Tokens
 
 SOURCE = """
 from __future__ import annotations

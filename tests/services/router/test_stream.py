@@ -12,7 +12,7 @@ from router_world import in_loop
 
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, TransferFailed
 from microserve.protocol.messages.engine import Delta, Finished, Timings, TokenLogprob, Usage
-from microserve.services.router.stream import Tokens, TokenStream
+from microserve.services.links.stream import Tokens, TokenStream
 
 OUTPUT = list(range(100, 140))
 

@@ -18,7 +18,7 @@ from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import EngineInfo, SnapshotReply
 from microserve.protocol.messages.kv_events import KVEvent, decode_batch, parse_published
-from microserve.services.index.feed_state import (
+from microserve.services.links.feed_state import (
     Apply,
     AskSnapshot,
     Batch,

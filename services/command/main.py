@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from microserve.services.label_command import label as label_command
-from microserve.services.simulate_command import simulate as simulate_command
-from microserve.services.strategy_command import strategy as strategy_group
+from microserve.services.command.label import label as label_command
+from microserve.services.command.simulate import simulate as simulate_command
+from microserve.services.command.strategy import strategy as strategy_group
 
 if TYPE_CHECKING:
     from microserve.protocol.process.run import Serve
@@ -34,7 +34,7 @@ class Flags:
     def set(self, path: str, value: Any) -> None:
         """A friendly flag is one more assignment; None: it was not given."""
         if value is not None:
-            from microserve.services.mesh_plan import assignment
+            from microserve.services.local.composition import assignment
 
             self.assignments.append(assignment(path, value)[1])
 
@@ -162,7 +162,7 @@ def router(config: str | None, assignments: tuple[str, ...], strategy: str | Non
 @settings_flags
 def gateway(config: str | None, assignments: tuple[str, ...], host: str | None, port: int | None) -> None:
     """Run a gateway: the OpenAI API over HTTP."""
-    from microserve.services.mesh_plan import service_command
+    from microserve.services.local.composition import service_command
 
     flags = Flags(config, assignments)
     flags.set("gateway.host", host)
@@ -191,8 +191,8 @@ def drain(config: str | None, assignments: tuple[str, ...], engine_id: str, time
     import asyncio
 
     from microserve.protocol.errors import ConfigError
-    from microserve.services.drain import DrainFailed
-    from microserve.services.drain import drain as run_drain
+    from microserve.services.command.drain import DrainFailed
+    from microserve.services.command.drain import drain as run_drain
 
     try:
         asyncio.run(run_drain(Flags(config, assignments).load(), engine_id, timeout_s, click.echo))
@@ -248,10 +248,10 @@ def up(
     flags.set("gateway.port", port)
     flags.set("router.default_strategy", strategy)
     settings = flags.load()
-    from microserve.services.mesh_state import MeshDirectory
-    from microserve.services.mesh_view import make_view
-    from microserve.services.up import UpOptions
-    from microserve.services.up import up as run_up
+    from microserve.services.local.directory import MeshDirectory
+    from microserve.services.local.up import UpOptions
+    from microserve.services.local.up import up as run_up
+    from microserve.services.local.view import make_view
 
     options = UpOptions(flags.as_arguments(), demo=demo, oneshot=oneshot, detach=detach)
     sys.exit(run_up(settings, options, MeshDirectory(directory), make_view(as_json=as_json)))
@@ -262,9 +262,9 @@ def up(
 @directory_flag
 def down(directory: Path, timeout_s: float) -> None:
     """Stop the mesh that `up` runs in this directory."""
-    from microserve.services.mesh_state import MeshDirectory
-    from microserve.services.supervisor import MeshFailed
-    from microserve.services.up import down as stop
+    from microserve.services.local.directory import MeshDirectory
+    from microserve.services.local.supervisor import MeshFailed
+    from microserve.services.local.up import down as stop
 
     try:
         click.echo(stop(MeshDirectory(directory), timeout_s))
@@ -279,8 +279,8 @@ def ps(directory: Path, as_json: bool) -> None:
     """Show the mesh of this directory; exit code 1 unless all of it is ready."""
     import msgspec
 
-    from microserve.services.mesh_state import MeshDirectory
-    from microserve.services.mesh_view import describe
+    from microserve.services.local.directory import MeshDirectory
+    from microserve.services.local.view import describe
 
     mesh = MeshDirectory(directory)
     state = mesh.read() if mesh.supervisor() else None
@@ -313,7 +313,7 @@ def tail(
     output: str,
 ) -> None:
     """Show requests and events of all services, in order of time."""
-    from microserve.services.tail import Filter, show
+    from microserve.services.command.tail import Filter, show
 
     directory = directory or Path(".microserve/logs")
     if not directory.is_dir():
@@ -333,8 +333,8 @@ def model() -> None:
 @model.command("fetch")
 def model_fetch() -> None:
     """Make the demo model (SmolLM2-135M-Instruct) if it is not there; print its directory."""
-    from microserve.services.demo_model import FetchFailed, default_cache, fetch
-    from microserve.services.mesh_view import make_view
+    from microserve.services.local.demo_model import FetchFailed, default_cache, fetch
+    from microserve.services.local.view import make_view
 
     view = make_view(as_json=False, stderr=True)
     try:
@@ -364,7 +364,7 @@ def keys(directory: Path) -> None:
 @settings_flags
 def settings(config: str | None, assignments: tuple[str, ...]) -> None:
     """Print the settings in effect as TOML; secrets are masked."""
-    from microserve.services.settings_text import as_toml
+    from microserve.services.command.settings_text import as_toml
 
     click.echo(as_toml(Flags(config, assignments).load()), nl=False)
 

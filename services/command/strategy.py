@@ -17,7 +17,7 @@ import click
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import Scalar
     from microserve.protocol.settings import Settings
-    from microserve.services.strategy_client import Applied, ControlClient
+    from microserve.services.command.control_client import Applied, ControlClient
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class _Options:
         import asyncio
 
         from microserve.protocol.errors import ConfigError, MeshError
-        from microserve.services.strategy_client import control_client
+        from microserve.services.command.control_client import control_client
 
         settings = self.load()
 
@@ -223,7 +223,7 @@ def _check(
 
     from microserve.services.strategy_wire import Finding, Task
 
-    command = [sys.executable, "-P", "-m", "microserve.services.strategy_check"]
+    command = [sys.executable, "-P", "-m", "microserve.services.command.strategy_check"]
     task = msgspec.json.encode(Task(name, source, parameters, labels, dry_run))
     try:
         done = subprocess.run(command, input=task, capture_output=True, timeout=CHECK_S, check=False)

@@ -23,7 +23,7 @@ from pathlib import Path
 import structlog
 
 from microserve.protocol import log
-from microserve.services.event_log import LogFile, last_error
+from microserve.services.local.event_log import LogFile, last_error
 
 READY_POLL_S = 0.05
 EXIT_STOPPED = 0

@@ -11,8 +11,8 @@ from typing import Any, Protocol, TextIO
 
 import msgspec
 
-from microserve.services.demo_request import Answer
-from microserve.services.mesh_state import ChildState, MeshState
+from microserve.services.local.demo_request import Answer
+from microserve.services.local.directory import ChildState, MeshState
 
 SYMBOLS = {"ready": "●", "failed": "✗", "stopped": "○"}
 COLOURS = {"ready": "green", "failed": "red", "stopped": "dim", "restarting": "yellow", "stopping": "yellow"}

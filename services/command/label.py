@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.strategy_command import WrongFlag, change_flags, talk_to_index, tell
+from microserve.services.command.strategy import WrongFlag, change_flags, talk_to_index, tell
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import EngineLabels
     from microserve.protocol.messages.engine import EngineInfo
-    from microserve.services.strategy_client import ControlClient
+    from microserve.services.command.control_client import ControlClient
 
 
 @click.command()

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from microserve.protocol import log
-from microserve.services.event_log import Event, EventLog
+from microserve.services.local.event_log import Event, EventLog
 
 FOLLOW_INTERVAL_S = 0.2
 

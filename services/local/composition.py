@@ -16,8 +16,8 @@ from typing import Any
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
-from microserve.services.demo_request import Gateway
-from microserve.services.supervisor import Child
+from microserve.services.local.demo_request import Gateway
+from microserve.services.local.supervisor import Child
 
 GATEWAY_STOPS, ROUTER_STOPS, ENGINES_STOP, INDEX_STOPS = range(4)
 """Callers before those whom they call, so that nobody calls into the void."""

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from microserve.services.supervisor import Child
+from microserve.services.local.supervisor import Child
 
 STATE_DIRECTORY = ".microserve"
 

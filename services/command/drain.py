@@ -19,7 +19,7 @@ from microserve.protocol.errors import EngineLost, MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import Done, Drain, EngineInfo
 from microserve.protocol.messages.index import Members, Watch
 from microserve.protocol.settings import Settings
-from microserve.services.router.connection import EngineConnection, RouterIdentity
+from microserve.services.links.engine import EngineConnection, RouterIdentity
 
 INDEX_TIMEOUT_S = 5.0
 """An index that is there answers at once."""

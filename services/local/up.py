@@ -24,12 +24,12 @@ from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.notify import Notifier
 from microserve.protocol.settings import Settings
-from microserve.services.demo_model import FetchFailed, default_cache, fetch
-from microserve.services.demo_request import PROMPT, DemoFailed, Gateway
-from microserve.services.mesh_plan import MeshPlan, assignment, first_key, plan_mesh
-from microserve.services.mesh_state import AlreadyRunning, ChildState, MeshDirectory, MeshState
-from microserve.services.mesh_view import View
-from microserve.services.supervisor import Child, MeshFailed, Supervisor
+from microserve.services.local.composition import MeshPlan, assignment, first_key, plan_mesh
+from microserve.services.local.demo_model import FetchFailed, default_cache, fetch
+from microserve.services.local.demo_request import PROMPT, DemoFailed, Gateway
+from microserve.services.local.directory import AlreadyRunning, ChildState, MeshDirectory, MeshState
+from microserve.services.local.supervisor import Child, MeshFailed, Supervisor
+from microserve.services.local.view import View
 
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
