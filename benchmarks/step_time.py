@@ -24,9 +24,9 @@ from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.batch import Batch, Chunk, SampleSpec
-from microserve.services.engine.model import load_model
-from microserve.services.engine.runner import ModelRunner
+from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
+from microserve.services.engine.model.model import load_model
+from microserve.services.engine.model.runner import ModelRunner
 from microserve.services.local.demo_model import default_cache, fetch
 
 NUM_BLOCKS, BLOCK_SIZE = 2048, 16

@@ -21,9 +21,9 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import Grant
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import load_settings
-from microserve.services.engine.attention_choice import choose_attention
-from microserve.services.engine.batch import Batch, Runner, StepResult
-from microserve.services.engine.model import load_model
+from microserve.services.engine.core.batch import Batch, Runner, StepResult
+from microserve.services.engine.model.attention_choice import choose_attention
+from microserve.services.engine.model.model import load_model
 from microserve.services.engine.service import make_core, make_heap, make_layout
 
 INCARNATION = 1

@@ -27,10 +27,10 @@ from microserve.protocol.errors import InternalError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import Grant
 from microserve.protocol.settings import load_settings
-from microserve.services.engine.batch import Batch, StepResult
-from microserve.services.engine.core import EngineCore
+from microserve.services.engine.core.batch import Batch, StepResult
+from microserve.services.engine.core.core import EngineCore
+from microserve.services.engine.core.state import Limits
 from microserve.services.engine.service import make_heap
-from microserve.services.engine.state import Limits
 
 INCARNATION = 2
 TIMEOUT_S = 120.0

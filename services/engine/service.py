@@ -27,13 +27,13 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
-from microserve.services.engine.attention import MakeAttention
-from microserve.services.engine.attention_choice import choose_attention
-from microserve.services.engine.core import EngineCore
-from microserve.services.engine.model import LoadedModel, load_model
-from microserve.services.engine.runner import ModelRunner
+from microserve.services.engine.core.core import EngineCore
+from microserve.services.engine.core.state import Limits
+from microserve.services.engine.model.attention import MakeAttention
+from microserve.services.engine.model.attention_choice import choose_attention
+from microserve.services.engine.model.model import LoadedModel, load_model
+from microserve.services.engine.model.runner import ModelRunner
 from microserve.services.engine.shell import EngineService
-from microserve.services.engine.state import Limits
 from microserve.services.engine.world import World, join_world
 
 _logger = structlog.get_logger()

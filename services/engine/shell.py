@@ -20,11 +20,11 @@ from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import WIRE_VERSION
-from microserve.services.engine.core import EngineCore
-from microserve.services.engine.door import Door
+from microserve.services.engine.action_server import Door
+from microserve.services.engine.core.core import EngineCore
+from microserve.services.engine.index_client import IndexClient
+from microserve.services.engine.kv_publisher import KvPublisher
 from microserve.services.engine.step_loop import StepLoop
-from microserve.services.index.client import IndexClient
-from microserve.services.index.publisher import KvPublisher
 
 STOP_STEP_S = 10.0
 """A running step gets this long to end at shutdown."""

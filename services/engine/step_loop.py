@@ -8,7 +8,7 @@ from collections.abc import Callable
 import structlog
 
 from microserve.protocol import log
-from microserve.services.engine.core import EngineCore
+from microserve.services.engine.core.core import EngineCore
 
 IDLE_WAIT_S = 0.05
 """Idle wake-up, for leases and deadlines; work wakes the thread at once."""

@@ -45,7 +45,7 @@ from microserve.protocol.errors import ConfigError, DeadlineExceeded
 from microserve.protocol.messages.world import JoinWorld, WorldRank
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
-from microserve.services.index.rendezvous import Rendezvous
+from microserve.services.engine.rendezvous import Rendezvous
 
 GRACE_S: Final = 5.0
 """Behind the deadline: for this process to end by itself."""

@@ -13,10 +13,10 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
-from microserve.services.engine.batch import Batch, Runner, StepResult
-from microserve.services.engine.core import EngineCore
+from microserve.services.engine.core.batch import Batch, Runner, StepResult
+from microserve.services.engine.core.core import EngineCore
+from microserve.services.engine.core.state import Limits
 from microserve.services.engine.shell import EngineService
-from microserve.services.engine.state import Limits
 from microserve.services.simulation.hash_runner import HashRunner, hash_layout
 from microserve.services.simulation.heap import FaultyHeap, WriteFaults
 from microserve.services.simulation.loop import Process, VirtualLoop

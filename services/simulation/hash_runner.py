@@ -19,7 +19,7 @@ import numpy.typing as npt
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InternalError
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.batch import Batch, Chunk, Sampled, SampleSpec, StepResult
+from microserve.services.engine.core.batch import Batch, Chunk, Sampled, SampleSpec, StepResult
 
 ROW_NBYTES = 8
 

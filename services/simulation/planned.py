@@ -21,7 +21,7 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegi
 from microserve.kvcache.heap.mapped import require_same_kv
 from microserve.protocol.messages.grant import HeapAddress
 from microserve.protocol.settings import RouterSettings, Settings
-from microserve.services.engine.batch import Batch, Chunk, Runner, Sampled, StepResult
+from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, StepResult
 from microserve.services.engine.step_loop import IDLE_WAIT_S
 from microserve.services.simulation.bus import SimBus
 from microserve.services.simulation.engine import SimEngine

@@ -15,7 +15,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError
-from microserve.services.engine.core import EngineCore
+from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.step_loop import IDLE_WAIT_S
 from microserve.services.simulation.loop import Process, VirtualHandle, VirtualLoop
 

@@ -25,10 +25,10 @@ from microserve.protocol.bus.liveness import LivenessBook
 from microserve.protocol.bus.numbered import Incoming, Verdict
 from microserve.protocol.errors import MeshError, StrategyError
 from microserve.protocol.messages.engine import SnapshotReply
-from microserve.services.engine.door import Door
-from microserve.services.engine.memory import KvMemory, Reception
-from microserve.services.engine.scheduler import Scheduler
-from microserve.services.engine.sequence import Sequence
+from microserve.services.engine.action_server import Door
+from microserve.services.engine.core.memory import KvMemory, Reception
+from microserve.services.engine.core.scheduler import Scheduler
+from microserve.services.engine.core.sequence import Sequence
 from microserve.services.engine.session import Session, Sessions
 from microserve.services.links.feed_state import FeedState
 from microserve.services.router.failover import Failover

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.batch import SampleSpec
-from microserve.services.engine.sampler import sample
+from microserve.services.engine.core.batch import SampleSpec
+from microserve.services.engine.model.sampler import sample
 
 NUM_PREFIXES = 5
 NOISE = 3e-4

@@ -15,9 +15,9 @@ from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import MAX_LANES
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.batch import Runner
-from microserve.services.engine.core import EngineCore
-from microserve.services.engine.state import Limits
+from microserve.services.engine.core.batch import Runner
+from microserve.services.engine.core.core import EngineCore
+from microserve.services.engine.core.state import Limits
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
 
 VOCAB = 500

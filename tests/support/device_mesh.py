@@ -18,7 +18,7 @@ from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.device import DeviceHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
-from microserve.services.engine.batch import Batch, Runner, StepResult
+from microserve.services.engine.core.batch import Batch, Runner, StepResult
 from microserve.services.simulation.hash_runner import HashRunner, _digest
 
 LATENESS = (0, 0, 1, 3, 10, 30)

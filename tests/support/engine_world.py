@@ -16,10 +16,10 @@ from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages import index as membership
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings, load_settings
-from microserve.services.engine.batch import Batch, StepResult
-from microserve.services.engine.core import EngineCore
+from microserve.services.engine.core.batch import Batch, StepResult
+from microserve.services.engine.core.core import EngineCore
+from microserve.services.engine.core.state import Limits
 from microserve.services.engine.shell import EngineService
-from microserve.services.engine.state import Limits
 from microserve.services.index.service import run_index
 from microserve.services.simulation.hash_runner import HashRunner, hash_layout
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.protocol.messages.grant import HeapAddress
-from microserve.services.engine.batch import StepResult
-from microserve.services.engine.scheduler import Plan
+from microserve.services.engine.core.batch import StepResult
+from microserve.services.engine.core.scheduler import Plan
 
 
 class WatchedPeer(MemoryPeerHeap):

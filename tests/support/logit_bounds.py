@@ -17,8 +17,8 @@ from tiny_model import make_tiny_model
 
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.batch import Batch, Chunk, Runner, SampleSpec
-from microserve.services.engine.model import ModelSpec
+from microserve.services.engine.core.batch import Batch, Chunk, Runner, SampleSpec
+from microserve.services.engine.model.model import ModelSpec
 
 MAX_MEAN_DIFFERENCE = 0.3
 """Of one position's log-probabilities, over the vocabulary."""

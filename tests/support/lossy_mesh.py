@@ -24,9 +24,9 @@ from microserve.protocol.settings import (
     RouterSettings,
     Settings,
 )
-from microserve.services.engine.core import EngineCore
+from microserve.services.engine.core.core import EngineCore
+from microserve.services.engine.core.state import Limits
 from microserve.services.engine.shell import EngineService
-from microserve.services.engine.state import Limits
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout

@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from microserve.kernels import block_scatter as scatter
 from microserve.kernels import gpu_attention
 from microserve.kernels.gpu_attention import DeviceBatch
-from microserve.services.engine import attention
+from microserve.services.engine.model import attention
 
 _HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
 _HOST_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

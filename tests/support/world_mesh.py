@@ -9,7 +9,7 @@ from host_world import HostWorld
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.services.engine.batch import Runner
+from microserve.services.engine.core.batch import Runner
 
 CAPACITY_NBYTES = 1 << 18
 IDLE_ROUNDS = 4

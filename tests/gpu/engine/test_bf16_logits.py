@@ -12,8 +12,8 @@ import torch
 from logit_bounds import BLOCK_SIZE, NUM_BLOCKS, excess, layout_of, log_probabilities, make_model
 
 from microserve.protocol.settings import load_settings
-from microserve.services.engine.model import load_model
-from microserve.services.engine.runner import ModelRunner
+from microserve.services.engine.model.model import load_model
+from microserve.services.engine.model.runner import ModelRunner
 from microserve.services.engine.service import make_heap
 
 

@@ -15,10 +15,10 @@ from structlog.testing import capture_logs
 
 from microserve.kernels.paged_attention import Span
 from microserve.protocol import log
-from microserve.services.engine.attention import device_attention
-from microserve.services.engine.attention_choice import choose_attention
-from microserve.services.engine.flashinfer_attention import FlashInfer, load_flashinfer
-from microserve.services.engine.model import ModelSpec
+from microserve.services.engine.model.attention import device_attention
+from microserve.services.engine.model.attention_choice import choose_attention
+from microserve.services.engine.model.flashinfer_attention import FlashInfer, load_flashinfer
+from microserve.services.engine.model.model import ModelSpec
 
 BOUNDS = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

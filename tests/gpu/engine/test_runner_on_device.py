@@ -15,10 +15,10 @@ from torch import Tensor
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import Settings, load_settings
-from microserve.services.engine.batch import Batch, Chunk, SampleSpec
-from microserve.services.engine.decode_graphs import CudaCapture
-from microserve.services.engine.model import LoadedModel, load_model
-from microserve.services.engine.runner import ModelRunner
+from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
+from microserve.services.engine.model.decode_graphs import CudaCapture
+from microserve.services.engine.model.model import LoadedModel, load_model
+from microserve.services.engine.model.runner import ModelRunner
 from microserve.services.engine.service import make_heap
 
 NUM_BLOCKS, BLOCK = 64, 16

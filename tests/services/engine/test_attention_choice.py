@@ -19,24 +19,24 @@ from microserve.kernels.paged_attention import Span
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.attention import (
+from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
+from microserve.services.engine.model.attention import (
     DeviceAttention,
     MakeAttention,
     StepAttention,
     device_attention,
     device_batch,
 )
-from microserve.services.engine.attention_choice import (
+from microserve.services.engine.model.attention_choice import (
     MakeWrapper,
     WrongResult,
     choose_attention,
     choose_kernels,
     try_out,
 )
-from microserve.services.engine.batch import Batch, Chunk, SampleSpec
-from microserve.services.engine.flashinfer_attention import FlashInfer
-from microserve.services.engine.model import ModelSpec, load_model
-from microserve.services.engine.runner import ModelRunner
+from microserve.services.engine.model.flashinfer_attention import FlashInfer
+from microserve.services.engine.model.model import ModelSpec, load_model
+from microserve.services.engine.model.runner import ModelRunner
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(

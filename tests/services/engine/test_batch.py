@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.services.engine.batch import TokenView
+from microserve.services.engine.core.batch import TokenView
 
 
 @given(token_ids=st.lists(st.integers(0, 9), max_size=12), places=st.data())

@@ -16,9 +16,9 @@ from logit_bounds import (
     make_model,
 )
 
-from microserve.services.engine.attention import device_attention
-from microserve.services.engine.model import load_model
-from microserve.services.engine.runner import ModelRunner
+from microserve.services.engine.model.attention import device_attention
+from microserve.services.engine.model.model import load_model
+from microserve.services.engine.model.runner import ModelRunner
 
 
 def runner_of(directory: Path, dtype: str, *, is_device: bool = False) -> tuple[ModelRunner, torch.Tensor]:

@@ -19,7 +19,7 @@ from microserve.protocol.errors import (
 )
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.batch import Batch, StepResult
+from microserve.services.engine.core.batch import Batch, StepResult
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.attention import MakeAttention, device_attention
-from microserve.services.engine.batch import Runner
-from microserve.services.engine.flashinfer_attention import FlashInfer
-from microserve.services.engine.model import LoadedModel, load_model
-from microserve.services.engine.runner import ModelRunner
+from microserve.services.engine.core.batch import Runner
+from microserve.services.engine.model.attention import MakeAttention, device_attention
+from microserve.services.engine.model.flashinfer_attention import FlashInfer
+from microserve.services.engine.model.model import LoadedModel, load_model
+from microserve.services.engine.model.runner import ModelRunner
 
 BLOCK = 4
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)

@@ -9,7 +9,7 @@ from core_mesh import GREEDY, Engine, Mesh, expect, generate, grant_for, prompt_
 
 from microserve.protocol.errors import InternalError
 from microserve.protocol.messages import engine as wire
-from microserve.services.engine.batch import Batch, Sampled, StepResult
+from microserve.services.engine.core.batch import Batch, Sampled, StepResult
 
 BROKEN = Sampled(-1, None, [], InternalError("the logits are not finite"))
 

@@ -14,7 +14,7 @@ from world_mesh import WorldMesh
 
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.protocol.messages import engine as wire
-from microserve.services.engine.batch import Batch, StepResult
+from microserve.services.engine.core.batch import Batch, StepResult
 
 
 @pytest.mark.parametrize("length", [1, 5, 17, 50])

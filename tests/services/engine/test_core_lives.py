@@ -9,7 +9,7 @@ from core_mesh import GREEDY, ROUTER, Engine, Mesh, expect, generate, grant_for,
 
 from microserve.protocol.errors import InvalidInterval, InvalidRequest, QueueFull
 from microserve.protocol.messages import engine as wire
-from microserve.services.engine.batch import Batch, StepResult
+from microserve.services.engine.core.batch import Batch, StepResult
 
 
 @pytest.fixture

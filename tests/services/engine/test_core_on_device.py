@@ -26,9 +26,9 @@ from microserve.kvcache.heap.process import _TICK_BITS, _start_time, is_gone
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InternalError
 from microserve.protocol.messages import engine as wire
-from microserve.services.engine.batch import Runner
-from microserve.services.engine.memory import KvMemory
-from microserve.services.engine.peers import DEAD_LOOK_S, Peers
+from microserve.services.engine.core.batch import Runner
+from microserve.services.engine.core.memory import KvMemory
+from microserve.services.engine.core.peers import DEAD_LOOK_S, Peers
 
 
 @pytest.fixture

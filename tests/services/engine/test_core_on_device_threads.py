@@ -17,7 +17,7 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import CacheFull
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.batch import Runner
+from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.step_loop import StepLoop
 
 TIMEOUT_S = 60.0

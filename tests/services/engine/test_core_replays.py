@@ -10,7 +10,7 @@ from core_mesh import VOCAB, Mesh, expect, generate, grant_for, prompt_of, recei
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.local import MemoryHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.services.engine.batch import Batch, Runner, StepResult
+from microserve.services.engine.core.batch import Batch, Runner, StepResult
 from microserve.services.simulation.hash_runner import HashRunner
 
 TIMEOUT_S = 30.0

@@ -19,11 +19,11 @@ from microserve.kernels.paged_attention import Span
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.attention import DeviceAttention, device_attention
-from microserve.services.engine.batch import Batch, Chunk, SampleSpec
-from microserve.services.engine.decode_graphs import MAX_BUCKET, bucket_sizes
-from microserve.services.engine.model import LoadedModel, load_model
-from microserve.services.engine.runner import ModelRunner
+from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
+from microserve.services.engine.model.attention import DeviceAttention, device_attention
+from microserve.services.engine.model.decode_graphs import MAX_BUCKET, bucket_sizes
+from microserve.services.engine.model.model import LoadedModel, load_model
+from microserve.services.engine.model.runner import ModelRunner
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS = 48, 4, 5
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, logprobs=5)
@@ -244,6 +244,6 @@ def test_a_pass_that_reads_its_lengths_on_the_host_is_noticed(
             self._batch.context_lens.tolist()
             return super().attend(query, kv, scale=scale, sliding_window=sliding_window)
 
-    monkeypatch.setattr("microserve.services.engine.decode_graphs.DeviceAttention", Baked)
+    monkeypatch.setattr("microserve.services.engine.model.decode_graphs.DeviceAttention", Baked)
     with pytest.raises(HostRead):
         make_runner(model, Replays())

@@ -16,9 +16,9 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import Grant, HeapAddress
 from microserve.protocol.messages.kv_events import KVEvent, decode_batch
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.core import EngineCore
-from microserve.services.engine.door import Door
-from microserve.services.engine.state import Limits
+from microserve.services.engine.action_server import Door
+from microserve.services.engine.core.core import EngineCore
+from microserve.services.engine.core.state import Limits
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
 
 VOCAB = 500

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from microserve.protocol.errors import Draining
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.actions import MOVE_S
+from microserve.services.engine.core.actions import MOVE_S
 
 BLOCK = 4
 SEEDED = SamplingParams(max_tokens=30, temperature=1.0, seed=7, logprobs=0, ignore_eos=True)

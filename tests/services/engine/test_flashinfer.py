@@ -9,8 +9,8 @@ from flashinfer_stand_in import StandInWrapper
 
 from microserve.kernels import reference
 from microserve.kernels.paged_attention import Span
-from microserve.services.engine.attention import DeviceAttention
-from microserve.services.engine.flashinfer_attention import FlashInfer, step_pages, workspace_nbytes
+from microserve.services.engine.model.attention import DeviceAttention
+from microserve.services.engine.model.flashinfer_attention import FlashInfer, step_pages, workspace_nbytes
 
 BLOCK, NUM_KV_HEADS, NUM_HEADS, HEAD_DIM = 4, 2, 6, 16
 SPANS = [Span(1, 5, [7, 2]), Span(1, 4, [0, 9, 9]), Span(6, 6, [3, 1]), Span(3, 9, [5, 8, 4])]

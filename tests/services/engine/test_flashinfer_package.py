@@ -19,10 +19,10 @@ from torch import Tensor
 
 from microserve.kernels import cuda_module
 from microserve.protocol import log
-from microserve.services.engine.attention import device_attention
-from microserve.services.engine.attention_choice import choose_kernels, try_out
-from microserve.services.engine.flashinfer_attention import FlashInfer, load_flashinfer
-from microserve.services.engine.model import ModelSpec
+from microserve.services.engine.model.attention import device_attention
+from microserve.services.engine.model.attention_choice import choose_kernels, try_out
+from microserve.services.engine.model.flashinfer_attention import FlashInfer, load_flashinfer
+from microserve.services.engine.model.model import ModelSpec
 
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: its signatures are not checked")
 

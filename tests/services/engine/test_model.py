@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import FAMILIES, make_tiny_model
 
 from microserve.protocol.errors import ConfigError, InternalError
-from microserve.services.engine.model import load_model
+from microserve.services.engine.model.model import load_model
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.batch import Batch, Chunk, StepResult
-from microserve.services.engine.rates import MAX_DECODE_JUMP, Rates
-from microserve.services.engine.scheduler import Plan
+from microserve.services.engine.core.batch import Batch, Chunk, StepResult
+from microserve.services.engine.core.rates import MAX_DECODE_JUMP, Rates
+from microserve.services.engine.core.scheduler import Plan
 
 
 def step(rates: Rates, now: float, elapsed_s: float, *, prefill: int = 0, decodes: int = 0) -> float:

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM
 from microserve.kvcache.layout import K, KvLayout, V
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.attention import MakeAttention, device_attention
-from microserve.services.engine.batch import Batch, Chunk, Sampled, SampleSpec
-from microserve.services.engine.flashinfer_attention import FlashInfer
-from microserve.services.engine.model import LoadedModel, load_model
-from microserve.services.engine.runner import ModelRunner
+from microserve.services.engine.core.batch import Batch, Chunk, Sampled, SampleSpec
+from microserve.services.engine.model.attention import MakeAttention, device_attention
+from microserve.services.engine.model.flashinfer_attention import FlashInfer
+from microserve.services.engine.model.model import LoadedModel, load_model
+from microserve.services.engine.model.runner import ModelRunner
 
 NUM_BLOCKS, BLOCK_SIZE = 64, 4
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)

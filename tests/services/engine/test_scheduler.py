@@ -11,9 +11,9 @@ from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.memory import KvMemory
-from microserve.services.engine.scheduler import Plan, Scheduler
-from microserve.services.engine.sequence import Sequence
+from microserve.services.engine.core.memory import KvMemory
+from microserve.services.engine.core.scheduler import Plan, Scheduler
+from microserve.services.engine.core.sequence import Sequence
 
 BLOCK_SIZE, BUDGET = 16, 32
 

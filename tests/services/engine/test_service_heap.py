@@ -16,7 +16,7 @@ from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import load_settings
 from microserve.services.engine import service
-from microserve.services.engine.model import LoadedModel
+from microserve.services.engine.model.model import LoadedModel
 from microserve.services.engine.service import make_heap, run_engine
 
 

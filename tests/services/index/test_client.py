@@ -20,7 +20,7 @@ from microserve.protocol.messages.index import (
     Registered,
     Unknown,
 )
-from microserve.services.index.client import IndexClient
+from microserve.services.engine.index_client import IndexClient
 
 INFO = make_info("e1", 11)
 

@@ -17,8 +17,8 @@ from microserve.protocol.messages.kv_events import (
     parse_replay_answer,
     replay_request,
 )
-from microserve.services.index import publisher as module
-from microserve.services.index.publisher import KvPublisher
+from microserve.services.engine import kv_publisher as module
+from microserve.services.engine.kv_publisher import KvPublisher
 
 EPOCH = 77
 

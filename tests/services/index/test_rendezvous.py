@@ -20,7 +20,7 @@ from microserve.protocol.errors import ConfigError, InvalidRequest, ProtocolViol
 from microserve.protocol.messages.index import IndexFailed
 from microserve.protocol.messages.world import JoinWorld, WorldJoined, WorldRank, WorldWaiting
 from microserve.protocol.settings import BusSettings
-from microserve.services.index.rendezvous import Rendezvous
+from microserve.services.engine.rendezvous import Rendezvous
 from microserve.services.index.service import IndexService
 
 SECRET = b"\x00the capability\xff" * 8

@@ -14,7 +14,7 @@ from core_mesh import Engine, Mesh, generate, prompt_of
 
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.batch import Batch, StepResult
+from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.router.load import Account, LoadBook
 from microserve.services.router.prediction import EngineView, predicted_ttft_s
 

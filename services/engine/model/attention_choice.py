@@ -20,10 +20,10 @@ from microserve.kernels.kv_scatter import missing_kernel
 from microserve.kernels.paged_attention import Span
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.services.engine import flashinfer_attention
-from microserve.services.engine.attention import MakeAttention, device_attention
-from microserve.services.engine.flashinfer_attention import FlashInfer, PrefillWrapper, load_flashinfer
-from microserve.services.engine.model import DTYPES, ModelSpec
+from microserve.services.engine.model import flashinfer_attention
+from microserve.services.engine.model.attention import MakeAttention, device_attention
+from microserve.services.engine.model.flashinfer_attention import FlashInfer, PrefillWrapper, load_flashinfer
+from microserve.services.engine.model.model import DTYPES, ModelSpec
 
 _logger = structlog.get_logger()
 

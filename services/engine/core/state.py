@@ -17,10 +17,10 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
-from microserve.services.engine.memory import KvMemory
-from microserve.services.engine.record import Key, Outbox, Record, Records
-from microserve.services.engine.scheduler import Scheduler
-from microserve.services.engine.sequence import Sequence, State
+from microserve.services.engine.core.memory import KvMemory
+from microserve.services.engine.core.record import Key, Outbox, Record, Records
+from microserve.services.engine.core.scheduler import Scheduler
+from microserve.services.engine.core.sequence import Sequence, State
 
 PURGE_INTERVAL_S = 1.0
 

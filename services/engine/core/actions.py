@@ -24,9 +24,9 @@ from microserve.protocol.errors import (
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
-from microserve.services.engine.record import CommitJob, Record
-from microserve.services.engine.sequence import Sequence, State, Transfer
-from microserve.services.engine.state import EngineState
+from microserve.services.engine.core.record import CommitJob, Record
+from microserve.services.engine.core.sequence import Sequence, State, Transfer
+from microserve.services.engine.core.state import EngineState
 
 MAX_TTL_S = 86_400.0
 MOVE_S = 4.0

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from microserve.protocol.errors import InvalidRequest, UnknownRequest
 from microserve.protocol.messages.engine import Delta, EngineReply, Sent
-from microserve.services.engine.memory import Reception
-from microserve.services.engine.sequence import Sequence
+from microserve.services.engine.core.memory import Reception
+from microserve.services.engine.core.sequence import Sequence
 
 IDLE_RECORD_S = 10.0
 """A record whose parts have all ended is kept this long for a further action on the same tokens."""

@@ -22,16 +22,16 @@ from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.protocol.errors import MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv_events import KVEvent
-from microserve.services.engine.actions import Actions
-from microserve.services.engine.batch import Runner, StepResult
-from microserve.services.engine.memory import KvMemory
-from microserve.services.engine.peers import Peers
-from microserve.services.engine.record import Outbox
-from microserve.services.engine.scheduler import Plan, Scheduler
-from microserve.services.engine.sequence import Sequence as EngineSequence
-from microserve.services.engine.sequence import Transfer
-from microserve.services.engine.state import EngineState, Limits
-from microserve.services.engine.stepper import Stepper
+from microserve.services.engine.core.actions import Actions
+from microserve.services.engine.core.batch import Runner, StepResult
+from microserve.services.engine.core.memory import KvMemory
+from microserve.services.engine.core.peers import Peers
+from microserve.services.engine.core.record import Outbox
+from microserve.services.engine.core.scheduler import Plan, Scheduler
+from microserve.services.engine.core.sequence import Sequence as EngineSequence
+from microserve.services.engine.core.sequence import Transfer
+from microserve.services.engine.core.state import EngineState, Limits
+from microserve.services.engine.core.stepper import Stepper
 
 ARRIVAL_POLL_S = 0.001
 """Pause between looks at arrival counters while nothing else is to be done."""

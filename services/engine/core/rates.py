@@ -6,8 +6,8 @@ first sample as a whole, and moves by a share of each later one.
 
 from __future__ import annotations
 
-from microserve.services.engine.scheduler import Plan
-from microserve.services.engine.sequence import Sequence, State
+from microserve.services.engine.core.scheduler import Plan
+from microserve.services.engine.core.sequence import Sequence, State
 
 SMOOTHING = 0.2
 """Weight of the newest sample."""

@@ -19,9 +19,9 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, ProtocolViolation
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv_events import KVEvent, KVEventBatch, encode_batch
-from microserve.services.engine.core import EngineCore
+from microserve.services.engine.core.core import EngineCore
+from microserve.services.engine.core.state import failed
 from microserve.services.engine.session import Session, Sessions
-from microserve.services.engine.state import failed
 
 _logger = structlog.get_logger()
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from microserve.kernels.philox import uniform_rows
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.attention import upload
-from microserve.services.engine.batch import Sampled, SampleSpec
-from microserve.services.engine.sampler import (
+from microserve.services.engine.core.batch import Sampled, SampleSpec
+from microserve.services.engine.model.attention import upload
+from microserve.services.engine.model.sampler import (
     HUGE,
     failure,
     forbidden_tokens,

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from microserve.kernels.gpu_attention import DeviceBatch
 from microserve.kernels.paged_attention import Span
-from microserve.services.engine.attention import DeviceAttention, upload
+from microserve.services.engine.model.attention import DeviceAttention, upload
 
 MAX_BUCKET = 256
 """Larger batches are run launch by launch: the device is busy for longer than the host."""

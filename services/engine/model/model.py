@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from microserve.protocol.errors import ConfigError, InternalError
-from microserve.services.engine.attention import StepAttention
+from microserve.services.engine.model.attention import StepAttention
 
 ATTENTION = "microserve_paged"
 """Our name in transformers' registry of attention functions."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from microserve.kernels import cuda_module
 from microserve.kernels.kv_scatter import kv_scatter
 from microserve.kernels.paged_attention import Span
-from microserve.services.engine.attention import StepAttention, device_attention, on_host, upload
+from microserve.services.engine.model.attention import StepAttention, device_attention, on_host, upload
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128, 256)

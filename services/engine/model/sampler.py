@@ -28,7 +28,7 @@ from torch import Tensor
 from microserve.kernels.philox import uniforms
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.batch import Sampled, SampleSpec
+from microserve.services.engine.core.batch import Sampled, SampleSpec
 
 _Floats = npt.NDArray[np.float64]
 _Ids = npt.NDArray[np.int64]

@@ -19,7 +19,7 @@ from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.errors import CacheFull, PromptTooLong
 from microserve.protocol.messages.grant import Grant
-from microserve.services.engine.sequence import Sequence, State
+from microserve.services.engine.core.sequence import Sequence, State
 
 
 @dataclass(slots=True, eq=False)

@@ -12,12 +12,12 @@ from microserve.kvcache.grant.table import Discharged, Expired, Settled
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
-from microserve.services.engine.batch import Sampled, StepResult
-from microserve.services.engine.rates import Rates
-from microserve.services.engine.record import CommitJob, Record
-from microserve.services.engine.scheduler import Plan
-from microserve.services.engine.sequence import Sequence, State
-from microserve.services.engine.state import EngineState
+from microserve.services.engine.core.batch import Sampled, StepResult
+from microserve.services.engine.core.rates import Rates
+from microserve.services.engine.core.record import CommitJob, Record
+from microserve.services.engine.core.scheduler import Plan
+from microserve.services.engine.core.sequence import Sequence, State
+from microserve.services.engine.core.state import EngineState
 
 _logger = structlog.get_logger()
 

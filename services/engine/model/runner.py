@@ -24,18 +24,18 @@ from torch import Tensor
 from microserve.kernels.paged_attention import Span, Workspace
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.attention import (
+from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, SampleSpec, StepResult
+from microserve.services.engine.model.attention import (
     HostAttention,
     MakeAttention,
     StepAttention,
     device_attention,
     upload,
 )
-from microserve.services.engine.batch import Batch, Chunk, Runner, Sampled, SampleSpec, StepResult
-from microserve.services.engine.decode_graphs import Capture, CudaCapture, DecodeGraphs
-from microserve.services.engine.device_sampler import sample_there
-from microserve.services.engine.model import DTYPES, STEP, AttentionStep, LoadedModel
-from microserve.services.engine.sampler import sample
+from microserve.services.engine.model.decode_graphs import Capture, CudaCapture, DecodeGraphs
+from microserve.services.engine.model.device_sampler import sample_there
+from microserve.services.engine.model.model import DTYPES, STEP, AttentionStep, LoadedModel
+from microserve.services.engine.model.sampler import sample
 
 __all__ = ["ModelRunner", "Runner"]
 

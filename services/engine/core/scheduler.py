@@ -17,9 +17,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from microserve.services.engine.batch import Batch, Chunk, SampleSpec, TokenView
-from microserve.services.engine.memory import KvMemory
-from microserve.services.engine.sequence import Sequence, State
+from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec, TokenView
+from microserve.services.engine.core.memory import KvMemory
+from microserve.services.engine.core.sequence import Sequence, State
 
 MAX_OVERTAKEN_S = 2.0
 """A sequence that has waited so long at the head is not overtaken any more."""
