@@ -16,8 +16,8 @@ import msgspec
 
 from microserve.protocol.errors import MeshError
 from microserve.protocol.settings import RouterSettings
-from microserve.services.router.control import load_source
-from microserve.services.router.overseer import Overseer
+from microserve.services.router.authoring.overseer import Overseer
+from microserve.services.router.rollout.control import load_source
 from microserve.services.strategy_wire import Finding, Task
 
 MAX_MEMORY_NBYTES = 4 << 30

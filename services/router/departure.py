@@ -15,9 +15,9 @@ from microserve.protocol import log
 from microserve.protocol.errors import EngineLost, MeshError, PeerError
 from microserve.services.links.engine import EngineConnection
 from microserve.services.links.stream import Tokens
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.request import Request
-from microserve.services.router.transfer import Sending
+from microserve.services.router.authoring.grant import Sending
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.request.request import Request
 
 GRANT_S = 2.0
 """Longest wait for room on the target; computing again elsewhere is then the better choice. The source stays

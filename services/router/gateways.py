@@ -23,7 +23,7 @@ from microserve.protocol.messages import router as wire
 from microserve.protocol.settings import BusSettings
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 from microserve.services.router.outbox import Outbox
-from microserve.services.router.serving import Serving
+from microserve.services.router.serving.serving import Serving
 
 LOG_INTERVAL_S = 1.0
 """``frame.rejected`` is written at most this often, with the count so far."""

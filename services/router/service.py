@@ -12,16 +12,16 @@ from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
-from microserve.services.router.admission import Admission
-from microserve.services.router.attempt import Attempts
-from microserve.services.router.control import StrategyControl
+from microserve.services.router.authoring.overseer import Overseer
+from microserve.services.router.authoring.strategy import Strategy, StrategyBook, load_file
+from microserve.services.router.engines.prefix import PrefixReplica
+from microserve.services.router.engines.registry import Registry
 from microserve.services.router.gateways import Gateways
-from microserve.services.router.overseer import Overseer
-from microserve.services.router.prefix import PrefixReplica
-from microserve.services.router.registry import Registry
-from microserve.services.router.serving import Serving
+from microserve.services.router.rollout.control import StrategyControl
+from microserve.services.router.serving.admission import Admission
+from microserve.services.router.serving.attempt import Attempts
+from microserve.services.router.serving.serving import Serving
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.router.strategy import Strategy, StrategyBook, load_file
 
 
 def load_strategies(settings: RouterSettings) -> StrategyBook:

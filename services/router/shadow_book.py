@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from microserve.protocol.messages.control import ShadowScore
-from microserve.services.router.decision import Cost
+from microserve.services.router.rollout.score import Cost
 
 Key = tuple[str, int]
 """Strategy and version."""

@@ -16,9 +16,9 @@ from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError
 from microserve.protocol.messages.control import PUBLISH, Change, Changed, Scalar
 from microserve.services.index.service import IndexService
-from microserve.services.router.overseer import Overseer
+from microserve.services.router.authoring.overseer import Overseer
+from microserve.services.router.rollout.window import MIN_ERRORS
 from microserve.services.router.service import Router
-from microserve.services.router.version_window import MIN_ERRORS
 from microserve.services.simulation.campaign import NOTICE_S, REST_S
 from microserve.services.simulation.client import Answer
 from microserve.services.simulation.journal import Journal

@@ -17,8 +17,8 @@ from pathlib import Path
 import msgspec
 
 from microserve.protocol.errors import ConfigError, MeshError
+from microserve.services.router.authoring.strategy import Strategy, load_file
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.router.strategy import Strategy, load_file
 from microserve.services.simulate_wire import SimulateTask
 from microserve.services.simulation.point import TOKEN_PARAMETERS, Point, PointResult, run_point
 from microserve.services.simulation.timing import Profile, profile_of

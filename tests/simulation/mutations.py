@@ -31,10 +31,10 @@ from microserve.services.engine.core.scheduler import Scheduler
 from microserve.services.engine.core.sequence import Sequence
 from microserve.services.engine.session import Session, Sessions
 from microserve.services.links.feed_state import FeedState
-from microserve.services.router.failover import Failover
-from microserve.services.router.load import Account
-from microserve.services.router.request import Request
-from microserve.services.router.scope import RequestScope
+from microserve.services.router.engines.load import Account
+from microserve.services.router.request.request import Request
+from microserve.services.router.request.scope import RequestScope
+from microserve.services.router.serving.failover import Failover
 from microserve.services.simulation.campaign import run_seed
 
 LIMIT_SEEDS = 2000

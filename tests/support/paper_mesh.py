@@ -18,12 +18,12 @@ from wire_samples import INFO
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad, Sent, Timings
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.engine import EngineConnection
-from microserve.services.router.load import LoadBook
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.phase import PhaseClock
-from microserve.services.router.request import Request
-from microserve.services.router.scope import RequestScope
-from microserve.services.router.view import State
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.view import State
+from microserve.services.router.engines.load import LoadBook
+from microserve.services.router.request.phase import PhaseClock
+from microserve.services.router.request.request import Request
+from microserve.services.router.request.scope import RequestScope
 
 BLOCK_SIZE = 16
 

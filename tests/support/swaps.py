@@ -27,9 +27,7 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.command.control_client import ControlClient
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-HEAD = (
-    "from microserve.services.router.strategy import strategy\n\n@strategy\nasync def mine(mesh, request):\n"
-)
+HEAD = "from microserve.services.router.authoring.strategy import strategy\n\n@strategy\nasync def mine(mesh, request):\n"
 PLAIN = """    async for tokens in mesh.pick(None, request).start_generate(request):
         yield tokens
 """

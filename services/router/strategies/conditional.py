@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from microserve.services.links.stream import Tokens
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.request import Request
-from microserve.services.router.scorer import load, prefix_match
-from microserve.services.router.strategy import strategy
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.scorer import load, prefix_match
+from microserve.services.router.authoring.strategy import strategy
+from microserve.services.router.request.request import Request
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=0)]

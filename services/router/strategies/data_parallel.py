@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 from microserve.services.links.stream import Tokens
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.request import Request
-from microserve.services.router.strategy import strategy
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.strategy import strategy
+from microserve.services.router.request.request import Request
 
 
 @strategy

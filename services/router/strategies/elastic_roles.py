@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 
 from microserve.services.router.authoring import Annotated, Mesh, Meta, PlanMesh, Request, Tokens, strategy
+from microserve.services.router.authoring.view import EngineFacts
 from microserve.services.router.strategies.disaggregated import disaggregated
-from microserve.services.router.view import EngineFacts
 
 Seconds = Annotated[float, Meta(gt=0.0)]
 ROLES, LABELS = ("decode", "prefill"), {"decode", "prefill", "to-decode", "to-prefill"}

@@ -13,10 +13,10 @@ from typing import Annotated
 from msgspec import Meta
 
 from microserve.services.links.stream import Tokens
-from microserve.services.router.engine import Engine
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.request import Request
-from microserve.services.router.strategy import strategy
+from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.strategy import strategy
+from microserve.services.router.request.request import Request
 
 Weight = Annotated[float, Meta(ge=0.0)]
 

@@ -14,11 +14,11 @@ from msgspec import Meta
 
 from microserve.protocol.errors import QueueFull
 from microserve.services.links.stream import Tokens
-from microserve.services.router.engine import Engine
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.request import Request
-from microserve.services.router.scorer import sequences
-from microserve.services.router.strategy import strategy
+from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.scorer import sequences
+from microserve.services.router.authoring.strategy import strategy
+from microserve.services.router.request.request import Request
 
 
 @strategy

@@ -15,10 +15,10 @@ from msgspec import Meta
 
 from microserve.protocol.errors import CapacityError, PeerError
 from microserve.services.links.stream import Tokens
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.plan import PlanMesh
-from microserve.services.router.request import Request
-from microserve.services.router.strategy import strategy
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.plan import PlanMesh
+from microserve.services.router.authoring.strategy import strategy
+from microserve.services.router.request.request import Request
 
 Count = Annotated[int, Meta(ge=1)]
 Period = Annotated[float, Meta(gt=0.0)]

@@ -10,8 +10,8 @@ from router_world import GatewayPeer, World, eventually, in_loop, router_world
 
 from microserve.protocol.errors import QueueFull
 from microserve.protocol.messages import engine as wire
-from microserve.services.router import prediction
-from microserve.services.router.admission import MAX_RETRY_S
+from microserve.services.router.engines import prediction
+from microserve.services.router.serving.admission import MAX_RETRY_S
 
 PROMPT = list(range(100))
 BUSY = wire.EngineLoad(

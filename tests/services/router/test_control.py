@@ -17,16 +17,16 @@ from microserve.protocol.errors import ConfigError, StrategyNotFound
 from microserve.protocol.messages.control import ControlEntry, ControlState, Scalar, StrategyVersion
 from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.router import Ended, Phases
-from microserve.services.router.control import StrategyControl, load_source
-from microserve.services.router.strategies import BUILT_IN
-from microserve.services.router.strategy import Published, StrategyBook
-from microserve.services.router.version_window import (
+from microserve.services.router.authoring.strategy import Published, StrategyBook
+from microserve.services.router.rollout.control import StrategyControl, load_source
+from microserve.services.router.rollout.window import (
     MIN_ERRORS,
     MIN_TIMED,
 )
+from microserve.services.router.strategies import BUILT_IN
 
 PLAIN = """
-from microserve.services.router.strategy import strategy
+from microserve.services.router.authoring.strategy import strategy
 
 @strategy
 async def mine(mesh, request, *, label: str = "", ratio: float = 0.1):

@@ -11,7 +11,7 @@ from scripted_engine import BLOCK_SIZE, ScriptedEngine, output_token
 from microserve.protocol import log
 from microserve.protocol.errors import CacheFull, Draining, MeshError, QueueFull, TransferFailed
 from microserve.protocol.messages import engine as wire
-from microserve.services.router.failover import MAX_ATTEMPTS
+from microserve.services.router.serving.failover import MAX_ATTEMPTS
 from microserve.services.router.strategies.data_parallel import data_parallel
 
 PROMPT = list(range(50))

@@ -13,16 +13,16 @@ from router_world import World, eventually, expected_output, in_loop, router_wor
 from microserve.protocol import log
 from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
 from microserve.services.links.stream import Tokens
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.overseer import Overseer
-from microserve.services.router.plan import PlanMesh
-from microserve.services.router.request import Request
-from microserve.services.router.strategy import Strategy
-from microserve.services.router.version_window import MIN_ERRORS
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.overseer import Overseer
+from microserve.services.router.authoring.plan import PlanMesh
+from microserve.services.router.authoring.strategy import Strategy
+from microserve.services.router.request.request import Request
+from microserve.services.router.rollout.window import MIN_ERRORS
 
 PROMPT = list(range(50))
 HANGS = """
-from microserve.services.router.strategy import strategy
+from microserve.services.router.authoring.strategy import strategy
 
 @strategy
 async def mine(mesh, request):

@@ -21,16 +21,16 @@ from microserve.protocol.messages.control import ControlState, EngineLabels
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.links.engine import EngineConnection
 from microserve.services.links.stream import Tokens
-from microserve.services.router.control import StrategyControl
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.plan import PlanMesh
+from microserve.services.router.authoring.strategy import StrategyBook
+from microserve.services.router.authoring.view import State
+from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.labels import MAX_ENGINES, OwnLabels
-from microserve.services.router.load import LoadBook
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.plan import PlanMesh
-from microserve.services.router.request import Request
+from microserve.services.router.request.request import Request
+from microserve.services.router.rollout.control import StrategyControl
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategies.elastic_roles import LABELS, ROLES, elastic_roles
-from microserve.services.router.strategy import StrategyBook
-from microserve.services.router.view import State
 from microserve.services.simulation.loop import VirtualLoop
 
 PROMPT = list(range(40))

@@ -12,8 +12,8 @@ from router_world import eventually, in_loop, router_world
 
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine import EngineLoad
+from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.link import Links
-from microserve.services.router.load import LoadBook
 
 sends = st.tuples(st.integers(1, 10_000), st.floats(1e-6, 1e3))
 

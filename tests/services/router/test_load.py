@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.services.router.load import Account, Load, LoadBook
+from microserve.services.router.engines.load import Account, Load, LoadBook
 
 ENGINES = st.sampled_from(["a", "b", "c"])
 PURPOSES = st.sampled_from(["stream", "send 1", "send 2"])

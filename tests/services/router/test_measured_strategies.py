@@ -12,7 +12,7 @@ from router_world import World, eventually, expected_output, in_loop, router_wor
 
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.services.router.load import LoadBook
+from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.strategies.balanced_adaptive import even_split
 
 PD = {"d": ["decode"], "p": ["prefill"]}

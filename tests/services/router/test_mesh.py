@@ -9,8 +9,8 @@ from router_world import World, eventually, in_loop, router_world, serve_with
 
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.links.stream import Tokens
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.request import Request
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.request.request import Request
 
 PROMPT = list(range(50))
 

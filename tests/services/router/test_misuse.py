@@ -17,9 +17,9 @@ from router_world import (
 from microserve.protocol import log
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.services.links.stream import Tokens
-from microserve.services.router.engine import Engine
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.request import Request
+from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.request.request import Request
 
 PROMPT = list(range(50))
 Trial = Callable[[Engine, Engine, Request], Awaitable[object]]

@@ -15,8 +15,8 @@ from core_mesh import Engine, Mesh, generate, prompt_of
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, StepResult
-from microserve.services.router.load import Account, LoadBook
-from microserve.services.router.prediction import EngineView, predicted_ttft_s
+from microserve.services.router.engines.load import Account, LoadBook
+from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s
 
 BEAT_S = 0.5
 STEP_S, TOKEN_S = 0.005, 0.0005

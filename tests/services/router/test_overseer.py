@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
-from microserve.services.router.overseer import HANG_S, Overseer, StrategyHung
+from microserve.services.router.authoring.overseer import HANG_S, Overseer, StrategyHung
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_it_passes_values_errors_and_cancellation_on(overseer: Overseer) -> None
 
 FROZEN = f"""
 import asyncio, sys, time
-from microserve.services.router.overseer import Overseer
+from microserve.services.router.authoring.overseer import Overseer
 
 async def body():
     print("running", flush=True)
@@ -146,7 +146,7 @@ def test_a_process_that_was_stopped_meanwhile_is_not_taken_for_one_that_hangs() 
 
 def test_nothing_is_raised_in_the_routers_own_code(overseer: Overseer) -> None:
     """The strategy calls code of the package that never ends by itself within the time: it is let be."""
-    module: dict[str, object] = {"__name__": "microserve.services.router.load"}
+    module: dict[str, object] = {"__name__": "microserve.services.router.engines.load"}
     ends = HANG_S + 0.3
     code = "import time\ndef work():\n    end = time.perf_counter() + %f\n" % ends  # noqa: UP031
     code += "    while time.perf_counter() < end:\n        pass\n    return 'whole'\n"

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.messages.engine import Timings
 from microserve.protocol.messages.router import Phases
-from microserve.services.router.phase import PhaseClock
+from microserve.services.router.request.phase import PhaseClock
 
 TIMES = st.floats(0, 100, allow_nan=False)
 

@@ -18,13 +18,13 @@ from microserve.protocol.errors import DeadlineExceeded, StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
 from microserve.services.links.stream import Tokens
-from microserve.services.router import plan as plan_module
-from microserve.services.router.load import LoadBook
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.plan import PlanMesh, Plans
-from microserve.services.router.request import Request
-from microserve.services.router.strategy import PlanFunction, Strategy, strategy
-from microserve.services.router.view import MeshView, State
+from microserve.services.router.authoring import plan as plan_module
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.plan import PlanMesh, Plans
+from microserve.services.router.authoring.strategy import PlanFunction, Strategy, strategy
+from microserve.services.router.authoring.view import MeshView, State
+from microserve.services.router.engines.load import LoadBook
+from microserve.services.router.request.request import Request
 from microserve.services.simulation.loop import VirtualLoop
 
 PROMPT = list(range(50))

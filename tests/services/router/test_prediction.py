@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.services.router.load import Load
-from microserve.services.router.prediction import (
+from microserve.services.router.engines.load import Load
+from microserve.services.router.engines.prediction import (
     RATE_MAX_AGE_S,
     REPORT_MAX_AGE_S,
     EngineView,

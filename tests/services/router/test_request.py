@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import InvalidInterval, ProtocolViolation
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.router.request import Request
+from microserve.services.router.request.request import Request
 
 
 def make(num_tokens: int, block_size: int = 16) -> Request:

@@ -13,11 +13,11 @@ from paper_mesh import PaperEngine, by_id, paper_mesh, sent
 
 from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.services.router import scorer
-from microserve.services.router.engine import Engine
-from microserve.services.router.load import LoadBook
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.request import Request
+from microserve.services.router.authoring import scorer
+from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.engines.load import LoadBook
+from microserve.services.router.request.request import Request
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 scores = st.lists(finite, min_size=1, max_size=6)

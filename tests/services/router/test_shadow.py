@@ -12,14 +12,14 @@ from router_world import World, eventually, expected_output, in_loop, router_wor
 from microserve.protocol import log
 from microserve.protocol.messages.control import ControlEntry, ControlState, ShadowScore, StrategyVersion
 from microserve.protocol.messages.engine import EngineLoad
+from microserve.services.router.authoring.strategy import Published, StrategyBook
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategies.data_parallel import data_parallel
-from microserve.services.router.strategy import Published, StrategyBook
 
 PROMPT = list(range(50))
 LABELS = {"d": ["decode"], "p": ["prefill"]}
 HEAD = """
-from microserve.services.router.strategy import strategy
+from microserve.services.router.authoring.strategy import strategy
 
 @strategy
 async def mine(mesh, request, *, label: str = "decode"):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from router_world import expected_output, in_loop, router_world
 
+from microserve.services.router.authoring.strategy import Strategy, load_file
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategies.balanced_adaptive import balanced_adaptive
-from microserve.services.router.strategy import Strategy, load_file
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")

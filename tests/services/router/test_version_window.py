@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.services.router.version_window import (
+from microserve.services.router.rollout.window import (
     MAX_ERROR_SHARE,
     MIN_ERRORS,
     MIN_TIMED,

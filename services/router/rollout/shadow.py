@@ -24,18 +24,18 @@ from microserve.protocol.errors import NoEngines, StrategyError
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.engine import EngineConnection
-from microserve.services.router.attempt import Attempts
-from microserve.services.router.decision import Cost, Decision, cost_of
-from microserve.services.router.load import LoadBook
-from microserve.services.router.mesh import RETRY_AFTER_S, Lookup, Mesh
-from microserve.services.router.phase import PhaseClock
-from microserve.services.router.plan import PlanMesh, Plans
-from microserve.services.router.prediction import EngineView
-from microserve.services.router.request import Request
-from microserve.services.router.scope import RequestScope
-from microserve.services.router.shadow_engine import ShadowConnection
-from microserve.services.router.strategy import Strategy
-from microserve.services.router.view import State
+from microserve.services.router.authoring.mesh import RETRY_AFTER_S, Lookup, Mesh
+from microserve.services.router.authoring.plan import PlanMesh, Plans
+from microserve.services.router.authoring.strategy import Strategy
+from microserve.services.router.authoring.view import State
+from microserve.services.router.engines.load import LoadBook
+from microserve.services.router.engines.prediction import EngineView
+from microserve.services.router.request.phase import PhaseClock
+from microserve.services.router.request.request import Request
+from microserve.services.router.request.scope import RequestScope
+from microserve.services.router.rollout.score import Cost, Decision, cost_of
+from microserve.services.router.rollout.shadow_engine import ShadowConnection
+from microserve.services.router.serving.attempt import Attempts
 
 DECISION_S = 5.0
 """A shadow that has not decided by then never will."""

@@ -14,8 +14,8 @@ from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import Grant
 from microserve.services.links.engine import Answer, EngineConnection
-from microserve.services.router.request import Request
-from microserve.services.router.scope import RequestScope
+from microserve.services.router.request.request import Request
+from microserve.services.router.request.scope import RequestScope
 
 
 class GrantHandle:

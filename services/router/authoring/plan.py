@@ -20,12 +20,12 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import CapacityError, PeerError
 from microserve.services.links.engine import EngineConnection
-from microserve.services.router.load import LoadBook
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.overseer import StrategyHung
-from microserve.services.router.request import Request
-from microserve.services.router.strategy import Strategy, StrategyFunction
-from microserve.services.router.view import MeshView, State
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.overseer import StrategyHung
+from microserve.services.router.authoring.strategy import Strategy, StrategyFunction
+from microserve.services.router.authoring.view import MeshView, State
+from microserve.services.router.engines.load import LoadBook
+from microserve.services.router.request.request import Request
 
 MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 30.0
 """Before a plan that raised begins again; one that ran for longer than the last pause starts afresh."""

@@ -24,9 +24,9 @@ import msgspec
 
 from microserve.protocol.errors import ConfigError, StrategyError, StrategyNotFound
 from microserve.services.links.stream import Tokens
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.request import Request
-from microserve.services.router.view import MeshView
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.view import MeshView
+from microserve.services.router.request.request import Request
 
 StrategyFunction = Callable[..., AsyncGenerator[Tokens, None]]
 PlanFunction = Callable[..., Coroutine[Any, Any, None]]

@@ -13,7 +13,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.services.links.engine import EngineConnection
 from microserve.services.links.feed import KvFeed
-from microserve.services.router.request import Request
+from microserve.services.router.request.request import Request
 
 _logger = structlog.get_logger()
 

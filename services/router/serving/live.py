@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from microserve.protocol.errors import Draining, MeshError
 from microserve.protocol.messages.router import Output
 from microserve.services.links.stream import Tokens
-from microserve.services.router.mesh import RETRY_AFTER_S
-from microserve.services.router.phase import PhaseClock
-from microserve.services.router.scope import RequestScope
+from microserve.services.router.authoring.mesh import RETRY_AFTER_S
+from microserve.services.router.request.phase import PhaseClock
+from microserve.services.router.request.scope import RequestScope
 
 if TYPE_CHECKING:
-    from microserve.services.router.shadow import Rehearsal
+    from microserve.services.router.rollout.shadow import Rehearsal
 
 Sink = Callable[[Output], None]
 

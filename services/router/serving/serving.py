@@ -27,22 +27,22 @@ from microserve.protocol.messages.router import Ended, Generate, Output
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.engine import EngineConnection
 from microserve.services.links.stream import Tokens
-from microserve.services.router.admission import Admission
-from microserve.services.router.attempt import Attempts, out_of_time
+from microserve.services.router.authoring.mesh import RETRY_AFTER_S, Lookup, Mesh
+from microserve.services.router.authoring.plan import PlanMesh, Plans
+from microserve.services.router.authoring.strategy import Strategy
+from microserve.services.router.authoring.view import State
 from microserve.services.router.departure import EngineLeaving, MoveFailed, move
 from microserve.services.router.ending import cut_short, finished_well, write_line
-from microserve.services.router.failover import Failover
-from microserve.services.router.live import Interrupt, LiveRequest, Sink
-from microserve.services.router.load import LoadBook
-from microserve.services.router.mesh import RETRY_AFTER_S, Lookup, Mesh
-from microserve.services.router.phase import PhaseClock
-from microserve.services.router.plan import PlanMesh, Plans
-from microserve.services.router.request import Request
-from microserve.services.router.scope import RequestScope
-from microserve.services.router.shadow import OnDecided, Shadows
+from microserve.services.router.engines.load import LoadBook
+from microserve.services.router.request.phase import PhaseClock
+from microserve.services.router.request.request import Request
+from microserve.services.router.request.scope import RequestScope
+from microserve.services.router.rollout.shadow import OnDecided, Shadows
+from microserve.services.router.serving.admission import Admission
+from microserve.services.router.serving.attempt import Attempts, out_of_time
+from microserve.services.router.serving.failover import Failover
+from microserve.services.router.serving.live import Interrupt, LiveRequest, Sink
 from microserve.services.router.strategies.data_parallel import data_parallel
-from microserve.services.router.strategy import Strategy
-from microserve.services.router.view import State
 
 OnEnd = Callable[[Ended, bool, bool], None]
 """How it ended; whether its strategy made a mistake; whether that held the router for too long."""

@@ -11,8 +11,8 @@ from microserve.protocol.errors import MeshError, PeerError
 from microserve.protocol.messages import engine as wire
 from microserve.services.links.engine import EngineConnection
 from microserve.services.links.stream import Tokens, TokenStream
-from microserve.services.router.scope import RequestScope
-from microserve.services.router.transfer import Sending
+from microserve.services.router.authoring.grant import Sending
+from microserve.services.router.request.scope import RequestScope
 
 STREAM = "stream"
 """What the engine holds for a generation, in the scope's book."""

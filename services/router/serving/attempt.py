@@ -17,11 +17,11 @@ from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages.router import Output
 from microserve.services.links.stream import Tokens
-from microserve.services.router.live import LiveRequest
-from microserve.services.router.overseer import Overseer, StrategyHung
-from microserve.services.router.scope import RequestScope
-from microserve.services.router.strategy import Strategy
-from microserve.services.router.view import MeshView
+from microserve.services.router.authoring.overseer import Overseer, StrategyHung
+from microserve.services.router.authoring.strategy import Strategy
+from microserve.services.router.authoring.view import MeshView
+from microserve.services.router.request.scope import RequestScope
+from microserve.services.router.serving.live import LiveRequest
 
 CLOSE_S = 1.0
 """What stands in a strategy's ``finally`` gets this long; its request has ended before."""

@@ -23,7 +23,7 @@ from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.index import Members, Watch
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
-from microserve.services.router.control import StrategyControl
+from microserve.services.router.rollout.control import StrategyControl
 
 _logger = structlog.get_logger()
 

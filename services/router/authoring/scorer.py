@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from microserve.protocol.errors import StrategyError
-from microserve.services.router.request import Request
+from microserve.services.router.request.request import Request
 
 if TYPE_CHECKING:
-    from microserve.services.router.engine import Engine
-    from microserve.services.router.mesh import Mesh
+    from microserve.services.router.authoring.engine import Engine
+    from microserve.services.router.authoring.mesh import Mesh
 
     Scorer = Callable[[Mesh, Engine, Request], float]
 

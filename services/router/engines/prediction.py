@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.services.router.load import Load
+from microserve.services.router.engines.load import Load
 
 REPORT_MAX_AGE_S = 1.5
 """Six heartbeats, by default."""

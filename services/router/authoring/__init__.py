@@ -10,13 +10,13 @@ from msgspec import Meta
 
 from microserve.protocol.errors import CapacityError, PeerError, QueueFull
 from microserve.services.links.stream import Tokens
-from microserve.services.router import scorer
-from microserve.services.router.engine import Engine
-from microserve.services.router.load import Load
-from microserve.services.router.mesh import Mesh
-from microserve.services.router.plan import PlanMesh
-from microserve.services.router.request import Request
-from microserve.services.router.strategy import strategy
+from microserve.services.router.authoring import scorer
+from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.plan import PlanMesh
+from microserve.services.router.authoring.strategy import strategy
+from microserve.services.router.engines.load import Load
+from microserve.services.router.request.request import Request
 
 __all__ = [
     "strategy",

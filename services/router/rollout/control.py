@@ -21,11 +21,11 @@ from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, MeshError
 from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion, VersionFault
 from microserve.protocol.messages.router import Ended
-from microserve.services.router.decision import Cost
+from microserve.services.router.authoring.strategy import Published, Strategy, StrategyBook, strategies_in
+from microserve.services.router.rollout.score import Cost
+from microserve.services.router.rollout.window import Bounds, End, VersionWindow
 from microserve.services.router.shadow_book import ShadowBook
 from microserve.services.router.strategies.data_parallel import data_parallel
-from microserve.services.router.strategy import Published, Strategy, StrategyBook, strategies_in
-from microserve.services.router.version_window import Bounds, End, VersionWindow
 
 _logger = structlog.get_logger()
 

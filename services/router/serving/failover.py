@@ -20,7 +20,7 @@ from microserve.protocol.errors import (
 )
 from microserve.protocol.messages.engine import EngineInfo, Finished, Timings, Usage
 from microserve.services.router.departure import EngineLeaving, MoveFailed
-from microserve.services.router.request import Request
+from microserve.services.router.request.request import Request
 
 MAX_ATTEMPTS = 4
 """Runs of the strategy for one request, the first included, while engines fail under it."""

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from microserve.protocol.errors import NoEngines, StrategyError
 from microserve.services.links.engine import EngineConnection
-from microserve.services.router.engine import Engine
-from microserve.services.router.load import Load, LoadBook
-from microserve.services.router.request import Request
-from microserve.services.router.scope import RequestScope
-from microserve.services.router.scorer import combined, softmax_choice
-from microserve.services.router.view import MeshView, State
+from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.scorer import combined, softmax_choice
+from microserve.services.router.authoring.view import MeshView, State
+from microserve.services.router.engines.load import Load, LoadBook
+from microserve.services.router.request.request import Request
+from microserve.services.router.request.scope import RequestScope
 
 if TYPE_CHECKING:
-    from microserve.services.router.scorer import Scorer
+    from microserve.services.router.authoring.scorer import Scorer
 
 RETRY_AFTER_S = 1.0
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from microserve.protocol.messages import engine as wire
 from microserve.services.links.engine import EngineConnection
+from microserve.services.router.engines.load import Load, LoadBook
+from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s
 from microserve.services.router.labels import OwnLabels
-from microserve.services.router.load import Load, LoadBook
-from microserve.services.router.prediction import EngineView, predicted_ttft_s
 
 
 class State(dict[str, Any]):

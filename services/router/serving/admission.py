@@ -22,12 +22,12 @@ from microserve.protocol.errors import (
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.settings import RouterSettings
 from microserve.services.links.engine import EngineConnection
-from microserve.services.router.load import LoadBook
-from microserve.services.router.mesh import RETRY_AFTER_S, Lookup
-from microserve.services.router.prediction import EngineView, predicted_ttft_s
-from microserve.services.router.registry import Registry
-from microserve.services.router.request import Request
-from microserve.services.router.strategy import Strategy, StrategyBook
+from microserve.services.router.authoring.mesh import RETRY_AFTER_S, Lookup
+from microserve.services.router.authoring.strategy import Strategy, StrategyBook
+from microserve.services.router.engines.load import LoadBook
+from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s
+from microserve.services.router.engines.registry import Registry
+from microserve.services.router.request.request import Request
 
 MIN_RETRY_S, MAX_RETRY_S = 0.5, 60.0
 """Bounds of what a refusal for lack of time says: predictions are no better than that."""

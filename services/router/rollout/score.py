@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from microserve.services.router.prediction import EngineView, predicted_ttft_s
+from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s
 
 
 class Send(NamedTuple):
