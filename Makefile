@@ -34,7 +34,7 @@ exactness: $(VENV)/installed
 
 # A thousand simulated worlds full of faults; ARGS="--seeds 20000", or ARGS="--replay 17" for one of them.
 simulate: $(VENV)/installed
-	$(BIN)/python -m microserve.services.simulation.campaign $(ARGS)
+	$(BIN)/python -m microserve.services.simulation.faults.campaign $(ARGS)
 
 # Bugs planted on purpose, and how many worlds it takes to catch each.
 mutations: $(VENV)/installed

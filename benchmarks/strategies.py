@@ -4,7 +4,7 @@
     python benchmarks/strategies.py --docs [--jobs 2]  the figures of docs/strategies.md, made anew
 
 With ``--docs``: the plots go to docs/img, and the part of the page between the two ``figures`` marks is
-replaced. No hardware is measured: services/simulation/timing.py says what the times are from.
+replaced. No hardware is measured: services/simulation/load/timing.py says what the times are from.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 
 import msgspec
 
-from microserve.services.simulate_wire import SimulateTask
-from microserve.services.simulation import planner
-from microserve.services.simulation.point import PointResult
+from microserve.services.simulation.load import planner
+from microserve.services.simulation.load.point import PointResult
+from microserve.services.simulation.load.task import SimulateTask
 
 ROOT = Path(__file__).parents[1]
 TRACE = "tests/data/mooncake_conversation_2000.jsonl.gz"

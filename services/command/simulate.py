@@ -17,7 +17,7 @@ from microserve.services.command.strategy import WrongFlag, parameter
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import Scalar
 
-MODULE = "microserve.services.simulation.planner"
+MODULE = "microserve.services.simulation.load.planner"
 
 
 def _loads(_context: click.Context, _parameter: click.Parameter, text: str) -> list[float]:
@@ -68,7 +68,7 @@ def simulate(assignments: tuple[str, ...], strategies: tuple[str, ...], **flags:
     """
     import msgspec
 
-    from microserve.services.simulate_wire import SimulateTask
+    from microserve.services.simulation.load.task import SimulateTask
 
     if find_spec("greenlet") is None:
         raise click.ClickException("the simulation needs greenlet: pip install 'microserve[simulation]'")

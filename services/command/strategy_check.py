@@ -37,7 +37,7 @@ def check(task: Task, overseer: Overseer) -> Finding:
     if not task.dry_run:
         return Finding([])
     try:
-        from microserve.services.simulation.dry_run import try_strategy
+        from microserve.services.simulation.faults.dry_run import try_strategy
     except ModuleNotFoundError as error:
         if error.name != "greenlet":
             raise

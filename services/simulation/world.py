@@ -28,8 +28,8 @@ from microserve.services.index.service import IndexService
 from microserve.services.router.authoring.overseer import Overseer
 from microserve.services.router.service import Router
 from microserve.services.simulation.bus import Addresses, SimBus
-from microserve.services.simulation.client import SimGateway
 from microserve.services.simulation.engine import SimEngine
+from microserve.services.simulation.gateway import SimGateway
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.network import Network

@@ -35,7 +35,7 @@ from microserve.services.router.engines.load import Account
 from microserve.services.router.request.request import Request
 from microserve.services.router.request.scope import RequestScope
 from microserve.services.router.serving.failover import Failover
-from microserve.services.simulation.campaign import run_seed
+from microserve.services.simulation.faults.campaign import run_seed
 
 LIMIT_SEEDS = 2000
 Plant = Callable[[ExitStack], None]

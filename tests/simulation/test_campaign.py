@@ -7,8 +7,8 @@ import subprocess
 import sys
 from collections import Counter
 
-from microserve.services.simulation.campaign import run_seed
-from microserve.services.simulation.scenario import CALM, FAULT_KINDS, SINGLE, STORM, draw
+from microserve.services.simulation.faults.campaign import run_seed
+from microserve.services.simulation.faults.scenario import CALM, FAULT_KINDS, SINGLE, STORM, draw
 
 NUM_SEEDS = int(os.environ.get("MICROSERVE_TEST_SEEDS", "60"))
 
@@ -38,7 +38,7 @@ def test_a_seed_replays_byte_for_byte_in_another_process() -> None:
     """With another hash seed, too: no order may come from a set."""
     digests = set()
     for hash_seed in ("1", "2"):
-        script = "from microserve.services.simulation.campaign import run_seed\n"
+        script = "from microserve.services.simulation.faults.campaign import run_seed\n"
         script += "print(*[run_seed(seed).digest for seed in range(8)])"
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         done = subprocess.run(

@@ -16,12 +16,12 @@ import pytest
 
 from microserve.protocol import log
 from microserve.protocol.messages.control import PUBLISH, Change, Changed
-from microserve.services.simulation.client import Answer
+from microserve.services.simulation.faults.judge import judge_answer, judge_rest
+from microserve.services.simulation.faults.scenario import draw
+from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
-from microserve.services.simulation.judge import judge_answer, judge_rest
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.network import Endpoint, Weather
-from microserve.services.simulation.scenario import draw
 from microserve.services.simulation.world import INDEX, Shape, World
 
 NUM_SWAPS = int(os.environ.get("MICROSERVE_TEST_SWAPS", "1000"))

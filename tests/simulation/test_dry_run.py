@@ -11,7 +11,7 @@ from hostile_strategies import GOOD, HEAD, HOSTILE, SERVE
 from microserve.services.command import strategy as strategy_command
 from microserve.services.command.strategy import _check
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.simulation.dry_run import try_strategy
+from microserve.services.simulation.faults.dry_run import try_strategy
 
 
 @pytest.mark.parametrize("name", HOSTILE)

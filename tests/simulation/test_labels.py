@@ -12,12 +12,12 @@ import pytest
 from microserve.protocol.messages.control import LABEL, UNLABEL, Change, Changed
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.service import Router
-from microserve.services.simulation.client import Answer
+from microserve.services.simulation.faults.judge import judge_answer, judge_rest
+from microserve.services.simulation.faults.scenario import draw
+from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
-from microserve.services.simulation.judge import judge_answer, judge_rest
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.network import Endpoint, Weather
-from microserve.services.simulation.scenario import draw
 from microserve.services.simulation.world import INDEX, Shape, World, until
 
 STORM = Weather(drop=0.2, duplicate=0.3, reorder=0.3, delay=0.3, max_delay_s=0.3)

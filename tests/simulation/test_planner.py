@@ -16,12 +16,12 @@ import pytest
 
 from microserve.protocol.errors import ConfigError
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.simulate_wire import SimulateTask
-from microserve.services.simulation import planner
-from microserve.services.simulation.planned import NUM_LAYERS
-from microserve.services.simulation.point import TOKEN_PARAMETERS, Point, PointResult, run_point
-from microserve.services.simulation.timing import PROFILES, Profile
-from microserve.services.simulation.trace import TraceRequest
+from microserve.services.simulation.load import planner
+from microserve.services.simulation.load.engine import NUM_LAYERS
+from microserve.services.simulation.load.point import TOKEN_PARAMETERS, Point, PointResult, run_point
+from microserve.services.simulation.load.task import SimulateTask
+from microserve.services.simulation.load.timing import PROFILES, Profile
+from microserve.services.simulation.load.trace import TraceRequest
 
 H200 = PROFILES["h200-8b"]
 ROUND_TRIPS_S = 0.01

@@ -16,11 +16,11 @@ from microserve.protocol.messages.control import (
     ControlRecord,
     ControlRecords,
 )
-from microserve.services.simulation.client import Answer
+from microserve.services.simulation.faults.judge import judge_answer, judge_rest
+from microserve.services.simulation.faults.scenario import draw
+from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
-from microserve.services.simulation.judge import judge_answer, judge_rest
 from microserve.services.simulation.loop import VirtualLoop
-from microserve.services.simulation.scenario import draw
 from microserve.services.simulation.world import INDEX, Shape, World
 
 REQUEST_S = 0.02

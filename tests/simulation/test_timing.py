@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.protocol.errors import ConfigError
-from microserve.services.simulation.timing import (
+from microserve.services.simulation.load.timing import (
     A100,
     H200,
     LLAMA_8B,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.protocol.errors import ConfigError
-from microserve.services.simulation.trace import TraceRequest, arrivals, read_trace
+from microserve.services.simulation.load.trace import TraceRequest, arrivals, read_trace
 
 CUT = Path(__file__).parents[2] / "tests/data/mooncake_conversation_2000.jsonl.gz"
 GOOD = b'{"timestamp": 3000, "input_length": 700, "output_length": 5, "hash_ids": [0, 7]}\n'

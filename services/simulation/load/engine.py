@@ -27,9 +27,9 @@ from microserve.services.simulation.bus import SimBus
 from microserve.services.simulation.engine import SimEngine
 from microserve.services.simulation.hash_runner import ROW_NBYTES, hash_layout
 from microserve.services.simulation.journal import Journal
+from microserve.services.simulation.load.timing import Profile
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.steps import Pacer, VirtualCondition
-from microserve.services.simulation.timing import Profile
 from microserve.services.simulation.world import Shape, World
 
 NUM_LAYERS = 4

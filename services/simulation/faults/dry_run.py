@@ -19,12 +19,12 @@ from microserve.services.index.service import IndexService
 from microserve.services.router.authoring.overseer import Overseer
 from microserve.services.router.rollout.window import MIN_ERRORS
 from microserve.services.router.service import Router
-from microserve.services.simulation.campaign import NOTICE_S, REST_S
-from microserve.services.simulation.client import Answer
+from microserve.services.simulation.faults.campaign import NOTICE_S, REST_S
+from microserve.services.simulation.faults.judge import judge_answer, judge_rest
+from microserve.services.simulation.faults.scenario import draw
+from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
-from microserve.services.simulation.judge import judge_answer, judge_rest
 from microserve.services.simulation.loop import VirtualLoop
-from microserve.services.simulation.scenario import draw
 from microserve.services.simulation.world import INDEX, Shape, World, until
 
 NUM_REQUESTS = 12

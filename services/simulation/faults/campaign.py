@@ -1,6 +1,6 @@
 """Seeds by the thousand: run each world, judge it, add up.
 
-    python -m microserve.services.simulation.campaign --seeds 1000
+    python -m microserve.services.simulation.faults.campaign --seeds 1000
 
 Exit code 0: every promise held. A seed that broke one is printed with the command that replays it.
 """
@@ -18,10 +18,8 @@ from functools import cache
 
 from microserve.protocol import log
 from microserve.protocol.errors import QueueFull
-from microserve.services.simulation.client import Answer
-from microserve.services.simulation.fault import Faults
-from microserve.services.simulation.journal import Journal
-from microserve.services.simulation.judge import (
+from microserve.services.simulation.faults.fault import Faults
+from microserve.services.simulation.faults.judge import (
     GONE_S,
     judge_answer,
     judge_gone,
@@ -29,8 +27,10 @@ from microserve.services.simulation.judge import (
     judge_rest,
     judge_service,
 )
+from microserve.services.simulation.faults.scenario import CALM, STRATEGIES, Arrival, Scenario, draw
+from microserve.services.simulation.gateway import Answer
+from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import VirtualLoop
-from microserve.services.simulation.scenario import CALM, STRATEGIES, Arrival, Scenario, draw
 from microserve.services.simulation.world import World, until
 
 OUTCOME_S = 5.0
@@ -232,7 +232,7 @@ def _run_many(first: int, num_seeds: int, seconds: float, jobs: int) -> int:
         print(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()))
     print(f"seeds with a broken promise: {len(broken)}")
     if broken:
-        print(f"replay: python -m microserve.services.simulation.campaign --replay {broken[0].seed}")
+        print(f"replay: python -m microserve.services.simulation.faults.campaign --replay {broken[0].seed}")
     return 1 if broken else 0
 
 

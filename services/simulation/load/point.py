@@ -16,12 +16,12 @@ from microserve.protocol.errors import InternalError, QueueFull
 from microserve.protocol.messages.control import Scalar
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import RouterSettings, Settings
-from microserve.services.simulation.client import Answer
+from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
+from microserve.services.simulation.load.engine import Hardware, PlannedWorld
+from microserve.services.simulation.load.timing import Profile
+from microserve.services.simulation.load.trace import HASH_TOKENS, TraceRequest, arrivals
 from microserve.services.simulation.loop import VirtualLoop
-from microserve.services.simulation.planned import Hardware, PlannedWorld
-from microserve.services.simulation.timing import Profile
-from microserve.services.simulation.trace import HASH_TOKENS, TraceRequest, arrivals
 from microserve.services.simulation.world import Shape, until
 
 TOKEN_PARAMETERS = {

@@ -19,10 +19,10 @@ import msgspec
 from microserve.protocol.errors import ConfigError, MeshError
 from microserve.services.router.authoring.strategy import Strategy, load_file
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.simulate_wire import SimulateTask
-from microserve.services.simulation.point import TOKEN_PARAMETERS, Point, PointResult, run_point
-from microserve.services.simulation.timing import Profile, profile_of
-from microserve.services.simulation.trace import HASH_TOKENS, read_trace
+from microserve.services.simulation.load.point import TOKEN_PARAMETERS, Point, PointResult, run_point
+from microserve.services.simulation.load.task import SimulateTask
+from microserve.services.simulation.load.timing import Profile, profile_of
+from microserve.services.simulation.load.trace import HASH_TOKENS, read_trace
 
 MIN_TOKENS_A_BLOCK = 4
 HEADER = (
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         points = points_of(task)
         if task.plot:
             # Whether it is there shows now, and not after all points.
-            from microserve.services.simulation.plots import draw
+            from microserve.services.simulation.load.plots import draw
         results = _run(points, task)
         if task.plot:
             for path in draw(results, Path(task.plot)):

@@ -13,10 +13,10 @@ from microserve.protocol.errors import InternalError
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
-from microserve.services.simulation.client import Answer
 from microserve.services.simulation.engine import VOCAB_SIZE, SimEngine
+from microserve.services.simulation.faults.scenario import CALM, STORM, Scenario
+from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.hash_runner import expected_samples
-from microserve.services.simulation.scenario import CALM, STORM, Scenario
 from microserve.services.simulation.world import INDEX, World
 
 GONE_S = 0.4

@@ -7,9 +7,9 @@ from collections import Counter
 from functools import partial
 
 from microserve.services.simulation.engine import SimEngine
+from microserve.services.simulation.faults.scenario import Fault
 from microserve.services.simulation.heap import WriteWeather
 from microserve.services.simulation.network import Weather
-from microserve.services.simulation.scenario import Fault
 from microserve.services.simulation.world import World
 
 
