@@ -1,4 +1,4 @@
-"""A strategy's source checked before it is published: ``python -m microserve.services.command.strategy_check``.
+"""A strategy's source checked before publishing: ``python -m microserve.services.command.strategy_check``.
 
 A process of its own, because the source is run here: whoever starts it bounds its time. Reads a ``Task`` as
 JSON from stdin and writes a ``Finding`` as JSON to stdout. Knows no mesh but the labels of its engines.
