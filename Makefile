@@ -30,7 +30,7 @@ fmt: $(VENV)/installed
 
 # ARGS="--requests 20 --strategies auto" for a cut of it.
 exactness: $(VENV)/installed
-	$(BIN)/python tests/support/exactness.py --model "$$($(BIN)/microserve model fetch)" $(ARGS)
+	$(BIN)/python tests/support/process/exactness.py --model "$$($(BIN)/microserve model fetch)" $(ARGS)
 
 # A thousand simulated worlds full of faults; ARGS="--seeds 20000", or ARGS="--replay 17" for one of them.
 simulate: $(VENV)/installed
@@ -46,11 +46,11 @@ chaos: $(VENV)/installed
 
 # Strategies swapped on a live mesh under load: ARGS="--seconds 60 --swaps 1000 --rate 50"
 swaps: $(VENV)/installed
-	$(BIN)/python tests/support/swaps.py $(ARGS)
+	$(BIN)/python tests/support/router/swaps.py $(ARGS)
 
 # Memory under a steady load, nothing killed: ARGS="--seconds 1200 --rate 12"
 soak: $(VENV)/installed
-	$(BIN)/python tests/support/soak.py $(ARGS)
+	$(BIN)/python tests/support/process/soak.py $(ARGS)
 
 # What a machine with a GPU would install, resolved and not installed.
 extras: $(VENV)/installed

@@ -4,9 +4,9 @@
 
 Runs steps of several kinds (prefills of many lengths behind many tokens, decodes of several sequences and
 contexts, on random blocks of a pool) and prints the least time of each, what the fit says, and the fit:
-``services/simulation/load/timing.py`` says what the constants mean. The kinds take turns within a round, and the
-least of a kind's rounds counts: other work on the machine can only add to a step's time. The link is what one
-put of a whole prompt's KV into another engine's shared memory reaches.
+``services/simulation/load/timing.py`` says what the constants mean. The kinds take turns within a round, and
+the least of a kind's rounds counts: other work on the machine can only add to a step's time. The link is what
+one put of a whole prompt's KV into another engine's shared memory reaches.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ stage() { # name, pattern that the output must have, command
 model=${1:-}
 if [ -z "$model" ]; then
     model=$work/tiny
-    PYTHONPATH="$PWD/tests/support:$PYTHONPATH" "$PYTHON" -c \
-        "import sys; from tiny_model import make_tiny_model; make_tiny_model(sys.argv[1], head_dim=64)" "$model"
+    "$PYTHON" -c \
+        "import sys; from tests.support.engine.tiny_model import make_tiny_model; make_tiny_model(sys.argv[1], head_dim=64)" "$model"
 fi
 
 passed='(^|[^0-9])[1-9][0-9]* passed'
@@ -107,7 +107,7 @@ stage "nvshmem, 2 ranks" "$passed" tests "$nvshmem"
 stage "kernels against their references" "$passed" tests tests/gpu/kernels
 stage "engine, fp32 tokens and bf16 logits" "$passed" tests tests/gpu/engine
 stage "strategies, 2 engines on cuda:0, fp32" '^exact$' \
-    "$PYTHON" tests/support/exactness.py --model "$model" --device cuda:0 --requests "${REQUESTS:-40}"
+    "$PYTHON" tests/support/process/exactness.py --model "$model" --device cuda:0 --requests "${REQUESTS:-40}"
 stage "benchmarks/gpu_kernels.py" 'multiprocessors' \
     "$PYTHON" benchmarks/gpu_kernels.py
 stage "benchmarks/gpu.py" '^[0-9]+ of [0-9]+ goals met' \

@@ -13,8 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-SUPPORT = Path(__file__).parents[1] / "support"
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -27,9 +25,8 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, help="keep the services' logs here")
     arguments = parser.parse_args()
 
-    sys.path.insert(0, str(SUPPORT))
-    from chaos_run import Chaos, run_chaos
-    from tiny_model import make_tiny_model
+    from tests.support.chaos.run import Chaos, run_chaos
+    from tests.support.engine.tiny_model import make_tiny_model
 
     with tempfile.TemporaryDirectory() as scratch:
         model = arguments.model or make_tiny_model(Path(scratch) / "tiny")

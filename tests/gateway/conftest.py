@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gateway_world import make_model, make_tokenizer
 from tokenizers import Tokenizer
 
 from microserve.gateway.text.tokenizer import ModelTokenizer
+from tests.support.gateway.gateway_world import make_model, make_tokenizer
 
 
 @pytest.fixture(scope="session")

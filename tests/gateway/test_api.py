@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from gateway_world import GatewayWorld, Served, gateway_world, run, special_id
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
 from microserve.gateway.generation.summary import PHASES
 from microserve.protocol import log
 from microserve.protocol.messages.engine import TokenLogprob
+from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world, run, special_id
 
 USER: list[Any] = [{"role": "user", "content": "hi"}]
 

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from gateway_world import GatewayWorld, Served, connect, gateway_world, post, run
 from tokenizers import Tokenizer
 
 from microserve.gateway import server
 from microserve.gateway.http import sse
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.messages.engine import TokenLogprob
+from tests.support.gateway.gateway_world import GatewayWorld, Served, connect, gateway_world, post, run
 
 NUM_IDLE = int(os.environ.get("MICROSERVE_TEST_STREAMS", "10000"))
 """Idle streams; fewer where the machine does not allow so many files in one process."""

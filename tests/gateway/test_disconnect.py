@@ -9,12 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-from gateway_world import Connection, GatewayWorld, connect, gateway_world, post, run
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
 from microserve.gateway.http import sse
 from microserve.protocol import log
+from tests.support.gateway.gateway_world import Connection, GatewayWorld, connect, gateway_world, post, run
 
 CUTS: list[Callable[[Connection], None]] = [Connection.close, Connection.reset, Connection.half_close]
 cut_in_every_way = pytest.mark.parametrize("cut", CUTS, ids=["fin", "rst", "half-close"])

@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 import uvloop
-from gateway_world import connect, gateway_world
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
+from tests.support.gateway.gateway_world import connect, gateway_world
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_world import gateway_world, run
 
 from microserve.protocol import log
+from tests.support.gateway.gateway_world import gateway_world, run
 
 TIMEOUT_S = 30.0
 

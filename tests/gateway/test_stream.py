@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from gateway_world import gateway_world, post, run
 from tokenizers import Tokenizer
 
 from microserve.gateway.http import sse
 from microserve.protocol.messages.engine import TokenLogprob
+from tests.support.gateway.gateway_world import gateway_world, post, run
 
 
 def test_exact_bytes_of_a_chat_stream(model: Path, raw_tokenizer: Tokenizer) -> None:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import declared, emulate
 
 from microserve.kernels.arrival_signal import ArrivalSignal
 from microserve.kernels.block_put import PIECE_NBYTES, PutPlan, block_put, launch_shape, put_launch, put_plan
+from tests.support.engine.kernel_cases import declared, emulate
 
 CPU = torch.device("cpu")
 PARAMETERS = [name for _, name in declared("block_put")]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import AttentionCase, AttentionWork
 
 from microserve.kernels.gpu_attention import DeviceBatch, paged_attention, split_count
+from tests.support.engine.kernel_cases import AttentionCase, AttentionWork
 
 cases = st.builds(
     AttentionCase,

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import random_slots
 
 from microserve.kernels.arrival_signal import ArrivalSignal
 from microserve.kernels.kv_quantize import (
@@ -18,6 +17,7 @@ from microserve.kernels.kv_quantize import (
     quantize,
     quantize_scatter,
 )
+from tests.support.engine.kernel_cases import random_slots
 
 FORMATS = [torch.int8, torch.float8_e4m3fn]
 finite = st.floats(-1e4, 1e4, width=32) | st.floats(-(2**-10), 2**-10, width=32)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from lossy_bus import LossyBus
-from lossy_mesh import LossyMesh, lossy_mesh, oracle
-from router_world import eventually, in_loop
 
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.routers.mailbox import Inbox
 from microserve.protocol.messages.sampling import SamplingParams
+from tests.support.bus.lossy_bus import LossyBus
+from tests.support.bus.lossy_mesh import LossyMesh, lossy_mesh, oracle
+from tests.support.router.router_world import eventually, in_loop
 
 PARAMS = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)
 TTL_S = 300.0

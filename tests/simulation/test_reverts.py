@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 
 import pytest
-from hostile_strategies import GOOD, HEAD, HOSTILE, SERVE
 
 from microserve.protocol.messages.control import (
     PUBLISH,
@@ -22,6 +21,7 @@ from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import VirtualLoop
 from microserve.services.simulation.world import INDEX, Shape, World
+from tests.support.router.hostile_strategies import GOOD, HEAD, HOSTILE, SERVE
 
 REQUEST_S = 0.02
 UNLOADABLE = {"import": "import no_such_module\n" + GOOD, "syntax": GOOD + "def\n", "type": GOOD + "1 + ''\n"}

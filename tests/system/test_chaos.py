@@ -6,15 +6,15 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos_cases import Question
-from chaos_client import NO_OUTCOME, Attempt
-from chaos_faults import Fault
-from chaos_judge import Judge
-from chaos_load import Outcome, Plan
-from chaos_run import Chaos, run_chaos
-from exactness import Case
 
 from microserve.protocol.messages.sampling import SamplingParams
+from tests.support.chaos.cases import Question
+from tests.support.chaos.client import NO_OUTCOME, Attempt
+from tests.support.chaos.faults import Fault
+from tests.support.chaos.judge import Judge
+from tests.support.chaos.load import Outcome, Plan
+from tests.support.chaos.run import Chaos, run_chaos
+from tests.support.process.exactness import Case
 
 SEED = 2
 

@@ -9,14 +9,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from bus_client import BusClient
-from processes import MeshProcesses
-from swaps import GREEDY, PROMPTS, run_swaps, source
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.control import ControlReport
 from microserve.services.command.control_client import ControlClient
+from tests.support.bus.bus_client import BusClient
+from tests.support.process.processes import MeshProcesses
+from tests.support.router.swaps import GREEDY, PROMPTS, run_swaps, source
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

@@ -6,12 +6,12 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from bus_client import BusClient
-from processes import MeshProcesses
 
 from microserve.protocol.bus.curve import CurveKeys, create_keys
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
+from tests.support.bus.bus_client import BusClient
+from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(200)]
 

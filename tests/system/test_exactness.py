@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from exactness import SETTINGS, STRATEGIES, check, make_cases, oracle
-from processes import MeshProcesses
+
+from tests.support.process.exactness import SETTINGS, STRATEGIES, check, make_cases, oracle
+from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 

@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
-from chaos_cases import Question, ask_oracle, keep_stable
-from chaos_client import Attempt, Doors, open_doors
-from chaos_judge import next_token_s
-from chaos_mesh import ChaosMesh
-from exactness import STRATEGIES, Case
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings
+from tests.support.chaos.cases import Question, ask_oracle, keep_stable
+from tests.support.chaos.client import Attempt, Doors, open_doors
+from tests.support.chaos.judge import next_token_s
+from tests.support.chaos.mesh import ChaosMesh
+from tests.support.process.exactness import STRATEGIES, Case
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 

@@ -8,10 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bus_client import BusClient
-from engine_client import EngineClient
-from junk import junk
-from processes import MeshProcesses
 
 from microserve.protocol.bus.codec import ENGINE_REQUEST, INDEX_REPLY, INDEX_REQUEST, ROUTER_REQUEST, Codec
 from microserve.protocol.bus.transport import ZmqBus
@@ -20,6 +16,10 @@ from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.grant import Grant, HeapAddress
 from microserve.protocol.messages.sampling import SamplingParams
+from tests.support.bus.bus_client import BusClient
+from tests.support.bus.junk import junk
+from tests.support.engine.engine_client import EngineClient
+from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]
 

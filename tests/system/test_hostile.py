@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from bus_client import Answer, BusClient
-from processes import MeshProcesses
-from swaps import GREEDY, PROMPTS
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.control import ROLLBACK, ControlRecord
 from microserve.services.command.control_client import ControlClient
+from tests.support.bus.bus_client import Answer, BusClient
+from tests.support.process.processes import MeshProcesses
+from tests.support.router.swaps import GREEDY, PROMPTS
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 

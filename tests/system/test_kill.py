@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
-from bus_client import Answer, BusClient
-from chaos_judge import next_token_s
-from engine_client import EngineClient
-from processes import MeshProcesses
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
+from tests.support.bus.bus_client import Answer, BusClient
+from tests.support.chaos.judge import next_token_s
+from tests.support.engine.engine_client import EngineClient
+from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

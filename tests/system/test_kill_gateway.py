@@ -7,10 +7,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from engine_client import EngineClient
-from processes import MeshProcesses
 
 from microserve.protocol.bus.transport import ZmqBus
+from tests.support.engine.engine_client import EngineClient
+from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(200)]
 

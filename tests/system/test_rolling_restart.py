@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from engine_client import EngineClient
-from processes import MeshProcesses
 
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
+from tests.support.engine.engine_client import EngineClient
+from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

@@ -7,13 +7,13 @@ import random
 from pathlib import Path
 
 import pytest
-from engine_client import EngineClient
-from exactness import Case, oracle
-from processes import MeshProcesses
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
+from tests.support.engine.engine_client import EngineClient
+from tests.support.process.exactness import Case, oracle
+from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import openai
 import pytest
-from processes import MeshProcesses
 
 from microserve.protocol import log
+from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 

@@ -1,6 +1,6 @@
 """In bf16 on a GPU, over the KV of a ``cuda_ipc`` heap: within stated bounds of fp32 on a CPU.
 
-tests/services/engine/test_bf16_logits.py shows that the bounds catch a lost block.
+tests/services/engine/model/test_bf16_logits.py shows that the bounds catch a lost block.
 """
 
 from __future__ import annotations
@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from logit_bounds import BLOCK_SIZE, NUM_BLOCKS, excess, layout_of, log_probabilities, make_model
 
 from microserve.protocol.settings import load_settings
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
 from microserve.services.engine.service import make_heap
+from tests.support.engine.logit_bounds import (
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    excess,
+    layout_of,
+    log_probabilities,
+    make_model,
+)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])

@@ -10,7 +10,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from kernel_cases import AttentionCase
 from structlog.testing import capture_logs
 
 from microserve.kernels.paged_attention import Span
@@ -19,6 +18,7 @@ from microserve.services.engine.model.attention import device_attention
 from microserve.services.engine.model.attention_choice import choose_attention
 from microserve.services.engine.model.flashinfer_attention import FlashInfer, load_flashinfer
 from microserve.services.engine.model.model import ModelSpec
+from tests.support.engine.kernel_cases import AttentionCase
 
 BOUNDS = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

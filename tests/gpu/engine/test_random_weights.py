@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import make_tiny_model
 
 from microserve.services.engine.model.model import load_model
+from tests.support.engine.tiny_model import make_tiny_model
 
 
 def test_engines_on_gpus_get_the_same_random_weights(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_model import make_tiny_model
 from torch import Tensor
 
 from microserve.kvcache.layout import KvLayout
@@ -20,6 +19,7 @@ from microserve.services.engine.model.decode_graphs import CudaCapture
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
 from microserve.services.engine.service import make_heap
+from tests.support.engine.tiny_model import make_tiny_model
 
 NUM_BLOCKS, BLOCK = 64, 16
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)

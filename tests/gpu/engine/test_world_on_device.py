@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from bus_client import BusClient
-from processes import MeshProcesses
-from tiny_model import make_tiny_model
 
 from microserve.protocol import log
 from microserve.protocol.bus.curve import CurveKeys, create_keys
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
 from tests.gpu.heap.test_nvshmem_on_device import ENVIRONMENT
+from tests.support.bus.bus_client import BusClient
+from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.process.processes import MeshProcesses
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 STRATEGIES = ["data_parallel", "disaggregated", "balanced", "migrate"]

@@ -7,11 +7,11 @@ import signal
 import pytest
 
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
-from tests.kvcache.heap_child import Child, wait_until
-from tests.kvcache.heap_conformance import HeapConformance
-from tests.kvcache.heap_factories import FACTORIES, MINE, THEIRS, HeapFactory
-from tests.kvcache.heap_process_conformance import HeapProcessConformance
-from tests.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data
+from tests.support.kvcache.heap_child import Child, wait_until
+from tests.support.kvcache.heap_conformance import HeapConformance
+from tests.support.kvcache.heap_factories import FACTORIES, MINE, THEIRS, HeapFactory
+from tests.support.kvcache.heap_process_conformance import HeapProcessConformance
+from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data
 
 
 @pytest.fixture(params=["libcuda", "libcuda_launch"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kvcache.test_grant_process import (  # noqa: F401
+from tests.kvcache.grant.test_grant_process import (  # noqa: F401
     receiver,
     spawn,
     test_a_stopped_writer_keeps_its_blocks_in_quarantine,

@@ -6,9 +6,9 @@ import random
 
 import pytest
 import torch
-from kernel_cases import AttentionCase
 
 from microserve.kernels.gpu_attention import DeviceBatch, paged_attention
+from tests.support.engine.kernel_cases import AttentionCase
 
 pytest.importorskip("triton", reason="no triton")
 

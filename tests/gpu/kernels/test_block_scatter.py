@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import random_slots
 from torch import Tensor
 
 from microserve.kernels import cuda_module, reference
 from microserve.kernels.arrival_signal import ArrivalSignal
 from microserve.kernels.block_scatter import block_scatter
+from tests.support.engine.kernel_cases import random_slots
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import random_slots
 
 from microserve.kernels.arrival_signal import ArrivalSignal
 from microserve.kernels.kv_quantize import dequantize_gather, quantize_scatter
+from tests.support.engine.kernel_cases import random_slots
 
 pytest.importorskip("triton", reason="no triton")
 

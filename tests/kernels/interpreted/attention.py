@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_cases import AttentionCase
 
 from microserve.kernels.triton_attention import Tiles, launch_decode, launch_prefill
+from tests.support.engine.kernel_cases import AttentionCase
 
 SMALL = Tiles(rows=16, keys=16, num_warps=4, num_stages=2)
 """Contexts of some tens of tokens then have many steps, whole and partial."""

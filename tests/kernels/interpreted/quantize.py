@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_cases import random_slots
 from torch import Tensor
 
 from microserve.kernels.arrival_signal import ArrivalSignal
 from microserve.kernels.kv_quantize import dequantize_gather, quantize_scatter
 from microserve.kernels.triton_quantize import decode_e4m3, encode_e4m3, launch_gather, launch_scatter
+from tests.support.engine.kernel_cases import random_slots
 
 FORMATS = [torch.int8, torch.float8_e4m3fn]
 

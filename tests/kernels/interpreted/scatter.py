@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_cases import random_slots
 from torch import Tensor
 
 from microserve.kernels import reference
 from microserve.kernels.triton_scatter import launch_scatter
+from tests.support.engine.kernel_cases import random_slots
 
 GUARD = 64  # elements before and after the pool that nothing may touch
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from core_mesh import GREEDY, ROUTER, Engine, Mesh, expect, generate, grant_for, prompt_of, receive, send
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +12,18 @@ from microserve.protocol.errors import Draining
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.actions import MOVE_S
+from tests.support.engine.core_mesh import (
+    GREEDY,
+    ROUTER,
+    Engine,
+    Mesh,
+    expect,
+    generate,
+    grant_for,
+    prompt_of,
+    receive,
+    send,
+)
 
 BLOCK = 4
 SEEDED = SamplingParams(max_tokens=30, temperature=1.0, seed=7, logprobs=0, ignore_eos=True)

@@ -16,8 +16,6 @@ from typing import Any
 import msgspec
 import pytest
 import structlog
-from host_driver import HostDriver
-from host_world import HostRank, HostWorld
 
 from microserve.kvcache.heap.cuda_driver import CudaDriver
 from microserve.kvcache.heap.nvshmem_world import SymmetricMemory
@@ -33,7 +31,9 @@ from microserve.protocol.settings import Settings, load_settings
 from microserve.services.engine import world as world_module
 from microserve.services.engine.world import Library, World, _is_provable, join_world
 from microserve.services.index.service import run_index
-from tests.kvcache.kv_samples import make_layout
+from tests.support.engine.host_driver import HostDriver
+from tests.support.engine.host_world import HostRank, HostWorld
+from tests.support.kvcache.kv_samples import make_layout
 
 NUM_RANKS = 2
 

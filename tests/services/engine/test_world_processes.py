@@ -16,17 +16,16 @@ import pytest
 
 from microserve.protocol import log
 from microserve.protocol.bus.curve import create_keys
-from tests.kvcache.heap_child import PYTHONPATH, ROOT
+from tests.support.kvcache.heap_child import PYTHONPATH, ROOT
 
 TIMEOUT_S = 60.0
-SUPPORT = f"{PYTHONPATH}{os.pathsep}{ROOT / 'tests' / 'support'}"
 
 
 class Process:
     """One service that logs to its stderr."""
 
     def __init__(self, command: list[str]) -> None:
-        environment = {**os.environ, "PYTHONPATH": SUPPORT, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
         self.popen = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
@@ -93,7 +92,7 @@ class Mesh:
             "nvshmem.memory_mb=1",
             *overrides,
         ]
-        return self._start(["-m", "tests.services.engine.world_child", mode, str(self._folder), *settings])
+        return self._start(["-m", "tests.support.engine.world_child", mode, str(self._folder), *settings])
 
     def _start(self, command: list[str]) -> Process:
         process = Process(command)

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import structlog
-from index_service import Index, Peer, with_index
-from index_world import World
 
 from microserve.protocol import log
 from microserve.protocol.messages.control import (
@@ -25,6 +23,8 @@ from microserve.protocol.messages.control import (
 from microserve.protocol.messages.index import IndexFailed, Members, Watch
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
+from tests.support.index.index_service import Index, Peer, with_index
+from tests.support.index.index_world import World
 
 _IDS = itertools.count()
 

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from index_world import World, in_world
-from lossy_bus import LossyBus
 
 from microserve.protocol.bus.codec import ENGINE_REPLY
 from microserve.protocol.bus.numbered import NumberedServer
@@ -17,6 +15,8 @@ from microserve.protocol.messages.engine import EngineInfo, EngineLoad, Failed, 
 from microserve.protocol.messages.kv_events import decode_batch
 from microserve.services.index import engine_link
 from microserve.services.index.engine_link import EngineLink
+from tests.support.bus.lossy_bus import LossyBus
+from tests.support.index.index_world import World, in_world
 
 PROMPT = list(range(8))
 

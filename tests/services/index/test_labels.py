@@ -12,8 +12,6 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
-from index_service import Index, with_index
-from index_world import World
 
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, MAX_MESSAGE_NBYTES
@@ -36,6 +34,8 @@ from microserve.protocol.messages.index import Members, Watch
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
 from microserve.services.index.control_state import Fold
+from tests.support.index.index_service import Index, with_index
+from tests.support.index.index_world import World
 
 _IDS = itertools.count()
 

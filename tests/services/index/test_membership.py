@@ -8,7 +8,6 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from index_world import make_info
 
 from microserve.protocol.bus.liveness import Loss
 from microserve.protocol.errors import EngineLost, InvalidRequest, MeshError, QueueFull
@@ -16,6 +15,7 @@ from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.index import Member
 from microserve.services.index import membership
 from microserve.services.index.membership import Admission, Membership
+from tests.support.index.index_world import make_info
 
 SILENCE_S = 3.0
 STUCK_S = 20.0

@@ -8,8 +8,6 @@ from collections.abc import Callable
 
 import pytest
 import structlog
-from index_service import Index, Peer, with_index
-from index_world import BLOCK_SIZE, Engine, World, in_world, make_info
 
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REQUEST, encode_tokens
@@ -30,6 +28,8 @@ from microserve.protocol.messages.index import (
     Watch,
 )
 from microserve.services.index import service as module
+from tests.support.index.index_service import Index, Peer, with_index
+from tests.support.index.index_world import BLOCK_SIZE, Engine, World, in_world, make_info
 
 PROMPT = list(range(100, 100 + 4 * BLOCK_SIZE))
 

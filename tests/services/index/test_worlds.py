@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 import structlog
-from world_desk import SILENCE_S, Bench, join, unique_id
 
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, InvalidRequest, MeshError, QueueFull
@@ -17,6 +16,7 @@ from microserve.protocol.messages.world import (
     WorldRank,
 )
 from microserve.services.index.worlds import MAX_GIVEN
+from tests.support.index.world_desk import SILENCE_S, Bench, join, unique_id
 
 # --- a round
 

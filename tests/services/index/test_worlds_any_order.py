@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from world_desk import SILENCE_S, Bench, unique_id
 
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.messages.world import WorldJoined
+from tests.support.index.world_desk import SILENCE_S, Bench, unique_id
 
 MOVES = st.lists(
     st.tuples(

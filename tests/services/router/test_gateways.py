@@ -11,17 +11,6 @@ from typing import Any
 import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from junk import junk
-from lossy_bus import LossyBus
-from router_world import (
-    Answer,
-    World,
-    eventually,
-    expected_output,
-    in_loop,
-    make_settings,
-    router_world,
-)
 
 from microserve.protocol import log
 from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST, Channel, encode_tokens
@@ -40,6 +29,17 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.router.service import Router
+from tests.support.bus.junk import junk
+from tests.support.bus.lossy_bus import LossyBus
+from tests.support.router.router_world import (
+    Answer,
+    World,
+    eventually,
+    expected_output,
+    in_loop,
+    make_settings,
+    router_world,
+)
 
 PROMPT = list(range(50))
 

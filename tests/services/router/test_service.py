@@ -4,13 +4,13 @@ import asyncio
 
 import pytest
 import structlog
-from router_world import eventually, in_loop, make_settings, router_world
 
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.services.router.service import Router, run_router
+from tests.support.router.router_world import eventually, in_loop, make_settings, router_world
 
 
 @in_loop

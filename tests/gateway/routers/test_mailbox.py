@@ -1,0 +1,164 @@
+"""Mailboxes: whatever is repeated or merged on the way, each token is taken once; a gap ends the sequence."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from microserve.gateway.http.errors import ClientGone, RouterLost
+from microserve.gateway.routers.mailbox import Inbox, Mailbox
+from microserve.protocol.errors import DeadlineExceeded, ProtocolViolation
+from microserve.protocol.messages.engine import TokenLogprob, Usage
+from microserve.protocol.messages.router import Ended, Output, Phases
+from tests.support.gateway.gateway_world import run
+
+ENDED = Ended("length", Usage(), Phases(), "auto", [])
+
+
+def make(max_tokens: int = 100, *, with_logprobs: bool = False) -> tuple[Inbox, Mailbox, list[str]]:
+    inbox, cancels = Inbox(), list[str]()
+    mailbox = Mailbox(
+        inbox,
+        "r",
+        0,
+        max_tokens=max_tokens,
+        with_logprobs=with_logprobs,
+        cancel=lambda: cancels.append("r"),
+    )
+    return inbox, mailbox, cancels
+
+
+@given(
+    deliveries=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 5), st.booleans()), max_size=20),
+    with_logprobs=st.booleans(),
+)
+def test_repeats_and_overlaps_bring_each_token_once(
+    deliveries: list[tuple[int, int, bool]], with_logprobs: bool
+) -> None:
+    """A delivery begins so many tokens too early, brings so many new ones, and is taken at once or later."""
+    _, mailbox, _ = make(with_logprobs=with_logprobs)
+    taken: list[int] = []
+    logprobs: list[float] = []
+
+    def take() -> None:
+        batch = mailbox.take()
+        taken.extend(batch.token_ids)
+        logprobs.extend(value.logprob for value in batch.logprobs)
+
+    known = 0
+    for early, new, taken_at_once in deliveries:
+        begin, end = max(0, known - early), known + new
+        values = [TokenLogprob(float(i)) for i in range(begin, end)] if with_logprobs else []
+        mailbox.deliver(Output("r", begin, list(range(begin, end)), values), 0.0)
+        known = end
+        if taken_at_once:
+            take()
+    take()
+    assert mailbox.failed is None
+    assert taken == list(range(known))
+    assert logprobs == ([float(i) for i in range(known)] if with_logprobs else [])
+    assert mailbox.num_waiting == 0
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        pytest.param(Output("r", 3, [1]), id="gap"),
+        pytest.param(Output("r", 2, [1] * 4), id="more than max_tokens"),
+        pytest.param(Output("r", 2, [-1]), id="negative id"),
+        pytest.param(Output("r", 2, [2**32]), id="33-bit id"),
+    ],
+)
+def test_a_broken_stream_ends_the_sequence_and_is_cancelled(output: Output) -> None:
+    _, mailbox, cancels = make(max_tokens=5)
+    mailbox.deliver(Output("r", 0, [7, 8]), 0.0)
+    mailbox.deliver(output, 0.0)
+    assert isinstance(mailbox.failed, ProtocolViolation)
+    assert cancels == ["r"]
+    assert mailbox.take().token_ids == [7, 8]
+    mailbox.deliver(Output("r", 2, [9], ended=ENDED), 0.0)
+    assert mailbox.take().token_ids == []
+
+
+def test_missing_logprobs_are_a_violation() -> None:
+    _, mailbox, _ = make(with_logprobs=True)
+    mailbox.deliver(Output("r", 0, [7, 8], [TokenLogprob(0.0)]), 0.0)
+    assert isinstance(mailbox.failed, ProtocolViolation)
+
+
+def test_the_handler_gets_what_came_merged_and_in_order() -> None:
+    async def main() -> None:
+        inbox, mailbox, _ = make()
+        waiting = asyncio.create_task(inbox.wait())
+        await asyncio.sleep(0)
+        mailbox.deliver(Output("r", 0, [1]), 5.0)
+        mailbox.deliver(Output("r", 1, [2, 3]), 6.0)
+        mailbox.deliver(Output("r", 3, [], ended=ENDED), 7.0)
+        assert await waiting == [mailbox]
+        batch = mailbox.take()
+        assert (batch.token_ids, batch.ended, mailbox.first_at) == ([1, 2, 3], ENDED, 5.0)
+
+    run(main())
+
+
+def test_what_came_before_a_lost_router_is_taken_first() -> None:
+    async def main() -> None:
+        inbox, mailbox, _ = make()
+        mailbox.deliver(Output("r", 0, [1]), 0.0)
+        mailbox.fail(RouterLost("gone"))
+        assert await inbox.wait() == [mailbox]
+        assert mailbox.take().token_ids == [1]
+        assert isinstance(mailbox.failed, RouterLost)
+
+    run(main())
+
+
+def test_failing_the_inbox_cancels_everything_and_wakes_the_handler() -> None:
+    async def main() -> None:
+        inbox, mailbox, cancels = make()
+        waiting = asyncio.create_task(inbox.wait())
+        await asyncio.sleep(0)
+        inbox.fail(ClientGone())
+        inbox.fail(DeadlineExceeded())
+        with pytest.raises(ClientGone):
+            await waiting
+        assert cancels == ["r"]
+        inbox.cancel()
+        assert cancels == ["r"]
+        assert not mailbox.over
+
+    run(main())
+
+
+def test_a_finished_sequence_is_never_cancelled() -> None:
+    _, mailbox, cancels = make()
+    mailbox.deliver(Output("r", 0, [1], ended=ENDED), 0.0)
+    mailbox.cancel()
+    assert cancels == []
+
+
+def test_settling_waits_for_the_end_and_not_for_ever() -> None:
+    async def main() -> None:
+        inbox, mailbox, _ = make()
+        settling = asyncio.create_task(inbox.settle(20.0))
+        await asyncio.sleep(0)
+        mailbox.deliver(Output("r", 0, [], ended=ENDED), 0.0)
+        await settling
+        other, _, _ = make()
+        await other.settle(0.01)
+
+    run(main())
+
+
+def test_a_poke_wakes_with_nothing() -> None:
+    async def main() -> None:
+        inbox, _, _ = make()
+        waiting = asyncio.create_task(inbox.wait())
+        await asyncio.sleep(0)
+        inbox.poke()
+        assert await waiting == []
+
+    run(main())

@@ -1,0 +1,265 @@
+"""An engine's events on the wire: numbered, kept, replayed."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from microserve.protocol.messages.kv_events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    Published,
+    decode_batch,
+    encode_batch,
+    parse_published,
+    parse_replay_answer,
+    replay_request,
+)
+from microserve.services.engine import kv_publisher as module
+from microserve.services.engine.kv_publisher import KvPublisher
+from tests.support.index.index_world import ANY, World, in_world
+
+EPOCH = 77
+
+
+def make_publisher(world: World, **limits: int) -> KvPublisher:
+    publisher = KvPublisher(
+        world.bus,
+        events_address=ANY,
+        replay_address=ANY,
+        topic="kv@e1",
+        epoch=EPOCH,
+        clock=lambda: 12.5,
+        **limits,
+    )
+    world.at_end(publisher.close)
+    return publisher
+
+
+class Subscriber:
+    """Everything that a late-joining reader got, once it is sure to be joined."""
+
+    def __init__(self, world: World, publisher: KvPublisher) -> None:
+        self._world, self._publisher = world, publisher
+        self.received: list[Published] = []
+        world.bus.subscriber(publisher.address, lambda frames: self.received.append(parse_published(frames)))
+
+    async def join(self) -> None:
+        """Returns with nothing received; a slow joiner misses what is sent before."""
+
+        def heard() -> bool:
+            self._publisher.publish([AllBlocksCleared()])
+            return bool(self.received)
+
+        await self._world.until(heard)
+        sent = self._publisher.next_seq
+        await self._world.until(lambda: self.received[-1].seq == sent - 1)
+        self.received.clear()
+
+
+async def replay(world: World, publisher: KvPublisher, start_seq: int) -> list[Published]:
+    """All answers to one request, in order, without the end marker."""
+    answers: list[Published | None] = []
+    client = world.bus.client(
+        publisher.replay_address, lambda frames: answers.append(parse_replay_answer(frames))
+    )
+    client.send(replay_request(start_seq))
+    await world.until(lambda: None in answers)
+    client.close()
+    assert answers.index(None) == len(answers) - 1
+    return [answer for answer in answers if answer is not None]
+
+
+def test_sequence_starts_at_zero_and_every_batch_names_topic_epoch_and_time() -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        assert publisher.next_seq == 0
+        subscriber = Subscriber(world, publisher)
+        await subscriber.join()
+        first = publisher.next_seq
+
+        publisher.publish([BlockRemoved([1]), AllBlocksCleared()])
+        publisher.publish([BlockRemoved([2])])
+        await world.until(lambda: len(subscriber.received) == 2)
+
+        assert [p.topic for p in subscriber.received] == ["kv@e1", "kv@e1"]
+        assert [p.seq for p in subscriber.received] == [first, first + 1]
+        batch = decode_batch(subscriber.received[0].payload)
+        assert (batch.ts, batch.data_parallel_rank, batch.epoch) == (12.5, None, EPOCH)
+        assert batch.events == [BlockRemoved([1]), AllBlocksCleared()]
+        assert (await replay(world, publisher, 0))[0].seq == 0
+
+    in_world(test)
+
+
+def test_idle_engine_sends_an_empty_batch_every_interval_and_a_busy_one_none() -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        publisher.beat()
+        publisher.beat()
+        assert publisher.next_seq == 2
+        publisher.publish([BlockRemoved([1])])
+        publisher.beat()
+        assert publisher.next_seq == 3
+        publisher.beat()
+        assert publisher.next_seq == 4
+
+        answers = await replay(world, publisher, 0)
+        assert [len(decode_batch(a.payload).events) for a in answers] == [0, 0, 1, 0]
+
+    in_world(test)
+
+
+def test_nothing_to_say_is_not_said() -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        publisher.publish([])
+        assert publisher.next_seq == 0
+
+    in_world(test)
+
+
+@pytest.mark.parametrize(("start", "expected"), [(0, [0, 1, 2, 3, 4]), (3, [3, 4]), (5, []), (99, [])])
+def test_replay_from_a_sequence_to_the_end(start: int, expected: list[int]) -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        for i in range(5):
+            publisher.publish([BlockRemoved([i])])
+
+        answers = await replay(world, publisher, start)
+
+        assert [a.seq for a in answers] == expected
+        assert {a.topic for a in answers} <= {"kv@e1"}
+        assert [decode_batch(a.payload).events for a in answers] == [[BlockRemoved([i])] for i in expected]
+
+    in_world(test)
+
+
+def test_frames_of_a_replay_are_vllms() -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        publisher.publish([BlockRemoved([9])])
+        received: list[list[bytes]] = []
+        client = world.bus.client(publisher.replay_address, received.append)
+        client.send([b"", (0).to_bytes(8, "big")])
+        await world.until(lambda: len(received) == 2)
+
+        assert received[0][:3] == [b"", b"kv@e1", bytes(8)]
+        assert received[1] == [b"", b"", b"\xff" * 8, b""]
+
+    in_world(test)
+
+
+def test_ring_is_bounded_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_RING_BATCHES", 3)
+
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        for i in range(10):
+            publisher.publish([BlockRemoved([i])])
+        assert [a.seq for a in await replay(world, publisher, 0)] == [7, 8, 9]
+
+    in_world(test)
+
+
+def test_ring_is_bounded_in_bytes_down_to_nothing() -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world, max_ring_nbytes=2500)
+        for _ in range(4):
+            publisher.publish([BlockRemoved([b"x" * 1000])])
+        assert [a.seq for a in await replay(world, publisher, 0)] == [2, 3]
+
+        publisher.publish([BlockRemoved([b"x" * 5000])])
+        assert await replay(world, publisher, 0) == []
+        assert publisher.next_seq == 5
+
+    in_world(test)
+
+
+def test_long_replay_is_answered_whole_while_publishing_goes_on() -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        for i in range(3000):
+            publisher.publish([BlockRemoved([i])])
+        answering = asyncio.ensure_future(replay(world, publisher, 0))
+        await world.until(lambda: publisher.counters.replays == 1)
+        for i in range(5):
+            publisher.publish([BlockRemoved([i])])
+        answers = await answering
+
+        assert [a.seq for a in answers] == list(range(3005))
+
+    in_world(test)
+
+
+@pytest.mark.parametrize(
+    "junk", [[], [b""], [b"", b"short"], [b"x", bytes(8)], [b"", b"\xff" * 8], [b"", bytes(8), b"more"]]
+)
+def test_malformed_request_is_dropped_and_counted(junk: list[bytes]) -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        publisher.publish([BlockRemoved([1])])
+        client = world.bus.client(publisher.replay_address, lambda frames: None)
+        client.send(junk or [b"not a request"])
+        await world.until(lambda: publisher.counters.requests_rejected == 1)
+
+        assert [a.seq for a in await replay(world, publisher, 0)] == [0]
+        assert publisher.counters.replays == 1
+
+    in_world(test)
+
+
+def test_peer_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REPLAY_REFUSALS", 2)
+    monkeypatch.setattr(module, "REPLAY_RETRY_S", 0.001)
+
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        publisher.publish([BlockRemoved([1])])
+        publisher._on_request(b"never connected", replay_request(0))
+        await world.until(lambda: publisher.counters.replays_given_up == 1)
+
+        assert [a.seq for a in await replay(world, publisher, 0)] == [0]
+
+    in_world(test)
+
+
+def test_number_of_replays_at_a_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REPLAYS", 2)
+
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        for name in (b"a", b"b", b"c", b"a"):
+            publisher._on_request(name, replay_request(0))
+
+        assert publisher.counters.replays == 3
+        assert publisher.counters.requests_rejected == 1
+
+    in_world(test)
+
+
+def test_address_that_is_taken_leaves_nothing_open() -> None:
+    async def test(world: World) -> None:
+        taken = make_publisher(world)
+        with pytest.raises(OSError, match="cannot bind"):
+            KvPublisher(
+                world.bus,
+                events_address=ANY,
+                replay_address=taken.replay_address,
+                topic="t",
+                epoch=1,
+                clock=lambda: 0.0,
+            )
+
+    in_world(test)
+
+
+def test_payload_is_a_kv_event_batch() -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        publisher.publish([AllBlocksCleared()])
+        [answer] = await replay(world, publisher, 0)
+        assert encode_batch(decode_batch(answer.payload)) == answer.payload
+
+    in_world(test)

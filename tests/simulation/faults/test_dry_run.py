@@ -1,0 +1,91 @@
+"""The check before publishing: hostile strategies are refused and told why, good ones pass."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+import pytest
+
+from microserve.services.command import strategy as strategy_command
+from microserve.services.command.strategy import _check
+from microserve.services.router.strategies import BUILT_IN
+from microserve.services.simulation.faults.dry_run import try_strategy
+from tests.support.router.hostile_strategies import GOOD, HEAD, HOSTILE, SERVE
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_strategy_is_refused_and_told_why(name: str) -> None:
+    source, says = HOSTILE[name]
+    trial = try_strategy("mine", source, {}, [[], []])
+    assert any(says in problem for problem in trial.problems), trial.problems
+
+
+@pytest.mark.parametrize("strategy", BUILT_IN, ids=lambda strategy: strategy.name)
+def test_the_strategies_that_are_shipped_pass_when_they_are_published(strategy: object) -> None:
+    name = strategy.name  # type: ignore[attr-defined]
+    source = inspect.getsource(sys.modules[f"microserve.services.router.strategies.{name}"])
+    meshes: list[list[list[str]]] = [[[], []], [["prefill"], ["decode"], ["decode"]]]
+    for labels in meshes:
+        trial = try_strategy(name, source, {}, labels)
+        assert trial.problems == []
+        assert trial.request_s > 0
+
+
+def test_an_empty_mesh_is_tried_as_one_engine() -> None:
+    assert try_strategy("mine", GOOD, {"ratio": 0.5}, []).problems == []
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (HEAD + "    time.sleep(3)\n" + SERVE, "time.sleep"),
+        ("import no_such_module\n" + GOOD, "ModuleNotFoundError"),
+        (GOOD + "def\n", "SyntaxError"),
+        (HEAD + "    block = bytearray(1 << 43)\n" + SERVE, "MemoryError"),
+        (HEAD + "    os._exit(9)\n" + SERVE, "ended with code 9"),
+        (HEAD.replace("float", "no_such_type") + SERVE, "NameError"),
+    ],
+)
+def test_what_would_hurt_the_checker_is_refused_by_a_process_of_its_own(
+    source: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not _check("mine", source, {}, [[], []], True)
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "source",
+    [HEAD + "    while True: pass\n" + SERVE, GOOD + "while True: pass\n"],
+    ids=["in a request", "when it is loaded"],
+)
+def test_an_endless_loop_is_broken_off(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not _check("mine", source, {}, [[]], True)
+    assert "held the router" in capsys.readouterr().err
+
+
+def test_a_decision_over_its_budget_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    busy = "    end = time.perf_counter() + 0.15\n    while time.perf_counter() < end: pass\n"
+    assert not _check("mine", HEAD + busy + SERVE, {}, [[]], True)
+    assert "too long at a time" in capsys.readouterr().err
+
+
+def test_what_no_signal_ends_is_ended_from_outside(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strategy_command, "CHECK_S", 2.0)
+    deaf = "    import signal\n    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})\n"
+    assert not _check("mine", HEAD + deaf + "    while True: pass\n" + SERVE, {}, [[]], True)
+    assert "endless loop" in capsys.readouterr().err
+
+
+def test_without_a_dry_run_shape_and_parameters_are_still_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _check("mine", HOSTILE["exception"][0], {}, [[]], False)
+    assert not _check("mine", GOOD, {"ratio": "much"}, [[]], False)
+    assert not _check("mine", GOOD.replace("async def", "def").replace("async for", "for"), {}, [[]], False)
+    assert "Expected `float`" in capsys.readouterr().err
+
+
+def test_what_a_strategy_prints_is_not_taken_for_the_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _check("mine", "print('{\"problems\": []}')\n" + GOOD, {}, [[], []], True)
+    assert "dry run in the simulation" in capsys.readouterr().out

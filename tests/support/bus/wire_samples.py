@@ -1,0 +1,397 @@
+"""One message of every type on every channel, with the bytes that it is on the wire.
+
+Every field has a value of its own and none its default, so that a swapped, renamed or retyped field shows.
+The bytes are frozen: a change here is a change of the wire (WIRE.md 8).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from microserve.protocol.bus.codec import (
+    ENGINE_REPLY,
+    ENGINE_REQUEST,
+    INDEX_REPLY,
+    INDEX_REQUEST,
+    ROUTER_REPLY,
+    ROUTER_REQUEST,
+    Codec,
+)
+from microserve.protocol.messages import engine as actions
+from microserve.protocol.messages import index as membership
+from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.sampling import SamplingParams
+from tests.support.index import world_samples
+from tests.support.router import control_samples
+
+HEAP = HeapAddress(kind="shm", host="boot", pid=70_000, fd=9, nbytes=1 << 33, incarnation=1 << 61)
+GRANT = Grant(
+    grant_id="g1",
+    engine_id="e1",
+    incarnation=1 << 61,
+    slot=3,
+    generation=4,
+    matched=16,
+    end=40,
+    blocks=[7, 300],
+    block_size=16,
+    layout_hash="l1",
+    heap=HEAP,
+    lease_s=30.5,
+)
+SAMPLING = SamplingParams(
+    max_tokens=17,
+    min_tokens=2,
+    temperature=0.5,
+    top_p=0.75,
+    top_k=40,
+    min_p=0.25,
+    repetition_penalty=1.25,
+    presence_penalty=-0.5,
+    frequency_penalty=1.5,
+    logit_bias={50: -2.5},
+    seed=1 << 40,
+    logprobs=3,
+    stop_token_ids=(2, 9),
+    ignore_eos=True,
+)
+INFO = actions.EngineInfo(
+    engine_id="e1",
+    incarnation=1 << 61,
+    address="tcp://a:1",
+    events_address="tcp://a:2",
+    replay_address="tcp://a:3",
+    model="m",
+    labels=["decode"],
+    block_size=16,
+    num_blocks=2048,
+    num_layers=30,
+    max_model_len=8192,
+    vocab_size=49152,
+    eos_token_ids=[0, 2],
+    layout_hash="l1",
+    heap="shm",
+    wire_version=1,
+    curve_key="k",
+)
+LOAD = actions.EngineLoad(
+    progress=1 << 34,
+    num_steps=2,
+    num_running=3,
+    num_waiting=4,
+    num_grants=5,
+    queued_prefill_tokens=6,
+    free_blocks=7,
+    cached_blocks=8,
+    quarantined_blocks=9,
+    prefill_tokens_per_s=10.5,
+    decode_step_s=0.125,
+    draining=True,
+    max_num_seqs=64,
+    prefill_rate_age_s=0.75,
+    mean_output_tokens=20.5,
+)
+LOGPROB = actions.TokenLogprob(logprob=-0.5, top=[(11, -0.25), (12, -1.5)])
+TIMINGS = actions.Timings(queued_s=0.5, arrival_s=1.5, prefill_s=2.5, decode_s=3.5, transfer_s=4.5)
+USAGE = actions.Usage(
+    prompt_tokens=40, cached_tokens=16, received_tokens=20, output_tokens=5, num_preemptions=1
+)
+FINISHED = actions.Finished(
+    reason="error", usage=USAGE, timings=TIMINGS, code="internal", detail="d", stop_token_id=2
+)
+DELTA = actions.Delta(
+    request_id="r1", offset=4, token_ids=[11, 49_151], logprobs=[LOGPROB], finished=FINISHED
+)
+PHASES = serving.Phases(
+    total_s=36.0,
+    routed_s=1.0,
+    granted_s=2.0,
+    prefilled_s=3.0,
+    transferred_s=4.0,
+    admitted_s=5.0,
+    first_token_s=10.0,
+    decoded_s=11.0,
+)
+ENDED = serving.Ended(
+    reason="error",
+    usage=USAGE,
+    phases=PHASES,
+    strategy="balanced",
+    engines=["e1", "e2"],
+    code="cache_full",
+    detail="d",
+    field="f",
+    retry_after_s=1.5,
+    stop_token_id=2,
+    strategy_version=3,
+)
+OUTPUT = serving.Output(request_id="r1", offset=4, token_ids=[11], logprobs=[LOGPROB], ended=ENDED)
+MEMBER = membership.Member(info=INFO, load=LOAD)
+LIFE = 1 << 60
+
+MESSAGES: list[tuple[Codec[Any], Any]] = [
+    (ENGINE_REQUEST, actions.Hello(call_id=1, router_id="router", incarnation=LIFE, credit=64)),
+    (ENGINE_REQUEST, actions.PrepRecv(call_id=2, request_id="r1", end=-3, ttl_s=9.5, salt="s")),
+    (
+        ENGINE_REQUEST,
+        actions.RemoteSend(
+            call_id=3,
+            request_id="r1",
+            begin=16,
+            end=40,
+            grant=GRANT,
+            lane=1,
+            ttl_s=9.5,
+            sampling=SAMPLING,
+            salt="s",
+            num_output_tokens=2,
+        ),
+    ),
+    (
+        ENGINE_REQUEST,
+        actions.StartGenerate(
+            call_id=4,
+            request_id="r1",
+            begin=40,
+            sampling=SAMPLING,
+            ttl_s=9.5,
+            grant_id="g1",
+            await_first=True,
+            num_output_tokens=5,
+            salt="s",
+        ),
+    ),
+    (ENGINE_REQUEST, actions.Commit(call_id=5, request_id="r1", grant_id="g1", ttl_s=9.5)),
+    (ENGINE_REQUEST, actions.Abort(call_id=6, request_id="r1")),
+    (ENGINE_REQUEST, actions.Release(call_id=7, request_id="r1", grant_id="g1")),
+    (ENGINE_REQUEST, actions.Drain(call_id=8, incarnation=LIFE)),
+    (ENGINE_REQUEST, actions.Stats(call_id=9)),
+    (ENGINE_REQUEST, actions.Snapshot(call_id=10)),
+    (ENGINE_REQUEST, actions.Ping(incarnation=LIFE)),
+    (ENGINE_REQUEST, actions.Credit(messages=32)),
+    (ENGINE_REPLY, actions.Welcome(call_id=1, info=INFO, load=LOAD)),
+    (ENGINE_REPLY, actions.Granted(call_id=2, grant=GRANT)),
+    (
+        ENGINE_REPLY,
+        actions.Sent(
+            call_id=3,
+            request_id="r1",
+            computed=24,
+            cached=16,
+            sent=23,
+            nbytes=1 << 20,
+            timings=TIMINGS,
+            first_token=11,
+            first_logprob=LOGPROB,
+        ),
+    ),
+    (ENGINE_REPLY, actions.Accepted(call_id=4)),
+    (ENGINE_REPLY, actions.Deltas(deltas=[DELTA])),
+    (ENGINE_REPLY, actions.Committed(call_id=5, num_tokens=32)),
+    (ENGINE_REPLY, actions.Done(call_id=6)),
+    (ENGINE_REPLY, actions.EngineStats(call_id=9, load=LOAD, counters={"steps": 7})),
+    (ENGINE_REPLY, actions.SnapshotReply(call_id=10, epoch=LIFE, seq=77)),
+    (ENGINE_REPLY, actions.Heartbeat(incarnation=LIFE, load=LOAD)),
+    (
+        ENGINE_REPLY,
+        actions.Failed(call_id=11, code="cache_full", detail="d", field="f", retry_after_s=1.5),
+    ),
+    (ROUTER_REQUEST, serving.GatewayHello(gateway_id="gateway", incarnation=LIFE, credit=64)),
+    (
+        ROUTER_REQUEST,
+        serving.Generate(
+            request_id="r1",
+            model="m",
+            sampling=SAMPLING,
+            ttl_s=9.5,
+            strategy="balanced",
+            salt="s",
+            num_output_tokens=5,
+        ),
+    ),
+    (ROUTER_REQUEST, serving.Cancel(request_id="r1")),
+    (ROUTER_REQUEST, serving.GatewayPing(incarnation=LIFE)),
+    (ROUTER_REQUEST, serving.StreamCredit(messages=32)),
+    (
+        ROUTER_REPLY,
+        serving.RouterWelcome(
+            router_id="router",
+            incarnation=LIFE,
+            model="m",
+            max_model_len=8192,
+            vocab_size=49152,
+            num_engines=2,
+            strategies=["auto", "balanced"],
+            default_strategy="auto",
+        ),
+    ),
+    (ROUTER_REPLY, serving.Stream(outputs=[OUTPUT])),
+    (
+        ROUTER_REPLY,
+        serving.RouterHeartbeat(
+            incarnation=LIFE,
+            num_engines=2,
+            num_requests=3,
+            max_requests=1024,
+            model="m",
+            max_model_len=8192,
+            vocab_size=49152,
+        ),
+    ),
+    (ROUTER_REPLY, serving.RouterFailed(code="protocol_violation", detail="d")),
+    (INDEX_REQUEST, membership.Register(call_id=1, info=INFO)),
+    (INDEX_REQUEST, membership.Beat(engine_id="e1", incarnation=LIFE, load=LOAD)),
+    (INDEX_REQUEST, membership.Deregister(engine_id="e1", incarnation=LIFE)),
+    (
+        INDEX_REQUEST,
+        membership.Watch(
+            watcher_id="router",
+            control_version=3,
+            faults=[control_samples.FAULT],
+            shadows=[control_samples.SCORE],
+        ),
+    ),
+    (INDEX_REQUEST, membership.Lookup(call_id=5, salt="s")),
+    (INDEX_REQUEST, membership.IndexStats(call_id=6)),
+    (INDEX_REPLY, membership.Registered(call_id=1, index_incarnation=LIFE)),
+    (INDEX_REPLY, membership.Unknown(engine_id="e1")),
+    (INDEX_REPLY, membership.Members(index_incarnation=LIFE, version=12, members=[MEMBER])),
+    (INDEX_REPLY, membership.Matches(call_id=5, matched={"e1": 32})),
+    (
+        INDEX_REPLY,
+        membership.IndexReport(
+            call_id=6, num_engines=2, num_blocks=300, nbytes=30_000, counters={"joined": 2}
+        ),
+    ),
+    (INDEX_REPLY, membership.IndexFailed(call_id=7, code="invalid_request", detail="d", field="f")),
+    *control_samples.MESSAGES,
+    *world_samples.MESSAGES,
+]
+
+GOLDEN: dict[str, str] = {
+    "ROUTER_TO_ENGINE.Hello": "950101a6726f75746572cf100000000000000040",
+    "ROUTER_TO_ENGINE.PrepRecv": "960202a27231fdcb4023000000000000a173",
+    "ROUTER_TO_ENGINE.RemoteSend": (
+        "9b0303a2723110289ca26731a26531cf2000000000000000030410289207cd012c10a26c3196a373686da4626f6f74ce"
+        "0001117009cf0000000200000000cf2000000000000000cb403e80000000000001cb40230000000000008eaa6d61785f"
+        "746f6b656e7311aa6d696e5f746f6b656e7302ab74656d7065726174757265cb3fe0000000000000a5746f705f70cb3f"
+        "e8000000000000a5746f705f6b28a56d696e5f70cb3fd0000000000000b272657065746974696f6e5f70656e616c7479"
+        "cb3ff4000000000000b070726573656e63655f70656e616c7479cbbfe0000000000000b16672657175656e63795f7065"
+        "6e616c7479cb3ff8000000000000aa6c6f6769745f626961738132cbc004000000000000a473656564cf000001000000"
+        "0000a86c6f6770726f627303ae73746f705f746f6b656e5f696473920209aa69676e6f72655f656f73c3a17302"
+    ),
+    "ROUTER_TO_ENGINE.StartGenerate": (
+        "9a0404a27231288eaa6d61785f746f6b656e7311aa6d696e5f746f6b656e7302ab74656d7065726174757265cb3fe000"
+        "0000000000a5746f705f70cb3fe8000000000000a5746f705f6b28a56d696e5f70cb3fd0000000000000b27265706574"
+        "6974696f6e5f70656e616c7479cb3ff4000000000000b070726573656e63655f70656e616c7479cbbfe0000000000000"
+        "b16672657175656e63795f70656e616c7479cb3ff8000000000000aa6c6f6769745f626961738132cbc0040000000000"
+        "00a473656564cf0000010000000000a86c6f6770726f627303ae73746f705f746f6b656e5f696473920209aa69676e6f"
+        "72655f656f73c3cb4023000000000000a26731c305a173"
+    ),
+    "ROUTER_TO_ENGINE.Commit": "950505a27231a26731cb4023000000000000",
+    "ROUTER_TO_ENGINE.Abort": "930606a27231",
+    "ROUTER_TO_ENGINE.Release": "940707a27231a26731",
+    "ROUTER_TO_ENGINE.Drain": "930808cf1000000000000000",
+    "ROUTER_TO_ENGINE.Stats": "920909",
+    "ROUTER_TO_ENGINE.Snapshot": "920a0a",
+    "ROUTER_TO_ENGINE.Ping": "920bcf1000000000000000",
+    "ROUTER_TO_ENGINE.Credit": "920c20",
+    "ENGINE_TO_ROUTER.Welcome": (
+        "940101de0011a9656e67696e655f6964a26531ab696e6361726e6174696f6ecf2000000000000000a761646472657373"
+        "a97463703a2f2f613a31ae6576656e74735f61646472657373a97463703a2f2f613a32ae7265706c61795f6164647265"
+        "7373a97463703a2f2f613a33a56d6f64656ca16da66c6162656c7391a66465636f6465aa626c6f636b5f73697a6510aa"
+        "6e756d5f626c6f636b73cd0800aa6e756d5f6c61796572731ead6d61785f6d6f64656c5f6c656ecd2000aa766f636162"
+        "5f73697a65cdc000ad656f735f746f6b656e5f696473920002ab6c61796f75745f68617368a26c31a468656170a37368"
+        "6dac776972655f76657273696f6e01a963757276655f6b6579a16b9fcf00000004000000000203040506070809cb4025"
+        "000000000000cb3fc0000000000000c340cb3fe8000000000000cb4034800000000000"
+    ),
+    "ENGINE_TO_ROUTER.Granted": (
+        "9302029ca26731a26531cf2000000000000000030410289207cd012c10a26c3196a373686da4626f6f74ce0001117009"
+        "cf0000000200000000cf2000000000000000cb403e800000000000"
+    ),
+    "ENGINE_TO_ROUTER.Sent": (
+        "9a0303a27231181017ce0010000095cb3fe0000000000000cb3ff8000000000000cb4004000000000000cb400c000000"
+        "000000cb40120000000000000b92cbbfe000000000000092920bcbbfd0000000000000920ccbbff8000000000000"
+    ),
+    "ENGINE_TO_ROUTER.Accepted": "920404",
+    "ENGINE_TO_ROUTER.Deltas": (
+        "92059195a2723104920bcdbfff9192cbbfe000000000000092920bcbbfd0000000000000920ccbbff800000000000096"
+        "a56572726f7295281014050195cb3fe0000000000000cb3ff8000000000000cb4004000000000000cb400c0000000000"
+        "00cb4012000000000000a8696e7465726e616ca16402"
+    ),
+    "ENGINE_TO_ROUTER.Committed": "93060520",
+    "ENGINE_TO_ROUTER.Done": "920706",
+    "ENGINE_TO_ROUTER.EngineStats": (
+        "9408099fcf00000004000000000203040506070809cb4025000000000000cb3fc0000000000000c340cb3fe800000000"
+        "0000cb403480000000000081a5737465707307"
+    ),
+    "ENGINE_TO_ROUTER.SnapshotReply": "94090acf10000000000000004d",
+    "ENGINE_TO_ROUTER.Heartbeat": (
+        "930acf10000000000000009fcf00000004000000000203040506070809cb4025000000000000cb3fc0000000000000c3"
+        "40cb3fe8000000000000cb4034800000000000"
+    ),
+    "ENGINE_TO_ROUTER.Failed": "960b0baa63616368655f66756c6ca164a166cb3ff8000000000000",
+    "GATEWAY_TO_ROUTER.GatewayHello": "9401a767617465776179cf100000000000000040",
+    "GATEWAY_TO_ROUTER.Generate": (
+        "9802a27231a16d8eaa6d61785f746f6b656e7311aa6d696e5f746f6b656e7302ab74656d7065726174757265cb3fe000"
+        "0000000000a5746f705f70cb3fe8000000000000a5746f705f6b28a56d696e5f70cb3fd0000000000000b27265706574"
+        "6974696f6e5f70656e616c7479cb3ff4000000000000b070726573656e63655f70656e616c7479cbbfe0000000000000"
+        "b16672657175656e63795f70656e616c7479cb3ff8000000000000aa6c6f6769745f626961738132cbc0040000000000"
+        "00a473656564cf0000010000000000a86c6f6770726f627303ae73746f705f746f6b656e5f696473920209aa69676e6f"
+        "72655f656f73c3cb4023000000000000a862616c616e636564a17305"
+    ),
+    "GATEWAY_TO_ROUTER.Cancel": "9203a27231",
+    "GATEWAY_TO_ROUTER.GatewayPing": "9204cf1000000000000000",
+    "GATEWAY_TO_ROUTER.StreamCredit": "920520",
+    "ROUTER_TO_GATEWAY.RouterWelcome": (
+        "9901a6726f75746572cf1000000000000000a16dcd2000cdc0000292a46175746fa862616c616e636564a46175746f"
+    ),
+    "ROUTER_TO_GATEWAY.Stream": (
+        "92029195a2723104910b9192cbbfe000000000000092920bcbbfd0000000000000920ccbbff80000000000009ba56572"
+        "726f7295281014050198cb4042000000000000cb3ff0000000000000cb4000000000000000cb4008000000000000cb40"
+        "10000000000000cb4014000000000000cb4024000000000000cb4026000000000000a862616c616e63656492a26531a2"
+        "6532aa63616368655f66756c6ca164a166cb3ff80000000000000203"
+    ),
+    "ROUTER_TO_GATEWAY.RouterHeartbeat": "9803cf10000000000000000203cd0400a16dcd2000cdc000",
+    "ROUTER_TO_GATEWAY.RouterFailed": "9304b270726f746f636f6c5f76696f6c6174696f6ea164",
+    "TO_INDEX.Register": (
+        "930101de0011a9656e67696e655f6964a26531ab696e6361726e6174696f6ecf2000000000000000a761646472657373"
+        "a97463703a2f2f613a31ae6576656e74735f61646472657373a97463703a2f2f613a32ae7265706c61795f6164647265"
+        "7373a97463703a2f2f613a33a56d6f64656ca16da66c6162656c7391a66465636f6465aa626c6f636b5f73697a6510aa"
+        "6e756d5f626c6f636b73cd0800aa6e756d5f6c61796572731ead6d61785f6d6f64656c5f6c656ecd2000aa766f636162"
+        "5f73697a65cdc000ad656f735f746f6b656e5f696473920002ab6c61796f75745f68617368a26c31a468656170a37368"
+        "6dac776972655f76657273696f6e01a963757276655f6b6579a16b"
+    ),
+    "TO_INDEX.Beat": (
+        "9402a26531cf10000000000000009fcf00000004000000000203040506070809cb4025000000000000cb3fc000000000"
+        "0000c340cb3fe8000000000000cb4034800000000000"
+    ),
+    "TO_INDEX.Deregister": "9303a26531cf1000000000000000",
+    "TO_INDEX.Watch": (
+        "9504a6726f75746572039193a862616c616e63656403a172919ba862616c616e63656403040102cb3fe0000000000000"
+        "cb3ff0000000000000cb4000000000000000cb4010000000000000cb4020000000000000cb4030000000000000"
+    ),
+    "TO_INDEX.Lookup": "930505a173",
+    "TO_INDEX.IndexStats": "920606",
+    "FROM_INDEX.Registered": "930101cf1000000000000000",
+    "FROM_INDEX.Unknown": "9202a26531",
+    "FROM_INDEX.Members": (
+        "9403cf10000000000000000c9192de0011a9656e67696e655f6964a26531ab696e6361726e6174696f6ecf2000000000"
+        "000000a761646472657373a97463703a2f2f613a31ae6576656e74735f61646472657373a97463703a2f2f613a32ae72"
+        "65706c61795f61646472657373a97463703a2f2f613a33a56d6f64656ca16da66c6162656c7391a66465636f6465aa62"
+        "6c6f636b5f73697a6510aa6e756d5f626c6f636b73cd0800aa6e756d5f6c61796572731ead6d61785f6d6f64656c5f6c"
+        "656ecd2000aa766f6361625f73697a65cdc000ad656f735f746f6b656e5f696473920002ab6c61796f75745f68617368"
+        "a26c31a468656170a373686dac776972655f76657273696f6e01a963757276655f6b6579a16b9fcf0000000400000000"
+        "0203040506070809cb4025000000000000cb3fc0000000000000c340cb3fe8000000000000cb4034800000000000"
+    ),
+    "FROM_INDEX.Matches": "93040581a2653120",
+    "FROM_INDEX.IndexReport": "96050602cd012ccd753081a66a6f696e656402",
+    "FROM_INDEX.IndexFailed": "950607af696e76616c69645f72657175657374a164a166",
+}
+GOLDEN |= control_samples.GOLDEN | world_samples.GOLDEN
+"""Channel and message name -> hex of the message frame; the parts in the order that WIRE.md lists fields."""
+
+
+def name_of(codec: Codec[Any], message: Any) -> str:
+    return f"{codec.channel.name}.{type(message).__name__}"

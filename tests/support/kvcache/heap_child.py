@@ -1,0 +1,92 @@
+"""Drives heap_process.py: another process with a heap, for tests to stop, continue and kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from microserve.protocol.messages.grant import HeapAddress
+
+TIMEOUT_S = 30.0
+ROOT = Path(__file__).parents[3]
+PYTHONPATH = os.pathsep.join((str(ROOT / ".src"), *filter(None, sys.path)))
+"""What this process imports from, for its children."""
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(what)
+        os.sched_yield()
+
+
+class Child:
+    """A process with a heap of its own, that does what it is told over its pipes."""
+
+    def __init__(self, factory: str, incarnation: int, num_blocks: int = 8) -> None:
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "tests.support.kvcache.heap_process"),
+                *(factory, str(incarnation), str(num_blocks)),
+            ],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": PYTHONPATH},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.pid = self._process.pid
+        self.address = msgspec.convert(self.receive(), HeapAddress)
+
+    def send(self, do: str, **arguments: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode({"do": do, **arguments}) + b"\n")
+        self._process.stdin.flush()
+
+    def receive(self, timeout_s: float = TIMEOUT_S) -> Any:
+        assert self._process.stdout is not None
+        # One answer for one question, so no second line hides in the buffered reader.
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(timeout_s):
+                raise TimeoutError(f"child {self.pid} does not answer")
+        return json.loads(self._process.stdout.readline())
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        self.send(do, **arguments)
+        return self.receive()
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def stop(self) -> None:
+        """SIGSTOP, and wait until the kernel has stopped it."""
+        self.signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def kill(self) -> None:
+        """SIGKILL, and reap it."""
+        self._process.kill()
+        self._process.wait(TIMEOUT_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
