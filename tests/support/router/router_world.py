@@ -11,13 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
-from microserve.protocol.bus.codec import (
-    INDEX_REPLY,
-    INDEX_REQUEST,
-    ROUTER_REPLY,
-    ROUTER_REQUEST,
-    encode_tokens,
-)
+from microserve.protocol.bus import codec
 from microserve.protocol.bus.transport import Bus, ZmqBus
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
@@ -103,7 +97,7 @@ class ScriptedIndex:
         return self.last_watch.control_version, self.last_watch.faults
 
     def _receive(self, peer: bytes, frames: list[bytes]) -> None:
-        message, _ = INDEX_REQUEST.decode(frames)
+        message, _ = codec.INDEX_REQUEST.decode(frames)
         assert isinstance(message, membership.Watch)
         self.watches += 1
         self.last_watch = message
@@ -115,7 +109,7 @@ class ScriptedIndex:
         self.send(peer, membership.Members(self.incarnation, self.version, members))
 
     def send(self, peer: bytes, message: membership.IndexReply) -> None:
-        self._socket.send(peer, INDEX_REPLY.encode(message))
+        self._socket.send(peer, codec.INDEX_REPLY.encode(message))
 
     def close(self) -> None:
         self._socket.close()
@@ -175,7 +169,7 @@ class GatewayPeer:
         self.send(serving.GatewayHello(self.gateway_id, self.incarnation, self._credit))
 
     def send(self, message: serving.RouterRequest, *bulk: bytes) -> None:
-        self._socket.send(ROUTER_REQUEST.encode(message, *bulk))
+        self._socket.send(codec.ROUTER_REQUEST.encode(message, *bulk))
 
     def send_frames(self, frames: Sequence[bytes]) -> None:
         self._socket.send(frames)
@@ -200,7 +194,7 @@ class GatewayPeer:
         message = serving.Generate(
             answer.request_id, model, params, ttl_s, strategy, salt, num_output_tokens=len(output)
         )
-        self.send(message, encode_tokens([*prompt, *output]))
+        self.send(message, codec.encode_tokens([*prompt, *output]))
         return answer
 
     def expect(self, request_id: str, num_tokens: int) -> Answer:
@@ -229,7 +223,7 @@ class GatewayPeer:
             self.send(serving.GatewayPing(self.incarnation))
 
     def _receive(self, frames: list[bytes]) -> None:
-        message, _ = ROUTER_REPLY.decode(frames)
+        message, _ = codec.ROUTER_REPLY.decode(frames)
         match message:
             case serving.RouterWelcome():
                 self.welcomes.append(message)

@@ -19,14 +19,8 @@ from microserve.protocol.bus.numbered import NumberedServer
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import InvalidInterval, MeshError, UnknownRequest
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages import kv_events as kv
 from microserve.protocol.messages.grant import Grant, HeapAddress
-from microserve.protocol.messages.kv_events import (
-    BlockStored,
-    KVEvent,
-    KVEventBatch,
-    encode_batch,
-    publish_frames,
-)
 from microserve.protocol.types import WIRE_VERSION
 from tests.support.bus.lossy_bus import LossyBus
 from tests.support.router.fabric import Fabric
@@ -103,7 +97,7 @@ class ScriptedEngine:
         self._peer = b""
         self._pending: dict[str, wire.Delta] = {}
         self._grants = 0
-        self._stored: list[KVEvent] = []
+        self._stored: list[kv.KVEvent] = []
         self._seen = asyncio.Event()
         self.losses = 0
         """Times that messages to it were lost."""
@@ -146,9 +140,9 @@ class ScriptedEngine:
         hashes = block_hashes(whole, BLOCK_SIZE, root)
         if hashes:
             # The parent of a first block is the root itself where the event says no salt.
-            self._stored.append(BlockStored(list(hashes), root, whole, BLOCK_SIZE))
-            payload = encode_batch(KVEventBatch(0.0, self._stored[-1:], None, self.incarnation))
-            self._events.send(publish_frames("kv", len(self._stored) - 1, payload))
+            self._stored.append(kv.BlockStored(list(hashes), root, whole, BLOCK_SIZE))
+            payload = kv.encode_batch(kv.KVEventBatch(0.0, self._stored[-1:], None, self.incarnation))
+            self._events.send(kv.publish_frames("kv", len(self._stored) - 1, payload))
 
     def _match(self, tokens: list[int], end: int) -> int:
         longest = self.matched
@@ -244,7 +238,7 @@ class ScriptedEngine:
                 self._send(peer, wire.Welcome(message.call_id, self.info, self.load))
                 return
             case wire.Snapshot():
-                batch = encode_batch(KVEventBatch(0.0, self._stored, None, self.incarnation))
+                batch = kv.encode_batch(kv.KVEventBatch(0.0, self._stored, None, self.incarnation))
                 reply = wire.SnapshotReply(message.call_id, self.incarnation, len(self._stored))
                 self._send(peer, reply, batch)
                 return
