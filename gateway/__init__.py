@@ -1,0 +1,12 @@
+"""The OpenAI API over HTTP on one side, routers on the bus on the other: text here, token ids there.
+
+Owns HTTP, text, and a client's stream for as long as it lasts. Must not know engines, KV, strategies or
+torch: it imports ``protocol`` and nothing else of ours.
+
+    app -> generation -> state -> openai -> text -> routers -> protocol
+                                  http -> routers (one error)
+
+Start with ``app.py`` (paths), then ``generation/completion.py`` (one request from its first byte to its
+last), then ``routers/client.py``. ``server.py`` is the order in which a process is made and closed;
+``state.py`` what its handlers share; ``operator_routes.py`` and ``metrics.py`` are for operators.
+"""

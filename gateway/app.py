@@ -1,7 +1,7 @@
-"""The ASGI application: which path does what, who may, and that every answer is a well-formed one.
+"""The ASGI application: which path does what, who may, and a line for every request that was refused.
 
-Owns routes, keys and the last resort for errors; what a route does is elsewhere. Starlette only finds the
-route: bodies, replies and streams are ours.
+Owns routes and keys; what a route does is elsewhere. Starlette only finds the route: bodies, replies and
+streams are ours.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Receive, Scope, Send
 
 from microserve.gateway import operator_routes
-from microserve.gateway.generation.generation import Dialect, Generation
+from microserve.gateway.generation.completion import Completion, Dialect
 from microserve.gateway.http.errors import ClientGone, MethodNotAllowed, NotOffered, PathNotFound, problem_of
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.openai.chat import ChatFormat, chat_prompts
@@ -22,7 +22,6 @@ from microserve.gateway.openai.completions import CompletionFormat, completion_p
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
 from microserve.gateway.state import GatewayState
 from microserve.protocol import log
-from microserve.protocol.errors import InternalError, MeshError
 
 Handler = Callable[[GatewayState, Exchange], Awaitable[None]]
 
@@ -36,11 +35,11 @@ _logger = structlog.get_logger()
 
 
 async def _chat(state: GatewayState, exchange: Exchange) -> None:
-    await Generation(state, exchange, _CHAT).run()
+    await Completion(state, exchange, _CHAT).run()
 
 
 async def _completions(state: GatewayState, exchange: Exchange) -> None:
-    await Generation(state, exchange, _COMPLETIONS).run()
+    await Completion(state, exchange, _COMPLETIONS).run()
 
 
 async def _not_offered(state: GatewayState, exchange: Exchange) -> None:
@@ -98,18 +97,15 @@ class Application:
             raise RuntimeError(f"unexpected ASGI scope {scope['type']!r}")
         exchange = Exchange(scope, receive, send, time.monotonic())
         scope[_EXCHANGE] = exchange
-        try:
+
+        async def handle() -> None:
             if exchange.path not in OPEN_PATHS:
                 self._state.keys.check(exchange.header(b"authorization"))
             await self._router(scope, receive, send)
-        except MeshError as error:
-            failure = error
-        except Exception:
-            _logger.exception(log.SERVICE_FAILED, http_request_id=exchange.request_id)
-            failure = InternalError("internal error; the gateway's log has it under this request's id")
-        else:
-            return
-        if not isinstance(failure, ClientGone):
+
+        failure = await exchange.answer(handle)
+        # A completion answers its own errors and has a line of its own: none of them comes here.
+        if failure is not None and not isinstance(failure, ClientGone):
             _logger.info(
                 log.HTTP_REJECTED,
                 http_request_id=exchange.request_id,
@@ -118,4 +114,3 @@ class Application:
                 status=problem_of(failure).status,
                 code=failure.code,
             )
-        await exchange.refuse(failure)

@@ -45,7 +45,7 @@ VLLM_NAMES = {
 class Levels:
     """What is measured when somebody looks."""
 
-    num_sequences: int
+    num_choices: int
     mailbox_tokens: int
     bus_dropped: int
     bus_failed: int
@@ -99,7 +99,7 @@ class GatewayMetrics:
     def submitted(self, prompt_tokens: int) -> None:
         self._prompt_tokens.inc(prompt_tokens)
 
-    def sequence_ended(self, reason: str, output_tokens: int) -> None:
+    def choice_ended(self, reason: str, output_tokens: int) -> None:
         """``reason``: ``stop``, ``length``, ``abort`` or ``error``."""
         self._finished[reason].inc()
         self._generation_tokens.inc(output_tokens)
@@ -129,7 +129,7 @@ def _level_families(model: str, levels: Levels) -> Iterator[Metric]:
     running = GaugeMetricFamily(
         "microserve_requests_running", "Sequences in flight here.", labels=["model_name"]
     )
-    running.add_metric([model], levels.num_sequences)
+    running.add_metric([model], levels.num_choices)
     yield running
     yield GaugeMetricFamily("microserve_mailbox_tokens", "Tokens without a reader.", levels.mailbox_tokens)
     yield GaugeMetricFamily("microserve_routers_alive", "Routers that answer.", levels.routers_alive)

@@ -123,7 +123,7 @@ async def _serve(
         finally:
             stopping.cancel()
             notifier.send("STOPPING=1")
-            state.draining = True
+            state.drain()
             server.should_exit = True
             await _drain(state, serving, drain_s)
 
@@ -156,7 +156,7 @@ def _make_state(
         bodies=BodyBudget(max_body_nbytes, MAX_BODIES * max_body_nbytes),
         metrics=GatewayMetrics(model, time.monotonic),
         max_n=gateway.max_n,
-        max_sequences=gateway.max_streams,
+        max_choices=gateway.max_streams,
         request_timeout_s=gateway.request_timeout_s,
     )
 

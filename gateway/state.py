@@ -1,6 +1,7 @@
 """What the handlers of one gateway process share: the model, the routers, limits and counters.
 
-Plain data; the application makes one and closes it.
+Owns how many choices are in flight and whether anything new is taken; everything else in it is read only. The
+process makes one and closes what is in it.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ class GatewayState:
     bodies: BodyBudget
     metrics: GatewayMetrics
     max_n: int
-    max_sequences: int
-    """Sequences in flight; beyond it requests are refused."""
+    max_choices: int
+    """Choices in flight (``gateway.max_streams``); beyond it requests are refused."""
     request_timeout_s: float
-    num_sequences: int = 0
+    num_choices: int = 0
+    """In flight; changed by :meth:`reserve` and :meth:`give_back` only."""
     draining: bool = False
+    """Set by :meth:`drain`, for good."""
 
     def check_open(self) -> None:
         """Raises :class:`Draining` once the process is to end."""
@@ -47,13 +50,19 @@ class GatewayState:
         if name is not None and name != self.model:
             raise ModelNotFound(f"the model {name[:128]!r} is not served here; {self.model!r} is")
 
-    def reserve(self, num_sequences: int) -> None:
-        """Take room for sequences; ``num_sequences`` is given back by hand. Raises :class:`QueueFull`."""
-        if self.num_sequences + num_sequences > self.max_sequences:
-            raise QueueFull(
-                f"{self.num_sequences} of {self.max_sequences} streams are in use", retry_after_s=1.0
-            )
-        self.num_sequences += num_sequences
+    def reserve(self, num_choices: int) -> None:
+        """Take room for choices until :meth:`give_back`. Raises :class:`QueueFull`."""
+        if self.num_choices + num_choices > self.max_choices:
+            raise QueueFull(f"{self.num_choices} of {self.max_choices} streams are in use", retry_after_s=1.0)
+        self.num_choices += num_choices
+
+    def give_back(self, num_choices: int) -> None:
+        """The room of choices that are over."""
+        self.num_choices -= num_choices
+
+    def drain(self) -> None:
+        """Take nothing new from now on."""
+        self.draining = True
 
     def end_all(self, error: MeshError) -> None:
         """End every request that still runs."""
@@ -61,7 +70,7 @@ class GatewayState:
 
     def levels(self) -> Levels:
         return Levels(
-            num_sequences=self.num_sequences,
+            num_choices=self.num_choices,
             mailbox_tokens=self.routers.num_waiting_tokens,
             bus_dropped=self.bus.dropped,
             bus_failed=self.bus.failed,

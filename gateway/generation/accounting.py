@@ -7,43 +7,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from microserve.gateway.generation.summary import Summary, Timeline, write_line
+from microserve.gateway.generation.summary import Summary, write_line
 from microserve.gateway.http.errors import ClientGone
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.openai.answer import UsageCounts
 from microserve.gateway.state import GatewayState
-from microserve.gateway.text.choice import Sequence
+from microserve.gateway.text.choice import Choice, Timeline
 from microserve.protocol.errors import MeshError
 
 
-def usage_of(sequences: Iterable[Sequence], n: int) -> UsageCounts:
+def usage_of(choices: Iterable[Choice], n: int) -> UsageCounts:
     """Tokens of a whole answer with ``n`` choices for each prompt; a prompt counts once."""
     prompt_tokens = completion_tokens = cached_tokens = 0
-    for sequence in sequences:
-        completion_tokens += sequence.num_output_tokens
-        if sequence.index % n == 0:
-            prompt_tokens += sequence.num_prompt_tokens
-            if sequence.ended is not None:
-                cached_tokens += sequence.ended.usage.cached_tokens
+    for choice in choices:
+        completion_tokens += choice.num_output_tokens
+        if choice.index % n == 0:
+            prompt_tokens += choice.num_prompt_tokens
+            if choice.ended is not None:
+                cached_tokens += choice.ended.usage.cached_tokens
     return UsageCounts(prompt_tokens, completion_tokens, cached_tokens)
 
 
 def account(
     state: GatewayState,
     exchange: Exchange,
-    sequences: list[Sequence],
+    choices: list[Choice],
     times: Timeline,
     *,
     stream: bool,
     failure: MeshError | None,
 ) -> None:
-    """Count a finished request and write its lines; ``times`` are those of a request without sequences."""
+    """Count a finished request and write its lines; ``times`` are those of a request without choices."""
     assert times.ended is not None
     code = "" if failure is None else failure.code
     state.metrics.answered(exchange.status, code or "ok", times.ended - times.arrived)
     if isinstance(failure, ClientGone):
-        state.metrics.disconnected(_phase(times, sequences))
-    if not sequences:
+        state.metrics.disconnected(_phase(times, choices))
+    if not choices:
         write_line(
             Summary(
                 request_id=f"{exchange.unique_id}-0",
@@ -57,24 +57,24 @@ def account(
                 stream=stream,
             )
         )
-    for sequence in sequences:
-        reason = _reason(sequence, failure)
-        state.metrics.sequence_ended(reason, sequence.num_output_tokens)
-        ended = sequence.ended
+    for choice in choices:
+        reason = _reason(choice, failure)
+        state.metrics.choice_ended(reason, choice.num_output_tokens)
+        ended = choice.ended
         write_line(
             Summary(
-                request_id=f"{exchange.unique_id}-{sequence.index}",
+                request_id=f"{exchange.unique_id}-{choice.index}",
                 http_request_id=exchange.request_id,
-                times=sequence.times,
+                times=choice.times,
                 status=exchange.status,
                 code=code,
                 finish_reason=reason,
                 model=state.model,
                 path=exchange.path,
                 stream=stream,
-                index=sequence.index,
-                prompt_tokens=sequence.num_prompt_tokens,
-                output_tokens=sequence.num_output_tokens,
+                index=choice.index,
+                prompt_tokens=choice.num_prompt_tokens,
+                output_tokens=choice.num_output_tokens,
                 strategy="" if ended is None else ended.strategy,
                 strategy_version=0 if ended is None else ended.strategy_version,
                 engines=[] if ended is None else ended.engines,
@@ -85,14 +85,14 @@ def account(
         )
 
 
-def _reason(sequence: Sequence | None, failure: MeshError | None) -> str:
-    """``stop`` or ``length`` of a finished sequence, whatever became of the others; else why it has none."""
-    if sequence is not None and sequence.finish_reason is not None:
-        return sequence.finish_reason
+def _reason(choice: Choice | None, failure: MeshError | None) -> str:
+    """``stop`` or ``length`` of a finished choice, whatever became of the others; else why it has none."""
+    if choice is not None and choice.finish_reason is not None:
+        return choice.finish_reason
     return "abort" if isinstance(failure, ClientGone) else "error"
 
 
-def _phase(times: Timeline, sequences: list[Sequence]) -> str:
+def _phase(times: Timeline, choices: list[Choice]) -> str:
     if times.submitted is None:
         return "queued"
-    return "decode" if any(sequence.times.first_token is not None for sequence in sequences) else "prefill"
+    return "decode" if any(choice.times.first_token is not None for choice in choices) else "prefill"

@@ -1,4 +1,4 @@
-"""The sequences of one HTTP request on the bus: sent together, taken as they come, given back in the end.
+"""The choices of one HTTP request on the bus: sent together, taken as they come, given back in the end.
 
 Owns the room that they take, their mailboxes and the deadline; knows nothing of how an answer looks.
 """
@@ -11,29 +11,28 @@ from time import monotonic
 
 import msgspec
 
-from microserve.gateway.generation.summary import Timeline
 from microserve.gateway.http.exchange import Exchange
-from microserve.gateway.openai.sampling import MAX_SEQUENCES, GenerationOptions, seed_of
+from microserve.gateway.openai.sampling import MAX_CHOICES, GenerationOptions, seed_of
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.gateway.state import GatewayState
-from microserve.gateway.text.choice import Piece, Sequence
+from microserve.gateway.text.choice import Choice, Piece, Timeline
 from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
 from microserve.protocol.messages.sampling import SamplingParams
 
 DEADLINE_GRACE_S = 2.0
 """The router ends a request at its deadline; only if it does not, we do."""
 SETTLE_S = 0.5
-"""Longest wait for the router's account of a sequence that was cancelled."""
+"""Longest wait for the router's account of a choice that was cancelled."""
 
 
-class SequenceGroup:
+class ChoiceGroup:
     """Empty until ``submit``; ``release`` at the end, whatever happened."""
 
     def __init__(self, state: GatewayState, exchange: Exchange) -> None:
         self.inbox = Inbox()
         self.times = Timeline(exchange.arrived)
-        """What all sequences have in common; each has a copy of its own from ``submit`` on."""
-        self.sequences: list[Sequence] = []
+        """What all choices have in common; each has a copy of its own from ``submit`` on."""
+        self.choices: list[Choice] = []
         self._state = state
         self._exchange = exchange
         self._num_reserved = 0
@@ -48,15 +47,15 @@ class SequenceGroup:
         ttl_s: float,
         strategy: str | None,
     ) -> None:
-        """Send ``options.n`` sequences a prompt to one router, where they share its prefix.
+        """Send ``options.n`` choices a prompt to one router, where they share its prefix.
 
         ``ttl_s`` counts from the request's arrival. Raises :class:`InvalidRequest`, ``QueueFull``,
         ``NoEngines``, ``Draining``, :class:`DeadlineExceeded`, or what has ended the inbox meanwhile.
         """
         state, exchange, inbox = self._state, self._exchange, self.inbox
         count = len(prompts) * options.n
-        if count > MAX_SEQUENCES:
-            raise InvalidRequest(f"prompts times n must be at most {MAX_SEQUENCES}", field="n")
+        if count > MAX_CHOICES:
+            raise InvalidRequest(f"prompts times n must be at most {MAX_CHOICES}", field="n")
         state.check_open()
         if inbox.error is not None:  # the client went while its prompt was tokenised
             raise inbox.error
@@ -75,7 +74,7 @@ class SequenceGroup:
         )
         for index in range(count):
             prompt_ids = prompts[index // options.n]
-            sequence = Sequence(
+            choice = Choice(
                 state.tokenizer,
                 index=index,
                 prompt_ids=prompt_ids,
@@ -83,8 +82,8 @@ class SequenceGroup:
                 stop=options.stop,
                 times=dataclasses.replace(self.times),
             )
-            self.sequences.append(sequence)
-            sequence.mailbox = state.routers.generate(
+            self.choices.append(choice)
+            choice.mailbox = state.routers.generate(
                 inbox,
                 link,
                 request_id=f"{exchange.unique_id}-{index}",
@@ -99,32 +98,32 @@ class SequenceGroup:
 
     @property
     def over(self) -> bool:
-        return all(sequence.over for sequence in self.sequences)
+        return all(choice.over for choice in self.choices)
 
-    def take(self, mailbox: Mailbox) -> tuple[Sequence, Piece]:
-        """What has come for one sequence; its ``error`` is set if it failed."""
-        sequence = self.sequences[mailbox.index]
+    def take(self, mailbox: Mailbox) -> tuple[Choice, Piece]:
+        """What has come for one choice; its ``error`` is set if it failed."""
+        choice = self.choices[mailbox.index]
         batch = mailbox.take()
-        if batch.token_ids and not sequence.over:
-            times, now = sequence.times, monotonic()
+        if batch.token_ids and not choice.over:
+            times, now = choice.times, monotonic()
             if times.first_token is None:
                 times.first_token = mailbox.first_at
                 self._state.metrics.first_token(now - times.arrived)
             else:
-                self._state.metrics.next_tokens(now - sequence.last_tokens_at, len(batch.token_ids))
-            sequence.last_tokens_at = now
-        piece = sequence.push(batch)
-        if sequence.finish_reason is not None:
+                self._state.metrics.next_tokens(now - choice.last_tokens_at, len(batch.token_ids))
+            choice.last_tokens_at = now
+        piece = choice.push(batch)
+        if choice.finish_reason is not None:
             mailbox.cancel()  # a stop string ended it; the engine does not know yet
-        elif sequence.error is None:
-            sequence.error = mailbox.failed
-        return sequence, piece
+        elif choice.error is None:
+            choice.error = mailbox.failed
+        return choice, piece
 
     def raise_failure(self) -> None:
         """One failed choice fails the request: half an answer would look like a whole one."""
-        for sequence in self.sequences:
-            if sequence.error is not None:
-                raise sequence.error
+        for choice in self.choices:
+            if choice.error is not None:
+                raise choice.error
 
     async def settle(self) -> None:
         """Wait for the router's account of what was cancelled, but not for long."""
@@ -133,7 +132,7 @@ class SequenceGroup:
     def stamp_end(self) -> None:
         """What has not ended yet ends now."""
         now = monotonic()
-        for times in (self.times, *(sequence.times for sequence in self.sequences)):
+        for times in (self.times, *(choice.times for choice in self.choices)):
             if times.ended is None:
                 times.ended = now
 
@@ -143,5 +142,5 @@ class SequenceGroup:
             self._deadline.cancel()
         for mailbox in self.inbox.mailboxes:
             self._state.routers.forget(mailbox)
-        self._state.num_sequences -= self._num_reserved
+        self._state.give_back(self._num_reserved)
         self._num_reserved = 0

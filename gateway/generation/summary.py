@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from microserve.gateway.text.choice import Timeline
 from microserve.protocol import log
 from microserve.protocol.messages.router import Phases
 
@@ -25,20 +26,6 @@ ROUTER_PHASES = ("routed", "granted", "prefilled", "transferred", "admitted", "f
 PHASES = ("queued", "tokenised", *ROUTER_PHASES, "decoded")
 
 _logger = structlog.get_logger()
-
-
-@dataclass(slots=True)
-class Timeline:
-    """Times of one choice by ``time.monotonic``; None: it did not get so far.
-
-    Not the loop's clock: uvloop's has milliseconds only."""
-
-    arrived: float
-    tokenising: float | None = None
-    submitted: float | None = None
-    """Tokenised and sent to the router."""
-    first_token: float | None = None
-    ended: float | None = None
 
 
 def phase_durations(times: Timeline, phases: Phases | None) -> dict[str, int]:

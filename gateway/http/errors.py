@@ -9,8 +9,9 @@ import math
 
 import msgspec
 
+from microserve.gateway.routers.link import RouterLost
 from microserve.protocol import errors
-from microserve.protocol.errors import MeshError, PeerError, RequestError
+from microserve.protocol.errors import MeshError, RequestError
 
 
 class Unauthorized(RequestError):
@@ -47,12 +48,6 @@ class BodyTimeout(RequestError):
     """The body did not arrive in time."""
 
     code = "body_timeout"
-
-
-class RouterLost(PeerError):
-    """The router fell silent or restarted while it served the request; another try may succeed."""
-
-    code = "router_lost"
 
 
 class ClientGone(MeshError):

@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
+import structlog
 from starlette.types import Message, Receive, Scope, Send
 
 from microserve.gateway.http.errors import BodyTimeout, BodyTooLarge, ClientGone, problem_of
-from microserve.protocol.errors import InvalidRequest, MeshError, QueueFull
+from microserve.protocol import log
+from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, QueueFull
 
 BODY_TIMEOUT_S = 60.0
 CONNECTION_EXTENSION = "microserve.connection"
@@ -26,6 +28,7 @@ CONNECTION_EXTENSION = "microserve.connection"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _UNSAFE_IN_HEADER = re.compile(r"[^\x20-\x7e]")
 _JSON = (b"content-type", b"application/json")
+_logger = structlog.get_logger()
 
 
 class Connection(Protocol):
@@ -169,6 +172,24 @@ class Exchange:
         length = (b"content-length", str(len(body)).encode())
         await self.start(status, headers or {}, content_type, length)
         await self.write(body, more=False)
+
+    async def answer(self, handler: Callable[[], Awaitable[None]]) -> MeshError | None:
+        """Run what answers this request. The error that it ended with, of which the client has been told.
+
+        Every error becomes an answer here, and nowhere else; only cancellation passes through.
+        """
+        failure: MeshError
+        try:
+            await handler()
+        except MeshError as error:
+            failure = error
+        except Exception:
+            _logger.exception(log.SERVICE_FAILED, http_request_id=self.request_id)
+            failure = InternalError("internal error; the gateway's log has it under this request's id")
+        else:
+            return None
+        await self.refuse(failure)
+        return failure
 
     async def refuse(self, error: MeshError) -> None:
         """Answer with an error, if the answer has not begun and anybody is left to read it."""

@@ -37,7 +37,7 @@ class UsageCounts:
 
 
 @dataclass(slots=True)
-class Choice:
+class FinishedChoice:
     """One finished choice of an answer that is not streamed."""
 
     index: int
@@ -64,6 +64,7 @@ class AnswerFormat(ABC):
         with_logprobs: bool,
     ) -> None:
         """``created``: seconds since 1970. ``include_usage``: of a stream's chunks."""
+        self.include_usage = include_usage
         self.with_logprobs = with_logprobs
         self._head: dict[str, Any] = {
             "id": f"{self.id_prefix}-{unique_id}",
@@ -97,7 +98,7 @@ class AnswerFormat(ABC):
         """Last event of a stream with ``include_usage``."""
         return event(self._usage_head + b'"choices":[],"usage":' + encode(counts.as_json()) + b"}")
 
-    def reply(self, choices: Iterable[Choice], counts: UsageCounts) -> bytes:
+    def reply(self, choices: Iterable[FinishedChoice], counts: UsageCounts) -> bytes:
         """The whole answer of a request that is not streamed, as JSON."""
         answer = {
             **self._head,
@@ -108,5 +109,5 @@ class AnswerFormat(ABC):
         return encode(answer)
 
     @abstractmethod
-    def choice(self, choice: Choice) -> dict[str, Any]:
+    def choice(self, choice: FinishedChoice) -> dict[str, Any]:
         """One choice of a reply."""

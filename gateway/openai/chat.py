@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from microserve.gateway.openai.answer import AnswerFormat, Choice, encode
-from microserve.gateway.openai.sampling import ModelLimits
+from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
 from microserve.gateway.openai.schema import ChatRequest, ContentPart, Message
+from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.choice import Piece, TokenText
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest
@@ -81,7 +81,7 @@ class ChatFormat(AnswerFormat):
     def finish(self, index: int, reason: str) -> bytes:
         return self._chunk(index, b'"delta":{},"logprobs":null,"finish_reason":"%b"' % reason.encode())
 
-    def choice(self, choice: Choice) -> dict[str, Any]:
+    def choice(self, choice: FinishedChoice) -> dict[str, Any]:
         return {
             "index": choice.index,
             "message": {"role": "assistant", "content": choice.text, "refusal": None},

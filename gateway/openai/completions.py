@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, cast
 
-from microserve.gateway.openai.answer import AnswerFormat, Choice, encode
-from microserve.gateway.openai.sampling import MAX_SEQUENCES, ModelLimits
+from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
+from microserve.gateway.openai.sampling import MAX_CHOICES
 from microserve.gateway.openai.schema import CompletionRequest
+from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.choice import Piece, TokenText
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest
@@ -18,8 +19,8 @@ async def completion_prompts(
     """Ids of every prompt, in order. Raises :class:`InvalidRequest` (field ``prompt``)."""
     prompt = request.prompt
     texts, given = ([prompt], []) if isinstance(prompt, str) else _sorted_out(prompt)
-    if len(texts) + len(given) > MAX_SEQUENCES:
-        raise InvalidRequest(f"prompt must have at most {MAX_SEQUENCES} entries", field="prompt")
+    if len(texts) + len(given) > MAX_CHOICES:
+        raise InvalidRequest(f"prompt must have at most {MAX_CHOICES} entries", field="prompt")
     for ids in given:
         if ids and not (min(ids) >= 0 and max(ids) < limits.vocab_size):
             raise InvalidRequest(f"prompt has ids outside 0 to {limits.vocab_size - 1}", field="prompt")
@@ -59,7 +60,7 @@ class CompletionFormat(AnswerFormat):
     def finish(self, index: int, reason: str) -> bytes:
         return self._chunk(index, b'"text":"","logprobs":null,"finish_reason":"%b"' % reason.encode())
 
-    def choice(self, choice: Choice) -> dict[str, Any]:
+    def choice(self, choice: FinishedChoice) -> dict[str, Any]:
         return {
             "index": choice.index,
             "text": choice.text,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
+from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
 from microserve.protocol.messages.sampling import MAX_LOGPROBS, SamplingParams
 
@@ -17,7 +18,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_SALT_CHARS = 256
-MAX_SEQUENCES = 256
+MAX_CHOICES = 256
 """Prompts times ``n`` of one HTTP request."""
 SEED_MODULUS = 1 << 63
 
@@ -25,16 +26,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What the mesh says of the model; known once a router with an engine is."""
-
-    max_model_len: int
-    vocab_size: int
-
-
-@dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """One HTTP request's wishes beside the sampling of each sequence."""
+    """One HTTP request's wishes beside the sampling of each choice."""
 
     n: int
     stream: bool
@@ -68,7 +61,7 @@ def options_of(request: GenerationRequest, max_n: int) -> GenerationOptions:
 
 
 def sampling_of(request: GenerationRequest, limits: ModelLimits, longest_prompt: int) -> SamplingParams:
-    """Sampling of the request's first sequence; ``longest_prompt`` in tokens.
+    """Sampling of the request's first choice; ``longest_prompt`` in tokens.
 
     Raises :class:`PromptTooLong`, or :class:`InvalidRequest` naming the field as the client wrote it.
     """
@@ -112,7 +105,7 @@ def sampling_of(request: GenerationRequest, limits: ModelLimits, longest_prompt:
 
 
 def seed_of(first: int, index: int) -> int:
-    """Seed of the sequence ``index``: independent streams, and the same ones for the same request."""
+    """Seed of the choice ``index``: independent streams, and the same ones for the same request."""
     return (first + index) % SEED_MODULUS
 
 

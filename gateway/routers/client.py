@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
-from microserve.gateway.openai.sampling import ModelLimits
 from microserve.gateway.routers.failover import Moves
-from microserve.gateway.routers.link import RouterLink
+from microserve.gateway.routers.link import ModelLimits, RouterLink
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.bus.transport import Bus
@@ -25,7 +24,7 @@ _ADDRESS = re.compile(r"tcp://\S+:\d{1,5}|ipc://\S+|inproc://\S+")
 
 
 class RouterClient:
-    """Sends sequences to the least busy live router. Make it inside the running loop."""
+    """Sends requests to the least busy live router. Make it inside the running loop."""
 
     def __init__(
         self,
@@ -161,7 +160,7 @@ class RouterClient:
         strategy: str | None,
         salt: str = "",
     ) -> Mailbox:
-        """Send one sequence to ``link``, or to the next router that comes; its output will be in ``inbox``.
+        """Send one request to ``link``, or to the next router that comes; its output will be in ``inbox``.
 
         Raises :class:`QueueFull`."""
 

@@ -12,20 +12,19 @@ router that is not there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
 import structlog
 
-from microserve.gateway.http.errors import RouterLost
-from microserve.gateway.openai.sampling import ModelLimits
 from microserve.gateway.routers.mailbox import Mailbox
 from microserve.protocol import log
 from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST
 from microserve.protocol.bus.credit import CreditMeter
 from microserve.protocol.bus.numbered import NumberedClient
 from microserve.protocol.bus.transport import Bus
-from microserve.protocol.errors import Draining, MeshError, ProtocolViolation
+from microserve.protocol.errors import Draining, MeshError, PeerError, ProtocolViolation
 from microserve.protocol.messages.router import (
     Cancel,
     GatewayHello,
@@ -39,6 +38,20 @@ from microserve.protocol.messages.router import (
 )
 
 _logger = structlog.get_logger()
+
+
+class RouterLost(PeerError):
+    """The router fell silent or restarted while it served the request; another try may succeed."""
+
+    code = "router_lost"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLimits:
+    """What the mesh says of the model; known once a router with an engine is."""
+
+    max_model_len: int
+    vocab_size: int
 
 
 class RouterLink:

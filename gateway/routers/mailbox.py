@@ -1,7 +1,8 @@
 """Where the bus leaves tokens for HTTP handlers; delivering never waits, taking merges what has come.
 
-One ``Mailbox`` a sequence, one ``Inbox`` for the sequences of one HTTP request. A slow reader costs merging:
-a mailbox holds at most ``max_tokens`` tokens, whatever the client does. Knows neither sockets nor HTTP.
+One ``Mailbox`` a request on the bus, one ``Inbox`` for those of one HTTP request. A slow reader costs
+merging: a mailbox holds at most ``max_tokens`` tokens, whatever the client does. Knows neither sockets nor
+HTTP.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ MAX_TOKEN_ID = 0xFFFF_FFFF
 
 @dataclass(slots=True)
 class Batch:
-    """What has come for one sequence since it was last asked for."""
+    """What has come for one request since it was last asked for."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    """As many as ``token_ids`` if the sequence asked for them, else none."""
+    """As many as ``token_ids`` if the request asked for them, else none."""
     ended: Ended | None = None
 
 
 class Mailbox:
-    """Tokens of one sequence on their way from the bus to the handler."""
+    """Tokens of one request on their way from the bus to the handler."""
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Mailbox:
         return len(self._batch.token_ids)
 
     def deliver(self, output: Output, now: float) -> None:
-        """Take one output. What breaks the stream's contract ends the sequence, and only it."""
+        """Take one output. What breaks the stream's contract ends the request, and only it."""
         if self.over:
             return
         try:

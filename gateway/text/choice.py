@@ -1,4 +1,4 @@
-"""One choice of an answer: tokens come in, visible text goes out, until something ends it.
+"""One choice of an answer: tokens come in, visible text goes out, until something ends it; and its times.
 
 Owns the order of detokenising, stop strings and the end; knows nothing of JSON or HTTP.
 """
@@ -6,10 +6,9 @@ Owns the order of detokenising, stop strings and the end; knows nothing of JSON 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Tokens
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from microserve.gateway.generation.summary import Timeline
 from microserve.gateway.routers.mailbox import Batch, Mailbox
 from microserve.gateway.text.stop import StopMatcher
 from microserve.gateway.text.tokenizer import ModelTokenizer
@@ -46,17 +45,32 @@ class Piece:
         return bool(self.text or self.tokens or self.finish_reason)
 
 
-class Sequence:
-    """State of one choice. ``finish_reason`` or ``error`` is set at its end."""
+@dataclass(slots=True)
+class Timeline:
+    """Times of one choice by ``time.monotonic``; None: it did not get so far.
+
+    Not the loop's clock: uvloop's has milliseconds only.
+    """
+
+    arrived: float
+    tokenising: float | None = None
+    submitted: float | None = None
+    """Tokenised and sent to the router."""
+    first_token: float | None = None
+    ended: float | None = None
+
+
+class Choice:
+    """One of the ``n`` answers to a prompt, as it grows. ``finish_reason`` or ``error`` is set at its end."""
 
     def __init__(
         self,
         tokenizer: ModelTokenizer,
         *,
         index: int,
-        prompt_ids: Tokens[int],
+        prompt_ids: Sequence[int],
         sampling: SamplingParams,
-        stop: Tokens[str],
+        stop: Sequence[str],
         times: Timeline,
     ) -> None:
         self.index = index
@@ -82,7 +96,7 @@ class Sequence:
 
     @property
     def ended(self) -> Ended | None:
-        """The router's own account of the sequence, once it is in."""
+        """The router's own account of the choice, once it is in."""
         return None if self.mailbox is None else self.mailbox.ended
 
     def push(self, batch: Batch) -> Piece:
@@ -93,7 +107,7 @@ class Sequence:
         num_shown = len(token_ids)
         ended = batch.ended
         if ended is not None and token_ids and token_ids[-1] == ended.stop_token_id:
-            num_shown -= 1  # it ended the sequence and carries no text
+            num_shown -= 1  # it ended the choice and carries no text
         if self._matcher is None and not self._with_logprobs:
             piece = Piece(self._detokenizer.push(token_ids[:num_shown] if ended else token_ids))
             self.num_output_tokens += len(token_ids)

@@ -6,7 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from microserve.gateway.metrics import CACHE_S, VLLM_NAMES, GatewayMetrics, Levels
 
-LEVELS = Levels(num_sequences=3, mailbox_tokens=4, bus_dropped=5, bus_failed=6, routers_alive=2)
+LEVELS = Levels(num_choices=3, mailbox_tokens=4, bus_dropped=5, bus_failed=6, routers_alive=2)
 
 
 def samples(text: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -27,7 +27,7 @@ def make() -> tuple[GatewayMetrics, list[float]]:
     metrics.submitted(7)
     metrics.first_token(0.03)
     metrics.next_tokens(0.4, 4)
-    metrics.sequence_ended("stop", 5)
+    metrics.choice_ended("stop", 5)
     metrics.answered(200, "ok", 1.5)
     metrics.answered(400, "invalid_request", 0.1)
     metrics.disconnected("prefill")

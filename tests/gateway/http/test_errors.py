@@ -14,10 +14,10 @@ from microserve.gateway.http.errors import (
     MAX_RETRY_AFTER_S,
     BodyTooLarge,
     NotOffered,
-    RouterLost,
     Unauthorized,
     problem_of,
 )
+from microserve.gateway.routers.link import RouterLost
 from microserve.protocol import errors
 from microserve.protocol.errors import MeshError
 

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, processors
 
 from microserve.gateway.openai.chat import chat_prompts, template_messages
 from microserve.gateway.openai.completions import completion_prompts
-from microserve.gateway.openai.sampling import ModelLimits
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest, parse
+from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.gateway.text.tokenizer import INLINE_CHARS, ModelTokenizer
 from microserve.protocol.errors import ConfigError, InvalidRequest, PromptTooLong

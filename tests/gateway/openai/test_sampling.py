@@ -8,12 +8,12 @@ import pytest
 
 from microserve.gateway.openai.sampling import (
     DEFAULT_COMPLETION_TOKENS,
-    ModelLimits,
     options_of,
     sampling_of,
     seed_of,
 )
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
+from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
 from microserve.protocol.messages.sampling import SamplingParams
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.gateway.http.errors import ClientGone, RouterLost
+from microserve.gateway.http.errors import ClientGone
+from microserve.gateway.routers.link import RouterLost
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.protocol.errors import DeadlineExceeded, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob, Usage

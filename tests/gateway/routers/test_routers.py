@@ -12,7 +12,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from microserve.gateway.generation import group as sequence_group
+from microserve.gateway.generation import group as choice_group
 from microserve.gateway.routers.client import RouterClient
 from microserve.protocol.bus.codec import ROUTER_REQUEST
 from microserve.protocol.bus.curve import create_keys
@@ -270,7 +270,7 @@ def test_junk_from_a_router_is_dropped(model: Path, raw_tokenizer: Tokenizer) ->
 
 
 def test_a_router_that_never_answers_meets_the_deadline(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sequence_group, "DEADLINE_GRACE_S", 0.05)
+    monkeypatch.setattr(choice_group, "DEADLINE_GRACE_S", 0.05)
 
     async def main() -> None:
         async with gateway_world(model) as world, http_of(world) as http:

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from microserve.gateway.generation.summary import Timeline
 from microserve.gateway.routers.mailbox import Batch
-from microserve.gateway.text.choice import LOWEST_LOGPROB, Sequence, TokenText
+from microserve.gateway.text.choice import LOWEST_LOGPROB, Choice, Timeline, TokenText
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob, Usage
@@ -21,15 +20,15 @@ from microserve.protocol.messages.sampling import SamplingParams
 ENDED = Ended("length", Usage(), Phases(), "auto", [])
 
 
-def sequence(tokenizer: ModelTokenizer, stop: list[str], **sampling: Any) -> Sequence:
+def choice(tokenizer: ModelTokenizer, stop: list[str], **sampling: Any) -> Choice:
     params = SamplingParams(max_tokens=100, **sampling)
-    return Sequence(tokenizer, index=0, prompt_ids=[], sampling=params, stop=stop, times=Timeline(0.0))
+    return Choice(tokenizer, index=0, prompt_ids=[], sampling=params, stop=stop, times=Timeline(0.0))
 
 
 def answer(
     tokenizer: ModelTokenizer, ids: list[int], cuts: list[int], stop: list[str], **sampling: Any
 ) -> tuple[str, list[TokenText], str | None, int]:
-    chosen = sequence(tokenizer, stop, **sampling)
+    chosen = choice(tokenizer, stop, **sampling)
     text, tokens = "", []
     borders = sorted({min(cut, len(ids)) for cut in cuts} | {0, len(ids)})
     for begin, end in zip(borders, [*borders[1:], len(ids)], strict=True):
@@ -79,7 +78,7 @@ def test_stop_strings_count_behind_the_least_length(
 
 def test_the_stop_token_is_counted_but_not_shown(tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer) -> None:
     [a], [b] = raw_tokenizer.encode("a").ids, raw_tokenizer.encode("b").ids
-    chosen = sequence(tokenizer, [], logprobs=0)
+    chosen = choice(tokenizer, [], logprobs=0)
     ended = Ended("stop", Usage(), Phases(), "auto", [], stop_token_id=b)
     piece = chosen.push(Batch([a, b], [TokenLogprob(-1.0), TokenLogprob(-2.0)], ended))
     assert (piece.text, piece.finish_reason, chosen.num_output_tokens) == ("a", "stop", 2)
@@ -91,7 +90,7 @@ def test_a_stop_string_that_only_the_end_completes(
 ) -> None:
     """Half a character is flushed at the end as a replacement character, and may be what was waited for."""
     ids = raw_tokenizer.encode("x😀").ids[:-1]
-    chosen = sequence(tokenizer, ["\N{REPLACEMENT CHARACTER}"])
+    chosen = choice(tokenizer, ["\N{REPLACEMENT CHARACTER}"])
     piece = chosen.push(Batch(ids, ended=ENDED))
     assert (piece.text, piece.finish_reason) == ("x", "stop")
 
@@ -108,7 +107,7 @@ def test_a_stop_string_that_only_the_end_completes(
 def test_other_ends_are_errors(
     tokenizer: ModelTokenizer, reason: str, code: str, kind: type[MeshError]
 ) -> None:
-    chosen = sequence(tokenizer, [])
+    chosen = choice(tokenizer, [])
     chosen.push(Batch([], ended=Ended(reason, Usage(), Phases(), "auto", [], code, "why")))
     assert isinstance(chosen.error, kind)
     assert chosen.finish_reason is None
@@ -116,7 +115,7 @@ def test_other_ends_are_errors(
 
 def test_logprobs_that_json_cannot_say(tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer) -> None:
     ids = raw_tokenizer.encode("ab").ids
-    chosen = sequence(tokenizer, [], logprobs=1)
+    chosen = choice(tokenizer, [], logprobs=1)
     logprobs = [TokenLogprob(float("-inf"), [(0, float("nan"))])] + [TokenLogprob(0.0)] * (len(ids) - 1)
     piece = chosen.push(Batch(ids, logprobs))
     assert piece.tokens[0].logprob == LOWEST_LOGPROB

@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 
-from microserve.gateway.http.errors import RouterLost
+from microserve.gateway.routers.link import RouterLost
 from microserve.protocol.errors import DeadlineExceeded, NoEngines
 from tests.support.chaos.cases import Question
 from tests.support.chaos.client import HTTP_LOST, NO_OUTCOME, Attempt

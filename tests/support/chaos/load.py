@@ -12,7 +12,7 @@ import random
 import time
 from dataclasses import dataclass, field
 
-from microserve.gateway.http.errors import RouterLost
+from microserve.gateway.routers.link import RouterLost
 from microserve.protocol.errors import CapacityError, MeshError, PeerError
 from tests.support.chaos.cases import Question
 from tests.support.chaos.client import HTTP_LOST, NO_OUTCOME, Attempt, Doors

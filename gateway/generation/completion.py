@@ -1,6 +1,6 @@
 """One generation request from its body to its last byte, streamed or not.
 
-Owns the order of things: what may be refused before anything is sent, the merging of sequences into one
+Owns the order of things: what may be refused before anything is sent, the merging of choices into one
 answer, and the end whatever happened: cancelled on the bus, counted, one canonical line a choice.
 """
 
@@ -11,25 +11,22 @@ from dataclasses import dataclass
 from time import monotonic, time
 from typing import Generic, TypeVar
 
-import structlog
-
 from microserve.gateway.generation.accounting import account, usage_of
-from microserve.gateway.generation.group import SequenceGroup
+from microserve.gateway.generation.group import ChoiceGroup
 from microserve.gateway.http.errors import ClientGone, problem_of
 from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of
 from microserve.gateway.http.sse import DONE, EventStream, event
-from microserve.gateway.openai.answer import AnswerFormat, Choice
-from microserve.gateway.openai.sampling import ModelLimits, options_of, sampling_of
+from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice
+from microserve.gateway.openai.sampling import options_of, sampling_of
 from microserve.gateway.openai.schema import GenerationRequest, parse
+from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.routers.mailbox import Mailbox
 from microserve.gateway.state import GatewayState
-from microserve.gateway.text.choice import Sequence, TokenText
+from microserve.gateway.text.choice import Choice, TokenText
 from microserve.gateway.text.tokenizer import ModelTokenizer
-from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError
 
 R = TypeVar("R", bound=GenerationRequest)
-_logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +38,23 @@ class Dialect(Generic[R]):
     format: type[AnswerFormat]
 
 
-class Generation(Generic[R]):
-    """One HTTP request; ``run`` once."""
+class Completion(Generic[R]):
+    """One HTTP request, chat or text; ``run`` once."""
 
     def __init__(self, state: GatewayState, exchange: Exchange, dialect: Dialect[R]) -> None:
         self._state = state
         self._exchange = exchange
         self._dialect = dialect
-        self._group = SequenceGroup(state, exchange)
+        self._group = ChoiceGroup(state, exchange)
         self._n = 1
         self._stream = False
 
     async def run(self) -> None:
-        """Answer the request. Every error becomes an answer; only cancellation passes through."""
+        """Answer the request, then account for it, whatever happened."""
         failure: MeshError | None = InternalError("cut off while the gateway stopped")
         group = self._group
         try:
-            failure = await self._answered()
+            failure = await self._exchange.answer(self._serve)
             group.stamp_end()
             await group.settle()
         finally:
@@ -66,45 +63,30 @@ class Generation(Generic[R]):
             account(
                 self._state,
                 self._exchange,
-                group.sequences,
+                group.choices,
                 group.times,
                 stream=self._stream,
                 failure=failure,
             )
 
-    async def _answered(self) -> MeshError | None:
-        """The error that the request ended with; the client has been told."""
+    async def _serve(self) -> None:
+        """From the body to the last byte of an answer that goes well."""
+        state, exchange, inbox = self._state, self._exchange, self._group.inbox
         try:
-            await self._answer()
-        except MeshError as error:
-            failure = error
-        except Exception:
-            _logger.exception(log.SERVICE_FAILED, http_request_id=self._exchange.request_id)
-            failure = InternalError("internal error; the gateway's log has it under this request's id")
-        else:
-            return None
+            ttl_s = timeout_of(exchange, state.request_timeout_s)
+            strategy = strategy_of(exchange)
+            body = await exchange.read_body(state.bodies)
+            async with exchange.watch(inbox.fail):
+                with state.bodies.hold(len(body)):
+                    answer = await self._submit(body, ttl_s, strategy)
+                del body  # a long prompt must not stay for as long as its answer takes
+                await (self._stream_answer(answer) if self._stream else self._collect_answer(answer))
         finally:
             # At once, before anything is awaited: every step that an engine takes from here on is wasted.
-            self._group.inbox.cancel()
-        await self._exchange.refuse(failure)
-        return failure
+            inbox.cancel()
 
-    async def _answer(self) -> None:
-        state, exchange = self._state, self._exchange
-        ttl_s = timeout_of(exchange, state.request_timeout_s)
-        strategy = strategy_of(exchange)
-        body = await exchange.read_body(state.bodies)
-        async with exchange.watch(self._group.inbox.fail):
-            with state.bodies.hold(len(body)):
-                answer, include_usage = await self._submit(body, ttl_s, strategy)
-            del body  # a long prompt must not stay for as long as its answer takes
-            if self._stream:
-                await self._stream_answer(answer, include_usage)
-            else:
-                await self._collect_answer(answer)
-
-    async def _submit(self, body: bytes, ttl_s: float, strategy: str | None) -> tuple[AnswerFormat, bool]:
-        """Send the sequences on their way; the answer's format, and whether a stream ends with the usage."""
+    async def _submit(self, body: bytes, ttl_s: float, strategy: str | None) -> AnswerFormat:
+        """Send the choices on their way; how their answer will look."""
         state, group = self._state, self._group
         request = parse(body, self._dialect.request)
         state.check_model(request.model)
@@ -115,7 +97,7 @@ class Generation(Generic[R]):
         prompts = await self._dialect.prompts(request, state.tokenizer, limits)
         sampling = sampling_of(request, limits, max(map(len, prompts)))
         group.submit(prompts, sampling, options, ttl_s=ttl_s, strategy=strategy)
-        answer = self._dialect.format(
+        return self._dialect.format(
             unique_id=self._exchange.unique_id,
             created=int(time()),
             model=state.model,
@@ -123,30 +105,29 @@ class Generation(Generic[R]):
             include_usage=options.include_usage,
             with_logprobs=sampling.logprobs is not None,
         )
-        return answer, options.include_usage
 
     async def _collect_answer(self, answer: AnswerFormat) -> None:
         group = self._group
-        texts: list[list[str]] = [[] for _ in group.sequences]
-        tokens: list[list[TokenText]] = [[] for _ in group.sequences]
+        texts: list[list[str]] = [[] for _ in group.choices]
+        tokens: list[list[TokenText]] = [[] for _ in group.choices]
         while not group.over:
             for mailbox in await group.inbox.wait():
-                sequence, piece = group.take(mailbox)
-                texts[sequence.index].append(piece.text)
-                tokens[sequence.index] += piece.tokens
+                choice, piece = group.take(mailbox)
+                texts[choice.index].append(piece.text)
+                tokens[choice.index] += piece.tokens
             group.raise_failure()
         await group.settle()
         choices = [
-            Choice(sequence.index, "".join(texts[sequence.index]), tokens[sequence.index], reason)
-            for sequence in group.sequences
-            if (reason := sequence.finish_reason) is not None
+            FinishedChoice(choice.index, "".join(texts[choice.index]), tokens[choice.index], reason)
+            for choice in group.choices
+            if (reason := choice.finish_reason) is not None
         ]
-        body = answer.reply(choices, usage_of(group.sequences, self._n))
+        body = answer.reply(choices, usage_of(group.choices, self._n))
         await self._exchange.reply(200, body, self._mesh_headers())
 
     def _mesh_headers(self) -> dict[str, str]:
         """Who served it: known once it is over, so only where the head comes last."""
-        ended = self._group.sequences[0].ended
+        ended = self._group.choices[0].ended
         if ended is None:
             return {}
         return {
@@ -155,7 +136,7 @@ class Generation(Generic[R]):
             "x-microserve-engines": ",".join(ended.engines),
         }
 
-    async def _stream_answer(self, answer: AnswerFormat, include_usage: bool) -> None:
+    async def _stream_answer(self, answer: AnswerFormat) -> None:
         group, inbox = self._group, self._group.inbox
         stream = EventStream(self._exchange, on_idle=inbox.poke, on_stall=inbox.fail)
         async with stream:
@@ -168,9 +149,9 @@ class Generation(Generic[R]):
                     await self._stream_ready(answer, stream, ready)
                     group.raise_failure()
                 tail = DONE
-                if include_usage:
+                if answer.include_usage:
                     await group.settle()
-                    tail = answer.usage(usage_of(group.sequences, self._n)) + DONE
+                    tail = answer.usage(usage_of(group.choices, self._n)) + DONE
                 await stream.close(tail)
             except MeshError as error:
                 if self._exchange.started and not isinstance(error, ClientGone):
@@ -182,20 +163,20 @@ class Generation(Generic[R]):
     async def _stream_ready(self, answer: AnswerFormat, stream: EventStream, ready: list[Mailbox]) -> None:
         """Write everything that has come in one piece."""
         events: list[bytes] = []
-        finished: list[Sequence] = []
+        finished: list[Choice] = []
         for mailbox in ready:
-            sequence, piece = self._group.take(mailbox)
+            choice, piece = self._group.take(mailbox)
             if not piece:
                 continue
-            if not sequence.opened:
-                sequence.opened = True
-                events.append(answer.opening(sequence.index))
+            if not choice.opened:
+                choice.opened = True
+                events.append(answer.opening(choice.index))
             if piece.text or piece.tokens:
-                events.append(answer.delta(sequence.index, piece))
+                events.append(answer.delta(choice.index, piece))
             if piece.finish_reason is not None:
-                events.append(answer.finish(sequence.index, piece.finish_reason))
-                finished.append(sequence)
+                events.append(answer.finish(choice.index, piece.finish_reason))
+                finished.append(choice)
         if events:
             await stream.write(b"".join(events))
-        for sequence in finished:
-            sequence.times.ended = monotonic()
+        for choice in finished:
+            choice.times.ended = monotonic()
