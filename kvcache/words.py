@@ -33,9 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.messages.grant import MAX_LANES
 
-MAX_LANES = 4
-"""Writers that may share one grant."""
 MAX_GENERATION = (1 << 30) - 1
 """A slot is not used more often: bit 62 of a word is POISON."""
 DEFAULT_NUM_SLOTS = 256

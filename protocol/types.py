@@ -1,4 +1,4 @@
-"""Names for the plain values that cross a process border.
+"""Names for the plain values that cross a process border, and the bounds that every channel shares.
 
 Owns nothing but names: a reader of any signature should know which string is which.
 """
@@ -24,3 +24,9 @@ WIRE_VERSION = 1
 
 MAX_REQUEST_ID_CHARS = 128
 """Longer ids are refused: an id is a key in every table of the mesh."""
+
+MAX_BULK_NBYTES = 64 << 20
+"""All bulk frames of one message together; a longer frame costs its sender the connection."""
+
+Buffer = bytes | memoryview
+"""A frame as it came, copied or not."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 from microserve.kvcache.grant.checksum import extend_checksum
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import block_spans
-from microserve.kvcache.words import CHECKSUMMED, MAX_LANES, POISON, count_of, grant_tag
+from microserve.kvcache.words import CHECKSUMMED, POISON, count_of, grant_tag
 from microserve.protocol.errors import InternalError, TransferFailed
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.grant import MAX_LANES, Grant
 
 
 class Arrival:

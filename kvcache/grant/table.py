@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.heap.heap import Heap
-from microserve.kvcache.words import CLOSED, MAX_GENERATION, MAX_LANES, OPEN, pack_state
+from microserve.kvcache.words import CLOSED, MAX_GENERATION, OPEN, pack_state
 from microserve.protocol.errors import CacheFull, InternalError, UnknownRequest
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.grant import MAX_LANES, Grant
 
 RETRY_AFTER_S = 0.1
 """Hint when every slot is in use: about the time in which some transfer ends."""

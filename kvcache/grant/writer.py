@@ -22,18 +22,9 @@ from collections.abc import Iterator, Sequence
 from microserve.kvcache.grant.checksum import extend_checksum
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.kvcache.layout import KvLayout, block_spans
-from microserve.kvcache.words import (
-    CHECKSUMMED,
-    CLAIMED,
-    MAX_LANES,
-    OPEN,
-    POISON,
-    grant_tag,
-    pack_count,
-    pack_state,
-)
+from microserve.kvcache.words import CHECKSUMMED, CLAIMED, OPEN, POISON, grant_tag, pack_count, pack_state
 from microserve.protocol.errors import InternalError, InvalidInterval, InvalidRequest, TransferFailed
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.grant import MAX_LANES, Grant
 
 
 class TransferPlan:

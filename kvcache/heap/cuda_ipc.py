@@ -45,9 +45,9 @@ from microserve.kvcache.heap.mapped import MappedWords
 from microserve.kvcache.heap.memfd import IMPORTERS, OWNER, HeapFile, lane_byte
 from microserve.kvcache.heap.process import is_gone, this_process
 from microserve.kvcache.layout import KvLayout
-from microserve.kvcache.words import DEFAULT_NUM_SLOTS, MAX_LANES, POISON, WORD_NBYTES
+from microserve.kvcache.words import DEFAULT_NUM_SLOTS, POISON, WORD_NBYTES
 from microserve.protocol.errors import TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.grant import MAX_LANES, HeapAddress
 
 KIND = "cuda_ipc"
 

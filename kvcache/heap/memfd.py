@@ -40,9 +40,9 @@ import msgspec
 
 from microserve.kvcache.heap.mapped import require_same_kv
 from microserve.kvcache.layout import KvLayout
-from microserve.kvcache.words import MAX_LANES, WORD_NBYTES, WordLayout
+from microserve.kvcache.words import WORD_NBYTES, WordLayout
 from microserve.protocol.errors import ConfigError, TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.grant import MAX_LANES, HeapAddress
 
 _NAME: Final = "microserve-kv"
 _MAGIC: Final = b"MSERVKV1"

@@ -19,8 +19,9 @@ import numpy as np
 
 from microserve.kvcache.heap.cuda_driver import CudaDriver
 from microserve.kvcache.layout import KvLayout
-from microserve.kvcache.words import MAX_LANES, WORD_NBYTES, WordLayout
+from microserve.kvcache.words import WORD_NBYTES, WordLayout
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.messages.grant import MAX_LANES
 
 PAGE: Final = mmap.PAGESIZE
 ALIVE: Final = PAGE - WORD_NBYTES

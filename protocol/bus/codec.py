@@ -21,15 +21,13 @@ from microserve.protocol.errors import InternalError, ProtocolViolation
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
-from microserve.protocol.types import WIRE_VERSION
+from microserve.protocol.types import MAX_BULK_NBYTES, WIRE_VERSION, Buffer
 
 MAX_MESSAGE_NBYTES = 8 << 20
 """Longest message frame; anything longer is dropped before it is parsed."""
-MAX_BULK_NBYTES = 64 << 20
 MAX_BULK_FRAMES = 4
 
 Frames = list[bytes]
-Buffer = bytes | memoryview
 T = TypeVar("T")
 
 

@@ -25,8 +25,8 @@ import structlog
 import zmq
 
 from microserve.protocol import log
-from microserve.protocol.bus.codec import MAX_BULK_NBYTES
 from microserve.protocol.bus.curve import CurveKeys, check_exposure
+from microserve.protocol.types import MAX_BULK_NBYTES
 
 MAX_FRAMES_PER_TURN = 256
 """Messages drained before the loop gets its turn again."""

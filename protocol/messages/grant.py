@@ -1,4 +1,4 @@
-"""A grant: the receiver's written permission to put KV into named blocks of its heap (DESIGN 5).
+"""A grant: the receiver's written permission to put KV into named blocks of its heap (WIRE.md 4.3).
 
 Travels receiver -> router (in ``Granted``) -> sender (in ``RemoteSend``). Plain data, no behaviour.
 """
@@ -6,6 +6,9 @@ Travels receiver -> router (in ``Granted``) -> sender (in ``RemoteSend``). Plain
 from __future__ import annotations
 
 import msgspec
+
+MAX_LANES = 4
+"""Writers that may share one grant, each in a lane of its own: 0 to 3."""
 
 
 class HeapAddress(msgspec.Struct, frozen=True, array_like=True):

@@ -20,8 +20,8 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from microserve.protocol.bus.codec import MAX_BULK_NBYTES, Buffer
 from microserve.protocol.errors import InternalError, ProtocolViolation
+from microserve.protocol.types import MAX_BULK_NBYTES, Buffer
 
 WireHash = int | Annotated[bytes, msgspec.Meta(max_length=64)]
 """16 bytes from our engines (kvcache/prefix/hash.py); 64-bit ints or digests from others: opaque names."""

@@ -33,8 +33,8 @@ from microserve.protocol.errors import (
 )
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.settings import BusSettings
+from microserve.services.links.abort import Aborts
 from microserve.services.links.stream import TokenStreams
-from microserve.services.router.abort import Aborts
 
 _logger = structlog.get_logger()
 

@@ -13,7 +13,6 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import K, KvLayout, V, block_spans
 from microserve.kvcache.words import (
     MAX_GENERATION,
-    MAX_LANES,
     POISON,
     WordLayout,
     count_of,
@@ -22,6 +21,7 @@ from microserve.kvcache.words import (
     pack_state,
 )
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.messages.grant import MAX_LANES
 
 LAYOUT = KvLayout("m", 3, 5, 4, 2, 8, "float16")
 

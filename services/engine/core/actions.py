@@ -1,4 +1,4 @@
-"""The actions, as state changes: PrepRecv, RemoteSend, StartGenerate, Commit, Abort, Release (DESIGN 4).
+"""The actions, as state changes: PrepRecv, RemoteSend, StartGenerate, Commit, Abort, Release (WIRE.md 4.1).
 
 Sans-I/O and quick: an action never computes and never waits. It answers at once, raises a :class:`MeshError`,
 or returns None and the answer follows through the outbox. Called under the engine's lock.
@@ -22,6 +22,7 @@ from microserve.protocol.errors import (
     UnknownRequest,
 )
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.grant import MAX_LANES
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 from microserve.services.engine.core.record import CommitJob, Record
@@ -104,6 +105,8 @@ class Actions:
         begin, end = _bound("begin", message.begin, num_tokens), _bound("end", message.end, num_tokens)
         if not begin <= end <= grant.end:
             raise InvalidInterval(f"[{begin}, {end}) is not inside the grant's [0, {grant.end})", field="end")
+        if not 0 <= message.lane < MAX_LANES:
+            raise InvalidRequest(f"lane is {message.lane}, 0 to {MAX_LANES - 1}", field="lane")
         key = (grant.grant_id, message.lane)
         if key in record.sent:
             return msgspec.structs.replace(record.sent[key], call_id=message.call_id)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Generator
 
-from microserve.kvcache.words import MAX_LANES
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.grant import MAX_LANES, Grant
 from microserve.services.links.engine import Answer, EngineConnection
 from microserve.services.router.request.request import Request
 from microserve.services.router.request.scope import RequestScope

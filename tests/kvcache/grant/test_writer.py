@@ -13,14 +13,14 @@ from microserve.kvcache.grant.table import GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import Heap, PeerHeap
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
-from microserve.kvcache.words import CHECKSUMMED, CLAIMED, MAX_LANES, pack_count, pack_state
+from microserve.kvcache.words import CHECKSUMMED, CLAIMED, pack_count, pack_state
 from microserve.protocol.errors import (
     InternalError,
     InvalidRequest,
     MeshError,
     TransferFailed,
 )
-from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.grant import MAX_LANES, Grant, HeapAddress
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, fill, make_layout, mismatches
 
 SENDER, RECEIVER = 1, 2

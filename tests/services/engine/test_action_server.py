@@ -11,7 +11,7 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, encode_tokens
 from microserve.protocol.bus.numbered import Outgoing
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.grant import MAX_LANES, Grant, HeapAddress
 from microserve.protocol.messages.kv_events import KVEvent, decode_batch
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.action_server import Door
@@ -150,6 +150,23 @@ def test_without_credit_tokens_wait_and_merge(rig: Rig) -> None:
 
     assert expected_tokens(PROMPT, PARAMS, vocab_size=VOCAB) == tokens_of(first) + tokens_of(rest)
     assert rest[0].deltas[0].offset == len(tokens_of(first))
+
+
+@pytest.mark.parametrize("lane", [-1, MAX_LANES, 1 << 40])
+@pytest.mark.parametrize("sends", [0, len(PROMPT)])
+def test_a_lane_that_a_grant_does_not_have_is_refused_before_anything_is_computed(
+    rig: Rig, lane: int, sends: int
+) -> None:
+    rig.hello()
+    [granted] = rig.send(wire.PrepRecv(2, "q", len(PROMPT), 30.0), encode_tokens(PROMPT))
+    end = len(PROMPT)
+
+    message = wire.RemoteSend(3, "q", end - sends, end, granted.grant, lane, 30.0)
+    [refused] = rig.send(message)
+
+    assert (refused.call_id, refused.code, refused.field) == (3, "invalid_request", "lane")
+    assert not rig.core.step(), "there is nothing to do"
+    rig.send(wire.Abort(4, "q"))
 
 
 def test_a_silent_router_loses_its_requests(rig: Rig) -> None:

@@ -12,8 +12,8 @@ from itertools import product
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
-from microserve.kvcache.words import MAX_LANES
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.grant import MAX_LANES
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.core.core import EngineCore

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from microserve.services.router.abort import Aborts
+from microserve.services.links.abort import Aborts
 
 
 def test_an_abort_is_due_until_it_is_confirmed() -> None:
