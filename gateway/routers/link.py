@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import Any, assert_never
 
 import structlog
 
@@ -173,6 +173,8 @@ class RouterLink:
                 self._on_heartbeat(message)
             case RouterWelcome():
                 self._on_welcome(message)
+            case _:
+                assert_never(message)
 
     def _on_failed(self, failed: RouterFailed) -> None:
         """The router does not know us (it restarted, or lost us and cancelled our requests): begin anew."""

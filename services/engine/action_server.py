@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import assert_never
 
 import structlog
 
@@ -132,6 +133,8 @@ class Door:
                             raise ProtocolViolation("ping of another incarnation; say Hello first")
                     case wire.Credit():
                         session.window.grant(message.messages)
+                    case _:  # a message without its case would be dropped, and its caller wait for a timeout
+                        assert_never(message)
             finally:
                 self._core.wake()
         return None

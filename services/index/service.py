@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import assert_never
 
 import structlog
 
@@ -165,6 +166,8 @@ class IndexService:
                 self.worlds.join(peer, message, now)
             case Change() | ControlStatus() | ControlHistory():
                 self._answer(peer, self.control.answer(message, sender_key(self._socket)))
+            case _:  # a message without its case would be dropped, and its caller wait for a timeout
+                assert_never(message)
 
     def _answer(self, peer: bytes, reply: wire.IndexReply) -> bool:
         return self._socket.send(peer, INDEX_REPLY.encode(reply))
