@@ -4,7 +4,7 @@ A block is in exactly one of three states:
 
     free         ref_count 0, linked in the free list; cached or not
     used         ref_count > 0; cached or not
-    quarantined  a remote writer may still write into it, so nobody may hold or take it (DESIGN 5)
+    quarantined  a remote writer may still write into it, so nobody may hold or take it
 
 The free list runs from the next block to take to the last:
 

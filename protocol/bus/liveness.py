@@ -1,4 +1,4 @@
-"""Who is alive, judged by progress and not by process life (DESIGN 9; ZeroMQ Guide, chapter 4).
+"""Who is alive, judged by progress and not by process life (WIRE.md 3.5; ZeroMQ Guide, chapter 4).
 
 Sans-I/O: time comes in as ``now`` (monotonic seconds). Any message counts as a sign of life. A peer that
 has work and whose progress counter stands still is as lost as one that is silent.

@@ -1,4 +1,4 @@
-"""How one engine's KV events become state that can be trusted: sans-I/O (WIRE.md 7, DESIGN 6).
+"""How one engine's KV events become state that can be trusted: sans-I/O (WIRE.md 7.3).
 
 Snapshot + epoch + sequence, as in the Clone pattern (ZeroMQ Guide, chapter 5). Owns the order of one
 engine's batches; knows no sockets, no bytes and no index: batches come in as opaque values, instructions

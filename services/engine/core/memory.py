@@ -3,8 +3,8 @@
 Invariants, checked by ``check_integrity``:
   - a sequence holds one reference to each of its blocks, and only blocks below ``num_cached`` are shared;
   - a block enters the prefix cache only when its KV is complete and nobody else may still write to it:
-    computed here, or received under a grant whose writers have all drained (DESIGN 5, rule 4);
-  - blocks of an unsettled grant never go straight to the pool: the grant table closes them (rule 2);
+    computed here, or received under a grant whose writers have all drained (WIRE.md 7);
+  - blocks of an unsettled grant never go straight to the pool: the grant table closes them;
   - blocks that were put into a peer go back to the pool when its heap has read them, not before.
 """
 

@@ -162,7 +162,7 @@ class Stepper:
         return None if is_whole else reason
 
     def _early_plan(self, now: float) -> Plan | None:
-        """Nothing else to do: start a receiver whose first layer is in on its own share (DESIGN 4).
+        """Nothing else to do: start a receiver whose first layer is in on its own share.
 
         The first layer is complete only when its sender has reached its last chunk, so the wait for the other
         layers is as long as one forward pass that is running already.

@@ -1,4 +1,4 @@
-"""When a request goes on elsewhere, and from where: prompt plus tokens already delivered (DESIGN 7, 8).
+"""When a request goes on elsewhere, and from where: prompt plus tokens already delivered.
 
 Sampling depends on (seed, position, token) alone, so another engine continues with the same tokens. Sans-I/O:
 decides; serving.py acts. An attempt is one run of the strategy; a failed one leaves nothing behind.

@@ -1,8 +1,8 @@
 """KV cost: prefill work that a prefix saves, beside the blocks and requests that an engine already carries.
 
-Source: Dynamo's KV router (router-design.md): scale * max(0, prefill blocks - credit * overlap) + decode
-blocks + w * requests; the least wins, or a min-max softmax by temperature. The incoming prompt's own decode
-blocks are the same everywhere and left out; blocks in use are those that the engine reports.
+Source: Dynamo's KV router: scale * max(0, prefill blocks - credit * overlap) + decode blocks + w * requests;
+the least wins, or a min-max softmax by temperature. The incoming prompt's own decode blocks are the same
+everywhere and left out; blocks in use are those that the engine reports.
 """
 
 from __future__ import annotations

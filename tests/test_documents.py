@@ -1,0 +1,68 @@
+"""A document that is named exists: in code, comments, other documents and tooling."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_packaging import ROOT, tracked
+
+NAMED = re.compile(r"(?<![\w:/])(?:\.{0,2}/)*[\w.-]+(?:/[\w.-]+)*\.md\b(?!\.)")
+LINKED = re.compile(r"\]\(([^)#:\s]+\.md)(?:#[^)]*)?\)")
+WITHOUT_ENDING = re.compile(r"\b(?:ARCHITECTURE|DESIGN|WIRE),? \d")
+"""A page and a number, as the text once referred to a design that was nowhere."""
+TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".sh", ".conf", ".service", ".cfg", ".cu", ""}
+SELF = Path(__file__).resolve()
+
+FILES = [path for path in tracked() if path.suffix in TEXT and path.resolve() != SELF]
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def missing(name: str, file: Path, documents: set[str]) -> bool:
+    """A name is a path from the root or from the file that names it, or the name of one document."""
+    parts = Path(name)
+    if len(parts.parts) == 1:
+        return parts.name not in {Path(document).name for document in documents}
+    found = {(base / parts).resolve() for base in (ROOT, file.parent)}
+    return not found & {ROOT / document for document in documents}
+
+
+def test_every_document_that_is_named_exists() -> None:
+    documents = {str(path.relative_to(ROOT)) for path in tracked() if path.suffix == ".md"}
+    assert {"README.md", "protocol/WIRE.md"} <= documents
+    named = [(file, name) for file in FILES for name in NAMED.findall(text_of(file))]
+    assert len(named) > 50, "the pattern finds names"
+
+    dangling = [f"{file.relative_to(ROOT)}: {name}" for file, name in named if missing(name, file, documents)]
+
+    assert dangling == []
+
+
+def test_every_link_between_documents_leads_to_one() -> None:
+    for file in FILES:
+        if file.suffix == ".md":
+            for target in LINKED.findall(text_of(file)):
+                assert (file.parent / target).is_file(), f"{file.relative_to(ROOT)} links to {target}"
+
+
+def test_no_page_is_cited_by_number_without_its_name() -> None:
+    cited = [
+        f"{file.relative_to(ROOT)}: {found}"
+        for file in FILES
+        for found in WITHOUT_ENDING.findall(text_of(file))
+    ]
+
+    assert cited == []
+
+
+@pytest.mark.parametrize(
+    ("name", "is_missing"),
+    [("WIRE.md", False), ("protocol/WIRE.md", False), ("WIRES.md", True), ("kvcache/WIRE.md", True)],
+)
+def test_a_name_is_looked_for_where_it_is_written(name: str, is_missing: bool) -> None:
+    assert missing(name, ROOT / "README.md", {"README.md", "protocol/WIRE.md"}) is is_missing
