@@ -1,0 +1,9 @@
+"""What two processes must agree on, and how a process speaks at all.
+
+Owns the wire (``WIRE.md``, the contract), the messages, the sockets under them, the settings, the errors
+that have a code, and how a service process starts and ends. Must not know what a block, a strategy or a
+token's text is.
+
+Start with ``WIRE.md``, then ``messages/`` (what is said), ``bus/`` (how it travels), ``process/`` (how a
+service runs); ``errors.py``, ``settings.py``, ``log.py`` and ``types.py`` are used everywhere.
+"""
