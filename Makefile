@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: up test check fmt bench exactness simulate mutations chaos swaps soak extras clean
+.PHONY: up test check fmt bench exactness simulate mutations chaos swaps soak extras hooks clean
 
 up: $(VENV)/installed
 	$(BIN)/microserve up $(ARGS)
@@ -18,11 +18,9 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests
+	$(BIN)/mypy tests tooling
 	$(BIN)/lint-imports
-	@long=$$(find . -name '.?*' -prune -o -name '*.py' -exec \
-	    awk 'END { if (NR > 400) print FILENAME ": " NR " lines, more than 400" }' {} \;); \
-	if [ -n "$$long" ]; then echo "$$long"; exit 1; fi
+	$(BIN)/python tooling/file_length.py
 
 fmt: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -56,6 +54,10 @@ soak: $(VENV)/installed
 extras: $(VENV)/installed
 	$(BIN)/pip install --quiet --dry-run '.[cuda12]'
 	$(BIN)/pip install --quiet --dry-run '.[cuda13]'
+
+# Every commit in this checkout: ruff, mypy on what changed, no file over 400 lines.
+hooks: $(VENV)/installed
+	$(BIN)/pre-commit install
 
 bench: $(VENV)/installed
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done

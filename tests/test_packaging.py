@@ -15,7 +15,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("protocol", "kvcache", "kernels", "services", "gateway")
-MAX_LINES = 400
 
 # Home directories and checkouts; /opt/microserve and the like are documented places, not machines.
 MACHINE_PATH = re.compile(r"/(?:home|root|Users|work)/\w")
@@ -83,10 +82,13 @@ def test_the_wheel_names_its_licence_and_command(wheel: zipfile.ZipFile) -> None
 
 
 def test_no_file_is_too_long() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in tracked() if path.suffix == ".py"}
-    assert len(lengths) > 50
-    too_long = {str(path.relative_to(ROOT)): lines for path, lines in lengths.items() if lines > MAX_LINES}
-    assert too_long == {}
+    """As ``make check`` and the commit hook ask; ``tests/tooling`` shows that the script can fail."""
+    files = [str(path) for path in tracked() if path.suffix == ".py"]
+    assert len(files) > 50
+    done = subprocess.run(
+        [sys.executable, ROOT / "tooling/file_length.py", *files], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 def test_nothing_names_a_machine() -> None:
