@@ -12,14 +12,15 @@ from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
+from microserve.services.router.authoring.definition import Strategy, load_file
+from microserve.services.router.authoring.driver import Driver
 from microserve.services.router.authoring.overseer import Overseer
-from microserve.services.router.authoring.strategy import Strategy, StrategyBook, load_file
 from microserve.services.router.engines.prefix import PrefixReplica
 from microserve.services.router.engines.registry import Registry
 from microserve.services.router.gateways import Gateways
+from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.control import StrategyControl
 from microserve.services.router.serving.admission import Admission
-from microserve.services.router.serving.attempt import Attempts
 from microserve.services.router.serving.serving import Serving
 from microserve.services.router.strategies import BUILT_IN
 
@@ -85,9 +86,8 @@ class Router:
             lookup=self.prefixes.lookup,
             call_timeout_s=settings.router.call_timeout_s,
             rng=self._rng,
-            attempts=Attempts(
-                idle_s=settings.router.strategy_idle_s, overseer=overseer, on_hung=self.control.hung
-            ),
+            driver=Driver(overseer, self.control.hung),
+            idle_s=settings.router.strategy_idle_s,
             on_end=self.control.ended,
             on_decided=self.control.decided,
             shadow_seed=incarnation,

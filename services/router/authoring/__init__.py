@@ -1,5 +1,12 @@
-"""Everything that a strategy file needs, in one import. The programming model is documented in
-docs/strategies.md; what is not named here is the router's own and may change.
+"""The one door for authors of strategies: everything that a strategy file needs, in one import.
+
+    from microserve.services.router.authoring import Mesh, Request, strategy
+
+Owns the programming model (docs/strategies.md): what a strategy is (definition.py), what it sees (mesh.py,
+view.py), what it can do (engine.py, grant.py, generation.py), what it keeps between requests (plan.py), and
+how the router runs its code (driver.py, overseer.py). Must not know who asks, which version is published, or
+what a failed attempt leads to. The shipped strategies (../strategies) use this door and nothing else; what is
+not named here is the router's own and may change. Start at mesh.py, then engine.py.
 """
 
 from __future__ import annotations
@@ -10,11 +17,12 @@ from msgspec import Meta
 
 from microserve.protocol.errors import CapacityError, PeerError, QueueFull
 from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring import scorer
+from microserve.services.router.authoring import scoring as scorer
+from microserve.services.router.authoring.definition import strategy
 from microserve.services.router.authoring.engine import Engine
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh
-from microserve.services.router.authoring.strategy import strategy
+from microserve.services.router.authoring.view import EngineFacts
 from microserve.services.router.engines.load import Load
 from microserve.services.router.request.request import Request
 
@@ -24,6 +32,7 @@ __all__ = [
     "PlanMesh",
     "Request",
     "Engine",
+    "EngineFacts",
     "Load",
     "Tokens",
     "scorer",

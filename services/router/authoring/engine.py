@@ -22,11 +22,10 @@ from microserve.protocol.messages import engine as wire
 from microserve.services.links.engine import EngineConnection
 from microserve.services.router.authoring.generation import STREAM, Generation
 from microserve.services.router.authoring.grant import GrantHandle, Sending
-from microserve.services.router.authoring.view import EngineFacts
-from microserve.services.router.labels import OwnLabels
+from microserve.services.router.authoring.view import EngineFacts, OwnLabels
+from microserve.services.router.request.decision import Send
 from microserve.services.router.request.request import Request
 from microserve.services.router.request.scope import RequestScope
-from microserve.services.router.rollout.score import Send
 
 PREP = "prep_recv"
 MIN_RETRY_S, MAX_RETRY_S = 0.01, 1.0

@@ -6,25 +6,20 @@ The base layer of every decision; owns no state of its own. Knows no sockets and
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from microserve.protocol.errors import NoEngines, StrategyError
 from microserve.services.links.engine import EngineConnection
+from microserve.services.router.authoring.choice import Scores, combined, softmax_choice
 from microserve.services.router.authoring.engine import Engine
-from microserve.services.router.authoring.scorer import combined, softmax_choice
 from microserve.services.router.authoring.view import MeshView, State
 from microserve.services.router.engines.load import Load, LoadBook
-from microserve.services.router.request.request import Request
+from microserve.services.router.engines.prefix import Lookup
+from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope
 
-if TYPE_CHECKING:
-    from microserve.services.router.authoring.scorer import Scorer
-
-RETRY_AFTER_S = 1.0
-
-Lookup = Callable[[Request], dict[str, int]]
-"""Engine id -> tokens of the prompt that it holds from the start."""
+Scorer = Callable[["Mesh", Engine, Request], float]
+"""What speaks for an engine; more is better (scoring.py)."""
 
 
 class Mesh(MeshView):
@@ -69,7 +64,7 @@ class Mesh(MeshView):
     ) -> Engine:
         """The engine with the least work (uncached tokens, then sequences); equals by lot.
 
-        ``scorers``, ``cost`` or else ``prefix`` counts first: the largest weighted sum (scorer.py says of
+        ``scorers``, ``cost`` or else ``prefix`` counts first: the largest weighted sum (scoring.py says of
         what), the least of your own measure, or the longest prefix of the prompt. ``temperature`` > 0 draws
         by that instead of taking the best, so that routers which see the same do not all do the same.
         ``exclude`` yields when nobody else is left, so a mesh of one engine serves every strategy.
@@ -95,7 +90,7 @@ class Mesh(MeshView):
         if not candidates:
             raise NoEngines("no engine is alive", retry_after_s=RETRY_AFTER_S)
         if scorers is not None:
-            costs = [-score for score in combined(self, candidates, request, scorers)]
+            costs = [-score for score in self._scores(candidates, request, scorers)]
         else:
             costs = [cost(engine) if cost is not None else 0.0 for engine in candidates]
         if temperature > 0.0:
@@ -104,11 +99,24 @@ class Mesh(MeshView):
         least = min(ranked)
         return self.rng.choice([e for e, rank in zip(candidates, ranked, strict=True) if rank == least])
 
+    def _scores(
+        self, candidates: Sequence[Engine], request: Request, scorers: Mapping[Scorer, float]
+    ) -> list[float]:
+        reasons = [
+            Scores(
+                getattr(scorer, "__qualname__", repr(scorer)),
+                [scorer(self, engine, request) for engine in candidates],
+                weight,
+            )
+            for scorer, weight in scorers.items()
+        ]
+        return combined(reasons, len(candidates))
+
     def prefix(self, request: Request) -> dict[str, int]:
         """Prompt tokens that each engine holds from the start, by engine id; engines with none are absent."""
         self._scope.check(request)
         if self._matched is None:
-            self._matched = self._lookup(request)
+            self._matched = self._lookup(request.tokens, request.salt)
         return self._matched
 
     def uncached(self, engine: Engine, request: Request) -> int:

@@ -20,9 +20,9 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import CapacityError, PeerError
 from microserve.services.links.engine import EngineConnection
+from microserve.services.router.authoring.definition import Strategy, StrategyFunction
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.overseer import StrategyHung
-from microserve.services.router.authoring.strategy import Strategy, StrategyFunction
 from microserve.services.router.authoring.view import MeshView, State
 from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.request.request import Request

@@ -10,11 +10,12 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.control import fault_of_labels
 from microserve.services.links.engine import EngineConnection
 from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s
-from microserve.services.router.labels import OwnLabels
 
 
 class State(dict[str, Any]):
@@ -141,3 +142,41 @@ class MeshView:
         own = self.state.labels
         fit = [c for c in everyone if not (has := own.of(c.engine_id, c.labels)) or label in has]
         return fit or everyone
+
+
+MAX_ENGINES = 1024
+"""Beyond that the label that was given first is forgotten: engines that are gone must not add up."""
+
+
+class OwnLabels:
+    """By engine id, which outlives an engine's lives."""
+
+    def __init__(self) -> None:
+        self._given: dict[str, tuple[Sequence[str], Sequence[str]]] = {}
+        """What the strategy says, and what the mesh said then."""
+
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def give(self, engine_id: str, labels: Sequence[str], shared: Sequence[str]) -> None:
+        """``shared``: what the mesh says of it now. Without labels that counts again.
+
+        Raises ``StrategyError`` for what cannot be a label.
+        """
+        if fault := fault_of_labels(labels):
+            raise StrategyError(f"engine {engine_id}: {fault}")
+        self._given.pop(engine_id, None)
+        if labels:
+            self._given[engine_id] = (tuple(labels), tuple(shared))
+        if len(self._given) > MAX_ENGINES:
+            del self._given[next(iter(self._given))]
+
+    def of(self, engine_id: str, shared: Sequence[str]) -> Sequence[str]:
+        """Those that count now, where the mesh says ``shared``."""
+        given = self._given.get(engine_id)
+        if given is None:
+            return shared
+        if given[1] != tuple(shared):
+            del self._given[engine_id]
+            return shared
+        return given[0]

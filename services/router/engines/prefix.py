@@ -6,6 +6,8 @@ hint, the engine decides.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import structlog
 
 from microserve.kvcache.prefix.index import PrefixIndex
@@ -13,7 +15,9 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.services.links.engine import EngineConnection
 from microserve.services.links.feed import KvFeed
-from microserve.services.router.request.request import Request
+
+Lookup = Callable[[Sequence[int], str], dict[str, int]]
+"""Tokens and salt -> tokens of them that an engine holds from the start, by its id."""
 
 _logger = structlog.get_logger()
 
@@ -58,11 +62,11 @@ class PrefixReplica:
         if self._index is not None:
             self._index.remove_engine(connection.engine_id)
 
-    def lookup(self, request: Request) -> dict[str, int]:
+    def lookup(self, tokens: Sequence[int], salt: str) -> dict[str, int]:
         """Engine id -> prompt tokens that it holds from the start; at most ``num_block_tokens``."""
         if self._index is None:
             return {}
-        return self._index.lookup(request.tokens, request.salt)
+        return self._index.lookup(tokens, salt)
 
     def close(self) -> None:
         for connection, _ in list(self._feeds.values()):

@@ -108,3 +108,6 @@ class Request:
                 f"{name} {value} is outside a prompt of {self.num_tokens} tokens", field=name
             )
         return position
+
+
+RETRY_AFTER_S = 1.0

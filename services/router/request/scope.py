@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from microserve.protocol.errors import DeadlineExceeded, MeshError, StrategyError
 from microserve.services.links.engine import EngineConnection
 from microserve.services.router.engines.load import Account
+from microserve.services.router.request.decision import Decision
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.request import Request
-from microserve.services.router.rollout.score import Decision
 
 
 class RequestScope:

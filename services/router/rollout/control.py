@@ -21,10 +21,10 @@ from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, MeshError
 from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion, VersionFault
 from microserve.protocol.messages.router import Ended
-from microserve.services.router.authoring.strategy import Published, Strategy, StrategyBook, strategies_in
-from microserve.services.router.rollout.score import Cost
+from microserve.services.router.authoring.definition import Strategy, strategies_in
+from microserve.services.router.rollout.book import Published, StrategyBook
+from microserve.services.router.rollout.score import Cost, ShadowBook
 from microserve.services.router.rollout.window import Bounds, End, VersionWindow
-from microserve.services.router.shadow_book import ShadowBook
 from microserve.services.router.strategies.data_parallel import data_parallel
 
 _logger = structlog.get_logger()

@@ -11,33 +11,13 @@ compared with each other; neither number is a promise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from microserve.protocol.messages.control import ShadowScore
 from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s
-
-
-class Send(NamedTuple):
-    """One ``remote_send`` that had something to send."""
-
-    source: str
-    target: str
-    begin: int
-    end: int
-
-
-@dataclass(slots=True)
-class Decision:
-    """Filled in while the strategy decides."""
-
-    sends: list[Send] = field(default_factory=list)
-    engine_id: str = ""
-    """Where it generates; empty: not decided."""
-    begin: int = 0
-    """First prompt token that this engine computes itself (or has in its own cache)."""
-    awaits_first: bool = False
-    """A sender samples the first token."""
+from microserve.services.router.request.decision import Decision
 
 
 class Cost(NamedTuple):
@@ -79,3 +59,62 @@ def cost_of(
 def _compute_s(view: EngineView, num_tokens: int) -> float:
     rate = view.report.prefill_tokens_per_s
     return num_tokens / rate if rate > 0.0 else 0.0
+
+
+Key = tuple[str, int]
+"""Strategy and version."""
+
+
+@dataclass(slots=True)
+class _Sums:
+    num_priced: int = 0
+    num_errors: int = 0
+    num_agreed: int = 0
+    shadow: list[float] = field(default_factory=lambda: [0.0] * len(Cost._fields))
+    served: list[float] = field(default_factory=lambda: [0.0] * len(Cost._fields))
+
+
+class ShadowBook:
+    """By strategy and version."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Key, _Sums] = {}
+
+    def add(self, key: Key, shadow: Cost | None, served: Cost | None, agreed: bool) -> None:
+        """One decision: what it would cost beside what was done, or None for a mistake."""
+        sums = self._sums.setdefault(key, _Sums())
+        if shadow is None or served is None:
+            sums.num_errors += 1
+            return
+        sums.num_priced += 1
+        sums.num_agreed += agreed
+        for total, cost in ((sums.shadow, shadow), (sums.served, served)):
+            for column, value in enumerate(cost):
+                total[column] += value
+
+    def keep(self, keys: Iterable[Key]) -> None:
+        """Forget all others."""
+        kept = set(keys)
+        self._sums = {key: sums for key, sums in self._sums.items() if key in kept}
+
+    def scores(self) -> list[ShadowScore]:
+        return [_score(key, sums) for key, sums in self._sums.items()]
+
+
+def _score(key: Key, sums: _Sums) -> ShadowScore:
+    num = max(1, sums.num_priced)
+    (ttft_s, computed, sent), (served_ttft_s, served_computed, served_sent) = (
+        [total / num for total in totals] for totals in (sums.shadow, sums.served)
+    )
+    return ShadowScore(
+        *key,
+        num_decisions=sums.num_priced + sums.num_errors,
+        num_errors=sums.num_errors,
+        num_agreed=sums.num_agreed,
+        ttft_s=ttft_s,
+        served_ttft_s=served_ttft_s,
+        computed_tokens=computed,
+        served_computed_tokens=served_computed,
+        sent_tokens=sent,
+        served_sent_tokens=served_sent,
+    )

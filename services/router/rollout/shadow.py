@@ -24,18 +24,20 @@ from microserve.protocol.errors import NoEngines, StrategyError
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.engine import EngineConnection
-from microserve.services.router.authoring.mesh import RETRY_AFTER_S, Lookup, Mesh
+from microserve.services.router.authoring.definition import Strategy
+from microserve.services.router.authoring.driver import Driver
+from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh, Plans
-from microserve.services.router.authoring.strategy import Strategy
 from microserve.services.router.authoring.view import State
 from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.engines.prediction import EngineView
+from microserve.services.router.engines.prefix import Lookup
+from microserve.services.router.request.decision import Decision
 from microserve.services.router.request.phase import PhaseClock
-from microserve.services.router.request.request import Request
+from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope
-from microserve.services.router.rollout.score import Cost, Decision, cost_of
+from microserve.services.router.rollout.score import Cost, cost_of
 from microserve.services.router.rollout.shadow_engine import ShadowConnection
-from microserve.services.router.serving.attempt import Attempts
 
 DECISION_S = 5.0
 """A shadow that has not decided by then never will."""
@@ -71,7 +73,7 @@ class Shadows:
         self,
         tasks: asyncio.TaskGroup,
         book: LoadBook,
-        attempts: Attempts,
+        driver: Driver,
         *,
         connections: Callable[[], list[EngineConnection]],
         served: Callable[[], EngineInfo | None],
@@ -82,7 +84,7 @@ class Shadows:
         """``book`` is only read. ``seed``: shadows draw their own lots, so that they change nobody else's."""
         self._tasks = tasks
         self._book = book
-        self._attempts = attempts
+        self._driver = driver
         self._connections = connections
         self._served = served
         self._lookup = lookup
@@ -93,7 +95,7 @@ class Shadows:
         self.plans = Plans(
             tasks,
             lambda state: PlanMesh(connections, book, self._rng, state, self._borrow),
-            run=attempts.run_plan,
+            run=driver.run_plan,
         )
 
     def begin(self, shadow: Strategy, request: Request) -> Rehearsal | None:
@@ -111,7 +113,7 @@ class Shadows:
             )
             for c in self._connections()
         }
-        rehearsal = Rehearsal(shadow, request, self._lookup(request), views)
+        rehearsal = Rehearsal(shadow, request, self._lookup(request.tokens, request.salt), views)
         self._num_deciding += 1
         task = self._tasks.create_task(self._decide(rehearsal), name=f"shadow {request.request_id}")
         task.add_done_callback(lambda _: self._took_decision())
@@ -131,7 +133,7 @@ class Shadows:
         mesh = self._mesh(scope, self.plans.use(shadow))
         try:
             async with asyncio.timeout(DECISION_S):
-                await self._attempts.rehearse(shadow, shadow(mesh, request))
+                await self._driver.rehearse(shadow, shadow(mesh, request))
             if not scope.decision.engine_id:
                 raise StrategyError("the strategy ended without a decision")
             rehearsal.decided = scope.decision

@@ -22,12 +22,13 @@ from microserve.protocol.errors import (
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.settings import RouterSettings
 from microserve.services.links.engine import EngineConnection
-from microserve.services.router.authoring.mesh import RETRY_AFTER_S, Lookup
-from microserve.services.router.authoring.strategy import Strategy, StrategyBook
+from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s
+from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.engines.registry import Registry
-from microserve.services.router.request.request import Request
+from microserve.services.router.request.request import RETRY_AFTER_S, Request
+from microserve.services.router.rollout.book import StrategyBook
 
 MIN_RETRY_S, MAX_RETRY_S = 0.5, 60.0
 """Bounds of what a refusal for lack of time says: predictions are no better than that."""
@@ -147,7 +148,7 @@ class Admission:
         # Without a bound nearly everything is far within its time even if nothing of it is cached.
         best_s, num_uncached = best({}) if not bound_s else (math.inf, 0)
         if best_s > allowed_s:
-            best_s, num_uncached = best(self._lookup(request))
+            best_s, num_uncached = best(self._lookup(request.tokens, request.salt))
         if best_s > allowed_s:
             raise QueueFull(
                 f"the first token is predicted in {best_s:.1f} s, {why} {allowed_s:.1f} s",

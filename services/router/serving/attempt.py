@@ -2,13 +2,13 @@
 
 A mistake of the strategy is told to its author here and blamed on its version; which mistakes the client
 hears of is failover.py's. Bounds: the request's deadline; ``idle_s`` in which it neither waits for an engine
-nor yields; and how long its code may hold the loop (overseer.py). Knows no gateways and no engines.
+nor yields; and how long its code may hold the loop (driver.py). Knows no gateways and no engines.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
 from typing import TypeVar
 
 import structlog
@@ -17,9 +17,8 @@ from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages.router import Output
 from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.overseer import Overseer, StrategyHung
-from microserve.services.router.authoring.strategy import Strategy
-from microserve.services.router.authoring.view import MeshView
+from microserve.services.router.authoring.driver import Driver, ending, tell_slow
+from microserve.services.router.authoring.overseer import StrategyHung
 from microserve.services.router.request.scope import RequestScope
 from microserve.services.router.serving.live import LiveRequest
 
@@ -27,8 +26,6 @@ CLOSE_S = 1.0
 """What stands in a strategy's ``finally`` gets this long; its request has ended before."""
 
 T = TypeVar("T")
-OnHung = Callable[[str, int, str], None]
-"""Strategy, version, what it did."""
 
 _logger = structlog.get_logger()
 
@@ -36,11 +33,9 @@ _logger = structlog.get_logger()
 class Attempts:
     """Runs strategies; keeps nothing between two runs."""
 
-    def __init__(self, *, idle_s: float, overseer: Overseer | None, on_hung: OnHung) -> None:
-        """Without an overseer a strategy may hold the loop for as long as it likes (virtual time)."""
+    def __init__(self, driver: Driver, *, idle_s: float) -> None:
+        self._driver = driver
         self._idle_s = idle_s
-        self._overseer = overseer
-        self._on_hung = on_hung
         self._loop = asyncio.get_running_loop()
 
     async def run(
@@ -73,7 +68,7 @@ class Attempts:
                 return self.blame(live, StrategyError(bound))
             return out_of_time()
         except BaseException as mistake:  # signals come to a service by its loop, never as this
-            return self.blame(live, _ending(mistake))
+            return self.blame(live, ending(mistake))
         return None
 
     async def _drive(
@@ -111,64 +106,15 @@ class Attempts:
                 raise
             self.blame(live, StrategyError("the strategy cancelled itself"))
         except BaseException as mistake:
-            self.blame(live, _ending(mistake))
+            self.blame(live, ending(mistake))
 
     async def _oversee(self, live: LiveRequest, awaitable: Awaitable[T]) -> T:
-        if self._overseer is None:
-            return await awaitable
-
         def tell(seconds: float) -> None:
             if not live.is_slow:
                 live.is_slow = True
-                _tell_slow(live.strategy, live.version, live.request_id, seconds)
+                tell_slow(live.strategy, live.version, live.request_id, seconds)
 
-        return await self._overseer.run(awaitable, tell)
-
-    async def run_plan(self, strategy: Strategy, mesh: MeshView) -> None:
-        """Run a strategy's plan until it returns. Raises what it raises."""
-        plan = strategy.start_plan(mesh)
-
-        def tell(seconds: float) -> None:
-            _tell_slow(strategy.name, strategy.version, "plan", seconds)
-
-        try:
-            await (plan if self._overseer is None else self._overseer.run(plan, tell))
-        except StrategyHung as error:
-            self._on_hung(strategy.name, strategy.version, f"its plan: {error.detail}")
-            raise
-        except (Exception, asyncio.CancelledError):
-            raise
-        except BaseException as mistake:
-            raise _ending(mistake) from None
-
-    async def rehearse(self, strategy: Strategy, generator: AsyncGenerator[Tokens, None]) -> None:
-        """Run it for a shadow (shadow.py), to the end of what it yields. Raises its mistake."""
-        slow_s: list[float] = []
-
-        def step(awaitable: Awaitable[T]) -> Awaitable[T]:
-            return awaitable if self._overseer is None else self._overseer.run(awaitable, slow_s.append)
-
-        try:
-            try:
-                while True:
-                    chunk = await step(generator.__anext__())
-                    if not isinstance(chunk, Tokens):
-                        raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
-                    if chunk.finished is not None:
-                        break
-            finally:
-                await step(generator.aclose())
-        except StopAsyncIteration:
-            raise StrategyError("the strategy ended before its stream did") from None
-        except StrategyHung as mistake:
-            self._on_hung(strategy.name, strategy.version, mistake.detail)
-            raise
-        except (Exception, asyncio.CancelledError):
-            raise
-        except BaseException as mistake:
-            raise _ending(mistake) from None
-        if slow_s:
-            raise StrategyError(f"it held the router for {max(slow_s):.3f} s")
+        return await self._driver.step(awaitable, tell)
 
     def blame(self, live: LiveRequest, mistake: Exception) -> StrategyError:
         """The strategy's own fault: its author gets the traceback, whoever asks gets ``StrategyError``."""
@@ -182,7 +128,7 @@ class Attempts:
             exc_info=mistake,
         )
         if isinstance(mistake, StrategyHung):
-            self._on_hung(live.strategy, live.version, mistake.detail)
+            self._driver.hung(live.strategy, live.version, mistake)
         if isinstance(mistake, StrategyError):
             return mistake
         return StrategyError(f"{live.strategy}: {type(mistake).__name__}: {mistake}")
@@ -216,20 +162,6 @@ def _is_cancelled() -> bool:
     """From outside, and not by the strategy."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
-
-
-def _ending(mistake: BaseException) -> StrategyError:
-    return StrategyError(f"the strategy wanted to end the router: {type(mistake).__name__}")
-
-
-def _tell_slow(strategy: str, version: int, request_id: str, seconds: float) -> None:
-    _logger.warning(
-        log.STRATEGY_SLOW,
-        request_id=request_id,
-        strategy=strategy,
-        strategy_version=version,
-        held_s=round(seconds, 3),
-    )
 
 
 def _first_failure(group: ExceptionGroup[Exception]) -> MeshError | None:

@@ -27,21 +27,28 @@ from microserve.protocol.messages.router import Ended, Generate, Output
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.engine import EngineConnection
 from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.mesh import RETRY_AFTER_S, Lookup, Mesh
+from microserve.services.router.authoring.definition import Strategy
+from microserve.services.router.authoring.driver import Driver
+from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh, Plans
-from microserve.services.router.authoring.strategy import Strategy
 from microserve.services.router.authoring.view import State
-from microserve.services.router.departure import EngineLeaving, MoveFailed, move
-from microserve.services.router.ending import cut_short, finished_well, write_line
 from microserve.services.router.engines.load import LoadBook
+from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.request.phase import PhaseClock
-from microserve.services.router.request.request import Request
+from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope
 from microserve.services.router.rollout.shadow import OnDecided, Shadows
 from microserve.services.router.serving.admission import Admission
 from microserve.services.router.serving.attempt import Attempts, out_of_time
-from microserve.services.router.serving.failover import Failover
-from microserve.services.router.serving.live import Interrupt, LiveRequest, Sink
+from microserve.services.router.serving.failover import EngineLeaving, Failover, MoveFailed, move
+from microserve.services.router.serving.live import (
+    Interrupt,
+    LiveRequest,
+    Sink,
+    cut_short,
+    finished_well,
+    write_line,
+)
 from microserve.services.router.strategies.data_parallel import data_parallel
 
 OnEnd = Callable[[Ended, bool, bool], None]
@@ -63,24 +70,26 @@ class Serving:
         lookup: Lookup,
         call_timeout_s: float,
         rng: random.Random,
-        attempts: Attempts,
+        driver: Driver,
+        idle_s: float,
         on_end: OnEnd,
         on_decided: OnDecided,
         shadow_seed: int,
     ) -> None:
         """``connections`` lists engines that take new requests, ``served`` says what the mesh serves;
-        ``lookup`` asks the prefix replica; ``attempts`` runs the strategies; ``on_end`` hears of every
-        request that was admitted, ``on_decided`` of every shadow."""
+        ``lookup`` asks the prefix replica; ``driver`` runs the strategies, ``idle_s`` is that of
+        :class:`Attempts`; ``on_end`` hears of every request that was admitted, ``on_decided`` of every
+        shadow."""
         self.book = LoadBook()
         self.plans = Plans(
             tasks,
             lambda state: PlanMesh(connections, self.book, rng, state, self._borrow),
-            run=attempts.run_plan,
+            run=driver.run_plan,
         )
         self.shadows = Shadows(
             tasks,
             self.book,
-            attempts,
+            driver,
             connections=connections,
             served=served,
             lookup=lookup,
@@ -94,7 +103,7 @@ class Serving:
         self._lookup = lookup
         self._call_timeout_s = call_timeout_s
         self._rng = rng
-        self._attempts = attempts
+        self._attempts = Attempts(driver, idle_s=idle_s)
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._live: dict[str, LiveRequest] = {}

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import AsyncGenerator
-from typing import Annotated
 
-from msgspec import Meta
-
-from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.engine import Engine
-from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.scorer import link_to, load, prefix_match
-from microserve.services.router.authoring.strategy import strategy
-from microserve.services.router.request.request import Request
+from microserve.services.router.authoring import (
+    Annotated,
+    Engine,
+    Mesh,
+    Meta,
+    Request,
+    Tokens,
+    scorer,
+    strategy,
+)
 
 
 def even_split(mesh: Mesh, request: Request, prefill: Engine, decode: Engine, reserve: float) -> int:
@@ -48,8 +49,8 @@ async def balanced_adaptive(
     worth: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5,
 ) -> AsyncGenerator[Tokens, None]:
     """Send ``min_share`` tokens or more, the share ``worth`` of those computed for it or more, or nothing."""
-    decode = mesh.pick("decode", request, scorers={load: 1.0, prefix_match: 1.0})
-    warm = {load: 1.0, prefix_match: 1.0, link_to(decode): 0.5}
+    decode = mesh.pick("decode", request, scorers={scorer.load: 1.0, scorer.prefix_match: 1.0})
+    warm = {scorer.load: 1.0, scorer.prefix_match: 1.0, scorer.link_to(decode): 0.5}
     prefill = mesh.pick("prefill", request, exclude=[decode], scorers=warm)
     split = even_split(mesh, request, prefill, decode, reserve)
     spared, computed = (split - mesh.prefix(request).get(engine.id, 0) for engine in (decode, prefill))

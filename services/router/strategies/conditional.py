@@ -8,15 +8,9 @@ nearly full by its own report (Dynamo's lesson: a router's own count of a decode
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Annotated, Literal
+from typing import Literal
 
-from msgspec import Meta
-
-from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.scorer import load, prefix_match
-from microserve.services.router.authoring.strategy import strategy
-from microserve.services.router.request.request import Request
+from microserve.services.router.authoring import Annotated, Mesh, Meta, Request, Tokens, scorer, strategy
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=0)]
@@ -35,7 +29,7 @@ async def conditional(
 ) -> AsyncGenerator[Tokens, None]:
     """Prefill in place when fewer than ``max_tokens`` and ``max_share`` of the prompt are uncached there, or
     when over ``prefill_busy`` tokens wait elsewhere; not while ``decode_busy`` of its blocks are full."""
-    decode = mesh.pick("decode", request, scorers={prefix_match: 1.0, load: 1.0})
+    decode = mesh.pick("decode", request, scorers={scorer.prefix_match: 1.0, scorer.load: 1.0})
     prefill = mesh.pick("prefill", request, exclude=[decode])
     uncached = mesh.uncached(decode, request)
     is_short = uncached < max_tokens and uncached < max_share * request.num_tokens

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
-from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.strategy import strategy
-from microserve.services.router.request.request import Request
+from microserve.services.router.authoring import Mesh, Request, Tokens, strategy
 
 
 @strategy

@@ -10,8 +10,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 
-from microserve.services.router.authoring import Annotated, Mesh, Meta, PlanMesh, Request, Tokens, strategy
-from microserve.services.router.authoring.view import EngineFacts
+from microserve.services.router.authoring import (
+    Annotated,
+    EngineFacts,
+    Mesh,
+    Meta,
+    PlanMesh,
+    Request,
+    Tokens,
+    strategy,
+)
 from microserve.services.router.strategies.disaggregated import disaggregated
 
 Seconds = Annotated[float, Meta(gt=0.0)]

@@ -8,15 +8,8 @@ everywhere and left out; blocks in use are those that the engine reports.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Annotated
 
-from msgspec import Meta
-
-from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.engine import Engine
-from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.strategy import strategy
-from microserve.services.router.request.request import Request
+from microserve.services.router.authoring import Annotated, Engine, Mesh, Meta, Request, Tokens, strategy
 
 Weight = Annotated[float, Meta(ge=0.0)]
 

@@ -8,17 +8,18 @@ offline, here by the rate that the engine measures. It decodes in place where th
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Annotated
 
-from msgspec import Meta
-
-from microserve.protocol.errors import QueueFull
-from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.engine import Engine
-from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.scorer import sequences
-from microserve.services.router.authoring.strategy import strategy
-from microserve.services.router.request.request import Request
+from microserve.services.router.authoring import (
+    Annotated,
+    Engine,
+    Mesh,
+    Meta,
+    QueueFull,
+    Request,
+    Tokens,
+    scorer,
+    strategy,
+)
 
 
 @strategy
@@ -52,7 +53,7 @@ async def min_ttft(
     if prefill in mesh.engines("decode"):
         generation = prefill.start_generate(request)
     else:
-        decode = mesh.pick("decode", request, scorers={sequences: 1.0})
+        decode = mesh.pick("decode", request, scorers={scorer.sequences: 1.0})
         grant = await decode.prep_recv(request)
         prefill.remote_send(request, grant)
         generation = decode.start_generate(request, begin=grant.end, grant=grant)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from typing import Annotated
 
-from msgspec import Meta
-
-from microserve.protocol.errors import CapacityError, PeerError
-from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.plan import PlanMesh
-from microserve.services.router.authoring.strategy import strategy
-from microserve.services.router.request.request import Request
+from microserve.services.router.authoring import (
+    Annotated,
+    CapacityError,
+    Mesh,
+    Meta,
+    PeerError,
+    PlanMesh,
+    Request,
+    Tokens,
+    strategy,
+)
 
 Count = Annotated[int, Meta(ge=1)]
 Period = Annotated[float, Meta(gt=0.0)]

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from microserve.protocol.errors import ConfigError, MeshError
-from microserve.services.router.authoring.strategy import Strategy, load_file
+from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.load.point import TOKEN_PARAMETERS, Point, PointResult, run_point
 from microserve.services.simulation.load.task import SimulateTask

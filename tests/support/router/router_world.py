@@ -21,9 +21,9 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
 from microserve.services.links.stream import Tokens
+from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.overseer import Overseer
-from microserve.services.router.authoring.strategy import Strategy
 from microserve.services.router.request.request import Request
 from microserve.services.router.service import Router
 from tests.support.router.fabric import Fabric

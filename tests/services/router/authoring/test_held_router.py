@@ -12,10 +12,10 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
 from microserve.services.links.stream import Tokens
+from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.overseer import Overseer
 from microserve.services.router.authoring.plan import PlanMesh
-from microserve.services.router.authoring.strategy import Strategy
 from microserve.services.router.request.request import Request
 from microserve.services.router.rollout.window import MIN_ERRORS
 from tests.support.router.router_world import (
@@ -29,7 +29,7 @@ from tests.support.router.router_world import (
 
 PROMPT = list(range(50))
 HANGS = """
-from microserve.services.router.authoring.strategy import strategy
+from microserve.services.router.authoring.definition import strategy
 
 @strategy
 async def mine(mesh, request):

@@ -21,11 +21,10 @@ from microserve.services.links.engine import EngineConnection
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh
-from microserve.services.router.authoring.strategy import StrategyBook
-from microserve.services.router.authoring.view import State
+from microserve.services.router.authoring.view import MAX_ENGINES, OwnLabels, State
 from microserve.services.router.engines.load import LoadBook
-from microserve.services.router.labels import MAX_ENGINES, OwnLabels
 from microserve.services.router.request.request import Request
+from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.control import StrategyControl
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategies.elastic_roles import LABELS, ROLES, elastic_roles

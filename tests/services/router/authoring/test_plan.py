@@ -18,9 +18,9 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring import plan as plan_module
+from microserve.services.router.authoring.definition import PlanFunction, Strategy, strategy
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh, Plans
-from microserve.services.router.authoring.strategy import PlanFunction, Strategy, strategy
 from microserve.services.router.authoring.view import MeshView, State
 from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.request.request import Request

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.services.router.authoring import scorer
+from microserve.services.router.authoring import choice, scorer
 from microserve.services.router.authoring.engine import Engine
-from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.mesh import Mesh, Scorer
 from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.request.request import Request
 from tests.support.router.paper_mesh import PaperEngine, by_id, paper_mesh, sent
@@ -25,7 +25,7 @@ scores = st.lists(finite, min_size=1, max_size=6)
 
 @given(scores)
 def test_stretched_scores_lie_in_0_to_1_and_keep_their_order(values: list[float]) -> None:
-    shares = scorer.normalised(values)
+    shares = choice.normalised(values)
     assert all(0.0 <= share <= 1.0 for share in shares)
     for a, x in zip(values, shares, strict=True):
         for b, y in zip(values, shares, strict=True):
@@ -41,23 +41,23 @@ def test_an_unknown_that_counts_as_the_best_changes_nothing_for_the_others(
     values: list[float], where: int
 ) -> None:
     where = min(where, len(values))
-    shares = scorer.normalised([*values[:where], math.inf, *values[where:]])
+    shares = choice.normalised([*values[:where], math.inf, *values[where:]])
     assert shares.pop(where) == max(shares)
-    assert shares == scorer.normalised(values)
+    assert shares == choice.normalised(values)
 
 
 @given(scores, st.floats(1e-300, 1e300), st.integers(0, 1 << 30))
 def test_a_draw_is_one_of_them_at_every_temperature(values: list[float], t: float, seed: int) -> None:
-    assert 0 <= scorer.softmax_choice(values, t, random.Random(seed)) < len(values)
+    assert 0 <= choice.softmax_choice(values, t, random.Random(seed)) < len(values)
 
 
 def test_temperature_has_no_unit_and_says_how_much_the_best_is_preferred() -> None:
     for unit in (1e-6, 1.0, 1e9):
         rng = random.Random(1)
-        drawn = Counter(scorer.softmax_choice([0.0, unit], 1.0, rng) for _ in range(20_000))
+        drawn = Counter(choice.softmax_choice([0.0, unit], 1.0, rng) for _ in range(20_000))
         assert drawn[1] / drawn[0] == pytest.approx(math.e, rel=0.06)
-        assert {scorer.softmax_choice([0.0, unit], 1e-3, rng) for _ in range(100)} == {1}
-    even = Counter(scorer.softmax_choice([5.0, 5.0], 1e-3, random.Random(1)) for _ in range(2000))
+        assert {choice.softmax_choice([0.0, unit], 1e-3, rng) for _ in range(100)} == {1}
+    even = Counter(choice.softmax_choice([5.0, 5.0], 1e-3, random.Random(1)) for _ in range(2000))
     assert min(even.values()) > 900
 
 
@@ -70,7 +70,7 @@ def test_weights_decide_between_reasons_of_any_unit() -> None:
     with paper_mesh(A, B, C, held={"a": 96, "b": 48}) as (mesh, request):
         load, match = scorer.load, scorer.prefix_match
 
-        def picked(scorers: dict[scorer.Scorer, float]) -> str:
+        def picked(scorers: dict[Scorer, float]) -> str:
             return mesh.pick(None, request, scorers=scorers).id
 
         assert picked({load: 1.0}) == "c"

@@ -10,9 +10,10 @@ from msgspec import Meta
 from microserve.protocol.errors import ConfigError, StrategyError, StrategyNotFound
 from microserve.protocol.settings import RouterSettings
 from microserve.services.links.stream import Tokens
+from microserve.services.router.authoring.definition import load_file, strategy
 from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.strategy import StrategyBook, load_file, strategy
 from microserve.services.router.request.request import Request
+from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.service import load_strategies
 from microserve.services.router.strategies import BUILT_IN
 
@@ -20,7 +21,7 @@ SOURCE = """
 from __future__ import annotations
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
-from microserve.services.router.authoring.strategy import strategy
+from microserve.services.router.authoring.definition import strategy
 from microserve.services.router.strategies.balanced import balanced
 
 @strategy

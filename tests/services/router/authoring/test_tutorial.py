@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from microserve.services.router.authoring.strategy import Strategy, load_file
+from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategies.balanced_adaptive import balanced_adaptive
 from tests.support.router.router_world import expected_output, in_loop, router_world

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.services.router.engines.load import LoadBook
-from microserve.services.router.link import Links
+from microserve.services.router.engines.load import Links, LoadBook
 from tests.support.router.paper_mesh import PaperEngine, by_id, paper_mesh, sent
 from tests.support.router.router_world import eventually, in_loop, router_world
 

@@ -16,7 +16,7 @@ from microserve.protocol.errors import ConfigError, StrategyNotFound
 from microserve.protocol.messages.control import ControlEntry, ControlState, Scalar, StrategyVersion
 from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.router import Ended, Phases
-from microserve.services.router.authoring.strategy import Published, StrategyBook
+from microserve.services.router.rollout.book import Published, StrategyBook
 from microserve.services.router.rollout.control import StrategyControl, load_source
 from microserve.services.router.rollout.window import (
     MIN_ERRORS,
@@ -26,7 +26,7 @@ from microserve.services.router.strategies import BUILT_IN
 from tests.support.router.router_world import World, eventually, expected_output, in_loop, router_world
 
 PLAIN = """
-from microserve.services.router.authoring.strategy import strategy
+from microserve.services.router.authoring.definition import strategy
 
 @strategy
 async def mine(mesh, request, *, label: str = "", ratio: float = 0.1):

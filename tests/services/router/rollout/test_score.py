@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.engines.load import Load
 from microserve.services.router.engines.prediction import EngineView
-from microserve.services.router.rollout.score import Cost, Decision, Send, cost_of
+from microserve.services.router.request.decision import Decision, Send
+from microserve.services.router.rollout.score import Cost, cost_of
 
 
 def view(ahead: int = 0, rate: float = 100.0) -> EngineView:

@@ -11,7 +11,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.messages.control import ControlEntry, ControlState, ShadowScore, StrategyVersion
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.services.router.authoring.strategy import Published, StrategyBook
+from microserve.services.router.rollout.book import Published, StrategyBook
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategies.data_parallel import data_parallel
 from tests.support.router.router_world import World, eventually, expected_output, in_loop, router_world
@@ -19,7 +19,7 @@ from tests.support.router.router_world import World, eventually, expected_output
 PROMPT = list(range(50))
 LABELS = {"d": ["decode"], "p": ["prefill"]}
 HEAD = """
-from microserve.services.router.authoring.strategy import strategy
+from microserve.services.router.authoring.definition import strategy
 
 @strategy
 async def mine(mesh, request, *, label: str = "decode"):

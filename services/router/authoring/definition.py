@@ -9,26 +9,27 @@ only operators may name them. Knows nothing of what a strategy does.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
 import sys
 import typing
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, overload
 
 import msgspec
 
-from microserve.protocol.errors import ConfigError, StrategyError, StrategyNotFound
+from microserve.protocol.errors import ConfigError, StrategyError
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.view import MeshView
 from microserve.services.router.request.request import Request
 
 StrategyFunction = Callable[..., AsyncGenerator[Tokens, None]]
+
+
 PlanFunction = Callable[..., Coroutine[Any, Any, None]]
 
 
@@ -129,102 +130,6 @@ def _check_plan(name: str, plan: PlanFunction, types: Mapping[str, Any]) -> None
     for parameter in parameters[1:]:
         if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name not in types:
             raise StrategyError(f"{name}: the plan's {parameter.name} is no parameter of the strategy")
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What the control topic serves under one name."""
-
-    stable: Strategy
-    canary: Strategy | None = None
-    share: float = 0.0
-    """Of the requests, 0 to 1, those that the canary serves."""
-    shadow: Strategy | None = None
-    """Decides, serves nothing (shadow.py)."""
-    shadow_share: float = 0.0
-
-    def choose(self, request_id: str) -> Strategy:
-        """By the request's id alone: the same on every router, and a larger share only adds requests."""
-        if self.canary is None:
-            return self.stable
-        return self.canary if _lot(self.stable.name, request_id) < self.share else self.stable
-
-    def choose_shadow(self, request_id: str) -> Strategy | None:
-        """As :meth:`choose`, by lots of its own."""
-        if self.shadow is None or _lot(f"shadow {self.stable.name}", request_id) >= self.shadow_share:
-            return None
-        return self.shadow
-
-
-def _lot(name: str, request_id: str) -> float:
-    """In [0, 1), even, and always the same for the same request."""
-    digest = hashlib.blake2b(f"{name} {request_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest) / 2**64
-
-
-class StrategyBook:
-    """The strategies of a router by name, with the operator's parameters."""
-
-    def __init__(self, strategies: Iterable[Strategy]) -> None:
-        self.published: Mapping[str, Published] = MappingProxyType({})
-        """Goes before what the router came with; replaced whole (control.py)."""
-        self._strategies: dict[str, Strategy] = {}
-        self._suspended: dict[tuple[str, int], Strategy] = {}
-        for item in strategies:
-            self.add(item)
-
-    def add(self, item: Strategy) -> None:
-        """Raises :class:`ConfigError` when the name is taken."""
-        if item.name in self._strategies:
-            raise ConfigError(f"two strategies are named {item.name}", field="router.strategy_files")
-        self._strategies[item.name] = item
-
-    @property
-    def names(self) -> list[str]:
-        return sorted({*self._strategies, *self.published})
-
-    def serving(self) -> list[Strategy]:
-        """All that may serve the next request."""
-        own = [strategy for name, strategy in self._strategies.items() if name not in self.published]
-        published = [each for item in self.published.values() for each in (item.stable, item.canary)]
-        return own + [each for each in published if each is not None]
-
-    def own(self, name: str) -> Strategy | None:
-        """The strategy that the router came with."""
-        return self._strategies.get(name)
-
-    def get(self, name: str, request_id: str = "") -> Strategy:
-        """For one request, whose id decides on canaries. Raises :class:`StrategyNotFound`."""
-        published = self.published.get(name)
-        found = self._strategies.get(name) if published is None else published.choose(request_id)
-        if found is None:
-            known = ", ".join(self.names)
-            raise StrategyNotFound(f"no strategy {name!r} (there are: {known})", field="strategy")
-        return self.current(found)
-
-    def current(self, found: Strategy) -> Strategy:
-        """What serves instead of a strategy that was got before, if that has been suspended since."""
-        return self._suspended.get((found.name, found.version), found)
-
-    def shadow(self, name: str, request_id: str) -> Strategy | None:
-        """The version that decides about this request beside the one that serves it, if there is one."""
-        published = self.published.get(name)
-        found = published.choose_shadow(request_id) if published is not None else None
-        return None if found is None or (name, found.version) in self._suspended else found
-
-    def suspend(self, name: str, version: int, instead: Strategy) -> None:
-        """From the next request on ``instead`` serves for this version, as long as this router lives."""
-        self._suspended[name, version] = replace(instead, name=name)
-
-    def configure(self, parameters: Mapping[str, Mapping[str, Any]]) -> None:
-        """Apply ``[router.strategies.<name>]``. Raises :class:`ConfigError` naming the path."""
-        for name, values in parameters.items():
-            if name not in self._strategies:
-                path = f"router.strategies.{name}"
-                raise ConfigError(
-                    f"{path}: no such strategy (there are: {', '.join(self.names)})", field=path
-                )
-            self._strategies[name] = self._strategies[name].bind(values)
 
 
 def strategies_in(module: ModuleType) -> list[Strategy]:
