@@ -9,17 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import AsyncGenerator
+from typing import Annotated
 
-from microserve.services.router.authoring import (
-    Annotated,
-    Engine,
-    Mesh,
-    Meta,
-    Request,
-    Tokens,
-    scorer,
-    strategy,
-)
+from microserve.services.router.authoring import Engine, Mesh, Meta, Request, Tokens, scorer, strategy
 
 
 def even_split(mesh: Mesh, request: Request, prefill: Engine, decode: Engine, reserve: float) -> int:

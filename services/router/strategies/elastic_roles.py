@@ -9,17 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import Annotated
 
-from microserve.services.router.authoring import (
-    Annotated,
-    EngineFacts,
-    Mesh,
-    Meta,
-    PlanMesh,
-    Request,
-    Tokens,
-    strategy,
-)
+from microserve.services.router.authoring import EngineFacts, Mesh, Meta, PlanMesh, Request, Tokens, strategy
 from microserve.services.router.strategies.disaggregated import disaggregated
 
 Seconds = Annotated[float, Meta(gt=0.0)]
@@ -36,7 +28,7 @@ def full(mesh: PlanMesh, engine: EngineFacts, ttft_s: float) -> float:
 
 async def move_roles(mesh: PlanMesh, *, period_s: float, ttft_s: float, drain_s: float) -> None:
     """One engine at a time, to a role that is full from one that has enough, or less to do, without it."""
-    work, until = dict.fromkeys(ROLES, 0.0), 0.0
+    work, mover, until = dict.fromkeys(ROLES, 0.0), "", 0.0
     while True:
         is_over = asyncio.get_running_loop().time() >= until
         for engine in sorted(mesh.engines(), key=lambda e: (LABELS.isdisjoint(e.labels), e.id)):
@@ -44,7 +36,8 @@ async def move_roles(mesh: PlanMesh, *, period_s: float, ttft_s: float, drain_s:
             label = next((label for label in engine.labels if label in LABELS), rarer)
             load = mesh.load(engine)
             left = load.running if label == "to-prefill" else load.sequences
-            mesh.label(engine, label.removeprefix("to-") if left <= FEW or is_over else label)
+            waits = engine.id == mover and left > FEW and not is_over
+            mesh.label(engine, label if waits else label.removeprefix("to-"))
         pools = {role: [e for e in mesh.engines() if role in e.labels] for role in ROLES}
         work = {role: (work[role] + sum(full(mesh, e, ttft_s) for e in pools[role])) / 2 for role in ROLES}
         calm, short = sorted(ROLES, key=lambda role: (not pools[role], work[role] / max(1, len(pools[role]))))
@@ -52,8 +45,8 @@ async def move_roles(mesh: PlanMesh, *, period_s: float, ttft_s: float, drain_s:
         helps = need > 1.0 and work[calm] < CALM * need * (len(pools[calm]) - 1)
         is_settled = sum(map(len, pools.values())) == len(mesh.engines())
         if is_settled and (helps or len(pools[calm]) > 1 > len(pools[short])):
-            mesh.label(min(pools[calm], key=mesh.load), f"to-{short}")
-            until = asyncio.get_running_loop().time() + drain_s
+            mesh.label(chosen := min(pools[calm], key=mesh.load), f"to-{short}")
+            mover, until = chosen.id, asyncio.get_running_loop().time() + drain_s
         await asyncio.sleep(period_s)
 
 

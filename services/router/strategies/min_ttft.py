@@ -8,18 +8,11 @@ offline, here by the rate that the engine measures. It decodes in place where th
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from typing import Annotated
 
-from microserve.services.router.authoring import (
-    Annotated,
-    Engine,
-    Mesh,
-    Meta,
-    QueueFull,
-    Request,
-    Tokens,
-    scorer,
-    strategy,
-)
+from msgspec import Meta
+
+from microserve.services.router.authoring import Engine, Mesh, QueueFull, Request, Tokens, scorer, strategy
 
 
 @strategy

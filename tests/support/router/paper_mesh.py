@@ -71,7 +71,7 @@ def paper_mesh(
     with asyncio.Runner() as runner:
         scope = runner.run(make())
         rng, state = random.Random(seed), State()
-        mesh = Mesh(scope, lambda: connections, used, lambda _: dict(held or {}), rng, state)
+        mesh = Mesh(scope, lambda: connections, used, lambda _tokens, _salt: dict(held or {}), rng, state)
         yield mesh, scope.request
         scope.close()
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import structlog
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from microserve.protocol import log
@@ -352,8 +352,17 @@ STEPS = st.lists(
 )
 
 
+AWAY = (0, 0)
+ONE_COMES_BACK: list[Any] = [  # e4 leaves while it drains; meanwhile another one begins to
+    ({0, 1, 2, 3, 4}, [AWAY, (0, 100), AWAY, (0, 50_000), AWAY, AWAY], 1),
+    ({0, 1, 2, 5}, [AWAY] * 6, 1),
+    ({0, 1, 2, 3, 4}, [AWAY, (2, 100), AWAY, AWAY, (2, 100), AWAY], 1),
+]
+
+
 @settings(max_examples=60, deadline=None)
 @given(STEPS)
+@example(ONE_COMES_BACK)
 def test_whoever_comes_and_goes_both_roles_are_there(steps: list[Any]) -> None:
     everyone = [
         PaperEngine(f"e{number}", labels=[["decode"], ["prefill"], []][number % 3]) for number in range(6)
