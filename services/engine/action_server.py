@@ -9,27 +9,35 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import assert_never
 
 import structlog
 
 from microserve.protocol import log
 from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, decode_tokens
+from microserve.protocol.bus.credit import CreditWindow
 from microserve.protocol.bus.numbered import NumberedServer
+from microserve.protocol.bus.peers import Peer, Peers
+from microserve.protocol.bus.queue import StreamQueue
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, ProtocolViolation
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv_events import KVEvent, KVEventBatch, encode_batch
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import failed
-from microserve.services.engine.session import Session, Sessions
 
 _logger = structlog.get_logger()
 
 
-def is_index(session: Session) -> bool:
-    """The index connects as a router that only asks for snapshots; its own events tell of it."""
-    return session.router_id.startswith("index-")
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What is kept of one peer that has said hello. It owns its requests."""
+
+    queue: StreamQueue[wire.Delta, wire.Finished]
+    """A slow router costs memory bounded by its requests' own ``max_tokens``."""
+    is_reader: bool
+    """It opened no window, so it generates nothing (WIRE.md 4.1): the index. Its own events tell of it."""
 
 
 class Door:
@@ -40,20 +48,23 @@ class Door:
         core: EngineCore,
         *,
         incarnation: int,
+        interval_s: float,
         silence_s: float,
         clock: Callable[[], float],
         publish: Callable[[list[KVEvent]], None],
         next_seq: Callable[[], int],
         on_drain: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_drain`` is called, under the core's lock, when a peer asks the engine to leave."""
+        """``interval_s``: of :meth:`beat`. ``on_drain`` is called, under the core's lock, when a peer asks
+        the engine to leave."""
         self._core = core
         self._incarnation = incarnation
         self._clock = clock
         self._publish = publish
         self._next_seq = next_seq
         self._on_drain = on_drain
-        self._sessions = Sessions(silence_s=silence_s)
+        self._sessions: Peers[bytes, Session] = Peers(interval_s=interval_s, silence_s=silence_s)
+        """By routing id."""
         self._info: wire.EngineInfo | None = None
         self.rejected = 0
         self._socket = NumberedServer(
@@ -95,10 +106,9 @@ class Door:
         if isinstance(message, wire.Hello):
             self._hello(peer, message, now)
             return None
-        session = self._sessions.find(peer)
+        session = self._sessions.heard(peer, now)
         if session is None:
             raise ProtocolViolation("say Hello first")
-        session.heard_at = now
         tokens = decode_tokens(bulk[0]) if bulk else None
         actions = self._core.actions
         with self._core.lock:
@@ -114,7 +124,7 @@ class Door:
                     case wire.Commit():
                         actions.commit(peer, message, now)
                     case wire.Abort():
-                        session.pending.pop(message.request_id, None)
+                        session.value.queue.drop(message.request_id)
                         return (actions.abort(peer, message, now),)
                     case wire.Release():
                         return (actions.release(peer, message, now),)
@@ -132,7 +142,7 @@ class Door:
                         if message.incarnation != session.incarnation:
                             raise ProtocolViolation("ping of another incarnation; say Hello first")
                     case wire.Credit():
-                        session.window.grant(message.messages)
+                        session.value.queue.window.grant(message.messages)
                     case _:  # a message without its case would be dropped, and its caller wait for a timeout
                         assert_never(message)
             finally:
@@ -146,13 +156,14 @@ class Door:
             welcome = wire.Welcome(message.call_id, self._info, self._core.load())
         if not self._send(peer, welcome):
             return  # an engine that thaws reads old hellos: one of a closed socket must replace nobody
-        session, replaced = self._sessions.open(
-            peer, message.router_id, message.incarnation, message.credit, now
-        )
+        fresh = Session(StreamQueue(wire.Delta, message.credit), is_reader=message.credit == 0)
+        session, replaced = self._sessions.join(peer, message.router_id, message.incarnation, fresh, now)
         for old in replaced:
             self._drop(old, "replaced")
-        if not is_index(session):
-            _logger.info(log.ROUTER_JOINED, router_id=session.router_id, incarnation=session.incarnation)
+        # A router that says hello again counts from its full window, and so do we.
+        session.value.queue.window = CreditWindow(message.credit)
+        if not session.value.is_reader:
+            _logger.info(log.ROUTER_JOINED, router_id=session.name, incarnation=session.incarnation)
 
     def _stats(self, call_id: int) -> wire.EngineStats:
         counters = dict(self._core.state.counters)
@@ -186,10 +197,12 @@ class Door:
         for peer, delta in outbox.deltas:
             session = self._sessions.find(peer)
             if session is not None:
-                session.add(delta)
-        for session in self._sessions.all():
-            while (deltas := session.take()) is not None:
-                if not self._send(session.peer, deltas):
+                session.value.queue.add(
+                    delta.request_id, delta.offset, delta.token_ids, delta.logprobs, delta.finished
+                )
+        for session in self._sessions:
+            while deltas := session.value.queue.take():
+                if not self._send(session.key, wire.Deltas(deltas)):
                     break
 
     @property
@@ -201,19 +214,19 @@ class Door:
     def has_pending(self) -> bool:
         """Is there anything that routers have not been sent?"""
         with self._core.lock:
-            return self._core.has_output or any(session.pending for session in self._sessions.all())
+            return self._core.has_output or any(session.value.queue for session in self._sessions)
 
     def beat(self) -> None:
         """Heartbeat to every router, and the end of those that fell silent."""
         now = self._clock()
         with self._core.lock:
             load = self._core.load()
-        for session in self._sessions.all():
-            self._send(session.peer, wire.Heartbeat(self._incarnation, load))
-        for session in self._sessions.expire(now):
+        for session in self._sessions:
+            self._send(session.key, wire.Heartbeat(self._incarnation, load))
+        for session, _ in self._sessions.expire(now):
             self._drop(session, "silent")
             # Should only one direction be dead, the router learns it before it misses us.
-            self._send(session.peer, failed(0, ProtocolViolation("you were silent; say Hello first")))
+            self._send(session.key, failed(0, ProtocolViolation("you were silent; say Hello first")))
         self.flush()
 
     def _lose(self, peer: bytes, why: str) -> None:
@@ -221,12 +234,12 @@ class Door:
         if session is not None:
             self._drop(session, why)
 
-    def _drop(self, session: Session, why: str) -> None:
+    def _drop(self, session: Peer[bytes, Session], why: str) -> None:
         with self._core.lock:
-            dropped = self._core.state.drop_owner(session.peer, self._clock())
+            dropped = self._core.state.drop_owner(session.key, self._clock())
             self._core.wake()
-        if not is_index(session):
-            _logger.warning(log.ROUTER_LOST, router_id=session.router_id, why=why, requests=dropped)
+        if not session.value.is_reader:
+            _logger.warning(log.ROUTER_LOST, router_id=session.name, why=why, requests=dropped)
 
     def _send(self, peer: bytes, reply: wire.EngineReply, *bulk: bytes) -> bool:
         """False when the peer is gone or takes nothing: what it asked for is dropped."""

@@ -81,6 +81,7 @@ class EngineService:
             settings.engine.address,
             self._core,
             incarnation=core.incarnation,
+            interval_s=interval_s,
             silence_s=interval_s * settings.bus.liveness,
             clock=clock,
             publish=self._publisher.publish,

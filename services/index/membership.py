@@ -17,7 +17,7 @@ from enum import Enum
 
 import msgspec
 
-from microserve.protocol.bus.liveness import LivenessBook, Loss
+from microserve.protocol.bus.peers import Loss, Peers
 from microserve.protocol.errors import EngineLost, InvalidRequest, QueueFull
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.messages.index import Member
@@ -54,10 +54,10 @@ class _Absent:
 class Membership:
     """Engines by id, each with one life; ``version`` grows with every change of who is in."""
 
-    def __init__(self, *, silence_s: float, stuck_s: float) -> None:
+    def __init__(self, *, interval_s: float, silence_s: float, stuck_s: float) -> None:
         self.version = 0
-        self._book = LivenessBook(silence_s=silence_s, stuck_s=stuck_s)
-        self._members: dict[str, Member] = {}
+        self._members: Peers[str, Member] = Peers(interval_s=interval_s, silence_s=silence_s, stuck_s=stuck_s)
+        """By engine id, each with its latest load."""
         self._absent: dict[str, _Absent] = {}
         self._retired: dict[str, deque[int]] = {}
 
@@ -66,11 +66,11 @@ class Membership:
 
     def members(self) -> list[Member]:
         """Every member with its latest load, by engine id."""
-        return [self._members[engine_id] for engine_id in sorted(self._members)]
+        return sorted((peer.value for peer in self._members), key=lambda member: member.info.engine_id)
 
     def info(self, engine_id: str) -> EngineInfo | None:
-        member = self._members.get(engine_id)
-        return member.info if member else None
+        peer = self._members.find(engine_id)
+        return peer.value.info if peer else None
 
     def register(self, info: EngineInfo, now: float) -> Admission:
         """Let an engine in.
@@ -81,32 +81,32 @@ class Membership:
         """
         self._check(info)
         engine_id = info.engine_id
-        present = self._members.get(engine_id)
-        if present is not None and present.info.incarnation == info.incarnation:
-            if present.info != info:
+        present = self.info(engine_id)
+        if present is not None and present.incarnation == info.incarnation:
+            if present != info:
                 raise InvalidRequest(
-                    f"{engine_id} registered as {present.info} and now as {info}; what an engine is "
+                    f"{engine_id} registered as {present} and now as {info}; what an engine is "
                     "does not change in its life",
                     field="info",
                 )
-            self._book.heard(engine_id, info.incarnation, now)
+            self._members.heard(engine_id, now)
             return Admission.RENEWED
         if present is None and len(self._members) >= MAX_MEMBERS:
             raise QueueFull(f"{MAX_MEMBERS} engines are in the mesh already", retry_after_s=1.0)
         absent = self._absent.pop(engine_id, None)
-        previous = present.info.incarnation if present else absent.incarnation if absent else None
+        previous = present.incarnation if present else absent.incarnation if absent else None
         if previous is not None and previous != info.incarnation:
             self._retire(engine_id, previous)
-        self._members[engine_id] = Member(info, EngineLoad())
-        self._book.joined(engine_id, info.incarnation, now)
+        self._members.join(engine_id, engine_id, info.incarnation, Member(info, EngineLoad()), now)
         self.version += 1
         return Admission.JOINED if present is None else Admission.REPLACED
 
     def beat(self, engine_id: str, incarnation: int, load: EngineLoad, now: float) -> bool:
         """Take a heartbeat. False: answer ``Unknown``, so that a living engine registers (again)."""
-        if self._book.heard(engine_id, incarnation, now):
-            self._book.progressed(engine_id, progress=load.progress, busy=is_busy(load), now=now)
-            self._members[engine_id] = Member(self._members[engine_id].info, load)
+        peer = self._members.heard(engine_id, now, incarnation)
+        if peer is not None:
+            self._members.progressed(engine_id, progress=load.progress, busy=is_busy(load), now=now)
+            peer.value = Member(peer.value.info, load)
             return True
         absent = self._absent.get(engine_id)
         if absent is None or absent.incarnation != incarnation or absent.stuck_at is None:
@@ -118,28 +118,25 @@ class Membership:
 
     def deregister(self, engine_id: str, incarnation: int) -> bool:
         """A clean leave; that life does not return. False if it is no member."""
-        if self._book.incarnation(engine_id) != incarnation:
+        peer = self._members.find(engine_id)
+        if peer is None or peer.incarnation != incarnation:
             return False
-        self._remove(engine_id)
+        self._members.remove(engine_id)
+        self.version += 1
         self._retire(engine_id, incarnation)
         return True
 
     def expire(self, now: float) -> list[tuple[EngineInfo, Loss]]:
-        """Remove and return the silent and the stuck."""
+        """Remove and return the silent and the stuck. Call every interval."""
         lost: list[tuple[EngineInfo, Loss]] = []
-        for engine_id, loss in self._book.expire(now):
-            member = self._members[engine_id]
+        for peer, loss in self._members.expire(now):
+            member = peer.value
             lost.append((member.info, loss))
-            self._remove(engine_id)
+            self.version += 1
             stuck_at = member.load.progress if loss is Loss.STUCK else None
             _forget_oldest(self._absent)
-            self._absent[engine_id] = _Absent(member.info.incarnation, stuck_at)
+            self._absent[peer.key] = _Absent(peer.incarnation, stuck_at)
         return lost
-
-    def _remove(self, engine_id: str) -> None:
-        del self._members[engine_id]
-        self._book.left(engine_id)
-        self.version += 1
 
     def _retire(self, engine_id: str, incarnation: int) -> None:
         lives = self._retired.pop(engine_id, None)
@@ -183,8 +180,8 @@ class Membership:
                 f"{info.engine_id} has work and its progress stands still at {absent.stuck_at}",
                 field="progress",
             )
-        for member in self._members.values():
-            other = member.info
+        for peer in self._members:
+            other = peer.value.info
             if other.model != info.model or other.engine_id == info.engine_id:
                 continue
             for field in ("block_size", "layout_hash", "vocab_size"):
@@ -193,13 +190,13 @@ class Membership:
 
     def check_integrity(self) -> None:
         """Assert what must hold between any two events (tests call it after each)."""
-        assert len(self._book) == len(self._members) <= MAX_MEMBERS
-        assert not self._absent.keys() & self._members.keys(), "a member is not absent"
-        for engine_id, member in self._members.items():
-            incarnation = member.info.incarnation
-            assert self._book.incarnation(engine_id) == incarnation
-            assert incarnation not in self._retired.get(engine_id, ()), "a retired life is no member"
-        layouts = {(m.info.model, m.info.block_size, m.info.layout_hash) for m in self._members.values()}
+        assert len(self._members) <= MAX_MEMBERS
+        for peer in self._members:
+            info = peer.value.info
+            assert (peer.key, peer.incarnation) == (info.engine_id, info.incarnation)
+            assert peer.key not in self._absent, "a member is not absent"
+            assert peer.incarnation not in self._retired.get(peer.key, ()), "a retired life is no member"
+        layouts = {(m.info.model, m.info.block_size, m.info.layout_hash) for m in self.members()}
         assert len(layouts) == len({model for model, _, _ in layouts}), "one layout a model"
 
 

@@ -23,6 +23,7 @@ from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, decode_tokens
 from microserve.protocol.bus.curve import is_operator
+from microserve.protocol.bus.peers import Peers
 from microserve.protocol.bus.transport import Bus, sender_key
 from microserve.protocol.errors import InvalidRequest, MeshError, ProtocolViolation, QueueFull
 from microserve.protocol.messages import index as wire
@@ -75,17 +76,24 @@ class IndexService:
         self.counters: Counter[str] = Counter()
         self._bus = bus
         self._loop = asyncio.get_running_loop()
-        self._interval_s = settings.heartbeat_interval_s
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._max_nbytes = max_nbytes
-        self._membership = Membership(silence_s=self._silence_s, stuck_s=settings.stuck_s)
+        self._membership = Membership(
+            interval_s=settings.heartbeat_interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
+        )
         self._engines: dict[str, _Engine] = {}
         self._indexes: dict[str, PrefixIndex] = {}
         """By model."""
-        self._watchers: dict[bytes, float] = {}
-        """Routing id -> when it last asked."""
-        self._ticked_at = self._loop.time()
-        self.worlds = WorldDesk(self._answer, has_keys=bool(bus.public_key), silence_s=self._silence_s)
+        self._watchers: Peers[bytes, None] = Peers(
+            interval_s=settings.heartbeat_interval_s, silence_s=self._silence_s
+        )
+        """By routing id."""
+        self.worlds = WorldDesk(
+            self._answer,
+            has_keys=bool(bus.public_key),
+            interval_s=settings.heartbeat_interval_s,
+            silence_s=self._silence_s,
+        )
         self.control = ControlDesk(control_log or ControlLog(), self._answer, may_publish=may_publish)
         try:
             self._socket = bus.server(address, self._on_frames)
@@ -104,16 +112,13 @@ class IndexService:
     def tick(self) -> None:
         """Call every heartbeat interval."""
         now = self._loop.time()
-        late = now - self._ticked_at > 2 * self._interval_s
-        self._ticked_at = now
-        if not late:  # after a stall of our own, what others have sent is still to be read
-            for info, loss in self._membership.expire(now):
-                self.counters[f"lost_{loss.value}"] += 1
-                _logger.warning(log.ENGINE_LOST, engine_id=info.engine_id, reason=loss.value)
-                self._forget(info.engine_id)
-            for peer in [p for p, asked_at in self._watchers.items() if now - asked_at > self._silence_s]:
-                self._unwatch(peer)
-            self.worlds.expire(now)
+        for info, loss in self._membership.expire(now):
+            self.counters[f"lost_{loss.value}"] += 1
+            _logger.warning(log.ENGINE_LOST, engine_id=info.engine_id, reason=loss.value)
+            self._forget(info.engine_id)
+        for watcher, _ in self._watchers.expire(now):
+            self.control.forget(watcher.key)
+        self.worlds.expire(now)
         for engine in self._engines.values():
             engine.link.ping()
         self._publish()
@@ -230,11 +235,11 @@ class IndexService:
             index.max_nbytes = self._max_nbytes // len(self._indexes)
 
     def _watch(self, peer: bytes, now: float) -> None:
-        if peer not in self._watchers:
+        if self._watchers.heard(peer, now) is None:
             if len(self._watchers) >= MAX_WATCHERS:
                 raise QueueFull(f"{MAX_WATCHERS} peers watch already", retry_after_s=self._silence_s)
+            self._watchers.join(peer, peer, 0, None, now)  # who has two connections watches twice
             self._answer(peer, self._members())
-        self._watchers[peer] = now
 
     def _members(self) -> wire.Members:
         return wire.Members(self.incarnation, self._membership.version, self._membership.members())
@@ -244,13 +249,10 @@ class IndexService:
         if not self._watchers:
             return
         frames = INDEX_REPLY.encode(self._members())
-        for peer in list(self._watchers):
-            if not self._socket.send(peer, frames):
-                self._unwatch(peer)
-
-    def _unwatch(self, peer: bytes) -> None:
-        del self._watchers[peer]
-        self.control.forget(peer)
+        for watcher in self._watchers:
+            if not self._socket.send(watcher.key, frames):
+                self._watchers.remove(watcher.key)
+                self.control.forget(watcher.key)
 
     # --- questions ---------------------------------------------------------------------------------
 

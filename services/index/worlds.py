@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from microserve.protocol import log
+from microserve.protocol.bus.peers import Listening
 from microserve.protocol.errors import ConfigError, InvalidRequest, MeshError, QueueFull
 from microserve.protocol.messages import index as wire
 from microserve.protocol.messages.world import (
@@ -49,7 +50,8 @@ class _Waiting:
     peer: bytes
     call_id: int
     who: WorldRank
-    heard_at: float
+    heard: float
+    """By :class:`Listening`."""
 
 
 @dataclass(slots=True)
@@ -71,11 +73,12 @@ class _Round:
 
 
 class WorldDesk:
-    def __init__(self, send: Send, *, has_keys: bool, silence_s: float) -> None:
+    def __init__(self, send: Send, *, has_keys: bool, interval_s: float, silence_s: float) -> None:
         """``send`` says whether the peer can be reached. ``has_keys``: the bus speaks CURVE."""
         self._send = send
         self._has_keys = has_keys
         self._silence_s = silence_s
+        self._listening = Listening(interval_s)
         self._rounds: dict[str, _Round] = {}
         self._given: dict[bytes, None] = {}
         """Digests of the ids that were given out, the oldest first."""
@@ -105,7 +108,8 @@ class WorldDesk:
                 error=error.detail,
             )
             raise
-        current.waiting[message.rank] = _Waiting(peer, message.call_id, message.who, now)
+        heard = self._listening.time(now)
+        current.waiting[message.rank] = _Waiting(peer, message.call_id, message.who, heard)
         if message.rank == 0:
             current.unique_id = message.unique_id
         if len(current.waiting) == current.num_ranks:
@@ -116,10 +120,11 @@ class WorldDesk:
             self._send(peer, WorldWaiting(message.world, current.present()))
 
     def expire(self, now: float) -> None:
-        """Ranks that have been silent have left. Call every interval, but not after a stall of our own."""
+        """Ranks that have been silent have left. Call every interval."""
+        listened = self._listening.look(now)
         for world, current in list(self._rounds.items()):
             for rank, each in list(current.waiting.items()):
-                if now - each.heard_at > self._silence_s:
+                if listened - each.heard > self._silence_s:
                     current.drop(rank)
             self._forget_empty(world, current)
 

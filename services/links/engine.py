@@ -20,8 +20,8 @@ from microserve.protocol import log
 from microserve.protocol.bus.calls import Calls
 from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST
 from microserve.protocol.bus.credit import CreditMeter
-from microserve.protocol.bus.liveness import LivenessBook, Loss
 from microserve.protocol.bus.numbered import NumberedClient
+from microserve.protocol.bus.peers import Loss, Peers
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import (
     Draining,
@@ -86,7 +86,10 @@ class EngineConnection:
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._call_timeout_s = call_timeout_s
         self._on_draining = on_draining
-        self._liveness = LivenessBook(silence_s=self._silence_s, stuck_s=settings.stuck_s)
+        self._peer: Peers[str, None] = Peers(
+            interval_s=self._interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
+        )
+        """The engine, from its welcome on."""
         self._meter = CreditMeter(settings.credit)
         self._calls: Calls[Answer] = Calls(f"engine {info.engine_id}")
         self._aborts = Aborts()
@@ -143,7 +146,7 @@ class EngineConnection:
             self.end(error)
             raise
         self.info, self.load, self.load_at = welcome.info, welcome.load, self._loop.time()
-        self._liveness.joined(self.engine_id, self.info.incarnation, self.load_at)
+        self._peer.join(self.engine_id, self.engine_id, self.info.incarnation, None, self.load_at)
         self._joined = True
 
     async def run(self) -> MeshError:
@@ -151,14 +154,13 @@ class EngineConnection:
         while self._lost is None:
             self._send(wire.Ping(self._identity.incarnation))
             self._repeat_aborts()
-            began = self._loop.time()
             # Not an interval later than it can be known.
-            silent_s = self._liveness.silent_in(self.engine_id, began) + SILENCE_MARGIN_S
+            silent_s = self._peer.silent_in(self.engine_id, self._loop.time()) + SILENCE_MARGIN_S
             try:
                 async with asyncio.timeout(min(self._interval_s, silent_s)):
                     await self._ended.wait()
             except TimeoutError:
-                self._check_liveness(stalled=self._loop.time() - began > 2 * self._interval_s)
+                self._check_liveness()
         return self._lost
 
     def end(self, reason: MeshError) -> None:
@@ -186,11 +188,8 @@ class EngineConnection:
         loss.suspect = self.engine_id
         return loss
 
-    def _check_liveness(self, *, stalled: bool) -> None:
-        now = self._loop.time()
-        if stalled:  # who did not listen cannot say that the other was silent
-            self._liveness.heard(self.engine_id, self.info.incarnation, now)
-        for _, loss in self._liveness.expire(now):
+    def _check_liveness(self) -> None:
+        for _, loss in self._peer.expire(self._loop.time()):
             why = {Loss.SILENT: "fell silent", Loss.STUCK: "has work and makes no progress"}[loss]
             self.end(EngineLost(f"engine {self.engine_id} {why}"))
 
@@ -264,7 +263,7 @@ class EngineConnection:
             _logger.warning(log.FRAME_REJECTED, engine_id=self.engine_id, error=violation.detail)
             return
         if not isinstance(message, wire.Failed):  # a new life of the engine may refuse what the old one got
-            self._liveness.heard(self.engine_id, self.info.incarnation, self._loop.time())
+            self._peer.heard(self.engine_id, self._loop.time())
         match message:
             case wire.Deltas():
                 self.streams.push(message.deltas)
@@ -294,7 +293,7 @@ class EngineConnection:
         self.load, self.load_at = message.load, self._loop.time()
         # Waiting requests are no sign of being busy: they may rightly wait for another engine's KV.
         busy = message.load.num_running > 0
-        self._liveness.progressed(
+        self._peer.progressed(
             self.engine_id, progress=message.load.progress, busy=busy, now=self._loop.time()
         )
         if message.load.draining:

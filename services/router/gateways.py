@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import structlog
 
@@ -17,12 +16,13 @@ from microserve.protocol import log
 from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST
 from microserve.protocol.bus.credit import CreditWindow
 from microserve.protocol.bus.numbered import NumberedServer
+from microserve.protocol.bus.peers import Peer, Peers
+from microserve.protocol.bus.queue import StreamQueue
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages import router as wire
 from microserve.protocol.settings import BusSettings
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
-from microserve.services.router.outbox import Outbox
 from microserve.services.router.serving.serving import Serving
 
 LOG_INTERVAL_S = 1.0
@@ -31,13 +31,9 @@ LOG_INTERVAL_S = 1.0
 _logger = structlog.get_logger()
 
 
-@dataclass(slots=True, eq=False)
-class Gateway:
-    peer: bytes
-    gateway_id: str
-    incarnation: int
-    outbox: Outbox
-    heard_at: float
+Outbox = StreamQueue[wire.Output, wire.Ended]
+Gateway = Peer[bytes, Outbox]
+"""By routing id."""
 
 
 class Gateways:
@@ -58,9 +54,10 @@ class Gateways:
         self._welcome = welcome
         self._heartbeat = heartbeat
         self._interval_s = settings.heartbeat_interval_s
-        self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._loop = asyncio.get_running_loop()
-        self._gateways: dict[bytes, Gateway] = {}
+        self._gateways: Peers[bytes, Outbox] = Peers(
+            interval_s=self._interval_s, silence_s=settings.heartbeat_interval_s * settings.liveness
+        )
         self._waiting: dict[Gateway, None] = {}
         """Gateways that have something to be sent, in the order of its coming: a set's would be by chance."""
         self._flush_scheduled = False
@@ -77,18 +74,12 @@ class Gateways:
     async def run(self) -> None:
         """Heartbeats and the end of the silent, until cancelled."""
         while True:
-            began = self._loop.time()
             await asyncio.sleep(self._interval_s)
-            now = self._loop.time()
-            stalled = now - began > 2 * self._interval_s
-            for gateway in list(self._gateways.values()):
-                if stalled:  # who did not listen cannot say that the other was silent
-                    gateway.heard_at = now
-                elif now - gateway.heard_at > self._silence_s:
-                    self._lose(gateway, "silent")
-                    # Should only one direction be dead, the gateway learns it before it misses us.
-                    self._tell(gateway.peer, ProtocolViolation("you were silent; say GatewayHello first"))
-            for gateway in list(self._gateways.values()):
+            for gateway, _ in self._gateways.expire(self._loop.time()):
+                self._end(gateway, "silent")
+                # Should only one direction be dead, the gateway learns it before it misses us.
+                self._tell(gateway.key, ProtocolViolation("you were silent; say GatewayHello first"))
+            for gateway in self._gateways:
                 self._send(gateway, self._heartbeat())
 
     def close(self) -> None:
@@ -113,10 +104,9 @@ class Gateways:
         if isinstance(message, wire.GatewayHello):
             self._hello(peer, message)
             return
-        gateway = self._gateways.get(peer)
+        gateway = self._gateways.heard(peer, self._loop.time())
         if gateway is None:
             raise ProtocolViolation("say GatewayHello first")
-        gateway.heard_at = self._loop.time()
         match message:
             case wire.Generate():
                 _check_id("request_id", message.request_id)
@@ -127,31 +117,29 @@ class Gateways:
                 if message.incarnation != gateway.incarnation:
                     raise ProtocolViolation("ping of another incarnation; say GatewayHello first")
             case wire.StreamCredit():
-                gateway.outbox.window.grant(message.messages)
+                gateway.value.window.grant(message.messages)
                 self._schedule(gateway)
 
     def _hello(self, peer: bytes, message: wire.GatewayHello) -> None:
         _check_id("gateway_id", message.gateway_id)
         if not self._socket.send(peer, ROUTER_REPLY.encode(self._welcome())):
             return  # a router that thaws reads old hellos: one of a closed socket must replace nobody
-        for other in list(self._gateways.values()):
-            is_same = other.peer == peer or other.gateway_id == message.gateway_id
-            if is_same and (other.peer, other.incarnation) != (peer, message.incarnation):
-                self._lose(other, "replaced")
-        gateway = self._gateways.get(peer)
-        if gateway is None:
-            gateway = Gateway(peer, message.gateway_id, message.incarnation, Outbox(), self._loop.time())
-            self._gateways[peer] = gateway
+        outbox: Outbox = StreamQueue(wire.Output, message.credit)
+        gateway, replaced = self._gateways.join(
+            peer, message.gateway_id, message.incarnation, outbox, self._loop.time()
+        )
+        for other in replaced:
+            self._end(other, "replaced")
+        if gateway.value is outbox:
             _logger.info(log.GATEWAY_JOINED, gateway_id=message.gateway_id, incarnation=message.incarnation)
         # A gateway that says hello again counts from its full window, and so do we.
-        gateway.outbox.window = CreditWindow(message.credit)
-        gateway.heard_at = self._loop.time()
+        gateway.value.window = CreditWindow(message.credit)
         self._schedule(gateway)
 
     def _take_loss(self, peer: bytes) -> None:
-        gateway = self._gateways.get(peer)
+        gateway = self._gateways.remove(peer)
         if gateway is not None:
-            self._lose(gateway, "messages were lost")
+            self._end(gateway, "messages were lost")
 
     def _reject(self, peer: bytes, violation: ProtocolViolation) -> None:
         self.num_rejected += 1
@@ -167,8 +155,10 @@ class Gateways:
     # --- out ---------------------------------------------------------------------------------------
 
     def _emit(self, gateway: Gateway, output: wire.Output) -> None:
-        if self._gateways.get(gateway.peer) is gateway:
-            gateway.outbox.add(output)
+        if self._gateways.find(gateway.key) is gateway:
+            gateway.value.add(
+                output.request_id, output.offset, output.token_ids, output.logprobs, output.ended
+            )
             self._schedule(gateway)
 
     def _schedule(self, gateway: Gateway) -> None:
@@ -182,24 +172,24 @@ class Gateways:
         self._flush_scheduled = False
         waiting, self._waiting = self._waiting, {}
         for gateway in waiting:
-            while (stream := gateway.outbox.take()) is not None:
-                if not self._send(gateway, stream):
+            while outputs := gateway.value.take():
+                if not self._send(gateway, wire.Stream(outputs)):
                     break
 
     def _send(self, gateway: Gateway, message: wire.RouterReply) -> bool:
         """False, and the gateway is lost, when it is gone or takes nothing."""
-        if self._socket.send(gateway.peer, ROUTER_REPLY.encode(message)):
+        if self._socket.send(gateway.key, ROUTER_REPLY.encode(message)):
             return True
-        self._lose(gateway, "unreachable")
+        if self._gateways.find(gateway.key) is gateway:
+            self._gateways.remove(gateway.key)
+            self._end(gateway, "unreachable")
         return False
 
-    def _lose(self, gateway: Gateway, why: str) -> None:
-        if self._gateways.get(gateway.peer) is not gateway:
-            return
-        del self._gateways[gateway.peer]
+    def _end(self, gateway: Gateway, why: str) -> None:
+        """Of one that is in the table no more."""
         self._waiting.pop(gateway, None)
-        cancelled = self._serving.cancel_owner(gateway.peer)
-        _logger.warning(log.GATEWAY_LOST, gateway_id=gateway.gateway_id, reason=why, requests=cancelled)
+        cancelled = self._serving.cancel_owner(gateway.key)
+        _logger.warning(log.GATEWAY_LOST, gateway_id=gateway.name, reason=why, requests=cancelled)
 
 
 def _check_id(field: str, value: str) -> None:

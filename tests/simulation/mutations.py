@@ -21,15 +21,15 @@ from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.grant.table import Discharged, GrantEvent, GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.protocol.bus.credit import CreditMeter
-from microserve.protocol.bus.liveness import LivenessBook
 from microserve.protocol.bus.numbered import Incoming, Verdict
+from microserve.protocol.bus.peers import Loss, Peer, Peers
+from microserve.protocol.bus.queue import StreamQueue
 from microserve.protocol.errors import MeshError, StrategyError
 from microserve.protocol.messages.engine import SnapshotReply
-from microserve.services.engine.action_server import Door
+from microserve.services.engine.action_server import Door, Session
 from microserve.services.engine.core.memory import KvMemory, Reception
 from microserve.services.engine.core.scheduler import Scheduler
 from microserve.services.engine.core.sequence import Sequence
-from microserve.services.engine.session import Session, Sessions
 from microserve.services.links.feed_state import FeedState
 from microserve.services.router.engines.load import Account
 from microserve.services.router.request.request import Request
@@ -212,17 +212,25 @@ def _load_is_not_given_back(stack: ExitStack) -> None:
 @mutation
 def _silent_router_is_kept(stack: ExitStack) -> None:
     """A silent router's requests are kept for ever."""
-    replace(stack, Sessions, "expire", lambda self, now: [])
+    expire = Peers.expire
+
+    def expire_others(self: Peers[Any, Any], now: float) -> list[tuple[Peer[Any, Any], Loss]]:
+        return [] if any(isinstance(peer.value, Session) for peer in self) else expire(self, now)
+
+    replace(stack, Peers, "expire", expire_others)
 
 
 @mutation
 def _merge_drops_the_first(stack: ExitStack) -> None:
     """Without credit, only the newest tokens of a request wait."""
 
-    def add(self: Session, delta: Any) -> None:
-        self.pending[delta.request_id] = delta
+    add = StreamQueue.add
 
-    replace(stack, Session, "add", add)
+    def add_alone(self: StreamQueue[Any, Any], request_id: str, *rest: Any) -> None:
+        self.drop(request_id)
+        add(self, request_id, *rest)
+
+    replace(stack, StreamQueue, "add", add_alone)
 
 
 # --- messages ----------------------------------------------------------------------------------------
@@ -261,7 +269,7 @@ def _credit_is_not_given_back(stack: ExitStack) -> None:
 @mutation
 def _nobody_is_ever_lost(stack: ExitStack) -> None:
     """Silence and standstill are not noticed."""
-    replace(stack, LivenessBook, "expire", lambda self, now: [])
+    replace(stack, Peers, "expire", lambda self, now: [])
 
 
 # --- index -------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class Rig:
             "direct://engine",
             self.core,
             incarnation=5,
+            interval_s=0.5,
             silence_s=3.0,
             clock=lambda: self.now,
             publish=self._publish,

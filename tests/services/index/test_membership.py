@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from microserve.protocol.bus.liveness import Loss
+from microserve.protocol.bus.peers import Loss
 from microserve.protocol.errors import EngineLost, InvalidRequest, MeshError, QueueFull
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.index import Member
@@ -19,6 +19,8 @@ from tests.support.index.index_world import make_info
 
 SILENCE_S = 3.0
 STUCK_S = 20.0
+NEVER_LATE_S = 1000.0
+"""The interval: no look here is late, so time counts as it is; test_peers.py has the rest."""
 IDLE = EngineLoad()
 
 
@@ -28,7 +30,7 @@ def busy(progress: int) -> EngineLoad:
 
 @pytest.fixture
 def members() -> Membership:
-    return Membership(silence_s=SILENCE_S, stuck_s=STUCK_S)
+    return Membership(interval_s=NEVER_LATE_S, silence_s=SILENCE_S, stuck_s=STUCK_S)
 
 
 def test_engine_joins_once(members: Membership) -> None:
@@ -208,8 +210,8 @@ def test_memory_of_the_past_is_bounded(members: Membership, monkeypatch: pytest.
     for i in range(20):
         members.register(make_info(f"left{i}"), 0.0)
         members.deregister(f"left{i}", 11)
-        members.register(make_info(f"lost{i}"), 0.0)
-        members.expire(100.0)
+        members.register(make_info(f"lost{i}"), 100.0 * i)
+        members.expire(100.0 * i + 10.0)
         members.check_integrity()
 
     assert len(members._retired) == 4
@@ -221,7 +223,7 @@ class MembershipMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.members = Membership(silence_s=SILENCE_S, stuck_s=STUCK_S)
+        self.members = Membership(interval_s=NEVER_LATE_S, silence_s=SILENCE_S, stuck_s=STUCK_S)
         self.now = 0.0
         self.seen = (0, frozenset[tuple[str, int]]())
 
