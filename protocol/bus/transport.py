@@ -45,6 +45,11 @@ class ServerSocket(Protocol):
 
     @property
     def address(self) -> str: ...
+    @property
+    def sender_key(self) -> str:
+        """Public key (Z85) of who sent the message that is being handled; empty when it cannot be known."""
+        ...
+
     def send(self, peer: bytes, frames: Sequence[bytes]) -> bool: ...
     def close(self) -> None: ...
 
@@ -53,7 +58,9 @@ class ClientSocket(Protocol):
     """One peer."""
 
     def send(self, frames: Sequence[bytes]) -> bool: ...
-    def close(self) -> None: ...
+    def close(self, *, lingers: bool = True) -> None:
+        """Not to linger is to drop what is not sent: one that lingers still connects to whoever comes."""
+        ...
 
 
 class PublisherSocket(Protocol):
@@ -216,11 +223,6 @@ class _Server(_Socket):
         return [frame.bytes for frame in frames]
 
 
-def sender_key(socket: ServerSocket) -> str:
-    """Public key (Z85) of who sent the message that is being handled; empty when it cannot be known."""
-    return socket.sender_key if isinstance(socket, _Server) else ""
-
-
 class _Client(_Socket):
     def __init__(
         self,
@@ -297,14 +299,6 @@ class _Client(_Socket):
             self._socket.disable_monitor()
             self._close_monitor()
         super().close(lingers=lingers)
-
-
-def discard(socket: ClientSocket) -> None:
-    """Close it, and drop what it has not sent: a socket that lingers still connects to whoever comes."""
-    if isinstance(socket, _Client):
-        socket.close(lingers=False)
-    else:
-        socket.close()
 
 
 class _Publisher(_Socket):

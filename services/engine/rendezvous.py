@@ -13,7 +13,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
-from microserve.protocol.bus.transport import Bus, ClientSocket, discard
+from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import ProtocolViolation, error_for
 from microserve.protocol.messages.index import IndexFailed
 from microserve.protocol.messages.world import JoinWorld, WorldJoined, WorldWaiting
@@ -65,11 +65,11 @@ class Rendezvous:
                 if now - max(opened_at, self._heard_at or 0.0) > self._silence_s:
                     # What the socket still holds for an index that is absent is out of date, and would be
                     # answered there: nobody would hear it, and the others would wait for us in the library.
-                    discard(socket)
+                    socket.close(lingers=False)
                     socket, opened_at = self._open(), now
             return self._answer.result()
         finally:
-            discard(socket)
+            socket.close(lingers=False)
 
     def _open(self) -> ClientSocket:
         return self._bus.client(self._address, self._on_frames, server_key=self._server_key)

@@ -24,7 +24,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, decode_tokens
 from microserve.protocol.bus.curve import is_operator
 from microserve.protocol.bus.peers import Peers
-from microserve.protocol.bus.transport import Bus, sender_key
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import InvalidRequest, MeshError, ProtocolViolation, QueueFull
 from microserve.protocol.messages import index as wire
 from microserve.protocol.messages.control import Change, ControlHistory, ControlStatus
@@ -170,7 +170,7 @@ class IndexService:
             case JoinWorld():
                 self.worlds.join(peer, message, now)
             case Change() | ControlStatus() | ControlHistory():
-                self._answer(peer, self.control.answer(message, sender_key(self._socket)))
+                self._answer(peer, self.control.answer(message, self._socket.sender_key))
             case _:  # a message without its case would be dropped, and its caller wait for a timeout
                 assert_never(message)
 

@@ -43,6 +43,9 @@ class Addresses:
 class SimServer:
     """A ROUTER socket."""
 
+    sender_key = ""
+    """Processes here have no keys."""
+
     def __init__(self, addresses: Addresses, process: Process, address: str, handler: PeerHandler) -> None:
         if address in addresses.servers:
             raise OSError(98, f"cannot bind {address}: Address already in use")
@@ -170,15 +173,15 @@ class SimClient:
         if self._on_disconnect is not None:
             self._on_disconnect()
 
-    def close(self) -> None:
-        """What was sent still arrives, unless the process is dead."""
+    def close(self, *, lingers: bool = True) -> None:
+        """What was sent still arrives, unless the process is dead or does not care."""
         if not self._is_open:
             return
         self._is_open = False
         self._addresses.clients.remove(self)
         server, out = self._server, self._out
         if server is not None and out is not None:
-            if not self.process.is_alive:
+            if not (lingers and self.process.is_alive):
                 out.is_open = False
             network = self._addresses.network
             network.after(out, network.latency(), lambda: server.forget(self))
@@ -256,7 +259,7 @@ class SimSubscriber:
         self.endpoint = Endpoint(self.process, self._deliver)
         self._try_later(RECONNECT_S)
 
-    def close(self) -> None:
+    def close(self, *, lingers: bool = True) -> None:
         if not self._is_open:
             return
         self._is_open = False

@@ -146,7 +146,7 @@ class DeafBus:
                 queue.append(ROUTER_REQUEST.decode([frames[0][:2], *frames[1:]])[0])
                 return True
 
-            def close(self) -> None:
+            def close(self, *, lingers: bool = True) -> None:
                 bus.num_open -= 1
 
         return Socket()

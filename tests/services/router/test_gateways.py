@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import structlog
 from hypothesis import given, settings
@@ -16,12 +15,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST, Channel, encode_tokens
 from microserve.protocol.bus.numbered import NumberedClient
 from microserve.protocol.bus.transport import (
-    ClientSocket,
-    DisconnectHandler,
-    FramesHandler,
     PeerHandler,
-    PublisherSocket,
-    ServerSocket,
 )
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages import router as serving
@@ -29,6 +23,7 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.router.service import Router
+from tests.support.bus.direct_bus import DirectBus
 from tests.support.bus.junk import junk
 from tests.support.bus.lossy_bus import LossyBus
 from tests.support.router.router_world import (
@@ -272,54 +267,6 @@ async def test_messages_against_the_contract_are_answered_counted_and_change_not
         assert (await peer.generate(PROMPT)).result.reason == "length"
 
 
-class LoopbackSocket:
-    """Where answers go when there is no network: counted and checked."""
-
-    address = "inproc"
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[bytes, Sequence[bytes]]] = []
-
-    def send(self, peer: Any, frames: Any = ()) -> bool:
-        if frames:
-            self.sent.append((peer, frames))
-        return True
-
-    def close(self) -> None: ...
-
-
-class LoopbackBus:
-    """The server's handler is called by the test itself."""
-
-    public_key = ""
-
-    def __init__(self) -> None:
-        self.handler: PeerHandler = lambda peer, frames: None
-        self.socket = LoopbackSocket()
-
-    def server(self, address: str, handler: PeerHandler) -> ServerSocket:
-        self.handler = handler
-        return self.socket
-
-    def client(
-        self,
-        address: str,
-        handler: FramesHandler,
-        *,
-        server_key: str = "",
-        on_disconnect: DisconnectHandler | None = None,
-    ) -> ClientSocket:
-        return LoopbackSocket()  # type: ignore[return-value]
-
-    def publisher(self, address: str) -> PublisherSocket:
-        raise NotImplementedError
-
-    def subscriber(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
-        raise NotImplementedError
-
-    def close(self) -> None: ...
-
-
 SAMPLES: list[serving.RouterRequest] = [
     serving.GatewayHello("g", 1, 8),
     serving.Generate("r", "", SamplingParams(seed=3, logprobs=2, stop_token_ids=(1, 2)), 5.0, "auto", "salt"),
@@ -329,21 +276,22 @@ SAMPLES: list[serving.RouterRequest] = [
 ]
 
 
-def with_handler(run: Callable[[PeerHandler, LoopbackBus, Router], None]) -> None:
+def with_handler(run: Callable[[PeerHandler, DirectBus, Router], None]) -> None:
     """Call ``run`` in a loop with the handler of a router that has no engines."""
 
     async def main() -> None:
-        bus = LoopbackBus()
+        bus = DirectBus()
         router = Router(make_settings("tcp://127.0.0.1:1"), bus, seed=1)
         running = asyncio.create_task(router.run(Lifecycle()))
         await asyncio.sleep(0)
-        run(bus.handler, bus, router)
+        server = bus.servers[0]
+        run(server.receive, bus, router)
         await asyncio.sleep(0)
         assert router.serving.book.is_zero
         running.cancel()
         await asyncio.wait([running])
         assert running.cancelled()
-        for peer, frames in bus.socket.sent:
+        for peer, frames in server.sent:
             assert peer
             # Junk may look like a number; answers to its sender are numbered then.
             ROUTER_REPLY.decode([frames[0][:2], *frames[1:]])
@@ -355,7 +303,7 @@ def test_a_hundred_thousand_junk_messages_are_answered_or_dropped() -> None:
     header = bytes((WIRE_VERSION, Channel.GATEWAY_TO_ROUTER))
     samples = [ROUTER_REQUEST.encode(message)[1] for message in SAMPLES]
 
-    def run(handler: PeerHandler, bus: LoopbackBus, router: Router) -> None:
+    def run(handler: PeerHandler, bus: DirectBus, router: Router) -> None:
         with structlog.testing.capture_logs() as logs:
             for number, frames in enumerate(junk(7, header, samples, 100_000)):
                 handler(b"peer%d" % (number % 50), frames)
@@ -369,7 +317,7 @@ def test_a_hundred_thousand_junk_messages_are_answered_or_dropped() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.binary(max_size=40), max_size=6), max_size=50), st.randoms())
 def test_random_frames_never_raise(messages: list[list[bytes]], rng: random.Random) -> None:
-    def run(handler: PeerHandler, bus: LoopbackBus, router: Router) -> None:
+    def run(handler: PeerHandler, bus: DirectBus, router: Router) -> None:
         for frames in messages:
             handler(b"peer", frames)
             sample = ROUTER_REQUEST.encode(rng.choice(SAMPLES))

@@ -16,6 +16,7 @@ from microserve.protocol.bus.transport import (
 
 class DirectServer:
     address = "direct://server"
+    sender_key = ""
 
     def __init__(self, handler: PeerHandler) -> None:
         self.receive = handler
@@ -34,13 +35,30 @@ class DirectServer:
         self.closed = True
 
 
+class DirectClient:
+    """Its peer is away: what it sends is kept."""
+
+    def __init__(self, handler: FramesHandler) -> None:
+        self.receive = handler
+        self.sent: list[list[bytes]] = []
+        self.closed = False
+
+    def send(self, frames: Sequence[bytes]) -> bool:
+        self.sent.append(list(frames))
+        return True
+
+    def close(self, *, lingers: bool = True) -> None:
+        self.closed = True
+
+
 class DirectBus:
-    """Only servers: what a service's door needs."""
+    """Servers and clients, not connected to each other: what a service's door needs."""
 
     public_key = ""
 
     def __init__(self) -> None:
         self.servers: list[DirectServer] = []
+        self.clients: list[DirectClient] = []
 
     def server(self, address: str, handler: PeerHandler) -> ServerSocket:
         self.servers.append(DirectServer(handler))
@@ -54,7 +72,8 @@ class DirectBus:
         server_key: str = "",
         on_disconnect: DisconnectHandler | None = None,
     ) -> ClientSocket:
-        raise AssertionError("no clients here")
+        self.clients.append(DirectClient(handler))
+        return self.clients[-1]
 
     def publisher(self, address: str) -> PublisherSocket:
         raise AssertionError("no publishers here")

@@ -87,6 +87,10 @@ class _LossyServer:
     def address(self) -> str:
         return self._socket.address
 
+    @property
+    def sender_key(self) -> str:
+        return self._socket.sender_key
+
     def send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
         return self._bus.loses_down() or self._socket.send(peer, frames)
 
@@ -102,5 +106,5 @@ class _LossyClient:
     def send(self, frames: Sequence[bytes]) -> bool:
         return self._bus.loses_up() or self._socket.send(frames)
 
-    def close(self) -> None:
-        self._socket.close()
+    def close(self, *, lingers: bool = True) -> None:
+        self._socket.close(lingers=lingers)

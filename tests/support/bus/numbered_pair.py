@@ -21,6 +21,7 @@ HEADER = b"\x01\x02"
 
 class WireServer:
     address = "wire://server"
+    sender_key = ""
 
     def __init__(self, bus: WireBus) -> None:
         self._bus = bus
@@ -41,7 +42,7 @@ class WireClient:
         self._bus.to_server.append(list(frames))
         return not self._bus.refuse
 
-    def close(self) -> None:
+    def close(self, *, lingers: bool = True) -> None:
         pass
 
 
