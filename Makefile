@@ -5,14 +5,21 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := $(VENV)/bin
+WORKERS ?= 2
+# Bytecode is kept whatever the environment says: a run starts hundreds of processes, which compiled all again.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: up test check fmt bench exactness simulate mutations chaos swaps soak extras hooks clean
+.PHONY: up quick test check fmt bench exactness simulate mutations chaos swaps soak extras hooks clean
 
 up: $(VENV)/installed
 	$(BIN)/microserve up $(ARGS)
 
+# State and wire, in less than a minute: before every commit. A processor each; WORKERS=0 for a debugger.
+quick: $(VENV)/installed
+	$(PYTEST) -m quick $(ARGS)
+
 test: $(VENV)/installed
-	$(BIN)/pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

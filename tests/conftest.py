@@ -1,4 +1,4 @@
-"""Models that several test folders share, made or fetched once a session."""
+"""Which room is in which lane, and what all rooms share: models, made or fetched once a session."""
 
 from __future__ import annotations
 
@@ -6,9 +6,50 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+TESTS = Path(__file__).parent
+QUICK = (
+    *("protocol", "kvcache/prefix", "kvcache/grant", "kvcache/test_block_pool.py", "kvcache/test_layout.py"),
+    *("gateway", "services/router", "services/links", "services/index", "services/engine/test_session.py"),
+    *(f"services/engine/core/test_{name}.py" for name in ("core", "batch", "scheduler", "rates", "leaving")),
+)
+"""What guards state and wire: rooms and files of ``-m quick``, the floor of every change. Files there about
+crowds, endurance or processes are marked ``slow``."""
+ROOMS = {"system": "system", "gpu": "gpu", "simulation": "simulation"}
+"""Markers of all that lies in a room."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``-m quick`` does not even import the others: torch alone takes seconds."""
+    if config.option.markexpr != "quick" or not collection_path.is_relative_to(TESTS):
+        return None
+    path = collection_path.relative_to(TESTS)
+    quick = [Path(each) for each in QUICK]
+    return not any(path.is_relative_to(each) or each.is_relative_to(path) for each in quick) or None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Meshes come first: one worker has them one by one, the other takes what is small from the end."""
+    for item in items:
+        path = item.path.relative_to(TESTS)
+        if marker := ROOMS.get(path.parts[0]):
+            item.add_marker(marker)
+        if item.get_closest_marker("slow") is None and any(path.is_relative_to(each) for each in QUICK):
+            item.add_marker("quick")
+    items.sort(key=lambda item: item.get_closest_marker("system") is None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Two pools of threads that spin for the same cores cost ten times as much: a worker has one thread."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    absent = [each for each in QUICK if not (TESTS / each).exists()]
+    assert not absent, f"tests/conftest.py names what is not there: {absent}"
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +89,17 @@ def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_in_shared_memory() -> object:
-    """No test may leave a segment behind."""
-    before = set(os.listdir("/dev/shm"))
+def nothing_left_in_shared_memory() -> Iterator[None]:
+    """No test may leave a segment behind: a file that anybody sees, or a heap that this process keeps."""
+    before = set(os.listdir("/dev/shm")), num_heap_files()
     yield
-    left = set(os.listdir("/dev/shm")) - before
+    left = set(os.listdir("/dev/shm")) - before[0]
     assert not {name for name in left if "microserve" in name}
+    assert num_heap_files() <= before[1]
+
+
+def num_heap_files() -> int:
+    """Descriptors of this process that are a heap's memory, its own or a peer's: a worker has its own."""
+    with os.scandir("/proc/self/fd") as descriptors:
+        links = [os.readlink(each.path) for each in descriptors if os.path.lexists(each.path)]
+    return sum("memfd:microserve" in link for link in links)

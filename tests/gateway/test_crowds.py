@@ -28,6 +28,8 @@ from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.messages.engine import TokenLogprob
 from tests.support.gateway.gateway_world import GatewayWorld, Served, connect, gateway_world, post, run
 
+pytestmark = pytest.mark.slow
+
 NUM_IDLE = int(os.environ.get("MICROSERVE_TEST_STREAMS", "10000"))
 """Idle streams; fewer where the machine does not allow so many files in one process."""
 MAX_IDLE_NBYTES = 64 << 10

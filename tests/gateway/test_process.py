@@ -17,6 +17,8 @@ import pytest
 from microserve.protocol import log
 from tests.support.gateway.gateway_world import gateway_world, run
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 30.0
 
 

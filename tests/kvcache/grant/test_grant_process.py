@@ -19,6 +19,8 @@ from tests.support.kvcache.heap_child import Child, wait_until
 from tests.support.kvcache.heap_factories import CROSSING, FACTORIES
 from tests.support.kvcache.kv_samples import is_painted, make_layout, mismatches, paint
 
+pytestmark = pytest.mark.slow
+
 NUM_BLOCKS = 64
 RECEIVER = 1
 

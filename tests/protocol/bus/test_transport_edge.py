@@ -14,6 +14,8 @@ from microserve.protocol.bus import transport as module
 from microserve.protocol.bus.transport import ZmqBus, _Client
 from tests.support.bus.socket_world import ANY, LOOPS, echo_server, on_bus, until
 
+pytestmark = pytest.mark.slow
+
 
 async def connected_raw_peer(bus: ZmqBus, received: list[bytes]) -> tuple[_Client, bytes, zmq.Socket[bytes]]:
     """A client of ours, its routing id, and the plain ROUTER that it is connected to."""

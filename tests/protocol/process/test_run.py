@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 30.0
 
 PROGRAM = """

@@ -16,6 +16,8 @@ import pytest
 
 from microserve.services.router.authoring.overseer import HANG_S, Overseer, StrategyHung
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def overseer() -> Iterator[Overseer]:

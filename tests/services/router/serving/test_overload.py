@@ -18,6 +18,8 @@ from microserve.services.router.engines.load import Account, LoadBook
 from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s
 from tests.support.engine.core_mesh import Engine, Mesh, generate, prompt_of
 
+pytestmark = pytest.mark.slow
+
 BEAT_S = 0.5
 STEP_S, TOKEN_S = 0.005, 0.0005
 """What a step costs, and each of its tokens."""

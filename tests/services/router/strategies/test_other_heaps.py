@@ -12,6 +12,8 @@ from microserve.services.router.strategies import BUILT_IN
 from tests.support.router.router_world import World, expected_output, router_world
 from tests.support.router.scripted_engine import ScriptedEngine
 
+pytestmark = pytest.mark.slow
+
 PROMPT = list(range(40))
 
 
