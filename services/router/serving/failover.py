@@ -1,13 +1,17 @@
 """When a request goes on elsewhere, and from where: prompt plus tokens already delivered.
 
-Sampling depends on (seed, position, token) alone, so another engine continues with the same tokens. Sans-I/O:
-decides; serving.py acts. An attempt is one run of the strategy; a failed one leaves nothing behind.
+Sampling depends on (seed, position, token) alone, so another engine continues with the same tokens.
+:class:`Failover` is sans-I/O: decides; serving.py acts. An attempt is one run of the strategy; a failed one
+leaves nothing behind. :func:`move` is the attempt that follows when an engine drains: its KV is sent away and
+the stream goes on behind it. Whole blocks of the known tokens stand in the source's prefix cache, so the
+source computes (almost) nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -32,33 +36,43 @@ from microserve.services.router.authoring.grant import Sending
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
 
+_logger = structlog.get_logger()
+
 MAX_ATTEMPTS = 4
 """Runs of the strategy for one request, the first included, while engines fail under it."""
-
-
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.02, 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On which the next attempt is made."""
+
+    number: int = 1
+    """Of attempts that count; those after an engine that leaves or is full do not."""
+    pause_s: float = 0.0
+    """Before it."""
+    is_plain: bool = False
+    """One engine alone shall serve it: what the strategy wanted does not fit, was a mistake, or keeps
+    failing."""
+    avoid: frozenset[str] = frozenset()
+    """Engines not to be used again by this request, unless nobody else is left."""
+
+
 class Failover:
-    """The attempts of one request."""
+    """The attempts of one request: ``terms`` of the one that runs, :meth:`decide` when it has failed."""
 
     def __init__(self, request: Request, *, patience_s: float) -> None:
         """After a failure, engines that are full or absent are waited for ``patience_s`` in all."""
         self.original = request
-        self.suspects: set[str] = set()
-        """Engines not to be used again by this request, unless nobody else is left."""
-        self.num_attempts = 1
-        self.pause_s = 0.0
-        self.is_plain = False
-        """One engine alone shall serve it: what the strategy wanted does not fit, was a mistake, or keeps
-        failing."""
+        self.terms = Terms()
         self._full: set[str] = set()
         """Engines that had no room; each is asked once before the request is refused."""
         self._patience_s = patience_s
         self._failed_at: float | None = None
 
-    def allows(self, error: MeshError, engines: list[str], now: float) -> bool:
-        """May there be another attempt? ``engines`` took part in this one.
+    def decide(self, error: MeshError, engines: Collection[str], now: float) -> Terms | None:
+        """Take note of how the attempt failed, in which ``engines`` took part: the terms of the next one,
+        which are ``terms`` from now on, or None: the error is the request's end.
 
         A caller's error and a used-up deadline are final; so is a lack of capacity everywhere that no failure
         of an engine has caused. An engine that leaves has not failed: it counts for nothing, as it takes no
@@ -66,42 +80,48 @@ class Failover:
         not the client's: then one engine serves it plainly.
         """
         if now >= self.original.deadline:
-            return False
+            return None
+        terms = self._next(error, engines, now)
+        if terms is not None:
+            self.terms = terms
+        return terms
+
+    def _next(self, error: MeshError, engines: Collection[str], now: float) -> Terms | None:
+        last = self.terms
         if isinstance(error, EngineLeaving):
-            self._failed_at, self.pause_s = now, 0.0
-            return True
-        if isinstance(error, StrategyError) and not self.is_plain:
-            self.is_plain, self.pause_s = True, 0.0
-            return True
+            self._failed_at = now
+            return replace(last, pause_s=0.0)
+        if isinstance(error, StrategyError) and not last.is_plain:
+            return replace(last, is_plain=True, pause_s=0.0)
         if isinstance(error, MoveFailed):
-            self.suspects.update([error.suspect] if error.suspect else [])
-            return True
-        if isinstance(error, PromptTooLong) and error.reporter and not self.is_plain:
-            self.is_plain, self.pause_s = True, 0.0
-            return True
+            return replace(last, avoid=last.avoid | _named(error))
+        if isinstance(error, PromptTooLong) and error.reporter and not last.is_plain:
+            return replace(last, is_plain=True, pause_s=0.0)
         if isinstance(error, CacheFull | QueueFull) and error.reporter and error.reporter not in self._full:
             self._full.add(error.reporter)
-            self.suspects.add(error.reporter)
-            self.pause_s = 0.0
-            return True
+            return replace(last, avoid=last.avoid | {error.reporter}, pause_s=0.0)
         if isinstance(error, PeerError | Draining | UnknownRequest):
             self._failed_at = now if self._failed_at is None else self._failed_at
             if isinstance(error, Draining):
-                self.pause_s = min(max(self.pause_s * 2, FIRST_PAUSE_S), MAX_PAUSE_S)
-                return True
-            if self.num_attempts >= MAX_ATTEMPTS:
-                return False
-            self.num_attempts += 1
+                return replace(last, pause_s=_longer(last.pause_s))
+            return self._after_failure(error, engines)
+        if isinstance(error, CapacityError) and self._is_patient(now):
+            return replace(last, pause_s=_longer(last.pause_s, _asked_s(error)))
+        return None
+
+    def _after_failure(self, error: MeshError, engines: Collection[str]) -> Terms | None:
+        last = self.terms
+        if last.number >= MAX_ATTEMPTS:
+            return None
+        number = last.number + 1
+        return Terms(
+            number,
+            _longer(last.pause_s, _asked_s(error)),
             # The last attempt sends nothing: engines whose heaps do not reach each other fail every send.
-            self.is_plain |= isinstance(error, TransferFailed) and self.num_attempts == MAX_ATTEMPTS
+            last.is_plain or (isinstance(error, TransferFailed) and number == MAX_ATTEMPTS),
             # Whoever says that something failed is alive; the other end may be dead and not yet missed.
-            self.suspects.update([error.suspect] if error.suspect else set(engines) - {error.reporter})
-        elif not isinstance(error, CapacityError) or not self._is_patient(now):
-            return False
-        # What the router itself says of when to come again is meant for clients.
-        asked_s = error.retry_after_s if error.reporter else 0.0
-        self.pause_s = min(max(self.pause_s * 2, FIRST_PAUSE_S, asked_s), MAX_PAUSE_S)
-        return True
+            last.avoid | (_named(error) or {*engines} - {error.reporter}),
+        )
 
     def _is_patient(self, now: float) -> bool:
         return self._failed_at is not None and now - self._failed_at <= self._patience_s
@@ -124,12 +144,24 @@ class Failover:
         return None
 
 
+def _named(error: MeshError) -> set[str]:
+    return {error.suspect} if error.suspect else set()
+
+
+def _asked_s(error: MeshError) -> float:
+    """An engine's hint; what the router itself says of when to come again is meant for clients."""
+    return error.retry_after_s if error.reporter else 0.0
+
+
+def _longer(pause_s: float, asked_s: float = 0.0) -> float:
+    return min(max(pause_s * 2, FIRST_PAUSE_S, asked_s), MAX_PAUSE_S)
+
+
+# --- a move away from an engine that drains --------------------------------------------------------
+
 GRANT_S = 2.0
 """Longest wait for room on the target; computing again elsewhere is then the better choice. The source stays
 for longer (``MOVE_S`` in the engine's actions.py), or until an abort says that nothing will be asked."""
-
-
-_logger = structlog.get_logger()
 
 
 class EngineLeaving(EngineLost):

@@ -185,11 +185,14 @@ class Serving:
                 generator = move(mesh, scope.request, source)
             else:
                 # Requests that came together with one that hung must not hang in turn.
-                chosen = data_parallel if failover.is_plain else self._admission.current(strategy)
+                chosen = data_parallel if failover.terms.is_plain else self._admission.current(strategy)
                 generator = chosen(mesh, scope.request)
             error = await self._attempts.run(live, scope, generator)
             now = self._loop.time()
-            if error is None or live.interrupt or not failover.allows(error, scope.engines, now):
+            if error is None or live.interrupt:
+                break
+            terms = failover.decide(error, scope.engines, now)
+            if terms is None:
                 if isinstance(error, MoveFailed):  # only for lack of time is a failed move the end
                     error = out_of_time()
                 break
@@ -207,14 +210,14 @@ class Serving:
                 code=error.code,
                 error=error.detail,
                 delivered=len(live.delivered),
-                attempt=failover.num_attempts,
+                attempt=terms.number,
             )
             finished = failover.end_of(live.delivered, self._served())
             if finished is not None:
                 error, live.last = None, Tokens(len(live.delivered), [], [], finished)
                 break
             try:
-                await asyncio.sleep(min(failover.pause_s, max(0.0, scope.request.deadline - now)))
+                await asyncio.sleep(min(terms.pause_s, max(0.0, scope.request.deadline - now)))
             except asyncio.CancelledError:
                 error = live.interruption
                 break
@@ -226,9 +229,11 @@ class Serving:
         await self._attempts.close(live, generator)
 
     def _mesh(self, scope: RequestScope, failover: Failover, strategy: Strategy) -> Mesh:
+        avoid = failover.terms.avoid
+
         def connections() -> list[EngineConnection]:
             everyone = self._connections()
-            return [c for c in everyone if c.engine_id not in failover.suspects] or everyone
+            return [c for c in everyone if c.engine_id not in avoid] or everyone
 
         return Mesh(scope, connections, self.book, self._lookup, self._rng, self.plans.use(strategy))
 

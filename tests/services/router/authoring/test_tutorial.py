@@ -10,6 +10,7 @@ import pytest
 
 from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.strategies import BUILT_IN
+from microserve.services.router.strategies.balanced import balanced
 from microserve.services.router.strategies.balanced_adaptive import balanced_adaptive
 from tests.support.router.router_world import expected_output, in_loop, router_world
 
@@ -23,6 +24,15 @@ def test_it_goes_from_four_lines_to_the_strategy_that_is_shipped() -> None:
     code = [line for line in SNIPPETS[0].splitlines() if line and "import" not in line]
     assert len(code) == 4
     assert SNIPPETS[-1] == Path(str(inspect.getsourcefile(balanced_adaptive.function))).read_text("utf-8")
+
+
+def test_the_readme_shows_balanced_as_it_is() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
+    source = Path(str(inspect.getsourcefile(balanced.function))).read_text(encoding="utf-8")
+    _, future, code = source.partition("from __future__ import annotations\n\n")
+    assert future
+    assert code in shown
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
