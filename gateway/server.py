@@ -142,6 +142,7 @@ def _make_state(
         credit=settings.bus.credit,
         heartbeat_interval_s=settings.bus.heartbeat_interval_s,
         liveness=settings.bus.liveness,
+        clock=time.monotonic,  # as for HTTP: uvloop's has milliseconds only
         on_tick=lambda: notifier.send("WATCHDOG=1") if notifier.watchdog_s else None,
     )
     max_body_nbytes = gateway.max_body_mb << 20

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Sequence
-from time import monotonic
 from typing import Any
 
 from microserve.gateway.routers.failover import Moves
@@ -37,9 +36,11 @@ class RouterClient:
         credit: int,
         heartbeat_interval_s: float,
         liveness: int,
+        clock: Callable[[], float],
         on_tick: Callable[[], object] = lambda: None,
     ) -> None:
-        """``liveness`` missed intervals make a router lost. ``on_tick`` is called every interval.
+        """``liveness`` missed intervals make a router lost. ``clock``: monotonic, seconds; finer than a
+        millisecond where the times of tokens matter. ``on_tick`` is called every interval.
 
         Raises :class:`ConfigError` for an address that is none.
         """
@@ -48,7 +49,8 @@ class RouterClient:
                 raise ConfigError(f"gateway.routers: {address!r} is no address", field="gateway.routers")
         self._loop = asyncio.get_running_loop()
         self._patience_s = 2 * heartbeat_interval_s * liveness
-        self._moves = Moves(self.choose, patience_s=self._patience_s)
+        self._clock = clock
+        self._moves = Moves(self.choose, patience_s=self._patience_s, clock=clock)
         self.links = [
             RouterLink(
                 bus,
@@ -56,6 +58,7 @@ class RouterClient:
                 gateway_id=gateway_id,
                 incarnation=incarnation,
                 credit=credit,
+                clock=clock,
                 on_lost=self._moves.lost,
             )
             for address in dict.fromkeys(addresses)  # a router has one connection of a gateway
@@ -90,10 +93,10 @@ class RouterClient:
         self._moves.fail_all(error)
 
     async def _beat(self) -> None:
-        beat_at = monotonic()
+        beat_at = self._clock()
         while True:
             await asyncio.sleep(self._interval_s)
-            now = monotonic()
+            now = self._clock()
             # After a pause of our own (stopped, suspended) the routers' messages still wait in the sockets:
             # give the loop one interval to read them before anybody is called silent.
             was_paused = now - beat_at > 2 * self._interval_s
@@ -106,22 +109,23 @@ class RouterClient:
             self._moves.place()
             self._on_tick()
 
-    def _usable(self, link: RouterLink) -> bool:
+    def is_usable(self, link: RouterLink) -> bool:
+        """May requests be sent there?"""
         return link.joined and link.num_engines > 0 and link.model == self._model
 
     @property
     def ready(self) -> bool:
         """A router with an engine of our model is known."""
-        return any(self._usable(link) for link in self.links)
+        return any(self.is_usable(link) for link in self.links)
 
     @property
     def max_model_len(self) -> int:
         """Tokens of the model's context; 0 while no router is known."""
-        return max((link.limits.max_model_len for link in self.links if self._usable(link)), default=0)
+        return max((link.limits.max_model_len for link in self.links if self.is_usable(link)), default=0)
 
     def choose(self) -> RouterLink:
         """The usable router with the fewest of our requests. Raises :class:`NoEngines`."""
-        usable = [link for link in self.links if self._usable(link)]
+        usable = [link for link in self.links if self.is_usable(link)]
         if usable:
             return min(usable, key=lambda link: len(link.mailboxes))
         others = sorted({link.model for link in self.links if link.joined and link.model} - {self._model})
@@ -137,7 +141,7 @@ class RouterClient:
         try:
             return self.choose()
         except NoEngines:
-            if all(monotonic() - link.lost_at > self._patience_s for link in self.links):
+            if all(self._clock() - link.lost_at > self._patience_s for link in self.links):
                 raise
             return None
 
@@ -204,6 +208,16 @@ class RouterClient:
         for link in self.links:
             if link.mailboxes.get(mailbox.request_id) is mailbox:
                 del link.mailboxes[mailbox.request_id]
+
+    @property
+    def num_requests(self) -> int:
+        """On the bus, at routers that are here."""
+        return sum(len(link.mailboxes) for link in self.links)
+
+    @property
+    def kept_nbytes(self) -> int:
+        """Of prompts, for the case that a router is lost."""
+        return self._moves.kept_nbytes
 
     @property
     def num_waiting_tokens(self) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import monotonic
 
 import msgspec
 import structlog
@@ -35,7 +34,7 @@ class _Kept:
     message: Generate
     prompt: bytes
     deadline: float
-    """Monotonic."""
+    """By the clock of :class:`Moves`."""
     num_moves: int = 0
     lost_at: float = 0.0
     error: MeshError | None = None
@@ -45,12 +44,15 @@ class _Kept:
 class Moves:
     """``keep`` each request; ``lost`` when its router is; ``place`` every interval; ``forget`` at the end."""
 
-    def __init__(self, choose: Callable[[], RouterLink], *, patience_s: float) -> None:
+    def __init__(
+        self, choose: Callable[[], RouterLink], *, patience_s: float, clock: Callable[[], float]
+    ) -> None:
         """``choose``: the router for the next request, or :class:`NoEngines`. A request waits for one for
-        ``patience_s``."""
+        ``patience_s``. ``clock``: monotonic, seconds."""
         self.kept_nbytes = 0
         self._choose = choose
         self._patience_s = patience_s
+        self._clock = clock
         self._kept: dict[Mailbox, _Kept] = {}
         self._homeless: dict[Mailbox, _Kept] = {}
 
@@ -59,7 +61,7 @@ class Moves:
         if len(prompt) > MAX_PROMPT_NBYTES or self.kept_nbytes + len(prompt) > MAX_KEPT_NBYTES:
             return
         self.kept_nbytes += len(prompt)
-        self._kept[mailbox] = _Kept(message, prompt, monotonic() + message.ttl_s)
+        self._kept[mailbox] = _Kept(message, prompt, self._clock() + message.ttl_s)
 
     def forget(self, mailbox: Mailbox) -> None:
         kept = self._kept.pop(mailbox, None)
@@ -74,7 +76,7 @@ class Moves:
             if kept is None or mailbox.is_cancelled or kept.num_moves >= MAX_MOVES:
                 mailbox.fail(error)
                 continue
-            kept.lost_at, kept.error = monotonic(), error
+            kept.lost_at, kept.error = self._clock(), error
             self._homeless[mailbox] = kept
         self.place()
 
@@ -86,7 +88,7 @@ class Moves:
 
     def place(self) -> None:
         """Find a router for those who have none."""
-        now = monotonic()
+        now = self._clock()
         for mailbox, kept in list(self._homeless.items()):
             if mailbox.over or mailbox.is_cancelled or now - kept.lost_at > self._patience_s:
                 del self._homeless[mailbox]

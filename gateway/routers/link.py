@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any, assert_never
 
 import structlog
@@ -65,6 +64,7 @@ class RouterLink:
         gateway_id: str,
         incarnation: int,
         credit: int,
+        clock: Callable[[], float],
         on_lost: Callable[[list[Mailbox], MeshError], None],
     ) -> None:
         """``on_lost`` takes over the requests of a router that is lost or stops."""
@@ -79,13 +79,14 @@ class RouterLink:
         self.max_requests = 0
         self.mailboxes: dict[str, Mailbox] = {}
         self.seen_at = 0.0
-        """Monotonic time of the router's last message, or of our hello."""
+        """By ``clock``, time of the router's last message, or of our hello."""
         self.lost_at = float("-inf")
-        """Monotonic time at which it was last lost while it was joined."""
+        """By ``clock``, time at which it was last lost while it was joined."""
         self._bus = bus
         self._gateway_id = gateway_id
         self._incarnation = incarnation
         self._credit = credit
+        self._clock = clock
         self._on_lost = on_lost
         self._meter = CreditMeter(credit)
         self._socket: NumberedClient | None = None
@@ -108,7 +109,7 @@ class RouterLink:
             self._socket = None
 
     def _hello(self) -> None:
-        self.seen_at = monotonic()
+        self.seen_at = self._clock()
         self._meter = CreditMeter(self._credit)
         self.send(GatewayHello(self._gateway_id, self._incarnation, self._credit))
 
@@ -134,7 +135,7 @@ class RouterLink:
                 reason=reason,
                 num_requests=len(self.mailboxes),
             )
-            self.lost_at = monotonic()
+            self.lost_at = self._clock()
         self.router_incarnation = None
         self.num_engines = 0
         mailboxes, self.mailboxes = list(self.mailboxes.values()), {}
@@ -165,7 +166,7 @@ class RouterLink:
         if isinstance(message, RouterFailed):
             self._on_failed(message)
             return
-        self.seen_at = monotonic()
+        self.seen_at = self._clock()
         match message:
             case Stream():
                 self._on_stream(message)

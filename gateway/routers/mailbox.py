@@ -48,10 +48,12 @@ class Mailbox:
         self.index = index
         self.output = array("I")
         """All tokens so far: what another router would have to be told."""
+        self.num_repeated = 0
+        """Tokens that came once more and were dropped; a router that keeps its promises sends none."""
         self.ended: Ended | None = None
         self.failed: MeshError | None = None
         self.first_at: float | None = None
-        """Monotonic time of the first token."""
+        """When the first token came, by the clock of whoever delivers."""
         self._inbox = inbox
         self._max_tokens = max_tokens
         self._with_logprobs = with_logprobs
@@ -92,6 +94,7 @@ class Mailbox:
                 f"{self.request_id}: token {output.offset} came, expected {len(self.output)}"
             )
         # A repeated output brings nothing new, one that overlaps brings its tail.
+        self.num_repeated += min(duplicates, len(output.token_ids))
         token_ids = output.token_ids[duplicates:] if duplicates else output.token_ids
         if not token_ids:
             return

@@ -149,11 +149,19 @@ class World:
         if kind == "engine":
             seat.service = engine = self._make_engine(process, settings, bus, incarnation, seed)
             return engine.run()
-        gateway = SimGateway(bus, seat.name, incarnation, settings.bus, world_time=lambda: self.loop.now)
+        gateway = SimGateway(
+            self.loop,
+            process,
+            bus,
+            [self.address(name) for name in self.routers],
+            gateway_id=seat.name,
+            incarnation=incarnation,
+            settings=settings.bus,
+        )
         if seat.service is not None:
             self.past.append(seat.service)
         seat.service = gateway
-        return gateway.run([self.address(name) for name in self.routers])
+        return gateway.run()
 
     def _make_engine(
         self, process: Process, settings: Settings, bus: SimBus, incarnation: int, seed: int
@@ -226,7 +234,7 @@ class World:
     # --- names -------------------------------------------------------------------------------------
 
     def address(self, name: str) -> str:
-        return f"sim://{name}"
+        return f"inproc://{name}"
 
     def settings(self, name: str) -> Settings:
         shape = self.shape
@@ -239,9 +247,9 @@ class World:
             ),
             engine=EngineSettings(
                 id=name if is_engine else "",
-                address=f"sim://{name}",
-                events_address=f"sim://{name}/events",
-                replay_address=f"sim://{name}/replay",
+                address=f"inproc://{name}",
+                events_address=f"inproc://{name}/events",
+                replay_address=f"inproc://{name}/replay",
                 labels=list(labels),
                 max_num_seqs=shape.max_num_seqs,
                 max_num_batched_tokens=shape.max_num_batched_tokens,

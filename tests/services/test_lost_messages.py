@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -94,6 +95,7 @@ async def test_every_message_between_gateway_and_router_may_be_lost() -> None:
             credit=2,
             heartbeat_interval_s=mesh.settings.bus.heartbeat_interval_s,
             liveness=mesh.settings.bus.liveness,
+            clock=time.monotonic,
         )
         routers.start()
         try:

@@ -15,6 +15,8 @@ QUICK = [
     "Forget Abort on one leg: the first engine of a request is not told that it has ended",
     "Lose the retry's offset: a continued request starts again from its prompt",
     "Count load without finally: a cancelled request's load stays in the book",
+    "A moved request begins anew, and the client has its first tokens twice",
+    "A lost router's requests stay with it, though they go on elsewhere",
     "A lost message is not noticed",
     "Ignore the incarnation: events of a new life are taken for the old one's",
 ]

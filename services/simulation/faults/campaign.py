@@ -111,7 +111,7 @@ async def _run(loop: VirtualLoop, journal: Journal, scenario: Scenario, verdict:
             verdict.violations += judge_answer(answer)
             verdict.outcomes[answer.outcome or "none"] += 1
         for gateway in world.all_gateways():
-            verdict.violations += gateway.violations
+            verdict.violations += gateway.violations()
     finally:
         world.close()
 

@@ -15,7 +15,7 @@ from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
 from microserve.services.simulation.engine import VOCAB_SIZE, SimEngine
 from microserve.services.simulation.faults.scenario import CALM, STORM, Scenario
-from microserve.services.simulation.gateway import Answer
+from microserve.services.simulation.gateway import Answer, SimGateway
 from microserve.services.simulation.hash_runner import expected_samples
 from microserve.services.simulation.world import INDEX, World
 
@@ -117,6 +117,8 @@ def judge_rest(world: World) -> list[str]:
         left += _judge_engine(name, world.seats[name].service, world)
     for name in world.routers:
         left += _judge_router(name, world.seats[name].service)
+    for name in world.gateways:
+        left += _judge_gateway(name, world.seats[name].service)
     left += _judge_connections(world)
     left += _judge_indexes(world)
     return left
@@ -169,6 +171,13 @@ def _judge_router(name: str, router: Router) -> list[str]:
         if connection.prompts or connection.has_waiters or not connection.is_idle:
             left.append(f"leak: {name} still waits for {connection.engine_id}")
     return left
+
+
+def _judge_gateway(name: str, gateway: SimGateway) -> list[str]:
+    routers = gateway.routers
+    if routers.num_requests or routers.kept_nbytes:
+        return [f"leak: {name} has {routers.num_requests} requests, {routers.kept_nbytes} bytes of prompts"]
+    return []
 
 
 def _judge_indexes(world: World) -> list[str]:

@@ -49,16 +49,18 @@ def test_repeats_and_overlaps_bring_each_token_once(
         taken.extend(batch.token_ids)
         logprobs.extend(value.logprob for value in batch.logprobs)
 
-    known = 0
+    known = num_repeated = 0
     for early, new, taken_at_once in deliveries:
         begin, end = max(0, known - early), known + new
         values = [TokenLogprob(float(i)) for i in range(begin, end)] if with_logprobs else []
         mailbox.deliver(Output("r", begin, list(range(begin, end)), values), 0.0)
+        num_repeated += known - begin
         known = end
         if taken_at_once:
             take()
     take()
     assert mailbox.failed is None
+    assert mailbox.num_repeated == num_repeated
     assert taken == list(range(known))
     assert logprobs == ([float(i) for i in range(known)] if with_logprobs else [])
     assert mailbox.num_waiting == 0

@@ -164,6 +164,7 @@ def test_hellos_do_not_pile_up_at_a_router_that_is_not_there() -> None:
             credit=8,
             heartbeat_interval_s=0.005,
             liveness=2,
+            clock=time.monotonic,
         )
         routers.start()
         await bus.enough.wait()

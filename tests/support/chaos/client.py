@@ -186,6 +186,7 @@ async def open_doors(bus: Bus, mesh: MeshProcesses, settings: BusSettings) -> As
         credit=settings.credit,
         heartbeat_interval_s=settings.heartbeat_interval_s,
         liveness=settings.liveness,
+        clock=time.monotonic,
     )
     routers.start()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
