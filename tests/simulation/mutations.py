@@ -11,16 +11,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
-import msgspec
-
-from microserve.gateway.routers.failover import Moves
-from microserve.gateway.routers.link import RouterLink
+import tests.simulation.gateway_mutations  # noqa: F401  (registers its own)
 from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.grant.table import Discharged, GrantEvent, GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
@@ -30,7 +26,6 @@ from microserve.protocol.bus.peers import Loss, Peer, Peers
 from microserve.protocol.bus.queue import StreamQueue
 from microserve.protocol.errors import MeshError, StrategyError
 from microserve.protocol.messages.engine import SnapshotReply
-from microserve.protocol.messages.router import Generate, StreamCredit
 from microserve.services.engine.action_server import Door, Session
 from microserve.services.engine.core.memory import KvMemory, Reception
 from microserve.services.engine.core.scheduler import Scheduler
@@ -41,27 +36,9 @@ from microserve.services.router.request.request import Request
 from microserve.services.router.request.scope import RequestScope
 from microserve.services.router.serving.failover import Failover
 from microserve.services.simulation.faults.campaign import run_seed
+from tests.simulation.planting import MUTATIONS, mutation, replace
 
 LIMIT_SEEDS = 2000
-Plant = Callable[[ExitStack], None]
-MUTATIONS: dict[str, Callable[[], ExitStack]] = {}
-
-
-def mutation(plant: Plant) -> Plant:
-    """Register; the function's docstring is what the table says of it."""
-
-    def planted() -> ExitStack:
-        stack = ExitStack()
-        plant(stack)
-        return stack
-
-    MUTATIONS[(plant.__doc__ or plant.__name__).strip().rstrip(".")] = planted
-    return plant
-
-
-def replace(stack: ExitStack, owner: type, name: str, new: Any) -> None:
-    stack.enter_context(mock.patch.object(owner, name, new))
-
 
 # --- KV ----------------------------------------------------------------------------------------------
 
@@ -275,66 +252,6 @@ def _credit_is_not_given_back(stack: ExitStack) -> None:
 def _nobody_is_ever_lost(stack: ExitStack) -> None:
     """Silence and standstill are not noticed."""
     replace(stack, Peers, "expire", lambda self, now: [])
-
-
-# --- gateway -----------------------------------------------------------------------------------------
-
-
-@mutation
-def _moved_one_token_short(stack: ExitStack) -> None:
-    """A moved request says that one token fewer was delivered than was."""
-    send = RouterLink.send
-
-    def send_short(self: RouterLink, message: Any, *bulk: bytes) -> bool:
-        if isinstance(message, Generate) and message.num_output_tokens:
-            message = msgspec.structs.replace(message, num_output_tokens=message.num_output_tokens - 1)
-        return send(self, message, *bulk)
-
-    replace(stack, RouterLink, "send", send_short)
-
-
-@mutation
-def _moved_from_the_beginning(stack: ExitStack) -> None:
-    """A moved request begins anew, and the client has its first tokens twice."""
-    send = RouterLink.send
-
-    def send_anew(self: RouterLink, message: Any, *bulk: bytes) -> bool:
-        if isinstance(message, Generate) and message.num_output_tokens:
-            bulk = (bulk[0][: -4 * message.num_output_tokens],)
-            message = msgspec.structs.replace(message, num_output_tokens=0)
-        return send(self, message, *bulk)
-
-    replace(stack, RouterLink, "send", send_anew)
-
-
-@mutation
-def _gateway_keeps_its_credit(stack: ExitStack) -> None:
-    """A gateway gives a router no credit back."""
-    send = RouterLink.send
-
-    def send_no_credit(self: RouterLink, message: Any, *bulk: bytes) -> bool:
-        return isinstance(message, StreamCredit) or send(self, message, *bulk)
-
-    replace(stack, RouterLink, "send", send_no_credit)
-
-
-@mutation
-def _lost_and_kept(stack: ExitStack) -> None:
-    """A lost router's requests stay with it, though they go on elsewhere."""
-    lose = RouterLink.lose
-
-    def lose_nothing(self: RouterLink, reason: str) -> None:
-        mailboxes = dict(self.mailboxes)
-        lose(self, reason)
-        self.mailboxes.update(mailboxes)
-
-    replace(stack, RouterLink, "lose", lose_nothing)
-
-
-@mutation
-def _lost_and_forgotten(stack: ExitStack) -> None:
-    """A request whose router is lost, when no other is there, is never sent again."""
-    replace(stack, Moves, "place", lambda self: None)
 
 
 # --- index -------------------------------------------------------------------------------------------
