@@ -25,7 +25,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests tooling
+	$(BIN)/mypy tests examples tooling
 	$(BIN)/lint-imports
 	$(BIN)/python tooling/file_length.py
 
