@@ -2,8 +2,8 @@
 
     python examples/simulate_trace.py [--load 4] [--engines 4]
 
-Routers, schedulers and KV pools are the real ones; the time of steps and transfers is a model. With a trace of
-your own: ``microserve simulate --trace FILE`` (docs/strategies.md). Needs ``pip install 'microserve[simulation]'``.
+Routers, schedulers and KV pools are the real ones; the time of steps and transfers is a model. For a trace
+of your own: ``microserve simulate --trace FILE``. Needs ``pip install 'microserve[simulation]'``.
 """
 
 from __future__ import annotations
