@@ -120,6 +120,7 @@ class _Drain:
             self._identity,
             self._settings.bus,
             call_timeout_s=timeout_s,
+            reads_only=True,
             on_draining=self._tell_load,
         )
         keeping: asyncio.Task[MeshError] | None = None

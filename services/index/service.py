@@ -25,7 +25,7 @@ from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, decode_tok
 from microserve.protocol.bus.curve import is_operator
 from microserve.protocol.bus.peers import Peers
 from microserve.protocol.bus.transport import Bus
-from microserve.protocol.errors import InvalidRequest, MeshError, ProtocolViolation, QueueFull
+from microserve.protocol.errors import EngineLost, InvalidRequest, MeshError, ProtocolViolation, QueueFull
 from microserve.protocol.messages import index as wire
 from microserve.protocol.messages.control import Change, ControlHistory, ControlStatus
 from microserve.protocol.messages.engine import EngineInfo
@@ -34,10 +34,11 @@ from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import BusSettings, Settings
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
-from microserve.services.index.engine_link import EngineLink
 from microserve.services.index.membership import Admission, Membership
 from microserve.services.index.worlds import WorldDesk
+from microserve.services.links.engine import RouterIdentity
 from microserve.services.links.feed import KvFeed
+from microserve.services.links.snapshot import read_snapshot, reader_of
 
 MAX_WATCHERS = 1024
 
@@ -49,7 +50,6 @@ class _Engine:
     """What the index keeps open for one life of one engine."""
 
     model: str
-    link: EngineLink
     feed: KvFeed
 
 
@@ -75,6 +75,8 @@ class IndexService:
         self.incarnation = incarnation
         self.counters: Counter[str] = Counter()
         self._bus = bus
+        self._settings = settings
+        self._identity = RouterIdentity(f"index-{incarnation}", incarnation)
         self._loop = asyncio.get_running_loop()
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._max_nbytes = max_nbytes
@@ -119,8 +121,6 @@ class IndexService:
         for watcher, _ in self._watchers.expire(now):
             self.control.forget(watcher.key)
         self.worlds.expire(now)
-        for engine in self._engines.values():
-            engine.link.ping()
         self._publish()
 
     def close(self) -> None:
@@ -206,13 +206,14 @@ class IndexService:
 
     def _follow(self, info: EngineInfo) -> None:
         """Open what an engine's events need. Raises ``OSError`` for an address that cannot be one."""
-        link = EngineLink(self._bus, info, link_id=f"index-{self.incarnation}", incarnation=self.incarnation)
+        who, settings = self._identity, self._settings
+        reader_of(self._bus, info, who, settings).end(EngineLost("only its address was to be tried"))
         index = self._indexes.get(info.model)
         if index is None:
             index = self._indexes[info.model] = PrefixIndex(info.block_size, info.model, MIN_MAX_NBYTES)
             self._share_room()
-        feed = KvFeed(self._bus, info, index, link.snapshot)
-        self._engines[info.engine_id] = _Engine(info.model, link, feed)
+        feed = KvFeed(self._bus, info, index, lambda: read_snapshot(self._bus, info, who, settings))
+        self._engines[info.engine_id] = _Engine(info.model, feed)
         feed.start()
 
     def _forget(self, engine_id: str) -> None:
@@ -221,7 +222,6 @@ class IndexService:
         if engine is None:
             return
         engine.feed.close()
-        engine.link.close()
         self.counters["resyncs"] += engine.feed.counters.snapshots
         self.counters["gaps"] += engine.feed.counters.gaps
         self._indexes[engine.model].remove_engine(engine_id)

@@ -1,4 +1,4 @@
-"""The router's one connection to one life of one engine: calls, token streams, liveness.
+"""One connection to one life of one engine: calls, token streams, liveness. A router's, or a reader's.
 
 Owns the DEALER socket and everything that waits for the engine. It ends once, by loss (silence, no progress,
 another incarnation, a refusal, a lost message, a closed socket) or by ``end``, and then all that waited fails
@@ -65,9 +65,11 @@ class EngineConnection:
         settings: BusSettings,
         *,
         call_timeout_s: float,
+        reads_only: bool = False,
         on_draining: Callable[[EngineConnection], None] = lambda connection: None,
     ) -> None:
-        """``on_draining`` is called with every heartbeat of an engine that drains."""
+        """``reads_only``: nothing will be generated. ``on_draining`` is called with every heartbeat of an
+        engine that drains. Raises ``OSError`` for an address that cannot be one."""
         self.info = info
         self.engine_id = info.engine_id
         self.set_labels: Sequence[str] | None = None
@@ -90,7 +92,7 @@ class EngineConnection:
             interval_s=self._interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
         )
         """The engine, from its welcome on."""
-        self._meter = CreditMeter(settings.credit)
+        self._meter = CreditMeter(0 if reads_only else settings.credit)
         self._calls: Calls[Answer] = Calls(f"engine {info.engine_id}")
         self._aborts = Aborts()
         self._loop = asyncio.get_running_loop()
@@ -272,8 +274,9 @@ class EngineConnection:
                     self._send(wire.Credit(credit))
             case wire.Heartbeat():
                 self._take_heartbeat(message)
-            case wire.Failed(code=ProtocolViolation.code):
-                # It does not know us (any more), so it has dropped whatever it had of ours.
+            case wire.Failed(code=ProtocolViolation.code) | wire.Failed(call_id=0):
+                # It does not know us (any more), so it has dropped whatever it had of ours; or it could not
+                # read what we sent, and does not know which call that was.
                 self.end(EngineLost(f"engine {self.engine_id} refuses this connection: {message.detail}"))
             case wire.Failed():
                 self._aborts.confirm(message.call_id)

@@ -303,11 +303,26 @@ def test_stall_of_the_index_itself_costs_no_member() -> None:
     with_index(test, interval_s=0.05, liveness=6)
 
 
-def test_engines_are_pinged_over_the_snapshot_link() -> None:
+def test_the_index_keeps_no_connection_to_an_engine_whose_snapshot_it_has() -> None:
     async def test(world: World, index: Index) -> None:
         engine, peer = world.engine(), index.peer()
+        num_sockets = len(world.bus._sockets)
         await register(peer, engine.info)
-        await world.until(lambda: len(engine.pings) >= 2)
+        await world.until(lambda: engine.num_snapshots == 1)
+        await world.until(lambda: len(world.bus._sockets) == num_sockets + 1)  # the feed's subscriber
+
+        assert engine.pings == []
+
+    with_index(test)
+
+
+def test_an_action_address_that_cannot_be_one_is_refused_at_the_door() -> None:
+    async def test(world: World, index: Index) -> None:
+        peer = index.peer()
+        failed = await peer.ask(IndexFailed, Register(1, make_info(address="nowhere")))
+
+        assert (failed.code, failed.field) == ("invalid_request", "address")
+        assert (await peer.ask(IndexReport, IndexStats(2))).num_engines == 0
 
     with_index(test)
 

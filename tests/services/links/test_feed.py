@@ -10,11 +10,14 @@ from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.errors import EngineLost
 from microserve.protocol.messages.engine import SnapshotReply
 from microserve.protocol.messages.kv_events import KVEventBatch, encode_batch, publish_frames
-from microserve.services.index.engine_link import EngineLink
+from microserve.protocol.settings import BusSettings
+from microserve.services.links.engine import RouterIdentity
 from microserve.services.links.feed import KvFeed
+from microserve.services.links.snapshot import read_snapshot
 from tests.support.index.index_world import BLOCK_SIZE, Engine, World, in_world
 
 PROMPT = list(range(100, 100 + 4 * BLOCK_SIZE))
+WHO = RouterIdentity("index-1", 5)
 OTHER = list(range(500, 500 + 2 * BLOCK_SIZE))
 
 
@@ -23,9 +26,12 @@ class Reader:
 
     def __init__(self, world: World, engine: Engine) -> None:
         self.index = PrefixIndex(BLOCK_SIZE, engine.info.model, 1 << 20)
-        self.link = EngineLink(world.bus, engine.info, link_id="index-1", incarnation=5)
-        self.feed = KvFeed(world.bus, engine.info, self.index, self.link.snapshot)
-        world.at_end(self.link.close)
+        self.feed = KvFeed(
+            world.bus,
+            engine.info,
+            self.index,
+            lambda: read_snapshot(world.bus, engine.info, WHO, BusSettings()),
+        )
         world.at_end(self.feed.close)
         self.feed.start()
 
@@ -216,13 +222,11 @@ def test_attempt_that_raises_anything_does_not_end_the_feed() -> None:
         engine = world.engine()
         engine.compute(PROMPT)
         failures = [RuntimeError("a bug"), EngineLost("gone"), TimeoutError()]
-        link = EngineLink(world.bus, engine.info, link_id="index-1", incarnation=5)
-        world.at_end(link.close)
 
         async def snapshot() -> tuple[SnapshotReply, bytes]:
             if failures:
                 raise failures.pop()
-            return await link.snapshot()
+            return await read_snapshot(world.bus, engine.info, WHO, BusSettings())
 
         index = PrefixIndex(BLOCK_SIZE, "m", 1 << 20)
         feed = KvFeed(world.bus, engine.info, index, snapshot)
