@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 
+from microserve.kvcache.heap.factory import make_heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InternalError
 from microserve.protocol.messages import engine as wire
@@ -24,7 +25,7 @@ from microserve.protocol.settings import load_settings
 from microserve.services.engine.core.batch import Batch, Runner, StepResult
 from microserve.services.engine.model.attention_choice import choose_attention
 from microserve.services.engine.model.model import load_model
-from microserve.services.engine.service import make_core, make_heap, make_layout
+from microserve.services.engine.service import make_core, make_layout
 
 INCARNATION = 1
 OWNER = b"benchmark"

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import msgspec
 
+from microserve.kvcache.heap.factory import make_heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError
@@ -30,7 +31,6 @@ from microserve.protocol.settings import load_settings
 from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
-from microserve.services.engine.service import make_heap
 
 INCARNATION = 2
 TIMEOUT_S = 120.0

@@ -40,7 +40,7 @@ class Session:
     """It opened no window, so it generates nothing (WIRE.md 4.1): the index. Its own events tell of it."""
 
 
-class Door:
+class ActionServer:
     def __init__(
         self,
         bus: Bus,

@@ -1,5 +1,5 @@
-"""One engine process: loads the model, makes heap (or joins a world for it, world.py), runner and core, and
-runs them in the shell (shell.py)."""
+"""One engine process: loads the model, makes its heap (kvcache/heap/factory.py; of a world: world.py), runner
+and core, and runs them in the shell (shell.py)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,12 @@ import secrets
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
-import numpy as np
-import numpy.typing as npt
-import structlog
 import torch
 
-from microserve.kernels.kv_scatter import missing_kernel
 from microserve.kvcache.heap import nvshmem
-from microserve.kvcache.heap.cuda_driver import LibCuda
-from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
-from microserve.kvcache.heap.device import BlockPut
+from microserve.kvcache.heap.factory import HeapData, choose_put, make_heap
 from microserve.kvcache.heap.heap import Heap
-from microserve.kvcache.heap.kernel_put import KernelPut
-from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.lifecycle import Lifecycle
@@ -33,13 +24,8 @@ from microserve.services.engine.model.attention import MakeAttention
 from microserve.services.engine.model.attention_choice import choose_attention
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
-from microserve.services.engine.shell import EngineService
+from microserve.services.engine.shell import EngineShell
 from microserve.services.engine.world import World, join_world
-
-_logger = structlog.get_logger()
-
-HeapData = npt.NDArray[np.uint8] | torch.Tensor
-"""The data region of a heap, as the runner uses it."""
 
 
 async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None:
@@ -76,7 +62,7 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
             core = await loop.run_in_executor(
                 pool, make_core, settings, model, engine_id, heap, data, attention
             )
-        engine = EngineService(settings, bus, lifecycle, core)
+        engine = EngineShell(settings, bus, lifecycle, core)
         undo.pop_all()
     try:
         if world is None:
@@ -152,38 +138,3 @@ def make_core(
         checksums=cache.checksums,
         compute_stream=runner.stream,
     )
-
-
-def choose_put(device: torch.device) -> BlockPut | None:
-    """One launch for many runs of blocks, where this machine has the kernel."""
-    detail = missing_kernel(device)
-    if detail is None:
-        return KernelPut(device)
-    _logger.warning(log.KERNEL_MISSING, kernel="block_put", instead="driver copies", detail=detail)
-    return None
-
-
-def make_heap(settings: Settings, layout: KvLayout, incarnation: int) -> tuple[Heap, HeapData]:
-    """The heap of ``kvcache.heap``, and its data region as the runner uses it. Not ``nvshmem``: nobody makes
-    such a heap alone (world.py).
-
-    Raises :class:`ConfigError` if it cannot be had: no such device, too little memory.
-    """
-    num_slots = settings.kvcache.grant_slots
-    try:
-        if settings.heap == "shm":
-            heap = ShmHeap(layout, incarnation=incarnation, num_slots=num_slots)
-            return heap, heap.data
-        device = torch.device(settings.engine.device)
-        driver, block_put = LibCuda(device.index or 0), choose_put(device)
-        device_heap = CudaIpcHeap(
-            layout, incarnation=incarnation, driver=driver, num_slots=num_slots, block_put=block_put
-        )
-    except ConfigError as error:
-        # Heaps and drivers name what is wrong by their own parameters; people by settings.
-        paths = {"num_blocks": "kvcache.num_blocks", "heap": "kvcache.heap", "device": "engine.device"}
-        path = paths.get(error.field or "")
-        if path is None:
-            raise
-        raise ConfigError(f"{path}: {error.detail}", field=path) from error
-    return device_heap, torch.as_tensor(device_heap.data, device=device)

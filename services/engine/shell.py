@@ -8,6 +8,7 @@ simulated mesh runs this very shell.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -20,12 +21,13 @@ from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import WIRE_VERSION
-from microserve.services.engine.action_server import Door
+from microserve.services.engine.action_server import ActionServer
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.index_client import IndexClient
 from microserve.services.engine.kv_publisher import KvPublisher
-from microserve.services.engine.step_loop import StepLoop
 
+IDLE_WAIT_S = 0.05
+"""Idle wake-up of the step thread, for leases and deadlines; work wakes it at once."""
 STOP_STEP_S = 10.0
 """A running step gets this long to end at shutdown."""
 LEAVE_POLL_S = 0.05
@@ -45,8 +47,45 @@ MakeSteps = Callable[[EngineCore, Callable[[], None], Callable[[], None]], Steps
 """From the core, ``on_output`` and ``on_crash``, which may be called from another thread."""
 
 
-class EngineService:
-    """The shell around one core, which it closes."""
+class StepThread:
+    """Runs ``core.step()`` until stopped, off the event loop, so that a long step never delays an answer or a
+    heartbeat; calls ``on_output`` (from this thread) after every step."""
+
+    def __init__(self, core: EngineCore, on_output: Callable[[], None], on_crash: Callable[[], None]) -> None:
+        self._core = core
+        self._on_output = on_output
+        self._on_crash = on_crash
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="step", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ask it to end and wait; False if a step is still running after ``timeout_s``."""
+        self._stopping.set()
+        with self._core.lock:
+            self._core.wake()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                stepped = self._core.step()
+            except Exception:
+                # The state may be damaged: nothing may be served from it. The service ends, and with it the
+                # incarnation; its peers see an engine that died.
+                _logger.exception(log.STEP_FAILED)
+                self._on_crash()
+                return
+            self._on_output()
+            if not stepped and not self._stopping.is_set():
+                self._core.wait_for_work(IDLE_WAIT_S)
+
+
+class EngineShell:
+    """One core, its sockets, its step thread; closes all of them."""
 
     def __init__(
         self,
@@ -55,7 +94,7 @@ class EngineService:
         lifecycle: Lifecycle,
         core: EngineCore,
         *,
-        make_steps: MakeSteps = StepLoop,
+        make_steps: MakeSteps = StepThread,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Raises ``OSError`` for a taken address, :class:`ConfigError` for one exposed without keys."""
@@ -76,7 +115,7 @@ class EngineService:
             epoch=core.incarnation,
             clock=wall_clock,
         )
-        self._door = Door(
+        self._server = ActionServer(
             bus,
             settings.engine.address,
             self._core,
@@ -92,7 +131,7 @@ class EngineService:
         self._info = EngineInfo(
             engine_id=core.engine_id,
             incarnation=core.incarnation,
-            address=self._door.address,
+            address=self._server.address,
             events_address=self._publisher.address,
             replay_address=self._publisher.replay_address,
             model=core.model,
@@ -123,13 +162,13 @@ class EngineService:
     @property
     def num_sessions(self) -> int:
         """Routers, and the index, that the engine keeps something for."""
-        return self._door.num_sessions
+        return self._server.num_sessions
 
     async def run(self) -> None:
         """Serve until cancelled or told to drain; then leave as soon as nothing is left here, within
         ``engine.drain_s``."""
         self._lifecycle.set_health(self._healthy)
-        self._door.open(self._info)
+        self._server.open(self._info)
         self._steps.start()
         async with asyncio.TaskGroup() as tasks:
             background = [
@@ -137,7 +176,7 @@ class EngineService:
                 tasks.create_task(self._index.run()),
                 tasks.create_task(self._watch_crash()),
             ]
-            self._lifecycle.ready(self._door.address)
+            self._lifecycle.ready(self._server.address)
             try:
                 await self._leave()
             except asyncio.CancelledError:
@@ -160,7 +199,7 @@ class EngineService:
         self._leaves_at = self._loop.time() + self._settings.engine.drain_s
         self._draining.set()
         _logger.info(log.ENGINE_DRAINING, requests=num_requests, drain_s=self._settings.engine.drain_s)
-        self._door.beat()
+        self._server.beat()
 
     async def _leave(self) -> None:
         """Wait for the drain, then for its end, and leave the index."""
@@ -168,18 +207,18 @@ class EngineService:
         while self._loop.time() < self._leaves_at and not self._crashed.is_set():
             with self._core.lock:
                 is_drained = self._core.state.is_drained(self._loop.time())
-            if is_drained and not self._door.has_pending:
+            if is_drained and not self._server.has_pending:
                 break
             await asyncio.sleep(LEAVE_POLL_S)
         self._index.close()
-        self._door.beat()
+        self._server.beat()
         if self._crashed.is_set():
             # No clean end: ``_watch_crash`` ends all of us, also where this has seen it first.
             await self._loop.create_future()
 
     async def _beat(self) -> None:
         while True:
-            self._door.beat()
+            self._server.beat()
             self._publisher.beat()
             await asyncio.sleep(self._settings.bus.heartbeat_interval_s)
 
@@ -211,7 +250,7 @@ class EngineService:
     def _flush(self) -> None:
         with self._core.lock:
             self._flush_scheduled = False
-        self._door.flush()
+        self._server.flush()
 
     def _on_crash(self) -> None:
         self._loop.call_soon_threadsafe(self._crashed.set)
@@ -220,7 +259,7 @@ class EngineService:
         """Stop the step thread, tell the index, close every socket and the heap."""
         stopped = self._steps.stop(STOP_STEP_S)
         self._index.close()
-        self._door.close()
+        self._server.close()
         self._publisher.close()
         if stopped:
             self._core.close()

@@ -16,7 +16,7 @@ from microserve.protocol.settings import Settings
 from microserve.services.engine.core.batch import Batch, Runner, StepResult
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
-from microserve.services.engine.shell import EngineService
+from microserve.services.engine.shell import EngineShell
 from microserve.services.simulation.hash_runner import HashRunner, hash_layout
 from microserve.services.simulation.heap import FaultyHeap, WriteFaults
 from microserve.services.simulation.loop import Process, VirtualLoop
@@ -91,7 +91,7 @@ class SimEngine:
             pause=self._pause,
             changed=self._make_condition(),
         )
-        self.service: EngineService | None = None
+        self.service: EngineShell | None = None
         self._settings = settings
         self._bus = bus
         self._loop = loop
@@ -125,7 +125,7 @@ class SimEngine:
         return self.service.num_sessions if self.service is not None else 0
 
     async def run(self) -> None:
-        self.service = service = EngineService(
+        self.service = service = EngineShell(
             self._settings,
             self._bus,
             Lifecycle(),

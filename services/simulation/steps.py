@@ -16,7 +16,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.step_loop import IDLE_WAIT_S
+from microserve.services.engine.shell import IDLE_WAIT_S
 from microserve.services.simulation.loop import Process, VirtualHandle, VirtualLoop
 
 _logger = structlog.get_logger()
@@ -132,7 +132,7 @@ class VirtualCondition:
 
 
 class VirtualSteps:
-    """``StepLoop`` without a thread."""
+    """``StepThread`` without a thread."""
 
     def __init__(
         self, pacer: Pacer, core: EngineCore, on_output: Callable[[], None], on_crash: Callable[[], None]

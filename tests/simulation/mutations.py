@@ -26,7 +26,7 @@ from microserve.protocol.bus.peers import Loss, Peer, Peers
 from microserve.protocol.bus.queue import StreamQueue
 from microserve.protocol.errors import MeshError, StrategyError
 from microserve.protocol.messages.engine import SnapshotReply
-from microserve.services.engine.action_server import Door, Session
+from microserve.services.engine.action_server import ActionServer, Session
 from microserve.services.engine.core.memory import KvMemory, Reception
 from microserve.services.engine.core.scheduler import Scheduler
 from microserve.services.engine.core.sequence import Sequence
@@ -286,14 +286,14 @@ def _gaps_are_fine(stack: ExitStack) -> None:
 @mutation
 def _snapshot_names_the_wrong_batch(stack: ExitStack) -> None:
     """A snapshot claims to hold one batch more than it does."""
-    snapshot = Door._snapshot
+    snapshot = ActionServer._snapshot
 
-    def snapshot_ahead(self: Door, call_id: int) -> tuple[SnapshotReply, bytes]:
+    def snapshot_ahead(self: ActionServer, call_id: int) -> tuple[SnapshotReply, bytes]:
         reply, bulk = snapshot(self, call_id)
         assert isinstance(reply, SnapshotReply)
         return SnapshotReply(reply.call_id, reply.epoch, reply.seq + 1), bulk
 
-    replace(stack, Door, "_snapshot", snapshot_ahead)
+    replace(stack, ActionServer, "_snapshot", snapshot_ahead)
 
 
 # --- hunting -----------------------------------------------------------------------------------------

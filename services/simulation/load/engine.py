@@ -22,7 +22,7 @@ from microserve.kvcache.heap.mapped import require_same_kv
 from microserve.protocol.messages.grant import HeapAddress
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, StepResult
-from microserve.services.engine.step_loop import IDLE_WAIT_S
+from microserve.services.engine.shell import IDLE_WAIT_S
 from microserve.services.simulation.bus import SimBus
 from microserve.services.simulation.engine import SimEngine
 from microserve.services.simulation.hash_runner import ROW_NBYTES, hash_layout

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from microserve.kvcache.heap.factory import make_heap
 from microserve.protocol.settings import load_settings
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
-from microserve.services.engine.service import make_heap
 from tests.support.engine.logit_bounds import (
     BLOCK_SIZE,
     NUM_BLOCKS,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from microserve.kvcache.heap.factory import make_heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import Settings, load_settings
@@ -18,7 +19,6 @@ from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.model.decode_graphs import CudaCapture
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
-from microserve.services.engine.service import make_heap
 from tests.support.engine.tiny_model import make_tiny_model
 
 NUM_BLOCKS, BLOCK = 64, 16

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from microserve.kvcache.heap import factory
+from microserve.kvcache.heap.factory import make_heap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
@@ -16,7 +18,7 @@ from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import load_settings
 from microserve.services.engine import service
 from microserve.services.engine.model.model import LoadedModel
-from microserve.services.engine.service import make_heap, run_engine
+from microserve.services.engine.service import run_engine
 from tests.support.engine.host_driver import HostDriver
 
 
@@ -30,7 +32,7 @@ def test_a_pool_that_the_device_has_no_room_for_is_said_by_its_setting(
         def allocate(self, nbytes: int) -> int:
             raise ConfigError(f"no {nbytes} bytes on the device: out of memory (2)", field="num_blocks")
 
-    monkeypatch.setattr(service, "LibCuda", Full)
+    monkeypatch.setattr(factory, "LibCuda", Full)
     settings = load_settings(overrides=["engine.device=cuda:0", "kvcache.heap=cuda_ipc"])
     with pytest.raises(ConfigError, match=r"kvcache\.num_blocks.*out of memory") as refused:
         make_heap(settings, KvLayout("m", 2, 8, 16, 2, 64, "float32"), 7)

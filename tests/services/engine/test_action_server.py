@@ -14,7 +14,7 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import MAX_LANES, Grant, HeapAddress
 from microserve.protocol.messages.kv_events import KVEvent, decode_batch
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.action_server import Door
+from microserve.services.engine.action_server import ActionServer
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
@@ -27,7 +27,7 @@ PROMPT = list(range(10, 31))
 
 
 class Rig:
-    """A door on a core that the test steps by hand."""
+    """An action server on a core that the test steps by hand."""
 
     def __init__(self) -> None:
         self.now = 50.0
@@ -49,7 +49,7 @@ class Rig:
             clock=lambda: self.now,
         )
         bus = DirectBus()
-        self.door = Door(
+        self.server = ActionServer(
             bus,
             "direct://engine",
             self.core,
@@ -61,7 +61,7 @@ class Rig:
             next_seq=lambda: self.batches,
         )
         self.socket = bus.servers[0]
-        self.door.open(
+        self.server.open(
             wire.EngineInfo(
                 "e", 5, "a", "b", "c", "hash", [], 4, 64, 2, 200, VOCAB, [0], layout.layout_hash, "memory", 1
             )
@@ -72,7 +72,7 @@ class Rig:
         self.batches += 1
 
     def send(self, message: Any, *bulk: bytes, peer: bytes = b"p") -> list[Any]:
-        """Deliver one message; what the door sent to that peer meanwhile."""
+        """Deliver one message; what it sent to that peer meanwhile."""
         self.socket.sent.clear()
         self.socket.receive(peer, ENGINE_REQUEST.encode(message, *bulk))
         return self.received(peer)
@@ -86,7 +86,7 @@ class Rig:
         """Time passes as in a healthy engine."""
         for _ in range(round(seconds / 0.5)):
             self.now += 0.5
-            self.door.beat()
+            self.server.beat()
 
     def hello(self, peer: bytes = b"p", incarnation: int = 1, credit: int = 100, router: str = "r") -> Any:
         return self.send(wire.Hello(1, router, incarnation, credit), peer=peer)
@@ -94,7 +94,7 @@ class Rig:
     def run(self) -> None:
         while self.core.step():
             self.now += 0.001
-        self.door.flush()
+        self.server.flush()
 
     def close(self) -> None:
         for record in self.core.state.records:
@@ -143,7 +143,7 @@ def test_without_credit_tokens_wait_and_merge(rig: Rig) -> None:
     rig.hello(credit=1)
     rig.send(start(), encode_tokens(PROMPT))
     while rig.core.step():
-        rig.door.flush()
+        rig.server.flush()
     first = rig.received()
     assert len([r for r in first if isinstance(r, wire.Deltas)]) == 1
     rest = rig.send(wire.Credit(1))
@@ -238,7 +238,7 @@ def test_a_hundred_thousand_junk_frames(rig: Rig) -> None:
     rig.run()
 
     assert expected_tokens(PROMPT, PARAMS, vocab_size=VOCAB) == tokens_of(rig.received())
-    assert rig.door.rejected > 10_000
+    assert rig.server.rejected > 10_000
 
 
 def test_tokens_of_an_aborted_life_never_reach_the_next_one(rig: Rig) -> None:
@@ -314,7 +314,7 @@ def test_an_engine_that_stood_still_calls_nobody_silent(rig: Rig) -> None:
     rig.hello()
     rig.beat_for(1.0)
     rig.now += 60.0
-    rig.door.beat()
+    rig.server.beat()
 
     assert rig.send(wire.Ping(1)) == []
 

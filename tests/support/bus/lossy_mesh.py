@@ -23,7 +23,7 @@ from microserve.protocol.settings import (
 )
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
-from microserve.services.engine.shell import EngineService
+from microserve.services.engine.shell import EngineShell
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
@@ -64,7 +64,7 @@ class LossyMesh:
             engine_id: _core(engine_id, number, registry) for number, engine_id in enumerate(engine_ids, 1)
         }
         self._engines = [
-            EngineService(self.settings, self.from_engines, Lifecycle(), core) for core in self.cores.values()
+            EngineShell(self.settings, self.from_engines, Lifecycle(), core) for core in self.cores.values()
         ]
         self.router = Router(self.settings, self.to_engines, seed=1)
         self._running = [

@@ -17,7 +17,7 @@ from microserve.protocol.settings import Settings, load_settings
 from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
-from microserve.services.engine.shell import EngineService
+from microserve.services.engine.shell import EngineShell
 from microserve.services.index.service import run_index
 from microserve.services.simulation.hash_runner import HashRunner, hash_layout
 from tests.support.router.router_world import eventually
@@ -58,7 +58,7 @@ class EngineWorld:
             checksums=True,
         )
         self.lifecycle = Lifecycle()
-        self.service = EngineService(settings, bus, self.lifecycle, self.core)
+        self.service = EngineShell(settings, bus, self.lifecycle, self.core)
         self.task = asyncio.create_task(self._run())
         self.members: list[membership.Member] = []
         self._index = bus.client(settings.index.address, self._take)

@@ -14,7 +14,7 @@ from microserve.protocol.errors import CacheFull
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
-from microserve.services.engine.step_loop import StepLoop
+from microserve.services.engine.shell import StepThread
 from tests.support.engine.core_mesh import ROUTER, Engine, expect, grant_for, prompt_of, receive, send
 from tests.support.engine.device_mesh import DeviceMesh, StreamRunner
 from tests.support.engine.host_driver import HostDriver
@@ -60,7 +60,7 @@ def test_engines_at_work_answer_right_and_free_everything_when_idle() -> None:
                 engine.core.actions.abort(ROUTER, wire.Abort(mesh.call(), request_id), mesh.now)
                 engine.core.wake()
 
-    loops = [StepLoop(e.core, partial(on_output, e), lambda: crashes.append(1)) for e in engines.values()]
+    loops = [StepThread(e.core, partial(on_output, e), lambda: crashes.append(1)) for e in engines.values()]
     for loop in loops:
         loop.start()
     deadline = time.monotonic() + TIMEOUT_S

@@ -1,0 +1,64 @@
+"""The front door of the heaps: one engine's own heap, of the kind that its settings ask for.
+
+Owns the choice among the kinds, what a heap on this machine puts with, and the setting that a refusal is said
+by. Does not know the engine. ``nvshmem`` is not made here: nobody makes such a heap alone (engine/world.py),
+and ``local.py`` is for tests and the simulation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+import torch
+
+from microserve.kernels.kv_scatter import missing_kernel
+from microserve.kvcache.heap.cuda_driver import LibCuda
+from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.heap.device import BlockPut
+from microserve.kvcache.heap.heap import Heap
+from microserve.kvcache.heap.kernel_put import KernelPut
+from microserve.kvcache.heap.shm import ShmHeap
+from microserve.kvcache.layout import KvLayout
+from microserve.protocol import log
+from microserve.protocol.errors import ConfigError
+from microserve.protocol.settings import Settings
+
+_logger = structlog.get_logger()
+
+HeapData = npt.NDArray[np.uint8] | torch.Tensor
+"""The data region of a heap, as a model computes on it."""
+
+
+def make_heap(settings: Settings, layout: KvLayout, incarnation: int) -> tuple[Heap, HeapData]:
+    """The heap of ``kvcache.heap``, ``shm`` or ``cuda_ipc``, and its data region.
+
+    Raises :class:`ConfigError` if it cannot be had: no such device, too little memory.
+    """
+    num_slots = settings.kvcache.grant_slots
+    try:
+        if settings.heap == "shm":
+            heap = ShmHeap(layout, incarnation=incarnation, num_slots=num_slots)
+            return heap, heap.data
+        device = torch.device(settings.engine.device)
+        driver, block_put = LibCuda(device.index or 0), choose_put(device)
+        device_heap = CudaIpcHeap(
+            layout, incarnation=incarnation, driver=driver, num_slots=num_slots, block_put=block_put
+        )
+    except ConfigError as error:
+        # Heaps and drivers name what is wrong by their own parameters; people by settings.
+        paths = {"num_blocks": "kvcache.num_blocks", "heap": "kvcache.heap", "device": "engine.device"}
+        path = paths.get(error.field or "")
+        if path is None:
+            raise
+        raise ConfigError(f"{path}: {error.detail}", field=path) from error
+    return device_heap, torch.as_tensor(device_heap.data, device=device)
+
+
+def choose_put(device: torch.device) -> BlockPut | None:
+    """One launch for many runs of blocks, where this machine has the kernel; None: driver copies."""
+    detail = missing_kernel(device)
+    if detail is None:
+        return KernelPut(device)
+    _logger.warning(log.KERNEL_MISSING, kernel="block_put", instead="driver copies", detail=detail)
+    return None
