@@ -50,7 +50,6 @@ class ActionServer:
         incarnation: int,
         interval_s: float,
         silence_s: float,
-        clock: Callable[[], float],
         publish: Callable[[list[KVEvent]], None],
         next_seq: Callable[[], int],
         on_drain: Callable[[], None] = lambda: None,
@@ -59,7 +58,7 @@ class ActionServer:
         the engine to leave."""
         self._core = core
         self._incarnation = incarnation
-        self._clock = clock
+        self._clock = core.clock
         self._publish = publish
         self._next_seq = next_seq
         self._on_drain = on_drain

@@ -106,7 +106,8 @@ class EngineShell:
         self._leaves_at = 0.0
         """When a draining engine leaves, whatever is still here."""
         self._core = core
-        interval_s, clock = settings.bus.heartbeat_interval_s, self._loop.time
+        self._clock = core.clock
+        interval_s = settings.bus.heartbeat_interval_s
         self._publisher = KvPublisher(
             bus,
             events_address=settings.engine.events_address,
@@ -122,7 +123,6 @@ class EngineShell:
             incarnation=core.incarnation,
             interval_s=interval_s,
             silence_s=interval_s * settings.bus.liveness,
-            clock=clock,
             publish=self._publisher.publish,
             next_seq=lambda: self._publisher.next_seq,
             on_drain=self.drain,
@@ -157,7 +157,7 @@ class EngineShell:
         )
         self._steps = make_steps(core, self._on_output, self._on_crash)
         self._flush_scheduled = False
-        self._progress, self._progressed_at = 0, self._loop.time()
+        self._progress, self._progressed_at = 0, self._clock()
 
     @property
     def num_sessions(self) -> int:
@@ -196,7 +196,7 @@ class EngineShell:
         with self._core.lock:
             self._core.state.draining = True
             num_requests = self._core.state.num_requests
-        self._leaves_at = self._loop.time() + self._settings.engine.drain_s
+        self._leaves_at = self._clock() + self._settings.engine.drain_s
         self._draining.set()
         _logger.info(log.ENGINE_DRAINING, requests=num_requests, drain_s=self._settings.engine.drain_s)
         self._server.beat()
@@ -204,9 +204,9 @@ class EngineShell:
     async def _leave(self) -> None:
         """Wait for the drain, then for its end, and leave the index."""
         await self._draining.wait()
-        while self._loop.time() < self._leaves_at and not self._crashed.is_set():
+        while self._clock() < self._leaves_at and not self._crashed.is_set():
             with self._core.lock:
-                is_drained = self._core.state.is_drained(self._loop.time())
+                is_drained = self._core.state.is_drained(self._clock())
             if is_drained and not self._server.has_pending:
                 break
             await asyncio.sleep(LEAVE_POLL_S)
@@ -226,7 +226,7 @@ class EngineShell:
         """Steps advance, or there is nothing to step."""
         with self._core.lock:
             progress, busy = self._core.progress, self._core.is_busy
-        now = self._loop.time()
+        now = self._clock()
         if progress != self._progress or not busy:
             self._progress, self._progressed_at = progress, now
         return not self._crashed.is_set() and now - self._progressed_at < self._settings.bus.stuck_s

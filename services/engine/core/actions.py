@@ -218,7 +218,8 @@ class Actions:
         state.awaited.pop(key, None)
         if record is not None:
             sequence = record.generate
-            if state.draining and not record.aborted and sequence is not None and sequence.first_token_at:
+            has_begun = sequence is not None and sequence.first_token_at is not None
+            if state.draining and not record.aborted and has_begun:
                 state.awaited[key] = now + MOVE_S
             state.abort(record, now)
         return wire.Done(message.call_id)

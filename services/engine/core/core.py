@@ -30,7 +30,7 @@ from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.core.scheduler import Plan, Scheduler
 from microserve.services.engine.core.sequence import Sequence as EngineSequence
 from microserve.services.engine.core.sequence import Transfer
-from microserve.services.engine.core.state import EngineState, Limits
+from microserve.services.engine.core.state import Clock, EngineState, Limits
 from microserve.services.engine.core.stepper import Stepper
 
 ARRIVAL_POLL_S = 0.001
@@ -73,12 +73,13 @@ class EngineCore:
         lease_s: float,
         checksums: bool,
         compute_stream: int | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
         changed: Changed | None = None,
     ) -> None:
         """``compute_stream``: the CUDA stream in which ``runner`` computes KV; None where KV stands in the
-        heap when ``on_layer`` is called."""
+        heap when ``on_layer`` is called. ``clock``: the only one that leases, deadlines, sessions and the
+        drain are kept by, the shell's too; two clocks need not start at the same zero."""
         self.engine_id, self.incarnation, self.model = engine_id, incarnation, model
         layout = self.layout = heap.layout
         pool = BlockPool(layout.num_blocks)
@@ -109,7 +110,8 @@ class EngineCore:
         self._runner = runner
         self._checksums = checksums
         self._max_num_seqs = max_num_seqs
-        self._clock = clock
+        self.clock = clock
+        """What every ``now`` that is handed to ``actions`` and ``state`` is read from."""
         self._pause = pause
         self._compute_stream = compute_stream
         self._peers = Peers(heap, clock)
@@ -142,7 +144,7 @@ class EngineCore:
             self._woken = False
             self._peers.poll()
             self.memory.free_drained()
-            plan = self.stepper.next_plan(self._clock())
+            plan = self.stepper.next_plan(self.clock())
         if plan is None:
             return False
         try:
@@ -153,10 +155,10 @@ class EngineCore:
             return True
         except MeshError as error:
             with self._changed:
-                self.stepper.fail(plan, error, self._clock())
+                self.stepper.fail(plan, error, self.clock())
             return True
         with self._changed:
-            self.stepper.complete(plan, result, self._clock())
+            self.stepper.complete(plan, result, self.clock())
         return True
 
     def _execute(self, plan: Plan) -> StepResult:
@@ -179,7 +181,7 @@ class EngineCore:
         transfer = sequence.transfer
         if transfer is None or transfer.error is not None or sequence.doomed is not None:
             return
-        started = self._clock()
+        started = self.clock()
         try:
             if transfer.writer is None:
                 transfer.writer = self._open_writer(transfer)
@@ -189,7 +191,7 @@ class EngineCore:
             transfer.nbytes += transfer.writer.put_layer(layer, sequence.blocks, lo, hi)
         except MeshError as error:
             transfer.error = error
-        transfer.put_s += self._clock() - started
+        transfer.put_s += self.clock() - started
 
     def _open_writer(self, transfer: Transfer) -> LaneWriter:
         peer = transfer.peer = self._peers.open(transfer.grant.heap)
@@ -217,7 +219,7 @@ class EngineCore:
             return
         num_looks = 0
         while True:
-            now = self._clock()
+            now = self.clock()
             num_looks += 1
             with self._changed:
                 # Where words are a mirror of the device's, nothing arrives unless somebody looks for it.
@@ -264,7 +266,7 @@ class EngineCore:
             decode_step_s=rates.decode_step_s,
             draining=state.draining,
             max_num_seqs=self._max_num_seqs,
-            prefill_rate_age_s=rates.prefill_rate_age_s(self._clock()),
+            prefill_rate_age_s=rates.prefill_rate_age_s(self.clock()),
             mean_output_tokens=rates.mean_output_tokens,
         )
 
@@ -286,7 +288,7 @@ class EngineCore:
             self.state.inflight = []
             for record in self.state.records:
                 # Lanes that it holds are let go, and said to be given up.
-                self.state.abort(record, self._clock())
+                self.state.abort(record, self.clock())
             self._peers.close()
             self.memory.free_drained()
         self._heap.close()

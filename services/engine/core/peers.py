@@ -5,17 +5,16 @@ For the step thread. Owns the open :class:`PeerHeap`s; knows neither requests no
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from microserve.kvcache.heap.heap import Heap, PeerHeap
 from microserve.protocol.messages.grant import HeapAddress
+from microserve.services.engine.core.state import Clock
 
 DEAD_LOOK_S = 1.0
 """Pause between looks for dead owners: an open heap of theirs pins all of its memory."""
 
 
 class Peers:
-    def __init__(self, heap: Heap, clock: Callable[[], float]) -> None:
+    def __init__(self, heap: Heap, clock: Clock) -> None:
         self._heap = heap
         self._clock = clock
         self._open: dict[int, PeerHeap] = {}

@@ -194,7 +194,7 @@ class Scheduler:
         sequence.state = State.RUNNING
         if matched_here and sequence.num_preemptions == 0:
             sequence.cached_tokens = sequence.num_cached
-        if not sequence.started_at:
+        if sequence.started_at is None:
             sequence.started_at = now
         return True
 

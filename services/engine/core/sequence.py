@@ -90,8 +90,8 @@ class Sequence:
     num_preemptions: int = 0
     ready_at: float = 0.0
     """When nothing but its turn was missing (arrival of KV, for a receiver)."""
-    started_at: float = 0.0
-    first_token_at: float = 0.0
+    started_at: float | None = None
+    first_token_at: float | None = None
 
     @property
     def num_tokens(self) -> int:

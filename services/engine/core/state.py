@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -23,6 +24,9 @@ from microserve.services.engine.core.scheduler import Scheduler
 from microserve.services.engine.core.sequence import Sequence, State
 
 PURGE_INTERVAL_S = 1.0
+
+Clock = Callable[[], float]
+"""Seconds that only grow, from any zero. An engine has one (``EngineCore.clock``)."""
 
 _logger = structlog.get_logger()
 
@@ -55,7 +59,7 @@ class EngineState:
         """No new work; contexts may still be sent away."""
         self.awaited: dict[Key, float] = {}
         """Generations aborted while draining, whose KV their routers may now want: until when they may."""
-        self._purged_at = 0.0
+        self._purged_at = float("-inf")
         self.counters: Counter[str] = Counter()
         self._ids = itertools.count(1)
 
@@ -123,8 +127,8 @@ class EngineState:
         stop_token_id: int | None,
         new_tokens: int,
     ) -> None:
-        first = sequence.first_token_at or now
-        started = sequence.started_at or now
+        first = now if sequence.first_token_at is None else sequence.first_token_at
+        started = now if sequence.started_at is None else sequence.started_at
         finished = wire.Finished(
             reason=reason,
             usage=wire.Usage(
@@ -192,7 +196,7 @@ class EngineState:
             )
             self.outbox.replies.append((sequence.owner, failed(sequence.call_id, failure)))
             return
-        started = sequence.started_at or now
+        started = now if sequence.started_at is None else sequence.started_at
         sampled = sequence.num_tokens > transfer.end
         sent = wire.Sent(
             call_id=sequence.call_id,

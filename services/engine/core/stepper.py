@@ -98,7 +98,7 @@ class Stepper:
         grant = self._state.memory.grants.grant(grant_id)
         self._state.memory.seal(grant_id)
         sequence.num_computed = max(sequence.num_computed, grant.end)
-        sequence.ready_at = min(now, sequence.started_at or now)
+        sequence.ready_at = now if sequence.started_at is None else min(now, sequence.started_at)
         self._state.count("received_tokens", sequence.received_tokens)
         _logger.debug(log.KV_RECEIVED, request_id=sequence.request_id, num_tokens=sequence.received_tokens)
 
@@ -149,7 +149,7 @@ class Stepper:
 
     def _why_never(self, grant_id: str, now: float, *, await_first: bool = False) -> str | None:
         """Why what is awaited will never be whole; None while it may be, and between two probes."""
-        probed_at = self._probed.get(grant_id, 0.0)
+        probed_at = self._probed.get(grant_id, float("-inf"))
         if now - probed_at < PROBE_INTERVAL_S:
             return None
         if len(self._probed) > MAX_PROBED:
@@ -241,7 +241,7 @@ class Stepper:
 
     def _append(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
         sequence.token_ids.append(sampled.token_id)
-        if not sequence.first_token_at:
+        if sequence.first_token_at is None:
             sequence.first_token_at = now
         if sampled.logprob is not None:
             sequence.logprobs.append(wire.TokenLogprob(sampled.logprob, sampled.top))
@@ -267,7 +267,7 @@ class Stepper:
             raise InternalError("only an early start can be put back")
         state.scheduler.remove(sequence)
         sequence.state = State.RECEIVING
-        sequence.num_computed, sequence.started_at = 0, 0.0
+        sequence.num_computed, sequence.started_at = 0, None
         state.receiving.append(sequence)
         state.count("early_starts_put_back")
         if sequence.doomed is not None:

@@ -56,7 +56,6 @@ class Rig:
             incarnation=5,
             interval_s=0.5,
             silence_s=3.0,
-            clock=lambda: self.now,
             publish=self._publish,
             next_seq=lambda: self.batches,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -16,7 +17,7 @@ from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings, load_settings
 from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.core.state import Limits
+from microserve.services.engine.core.state import Clock, Limits
 from microserve.services.engine.shell import EngineShell
 from microserve.services.index.service import run_index
 from microserve.services.simulation.hash_runner import HashRunner, hash_layout
@@ -39,7 +40,7 @@ class Gated(HashRunner):
 class EngineWorld:
     """One engine service, and a watcher of the index."""
 
-    def __init__(self, bus: ZmqBus, settings: Settings) -> None:
+    def __init__(self, bus: ZmqBus, settings: Settings, clock: Clock) -> None:
         self.bus, self.settings = bus, settings
         layout = hash_layout(num_blocks=64)
         heap = MemoryHeap(layout, incarnation=INCARNATION, registry=MemoryRegistry(), num_slots=8)
@@ -56,6 +57,7 @@ class EngineWorld:
             max_num_batched_tokens=64,
             lease_s=5.0,
             checksums=True,
+            clock=clock,
         )
         self.lifecycle = Lifecycle()
         self.service = EngineShell(settings, bus, self.lifecycle, self.core)
@@ -102,12 +104,14 @@ def make_settings(index_address: str, drain_s: float = 20.0, curve_dir: str = ""
 
 
 @asynccontextmanager
-async def engine_world(*, drain_s: float = 20.0, curve_dir: str = "") -> AsyncIterator[EngineWorld]:
+async def engine_world(
+    *, drain_s: float = 20.0, curve_dir: str = "", clock: Clock = time.monotonic
+) -> AsyncIterator[EngineWorld]:
     bus = ZmqBus(linger_s=0.1, keys=CurveKeys.load(curve_dir) if curve_dir else None)
     lifecycle = Lifecycle()
     index = asyncio.create_task(run_index(make_settings("tcp://127.0.0.1:0"), bus, lifecycle))
     settings = make_settings(await lifecycle.wait_ready(), drain_s, curve_dir)
-    world = EngineWorld(bus, settings)
+    world = EngineWorld(bus, settings, clock)
     try:
         await eventually(lambda: world.members, "the engine is a member")
         yield world
