@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
+import venv
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,13 +58,18 @@ def test_our_kernels_never_hide_the_package_of_that_name() -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel that users install, built here from this checkout."""
     directory = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(directory), str(ROOT)], check=True, capture_output=True)
     (file,) = directory.glob("microserve-*.whl")
-    with zipfile.ZipFile(file) as archive:
+    return file
+
+
+@pytest.fixture
+def wheel(wheel_file: Path) -> Iterator[zipfile.ZipFile]:
+    with zipfile.ZipFile(wheel_file) as archive:
         yield archive
 
 
@@ -79,6 +88,57 @@ def test_the_wheel_names_its_licence_and_command(wheel: zipfile.ZipFile) -> None
     assert b"microserve = microserve.services.command.main:main" in wheel.read(
         f"{information}/entry_points.txt"
     )
+
+
+@pytest.fixture(scope="module")
+def installed(wheel_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``bin`` of a fresh environment with the wheel installed. What it depends on is the environment of the
+    tests, so nothing is downloaded; our own package of there is an editable one, which a ``.pth`` of another
+    environment's folder does not bring along."""
+    directory = tmp_path_factory.mktemp("installed")
+    venv.create(directory, symlinks=True)
+    (site,) = directory.glob("lib/python*/site-packages")
+    command = [sys.executable, "-m", "pip", "--python", str(directory / "bin/python"), "install", "--quiet"]
+    subprocess.run([*command, "--no-deps", "--no-index", str(wheel_file)], check=True, capture_output=True)
+    (site / "environment_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return directory / "bin"
+
+
+def ask(installed: Path, *command: str, cwd: Path) -> str:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    words = [str(installed / command[0]), *command[1:]]
+    done = subprocess.run(words, cwd=cwd, env=outside, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_installed_wheel_runs_by_itself(installed: Path, tmp_path: Path) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert ask(installed, "microserve", "version", cwd=tmp_path) == f"microserve {version}\n"
+    assert "gateway" in ask(installed, "microserve", "--help", cwd=tmp_path)
+    look = "import microserve.gateway.app as a, microserve.services.router.authoring as b; "
+    told = ask(installed, "python", "-c", f"{look}print(a.__file__, b.__file__)", cwd=tmp_path)
+    assert all(Path(path).is_relative_to(installed.parent) for path in told.split()), told
+
+
+def test_the_version_heads_the_changelog_below_what_is_unreleased() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[0] == "[Unreleased]"
+    assert re.fullmatch(rf"{re.escape(version)} - \d{{4}}-\d\d-\d\d", headings[1])
+
+
+def test_the_source_archive_holds_everything_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (file,) = tmp_path.glob("microserve-*.tar.gz")
+    with tarfile.open(file) as archive:
+        members = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
+    modules = [f"{Path(name).parent.name}/{Path(name).name}" for name in members if name.endswith(".py")]
+    ours = [
+        path for path in tracked() if path.suffix == ".py" and path.parts[len(ROOT.parts)] != "benchmarks"
+    ]
+    assert sorted(modules) == sorted(f"{path.parent.name}/{path.name}" for path in ours)
 
 
 def test_no_file_is_too_long() -> None:
