@@ -15,8 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from microserve.services.local import leash
+from tests.support.process.nursery import Process, nursery
 
 LEASH = Path(leash.__file__)
+
+
+def start_process(kind: str, arguments: list[str], log: Path) -> Process:
+    """A service with all it writes in ``log``; it dies with whoever runs the tests."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if kind == "engine":
+        log.touch()
+        return nursery().fork(arguments, log, environment)
+    module = "microserve.gateway" if kind == "gateway" else "microserve.services.command.main"
+    # The leash: a test run that is killed takes its services along.
+    command = [sys.executable, "-S", "-E", str(LEASH), str(os.getpid()), sys.executable, "-m", module]
+    with log.open("w") as sink:
+        return subprocess.Popen([*command, *arguments], stdout=sink, stderr=sink, env=environment, text=True)
 
 
 def free_port() -> int:
@@ -28,7 +42,7 @@ def free_port() -> int:
 @dataclass
 class Service:
     name: str
-    process: subprocess.Popen[str]
+    process: Process
     log: Path
     address: str = ""
 
@@ -94,10 +108,6 @@ class MeshProcesses:
         kind, _, number = name.partition("-")
         if kind == "gateway" and name not in self.gateway_ports:
             self.gateway_ports[name] = self.make_port()
-        module = "microserve.gateway" if kind == "gateway" else "microserve.services.command.main"
-        # The leash: a test run that is killed takes its services along.
-        tied = [sys.executable, "-S", "-E", str(LEASH), str(os.getpid())]
-        command = [*tied, sys.executable, "-m", module, *([] if kind == "gateway" else [kind])]
         overrides = [
             f"model.path={self.model}",
             f"index.address={self.index_address}",
@@ -111,12 +121,11 @@ class MeshProcesses:
             overrides += [f"engine.id={name}", *self.engine_settings.get(int(number), [])]
         if kind == "router":
             overrides += [f"router.id={name}", f"index.address={self.router_index or self.index_address}"]
+        arguments = [] if kind == "gateway" else [kind]
         for override in overrides:
-            command += ["--set", override]
+            arguments += ["--set", override]
         log = self.directory / f"{name}.{len(list(self.directory.glob(f'{name}.*')))}.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with log.open("w") as sink:
-            process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment, text=True)
+        process = start_process(kind, arguments, log)
         service = self.services[name] = Service(name, process, log)
         self.history.append(service)
         if wait:
