@@ -14,6 +14,7 @@ from microserve.gateway.routers.failover import Moves
 from microserve.gateway.routers.link import ModelLimits, RouterLink
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.protocol.bus.codec import encode_tokens
+from microserve.protocol.bus.peers import Peers
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, MeshError, NoEngines, QueueFull
 from microserve.protocol.messages.router import Generate
@@ -60,12 +61,16 @@ class RouterClient:
                 credit=credit,
                 clock=clock,
                 on_lost=self._moves.lost,
+                on_heard=self._heard,
             )
             for address in dict.fromkeys(addresses)  # a router has one connection of a gateway
         ]
         self._model = model
         self._interval_s = heartbeat_interval_s
-        self._silence_s = heartbeat_interval_s * liveness
+        self._routers: Peers[str, RouterLink] = Peers(
+            interval_s=heartbeat_interval_s, silence_s=heartbeat_interval_s * liveness
+        )
+        """By address, from our hello on. Which life of it answers is the link's to judge."""
         self._on_tick = on_tick
         self._task: asyncio.Task[None] | None = None
 
@@ -93,21 +98,20 @@ class RouterClient:
         self._moves.fail_all(error)
 
     async def _beat(self) -> None:
-        beat_at = self._clock()
         while True:
             await asyncio.sleep(self._interval_s)
-            now = self._clock()
-            # After a pause of our own (stopped, suspended) the routers' messages still wait in the sockets:
-            # give the loop one interval to read them before anybody is called silent.
-            was_paused = now - beat_at > 2 * self._interval_s
-            beat_at = now
             for link in self.links:
                 link.ping()
-                if not was_paused and now - link.seen_at > self._silence_s:
-                    link.lose("silent")
-                    link.connect()
+            for router, _ in self._routers.expire(self._clock()):
+                router.value.lose("silent")
+                router.value.connect()
             self._moves.place()
             self._on_tick()
+
+    def _heard(self, link: RouterLink) -> None:
+        """Something came from there, or a hello of ours went: until an answer is due, that counts as much."""
+        if self._routers.heard(link.address, link.seen_at) is None:
+            self._routers.join(link.address, link.address, 0, link, link.seen_at)
 
     def is_usable(self, link: RouterLink) -> bool:
         """May requests be sent there?"""

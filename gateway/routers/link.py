@@ -66,6 +66,7 @@ class RouterLink:
         credit: int,
         clock: Callable[[], float],
         on_lost: Callable[[list[Mailbox], MeshError], None],
+        on_heard: Callable[[RouterLink], None],
     ) -> None:
         """``on_lost`` takes over the requests of a router that is lost or stops."""
         self.address = address
@@ -88,6 +89,7 @@ class RouterLink:
         self._credit = credit
         self._clock = clock
         self._on_lost = on_lost
+        self._on_heard = on_heard
         self._meter = CreditMeter(credit)
         self._socket: NumberedClient | None = None
 
@@ -110,6 +112,7 @@ class RouterLink:
 
     def _hello(self) -> None:
         self.seen_at = self._clock()
+        self._on_heard(self)
         self._meter = CreditMeter(self._credit)
         self.send(GatewayHello(self._gateway_id, self._incarnation, self._credit))
 
@@ -167,6 +170,7 @@ class RouterLink:
             self._on_failed(message)
             return
         self.seen_at = self._clock()
+        self._on_heard(self)
         match message:
             case Stream():
                 self._on_stream(message)

@@ -13,6 +13,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.peers import Listening
 from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import ProtocolViolation, error_for
 from microserve.protocol.messages.index import IndexFailed
@@ -46,6 +47,8 @@ class Rendezvous:
         self._server_key = server_key
         self._loop = asyncio.get_running_loop()
         self._answer: asyncio.Future[WorldJoined] = self._loop.create_future()
+        self._listening = Listening(heartbeat_interval_s)
+        """All times here are its: a stall of ours is no silence of the index."""
         self._heard_at: float | None = None
 
     @property
@@ -56,12 +59,12 @@ class Rendezvous:
     async def meet(self) -> WorldJoined:
         """Wait for all ranks; as long as it takes. Raises the :class:`MeshError` that the index says."""
         socket = self._open()
-        opened_at = self._loop.time()
+        opened_at = self._listening.look(self._loop.time())
         try:
             while not self._answer.done():
                 socket.send(INDEX_REQUEST.encode(self._call))
                 await asyncio.wait([self._answer], timeout=self._interval_s)
-                now = self._loop.time()
+                now = self._listening.look(self._loop.time())
                 if now - max(opened_at, self._heard_at or 0.0) > self._silence_s:
                     # What the socket still holds for an index that is absent is out of date, and would be
                     # answered there: nobody would hear it, and the others would wait for us in the library.
@@ -80,7 +83,7 @@ class Rendezvous:
         except ProtocolViolation as violation:
             _logger.warning(log.FRAME_REJECTED, address=self._address, error=violation.detail)
             return
-        self._heard_at = self._loop.time()
+        self._heard_at = self._listening.time(self._loop.time())
         if self._answer.done():
             return
         match reply:
