@@ -9,24 +9,29 @@ import torch
 
 from microserve.kernels.gpu_attention import DeviceBatch, paged_attention
 from tests.support.engine.kernel_cases import AttentionCase
+from tests.support.engine.pairwise import pairwise
 
 pytest.importorskip("triton", reason="no triton")
 
 BOUNDS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
-@pytest.mark.parametrize(("share", "window"), [(1, None), (3, None), (4, 50), (8, None)])
+GROUPS = [(1, None), (3, None), (4, 50), (8, None)]
+"""Heads of a query for one of a key, and a window."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group"), pairwise(list(BOUNDS), [64, 80, 96, 128, 256], GROUPS)
+)
 @pytest.mark.parametrize("num_splits", [None, 7])
 def test_mixed_batches_equal_the_oracle(
     gpu: torch.device,
     dtype: torch.dtype,
     head_dim: int,
-    share: int,
-    window: int | None,
+    group: tuple[int, int | None],
     num_splits: int | None,
 ) -> None:
+    share, window = group
     spans = [(100, 190), (33, 33), (1, 77), (0, 0)]
     case = AttentionCase(16, 2, share, head_dim, window, [300, 1, 0, 129], spans, head_dim)
     work = case.build(dtype, str(gpu))

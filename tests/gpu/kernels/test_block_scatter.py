@@ -15,6 +15,7 @@ from microserve.kernels import cuda_module, reference
 from microserve.kernels.arrival_signal import ArrivalSignal
 from microserve.kernels.block_scatter import block_scatter
 from tests.support.engine.kernel_cases import random_slots
+from tests.support.engine.pairwise import pairwise
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -30,24 +31,26 @@ def by_triton(key: Tensor, value: Tensor, slots: Tensor, layer: Tensor) -> None:
     launch_scatter(key, value, slots, layer)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("num_heads", "head_dim"), [(8, 128), (3, 64), (1, 80), (2, 3), (1, 1)])
-@pytest.mark.parametrize("num_tokens", [0, 1, 37, 3000])
-@pytest.mark.parametrize("view", ["contiguous", "packed", "head major"])
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+SHAPES = [(8, 128), (3, 64), (1, 80), (2, 3), (1, 1)]
+CASES = pairwise(DTYPES, SHAPES, [0, 1, 37, 3000], ["contiguous", "packed", "head major"])
+
+
+@pytest.mark.parametrize(("dtype", "shape", "num_tokens", "view"), CASES)
 @pytest.mark.parametrize("scatter", [block_scatter, by_triton], ids=["cuda", "triton"])
 def test_bytes_equal_the_oracle(
     gpu: torch.device,
     dtype: torch.dtype,
-    num_heads: int,
-    head_dim: int,
+    shape: tuple[int, int],
     num_tokens: int,
     view: str,
     scatter: Callable[[Tensor, Tensor, Tensor, Tensor], None],
 ) -> None:
+    num_heads, head_dim = shape
     generator = torch.Generator().manual_seed(num_tokens + head_dim)
     num_blocks = num_tokens // 16 + 3
-    shape = (num_heads, num_tokens, head_dim) if view == "head major" else (num_tokens, num_heads, head_dim)
-    key, value = torch.randn(2, *shape, generator=generator).to(dtype)
+    laid = (num_heads, num_tokens, head_dim) if view == "head major" else (num_tokens, num_heads, head_dim)
+    key, value = torch.randn(2, *laid, generator=generator).to(dtype)
     if view == "head major":
         key, value = key.transpose(0, 1), value.transpose(0, 1)
     slots = random_slots(num_tokens, num_blocks * 16, 0.2, generator)
