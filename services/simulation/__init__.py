@@ -1,1 +1,14 @@
-"""Parts that stand in for time, network and model, exact enough to prove things about the real rest."""
+"""A whole mesh in one Python process, in virtual time: the same seed gives the same run, byte for byte.
+
+Owns what stands in for clock, sockets, memory and model, exact enough to prove things about the real rest.
+Of a gateway only HTTP and text stay outside. Nothing in the mesh may know of it; it knows every service.
+
+    faults | load -> mesh -> engine | gateway -> bus | steps | heap -> network -> loop
+
+Start with ``loop.py`` (time, and processes that freeze and die), then ``network.py`` and ``bus.py``
+(messages), then ``mesh.py`` (who is there). ``engine.py`` and ``gateway.py`` are one process each,
+``hash_runner.py`` the model, ``heap.py`` and ``steps.py`` an engine's memory and thread, ``journal.py``
+what happened.
+
+Two uses: ``faults/`` breaks a mesh and judges it, ``load/`` measures strategies.
+"""

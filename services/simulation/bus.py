@@ -17,7 +17,7 @@ from microserve.services.simulation.network import HIGH_WATER_MARK, RECONNECT_S,
 
 
 class Addresses:
-    """Who is bound where, in the whole world."""
+    """Who is bound where, in the whole mesh."""
 
     def __init__(self, network: Network) -> None:
         self.network = network

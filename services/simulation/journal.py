@@ -1,6 +1,6 @@
-"""What happened in a simulated world, in order: one line an event, the same bytes for the same seed.
+"""What happened in a simulated mesh, in order: one line an event, the same bytes for the same seed.
 
-Owns the lines and their digest. Takes the place of structlog's output while a world runs.
+Owns the lines and their digest. Takes the place of structlog's output while a mesh runs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ DEFECTS = frozenset({log.STEP_FAILED, log.BUS_HANDLER_FAILED, log.STRATEGY_FAILE
 """Events that no fault outside of a process may cause."""
 
 QUEUED_S = 1.0
-"""No work of others takes so long in the worlds that are judged by time; want of blocks does."""
+"""No work of others takes so long in the meshes that are judged by time; want of blocks does."""
 
 
 class Journal:
-    """Lines of one world."""
+    """Lines of one mesh."""
 
     def __init__(self, loop: VirtualLoop, *, keep: bool) -> None:
         """``keep``: remember the lines, and not only their digest."""
@@ -47,7 +47,7 @@ class Journal:
         process = self._loop.current
         if process is not None and not process.is_alive:
             return
-        name = process.name if process is not None else "world"
+        name = process.name if process is not None else "simulation"
         told = " ".join(f"{key}={value}" for key, value in fields.items())
         line = f"{self._loop.now:.6f} {name} {event} {told}"
         self.events[event] += 1

@@ -42,7 +42,7 @@ class Process:
         self.name = name
         self.life = Life.RUNNING
         self.clock_offset_s = clock_offset_s
-        """Its monotonic clock minus the world's."""
+        """Its monotonic clock minus the loop's."""
         self.stash: list[VirtualHandle] = []
         self.tasks: list[asyncio.Task[Any]] = []
         self._loop = loop
@@ -112,7 +112,7 @@ class VirtualHandle:
     ) -> None:
         self.process = process
         self.due = due
-        """World time."""
+        """Virtual time."""
         self.is_cancelled = False
         self._when = when
         self._callback: Callable[..., object] | None = callback
@@ -140,7 +140,7 @@ class VirtualLoop:
 
     def __init__(self) -> None:
         self.now = 0.0
-        """World time, seconds."""
+        """Virtual time, seconds."""
         self.current: Process | None = None
         """Whose callback runs."""
         self.failures: list[str] = []
@@ -228,17 +228,17 @@ class VirtualLoop:
         if process is None or process.is_alive:
             error = context.get("exception")
             self.failures.append(
-                f"{process.name if process else 'world'}: {context.get('message')}: {error!r}"
+                f"{process.name if process else 'simulation'}: {context.get('message')}: {error!r}"
             )
 
     # --- running -----------------------------------------------------------------------------------
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run the world until ``coroutine`` is done. Raises :class:`InternalError` when nothing can go on."""
+        """Run until ``coroutine`` is done. Raises :class:`InternalError` when nothing can go on."""
         asyncio.events._set_running_loop(self._as_loop)
         self._running = True
         try:
-            task = self.create_task(coroutine, name="world")
+            task = self.create_task(coroutine, name="simulation")
             while not task.done():
                 self._run_next()
             while self._ready:
@@ -264,7 +264,7 @@ class VirtualLoop:
                 self.now, self._num_at_once = due, 0
             self._ready.append(handle)
             return
-        raise InternalError("nothing is left to happen and the world waits")
+        raise InternalError("nothing is left to happen and everybody waits")
 
     def _run_handle(self, handle: VirtualHandle) -> None:
         process = handle.process
@@ -296,7 +296,7 @@ class VirtualLoop:
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> VirtualHandle:
-        """By the world's clock, whoever calls; of no process unless ``context`` is one's."""
+        """By the loop's own clock, whoever calls; of no process unless ``context`` is one's."""
         context = context or contextvars.Context()
         handle = VirtualHandle(context.get(_process), callback, args, context, max(self.now, due), due)
         self._push(handle)

@@ -301,7 +301,7 @@ def _snapshot_names_the_wrong_batch(stack: ExitStack) -> None:
 
 @dataclass(frozen=True)
 class Catch:
-    """``seeds`` worlds were run until one showed the bug; None: none of them did."""
+    """``seeds`` meshes were run until one showed the bug; None: none of them did."""
 
     name: str
     seeds: int | None

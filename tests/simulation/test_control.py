@@ -21,8 +21,8 @@ from microserve.services.simulation.faults.scenario import draw
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import Process, VirtualLoop
+from microserve.services.simulation.mesh import INDEX, Shape, SimulatedMesh
 from microserve.services.simulation.network import Endpoint, Weather
-from microserve.services.simulation.world import INDEX, Shape, World
 
 NUM_SWAPS = int(os.environ.get("MICROSERVE_TEST_SWAPS", "1000"))
 SEED = 0
@@ -86,21 +86,21 @@ def test_every_swap_reaches_every_router_and_no_request_sees_two(
 
 async def _run(loop: VirtualLoop, journal: Journal) -> tuple[list[Answer], dict[str, int]]:
     shape = Shape(num_engines=2, num_routers=2, num_blocks=512, max_num_seqs=16, max_num_batched_tokens=64)
-    world = World(loop, SEED, shape, journal)
+    mesh = SimulatedMesh(loop, SEED, shape, journal)
     answers: list[Answer] = []
     try:
-        world.start_all()
+        mesh.start_all()
         await asyncio.sleep(1.0)
-        _publish(world, 0)
+        _publish(mesh, 0)
         await asyncio.sleep(1.0)
-        _storm_over_control(world)
-        swapping = asyncio.create_task(_swap(world))
+        _storm_over_control(mesh)
+        swapping = asyncio.create_task(_swap(mesh))
         rng = random.Random(SEED)
         while not swapping.done():
-            answers.append(_submit(world, rng, len(answers)))
+            answers.append(_submit(mesh, rng, len(answers)))
             await asyncio.sleep(REQUEST_S)
         last = await swapping
-        routers = [world.seats[name].service for name in world.routers]
+        routers = [mesh.seats[name].service for name in mesh.routers]
         async with asyncio.timeout(30):
             while not all(answer.outcome for answer in answers):
                 await asyncio.sleep(0.1)
@@ -109,49 +109,49 @@ async def _run(loop: VirtualLoop, journal: Journal) -> tuple[list[Answer], dict[
                 await asyncio.sleep(0.1)
         assert {router.control.version for router in routers} == {last}
         assert {router.strategies.get("mine").version for router in routers} == {last}
-        faults = dict(world.network.faults)
-        world.network.weather = Weather()
-        vars(world.network).pop("carry")
+        faults = dict(mesh.network.faults)
+        mesh.network.weather = Weather()
+        vars(mesh.network).pop("carry")
         await asyncio.sleep(2.0)
-        assert judge_rest(world) == []
+        assert judge_rest(mesh) == []
         return answers, faults
     finally:
-        world.close()
+        mesh.close()
 
 
-def _storm_over_control(world: World) -> None:
+def _storm_over_control(mesh: SimulatedMesh) -> None:
     """Between the index and the routers only."""
-    network = world.network
+    network = mesh.network
     carry = network.carry
 
     def stormy(origin: Process, endpoint: Endpoint, frames: Sequence[bytes]) -> None:
         ends = {origin.name, endpoint.process.name}
-        network.weather = STORM if INDEX in ends and ends & set(world.routers) else Weather()
+        network.weather = STORM if INDEX in ends and ends & set(mesh.routers) else Weather()
         carry(origin, endpoint, frames)
 
     vars(network)["carry"] = stormy
 
 
-async def _swap(world: World) -> int:
+async def _swap(mesh: SimulatedMesh) -> int:
     last = 0
     for number in range(1, NUM_SWAPS + 1):
-        last = _publish(world, number)
+        last = _publish(mesh, number)
         await asyncio.sleep(SWAP_S)
     return last
 
 
-def _publish(world: World, number: int) -> int:
-    reply = world.seats[INDEX].service.control.answer(
+def _publish(mesh: SimulatedMesh, number: int) -> int:
+    reply = mesh.seats[INDEX].service.control.answer(
         Change(number + 1, f"swap {number}", PUBLISH, "mine", source(number)), ""
     )
     assert isinstance(reply, Changed)
     return reply.version
 
 
-def _submit(world: World, rng: random.Random, number: int) -> Answer:
+def _submit(mesh: SimulatedMesh, rng: random.Random, number: int) -> Answer:
     template = draw(rng.randrange(40)).arrivals[0]
-    answer = Answer(f"r-{number}", list(template.prompt), template.params, world.loop.now)
+    answer = Answer(f"r-{number}", list(template.prompt), template.params, mesh.loop.now)
     answer.strategy = "mine"
-    gateway = world.seats["gateway-0"].service
-    gateway.submit(answer, world.address(rng.choice(world.routers)), ttl_s=30.0)
+    gateway = mesh.seats["gateway-0"].service
+    gateway.submit(answer, mesh.address(rng.choice(mesh.routers)), ttl_s=30.0)
     return answer

@@ -17,8 +17,8 @@ from microserve.services.simulation.faults.scenario import draw
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import Process, VirtualLoop
+from microserve.services.simulation.mesh import INDEX, Shape, SimulatedMesh, until
 from microserve.services.simulation.network import Endpoint, Weather
-from microserve.services.simulation.world import INDEX, Shape, World, until
 
 STORM = Weather(drop=0.2, duplicate=0.3, reorder=0.3, delay=0.3, max_delay_s=0.3)
 NUM_MOVES = 300
@@ -29,27 +29,27 @@ CHOICES: Sequence[list[str] | None] = ([], ["prefill"], ["decode"], ["prefill", 
 """None: back to what the engine announces."""
 
 
-def in_world(shape: Shape, test: Callable[[World], Awaitable[list[Answer]]]) -> list[Answer]:
+def in_mesh(shape: Shape, test: Callable[[SimulatedMesh], Awaitable[list[Answer]]]) -> list[Answer]:
     """All answers; no defect and no wrong token."""
     loop = VirtualLoop()
     journal = Journal(loop, keep=False)
     journal.open()
 
     async def run() -> list[Answer]:
-        world = World(loop, 0, shape, journal)
+        mesh = SimulatedMesh(loop, 0, shape, journal)
         try:
-            world.start_all()
+            mesh.start_all()
             await asyncio.sleep(1.0)
-            answers = await test(world)
+            answers = await test(mesh)
             async with asyncio.timeout(60):
                 while not all(answer.outcome for answer in answers):
                     await asyncio.sleep(0.1)
             await asyncio.sleep(2.0)
-            await until(lambda: not judge_rest(world), 30.0)
-            assert judge_rest(world) == []
+            await until(lambda: not judge_rest(mesh), 30.0)
+            assert judge_rest(mesh) == []
             return answers
         finally:
-            world.close()
+            mesh.close()
 
     try:
         answers = loop.run(run())
@@ -64,123 +64,123 @@ def unserved(answers: list[Answer]) -> list[str]:
     return [answer.outcome for answer in answers if not answer.is_complete]
 
 
-def submit(world: World, answer: Answer, strategy: str, router: str = "router-0") -> Answer:
+def submit(mesh: SimulatedMesh, answer: Answer, strategy: str, router: str = "router-0") -> Answer:
     answer.strategy = strategy
-    world.seats["gateway-0"].service.submit(answer, world.address(router), ttl_s=30.0)
+    mesh.seats["gateway-0"].service.submit(answer, mesh.address(router), ttl_s=30.0)
     return answer
 
 
 # --- an operator's ---------------------------------------------------------------------------------
 
 
-def label(world: World, number: int, engine: str, labels: list[str] | None) -> int:
+def label(mesh: SimulatedMesh, number: int, engine: str, labels: list[str] | None) -> int:
     """As ``microserve label`` does; the version."""
     kind = UNLABEL if labels is None else LABEL
     change = Change(number, f"label {number}", kind, "", engine=engine, labels=labels or [])
-    reply = world.seats[INDEX].service.control.answer(change, "")
+    reply = mesh.seats[INDEX].service.control.answer(change, "")
     assert isinstance(reply, Changed)
     return reply.version
 
 
-def storm_over_control(world: World) -> None:
+def storm_over_control(mesh: SimulatedMesh) -> None:
     """Between the index and the routers only."""
-    network, carry = world.network, world.network.carry
+    network, carry = mesh.network, mesh.network.carry
 
     def stormy(origin: Process, endpoint: Endpoint, frames: Sequence[bytes]) -> None:
         ends = {origin.name, endpoint.process.name}
-        network.weather = STORM if INDEX in ends and ends & set(world.routers) else Weather()
+        network.weather = STORM if INDEX in ends and ends & set(mesh.routers) else Weather()
         carry(origin, endpoint, frames)
 
     vars(network)["carry"] = stormy
 
 
-def seen(world: World, router: str) -> dict[str, list[str]]:
+def seen(mesh: SimulatedMesh, router: str) -> dict[str, list[str]]:
     """Labels of the engines that a router is connected to."""
-    service: Router = world.seats[router].service
+    service: Router = mesh.seats[router].service
     return {each.engine_id: list(each.labels) for each in service.registry.joined()}
 
 
-def version(world: World, router: str) -> int:
+def version(mesh: SimulatedMesh, router: str) -> int:
     """Of the control state that a router has applied."""
-    service: Router = world.seats[router].service
+    service: Router = mesh.seats[router].service
     return service.control.version
 
 
 def test_labels_moved_under_load_lose_nothing_and_are_the_last_ones_everywhere() -> None:
     shape = Shape(num_engines=3, num_routers=2, num_blocks=512, max_num_seqs=16, labels=ANNOUNCED)
 
-    async def move(world: World) -> list[Answer]:
-        storm_over_control(world)
+    async def move(mesh: SimulatedMesh) -> list[Answer]:
+        storm_over_control(mesh)
         rng, answers = random.Random(0), list[Answer]()
-        announced = {name: list(each) for name, each in zip(world.engines, ANNOUNCED, strict=True)}
+        announced = {name: list(each) for name, each in zip(mesh.engines, ANNOUNCED, strict=True)}
         labels: dict[str, list[str]] = {}
 
         async def load() -> None:
             while True:
                 template = draw(rng.randrange(40)).arrivals[0]
-                answer = Answer(f"r-{len(answers)}", list(template.prompt), template.params, world.loop.now)
+                answer = Answer(f"r-{len(answers)}", list(template.prompt), template.params, mesh.loop.now)
                 strategy = rng.choice(["disaggregated", "balanced", "cache_aware", "elastic_roles"])
-                answers.append(submit(world, answer, strategy, rng.choice(world.routers)))
+                answers.append(submit(mesh, answer, strategy, rng.choice(mesh.routers)))
                 await asyncio.sleep(REQUEST_S)
 
         loading = asyncio.create_task(load())
         last = 0
         for number in range(1, NUM_MOVES + 1):
-            engine = rng.choice(world.engines)
+            engine = rng.choice(mesh.engines)
             choice = rng.choice([each for each in CHOICES if each is not None or engine in labels])
-            last = label(world, number, engine, choice)
+            last = label(mesh, number, engine, choice)
             labels.pop(engine, None)
             if choice is not None:
                 labels[engine] = choice
             if number == NUM_MOVES // 2:  # a life ends, the next one has the label too
-                label(world, 1000, "engine-2", ["kept"])
-                world.kill("engine-2")
-                world.kill("router-1")
+                label(mesh, 1000, "engine-2", ["kept"])
+                mesh.kill("engine-2")
+                mesh.kill("router-1")
                 labels["engine-2"] = ["kept"]
             if number == NUM_MOVES // 2 + 5:
-                world.start("engine-2")
-                world.start("router-1")
+                mesh.start("engine-2")
+                mesh.start("router-1")
             await asyncio.sleep(MOVE_S)
         loading.cancel()
         expected = announced | labels
         # The last move may have changed nothing: then only the version says that it has come.
-        await until(lambda: all(version(world, name) == last for name in world.routers), 30.0)
-        await until(lambda: all(seen(world, name) == expected for name in world.routers), 30.0)
-        assert [seen(world, name) for name in world.routers] == [expected] * 2
-        assert {version(world, name) for name in world.routers} == {last}
-        assert min(world.network.faults.values()) > 20
-        vars(world.network).pop("carry")
-        world.network.weather = Weather()
+        await until(lambda: all(version(mesh, name) == last for name in mesh.routers), 30.0)
+        await until(lambda: all(seen(mesh, name) == expected for name in mesh.routers), 30.0)
+        assert [seen(mesh, name) for name in mesh.routers] == [expected] * 2
+        assert {version(mesh, name) for name in mesh.routers} == {last}
+        assert min(mesh.network.faults.values()) > 20
+        vars(mesh.network).pop("carry")
+        mesh.network.weather = Weather()
         return answers
 
-    assert unserved(in_world(shape, move)) == []
+    assert unserved(in_mesh(shape, move)) == []
 
 
 def test_an_engine_that_restarts_keeps_its_labels() -> None:
-    async def restart(world: World) -> list[Answer]:
-        label(world, 1, "engine-1", ["mine"])
-        label(world, 2, "engine-7", ["to-come"])
-        await until(lambda: seen(world, "router-0") == {"engine-0": ["decode"], "engine-1": ["mine"]}, 10.0)
+    async def restart(mesh: SimulatedMesh) -> list[Answer]:
+        label(mesh, 1, "engine-1", ["mine"])
+        label(mesh, 2, "engine-7", ["to-come"])
+        await until(lambda: seen(mesh, "router-0") == {"engine-0": ["decode"], "engine-1": ["mine"]}, 10.0)
         for _ in range(2):
-            world.kill("engine-1")
-            await until(lambda: "engine-1" not in seen(world, "router-0"), 10.0)
-            world.start("engine-1")
-            await until(lambda: "engine-1" in seen(world, "router-0"), 10.0)
-            assert seen(world, "router-0")["engine-1"] == ["mine"]
-        label(world, 3, "engine-1", None)
-        await until(lambda: seen(world, "router-0")["engine-1"] == ["prefill"], 10.0)
-        assert seen(world, "router-0")["engine-1"] == ["prefill"]
+            mesh.kill("engine-1")
+            await until(lambda: "engine-1" not in seen(mesh, "router-0"), 10.0)
+            mesh.start("engine-1")
+            await until(lambda: "engine-1" in seen(mesh, "router-0"), 10.0)
+            assert seen(mesh, "router-0")["engine-1"] == ["mine"]
+        label(mesh, 3, "engine-1", None)
+        await until(lambda: seen(mesh, "router-0")["engine-1"] == ["prefill"], 10.0)
+        assert seen(mesh, "router-0")["engine-1"] == ["prefill"]
         return []
 
-    in_world(Shape(num_engines=2, labels=ANNOUNCED[:2]), restart)
+    in_mesh(Shape(num_engines=2, labels=ANNOUNCED[:2]), restart)
 
 
 # --- a strategy's ----------------------------------------------------------------------------------
 
 
-def roles(world: World) -> dict[str, str]:
+def roles(mesh: SimulatedMesh) -> dict[str, str]:
     """What ``elastic_roles`` says of each engine."""
-    router: Router = world.seats["router-0"].service
+    router: Router = mesh.seats["router-0"].service
     own = router.serving.plans.use(router.strategies.get("elastic_roles")).labels
     joined = router.registry.joined()
     return {each.engine_id: " ".join(own.of(each.engine_id, each.labels)) for each in joined}
@@ -195,23 +195,23 @@ def serve_phases(strategy: str) -> tuple[list[Answer], list[list[dict[str, str]]
     """Answers, and the roles at each moment of each phase."""
     moments: list[list[dict[str, str]]] = []
 
-    async def serve(world: World) -> list[Answer]:
+    async def serve(mesh: SimulatedMesh) -> list[Answer]:
         rng, answers = random.Random(1), list[Answer]()
         for seconds, period_s, num_prompt, num_output in PHASES:
-            ends_at, seen_roles = world.loop.now + seconds, list[dict[str, str]]()
+            ends_at, seen_roles = mesh.loop.now + seconds, list[dict[str, str]]()
             moments.append(seen_roles)
-            while world.loop.now < ends_at:
+            while mesh.loop.now < ends_at:
                 prompt = [rng.randrange(1, 400) for _ in range(num_prompt)]
                 params = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
-                answer = Answer(f"r-{len(answers)}", prompt, params, world.loop.now)
-                answers.append(submit(world, answer, strategy))
+                answer = Answer(f"r-{len(answers)}", prompt, params, mesh.loop.now)
+                answers.append(submit(mesh, answer, strategy))
                 await asyncio.sleep(period_s)
-                seen_roles.append(roles(world))
+                seen_roles.append(roles(mesh))
         return answers
 
     labels = (("decode",), ("prefill",), ("decode",), ("prefill",), ("decode",))
     shape = Shape(num_engines=5, num_blocks=256, max_waiting=256, max_model_len=200, labels=labels)
-    return in_world(shape, serve), moments
+    return in_mesh(shape, serve), moments
 
 
 def test_elastic_roles_follow_the_load(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ def test_hours_pass_at_once_and_in_order() -> None:
     assert seen == [("early", 1.0), ("late", 7200.0)]
 
 
-def test_a_world_in_which_nothing_can_happen_says_so() -> None:
+def test_a_mesh_in_which_nothing_can_happen_says_so() -> None:
     async def main() -> None:
         await asyncio.Event().wait()
 

@@ -20,7 +20,7 @@ from microserve.services.simulation.faults.scenario import draw
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import VirtualLoop
-from microserve.services.simulation.world import INDEX, Shape, World
+from microserve.services.simulation.mesh import INDEX, Shape, SimulatedMesh
 from tests.support.router.hostile_strategies import GOOD, HEAD, HOSTILE, SERVE
 
 REQUEST_S = 0.02
@@ -30,43 +30,43 @@ BAD = {name: source for name, (source, _) in HOSTILE.items() if name != "spins"}
 SLOW = HEAD + "    await asyncio.sleep(0.3)\n" + SERVE
 
 
-class Mesh:
+class Rig:
     """One engine, two routers, requests by turns."""
 
     def __init__(self, loop: VirtualLoop, journal: Journal) -> None:
         shape = Shape(
             num_engines=2, num_routers=2, num_blocks=512, max_num_seqs=16, max_num_batched_tokens=64
         )
-        self.world = World(loop, 3, shape, journal)
+        self.mesh = SimulatedMesh(loop, 3, shape, journal)
         self.answers: list[Answer] = []
 
     def publish(self, source: str, share: float = 1.0) -> int:
         change = Change(1, f"change {hash((source, share))}", PUBLISH, "mine", source, share=share)
-        reply = self.world.seats[INDEX].service.control.answer(change, "")
+        reply = self.mesh.seats[INDEX].service.control.answer(change, "")
         assert isinstance(reply, Changed)
         return reply.version
 
     def history(self) -> list[ControlRecord]:
-        reply = self.world.seats[INDEX].service.control.answer(ControlHistory(1), "")
+        reply = self.mesh.seats[INDEX].service.control.answer(ControlHistory(1), "")
         assert isinstance(reply, ControlRecords)
         return reply.records
 
     def in_force(self) -> set[int]:
         """Versions of the strategy, on all routers."""
-        books = [self.world.seats[name].service.strategies for name in self.world.routers]
+        books = [self.mesh.seats[name].service.strategies for name in self.mesh.routers]
         found = [(book.published["mine"].stable, book.published["mine"].canary) for book in books]
         return {each.version for pair in found for each in pair if each is not None}
 
     async def serve(self, seconds: float) -> None:
-        world = self.world
+        mesh = self.mesh
         for _ in range(round(seconds / REQUEST_S)):
             number = len(self.answers)
             template = draw(number % 40).arrivals[0]
-            answer = Answer(f"r-{number}", list(template.prompt), template.params, world.loop.now)
+            answer = Answer(f"r-{number}", list(template.prompt), template.params, mesh.loop.now)
             answer.strategy = "mine"
             self.answers.append(answer)
-            address = world.address(world.routers[number % 2])
-            world.seats["gateway-0"].service.submit(answer, address, ttl_s=30.0)
+            address = mesh.address(mesh.routers[number % 2])
+            mesh.seats["gateway-0"].service.submit(answer, address, ttl_s=30.0)
             await asyncio.sleep(REQUEST_S)
 
     async def settle(self) -> None:
@@ -76,32 +76,32 @@ class Mesh:
         await asyncio.sleep(2.0)
 
 
-async def _run(mesh: Mesh, source: str, share: float, serve_s: float) -> tuple[set[int], list[ControlRecord]]:
+async def _run(rig: Rig, source: str, share: float, serve_s: float) -> tuple[set[int], list[ControlRecord]]:
     try:
-        mesh.world.start_all()
+        rig.mesh.start_all()
         await asyncio.sleep(1.0)
-        mesh.publish(GOOD)
-        await mesh.serve(1.0)
-        mesh.publish(source, share)
-        await mesh.serve(serve_s)
-        await mesh.settle()
-        assert judge_rest(mesh.world) == []
-        return mesh.in_force(), mesh.history()
+        rig.publish(GOOD)
+        await rig.serve(1.0)
+        rig.publish(source, share)
+        await rig.serve(serve_s)
+        await rig.settle()
+        assert judge_rest(rig.mesh) == []
+        return rig.in_force(), rig.history()
     finally:
-        mesh.world.close()
+        rig.mesh.close()
 
 
 def run(source: str, share: float, serve_s: float) -> tuple[set[int], list[ControlRecord], Sequence[Answer]]:
     loop = VirtualLoop()
     journal = Journal(loop, keep=False)
-    mesh = Mesh(loop, journal)
+    rig = Rig(loop, journal)
     journal.open()
     try:
-        in_force, history = loop.run(_run(mesh, source, share, serve_s))
+        in_force, history = loop.run(_run(rig, source, share, serve_s))
     finally:
         journal.close()
     assert loop.failures == []
-    return in_force, history, mesh.answers
+    return in_force, history, rig.answers
 
 
 @pytest.mark.parametrize("name", BAD)

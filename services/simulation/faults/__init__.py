@@ -1,0 +1,10 @@
+"""Meshes full of faults, by seed, and what must be true of them: every promise as a check that can fail.
+
+Owns what a seed means, how faults happen, and the verdict. Must not change a service to make it fail:
+faults are of messages, memory, clocks and processes. A planted bug (tests/simulation/mutations.py) must be
+found here.
+
+Start with ``scenario.py`` (what a seed draws), then ``campaign.py`` (one seed from start to verdict) and
+``judge.py`` (the promises); ``fault.py`` makes and mends. ``dry_run.py`` tries a strategy before it is
+published, in a mesh without faults.
+"""

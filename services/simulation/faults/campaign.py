@@ -1,4 +1,4 @@
-"""Seeds by the thousand: run each world, judge it, add up.
+"""Seeds by the thousand: run each mesh, judge it, add up.
 
     python -m microserve.services.simulation.faults.campaign --seeds 1000
 
@@ -31,7 +31,7 @@ from microserve.services.simulation.faults.scenario import CALM, STRATEGIES, Arr
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import VirtualLoop
-from microserve.services.simulation.world import World, until
+from microserve.services.simulation.mesh import SimulatedMesh, until
 
 OUTCOME_S = 5.0
 """After the last fault every request has an outcome within this time."""
@@ -64,7 +64,7 @@ class Verdict:
 
 
 def run_seed(seed: int, *, keep: bool = False, scenario: Scenario | None = None) -> Verdict:
-    """One world from its start to its verdict; the same for the same seed, byte for byte."""
+    """One mesh from its start to its verdict; the same for the same seed, byte for byte."""
     loop = VirtualLoop()
     journal = Journal(loop, keep=keep)
     verdict = Verdict(seed)
@@ -72,7 +72,7 @@ def run_seed(seed: int, *, keep: bool = False, scenario: Scenario | None = None)
     try:
         loop.run(_run(loop, journal, scenario or draw(seed), verdict))
     except Exception as error:
-        verdict.violations.append(f"the world broke: {type(error).__name__}: {error}")
+        verdict.violations.append(f"the mesh broke: {type(error).__name__}: {error}")
     finally:
         journal.close()
     verdict.violations += [f"defect: {line}" for line in journal.defects]
@@ -83,41 +83,41 @@ def run_seed(seed: int, *, keep: bool = False, scenario: Scenario | None = None)
 
 
 async def _run(loop: VirtualLoop, journal: Journal, scenario: Scenario, verdict: Verdict) -> None:
-    world = World(loop, scenario.seed, scenario.shape, journal)
-    faults = Faults(world, scenario.seed)
+    mesh = SimulatedMesh(loop, scenario.seed, scenario.shape, journal)
+    faults = Faults(mesh, scenario.seed)
     answers: list[Answer] = []
     try:
-        world.start_all()
+        mesh.start_all()
         for arrival in scenario.arrivals:
-            loop.at(arrival.at, _submit, world, arrival, answers)
+            loop.at(arrival.at, _submit, mesh, arrival, answers)
             if arrival.cancel_after_s is not None and scenario.kind == CALM:
                 at = arrival.at + arrival.cancel_after_s + GONE_S
-                loop.at(at, _look_for, world, arrival, answers, verdict)
+                loop.at(at, _look_for, mesh, arrival, answers, verdict)
         for fault in scenario.faults:
             loop.at(fault.at, faults.begin, fault)
             loop.at(fault.until, faults.end, fault)
         while loop.now <= scenario.ends_at:
             await asyncio.sleep(CHECK_S)
-            verdict.violations += world.check_integrity()
+            verdict.violations += mesh.check_integrity()
         faults.mend()
         verdict.faults = faults.total()
         await until(lambda: all(answer.outcome for answer in answers), OUTCOME_S)
         verdict.violations += judge_outcomes(answers)
         num_continued = journal.events[log.REQUEST_CONTINUED]
         verdict.violations += judge_service(scenario, answers, num_continued, journal.held_up)
-        verdict.violations += await _settle(world)
-        verdict.violations += await _probe(world, answers)
+        verdict.violations += await _settle(mesh)
+        verdict.violations += await _probe(mesh, answers)
         for answer in answers:
             verdict.violations += judge_answer(answer)
             verdict.outcomes[answer.outcome or "none"] += 1
-        for gateway in world.all_gateways():
+        for gateway in mesh.all_gateways():
             verdict.violations += gateway.violations()
     finally:
-        world.close()
+        mesh.close()
 
 
-def _submit(world: World, arrival: Arrival, answers: list[Answer]) -> None:
-    seat = world.seats[arrival.gateway]
+def _submit(mesh: SimulatedMesh, arrival: Arrival, answers: list[Answer]) -> None:
+    seat = mesh.seats[arrival.gateway]
     if not seat.is_alive:
         return
     answer = Answer(
@@ -126,23 +126,23 @@ def _submit(world: World, arrival: Arrival, answers: list[Answer]) -> None:
     answer.strategy, answer.salt = arrival.strategy, arrival.salt
     answers.append(answer)
     gateway = seat.service
-    gateway.submit(answer, world.address(arrival.router), ttl_s=30.0)
+    gateway.submit(answer, mesh.address(arrival.router), ttl_s=30.0)
     if arrival.cancel_after_s is not None:
-        world.loop.at(world.loop.now + arrival.cancel_after_s, gateway.cancel, answer)
+        mesh.loop.at(mesh.loop.now + arrival.cancel_after_s, gateway.cancel, answer)
 
 
-def _look_for(world: World, arrival: Arrival, answers: list[Answer], verdict: Verdict) -> None:
+def _look_for(mesh: SimulatedMesh, arrival: Arrival, answers: list[Answer], verdict: Verdict) -> None:
     for answer in answers:
         if answer.submitted_at == arrival.at:
-            verdict.violations += judge_gone(world, answer.request_id)
+            verdict.violations += judge_gone(mesh, answer.request_id)
 
 
-async def _settle(world: World) -> list[str]:
+async def _settle(mesh: SimulatedMesh) -> list[str]:
     """Violations that are still there when the time is over."""
     left: list[str] = []
 
     def is_clean() -> bool:
-        left[:] = judge_rest(world)
+        left[:] = judge_rest(mesh)
         return not left
 
     await asyncio.sleep(NOTICE_S)
@@ -156,28 +156,28 @@ def _template(number: int) -> Arrival:
     return draw(number).arrivals[0]
 
 
-async def _probe(world: World, answers: list[Answer]) -> list[str]:
+async def _probe(mesh: SimulatedMesh, answers: list[Answer]) -> list[str]:
     """The mesh serves again: every router is asked, the strategies in turn, and each answer must be whole."""
     probes = []
-    for place, router in enumerate(world.routers):
+    for place, router in enumerate(mesh.routers):
         for offset in range(PROBES_A_ROUTER):
-            number = (world.seed * PROBES_A_ROUTER + place + offset) % len(STRATEGIES)
+            number = (mesh.seed * PROBES_A_ROUTER + place + offset) % len(STRATEGIES)
             strategy = STRATEGIES[number]
             probe = replace(
                 _template(number),
-                gateway=world.gateways[0],
+                gateway=mesh.gateways[0],
                 router=router,
                 strategy=strategy,
                 salt="",
                 cancel_after_s=None,
             )
-            _submit(world, probe, answers)
+            _submit(mesh, probe, answers)
             # One after the other: a full queue would be a good answer.
             await until(lambda: bool(answers[-1].outcome), PROBE_S, PROBE_LOOK_S)
             if answers[-1].outcome == QueueFull.code:
                 # What was measured in a fault may still predict too long a wait; a client comes again later.
                 await asyncio.sleep(AGAIN_S)
-                _submit(world, probe, answers)
+                _submit(mesh, probe, answers)
                 await until(lambda: bool(answers[-1].outcome), PROBE_S, PROBE_LOOK_S)
             probes.append(answers[-1])
     await until(lambda: all(probe.outcome for probe in probes), PROBE_S)

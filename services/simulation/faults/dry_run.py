@@ -25,7 +25,7 @@ from microserve.services.simulation.faults.scenario import draw
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import VirtualLoop
-from microserve.services.simulation.world import INDEX, Shape, World, until
+from microserve.services.simulation.mesh import INDEX, Shape, SimulatedMesh, until
 
 NUM_REQUESTS = 12
 MAX_ENGINES = 8
@@ -102,34 +102,34 @@ async def _run(
     shape = Shape(
         num_engines=len(labels), num_blocks=256, labels=tuple(tuple(each) for each in labels), max_skew_s=0.0
     )
-    world = World(loop, 1, shape, journal, overseer)
+    mesh = SimulatedMesh(loop, 1, shape, journal, overseer)
     try:
-        world.start_all()
-        await until(lambda: _is_together(world), JOIN_S, LOOK_S)
+        mesh.start_all()
+        await until(lambda: _is_together(mesh), JOIN_S, LOOK_S)
         if source:
-            problems = await _publish(world, name, source, parameters)
+            problems = await _publish(mesh, name, source, parameters)
             if problems:
                 return problems
         for number in range(NUM_REQUESTS):
-            answers.append(_submit(world, name, number))
+            answers.append(_submit(mesh, name, number))
             await asyncio.sleep(GAP_S)
         await until(lambda: all(answer.outcome for answer in answers), 2 * TTL_S, LOOK_S)
-        return await _judge(world, answers)
+        return await _judge(mesh, answers)
     finally:
-        world.close()
+        mesh.close()
 
 
-def _is_together(world: World) -> bool:
-    router: Router | None = world.seats["router-0"].service
-    gateway = world.seats["gateway-0"].service
+def _is_together(mesh: SimulatedMesh) -> bool:
+    router: Router | None = mesh.seats["router-0"].service
+    gateway = mesh.seats["gateway-0"].service
     if router is None or gateway is None or gateway.num_usable == 0:
         return False
-    return len(router.registry.usable()) == len(world.engines)
+    return len(router.registry.usable()) == len(mesh.engines)
 
 
-async def _publish(world: World, name: str, source: str, parameters: dict[str, Scalar]) -> list[str]:
-    index: IndexService = world.seats[INDEX].service
-    router: Router = world.seats["router-0"].service
+async def _publish(mesh: SimulatedMesh, name: str, source: str, parameters: dict[str, Scalar]) -> list[str]:
+    index: IndexService = mesh.seats[INDEX].service
+    router: Router = mesh.seats["router-0"].service
     reply = index.control.answer(Change(1, "dry run", PUBLISH, name, source, parameters), "")
     if not isinstance(reply, Changed):
         raise InternalError(f"the index answered {reply}")
@@ -137,17 +137,17 @@ async def _publish(world: World, name: str, source: str, parameters: dict[str, S
     return [fault.reason for fault in router.control.faults]
 
 
-def _submit(world: World, name: str, number: int) -> Answer:
+def _submit(mesh: SimulatedMesh, name: str, number: int) -> Answer:
     # Prompts, lengths and sampling as the campaign draws them.
     template = draw(number).arrivals[0]
-    answer = Answer(f"dry-{number}", list(template.prompt), template.params, world.loop.now)
+    answer = Answer(f"dry-{number}", list(template.prompt), template.params, mesh.loop.now)
     answer.strategy = name
-    gateway = world.seats["gateway-0"].service
-    gateway.submit(answer, world.address("router-0"), ttl_s=TTL_S)
+    gateway = mesh.seats["gateway-0"].service
+    gateway.submit(answer, mesh.address("router-0"), ttl_s=TTL_S)
     return answer
 
 
-async def _judge(world: World, answers: Sequence[Answer]) -> list[str]:
+async def _judge(mesh: SimulatedMesh, answers: Sequence[Answer]) -> list[str]:
     problems: list[str] = []
     for answer in answers:
         if not answer.is_complete:
@@ -155,5 +155,5 @@ async def _judge(world: World, answers: Sequence[Answer]) -> list[str]:
             problems.append(f"a request was not served: {outcome} {answer.detail}".rstrip())
         problems += judge_answer(answer)
     await asyncio.sleep(NOTICE_S)
-    await until(lambda: not judge_rest(world), REST_S)
-    return problems + judge_rest(world)
+    await until(lambda: not judge_rest(mesh), REST_S)
+    return problems + judge_rest(mesh)

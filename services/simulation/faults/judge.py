@@ -1,4 +1,4 @@
-"""What must be true of a world after its faults: the promises, each as a check that can fail.
+"""What must be true of a mesh after its faults: the promises, each as a check that can fail.
 
 Owns the oracle. Returns violations as text; an empty list is the only good answer.
 """
@@ -17,7 +17,7 @@ from microserve.services.simulation.engine import VOCAB_SIZE, SimEngine
 from microserve.services.simulation.faults.scenario import CALM, STORM, Scenario
 from microserve.services.simulation.gateway import Answer, SimGateway
 from microserve.services.simulation.hash_runner import expected_samples
-from microserve.services.simulation.world import INDEX, World
+from microserve.services.simulation.mesh import INDEX, SimulatedMesh
 
 GONE_S = 0.4
 """Without faults a cancelled request is gone from every engine after so long."""
@@ -72,12 +72,12 @@ def judge_outcomes(answers: Sequence[Answer]) -> list[str]:
     return [f"stuck: {a.request_id} ({a.strategy}) has no outcome" for a in answers if not a.outcome]
 
 
-def judge_gone(world: World, request_id: str) -> list[str]:
+def judge_gone(mesh: SimulatedMesh, request_id: str) -> list[str]:
     """A cancelled request is nowhere any more."""
     return [
         f"leak: {name} still works for {request_id}, cancelled {GONE_S} s ago"
-        for name in world.engines
-        for record in world.seats[name].service.core.state.records
+        for name in mesh.engines
+        for record in mesh.seats[name].service.core.state.records
         if record.request_id.partition("~")[0] == request_id and not record.is_idle
     ]
 
@@ -110,35 +110,35 @@ def judge_service(
     return wrong
 
 
-def judge_rest(world: World) -> list[str]:
+def judge_rest(mesh: SimulatedMesh) -> list[str]:
     """What is left over once nobody asks for anything: nothing."""
     left: list[str] = []
-    for name in world.engines:
-        left += _judge_engine(name, world.seats[name].service, world)
-    for name in world.routers:
-        left += _judge_router(name, world.seats[name].service)
-    for name in world.gateways:
-        left += _judge_gateway(name, world.seats[name].service)
-    left += _judge_connections(world)
-    left += _judge_indexes(world)
+    for name in mesh.engines:
+        left += _judge_engine(name, mesh.seats[name].service, mesh)
+    for name in mesh.routers:
+        left += _judge_router(name, mesh.seats[name].service)
+    for name in mesh.gateways:
+        left += _judge_gateway(name, mesh.seats[name].service)
+    left += _judge_connections(mesh)
+    left += _judge_indexes(mesh)
     return left
 
 
-def _judge_connections(world: World) -> list[str]:
+def _judge_connections(mesh: SimulatedMesh) -> list[str]:
     """Everybody has found everybody again."""
     apart = []
-    for name in world.routers:
-        joined = {connection.engine_id for connection in world.seats[name].service.registry.usable()}
-        apart += [f"apart: {name} does not use {engine}" for engine in world.engines if engine not in joined]
-        if len(world.seats[name].service.gateways) != len(world.gateways):
+    for name in mesh.routers:
+        joined = {connection.engine_id for connection in mesh.seats[name].service.registry.usable()}
+        apart += [f"apart: {name} does not use {engine}" for engine in mesh.engines if engine not in joined]
+        if len(mesh.seats[name].service.gateways) != len(mesh.gateways):
             apart.append(f"apart: {name} does not have every gateway")
-    for name in world.gateways:
-        if world.seats[name].service.num_usable != len(world.routers):
+    for name in mesh.gateways:
+        if mesh.seats[name].service.num_usable != len(mesh.routers):
             apart.append(f"apart: {name} cannot use every router")
     return apart
 
 
-def _judge_engine(name: str, engine: SimEngine, world: World) -> list[str]:
+def _judge_engine(name: str, engine: SimEngine, mesh: SimulatedMesh) -> list[str]:
     core = engine.core
     pool, state = core.memory.pool, core.state
     counts = core.memory.grants.counts(0.0)
@@ -151,7 +151,7 @@ def _judge_engine(name: str, engine: SimEngine, world: World) -> list[str]:
         "grants sealed": counts.num_sealed,
         "grant slots missing": core.memory.grants.num_slots - counts.num_free_slots,
         "commits": len(state.committing),
-        "routers that are gone": max(0, engine.num_routers - len(world.routers) - 1),
+        "routers that are gone": max(0, engine.num_routers - len(mesh.routers) - 1),
     }
     left = [f"leak: {name} has {value} {what}" for what, value in checks.items() if value]
     try:
@@ -180,14 +180,14 @@ def _judge_gateway(name: str, gateway: SimGateway) -> list[str]:
     return []
 
 
-def _judge_indexes(world: World) -> list[str]:
+def _judge_indexes(mesh: SimulatedMesh) -> list[str]:
     """Every index says of every engine what is in the engine's cache, and nothing else."""
     wrong = []
-    truth = {name: _truth(world.seats[name].service) for name in world.engines}
-    service: IndexService = world.seats[INDEX].service
+    truth = {name: _truth(mesh.seats[name].service) for name in mesh.engines}
+    service: IndexService = mesh.seats[INDEX].service
     indexes: dict[str, PrefixIndex | None] = {INDEX: service.prefix_index("hash")}
-    for name in world.routers:
-        indexes[name] = world.seats[name].service.prefixes.index
+    for name in mesh.routers:
+        indexes[name] = mesh.seats[name].service.prefixes.index
     everything = set().union(*truth.values())
     for name, index in indexes.items():
         if index is None:
@@ -199,7 +199,7 @@ def _judge_indexes(world: World) -> list[str]:
         for chain in everything:
             told = index.lookup_hashes(chain)
             real = {engine: _depth(chain, chains) for engine, chains in truth.items()}
-            held = {engine: depth * world.shape.block_size for engine, depth in real.items() if depth}
+            held = {engine: depth * mesh.shape.block_size for engine, depth in real.items() if depth}
             if told != held:
                 wrong.append(f"index: {name} says {told} of a chain of {len(chain)}, engines hold {held}")
                 break

@@ -14,8 +14,8 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.engine import VOCAB_SIZE
 from microserve.services.simulation.heap import WriteWeather
+from microserve.services.simulation.mesh import INDEX, Shape
 from microserve.services.simulation.network import Weather
-from microserve.services.simulation.world import INDEX, Shape
 
 STRATEGIES = tuple(strategy.name for strategy in BUILT_IN)
 CALM, SINGLE, STORM = "calm", "single", "storm"
@@ -51,7 +51,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Fault:
-    """From ``at`` to ``until``, in world seconds."""
+    """From ``at`` to ``until``, in virtual seconds."""
 
     at: float
     until: float

@@ -1,9 +1,9 @@
 """Engines and a mesh that serve a trace in the time that a :class:`Profile` says: no KV is computed.
 
-Owns what a planned engine puts in the place of model, memory and link. Scheduler, pools, prefix cache,
-grants, puts and wire are the engine's own; bytes of a small layout really move, and the link charges for
-those of the profile. A token is drawn from nothing, so nothing here can tell a wrong one: that is the fault
-campaign's business.
+A *profiled* engine takes the time of its profile. Owns what it puts in the place of model, memory and link.
+Scheduler, pools, prefix cache, grants, puts and wire are the engine's own; bytes of a small layout really
+move, and the link charges for those of the profile. A token is drawn from nothing, so nothing here can tell a
+wrong one: that is the fault campaign's business.
 
 One simulated token stands for ``scale`` real ones (1: exact). A step with decodes is ``scale`` forward
 passes, each with its share of the step's prefill; a step without any fills as few passes as it can.
@@ -29,8 +29,8 @@ from microserve.services.simulation.hash_runner import ROW_NBYTES, hash_layout
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.load.timing import Profile
 from microserve.services.simulation.loop import Process, VirtualLoop
+from microserve.services.simulation.mesh import Shape, SimulatedMesh
 from microserve.services.simulation.steps import Pacer, VirtualCondition
-from microserve.services.simulation.world import Shape, World
 
 NUM_LAYERS = 4
 """Of the simulated model; each stands for its share of the real one's. More would cost time and change what
@@ -40,14 +40,14 @@ VOCAB_SIZE = 1 << 17
 
 @dataclass
 class Hardware:
-    """What all planned engines of one mesh share: their kind, and the links between them."""
+    """What all profiled engines of one mesh share: their kind, and the links between them."""
 
     profile: Profile
     scale: int
     num_batched_tokens: int
     """Real tokens in one forward pass."""
     receiving_until: dict[int, float] = field(default_factory=dict)
-    """By incarnation, world time until which its link is taken."""
+    """By incarnation, virtual time until which its link is taken."""
     pacers: dict[int, Pacer] = field(default_factory=dict)
     num_prefill_tokens: int = 0
     """Real tokens, over all engines."""
@@ -72,10 +72,10 @@ def _is_decode(chunk: Chunk) -> bool:
     return len(chunk.token_ids) == 1 and chunk.sample is not None and bool(chunk.sample.output_token_ids)
 
 
-class PlannedRunner:
+class ProfiledRunner:
     """Time passes layer by layer; what a put took meanwhile is hidden behind the next layer, if it can be."""
 
-    def __init__(self, heap: PlannedHeap, pacer: Pacer, hardware: Hardware) -> None:
+    def __init__(self, heap: ProfiledHeap, pacer: Pacer, hardware: Hardware) -> None:
         self._heap = heap
         self._pacer = pacer
         self._hardware = hardware
@@ -98,7 +98,7 @@ def _drawn(chunk: Chunk) -> Sampled | None:
     return Sampled(len(chunk.sample.output_token_ids), None, [])
 
 
-class PlannedHeap(MemoryHeap):
+class ProfiledHeap(MemoryHeap):
     """A heap whose puts take as long as the link needs."""
 
     def __init__(
@@ -123,7 +123,7 @@ class PlannedHeap(MemoryHeap):
     def attach(self, address: HeapAddress) -> MemoryPeerHeap:
         owner = self._registry._find(address)
         require_same_kv(self.layout, owner.layout)
-        return PlannedPeerHeap(self, owner, self._registry)
+        return ProfiledPeerHeap(self, owner, self._registry)
 
     def carry(self, incarnation: int, num_rows: int) -> None:
         """One layer's KV of so many simulated tokens goes over the link to that receiver."""
@@ -136,10 +136,10 @@ class PlannedHeap(MemoryHeap):
         self._sleep(end - now)
 
 
-class PlannedPeerHeap(MemoryPeerHeap):
+class ProfiledPeerHeap(MemoryPeerHeap):
     """What is put arrives when it has been carried; a signal wakes its receiver, who need not poll."""
 
-    def __init__(self, writer: PlannedHeap, owner: MemoryHeap, registry: MemoryRegistry) -> None:
+    def __init__(self, writer: ProfiledHeap, owner: MemoryHeap, registry: MemoryRegistry) -> None:
         super().__init__(writer, owner, registry)
         self._mine = writer
 
@@ -168,7 +168,7 @@ class WokenCondition(VirtualCondition):
         return super().wait(max(timeout or 0.0, IDLE_WAIT_S))
 
 
-class PlannedEngine(SimEngine):
+class ProfiledEngine(SimEngine):
     vocab_size = VOCAB_SIZE
 
     def __init__(
@@ -184,22 +184,22 @@ class PlannedEngine(SimEngine):
         hardware: Hardware,
     ) -> None:
         self._hardware = hardware
-        self._world_time = lambda: loop.now
+        self._virtual_time = lambda: loop.now
         super().__init__(loop, process, settings, bus, registry, incarnation=incarnation, seed=seed)
         hardware.pacers[incarnation] = self.pacer
 
     def _equip(
         self, settings: Settings, registry: MemoryRegistry, incarnation: int
     ) -> tuple[MemoryHeap, Runner]:
-        heap = PlannedHeap(
+        heap = ProfiledHeap(
             settings,
             incarnation=incarnation,
             registry=registry,
             hardware=self._hardware,
             sleep=self.pacer.sleep,
-            now=self._world_time,
+            now=self._virtual_time,
         )
-        return heap, PlannedRunner(heap, self.pacer, self._hardware)
+        return heap, ProfiledRunner(heap, self.pacer, self._hardware)
 
     def _pause(self, seconds: float) -> None:
         """A step that waits for a layer is woken by the put's signal, or by a message."""
@@ -209,8 +209,8 @@ class PlannedEngine(SimEngine):
         return WokenCondition(self.pacer)
 
 
-class PlannedWorld(World):
-    """A mesh of planned engines, with the product's own settings."""
+class ProfiledMesh(SimulatedMesh):
+    """A mesh of profiled engines, with the product's own settings."""
 
     def __init__(
         self,
@@ -228,7 +228,7 @@ class PlannedWorld(World):
     def _make_engine(
         self, process: Process, settings: Settings, bus: SimBus, incarnation: int, seed: int
     ) -> SimEngine:
-        return PlannedEngine(
+        return ProfiledEngine(
             self.loop,
             process,
             settings,

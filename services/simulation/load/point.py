@@ -1,4 +1,6 @@
-"""One strategy under one load: a trace served by a planned mesh, and what its clients would have seen.
+"""One point of a plot of time over load: one strategy under one load, and what its clients would have seen.
+
+A trace is served by a mesh of profiled engines (engine.py).
 
 Owns the requests' times and what is made of them. The same point gives the same result, byte for byte.
 """
@@ -18,11 +20,11 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
-from microserve.services.simulation.load.engine import Hardware, PlannedWorld
+from microserve.services.simulation.load.engine import Hardware, ProfiledMesh
 from microserve.services.simulation.load.timing import Profile
 from microserve.services.simulation.load.trace import HASH_TOKENS, TraceRequest, arrivals
 from microserve.services.simulation.loop import VirtualLoop
-from microserve.services.simulation.world import Shape, until
+from microserve.services.simulation.mesh import Shape, until
 
 TOKEN_PARAMETERS = {
     "auto": ("tau", "threshold"),
@@ -38,7 +40,7 @@ GATEWAY = "gateway-0"
 
 @dataclass(frozen=True)
 class Point:
-    """What is simulated."""
+    """One strategy under one load: everything that decides what comes out."""
 
     strategy: str
     file: str
@@ -115,8 +117,8 @@ def run_point(point: Point) -> PointResult:
     answers: list[Answer] = []
     try:
         # Made here: a wrong setting is an error of the caller, not of the mesh.
-        world = PlannedWorld(loop, point.seed, _shape(point, product), journal, hardware, _router(point))
-        loop.run(_serve(world, point, answers))
+        mesh = ProfiledMesh(loop, point.seed, _shape(point, product), journal, hardware, _router(point))
+        loop.run(_serve(mesh, point, answers))
     finally:
         journal.close()
     if loop.failures or journal.defects:
@@ -150,35 +152,35 @@ def _router(point: Point) -> RouterSettings:
     )
 
 
-async def _serve(world: PlannedWorld, point: Point, answers: list[Answer]) -> None:
+async def _serve(mesh: ProfiledMesh, point: Point, answers: list[Answer]) -> None:
     ttl_s = Settings().gateway.request_timeout_s
     try:
-        world.start_all()
-        await until(partial(_is_together, world), JOIN_S, LOOK_S)
-        if not _is_together(world):
+        mesh.start_all()
+        await until(partial(_is_together, mesh), JOIN_S, LOOK_S)
+        if not _is_together(mesh):
             raise InternalError(f"the simulated mesh did not come together within {JOIN_S:g} s")
-        begin_s = world.loop.now
+        begin_s = mesh.loop.now
         due = arrivals(point.requests, point.load, point.seed)
         for number, (at_s, request) in enumerate(zip(due, point.requests, strict=True)):
-            world.loop.at(begin_s + at_s, _submit, world, point, number, request, answers, ttl_s)
+            mesh.loop.at(begin_s + at_s, _submit, mesh, point, number, request, answers, ttl_s)
         num_requests = len(point.requests)
         await until(
             lambda: len(answers) == num_requests and all(answer.outcome for answer in answers),
             due[-1] + 2 * ttl_s,
         )
     finally:
-        world.close()
+        mesh.close()
 
 
-def _is_together(world: PlannedWorld) -> bool:
-    router, gateway = world.seats[ROUTER].service, world.seats[GATEWAY].service
+def _is_together(mesh: ProfiledMesh) -> bool:
+    router, gateway = mesh.seats[ROUTER].service, mesh.seats[GATEWAY].service
     if router is None or gateway is None or gateway.num_usable == 0:
         return False
-    return len(router.registry.usable()) == len(world.engines)
+    return len(router.registry.usable()) == len(mesh.engines)
 
 
 def _submit(
-    world: PlannedWorld,
+    mesh: ProfiledMesh,
     point: Point,
     number: int,
     request: TraceRequest,
@@ -186,10 +188,10 @@ def _submit(
     ttl_s: float,
 ) -> None:
     params = SamplingParams(max_tokens=request.num_steps(point.scale), temperature=0.0, ignore_eos=True)
-    answer = Answer(f"r{number}", request.prompt(point.scale), params, world.loop.now)
+    answer = Answer(f"r{number}", request.prompt(point.scale), params, mesh.loop.now)
     answer.strategy = point.strategy
     answers.append(answer)
-    world.seats[GATEWAY].service.submit(answer, world.address(ROUTER), ttl_s=ttl_s)
+    mesh.seats[GATEWAY].service.submit(answer, mesh.address(ROUTER), ttl_s=ttl_s)
 
 
 def _measured(point: Point, answers: Sequence[Answer], hardware: Hardware, digest: str) -> PointResult:

@@ -1,4 +1,4 @@
-"""The campaign in short: worlds full of faults; every promise holds, and each world replays byte for byte."""
+"""The campaign in short: meshes full of faults; every promise holds, and each mesh replays byte for byte."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from microserve.services.simulation.faults.scenario import CALM, FAULT_KINDS, SI
 NUM_SEEDS = int(os.environ.get("MICROSERVE_TEST_SEEDS", "60"))
 
 
-def test_every_promise_holds_in_every_world() -> None:
+def test_every_promise_holds_in_every_mesh() -> None:
     faults: Counter[str] = Counter()
     outcomes: Counter[str] = Counter()
     for seed in range(NUM_SEEDS):
@@ -46,10 +46,10 @@ def test_a_seed_replays_byte_for_byte_in_another_process() -> None:
         )
         digests.add(done.stdout)
     assert len(digests) == 1
-    assert len(set(digests.pop().split())) == 8, "each seed is a world of its own"
+    assert len(set(digests.pop().split())) == 8, "each seed is a mesh of its own"
 
 
-def test_a_verdict_carries_the_journal_of_its_world() -> None:
+def test_a_verdict_carries_the_journal_of_its_mesh() -> None:
     verdict = run_seed(3, keep=True)
     assert any("sim.fault" in line for line in verdict.lines)
     assert any("request.finished" in line for line in verdict.lines)

@@ -1,8 +1,8 @@
 """A whole mesh in one process, under one clock: index, routers, engines and gateways, each of which may die.
 
 Owns the processes: starts, kills, freezes, restarts them under new incarnations. Every service is the real
-one; a simulated process differs in its bus, its clock, its heap and its model. Knows no schedule of faults
-(fault.py) and judges nothing (judge.py).
+one (of a gateway its side towards routers: gateway.py says why); a simulated process differs in its bus,
+its clock, its heap and its model. Knows no schedule of faults (fault.py) and judges nothing (judge.py).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Seat:
 
 
 @dataclass
-class World:
+class SimulatedMesh:
     """Make it, ``start`` all seats, let time pass. One at a time in a Python process (it takes structlog)."""
 
     loop: VirtualLoop
@@ -99,7 +99,7 @@ class World:
     """Gateways of earlier lives: what became of their requests."""
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(f"world {self.seed}")
+        self.rng = random.Random(f"world {self.seed}")  # the text is a part of what a seed means
         self.network = Network(self.loop, random.Random(f"network {self.seed}"))
         self.addresses = Addresses(self.network)
         self.registry = MemoryRegistry()
