@@ -114,3 +114,19 @@ def test_weather_drops_doubles_and_reorders_as_often_as_it_says() -> None:
         assert all(pair.network.faults[kind] > 50 for kind in ("drop", "duplicate", "reorder", "delay"))
 
     run(main)
+
+
+def test_a_client_that_closes_without_lingering_drops_what_is_on_its_way() -> None:
+    async def main(loop: VirtualLoop) -> None:
+        for lingers in (True, False):
+            pair = Pair(loop)
+            assert pair.client.send([b"first"])
+            await asyncio.sleep(1.0)
+            assert pair.client.send([b"last"])
+            pair.client.close(lingers=lingers)
+            await asyncio.sleep(1.0)
+            assert pair.asked == ([b"first", b"last"] if lingers else [b"first"])
+            assert pair.server.sender_key == ""
+            pair.server.close()
+
+    run(main)
