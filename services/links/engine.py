@@ -66,14 +66,14 @@ class EngineConnection:
         *,
         call_timeout_s: float,
         reads_only: bool = False,
+        operator_labels: Callable[[str], Sequence[str] | None] = lambda engine_id: None,
         on_draining: Callable[[EngineConnection], None] = lambda connection: None,
     ) -> None:
-        """``reads_only``: nothing will be generated. ``on_draining`` is called with every heartbeat of an
-        engine that drains. Raises ``OSError`` for an address that cannot be one."""
+        """``reads_only``: nothing will be generated. ``operator_labels``: those given to an engine of that id,
+        None where none are. ``on_draining`` is called with every heartbeat of an engine that drains. Raises
+        ``OSError`` for an address that cannot be one."""
         self.info = info
         self.engine_id = info.engine_id
-        self.set_labels: Sequence[str] | None = None
-        """An operator's, instead of those that it announces."""
         self.load = wire.EngineLoad()
         """As of the last heartbeat."""
         self.load_at = 0.0
@@ -87,6 +87,7 @@ class EngineConnection:
         self._interval_s = settings.heartbeat_interval_s
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._call_timeout_s = call_timeout_s
+        self._operator_labels = operator_labels
         self._on_draining = on_draining
         self._peer: Peers[str, None] = Peers(
             interval_s=self._interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
@@ -110,7 +111,9 @@ class EngineConnection:
 
     @property
     def labels(self) -> Sequence[str]:
-        return self.info.labels if self.set_labels is None else self.set_labels
+        """An operator's, or else those that it announces."""
+        given = self._operator_labels(self.engine_id)
+        return self.info.labels if given is None else given
 
     @property
     def is_joined(self) -> bool:

@@ -8,10 +8,14 @@ import secrets
 
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, StrategyNotFound
+from microserve.protocol.messages.control import ControlState
+from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.index import Watch
 from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
+from microserve.services.links.index_watch import IndexWatch
 from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.authoring.driver import Driver
 from microserve.services.router.authoring.overseer import Overseer
@@ -71,9 +75,7 @@ class Router:
             self._tasks,
             self.identity,
             settings.bus,
-            index_address=settings.index.address,
             call_timeout_s=settings.router.call_timeout_s,
-            control=self.control,
             on_joined=self.prefixes.joined,
             on_ended=self._forget,
             on_draining=self._evacuate,
@@ -92,6 +94,7 @@ class Router:
             on_decided=self.control.decided,
             shadow_seed=incarnation,
         )
+        self.index = IndexWatch(bus, settings.index.address, settings.bus, self)
         try:
             self.gateways = Gateways(
                 bus,
@@ -102,6 +105,7 @@ class Router:
                 heartbeat=self._heartbeat,
             )
         except BaseException:
+            self.index.close()
             self.registry.close()
             raise
 
@@ -109,6 +113,21 @@ class Router:
     def address(self) -> str:
         """Where gateways connect."""
         return self.gateways.address
+
+    # --- what the index says (links/index_watch.py) ------------------------------------------------
+
+    def watch(self) -> Watch:
+        control = self.control
+        return Watch(self.identity.router_id, control.version, control.faults, control.shadows.scores())
+
+    def take_members(self, infos: list[EngineInfo], *, is_first: bool) -> None:
+        self.registry.take_members(infos, is_first=is_first)
+
+    def take_control(self, state: ControlState) -> None:
+        if self.control.apply(state):
+            self.registry.set_labels(state.labels)
+
+    # --- what follows from what --------------------------------------------------------------------
 
     def _retire(self, strategy: Strategy) -> None:
         self.serving.plans.drop(strategy)
@@ -121,17 +140,20 @@ class Router:
         """Serve until cancelled; then live requests end with ``draining`` and engines drop their parts."""
         try:
             async with self._tasks as tasks:
+                tasks.create_task(self.index.run(), name="index watch")
                 tasks.create_task(self.registry.run(), name="registry")
                 tasks.create_task(self.gateways.run(), name="gateways")
                 lifecycle.ready(self.address)
                 try:
                     await asyncio.Event().wait()
                 finally:
+                    self.index.stop()
                     self.registry.stop()
                     self.serving.stop()
         finally:
             self.prefixes.close()
             self.gateways.close()
+            self.index.close()
             self.registry.close()
 
     def _forget(self, connection: EngineConnection) -> None:

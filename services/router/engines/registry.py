@@ -1,29 +1,25 @@
 """Which engines this router is connected to: what the index lists, minus what does not answer.
 
-Owns the DEALER to the index (what it says of strategies goes to control.py) and every engine connection. The
-index only *names* engines: its death, its restart with an empty list, or its silence drop nobody. An engine
-goes when its own connection ends, when a new life of it is listed, or (once nothing of ours runs there) when
-the index that listed it lists it no more. One that was lost and is still listed is taken up again at once,
-whether or not the index lives.
+Owns every engine connection, and the labels that operators have given. An engine goes when its own connection
+ends, when a new life of it is listed, or (once nothing of ours runs there) when the index that listed it
+lists it no more. One that was lost and is still listed is taken up again at once, whether or not the index
+lives. Knows neither the index's socket (links/index_watch.py) nor strategies.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.bus.transport import Bus
-from microserve.protocol.errors import Draining, EngineLost, MeshError, ProtocolViolation
-from microserve.protocol.messages.control import ControlState
+from microserve.protocol.errors import Draining, EngineLost, MeshError
+from microserve.protocol.messages.control import EngineLabels
 from microserve.protocol.messages.engine import EngineInfo
-from microserve.protocol.messages.index import Members, Watch
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
-from microserve.services.router.rollout.control import StrategyControl
 
 _logger = structlog.get_logger()
 
@@ -40,9 +36,7 @@ class Registry:
         identity: RouterIdentity,
         settings: BusSettings,
         *,
-        index_address: str,
         call_timeout_s: float,
-        control: StrategyControl,
         on_joined: OnConnection,
         on_ended: OnConnection,
         on_draining: OnConnection,
@@ -55,9 +49,7 @@ class Registry:
         self._tasks = tasks
         self._identity = identity
         self._settings = settings
-        self._index_address = index_address
         self._call_timeout_s = call_timeout_s
-        self._control = control
         self._on_joined = on_joined
         self._on_ended = on_ended
         self._on_draining = on_draining
@@ -65,13 +57,11 @@ class Registry:
         self._connections: dict[str, EngineConnection] = {}
         self._refused: dict[str, int] = {}
         """Incarnation by engine id: refused once, and said so once."""
-        self._index_incarnation = 0
-        self._index_version = -1
         self._listed: dict[str, EngineInfo] = {}
         """The last list of this life of the index."""
-        self._index_heard_at: float | None = None
+        self._labels: Mapping[str, Sequence[str]] = {}
+        """That operators have set, by engine id; they outlive an engine's lives."""
         self._stopping = False
-        self._socket = bus.client(index_address, self._receive)
 
     def joined(self) -> list[EngineConnection]:
         return [connection for connection in self._connections.values() if connection.is_joined]
@@ -86,23 +76,12 @@ class Registry:
         return min((connection.info.max_model_len for connection in self.joined()), default=0)
 
     async def run(self) -> None:
-        """Watch the index until cancelled."""
-        silence_s = self._settings.heartbeat_interval_s * self._settings.liveness
+        """Let go of the engines that leave, until cancelled."""
         while True:
-            self._watch()
             await asyncio.sleep(self._settings.heartbeat_interval_s)
-            heard_at = self._index_heard_at
-            if heard_at is not None and self._loop.time() - heard_at > silence_s:
-                self._index_heard_at = None
-                _logger.warning(log.INDEX_LOST, address=self._index_address)
             for connection in list(self._connections.values()):
                 if connection.is_leaving and connection.is_idle:
                     connection.end(Draining(f"engine {connection.engine_id} has left the mesh"))
-
-    def _watch(self) -> None:
-        control = self._control
-        watch = Watch(self._identity.router_id, control.version, control.faults, control.shadows.scores())
-        self._socket.send(INDEX_REQUEST.encode(watch))
 
     def stop(self) -> None:
         """Take up no further engine; those that are here stay until :meth:`close`."""
@@ -112,41 +91,23 @@ class Registry:
         self._stopping = True
         for connection in self._connections.values():
             connection.end(EngineLost("the router stops"))
-        self._socket.close()
 
     # --- what the index says -----------------------------------------------------------------------
 
-    def _receive(self, frames: list[bytes]) -> None:
-        try:
-            message, _ = INDEX_REPLY.decode(frames)
-        except ProtocolViolation as error:
-            _logger.warning(log.FRAME_REJECTED, address=self._index_address, error=error.detail)
-            return
-        if isinstance(message, ControlState) and not self._stopping:
-            if self._control.apply(message):
-                self._set_labels()
-            self._watch()  # whoever published waits for this
-            return
-        if not isinstance(message, Members) or self._stopping:
-            return
-        if self._index_heard_at is None:
-            _logger.info(log.INDEX_JOINED, address=self._index_address, incarnation=message.index_incarnation)
-        self._index_heard_at = self._loop.time()
-        if message.index_incarnation != self._index_incarnation:
-            self._index_incarnation, self._index_version = message.index_incarnation, -1
-            self._listed.clear()
-        if message.version >= self._index_version:
-            self._index_version = message.version
-            self._take_members([member.info for member in message.members])
-
-    def _set_labels(self) -> None:
-        """From the next pick on; what runs on an engine stays there."""
+    def set_labels(self, labels: Iterable[EngineLabels]) -> None:
+        """All that operators have given; from the next pick on. What runs on an engine stays there."""
+        before = {engine_id: [*c.labels] for engine_id, c in self._connections.items()}
+        self._labels = {each.engine: each.labels for each in labels}
         for engine_id, connection in self._connections.items():
-            before, connection.set_labels = connection.labels, self._control.labels.get(engine_id)
-            if list(connection.labels) != list(before):
+            if [*connection.labels] != before[engine_id]:
                 _logger.info(log.ENGINE_LABELLED, engine_id=engine_id, labels=list(connection.labels))
 
-    def _take_members(self, infos: list[EngineInfo]) -> None:
+    def take_members(self, infos: list[EngineInfo], *, is_first: bool) -> None:
+        """The index lists these; ``is_first``: of this life of it, which may not have heard of all yet."""
+        if self._stopping:
+            return
+        if is_first:
+            self._listed.clear()
         present = {info.engine_id: info for info in infos}
         for engine_id in [engine_id for engine_id in self._listed if engine_id not in present]:
             connection = self._connections.get(engine_id)
@@ -174,15 +135,18 @@ class Registry:
                 self._identity,
                 self._settings,
                 call_timeout_s=self._call_timeout_s,
+                operator_labels=self._labels_of,
                 on_draining=self._on_draining,
             )
         except Exception as error:
             # One member with an address that no socket takes must not hide the others.
             self._refuse(info, str(error))
             return
-        connection.set_labels = self._control.labels.get(info.engine_id)
         self._connections[info.engine_id] = connection
         self._tasks.create_task(self._keep(connection), name=f"engine {info.engine_id}")
+
+    def _labels_of(self, engine_id: str) -> Sequence[str] | None:
+        return self._labels.get(engine_id)
 
     def _refuse(self, info: EngineInfo, error: str) -> None:
         if self._refused.get(info.engine_id) == info.incarnation:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -84,8 +84,6 @@ class StrategyControl:
         """Of versions in that state."""
         self.shadows = ShadowBook()
         """How those in force fare."""
-        self.labels: Mapping[str, Sequence[str]] = {}
-        """That operators have set, by engine id; in that state too."""
         self._book = book
         self._clock = clock
         self._on_retired = on_retired
@@ -112,7 +110,6 @@ class StrategyControl:
             published[entry.strategy] = self._publish(entry, faults)
         self.version, self.faults = state.version, list(faults.values())
         self._book.published = published
-        self.labels = {each.engine: each.labels for each in state.labels}
         self._clean(state)
         _logger.info(
             log.STRATEGY_APPLIED,

@@ -1,4 +1,9 @@
-"""The strategies that come with the router, one file each."""
+"""The strategies that come with the router, one file each, of at most 60 lines.
+
+Owns ``BUILT_IN``, which a new one is added to (docs/structure.md has the recipe). They import
+:mod:`..authoring`, each other, and nothing else of MicroServe: each is an example of what an operator can
+write. Start at data_parallel.py, then disaggregated.py; docs/strategies.md explains them in that order.
+"""
 
 from __future__ import annotations
 

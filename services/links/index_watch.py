@@ -1,0 +1,102 @@
+"""What the index says, as long as it says anything: who is a member, and which control state is in force.
+
+Owns the DEALER to the index, the interval in which we say that we are here, and what makes a list of members
+old. The index only *names* engines: its death, its restart with an empty list, or its silence is no news
+about any of them. Knows neither engines' connections nor strategies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+import structlog
+
+from microserve.protocol import log
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.transport import Bus
+from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.messages.control import ControlState
+from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.index import Members, Watch
+from microserve.protocol.settings import BusSettings
+
+_logger = structlog.get_logger()
+
+
+class Watcher(Protocol):
+    """Whom it tells."""
+
+    def watch(self) -> Watch:
+        """What the index is to hear of us now."""
+        ...
+
+    def take_members(self, infos: list[EngineInfo], *, is_first: bool) -> None:
+        """``is_first``: of this life of the index, so that who is missing may only not be back yet."""
+        ...
+
+    def take_control(self, state: ControlState) -> None:
+        """It may be older than the one before; the index hears of us at once afterwards."""
+        ...
+
+
+class IndexWatch:
+    """Keep :meth:`run` running; ``close`` it."""
+
+    def __init__(self, bus: Bus, address: str, settings: BusSettings, watcher: Watcher) -> None:
+        self._address = address
+        self._watcher = watcher
+        self._interval_s = settings.heartbeat_interval_s
+        self._silence_s = settings.heartbeat_interval_s * settings.liveness
+        self._loop = asyncio.get_running_loop()
+        self._incarnation = 0
+        self._version = -1
+        self._heard_at: float | None = None
+        self._stopping = False
+        self._socket = bus.client(address, self._receive)
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            self._send()
+            await asyncio.sleep(self._interval_s)
+            if self._heard_at is not None and self._loop.time() - self._heard_at > self._silence_s:
+                self._heard_at = None
+                _logger.warning(log.INDEX_LOST, address=self._address)
+
+    def stop(self) -> None:
+        """Hand on nothing more; the socket stays until :meth:`close`."""
+        self._stopping = True
+
+    def close(self) -> None:
+        self._stopping = True
+        self._socket.close()
+
+    def _send(self) -> None:
+        self._socket.send(INDEX_REQUEST.encode(self._watcher.watch()))
+
+    def _receive(self, frames: list[bytes]) -> None:
+        try:
+            message, _ = INDEX_REPLY.decode(frames)
+        except ProtocolViolation as error:
+            _logger.warning(log.FRAME_REJECTED, address=self._address, error=error.detail)
+            return
+        if self._stopping:
+            return
+        # Answers to calls (this link makes none) are for others.
+        if isinstance(message, ControlState):
+            self._watcher.take_control(message)
+            self._send()  # whoever published waits for this
+        elif isinstance(message, Members):
+            self._take_members(message)
+
+    def _take_members(self, members: Members) -> None:
+        if self._heard_at is None:
+            _logger.info(log.INDEX_JOINED, address=self._address, incarnation=members.index_incarnation)
+        self._heard_at = self._loop.time()
+        is_first = members.index_incarnation != self._incarnation
+        if is_first:
+            self._incarnation, self._version = members.index_incarnation, -1
+        if members.version >= self._version:
+            self._version = members.version
+            self._watcher.take_members([member.info for member in members.members], is_first=is_first)
