@@ -69,9 +69,10 @@ class EngineConnection:
         operator_labels: Callable[[str], Sequence[str] | None] = lambda engine_id: None,
         on_draining: Callable[[EngineConnection], None] = lambda connection: None,
     ) -> None:
-        """``reads_only``: nothing will be generated. ``operator_labels``: those given to an engine of that id,
-        None where none are. ``on_draining`` is called with every heartbeat of an engine that drains. Raises
-        ``OSError`` for an address that cannot be one."""
+        """``reads_only``: nothing will be generated. ``operator_labels``: those given to an engine of that
+        id, None where none are. ``on_draining`` is called with every heartbeat of an engine that drains.
+
+        Raises ``OSError`` for an address that cannot be one."""
         self.info = info
         self.engine_id = info.engine_id
         self.load = wire.EngineLoad()
