@@ -28,7 +28,7 @@ from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol import log
-from microserve.protocol.bus.curve import CurveKeys
+from microserve.protocol.bus.open import open_bus
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining
 from microserve.protocol.process.notify import Notifier
@@ -100,10 +100,9 @@ async def _serve(
     on_ready: Callable[[str], None],
     drain_s: float,
 ) -> None:
-    keys = CurveKeys.load(settings.bus.curve_dir) if settings.bus.curve_dir else None
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(bind(settings.gateway.host, settings.gateway.port))
-        bus = ZmqBus(high_water_mark=settings.bus.high_water_mark, linger_s=settings.bus.linger_s, keys=keys)
+        bus = open_bus(settings)
         stack.callback(bus.close)
         state = _make_state(settings, tokenizer, gateway_id, bus, notifier)
         stack.push_async_callback(state.routers.close)

@@ -120,6 +120,8 @@ class GatewaySettings(_Section, frozen=True):
     port: int = 8000
     routers: list[str] = []
     """Router addresses; default: ``router.address``."""
+    router_keys: list[str] = []
+    """For each of them, NAME of NAME.key in ``bus.curve_dir``; default: ``router`` for all."""
     api_keys: list[str] = []
     """Empty: no key needed."""
     max_body_mb: int = 32
@@ -213,6 +215,13 @@ class Settings(_Section, frozen=True):
             )
         self._check_heap()
         self._check_attention()
+        routers = len(dict.fromkeys(self.gateway.routers or [self.router.address]))
+        if self.gateway.router_keys and len(self.gateway.router_keys) != routers:
+            raise ConfigError(
+                f"gateway.router_keys must name one key for each of {routers} routers, names "
+                f"{len(self.gateway.router_keys)}",
+                field="gateway.router_keys",
+            )
         if self.log.level.upper() not in logging.getLevelNamesMapping():
             raise ConfigError(f"log.level is no level: {self.log.level!r}", field="log.level")
         if self.bus.credit * 4 > self.bus.high_water_mark:

@@ -1,11 +1,14 @@
 """CURVE keys: who may speak on the bus (ZeroMQ RFC 25, 26, 27).
 
-A key directory holds one pair of this service and the public keys of those it trusts:
+A key directory holds one pair of this service and the public keys of those whom it trusts or calls:
 
     keys/service.key_secret        ours (made by ``microserve keys``), readable by the owner only
     keys/trusted/*.key             public keys of every service that may connect
     keys/operators/*.key           public keys, of those, that may change what is served (read by the index)
-    keys/index.key                 public key of the index, where it is not our own (read by operators)
+    keys/index.key                 public key of the index, where it is not ours (engines, routers, operators)
+    keys/router.key                public key of the routers, where it is not ours (gateways)
+
+An engine's public key comes with what the index says of it, so no file names it.
 
 Loopback and ipc addresses may go without; anything else is refused without keys.
 """
@@ -13,7 +16,8 @@ Loopback and ipc addresses may go without; anything else is refused without keys
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
@@ -30,9 +34,11 @@ class CurveKeys:
     public: bytes
     secret: bytes
     trusted: Path
+    servers: Mapping[str, str] = field(default_factory=dict)
+    """Public keys (Z85) by address, of those to whom we connect and whose pair is not ours."""
 
     @classmethod
-    def load(cls, directory: str | Path) -> CurveKeys:
+    def load(cls, directory: str | Path, servers: Mapping[str, str] | None = None) -> CurveKeys:
         """Raises :class:`ConfigError` if the pair is missing, damaged or readable by others."""
         root = Path(directory)
         secret_file = root / "service.key_secret"
@@ -48,7 +54,7 @@ class CurveKeys:
             raise ConfigError(f"{secret_file} holds no secret key", field="bus.curve_dir")
         if not (root / "trusted").is_dir():
             raise ConfigError(f"no directory {root / 'trusted'}: nobody could connect", field="bus.curve_dir")
-        return cls(public, secret, root / "trusted")
+        return cls(public, secret, root / "trusted", servers or {})
 
     def start_authenticator(self, context: zmq.Context[zmq.Socket[bytes]]) -> ThreadAuthenticator:
         """ZAP handler: only keys in ``trusted`` are let in."""
@@ -62,8 +68,10 @@ class CurveKeys:
         socket.curve_secretkey = self.secret
         socket.curve_server = True
 
-    def apply_to_client(self, socket: zmq.Socket[bytes], server_key: str) -> None:
-        """``server_key``: the peer's public key, Z85; empty means that all services share our pair."""
+    def apply_to_client(self, socket: zmq.Socket[bytes], address: str, server_key: str) -> None:
+        """``server_key``: the peer's public key, Z85; empty: the one that is known of ``address``, else our
+        own, because all services share our pair."""
+        server_key = server_key or self.servers.get(address, "")
         socket.curve_publickey = self.public
         socket.curve_secretkey = self.secret
         socket.curve_serverkey = server_key.encode() if server_key else self.public
@@ -94,11 +102,11 @@ def is_operator(directory: str | Path, key: str) -> bool:
     return False
 
 
-def index_key(directory: str | Path) -> str:
-    """Public key (Z85) of the index for those who do not share its pair; empty: they share it.
+def peer_key(directory: str | Path, name: str) -> str:
+    """The public key (Z85) in ``NAME.key``, of a service that has another pair; empty: no such file.
 
     Raises :class:`ConfigError` if the file is damaged."""
-    file = Path(directory) / "index.key"
+    file = Path(directory) / f"{name}.key"
     if not file.is_file():
         return ""
     try:

@@ -122,7 +122,7 @@ class _Socket:
 
     def connect(self, address: str, server_key: str) -> None:
         with self._closed_on_failure(f"cannot connect to {address}"):
-            self._bus.secure_client(self._socket, server_key)
+            self._bus.secure_client(self._socket, address, server_key)
             self._socket.connect(address)
         self.address = address
         self._start()
@@ -349,9 +349,9 @@ class ZmqBus:
         if self.keys is not None:
             self.keys.apply_to_server(socket)
 
-    def secure_client(self, socket: zmq.Socket[bytes], server_key: str) -> None:
+    def secure_client(self, socket: zmq.Socket[bytes], address: str, server_key: str) -> None:
         if self.keys is not None:
-            self.keys.apply_to_client(socket, server_key)
+            self.keys.apply_to_client(socket, address, server_key)
 
     def server(self, address: str, handler: PeerHandler) -> ServerSocket:
         """Bind a ROUTER socket. Raises ``OSError`` when the address is taken, ``ConfigError`` if exposed."""
@@ -365,7 +365,7 @@ class ZmqBus:
         server_key: str = "",
         on_disconnect: DisconnectHandler | None = None,
     ) -> ClientSocket:
-        """Connect a DEALER socket; ``server_key`` (Z85) is used when CURVE is on.
+        """Connect a DEALER socket; ``server_key`` (Z85): only of who is in no key file (CURVE).
 
         Raises ``OSError`` for an address or a key that cannot be one; a peer that is absent is no error."""
         return self._keep(_Client(self, address, handler, server_key, on_disconnect))

@@ -21,8 +21,8 @@ import structlog
 import uvloop
 
 from microserve.protocol import log
-from microserve.protocol.bus.curve import CurveKeys
-from microserve.protocol.bus.transport import Bus, ZmqBus
+from microserve.protocol.bus.open import open_bus
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.notify import Notifier
@@ -119,8 +119,7 @@ def _cause(error: Exception) -> Exception:
 
 
 async def _serve(settings: Settings, serve: Serve, lifecycle: Lifecycle, notifier: Notifier) -> None:
-    keys = CurveKeys.load(settings.bus.curve_dir) if settings.bus.curve_dir else None
-    bus = ZmqBus(high_water_mark=settings.bus.high_water_mark, linger_s=settings.bus.linger_s, keys=keys)
+    bus = open_bus(settings)
     try:
         async with asyncio.TaskGroup() as group:
             service = group.create_task(serve(settings, bus, lifecycle))

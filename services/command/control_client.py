@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
-from microserve.protocol.bus.curve import CurveKeys, index_key
-from microserve.protocol.bus.transport import Bus, ZmqBus
+from microserve.protocol.bus.open import open_bus
+from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import DeadlineExceeded, MeshError, ProtocolViolation, error_for
 from microserve.protocol.messages.control import (
     KINDS,
@@ -59,7 +59,7 @@ class Applied:
 class ControlClient:
     """Calls to one index. Make it in a running loop; ``close`` it."""
 
-    def __init__(self, bus: Bus, address: str, *, server_key: str = "", timeout_s: float = 5.0) -> None:
+    def __init__(self, bus: Bus, address: str, *, timeout_s: float = 5.0) -> None:
         """``timeout_s`` bounds each call."""
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
@@ -67,7 +67,8 @@ class ControlClient:
         self._waiting: dict[int, asyncio.Future[IndexReply]] = {}
         self._members: asyncio.Future[Members] | None = None
         self._address = address
-        self._socket = bus.client(address, self._receive, server_key=server_key)
+        self._bus = bus
+        self._socket = bus.client(address, self._receive)
 
     def close(self) -> None:
         self._socket.close()
@@ -194,7 +195,7 @@ class ControlClient:
         return reply
 
     def _silence(self) -> MeshError:
-        return DeadlineExceeded(f"the index at {self._address} does not answer")
+        return DeadlineExceeded(silence_of_index(self._bus, self._address))
 
     def _receive(self, frames: list[bytes]) -> None:
         try:
@@ -210,15 +211,20 @@ class ControlClient:
             future.set_result(message)
 
 
+def silence_of_index(bus: Bus, address: str) -> str:
+    """What there is to say of an index that does not answer. One that refuses a key is silent too."""
+    silence = f"the index at {address} does not answer"
+    if not bus.public_key:
+        return silence
+    return f"{silence}: it is away, our public key is not in its trusted/, or our index.key is not its key"
+
+
 @asynccontextmanager
 async def control_client(settings: Settings, timeout_s: float = 5.0) -> AsyncIterator[ControlClient]:
     """To the index of these settings. Raises :class:`ConfigError` for wrong keys."""
-    directory = settings.bus.curve_dir
-    keys = CurveKeys.load(directory) if directory else None
-    server_key = index_key(directory) if directory else ""
-    bus = ZmqBus(high_water_mark=settings.bus.high_water_mark, linger_s=settings.bus.linger_s, keys=keys)
+    bus = open_bus(settings)
     try:
-        client = ControlClient(bus, settings.index.address, server_key=server_key, timeout_s=timeout_s)
+        client = ControlClient(bus, settings.index.address, timeout_s=timeout_s)
         try:
             yield client
         finally:

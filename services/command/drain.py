@@ -13,12 +13,13 @@ from collections.abc import Callable
 from functools import partial
 
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
-from microserve.protocol.bus.curve import CurveKeys
-from microserve.protocol.bus.transport import Bus, ClientSocket, ZmqBus
+from microserve.protocol.bus.open import open_bus
+from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import EngineLost, MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import Done, Drain, EngineInfo
 from microserve.protocol.messages.index import Members, Watch
 from microserve.protocol.settings import Settings
+from microserve.services.command.control_client import silence_of_index
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 
 INDEX_TIMEOUT_S = 5.0
@@ -41,15 +42,14 @@ async def drain(
     wrong keys.
     """
     timeout_s = settings.engine.drain_s + MARGIN_S if timeout_s is None else timeout_s
-    keys = CurveKeys.load(settings.bus.curve_dir) if settings.bus.curve_dir else None
-    bus = ZmqBus(high_water_mark=settings.bus.high_water_mark, linger_s=settings.bus.linger_s, keys=keys)
+    bus = open_bus(settings)
     one = _Drain(settings, bus, engine_id, tell)
     try:
         async with asyncio.timeout(timeout_s):
             await one.run()
     except TimeoutError:
         if not one.is_found:
-            raise DrainFailed(f"the index at {settings.index.address} does not answer") from None
+            raise DrainFailed(silence_of_index(bus, settings.index.address)) from None
         raise DrainFailed(f"engine {engine_id} has not left within {timeout_s:g} s") from None
     except MeshError as error:
         raise DrainFailed(f"engine {engine_id}: {error.detail}") from None

@@ -41,21 +41,19 @@ class IndexClient:
         self,
         bus: Bus,
         address: str,
-        server_key: str = "",
         *,
         info: EngineInfo,
         load: Callable[[], EngineLoad],
         heartbeat_interval_s: float,
         liveness: int,
     ) -> None:
-        """``server_key``: the index's public CURVE key, Z85. ``load`` is asked at every beat.
+        """``load`` is asked at every beat.
 
         The index is lost after ``liveness`` intervals without an answer.
         """
         self.registered = False
         self._bus = bus
         self._address = address
-        self._server_key = server_key
         self._info = info
         self._load = load
         self._interval_s = heartbeat_interval_s
@@ -92,7 +90,7 @@ class IndexClient:
         if self._socket is not None:
             self._socket.close()
         self._opened_at = self._loop.time()
-        self._socket = self._bus.client(self._address, self._on_frames, server_key=self._server_key)
+        self._socket = self._bus.client(self._address, self._on_frames)
 
     def _tick(self) -> None:
         now = self._loop.time()

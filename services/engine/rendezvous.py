@@ -32,10 +32,8 @@ class Rendezvous:
         heartbeat_interval_s: float,
         liveness: int,
         on_waiting: Callable[[list[int]], None] = lambda present: None,
-        server_key: str = "",
     ) -> None:
-        """``on_waiting`` is told the ranks that are there, whenever they are others. ``server_key``: the
-        index's public CURVE key, Z85."""
+        """``on_waiting`` is told the ranks that are there, whenever they are others."""
         self.present: list[int] = []
         """Ranks that the index has named last."""
         self._bus = bus
@@ -44,7 +42,6 @@ class Rendezvous:
         self._interval_s = heartbeat_interval_s
         self._silence_s = heartbeat_interval_s * liveness
         self._on_waiting = on_waiting
-        self._server_key = server_key
         self._loop = asyncio.get_running_loop()
         self._answer: asyncio.Future[WorldJoined] = self._loop.create_future()
         self._listening = Listening(heartbeat_interval_s)
@@ -75,7 +72,7 @@ class Rendezvous:
             socket.close(lingers=False)
 
     def _open(self) -> ClientSocket:
-        return self._bus.client(self._address, self._on_frames, server_key=self._server_key)
+        return self._bus.client(self._address, self._on_frames)
 
     def _on_frames(self, frames: list[bytes]) -> None:
         try:

@@ -10,11 +10,11 @@ import pytest
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.bus.curve import CurveKeys, create_keys, index_key, is_operator
+from microserve.protocol.bus.curve import CurveKeys, create_keys, is_operator, peer_key
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError, InvalidRequest
-from microserve.protocol.settings import BusSettings
-from microserve.services.command.control_client import ControlClient
+from microserve.protocol.settings import BusSettings, IndexSettings, Settings
+from microserve.services.command.control_client import control_client
 from microserve.services.index.service import IndexService
 
 
@@ -29,15 +29,9 @@ def make_directories(tmp_path: Path) -> tuple[Path, Path]:
 
 
 async def publish(directory: Path, address: str) -> int:
-    bus = ZmqBus(linger_s=0.1, keys=CurveKeys.load(directory))
-    try:
-        client = ControlClient(bus, address, server_key=index_key(directory))
-        try:
-            return await client.change("publish", "mine", source="code")
-        finally:
-            client.close()
-    finally:
-        bus.close()
+    settings = Settings(bus=BusSettings(curve_dir=str(directory)), index=IndexSettings(address=address))
+    async with control_client(settings) as client:
+        return await client.change("publish", "mine", source="code")
 
 
 def test_only_keys_with_the_right_publish_and_other_attempts_are_events(tmp_path: Path) -> None:
@@ -94,8 +88,8 @@ def test_a_damaged_key_file_gives_nobody_a_right(tmp_path: Path) -> None:
 
 def test_the_indexs_key_is_read_where_it_is_not_ours(tmp_path: Path) -> None:
     services, operator = make_directories(tmp_path)
-    assert index_key(services) == ""
-    assert index_key(operator) == CurveKeys.load(services).public.decode()
+    assert peer_key(services, "index") == ""
+    assert peer_key(operator, "index") == CurveKeys.load(services).public.decode()
     (operator / "index.key").write_text("junk")
     with pytest.raises(ConfigError, match=r"index\.key"):
-        index_key(operator)
+        peer_key(operator, "index")

@@ -65,6 +65,8 @@ class MeshProcesses:
     gateway: bool = False
     settings: list[str] = field(default_factory=list)
     engine_settings: dict[int, list[str]] = field(default_factory=dict)
+    own_settings: dict[str, list[str]] = field(default_factory=dict)
+    """By name, beside those of all."""
     services: dict[str, Service] = field(default_factory=dict)
     history: list[Service] = field(default_factory=list)
     """Every life of every service, in the order of their starts."""
@@ -122,7 +124,7 @@ class MeshProcesses:
         if kind == "router":
             overrides += [f"router.id={name}", f"index.address={self.router_index or self.index_address}"]
         arguments = [] if kind == "gateway" else [kind]
-        for override in overrides:
+        for override in overrides + self.own_settings.get(name, []):
             arguments += ["--set", override]
         log = self.directory / f"{name}.{len(list(self.directory.glob(f'{name}.*')))}.log"
         process = start_process(kind, arguments, log)
