@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from microserve.protocol.settings import load_settings
-from microserve.services.local.composition import plan_mesh
+from microserve.services.local.composition import compose
 from microserve.services.local.supervisor import Supervisor
 
 
@@ -28,9 +28,9 @@ async def run(model: str, engines: int, directory: Path) -> None:
     ]
     settings = load_settings(overrides=assignments)
     flags = [word for each in assignments for word in ("--set", each)]
-    plan = plan_mesh(settings, flags, directory / "logs", directory / "control.db")
+    composition = compose(settings, flags, directory / "logs", directory / "control.db")
     supervisor = Supervisor(
-        plan.children,
+        composition.children,
         max_restarts=settings.mesh.max_restarts,
         restart_window_s=settings.mesh.restart_window_s,
         ready_timeout_s=settings.mesh.ready_timeout_s,
@@ -38,9 +38,11 @@ async def run(model: str, engines: int, directory: Path) -> None:
     )
     async with supervisor:
         await supervisor.ready()
-        await plan.gateway.until_ready(settings.mesh.ready_timeout_s)
-        print(f"{plan.model} is served at {plan.gateway.url}")
-        answer = await plan.gateway.chat(plan.model, "Hello!", lambda piece: print(piece, end="", flush=True))
+        await composition.gateway.until_ready(settings.mesh.ready_timeout_s)
+        print(f"{composition.model} is served at {composition.gateway.url}")
+        answer = await composition.gateway.chat(
+            composition.model, "Hello!", lambda piece: print(piece, end="", flush=True)
+        )
         print(f"\n{answer.num_tokens} tokens, the first after {answer.first_token_s:.2f} s")
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.strategy import WrongFlag, change_flags, talk_to_index, tell
+from microserve.services.command.flags import WrongFlag, change_flags, talk_to_index
+from microserve.services.command.strategy import tell
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import EngineLabels

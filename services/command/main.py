@@ -9,65 +9,17 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from microserve.services.command.flags import Command, Flags, WrongFlag, settings_flags
 from microserve.services.command.label import label as label_command
 from microserve.services.command.simulate import simulate as simulate_command
 from microserve.services.command.strategy import strategy as strategy_group
 
 if TYPE_CHECKING:
     from microserve.protocol.process.run import Serve
-    from microserve.protocol.settings import Settings
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Flags:
-    """Where settings come from, as given on the command line."""
-
-    def __init__(self, config: str | None, assignments: tuple[str, ...]) -> None:
-        self.config = config
-        self.assignments = list(assignments)
-
-    def set(self, path: str, value: Any) -> None:
-        """A friendly flag is one more assignment; None: it was not given."""
-        if value is not None:
-            from microserve.services.local.composition import assignment
-
-            self.assignments.append(assignment(path, value)[1])
-
-    def as_arguments(self) -> list[str]:
-        """The same for another ``microserve`` process."""
-        config = ["--config", self.config] if self.config else []
-        return config + [word for each in self.assignments for word in ("--set", each)]
-
-    def load(self) -> Settings:
-        from microserve.protocol.errors import ConfigError
-        from microserve.protocol.settings import load_settings
-
-        try:
-            return load_settings(self.config, environment=os.environ, overrides=self.assignments)
-        except ConfigError as error:
-            raise WrongSetting(str(error)) from None
-
-
-class WrongSetting(click.ClickException):
-    exit_code = 2
-
-
-def settings_flags(command: Command) -> Command:
-    """``--config FILE`` and ``--set section.field=value``."""
-    assign = click.option(
-        "--set",
-        "assignments",
-        multiple=True,
-        metavar="SECTION.FIELD=VALUE",
-        help="Override one setting; may be repeated.",
-    )
-    config = click.option("--config", metavar="FILE", help="Settings as TOML (see deploy/microserve.toml).")
-    return config(assign(command))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -197,7 +149,7 @@ def drain(config: str | None, assignments: tuple[str, ...], engine_id: str, time
     try:
         asyncio.run(run_drain(Flags(config, assignments).load(), engine_id, timeout_s, click.echo))
     except ConfigError as error:
-        raise WrongSetting(str(error)) from None
+        raise WrongFlag(str(error)) from None
     except DrainFailed as error:
         raise click.ClickException(str(error)) from None
 
@@ -317,7 +269,7 @@ def tail(
 
     directory = directory or Path(".microserve/logs")
     if not directory.is_dir():
-        raise WrongSetting(f"{directory} is not a directory; --dir says where the logs are")
+        raise WrongFlag(f"{directory} is not a directory; --dir says where the logs are")
     chosen = Filter(request_id=request_id, service=service, slow_s=slow_s)
     try:
         show(directory, chosen, follow=follow, as_json=output == "json", echo=click.echo)
@@ -355,7 +307,7 @@ def keys(directory: Path) -> None:
     try:
         made = create_keys(directory)
     except ConfigError as error:
-        raise WrongSetting(str(error)) from None
+        raise WrongFlag(str(error)) from None
     click.echo(f"public key {made.public.decode()}")
     click.echo(f"trusted keys: {made.trusted} (add other services' *.key files)")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.strategy import WrongFlag, parameter
+from microserve.services.command.flags import WrongFlag, parameter
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import Scalar

@@ -1,114 +1,33 @@
 """``microserve strategy``: publish, look at, change and take back the strategies of a living mesh.
 
 Owns names, flags, what is printed and exit codes (0 done, 1 failed, 2 a flag or a setting is wrong). A source
-is run only by strategy_check.py, in a process of its own; what is said to the index is strategy_client.py's.
+is run only by strategy_check.py, in a process of its own; what is said to the index is control_client.py's.
 """
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-if TYPE_CHECKING:
-    from microserve.protocol.messages.control import Scalar
-    from microserve.protocol.settings import Settings
-    from microserve.services.command.control_client import Applied, ControlClient
+from microserve.services.command.flags import (
+    WrongFlag,
+    change_flags,
+    index_flags,
+    parameter,
+    talk_to_index,
+)
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from microserve.protocol.messages.control import ControlEntry, RouterControl, Scalar, StrategyVersion
+    from microserve.services.command.control_client import Applied, ControlClient
 
 CHECK_S = 60.0
 """A source that is not through with its check by then never will be."""
-APPLIED_S = 5.0
 BOUND = click.FloatRange(min=0.0)
-
-
-class WrongFlag(click.ClickException):
-    exit_code = 2
-
-
-class _Options:
-    """Flags that all commands have."""
-
-    def __init__(self, config: str | None, index: str | None) -> None:
-        self.config = config
-        self.index = index
-
-    def load(self) -> Settings:
-        from microserve.protocol.errors import ConfigError
-        from microserve.protocol.settings import load_settings
-
-        overrides = [f"index.address={self.index}"] if self.index else []
-        try:
-            return load_settings(self.config, environment=os.environ, overrides=overrides)
-        except ConfigError as error:
-            raise WrongFlag(str(error)) from None
-
-    def run(self, talk: Callable[[ControlClient], Awaitable[T]]) -> T:
-        """Talk to the index; what it refuses is told in its words."""
-        import asyncio
-
-        from microserve.protocol.errors import ConfigError, MeshError
-        from microserve.services.command.control_client import control_client
-
-        settings = self.load()
-
-        async def go() -> T:
-            async with control_client(settings) as client:
-                return await talk(client)
-
-        try:
-            return asyncio.run(go())
-        except ConfigError as error:
-            raise WrongFlag(str(error)) from None
-        except MeshError as error:
-            where = f"{error.field}: " if error.field else ""
-            raise click.ClickException(f"{where}{error.detail}") from None
-
-
-def talk_to_index(config: str | None, index: str | None, talk: Callable[[ControlClient], Awaitable[T]]) -> T:
-    """For the commands in other files."""
-    return _Options(config, index).run(talk)
-
-
-def index_flags(command: Command) -> Command:
-    config = click.option("--config", metavar="FILE", help="Settings as TOML (index.address, bus.curve_dir).")
-    index = click.option("--index", metavar="ADDRESS", help="Where the index is (index.address).")
-    return config(index(command))
-
-
-def change_flags(command: Command) -> Command:
-    reason = click.option("--reason", default="", help="For the log.")
-    timeout = click.option(
-        "--timeout",
-        "timeout_s",
-        type=click.FloatRange(min=0, min_open=True),
-        default=APPLIED_S,
-        show_default=True,
-        help="Seconds for every router to apply it.",
-    )
-    return index_flags(reason(timeout(command)))
-
-
-def parameter(text: str) -> tuple[str, Scalar]:
-    """``name=value``; a value that reads as TOML is that, anything else is text."""
-    import tomllib
-
-    name, equals, raw = text.partition("=")
-    if not equals or not name.strip():
-        raise WrongFlag(f"{text!r} is not name=value")
-    try:
-        value: object = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    if not isinstance(value, bool | int | float | str):
-        raise WrongFlag(f"{name}: a parameter is a number, a text, true or false")
-    return name.strip(), value
 
 
 def share_of(text: str) -> float:
@@ -185,7 +104,7 @@ def publish(
     timeout_s: float,
 ) -> None:
     """Check FILE, log it, and let every router serve by it from its next request on."""
-    options, share = _Options(config, index), share_of(share_text)
+    share = share_of(share_text)
     parameters, chosen = dict(map(parameter, assignments)), name or file.stem
     try:
         source = file.read_text(encoding="utf-8")
@@ -210,7 +129,7 @@ def publish(
             reason=reason,
         )
 
-    sys.exit(options.run(talk))
+    sys.exit(talk_to_index(config, index, talk))
 
 
 def _check(
@@ -221,7 +140,7 @@ def _check(
 
     import msgspec
 
-    from microserve.services.strategy_wire import Finding, Task
+    from microserve.services.command.strategy_check import Finding, Task
 
     command = [sys.executable, "-P", "-m", "microserve.services.command.strategy_check"]
     task = msgspec.json.encode(Task(name, source, parameters, labels, dry_run))
@@ -257,14 +176,21 @@ def set_(
 ) -> None:
     """Change parameters of a strategy, a published one or one that the routers came with."""
     parameters = dict(map(parameter, assignments))
-    code = _Options(config, index).run(
-        lambda client: _apply(client, "set", name, timeout_s, parameters=parameters, reason=reason)
+    code = talk_to_index(
+        config,
+        index,
+        lambda client: _apply(client, "set", name, timeout_s, parameters=parameters, reason=reason),
     )
     sys.exit(code)
 
 
-def _move(kind: str, name: str, options: _Options, timeout_s: float, reason: str, shadow: bool) -> None:
-    sys.exit(options.run(lambda client: _apply(client, kind, name, timeout_s, reason=reason, shadow=shadow)))
+def _move(
+    kind: str, name: str, config: str | None, index: str | None, timeout_s: float, reason: str, shadow: bool
+) -> None:
+    def talk(client: ControlClient) -> Awaitable[int]:
+        return _apply(client, kind, name, timeout_s, reason=reason, shadow=shadow)
+
+    sys.exit(talk_to_index(config, index, talk))
 
 
 @strategy.command()
@@ -275,7 +201,7 @@ def promote(
     name: str, shadow: bool, config: str | None, index: str | None, reason: str, timeout_s: float
 ) -> None:
     """Let the canary serve all requests."""
-    _move("promote", name, _Options(config, index), timeout_s, reason, shadow)
+    _move("promote", name, config, index, timeout_s, reason, shadow)
 
 
 @strategy.command()
@@ -286,7 +212,7 @@ def rollback(
     name: str, shadow: bool, config: str | None, index: str | None, reason: str, timeout_s: float
 ) -> None:
     """Drop the canary; without one, go back to the version before."""
-    _move("rollback", name, _Options(config, index), timeout_s, reason, shadow)
+    _move("rollback", name, config, index, timeout_s, reason, shadow)
 
 
 @strategy.command()
@@ -294,7 +220,7 @@ def rollback(
 @change_flags
 def retire(name: str, config: str | None, index: str | None, reason: str, timeout_s: float) -> None:
     """Take a strategy from control: the routers' own of that name serves, if there is one."""
-    _move("retire", name, _Options(config, index), timeout_s, reason, False)
+    _move("retire", name, config, index, timeout_s, reason, False)
 
 
 # --- looking -----------------------------------------------------------------------------------------
@@ -305,13 +231,12 @@ def retire(name: str, config: str | None, index: str | None, reason: str, timeou
 def list_(config: str | None, index: str | None) -> None:
     """What is under control, and which router runs which version."""
     from microserve.protocol.messages.control import ANY
-    from microserve.services.strategy_lines import entry_lines
 
-    report = _Options(config, index).run(lambda client: client.report())
+    report = talk_to_index(config, index, lambda client: client.report())
     kept = "" if report.durable else "  (in memory only: index.control_path is not set)"
     click.echo(f"version {report.state.version}{kept}")
     for entry in report.state.entries:
-        click.echo("\n".join(entry_lines(entry)))
+        click.echo("\n".join(_entry_lines(entry)))
     for each in report.state.labels:
         click.echo(f"engine {each.engine}  labels {' '.join(each.labels) or ANY}")
     for router in report.routers:
@@ -325,13 +250,12 @@ def list_(config: str | None, index: str | None) -> None:
 @index_flags
 def show(name: str, config: str | None, index: str | None) -> None:
     """The versions of NAME in force, their sources, and how a shadow fares."""
-    from microserve.services.strategy_lines import entry_lines, score_lines
 
-    report = _Options(config, index).run(lambda client: client.report())
+    report = talk_to_index(config, index, lambda client: client.report())
     entries = [entry for entry in report.state.entries if entry.strategy == name]
     if not entries:
         raise click.ClickException(f"{name} is not under control")
-    click.echo("\n".join([*entry_lines(entries[0]), *score_lines(entries[0], report.routers)]))
+    click.echo("\n".join([*_entry_lines(entries[0]), *_score_lines(entries[0], report.routers)]))
     entry = entries[0]
     for kind, version in (("stable", entry.stable), ("canary", entry.canary), ("shadow", entry.shadow)):
         if version is not None and version.source:
@@ -350,7 +274,7 @@ def history(name: str, limit: int, config: str | None, index: str | None) -> Non
 
     from microserve.protocol.messages.control import ANY, LABEL
 
-    for record in _Options(config, index).run(lambda client: client.history(name, limit)):
+    for record in talk_to_index(config, index, lambda client: client.history(name, limit)):
         at = datetime.fromtimestamp(record.at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
         values = "".join(f" {key}={value}" for key, value in record.parameters.items())
         share = f" {record.share:.0%}" if record.kind == "publish" else ""
@@ -360,3 +284,48 @@ def history(name: str, limit: int, config: str | None, index: str | None) -> Non
         click.echo(
             f"{record.version:>6}  {at}  {what}  {record.digest[:12]}  {record.who}  {record.reason}".rstrip()
         )
+
+
+# --- what is under control, in lines ----------------------------------------------------------------
+
+
+def _version_line(kind: str, version: StrategyVersion, share: float) -> str:
+    values = " ".join(f"{key}={value}" for key, value in version.parameters.items())
+    for bound, bound_s in (("TTFT", version.max_ttft_s), ("TPOT", version.max_tpot_s)):
+        values += f"  {bound} <= {bound_s:g} s" if bound_s else ""
+    digest = version.digest[:12] or "(own)"
+    return f"{kind:<7}{version.version:>6}  {share:>5.0%}  {digest:<12}  {values}".rstrip()
+
+
+def _entry_lines(entry: ControlEntry) -> list[str]:
+    lines = [entry.strategy]
+    if entry.stable is not None:
+        lines.append("  " + _version_line("stable", entry.stable, 1 - entry.share))
+    else:
+        lines.append("  " + f"stable      (what the routers came with)  {1 - entry.share:.0%}")
+    if entry.canary is not None:
+        lines.append("  " + _version_line("canary", entry.canary, entry.share))
+    if entry.shadow is not None:
+        lines.append("  " + _version_line("shadow", entry.shadow, entry.shadow_share))
+    return lines
+
+
+def _score_lines(entry: ControlEntry, routers: Sequence[RouterControl]) -> list[str]:
+    """What the shadow would have done, by router, beside what was done."""
+    if entry.shadow is None:
+        return []
+    lines = [
+        f"{'shadow':<16}{'decisions':>10}{'errors':>8}{'same engine':>13}  TTFT  computed  sent (served)"
+    ]
+    for router in routers:
+        for score in router.shadows:
+            if (score.strategy, score.version) != (entry.strategy, entry.shadow.version):
+                continue
+            agreed = score.num_agreed / max(1, score.num_decisions - score.num_errors)
+            lines.append(
+                f"{router.router_id:<16}{score.num_decisions:>10}{score.num_errors:>8}{agreed:>13.0%}"
+                f"  {score.ttft_s:.4f} s ({score.served_ttft_s:.4f} s)"
+                f"  {score.computed_tokens:.0f} ({score.served_computed_tokens:.0f})"
+                f"  {score.sent_tokens:.0f} ({score.served_sent_tokens:.0f})"
+            )
+    return lines if len(lines) > 1 else ["shadow: no decision yet"]

@@ -1,7 +1,8 @@
 """A strategy's source checked before publishing: ``python -m microserve.services.command.strategy_check``.
 
-A process of its own, because the source is run here: whoever starts it bounds its time. Reads a ``Task`` as
-JSON from stdin and writes a ``Finding`` as JSON to stdout. Knows no mesh but the labels of its engines.
+A process of its own, because the source is run here: whoever starts it (strategy.py) bounds its time. Reads
+a ``Task`` as JSON from stdin and writes a ``Finding`` as JSON to stdout. Knows no mesh but the labels of
+its engines.
 """
 
 from __future__ import annotations
@@ -15,13 +16,28 @@ from typing import Any, NoReturn
 import msgspec
 
 from microserve.protocol.errors import MeshError
+from microserve.protocol.messages.control import Scalar
 from microserve.protocol.settings import RouterSettings
 from microserve.services.router.authoring.overseer import Overseer
 from microserve.services.router.rollout.control import load_source
-from microserve.services.strategy_wire import Finding, Task
 
 MAX_MEMORY_NBYTES = 4 << 30
 BASELINE = "data_parallel"
+
+
+class Task(msgspec.Struct):
+    strategy: str
+    source: str
+    parameters: dict[str, Scalar]
+    labels: list[list[str]]
+    """Of each engine of the mesh."""
+    dry_run: bool = True
+
+
+class Finding(msgspec.Struct):
+    problems: list[str]
+    """Empty: it may be published."""
+    notes: list[str] = []
 
 
 def _refuse_sleep(_seconds: object) -> NoReturn:

@@ -26,7 +26,7 @@ STOP_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class MeshPlan:
+class Composition:
     children: list[Child]
     gateway: Gateway
     model: str
@@ -44,7 +44,7 @@ def service_command(service: str) -> list[str]:
     return [sys.executable, "-P", "-m", "microserve.services", service]
 
 
-def plan_mesh(settings: Settings, flags: Sequence[str], logs: Path, control: Path) -> MeshPlan:
+def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path) -> Composition:
     """Children for ``settings``, which ``flags`` (``--config``, ``--set``) describe to them.
 
     ``control`` is the index's control log if the settings name none: what was published is there after a
@@ -107,7 +107,7 @@ def plan_mesh(settings: Settings, flags: Sequence[str], logs: Path, control: Pat
     ]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.gateway.host, settings.gateway.host)
     model = settings.model.name or Path(settings.model.path).name
-    return MeshPlan(children, Gateway(host, port, first_key(settings)), model)
+    return Composition(children, Gateway(host, port, first_key(settings)), model)
 
 
 def first_key(settings: Settings) -> str:

@@ -1,4 +1,4 @@
-"""``microserve up``, ``down`` and ``ps``: a whole mesh on this machine, from its model to its last child.
+"""``microserve up`` and ``down``: a whole mesh on this machine, from its model to its last child.
 
 Owns the order of events; processes are the supervisor's, the screen is the view's.
 """
@@ -24,7 +24,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.notify import Notifier
 from microserve.protocol.settings import Settings
-from microserve.services.local.composition import MeshPlan, assignment, first_key, plan_mesh
+from microserve.services.local.composition import Composition, assignment, compose, first_key
 from microserve.services.local.demo_model import FetchFailed, default_cache, fetch
 from microserve.services.local.demo_request import PROMPT, DemoFailed, Gateway
 from microserve.services.local.directory import AlreadyRunning, ChildState, MeshDirectory, MeshState
@@ -58,10 +58,10 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
         with directory.hold():
             logs = Path(settings.log.dir) if settings.log.dir else directory.logs
             _set_aside(logs)
-            plan = plan_mesh(settings, options.flags, logs, directory.root / "control.db")
+            composition = compose(settings, options.flags, logs, directory.root / "control.db")
             events = log.configure("supervisor", "up", level=settings.log.level, directory=str(logs))
             try:
-                return asyncio.run(_Up(settings, options, directory, view, plan).run())
+                return asyncio.run(_Up(settings, options, directory, view, composition).run())
             finally:
                 structlog.reset_defaults()
                 if events is not None:
@@ -82,19 +82,24 @@ class _Up:
     """One mesh in the foreground."""
 
     def __init__(
-        self, settings: Settings, options: UpOptions, directory: MeshDirectory, view: View, plan: MeshPlan
+        self,
+        settings: Settings,
+        options: UpOptions,
+        directory: MeshDirectory,
+        view: View,
+        composition: Composition,
     ) -> None:
         self._options = options
         self._directory = directory
         self._view = view
-        self._plan = plan
+        self._composition = composition
         self._notifier = Notifier.from_environment(os.environ)
         self._ready_timeout_s = settings.mesh.ready_timeout_s
         self._ready = False
         self._failure = ""
         self._asked_to_stop = False
         self._supervisor = Supervisor(
-            plan.children,
+            composition.children,
             max_restarts=settings.mesh.max_restarts,
             restart_window_s=settings.mesh.restart_window_s,
             ready_timeout_s=settings.mesh.ready_timeout_s,
@@ -126,7 +131,7 @@ class _Up:
 
     async def _introduce(self) -> None:
         """All children are up: see that a request gets through, and say how to go on."""
-        gateway = self._plan.gateway
+        gateway = self._composition.gateway
         await gateway.until_ready(self._ready_timeout_s)
         self._ready = True
         self._record()
@@ -139,7 +144,9 @@ class _Up:
                     raise
                 self._view.problem(f"the demo request failed: {error}")
         if not self._options.oneshot:
-            _show_where(self._view, gateway, self._plan.model, self._plan.children[0].log.parent)
+            _show_where(
+                self._view, gateway, self._composition.model, self._composition.children[0].log.parent
+            )
             self._view.note("stop:     Ctrl-C")
 
     def _stop(self, task: asyncio.Task[int]) -> None:
@@ -157,9 +164,9 @@ class _Up:
     def _record(self) -> None:
         state = MeshState(
             pid=os.getpid(),
-            url=self._plan.gateway.url,
-            model=self._plan.model,
-            children=[ChildState.of(child) for child in self._plan.children],
+            url=self._composition.gateway.url,
+            model=self._composition.model,
+            children=[ChildState.of(child) for child in self._composition.children],
             ready=self._ready,
             failure=self._failure,
         )

@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from microserve.protocol.settings import GatewaySettings, Settings, load_settings
-from microserve.services.command.main import Flags, main
+from microserve.services.command.flags import Flags
+from microserve.services.command.main import main
 from microserve.services.command.settings_text import MASK, as_toml
 from microserve.services.local.composition import assignment
 

@@ -8,8 +8,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from microserve.services.command.flags import parameter
 from microserve.services.command.main import main
-from microserve.services.command.strategy import parameter, share_of
+from microserve.services.command.strategy import share_of
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings, load_settings
-from microserve.services.local.composition import free_ports, plan_mesh
+from microserve.services.local.composition import compose, free_ports
 from microserve.services.local.supervisor import Child
 
 
@@ -29,8 +29,8 @@ def model(tmp_path: Path) -> str:
 def test_the_control_log_outlives_the_mesh_unless_another_one_is_named(model: str, tmp_path: Path) -> None:
     def index_flags(*overrides: str) -> Sequence[str]:
         settings = load_settings(overrides=[f"model.path={model}", *overrides])
-        plan = plan_mesh(settings, [], tmp_path, tmp_path / "control.db")
-        return next(child.argv for child in plan.children if child.name == "index")
+        composition = compose(settings, [], tmp_path, tmp_path / "control.db")
+        return next(child.argv for child in composition.children if child.name == "index")
 
     assert f'index.control_path="{tmp_path / "control.db"}"' in index_flags()
     assert not any("control_path" in flag for flag in index_flags("index.control_path=other.db"))
@@ -45,8 +45,8 @@ def test_engines_of_a_world_get_their_ranks(model: str, tmp_path: Path) -> None:
     def ranks(*overrides: str) -> list[int]:
         overrides = (*world, *overrides)
         flags = [word for override in overrides for word in ("--set", override)]
-        plan = plan_mesh(load_settings(overrides=overrides), flags, tmp_path, tmp_path / "control.db")
-        engines = [child for child in plan.children if child.name.startswith("engine")]
+        composition = compose(load_settings(overrides=overrides), flags, tmp_path, tmp_path / "control.db")
+        engines = [child for child in composition.children if child.name.startswith("engine")]
         return [child_settings(child).nvshmem.rank for child in engines]
 
     assert ranks("nvshmem.num_ranks=3") == [1, 2], "another machine has the first"
@@ -60,8 +60,8 @@ def test_children_agree_on_addresses_and_each_engine_has_an_id(model: str, tmp_p
     settings = load_settings(
         overrides=[*flags[1::2], "router.address=tcp://127.0.0.1:0", "gateway.port=0", f"model.path={model}"]
     )
-    plan = plan_mesh(settings, flags, tmp_path, tmp_path / "control.db")
-    assert [child.name for child in plan.children] == [
+    composition = compose(settings, flags, tmp_path, tmp_path / "control.db")
+    assert [child.name for child in composition.children] == [
         "index",
         "router",
         "engine-e0",
@@ -69,42 +69,44 @@ def test_children_agree_on_addresses_and_each_engine_has_an_id(model: str, tmp_p
         "engine-e2",
         "gateway",
     ]
-    read = [child_settings(child) for child in plan.children]
+    read = [child_settings(child) for child in composition.children]
     assert len({each.index.address for each in read}) == 1
     assert not read[0].index.address.endswith(":0")
     assert len({each.router.address for each in read}) == 1
-    assert {each.gateway.port for each in read} == {plan.gateway.port} != {0}
+    assert {each.gateway.port for each in read} == {composition.gateway.port} != {0}
     assert {each.model.path for each in read} == {model}
     assert {each.log.dir for each in read} == {""}
     assert [each.engine.id for each in read[2:5]] == ["e0", "e1", "e2"]
-    assert plan.model == "Tiny"
+    assert composition.model == "Tiny"
 
 
 def test_callers_stop_before_those_they_call(model: str, tmp_path: Path) -> None:
-    plan = plan_mesh(load_settings(overrides=[f"model.path={model}"]), [], tmp_path, tmp_path / "control.db")
-    in_order = sorted(plan.children, key=lambda child: child.stop_order)
+    composition = compose(
+        load_settings(overrides=[f"model.path={model}"]), [], tmp_path, tmp_path / "control.db"
+    )
+    in_order = sorted(composition.children, key=lambda child: child.stop_order)
     assert [child.name for child in in_order] == ["gateway", "router", "engine-e0", "engine-e1", "index"]
     assert all(child.stop_timeout_s > Settings().engine.drain_s for child in in_order[2:4])
 
 
 def test_configured_addresses_stay(model: str, tmp_path: Path) -> None:
     overrides = ["gateway.host=0.0.0.0", "gateway.port=81", f"model.path={model}"]
-    plan = plan_mesh(load_settings(overrides=overrides), [], tmp_path, tmp_path / "control.db")
-    assert child_settings(plan.children[0]).index.address == Settings().index.address
-    assert plan.gateway.url == "http://127.0.0.1:81"
+    composition = compose(load_settings(overrides=overrides), [], tmp_path, tmp_path / "control.db")
+    assert child_settings(composition.children[0]).index.address == Settings().index.address
+    assert composition.gateway.url == "http://127.0.0.1:81"
 
 
 def test_engines_cannot_share_a_port(model: str, tmp_path: Path) -> None:
     overrides = ["engine.events_address=tcp://127.0.0.1:7200", f"model.path={model}"]
     settings = load_settings(overrides=overrides)
     with pytest.raises(ConfigError, match="cannot serve 2 engines") as caught:
-        plan_mesh(settings, [], tmp_path, tmp_path / "control.db")
+        compose(settings, [], tmp_path, tmp_path / "control.db")
     assert caught.value.field == "engine.events_address"
 
 
 def test_a_model_that_is_not_there_is_a_wrong_setting(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
-        plan_mesh(load_settings(overrides=[f"model.path={tmp_path}"]), [], tmp_path, tmp_path / "control.db")
+        compose(load_settings(overrides=[f"model.path={tmp_path}"]), [], tmp_path, tmp_path / "control.db")
 
 
 def test_free_ports_differ() -> None:

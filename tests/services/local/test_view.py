@@ -9,8 +9,7 @@ import pytest
 
 from microserve.services.local.demo_request import Answer
 from microserve.services.local.directory import ChildState, MeshState
-from microserve.services.local.view import JsonView, PlainView, View, make_view, summarise
-from microserve.services.rich_view import RichView
+from microserve.services.local.view import JsonView, PlainView, RichView, View, make_view, summarise
 
 ANSWER = Answer("Paris.", num_tokens=11, first_token_s=0.25, total_s=0.75)
 

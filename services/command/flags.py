@@ -1,0 +1,136 @@
+"""Flags that several commands have, and what becomes of them: settings, or a talk with the index.
+
+Owns where settings come from (file, environment, ``--set``) and that a wrong one ends with exit code 2 and a
+line. Knows no single command.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from microserve.protocol.messages.control import Scalar
+    from microserve.protocol.settings import Settings
+    from microserve.services.command.control_client import ControlClient
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+T = TypeVar("T")
+
+APPLIED_S = 5.0
+"""For every router to take a change over; they do so between two requests."""
+
+
+class WrongFlag(click.ClickException):
+    """A flag or a setting is wrong."""
+
+    exit_code = 2
+
+
+class Flags:
+    """Where settings come from, as given on the command line."""
+
+    def __init__(self, config: str | None, assignments: tuple[str, ...] = ()) -> None:
+        self.config = config
+        self.assignments = list(assignments)
+
+    def set(self, path: str, value: Any) -> None:
+        """A friendly flag is one more assignment; None: it was not given."""
+        if value is not None:
+            from microserve.services.local.composition import assignment
+
+            self.assignments.append(assignment(path, value)[1])
+
+    def as_arguments(self) -> list[str]:
+        """The same for another ``microserve`` process."""
+        config = ["--config", self.config] if self.config else []
+        return config + [word for each in self.assignments for word in ("--set", each)]
+
+    def load(self) -> Settings:
+        """Raises :class:`WrongFlag`."""
+        from microserve.protocol.errors import ConfigError
+        from microserve.protocol.settings import load_settings
+
+        try:
+            return load_settings(self.config, environment=os.environ, overrides=self.assignments)
+        except ConfigError as error:
+            raise WrongFlag(str(error)) from None
+
+
+def settings_flags(command: Command) -> Command:
+    """``--config FILE`` and ``--set section.field=value``."""
+    assign = click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="SECTION.FIELD=VALUE",
+        help="Override one setting; may be repeated.",
+    )
+    config = click.option("--config", metavar="FILE", help="Settings as TOML (see deploy/microserve.toml).")
+    return config(assign(command))
+
+
+def index_flags(command: Command) -> Command:
+    """``--config FILE`` and ``--index ADDRESS``."""
+    config = click.option("--config", metavar="FILE", help="Settings as TOML (index.address, bus.curve_dir).")
+    index = click.option("--index", metavar="ADDRESS", help="Where the index is (index.address).")
+    return config(index(command))
+
+
+def change_flags(command: Command) -> Command:
+    """Those of :func:`index_flags`, ``--reason TEXT`` and ``--timeout S``."""
+    reason = click.option("--reason", default="", help="For the log.")
+    timeout = click.option(
+        "--timeout",
+        "timeout_s",
+        type=click.FloatRange(min=0, min_open=True),
+        default=APPLIED_S,
+        show_default=True,
+        help="Seconds for every router to apply it.",
+    )
+    return index_flags(reason(timeout(command)))
+
+
+def parameter(text: str) -> tuple[str, Scalar]:
+    """``name=value``; a value that reads as TOML is that, anything else is text.
+
+    Raises :class:`WrongFlag`."""
+    import tomllib
+
+    name, equals, raw = text.partition("=")
+    if not equals or not name.strip():
+        raise WrongFlag(f"{text!r} is not name=value")
+    try:
+        value: object = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    if not isinstance(value, bool | int | float | str):
+        raise WrongFlag(f"{name}: a parameter is a number, a text, true or false")
+    return name.strip(), value
+
+
+def talk_to_index(config: str | None, index: str | None, talk: Callable[[ControlClient], Awaitable[T]]) -> T:
+    """What ``talk`` returns; what the index refuses is told in its words, as click's exception."""
+    import asyncio
+
+    from microserve.protocol.errors import ConfigError, MeshError
+    from microserve.services.command.control_client import control_client
+
+    flags = Flags(config)
+    flags.set("index.address", index)
+    settings = flags.load()
+
+    async def go() -> T:
+        async with control_client(settings) as client:
+            return await talk(client)
+
+    try:
+        return asyncio.run(go())
+    except ConfigError as error:
+        raise WrongFlag(str(error)) from None
+    except MeshError as error:
+        where = f"{error.field}: " if error.field else ""
+        raise click.ClickException(f"{where}{error.detail}") from None
