@@ -1,8 +1,8 @@
-"""One gateway process: everything made, served and closed in order.
+"""A gateway: everything made, served and closed in order.
 
-    bus, routers, socket -> ready ... stop -> nothing new, streams finish, the rest is ended, the bus closes
+    socket, routers -> ready ... cancelled -> nothing new, streams finish, the rest is ended
 
-Owns the order only; each part knows how it is made and closed.
+Owns the order only; each part knows how it is made and closed, and ``protocol/process/run.py`` the process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +28,9 @@ from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol import log
-from microserve.protocol.bus.open import open_bus
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining
-from microserve.protocol.process.notify import Notifier
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
 
 DRAIN_S = 9.0
@@ -63,86 +62,56 @@ def _server_log() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-async def serve(
-    settings: Settings,
-    *,
-    gateway_id: str,
-    stop: asyncio.Event,
-    environment: Mapping[str, str] | None = None,
-    on_ready: Callable[[str], None] = lambda address: None,
-    drain_s: float = DRAIN_S,
+async def run_gateway(
+    settings: Settings, bus: ZmqBus, lifecycle: Lifecycle, *, drain_s: float = DRAIN_S
 ) -> None:
-    """Serve until ``stop`` is set, then drain. ``on_ready`` gets the address once HTTP listens.
+    """Serve until cancelled, then drain.
 
-    Raises :class:`ConfigError` when the model, the keys or the address cannot be used.
+    Raises :class:`ConfigError` when the model or the address cannot be used.
     """
     tokenizer = ModelTokenizer.load(settings.model.path)
     try:
-        await _serve(
-            settings,
-            tokenizer,
-            gateway_id,
-            stop,
-            Notifier.from_environment(environment or {}),
-            on_ready,
-            drain_s,
-        )
+        await _serve(settings, tokenizer, bus, lifecycle, drain_s)
     finally:
         tokenizer.close()
 
 
 async def _serve(
-    settings: Settings,
-    tokenizer: ModelTokenizer,
-    gateway_id: str,
-    stop: asyncio.Event,
-    notifier: Notifier,
-    on_ready: Callable[[str], None],
-    drain_s: float,
+    settings: Settings, tokenizer: ModelTokenizer, bus: ZmqBus, lifecycle: Lifecycle, drain_s: float
 ) -> None:
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(bind(settings.gateway.host, settings.gateway.port))
-        bus = open_bus(settings)
-        stack.callback(bus.close)
-        state = _make_state(settings, tokenizer, gateway_id, bus, notifier)
+        state = _make_state(settings, tokenizer, bus)
         stack.push_async_callback(state.routers.close)
         stack.enter_context(_server_log())
         beating = state.routers.start()
         server = make_server(Application(state), graceful_s=math.ceil(drain_s) + 1)
         serving = asyncio.create_task(server.serve([listener]), name="http server")
-        stopping = asyncio.create_task(stop.wait())
         try:
-            address = address_of(listener)
-            _logger.info(log.SERVICE_READY, address=address, model=state.model)
-            notifier.send("READY=1")
-            on_ready(address)
-            done, _ = await asyncio.wait([serving, stopping, beating], return_when=asyncio.FIRST_COMPLETED)
+            lifecycle.set_health(lambda: not beating.done())
+            lifecycle.ready(address_of(listener))
+            done, _ = await asyncio.wait([serving, beating], return_when=asyncio.FIRST_COMPLETED)
             if beating in done:
                 beating.result()  # without a heartbeat every router would give us up: better end
         finally:
-            stopping.cancel()
-            notifier.send("STOPPING=1")
             state.drain()
             server.should_exit = True
             await _drain(state, serving, drain_s)
 
 
-def _make_state(
-    settings: Settings, tokenizer: ModelTokenizer, gateway_id: str, bus: ZmqBus, notifier: Notifier
-) -> GatewayState:
+def _make_state(settings: Settings, tokenizer: ModelTokenizer, bus: ZmqBus) -> GatewayState:
     gateway = settings.gateway
     model = settings.model.name or Path(settings.model.path).resolve().name
     routers = RouterClient(
         bus,
         gateway.routers or [settings.router.address],
-        gateway_id=gateway_id,
+        gateway_id=gateway.id,
         incarnation=secrets.randbelow((1 << 62) - 1) + 1,
         model=model,
         credit=settings.bus.credit,
         heartbeat_interval_s=settings.bus.heartbeat_interval_s,
         liveness=settings.bus.liveness,
         clock=time.monotonic,  # as for HTTP: uvloop's has milliseconds only
-        on_tick=lambda: notifier.send("WATCHDOG=1") if notifier.watchdog_s else None,
     )
     max_body_nbytes = gateway.max_body_mb << 20
     return GatewayState(

@@ -116,6 +116,8 @@ class RouterSettings(_Section, frozen=True):
 
 
 class GatewaySettings(_Section, frozen=True):
+    id: str = ""
+    """Default: made up at start."""
     host: str = "127.0.0.1"
     port: int = 8000
     routers: list[str] = []

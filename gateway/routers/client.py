@@ -38,10 +38,9 @@ class RouterClient:
         heartbeat_interval_s: float,
         liveness: int,
         clock: Callable[[], float],
-        on_tick: Callable[[], object] = lambda: None,
     ) -> None:
         """``liveness`` missed intervals make a router lost. ``clock``: monotonic, seconds; finer than a
-        millisecond where the times of tokens matter. ``on_tick`` is called every interval.
+        millisecond where the times of tokens matter.
 
         Raises :class:`ConfigError` for an address that is none.
         """
@@ -71,7 +70,6 @@ class RouterClient:
             interval_s=heartbeat_interval_s, silence_s=heartbeat_interval_s * liveness
         )
         """By address, from our hello on. Which life of it answers is the link's to judge."""
-        self._on_tick = on_tick
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> asyncio.Task[None]:
@@ -106,7 +104,6 @@ class RouterClient:
                 router.value.lose("silent")
                 router.value.connect()
             self._moves.place()
-            self._on_tick()
 
     def _heard(self, link: RouterLink) -> None:
         """Something came from there, or a hello of ours went: until an answer is due, that counts as much."""

@@ -22,7 +22,7 @@ import uvloop
 
 from microserve.protocol import log
 from microserve.protocol.bus.open import open_bus
-from microserve.protocol.bus.transport import Bus
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.notify import Notifier
@@ -33,7 +33,7 @@ EXIT_FAILED = 1
 EXIT_CONFIG = 2
 EXIT_INTERRUPTED = 130
 
-Serve = Callable[[Settings, Bus, Lifecycle], Coroutine[Any, Any, None]]
+Serve = Callable[[Settings, ZmqBus, Lifecycle], Coroutine[Any, Any, None]]
 """``run_X(settings, bus, lifecycle)``: serves until cancelled, then closes what it opened."""
 
 _logger = structlog.get_logger()
@@ -48,6 +48,9 @@ def identify(service: str, settings: Settings) -> tuple[str, Settings]:
     if service == "router":
         router = msgspec.structs.replace(settings.router, id=settings.router.id or made_up)
         return router.id, msgspec.structs.replace(settings, router=router)
+    if service == "gateway":
+        gateway = msgspec.structs.replace(settings.gateway, id=settings.gateway.id or made_up)
+        return gateway.id, msgspec.structs.replace(settings, gateway=gateway)
     return made_up, settings
 
 

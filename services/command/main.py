@@ -114,13 +114,16 @@ def router(config: str | None, assignments: tuple[str, ...], strategy: str | Non
 @settings_flags
 def gateway(config: str | None, assignments: tuple[str, ...], host: str | None, port: int | None) -> None:
     """Run a gateway: the OpenAI API over HTTP."""
-    from microserve.services.local.composition import service_command
-
     flags = Flags(config, assignments)
     flags.set("gateway.host", host)
     flags.set("gateway.port", port)
-    command = [*service_command("gateway"), *flags.as_arguments()]
-    os.execv(command[0], command)
+
+    def load() -> Serve:
+        from microserve.gateway.server import run_gateway
+
+        return run_gateway
+
+    _run("gateway", flags, load)
 
 
 # --- a running mesh ----------------------------------------------------------------------------------

@@ -39,8 +39,6 @@ def assignment(path: str, value: Any) -> list[str]:
 
 def service_command(service: str) -> list[str]:
     """How this interpreter starts a service; ``-P`` keeps the current directory off the import path."""
-    if service == "gateway":
-        return [sys.executable, "-P", "-m", "microserve.gateway"]
     return [sys.executable, "-P", "-m", "microserve.services", service]
 
 

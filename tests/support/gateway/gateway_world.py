@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import uvloop
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from microserve.gateway.server import serve
 from microserve.protocol.bus.codec import ROUTER_REPLY, ROUTER_REQUEST, decode_tokens
 from microserve.protocol.bus.credit import CreditWindow
 from microserve.protocol.bus.curve import CurveKeys
@@ -36,8 +35,10 @@ from microserve.protocol.messages.router import (
     Stream,
     StreamCredit,
 )
+from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import load_settings
 from tests.support.bus.lossy_bus import LossyBus
+from tests.support.gateway.served import serve_until
 
 T = TypeVar("T")
 TIMEOUT_S = 30.0
@@ -304,16 +305,13 @@ async def gateway_world(
     routers = [ScriptedRouter(bus, **router) for _ in range(num_routers)]
     addresses = json.dumps([router.address for router in routers])
     stop = asyncio.Event()
-    address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    loaded = load_settings(
-        overrides=[
-            f"model.path={directory}", "model.name=tiny", "gateway.port=0", f"gateway.routers={addresses}",
-            f"bus.heartbeat_interval_s={BEAT_S}", "bus.liveness=200", *settings,
-        ]
-    )  # fmt: skip
-    serving = asyncio.create_task(
-        serve(loaded, gateway_id="g0", stop=stop, on_ready=address.set_result, drain_s=drain_s)
-    )
+    loaded = load_settings(overrides=[
+        f"model.path={directory}", "model.name=tiny", "gateway.port=0", f"gateway.routers={addresses}",
+        f"bus.heartbeat_interval_s={BEAT_S}", "bus.liveness=200", "gateway.id=g0", *settings,
+    ])  # fmt: skip
+    lifecycle = Lifecycle()
+    serving = asyncio.create_task(serve_until(loaded, lifecycle, stop, drain_s))
+    address = asyncio.create_task(lifecycle.wait_ready())
     try:
         either: list[asyncio.Future[Any]] = [address, serving]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -326,6 +324,7 @@ async def gateway_world(
         yield world
     finally:
         stop.set()
+        address.cancel()
         await asyncio.gather(serving, return_exceptions=True)
         for scripted in routers:
             await scripted.close()

@@ -26,7 +26,7 @@ def start_process(kind: str, arguments: list[str], log: Path) -> Process:
     if kind == "engine":
         log.touch()
         return nursery().fork(arguments, log, environment)
-    module = "microserve.gateway" if kind == "gateway" else "microserve.services.command.main"
+    module = "microserve.services.command.main"
     # The leash: a test run that is killed takes its services along.
     command = [sys.executable, "-S", "-E", str(LEASH), str(os.getpid()), sys.executable, "-m", module]
     with log.open("w") as sink:
@@ -123,7 +123,7 @@ class MeshProcesses:
             overrides += [f"engine.id={name}", *self.engine_settings.get(int(number), [])]
         if kind == "router":
             overrides += [f"router.id={name}", f"index.address={self.router_index or self.index_address}"]
-        arguments = [] if kind == "gateway" else [kind]
+        arguments = [kind]
         for override in overrides + self.own_settings.get(name, []):
             arguments += ["--set", override]
         log = self.directory / f"{name}.{len(list(self.directory.glob(f'{name}.*')))}.log"
