@@ -133,7 +133,7 @@ CHANNELS: list[tuple[Any, tuple[str, ...]]] = [
         (
             "services/engine/index_client.py",
             "services/engine/rendezvous.py",
-            "services/router/engines",
+            "services/links",
             "services/command",
         ),
     ),
