@@ -12,14 +12,21 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import msgspec
+from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.nvshmem_settings import NvshmemSettings
+from microserve.protocol.messages.world import MAX_WORLD_RANKS, fault_of_world
 
 ENV_PREFIX = "MICROSERVE_"
+
+Count = Annotated[int, Meta(gt=0)]
+CountOrZero = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+PositiveOrZero = Annotated[float, Meta(ge=0)]
+"""Bounds are said at the field, here and by ``Meta``. Floats are finite."""
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -27,15 +34,15 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class BusSettings(_Section, frozen=True):
-    heartbeat_interval_s: float = 0.25
-    liveness: int = 6
+    heartbeat_interval_s: Positive = 0.25
+    liveness: Count = 6
     """Missed intervals after which a peer is lost."""
-    stuck_s: float = 20.0
+    stuck_s: Positive = 20.0
     """A busy engine whose progress stands still for so long is lost."""
-    high_water_mark: int = 10_000
-    credit: int = 64
+    high_water_mark: Count = 10_000
+    credit: Count = 64
     """Window of token-stream messages per connection."""
-    linger_s: float = 1.0
+    linger_s: PositiveOrZero = 1.0
     curve_dir: str = ""
     """Directory of CURVE keys (``microserve keys``); needed to bind off loopback."""
 
@@ -56,39 +63,78 @@ class EngineSettings(_Section, frozen=True):
     events_address: str = "tcp://127.0.0.1:0"
     replay_address: str = "tcp://127.0.0.1:0"
     labels: list[str] = []
-    threads: int = 1
+    threads: Count = 1
     device: str = "cpu"
     """``cpu`` or ``cuda:N``."""
     attention: str = "auto"
     """On a GPU: ``triton``, ``flashinfer``, or ``auto`` for FlashInfer where it is installed and fits."""
     cuda_graphs: bool = True
     """On a GPU: capture decode steps at the start, and replay them."""
-    max_num_seqs: int = 64
+    max_num_seqs: Count = 64
     """Sequences in one step."""
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: Count = 512
     """Tokens in one step, prefill chunks and decode together."""
-    max_waiting: int = 512
+    max_waiting: Count = 512
     """Requests accepted and not yet running; beyond it: 429 with Retry-After."""
-    max_model_len: int = 0
+    max_model_len: CountOrZero = 0
     """0: the model's own."""
-    drain_s: float = 30.0
+    drain_s: PositiveOrZero = 30.0
 
 
 class KvCacheSettings(_Section, frozen=True):
     heap: str = "auto"
     """``shm`` on a CPU; memory of a GPU: ``cuda_ipc``, or ``nvshmem``, which has a section of its own.
     ``auto``: ``shm`` or ``cuda_ipc``, as the device is. Only engines with the same exchange KV."""
-    block_size: int = 16
-    num_blocks: int = 2048
-    grant_slots: int = 256
-    lease_s: float = 30.0
+    block_size: Count = 16
+    num_blocks: Count = 2048
+    grant_slots: Count = 256
+    lease_s: Positive = 30.0
     checksums: bool = False
     """Verify every received block by checksum before first use."""
 
 
+class NvshmemSettings(_Section, frozen=True):
+    """Which world an engine joins, as which rank; for ``kvcache.heap = "nvshmem"``."""
+
+    world: str = ""
+    """Name that all engines of the world share, and no other world of the mesh."""
+    rank: CountOrZero = 0
+    """Of this engine: each of 0 to ``num_ranks - 1`` once."""
+    num_ranks: CountOrZero = 0
+    memory_mb: Annotated[int, Meta(ge=0, le=1 << 24)] = 0
+    """Device memory that every rank takes, the same for all: room for the largest pool among them."""
+    join_timeout_s: Annotated[float, Meta(gt=0, le=1_000_000)] = 120.0
+    """From the model's being loaded until all ranks are there and have their heaps; then the process ends."""
+
+    def check(self, *, curve_dir: str) -> None:
+        """For an engine that is to have such a heap. Raises :class:`ConfigError` naming the path."""
+        if fault := fault_of_world(self.world):
+            raise ConfigError(f"nvshmem.world: {fault}", field="nvshmem.world")
+        if not 1 <= self.num_ranks <= MAX_WORLD_RANKS:
+            raise ConfigError(
+                f"nvshmem.num_ranks must be 1 to {MAX_WORLD_RANKS}, is {self.num_ranks}",
+                field="nvshmem.num_ranks",
+            )
+        if not 0 <= self.rank < self.num_ranks:
+            raise ConfigError(
+                f"nvshmem.rank must be 0 to {self.num_ranks - 1}, is {self.rank}", field="nvshmem.rank"
+            )
+        if self.memory_mb <= 0:
+            raise ConfigError(
+                f"nvshmem.memory_mb must be above 0 for kvcache.heap 'nvshmem', is {self.memory_mb}",
+                field="nvshmem.memory_mb",
+            )
+        if not curve_dir:
+            raise ConfigError(
+                "bus.curve_dir must be set for kvcache.heap 'nvshmem': a world's unique id travels over "
+                "authenticated sockets only (see 'microserve keys')",
+                field="bus.curve_dir",
+            )
+
+
 class IndexSettings(_Section, frozen=True):
     address: str = "tcp://127.0.0.1:7100"
-    max_mb: int = 256
+    max_mb: Count = 256
     control_path: str = ""
     """File (SQLite) of the control log; empty: in memory, published strategies end with the index."""
 
@@ -101,35 +147,35 @@ class RouterSettings(_Section, frozen=True):
     """Parameters by strategy, e.g. ``[router.strategies.balanced] ratio = 0.2``."""
     strategy_files: list[str] = []
     """Python files with strategies of your own."""
-    max_requests: int = 1024
-    max_ttft_s: float = 0.0
+    max_requests: Count = 1024
+    max_ttft_s: PositiveOrZero = 0.0
     """A first token predicted to take longer is refused at once: 429 with Retry-After; 0: no bound."""
-    deadline_s: float = 600.0
+    deadline_s: Positive = 600.0
     """Longest life of a request."""
-    call_timeout_s: float = 30.0
+    call_timeout_s: Positive = 30.0
     """Longest wait for a grant or an acceptance."""
-    strategy_idle_s: float = 5.0
+    strategy_idle_s: Positive = 5.0
     """A strategy that for so long waits for no engine and yields nothing is given up for plain service."""
-    strategy_budget_s: float = 0.1
+    strategy_budget_s: Positive = 0.1
     """Longest time between two ``await`` of a strategy; a version that often needs more is taken back."""
-    index_max_mb: int = 256
+    index_max_mb: Count = 256
 
 
 class GatewaySettings(_Section, frozen=True):
     id: str = ""
     """Default: made up at start."""
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     routers: list[str] = []
     """Router addresses; default: ``router.address``."""
     router_keys: list[str] = []
     """For each of them, NAME of NAME.key in ``bus.curve_dir``; default: ``router`` for all."""
     api_keys: list[str] = []
     """Empty: no key needed."""
-    max_body_mb: int = 32
-    request_timeout_s: float = 600.0
-    max_n: int = 16
-    max_streams: int = 20_000
+    max_body_mb: Count = 32
+    request_timeout_s: Positive = 600.0
+    max_n: Count = 16
+    max_streams: Count = 20_000
 
 
 class LogSettings(_Section, frozen=True):
@@ -141,11 +187,11 @@ class LogSettings(_Section, frozen=True):
 class MeshSettings(_Section, frozen=True):
     """What ``microserve up`` starts."""
 
-    engines: int = 2
-    ready_timeout_s: float = 180.0
-    max_restarts: int = 5
+    engines: Count = 2
+    ready_timeout_s: Positive = 180.0
+    max_restarts: CountOrZero = 5
     """Restarts of children in ``restart_window_s`` before giving up."""
-    restart_window_s: float = 60.0
+    restart_window_s: Positive = 60.0
 
 
 class Settings(_Section, frozen=True):
@@ -162,59 +208,11 @@ class Settings(_Section, frozen=True):
 
     def check(self) -> Settings:
         """Bounds that types cannot say. Raises :class:`ConfigError` naming the path; returns itself."""
-        positive: dict[str, float] = {
-            "bus.heartbeat_interval_s": self.bus.heartbeat_interval_s,
-            "bus.liveness": self.bus.liveness,
-            "bus.stuck_s": self.bus.stuck_s,
-            "bus.high_water_mark": self.bus.high_water_mark,
-            "bus.credit": self.bus.credit,
-            "engine.threads": self.engine.threads,
-            "engine.max_num_seqs": self.engine.max_num_seqs,
-            "engine.max_num_batched_tokens": self.engine.max_num_batched_tokens,
-            "engine.max_waiting": self.engine.max_waiting,
-            "kvcache.block_size": self.kvcache.block_size,
-            "kvcache.num_blocks": self.kvcache.num_blocks,
-            "kvcache.grant_slots": self.kvcache.grant_slots,
-            "kvcache.lease_s": self.kvcache.lease_s,
-            "nvshmem.join_timeout_s": self.nvshmem.join_timeout_s,
-            "index.max_mb": self.index.max_mb,
-            "router.max_requests": self.router.max_requests,
-            "router.index_max_mb": self.router.index_max_mb,
-            "router.deadline_s": self.router.deadline_s,
-            "router.call_timeout_s": self.router.call_timeout_s,
-            "router.strategy_idle_s": self.router.strategy_idle_s,
-            "router.strategy_budget_s": self.router.strategy_budget_s,
-            "gateway.max_body_mb": self.gateway.max_body_mb,
-            "gateway.request_timeout_s": self.gateway.request_timeout_s,
-            "gateway.max_n": self.gateway.max_n,
-            "gateway.max_streams": self.gateway.max_streams,
-            "mesh.engines": self.mesh.engines,
-            "mesh.ready_timeout_s": self.mesh.ready_timeout_s,
-            "mesh.restart_window_s": self.mesh.restart_window_s,
-        }
-        not_negative: dict[str, float] = {
-            "bus.linger_s": self.bus.linger_s,
-            "engine.max_model_len": self.engine.max_model_len,
-            "engine.drain_s": self.engine.drain_s,
-            "nvshmem.rank": self.nvshmem.rank,
-            "nvshmem.num_ranks": self.nvshmem.num_ranks,
-            "nvshmem.memory_mb": self.nvshmem.memory_mb,
-            "router.max_ttft_s": self.router.max_ttft_s,
-            "mesh.max_restarts": self.mesh.max_restarts,
-        }
-        for path, value in (positive | not_negative).items():
-            if not math.isfinite(value):
-                raise ConfigError(f"{path} must be a finite number, is {value}", field=path)
-        for path, value in positive.items():
-            if value <= 0:
-                raise ConfigError(f"{path} must be above 0, is {value}", field=path)
-        for path, value in not_negative.items():
-            if value < 0:
-                raise ConfigError(f"{path} must be 0 or more, is {value}", field=path)
-        if not 0 <= self.gateway.port <= 65535:
-            raise ConfigError(
-                f"gateway.port must be 0 to 65535, is {self.gateway.port}", field="gateway.port"
-            )
+        for section in msgspec.structs.fields(self):
+            for field in msgspec.structs.fields(section.type):
+                value = getattr(getattr(self, section.name), field.name)
+                if fault := fault_of_number(f"{section.name}.{field.name}", field.type, value):
+                    raise fault
         self._check_heap()
         self._check_attention()
         routers = len(dict.fromkeys(self.gateway.routers or [self.router.address]))
@@ -274,6 +272,25 @@ class Settings(_Section, frozen=True):
             raise ConfigError(problem, field="engine.attention")
 
 
+def fault_of_number(path: str, kind: Any, value: Any) -> ConfigError | None:
+    """What is wrong with ``value`` by the bounds of its field's type; None also for what is no number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    if not math.isfinite(value):
+        return ConfigError(f"{path} must be a finite number, is {value}", field=path)
+    for bound in (each for each in get_args(kind) if isinstance(each, Meta)):
+        low, high = bound.ge if bound.gt is None else bound.gt, bound.le
+        too_low = low is not None and (value < low or (value == low and bound.gt is not None))
+        if not too_low and (high is None or value <= high):
+            continue
+        if bound.gt is not None:
+            text = f"above {low}" if high is None or too_low else f"at most {high}"
+        else:
+            text = f"{low} or more" if high is None else f"{low} to {high}"
+        return ConfigError(f"{path} must be {text}, is {value}", field=path)
+    return None
+
+
 def load_settings(
     file: str | Path | None = None,
     *,
@@ -304,7 +321,20 @@ def load_settings(
     try:
         return msgspec.convert(merged, Settings, strict=False).check()
     except msgspec.ValidationError as error:
-        raise _located(error) from None
+        raise _out_of_bounds(merged) or _located(error) from None
+
+
+def _out_of_bounds(merged: Mapping[str, Any]) -> ConfigError | None:
+    """The first number that breaks its bound, in our words: msgspec's leave out the value."""
+    for section in msgspec.structs.fields(Settings):
+        given = merged.get(section.name, {})
+        for field in msgspec.structs.fields(section.type):
+            if not isinstance(given, dict):
+                break
+            fault = fault_of_number(f"{section.name}.{field.name}", field.type, given.get(field.name))
+            if fault is not None:
+                return fault
+    return None
 
 
 def _assign(merged: dict[str, Any], path: list[str], raw: str, *, source: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings, load_settings
@@ -144,7 +147,7 @@ def test_an_engine_of_a_world_says_which_and_as_what() -> None:
         ("nvshmem.num_ranks=0", "must be 1 to 512, is 0"),
         ("nvshmem.num_ranks=513", "must be 1 to 512, is 513"),
         ("nvshmem.memory_mb=0", "must be above 0"),
-        ("nvshmem.memory_mb=16777217", "at most 16777216"),
+        ("nvshmem.memory_mb=16777217", "must be 0 to 16777216, is 16777217"),
         ("nvshmem.join_timeout_s=0", "must be above 0"),
         ("nvshmem.join_timeout_s=1e7", "at most 1000000"),
         ("bus.curve_dir=", "authenticated sockets only"),
@@ -188,24 +191,54 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     assert "cannot read" in error.detail
 
 
-def test_every_positive_number_is_checked_or_may_be_zero() -> None:
-    """A new number must be given its bound in ``check``, or named here with what zero means."""
-    may_be_zero = {
-        "bus.linger_s": "drop at once",
-        "engine.max_model_len": "the model's own",
-        "engine.drain_s": "stop at once",
-        "gateway.port": "any free port",
-        "router.max_ttft_s": "no bound",
-        "nvshmem.rank": "the first",
-        "nvshmem.num_ranks": "no world; refused where there is to be one",
-        "nvshmem.memory_mb": "the same",
-        "mesh.max_restarts": "never restart",
-    }
+MAY_BE_ZERO = {
+    "bus.linger_s": "drop at once",
+    "engine.max_model_len": "the model's own",
+    "engine.drain_s": "stop at once",
+    "gateway.port": "any free port",
+    "router.max_ttft_s": "no bound",
+    "nvshmem.rank": "the first",
+    "nvshmem.num_ranks": "no world; refused where there is to be one",
+    "nvshmem.memory_mb": "the same",
+    "mesh.max_restarts": "never restart",
+}
+"""Numbers that may be 0, and what it means; any other must be above 0."""
+
+
+def numbers() -> dict[str, Any]:
+    """Type of every setting that is a number, by path."""
+    found = {}
     for section in msgspec.structs.fields(Settings):
         for field in msgspec.structs.fields(section.type):
-            path = f"{section.name}.{field.name}"
-            if field.type in (int, float) and path not in may_be_zero:
-                assert refused(overrides=[f"{path}=0"]).field == path
+            base = get_args(field.type)[0] if get_origin(field.type) is Annotated else field.type
+            if base in (int, float):
+                found[f"{section.name}.{field.name}"] = field.type
+    return found
+
+
+def test_every_number_has_a_lower_bound_at_its_field() -> None:
+    assert numbers().keys() >= MAY_BE_ZERO.keys() and len(numbers()) > 30
+    for path, kind in numbers().items():
+        bounds = [each for each in get_args(kind) if isinstance(each, msgspec.Meta)]
+        assert len(bounds) == 1, f"{path}: no bound"
+        assert (bounds[0].ge, bounds[0].gt) == ((0, None) if path in MAY_BE_ZERO else (None, 0)), path
+
+
+@given(st.sampled_from(sorted(numbers())), st.integers(1, 1 << 40))
+def test_a_number_out_of_its_bound_is_refused_by_name(path: str, amount: int) -> None:
+    kind = numbers()[path]
+    section, name = path.split(".")
+    low = [-amount] if path in MAY_BE_ZERO else [0, -amount]
+    [bound] = [each for each in get_args(kind) if isinstance(each, msgspec.Meta)]
+    high = [] if bound.le is None else [int(bound.le) + amount]
+    infinite = [math.inf, -math.inf, math.nan] if get_args(kind)[0] is float else []
+    for value in [*low, *high, *infinite]:
+        error = refused(overrides=[f"{path}={value}"])
+        assert error.field == path
+        assert error.detail.startswith(f"{path} must be ") and f", is {value}" in error.detail
+        own = msgspec.structs.replace(getattr(Settings(), section), **{name: value})
+        with pytest.raises(ConfigError, match=path):  # made in Python, not read
+            msgspec.structs.replace(Settings(), **{section: own}).check()
 
 
 def test_settings_do_not_change() -> None:
