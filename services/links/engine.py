@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, assert_never
 
 import structlog
 
@@ -289,9 +289,20 @@ class EngineConnection:
                 )
                 error.reporter = self.engine_id
                 self._calls.fail(message.call_id, error)
-            case _:
+            case (
+                wire.Welcome()
+                | wire.Granted()
+                | wire.Sent()
+                | wire.Accepted()
+                | wire.Committed()
+                | wire.Done()
+                | wire.EngineStats()
+                | wire.SnapshotReply()
+            ):
                 if not self._aborts.confirm(message.call_id):
                     self._calls.resolve(message.call_id, (message, bulk))
+            case _:  # a message without its case would be dropped, and its caller wait for a timeout
+                assert_never(message)
 
     def _take_heartbeat(self, message: wire.Heartbeat) -> None:
         if message.incarnation != self.info.incarnation:

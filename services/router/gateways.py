@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import assert_never
 
 import structlog
 
@@ -119,6 +120,8 @@ class Gateways:
             case wire.StreamCredit():
                 gateway.value.window.grant(message.messages)
                 self._schedule(gateway)
+            case _:  # a message without its case would be dropped, and its sender wait for nothing
+                assert_never(message)
 
     def _hello(self, peer: bytes, message: wire.GatewayHello) -> None:
         _check_id("gateway_id", message.gateway_id)

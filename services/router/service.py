@@ -24,7 +24,6 @@ from microserve.services.router.engines.registry import Registry
 from microserve.services.router.gateways import Gateways
 from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.control import StrategyControl
-from microserve.services.router.serving.admission import Admission
 from microserve.services.router.serving.serving import Serving
 from microserve.services.router.strategies import BUILT_IN
 
@@ -82,14 +81,12 @@ class Router:
         )
         self.serving = Serving(
             self._tasks,
-            Admission(settings.router, self.strategies, self.registry, self.prefixes.lookup),
-            connections=self.registry.usable,
-            served=lambda: self.registry.served,
+            settings.router,
+            self.strategies,
+            self.registry,
             lookup=self.prefixes.lookup,
-            call_timeout_s=settings.router.call_timeout_s,
             rng=self._rng,
             driver=Driver(overseer, self.control.hung),
-            idle_s=settings.router.strategy_idle_s,
             on_end=self.control.ended,
             on_decided=self.control.decided,
             shadow_seed=incarnation,

@@ -23,6 +23,7 @@ from microserve.protocol.errors import (
 )
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import MAX_LANES
+from microserve.protocol.messages.interval import bound
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 from microserve.services.engine.core.record import CommitJob, Record
@@ -80,7 +81,7 @@ class Actions:
 
     def _prep_recv(self, owner: bytes, message: wire.PrepRecv, record: Record, now: float) -> wire.Granted:
         state = self._state
-        end = _bound("end", message.end, len(record.token_ids))
+        end = bound("end", message.end, len(record.token_ids))
         if record.reception is not None:
             if record.reception.grant.end != end:
                 raise InvalidInterval(
@@ -102,7 +103,7 @@ class Actions:
     def _remote_send(self, message: wire.RemoteSend, record: Record, now: float) -> wire.Sent | None:
         state, grant = self._state, message.grant
         num_tokens = len(record.token_ids)
-        begin, end = _bound("begin", message.begin, num_tokens), _bound("end", message.end, num_tokens)
+        begin, end = bound("begin", message.begin, num_tokens), bound("end", message.end, num_tokens)
         if not begin <= end <= grant.end:
             raise InvalidInterval(f"[{begin}, {end}) is not inside the grant's [0, {grant.end})", field="end")
         if not 0 <= message.lane < MAX_LANES:
@@ -146,7 +147,7 @@ class Actions:
         if record.generate is not None:
             return wire.Accepted(message.call_id)
         num_tokens = len(record.token_ids)
-        begin = _bound("begin", message.begin, num_tokens)
+        begin = bound("begin", message.begin, num_tokens)
         num_prompt = num_tokens - message.num_output_tokens
         if not 0 < num_prompt <= num_tokens:
             raise InvalidRequest(f"num_output_tokens must be below {num_tokens}", field="num_output_tokens")
@@ -302,14 +303,6 @@ class Actions:
             chain=state.memory.new_chain(salt),
             salt=salt,
         )
-
-
-def _bound(field: str, value: int, num_tokens: int) -> int:
-    """A bound of a half-open interval; negative counts from the end. Raises :class:`InvalidInterval`."""
-    bound = num_tokens + value if value < 0 else value
-    if not 0 <= bound <= num_tokens:
-        raise InvalidInterval(f"{field} {value} is outside a prompt of {num_tokens} tokens", field=field)
-    return bound
 
 
 def _check_ttl(ttl_s: float) -> None:

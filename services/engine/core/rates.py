@@ -6,11 +6,10 @@ first sample as a whole, and moves by a share of each later one.
 
 from __future__ import annotations
 
+from microserve.protocol.smoothing import smoothed
 from microserve.services.engine.core.scheduler import Plan
 from microserve.services.engine.core.sequence import Sequence, State
 
-SMOOTHING = 0.2
-"""Weight of the newest sample."""
 MAX_DECODE_JUMP = 4.0
 """A decode step counts as at most so many times the mean: a process that was frozen measures its absence."""
 
@@ -46,7 +45,7 @@ class Rates:
             self._measure_prefill(prefill, prefill / elapsed, now)
         elif prefill == 0:
             known = self.decode_step_s
-            self.decode_step_s = _smoothed(known, min(elapsed, known * MAX_DECODE_JUMP or elapsed))
+            self.decode_step_s = smoothed(known, min(elapsed, known * MAX_DECODE_JUMP or elapsed))
 
     def _measure_prefill(self, num_tokens: int, rate: float, now: float) -> None:
         """A step has a fixed cost beside its tokens, so a nearly empty one says only that a full one is no
@@ -54,16 +53,12 @@ class Rates:
         known, largest = self.prefill_tokens_per_s, self._largest_prefill
         if 2 * num_tokens < largest and rate <= known:
             return
-        self.prefill_tokens_per_s = rate if num_tokens > 2 * largest else _smoothed(known, rate)
+        self.prefill_tokens_per_s = rate if num_tokens > 2 * largest else smoothed(known, rate)
         self._prefill_measured_at = now
         self._largest_prefill = max(largest, num_tokens)
 
     def _measure_outputs(self, plan: Plan) -> None:
         for sequence in self._generating:
             if sequence.state is State.FINISHED and sequence.num_output_tokens:
-                self.mean_output_tokens = _smoothed(self.mean_output_tokens, sequence.num_output_tokens)
+                self.mean_output_tokens = smoothed(self.mean_output_tokens, sequence.num_output_tokens)
         self._generating = [sequence for sequence in plan.sequences if sequence.transfer is None]
-
-
-def _smoothed(known: float, sample: float) -> float:
-    return known + SMOOTHING * (sample - known) if known else sample

@@ -19,10 +19,10 @@ from microserve.protocol.errors import (
     StrategyError,
 )
 from microserve.protocol.messages import engine as wire
-from microserve.services.links.engine import EngineConnection
-from microserve.services.router.authoring.generation import STREAM, Generation
+from microserve.services.router.authoring.generating import STREAM, Generating
 from microserve.services.router.authoring.grant import GrantHandle, Sending
 from microserve.services.router.authoring.view import EngineFacts, OwnLabels
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.request.decision import Send
 from microserve.services.router.request.request import Request
 from microserve.services.router.request.scope import RequestScope
@@ -37,7 +37,7 @@ class Engine(EngineFacts):
 
     def __init__(
         self,
-        connection: EngineConnection,
+        connection: Connection,
         own_labels: OwnLabels,
         scope: RequestScope,
         cached: Callable[[str], int],
@@ -149,7 +149,7 @@ class Engine(EngineFacts):
         begin: int = 0,
         grant: GrantHandle | None = None,
         after: Sending | None = None,
-    ) -> Generation:
+    ) -> Generating:
         """Compute ``tokens[begin:]`` here and generate; starts at once, before the sends are done.
 
         With a grant (given, or that of ``after``) ``begin`` must be its end and its sends must cover it; the
@@ -187,7 +187,7 @@ class Engine(EngineFacts):
             num_output_tokens=request.num_output_tokens,
             salt=request.salt,
         )
-        generation = Generation(scope, self._connection, build, grant_id=grant_id, first_from=first_from)
+        generation = Generating(scope, self._connection, build, grant_id=grant_id, first_from=first_from)
         decision = scope.decision
         decision.engine_id, decision.begin = self.id, position
         decision.awaits_first = first_from is not None

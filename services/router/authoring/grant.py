@@ -12,7 +12,8 @@ from collections.abc import Callable, Generator
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import MAX_LANES, Grant
-from microserve.services.links.engine import Answer, EngineConnection
+from microserve.services.links.engine import Answer
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.request.request import Request
 from microserve.services.router.request.scope import RequestScope
 
@@ -134,7 +135,7 @@ class Sending:
         return self.sent is not None or self.error is not None
 
     def start(
-        self, scope: RequestScope, connection: EngineConnection, build: Callable[[int], wire.RemoteSend]
+        self, scope: RequestScope, connection: Connection, build: Callable[[int], wire.RemoteSend]
     ) -> None:
         """Send the action now; the answer settles this object. Raises when the engine is lost."""
         name, begun = self.name, scope.now

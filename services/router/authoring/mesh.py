@@ -9,10 +9,10 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from microserve.protocol.errors import NoEngines, StrategyError
-from microserve.services.links.engine import EngineConnection
 from microserve.services.router.authoring.choice import Scores, combined, softmax_choice
 from microserve.services.router.authoring.engine import Engine
-from microserve.services.router.authoring.view import MeshView, State
+from microserve.services.router.authoring.view import MeshView, StrategyState
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
@@ -28,11 +28,11 @@ class Mesh(MeshView):
     def __init__(
         self,
         scope: RequestScope,
-        connections: Callable[[], list[EngineConnection]],
+        connections: Callable[[], Sequence[Connection]],
         book: LoadBook,
         lookup: Lookup,
         rng: random.Random,
-        state: State,
+        state: StrategyState,
     ) -> None:
         """``connections`` lists the engines that may take new work; ``state`` is the strategy's."""
         super().__init__(connections, book, rng, state)
@@ -44,11 +44,11 @@ class Mesh(MeshView):
         """As in :class:`MeshView`, with the request's actions."""
         return [self._engine(connection) for connection in self._fit(label)]
 
-    def departing(self, connection: EngineConnection) -> Engine:
+    def departing(self, connection: Connection) -> Engine:
         """An engine that drains: not among :meth:`engines`, but it still sends what it holds."""
         return self._engine(connection)
 
-    def _engine(self, connection: EngineConnection) -> Engine:
+    def _engine(self, connection: Connection) -> Engine:
         return Engine(connection, self.state.labels, self._scope, self._cached)
 
     def pick(

@@ -10,30 +10,65 @@ from __future__ import annotations
 import asyncio
 import random
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.errors import CapacityError, PeerError
-from microserve.services.links.engine import EngineConnection
+from microserve.protocol.errors import CapacityError, NoEngines, PeerError
+from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.authoring.definition import Strategy, StrategyFunction
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.overseer import StrategyHung
-from microserve.services.router.authoring.view import MeshView, State
+from microserve.services.router.authoring.view import MeshView, StrategyState
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import LoadBook
-from microserve.services.router.request.request import Request
+from microserve.services.router.request.request import RETRY_AFTER_S, Request
+from microserve.services.router.request.scope import RequestScope, out_of_time
 
 MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 30.0
 """Before a plan that raised begins again; one that ran for longer than the last pause starts afresh."""
 
 _logger = structlog.get_logger()
 
-Borrow = Callable[[State, Sequence[int], str, float], AbstractAsyncContextManager[tuple[Mesh, Request]]]
+Borrow = Callable[
+    [StrategyState, Sequence[int], str, float], AbstractAsyncContextManager[tuple[Mesh, Request]]
+]
 """Makes a request of the router's own: the strategy's state, tokens, salt, seconds that it may take."""
+
+
+@asynccontextmanager
+async def borrowed(
+    served: EngineInfo | None,
+    request_id: str,
+    tokens: Sequence[int],
+    salt: str,
+    ttl_s: float,
+    make: Callable[[Request], tuple[RequestScope, Mesh]],
+) -> AsyncIterator[tuple[Mesh, Request]]:
+    """A request of a plan, for at most ``ttl_s``: with a scope like any other, but nobody waits for it.
+
+    ``served``: what the mesh serves. Raises ``NoEngines``, ``DeadlineExceeded``.
+    """
+    if served is None:
+        raise NoEngines("no engine has joined yet", retry_after_s=RETRY_AFTER_S)
+    deadline = asyncio.get_running_loop().time() + ttl_s
+    request = Request(request_id, tokens, SamplingParams(max_tokens=1), deadline, served.block_size, salt)
+    scope, mesh = make(request)
+    limit = asyncio.timeout_at(deadline)
+    try:
+        async with limit:
+            yield mesh, request
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise out_of_time() from None
+    finally:
+        scope.close()
 
 
 class PlanMesh(MeshView):
@@ -41,10 +76,10 @@ class PlanMesh(MeshView):
 
     def __init__(
         self,
-        connections: Callable[[], list[EngineConnection]],
+        connections: Callable[[], Sequence[Connection]],
         book: LoadBook,
         rng: random.Random,
-        state: State,
+        state: StrategyState,
         borrow: Borrow,
     ) -> None:
         super().__init__(connections, book, rng, state)
@@ -65,19 +100,19 @@ class PlanMesh(MeshView):
 class _Kept:
     """Of one strategy in use."""
 
-    state: State = field(default_factory=State)
+    state: StrategyState = field(default_factory=StrategyState)
     plan: asyncio.Task[None] | None = None
     values: Mapping[str, Any] = field(default_factory=dict)
     """That the plan was started with."""
 
 
 class Plans:
-    """State and plans by strategy; two versions of a strategy are two functions, and share nothing."""
+    """States and plans by strategy; two versions of a strategy are two functions, and share nothing."""
 
     def __init__(
         self,
         tasks: asyncio.TaskGroup,
-        make_mesh: Callable[[State], PlanMesh],
+        make_mesh: Callable[[StrategyState], PlanMesh],
         *,
         run: Callable[[Strategy, PlanMesh], Awaitable[None]],
     ) -> None:
@@ -88,11 +123,11 @@ class Plans:
         self._kept: dict[StrategyFunction, _Kept] = {}
         self._dropped: weakref.WeakSet[StrategyFunction] = weakref.WeakSet()
 
-    def use(self, strategy: Strategy) -> State:
+    def use(self, strategy: Strategy) -> StrategyState:
         """The strategy is about to serve a request: its state. Starts its plan with the parameters of now."""
         kept = self._kept.get(strategy.function)
         if kept is None and strategy.function in self._dropped:
-            return State()  # a request that outlives the version that it began with
+            return StrategyState()  # a request that outlives the version that it began with
         if kept is None:
             kept = self._kept[strategy.function] = _Kept()
             self._start(strategy, kept)

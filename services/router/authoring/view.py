@@ -13,12 +13,12 @@ from typing import Any
 from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.control import fault_of_labels
-from microserve.services.links.engine import EngineConnection
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
-from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s
+from microserve.services.router.engines.prediction import engine_view, predicted_ttft_s
 
 
-class State(dict[str, Any]):
+class StrategyState(dict[str, Any]):
     """What a strategy remembers between requests, and the labels that it has given."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class State(dict[str, Any]):
 class EngineFacts:
     """One engine, to look at. Equal handles are the same engine."""
 
-    def __init__(self, connection: EngineConnection, own_labels: OwnLabels) -> None:
+    def __init__(self, connection: Connection, own_labels: OwnLabels) -> None:
         self._connection = connection
         self._own_labels = own_labels
 
@@ -76,10 +76,10 @@ class MeshView:
 
     def __init__(
         self,
-        connections: Callable[[], list[EngineConnection]],
+        connections: Callable[[], Sequence[Connection]],
         book: LoadBook,
         rng: random.Random,
-        state: State,
+        state: StrategyState,
     ) -> None:
         """``connections`` lists the engines that may take new work."""
         self.state = state
@@ -120,22 +120,15 @@ class MeshView:
 
     def transfer_s(self, source: EngineFacts, target: EngineFacts, num_tokens: int) -> float:
         """Seconds that a put of ``num_tokens`` takes; 0 where the link has not been measured."""
-        goodput = self.link(source, target)
-        return num_tokens * self.kv_nbytes_per_token / goodput if goodput else 0.0
+        return self._book.links.transfer_s(source.id, target.id, num_tokens)
 
     def predicted_ttft_s(self, engine: EngineFacts, num_tokens: int) -> float:
         """Seconds until the engine's first token for a prompt of which it must compute ``num_tokens``: as
         admission predicts it (prediction.py). 0 where nothing has been measured."""
-        view = EngineView(
-            engine.reported,
-            engine.reported_age_s,
-            self._book.own(engine.id),
-            engine.info.block_size,
-            engine.info.num_blocks,
-        )
-        return predicted_ttft_s(view, num_tokens)
+        now = asyncio.get_running_loop().time()
+        return predicted_ttft_s(engine_view(engine._connection, self._book, now), num_tokens)
 
-    def _fit(self, label: str | None) -> list[EngineConnection]:
+    def _fit(self, label: str | None) -> Sequence[Connection]:
         everyone = self._connections()
         if label is None:
             return everyone

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 from microserve.protocol.messages.engine import EngineLoad, Sent
+from microserve.protocol.smoothing import smoothed
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -235,10 +236,6 @@ class Account:
         self.close()
 
 
-SMOOTHING = 0.2
-"""Weight of the newest send."""
-
-
 @dataclass(slots=True)
 class _Link:
     """Means of bytes and of seconds: their ratio lets large sends count for more than small ones, whose time
@@ -262,22 +259,23 @@ class Links:
         seconds = sent.timings.transfer_s
         if sent.nbytes <= 0 or sent.sent <= 0:
             return
-        self.kv_nbytes_per_token = _smoothed(self.kv_nbytes_per_token, sent.nbytes / sent.sent)
+        self.kv_nbytes_per_token = smoothed(self.kv_nbytes_per_token, sent.nbytes / sent.sent)
         if not 0.0 < seconds < math.inf:  # too short for the sender's clock, or no number
             return
         link = self._links.setdefault((source, target), _Link(sent.nbytes, seconds))
-        link.nbytes = _smoothed(link.nbytes, sent.nbytes)
-        link.seconds = _smoothed(link.seconds, seconds)
+        link.nbytes = smoothed(link.nbytes, sent.nbytes)
+        link.seconds = smoothed(link.seconds, seconds)
 
     def goodput(self, source: str, target: str) -> float:
         """Bytes a second while a put runs; 0 where nothing has been measured."""
         link = self._links.get((source, target))
         return link.nbytes / link.seconds if link is not None else 0.0
 
+    def transfer_s(self, source: str, target: str, num_tokens: int) -> float:
+        """Seconds that a put of ``num_tokens`` takes; 0 where the link has not been measured."""
+        goodput = self.goodput(source, target)
+        return num_tokens * self.kv_nbytes_per_token / goodput if goodput else 0.0
+
     def forget(self, engine_id: str) -> None:
         for pair in [pair for pair in self._links if engine_id in pair]:
             del self._links[pair]
-
-
-def _smoothed(known: float, sample: float) -> float:
-    return known + SMOOTHING * (sample - known) if known else float(sample)

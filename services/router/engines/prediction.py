@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.services.router.engines.load import Load
+from microserve.services.router.engines.connection import Connection
+from microserve.services.router.engines.load import Load, LoadBook
 
 REPORT_MAX_AGE_S = 1.5
 """Six heartbeats, by default."""
@@ -36,6 +37,20 @@ class EngineView:
     num_blocks: int
     unplaced_tokens: float = 0.0
     """Its share of the prompt tokens that this router has admitted and not yet placed."""
+
+
+def engine_view(
+    connection: Connection, book: LoadBook, now: float, *, unplaced_tokens: float = 0.0
+) -> EngineView:
+    """As of ``now``, by the loop's clock."""
+    return EngineView(
+        connection.load,
+        now - connection.load_at,
+        book.own(connection.engine_id),
+        connection.info.block_size,
+        connection.info.num_blocks,
+        unplaced_tokens,
+    )
 
 
 def predicted_ttft_s(view: EngineView, num_tokens: int) -> float:

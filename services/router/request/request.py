@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from microserve.protocol.bus.codec import decode_tokens, encode_tokens
-from microserve.protocol.errors import InvalidInterval
+from microserve.protocol.messages.interval import bound
 from microserve.protocol.messages.sampling import SamplingParams
 
 
@@ -102,12 +102,7 @@ class Request:
         """
         if value is None:
             return self.num_tokens
-        position = self.num_tokens + value if value < 0 else value
-        if not 0 <= position <= self.num_tokens:
-            raise InvalidInterval(
-                f"{name} {value} is outside a prompt of {self.num_tokens} tokens", field=name
-            )
-        return position
+        return bound(name, value, self.num_tokens)
 
 
 RETRY_AFTER_S = 1.0

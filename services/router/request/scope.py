@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from microserve.protocol.errors import DeadlineExceeded, MeshError, StrategyError
-from microserve.services.links.engine import EngineConnection
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Account
 from microserve.services.router.request.decision import Decision
 from microserve.services.router.request.phase import PhaseClock
@@ -37,8 +37,8 @@ class RequestScope:
         self.is_closed = False
         self._call_timeout_s = call_timeout_s
         self._loop = asyncio.get_running_loop()
-        self._holds: dict[EngineConnection, set[str]] = {}
-        self._prompts: set[EngineConnection] = set()
+        self._holds: dict[Connection, set[str]] = {}
+        self._prompts: set[Connection] = set()
         self._num_engaged = 0
         self._idle_since = self._loop.time()
         self._on_close: list[Callable[[MeshError], None]] = []
@@ -92,14 +92,14 @@ class RequestScope:
 
     # --- what engines hold -------------------------------------------------------------------------
 
-    def prompt(self, connection: EngineConnection) -> tuple[bytes, ...]:
+    def prompt(self, connection: Connection) -> tuple[bytes, ...]:
         """Bulk frames of the next action there: the prompt travels once to each engine."""
         if connection in self._prompts:
             return ()
         self._prompts.add(connection)
         return (self.request.token_frame,)
 
-    def hold(self, connection: EngineConnection, name: str) -> None:
+    def hold(self, connection: Connection, name: str) -> None:
         """From now on, or from when a message on its way arrives, the engine holds ``name`` for us."""
         if connection not in self._holds:
             self._holds[connection] = set()
@@ -109,11 +109,11 @@ class RequestScope:
             self.engines.append(connection.engine_id)
         self._holds[connection].add(name)
 
-    def drop(self, connection: EngineConnection, *names: str) -> None:
+    def drop(self, connection: Connection, *names: str) -> None:
         """The engine says that it holds these no longer; it still has the prompt."""
         self._holds.get(connection, set()).difference_update(names)
 
-    def gone(self, connection: EngineConnection, *names: str) -> None:
+    def gone(self, connection: Connection, *names: str) -> None:
         """As :meth:`drop`, and with the last of them the engine has dropped the prompt too."""
         self.drop(connection, *names)
         if not self._holds.get(connection):
@@ -123,7 +123,7 @@ class RequestScope:
         """The strategy has done with a grant what grants are for."""
         self.unused.pop(grant_id, None)
 
-    def abort(self, connection: EngineConnection) -> None:
+    def abort(self, connection: Connection) -> None:
         """Make one engine drop everything of this request."""
         connection.abort(self.request.request_id)
         for grant_id in [g for g, engine_id in self.unused.items() if engine_id == connection.engine_id]:
@@ -152,3 +152,7 @@ class RequestScope:
             callback(ended)
         self._on_close.clear()
         self.account.close()
+
+
+def out_of_time() -> DeadlineExceeded:
+    return DeadlineExceeded("the request's time was used up")

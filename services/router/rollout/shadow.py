@@ -12,29 +12,27 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import cast
 
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.errors import NoEngines, StrategyError
-from microserve.protocol.messages.engine import EngineInfo
-from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.links.engine import EngineConnection
+from microserve.protocol.errors import StrategyError
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.driver import Driver
 from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.plan import PlanMesh, Plans
-from microserve.services.router.authoring.view import State
+from microserve.services.router.authoring.plan import PlanMesh, Plans, borrowed
+from microserve.services.router.authoring.view import StrategyState
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import LoadBook
-from microserve.services.router.engines.prediction import EngineView
+from microserve.services.router.engines.prediction import EngineView, engine_view
 from microserve.services.router.engines.prefix import Lookup
+from microserve.services.router.engines.registry import Registry
 from microserve.services.router.request.decision import Decision
 from microserve.services.router.request.phase import PhaseClock
-from microserve.services.router.request.request import RETRY_AFTER_S, Request
+from microserve.services.router.request.request import Request
 from microserve.services.router.request.scope import RequestScope
 from microserve.services.router.rollout.score import Cost, cost_of
 from microserve.services.router.rollout.shadow_engine import ShadowConnection
@@ -72,21 +70,20 @@ class Shadows:
     def __init__(
         self,
         tasks: asyncio.TaskGroup,
+        registry: Registry,
         book: LoadBook,
         driver: Driver,
         *,
-        connections: Callable[[], list[EngineConnection]],
-        served: Callable[[], EngineInfo | None],
         lookup: Lookup,
         on_decided: OnDecided,
         seed: int,
     ) -> None:
-        """``book`` is only read. ``seed``: shadows draw their own lots, so that they change nobody else's."""
+        """``registry`` and ``book`` are only read. ``seed``: shadows draw their own lots, so that they change
+        nobody else's."""
         self._tasks = tasks
         self._book = book
         self._driver = driver
-        self._connections = connections
-        self._served = served
+        self._registry = registry
         self._lookup = lookup
         self._on_decided = on_decided
         self._rng = random.Random(seed)
@@ -94,7 +91,7 @@ class Shadows:
         self._num_deciding = 0
         self.plans = Plans(
             tasks,
-            lambda state: PlanMesh(connections, book, self._rng, state, self._borrow),
+            lambda state: PlanMesh(registry.usable, book, self._rng, state, self._borrow),
             run=driver.run_plan,
         )
 
@@ -103,16 +100,7 @@ class Shadows:
         if self._num_deciding >= MAX_DECIDING:
             return None
         now = self._loop.time()
-        views = {
-            c.engine_id: EngineView(
-                c.load,
-                now - c.load_at,
-                self._book.own(c.engine_id),
-                c.info.block_size,
-                c.info.num_blocks,
-            )
-            for c in self._connections()
-        }
+        views = {c.engine_id: engine_view(c, self._book, now) for c in self._registry.usable()}
         rehearsal = Rehearsal(shadow, request, self._lookup(request.tokens, request.salt), views)
         self._num_deciding += 1
         task = self._tasks.create_task(self._decide(rehearsal), name=f"shadow {request.request_id}")
@@ -162,14 +150,8 @@ class Shadows:
                 self._on_decided(rehearsal.shadow, *costs, decided.engine_id == done.engine_id)
 
     def _cost(self, rehearsal: Rehearsal, decision: Decision) -> Cost | None:
-        links = self._book.links
-
-        def transfer_s(source: str, target: str, num_tokens: int) -> float:
-            goodput = links.goodput(source, target)
-            return num_tokens * links.kv_nbytes_per_token / goodput if goodput else 0.0
-
         num_tokens = rehearsal.request.num_tokens
-        return cost_of(decision, num_tokens, rehearsal.cached, rehearsal.views, transfer_s)
+        return cost_of(decision, num_tokens, rehearsal.cached, rehearsal.views, self._book.links.transfer_s)
 
     # --- a mesh that does nothing ------------------------------------------------------------------
 
@@ -178,14 +160,14 @@ class Shadows:
         clock = PhaseClock(self._loop.time())
         return RequestScope(request, LoadBook().open(), clock, call_timeout_s=DECISION_S)
 
-    def _mesh(self, scope: RequestScope, state: State) -> Mesh:
-        made: dict[EngineConnection, ShadowConnection] = {}
+    def _mesh(self, scope: RequestScope, state: StrategyState) -> Mesh:
+        made: dict[Connection, ShadowConnection] = {}
 
-        def connections() -> list[EngineConnection]:
-            for real in self._connections():
+        def connections() -> list[Connection]:
+            for real in self._registry.usable():
                 if real not in made:
                     made[real] = ShadowConnection(real, lambda real=real: cached(real.engine_id))  # type: ignore[misc]
-            return [cast(EngineConnection, made[real]) for real in self._connections()]
+            return [made[real] for real in self._registry.usable()]
 
         def cached(engine_id: str) -> int:
             return mesh.prefix(scope.request).get(engine_id, 0)
@@ -193,18 +175,13 @@ class Shadows:
         mesh = Mesh(scope, connections, self._book, self._lookup, self._rng, state)
         return mesh
 
-    @asynccontextmanager
-    async def _borrow(
-        self, state: State, tokens: Sequence[int], salt: str, ttl_s: float
-    ) -> AsyncIterator[tuple[Mesh, Request]]:
+    def _borrow(
+        self, state: StrategyState, tokens: Sequence[int], salt: str, ttl_s: float
+    ) -> AbstractAsyncContextManager[tuple[Mesh, Request]]:
         """As for a plan in service, but nothing is done."""
-        served = self._served()
-        if served is None:
-            raise NoEngines("no engine has joined yet", retry_after_s=RETRY_AFTER_S)
-        deadline = self._loop.time() + ttl_s
-        request = Request("plan", tokens, SamplingParams(max_tokens=1), deadline, served.block_size, salt)
-        scope = self._scope(request)
-        try:
-            yield self._mesh(scope, state), request
-        finally:
-            scope.close()
+
+        def make(request: Request) -> tuple[RequestScope, Mesh]:
+            scope = self._scope(request)
+            return scope, self._mesh(scope, state)
+
+        return borrowed(self._registry.served, "plan", tokens, salt, ttl_s, make)

@@ -1,6 +1,6 @@
 """An engine for decisions that nobody carries out: answers every action at once, as if all went well.
 
-Stands where an :class:`EngineConnection` stands, so that a shadow's actions go through the very handles of
+A :class:`Connection` like that to a real engine, so that a shadow's actions go through the very handles of
 engine.py and meet every check there. Sends nothing, holds nothing, computes nothing.
 """
 
@@ -15,11 +15,11 @@ from microserve.protocol.errors import MeshError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine import Delta, EngineInfo, EngineLoad, Finished, Timings, Usage
 from microserve.protocol.messages.grant import Grant, HeapAddress
-from microserve.services.links.engine import Answer, EngineConnection
+from microserve.services.links.engine import Answer
 from microserve.services.links.stream import TokenStreams
+from microserve.services.router.engines.connection import Action, Connection
 
 T = TypeVar("T")
-ShadowRequest = wire.PrepRecv | wire.RemoteSend | wire.StartGenerate | wire.Commit | wire.Release
 
 _NOWHERE = HeapAddress("shadow", "", 0, 0, 0, 0)
 
@@ -27,7 +27,7 @@ _NOWHERE = HeapAddress("shadow", "", 0, 0, 0, 0)
 class ShadowConnection:
     """For one request; what handles, scope and streams use of a connection, and no more."""
 
-    def __init__(self, real: EngineConnection, num_cached: Callable[[], int]) -> None:
+    def __init__(self, real: Connection, num_cached: Callable[[], int]) -> None:
         """``num_cached``: prompt tokens that the engine is known to hold."""
         self.engine_id = real.engine_id
         self.prompts: set[str] = set()
@@ -53,9 +53,7 @@ class ShadowConnection:
     def load_at(self) -> float:
         return self._real.load_at
 
-    def begin(
-        self, build: Callable[[int], ShadowRequest], *_bulk: bytes
-    ) -> tuple[int, asyncio.Future[Answer]]:
+    def begin(self, build: Callable[[int], Action], *_bulk: bytes) -> tuple[int, asyncio.Future[Answer]]:
         call_id = next(self._ids)
         future: asyncio.Future[Answer] = self._loop.create_future()
         future.set_result((self._answer(call_id, build(call_id)), []))
@@ -65,11 +63,11 @@ class ShadowConnection:
         return future.result()
 
     async def call(
-        self, build: Callable[[int], ShadowRequest], expected: type[T], *bulk: bytes, timeout_s: float
+        self, build: Callable[[int], Action], expected: type[T], *bulk: bytes, timeout_s: float
     ) -> T:
         return self.expect(self.begin(build, *bulk)[1].result()[0], expected)
 
-    def expect(self, reply: object, expected: type[T]) -> T:
+    def expect(self, reply: wire.EngineReply, expected: type[T]) -> T:
         assert isinstance(reply, expected), "every action has its answer below"
         return reply
 
@@ -79,7 +77,7 @@ class ShadowConnection:
     def abort(self, _request_id: str) -> None:
         """Nothing is held."""
 
-    def _answer(self, call_id: int, message: ShadowRequest) -> wire.EngineReply:
+    def _answer(self, call_id: int, message: Action) -> wire.EngineReply:
         match message:
             case wire.PrepRecv():
                 return wire.Granted(call_id, self._grant(call_id, message.end))

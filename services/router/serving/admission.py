@@ -21,10 +21,10 @@ from microserve.protocol.errors import (
 )
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.settings import RouterSettings
-from microserve.services.links.engine import EngineConnection
 from microserve.services.router.authoring.definition import Strategy
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import LoadBook
-from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s
+from microserve.services.router.engines.prediction import EngineView, engine_view, predicted_ttft_s
 from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.engines.registry import Registry
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
@@ -51,11 +51,18 @@ class Admission:
     """Turns a ``Generate`` into a :class:`Request` and its strategy, or raises the reason why not."""
 
     def __init__(
-        self, settings: RouterSettings, strategies: StrategyBook, registry: Registry, lookup: Lookup
+        self,
+        settings: RouterSettings,
+        strategies: StrategyBook,
+        registry: Registry,
+        book: LoadBook,
+        lookup: Lookup,
     ) -> None:
+        """``book`` and ``registry`` are only read."""
         self._settings = settings
         self._strategies = strategies
         self._registry = registry
+        self._book = book
         self._lookup = lookup
         self._loop = asyncio.get_running_loop()
 
@@ -66,7 +73,7 @@ class Admission:
         """What is to run for an admitted request now."""
         return self._strategies.current(strategy)
 
-    def admit(self, message: Generate, token_frame: bytes, num_live: int, book: LoadBook) -> Admitted:
+    def admit(self, message: Generate, token_frame: bytes, num_live: int) -> Admitted:
         """Raises a ``RequestError`` that names the field, a ``CapacityError`` or ``DeadlineExceeded``.
 
         ``QueueFull`` also when no engine is predicted to give the first token within the request's time or
@@ -103,7 +110,7 @@ class Admission:
         prompt = hash((request.token_frame, request.salt))
         if request.num_output_tokens:  # it runs already, elsewhere: too late to refuse it
             return Admitted(strategy, request, request.num_tokens, prompt)
-        num_uncached = self._check_time(request, prompt, book)
+        num_uncached = self._check_time(request, prompt)
         shadow = self._strategies.shadow(self.strategy_name(message), message.request_id)
         return Admitted(strategy, request, num_uncached, prompt, shadow)
 
@@ -129,19 +136,19 @@ class Admission:
 
     # --- time --------------------------------------------------------------------------------------
 
-    def _check_time(self, request: Request, prompt: int, book: LoadBook) -> int:
+    def _check_time(self, request: Request, prompt: int) -> int:
         """Tokens that the engine with the best prediction must compute. Raises :class:`QueueFull`."""
         now = self._loop.time()
         allowed_s, why = request.deadline - now, "the request allows"
         bound_s = self._settings.max_ttft_s
         if 0.0 < bound_s < allowed_s:
             allowed_s, why = bound_s, "router.max_ttft_s is"
-        views = self._views(book, now)
+        views = self._views(now)
 
         def best(cached: Mapping[str, int]) -> tuple[float, int]:
             """Prediction and tokens to compute of the engine that is soonest."""
             uncached = {
-                e: 0 if book.shares(e, prompt) else request.num_tokens - cached.get(e, 0) for e in views
+                e: 0 if self._book.shares(e, prompt) else request.num_tokens - cached.get(e, 0) for e in views
             }
             return min((predicted_ttft_s(views[e], uncached[e]), uncached[e]) for e in views)
 
@@ -156,23 +163,14 @@ class Admission:
             )
         return num_uncached
 
-    def _views(self, book: LoadBook, now: float) -> dict[str, EngineView]:
+    def _views(self, now: float) -> dict[str, EngineView]:
         """What is known of every engine that may compute prompts."""
         chosen = [c for c in self._registry.usable() if _computes_prompts(c)] or self._registry.usable()
-        return {
-            connection.engine_id: EngineView(
-                connection.load,
-                now - connection.load_at,
-                book.own(connection.engine_id),
-                connection.info.block_size,
-                connection.info.num_blocks,
-                book.unplaced_tokens / len(chosen),
-            )
-            for connection in chosen
-        }
+        share = self._book.unplaced_tokens / len(chosen)
+        return {c.engine_id: engine_view(c, self._book, now, unplaced_tokens=share) for c in chosen}
 
 
-def _computes_prompts(connection: EngineConnection) -> bool:
+def _computes_prompts(connection: Connection) -> bool:
     """An engine that is not for prefill and has never done any says nothing of how long prompts wait."""
     labels = connection.labels
     return not labels or "prefill" in labels or connection.load.prefill_tokens_per_s > 0.0

@@ -14,12 +14,12 @@ from typing import TypeVar
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.errors import DeadlineExceeded, InvalidInterval, MeshError, StrategyError
+from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages.router import Output
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.driver import Driver, ending, tell_slow
 from microserve.services.router.authoring.overseer import StrategyHung
-from microserve.services.router.request.scope import RequestScope
+from microserve.services.router.request.scope import RequestScope, out_of_time
 from microserve.services.router.serving.live import LiveRequest
 
 CLOSE_S = 1.0
@@ -171,7 +171,3 @@ def _first_failure(group: ExceptionGroup[Exception]) -> MeshError | None:
         if isinstance(found, MeshError) and not isinstance(found, StrategyError | InvalidInterval):
             return found
     return None
-
-
-def out_of_time() -> DeadlineExceeded:
-    return DeadlineExceeded("the request's time was used up")

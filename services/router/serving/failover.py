@@ -30,10 +30,10 @@ from microserve.protocol.errors import (
     UnknownRequest,
 )
 from microserve.protocol.messages.engine import EngineInfo, Finished, Timings, Usage
-from microserve.services.links.engine import EngineConnection
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.grant import Sending
 from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.request.request import Request
 
 _logger = structlog.get_logger()
@@ -167,7 +167,7 @@ for longer (``MOVE_S`` in the engine's actions.py), or until an abort says that 
 class EngineLeaving(EngineLost):
     """The engine drains and others are there: ends a stream on it after the tokens that are in. Not sent."""
 
-    def __init__(self, source: EngineConnection) -> None:
+    def __init__(self, source: Connection) -> None:
         super().__init__(f"engine {source.engine_id} leaves the mesh")
         self.source = source
 
@@ -176,7 +176,7 @@ class MoveFailed(PeerError):
     """The KV could not be moved; nothing was delivered. Not sent."""
 
 
-async def move(mesh: Mesh, request: Request, source: EngineConnection) -> AsyncGenerator[Tokens, None]:
+async def move(mesh: Mesh, request: Request, source: Connection) -> AsyncGenerator[Tokens, None]:
     """Continue ``request`` on another engine with the KV that ``source`` has of it.
 
     Raises :class:`MoveFailed` for whatever goes wrong before the first new token.

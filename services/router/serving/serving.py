@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 
 import structlog
 
@@ -19,27 +19,28 @@ from microserve.protocol.errors import (
     Draining,
     InvalidRequest,
     MeshError,
-    NoEngines,
     StrategyError,
 )
-from microserve.protocol.messages.engine import EngineInfo, Usage
+from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.router import Ended, Generate, Output
-from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.links.engine import EngineConnection
+from microserve.protocol.settings import RouterSettings
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.driver import Driver
 from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.plan import PlanMesh, Plans
-from microserve.services.router.authoring.view import State
-from microserve.services.router.engines.load import LoadBook
+from microserve.services.router.authoring.plan import PlanMesh, Plans, borrowed
+from microserve.services.router.authoring.view import StrategyState
+from microserve.services.router.engines.connection import Connection
+from microserve.services.router.engines.load import Account, LoadBook
 from microserve.services.router.engines.prefix import Lookup
+from microserve.services.router.engines.registry import Registry
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
-from microserve.services.router.request.scope import RequestScope
+from microserve.services.router.request.scope import RequestScope, out_of_time
+from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.shadow import OnDecided, Shadows
 from microserve.services.router.serving.admission import Admission
-from microserve.services.router.serving.attempt import Attempts, out_of_time
+from microserve.services.router.serving.attempt import Attempts
 from microserve.services.router.serving.failover import EngineLeaving, Failover, MoveFailed, move
 from microserve.services.router.serving.live import (
     Interrupt,
@@ -63,47 +64,35 @@ class Serving:
     def __init__(
         self,
         tasks: asyncio.TaskGroup,
-        admission: Admission,
+        settings: RouterSettings,
+        strategies: StrategyBook,
+        registry: Registry,
         *,
-        connections: Callable[[], list[EngineConnection]],
-        served: Callable[[], EngineInfo | None],
         lookup: Lookup,
-        call_timeout_s: float,
         rng: random.Random,
         driver: Driver,
-        idle_s: float,
         on_end: OnEnd,
         on_decided: OnDecided,
         shadow_seed: int,
     ) -> None:
-        """``connections`` lists engines that take new requests, ``served`` says what the mesh serves;
-        ``lookup`` asks the prefix replica; ``driver`` runs the strategies, ``idle_s`` is that of
-        :class:`Attempts`; ``on_end`` hears of every request that was admitted, ``on_decided`` of every
-        shadow."""
+        """``lookup`` asks the prefix replica; ``driver`` runs the strategies; ``on_end`` hears of every
+        request that was admitted, ``on_decided`` of every shadow."""
         self.book = LoadBook()
         self.plans = Plans(
             tasks,
-            lambda state: PlanMesh(connections, self.book, rng, state, self._borrow),
+            lambda state: PlanMesh(registry.usable, self.book, rng, state, self._borrow),
             run=driver.run_plan,
         )
         self.shadows = Shadows(
-            tasks,
-            self.book,
-            driver,
-            connections=connections,
-            served=served,
-            lookup=lookup,
-            on_decided=on_decided,
-            seed=shadow_seed,
+            tasks, registry, self.book, driver, lookup=lookup, on_decided=on_decided, seed=shadow_seed
         )
         self._tasks = tasks
-        self._admission = admission
-        self._connections = connections
-        self._served = served
+        self._settings = settings
+        self._registry = registry
+        self._admission = Admission(settings, strategies, registry, self.book, lookup)
         self._lookup = lookup
-        self._call_timeout_s = call_timeout_s
         self._rng = rng
-        self._attempts = Attempts(driver, idle_s=idle_s)
+        self._attempts = Attempts(driver, idle_s=settings.strategy_idle_s)
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._live: dict[str, LiveRequest] = {}
@@ -122,7 +111,7 @@ class Serving:
                 raise Draining("the router stops", retry_after_s=RETRY_AFTER_S)
             if message.request_id in self._live:
                 raise InvalidRequest("a request of that id is live", field="request_id")
-            admitted = self._admission.admit(message, token_frame, len(self._live), self.book)
+            admitted = self._admission.admit(message, token_frame, len(self._live))
             strategy, request, num_uncached, prompt, shadow = admitted
         except MeshError as error:
             self._end(live, error)
@@ -133,7 +122,7 @@ class Serving:
         if shadow is not None:
             live.rehearsal = self.shadows.begin(shadow, request)
         account = self.book.open(num_uncached, prompt)
-        live.scope = RequestScope(request, account, clock, call_timeout_s=self._call_timeout_s)
+        live.scope = self._scope(request, account, clock)
         self._live[live.request_id] = live
         live.task = self._tasks.create_task(self._serve(live, live.scope, strategy), name=live.request_id)
         live.task.add_done_callback(lambda _: self._reap(live))
@@ -151,10 +140,10 @@ class Serving:
             self._interrupt(live, Interrupt.CLIENT)
         return len(lost)
 
-    def evacuate(self, connection: EngineConnection) -> None:
+    def evacuate(self, connection: Connection) -> None:
         """An engine drains: what is generated there goes on elsewhere, if there is anybody. Call repeatedly:
         the others may come later, and streams may still begin there."""
-        if any(other is not connection for other in self._connections()):
+        if any(other is not connection for other in self._registry.usable()):
             connection.streams.fail_all(lambda: EngineLeaving(connection))
 
     def stop(self) -> None:
@@ -172,13 +161,13 @@ class Serving:
 
     async def _serve(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
         """Attempts, each in a scope of its own, until one ends the stream or its error is final."""
-        failover = Failover(scope.request.begun(), patience_s=self._call_timeout_s)
-        finished = failover.end_of(live.delivered, self._served())
+        failover = Failover(scope.request.begun(), patience_s=self._settings.call_timeout_s)
+        finished = failover.end_of(live.delivered, self._registry.served)
         if finished is not None:  # all that its last router did not tell any more was the end
             live.last = Tokens(len(live.delivered), [], [], finished)
             self._end(live, None)
             return
-        source: EngineConnection | None = None
+        source: Connection | None = None
         while True:
             mesh, num_known = self._mesh(scope, failover, strategy), len(live.delivered)
             if source is not None:
@@ -212,7 +201,7 @@ class Serving:
                 delivered=len(live.delivered),
                 attempt=terms.number,
             )
-            finished = failover.end_of(live.delivered, self._served())
+            finished = failover.end_of(live.delivered, self._registry.served)
             if finished is not None:
                 error, live.last = None, Tokens(len(live.delivered), [], [], finished)
                 break
@@ -222,43 +211,33 @@ class Serving:
                 error = live.interruption
                 break
             request = failover.continued(live.delivered)
-            scope = live.scope = RequestScope(
-                request, self.book.open(), live.clock, call_timeout_s=self._call_timeout_s
-            )
+            scope = live.scope = self._scope(request, self.book.open(), live.clock)
         self._end(live, error)
         await self._attempts.close(live, generator)
 
     def _mesh(self, scope: RequestScope, failover: Failover, strategy: Strategy) -> Mesh:
         avoid = failover.terms.avoid
 
-        def connections() -> list[EngineConnection]:
-            everyone = self._connections()
+        def connections() -> Sequence[Connection]:
+            everyone = self._registry.usable()
             return [c for c in everyone if c.engine_id not in avoid] or everyone
 
         return Mesh(scope, connections, self.book, self._lookup, self._rng, self.plans.use(strategy))
 
-    @asynccontextmanager
-    async def _borrow(
-        self, state: State, tokens: Sequence[int], salt: str, ttl_s: float
-    ) -> AsyncIterator[tuple[Mesh, Request]]:
-        """A request of a plan: in the books and with a scope like any other, but nobody waits for it."""
-        served, now = self._served(), self._loop.time()
-        if served is None:
-            raise NoEngines("no engine has joined yet", retry_after_s=RETRY_AFTER_S)
+    def _borrow(
+        self, state: StrategyState, tokens: Sequence[int], salt: str, ttl_s: float
+    ) -> AbstractAsyncContextManager[tuple[Mesh, Request]]:
+        """A request of a plan, in the books like any other."""
+
+        def make(request: Request) -> tuple[RequestScope, Mesh]:
+            scope = self._scope(request, self.book.open(), PhaseClock(self._loop.time()))
+            return scope, Mesh(scope, self._registry.usable, self.book, self._lookup, self._rng, state)
+
         request_id = f"plan-{self._rng.getrandbits(62):x}"
-        sampling, deadline = SamplingParams(max_tokens=1), now + ttl_s
-        request = Request(request_id, tokens, sampling, deadline, served.block_size, salt)
-        scope = RequestScope(request, self.book.open(), PhaseClock(now), call_timeout_s=self._call_timeout_s)
-        limit = asyncio.timeout_at(deadline)
-        try:
-            async with limit:
-                yield Mesh(scope, self._connections, self.book, self._lookup, self._rng, state), request
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise out_of_time() from None
-        finally:
-            scope.close()
+        return borrowed(self._registry.served, request_id, tokens, salt, ttl_s, make)
+
+    def _scope(self, request: Request, account: Account, clock: PhaseClock) -> RequestScope:
+        return RequestScope(request, account, clock, call_timeout_s=self._settings.call_timeout_s)
 
     # --- the end -----------------------------------------------------------------------------------
 

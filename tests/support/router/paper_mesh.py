@@ -16,9 +16,9 @@ import msgspec
 
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad, Sent, Timings
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.links.engine import EngineConnection
 from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.view import State
+from microserve.services.router.authoring.view import StrategyState
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.request import Request
@@ -67,10 +67,10 @@ def paper_mesh(
         return RequestScope(request, used.open(), PhaseClock(now), call_timeout_s=1.0)
 
     used = book or LoadBook()
-    connections = cast("list[EngineConnection]", list(engines))
+    connections = cast("list[Connection]", list(engines))
     with asyncio.Runner() as runner:
         scope = runner.run(make())
-        rng, state = random.Random(seed), State()
+        rng, state = random.Random(seed), StrategyState()
         mesh = Mesh(scope, lambda: connections, used, lambda _tokens, _salt: dict(held or {}), rng, state)
         yield mesh, scope.request
         scope.close()

@@ -17,11 +17,11 @@ from microserve.protocol import log
 from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages.control import ControlState, EngineLabels
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.services.links.engine import EngineConnection
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh
-from microserve.services.router.authoring.view import MAX_ENGINES, OwnLabels, State
+from microserve.services.router.authoring.view import MAX_ENGINES, OwnLabels, StrategyState
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.request.request import Request
 from microserve.services.router.rollout.book import StrategyBook
@@ -213,10 +213,10 @@ class Roles:
     def __init__(self, *engines: PaperEngine) -> None:
         self.engines = list(engines)
         self.mesh = PlanMesh(
-            lambda: cast("list[EngineConnection]", self.engines),
+            lambda: cast("list[Connection]", self.engines),
             LoadBook(),
             random.Random(0),
-            State(),
+            StrategyState(),
             no_request,
         )
 

@@ -21,7 +21,7 @@ from microserve.services.router.authoring import plan as plan_module
 from microserve.services.router.authoring.definition import PlanFunction, Strategy, strategy
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh, Plans
-from microserve.services.router.authoring.view import MeshView, State
+from microserve.services.router.authoring.view import MeshView, StrategyState
 from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.request.request import Request
 from microserve.services.simulation.loop import VirtualLoop
@@ -266,7 +266,7 @@ async def test_without_engines_a_plan_reads_an_empty_mesh() -> None:
         world.engines["a"].die()
         await eventually(lambda: not world.router.registry.joined(), "a is lost")
         serving = world.router.serving
-        view = MeshView(world.router.registry.usable, serving.book, serving._rng, State())
+        view = MeshView(world.router.registry.usable, serving.book, serving._rng, StrategyState())
         assert list(view.engines("prefill")) == []
 
 

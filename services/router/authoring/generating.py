@@ -9,22 +9,22 @@ from collections.abc import Callable
 
 from microserve.protocol.errors import MeshError, PeerError
 from microserve.protocol.messages import engine as wire
-from microserve.services.links.engine import EngineConnection
 from microserve.services.links.stream import Tokens, TokenStream
 from microserve.services.router.authoring.grant import Sending
+from microserve.services.router.engines.connection import Connection
 from microserve.services.router.request.scope import RequestScope
 
 STREAM = "stream"
 """What the engine holds for a generation, in the scope's book."""
 
 
-class Generation:
+class Generating:
     """Chunks of output tokens, the last one with ``finished``. For one reader, once."""
 
     def __init__(
         self,
         scope: RequestScope,
-        connection: EngineConnection,
+        connection: Connection,
         build: Callable[[int], wire.StartGenerate],
         *,
         grant_id: str = "",
@@ -63,7 +63,7 @@ class Generation:
         """A failed send ends the stream, unless the engine's own tokens prove that all of it came in."""
         sending.listen(self._take_sending)
 
-    def __aiter__(self) -> Generation:
+    def __aiter__(self) -> Generating:
         return self
 
     async def __anext__(self) -> Tokens:
