@@ -5,5 +5,5 @@ that have a code, and how a service process starts and ends. Must not know what 
 token's text is.
 
 Start with ``WIRE.md``, then ``messages/`` (what is said), ``bus/`` (how it travels), ``process/`` (how a
-service runs); ``errors.py``, ``settings.py``, ``log.py`` and ``types.py`` are used everywhere.
+service runs); ``errors.py``, ``settings.py``, ``log.py``, ``types.py`` and ``smoothing.py`` are used by all.
 """

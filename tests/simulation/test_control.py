@@ -32,7 +32,7 @@ STORM = Weather(drop=0.2, duplicate=0.3, reorder=0.3, delay=0.3, max_delay_s=0.3
 
 SOURCE = """
 import control_trace
-from microserve.services.router.authoring.definition import strategy
+from microserve.services.router.authoring import strategy
 
 @strategy
 async def mine(mesh, request):

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
 HEAD = """
 import asyncio, time
-from microserve.services.router.authoring.definition import strategy
+from microserve.services.router.authoring import strategy
 
 @strategy
 async def mine(mesh, request):

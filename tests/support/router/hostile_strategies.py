@@ -4,7 +4,7 @@ from __future__ import annotations
 
 HEAD = """
 import asyncio, os, sys, time
-from microserve.services.router.authoring.definition import strategy
+from microserve.services.router.authoring import strategy
 
 @strategy
 async def mine(mesh, request, *, ratio: float = 0.1):

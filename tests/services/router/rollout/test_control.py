@@ -26,7 +26,7 @@ from microserve.services.router.strategies import BUILT_IN
 from tests.support.router.router_world import World, eventually, expected_output, in_loop, router_world
 
 PLAIN = """
-from microserve.services.router.authoring.definition import strategy
+from microserve.services.router.authoring import strategy
 
 @strategy
 async def mine(mesh, request, *, label: str = "", ratio: float = 0.1):

@@ -19,7 +19,7 @@ from tests.support.router.router_world import World, eventually, expected_output
 PROMPT = list(range(50))
 LABELS = {"d": ["decode"], "p": ["prefill"]}
 HEAD = """
-from microserve.services.router.authoring.definition import strategy
+from microserve.services.router.authoring import strategy
 
 @strategy
 async def mine(mesh, request, *, label: str = "decode"):
