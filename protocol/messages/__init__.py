@@ -5,5 +5,5 @@ frames, sockets or what anybody does with a message: ``bus/codec.py`` puts them 
 
 Start with ``engine.py`` (router and engine: the three actions), then ``router.py`` (gateway and router),
 ``index.py`` (everybody and the index); ``grant.py``, ``sampling.py``, ``control.py`` and ``world.py`` are
-parts of these, ``interval.py`` says what the bounds in an action mean, ``kv_events.py`` has frames of its own.
+parts of these, ``interval.py`` says what bounds in an action mean, ``kv_events.py`` has frames of its own.
 """

@@ -152,6 +152,31 @@ async def plan(mesh):
         assert world.router.control.shadows.scores() == []
 
 
+@in_loop
+async def test_a_request_of_its_plan_ends_with_its_time() -> None:
+    planned = PLAIN.replace(
+        "@strategy",
+        """
+import asyncio
+from microserve.protocol.errors import DeadlineExceeded
+
+async def plan(mesh):
+    try:
+        async with mesh.request(range(40), ttl_s=0.05):
+            await asyncio.Event().wait()
+    except DeadlineExceeded:
+        mesh.state["out of time"] = True
+    await asyncio.Event().wait()
+
+@strategy(plan=plan)""",
+    )
+    async with router_world("d", "p", labels=LABELS) as world:
+        await publish(world, planned)
+        await serve(world, 1)
+        plans = world.router.serving.shadows.plans
+        await eventually(lambda: any(kept.state for kept in plans._kept.values()), "it was told")
+
+
 def test_the_share_is_of_its_own_lots() -> None:
     book = StrategyBook(BUILT_IN)
     ids = [f"r{random.Random(n).getrandbits(60):x}" for n in range(10_000)]
