@@ -38,12 +38,12 @@ from gpu_parts.table import Goal, in_unit
 from gpu_parts.timing import CEILING_NBYTES, Run
 from torch import Tensor
 
-from microserve.kernels.arrival_signal import ArrivalSignal
-from microserve.kernels.block_put import block_put, put_plan
-from microserve.kernels.block_scatter import block_scatter
+from microserve.kernels.attention.gpu_attention import DeviceBatch, paged_attention
 from microserve.kernels.cuda_module import KernelUnavailable, Launch
-from microserve.kernels.gpu_attention import DeviceBatch, paged_attention
-from microserve.kernels.kv_quantize import quantize_scatter
+from microserve.kernels.quantize.kv_quantize import quantize_scatter
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal
+from microserve.kernels.scatter.block_put import block_put, put_plan
+from microserve.kernels.scatter.block_scatter import block_scatter
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
 ROW_NBYTES = NUM_KV_HEADS * HEAD_DIM * 2

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import structlog
 import torch
 
-from microserve.kernels.kv_scatter import missing_kernel
+from microserve.kernels.scatter.kv_scatter import missing_kernel
 from microserve.kvcache.heap.cuda_driver import LibCuda
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.device import BlockPut

@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from microserve.kernels import cuda_module
-from microserve.kernels.block_put import PutPlan, put_launch, put_plan
 from microserve.kernels.cuda_module import Launch
+from microserve.kernels.scatter.block_put import PutPlan, put_launch, put_plan
 from microserve.kvcache.heap.heap import Copies
 
 MAX_THREAD_BLOCKS: Final = 32

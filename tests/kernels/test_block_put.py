@@ -13,8 +13,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from microserve.kernels.arrival_signal import ArrivalSignal
-from microserve.kernels.block_put import PIECE_NBYTES, PutPlan, block_put, launch_shape, put_launch, put_plan
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal
+from microserve.kernels.scatter.block_put import (
+    PIECE_NBYTES,
+    PutPlan,
+    block_put,
+    launch_shape,
+    put_launch,
+    put_plan,
+)
 from tests.support.engine.kernel_cases import declared, emulate
 
 CPU = torch.device("cpu")

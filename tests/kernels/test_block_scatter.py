@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from microserve.kernels import reference
-from microserve.kernels.arrival_signal import ArrivalSignal
-from microserve.kernels.block_scatter import block_scatter, launch_shape, row_shape, scatter_launch
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal
+from microserve.kernels.scatter.block_scatter import block_scatter, launch_shape, row_shape, scatter_launch
 from tests.support.engine.kernel_cases import emulate, random_slots
 
 GUARD = 64  # elements before and after the pool that nothing may touch

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from microserve.kernels import cuda_module
-from microserve.kernels.arrival_signal import ArrivalSignal
-from microserve.kernels.block_put import put_launch, put_plan
-from microserve.kernels.block_scatter import scatter_launch
 from microserve.kernels.cuda_module import SOURCES, KernelUnavailable, build, cache_directory, find_nvcc
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal
+from microserve.kernels.scatter.block_put import put_launch, put_plan
+from microserve.kernels.scatter.block_scatter import scatter_launch
 from tests.support.engine.kernel_cases import declared
 
 MODULES = sorted(cuda_module.ENTRIES)

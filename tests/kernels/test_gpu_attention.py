@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microserve.kernels.gpu_attention import DeviceBatch, paged_attention, split_count
+from microserve.kernels.attention.gpu_attention import DeviceBatch, paged_attention, split_count
 from tests.support.engine.kernel_cases import AttentionCase, AttentionWork
 
 cases = st.builds(

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microserve.kernels.arrival_signal import ArrivalSignal
-from microserve.kernels.kv_quantize import (
+from microserve.kernels.quantize.kv_quantize import (
     GREATEST_CODE,
     dequantize,
     dequantize_gather,
     quantize,
     quantize_scatter,
 )
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal
 from tests.support.engine.kernel_cases import random_slots
 
 FORMATS = [torch.int8, torch.float8_e4m3fn]

@@ -9,7 +9,7 @@ import torch
 
 from microserve.kernels import cuda_module, reference
 from microserve.kernels.cuda_module import KernelUnavailable
-from microserve.kernels.kv_scatter import kv_scatter, missing_kernel
+from microserve.kernels.scatter.kv_scatter import kv_scatter, missing_kernel
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from microserve.kernels import attention_plan, reference
-from microserve.kernels import paged_attention as fast
-from microserve.kernels.paged_attention import AttentionPlan, KvWrite, Span, Workspace
+from microserve.kernels import reference
+from microserve.kernels.attention import attention_plan
+from microserve.kernels.attention import paged_attention as fast
+from microserve.kernels.attention.paged_attention import AttentionPlan, KvWrite, Span, Workspace
 
 
 @pytest.fixture(autouse=True)

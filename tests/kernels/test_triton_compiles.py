@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from microserve.kernels.block_scatter import MAX_THREADS
+from microserve.kernels.scatter.block_scatter import MAX_THREADS
 
 triton = pytest.importorskip("triton", reason="no triton: its kernels are not compiled")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -58,7 +58,7 @@ def compiled(kernel: Any, architecture: int, types: str, constants: dict[str, An
 
 
 def geometry(head_dim: int, share: int = 4, window: int = 0) -> dict[str, Any]:
-    from microserve.kernels.triton_attention import padded
+    from microserve.kernels.attention.triton_attention import padded
 
     sizes = {"BLOCK_SIZE": 16, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "DIM": padded(head_dim)}
     return sizes | {"SHARE": share, "WINDOW": window}
@@ -75,7 +75,7 @@ CASES = [
 
 @pytest.mark.parametrize(("architecture", "dtype", "head_dim"), CASES)
 def test_prefill(architecture: int, dtype: torch.dtype, head_dim: int) -> None:
-    from microserve.kernels.triton_attention import prefill_kernel, prefill_tiles
+    from microserve.kernels.attention.triton_attention import prefill_kernel, prefill_tiles
 
     tiles = prefill_tiles(head_dim, dtype.itemsize)
     constants = geometry(head_dim) | {"SHARE_ROWS": 4, "ROWS": tiles.rows, "KEYS": tiles.keys}
@@ -94,7 +94,7 @@ DECODES = [(*case, True) for case in CASES] + [(*case, False) for case in CASES 
 
 @pytest.mark.parametrize(("architecture", "dtype", "head_dim", "split"), DECODES)
 def test_decode(architecture: int, dtype: torch.dtype, head_dim: int, split: bool) -> None:
-    from microserve.kernels.triton_attention import decode_kernel, decode_tiles
+    from microserve.kernels.attention.triton_attention import decode_kernel, decode_tiles
 
     tiles = decode_tiles(head_dim, dtype.itemsize)
     constants = geometry(head_dim) | {"ROWS": tiles.rows, "KEYS": tiles.keys, "SPLIT": split}
@@ -109,7 +109,7 @@ def test_decode(architecture: int, dtype: torch.dtype, head_dim: int, split: boo
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_attention_with_a_window_and_a_share_that_is_no_power_of_two(architecture: int) -> None:
-    from microserve.kernels import triton_attention as kernels
+    from microserve.kernels.attention import triton_attention as kernels
 
     window = geometry(64, share=3, window=4096)
     tiles = kernels.prefill_tiles(64, 2)
@@ -127,7 +127,7 @@ def test_attention_with_a_window_and_a_share_that_is_no_power_of_two(architectur
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("head_dim", [80, 256])
 def test_reduction(architecture: int, head_dim: int) -> None:
-    from microserve.kernels.triton_attention import padded, reduce_kernel
+    from microserve.kernels.attention.triton_attention import padded, reduce_kernel
 
     constants = {"HEAD_DIM": head_dim, "DIM": padded(head_dim), "CHUNK": 16}
     compiled(reduce_kernel, architecture, "*fp32 *fp32 *bf16 i32:16 i32", constants)
@@ -137,8 +137,8 @@ def test_reduction(architecture: int, head_dim: int) -> None:
 @pytest.mark.parametrize("floating", [True, False])
 def test_quantisation(architecture: int, floating: bool) -> None:
     """Both formats on both architectures: sm_80 has no cast to e4m3, and none is needed."""
+    from microserve.kernels.quantize.triton_quantize import gather_kernel, scatter_kernel
     from microserve.kernels.triton_address import pair_tile
-    from microserve.kernels.triton_quantize import gather_kernel, scatter_kernel
 
     code = "*u8" if floating else "*i8"
     dim, rows = pair_tile(128)
@@ -166,8 +166,8 @@ def test_quantisation(architecture: int, floating: bool) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("raw", "head_dim"), [("i16", 128), ("i16", 80), ("i32", 64)])
 def test_scatter(architecture: int, raw: str, head_dim: int) -> None:
+    from microserve.kernels.scatter.triton_scatter import scatter_kernel
     from microserve.kernels.triton_address import pair_tile
-    from microserve.kernels.triton_scatter import scatter_kernel
 
     dim, rows = pair_tile(head_dim)
     constants = {"BLOCK_SIZE": 16, "NUM_HEADS": 8, "HEAD_DIM": head_dim, "DIM": dim, "ROWS": rows}

@@ -16,10 +16,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from microserve.kernels import gpu_attention
-from microserve.kernels.gpu_attention import DeviceBatch
-from microserve.kernels.kv_scatter import kv_scatter
-from microserve.kernels.paged_attention import AttentionPlan, KvWrite, Span, Workspace, paged_attention
+from microserve.kernels.attention import gpu_attention
+from microserve.kernels.attention.gpu_attention import DeviceBatch
+from microserve.kernels.attention.paged_attention import (
+    AttentionPlan,
+    KvWrite,
+    Span,
+    Workspace,
+    paged_attention,
+)
+from microserve.kernels.scatter.kv_scatter import kv_scatter
 
 
 class StepAttention(Protocol):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from microserve.kernels import reference
-from microserve.kernels.kv_scatter import missing_kernel
-from microserve.kernels.paged_attention import Span
+from microserve.kernels.attention.paged_attention import Span
+from microserve.kernels.scatter.kv_scatter import missing_kernel
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.services.engine.model import flashinfer_attention

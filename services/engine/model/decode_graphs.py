@@ -29,8 +29,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from microserve.kernels.gpu_attention import DeviceBatch
-from microserve.kernels.paged_attention import Span
+from microserve.kernels.attention.gpu_attention import DeviceBatch
+from microserve.kernels.attention.paged_attention import Span
 from microserve.services.engine.model.attention import DeviceAttention, upload
 
 MAX_BUCKET = 256

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from microserve.kernels import cuda_module
-from microserve.kernels.kv_scatter import kv_scatter
-from microserve.kernels.paged_attention import Span
+from microserve.kernels.attention.paged_attention import Span
+from microserve.kernels.scatter.kv_scatter import kv_scatter
 from microserve.services.engine.model.attention import StepAttention, device_attention, on_host, upload
 
 DTYPES = ("bfloat16", "float16")

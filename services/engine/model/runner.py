@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from microserve.kernels.paged_attention import Span, Workspace
+from microserve.kernels.attention.paged_attention import Span, Workspace
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, SampleSpec, StepResult

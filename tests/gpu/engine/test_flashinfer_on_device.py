@@ -12,7 +12,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from microserve.kernels.paged_attention import Span
+from microserve.kernels.attention.paged_attention import Span
 from microserve.protocol import log
 from microserve.services.engine.model.attention import device_attention
 from microserve.services.engine.model.attention_choice import choose_attention

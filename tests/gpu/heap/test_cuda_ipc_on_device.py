@@ -22,7 +22,7 @@ def factory_name(request: pytest.FixtureRequest) -> str:
         torch = pytest.importorskip("torch")
         if not torch.cuda.is_available():
             pytest.skip("this torch is built without CUDA")
-        from microserve.kernels.kv_scatter import missing_kernel
+        from microserve.kernels.scatter.kv_scatter import missing_kernel
 
         if (detail := missing_kernel(torch.device("cuda", 0))) is not None:
             pytest.skip(detail)

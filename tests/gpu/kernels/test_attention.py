@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from microserve.kernels.gpu_attention import DeviceBatch, paged_attention
+from microserve.kernels.attention.gpu_attention import DeviceBatch, paged_attention
 from tests.support.engine.kernel_cases import AttentionCase
 from tests.support.engine.pairwise import pairwise
 

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from microserve.kernels.arrival_signal import ArrivalSignal
-from microserve.kernels.block_put import block_put, put_plan
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal
+from microserve.kernels.scatter.block_put import block_put, put_plan
 
 
 @pytest.mark.parametrize("align", [1, 2, 4, 16])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from microserve.kernels import cuda_module, reference
-from microserve.kernels.arrival_signal import ArrivalSignal
-from microserve.kernels.block_scatter import block_scatter
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal
+from microserve.kernels.scatter.block_scatter import block_scatter
 from tests.support.engine.kernel_cases import random_slots
 from tests.support.engine.pairwise import pairwise
 
@@ -26,7 +26,7 @@ def poisoned(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Genera
 
 def by_triton(key: Tensor, value: Tensor, slots: Tensor, layer: Tensor) -> None:
     pytest.importorskip("triton", reason="no triton")
-    from microserve.kernels.triton_scatter import launch_scatter
+    from microserve.kernels.scatter.triton_scatter import launch_scatter
 
     launch_scatter(key, value, slots, layer)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from microserve.kernels.arrival_signal import ArrivalSignal
-from microserve.kernels.kv_quantize import dequantize_gather, quantize_scatter
+from microserve.kernels.quantize.kv_quantize import dequantize_gather, quantize_scatter
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal
 from tests.support.engine.kernel_cases import random_slots
 
 pytest.importorskip("triton", reason="no triton")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from microserve.kernels.triton_attention import Tiles, launch_decode, launch_prefill
+from microserve.kernels.attention.triton_attention import Tiles, launch_decode, launch_prefill
 from tests.support.engine.kernel_cases import AttentionCase
 
 SMALL = Tiles(rows=16, keys=16, num_warps=4, num_stages=2)

@@ -16,9 +16,14 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from microserve.kernels.arrival_signal import ArrivalSignal
-from microserve.kernels.kv_quantize import dequantize_gather, quantize_scatter
-from microserve.kernels.triton_quantize import decode_e4m3, encode_e4m3, launch_gather, launch_scatter
+from microserve.kernels.quantize.kv_quantize import dequantize_gather, quantize_scatter
+from microserve.kernels.quantize.triton_quantize import (
+    decode_e4m3,
+    encode_e4m3,
+    launch_gather,
+    launch_scatter,
+)
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal
 from tests.support.engine.kernel_cases import random_slots
 
 FORMATS = [torch.int8, torch.float8_e4m3fn]

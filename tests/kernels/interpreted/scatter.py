@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from microserve.kernels import reference
-from microserve.kernels.triton_scatter import launch_scatter
+from microserve.kernels.scatter.triton_scatter import launch_scatter
 from tests.support.engine.kernel_cases import random_slots
 
 GUARD = 64  # elements before and after the pool that nothing may touch

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microserve.kernels.block_put import PutPlan
 from microserve.kernels.cuda_module import Launch
+from microserve.kernels.scatter.block_put import PutPlan
 from microserve.kvcache.grant.writer import LaneWriter, TransferPlan
 from microserve.kvcache.heap import kernel_put
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from microserve.kernels.paged_attention import AttentionPlan, Span, paged_attention
+from microserve.kernels.attention.paged_attention import AttentionPlan, Span, paged_attention
 
 
 def attend(

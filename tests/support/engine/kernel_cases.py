@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from microserve.kernels.attention.gpu_attention import DeviceBatch
 from microserve.kernels.cuda_module import SOURCES, Launch
-from microserve.kernels.gpu_attention import DeviceBatch
 
 
 @dataclass(frozen=True)

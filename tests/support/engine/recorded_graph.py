@@ -19,9 +19,9 @@ from torch.library import custom_op
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from microserve.kernels import block_scatter as scatter
-from microserve.kernels import gpu_attention
-from microserve.kernels.gpu_attention import DeviceBatch
+from microserve.kernels.attention import gpu_attention
+from microserve.kernels.attention.gpu_attention import DeviceBatch
+from microserve.kernels.scatter import block_scatter as scatter
 from microserve.services.engine.model import attention
 
 _HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}

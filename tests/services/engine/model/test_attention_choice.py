@@ -13,7 +13,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from microserve.kernels.paged_attention import Span
+from microserve.kernels.attention.paged_attention import Span
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.sampling import SamplingParams

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from microserve.kernels.paged_attention import Span
+from microserve.kernels.attention.paged_attention import Span
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.sampling import SamplingParams

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from microserve.kernels import reference
-from microserve.kernels.paged_attention import Span
+from microserve.kernels.attention.paged_attention import Span
 from microserve.services.engine.model.attention import DeviceAttention
 from microserve.services.engine.model.flashinfer_attention import FlashInfer, step_pages, workspace_nbytes
 from tests.support.engine.flashinfer_stand_in import StandInWrapper

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from microserve.kernels import cuda_module
-from microserve.kernels import paged_attention as cpu
-from microserve.kernels.paged_attention import AttentionPlan, Span
+from microserve.kernels.attention import paged_attention as cpu
+from microserve.kernels.attention.paged_attention import AttentionPlan, Span
 
 THREAD_BLOCKS_PER_MULTIPROCESSOR = 8
 """Aimed at by splitting: a few rounds of thread blocks, so that uneven contexts even out."""
@@ -97,7 +97,7 @@ def _attend_on_cuda(
     sliding_window: int | None,
     num_splits: int | None,
 ) -> None:
-    from microserve.kernels import triton_attention
+    from microserve.kernels.attention import triton_attention
 
     window = sliding_window or 0
     if batch.num_decodes:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from microserve.kernels import cuda_module
-from microserve.kernels.block_scatter import block_scatter, check_rows
 from microserve.kernels.cuda_module import KernelUnavailable
+from microserve.kernels.scatter.block_scatter import block_scatter, check_rows
 
 
 def kv_scatter(key: Tensor, value: Tensor, slots: Tensor, layer: Tensor) -> None:
@@ -25,7 +25,7 @@ def kv_scatter(key: Tensor, value: Tensor, slots: Tensor, layer: Tensor) -> None
         block_scatter(key, value, slots, layer)
         return
     check_rows(key, value, slots, layer)
-    from microserve.kernels import triton_scatter
+    from microserve.kernels.scatter import triton_scatter
 
     with torch.cuda.device(key.device):  # Triton launches on the current one
         triton_scatter.launch_scatter(key, value, slots, layer)

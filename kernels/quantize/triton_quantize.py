@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from microserve.kernels.arrival_signal import ArrivalSignal
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal
 from microserve.kernels.triton_address import pair_tile, paired_rows
 
 

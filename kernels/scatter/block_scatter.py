@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from microserve.kernels import cuda_module
-from microserve.kernels.arrival_signal import ArrivalSignal, signal_arguments
+from microserve.kernels.attention.paged_attention import write_kv
 from microserve.kernels.cuda_module import Launch
-from microserve.kernels.paged_attention import write_kv
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal, signal_arguments
 
 MAX_THREADS = 256
 THREAD_BLOCKS_PER_MULTIPROCESSOR = 8

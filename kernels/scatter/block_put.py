@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from microserve.kernels import cuda_module
-from microserve.kernels.arrival_signal import ArrivalSignal, signal_arguments
 from microserve.kernels.cuda_module import Launch
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal, signal_arguments
 
 NUM_THREADS = 256
 THREAD_BLOCKS_PER_MULTIPROCESSOR = 4

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microserve.kernels.arrival_signal import ArrivalSignal
+from microserve.kernels.scatter.arrival_signal import ArrivalSignal
 
 GREATEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 LEAST_ABSMAX = 1e-30
@@ -67,7 +67,7 @@ def quantize_scatter(
     if signal is not None:
         signal.check(1, key.device)
     if key.is_cuda:
-        from microserve.kernels import triton_quantize
+        from microserve.kernels.quantize import triton_quantize
 
         with torch.cuda.device(key.device):  # Triton launches on the current one
             triton_quantize.launch_scatter(key, value, slots, codes, scales, signal)
@@ -97,7 +97,7 @@ def dequantize_gather(
     shape = (slots.shape[0], *codes.shape[3:])
     key, value = (torch.zeros(shape, dtype=dtype, device=codes.device) for _ in range(2))
     if codes.is_cuda:
-        from microserve.kernels import triton_quantize
+        from microserve.kernels.quantize import triton_quantize
 
         with torch.cuda.device(codes.device):
             triton_quantize.launch_gather(codes, scales, slots, key, value)

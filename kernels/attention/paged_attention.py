@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from microserve.kernels.attention_plan import AttentionPlan, Chunk, DecodeGroup, Gather, Span
+from microserve.kernels.attention.attention_plan import AttentionPlan, Chunk, DecodeGroup, Gather, Span
 
 __all__ = ["AttentionPlan", "KvWrite", "Span", "Workspace", "paged_attention", "write_kv"]
 
