@@ -1,4 +1,4 @@
-"""Heaps whose regions are memory of this process: loads, stores and copies, shared by shm.py and memory.py.
+"""Heaps whose regions are memory of this process: loads, stores and copies, shared by shm.py and local.py.
 
     Words     a numpy uint64 array. Reading or writing one aligned element is one 8-byte load or store,
               so a word is never seen half-written; ``struct.pack_into`` or a bytes slice promise no such
