@@ -8,7 +8,7 @@ about any of them. Knows neither engines' connections nor strategies.
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from typing import Protocol, assert_never
 
 import structlog
 
@@ -16,9 +16,8 @@ from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.messages.control import ControlState
+from microserve.protocol.messages import control, index, world
 from microserve.protocol.messages.engine import EngineInfo
-from microserve.protocol.messages.index import Members, Watch
 from microserve.protocol.settings import BusSettings
 
 _logger = structlog.get_logger()
@@ -27,7 +26,7 @@ _logger = structlog.get_logger()
 class Watcher(Protocol):
     """Whom it tells."""
 
-    def watch(self) -> Watch:
+    def watch(self) -> index.Watch:
         """What the index is to hear of us now."""
         ...
 
@@ -35,7 +34,7 @@ class Watcher(Protocol):
         """``is_first``: of this life of the index, so that who is missing may only not be back yet."""
         ...
 
-    def take_control(self, state: ControlState) -> None:
+    def take_control(self, state: control.ControlState) -> None:
         """It may be older than the one before; the index hears of us at once afterwards."""
         ...
 
@@ -83,14 +82,29 @@ class IndexWatch:
             return
         if self._stopping:
             return
-        # Answers to calls (this link makes none) are for others.
-        if isinstance(message, ControlState):
-            self._watcher.take_control(message)
-            self._send()  # whoever published waits for this
-        elif isinstance(message, Members):
-            self._take_members(message)
+        match message:
+            case control.ControlState():
+                self._watcher.take_control(message)
+                self._send()  # whoever published waits for this
+            case index.Members():
+                self._take_members(message)
+            case (
+                index.Registered()
+                | index.Unknown()
+                | index.Matches()
+                | index.IndexReport()
+                | index.IndexFailed()
+                | control.Changed()
+                | control.ControlReport()
+                | control.ControlRecords()
+                | world.WorldJoined()
+                | world.WorldWaiting()
+            ):
+                pass  # answers to calls, which this link does not make
+            case _:  # a message without its case is an error of the type checker
+                assert_never(message)
 
-    def _take_members(self, members: Members) -> None:
+    def _take_members(self, members: index.Members) -> None:
         if self._heard_at is None:
             _logger.info(log.INDEX_JOINED, address=self._address, incarnation=members.index_incarnation)
         self._heard_at = self._loop.time()
