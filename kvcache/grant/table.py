@@ -198,7 +198,7 @@ class GrantTable:
     def is_settled(self, grant_id: str) -> bool:
         """Sealed, and no writer is left: the next ``poll`` says :class:`Settled`."""
         entry = self._live(grant_id)
-        return entry.state is _State.SEALED and self._is_drained(entry)
+        return entry.state is _State.SEALED and self._let_go_drained(entry)
 
     def close(self, grant_id: str, now: float) -> None:
         """Nobody wants the blocks any more, open or sealed: they are freed, or quarantined while a writer
@@ -207,7 +207,7 @@ class GrantTable:
         self._store_closed(entry)
         # No writer was ever told these.
         self._pool.free(entry.matched_blocks)
-        if self._is_drained(entry):
+        if self._let_go_drained(entry):
             self._pool.free(entry.grant.blocks)
             self._forget(entry)
         else:
@@ -226,7 +226,7 @@ class GrantTable:
                 if not entry.is_consumed and now >= entry.since + self._lease_s:
                     self.close(grant_id, now)
                     events.append(Expired(grant_id, request_id, entry.owner))
-            elif self._is_drained(entry):
+            elif self._let_go_drained(entry):
                 self._forget(entry)
                 if entry.state is _State.SEALED:
                     events.append(Settled(grant_id, request_id))
@@ -275,6 +275,11 @@ class GrantTable:
         """Blocks of tokens ``[0, end)``, in order: the matched ones, then the received ones."""
         entry = self._live(grant_id)
         return entry.matched_blocks + entry.grant.blocks
+
+    @property
+    def live_ids(self) -> list[str]:
+        """Of open and sealed grants."""
+        return [grant_id for grant_id, _ in self._live_entries()]
 
     def owned_by(self, owner: str) -> list[str]:
         """Ids of open and sealed grants of one owner (a router that has gone, say)."""
@@ -343,8 +348,8 @@ class GrantTable:
         slot = entry.grant.slot
         self._heap.store(self._heap.words.state(slot), pack_state(entry.grant.generation, CLOSED))
 
-    def _is_drained(self, entry: _Entry) -> bool:
-        """Of a closed grant: no write under it can come any more."""
+    def _let_go_drained(self, entry: _Entry) -> bool:
+        """Look which lanes of a closed grant are held still; True: no write under it can come any more."""
         for lane in list(entry.held_lanes):
             if not self._heap.is_held(entry.grant.slot, lane):
                 entry.held_lanes.remove(lane)

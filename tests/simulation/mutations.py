@@ -27,8 +27,9 @@ from microserve.protocol.bus.queue import StreamQueue
 from microserve.protocol.errors import MeshError, StrategyError
 from microserve.protocol.messages.engine import SnapshotReply
 from microserve.services.engine.action_server import ActionServer, Session
-from microserve.services.engine.core.memory import KvMemory, Reception
-from microserve.services.engine.core.scheduler import Scheduler
+from microserve.services.engine.core.memory import KvMemory
+from microserve.services.engine.core.received import ReceivedGrant
+from microserve.services.engine.core.scheduler import Plan, Scheduler
 from microserve.services.engine.core.sequence import Sequence
 from microserve.services.links.feed_state import FeedState
 from microserve.services.router.engines.load import Account
@@ -46,7 +47,7 @@ LIMIT_SEEDS = 2000
 @mutation
 def _skip_quarantine(stack: ExitStack) -> None:
     """Skip quarantine: a closed grant's blocks are free at once."""
-    replace(stack, GrantTable, "_is_drained", lambda self, entry: True)
+    replace(stack, GrantTable, "_let_go_drained", lambda self, entry: True)
 
 
 @mutation
@@ -71,11 +72,11 @@ def _publish_before_arrival(stack: ExitStack) -> None:
     """Publish before arrival: a prefix is cached while its KV is still to come."""
     adopt = KvMemory.adopt
 
-    def adopt_and_publish(self: KvMemory, sequence: Sequence, reception: Reception) -> None:
-        adopt(self, sequence, reception)
-        grant = reception.grant
+    def adopt_and_publish(self: KvMemory, sequence: Sequence, received: ReceivedGrant) -> None:
+        adopt(self, sequence, received)
+        grant = received.grant
         num_full, start = grant.end // grant.block_size, grant.matched // grant.block_size
-        self.cache.insert(reception.token_ids, sequence.blocks, num_full, reception.salt, start=start)
+        self.cache.insert(received.token_ids, sequence.blocks, num_full, received.salt, start=start)
 
     replace(stack, KvMemory, "adopt", adopt_and_publish)
 
@@ -127,9 +128,9 @@ def _preempted_keeps_its_blocks(stack: ExitStack) -> None:
     """A preempted sequence goes on with the blocks that it gave back."""
     preempt = Scheduler.preempt
 
-    def preempt_and_keep(self: Scheduler, sequence: Sequence, plan: Any = None, now: float = 0.0) -> None:
+    def preempt_and_keep(self: Scheduler, sequence: Sequence, plan: Plan) -> None:
         blocks, num_computed = sequence.blocks, sequence.num_computed
-        preempt(self, sequence, plan, now)
+        preempt(self, sequence, plan)
         if sequence.num_output_tokens:
             sequence.blocks, sequence.num_computed = blocks, num_computed
 

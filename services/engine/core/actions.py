@@ -82,23 +82,23 @@ class Actions:
     def _prep_recv(self, owner: bytes, message: wire.PrepRecv, record: Record, now: float) -> wire.Granted:
         state = self._state
         end = bound("end", message.end, len(record.token_ids))
-        if record.reception is not None:
-            if record.reception.grant.end != end:
+        if record.received is not None:
+            if record.received.grant.end != end:
                 raise InvalidInterval(
-                    f"request has a grant up to {record.reception.grant.end} already, asked for {end}",
+                    f"request has a grant up to {record.received.grant.end} already, asked for {end}",
                     field="end",
                 )
-            return wire.Granted(message.call_id, record.reception.grant)
+            return wire.Granted(message.call_id, record.received.grant)
         self._check_fits(end)
         try:
-            record.reception = state.memory.open_grant(
-                owner, message.request_id, record.token_ids, end, message.salt, now
+            received = state.memory.open_grant(
+                record, owner, message.request_id, record.token_ids, end, message.salt, now
             )
         except (CacheFull, PromptTooLong):
             state.count("grants_refused")
             raise
         state.count("grants_opened")
-        return wire.Granted(message.call_id, record.reception.grant)
+        return wire.Granted(message.call_id, received.grant)
 
     def _remote_send(self, message: wire.RemoteSend, record: Record, now: float) -> wire.Sent | None:
         state, grant = self._state, message.grant
@@ -154,20 +154,20 @@ class Actions:
         if message.num_output_tokens >= message.sampling.max_tokens:
             raise InvalidRequest("max_tokens are out already", field="num_output_tokens")
         self._check_fits(num_tokens)
-        reception = record.reception
+        received = record.received
         if message.grant_id is None:
             if begin != 0:
                 raise InvalidInterval(f"begin must be 0 without a grant, is {begin}", field="begin")
         else:
-            if reception is None or reception.grant.grant_id != message.grant_id:
+            if received is None or received.grant_id != message.grant_id:
                 raise UnknownRequest(f"no open grant {message.grant_id!r}", field="grant_id")
             if record.commit is not None:
                 raise InvalidRequest("a commit of this grant is under way", field="grant_id")
-            if begin != reception.grant.end:
+            if begin != received.grant.end:
                 raise InvalidInterval(
-                    f"begin must be the grant's end {reception.grant.end}, is {begin}", field="begin"
+                    f"begin must be the grant's end {received.grant.end}, is {begin}", field="begin"
                 )
-            if message.await_first and (begin != num_tokens or reception.grant.matched == begin):
+            if message.await_first and (begin != num_tokens or received.grant.matched == begin):
                 raise InvalidInterval(
                     "await_first needs a send that ends at begin == len(prompt)", field="await_first"
                 )
@@ -186,17 +186,16 @@ class Actions:
         record.generate = sequence
         if message.grant_id is None:
             state.scheduler.add(sequence)
-        elif reception is not None:
+        elif received is not None:
             sequence.await_first = message.await_first
             sequence.state = State.RECEIVING
-            state.memory.adopt(sequence, reception)
-            record.reception = None
+            state.memory.adopt(sequence, received)
             state.receiving.append(sequence)
         return wire.Accepted(message.call_id)
 
     def commit(self, owner: bytes, message: wire.Commit, now: float) -> None:
         record = self._state.records.find(owner, message.request_id)
-        if record is None or record.reception is None or record.reception.grant.grant_id != message.grant_id:
+        if record is None or record.received is None or record.received.grant_id != message.grant_id:
             raise UnknownRequest(f"no open grant {message.grant_id!r}", field="grant_id")
         if record.commit is not None:
             raise InvalidRequest("a commit of this grant is under way", field="grant_id")
@@ -208,9 +207,9 @@ class Actions:
 
     def release(self, owner: bytes, message: wire.Release, now: float) -> wire.Done:
         record = self._state.records.find(owner, message.request_id)
-        reception = record.reception if record else None
-        if record and reception and reception.grant.grant_id == message.grant_id:
-            self._state.close_reception(record, now)
+        received = record.received if record else None
+        if record and received and received.grant_id == message.grant_id:
+            self._state.close_received(record, now)
         return wire.Done(message.call_id)
 
     def abort(self, owner: bytes, message: wire.Abort, now: float) -> wire.Done:

@@ -214,9 +214,10 @@ class EngineCore:
         """Hold the step until a layer's KV is in, or until others want to run.
 
         Raises :class:`TransferFailed` when it cannot come, :class:`EarlyStartEnded` to wait as others do."""
-        grants, grant_id = self.memory.grants, sequence.grant_id
-        if grant_id is None:
+        grants, received = self.memory.grants, sequence.received
+        if received is None:
             return
+        grant_id = received.grant_id
         num_looks = 0
         while True:
             now = self.clock()
@@ -257,7 +258,7 @@ class EngineCore:
             num_steps=self.stepper.num_steps,
             num_running=len(state.scheduler.running),
             num_waiting=len(state.scheduler.waiting) + len(state.receiving),
-            num_grants=len(self.memory.pending_grants),
+            num_grants=self.memory.received.num_waiting,
             queued_prefill_tokens=state.scheduler.queued_prefill_tokens,
             free_blocks=pool.num_free,
             cached_blocks=pool.num_cached,

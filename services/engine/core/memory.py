@@ -10,28 +10,14 @@ Invariants, checked by ``check_integrity``:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.grant.table import GrantEvent, GrantTable
+from microserve.kvcache.grant.table import Expired, GrantEvent, GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.errors import CacheFull, PromptTooLong
-from microserve.protocol.messages.grant import Grant
+from microserve.services.engine.core.received import Holder, ReceivedGrant, ReceivedGrants
 from microserve.services.engine.core.sequence import Sequence, State
-
-
-@dataclass(slots=True, eq=False)
-class Reception:
-    """A grant that this engine has given, from ``PrepRecv`` until its blocks belong to someone."""
-
-    grant: Grant
-    owner: bytes
-    request_id: str
-    token_ids: list[int]
-    """The prompt up to the grant's end."""
-    salt: str
 
 
 class KvMemory:
@@ -42,15 +28,10 @@ class KvMemory:
         self.cache = cache
         self.grants = grants
         self.block_size = cache.block_size
-        self._pending: dict[str, int] = {}
-        """Blocks, matched ones too, that each grant whose KV is not all in pins."""
+        self.received = ReceivedGrants()
+        """Those of ``grants`` that are open or sealed, with their holders."""
         self._departing: list[tuple[LaneWriter, list[int]]] = []
         """Sends that have ended here, and the blocks that a stream may still read for them."""
-
-    @property
-    def pending_grants(self) -> list[str]:
-        """Grants whose KV is not all in."""
-        return list(self._pending)
 
     def new_chain(self, salt: str) -> HashChain:
         return self.cache.new_chain(salt)
@@ -83,7 +64,7 @@ class KvMemory:
 
     def insert(self, sequence: Sequence) -> None:
         """Offer its newly completed whole blocks to the prefix cache."""
-        if sequence.grant_id is not None:
+        if sequence.received is not None:
             return  # its writers may not have drained
         num_full = min(sequence.num_computed, sequence.num_tokens) // self.block_size
         if num_full <= sequence.num_inserted:
@@ -106,10 +87,9 @@ class KvMemory:
         so they must be free when this returns, and its lane is not let go before its end.
         """
         blocks = sequence.blocks
-        if sequence.grant_id is not None:
-            num_granted = len(self.grants.block_table(sequence.grant_id))
-            self.close_grant(sequence.grant_id, now)
-            sequence.grant_id = None
+        if sequence.received is not None:
+            num_granted = len(self.grants.block_table(sequence.received.grant_id))
+            self.close_grant(sequence.received, now)
             blocks = blocks[num_granted:]
         if not self._depart(sequence, blocks):
             self.pool.free(blocks)
@@ -149,9 +129,16 @@ class KvMemory:
     # --- received KV -------------------------------------------------------------------------------
 
     def open_grant(
-        self, owner: bytes, request_id: str, token_ids: list[int], end: int, salt: str, now: float
-    ) -> Reception:
-        """Match ``token_ids[:end]``, allocate the rest and open a grant.
+        self,
+        holder: Holder,
+        owner: bytes,
+        request_id: str,
+        token_ids: list[int],
+        end: int,
+        salt: str,
+        now: float,
+    ) -> ReceivedGrant:
+        """Match ``token_ids[:end]``, allocate the rest and open a grant, which ``holder`` has from now on.
 
         Raises :class:`CacheFull` for now, :class:`PromptTooLong` for ever. Grants that wait for their KV pin
         at most half of the pool: two engines whose pools were full of each other's grants could never compute
@@ -163,7 +150,7 @@ class KvMemory:
                 f"receiving {end} tokens takes {pinned + 1} blocks, at most {room} may wait for KV",
                 field="end",
             )
-        pending = sum(self._pending.values())
+        pending = self.received.num_pinned
         if pending + pinned > room:
             raise CacheFull(f"{pending} blocks wait for KV already, {pinned} more asked", retry_after_s=0.1)
         matched_blocks = self.cache.acquire(token_ids, end, salt)
@@ -177,44 +164,50 @@ class KvMemory:
             self.pool.free(blocks)
             self.pool.free(matched_blocks)
             raise
-        self._pending[grant.grant_id] = pinned
-        return Reception(grant, owner, request_id, token_ids[:end], salt)
+        received = ReceivedGrant(grant, token_ids[:end], salt, holder, pinned)
+        self.received.add(received)
+        return received
 
-    def close_grant(self, grant_id: str, now: float) -> None:
+    def close_grant(self, received: ReceivedGrant, now: float) -> None:
         """Nobody wants it any more: its blocks are freed, or quarantined while a writer may reach them."""
-        self._pending.pop(grant_id, None)
-        self.grants.close(grant_id, now)
+        self.received.forget(received)
+        self.grants.close(received.grant_id, now)
 
-    def adopt(self, sequence: Sequence, reception: Reception) -> None:
+    def adopt(self, sequence: Sequence, received: ReceivedGrant) -> None:
         """The sequence reads and extends the grant's blocks; their KV may still be on its way."""
-        grant = reception.grant
+        grant = received.grant
         self.grants.consume(grant.grant_id)
         sequence.blocks = self.grants.block_table(grant.grant_id)
         sequence.num_inserted = grant.matched // self.block_size
         sequence.num_cached = sequence.cached_tokens = grant.matched
         sequence.received_tokens = grant.end - grant.matched
-        sequence.grant_id = grant.grant_id
+        received.hand_to(sequence)
 
-    def seal(self, grant_id: str) -> None:
+    def seal(self, received: ReceivedGrant) -> None:
         """All KV is in and verified; no new writer may start. The blocks settle when the last has drained."""
-        self._pending.pop(grant_id, None)
-        self.grants.seal(grant_id)
+        received.num_pinned = 0
+        self.grants.seal(received.grant_id)
 
     def poll(self, now: float) -> list[GrantEvent]:
+        """What time and the writers have brought. A grant that has settled is in ``received`` until it is
+        committed or forgotten there; one that has expired is out of it."""
         events = self.grants.poll(now)
         for event in events:
-            self._pending.pop(event.grant_id, None)
+            if isinstance(event, Expired):
+                self.received.forget(self.received.get(event.grant_id))
         return events
 
-    def commit(self, reception: Reception, blocks: list[int]) -> int:
+    def commit(self, received: ReceivedGrant, blocks: list[int]) -> int:
         """Make a settled grant's blocks prefix cache; the number of tokens that are cached now."""
-        grant = reception.grant
+        grant = received.grant
         num_full = grant.end // self.block_size
         first = grant.matched // self.block_size
-        self.cache.insert(reception.token_ids, blocks, num_full, reception.salt, start=first)
+        self.received.forget(received)
+        self.cache.insert(received.token_ids, blocks, num_full, received.salt, start=first)
         self.pool.free(blocks)
         return num_full * self.block_size
 
     def check_integrity(self) -> None:
         self.pool.check_integrity()
         self.grants.check_integrity()
+        self.received.check_integrity(self.grants.live_ids)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from microserve.protocol.errors import InvalidRequest, UnknownRequest
 from microserve.protocol.messages.engine import Delta, EngineReply, Sent
-from microserve.services.engine.core.memory import Reception
+from microserve.services.engine.core.received import ReceivedGrant
 from microserve.services.engine.core.sequence import Sequence
 
 IDLE_RECORD_S = 10.0
@@ -38,7 +38,7 @@ class Record:
     request_id: str
     token_ids: list[int]
     last_used: float
-    reception: Reception | None = None
+    received: ReceivedGrant | None = None
     """The open grant, until a sequence adopts it, ``Commit`` takes it, or it is closed."""
     commit: CommitJob | None = None
     generate: Sequence | None = None
@@ -51,7 +51,7 @@ class Record:
 
     @property
     def is_idle(self) -> bool:
-        return self.reception is None and self.generate is None and not self.sends
+        return self.received is None and self.generate is None and not self.sends
 
     def holds(self, sequence: Sequence) -> bool:
         return sequence is self.generate or any(sequence is send for send in self.sends.values())

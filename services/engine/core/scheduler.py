@@ -1,11 +1,11 @@
 """Which tokens run in the next step: continuous batching with chunked prefill under one token budget.
 
-Sans-I/O: ``schedule(now)`` looks at the queues and returns a :class:`Plan`; ``finished``/``preempt`` move
-sequences between them. Order of service: decodes first (one token each), then those whose KV has arrived and
-that lack one token, then prefills that have begun, then waiting sequences, oldest first (past a head that
-does not fit only when nothing else runs). Sends and local prefills share that order. When blocks run out, the
-youngest running sequence gives its blocks back and recomputes later: it keeps its tokens, so none is lost or
-repeated.
+Sans-I/O: ``schedule(now)`` looks at the queues and returns a :class:`Plan`; ``add``, ``remove`` and
+``preempt`` move sequences between them. Order of service: decodes first (one token each), then those whose KV
+has arrived and that lack one token, then prefills that have begun, then waiting sequences, oldest first (past
+a head that does not fit only when nothing else runs). Sends and local prefills share that order. When blocks
+run out, the youngest running sequence gives its blocks back and recomputes later: it keeps its tokens, so
+none is lost or repeated.
 
 A step that carries a send never waits for KV of another engine; only a step with one receiving sequence alone
 may (``Plan.early``). So two engines that send to each other can never wait for each other.
@@ -240,16 +240,15 @@ class Scheduler:
         """Whom to preempt: the last admitted (which may be the one in need)."""
         return self.running[-1] if self.running else sequence
 
-    def preempt(self, sequence: Sequence, plan: Plan | None = None, now: float = 0.0) -> None:
-        """Take its blocks; it will recompute from its tokens, first in line."""
-        if plan is not None:
-            if sequence in plan.sequences:
-                index = plan.sequences.index(sequence)
-                plan.num_decodes -= sequence.is_decoding()
-                del plan.sequences[index], plan.batch.chunks[index]
-            plan.sends = [share for share in plan.sends if share.sequence is not sequence]
+    def preempt(self, sequence: Sequence, plan: Plan) -> None:
+        """Take its blocks, and itself out of ``plan``; it will recompute from its tokens, first in line."""
+        if sequence in plan.sequences:
+            index = plan.sequences.index(sequence)
+            plan.num_decodes -= sequence.is_decoding()
+            del plan.sequences[index], plan.batch.chunks[index]
+        plan.sends = [share for share in plan.sends if share.sequence is not sequence]
         self.running.remove(sequence)
-        self._memory.release(sequence, now or (plan.started_at if plan else now))
+        self._memory.release(sequence, plan.started_at)
         sequence.state = State.WAITING
         sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)

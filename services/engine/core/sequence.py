@@ -19,6 +19,7 @@ from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.grant import Grant
 from microserve.protocol.messages.sampling import SamplingParams
+from microserve.services.engine.core.received import ReceivedGrant
 
 
 class State(Enum):
@@ -78,8 +79,8 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the output tokens not yet delivered."""
     transfer: Transfer | None = None
-    grant_id: str | None = None
-    """The grant that its KV comes by, until the grant is settled."""
+    received: ReceivedGrant | None = None
+    """The grant that its KV comes by, until that is settled."""
     await_first: bool = False
     doomed: str | None = None
     """Finish reason to end with at the next step border: its blocks are in use by the running step."""

@@ -76,15 +76,14 @@ class EngineState:
     def is_drained(self, now: float) -> bool:
         """Nothing runs or waits here, no grant is open or in quarantine, nothing sent is on its way, and no
         context is about to move."""
-        self.awaited = {key: until for key, until in self.awaited.items() if until > now}
         return not (
             self.num_requests
             or self.inflight
             or self.committing
-            or self.awaited
+            or any(until > now for until in self.awaited.values())
             or self.memory.pool.num_quarantined
             or self.memory.is_departing
-            or any(record.reception is not None for record in self.records)
+            or any(record.received is not None for record in self.records)
         )
 
     # --- endings -----------------------------------------------------------------------------------
@@ -237,13 +236,11 @@ class EngineState:
             return
         self.finish(sequence, reason, now, error=error)
 
-    def close_reception(self, record: Record, now: float) -> None:
+    def close_received(self, record: Record, now: float) -> None:
         """Close the record's open grant and whatever waits for it."""
-        reception = record.reception
-        if reception is None:
+        if record.received is None:
             return
-        record.reception = None
-        self.memory.close_grant(reception.grant.grant_id, now)
+        self.memory.close_grant(record.received, now)
         self.fail_commit(record, TransferFailed("the grant was closed"))
 
     def fail_commit(self, record: Record, error: MeshError) -> None:
@@ -255,7 +252,7 @@ class EngineState:
     def abort(self, record: Record, now: float) -> None:
         """End everything under a record."""
         self.count("aborts")
-        self.close_reception(record, now)
+        self.close_received(record, now)
         for sequence in list(record.sends.values()):
             self.doom(sequence, "abort", now)
         if record.generate is not None:
@@ -284,10 +281,11 @@ class EngineState:
         for record in list(self.committing):
             if record.commit is not None and record.commit.deadline <= now:
                 self.fail_commit(record, DeadlineExceeded("the KV to commit did not arrive in time"))
-                self.close_reception(record, now)
+                self.close_received(record, now)
         if now - self._purged_at > PURGE_INTERVAL_S:
             self._purged_at = now
             self.records.purge(now)
+            self.awaited = {key: until for key, until in self.awaited.items() if until > now}
 
 
 def _rounded(timings: wire.Timings) -> dict[str, float]:

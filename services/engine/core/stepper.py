@@ -14,6 +14,7 @@ from microserve.protocol.errors import InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.batch import Sampled, StepResult
 from microserve.services.engine.core.rates import Rates
+from microserve.services.engine.core.received import ReceivedGrant
 from microserve.services.engine.core.record import CommitJob, Record
 from microserve.services.engine.core.scheduler import Plan
 from microserve.services.engine.core.sequence import Sequence, State
@@ -23,14 +24,12 @@ _logger = structlog.get_logger()
 
 PROBE_INTERVAL_S = 0.02
 """How often the writers of one grant are probed for failure and death."""
-MAX_PROBED = 1024
 
 
 class Stepper:
     def __init__(self, state: EngineState, num_layers: int) -> None:
         self._state = state
         self._num_layers = num_layers
-        self._probed: dict[str, float] = {}
         self.num_steps = 0
         self.rates = Rates()
 
@@ -56,23 +55,22 @@ class Stepper:
                 case Expired():
                     _logger.warning(log.GRANT_EXPIRED, grant_id=event.grant_id, request_id=event.request_id)
                     state.count("grants_expired")
-                    self._forget_expired(event.grant_id)
                 case Discharged():
                     _logger.info(log.GRANT_DISCHARGED, grant_id=event.grant_id, blocks=event.num_blocks)
                 case Settled():
-                    self._settle(event.grant_id)
+                    self._settle(state.memory.received.get(event.grant_id))
         for sequence in list(state.receiving):
-            if sequence.grant_id is not None:
-                self._take_arrival(sequence, sequence.grant_id, now)
+            if sequence.received is not None:
+                self._take_arrival(sequence, sequence.received, now)
         for record in list(state.committing):
             if record.commit is not None and record.commit.sealed_blocks is None:
                 self._take_commit(record, record.commit, now)
 
-    def _take_arrival(self, sequence: Sequence, grant_id: str, now: float) -> None:
-        state, grants = self._state, self._state.memory.grants
+    def _take_arrival(self, sequence: Sequence, received: ReceivedGrant, now: float) -> None:
+        state, grants, grant_id = self._state, self._state.memory.grants, received.grant_id
         first = grants.first_token(grant_id) if sequence.await_first else None
         if not grants.is_complete(grant_id) or (sequence.await_first and first is None):
-            reason = self._why_never(grant_id, now, await_first=sequence.await_first)
+            reason = self._probe(received, now, await_first=sequence.await_first)
             if reason is not None:
                 state.finish(sequence, "error", now, error=TransferFailed(reason))
             return
@@ -81,7 +79,7 @@ class Stepper:
         except TransferFailed as error:
             state.finish(sequence, "error", now, error=error)
             return
-        self._take_received(sequence, grant_id, now)
+        self._take_received(sequence, received, now)
         state.receiving.remove(sequence)
         if first is not None:
             sequence.token_ids.append(first)
@@ -93,68 +91,59 @@ class Stepper:
                 return
         state.scheduler.add_ready(sequence)
 
-    def _take_received(self, sequence: Sequence, grant_id: str, now: float) -> None:
+    def _take_received(self, sequence: Sequence, received: ReceivedGrant, now: float) -> None:
         """All KV of the grant is in and verified."""
-        grant = self._state.memory.grants.grant(grant_id)
-        self._state.memory.seal(grant_id)
-        sequence.num_computed = max(sequence.num_computed, grant.end)
+        self._state.memory.seal(received)
+        sequence.num_computed = max(sequence.num_computed, received.grant.end)
         sequence.ready_at = now if sequence.started_at is None else min(now, sequence.started_at)
         self._state.count("received_tokens", sequence.received_tokens)
         _logger.debug(log.KV_RECEIVED, request_id=sequence.request_id, num_tokens=sequence.received_tokens)
 
     def _take_commit(self, record: Record, job: CommitJob, now: float) -> None:
-        state, reception = self._state, record.reception
-        if reception is None:
+        state, received = self._state, record.received
+        if received is None:
             return
-        grant_id = reception.grant.grant_id
+        grant_id = received.grant_id
         if not state.memory.grants.is_complete(grant_id):
-            reason = self._why_never(grant_id, now)
+            reason = self._probe(received, now)
             if reason is not None:
                 state.fail_commit(record, TransferFailed(reason))
-                state.close_reception(record, now)
+                state.close_received(record, now)
             return
         try:
             self._verify(grant_id)
         except TransferFailed as error:
             state.fail_commit(record, error)
-            state.close_reception(record, now)
+            state.close_received(record, now)
             return
         job.sealed_blocks = state.memory.grants.block_table(grant_id)
-        state.memory.seal(grant_id)
+        state.memory.seal(received)
 
-    def _settle(self, grant_id: str) -> None:
+    def _settle(self, received: ReceivedGrant) -> None:
         """The last writer has drained: received blocks are as good as computed ones."""
-        state = self._state
-        for sequence in (*state.scheduler.running, *state.scheduler.waiting):
-            if sequence.grant_id == grant_id:
-                sequence.grant_id = None
-                return
-        for record in state.committing:
-            reception, job = record.reception, record.commit
-            if reception is None or job is None or job.sealed_blocks is None:
-                continue
-            if reception.grant.grant_id == grant_id:
-                num_tokens = state.memory.commit(reception, job.sealed_blocks)
-                record.reception = record.commit = None
-                state.committing.remove(record)
-                state.count("commits")
-                _logger.info(log.KV_COMMITTED, request_id=record.request_id, num_tokens=num_tokens)
-                state.outbox.replies.append((record.owner, wire.Committed(job.call_id, num_tokens)))
-                return
-        raise InternalError(f"grant {grant_id} has settled and belongs to nobody")
+        state, holder = self._state, received.holder
+        if isinstance(holder, Sequence):
+            state.memory.received.forget(received)
+            return
+        job = holder.commit if isinstance(holder, Record) else None
+        if not isinstance(holder, Record) or job is None or job.sealed_blocks is None:
+            raise InternalError(f"grant {received.grant_id} has settled, and its holder has not sealed it")
+        num_tokens = state.memory.commit(received, job.sealed_blocks)
+        holder.commit = None
+        state.committing.remove(holder)
+        state.count("commits")
+        _logger.info(log.KV_COMMITTED, request_id=holder.request_id, num_tokens=num_tokens)
+        state.outbox.replies.append((holder.owner, wire.Committed(job.call_id, num_tokens)))
 
     def _verify(self, grant_id: str) -> None:
         for layer in range(self._num_layers):
             self._state.memory.grants.verify(grant_id, layer)
 
-    def _why_never(self, grant_id: str, now: float, *, await_first: bool = False) -> str | None:
-        """Why what is awaited will never be whole; None while it may be, and between two probes."""
-        probed_at = self._probed.get(grant_id, float("-inf"))
-        if now - probed_at < PROBE_INTERVAL_S:
+    def _probe(self, received: ReceivedGrant, now: float, *, await_first: bool = False) -> str | None:
+        """Look at the writers, if it is time: why what is awaited will never be whole, None while it may."""
+        if now - received.probed_at < PROBE_INTERVAL_S:
             return None
-        if len(self._probed) > MAX_PROBED:
-            self._probed.clear()
-        self._probed[grant_id] = now
+        received.probed_at, grant_id = now, received.grant_id
         grants = self._state.memory.grants
         reason = grants.poisoned(grant_id, await_first=await_first)
         # A writer may have finished between our two looks.
@@ -172,10 +161,10 @@ class Stepper:
         if state.scheduler.waiting:
             return None
         for sequence in state.receiving:
-            if sequence.grant_id is None or sequence.await_first:
+            if sequence.received is None or sequence.await_first:
                 continue
-            grant = grants.grant(sequence.grant_id)
-            if grant.end < sequence.num_tokens and grants.layer_complete(sequence.grant_id, 0):
+            grant = sequence.received.grant
+            if grant.end < sequence.num_tokens and grants.layer_complete(grant.grant_id, 0):
                 plan = state.scheduler.schedule_early(sequence, grant.end, now)
                 if plan is not None:
                     state.receiving.remove(sequence)
@@ -191,8 +180,8 @@ class Stepper:
         state.inflight = []
         self.num_steps += 1
         self.rates.measure(plan, now)
-        if plan.early is not None and plan.early.grant_id is not None:
-            self._take_received(plan.early, plan.early.grant_id, now)
+        if plan.early is not None and plan.early.received is not None:
+            self._take_received(plan.early, plan.early.received, now)
         for share in plan.sends:
             transfer = share.sequence.transfer
             if transfer is not None and transfer.error is None:
@@ -282,8 +271,3 @@ class Stepper:
         for sequence in sequences:
             if sequence.state is not State.FINISHED:
                 state.finish(sequence, sequence.doomed or "error", now, error=sequence.doom_error or error)
-
-    def _forget_expired(self, grant_id: str) -> None:
-        for record in self._state.records:
-            if record.reception is not None and record.reception.grant.grant_id == grant_id:
-                record.reception = None

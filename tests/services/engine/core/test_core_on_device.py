@@ -23,9 +23,10 @@ from microserve.kvcache.heap.process import _TICK_BITS, _start_time, is_gone
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InternalError
 from microserve.protocol.messages import engine as wire
-from microserve.services.engine.core.batch import Runner
+from microserve.services.engine.core.batch import Batch, Runner
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.peers import DEAD_LOOK_S, Peers
+from microserve.services.engine.core.scheduler import Plan
 from tests.support.engine.core_interleaving import interleave
 from tests.support.engine.core_mesh import (
     GREEDY,
@@ -206,7 +207,7 @@ def test_a_preempted_send_gives_up_no_block_that_its_stream_may_read(mesh: Devic
 
     scheduler = mesh.a.core.state.scheduler
     with mesh.a.core.lock:
-        scheduler.preempt(scheduler.running[0])
+        scheduler.preempt(scheduler.running[0], Plan(Batch([]), []))
     mesh.a.core.memory.cache.clear()
     assert mesh.a.core.memory.pool.num_used == 0
     # The same blocks, for another one first.

@@ -117,7 +117,7 @@ def test_no_late_write_reaches_the_next_user(transfer: Transfer, receives: bool)
 
 
 def test_without_quarantine_every_late_copy_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GrantTable, "_is_drained", lambda table, entry: True)
+    monkeypatch.setattr(GrantTable, "_let_go_drained", lambda table, entry: True)
     for transfer in TRANSFERS:
         found = outcomes(transfer, "goes on")
         wrong, puts = wrong_points(found), points_of(found, "put")
@@ -160,7 +160,7 @@ def test_a_sender_that_does_not_read_the_state_is_found(monkeypatch: pytest.Monk
 
 
 def test_with_neither_state_nor_quarantine_every_point_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GrantTable, "_is_drained", lambda table, entry: True)
+    monkeypatch.setattr(GrantTable, "_let_go_drained", lambda table, entry: True)
     monkeypatch.setattr(LaneWriter, "_require_grant_open", lambda writer: None)
     found = outcomes(WHOLE, "goes on")
 
