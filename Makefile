@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Bytecode is kept whatever the environment says: a run starts hundreds of processes, which compiled all again.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: up quick test check fmt bench exactness simulate mutations chaos swaps soak extras hooks clean
+.PHONY: up quick test heavy check fmt bench exactness simulate mutations chaos swaps soak extras hooks clean
 
 up: $(VENV)/installed
 	$(BIN)/microserve up $(ARGS)
@@ -18,8 +18,13 @@ up: $(VENV)/installed
 quick: $(VENV)/installed
 	$(PYTEST) -m quick $(ARGS)
 
+# All but the endurance of `make heavy`, in less than nine minutes.
 test: $(VENV)/installed
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not heavy" $(ARGS)
+
+# The long ones: exactness of the demo model, freezes, chaos, hostile strategies, days of virtual time.
+heavy: $(VENV)/installed
+	$(PYTEST) -m heavy $(ARGS)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

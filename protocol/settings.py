@@ -276,6 +276,8 @@ def fault_of_number(path: str, kind: Any, value: Any) -> ConfigError | None:
     """What is wrong with ``value`` by the bounds of its field's type; None also for what is no number."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
+    if isinstance(value, int) and value.bit_length() > 63:  # no message and no clock holds it
+        return ConfigError(f"{path} must be within 64 bits, has {value.bit_length()}", field=path)
     if not math.isfinite(value):
         return ConfigError(f"{path} must be a finite number, is {value}", field=path)
     for bound in (each for each in get_args(kind) if isinstance(each, Meta)):
@@ -307,7 +309,7 @@ def load_settings(
             merged = tomllib.loads(Path(file).read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read {file}: {error.strerror}", field=str(file)) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits
             raise ConfigError(f"{file}: {error}", field=str(file)) from None
     for name, raw in sorted((environment or {}).items()):
         if name.startswith(ENV_PREFIX) and "__" in name:
@@ -362,7 +364,7 @@ def _value(raw: str) -> Any:
     """A TOML value if it reads as one (``3``, ``true``, ``["a"]``), else the text itself."""
     try:
         return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or a number of thousands of digits
         return raw
 
 

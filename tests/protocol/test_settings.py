@@ -245,3 +245,12 @@ def test_settings_do_not_change() -> None:
     settings = load_settings()
     with pytest.raises(AttributeError):
         settings.bus.credit = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("num_digits", [20, 400, 5_000])
+@pytest.mark.parametrize("path", ["bus.credit", "gateway.max_n"])
+def test_a_number_that_no_message_holds_is_refused_by_path(path: str, num_digits: int) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_settings(overrides=[f"{path}={'9' * num_digits}"])
+    assert raised.value.field == path
+    assert len(str(raised.value)) < 200

@@ -52,6 +52,7 @@ def source(number: int) -> str:
     return SOURCE.replace("NUMBER", str(number)).replace("BODY", (PLAIN, SPLIT)[number % 2])
 
 
+@pytest.mark.heavy
 def test_every_swap_reaches_every_router_and_no_request_sees_two(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

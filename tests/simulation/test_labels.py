@@ -214,6 +214,7 @@ def serve_phases(strategy: str) -> tuple[list[Answer], list[list[dict[str, str]]
     return in_mesh(shape, serve), moments
 
 
+@pytest.mark.heavy
 def test_elastic_roles_follow_the_load(capsys: pytest.CaptureFixture[str]) -> None:
     """Long prompts, then long answers, then long prompts again: more than fixed roles bear."""
     answers, moments = serve_phases("elastic_roles")

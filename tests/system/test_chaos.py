@@ -19,6 +19,7 @@ from tests.support.process.exactness import Case
 SEED = 2
 
 
+@pytest.mark.heavy
 @pytest.mark.system
 @pytest.mark.timeout(240)
 def test_every_promise_is_kept(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ def test_tiny_model(tiny_model: Path, tmp_path: Path, num_engines: int) -> None:
     assert wrong == 0
 
 
+@pytest.mark.heavy
 def test_demo_model(demo_model: Path, tmp_path: Path) -> None:
     cases = make_cases(8, vocab_size=49152, max_prompt=300, seed=2)
     expected = oracle(demo_model, cases)

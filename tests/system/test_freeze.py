@@ -46,6 +46,7 @@ def make_cases() -> list[Case]:
     ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("victim", ["engine-0", "engine-1"])
 def test_frozen_and_thawed(
     victim: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -163,6 +163,7 @@ async def _be_hostile(
         bus.close()
 
 
+@pytest.mark.heavy
 def test_ten_hostile_strategies_hurt_nobody(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,6 +36,7 @@ def cached_amounts(length: int) -> list[int]:
     return sorted({0, whole // 2 // BLOCK * BLOCK, whole})
 
 
+@pytest.mark.heavy
 def test_every_border(tiny_model: Path, tmp_path: Path) -> None:
     rng = random.Random(3)
     prompts = {n: [rng.randrange(20, 250) for _ in range(n)] for n in LENGTHS}
