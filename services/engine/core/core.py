@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol
@@ -28,8 +28,7 @@ from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.peers import Peers
 from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.core.scheduler import Plan, Scheduler
-from microserve.services.engine.core.sequence import Sequence as EngineSequence
-from microserve.services.engine.core.sequence import Transfer
+from microserve.services.engine.core.sequence import Sequence, Transfer
 from microserve.services.engine.core.state import Clock, EngineState, Limits
 from microserve.services.engine.core.stepper import Stepper
 
@@ -176,7 +175,7 @@ class EngineCore:
             on_layer(layer)
         return StepResult([])
 
-    def _put(self, sequence: EngineSequence, layer: int, lo: int, hi: int) -> None:
+    def _put(self, sequence: Sequence, layer: int, lo: int, hi: int) -> None:
         """Send one layer of one sequence. A receiver's refusal ends that send, never the step."""
         transfer = sequence.transfer
         if transfer is None or transfer.error is not None or sequence.doomed is not None:
@@ -210,7 +209,7 @@ class EngineCore:
         writer.claim()
         return writer
 
-    def _await_layer(self, sequence: EngineSequence, layer: int) -> None:
+    def _await_layer(self, sequence: Sequence, layer: int) -> None:
         """Hold the step until a layer's KV is in, or until others want to run.
 
         Raises :class:`TransferFailed` when it cannot come, :class:`EarlyStartEnded` to wait as others do."""
@@ -240,7 +239,7 @@ class EngineCore:
 
     # --- what the shell reads ----------------------------------------------------------------------
 
-    def take_output(self) -> tuple[Outbox, Sequence[KVEvent]]:
+    def take_output(self) -> tuple[Outbox, list[KVEvent]]:
         """Answers, deltas and KV events since the last call, in order. With the lock held."""
         return self.state.outbox.take(), self.memory.cache.take_events()
 
