@@ -20,10 +20,7 @@ import structlog
 
 from microserve.gateway.text.choice import Timeline
 from microserve.protocol import log
-from microserve.protocol.messages.router import Phases
-
-ROUTER_PHASES = ("routed", "granted", "prefilled", "transferred", "admitted", "first_token")
-PHASES = ("queued", "tokenised", *ROUTER_PHASES, "decoded")
+from microserve.protocol.messages.router import PHASES, ROUTER_PHASES, Phases
 
 _logger = structlog.get_logger()
 

@@ -20,7 +20,7 @@ MAX_TOKEN_ID = 0xFFFF_FFFF
 
 
 @dataclass(slots=True)
-class Batch:
+class TokenBatch:
     """What has come for one request since it was last asked for."""
 
     token_ids: list[int] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Mailbox:
         self._with_logprobs = with_logprobs
         self._cancel = cancel
         self._cancelled = False
-        self._batch = Batch()
+        self._batch = TokenBatch()
         inbox.add(self)
 
     @property
@@ -117,9 +117,9 @@ class Mailbox:
             self.failed = error
             self._inbox.notify(self)
 
-    def take(self) -> Batch:
+    def take(self) -> TokenBatch:
         """Everything that has come; the mailbox is empty then."""
-        batch, self._batch = self._batch, Batch()
+        batch, self._batch = self._batch, TokenBatch()
         return batch
 
     @property

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from microserve.gateway.routers.mailbox import Batch, Mailbox
+from microserve.gateway.routers.mailbox import Mailbox, TokenBatch
 from microserve.gateway.text.stop import StopMatcher
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import MeshError, PeerError, ProtocolViolation, error_for
@@ -99,7 +99,7 @@ class Choice:
         """The router's own account of the choice, once it is in."""
         return None if self.mailbox is None else self.mailbox.ended
 
-    def push(self, batch: Batch) -> Piece:
+    def push(self, batch: TokenBatch) -> Piece:
         """Take new tokens and perhaps the end. What comes after the end is ignored."""
         if self.over:
             return Piece()
@@ -118,7 +118,7 @@ class Choice:
         piece.finish_reason = self.finish_reason
         return piece
 
-    def _push_one_by_one(self, batch: Batch, num_shown: int) -> Piece:
+    def _push_one_by_one(self, batch: TokenBatch, num_shown: int) -> Piece:
         """Token by token, so that the answer does not depend on how tokens were merged on their way."""
         piece = Piece()
         for position, token_id in enumerate(batch.token_ids):

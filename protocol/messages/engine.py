@@ -202,6 +202,12 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
     mean_output_tokens: float = 0.0
     """Of sequences that have ended there; 0 before the first."""
 
+    @property
+    def is_busy(self) -> bool:
+        """It has work that must make progress. Waiting requests do not count: they may rightly wait for
+        blocks or for another engine's KV."""
+        return self.num_running > 0
+
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Log-probability of a chosen token and of the likeliest alternatives, from the raw logits."""

@@ -79,6 +79,12 @@ class Phases(msgspec.Struct, frozen=True, array_like=True):
     decoded_s: float = 0.0
 
 
+ROUTER_PHASES = tuple(name.removesuffix("_s") for name in Phases.__struct_fields__[1:-1])
+"""In order, up to the first token."""
+PHASES = ("queued", "tokenised", *ROUTER_PHASES, "decoded")
+"""In order; the canonical line has each as ``<phase>_s``, and they add up to ``wall_s``."""
+
+
 class Ended(msgspec.Struct, frozen=True, array_like=True):
     """The end of a request: exactly one for each ``Generate``, whatever happened."""
 

@@ -17,22 +17,10 @@ from typing import Any
 import msgspec
 
 from microserve.protocol import log
+from microserve.protocol.messages.router import PHASES
 from microserve.services.local.event_log import Event, EventLog
 
 FOLLOW_INTERVAL_S = 0.2
-
-PHASES = (
-    "queued",
-    "tokenised",
-    "routed",
-    "granted",
-    "prefilled",
-    "transferred",
-    "admitted",
-    "first_token",
-    "decoded",
-)
-"""In order; the canonical line has each as ``<phase>_s``, and they add up to ``wall_s``."""
 
 TOKENS = (
     ("prompt_tokens", "in"),

@@ -105,13 +105,13 @@ class Membership:
         """Take a heartbeat. False: answer ``Unknown``, so that a living engine registers (again)."""
         peer = self._members.heard(engine_id, now, incarnation)
         if peer is not None:
-            self._members.progressed(engine_id, progress=load.progress, busy=is_busy(load), now=now)
+            self._members.progressed(engine_id, progress=load.progress, busy=load.is_busy, now=now)
             peer.value = Member(peer.value.info, load)
             return True
         absent = self._absent.get(engine_id)
         if absent is None or absent.incarnation != incarnation or absent.stuck_at is None:
             return False
-        if is_busy(load) and load.progress == absent.stuck_at:
+        if load.is_busy and load.progress == absent.stuck_at:
             return True
         self._absent[engine_id] = _Absent(incarnation, None)
         return False
@@ -198,14 +198,6 @@ class Membership:
             assert peer.incarnation not in self._retired.get(peer.key, ()), "a retired life is no member"
         layouts = {(m.info.model, m.info.block_size, m.info.layout_hash) for m in self.members()}
         assert len(layouts) == len({model for model, _, _ in layouts}), "one layout a model"
-
-
-def is_busy(load: EngineLoad) -> bool:
-    """Whether an engine has work that must make progress.
-
-    Waiting requests do not count: they may rightly wait for blocks or for another engine's KV.
-    """
-    return load.num_running > 0
 
 
 def _forget_oldest(table: dict[str, _Absent] | dict[str, deque[int]]) -> None:

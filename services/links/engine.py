@@ -309,10 +309,8 @@ class EngineConnection:
             self.end(EngineLost(f"engine {self.engine_id} was replaced by a new life of it"))
             return
         self.load, self.load_at = message.load, self._loop.time()
-        # Waiting requests are no sign of being busy: they may rightly wait for another engine's KV.
-        busy = message.load.num_running > 0
         self._peer.progressed(
-            self.engine_id, progress=message.load.progress, busy=busy, now=self._loop.time()
+            self.engine_id, progress=message.load.progress, busy=message.load.is_busy, now=self._loop.time()
         )
         if message.load.draining:
             self._on_draining(self)

@@ -21,7 +21,7 @@ from microserve.protocol.messages.kv_events import KVEvent, decode_batch, parse_
 from microserve.services.links.feed_state import (
     Apply,
     AskSnapshot,
-    Batch,
+    EventBatch,
     FeedCounters,
     FeedState,
     Instruction,
@@ -98,7 +98,7 @@ class KvFeed:
         now = self._heard_at = self._loop.time()
         # An engine that is not ours names no epoch: it has the one life that registered.
         epoch = self._info.incarnation if batch.epoch is None else batch.epoch
-        self._obey(self._state.receive(Batch(epoch, published.seq, batch.events), now))
+        self._obey(self._state.receive(EventBatch(epoch, published.seq, batch.events), now))
 
     def _obey(self, instructions: list[Instruction[Events]]) -> None:
         for instruction in instructions:
@@ -129,4 +129,4 @@ class KvFeed:
                 self._obey(self._state.snapshot_failed(ask.ticket, self._loop.time()))
                 continue
             now = self._heard_at = self._loop.time()
-            self._obey(self._state.snapshot(ask.ticket, Batch(reply.epoch, reply.seq, events), now))
+            self._obey(self._state.snapshot(ask.ticket, EventBatch(reply.epoch, reply.seq, events), now))

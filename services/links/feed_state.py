@@ -28,7 +28,7 @@ B = TypeVar("B")
 
 
 @dataclass(frozen=True, slots=True)
-class Batch(Generic[B]):
+class EventBatch(Generic[B]):
     """One numbered message of an engine's event stream."""
 
     epoch: int
@@ -98,7 +98,7 @@ class FeedState(Generic[B]):
         self.next_seq = 0
         self.live = False
         self.counters = FeedCounters()
-        self._buffer: dict[tuple[int, int], Batch[B]] = {}
+        self._buffer: dict[tuple[int, int], EventBatch[B]] = {}
         self._heard: set[int] = set()
         self._retired: deque[int] = deque(maxlen=MAX_RETIRED_EPOCHS)
         self._asked: _Asked | None = None
@@ -114,7 +114,7 @@ class FeedState(Generic[B]):
         """Call once, after the subscription was made: whatever it misses, the snapshot holds."""
         return self._resync(now)
 
-    def receive(self, batch: Batch[B], now: float) -> list[Instruction[B]]:
+    def receive(self, batch: EventBatch[B], now: float) -> list[Instruction[B]]:
         """A live batch came."""
         self.counters.batches += 1
         if batch.epoch in self._retired:
@@ -135,7 +135,7 @@ class FeedState(Generic[B]):
             return self._resync(now)
         return [self._apply(batch)]
 
-    def snapshot(self, ticket: int, snapshot: Batch[B], now: float) -> list[Instruction[B]]:
+    def snapshot(self, ticket: int, snapshot: EventBatch[B], now: float) -> list[Instruction[B]]:
         """The snapshot came; its ``seq`` is the first live batch that it does not hold."""
         asked = self._asked
         if asked is None or asked.ticket != ticket:
@@ -183,12 +183,12 @@ class FeedState(Generic[B]):
         assert not any(epoch in self._retired for epoch, _ in self._buffer)
         assert self.epoch not in self._retired
 
-    def _apply(self, batch: Batch[B]) -> Apply[B]:
+    def _apply(self, batch: EventBatch[B]) -> Apply[B]:
         self.next_seq = batch.seq + 1
         self.counters.applied += 1
         return Apply(batch.events)
 
-    def _keep(self, batch: Batch[B]) -> None:
+    def _keep(self, batch: EventBatch[B]) -> None:
         key = (batch.epoch, batch.seq)
         if key in self._buffer:
             self.counters.duplicates += 1

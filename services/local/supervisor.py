@@ -34,7 +34,7 @@ _LEASH = Path(__file__).with_name("leash.py")
 _logger = structlog.get_logger()
 
 
-class State(StrEnum):
+class ChildState(StrEnum):
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"
@@ -59,7 +59,7 @@ class Child:
     """Lower stops first; equals stop together."""
     stop_timeout_s: float = 10.0
     """From SIGTERM to SIGKILL."""
-    state: State = State.STARTING
+    state: ChildState = ChildState.STARTING
     pid: int = 0
     address: str = ""
     restarts: int = 0
@@ -164,8 +164,8 @@ class Supervisor:
             if not self._window.allow(loop.time()):
                 return self._give_up(child, f"{why}; that is more than {self._limit}")
             child.restarts += 1
-            self._enter(child, State.RESTARTING)
-        self._enter(child, State.STOPPED)
+            self._enter(child, ChildState.RESTARTING)
+        self._enter(child, ChildState.STOPPED)
 
     async def _live(self, child: Child) -> int:
         """One life of the child, from spawn to its reaped exit; returns the exit code (-N: signal N)."""
@@ -222,7 +222,7 @@ class Supervisor:
                     if event["event"] == log.SERVICE_READY:
                         child.address = str(event.get("address", ""))
                         child.was_ready = True
-                        self._enter(child, State.READY)
+                        self._enter(child, ChildState.READY)
                         if all(other.was_ready for other in self.children):
                             self._settled.set()
                         return
@@ -237,13 +237,13 @@ class Supervisor:
             events.close()
 
     def _give_up(self, child: Child, why: str) -> None:
-        self._enter(child, State.FAILED)
+        self._enter(child, ChildState.FAILED)
         if not self._failed.is_set():
             self._failure = f"{why}\nits log: {child.log}"
             self._failed.set()
             self._settled.set()
 
-    def _enter(self, child: Child, state: State) -> None:
+    def _enter(self, child: Child, state: ChildState) -> None:
         child.state = state
         self._changed(child)
 
@@ -253,7 +253,7 @@ class Supervisor:
         for order in sorted({child.stop_order for child in self.children}):
             stage = [child for child in self.children if child.stop_order == order and child.pid]
             for child in stage:
-                self._enter(child, State.STOPPING)
+                self._enter(child, ChildState.STOPPING)
                 os.kill(child.pid, signal.SIGTERM)
             await asyncio.gather(*map(_wait_or_kill, stage))
 

@@ -15,9 +15,9 @@ import pytest
 from structlog.testing import capture_logs
 from tokenizers import Tokenizer
 
-from microserve.gateway.generation.summary import PHASES
 from microserve.protocol import log
 from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.router import PHASES
 from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world, run, special_id
 
 USER: list[Any] = [{"role": "user", "content": "hi"}]

@@ -27,7 +27,7 @@ from microserve.protocol.messages.interval import bound
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 from microserve.services.engine.core.record import CommitJob, Record
-from microserve.services.engine.core.sequence import Sequence, State, Transfer
+from microserve.services.engine.core.sequence import Sequence, SequenceState, Transfer
 from microserve.services.engine.core.state import EngineState
 
 MAX_TTL_S = 86_400.0
@@ -188,7 +188,7 @@ class Actions:
             state.scheduler.add(sequence)
         elif received is not None:
             sequence.await_first = message.await_first
-            sequence.state = State.RECEIVING
+            sequence.state = SequenceState.RECEIVING
             state.memory.adopt(sequence, received)
             state.receiving.append(sequence)
         return wire.Accepted(message.call_id)

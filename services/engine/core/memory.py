@@ -17,7 +17,7 @@ from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.errors import CacheFull, PromptTooLong
 from microserve.services.engine.core.received import Holder, ReceivedGrant, ReceivedGrants
-from microserve.services.engine.core.sequence import Sequence, State
+from microserve.services.engine.core.sequence import Sequence, SequenceState
 
 
 class KvMemory:
@@ -101,7 +101,7 @@ class KvMemory:
         transfer = sequence.transfer
         if transfer is None or transfer.writer is None or transfer.writer.is_drained:
             return False
-        if sequence.state is State.FINISHED:
+        if sequence.state is SequenceState.FINISHED:
             self._departing.append((transfer.writer, blocks))
             return True
         if transfer.is_put and transfer.peer is not None:

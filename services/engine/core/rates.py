@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from microserve.protocol.smoothing import smoothed
 from microserve.services.engine.core.scheduler import Plan
-from microserve.services.engine.core.sequence import Sequence, State
+from microserve.services.engine.core.sequence import Sequence, SequenceState
 
 MAX_DECODE_JUMP = 4.0
 """A decode step counts as at most so many times the mean: a process that was frozen measures its absence."""
@@ -59,6 +59,6 @@ class Rates:
 
     def _measure_outputs(self, plan: Plan) -> None:
         for sequence in self._generating:
-            if sequence.state is State.FINISHED and sequence.num_output_tokens:
+            if sequence.state is SequenceState.FINISHED and sequence.num_output_tokens:
                 self.mean_output_tokens = smoothed(self.mean_output_tokens, sequence.num_output_tokens)
         self._generating = [sequence for sequence in plan.sequences if sequence.transfer is None]

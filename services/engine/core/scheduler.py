@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec, TokenView
 from microserve.services.engine.core.memory import KvMemory
-from microserve.services.engine.core.sequence import Sequence, State
+from microserve.services.engine.core.sequence import Sequence, SequenceState
 
 MAX_OVERTAKEN_S = 2.0
 """A sequence that has waited so long at the head is not overtaken any more."""
@@ -78,7 +78,7 @@ class Scheduler:
         return sum(s.num_tokens - s.num_computed for s in pending if not s.is_decoding())
 
     def add(self, sequence: Sequence) -> None:
-        sequence.state = State.WAITING
+        sequence.state = SequenceState.WAITING
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -110,7 +110,7 @@ class Scheduler:
         """Those that still run: placing one may preempt another."""
         left = budget
         for sequence in sequences:
-            if sequence.state is State.RUNNING and left > 0:
+            if sequence.state is SequenceState.RUNNING and left > 0:
                 left -= self._place(plan, sequence, left)
         return budget - left
 
@@ -136,7 +136,7 @@ class Scheduler:
         if not self._memory.grow(sequence, min(end + self._max_num_batched_tokens, sequence.num_tokens) + 1):
             return None
         sequence.num_computed = end
-        sequence.state = State.RUNNING
+        sequence.state = SequenceState.RUNNING
         sequence.started_at = now
         self.running.append(sequence)
         self._place(plan, sequence, self._max_num_batched_tokens)
@@ -144,7 +144,7 @@ class Scheduler:
 
     def add_ready(self, sequence: Sequence) -> None:
         """A sequence whose KV has arrived: first in line, since it holds blocks; but not for ever."""
-        sequence.state = State.WAITING
+        sequence.state = SequenceState.WAITING
         is_old = bool(self.waiting) and sequence.ready_at - self.waiting[0].arrived_at > MAX_OVERTAKEN_S
         self.waiting.insert(1 if is_old else 0, sequence)
 
@@ -191,7 +191,7 @@ class Scheduler:
             return False
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        sequence.state = State.RUNNING
+        sequence.state = SequenceState.RUNNING
         if matched_here and sequence.num_preemptions == 0:
             sequence.cached_tokens = sequence.num_cached
         if sequence.started_at is None:
@@ -249,7 +249,7 @@ class Scheduler:
         plan.sends = [share for share in plan.sends if share.sequence is not sequence]
         self.running.remove(sequence)
         self._memory.release(sequence, plan.started_at)
-        sequence.state = State.WAITING
+        sequence.state = SequenceState.WAITING
         sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)
         self._on_preempt(sequence)

@@ -22,7 +22,7 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.received import ReceivedGrant
 
 
-class State(Enum):
+class SequenceState(Enum):
     RECEIVING = "receiving"
     """KV is on its way from another engine."""
     WAITING = "waiting"
@@ -68,7 +68,7 @@ class Sequence:
     arrived_at: float
     chain: HashChain
     salt: str = ""
-    state: State = State.WAITING
+    state: SequenceState = SequenceState.WAITING
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0

@@ -21,7 +21,7 @@ from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.record import Key, Outbox, Record, Records
 from microserve.services.engine.core.scheduler import Scheduler
-from microserve.services.engine.core.sequence import Sequence, State
+from microserve.services.engine.core.sequence import Sequence, SequenceState
 
 PURGE_INTERVAL_S = 1.0
 
@@ -102,7 +102,7 @@ class EngineState:
         self.scheduler.remove(sequence)
         if sequence in self.receiving:
             self.receiving.remove(sequence)
-        sequence.state = State.FINISHED
+        sequence.state = SequenceState.FINISHED
         record = self.records.find(sequence.owner, sequence.request_id)
         if record is not None and not record.holds(sequence):
             record = None  # aborted in its last step, and the id belongs to a newer record by now

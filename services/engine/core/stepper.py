@@ -17,7 +17,7 @@ from microserve.services.engine.core.rates import Rates
 from microserve.services.engine.core.received import ReceivedGrant
 from microserve.services.engine.core.record import CommitJob, Record
 from microserve.services.engine.core.scheduler import Plan
-from microserve.services.engine.core.sequence import Sequence, State
+from microserve.services.engine.core.sequence import Sequence, SequenceState
 from microserve.services.engine.core.state import EngineState
 
 _logger = structlog.get_logger()
@@ -255,7 +255,7 @@ class Stepper:
         if sequence is None:
             raise InternalError("only an early start can be put back")
         state.scheduler.remove(sequence)
-        sequence.state = State.RECEIVING
+        sequence.state = SequenceState.RECEIVING
         sequence.num_computed, sequence.started_at = 0, None
         state.receiving.append(sequence)
         state.count("early_starts_put_back")
@@ -269,5 +269,5 @@ class Stepper:
         state.inflight = []
         state.count("steps_failed")
         for sequence in sequences:
-            if sequence.state is not State.FINISHED:
+            if sequence.state is not SequenceState.FINISHED:
                 state.finish(sequence, sequence.doomed or "error", now, error=sequence.doom_error or error)

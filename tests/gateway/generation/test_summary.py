@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.gateway.generation.summary import PHASES, phase_durations
+from microserve.gateway.generation.summary import phase_durations
 from microserve.gateway.text.choice import Timeline
-from microserve.protocol.messages.router import Phases
+from microserve.protocol.messages.router import PHASES, Phases
 
 SECONDS = st.floats(0.0, 100.0) | st.sampled_from([float("nan"), float("inf"), -1.0])
 STEPS = st.lists(st.floats(0.0, 100.0), min_size=4, max_size=4)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from microserve.gateway.routers.mailbox import Batch
+from microserve.gateway.routers.mailbox import TokenBatch
 from microserve.gateway.text.choice import LOWEST_LOGPROB, Choice, Timeline, TokenText
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, ProtocolViolation
@@ -32,7 +32,7 @@ def answer(
     text, tokens = "", []
     borders = sorted({min(cut, len(ids)) for cut in cuts} | {0, len(ids)})
     for begin, end in zip(borders, [*borders[1:], len(ids)], strict=True):
-        batch = Batch(ids[begin:end], ended=ENDED if end == len(ids) else None)
+        batch = TokenBatch(ids[begin:end], ended=ENDED if end == len(ids) else None)
         if "logprobs" in sampling:
             batch.logprobs = [TokenLogprob(-0.5 * i, [(i, -1.0)]) for i in batch.token_ids]
         piece = chosen.push(batch)
@@ -80,7 +80,7 @@ def test_the_stop_token_is_counted_but_not_shown(tokenizer: ModelTokenizer, raw_
     [a], [b] = raw_tokenizer.encode("a").ids, raw_tokenizer.encode("b").ids
     chosen = choice(tokenizer, [], logprobs=0)
     ended = Ended("stop", Usage(), Phases(), "auto", [], stop_token_id=b)
-    piece = chosen.push(Batch([a, b], [TokenLogprob(-1.0), TokenLogprob(-2.0)], ended))
+    piece = chosen.push(TokenBatch([a, b], [TokenLogprob(-1.0), TokenLogprob(-2.0)], ended))
     assert (piece.text, piece.finish_reason, chosen.num_output_tokens) == ("a", "stop", 2)
     assert [token.text for token in piece.tokens] == ["a"]
 
@@ -91,7 +91,7 @@ def test_a_stop_string_that_only_the_end_completes(
     """Half a character is flushed at the end as a replacement character, and may be what was waited for."""
     ids = raw_tokenizer.encode("x😀").ids[:-1]
     chosen = choice(tokenizer, ["\N{REPLACEMENT CHARACTER}"])
-    piece = chosen.push(Batch(ids, ended=ENDED))
+    piece = chosen.push(TokenBatch(ids, ended=ENDED))
     assert (piece.text, piece.finish_reason) == ("x", "stop")
 
 
@@ -108,7 +108,7 @@ def test_other_ends_are_errors(
     tokenizer: ModelTokenizer, reason: str, code: str, kind: type[MeshError]
 ) -> None:
     chosen = choice(tokenizer, [])
-    chosen.push(Batch([], ended=Ended(reason, Usage(), Phases(), "auto", [], code, "why")))
+    chosen.push(TokenBatch([], ended=Ended(reason, Usage(), Phases(), "auto", [], code, "why")))
     assert isinstance(chosen.error, kind)
     assert chosen.finish_reason is None
 
@@ -117,6 +117,6 @@ def test_logprobs_that_json_cannot_say(tokenizer: ModelTokenizer, raw_tokenizer:
     ids = raw_tokenizer.encode("ab").ids
     chosen = choice(tokenizer, [], logprobs=1)
     logprobs = [TokenLogprob(float("-inf"), [(0, float("nan"))])] + [TokenLogprob(0.0)] * (len(ids) - 1)
-    piece = chosen.push(Batch(ids, logprobs))
+    piece = chosen.push(TokenBatch(ids, logprobs))
     assert piece.tokens[0].logprob == LOWEST_LOGPROB
     assert piece.tokens[0].top[0].logprob == LOWEST_LOGPROB

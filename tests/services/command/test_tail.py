@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.services.command.tail import PHASES, Filter, format_event, show
+from microserve.protocol.messages.router import PHASES
+from microserve.services.command.tail import Filter, format_event, show
 from microserve.services.local.event_log import EventLog, LogFile, last_error, parse_event
 
 

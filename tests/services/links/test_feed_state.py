@@ -14,7 +14,7 @@ from microserve.services.links.feed_state import (
     MAX_BUFFERED_BATCHES,
     Apply,
     AskSnapshot,
-    Batch,
+    EventBatch,
     FeedState,
     Instruction,
     Replace,
@@ -49,15 +49,15 @@ class Engine:
         self.epoch, self.next_seq, self.held = epoch, 0, set[int]()
         self.history[epoch, 0] = frozenset()
 
-    def publish(self, changes: Changes) -> Batch[Changes]:
-        batch = Batch(self.epoch, self.next_seq, changes)
+    def publish(self, changes: Changes) -> EventBatch[Changes]:
+        batch = EventBatch(self.epoch, self.next_seq, changes)
         apply_changes(self.held, changes)
         self.next_seq += 1
         self.history[self.epoch, self.next_seq] = frozenset(self.held)
         return batch
 
-    def snapshot(self) -> Batch[Changes]:
-        return Batch(self.epoch, self.next_seq, tuple(("store", block) for block in sorted(self.held)))
+    def snapshot(self) -> EventBatch[Changes]:
+        return EventBatch(self.epoch, self.next_seq, tuple(("store", block) for block in sorted(self.held)))
 
 
 class Reader:
@@ -93,8 +93,8 @@ class FeedMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.engine = Engine()
         self.reader = Reader()
-        self.wire: list[Batch[Changes]] = []
-        self.answer: tuple[int, Batch[Changes]] | None = None
+        self.wire: list[EventBatch[Changes]] = []
+        self.answer: tuple[int, EventBatch[Changes]] | None = None
         """A snapshot on its way back."""
         self.left: int | None = None
         """Ticket of a question on its way to the engine."""
@@ -126,7 +126,7 @@ class FeedMachine(RuleBasedStateMachine):
     def carry_in_order(self) -> None:
         self.receive(self.wire.pop(0))
 
-    def receive(self, batch: Batch[Changes]) -> None:
+    def receive(self, batch: EventBatch[Changes]) -> None:
         self.reader.obey(self.reader.state.receive(batch, self.now))
 
     @precondition(lambda self: self.reader.asks)
@@ -198,7 +198,7 @@ def live(seq: int = 0, epoch: int = 7) -> FeedState[str]:
     [ask] = state.start(0.0)
     assert isinstance(ask, AskSnapshot)
     state.asking(ask.ticket)
-    assert state.snapshot(ask.ticket, Batch(epoch, seq, "snapshot"), 0.0) == [Replace(epoch, "snapshot")]
+    assert state.snapshot(ask.ticket, EventBatch(epoch, seq, "snapshot"), 0.0) == [Replace(epoch, "snapshot")]
     return state
 
 
@@ -209,29 +209,29 @@ def test_first_snapshot_is_asked_for_at_once() -> None:
 def test_batches_are_applied_in_sequence() -> None:
     state = live(seq=4)
 
-    assert state.receive(Batch(7, 4, "a"), 1.0) == [Apply("a")]
-    assert state.receive(Batch(7, 5, "b"), 1.0) == [Apply("b")]
+    assert state.receive(EventBatch(7, 4, "a"), 1.0) == [Apply("a")]
+    assert state.receive(EventBatch(7, 5, "b"), 1.0) == [Apply("b")]
 
 
 def test_duplicate_is_dropped() -> None:
     state = live(seq=4)
-    state.receive(Batch(7, 4, "a"), 1.0)
+    state.receive(EventBatch(7, 4, "a"), 1.0)
 
-    assert state.receive(Batch(7, 4, "a"), 1.0) == []
-    assert state.receive(Batch(7, 3, "in the snapshot"), 1.0) == []
+    assert state.receive(EventBatch(7, 4, "a"), 1.0) == []
+    assert state.receive(EventBatch(7, 3, "in the snapshot"), 1.0) == []
     assert state.counters.duplicates == 2
 
 
 def test_gap_is_closed_by_a_snapshot_and_what_came_meanwhile() -> None:
     state = live()
 
-    [ask] = state.receive(Batch(7, 2, "c"), 10.0)
+    [ask] = state.receive(EventBatch(7, 2, "c"), 10.0)
     assert isinstance(ask, AskSnapshot)
-    assert state.receive(Batch(7, 4, "e"), 10.0) == []
-    assert state.receive(Batch(7, 3, "d"), 10.0) == []
+    assert state.receive(EventBatch(7, 4, "e"), 10.0) == []
+    assert state.receive(EventBatch(7, 3, "d"), 10.0) == []
     state.asking(ask.ticket)
 
-    assert state.snapshot(ask.ticket, Batch(7, 3, "snapshot"), 10.1) == [
+    assert state.snapshot(ask.ticket, EventBatch(7, 3, "snapshot"), 10.1) == [
         Replace(7, "snapshot"),
         Apply("d"),
         Apply("e"),
@@ -241,10 +241,10 @@ def test_gap_is_closed_by_a_snapshot_and_what_came_meanwhile() -> None:
 
 def test_snapshot_that_does_not_reach_the_gap_is_asked_for_again() -> None:
     state = live()
-    [ask] = state.receive(Batch(7, 5, "f"), 10.0)
+    [ask] = state.receive(EventBatch(7, 5, "f"), 10.0)
     assert isinstance(ask, AskSnapshot)
 
-    instructions = state.snapshot(ask.ticket, Batch(7, 3, "early"), 10.1)
+    instructions = state.snapshot(ask.ticket, EventBatch(7, 3, "early"), 10.1)
 
     assert instructions == [Replace(7, "early"), AskSnapshot(ask.ticket + 1, 0.1)]
     assert not state.live
@@ -252,30 +252,30 @@ def test_snapshot_that_does_not_reach_the_gap_is_asked_for_again() -> None:
 
 def test_new_epoch_replaces_the_old_whose_stragglers_are_dropped() -> None:
     state = live(seq=9, epoch=7)
-    [ask] = state.receive(Batch(3, 0, "first of the new life"), 10.0)
+    [ask] = state.receive(EventBatch(3, 0, "first of the new life"), 10.0)
     assert isinstance(ask, AskSnapshot)
     state.asking(ask.ticket)
 
-    state.snapshot(ask.ticket, Batch(3, 1, "snapshot"), 10.1)
+    state.snapshot(ask.ticket, EventBatch(3, 1, "snapshot"), 10.1)
 
-    assert state.receive(Batch(7, 9, "straggler"), 10.2) == []
+    assert state.receive(EventBatch(7, 9, "straggler"), 10.2) == []
     assert state.counters.stale == 1
     assert state.counters.epochs == 1
-    assert state.receive(Batch(3, 1, "next"), 10.3) == [Apply("next")]
+    assert state.receive(EventBatch(3, 1, "next"), 10.3) == [Apply("next")]
 
 
 def test_answer_of_a_life_that_ended_meanwhile_is_followed_by_another() -> None:
     state = live(epoch=7)
-    [ask] = state.receive(Batch(7, 5, "gap"), 10.0)
+    [ask] = state.receive(EventBatch(7, 5, "gap"), 10.0)
     assert isinstance(ask, AskSnapshot)
     state.asking(ask.ticket)
-    state.receive(Batch(3, 0, "new life"), 10.1)
+    state.receive(EventBatch(3, 0, "new life"), 10.1)
 
-    [_, again] = state.snapshot(ask.ticket, Batch(7, 6, "old life"), 10.2)
+    [_, again] = state.snapshot(ask.ticket, EventBatch(7, 6, "old life"), 10.2)
     assert isinstance(again, AskSnapshot)
     state.asking(again.ticket)
 
-    assert state.snapshot(again.ticket, Batch(3, 1, "new"), 10.3) == [Replace(3, "new")]
+    assert state.snapshot(again.ticket, EventBatch(3, 1, "new"), 10.3) == [Replace(3, "new")]
 
 
 def test_failures_back_off_to_the_limit_and_recover() -> None:
@@ -292,8 +292,8 @@ def test_failures_back_off_to_the_limit_and_recover() -> None:
 
     assert isinstance(ask, AskSnapshot)
     now += ask.delay_s
-    state.snapshot(ask.ticket, Batch(7, 0, "snapshot"), now)
-    [ask] = state.receive(Batch(7, 3, "gap"), now + 60.0)
+    state.snapshot(ask.ticket, EventBatch(7, 0, "snapshot"), now)
+    [ask] = state.receive(EventBatch(7, 3, "gap"), now + 60.0)
     assert isinstance(ask, AskSnapshot)
     assert ask.delay_s == 0.0
 
@@ -301,7 +301,7 @@ def test_failures_back_off_to_the_limit_and_recover() -> None:
 def test_answers_to_forgotten_questions_are_ignored() -> None:
     state = live()
 
-    assert state.snapshot(99, Batch(7, 50, "unasked"), 1.0) == []
+    assert state.snapshot(99, EventBatch(7, 50, "unasked"), 1.0) == []
     assert state.snapshot_failed(99, 1.0) == []
     assert state.next_seq == 0
 
@@ -311,23 +311,23 @@ def test_buffer_is_bounded_and_the_loss_repaired() -> None:
     [ask] = state.start(0.0)
     assert isinstance(ask, AskSnapshot)
     for seq in range(MAX_BUFFERED_BATCHES + 10):
-        state.receive(Batch(7, seq, "x"), 0.0)
+        state.receive(EventBatch(7, seq, "x"), 0.0)
 
     assert state.num_buffered == MAX_BUFFERED_BATCHES
     assert state.counters.overflows == 10
 
-    [_, again] = state.snapshot(ask.ticket, Batch(7, 5, "before the hole"), 0.0)
+    [_, again] = state.snapshot(ask.ticket, EventBatch(7, 5, "before the hole"), 0.0)
     assert isinstance(again, AskSnapshot)
-    instructions = state.snapshot(again.ticket, Batch(7, MAX_BUFFERED_BATCHES + 8, "after it"), 0.0)
+    instructions = state.snapshot(again.ticket, EventBatch(7, MAX_BUFFERED_BATCHES + 8, "after it"), 0.0)
     assert instructions == [Replace(7, "after it"), Apply("x"), Apply("x")]
 
 
 def test_retired_epochs_are_bounded() -> None:
     state = live(epoch=1)
     for epoch in range(2, 200):
-        [ask] = state.receive(Batch(epoch, 0, ""), 10.0 * epoch)
+        [ask] = state.receive(EventBatch(epoch, 0, ""), 10.0 * epoch)
         assert isinstance(ask, AskSnapshot)
         state.asking(ask.ticket)
-        state.snapshot(ask.ticket, Batch(epoch, 1, ""), 10.0 * epoch)
+        state.snapshot(ask.ticket, EventBatch(epoch, 1, ""), 10.0 * epoch)
 
     assert len(state._retired) == feed_state.MAX_RETIRED_EPOCHS

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.services.local.supervisor import Child, MeshFailed, RestartWindow, State, Supervisor
+from microserve.services.local.supervisor import Child, ChildState, MeshFailed, RestartWindow, Supervisor
 
 TIMEOUT_S = 30.0
 
@@ -43,7 +43,7 @@ class Watched:
     """A supervisor's state changes, and a way to wait for one."""
 
     def __init__(self, children: list[Child], **options: Any) -> None:
-        self.changes: list[tuple[str, State]] = []
+        self.changes: list[tuple[str, ChildState]] = []
         self._changed = asyncio.Condition()
         self.children = children
         self.supervisor = Supervisor(
@@ -74,11 +74,11 @@ def test_children_become_ready_and_are_gone_afterwards(tmp_path: Path) -> None:
         async with watched.supervisor:
             await watched.supervisor.ready()
             pids = [each.pid for each in watched.children]
-            assert all(each.state is State.READY for each in watched.children)
+            assert all(each.state is ChildState.READY for each in watched.children)
             assert [each.address for each in watched.children] == ["tcp://here"] * 2
             assert all(psutil.pid_exists(pid) for pid in pids)
         assert not any(psutil.pid_exists(pid) for pid in pids)
-        assert all(each.state is State.STOPPED and each.pid == 0 for each in watched.children)
+        assert all(each.state is ChildState.STOPPED and each.pid == 0 for each in watched.children)
 
     run(test())
 
@@ -91,10 +91,10 @@ def test_one_crashed_child_is_restarted_and_the_others_stay(tmp_path: Path) -> N
             await watched.supervisor.ready()
             first, other = crashing.pid, staying.pid
             os.kill(first, signal.SIGKILL)
-            await watched.until(lambda: crashing.restarts == 1 and crashing.state is State.READY)
+            await watched.until(lambda: crashing.restarts == 1 and crashing.state is ChildState.READY)
             assert crashing.pid != first
             assert (staying.pid, staying.restarts) == (other, 0)
-        assert ("a", State.RESTARTING) in watched.changes
+        assert ("a", ChildState.RESTARTING) in watched.changes
 
     run(test())
 
@@ -110,15 +110,15 @@ def test_a_child_that_ends_well_stays_stopped_and_the_others_run(tmp_path: Path,
             await watched.supervisor.ready()
             if script == SERVE_UNTIL_ASKED:
                 os.kill(leaving.pid, signal.SIGTERM)
-            await watched.until(lambda: leaving.state is State.STOPPED)
+            await watched.until(lambda: leaving.state is ChildState.STOPPED)
             assert (leaving.pid, leaving.restarts) == (0, 0)
-            assert staying.state is State.READY
+            assert staying.state is ChildState.READY
             failing = asyncio.create_task(watched.supervisor.watch())
             await asyncio.sleep(0)
             assert not failing.done()
             failing.cancel()
-        assert [each.state for each in watched.children] == [State.STOPPED] * 2
-        assert ("a", State.RESTARTING) not in watched.changes
+        assert [each.state for each in watched.children] == [ChildState.STOPPED] * 2
+        assert ("a", ChildState.RESTARTING) not in watched.changes
 
     run(test())
 
@@ -129,7 +129,7 @@ def test_too_many_restarts_end_the_mesh(tmp_path: Path) -> None:
         with pytest.raises(MeshFailed, match=r"(?s)b ended with exit code 3.*3 restarts in 60 s.*b\.jsonl"):
             async with watched.supervisor:
                 await watched.supervisor.watch()
-        assert [each.state for each in watched.children] == [State.STOPPED, State.FAILED]
+        assert [each.state for each in watched.children] == [ChildState.STOPPED, ChildState.FAILED]
         assert watched.children[1].restarts == 3
 
     run(test())
@@ -184,9 +184,15 @@ def test_stops_in_order_and_kills_the_stubborn(tmp_path: Path) -> None:
         watched = Watched(children)
         async with watched.supervisor:
             await watched.supervisor.ready()
-        ends = [change for change in watched.changes if change[1] in (State.STOPPING, State.STOPPED)]
-        assert [name for name, state in ends if state is State.STOPPING] == ["gateway", "engine", "index"]
-        assert ends.index(("gateway", State.STOPPED)) < ends.index(("index", State.STOPPING))
+        ends = [
+            change for change in watched.changes if change[1] in (ChildState.STOPPING, ChildState.STOPPED)
+        ]
+        assert [name for name, state in ends if state is ChildState.STOPPING] == [
+            "gateway",
+            "engine",
+            "index",
+        ]
+        assert ends.index(("gateway", ChildState.STOPPED)) < ends.index(("index", ChildState.STOPPING))
         assert "did not stop within 0.3 s" in children[1].detail
 
     run(test())
