@@ -10,7 +10,7 @@ The free list runs from the next block to take to the last:
 
     head  uncached, ...   cached: least recently used, ..., most recently used  tail
 
-Owns ids only. Does not know what a block holds (prefix_cache.py) nor where it lies (heap/).
+Owns ids only. Does not know what a block holds (prefix/cache.py) nor where it lies (heap/).
 Every operation is O(1) per block. :class:`InternalError` means that a caller broke the rules; the call
 stops at the first bad block.
 """

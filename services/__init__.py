@@ -5,5 +5,7 @@ prefix: none of the three imports another; ``links`` are the client ends that se
 them ``simulation`` runs them in virtual time, ``local`` runs a whole mesh on one machine, ``command`` is
 what is typed. Nothing here is imported by the gateway, the KV cache or the protocol.
 
-Start with ``command/main.py``: each command names the one function that it runs.
+Start with ``command/main.py``: each command names the one function that it runs. Who is dead is each one's
+own verdict, by one rule (``protocol/bus/peers.py``): a router's in ``links/engine.py``, the index's in
+``index/membership.py``.
 """

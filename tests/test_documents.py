@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
-from tests.test_packaging import ROOT, tracked
+from tests.test_packaging import PACKAGES, ROOT, tracked
 
 NAMED = re.compile(r"(?<![\w:/])(?:\.{0,2}/)*[\w.-]+(?:/[\w.-]+)*\.md\b(?!\.)")
+MODULE = re.compile(r"(?<![\w.<])([a-z_0-9]+\.py)\b")
 LINKED = re.compile(r"\]\(([^)#:\s]+\.md)(?:#[^)]*)?\)")
 WITHOUT_ENDING = re.compile(r"\b(?:ARCHITECTURE|DESIGN|WIRE),? \d")
 """A page and a number, as the text once referred to a design that was nowhere."""
@@ -41,6 +43,22 @@ def test_every_document_that_is_named_exists() -> None:
     dangling = [f"{file.relative_to(ROOT)}: {name}" for file, name in named if missing(name, file, documents)]
 
     assert dangling == []
+
+
+def test_every_module_that_a_docstring_names_exists() -> None:
+    """Moved files leave names behind in prose; a reader would look for them in vain."""
+    modules = {path.name for path in tracked() if path.suffix == ".py"}
+    named = [
+        (file, name)
+        for file in FILES
+        if file.suffix == ".py" and file.relative_to(ROOT).parts[0] in {*PACKAGES, "benchmarks", "examples"}
+        for node in ast.walk(ast.parse(text_of(file)))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for name in MODULE.findall(str(node.value.value))
+    ]
+    assert len(named) > 100, "the pattern finds names"
+
+    assert [f"{file.relative_to(ROOT)}: {name}" for file, name in named if name not in modules] == []
 
 
 def test_every_link_between_documents_leads_to_one() -> None:

@@ -1,6 +1,6 @@
 """Request bodies of the OpenAI API (and vLLM's extras): their shape, what is refused and what is ignored.
 
-Owns types and names only; which numbers are allowed is decided in ``sampling_request.py``.
+Owns types and names only; which numbers are allowed is decided in ``sampling.py``.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     lane 1              BEGIN ▒▒▒▒▒▒▒▒▒▒ +count
     frontier          matched ────────>|             contiguous, over the union of the lanes
 
-Only reads. Does not know who asked for the KV, nor who frees the blocks (grant.py).
+Only reads. Does not know who asked for the KV, nor who frees the blocks (table.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Grants from the sender's side: which rows go where, and the lane through which they are written.
 
-    writer                                   receiver (grant.py)
+    writer                                   receiver (table.py)
     hold the lane
     STATE is (generation, OPEN)?  ──no──> let go, nothing written
     WRITER BEGIN END CLAIM

@@ -33,7 +33,7 @@ from microserve.services.engine.core.state import EngineState
 MAX_TTL_S = 86_400.0
 MOVE_S = 4.0
 """An engine that drains waits so long for the ``RemoteSend`` that moves what an aborted stream has computed;
-longer than a router tries (departure.py there)."""
+longer than a router tries (failover.py there)."""
 
 
 class Actions:

@@ -1,6 +1,6 @@
 """Everything that one request holds in the mesh, with one owner: the task that serves it.
 
-Handles that a strategy gets (engine.py, transfer.py) write down here what they take; ``close`` gives all of
+Handles that a strategy gets (engine.py, grant.py) write down here what they take; ``close`` gives all of
 it back at once and without waiting, whatever the strategy did. Knows no intervals and no strategies.
 """
 

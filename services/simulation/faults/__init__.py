@@ -5,6 +5,7 @@ faults are of messages, memory, clocks and processes. A planted bug (tests/simul
 found here.
 
 Start with ``scenario.py`` (what a seed draws), then ``campaign.py`` (one seed from start to verdict) and
-``judge.py`` (the promises); ``fault.py`` makes and mends. ``dry_run.py`` tries a strategy before it is
+``judge.py`` (the promises); ``fault.py`` switches faults on and off; they happen in
+``../network.py``, ``../heap.py`` and ``../loop.py``. ``dry_run.py`` tries a strategy before it is
 published, in a mesh without faults.
 """

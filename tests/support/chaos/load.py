@@ -1,7 +1,7 @@
 """Poisson load by seed: who asks what and when, and a client that tries again where a gateway's client would.
 
 A request ends in one :class:`Outcome` with every attempt that was made; whether that is right is judged
-elsewhere (chaos_judge.py).
+elsewhere (judge.py).
 """
 
 from __future__ import annotations
