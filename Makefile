@@ -6,6 +6,8 @@ TORCH ?= torch==2.13.0
 ARGS ?=
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# Its tests wait for peers more than they compute: one worker more than the two cores that it is meant for.
+QUICK_WORKERS ?= 3
 # Bytecode is kept whatever the environment says: a run starts hundreds of processes, which compiled all again.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
@@ -14,9 +16,9 @@ PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist worksteal
 up: $(VENV)/installed
 	$(BIN)/microserve up $(ARGS)
 
-# State and wire, in less than a minute: before every commit. A processor each; WORKERS=0 for a debugger.
+# State and wire, in less than a minute: before every commit. QUICK_WORKERS=0 for a debugger.
 quick: $(VENV)/installed
-	$(PYTEST) -m quick $(ARGS)
+	$(PYTEST) -n $(QUICK_WORKERS) -m quick $(ARGS)
 
 # All but the endurance of `make heavy`, in less than nine minutes.
 test: $(VENV)/installed

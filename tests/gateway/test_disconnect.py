@@ -16,7 +16,12 @@ from microserve.gateway.http import sse
 from microserve.protocol import log
 from tests.support.gateway.gateway_world import Connection, GatewayWorld, connect, gateway_world, post, run
 
+pytestmark = pytest.mark.slow
+
+
 CUTS: list[Callable[[Connection], None]] = [Connection.close, Connection.reset, Connection.half_close]
+
+
 cut_in_every_way = pytest.mark.parametrize("cut", CUTS, ids=["fin", "rst", "half-close"])
 
 

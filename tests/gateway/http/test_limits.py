@@ -17,6 +17,9 @@ from microserve.gateway.http.server import bind
 from microserve.protocol.errors import ConfigError
 from tests.support.gateway.gateway_world import GatewayWorld, Served, connect, gateway_world, post, run
 
+pytestmark = pytest.mark.slow
+
+
 BODY = {"model": "tiny", "prompt": "x"}
 
 

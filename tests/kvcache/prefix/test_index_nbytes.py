@@ -20,8 +20,15 @@ from microserve.protocol.messages.kv_events import (
     encode_batch,
 )
 
+pytestmark = pytest.mark.slow
+
+
 BLOCK_SIZE = 2
+
+
 MODEL = "model"
+
+
 LARGE = 1 << 30
 
 

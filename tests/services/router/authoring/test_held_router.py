@@ -27,7 +27,12 @@ from tests.support.router.router_world import (
     serve_with,
 )
 
+pytestmark = pytest.mark.slow
+
+
 PROMPT = list(range(50))
+
+
 HANGS = """
 from microserve.services.router.authoring.definition import strategy
 
