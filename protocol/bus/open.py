@@ -1,6 +1,8 @@
 """The bus of a process, as its settings say: sockets, keys, and whose key is expected at which address.
 
-Owns the one way from settings to a bus, for services and commands alike; knows addresses, not who asks.
+Owns the one way from settings to a bus, for services and commands alike. Knows addresses, and of who asks
+only whether it calls routers: services may share one file of settings, and a directory of keys holds no more
+than its owner's peers.
 """
 
 from __future__ import annotations
@@ -11,21 +13,23 @@ from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
 
 
-def open_bus(settings: Settings) -> ZmqBus:
-    """Make it in the running loop, and close it. Raises :class:`ConfigError` for keys of no use."""
+def open_bus(settings: Settings, *, calls_routers: bool = False) -> ZmqBus:
+    """Make it in the running loop, and close it. ``calls_routers``: gateways do.
+
+    Raises :class:`ConfigError` for keys of no use."""
     directory = settings.bus.curve_dir
-    keys = CurveKeys.load(directory, _servers(settings)) if directory else None
+    keys = CurveKeys.load(directory, _servers(settings, calls_routers)) if directory else None
     return ZmqBus(high_water_mark=settings.bus.high_water_mark, linger_s=settings.bus.linger_s, keys=keys)
 
 
-def _servers(settings: Settings) -> dict[str, str]:
-    """Public keys by address: the index's, and those of the routers that a gateway calls."""
+def _servers(settings: Settings, calls_routers: bool) -> dict[str, str]:
+    """Public keys by address: the index's, and those of the routers."""
     directory, gateway = settings.bus.curve_dir, settings.gateway
-    routers = dict.fromkeys(gateway.routers or [settings.router.address], peer_key(directory, "router"))
-    if gateway.router_keys:
-        for address, name in zip(routers, gateway.router_keys, strict=True):
-            routers[address] = peer_key(directory, name)
-            if not routers[address]:
+    known = {settings.index.address: peer_key(directory, "index")}
+    if calls_routers:
+        addresses = gateway.routers or [settings.router.address]
+        for address, name in zip(addresses, gateway.router_keys or ["router"] * len(addresses), strict=True):
+            known[address] = peer_key(directory, name)
+            if gateway.router_keys and not known[address]:
                 raise ConfigError(f"no {name}.key in {directory}", field="gateway.router_keys")
-    known = {settings.index.address: peer_key(directory, "index"), **routers}
     return {address: key for address, key in known.items() if key}

@@ -92,7 +92,7 @@ def _run_service(
     try:
         _logger.info(log.SERVICE_STARTED, pid=os.getpid())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings, load(), lifecycle, notifier))
+            runner.run(_serve(service, settings, load(), lifecycle, notifier))
         _logger.info(log.SERVICE_STOPPED)
         return EXIT_STOPPED
     except KeyboardInterrupt:  # before the loop took the signals over
@@ -121,14 +121,16 @@ def _cause(error: Exception) -> Exception:
     return error
 
 
-async def _serve(settings: Settings, serve: Serve, lifecycle: Lifecycle, notifier: Notifier) -> None:
-    bus = open_bus(settings)
+async def _serve(
+    service: str, settings: Settings, serve: Serve, lifecycle: Lifecycle, notifier: Notifier
+) -> None:
+    bus = open_bus(settings, calls_routers=service == "gateway")
     try:
         async with asyncio.TaskGroup() as group:
-            service = group.create_task(serve(settings, bus, lifecycle))
+            serving = group.create_task(serve(settings, bus, lifecycle))
             watchdog = group.create_task(feed_watchdog(lifecycle, notifier))
-            service.add_done_callback(lambda _: watchdog.cancel())
-            _stop_on_signals(service, notifier)
+            serving.add_done_callback(lambda _: watchdog.cancel())
+            _stop_on_signals(serving, notifier)
     finally:
         bus.close()
 

@@ -36,13 +36,13 @@ def settings(own: Path | None, *overrides: str) -> Settings:
     )
 
 
-def expected(settings: Settings) -> dict[str, str]:
+def expected(settings: Settings, *, calls_routers: bool = True) -> dict[str, str]:
     """Directory name of the pair whose key is expected, by address."""
     root = Path(settings.bus.curve_dir).parent
     names = {CurveKeys.load(each).public.decode(): each.name for each in root.iterdir()}
 
     async def look() -> dict[str, str]:
-        bus = open_bus(settings)
+        bus = open_bus(settings, calls_routers=calls_routers)
         try:
             assert bus.keys is not None
             return {address: names[key] for address, key in bus.keys.servers.items()}
@@ -73,6 +73,12 @@ def test_a_key_that_is_named_must_be_there(own: Path) -> None:
     with pytest.raises(ConfigError, match=r"no r0\.key") as raised:
         expected(settings(own, 'gateway.router_keys=["r0"]'))
     assert raised.value.field == "gateway.router_keys"
+
+
+def test_one_file_of_settings_serves_those_who_call_no_router(own: Path) -> None:
+    know(own, "index")
+    names = 'gateway.router_keys=["r0"]'
+    assert expected(settings(own, names), calls_routers=False) == {INDEX: "index"}
 
 
 def test_a_key_for_each_router(own: Path) -> None:

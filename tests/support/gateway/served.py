@@ -13,7 +13,7 @@ from microserve.protocol.settings import Settings
 
 async def serve_until(settings: Settings, lifecycle: Lifecycle, stop: asyncio.Event, drain_s: float) -> None:
     """Until ``stop`` is set; then it is cancelled, once."""
-    bus = open_bus(settings)
+    bus = open_bus(settings, calls_routers=True)
     try:
         gateway = asyncio.create_task(run_gateway(settings, bus, lifecycle, drain_s=drain_s))
         stopping = asyncio.create_task(stop.wait())
