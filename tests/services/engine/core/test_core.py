@@ -54,39 +54,6 @@ def test_one_engine_gives_the_tokens_of_a_lone_run(mesh: Mesh, length: int, samp
     assert length // 4 * 4 == mesh.a.finished["r2"].usage.cached_tokens
 
 
-@pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 17])
-def test_every_split_is_exact(length: int) -> None:
-    prompt = prompt_of(length)
-    borders = sorted({0, 1, 3, 4, 5, 7, 8, 9, length - 1, length} & set(range(length + 1)))
-    for end in borders:
-        for cached_here in {0, length // 2 // 4 * 4, length // 4 * 4}:
-            for cached_there in {0, length // 2 // 4 * 4, length // 4 * 4}:
-                mesh = Mesh()
-                for engine, cached in ((mesh.b, cached_here), (mesh.a, cached_there)):
-                    if cached:
-                        generate(engine, "warm", prompt[:cached])
-                        mesh.run()
-                granted = grant_for(mesh.b, "r", prompt, end)
-                matched = granted.grant.matched
-                assert min(cached_here, end // 4 * 4) == matched
-                first_there = end == length and matched < end
-                receive(mesh.b, "r", granted, end, await_first=first_there)
-                if matched < end:
-                    call = send(
-                        mesh.a, "r", prompt, granted, matched, end, sampling=GREEDY if first_there else None
-                    )
-                mesh.run()
-                got = mesh.b.tokens["r"]
-                if first_there:
-                    sent = mesh.a.replies[call]
-                    assert isinstance(sent, wire.Sent) and sent.first_token is not None
-                    assert got[0] == -1
-                    got = [sent.first_token, *got[1:]]
-
-                assert expect(prompt) == got
-                mesh.close()
-
-
 @given(
     seed=st.integers(0, 1 << 30),
     length=st.integers(2, 60),

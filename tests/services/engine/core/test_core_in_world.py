@@ -13,29 +13,8 @@ from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.batch import Batch, StepResult
 from tests.support.engine.core_interleaving import interleave
-from tests.support.engine.core_mesh import GREEDY, expect, grant_for, prompt_of, receive, send
+from tests.support.engine.core_mesh import expect, grant_for, prompt_of, receive, send
 from tests.support.index.world_mesh import WorldMesh
-
-
-@pytest.mark.parametrize("length", [1, 5, 17, 50])
-def test_every_split_is_exact(length: int) -> None:
-    prompt = prompt_of(length)
-    for end in sorted({0, 1, 4, 5, length - 1, length} & set(range(length + 1))):
-        mesh = WorldMesh(seed=end)
-        granted = grant_for(mesh.b, "r", prompt, end)
-        first_there = end == length
-        receive(mesh.b, "r", granted, end, await_first=first_there)
-        call = 0
-        if end:
-            call = send(mesh.a, "r", prompt, granted, 0, end, sampling=GREEDY if first_there else None)
-        mesh.run()
-        tokens = mesh.b.tokens["r"]
-        if tokens[0] == -1:
-            sent = mesh.a.replies[call]
-            assert isinstance(sent, wire.Sent) and sent.first_token is not None
-            tokens = [sent.first_token, *tokens[1:]]
-        assert expect(prompt) == tokens
-        mesh.close()
 
 
 def play(seed: int) -> None:

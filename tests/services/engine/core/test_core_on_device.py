@@ -55,43 +55,7 @@ def abort(engine: Engine, request_id: str) -> None:
     engine.core.actions.abort(ROUTER, wire.Abort(engine.mesh.call(), request_id), engine.mesh.now)
 
 
-def tokens_of(engine: Engine, request_id: str, sender: Engine, call: int) -> list[int]:
-    """With the first token, where the sender has sampled it."""
-    tokens = engine.tokens[request_id]
-    if tokens[0] == -1:
-        sent = sender.replies[call]
-        assert isinstance(sent, wire.Sent) and sent.first_token is not None
-        tokens = [sent.first_token, *tokens[1:]]
-    return tokens
-
-
 # --- tokens
-
-
-@pytest.mark.parametrize("length", [1, 4, 5, 17, 50])
-def test_every_split_is_exact_with_prefix_hits_on_both_sides(length: int) -> None:
-    prompt = prompt_of(length)
-    parts = {0, length // 2 // 4 * 4, length // 4 * 4}
-    for end in sorted({0, 1, 4, 5, 9, length - 1, length} & set(range(length + 1))):
-        for cached_here in parts:
-            for cached_there in parts:
-                mesh = DeviceMesh(seed=end)
-                for engine, cached in ((mesh.b, cached_here), (mesh.a, cached_there)):
-                    if cached:
-                        generate(engine, "warm", prompt[:cached])
-                        mesh.run()
-                granted = grant_for(mesh.b, "r", prompt, end)
-                matched = granted.grant.matched
-                first_there = end == length and matched < end
-                receive(mesh.b, "r", granted, end, await_first=first_there)
-                call = 0
-                if matched < end:
-                    sampling = GREEDY if first_there else None
-                    call = send(mesh.a, "r", prompt, granted, matched, end, sampling=sampling)
-                mesh.run()
-
-                assert expect(prompt) == tokens_of(mesh.b, "r", mesh.a, call)
-                mesh.close()
 
 
 def play(seed: int) -> None:
