@@ -88,7 +88,7 @@ class IndexClient:
     def _open(self) -> None:
         """A fresh socket: what the old one still holds for an absent index is out of date."""
         if self._socket is not None:
-            self._socket.close()
+            self._socket.close(lingers=False)  # a socket that lingers still connects to whoever comes
         self._opened_at = self._loop.time()
         self._socket = self._bus.client(self._address, self._on_frames)
 
