@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Annotated, Any
@@ -181,6 +183,16 @@ def test_a_file_may_not_take_a_built_in_name(tmp_path: Path) -> None:
     file.write_text(SOURCE.replace("def mine", "def auto"), encoding="utf-8")
     with pytest.raises(ConfigError, match="two strategies are named auto"):
         load_strategies(RouterSettings(strategy_files=[str(file)]))
+
+
+def test_a_file_runs_as_it_stands_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changed twice within a second and of the same size: all that Python's own cache looks at."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "mine.py"
+    for label in ("decode", "either"):
+        file.write_text(SOURCE.replace("decode", label), encoding="utf-8")
+        os.utime(file, (1, 1))
+        assert load_file(str(file))[0].values == {"label": label, "tries": 2}
 
 
 def test_a_file_that_is_no_python() -> None:
