@@ -1,6 +1,7 @@
 """A grant: the right to write KV into another engine's blocks, from both ends.
 
-Owns the receiver's book of grants (table.py: opened, closed and quarantined here), what has arrived by the
+Owns the receiver's book of grants (table.py: opened, on blocks that
+services/engine/core/memory.py:open_grant took for it, closed and quarantined), what has arrived by the
 words that writers leave (arrival.py), the sender's lane (writer.py: where a layer is put;
 services/engine/core/core.py asks for it as the layer finishes), and the sum that proves a block whole
 (checksum.py). The rule that all four keep: blocks that a writer may still reach are never reused

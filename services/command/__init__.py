@@ -4,7 +4,7 @@ Owns the command line, and the two talks that only people have: of changes (cont
 strategy.py and label.py) and of an engine's leaving (drain.py). Must not hold what a service needs: nothing
 below imports this. Everything heavy is imported by the command that runs, so that ``--help`` is light.
 
-Start with main.py (every command, in one place), then flags.py (where settings come from). strategy.py
-publishes, strategy_check.py runs a source in a process of its own first; tail.py and settings_text.py
-print.
+Start with main.py (every command, in one place), then flags.py (where settings come from; what they are:
+protocol/settings.py). strategy.py publishes, strategy_check.py runs a source in a process of its own first;
+tail.py and settings_text.py print.
 """

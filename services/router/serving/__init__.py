@@ -1,7 +1,8 @@
 """A request from its admission to its one end.
 
 Owns the refusals (admission.py: bounds, and time against the work ahead), the live requests and their tasks
-(serving.py, live.py), one run of a strategy, where its exceptions end (attempt.py), and whether and on which
-terms another run follows (failover.py). Must not know sockets: a gateway is an owner and a sink. Whatever
-happens, the scope is closed before the end is told. Start at serving.py.
+(serving.py), the one end that the gateway is told (live.py), one run of a strategy, where its exceptions
+end (attempt.py), and whether the client hears of it or another run follows, and on which terms
+(failover.py). Must not know sockets: a gateway is an owner and a sink. Whatever happens, the scope is
+closed before the end is told. Start at serving.py.
 """
