@@ -27,6 +27,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import msgspec
+
 
 class MeshError(Exception):
     """Base of the tree. ``code`` is stable and goes on the wire; ``detail`` is for people."""
@@ -175,3 +177,17 @@ def error_for(code: str, detail: str, *, field: str | None = None, retry_after_s
     """The exception for a wire code; an unknown code (a newer peer) becomes ``InternalError``."""
     cls = _BY_CODE.get(code, InternalError)
     return cls(detail, field=field, retry_after_s=retry_after_s)
+
+
+def located(error: msgspec.ValidationError) -> tuple[str, str]:
+    """What msgspec refused: the path of the field, dotted and without the root (empty: the whole), and why.
+
+    msgspec says it in words: ``... - at `$.router.strategies` ``, ``... - at `key` in `$.logit_bias` ``;
+    an unknown or a missing field is named in the message.
+    """
+    message, _, where = str(error).partition(" - at `")
+    path = where.partition("$")[2].rstrip("`").removesuffix("[...]").removeprefix(".")
+    if "unknown field" in message or "missing required field" in message:
+        named = message.rpartition("`")[0].rpartition("`")[2]
+        path = f"{path}.{named}" if path else named
+    return path, message

@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_args
 import msgspec
 from msgspec import Meta
 
-from microserve.protocol.errors import ConfigError
+from microserve.protocol.errors import ConfigError, located
 from microserve.protocol.messages.world import MAX_WORLD_RANKS, fault_of_world
 
 ENV_PREFIX = "MICROSERVE_"
@@ -323,7 +323,7 @@ def load_settings(
     try:
         return msgspec.convert(merged, Settings, strict=False).check()
     except msgspec.ValidationError as error:
-        raise _out_of_bounds(merged) or _located(error) from None
+        raise _out_of_bounds(merged) or _refused(error) from None
 
 
 def _out_of_bounds(merged: Mapping[str, Any]) -> ConfigError | None:
@@ -368,12 +368,6 @@ def _value(raw: str) -> Any:
         return raw
 
 
-def _located(error: msgspec.ValidationError) -> ConfigError:
-    """msgspec says ``... - at `$.router.strategies` ``; unknown fields are named in the text."""
-    text = str(error)
-    message, _, where = text.partition(" - at `$")
-    path = where.rstrip("`").lstrip(".")
-    if "unknown field" in message:
-        unknown = message.rpartition("`")[0].rpartition("`")[2]
-        path = f"{path}.{unknown}" if path else unknown
+def _refused(error: msgspec.ValidationError) -> ConfigError:
+    path, message = located(error)
     return ConfigError(f"{path}: {message}" if path else message, field=path or None)

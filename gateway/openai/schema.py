@@ -11,7 +11,7 @@ import msgspec
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.errors import InvalidRequest, located
 
 
 class StreamOptions(msgspec.Struct):
@@ -144,7 +144,7 @@ def parse(body: bytes, kind: type[R]) -> R:
         _check_names(_fields.decode(body), kind)
         request: R = decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise _located(error) from None
+        raise _refused(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
     except RecursionError:
@@ -171,11 +171,6 @@ def _warn_once(field: str) -> None:
         _logger.warning(log.HTTP_FIELD_IGNORED, field=field)
 
 
-def _located(error: msgspec.ValidationError) -> InvalidRequest:
-    """msgspec ends with ``- at `$.max_tokens` `` or ``- at `key` in `$.logit_bias` ``."""
-    message, _, where = str(error).partition(" - at `")
-    path = where.partition("$")[2].rstrip("`").removesuffix("[...]").removeprefix(".")
-    if "missing required field" in message:
-        missing = message.rpartition("`")[0].rpartition("`")[2]
-        path = f"{path}.{missing}" if path else missing
+def _refused(error: msgspec.ValidationError) -> InvalidRequest:
+    path, message = located(error)
     return InvalidRequest(f"{path}: {message}" if path else message, field=path or None)

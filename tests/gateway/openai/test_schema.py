@@ -157,6 +157,6 @@ def test_many_unknown_fields_are_not_remembered_for_ever() -> None:
 
 
 def test_msgspec_still_says_where() -> None:
-    """``_located`` reads msgspec's own words; this fails when they change."""
+    """``located`` reads msgspec's own words; this fails when they change."""
     with pytest.raises(msgspec.ValidationError, match=r" - at `\$\.n`$"):
         msgspec.json.decode(b'{"model":"m","messages":[],"n":"1"}', type=ChatRequest)
