@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from microserve.protocol.bus.curve import CurveKeys, create_keys
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
-from tests.support.bus.bus_client import BusClient
+from tests.support.bus.gateway_peer import BusClient
 from tests.support.process.exactness import Case, oracle
 from tests.support.process.processes import MeshProcesses
 

@@ -16,7 +16,7 @@ from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.grant import Grant, HeapAddress
 from microserve.protocol.messages.sampling import SamplingParams
-from tests.support.bus.bus_client import BusClient
+from tests.support.bus.gateway_peer import BusClient
 from tests.support.bus.junk import junk
 from tests.support.engine.engine_client import EngineClient
 from tests.support.process.processes import MeshProcesses

@@ -16,7 +16,7 @@ import pytest
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.control import ROLLBACK, ControlRecord
 from microserve.services.command.control_client import ControlClient
-from tests.support.bus.bus_client import Answer, BusClient
+from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.process.processes import MeshProcesses
 from tests.support.router.swaps import GREEDY, PROMPTS
 

@@ -12,7 +12,7 @@ import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
-from tests.support.bus.bus_client import Answer, BusClient
+from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.chaos.judge import next_token_s
 from tests.support.engine.engine_client import EngineClient
 from tests.support.process.processes import MeshProcesses

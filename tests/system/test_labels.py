@@ -13,7 +13,7 @@ import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
-from tests.support.bus.bus_client import Answer, BusClient
+from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]

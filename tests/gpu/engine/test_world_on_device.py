@@ -13,7 +13,7 @@ from microserve.protocol.bus.curve import CurveKeys, create_keys
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
 from tests.gpu.heap.test_nvshmem_on_device import ENVIRONMENT
-from tests.support.bus.bus_client import BusClient
+from tests.support.bus.gateway_peer import BusClient
 from tests.support.engine.tiny_model import make_tiny_model
 from tests.support.process.processes import MeshProcesses
 

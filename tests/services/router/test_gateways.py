@@ -24,10 +24,10 @@ from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.router.service import Router
 from tests.support.bus.direct_bus import DirectBus
+from tests.support.bus.gateway_peer import Answer
 from tests.support.bus.junk import junk
 from tests.support.bus.lossy_bus import LossyBus
 from tests.support.router.router_world import (
-    Answer,
     World,
     eventually,
     expected_output,

@@ -27,8 +27,9 @@ from microserve.services.engine.shell import EngineShell
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
+from tests.support.bus.gateway_peer import GatewayPeer
 from tests.support.bus.lossy_bus import LossyBus
-from tests.support.router.router_world import GatewayPeer, eventually
+from tests.support.router.router_world import eventually
 
 ANY = "tcp://127.0.0.1:0"
 INTERVAL_S = 0.05

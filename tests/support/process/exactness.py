@@ -25,7 +25,7 @@ from typing import Any
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
-from tests.support.bus.bus_client import BusClient
+from tests.support.bus.gateway_peer import BusClient
 from tests.support.process.processes import MeshProcesses
 
 STRATEGIES = [strategy.name for strategy in BUILT_IN]

@@ -21,7 +21,7 @@ import psutil
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
-from tests.support.bus.bus_client import BusClient
+from tests.support.bus.gateway_peer import BusClient
 from tests.support.engine.tiny_model import make_tiny_model
 from tests.support.process.processes import MeshProcesses
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
-import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
 from microserve.protocol.bus import codec
 from microserve.protocol.bus.transport import Bus, ZmqBus
 from microserve.protocol.messages import index as membership
-from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.control import ControlState, VersionFault
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
-from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
 from microserve.services.links.stream import Tokens
@@ -26,6 +22,7 @@ from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.overseer import Overseer
 from microserve.services.router.request.request import Request
 from microserve.services.router.service import Router
+from tests.support.bus.gateway_peer import Answer, GatewayPeer
 from tests.support.router.fabric import Fabric
 from tests.support.router.scripted_engine import ANY, ScriptedEngine, output_token
 
@@ -113,141 +110,6 @@ class ScriptedIndex:
 
     def close(self) -> None:
         self._socket.close()
-
-
-@dataclass
-class Answer:
-    """What a gateway has got of one request."""
-
-    request_id: str
-    token_ids: list[int] = field(default_factory=list)
-    num_outputs: int = 0
-    ended: serving.Ended | None = None
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-    grown: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def result(self) -> serving.Ended:
-        assert self.ended is not None
-        return self.ended
-
-    async def wait(self) -> serving.Ended:
-        async with asyncio.timeout(15):
-            await self.done.wait()
-        return self.result
-
-    async def tokens(self, count: int) -> None:
-        async with asyncio.timeout(15):
-            while len(self.token_ids) < count:
-                self.grown.clear()
-                await self.grown.wait()
-
-
-class GatewayPeer:
-    """A gateway that obeys the test: every frame it got is kept, gaps and second ends fail."""
-
-    _numbers = itertools.count()
-
-    def __init__(
-        self, bus: Bus, address: str, *, credit: int = 64, incarnation: int = 1, auto_credit: bool = True
-    ) -> None:
-        self.gateway_id = f"gateway-{next(self._numbers)}"
-        self.incarnation = incarnation
-        self.streams: list[serving.Stream] = []
-        self.welcomes: list[serving.RouterWelcome] = []
-        self.heartbeats: list[serving.RouterHeartbeat] = []
-        self.failures: list[serving.RouterFailed] = []
-        self.answers: dict[str, Answer] = {}
-        self.auto_credit = auto_credit
-        self._credit = credit
-        self._ids = itertools.count()
-        self._socket = bus.client(address, self._receive)
-        self._pinging = asyncio.create_task(self._ping())
-        self.hello()
-
-    def hello(self) -> None:
-        self.send(serving.GatewayHello(self.gateway_id, self.incarnation, self._credit))
-
-    def send(self, message: serving.RouterRequest, *bulk: bytes) -> None:
-        self._socket.send(codec.ROUTER_REQUEST.encode(message, *bulk))
-
-    def send_frames(self, frames: Sequence[bytes]) -> None:
-        self._socket.send(frames)
-
-    def start(
-        self,
-        prompt: Sequence[int],
-        *,
-        max_tokens: int = 4,
-        strategy: str | None = None,
-        request_id: str | None = None,
-        ttl_s: float = 30.0,
-        model: str = "",
-        salt: str = "",
-        output: Sequence[int] = (),
-        **sampling: Any,
-    ) -> Answer:
-        """``output``: what another router has delivered of it before."""
-        answer = Answer(request_id or f"{self.gateway_id}-{next(self._ids)}", list(output))
-        self.answers[answer.request_id] = answer
-        params = SamplingParams(max_tokens=max_tokens, **sampling)
-        message = serving.Generate(
-            answer.request_id, model, params, ttl_s, strategy, salt, num_output_tokens=len(output)
-        )
-        self.send(message, codec.encode_tokens([*prompt, *output]))
-        return answer
-
-    def expect(self, request_id: str, num_tokens: int) -> Answer:
-        """An answer to what the test sends itself, and that begins behind ``num_tokens``."""
-        answer = self.answers[request_id] = Answer(request_id, [0] * num_tokens)
-        return answer
-
-    async def generate(self, prompt: Sequence[int], **fields: Any) -> Answer:
-        answer = self.start(prompt, **fields)
-        await answer.wait()
-        return answer
-
-    def cancel(self, answer: Answer) -> None:
-        self.send(serving.Cancel(answer.request_id))
-
-    def fall_silent(self) -> None:
-        self._pinging.cancel()
-
-    def close(self) -> None:
-        self._pinging.cancel()
-        self._socket.close()
-
-    async def _ping(self) -> None:
-        while True:
-            await asyncio.sleep(INTERVAL_S)
-            self.send(serving.GatewayPing(self.incarnation))
-
-    def _receive(self, frames: list[bytes]) -> None:
-        message, _ = codec.ROUTER_REPLY.decode(frames)
-        match message:
-            case serving.RouterWelcome():
-                self.welcomes.append(message)
-            case serving.RouterHeartbeat():
-                self.heartbeats.append(message)
-            case serving.RouterFailed():
-                self.failures.append(message)
-            case serving.Stream():
-                self.streams.append(message)
-                if self.auto_credit:
-                    self.send(serving.StreamCredit(1))
-                for output in message.outputs:
-                    self._take(output)
-
-    def _take(self, output: serving.Output) -> None:
-        answer = self.answers[output.request_id]
-        assert answer.ended is None, "output after the end"
-        assert output.offset == len(answer.token_ids), "outputs follow each other"
-        answer.token_ids += output.token_ids
-        answer.num_outputs += 1
-        answer.grown.set()
-        if output.ended is not None:
-            answer.ended = output.ended
-            answer.done.set()
 
 
 class World:

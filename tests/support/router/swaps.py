@@ -21,7 +21,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.command.control_client import ControlClient
-from tests.support.bus.bus_client import Answer, BusClient
+from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.process.control_proxy import ControlProxy
 from tests.support.process.processes import MeshProcesses, free_port
 

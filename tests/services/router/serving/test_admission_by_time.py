@@ -11,7 +11,8 @@ from microserve.protocol.errors import QueueFull
 from microserve.protocol.messages import engine as wire
 from microserve.services.router.engines import prediction
 from microserve.services.router.serving.admission import MAX_RETRY_S
-from tests.support.router.router_world import GatewayPeer, World, eventually, in_loop, router_world
+from tests.support.bus.gateway_peer import GatewayPeer
+from tests.support.router.router_world import World, eventually, in_loop, router_world
 
 PROMPT = list(range(100))
 BUSY = wire.EngineLoad(

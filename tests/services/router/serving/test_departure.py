@@ -11,8 +11,8 @@ from microserve.protocol.errors import CacheFull, Draining, MeshError, QueueFull
 from microserve.protocol.messages import engine as wire
 from microserve.services.router.serving.failover import MAX_ATTEMPTS
 from microserve.services.router.strategies.data_parallel import data_parallel
+from tests.support.bus.gateway_peer import Answer
 from tests.support.router.router_world import (
-    Answer,
     World,
     eventually,
     expected_output,

@@ -18,9 +18,9 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
+from tests.support.bus.gateway_peer import Answer
 from tests.support.router.router_world import (
     INTERVAL_S,
-    Answer,
     World,
     eventually,
     expected_output,
