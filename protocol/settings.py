@@ -190,7 +190,7 @@ class MeshSettings(_Section, frozen=True):
     engines: Count = 2
     ready_timeout_s: Positive = 180.0
     max_restarts: CountOrZero = 5
-    """Restarts of children in ``restart_window_s`` before giving up."""
+    """Restarts of one child in ``restart_window_s`` before it is left down; the others serve on."""
     restart_window_s: Positive = 60.0
 
 

@@ -34,7 +34,7 @@ class Lifecycle:
             return
         self.address = address
         _logger.info(log.SERVICE_READY, address=address)
-        self._notifier.send("READY=1", f"STATUS=ready at {address}")
+        self._notifier.send("READY=1", f"STATUS=ready at {address}", f"X_ADDRESS={address}")
         self._ready.set()
 
     async def wait_ready(self) -> str:

@@ -245,6 +245,8 @@ def ps(directory: Path, as_json: bool) -> None:
         click.echo("no mesh runs here")
     else:
         click.echo("\n".join([f"{state.url}  {state.model}", *map(describe, state.children)]))
+        if state.stale:
+            click.echo(f"out of date: {directory} could not be written since (is the disk full?)")
     whole = state is not None and all(child.state == "ready" for child in state.children)
     sys.exit(0 if whole else 1)
 

@@ -2,13 +2,16 @@
 
 Owns ``.microserve/``: ``mesh.pid`` (locked as long as its supervisor lives, so a stale one deceives nobody),
 ``mesh.json`` (replaced whole at every change) and ``logs/``. Written by the supervisor, read by ``ps``,
-``down`` and ``up --detach``.
+``down`` and ``up --detach``. A supervisor whose disk takes nothing says so by a second lock, which needs no
+room: what is read then is out of date.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +27,9 @@ STATE_DIRECTORY = ".microserve"
 HOLD_ATTEMPTS = 5
 HOLD_RETRY_S = 0.02
 """Somebody who only asks (``ps``) has the lock for a moment."""
+
+_FLOCK = struct.Struct("hhqqi4x")
+"""struct flock: type, whence, start, len, pid."""
 
 
 class ChildState(msgspec.Struct, frozen=True):
@@ -61,6 +67,8 @@ class MeshState(msgspec.Struct, frozen=True):
     """Every child has been ready."""
     failure: str = ""
     """Why the supervisor gave up."""
+    stale: bool = False
+    """For who reads it: something has changed since, and could not be written."""
 
 
 class AlreadyRunning(Exception):
@@ -73,6 +81,7 @@ class MeshDirectory:
         self.logs = root / "logs"
         self._pid_file = root / "mesh.pid"
         self._state_file = root / "mesh.json"
+        self._held: BinaryIO | None = None
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -88,10 +97,13 @@ class MeshDirectory:
             file.truncate(0)
             file.write(f"{os.getpid()}\n".encode())
             file.flush()
+            self._held = file
             try:
                 yield
             finally:
-                file.truncate(0)
+                self._held = None
+                with contextlib.suppress(OSError):
+                    file.truncate(0)
 
     def supervisor(self) -> int:
         """Process id of the living supervisor, 0 if there is none."""
@@ -103,17 +115,42 @@ class MeshDirectory:
         except (OSError, ValueError):
             return 0
 
-    def write(self, state: MeshState) -> None:
+    def write(self, state: MeshState) -> bool:
+        """Replace what is there. False, and whoever reads it is told that it is stale, if that cannot be."""
         scratch = self._state_file.with_suffix(".new")
-        scratch.write_bytes(msgspec.json.format(msgspec.json.encode(state)))
-        scratch.replace(self._state_file)
+        try:
+            scratch.write_bytes(msgspec.json.format(msgspec.json.encode(state)))
+            scratch.replace(self._state_file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+            self._mark_stale(True)
+            return False
+        self._mark_stale(False)
+        return True
 
     def read(self) -> MeshState | None:
         """What the supervisor last wrote; it may have died since (see :meth:`supervisor`)."""
         try:
-            return msgspec.json.decode(self._state_file.read_bytes(), type=MeshState)
+            state = msgspec.json.decode(self._state_file.read_bytes(), type=MeshState)
         except (OSError, msgspec.MsgspecError):
             return None
+        return msgspec.structs.replace(state, stale=self._is_stale())
+
+    def _mark_stale(self, stale: bool) -> None:
+        if self._held is not None:
+            wanted = fcntl.F_WRLCK if stale else fcntl.F_UNLCK
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self._held, fcntl.F_OFD_SETLK, _FLOCK.pack(wanted, os.SEEK_SET, 0, 1, 0))
+
+    def _is_stale(self) -> bool:
+        try:
+            with open(self._pid_file, "r+b") as file:
+                asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0)
+                (kind, *_) = _FLOCK.unpack(fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked))
+        except OSError:
+            return False
+        return bool(kind != fcntl.F_UNLCK)
 
 
 def _lock(file: BinaryIO) -> bool:

@@ -1,9 +1,12 @@
 """Starts child processes, restarts single ones that crash, and leaves none behind (Linux).
 
 Owns the life of processes and nothing of what they do: a child is a command, a log file and the order in
-which it stops. Policy after Erlang's supervisors: one_for_one, with an intensity limit; a child that fails
-before it was ever ready fails the start of the whole. One that was ready and ended with exit code 0 was asked
-to (SIGTERM, ``microserve drain``) and stays stopped, as under ``Restart=on-failure`` of systemd.
+which it stops. Policy after Erlang's supervisors: one_for_one, with an intensity limit for each; a child that
+is over it is left down and shown, and the others serve on. A child that fails before it was ever ready fails
+the start of the whole. One that was ready and ended with exit code 0 was asked to (SIGTERM, ``microserve
+drain``) and stays stopped, as under ``Restart=on-failure`` of systemd.
+
+What may fail here (a descriptor, a process, memory, whoever is told) costs a pause and a second try.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -23,9 +26,13 @@ from pathlib import Path
 import structlog
 
 from microserve.protocol import log
-from microserve.services.local.event_log import LogFile, last_error
+from microserve.services.local.event_log import last_error
+from microserve.services.local.notice import NoticeSocket
 
-READY_POLL_S = 0.05
+SPAWN_RETRY_S = 1.0
+"""Before a child is started again for which there was no descriptor, no memory or no process."""
+EXIT_POLL_S = 0.1
+"""Between two looks at a child for which there is no descriptor to wait on."""
 EXIT_STOPPED = 0
 EXIT_CONFIG = 2
 """A child that exits so has a wrong setting: starting it again cannot help."""
@@ -54,7 +61,7 @@ class Child:
     name: str
     argv: Sequence[str]
     log: Path
-    """Its stdout and stderr, appended; readiness is read from its ``service.ready`` event."""
+    """Its stdout and stderr, appended."""
     stop_order: int = 0
     """Lower stops first; equals stop together."""
     stop_timeout_s: float = 10.0
@@ -66,7 +73,10 @@ class Child:
     detail: str = ""
     """The last error that it logged."""
     exited: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+    became_ready: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
+    """In this life."""
     was_ready: bool = False
+    """In any life."""
 
 
 class RestartWindow:
@@ -102,32 +112,37 @@ class Supervisor:
         ready_timeout_s: float,
         changed: Callable[[Child], None] = lambda child: None,
     ) -> None:
-        """``changed`` is called whenever a child's state is another one."""
+        """``max_restarts`` in ``restart_window_s``: of each child. ``changed`` is called whenever a child's
+        state is another one; what it raises is logged."""
         self.children = children
-        self._window = RestartWindow(max_restarts, restart_window_s)
+        self._windows = {child.name: RestartWindow(max_restarts, restart_window_s) for child in children}
         self._limit = f"{max_restarts} restarts in {restart_window_s:g} s"
         self._ready_timeout_s = ready_timeout_s
         self._changed = changed
-        self._stopping = False
+        self._stopping = asyncio.Event()
         self._group = asyncio.TaskGroup()
         self._settled = asyncio.Event()
         """All have been ready, or one has failed."""
         self._failed = asyncio.Event()
         self._failure = ""
+        self._notices: NoticeSocket | None = None
 
     async def __aenter__(self) -> Supervisor:
+        self._notices = NoticeSocket(self._take_notice)
         await self._group.__aenter__()
         for child in self.children:
             self._group.create_task(self._keep(child))
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._stopping = True
+        self._stopping.set()
         try:
             await self._stop()
         finally:
             self.kill()
             await self._group.__aexit__(None, None, None)
+            if self._notices is not None:
+                self._notices.close()
 
     async def ready(self) -> None:
         """Wait until every child has been ready. Raises :class:`MeshFailed`."""
@@ -136,7 +151,7 @@ class Supervisor:
             raise MeshFailed(self._failure)
 
     async def watch(self) -> None:
-        """Wait until the children can no longer be kept running. Raises :class:`MeshFailed`."""
+        """Wait until no child can be kept running any more. Raises :class:`MeshFailed`."""
         await self._failed.wait()
         raise MeshFailed(self._failure)
 
@@ -149,10 +164,24 @@ class Supervisor:
     # --- one child -------------------------------------------------------------------------------
 
     async def _keep(self, child: Child) -> None:
+        """All lives of a child; whatever goes wrong in here is this child's, and no other one's."""
         loop = asyncio.get_running_loop()
-        while not self._stopping:
-            code = await self._live(child)
-            if self._stopping:
+        while not self._stopping.is_set():
+            try:
+                code = await self._live(child)
+            except Exception as error:
+                # No descriptor, no memory, no process to be had: not the child's doing, and it may pass.
+                why = f"{child.name} cannot be started: {error}"
+                if not self._settled.is_set():
+                    return self._give_up(child, why)
+                _logger.error(log.CHILD_FAILED, child=child.name, error=why)
+                child.detail = str(error)
+                self._enter(child, ChildState.RESTARTING)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(SPAWN_RETRY_S):
+                        await self._stopping.wait()
+                continue
+            if self._stopping.is_set():
                 break
             why = f"{child.name} ended with {_in_words(code)}"
             if child.detail:
@@ -161,23 +190,27 @@ class Supervisor:
                 return self._give_up(child, why)
             if code == EXIT_STOPPED:
                 break
-            if not self._window.allow(loop.time()):
+            if not self._windows[child.name].allow(loop.time()):
                 return self._give_up(child, f"{why}; that is more than {self._limit}")
             child.restarts += 1
             self._enter(child, ChildState.RESTARTING)
         self._enter(child, ChildState.STOPPED)
+        self._look_for_the_end()
 
     async def _live(self, child: Child) -> int:
-        """One life of the child, from spawn to its reaped exit; returns the exit code (-N: signal N)."""
-        offset = child.log.stat().st_size if child.log.exists() else 0
+        """One life of the child, from spawn to its reaped exit; returns the exit code (-N: signal N).
+
+        Raises ``OSError`` when it cannot be started."""
+        offset = _size(child.log)
+        child.became_ready.clear()
+        child.exited.clear()
         process = self._spawn(child)
         child.pid, child.detail = process.pid, ""
-        child.exited.clear()
         _logger.info(log.CHILD_STARTED, child=child.name, child_pid=process.pid)
-        self._changed(child)
+        self._tell(child)
         exited = self._group.create_task(_wait_exit(process.pid))
         try:
-            await self._watch_start(child, offset, exited)
+            await self._watch_start(child, exited)
             await exited
         finally:
             exited.cancel()
@@ -192,15 +225,15 @@ class Supervisor:
         return code
 
     def _spawn(self, child: Child) -> subprocess.Popen[bytes]:
-        child.log.parent.mkdir(parents=True, exist_ok=True)
-        # Type=notify belongs to whoever started us, not to our children.
+        # Type=notify belongs to whoever started us, not to our children: they tell us.
         environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+            name: value for name, value in os.environ.items() if name not in ("WATCHDOG_USEC", "WATCHDOG_PID")
         }
+        if self._notices is not None:
+            environment["NOTIFY_SOCKET"] = self._notices.address
         leash = [sys.executable, "-S", "-E", str(_LEASH), str(os.getpid())]
-        with open(child.log, "ab") as output:
+        output = _open_output(child.log)
+        try:
             return subprocess.Popen(
                 [*leash, *child.argv],
                 stdin=subprocess.DEVNULL,
@@ -209,43 +242,64 @@ class Supervisor:
                 env=environment,
                 process_group=0,  # a Ctrl-C in the terminal is ours to pass on, in order
             )
-
-    async def _watch_start(self, child: Child, offset: int, exited: asyncio.Task[None]) -> None:
-        """Return when the child is ready or gone; kill it if it is neither in time."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._ready_timeout_s
-        events = LogFile(child.log, offset=offset)
-        try:
-            while True:
-                gone = exited.done()  # before the last look: it may be ready and gone
-                for event in events.read():
-                    if event["event"] == log.SERVICE_READY:
-                        child.address = str(event.get("address", ""))
-                        child.was_ready = True
-                        self._enter(child, ChildState.READY)
-                        if all(other.was_ready for other in self.children):
-                            self._settled.set()
-                        return
-                if gone:
-                    return
-                if loop.time() > deadline:
-                    child.detail = f"not ready within {self._ready_timeout_s:g} s"
-                    _signal_group(child.pid, signal.SIGKILL)
-                    return
-                await asyncio.wait([exited], timeout=READY_POLL_S)
         finally:
-            events.close()
+            if output >= 0:
+                os.close(output)
+
+    async def _watch_start(self, child: Child, exited: asyncio.Task[None]) -> None:
+        """Return when the child is ready or gone; kill it if it is neither in time."""
+        ready = asyncio.create_task(child.became_ready.wait())
+        try:
+            done, _ = await asyncio.wait(
+                [ready, exited], timeout=self._ready_timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            ready.cancel()
+        if exited in done and self._notices is not None:
+            self._notices.drain()  # it may have been ready, and gone
+        elif not done:
+            child.detail = f"not ready within {self._ready_timeout_s:g} s"
+            _signal_group(child.pid, signal.SIGKILL)
+
+    def _take_notice(self, pid: int, fields: Mapping[str, str]) -> None:
+        child = next((each for each in self.children if each.pid == pid), None)
+        if child is None:
+            return
+        if fields.get("READY") == "1" and not child.became_ready.is_set():
+            child.address = fields.get("X_ADDRESS", "")
+            child.was_ready = True
+            child.became_ready.set()
+            if child.state is not ChildState.STOPPING:
+                self._enter(child, ChildState.READY)
+            if all(other.was_ready for other in self.children):
+                self._settled.set()
 
     def _give_up(self, child: Child, why: str) -> None:
+        """Leave it down. The others serve on, unless the mesh has not come up with it."""
+        _logger.error(log.CHILD_FAILED, child=child.name, error=why)
+        child.detail = why
         self._enter(child, ChildState.FAILED)
-        if not self._failed.is_set():
-            self._failure = f"{why}\nits log: {child.log}"
+        self._failure = f"{why}\nits log: {child.log}"
+        if not self._settled.is_set():
             self._failed.set()
             self._settled.set()
+        self._look_for_the_end()
+
+    def _look_for_the_end(self) -> None:
+        """Nobody is left, and not because all were asked to leave."""
+        over = (ChildState.FAILED, ChildState.STOPPED)
+        if self._failure and all(child.state in over for child in self.children):
+            self._failed.set()
 
     def _enter(self, child: Child, state: ChildState) -> None:
         child.state = state
-        self._changed(child)
+        self._tell(child)
+
+    def _tell(self, child: Child) -> None:
+        try:
+            self._changed(child)
+        except Exception:  # whoever shows it must not end what it shows
+            _logger.exception(log.CHILD_FAILED, child=child.name, error="its state could not be shown")
 
     # --- the end ---------------------------------------------------------------------------------
 
@@ -272,13 +326,40 @@ async def _wait_exit(pid: int) -> None:
     """Return when the process has exited; it is left for the caller to reap."""
     loop = asyncio.get_running_loop()
     exited = asyncio.Event()
-    descriptor = os.pidfd_open(pid)
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:  # none is to be had
+        while not _has_exited(pid):  # noqa: ASYNC110  (an event would need the descriptor)
+            await asyncio.sleep(EXIT_POLL_S)
+        return
     try:
         loop.add_reader(descriptor, exited.set)
         await exited.wait()
     finally:
         loop.remove_reader(descriptor)
         os.close(descriptor)
+
+
+def _has_exited(pid: int) -> bool:
+    """Of a child; leaves it to be reaped."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _open_output(path: Path) -> int:
+    """A descriptor for what the child writes; nowhere (``DEVNULL``) if its file cannot be had."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        _logger.warning(log.CHILD_FAILED, error=f"{path} cannot be written: {error}")
+        return subprocess.DEVNULL
 
 
 def _signal_group(pid: int, number: int) -> None:

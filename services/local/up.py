@@ -6,6 +6,7 @@ Owns the order of events; processes are the supervisor's, the screen is the view
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import select
@@ -34,6 +35,10 @@ from microserve.services.local.view import View
 EXIT_FAILED = 1
 EXIT_CONFIG = 2
 DEMO_TIMEOUT_S = 120.0
+REWRITE_S = 1.0
+"""Before a state that could not be written is tried again."""
+
+_logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +103,7 @@ class _Up:
         self._ready = False
         self._failure = ""
         self._asked_to_stop = False
+        self._is_unwritten = False
         self._supervisor = Supervisor(
             composition.children,
             max_restarts=settings.mesh.max_restarts,
@@ -116,16 +122,18 @@ class _Up:
                 await self._supervisor.ready()
                 async with asyncio.TaskGroup() as group:
                     watching = group.create_task(self._supervisor.watch())
+                    rewriting = group.create_task(self._rewrite())
                     await self._introduce()
                     if self._options.oneshot:
                         watching.cancel()
+                        rewriting.cancel()
         except asyncio.CancelledError:
             if not self._asked_to_stop:
                 raise
         except (MeshFailed, DemoFailed, ExceptionGroup) as error:
             cause = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
             self._failure = str(cause)
-            self._record()
+            self._changed()
             raise cause from None
         return 0
 
@@ -134,7 +142,7 @@ class _Up:
         gateway = self._composition.gateway
         await gateway.until_ready(self._ready_timeout_s)
         self._ready = True
-        self._record()
+        self._changed()
         self._notifier.send("READY=1", f"STATUS=ready at {gateway.url}")
         if self._options.demo:
             try:
@@ -158,11 +166,24 @@ class _Up:
         self._view.note("stopping; once more to kill")
         task.cancel()
 
-    def _changed(self, _child: Child) -> None:
-        self._record()
+    def _changed(self, _child: Child | None = None) -> None:
+        """Write and show how the mesh is. Neither a full disk nor a closed terminal ends it."""
+        state = self._state()
+        if not self._directory.write(state) and not self._is_unwritten:
+            _logger.error(log.STATE_UNWRITTEN, directory=str(self._directory.root))
+            self._is_unwritten = True
+        with contextlib.suppress(OSError, ValueError):
+            self._view.mesh(state)
 
-    def _record(self) -> None:
-        state = MeshState(
+    async def _rewrite(self) -> None:
+        """What could not be written is written when there is room."""
+        while True:
+            await asyncio.sleep(REWRITE_S)
+            if self._is_unwritten and self._directory.write(self._state()):
+                self._is_unwritten = False
+
+    def _state(self) -> MeshState:
+        return MeshState(
             pid=os.getpid(),
             url=self._composition.gateway.url,
             model=self._composition.model,
@@ -170,8 +191,6 @@ class _Up:
             ready=self._ready,
             failure=self._failure,
         )
-        self._directory.write(state)
-        self._view.mesh(state)
 
 
 async def show_answer(gateway: Gateway, view: View) -> None:

@@ -30,7 +30,7 @@ def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[s
 def test_sends_lines_to_paths_and_abstract_names(listener: tuple[socket.socket, str]) -> None:
     listening, address = listener
     assert Notifier(address).send("READY=1", "STATUS=up")
-    assert listening.recv(100) == b"READY=1\nSTATUS=up"
+    assert listening.recv(200) == b"READY=1\nSTATUS=up"
 
 
 def test_nobody_listening_is_no_error(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_ready_is_told_once_with_the_address(listener: tuple[socket.socket, str]
     lifecycle.ready("tcp://127.0.0.1:1")
     lifecycle.ready("tcp://127.0.0.1:2")
     lifecycle.status("3 requests")
-    assert listening.recv(100) == b"READY=1\nSTATUS=ready at tcp://127.0.0.1:1"
+    assert listening.recv(200) == b"READY=1\nSTATUS=ready at tcp://127.0.0.1:1\nX_ADDRESS=tcp://127.0.0.1:1"
     assert listening.recv(100) == b"STATUS=3 requests"
     assert asyncio.run(lifecycle.wait_ready()) == "tcp://127.0.0.1:1"
 

@@ -84,3 +84,21 @@ def test_down_kills_a_supervisor_that_does_not_stop(tmp_path: Path) -> None:
     ):
         down(MeshDirectory(tmp_path), 0.2)
     assert process.returncode == -9
+
+
+def test_a_state_that_cannot_be_written_is_read_as_stale_until_it_can(tmp_path: Path) -> None:
+    mesh, reader = MeshDirectory(tmp_path), MeshDirectory(tmp_path)
+    with mesh.hold():
+        assert mesh.write(state(1))
+        assert reader.read() == state(1)
+        (tmp_path / "mesh.new").mkdir()  # what is to be written first cannot be
+        assert not mesh.write(state(2))
+        found = reader.read()
+        assert found is not None and (found.pid, found.stale) == (1, True)
+        (tmp_path / "mesh.new").rmdir()
+        assert mesh.write(state(2))
+        assert reader.read() == state(2)
+        (tmp_path / "mesh.new").mkdir()
+        assert not mesh.write(state(3))
+    found = reader.read()
+    assert found is not None and not found.stale, "who could say so is gone"

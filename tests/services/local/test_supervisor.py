@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -21,7 +22,12 @@ from microserve.services.local.supervisor import Child, ChildState, MeshFailed, 
 
 TIMEOUT_S = 30.0
 
-READY = 'import signal, sys; print(\'{"event": "service.ready", "address": "tcp://here"}\', flush=True)\n'
+READY = """
+import os, signal, socket, sys
+notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+notify.connect("\\0" + os.environ["NOTIFY_SOCKET"][1:])
+notify.send(b"READY=1\\nSTATUS=ready\\nX_ADDRESS=tcp://here")
+"""
 SERVE = READY + "signal.pause()"
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY
 STUBBORN += "while True: signal.pause()"
@@ -123,14 +129,88 @@ def test_a_child_that_ends_well_stays_stopped_and_the_others_run(tmp_path: Path,
     run(test())
 
 
-def test_too_many_restarts_end_the_mesh(tmp_path: Path) -> None:
+def test_a_child_that_ends_too_often_is_left_down_and_the_others_serve(tmp_path: Path) -> None:
     async def test() -> None:
         watched = Watched([child(tmp_path, "a", SERVE), child(tmp_path, "b", CRASH_AFTER_READY)])
-        with pytest.raises(MeshFailed, match=r"(?s)b ended with exit code 3.*3 restarts in 60 s.*b\.jsonl"):
+        well, sick = watched.children
+        async with watched.supervisor:
+            await watched.supervisor.ready()
+            pid = well.pid
+            await watched.until(lambda: sick.state is ChildState.FAILED)
+            assert (well.state, well.pid, well.restarts) == (ChildState.READY, pid, 0)
+            assert (sick.restarts, sick.pid) == (3, 0)
+            assert "b ended with exit code 3; that is more than 3 restarts in 60 s" in sick.detail
+            os.kill(pid, signal.SIGKILL)
+            await watched.until(lambda: well.restarts == 1 and well.state is ChildState.READY)
+        assert [each.state for each in watched.children] == [ChildState.STOPPED, ChildState.FAILED]
+
+    run(test())
+
+
+def test_the_mesh_ends_when_no_child_can_be_kept_running(tmp_path: Path) -> None:
+    async def test() -> None:
+        watched = Watched([child(tmp_path, "a", CRASH_AFTER_READY)])
+        with pytest.raises(MeshFailed, match=r"(?s)a ended with exit code 3.*3 restarts in 60 s.*a\.jsonl"):
             async with watched.supervisor:
                 await watched.supervisor.watch()
-        assert [each.state for each in watched.children] == [ChildState.STOPPED, ChildState.FAILED]
-        assert watched.children[1].restarts == 3
+        assert watched.children[0].restarts == 3
+
+    run(test())
+
+
+def test_a_child_whose_log_cannot_be_written_is_ready_all_the_same(tmp_path: Path) -> None:
+    async def test() -> None:
+        (tmp_path / "file").write_text("")
+        watched = Watched([child(tmp_path / "file", "a", SERVE)])
+        async with watched.supervisor:
+            await watched.supervisor.ready()
+            assert watched.children[0].address == "tcp://here"
+
+    run(test())
+
+
+def test_nobody_else_can_say_that_a_child_is_ready(tmp_path: Path) -> None:
+    async def test() -> None:
+        script = f"import subprocess; subprocess.run([{sys.executable!r}, '-S', '-c', {READY!r}])\n" + SILENT
+        watched = Watched([child(tmp_path, "a", script)], ready_timeout_s=1.0)
+        with pytest.raises(MeshFailed, match="not ready within 1 s"):
+            async with watched.supervisor:
+                await watched.supervisor.ready()
+
+    run(test())
+
+
+@pytest.mark.parametrize("failing", ["spawn", "shown", "pidfd"])
+def test_what_fails_for_one_child_once_costs_neither_it_nor_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """No process, no descriptor, a full disk or a closed terminal, while a child is started again."""
+
+    async def test() -> None:
+        watched = Watched([child(tmp_path, "a", SERVE), child(tmp_path, "b", SERVE)])
+        restarting, staying = watched.children
+        async with watched.supervisor:
+            await watched.supervisor.ready()
+            pid, failed = staying.pid, asyncio.Event()
+
+            def fail(*_: Any, **__: Any) -> Any:
+                monkeypatch.undo()
+                failed.set()
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+            target = {
+                "spawn": (subprocess, "Popen"),
+                "shown": (watched.supervisor, "_changed"),
+                "pidfd": (os, "pidfd_open"),
+            }[failing]
+            monkeypatch.setattr(*target, fail)
+            os.kill(restarting.pid, signal.SIGKILL)
+            await asyncio.wait_for(failed.wait(), TIMEOUT_S)
+            await watched.until(lambda: restarting.became_ready.is_set() and restarting.pid > 0)
+            assert (staying.pid, staying.state) == (pid, ChildState.READY)
+            os.kill(restarting.pid, signal.SIGKILL)
+            await watched.until(lambda: restarting.restarts >= 2 and restarting.state is ChildState.READY)
+        assert all(each.state is ChildState.STOPPED for each in watched.children)
 
     run(test())
 
@@ -161,12 +241,12 @@ def test_a_child_that_was_never_ready_fails_the_start_and_says_why(
     run(test())
 
 
-def test_readiness_of_an_earlier_run_does_not_count(tmp_path: Path) -> None:
+def test_the_log_of_an_earlier_run_does_not_count(tmp_path: Path) -> None:
     async def test() -> None:
         one = child(tmp_path, "a", CRASH)
-        one.log.write_text('{"event": "service.ready", "address": "old"}\n')
+        one.log.write_text('{"event": "service.failed", "level": "error", "error": "old"}\n')
         watched = Watched([one])
-        with pytest.raises(MeshFailed):
+        with pytest.raises(MeshFailed, match="no such model"):
             async with watched.supervisor:
                 await watched.supervisor.ready()
         assert one.address == ""

@@ -1,0 +1,60 @@
+"""What children say of themselves to who started them: sd_notify's lines over a datagram socket (Linux).
+
+Owns the socket, and the proof of who speaks: the kernel names each sender. Needs no log and no disk: who
+cannot write a line is ready all the same. Does not know what the lines mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import struct
+from collections.abc import Callable, Mapping
+
+MAX_NBYTES = 4096
+_CREDENTIALS = struct.Struct("3i")
+"""struct ucred: pid, uid, gid."""
+
+OnNotice = Callable[[int, Mapping[str, str]], None]
+"""Process id of the sender, and its ``NAME=value`` lines."""
+
+
+class NoticeSocket:
+    """Make it inside the running loop; ``close`` it."""
+
+    def __init__(self, on_notice: OnNotice) -> None:
+        self._on_notice = on_notice
+        self._loop = asyncio.get_running_loop()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            self._socket.setblocking(False)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            # In the abstract namespace: it needs no room on a disk and leaves nothing behind.
+            self.address = f"@microserve-{secrets.token_hex(16)}"
+            self._socket.bind("\0" + self.address[1:])
+        except BaseException:
+            self._socket.close()
+            raise
+        self._loop.add_reader(self._socket.fileno(), self.drain)
+
+    def drain(self) -> None:
+        """Hand over all that has come; also of a process that has ended since."""
+        while True:
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(MAX_NBYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
+            except OSError:  # nothing more; or no memory for it now
+                return
+            for level, kind, content in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                    pid, _, _ = _CREDENTIALS.unpack(content[: _CREDENTIALS.size])
+                    self._on_notice(pid, _fields(data))
+
+    def close(self) -> None:
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+
+
+def _fields(data: bytes) -> dict[str, str]:
+    lines = data.decode(errors="replace").splitlines()
+    return {name: value for name, equals, value in (line.partition("=") for line in lines) if equals}
