@@ -13,7 +13,7 @@ import asyncio
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from microserve.protocol.settings import load_settings
+from microserve.protocol.settings_sources import load_settings
 from microserve.services.local.composition import compose
 from microserve.services.local.supervisor import Supervisor
 

@@ -1,32 +1,32 @@
-"""Typed settings: TOML file, then ``MICROSERVE_SECTION__FIELD``, then flags; a typo is an error with a path.
+"""Typed settings: every field with its default, its bounds and its sentence, and what must hold between them.
 
-Read once, in the command line; classes are given the numbers they need, never ``Settings``. Nothing else
-reads the environment.
+Classes are given the numbers they need, never ``Settings``. Where values come from is settings_sources.py's.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import re
-import tomllib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import msgspec
 from msgspec import Meta
 
-from microserve.protocol.errors import ConfigError, located
+from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.world import MAX_WORLD_RANKS, fault_of_world
 
-ENV_PREFIX = "MICROSERVE_"
+SECRET_FIELDS = ("gateway.api_keys",)
+"""Never printed, not even when they are wrong."""
 
 Count = Annotated[int, Meta(gt=0)]
 CountOrZero = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 PositiveOrZero = Annotated[float, Meta(ge=0)]
 """Bounds are said at the field, here and by ``Meta``. Floats are finite."""
+
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+_OLD_LEVELS = {"warn": "warning", "fatal": "critical", "notset": "debug"}
+_ADDRESS = re.compile(r"tcp://(\[[^]\s]+\]|[^][:/\s]+):(?P<port>\d{1,5})|ipc://\S+|inproc://\S+")
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -213,6 +213,8 @@ class Settings(_Section, frozen=True):
                 value = getattr(getattr(self, section.name), field.name)
                 if fault := fault_of_number(f"{section.name}.{field.name}", field.type, value):
                     raise fault
+        self._check_words()
+        self._check_addresses()
         self._check_heap()
         self._check_attention()
         routers = len(dict.fromkeys(self.gateway.routers or [self.router.address]))
@@ -222,8 +224,6 @@ class Settings(_Section, frozen=True):
                 f"{len(self.gateway.router_keys)}",
                 field="gateway.router_keys",
             )
-        if self.log.level.upper() not in logging.getLevelNamesMapping():
-            raise ConfigError(f"log.level is no level: {self.log.level!r}", field="log.level")
         if self.bus.credit * 4 > self.bus.high_water_mark:
             raise ConfigError(
                 "bus.credit must be at most a quarter of bus.high_water_mark", field="bus.credit"
@@ -236,6 +236,32 @@ class Settings(_Section, frozen=True):
         if self.kvcache.heap != "auto":
             return self.kvcache.heap
         return "shm" if self.engine.device == "cpu" else "cuda_ipc"
+
+    def _check_words(self) -> None:
+        level = self.log.level.lower()
+        for field, value, words in (
+            ("model.dtype", self.model.dtype, ("float32", "bfloat16", "float16")),
+            ("model.load_format", self.model.load_format, ("auto", "random")),
+            ("log.level", _OLD_LEVELS.get(level, level), LOG_LEVELS),
+        ):
+            if value not in words:
+                known = " or ".join([", ".join(map(repr, words[:-1])), repr(words[-1])])
+                raise ConfigError(f"{field} must be {known}, is {value!r}", field=field)
+
+    def _check_addresses(self) -> None:
+        for section in msgspec.structs.fields(self):
+            for field in msgspec.structs.fields(section.type):
+                if field.name not in ("address", "events_address", "replay_address", "routers"):
+                    continue
+                value = getattr(getattr(self, section.name), field.name)
+                for address in [value] if isinstance(value, str) else value:
+                    found = _ADDRESS.fullmatch(address)
+                    if not found or int(found["port"] or 0) > 65535:
+                        path = f"{section.name}.{field.name}"
+                        raise ConfigError(
+                            f"{path} must be tcp://HOST:PORT, [HOST] for IPv6, or ipc://PATH, is {address!r}",
+                            field=path,
+                        )
 
     def _check_heap(self) -> None:
         heap, device = self.heap, self.engine.device
@@ -293,81 +319,13 @@ def fault_of_number(path: str, kind: Any, value: Any) -> ConfigError | None:
     return None
 
 
-def load_settings(
-    file: str | Path | None = None,
-    *,
-    environment: Mapping[str, str] | None = None,
-    overrides: Iterable[str] = (),
-) -> Settings:
-    """Merge the sources; later ones win. ``overrides`` are ``section.field=value``.
-
-    Raises :class:`ConfigError` whose ``field`` is the dotted path of the first wrong setting.
-    """
-    merged: dict[str, Any] = {}
-    if file is not None:
-        try:
-            merged = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read {file}: {error.strerror}", field=str(file)) from None
-        except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits
-            raise ConfigError(f"{file}: {error}", field=str(file)) from None
-    for name, raw in sorted((environment or {}).items()):
-        if name.startswith(ENV_PREFIX) and "__" in name:
-            path = name.removeprefix(ENV_PREFIX).lower().split("__")
-            _assign(merged, path, raw, source=name)
-    for override in overrides:
-        path_text, equals, raw = override.partition("=")
-        if not equals:
-            raise ConfigError(f"{override!r} is not section.field=value", field=path_text)
-        _assign(merged, path_text.strip().split("."), raw.strip(), source=override)
-    try:
-        return msgspec.convert(merged, Settings, strict=False).check()
-    except msgspec.ValidationError as error:
-        raise _out_of_bounds(merged) or _refused(error) from None
-
-
-def _out_of_bounds(merged: Mapping[str, Any]) -> ConfigError | None:
-    """The first number that breaks its bound, in our words: msgspec's leave out the value."""
-    for section in msgspec.structs.fields(Settings):
-        given = merged.get(section.name, {})
-        for field in msgspec.structs.fields(section.type):
-            if not isinstance(given, dict):
-                break
-            fault = fault_of_number(f"{section.name}.{field.name}", field.type, given.get(field.name))
-            if fault is not None:
-                return fault
-    return None
-
-
-def _assign(merged: dict[str, Any], path: list[str], raw: str, *, source: str) -> None:
-    node = merged
-    for name in path[:-1]:
-        child = node.setdefault(name, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{source}: {name} is not a section", field=".".join(path))
-        node = child
-    value = _value(raw)
-    node[path[-1]] = raw if _is_text(path) and not isinstance(value, str) else value
-
-
-def _is_text(path: list[str]) -> bool:
-    """Whether the setting is a string, so that ``engine.id=7`` is not taken for a number."""
-    section: Any = Settings
-    for name in path:
-        if not (isinstance(section, type) and issubclass(section, msgspec.Struct)):
-            return False
-        section = next((field.type for field in msgspec.structs.fields(section) if field.name == name), None)
-    return section is str
-
-
-def _value(raw: str) -> Any:
-    """A TOML value if it reads as one (``3``, ``true``, ``["a"]``), else the text itself."""
-    try:
-        return tomllib.loads(f"value = {raw}")["value"]
-    except ValueError:  # no TOML, or a number of thousands of digits
-        return raw
-
-
-def _refused(error: msgspec.ValidationError) -> ConfigError:
-    path, message = located(error)
-    return ConfigError(f"{path}: {message}" if path else message, field=path or None)
+def bound_in_words(bound: object) -> str:
+    """``above 0``, ``of 0 or more``, ``from 0 to 65535``; empty for what bounds no number."""
+    if not isinstance(bound, Meta):
+        return ""
+    low, high = bound.ge, bound.le
+    if bound.gt is not None:
+        return f"above {bound.gt}" if high is None else f"above {bound.gt} and at most {high}"
+    if low is None:
+        return "" if high is None else f"up to {high}"
+    return f"of {low} or more" if high is None else f"from {low} to {high}"

@@ -21,7 +21,7 @@ from microserve.protocol.errors import InternalError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import Grant
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.protocol.settings import load_settings
+from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, Runner, StepResult
 from microserve.services.engine.model.attention_choice import choose_attention
 from microserve.services.engine.model.model import load_model

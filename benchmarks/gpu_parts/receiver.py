@@ -27,7 +27,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import InternalError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import Grant
-from microserve.protocol.settings import load_settings
+from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits

@@ -52,10 +52,11 @@ class Flags:
     def load(self) -> Settings:
         """Raises :class:`WrongFlag`."""
         from microserve.protocol.errors import ConfigError
-        from microserve.protocol.settings import load_settings
+        from microserve.protocol.settings_sources import CONFIG_VARIABLE, load_settings
 
+        config = self.config if self.config is not None else os.environ.get(CONFIG_VARIABLE) or None
         try:
-            return load_settings(self.config, environment=os.environ, overrides=self.assignments)
+            return load_settings(config, environment=os.environ, overrides=self.assignments)
         except ConfigError as error:
             raise WrongFlag(str(error)) from None
 
@@ -69,7 +70,11 @@ def settings_flags(command: Command) -> Command:
         metavar="SECTION.FIELD=VALUE",
         help="Override one setting; may be repeated.",
     )
-    config = click.option("--config", metavar="FILE", help="Settings as TOML (see deploy/microserve.toml).")
+    config = click.option(
+        "--config",
+        metavar="FILE",
+        help="Settings as TOML (see deploy/microserve.toml); or MICROSERVE_CONFIG.",
+    )
     return config(assign(command))
 
 

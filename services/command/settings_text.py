@@ -8,10 +8,9 @@ from typing import Any
 
 import msgspec
 
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings import SECRET_FIELDS, Settings
 
 MASK = "********"
-SECRET_FIELDS = ("gateway.api_keys",)
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 

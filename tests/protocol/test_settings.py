@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings, load_settings
+from microserve.protocol.settings import Settings
+from microserve.protocol.settings_sources import load_settings
 
 
 def refused(**sources: Any) -> ConfigError:
@@ -69,13 +70,13 @@ def test_values_read_as_toml_or_as_text(override: str, expected: object) -> None
     [
         ("bus.crdit=3", "bus.crdit", "unknown field"),
         ("buss.credit=3", "buss", "unknown field"),
-        ("bus.credit=many", "bus.credit", "Expected `int`"),
-        ("bus=3", "bus", "Expected `object`"),
+        ("bus.credit=many", "bus.credit", "must be a whole number above 0, is 'many'"),
+        ("bus=3", "bus", "must be a section ([bus] with fields), is 3"),
         ("bus.credit=0", "bus.credit", "bus.credit must be above 0, is 0"),
         ("bus.heartbeat_interval_s=-1", "bus.heartbeat_interval_s", "above 0, is -1"),
         ("bus.credit=2501", "bus.credit", "at most a quarter of bus.high_water_mark"),
-        ("engine.labels=prefill", "engine.labels", "Expected `array`"),
-        ("kvcache.checksums=2", "kvcache.checksums", "Expected `bool`"),
+        ("engine.labels=prefill", "engine.labels", "must be a list [\"...\", ...] of texts, is 'prefill'"),
+        ("kvcache.checksums=2", "kvcache.checksums", "must be true or false, is 2"),
         ("nonsense", "nonsense", "is not section.field=value"),
         ("bus.heartbeat_interval_s=nan", "bus.heartbeat_interval_s", "must be a finite number"),
         ("bus.stuck_s=inf", "bus.stuck_s", "must be a finite number"),

@@ -20,7 +20,7 @@ TIMEOUT_S = 30.0
 PROGRAM = """
 import asyncio, sys
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import load_settings
+from microserve.protocol.settings_sources import load_settings
 from microserve.protocol.process.run import run_service
 
 async def serve(settings, bus, lifecycle):

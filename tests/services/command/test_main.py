@@ -13,7 +13,8 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from microserve.protocol.settings import GatewaySettings, Settings, load_settings
+from microserve.protocol.settings import GatewaySettings, Settings
+from microserve.protocol.settings_sources import load_settings
 from microserve.services.command.flags import Flags
 from microserve.services.command.main import main
 from microserve.services.command.settings_text import MASK, as_toml
@@ -136,3 +137,33 @@ def test_ps_and_down_without_a_mesh(tmp_path: Path) -> None:
 
 def test_version() -> None:
     assert invoke("version").output.startswith("microserve 0.")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("gatewey", "gateway"), ("stragety", "strategy"), ("dwon", "down")]
+)
+def test_a_misspelt_command_is_told_which_was_meant(typed: str, meant: str) -> None:
+    result = invoke(typed)
+    assert result.exit_code == 2
+    assert f"No such command '{typed}'. Did you mean '{meant}'?" in result.stderr
+    assert "Did you mean" not in invoke("zzzzzz").stderr
+
+
+def test_a_setting_by_a_wrong_variable_stops_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICROSERVE_GATEWAY_PORT", "1")
+    for command in ("engine", "gateway", "up", "settings", "strategy list"):
+        result = invoke(*command.split())
+        assert result.exit_code == 2
+        assert "did you mean MICROSERVE_GATEWAY__PORT?" in result.stderr
+
+
+def test_the_settings_file_may_be_named_by_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.toml").write_text("[gateway]\nport = 1111\n")
+    (tmp_path / "b.toml").write_text("[gateway]\nport = 2222\n")
+    monkeypatch.setenv("MICROSERVE_CONFIG", str(tmp_path / "a.toml"))
+    assert "port = 1111" in invoke("settings").output
+    assert "port = 2222" in invoke("settings", "--config", str(tmp_path / "b.toml")).output
+    monkeypatch.setenv("MICROSERVE_CONFIG", "")
+    assert "port = 8000" in invoke("settings").output

@@ -27,7 +27,8 @@ from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError, DeadlineExceeded
 from microserve.protocol.messages.world import WorldRank
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import Settings, load_settings
+from microserve.protocol.settings import Settings
+from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine import world as world_module
 from microserve.services.engine.world import Library, World, _is_provable, join_world
 from microserve.services.index.service import run_index

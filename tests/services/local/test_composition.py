@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings, load_settings
+from microserve.protocol.settings import Settings
+from microserve.protocol.settings_sources import load_settings
 from microserve.services.local.composition import compose, free_ports
 from microserve.services.local.supervisor import Child
 

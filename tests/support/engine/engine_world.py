@@ -14,7 +14,8 @@ from microserve.protocol.bus.curve import CurveKeys
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages import index as membership
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import Settings, load_settings
+from microserve.protocol.settings import Settings
+from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Clock, Limits

@@ -28,7 +28,8 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages.grant import HeapAddress
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.run import run_service
-from microserve.protocol.settings import Settings, load_settings
+from microserve.protocol.settings import Settings
+from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.world import Library, join_world
 from tests.support.engine.host_driver import HostDriver
 from tests.support.index.folder_world import FolderRank, fetch, publish

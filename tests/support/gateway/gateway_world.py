@@ -36,7 +36,7 @@ from microserve.protocol.messages.router import (
     StreamCredit,
 )
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import load_settings
+from microserve.protocol.settings_sources import load_settings
 from tests.support.bus.lossy_bus import LossyBus
 from tests.support.gateway.served import serve_until
 
