@@ -6,5 +6,6 @@ token's text is.
 
 Start with ``WIRE.md``, then ``messages/`` (what is said), ``bus/`` (how it travels), ``process/`` (how a
 service runs); ``errors.py``, ``settings.py``, ``log.py``, ``types.py`` and ``smoothing.py`` are used by all.
-Settings are read by ``settings_sources.py``; ``settings_faults.py`` has the words for a wrong one.
+Settings are read by ``settings_sources.py``; ``settings_faults.py`` has the words for a wrong one;
+``request_id.py`` has the names of a request.
 """

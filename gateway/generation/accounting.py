@@ -14,6 +14,7 @@ from microserve.gateway.openai.answer import UsageCounts
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Timeline
 from microserve.protocol.errors import MeshError
+from microserve.protocol.request_id import of_choice
 
 
 def usage_of(choices: Iterable[Choice], n: int) -> UsageCounts:
@@ -46,7 +47,7 @@ def account(
     if not choices:
         write_line(
             Summary(
-                request_id=f"{exchange.unique_id}-0",
+                request_id=of_choice(exchange.unique_id, 0),
                 http_request_id=exchange.request_id,
                 times=times,
                 status=exchange.status,
@@ -63,7 +64,7 @@ def account(
         ended = choice.ended
         write_line(
             Summary(
-                request_id=f"{exchange.unique_id}-{choice.index}",
+                request_id=of_choice(exchange.unique_id, choice.index),
                 http_request_id=exchange.request_id,
                 times=choice.times,
                 status=exchange.status,

@@ -18,6 +18,7 @@ from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Piece, Timeline
 from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
 from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.request_id import of_choice
 
 DEADLINE_GRACE_S = 2.0
 """The router ends a request at its deadline; only if it does not, we do."""
@@ -86,7 +87,7 @@ class ChoiceGroup:
             choice.mailbox = state.routers.generate(
                 inbox,
                 link,
-                request_id=f"{exchange.unique_id}-{index}",
+                request_id=of_choice(exchange.unique_id, index),
                 index=index,
                 tokens=prompt_ids,
                 sampling=msgspec.structs.replace(sampling, seed=seed_of(sampling.seed, index)),

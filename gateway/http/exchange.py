@@ -20,6 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from microserve.gateway.http.errors import BodyTimeout, BodyTooLarge, ClientGone, problem_of
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, QueueFull
+from microserve.protocol.request_id import unique
 
 BODY_TIMEOUT_S = 60.0
 CONNECTION_EXTENSION = "microserve.connection"
@@ -84,8 +85,7 @@ class Exchange:
         usable = given is not None and _SANE_ID.fullmatch(given) is not None
         self.request_id: str = given if given is not None and usable else secrets.token_hex(16)
         """Echoed as ``x-request-id``: the client's own if it is a sane one."""
-        # A client may repeat its id; on the bus an id is used once.
-        self.unique_id = f"{self.request_id[:64]}.{secrets.token_hex(4)}" if usable else self.request_id
+        self.unique_id = unique(self.request_id) if usable else self.request_id
 
     def header(self, name: bytes) -> bytes | None:
         """First value of a header; ``name`` in lower case."""

@@ -18,6 +18,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import MeshError, NoEngines
 from microserve.protocol.messages.router import Generate
+from microserve.protocol.request_id import moved
 
 MAX_MOVES = 4
 """Routers that one request may outlive: it may be what ends them."""
@@ -104,8 +105,7 @@ class Moves:
 
     def _send(self, link: RouterLink, mailbox: Mailbox, kept: _Kept, now: float) -> bool:
         kept.num_moves += 1
-        # A new name: the old router may be this one, and may still have the old request.
-        request_id = f"{kept.message.request_id}~{kept.num_moves}"
+        request_id = moved(kept.message.request_id, kept.num_moves)
         output = encode_tokens(mailbox.output)
         message = msgspec.structs.replace(
             kept.message,

@@ -18,6 +18,7 @@ import msgspec
 
 from microserve.protocol import log
 from microserve.protocol.messages.router import PHASES
+from microserve.protocol.request_id import is_named
 from microserve.services.local.event_log import Event, EventLog
 
 FOLLOW_INTERVAL_S = 0.2
@@ -41,7 +42,7 @@ class Filter:
     """Which events to show; no field given: canonical lines and whatever happened to services."""
 
     request_id: str | None = None
-    """This request and its parts ``<id>-<k>``, in every service: its id on the bus, in ``x-request-id`` or in
+    """This request with its choices and moves, in every service: its id on the bus, in ``x-request-id`` or in
     the body of the response."""
     service: str | None = None
     slow_s: float | None = None
@@ -119,13 +120,8 @@ def _format_request(event: Event) -> str:
 
 
 def _concerns(event: Event, wanted: str) -> bool:
-    request_id = wanted.removeprefix("chatcmpl-").removeprefix("cmpl-")
-    for name in ("request_id", "http_request_id"):
-        value = str(event.get(name, ""))
-        head, dash, number = value.rpartition("-")
-        if value == request_id or (dash and head == request_id and number.isdecimal()):
-            return True
-    return False
+    named = is_named(str(event.get("request_id", "")), wanted)
+    return named or str(event.get("http_request_id", "")) == wanted
 
 
 def _number(event: Event, name: str) -> float:

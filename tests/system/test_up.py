@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -119,6 +120,20 @@ def test_detached_mesh_serves_survives_a_crash_and_is_stopped(background: MeshDi
     assert (stopped.returncode, stopped.stdout) == (0, "stopped\n")
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert run("ps", cwd=cwd).returncode == 1
+
+
+def test_a_client_s_request_id_shows_all_services_lines(background: MeshDirectory) -> None:
+    state = background.read()
+    assert state is not None
+    asyncio.run(Gateway.at(state.url).until_ready(TIMEOUT_S))
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 4}
+    asked = httpx.post(f"{state.url}/v1/completions", json=body, headers={"x-request-id": "mine-7"})
+    assert (asked.status_code, asked.headers["x-request-id"]) == (200, "mine-7")
+    for wanted in ("mine-7", asked.json()["id"]):
+        told = run("tail", "--request", wanted, "-o", "json", cwd=background.root.parent)
+        lines = [json.loads(line) for line in told.stdout.splitlines()]
+        assert {line["service"] for line in lines} == {"gateway", "router", "engine"}, told.stdout
+    assert run("tail", "--request", "mine-8", cwd=background.root.parent).stdout == ""
 
 
 async def restarted(mesh: MeshDirectory, name: str) -> None:

@@ -56,7 +56,12 @@ class Stepper:
                     _logger.warning(log.GRANT_EXPIRED, grant_id=event.grant_id, request_id=event.request_id)
                     state.count("grants_expired")
                 case Discharged():
-                    _logger.info(log.GRANT_DISCHARGED, grant_id=event.grant_id, blocks=event.num_blocks)
+                    _logger.info(
+                        log.GRANT_DISCHARGED,
+                        grant_id=event.grant_id,
+                        request_id=event.request_id,
+                        blocks=event.num_blocks,
+                    )
                 case Settled():
                     self._settle(state.memory.received.get(event.grant_id))
         for sequence in list(state.receiving):

@@ -153,6 +153,27 @@ def test_request_filter_shows_all_services_and_parts(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "wanted", ["job-7", "job-7.0a1b2c3d", "chatcmpl-job-7.0a1b2c3d", "cmpl-job-7.0a1b2c3d"]
+)
+def test_a_client_s_id_shows_what_every_service_said(wanted: str, tmp_path: Path) -> None:
+    events = [
+        line(1, "request.finished", "router", request_id="job-7.0a1b2c3d-0"),
+        line(2, "request.finished", "engine", request_id="job-7.0a1b2c3d-0"),
+        line(3, "kv.sent", "engine", request_id="job-7.0a1b2c3d-1~2"),
+        canonical(4, "job-7.0a1b2c3d-0", http_request_id="job-7"),
+        line(5, "http.rejected", "gateway", http_request_id="job-7" if wanted == "job-7" else "x"),
+        line(6, "request.finished", "router", request_id="job-77.0a1b2c3d-0"),
+        line(7, "request.finished", "router", request_id="job.0a1b2c3d-7"),
+        canonical(8, "job-7.1.0a1b2c3d-0", http_request_id="job-7.1"),
+    ]
+    (tmp_path / "all.jsonl").write_bytes(b"".join(events))
+    found = [
+        msgspec.json.decode(each)["ts"] for each in shown(tmp_path, Filter(request_id=wanted), as_json=True)
+    ]
+    assert found == [1, 2, 3, 4, 5][: 5 if wanted == "job-7" else 4]
+
+
 def test_default_view_leaves_out_single_requests_but_never_trouble(tmp_path: Path) -> None:
     events = [
         line(1, "service.ready", address="tcp://x"),
