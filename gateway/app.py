@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from microserve.gateway import operator_routes
 from microserve.gateway.generation.completion import Completion, Dialect
-from microserve.gateway.http.errors import ClientGone, MethodNotAllowed, NotOffered, PathNotFound, problem_of
+from microserve.gateway.http.errors import ClientGone, MethodNotAllowed, PathNotFound, problem_of
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.openai.chat import ChatFormat, chat_prompts
 from microserve.gateway.openai.completions import CompletionFormat, completion_prompts
@@ -42,10 +42,6 @@ async def _completions(state: GatewayState, exchange: Exchange) -> None:
     await Completion(state, exchange, _COMPLETIONS).run()
 
 
-async def _not_offered(state: GatewayState, exchange: Exchange) -> None:
-    raise NotOffered(f"{exchange.path} is not offered by this server")
-
-
 class _Endpoint:
     """ASGI callable of one path: checks the method and runs the handler."""
 
@@ -58,7 +54,12 @@ class _Endpoint:
         exchange: Exchange = scope[_EXCHANGE]
         if exchange.method not in self._methods:
             allowed = ", ".join(sorted(self._methods))
-            raise MethodNotAllowed(f"{exchange.path} takes {allowed}, not {exchange.method}")
+            if exchange.method == "OPTIONS":
+                await exchange.reply_empty({"allow": f"{allowed}, OPTIONS"})
+                return
+            raise MethodNotAllowed(
+                f"{exchange.path[:128]} takes {allowed}, not {exchange.method}", allow=f"{allowed}, OPTIONS"
+            )
         exchange.path_params = scope.get("path_params", {})
         await self._handler(self._state, exchange)
 
@@ -84,8 +85,6 @@ class Application:
             ("/version", get, operator_routes.version),
             ("/tokenize", post, operator_routes.tokenize),
             ("/detokenize", post, operator_routes.detokenize),
-            ("/v1/embeddings", post, _not_offered),
-            ("/v1/responses", post, _not_offered),
         ]
         return [Route(path, _Endpoint(self._state, methods, handler)) for path, methods, handler in table]
 

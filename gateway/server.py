@@ -21,6 +21,7 @@ import structlog
 
 from microserve.gateway.app import Application
 from microserve.gateway.http.auth import KeyRing
+from microserve.gateway.http.cors import with_cors
 from microserve.gateway.http.exchange import BodyBudget
 from microserve.gateway.http.server import address_of, bind, make_server
 from microserve.gateway.metrics import GatewayMetrics
@@ -85,7 +86,8 @@ async def _serve(
         stack.push_async_callback(state.routers.close)
         stack.enter_context(_server_log())
         beating = state.routers.start()
-        server = make_server(Application(state), graceful_s=math.ceil(drain_s) + 1)
+        app = with_cors(Application(state), settings.gateway.cors_origins)
+        server = make_server(app, graceful_s=math.ceil(drain_s) + 1)
         serving = asyncio.create_task(server.serve([listener]), name="http server")
         try:
             lifecycle.set_health(lambda: not beating.done())

@@ -65,7 +65,11 @@ class InvalidInterval(RequestError):
 
 
 class PromptTooLong(RequestError):
-    """Prompt plus output cannot fit the model's positions or the engine's pool."""
+    """Prompt plus output cannot fit the model's positions or the engine's pool.
+
+    Where it is a whole request that does not fit, the detail has the words that clients look for: "maximum
+    context length is N tokens".
+    """
 
     code = "prompt_too_long"
 

@@ -172,6 +172,8 @@ class GatewaySettings(_Section, frozen=True):
     """For each of them, NAME of NAME.key in ``bus.curve_dir``; default: ``router`` for all."""
     api_keys: list[str] = []
     """Empty: no key needed."""
+    cors_origins: list[str] = []
+    """Whose pages may ask from a browser, e.g. ``https://chat.example.org``; ``*``: everybody's."""
     max_body_mb: Count = 32
     request_timeout_s: Positive = 600.0
     max_n: Count = 16

@@ -17,8 +17,9 @@ from microserve.gateway.http.errors import ClientGone, problem_of
 from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of
 from microserve.gateway.http.sse import DONE, EventStream, event
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice
+from microserve.gateway.openai.parse import parse
 from microserve.gateway.openai.sampling import options_of, sampling_of
-from microserve.gateway.openai.schema import GenerationRequest, parse
+from microserve.gateway.openai.schema import GenerationRequest
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.routers.mailbox import Mailbox
 from microserve.gateway.state import GatewayState

@@ -12,7 +12,8 @@ from time import monotonic
 import msgspec
 
 from microserve.gateway.http.exchange import Exchange
-from microserve.gateway.openai.sampling import MAX_CHOICES, GenerationOptions, seed_of
+from microserve.gateway.openai.sampling import GenerationOptions, seed_of
+from microserve.gateway.openai.schema import MAX_CHOICES
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Piece, Timeline

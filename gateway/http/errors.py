@@ -27,15 +27,13 @@ class PathNotFound(RequestError):
 
 
 class MethodNotAllowed(RequestError):
-    """The path exists, the method does not."""
+    """The path exists, the method does not; ``allow`` names those that do."""
 
     code = "method_not_allowed"
 
-
-class NotOffered(RequestError):
-    """A part of OpenAI's API that this gateway does not offer."""
-
-    code = "not_implemented"
+    def __init__(self, detail: str, *, allow: str = "") -> None:
+        super().__init__(detail)
+        self.allow = allow
 
 
 class BodyTooLarge(RequestError):
@@ -95,7 +93,7 @@ _ROWS: dict[type[MeshError], _Row] = {
     errors.RequestError: _Row(400, _INVALID),
     errors.InvalidRequest: _Row(400, _INVALID),
     errors.InvalidInterval: _Row(400, _INVALID),
-    errors.PromptTooLong: _Row(413, _INVALID, "context_length_exceeded"),
+    errors.PromptTooLong: _Row(400, _INVALID, "context_length_exceeded"),
     errors.ModelNotFound: _Row(404, _INVALID),
     errors.StrategyNotFound: _Row(404, _INVALID),
     # No client names an engine's request: reaching us, it is the mesh's mistake.
@@ -103,7 +101,6 @@ _ROWS: dict[type[MeshError], _Row] = {
     Unauthorized: _Row(401, "authentication_error"),
     PathNotFound: _Row(404, _INVALID),
     MethodNotAllowed: _Row(405, _INVALID),
-    NotOffered: _Row(501, _INVALID),
     BodyTooLarge: _Row(413, _INVALID),
     BodyTimeout: _Row(408, _INVALID),
     errors.CapacityError: _Row(503, _SERVER, retry=True),

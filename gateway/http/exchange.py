@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import structlog
 from starlette.types import Message, Receive, Scope, Send
 
-from microserve.gateway.http.errors import BodyTimeout, BodyTooLarge, ClientGone, problem_of
+from microserve.gateway.http.errors import BodyTimeout, BodyTooLarge, ClientGone, MethodNotAllowed, problem_of
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, QueueFull
 from microserve.protocol.request_id import unique
@@ -173,6 +173,11 @@ class Exchange:
         await self.start(status, headers or {}, content_type, length)
         await self.write(body, more=False)
 
+    async def reply_empty(self, headers: Mapping[str, str]) -> None:
+        """204: all that there is to say is in the headers."""
+        await self.start(204, headers)
+        await self.write(b"", more=False)
+
     async def answer(self, handler: Callable[[], Awaitable[None]]) -> MeshError | None:
         """Run what answers this request. The error that it ended with, of which the client has been told.
 
@@ -200,6 +205,8 @@ class Exchange:
         headers = {} if problem.retry_after_s is None else {"retry-after": str(problem.retry_after_s)}
         if problem.status == 401:
             headers["www-authenticate"] = "Bearer"
+        if isinstance(error, MethodNotAllowed):
+            headers["allow"] = error.allow
         await self.reply(problem.status, problem.envelope(), headers)
 
     def abort(self) -> None:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from microserve.gateway.http.exchange import CONNECTION_EXTENSION
+from microserve.gateway.http.upgrade import PlainParser
 from microserve.protocol.errors import ConfigError
 
 BACKLOG = 2048
@@ -39,6 +40,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.parser: PlainParser = PlainParser(self)  # type: ignore[assignment]
         self._await_head()
 
     def _await_head(self) -> None:
@@ -59,8 +61,13 @@ class GatewayProtocol(HttpToolsProtocol):
                 self.send_400_response("Request head too large.")
 
     def on_headers_complete(self) -> None:
-        self._head_complete()
-        super().on_headers_complete()
+        if not self.parser.wants_upgrade:
+            self._head_complete()
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.wants_upgrade:
+            super().on_message_complete()
 
     def on_message_begin(self) -> None:
         self._await_head()

@@ -3,7 +3,7 @@
 Owns schemas, defaults, limits that depend on the model, and the bytes of chunks and replies. Must not send
 or await anything of the mesh: whoever calls it does.
 
-Start with ``schema.py`` (a request's fields), then ``sampling.py`` (what they come to) and ``answer.py``
-(what both kinds of answer share); ``chat.py`` and ``completions.py`` are one kind each: its prompts and
-its format.
+Start with ``schema.py`` (a request's fields and their bounds) and ``parse.py`` (how bytes become one), then
+``sampling.py`` (what they come to) and ``answer.py`` (what both kinds of answer share); ``chat.py`` and
+``completions.py`` are one kind each: its prompts and its format.
 """

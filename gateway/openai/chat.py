@@ -11,9 +11,6 @@ from microserve.gateway.text.choice import Piece, TokenText
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest
 
-MAX_MESSAGES = 4096
-"""A template costs time for each; no conversation has so many."""
-
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """``developer`` is OpenAI's newer name for ``system``; templates know only the older one."""
 
@@ -28,8 +25,6 @@ async def chat_prompts(
 
 def template_messages(messages: list[Message]) -> list[dict[str, str]]:
     """Messages as templates expect them: ``role``, ``content`` (text) and perhaps ``name``."""
-    if not 1 <= len(messages) <= MAX_MESSAGES:
-        raise InvalidRequest(f"messages must have 1 to {MAX_MESSAGES} entries", field="messages")
     return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
@@ -43,6 +38,8 @@ def _template_message(message: Message, where: str) -> dict[str, str]:
     if message.tool_calls:
         raise InvalidRequest(f"{where}.tool_calls is not supported", field=f"{where}.tool_calls")
     content = message.content
+    if content is None and role == "assistant":
+        content = ""  # a turn of tool calls or a refusal; of these only the text counts here
     if content is None:
         raise InvalidRequest(f"{where}.content is missing", field=f"{where}.content")
     if not isinstance(content, str):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
-from microserve.gateway.openai.sampling import MAX_CHOICES
-from microserve.gateway.openai.schema import CompletionRequest
+from microserve.gateway.openai.schema import MAX_CHOICES, CompletionRequest
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.choice import Piece, TokenText
 from microserve.gateway.text.tokenizer import ModelTokenizer
@@ -22,7 +21,7 @@ async def completion_prompts(
     if len(texts) + len(given) > MAX_CHOICES:
         raise InvalidRequest(f"prompt must have at most {MAX_CHOICES} entries", field="prompt")
     for ids in given:
-        if ids and not (min(ids) >= 0 and max(ids) < limits.vocab_size):
+        if ids and max(ids) >= limits.vocab_size:
             raise InvalidRequest(f"prompt has ids outside 0 to {limits.vocab_size - 1}", field="prompt")
     if texts:
         given = await tokenizer.encode(texts, add_special_tokens=True, max_tokens=limits.max_model_len)

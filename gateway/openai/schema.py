@@ -1,17 +1,46 @@
-"""Request bodies of the OpenAI API (and vLLM's extras): their shape, what is refused and what is ignored.
+"""Request bodies of the OpenAI API (and vLLM's extras): every field, with its bounds, in one place.
 
-Owns types and names only; which numbers are allowed is decided in ``sampling.py``.
+Owns types: what they refuse is refused before anything is built, and ``/openapi.json`` is made of them. What
+depends on the model (context, vocabulary) or on settings (``gateway.max_n``) is in ``sampling.py``; how bytes
+become one of these is in ``parse.py``.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
-import structlog
+from msgspec import Meta
 
-from microserve.protocol import log
-from microserve.protocol.errors import InvalidRequest, located
+from microserve.protocol.messages import sampling as bounds
+from microserve.protocol.messages.sampling import TokenId
+
+MAX_CHOICES = 256
+"""Prompts times ``n`` of one HTTP request."""
+MAX_MESSAGES = 4096
+"""A template costs time for each; no conversation has so many."""
+MAX_TOKENIZE_TOKENS = 1 << 20
+"""Beyond any context; bounds the work of one ``/tokenize`` or ``/detokenize``."""
+MAX_NAME_CHARS = 256
+MAX_STOP_STRINGS = 16
+
+Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
+StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
+StopStrings = Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
+TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_TOKENIZE_TOKENS)]
+Prompt = str | Annotated[list[str | TokenId | TokenIds], Meta(max_length=MAX_TOKENIZE_TOKENS)]
+"""Text, texts, ids or lists of ids; mixtures are refused."""
+
+
+def only(*values: Any) -> Meta:
+    """Of a field that is not supported: null, and these values, ask for nothing and are let through."""
+    return Meta(extra_json_schema={"enum": [None, *values]})
+
+
+Unsupported = Annotated[Any, only()]
+OnlyFalse = Annotated[Any, only(False)]
+OnlyTrue = Annotated[Any, only(True)]
+Ignored = Annotated[Any, Meta(description="Changes no token: accepted and ignored.")]
 
 
 class StreamOptions(msgspec.Struct):
@@ -21,156 +50,121 @@ class StreamOptions(msgspec.Struct):
 class GenerationRequest(msgspec.Struct, kw_only=True):
     """What both kinds of completion share. ``None`` is the default everywhere, as clients send ``null``."""
 
-    model: str
+    prompt_field: ClassVar[str]
+    """The field that becomes the prompt."""
+
+    model: Name
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: int | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: bounds.MaxTokens | None = None
+    temperature: bounds.Temperature | None = None
+    top_p: bounds.TopP | None = None
+    stop: StopString | StopStrings | None = None
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    presence_penalty: bounds.Penalty | None = None
+    frequency_penalty: bounds.Penalty | None = None
+    logit_bias: bounds.LogitBias | None = None
     # vLLM's extras, sent by clients as ``extra_body``.
-    top_k: int | None = None
-    min_p: float | None = None
-    min_tokens: int | None = None
-    repetition_penalty: float | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=bounds.MAX_COUNT)] | None = None
+    """-1 and 0 are both "off"."""
+    min_p: bounds.MinP | None = None
+    min_tokens: bounds.MinTokens | None = None
+    repetition_penalty: bounds.RepetitionPenalty | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
-    cache_salt: str | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=bounds.MAX_STOP_TOKEN_IDS)] | None = None
+    cache_salt: Name | None = None
+    # Labels and hints: they change no token, so dropping them is honest.
+    user: Ignored = None
+    metadata: Ignored = None
+    safety_identifier: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_retention: Ignored = None
+    service_tier: Ignored = None
+    parallel_tool_calls: Ignored = None
+    # Known and not supported: refused by name, rather than dropped.
+    audio: Unsupported = None
+    prediction: Unsupported = None
+    web_search_options: Unsupported = None
+    reasoning_effort: Unsupported = None
+    reasoning: Unsupported = None
+    verbosity: Unsupported = None
+    truncate_prompt_tokens: Unsupported = None
+    prompt_logprobs: Unsupported = None
+    prompt_embeds: Unsupported = None
+    chat_template: Unsupported = None
+    documents: Unsupported = None
+    guided_json: Unsupported = None
+    guided_regex: Unsupported = None
+    guided_choice: Unsupported = None
+    guided_grammar: Unsupported = None
+    structured_outputs: Unsupported = None
+    logits_processors: Unsupported = None
+    allowed_token_ids: Unsupported = None
+    mm_processor_kwargs: Unsupported = None
+    kv_transfer_params: Unsupported = None
+    response_format: Annotated[Any, only({"type": "text"})] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    store: OnlyFalse = None
+    suffix: Annotated[Any, only("")] = None
+    best_of: Annotated[Any, only(1)] = None
+    echo: OnlyFalse = None
+    use_beam_search: OnlyFalse = None
+    length_penalty: Annotated[Any, only(1)] = None
+    bad_words: Annotated[Any, only([])] = None
+    chat_template_kwargs: Annotated[Any, only({})] = None
+    add_generation_prompt: OnlyTrue = None
+    continue_final_message: OnlyFalse = None
+    include_stop_str_in_output: OnlyFalse = None
+    skip_special_tokens: OnlyTrue = None
+    spaces_between_special_tokens: OnlyTrue = None
+    return_tokens_as_token_ids: OnlyFalse = None
+    priority: Annotated[Any, only(0)] = None
+    tools: Annotated[Any, Meta(description="Refused unless empty, or tool_choice is none.")] = None
+    tool_choice: Annotated[Any, only("none")] = None
+    functions: Annotated[Any, Meta(description="Refused unless empty, or function_call is none.")] = None
+    function_call: Annotated[Any, only("none")] = None
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[str | int | list[int]]
-    """Text, texts, ids or lists of ids; mixtures are refused."""
-    logprobs: int | None = None
+    prompt_field: ClassVar[str] = "prompt"
+
+    prompt: Prompt
+    logprobs: bounds.Logprobs | None = None
 
 
 class ContentPart(msgspec.Struct):
-    type: str
+    type: Name
     text: str | None = None
 
 
 class Message(msgspec.Struct):
-    role: str
+    role: Name
     content: str | list[ContentPart] | None = None
-    name: str | None = None
+    name: Name | None = None
     tool_calls: list[Any] | None = None
-    tool_call_id: str | None = None
+    tool_call_id: Name | None = None
+
+
+Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatRequest(GenerationRequest):
-    messages: list[Message]
-    max_completion_tokens: int | None = None
+    prompt_field: ClassVar[str] = "messages"
+
+    messages: Messages
+    max_completion_tokens: bounds.MaxTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: bounds.Logprobs | None = None
 
 
 class TokenizeRequest(msgspec.Struct):
-    model: str | None = None
+    model: Name | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
 
 class DetokenizeRequest(msgspec.Struct):
-    tokens: list[int]
-    model: str | None = None
-
-
-_IGNORED = frozenset(
-    {
-        *("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-        *("service_tier", "parallel_tool_calls"),
-    }
-)
-"""Labels and hints: they change no token, so dropping them is honest."""
-
-_ONLY_NULL: tuple[Any, ...] = ()
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    # Field -> the values that ask for nothing (beside null); any other is refused rather than dropped.
-    **dict.fromkeys(
-        (
-            *("audio", "prediction", "web_search_options", "reasoning_effort", "reasoning", "verbosity"),
-            *("truncate_prompt_tokens", "prompt_logprobs", "prompt_embeds", "chat_template", "documents"),
-            *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
-            *("logits_processors", "allowed_token_ids", "mm_processor_kwargs", "kv_transfer_params"),
-        ),
-        _ONLY_NULL,
-    ),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "functions": ([],),
-    "function_call": ("none",),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "store": (False,),
-    "suffix": ("",),
-    "best_of": (1,),
-    "echo": (False,),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "bad_words": ([],),
-    "chat_template_kwargs": ({},),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True,),
-    "return_tokens_as_token_ids": (False,),
-    "priority": (0,),
-}
-
-# Names of unknown fields come from clients: the memory of them is bounded.
-_MAX_WARNED_FIELDS = 64
-_MAX_WARNED_CHARS = 64
-_warned: set[str] = set()
-_logger = structlog.get_logger()
-
-R = TypeVar("R", bound=msgspec.Struct)
-_decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {}
-_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
-
-def parse(body: bytes, kind: type[R]) -> R:
-    """Decode and check one body. Raises :class:`InvalidRequest` naming the field, for any bytes at all."""
-    decoder = _decoders.get(kind)
-    if decoder is None:
-        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
-    try:
-        _check_names(_fields.decode(body), kind)
-        request: R = decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise _refused(error) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise InvalidRequest("the body is nested too deeply") from None
-    return request
-
-
-def _check_names(fields: dict[str, msgspec.Raw], kind: type[msgspec.Struct]) -> None:
-    known = kind.__struct_fields__
-    for name, raw in fields.items():
-        if name in known or name in _IGNORED:
-            continue
-        if name in _UNSUPPORTED:
-            value = msgspec.json.decode(raw)
-            if value is not None and value not in _UNSUPPORTED[name]:
-                raise InvalidRequest(f"{name} is not supported", field=name)
-        else:
-            _warn_once(name[:_MAX_WARNED_CHARS])
-
-
-def _warn_once(field: str) -> None:
-    if field not in _warned and len(_warned) < _MAX_WARNED_FIELDS:
-        _warned.add(field)
-        _logger.warning(log.HTTP_FIELD_IGNORED, field=field)
-
-
-def _refused(error: msgspec.ValidationError) -> InvalidRequest:
-    path, message = located(error)
-    return InvalidRequest(f"{path}: {message}" if path else message, field=path or None)
+    tokens: TokenIds
+    model: Name | None = None

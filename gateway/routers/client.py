@@ -148,9 +148,16 @@ class RouterClient:
 
     @property
     def limits(self) -> ModelLimits:
-        """Of the router that would take a request now, or was the last to say. Raises :class:`NoEngines`."""
+        """Of the router that would take a request now, or was the last to say.
+
+        Raises :class:`NoEngines`, also while nobody has said: limits that are unknown refuse nobody.
+        """
         link = self.choose_soon()
-        return (link or max(self.links, key=lambda each: each.lost_at)).limits
+        if link is None:
+            link = max(self.links, key=lambda each: (each.limits.are_known, each.lost_at))
+        if not link.limits.are_known:
+            raise NoEngines("no engine has told the limits of the model yet")
+        return link.limits
 
     def generate(
         self,

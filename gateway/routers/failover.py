@@ -16,7 +16,7 @@ from microserve.gateway.routers.link import RouterLink
 from microserve.gateway.routers.mailbox import Mailbox
 from microserve.protocol import log
 from microserve.protocol.bus.codec import encode_tokens
-from microserve.protocol.errors import MeshError, NoEngines
+from microserve.protocol.errors import InternalError, MeshError, NoEngines
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.request_id import moved
 
@@ -100,7 +100,13 @@ class Moves:
                 link = self._choose()
             except NoEngines:
                 continue
-            if self._send(link, mailbox, kept, now):
+            try:
+                sent = self._send(link, mailbox, kept, now)
+            except Exception:  # whatever is wrong with this one, the others go on
+                _logger.exception(log.BUS_HANDLER_FAILED, request_id=kept.message.request_id)
+                mailbox.fail(InternalError("this request could not be sent"))
+                sent = True
+            if sent:
                 del self._homeless[mailbox]
 
     def _send(self, link: RouterLink, mailbox: Mailbox, kept: _Kept, now: float) -> bool:

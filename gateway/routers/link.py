@@ -47,10 +47,14 @@ class RouterLost(PeerError):
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What the mesh says of the model; known once a router with an engine is."""
+    """What the mesh says of the model; zeros until a router has said that it has an engine."""
 
     max_model_len: int
     vocab_size: int
+
+    @property
+    def are_known(self) -> bool:
+        return self.max_model_len > 0 and self.vocab_size > 0
 
 
 class RouterLink:
@@ -239,7 +243,8 @@ class RouterLink:
     def _set_model(self, message: RouterWelcome | RouterHeartbeat) -> None:
         self.num_engines = message.num_engines
         self.model = message.model
-        if not message.model:  # it has yet to find the engines: what its life before said is still true
+        # Without engines it knows no limits: what it said before, in this life or another, is still true.
+        if not message.model or message.max_model_len <= 0 or message.vocab_size <= 0:
             return
         if (message.max_model_len, message.vocab_size) != (self.limits.max_model_len, self.limits.vocab_size):
             self.limits = ModelLimits(max_model_len=message.max_model_len, vocab_size=message.vocab_size)

@@ -69,7 +69,7 @@ class ModelTokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     async def encode(
-        self, texts: Sequence[str], *, add_special_tokens: bool, max_tokens: int
+        self, texts: Sequence[str], *, add_special_tokens: bool, max_tokens: int, field: str = "prompt"
     ) -> list[list[int]]:
         """Ids of each text. Long texts are encoded in a thread, so that streams go on.
 
@@ -79,7 +79,8 @@ class ModelTokenizer:
         for text in texts:
             if len(text) > max_tokens * self._longest_token_chars:
                 raise PromptTooLong(
-                    f"the prompt has {len(text)} characters, more than {max_tokens} tokens can hold"
+                    f"the maximum context length is {max_tokens} tokens, too few for {len(text)} characters",
+                    field=field,
                 )
         if sum(map(len, texts)) <= INLINE_CHARS:
             return self._encode(texts, add_special_tokens)
@@ -103,7 +104,7 @@ class ModelTokenizer:
         else:
             text = await asyncio.get_running_loop().run_in_executor(self._threads, template.render, messages)
         # The template has written the special tokens itself.
-        [ids] = await self.encode([text], add_special_tokens=False, max_tokens=max_tokens)
+        [ids] = await self.encode([text], add_special_tokens=False, max_tokens=max_tokens, field="messages")
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -1,20 +1,65 @@
-"""How one request's tokens are chosen; travels from gateway to router to engine unchanged."""
+"""How one request's tokens are chosen; travels from gateway to router to engine unchanged.
+
+Every bound is said once, in a type below: clients' fields have these types (gateway/openai/schema.py), and
+routers and engines check by them what comes from a gateway. All whole numbers fit 64 bits, signed.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
-from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.errors import InvalidRequest, located
 
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_COUNT = (1 << 31) - 1
+"""Of tokens, where nothing narrower holds."""
+
+TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
+"""On the wire an id is 32 bits; the model's vocabulary bounds it further."""
+MaxTokens = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+MinTokens = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
+TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
+TopK = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+MinP = Annotated[float, Meta(ge=0.0, le=1.0)]
+RepetitionPenalty = Annotated[float, Meta(gt=0.0, le=100.0)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=MAX_LOGIT_BIAS)
+]
+Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+
+
+class _Bounds(msgspec.Struct, frozen=True):
+    """The fields of :class:`SamplingParams` that have bounds of their own."""
+
+    max_tokens: MaxTokens
+    min_tokens: MinTokens
+    temperature: Temperature
+    top_p: TopP
+    top_k: TopK
+    min_p: MinP
+    repetition_penalty: RepetitionPenalty
+    presence_penalty: Penalty
+    frequency_penalty: Penalty
+    logit_bias: LogitBias
+    seed: Seed
+    logprobs: Logprobs | None
+    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """Decoding parameters of one sequence; the defaults are greedy-free OpenAI ones."""
+    """Decoding parameters of one sequence; the defaults are greedy-free OpenAI ones.
+
+    Decoding one does not check its bounds, as that could only refuse a whole message: :meth:`validate` does.
+    """
 
     max_tokens: int = 16
     """Most output tokens, including a stop token."""
@@ -41,27 +86,22 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
     def validate(self, vocab_size: int) -> None:
         """Raise :class:`InvalidRequest` naming the first field that is out of bounds."""
+        for name in _FLOATS:
+            if not math.isfinite(getattr(self, name)):  # no bound tells NaN from a number
+                raise InvalidRequest(f"{name} must be finite", field=name)
+        if not all(map(math.isfinite, self.logit_bias.values())):
+            raise InvalidRequest("logit_bias must be finite", field="logit_bias")
+        try:
+            msgspec.convert(self, _Bounds, from_attributes=True)
+        except msgspec.ValidationError as error:
+            path, message = located(error)
+            field = path.partition("[")[0]
+            raise InvalidRequest(f"{field}: {message}", field=field) from None
+        if self.min_tokens > self.max_tokens:
+            raise InvalidRequest("min_tokens must be between 0 and max_tokens", field="min_tokens")
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            if ids and max(ids) >= vocab_size:
+                raise InvalidRequest(f"{name} must have ids below {vocab_size}", field=name)
 
-        def check(ok: bool, field: str, bound: str) -> None:
-            if not ok:
-                raise InvalidRequest(f"{field} must be {bound}", field=field)
 
-        floats = (self.temperature, self.top_p, self.min_p, self.repetition_penalty)
-        check(all(map(math.isfinite, floats)), "temperature", "finite, as top_p, min_p, repetition_penalty")
-        check(self.max_tokens >= 1, "max_tokens", "at least 1")
-        check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
-        check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
-        check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
-        check(self.top_k >= 0, "top_k", "0 (off) or more")
-        check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
-        check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100")
-        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
-        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
-        check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"at most {MAX_LOGIT_BIAS} entries")
-        check(all(0 <= t < vocab_size for t in self.logit_bias), "logit_bias", f"ids below {vocab_size}")
-        check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "within +-100")
-        check(0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1")
-        check(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", f"0 to {MAX_LOGPROBS}")
-        stops = self.stop_token_ids
-        check(len(stops) <= MAX_STOP_TOKEN_IDS, "stop_token_ids", f"at most {MAX_STOP_TOKEN_IDS} ids")
-        check(all(0 <= t < vocab_size for t in stops), "stop_token_ids", f"below {vocab_size}")
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

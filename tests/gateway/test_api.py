@@ -250,7 +250,7 @@ REFUSALS = {
     "queue_full": 429,
     "cache_full": 429,
     "strategy_not_found": 404,
-    "prompt_too_long": 413,
+    "prompt_too_long": 400,
     "invalid_request": 400,
     "engine_lost": 502,
     "deadline_exceeded": 504,

@@ -258,7 +258,11 @@ class Actions:
         limits = self._state.limits
         room = min(limits.max_model_len, limits.num_blocks * self._state.memory.block_size) - 1
         if num_tokens > room:
-            raise PromptTooLong(f"{num_tokens} tokens, at most {room} fit this engine", field="tokens")
+            raise PromptTooLong(
+                f"this engine's maximum context length is {room + 1} tokens; {num_tokens} and at least one "
+                "more were asked for",
+                field="tokens",
+            )
 
     def _check_queue(self) -> None:
         state = self._state

@@ -130,7 +130,8 @@ class Admission:
         num_prompt = request.num_tokens - request.num_output_tokens
         if num_prompt + max_tokens > limit:
             raise PromptTooLong(
-                f"{num_prompt} prompt tokens and {max_tokens} of output are more than the model's {limit}",
+                f"the maximum context length is {limit} tokens; {num_prompt} of the prompt and "
+                f"{max_tokens} of output were asked for",
                 field="tokens",
             )
 

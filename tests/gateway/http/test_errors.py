@@ -13,7 +13,6 @@ from microserve.gateway.http.auth import KeyRing
 from microserve.gateway.http.errors import (
     MAX_RETRY_AFTER_S,
     BodyTooLarge,
-    NotOffered,
     Unauthorized,
     problem_of,
 )
@@ -44,7 +43,7 @@ from microserve.protocol.errors import MeshError
             "x-microserve-strategy",
             None,
         ),
-        (errors.PromptTooLong("x"), 413, "invalid_request_error", "context_length_exceeded", None, None),
+        (errors.PromptTooLong("x"), 400, "invalid_request_error", "context_length_exceeded", None, None),
         (BodyTooLarge("x"), 413, "invalid_request_error", "body_too_large", None, None),
         (errors.QueueFull("x", retry_after_s=2.2), 429, "rate_limit_error", "queue_full", None, 3),
         (errors.CacheFull("x"), 429, "rate_limit_error", "cache_full", None, 1),
@@ -58,7 +57,6 @@ from microserve.protocol.errors import MeshError
         (errors.StrategyError("x"), 500, "server_error", "strategy_error", None, None),
         (errors.UnknownRequest("x"), 500, "server_error", "unknown_request", None, None),
         (errors.InternalError("x"), 500, "server_error", "internal", None, None),
-        (NotOffered("x"), 501, "invalid_request_error", "not_implemented", None, None),
     ],
 )
 def test_the_answer_to_each_error(

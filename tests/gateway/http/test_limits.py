@@ -125,8 +125,9 @@ def test_streams_are_bounded_and_given_back(model: Path, raw_tokenizer: Tokenize
 @pytest.mark.parametrize(
     ("fields", "status", "where"),
     [
-        ({"prompt": "x " * 600}, 413, None),
-        ({"prompt": [1] * 512}, 413, None),
+        ({"prompt": "x " * 600}, 400, "prompt"),
+        ({"prompt": "x " * 60_000}, 400, "prompt"),
+        ({"prompt": [1] * 512}, 400, "prompt"),
         ({"max_tokens": 512}, 400, "max_tokens"),
         ({"n": 17}, 400, "n"),
         ({"prompt": ["x"] * 200, "n": 2}, 400, "n"),
@@ -140,7 +141,11 @@ def test_requests_that_do_not_fit(
     async def main() -> None:
         async with gateway_world(model) as world, http_of(world) as http:
             reply = await http.post("/v1/completions", json=BODY | fields)
-            assert (reply.status_code, reply.json()["error"]["param"]) == (status, where)
+            error = reply.json()["error"]
+            assert (reply.status_code, error["param"]) == (status, where)
+            if where in ("prompt", "max_tokens"):
+                assert (error["type"], error["code"]) == ("invalid_request_error", "context_length_exceeded")
+                assert "maximum context length is 512 tokens" in error["message"]
             assert world.router.served == {}
 
     run(main())

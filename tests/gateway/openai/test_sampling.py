@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from microserve.gateway.openai.parse import parse
 from microserve.gateway.openai.sampling import (
     DEFAULT_COMPLETION_TOKENS,
     options_of,
@@ -21,11 +23,12 @@ LIMITS = ModelLimits(max_model_len=100, vocab_size=50)
 
 
 def chat(**fields: Any) -> ChatRequest:
-    return ChatRequest(model="m", messages=[], **fields)
+    body = {"model": "m", "messages": [{"role": "user", "content": ""}], **fields}
+    return parse(json.dumps(body).encode(), ChatRequest)
 
 
 def completion(**fields: Any) -> CompletionRequest:
-    return CompletionRequest(model="m", prompt="", **fields)
+    return parse(json.dumps({"model": "m", "prompt": "", **fields}).encode(), CompletionRequest)
 
 
 def sampling(request: GenerationRequest, prompt: int = 10) -> SamplingParams:
@@ -46,16 +49,19 @@ def test_the_newer_name_of_max_tokens_wins() -> None:
 @pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
 @pytest.mark.parametrize("value", [0, -1, 91])
 def test_a_length_that_does_not_fit_is_named_as_it_was_sent(name: str, value: int) -> None:
-    with pytest.raises(InvalidRequest) as caught:
+    with pytest.raises(PromptTooLong if value > 0 else InvalidRequest) as caught:
         sampling(chat(**{name: value}))
     assert caught.value.field == name
+    assert value <= 0 or "maximum context length is 100 tokens" in caught.value.detail
 
 
 def test_a_prompt_needs_room_for_one_token() -> None:
     assert sampling(chat(), prompt=99).max_tokens == 1
     for prompt in (100, 101):
-        with pytest.raises(PromptTooLong):
-            sampling(chat(), prompt=prompt)
+        for request, field in ((chat(), "messages"), (completion(), "prompt")):
+            with pytest.raises(PromptTooLong, match="maximum context length is 100 tokens") as caught:
+                sampling(request, prompt=prompt)
+            assert caught.value.field == field
 
 
 def test_every_number_arrives() -> None:
@@ -70,7 +76,7 @@ def test_every_number_arrives() -> None:
         presence_penalty=1.0,
         frequency_penalty=-1.0,
         repetition_penalty=1.2,
-        logit_bias={3: 2.0},
+        logit_bias={"3": 2.0},
         stop_token_ids=[4, 5],
         ignore_eos=True,
         logprobs=True,
@@ -102,7 +108,7 @@ def test_every_number_arrives() -> None:
         ({"top_k": -2}, "top_k"),
         ({"min_tokens": 99}, "min_tokens"),
         ({"presence_penalty": 3.0}, "presence_penalty"),
-        ({"logit_bias": {50: 1.0}}, "logit_bias"),
+        ({"logit_bias": {"50": 1.0}}, "logit_bias"),
         ({"stop_token_ids": [50]}, "stop_token_ids"),
         ({"seed": 2**63}, "seed"),
         ({"top_logprobs": 2}, "top_logprobs"),
@@ -120,7 +126,7 @@ def test_numbers_out_of_bounds_are_named(fields: dict[str, Any], where: str) -> 
     [
         ({"n": 0}, "n"),
         ({"n": 5}, "n"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": "x" * 1025}, "stop"),
         ({"cache_salt": "x" * 257}, "cache_salt"),

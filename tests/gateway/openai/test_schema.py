@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from microserve.gateway.openai import schema as openai_schema
+from microserve.gateway.openai import parse as openai_parse
+from microserve.gateway.openai.parse import parse
 from microserve.gateway.openai.schema import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    parse,
 )
 from microserve.protocol import log
 from microserve.protocol.errors import InvalidRequest
@@ -91,6 +91,7 @@ def test_what_is_no_json_object(body: bytes) -> None:
         ({"messages": "hi"}, "messages"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tools": [{"type": "function"}], "tool_choice": "auto"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"functions": [{}]}, "functions"),
         ({"audio": {}}, "audio"),
@@ -113,6 +114,8 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], where: str) -> None:
     "fields",
     [
         {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}},
+        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"functions": [{}], "function_call": "none"},
         {"tools": None, "echo": False, "best_of": 1, "suffix": "", "store": False},
         {"user": "u", "metadata": {"a": "b"}, "parallel_tool_calls": True},
         {"temperature": None, "stop": None, "n": None, "seed": None, "logit_bias": None, "stream": None},
@@ -135,7 +138,7 @@ def test_keys_of_logit_bias_are_numbers_in_text() -> None:
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """No field has been warned of yet."""
-    monkeypatch.setattr(openai_schema, "_warned", set())
+    monkeypatch.setattr(openai_parse, "_warned", set())
 
 
 @pytest.mark.usefixtures("forgetful")
@@ -159,4 +162,4 @@ def test_many_unknown_fields_are_not_remembered_for_ever() -> None:
 def test_msgspec_still_says_where() -> None:
     """``located`` reads msgspec's own words; this fails when they change."""
     with pytest.raises(msgspec.ValidationError, match=r" - at `\$\.n`$"):
-        msgspec.json.decode(b'{"model":"m","messages":[],"n":"1"}', type=ChatRequest)
+        msgspec.json.decode(b'{"model":"m","prompt":"","n":"1"}', type=CompletionRequest)

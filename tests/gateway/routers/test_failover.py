@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -182,5 +183,33 @@ def test_prompts_beyond_the_budget_end_with_their_router(
             await lose(world.router, "restarted")
             reply = await call
             assert (reply.status_code, reply.json()["error"]["code"]) == (503, "router_lost")
+
+    run(main())
+
+
+def test_a_request_that_cannot_be_sent_ends_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is wrong with it: the others go on, and the gateway lives."""
+    send = moving.Moves._send
+
+    def fail(self: moving.Moves, link: Any, mailbox: Any, kept: Any, now: float) -> bool:
+        if kept.message.sampling.max_tokens == 7:
+            raise OverflowError("too large for the wire")
+        return send(self, link, mailbox, kept, now)
+
+    monkeypatch.setattr(moving.Moves, "_send", fail)
+
+    async def main() -> None:
+        async with gateway_world(model, NEVER_SILENT) as world:
+            router = world.router
+            async with (
+                post(world, "/v1/completions", prompt="x", max_tokens=7) as sick,
+                post(world, "/v1/completions", prompt="x", max_tokens=8) as well,
+            ):
+                for _ in range(2):
+                    await router.request()
+                await lose(router, "restarted")
+                assert (await sick.head())[0] == 500
+                (await moved_to(router)).end("length")
+                assert (await well.head())[0] == 200
 
     run(main())

@@ -1,0 +1,159 @@
+"""Bytes -> a request of ``schema.py``, in one pass, or :class:`InvalidRequest` naming the field.
+
+Owns how wrong bodies are told, the memory of unknown fields, and the bounds of a body's shape, which hold
+before anything is built. Knows no field by name but those of tools.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from itertools import accumulate
+from typing import Any, TypeVar, get_args
+
+import msgspec
+import structlog
+from msgspec import Meta
+
+from microserve.protocol import log
+from microserve.protocol.errors import InvalidRequest, located
+
+MAX_BODY_DEPTH = 64
+"""Lists and maps within each other."""
+SLICE_NBYTES = 1 << 20
+
+# Names of unknown fields come from clients: the memory of them is bounded.
+_MAX_WARNED_FIELDS = 64
+_MAX_WARNED_CHARS = 64
+_warned: set[str] = set()
+_logger = structlog.get_logger()
+
+R = TypeVar("R", bound=msgspec.Struct)
+_names = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_OFF_BY = {"tools": "tool_choice", "functions": "function_call"}
+"""What is let through if the other one is ``"none"``: then no answer could use it."""
+
+
+def parse(body: bytes, kind: type[R]) -> R:
+    """Decode and check one body. Raises :class:`InvalidRequest` naming the field, for any bytes at all."""
+    strict, tolerant = _decoders(kind)
+    try:
+        try:
+            request: R = strict.decode(body)
+        except msgspec.ValidationError as error:
+            if "unknown field" not in str(error):
+                raise
+            request = tolerant.decode(body)
+            _warn_of(_names.decode(body).keys() - set(kind.__struct_fields__))
+    except msgspec.ValidationError as error:
+        raise _refused(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        field = _broken_field(body, str(error))
+        where = f" in {field[:128]!r}" if field else ""
+        raise InvalidRequest(f"the body is not JSON{where}: {error}", field=field) from None
+    except RecursionError:
+        raise InvalidRequest("the body is nested too deeply") from None
+    for name, allowed in _limited(kind).items():
+        value = getattr(request, name)
+        if value is not None and value not in allowed:
+            raise InvalidRequest(f"{name} is not supported", field=name)
+    for name, switch in _OFF_BY.items():
+        if getattr(request, name, None) and getattr(request, switch) != "none":
+            raise InvalidRequest(f"{name} is not supported", field=name)
+    return request
+
+
+@cache
+def _decoders(kind: type[R]) -> tuple[msgspec.json.Decoder[R], msgspec.json.Decoder[R]]:
+    """One that stops at a field that nobody knows, which is rare, and one that skips it."""
+    strict = msgspec.defstruct(kind.__name__, [], bases=(kind,), forbid_unknown_fields=True)
+    return msgspec.json.Decoder(strict), msgspec.json.Decoder(kind)
+
+
+@cache
+def _limited(kind: type[msgspec.Struct]) -> dict[str, list[Any]]:
+    """Fields that are known and not supported, and the values that ask for nothing (``schema.only``)."""
+    found = {}
+    for field in msgspec.structs.fields(kind):
+        for each in get_args(field.type):
+            if isinstance(each, Meta) and each.extra_json_schema and "enum" in each.extra_json_schema:
+                found[field.name] = each.extra_json_schema["enum"]
+    return found
+
+
+def _warn_of(fields: set[str]) -> None:
+    for name in sorted(fields):
+        if len(_warned) >= _MAX_WARNED_FIELDS:
+            return
+        field = name[:_MAX_WARNED_CHARS]
+        if field not in _warned:
+            _warned.add(field)
+            _logger.warning(log.HTTP_FIELD_IGNORED, field=field)
+
+
+# --- shape -----------------------------------------------------------------------------------------
+
+_ESCAPED = re.compile(rb"\\.", re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+
+
+def check_shape(body: bytes, max_values: int) -> None:
+    """Raises :class:`InvalidRequest` for more values in lists and maps, or a deeper nesting, than is allowed.
+
+    Counts commas and brackets outside of texts; nothing is built, and the first excess ends it.
+    """
+    opened = body.count(b"[") + body.count(b"{")
+    if opened <= MAX_BODY_DEPTH and opened + body.count(b",") <= max_values:
+        return  # a bound of the bounds: texts may have these characters, too
+    values = depth = 0
+    in_text, cut = False, b""
+    for begin in range(0, len(body), SLICE_NBYTES):
+        part = _ESCAPED.sub(b"", cut + body[begin : begin + SLICE_NBYTES])
+        cut = b"\\" if part.endswith(b"\\") else b""
+        pieces = part.split(b'"')
+        outside = b"".join(pieces[in_text::2])
+        in_text ^= len(pieces) % 2 == 0
+        brackets = outside.translate(None, _NO_BRACKETS)
+        values += outside.count(b",") + brackets.count(b"[") + brackets.count(b"{")
+        if values > max_values:
+            raise InvalidRequest(f"the body has more than {max_values} values in its lists and maps")
+        if brackets:
+            depths = list(accumulate(map(_STEP.__getitem__, brackets), initial=depth))
+            depth = depths[-1]
+            if max(depths) > MAX_BODY_DEPTH:
+                raise InvalidRequest(f"the body is nested deeper than {MAX_BODY_DEPTH} lists and maps")
+
+
+# --- where it is wrong -------------------------------------------------------------------------------
+
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}:]', re.DOTALL)
+
+
+def _broken_field(body: bytes, error: str) -> str | None:
+    """The member of the body in which the byte lies that is none of JSON's (``NaN``, say)."""
+    _, found, offset = error.partition("(byte ")
+    if not found:
+        return None
+    depth, name, field = 0, b"", None
+    for match in _TOKEN.finditer(body, 0, int(offset.rstrip(")"))):
+        token = match[0]
+        if token in b"[{":
+            depth += 1
+        elif token in b"]}":
+            depth -= 1
+        elif depth == 1 and token == b":":
+            field = name
+        elif depth == 1:
+            name = token
+    if field is None:
+        return None
+    try:
+        return msgspec.json.decode(field, type=str)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def _refused(error: msgspec.ValidationError) -> InvalidRequest:
+    path, message = located(error)
+    return InvalidRequest(f"{path}: {message}" if path else message, field=path or None)

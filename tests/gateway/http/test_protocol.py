@@ -1,0 +1,194 @@
+"""HTTP as clients really speak it: upgrades that nobody asked to follow, preflights, methods, pipelines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from microserve.gateway.http.cors import with_cors
+from microserve.protocol.errors import ConfigError
+from tests.support.gateway.gateway_world import Connection, GatewayWorld, connect, gateway_world, run
+
+BODY = b'{"model":"tiny","prompt":"x"}'
+H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+WEBSOCKET = b"connection: keep-alive, upgrade\r\nupgrade: websocket\r\nsec-websocket-key: x\r\n"
+
+
+def http_of(world: GatewayWorld) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=world.address, timeout=20.0)
+
+
+def request(extra: bytes = b"", *, path: bytes = b"/v1/completions", body: bytes = BODY) -> bytes:
+    length = b"content-length: %d\r\n" % len(body)
+    return b"POST %b HTTP/1.1\r\nhost: t\r\n%b%b\r\n%b" % (path, extra, length, body)
+
+
+async def answer(client: Connection) -> tuple[int, dict[str, str], bytes]:
+    status, headers = await client.head()
+    return status, headers, await client.reader.readexactly(int(headers.get("content-length", "0")))
+
+
+@pytest.mark.parametrize("upgrade", [H2C, WEBSOCKET, b"connection: UPGRADE\r\nupgrade: foo/2\r\n"])
+def test_an_upgrade_that_is_not_followed_changes_nothing(model: Path, upgrade: bytes) -> None:
+    """RFC 9110 7.8; Java's client sends h2c with its first request. However the bytes are cut."""
+
+    async def main() -> None:
+        async with gateway_world(model) as world:
+            world.router.answer = lambda served: served.end("length")
+            whole = request(upgrade)
+            chunked = b"%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY)
+            for data in (
+                [whole],
+                [whole[:-9], whole[-9:]],
+                [whole[: -len(BODY)], whole[-len(BODY) :]],
+                [whole[i : i + 7] for i in range(0, len(whole), 7)],
+                [request(upgrade + b"transfer-encoding: chunked\r\n", body=b"").replace(
+                    b"content-length: 0\r\n", b"") + chunked],
+            ):  # fmt: skip
+                async with connect(world) as client:
+                    for part in data:
+                        await client.send(part)
+                    assert (await answer(client))[0] == 200
+                    # The connection goes on, with and without an upgrade, in one piece, too.
+                    await client.send(
+                        request() + request(upgrade) + b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n"
+                    )
+                    assert [(await answer(client))[0] for _ in range(3)] == [200, 200, 200]
+            assert len(world.router.served) == 15
+
+    run(main())
+
+
+def test_a_tunnel_is_not_offered(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world:
+            async with connect(world) as client:
+                await client.send(b"CONNECT example.org:443 HTTP/1.1\r\nhost: example.org\r\n\r\n")
+                assert (await client.head())[0] == 400
+            async with http_of(world) as http:
+                assert (await http.get("/health")).status_code == 200
+
+    run(main())
+
+
+def test_a_wrong_method_is_told_the_right_ones(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, http_of(world) as http:
+            for method, path, allow in (
+                ("POST", "/v1/models", "GET, HEAD, OPTIONS"),
+                ("PUT", "/metrics", "GET, HEAD, OPTIONS"),
+                ("GET", "/v1/chat/completions", "POST, OPTIONS"),
+                ("DELETE", "/tokenize", "POST, OPTIONS"),
+            ):
+                reply = await http.request(method, path)
+                assert (reply.status_code, reply.headers["allow"]) == (405, allow)
+                asked = await http.options(path, headers={"origin": "https://a.example"})
+                assert (asked.status_code, asked.headers["allow"], asked.content) == (204, allow, b"")
+                assert "access-control-allow-origin" not in asked.headers
+            for path in ("/health", "/v1/models", "/metrics", "/version"):
+                head = await http.head(path)
+                assert (head.status_code, head.content) == (200, b"")
+                assert int(head.headers["content-length"]) > 0
+
+    run(main())
+
+
+def test_pages_of_chosen_origins_may_ask_and_others_not(model: Path) -> None:
+    origins = '["https://a.example"]'
+    settings = (f"gateway.cors_origins={origins}", 'gateway.api_keys=["k"]')
+
+    async def main() -> None:
+        async with gateway_world(model, *settings) as world, http_of(world) as http:
+            world.router.answer = lambda served: served.end("length")
+            for origin, status in (("https://a.example", 200), ("https://b.example", 400)):
+                # A browser sends no key with it.
+                preflight = await http.options(
+                    "/v1/chat/completions",
+                    headers={
+                        "origin": origin,
+                        "access-control-request-method": "POST",
+                        "access-control-request-headers": "authorization,content-type,x-stainless-lang",
+                    },
+                )
+                assert preflight.status_code == status
+                allowed = preflight.headers.get("access-control-allow-origin")
+                assert allowed == (origin if status == 200 else None)
+                for stream in (False, True):
+                    reply = await http.post(
+                        "/v1/completions",
+                        json={"model": "tiny", "prompt": "x", "stream": stream},
+                        headers={"origin": origin, "authorization": "Bearer k"},
+                    )
+                    assert reply.status_code == 200
+                    assert reply.headers.get("access-control-allow-origin") == allowed
+                    assert not stream or reply.text.endswith("data: [DONE]\n\n")
+                refused = await http.post("/v1/completions", json={}, headers={"origin": origin})
+                assert refused.status_code == 401  # a page may read why
+                assert refused.headers.get("access-control-allow-origin") == allowed
+            exposed = (await http.get("/health", headers={"origin": "https://a.example"})).headers
+            assert "x-request-id" in exposed["access-control-expose-headers"]
+
+    run(main())
+
+
+def test_a_stream_to_another_origin_comes_token_by_token(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model, 'gateway.cors_origins=["*"]') as world, connect(world) as client:
+            body = json.dumps({"model": "tiny", "prompt": "x", "stream": True}).encode()
+            await client.send(request(b"origin: https://a.example\r\n", body=body))
+            served = await world.router.request()
+            served.send([65])
+            status, headers = await client.head()
+            assert (status, headers["access-control-allow-origin"]) == (200, "*")
+            assert b'"text"' in await client.chunk()
+            served.send([66])
+            assert b'"text"' in await client.chunk()
+            client.reset()
+            await served.cancelled.wait()
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "origin", ["a.example", "https://a.example/path", "", "https://a.example, https://b"]
+)
+def test_what_is_no_origin_is_a_wrong_setting(origin: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        with_cors(lambda scope, receive, send: None, [origin])  # type: ignore[arg-type,return-value]
+    assert caught.value.field == "gateway.cors_origins"
+
+
+def test_a_client_that_waits_before_its_body_is_told_to_go_on(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model, 'gateway.api_keys=["k"]') as world:
+            world.router.answer = lambda served: served.end("length")
+            async with connect(world) as client:
+                whole = request(b"expect: 100-continue\r\nauthorization: Bearer k\r\n")
+                await client.send(whole[: -len(BODY)])
+                assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+                await client.send(BODY)
+                assert (await answer(client))[0] == 200
+            async with connect(world) as client:  # one that has no key need not send it at all
+                await client.send(request(b"expect: 100-continue\r\n")[: -len(BODY)])
+                assert (await answer(client))[0] == 401
+
+    run(main())
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "0", "1e999", "x", "", "1,5", "9" * 400])
+def test_a_time_that_is_none_is_named(model: Path, value: str) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, http_of(world) as http:
+            world.router.answer = lambda served: served.end("length")
+            headers = {"x-microserve-timeout-s": value}
+            reply = await http.post("/v1/completions", content=BODY, headers=headers)
+            if value not in ("1e999", "9" * 400):  # as long as the gateway allows
+                assert reply.status_code == 400
+                assert reply.json()["error"]["param"] == "x-microserve-timeout-s"
+            else:
+                assert reply.status_code == 200
+
+    run(main())
