@@ -23,8 +23,9 @@ from microserve.gateway.openai.schema import GenerationRequest
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.routers.mailbox import Mailbox
 from microserve.gateway.state import GatewayState
-from microserve.gateway.text.choice import Choice, TokenText
+from microserve.gateway.text.choice import Choice
 from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.gateway.text.transcript import TokenText
 from microserve.protocol.errors import InternalError, MeshError
 
 R = TypeVar("R", bound=GenerationRequest)

@@ -82,6 +82,7 @@ class ChoiceGroup:
                 prompt_ids=prompt_ids,
                 sampling=sampling,
                 stop=options.stop,
+                eos_token_ids=state.routers.eos_token_ids,
                 times=dataclasses.replace(self.times),
             )
             self.choices.append(choice)

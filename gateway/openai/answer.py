@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import msgspec
 
 from microserve.gateway.http.sse import event
-from microserve.gateway.text.choice import Piece, TokenText
+from microserve.gateway.text.choice import Piece
+from microserve.gateway.text.transcript import TokenText
 
 encode = msgspec.json.Encoder().encode
 

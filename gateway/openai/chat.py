@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
 from microserve.gateway.openai.schema import ChatRequest, ContentPart, Message
 from microserve.gateway.routers.link import ModelLimits
-from microserve.gateway.text.choice import Piece, TokenText
+from microserve.gateway.text.choice import Piece
 from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.gateway.text.transcript import TokenText
 from microserve.protocol.errors import InvalidRequest
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, cast
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
 from microserve.gateway.openai.schema import MAX_CHOICES, CompletionRequest
 from microserve.gateway.routers.link import ModelLimits
-from microserve.gateway.text.choice import Piece, TokenText
+from microserve.gateway.text.choice import Piece
 from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.gateway.text.transcript import TokenText
 from microserve.protocol.errors import InvalidRequest
 
 
@@ -74,7 +75,8 @@ def _logprobs(tokens: list[TokenText]) -> dict[str, Any]:
         "token_logprobs": [token.logprob for token in tokens],
         # The chosen token is always among them, as OpenAI has it.
         "top_logprobs": [
-            {other.text: other.logprob for other in token.top} | {token.text: token.logprob}
+            # Of two with one text the likelier: they come in that order.
+            {other.text: other.logprob for other in reversed(token.top)} | {token.text: token.logprob}
             for token in tokens
         ],
         "text_offset": [token.offset for token in tokens],

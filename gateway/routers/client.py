@@ -159,6 +159,11 @@ class RouterClient:
             raise NoEngines("no engine has told the limits of the model yet")
         return link.limits
 
+    def eos_token_ids(self) -> frozenset[int]:
+        """Of our model, as far as any router has said."""
+        links = (link for link in self.links if link.model in ("", self._model))
+        return frozenset().union(*(link.limits.eos_token_ids for link in links))
+
     def generate(
         self,
         inbox: Inbox,

@@ -51,6 +51,7 @@ class ModelLimits:
 
     max_model_len: int
     vocab_size: int
+    eos_token_ids: frozenset[int] = frozenset()
 
     @property
     def are_known(self) -> bool:
@@ -246,8 +247,11 @@ class RouterLink:
         # Without engines it knows no limits: what it said before, in this life or another, is still true.
         if not message.model or message.max_model_len <= 0 or message.vocab_size <= 0:
             return
-        if (message.max_model_len, message.vocab_size) != (self.limits.max_model_len, self.limits.vocab_size):
-            self.limits = ModelLimits(max_model_len=message.max_model_len, vocab_size=message.vocab_size)
+        self.limits = ModelLimits(
+            max_model_len=message.max_model_len,
+            vocab_size=message.vocab_size,
+            eos_token_ids=frozenset(message.eos_token_ids),
+        )
 
     def status(self) -> dict[str, Any]:
         """For people and ``/ready``."""

@@ -1,36 +1,22 @@
 """One choice of an answer: tokens come in, visible text goes out, until something ends it; and its times.
 
-Owns the order of detokenising, stop strings and the end; knows nothing of JSON or HTTP.
+Owns the order of detokenising, stop strings and the end, and holds back a token that may be the end; knows
+nothing of JSON or HTTP.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from microserve.gateway.routers.mailbox import Mailbox, TokenBatch
 from microserve.gateway.text.stop import StopMatcher
 from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.gateway.text.transcript import TokenText, Transcript
 from microserve.protocol.errors import MeshError, PeerError, ProtocolViolation, error_for
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.router import Ended
 from microserve.protocol.messages.sampling import SamplingParams
-
-LOWEST_LOGPROB = -9999.0
-"""What OpenAI sends for minus infinity, which JSON cannot say."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenText:
-    """One token as the ``logprobs`` of an answer show it."""
-
-    text: str
-    data: bytes
-    logprob: float
-    top: list[TokenText] = field(default_factory=list)
-    offset: int = 0
-    """Characters of all tokens before it."""
 
 
 @dataclass(slots=True)
@@ -72,7 +58,9 @@ class Choice:
         sampling: SamplingParams,
         stop: Sequence[str],
         times: Timeline,
+        eos_token_ids: Callable[[], Collection[int]] = tuple,
     ) -> None:
+        """``eos_token_ids``: the model's, asked when the first token is here: who brings it knows them."""
         self.index = index
         self.num_prompt_tokens = len(prompt_ids)
         self.times = times
@@ -83,12 +71,16 @@ class Choice:
         self.last_tokens_at = 0.0
         self.opened = False
         """Its first event has been sent."""
-        self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer(prompt_ids)
         self._matcher = StopMatcher(stop) if stop else None
         self._min_tokens = sampling.min_tokens
-        self._with_logprobs = sampling.logprobs is not None
-        self._num_chars = 0
+        self._transcript = Transcript(tokenizer.vocabulary) if sampling.logprobs is not None else None
+        self._eos_token_ids: Callable[[], Collection[int]] = tuple if sampling.ignore_eos else eos_token_ids
+        self._stop_token_ids = sampling.stop_token_ids
+        self._stop_ids: frozenset[int] | None = None
+        self._held: tuple[int, TokenLogprob | None] | None = None
+        """A token that may be the end, which has no text. The token comes before the word that it was the
+        end: by another engine, or from a router that is lost since."""
 
     @property
     def over(self) -> bool:
@@ -101,54 +93,68 @@ class Choice:
 
     def push(self, batch: TokenBatch) -> Piece:
         """Take new tokens and perhaps the end. What comes after the end is ignored."""
+        piece = Piece()
         if self.over:
-            return Piece()
-        token_ids = batch.token_ids
-        num_shown = len(token_ids)
-        ended = batch.ended
-        if ended is not None and token_ids and token_ids[-1] == ended.stop_token_id:
-            num_shown -= 1  # it ended the choice and carries no text
-        if self._matcher is None and not self._with_logprobs:
-            piece = Piece(self._detokenizer.push(token_ids[:num_shown] if ended else token_ids))
-            self.num_output_tokens += len(token_ids)
+            return piece
+        if self._stop_ids is None:
+            self._stop_ids = frozenset((*self._stop_token_ids, *self._eos_token_ids()))
+        stop_ids = self._stop_ids
+        if batch.ended is not None and batch.ended.stop_token_id is not None:
+            stop_ids |= {batch.ended.stop_token_id}  # in one message no race is possible
+        if (
+            self._matcher is None
+            and self._transcript is None
+            and self._held is None
+            and stop_ids.isdisjoint(batch.token_ids)
+        ):
+            self.num_output_tokens += len(batch.token_ids)
+            piece.text = self._detokenizer.push(batch.token_ids)
         else:
-            piece = self._push_one_by_one(batch, num_shown)
-        if ended is not None and not self.over:
-            self._end(ended, piece)
+            self._push_one_by_one(batch, stop_ids, piece)
+        if batch.ended is not None and not self.over:
+            self._end(batch.ended, piece)
         piece.finish_reason = self.finish_reason
         return piece
 
-    def _push_one_by_one(self, batch: TokenBatch, num_shown: int) -> Piece:
+    def _push_one_by_one(self, batch: TokenBatch, stop_ids: frozenset[int], piece: Piece) -> None:
         """Token by token, so that the answer does not depend on how tokens were merged on their way."""
-        piece = Piece()
         for position, token_id in enumerate(batch.token_ids):
+            logprob = None if self._transcript is None else batch.logprobs[position]
+            self._show_held(piece)
+            if self.over:
+                return
             self.num_output_tokens += 1
-            if position >= num_shown:
-                break
-            text = self._detokenizer.push((token_id,))
-            if self._with_logprobs:
-                piece.tokens.append(self._token_text(token_id, batch.logprobs[position]))
-            # As in vLLM, a stop string counts only behind the first min_tokens tokens.
-            if self._matcher is not None and self.num_output_tokens > self._min_tokens:
-                text = self._matcher.push(text)
-            piece.text += text
-            if self._matcher is not None and self._matcher.stopped:
+            if token_id in stop_ids:
+                self._held = (token_id, logprob)
+            else:
+                self._show(token_id, logprob, piece)
+            if self.over:
+                return
+
+    def _show_held(self, piece: Piece) -> None:
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._show(*held, piece)
+
+    def _show(self, token_id: int, logprob: TokenLogprob | None, piece: Piece) -> None:
+        previous = self._detokenizer.previous
+        share, text = self._detokenizer.step(token_id)
+        if self._transcript is not None and logprob is not None:
+            pending = self._detokenizer.pending
+            self._transcript.add(token_id, share, text, logprob, previous=previous, pending=pending)
+        self._reveal(text, piece)
+
+    def _reveal(self, text: str, piece: Piece) -> None:
+        """What stop strings leave of it, and the tokens of what is out now."""
+        matcher = self._matcher
+        if matcher is not None:
+            # As in vLLM, a stop string counts when it is complete behind the first min_tokens tokens.
+            text = matcher.push(text, may_stop=self.num_output_tokens > self._min_tokens)
+            if matcher.stopped:
                 self.finish_reason = "stop"
-                break
-        return piece
-
-    def _token_text(self, token_id: int, logprob: TokenLogprob) -> TokenText:
-        text = self._tokenizer.token_text(token_id)
-        offset = self._num_chars
-        self._num_chars += len(text)
-        top = [self._alternative(other, value) for other, value in logprob.top]
-        data = self._tokenizer.token_bytes(token_id)
-        return TokenText(text, data, _finite(logprob.logprob), top, offset)
-
-    def _alternative(self, token_id: int, logprob: float) -> TokenText:
-        return TokenText(
-            self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id), _finite(logprob)
-        )
+        piece.text += text
+        if self._transcript is not None:
+            piece.tokens += self._transcript.reveal(len(text), is_over=self.over)
 
     def _end(self, ended: Ended, piece: Piece) -> None:
         if ended.reason == "error":
@@ -160,14 +166,17 @@ class Choice:
         elif ended.reason not in ("stop", "length"):
             self.error = ProtocolViolation(f"a request ended for the unknown reason {ended.reason[:32]!r}")
         else:
-            text = self._detokenizer.flush()
-            if self._matcher is not None:
-                text = self._matcher.push(text)
-                text += self._matcher.flush()
-            piece.text += text
-            stopped = self._matcher is not None and self._matcher.stopped
-            self.finish_reason = "stop" if stopped else ended.reason
+            if ended.reason != "stop":
+                self._show_held(piece)
+            if not self.over:
+                self._reveal(self._detokenizer.flush(), piece)
+            if not self.over:
+                self.finish_reason = ended.reason
+                self._reveal_rest(piece)
 
-
-def _finite(logprob: float) -> float:
-    return max(logprob, LOWEST_LOGPROB) if not math.isnan(logprob) else LOWEST_LOGPROB
+    def _reveal_rest(self, piece: Piece) -> None:
+        """What was held back for a stop string that never became whole."""
+        text = "" if self._matcher is None else self._matcher.flush()
+        piece.text += text
+        if self._transcript is not None:
+            piece.tokens += self._transcript.reveal(len(text), is_over=True)

@@ -28,9 +28,16 @@ class _Pattern:
                 length += 1
             self.failure[i] = length
 
+    @property
+    def open_length(self) -> int:
+        """``matched`` without a whole match: of what may yet become one."""
+        return self.failure[-1] if self.matched == len(self.text) else self.matched
+
     def advance(self, character: str) -> int:
         """Take one character; the new ``matched``."""
         length = self.matched
+        if length == len(self.text):
+            length = self.failure[-1]
         while length and self.text[length] != character:
             length = self.failure[length - 1]
         if self.text[length] == character:
@@ -48,8 +55,11 @@ class StopMatcher:
         self._held = ""
         self.stopped = False
 
-    def push(self, text: str) -> str:
-        """Text that is certainly visible now; empty after a match (``stopped``)."""
+    def push(self, text: str, *, may_stop: bool = True) -> str:
+        """Text that is certainly visible now; empty after a match (``stopped``).
+
+        Without ``may_stop`` what is complete in ``text`` is no match; what only begins in it may become one.
+        """
         if self.stopped:
             return ""
         if not self._held and self._first_characters.isdisjoint(text):
@@ -62,11 +72,11 @@ class StopMatcher:
             for pattern in self._patterns:
                 if pattern.advance(character) == len(pattern.text):
                     complete = max(complete, len(pattern.text))
-            if complete:
+            if complete and may_stop:
                 self.stopped = True
                 self._held = ""
                 return pending[: position - complete]
-        longest = max(pattern.matched for pattern in self._patterns)
+        longest = max(pattern.open_length for pattern in self._patterns)
         border = len(pending) - longest
         self._held = pending[border:]
         return pending[:border]

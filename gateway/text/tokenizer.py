@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import ByteLevel
 
 from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.gateway.text.detokenizer import Detokenizer
+from microserve.gateway.text.vocabulary import Vocabulary
 from microserve.protocol.errors import ConfigError, InvalidRequest, PromptTooLong
 
 INLINE_CHARS = 2048
@@ -40,10 +40,7 @@ class ModelTokenizer:
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self._longest_token_chars = max(map(len, vocabulary), default=1)
-        self._byte_of = _byte_level_alphabet() if isinstance(tokenizer.decoder, ByteLevel) else {}
-        self._special = {
-            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        }
+        self.vocabulary = Vocabulary(tokenizer)
 
     @classmethod
     def load(cls, directory: str | Path) -> ModelTokenizer:
@@ -111,36 +108,10 @@ class ModelTokenizer:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
-        return Detokenizer(self._tokenizer, prompt_ids)
-
-    def token_text(self, token_id: int) -> str:
-        """One token by itself, special ones included; half a character is U+FFFD."""
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The token's exact bytes where the vocabulary tells them, else its text's."""
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None:
-            return b""
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            try:
-                return bytes.fromhex(token[3:5])
-            except ValueError:
-                pass
-        if token_id not in self._special and token and all(character in self._byte_of for character in token):
-            return bytes(self._byte_of[character] for character in token)
-        return self.token_text(token_id).encode()
+        return Detokenizer(self.vocabulary, prompt_ids)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte: printable Latin-1 is itself, the rest follows U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -124,6 +124,8 @@ class RouterWelcome(_Message, frozen=True, tag=1):
     num_engines: int
     strategies: list[str]
     default_strategy: str
+    eos_token_ids: list[int] = []
+    """Ids that end a sequence and carry no text; empty until the first engine is known."""
 
 
 class Stream(_Message, frozen=True, tag=2):
@@ -142,6 +144,8 @@ class RouterHeartbeat(_Message, frozen=True, tag=3):
     model: str
     max_model_len: int
     vocab_size: int
+    eos_token_ids: list[int] = []
+    """As in ``RouterWelcome``."""
 
 
 class RouterFailed(_Message, frozen=True, tag=4):

@@ -171,6 +171,7 @@ class Router:
             len(self.registry.joined()),
             self.strategies.names,
             self._settings.router.default_strategy,
+            served.eos_token_ids if served else [],
         )
 
     def _heartbeat(self) -> RouterHeartbeat:
@@ -183,6 +184,7 @@ class Router:
             served.model if served else "",
             self.registry.max_model_len,
             served.vocab_size if served else 0,
+            served.eos_token_ids if served else [],
         )
 
 

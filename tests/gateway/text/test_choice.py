@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,30 +11,52 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from microserve.gateway.routers.mailbox import TokenBatch
-from microserve.gateway.text.choice import LOWEST_LOGPROB, Choice, Timeline, TokenText
+from microserve.gateway.text.choice import Choice, Timeline
 from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.gateway.text.transcript import LOWEST_LOGPROB, TokenText
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob, Usage
 from microserve.protocol.messages.router import Ended, Phases
 from microserve.protocol.messages.sampling import SamplingParams
+from tests.support.gateway.tokenizers import KINDS, byte_ids, ids_of
 
 ENDED = Ended("length", Usage(), Phases(), "auto", [])
 
 
-def choice(tokenizer: ModelTokenizer, stop: list[str], **sampling: Any) -> Choice:
+def choice(
+    tokenizer: ModelTokenizer,
+    stop: list[str],
+    prompt: Sequence[int] = (),
+    eos: Sequence[int] = (),
+    **sampling: Any,
+) -> Choice:
     params = SamplingParams(max_tokens=100, **sampling)
-    return Choice(tokenizer, index=0, prompt_ids=[], sampling=params, stop=stop, times=Timeline(0.0))
+    times = Timeline(0.0)
+    return Choice(
+        tokenizer,
+        index=0,
+        prompt_ids=prompt,
+        sampling=params,
+        stop=stop,
+        times=times,
+        eos_token_ids=lambda: eos,
+    )
 
 
 def answer(
-    tokenizer: ModelTokenizer, ids: list[int], cuts: list[int], stop: list[str], **sampling: Any
+    tokenizer: ModelTokenizer,
+    ids: list[int],
+    cuts: list[int],
+    stop: list[str],
+    prompt: Sequence[int] = (),
+    **sampling: Any,
 ) -> tuple[str, list[TokenText], str | None, int]:
-    chosen = choice(tokenizer, stop, **sampling)
+    chosen = choice(tokenizer, stop, prompt, **sampling)
     text, tokens = "", []
     borders = sorted({min(cut, len(ids)) for cut in cuts} | {0, len(ids)})
     for begin, end in zip(borders, [*borders[1:], len(ids)], strict=True):
         batch = TokenBatch(ids[begin:end], ended=ENDED if end == len(ids) else None)
-        if "logprobs" in sampling:
+        if sampling.get("logprobs") is not None:
             batch.logprobs = [TokenLogprob(-0.5 * i, [(i, -1.0)]) for i in batch.token_ids]
         piece = chosen.push(batch)
         text += piece.text
@@ -59,10 +82,11 @@ def test_merging_changes_nothing(
     logprobs: int | None,
 ) -> None:
     ids = raw_tokenizer.encode(text).ids
-    sampling = {"min_tokens": min_tokens} | ({} if logprobs is None else {"logprobs": logprobs})
-    one_by_one = answer(tokenizer, ids, list(range(len(ids))), stop, **sampling)
-    assert answer(tokenizer, ids, cuts, stop, **sampling) == one_by_one
+    one_by_one = answer(tokenizer, ids, list(range(len(ids))), stop, min_tokens=min_tokens, logprobs=logprobs)
+    assert answer(tokenizer, ids, cuts, stop, min_tokens=min_tokens, logprobs=logprobs) == one_by_one
     assert text.startswith(one_by_one[0])
+    if logprobs is not None:
+        assert b"".join(token.data for token in one_by_one[1]).decode() == one_by_one[0]
     if not stop:
         assert one_by_one[0] == text
 
@@ -74,6 +98,19 @@ def test_stop_strings_count_behind_the_least_length(
     for min_tokens, shown in ((0, ""), (1, "b"), (3, "bbb")):
         text, _, reason, num_tokens = answer(tokenizer, [b] * 9, [], ["b"], min_tokens=min_tokens)
         assert (text, reason, num_tokens) == (shown, "stop", min_tokens + 1)
+
+
+def test_a_stop_string_that_begins_within_the_least_length(
+    tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer
+) -> None:
+    """D3: it counts when it is complete behind them; one that is complete within them does not."""
+    ids = raw_tokenizer.encode("xabab").ids
+    assert len(ids) == 5
+    for min_tokens, shown in ((0, "x"), (2, "x"), (3, "xab"), (4, "xab")):
+        text, _, reason, num_tokens = answer(tokenizer, ids, [], ["ab"], min_tokens=min_tokens)
+        assert (text, reason) == (shown, "stop")
+        assert num_tokens == len(shown) + 2
+    assert answer(tokenizer, ids, [], ["ab"], min_tokens=5)[0] == "xabab"
 
 
 def test_the_stop_token_is_counted_but_not_shown(tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer) -> None:
@@ -120,3 +157,137 @@ def test_logprobs_that_json_cannot_say(tokenizer: ModelTokenizer, raw_tokenizer:
     piece = chosen.push(TokenBatch(ids, logprobs))
     assert piece.tokens[0].logprob == LOWEST_LOGPROB
     assert piece.tokens[0].top[0].logprob == LOWEST_LOGPROB
+
+
+# --- logprobs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+@given(
+    prompt=st.lists(st.integers(0, 299), max_size=6),
+    ids=st.lists(st.integers(0, 299), max_size=12),
+    stop=st.lists(st.sampled_from(["the", " ", "a", "o", "漢", "\N{REPLACEMENT CHARACTER}"]), max_size=2),
+    min_tokens=st.integers(0, 4),
+    cuts=st.lists(st.integers(0, 12)),
+)
+def test_the_bytes_of_the_tokens_are_the_text(
+    kind: str, prompt: list[int], ids: list[int], stop: list[str], min_tokens: int, cuts: list[int]
+) -> None:
+    """D1, for every kind of tokenizer, random tokens and stop strings that cut a token in two."""
+    tokenizer, size = TOKENIZERS[kind], TOKENIZERS[kind].vocab_size
+    prompt, ids = [each % size for each in prompt], [each % size for each in ids]
+    text, tokens, *_ = answer(tokenizer, ids, cuts, stop, prompt, min_tokens=min_tokens, logprobs=1)
+    assert b"".join(token.data for token in tokens).decode("utf-8", "replace") == text
+    for token in tokens:
+        if token.data and not token.text.startswith("bytes:"):
+            assert text[token.offset :].startswith(token.text)
+    assert answer(tokenizer, ids, [], stop, prompt, min_tokens=min_tokens)[0] == text
+
+
+TOKENIZERS = {kind: ModelTokenizer(make()) for kind, make in KINDS.items()}
+
+
+def test_tokens_of_a_sentencepiece_tokenizer() -> None:
+    """D1: `` the mesh`` was "the" and "mesh", and every offset was wrong."""
+    raw = KINDS["byte_fallback"]()
+    ids = [*ids_of(raw, ["▁the", "▁mesh"]), *byte_ids(raw, "漢"), *ids_of(raw, ["!"])]
+    prompt = [*ids_of(raw, ["<s>", "▁he"]), *byte_ids(raw, "😀😀")]
+    text, tokens, *_ = answer(TOKENIZERS["byte_fallback"], ids, [], [], prompt, logprobs=1)
+    assert text == " the mesh漢!"
+    assert [token.text for token in tokens] == [
+        *(" the", " mesh", r"bytes:\xe6", r"bytes:\xbc", r"bytes:\xa2", "!")
+    ]
+    assert [token.offset for token in tokens] == [0, 4, 9, 9, 9, 10]
+    assert [token.top[0].text for token in tokens] == [token.text for token in tokens]
+
+
+def test_a_stop_string_takes_its_tokens_with_it() -> None:
+    raw = KINDS["byte_fallback"]()
+    ids = ids_of(raw, ["▁the", "▁world", "!"])
+    text, tokens, reason, _ = answer(TOKENIZERS["byte_fallback"], ids, [1], ["orld"], logprobs=0)
+    assert (text, reason) == ("the w", "stop")
+    assert [(token.text, token.data, token.offset) for token in tokens] == [
+        ("the", b"the", 0),
+        (" w", b" w", 3),
+    ]
+
+
+def test_special_tokens_are_named_and_have_no_bytes() -> None:
+    raw = KINDS["byte_level"]()
+    ids = ids_of(raw, ["a", "<s>", "b"])
+    text, tokens, *_ = answer(TOKENIZERS["byte_level"], ids, [], [], logprobs=0)
+    assert (text, [token.text for token in tokens]) == ("ab", ["a", "<s>", "b"])
+    assert [(token.data, token.offset) for token in tokens] == [(b"a", 0), (b"", 1), (b"b", 1)]
+
+
+# --- the token that ends it ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known_as", ["eos_token_ids", "stop_token_ids"])
+@pytest.mark.parametrize("logprobs", [None, 0])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_stop_token_that_comes_before_the_end_is_not_shown(
+    tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer, known_as: str, logprobs: int | None, named: bool
+) -> None:
+    """D4: another engine made it, or the router that said so is lost: the end comes in a later message."""
+    [a], [b] = raw_tokenizer.encode("a").ids, raw_tokenizer.encode("b").ids
+    if known_as == "eos_token_ids":
+        chosen = choice(tokenizer, [], eos=[b], logprobs=logprobs)
+    else:
+        chosen = choice(tokenizer, [], stop_token_ids=(b,), logprobs=logprobs)
+    with_logprobs = [] if logprobs is None else [TokenLogprob(-1.0)]
+    pieces = [
+        chosen.push(TokenBatch([a], with_logprobs)),
+        chosen.push(TokenBatch([b], with_logprobs)),
+        chosen.push(
+            TokenBatch(ended=Ended("stop", Usage(), Phases(), "auto", [], stop_token_id=b if named else None))
+        ),
+    ]
+    assert [piece.text for piece in pieces] == ["a", "", ""]
+    assert [token.text for piece in pieces for token in piece.tokens] == ([] if logprobs is None else ["a"])
+    assert (chosen.finish_reason, chosen.num_output_tokens) == ("stop", 2)
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_a_stop_token_that_was_not_the_end_is_shown(
+    tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer, logprobs: int | None
+) -> None:
+    [a], [b] = raw_tokenizer.encode("a").ids, raw_tokenizer.encode("b").ids
+    chosen = choice(tokenizer, [], stop_token_ids=(b,), logprobs=logprobs)
+    with_logprobs = [] if logprobs is None else [TokenLogprob(-1.0)]
+    pieces = [chosen.push(TokenBatch([each], with_logprobs)) for each in (b, a, b)]
+    pieces.append(chosen.push(TokenBatch(ended=ENDED)))
+    assert [piece.text for piece in pieces] == ["", "ba", "", "b"]
+    assert "".join(token.text for piece in pieces for token in piece.tokens) == (
+        "" if logprobs is None else "bab"
+    )
+
+
+def test_a_token_that_is_to_be_ignored_as_an_end_is_text_at_once(
+    tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer
+) -> None:
+    [b] = raw_tokenizer.encode("b").ids
+    assert choice(tokenizer, [], eos=[b], ignore_eos=True).push(TokenBatch([b])).text == "b"
+
+
+@given(
+    ids=st.lists(st.sampled_from([0, 1, 2]), max_size=8),
+    cuts=st.lists(st.integers(0, 8)),
+    stop=st.lists(st.sampled_from(["b", "ab", "bb"]), max_size=2),
+    min_tokens=st.integers(0, 3),
+    logprobs=st.sampled_from([None, 0]),
+)
+def test_merging_changes_nothing_with_stop_tokens(
+    tokenizer: ModelTokenizer,
+    raw_tokenizer: Tokenizer,
+    ids: list[int],
+    cuts: list[int],
+    stop: list[str],
+    min_tokens: int,
+    logprobs: int | None,
+) -> None:
+    letters = [raw_tokenizer.encode(letter).ids[0] for letter in "abc"]
+    ids = [letters[each] for each in ids]
+    sampling: Any = {"stop_token_ids": (letters[1],), "min_tokens": min_tokens, "logprobs": logprobs}
+    one_by_one = answer(tokenizer, ids, list(range(len(ids))), stop, **sampling)
+    assert answer(tokenizer, ids, cuts, stop, **sampling) == one_by_one

@@ -224,6 +224,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
             num_engines=2,
             strategies=["auto", "balanced"],
             default_strategy="auto",
+            eos_token_ids=[0, 2],
         ),
     ),
     (ROUTER_REPLY, serving.Stream(outputs=[OUTPUT])),
@@ -237,6 +238,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
             model="m",
             max_model_len=8192,
             vocab_size=49152,
+            eos_token_ids=[0, 2],
         ),
     ),
     (ROUTER_REPLY, serving.RouterFailed(code="protocol_violation", detail="d")),
@@ -345,7 +347,7 @@ GOLDEN: dict[str, str] = {
     "GATEWAY_TO_ROUTER.GatewayPing": "9204cf1000000000000000",
     "GATEWAY_TO_ROUTER.StreamCredit": "920520",
     "ROUTER_TO_GATEWAY.RouterWelcome": (
-        "9901a6726f75746572cf1000000000000000a16dcd2000cdc0000292a46175746fa862616c616e636564a46175746f"
+        "9a01a6726f75746572cf1000000000000000a16dcd2000cdc0000292a46175746fa862616c616e636564a46175746f920002"
     ),
     "ROUTER_TO_GATEWAY.Stream": (
         "92029195a2723104910b9192cbbfe000000000000092920bcbbfd0000000000000920ccbbff80000000000009ba56572"
@@ -353,7 +355,7 @@ GOLDEN: dict[str, str] = {
         "10000000000000cb4014000000000000cb4024000000000000cb4026000000000000a862616c616e63656492a26531a2"
         "6532aa63616368655f66756c6ca164a166cb3ff80000000000000203"
     ),
-    "ROUTER_TO_GATEWAY.RouterHeartbeat": "9803cf10000000000000000203cd0400a16dcd2000cdc000",
+    "ROUTER_TO_GATEWAY.RouterHeartbeat": "9903cf10000000000000000203cd0400a16dcd2000cdc000920002",
     "ROUTER_TO_GATEWAY.RouterFailed": "9304b270726f746f636f6c5f76696f6c6174696f6ea164",
     "TO_INDEX.Register": (
         "930101de0011a9656e67696e655f6964a26531ab696e6361726e6174696f6ecf2000000000000000a761646472657373"

@@ -152,6 +152,7 @@ class ScriptedRouter:
         num_engines: int = 1,
         vocab_size: int = 1000,
         max_model_len: int = MAX_MODEL_LEN,
+        eos_token_ids: Sequence[int] = (),
         address: str = "tcp://127.0.0.1:0",
         confirm_cancels: bool = True,
         silent: bool = False,
@@ -161,6 +162,7 @@ class ScriptedRouter:
         self.num_engines = num_engines
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
+        self.eos_token_ids = list(eos_token_ids)
         self.incarnation = secrets.randbits(62) | 1
         self.confirm_cancels = confirm_cancels
         self.silent = silent
@@ -228,11 +230,10 @@ class ScriptedRouter:
             case GatewayHello():
                 self.num_hellos += 1
                 self.windows[peer] = CreditWindow(message.credit)
-                welcome = RouterWelcome(
+                self._reply(peer, RouterWelcome(
                     "r0", self.incarnation, self.model, self.max_model_len, self.vocab_size, self.num_engines,
-                    ["auto"], "auto",
-                )  # fmt: skip
-                self._reply(peer, welcome)
+                    ["auto"], "auto", self.eos_token_ids,
+                ))  # fmt: skip
             case GatewayPing():
                 self.joined.set()
             case StreamCredit():
@@ -262,7 +263,7 @@ class ScriptedRouter:
             if not self.silent:
                 beat = RouterHeartbeat(
                     self.incarnation, self.num_engines, len(self.served), 100, self.model,
-                    self.max_model_len, self.vocab_size,
+                    self.max_model_len, self.vocab_size, self.eos_token_ids,
                 )  # fmt: skip
                 for peer in list(self.windows):
                     self._reply(peer, beat)
