@@ -18,7 +18,7 @@ import msgspec
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.control import Scalar
 from microserve.protocol.settings import RouterSettings
-from microserve.services.router.authoring.overseer import Overseer
+from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.rollout.control import load_source
 
 MAX_MEMORY_NBYTES = 4 << 30

@@ -18,10 +18,10 @@ from microserve.services.links.engine import EngineConnection, RouterIdentity
 from microserve.services.links.index_watch import IndexWatch
 from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.authoring.driver import Driver
-from microserve.services.router.authoring.overseer import Overseer
 from microserve.services.router.engines.prefix import PrefixReplica
 from microserve.services.router.engines.registry import Registry
 from microserve.services.router.gateways import Gateways
+from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.control import StrategyControl
 from microserve.services.router.serving.serving import Serving

@@ -151,6 +151,9 @@ class VirtualLoop:
         self._number = 0
         self._num_at_once = 0
         self._running = False
+        self._make_task: Callable[..., asyncio.Task[Any]] = lambda loop, coro, **options: asyncio.Task(
+            coro, loop=loop, **options
+        )
 
     @property
     def _as_loop(self) -> asyncio.AbstractEventLoop:
@@ -206,13 +209,19 @@ class VirtualLoop:
         name: str | None = None,
         context: contextvars.Context | None = None,
     ) -> asyncio.Task[T]:
-        task: asyncio.Task[T] = asyncio.Task(coro, loop=self._as_loop, name=name, context=context)
+        options = {} if context is None else {"context": context}
+        task: asyncio.Task[T] = self._make_task(self._as_loop, coro, **options)
+        if name is not None:
+            task.set_name(name)
         process = (context or contextvars.copy_context()).get(_process)
         if process is not None:
             if len(process.tasks) % 64 == 63:
                 process.tasks = [each for each in process.tasks if not each.done()]
             process.tasks.append(task)
         return task
+
+    def set_task_factory(self, factory: Callable[..., asyncio.Task[Any]]) -> None:
+        self._make_task = factory
 
     def get_debug(self) -> bool:
         return False

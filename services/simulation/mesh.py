@@ -25,7 +25,7 @@ from microserve.protocol.settings import (
     Settings,
 )
 from microserve.services.index.service import IndexService
-from microserve.services.router.authoring.overseer import Overseer
+from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.service import Router
 from microserve.services.simulation.bus import Addresses, SimBus
 from microserve.services.simulation.engine import SimEngine

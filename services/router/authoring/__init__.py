@@ -4,9 +4,9 @@
 
 Owns the programming model (docs/strategies.md): what a strategy is (definition.py), what it sees (mesh.py,
 view.py), what it can do (engine.py, grant.py, generating.py), what it keeps between requests (plan.py), and
-how the router runs its code (driver.py, overseer.py). Must not know who asks, which version is published, or
-what a failed attempt leads to. The shipped strategies (../strategies) use this door and nothing else; what is
-not named here is the router's own and may change. Start at mesh.py, then engine.py.
+how the router runs its code (driver.py; ../oversight bounds it). Must not know who asks, which version is
+published, or what a failed attempt leads to. The shipped strategies (../strategies) use this door and nothing
+else; what is not named here is the router's own and may change. Start at mesh.py, then engine.py.
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 from microserve.protocol.errors import StrategyError
 
+READS_ONLY = ("",)
+"""Where a strategy that hangs may be broken off (../oversight/cut.py)."""
+
 
 class Scores(NamedTuple):
     """What one scorer says of every candidate."""

@@ -1,7 +1,7 @@
 """Runs the code of strategies for the router: a step, a plan, a rehearsal; each timed, and broken off.
 
-Owns what a strategy's code may do to the router: hold it (overseer.py), end it, cancel itself. Keeps nothing
-between two runs. What a mistake means for a request is attempt.py's; knows no live requests.
+Owns what a strategy's code may do to the router: hold it (../oversight), end it, cancel itself; and which
+versions have hung here. What a mistake means for a request is attempt.py's; knows no live requests.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import StrategyError
 from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.definition import Strategy
-from microserve.services.router.authoring.overseer import Overseer, StrategyHung
+from microserve.services.router.authoring.definition import Strategy, StrategyFunction
 from microserve.services.router.authoring.view import MeshView
+from microserve.services.router.oversight.author import AUTHOR, Author, Verdict, keep_tasks
+from microserve.services.router.oversight.cut import BrokenOff
+from microserve.services.router.oversight.overseer import Overseer, StrategyHung
 
 T = TypeVar("T")
 OnHung = Callable[[str, int, str], None]
@@ -36,15 +38,47 @@ class Driver:
         """
         self._overseer = overseer
         self._on_hung = on_hung
+        self._verdicts: dict[tuple[str, int, StrategyFunction], Verdict] = {}
+        keep_tasks(asyncio.get_running_loop())
 
-    async def step(self, awaitable: Awaitable[T], on_slow: Callable[[float], None]) -> T:
+    def author(self, strategy: Strategy) -> Author:
+        """For one run of it; ``end`` it when that is over."""
+        key = (strategy.name, strategy.version, strategy.function)
+
+        def stray(reason: str) -> None:
+            _logger.error(
+                log.STRATEGY_FAILED, strategy=strategy.name, strategy_version=strategy.version, error=reason
+            )
+            condemn(reason)
+
+        def condemn(reason: str) -> None:
+            before = self._verdicts.get(key, Verdict.FREE)
+            self._verdicts[key] = Verdict.CONDEMNED if before is Verdict.FREE else Verdict.ABANDONED
+            self._on_hung(strategy.name, strategy.version, reason)
+
+        return Author(
+            strategy.name,
+            strategy.version,
+            lambda: self._verdicts.get(key, Verdict.FREE),
+            on_stray=stray,
+            condemn=condemn,
+        )
+
+    async def step(
+        self, author: Author | None, awaitable: Awaitable[T], on_slow: Callable[[float], None]
+    ) -> T:
         """Await what a strategy does next; ``on_slow`` hears the seconds for which it held the router if
-        those were too many. Raises what it raises, :class:`StrategyHung` where it was broken off."""
-        return await (awaitable if self._overseer is None else self._overseer.run(awaitable, on_slow))
-
-    def hung(self, strategy: str, version: int, mistake: StrategyHung) -> None:
-        """This version was broken off in a request."""
-        self._on_hung(strategy, version, mistake.detail)
+        those were too many. ``author`` None: code of the router's own. Raises what it raises,
+        :class:`StrategyHung` where it was broken off, ``Condemned`` where its version was."""
+        if author is None:
+            return await awaitable
+        token = AUTHOR.set(author)
+        try:
+            if self._overseer is None:
+                return await awaitable
+            return await self._overseer.run(awaitable, author, on_slow)
+        finally:
+            AUTHOR.reset(token)
 
     async def run_plan(self, strategy: Strategy, mesh: MeshView) -> None:
         """Run a strategy's plan until it returns. Raises what it raises."""
@@ -52,44 +86,53 @@ class Driver:
         def tell(seconds: float) -> None:
             tell_slow(strategy.name, strategy.version, "plan", seconds)
 
+        author = self.author(strategy)
         try:
-            await self.step(strategy.start_plan(mesh), tell)
+            await self.step(author, strategy.start_plan(mesh), tell)
         except StrategyHung as error:
-            self._on_hung(strategy.name, strategy.version, f"its plan: {error.detail}")
+            author.condemn(f"its plan: {error.detail}")
             raise
         except (Exception, asyncio.CancelledError):
             raise
         except BaseException as mistake:
             raise ending(mistake) from None
+        finally:
+            author.end()
 
     async def rehearse(self, strategy: Strategy, generator: AsyncGenerator[Tokens, None]) -> None:
         """Run it for a shadow (shadow.py), to the end of what it yields. Raises its mistake."""
         slow_s: list[float] = []
+        author = self.author(strategy)
         try:
             try:
                 while True:
-                    chunk = await self.step(generator.__anext__(), slow_s.append)
+                    chunk = await self.step(author, generator.__anext__(), slow_s.append)
                     if not isinstance(chunk, Tokens):
                         raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
                     if chunk.finished is not None:
                         break
             finally:
-                await self.step(generator.aclose(), slow_s.append)
+                await self.step(author, generator.aclose(), slow_s.append)
         except StopAsyncIteration:
             raise StrategyError("the strategy ended before its stream did") from None
         except StrategyHung as mistake:
-            self.hung(strategy.name, strategy.version, mistake)
+            author.condemn(mistake.detail)
             raise
         except (Exception, asyncio.CancelledError):
             raise
         except BaseException as mistake:
             raise ending(mistake) from None
+        finally:
+            author.end()
         if slow_s:
             raise StrategyError(f"it held the router for {max(slow_s):.3f} s")
 
 
 def ending(mistake: BaseException) -> StrategyError:
-    """Of a strategy that raised ``SystemExit`` or the like: signals come to a service by its loop."""
+    """Of a strategy that raised ``SystemExit`` or the like (signals come to a service by its loop), or that
+    was broken off in an object that it had handed on."""
+    if isinstance(mistake, BrokenOff):
+        return StrategyHung(str(mistake))
     return StrategyError(f"the strategy wanted to end the router: {type(mistake).__name__}")
 
 

@@ -18,6 +18,9 @@ from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope
 
+READS_ONLY = ("Mesh.",)
+"""Where a strategy that hangs may be broken off (../oversight/cut.py)."""
+
 Scorer = Callable[["Mesh", Engine, Request], float]
 """What speaks for an engine; more is better (scoring.py)."""
 

@@ -23,10 +23,11 @@ from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.authoring.definition import Strategy, StrategyFunction
 from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.overseer import StrategyHung
 from microserve.services.router.authoring.view import MeshView, StrategyState
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import LoadBook
+from microserve.services.router.oversight.author import nobodys
+from microserve.services.router.oversight.overseer import Condemned, StrategyHung
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope, out_of_time
 
@@ -136,7 +137,9 @@ class Plans:
     def _start(self, strategy: Strategy, kept: _Kept) -> None:
         if strategy.plan is not None:
             mesh = self._make_mesh(kept.state)
-            kept.plan = self._tasks.create_task(self._run(strategy, mesh), name=f"plan {strategy.name}")
+            kept.plan = self._tasks.create_task(
+                self._run(strategy, mesh), name=f"plan {strategy.name}", context=nobodys()
+            )
             kept.values = strategy.values
 
     def rebind(self, strategies: Iterable[Strategy]) -> None:
@@ -169,6 +172,8 @@ class Plans:
             began = loop.time()
             try:
                 await self._run_once(strategy, mesh)
+                return
+            except Condemned:
                 return
             except StrategyHung as error:
                 _logger.error(log.PLAN_FAILED, strategy=strategy.name, error=str(error), exc_info=error)

@@ -16,6 +16,9 @@ from microserve.services.router.authoring.engine import Engine
 from microserve.services.router.authoring.mesh import Mesh, Scorer
 from microserve.services.router.request.request import Request
 
+READS_ONLY = ("",)
+"""Where a strategy that hangs may be broken off (../oversight/cut.py)."""
+
 
 def load(mesh: Mesh, engine: Engine, request: Request) -> float:
     """Few prompt tokens that are still to be computed there."""

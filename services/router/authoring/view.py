@@ -17,6 +17,9 @@ from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.engines.prediction import engine_view, predicted_ttft_s
 
+READS_ONLY = ("EngineFacts.", "MeshView.")
+"""Where a strategy that hangs may be broken off (../oversight/cut.py)."""
+
 
 class StrategyState(dict[str, Any]):
     """What a strategy remembers between requests, and the labels that it has given."""

@@ -15,6 +15,9 @@ from types import TracebackType
 from microserve.protocol.messages.engine import EngineLoad, Sent
 from microserve.protocol.smoothing import smoothed
 
+READS_ONLY = ("Load.", "LoadBook.own", "LoadBook.load", "Links.goodput", "Links.transfer_s")
+"""Where a strategy that hangs may be broken off (../oversight/cut.py)."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Load:

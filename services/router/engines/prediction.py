@@ -25,6 +25,10 @@ REPORT_MAX_AGE_S = 1.5
 RATE_MAX_AGE_S = 1.5
 
 
+READS_ONLY = ("",)
+"""Where a strategy that hangs may be broken off (../oversight/cut.py)."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineView:
     """What is known of one engine at one moment."""

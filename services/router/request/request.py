@@ -12,6 +12,9 @@ from microserve.protocol.bus.codec import decode_tokens, encode_tokens
 from microserve.protocol.messages.interval import bound
 from microserve.protocol.messages.sampling import SamplingParams
 
+READS_ONLY = ("Request.",)
+"""Where a strategy that hangs may be broken off (../oversight/cut.py)."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:

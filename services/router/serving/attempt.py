@@ -18,7 +18,7 @@ from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages.router import Output
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.driver import Driver, ending, tell_slow
-from microserve.services.router.authoring.overseer import StrategyHung
+from microserve.services.router.oversight.overseer import Condemned, StrategyHung
 from microserve.services.router.request.scope import RequestScope, out_of_time
 from microserve.services.router.serving.live import LiveRequest
 
@@ -54,6 +54,8 @@ class Attempts:
             if live.interrupt is None and not _is_cancelled():
                 return self.blame(live, StrategyError("the strategy cancelled itself"))
             return live.interruption
+        except Condemned as error:
+            return error
         except (InvalidInterval, StrategyError) as mistake:
             return self.blame(live, mistake)
         except MeshError as failure:
@@ -94,10 +96,12 @@ class Attempts:
             live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs))
 
     async def close(self, live: LiveRequest, generator: AsyncGenerator[Tokens, None]) -> None:
-        """Run what stands in the strategy's ``finally``."""
+        """Run what stands in the strategy's ``finally``, and end the tasks that it has left."""
         try:
             async with asyncio.timeout(CLOSE_S):
                 await self._oversee(live, generator.aclose())
+        except Condemned:
+            pass
         except Exception as mistake:
             # The request has ended: what a strategy's ``finally`` raises concerns its author only.
             self.blame(live, mistake)
@@ -107,6 +111,9 @@ class Attempts:
             self.blame(live, StrategyError("the strategy cancelled itself"))
         except BaseException as mistake:
             self.blame(live, ending(mistake))
+        finally:
+            if live.author is not None:
+                live.author.end()
 
     async def _oversee(self, live: LiveRequest, awaitable: Awaitable[T]) -> T:
         def tell(seconds: float) -> None:
@@ -114,7 +121,7 @@ class Attempts:
                 live.is_slow = True
                 tell_slow(live.strategy, live.version, live.request_id, seconds)
 
-        return await self._driver.step(awaitable, tell)
+        return await self._driver.step(live.author, awaitable, tell)
 
     def blame(self, live: LiveRequest, mistake: Exception) -> StrategyError:
         """The strategy's own fault: its author gets the traceback, whoever asks gets ``StrategyError``."""
@@ -127,8 +134,8 @@ class Attempts:
             error=str(mistake),
             exc_info=mistake,
         )
-        if isinstance(mistake, StrategyHung):
-            self._driver.hung(live.strategy, live.version, mistake)
+        if isinstance(mistake, StrategyHung) and live.author is not None:
+            live.author.condemn(mistake.detail)
         if isinstance(mistake, StrategyError):
             return mistake
         return StrategyError(f"{live.strategy}: {type(mistake).__name__}: {mistake}")

@@ -18,6 +18,7 @@ from microserve.protocol.errors import Draining, MeshError
 from microserve.protocol.messages.engine import Finished, Usage
 from microserve.protocol.messages.router import Ended, Output, Phases
 from microserve.services.links.stream import Tokens
+from microserve.services.router.oversight.author import Author
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.request import RETRY_AFTER_S
 from microserve.services.router.request.scope import RequestScope
@@ -57,6 +58,8 @@ class LiveRequest:
     """Of its strategy, if that was published."""
     rehearsal: Rehearsal | None = None
     """Of a shadow version."""
+    author: Author | None = None
+    """Of the attempt that runs; None: it is the router's own."""
     is_blamed: bool = False
     """Its strategy has made a mistake."""
     is_slow: bool = False

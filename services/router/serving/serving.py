@@ -92,6 +92,7 @@ class Serving:
         self._admission = Admission(settings, strategies, registry, self.book, lookup)
         self._lookup = lookup
         self._rng = rng
+        self._driver = driver
         self._attempts = Attempts(driver, idle_s=settings.strategy_idle_s)
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
@@ -170,12 +171,14 @@ class Serving:
         source: Connection | None = None
         while True:
             mesh, num_known = self._mesh(scope, failover, strategy), len(live.delivered)
+            live.author = None
             if source is not None:
                 generator = move(mesh, scope.request, source)
             else:
                 # Requests that came together with one that hung must not hang in turn.
                 chosen = data_parallel if failover.terms.is_plain else self._admission.current(strategy)
                 generator = chosen(mesh, scope.request)
+                live.author = self._driver.author(chosen)
             error = await self._attempts.run(live, scope, generator)
             now = self._loop.time()
             if error is None or live.interrupt:

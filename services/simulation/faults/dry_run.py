@@ -16,7 +16,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError
 from microserve.protocol.messages.control import PUBLISH, Change, Changed, Scalar
 from microserve.services.index.service import IndexService
-from microserve.services.router.authoring.overseer import Overseer
+from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.rollout.window import MIN_ERRORS
 from microserve.services.router.service import Router
 from microserve.services.simulation.faults.campaign import NOTICE_S, REST_S

@@ -19,7 +19,7 @@ from microserve.protocol.settings import BusSettings, IndexSettings, RouterSetti
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.overseer import Overseer
+from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.request.request import Request
 from microserve.services.router.service import Router
 from tests.support.bus.gateway_peer import Answer, GatewayPeer

@@ -14,8 +14,8 @@ from microserve.protocol.messages.control import ControlEntry, ControlState, Str
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.authoring.overseer import Overseer
 from microserve.services.router.authoring.plan import PlanMesh
+from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.request.request import Request
 from microserve.services.router.rollout.window import MIN_ERRORS
 from tests.support.router.router_world import (

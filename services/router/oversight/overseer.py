@@ -1,0 +1,222 @@
+"""How long a strategy's code may hold the router: each run of it is timed, an endless one is broken off.
+
+    span   from where the loop resumes the strategy to where it next waits; nobody else is served meanwhile
+    stray  a strategy's code outside of a span: in a task that it started, a callback, a ``__del__``
+
+A span over ``budget_s`` is told to whoever runs the strategy. One that lasts ``HANG_S``, or takes
+``MAX_GROWTH_MB`` of memory, is broken off: a timer of the kernel looks every ``LOOK_S``, in the main thread,
+and raises where that halves nothing (cut.py); ``time.sleep``, a regular expression and arithmetic with huge
+numbers are ended by it as well. For strays the same holds, where the loop has not turned for as long. What C
+code does without ever asking for signals cannot be ended from within: a watchdog outside has to.
+
+Counts the looks and not the clock, so a process that was stopped for a while is not taken for one that hangs.
+Knows no requests and no strategies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import signal
+import sys
+import types
+from collections.abc import Awaitable, Callable, Generator
+from time import perf_counter
+from types import FrameType, TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from microserve.protocol.errors import StrategyError
+from microserve.services.router.oversight.author import AUTHOR, Author, Verdict
+from microserve.services.router.oversight.cut import BrokenOff, Trap, is_theirs, may_be_cut
+
+HANG_S = 0.5
+LOOK_S = 0.05
+SHORT_S = 2 * LOOK_S
+"""For the cleanup of a version that has hung before."""
+MAX_GROWTH_MB = 128
+_SIGNAL, _TIMER = signal.SIGALRM, signal.ITIMER_REAL
+_PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
+
+_ELSEWHERE = "this version was broken off in another request"
+
+T = TypeVar("T")
+
+
+class StrategyHung(StrategyError):
+    """Its code was broken off."""
+
+
+class Condemned(StrategyError):
+    """Its version has hung in another request, so this one was not let on."""
+
+
+class Overseer:
+    """For one loop, in the main thread; as a context manager it also breaks off what hangs."""
+
+    def __init__(self, budget_s: float) -> None:
+        self._budget_s = budget_s
+        self._began: float | None = None
+        """Of the span that runs."""
+        self._hang_s = HANG_S
+        """For that span."""
+        self._reason = ""
+        """Why that is to be broken off."""
+        self._was_cut = False
+        """It has been."""
+        self._seen: float | None = None
+        """The span that the last look found."""
+        self._num_looks = 0
+        """At that span, or at strays within one turn of the loop."""
+        self._is_turning = False
+        """The loop has been asked for a turn, and has not come to it."""
+        self._grown_from = 0
+        self._memory = -1
+        self._abandoned: list[Any] = []
+        """What is never to run again: its cleanup hangs too."""
+        self._trap = Trap(self._cut)
+        self._before: tuple[Any, float, float] = (signal.SIG_DFL, 0.0, 0.0)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call it as one span, however long it may be below ``HANG_S``. Raises as :meth:`run`."""
+        self._begin(HANG_S)
+        result: T | None = None
+        try:
+            result = function()
+        except BaseException:
+            if not self._was_cut:
+                raise
+        finally:
+            was_cut = self._end()
+        if was_cut:
+            raise StrategyHung(self._reason)
+        return cast(T, result)
+
+    @types.coroutine
+    def run(
+        self, awaitable: Awaitable[T], author: Author, on_slow: Callable[[float], None]
+    ) -> Generator[Any, Any, T]:
+        """Await it; ``on_slow`` hears the seconds of each span over the budget.
+
+        Raises what it raises, :class:`StrategyHung` when it was broken off, and :class:`Condemned`.
+        """
+        inner = awaitable.__await__()
+        value: Any = None
+        error: BaseException | None = None
+        while True:
+            verdict = author.verdict()
+            if verdict is Verdict.ABANDONED:
+                self._abandoned.append(inner)  # else the collector would run its cleanup
+                raise error if isinstance(error, asyncio.CancelledError) else Condemned(_ELSEWHERE)
+            if verdict is Verdict.CONDEMNED and error is None:
+                error = Condemned(_ELSEWHERE)
+            began = self._begin(HANG_S if verdict is Verdict.FREE else SHORT_S)
+            result: Any = None
+            has_ended = False
+            try:
+                waited = inner.send(value) if error is None else inner.throw(error)
+            except StopIteration as stop:
+                has_ended, result = True, stop.value
+            except BaseException:
+                if not self._was_cut:
+                    raise
+            finally:
+                was_cut = self._end()
+                if (seconds := perf_counter() - began) > self._budget_s:
+                    on_slow(seconds)
+            if was_cut:  # even if it has caught that and gone on
+                raise StrategyHung(self._reason) from None
+            if has_ended:
+                return result  # type: ignore[no-any-return]
+            value = error = None
+            try:
+                value = yield waited
+            except GeneratorExit:
+                inner.close()
+                raise
+            except BaseException as thrown:
+                error = thrown
+
+    def _begin(self, hang_s: float) -> float:
+        self._hang_s, self._was_cut = hang_s, False
+        self._began = began = perf_counter()
+        return began
+
+    def _end(self) -> bool:
+        """Whether the span was broken off."""
+        self._began = None
+        self._trap.clear()
+        was_cut, self._was_cut = self._was_cut, False
+        return was_cut
+
+    # --- what hangs --------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self._memory = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        handler = signal.signal(_SIGNAL, self._look)
+        self._before = (handler, *signal.setitimer(_TIMER, LOOK_S, LOOK_S))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        handler, delay_s, interval_s = self._before
+        signal.setitimer(_TIMER, 0.0)
+        signal.signal(_SIGNAL, handler)
+        signal.setitimer(_TIMER, delay_s, interval_s)
+        os.close(self._memory)
+
+    def _look(self, _number: int, frame: FrameType | None) -> None:
+        if self._began is None:
+            self._look_at_stray(frame)
+        elif self._began != self._seen:
+            self._seen, self._num_looks = self._began, 0
+            self._grown_from = self._resident_mb()
+        else:
+            self._num_looks += 1
+            grown_mb = self._resident_mb() - self._grown_from
+            if self._num_looks * LOOK_S >= self._hang_s:
+                self._break_off(frame, f"the strategy held the router for {self._hang_s:g} s without waiting")
+            elif grown_mb > MAX_GROWTH_MB:
+                self._break_off(frame, f"the strategy took {grown_mb} MB of memory without waiting")
+
+    def _look_at_stray(self, frame: FrameType | None) -> None:
+        loop = asyncio._get_running_loop()
+        if loop is None or not is_theirs(frame):
+            return
+        if not self._is_turning:
+            self._is_turning, self._num_looks, self._hang_s = True, 0, HANG_S
+            loop.call_soon_threadsafe(self._turned, context=contextvars.Context())
+            return
+        self._num_looks += 1
+        if self._num_looks * LOOK_S >= HANG_S:
+            reason = f"a task or callback of the strategy held the router for {HANG_S:g} s without waiting"
+            author = AUTHOR.get()
+            if author is not None and not self._was_cut:
+                loop.call_soon_threadsafe(author.on_stray, reason)
+            self._break_off(frame, reason)
+
+    def _turned(self) -> None:
+        """The loop goes on: whatever there was of strays has given way."""
+        self._is_turning = self._was_cut = False
+        self._trap.clear()
+
+    def _break_off(self, frame: FrameType | None, reason: str) -> None:
+        self._reason = reason
+        cuts = may_be_cut(frame, is_late=self._num_looks * LOOK_S > self._hang_s)
+        if self._was_cut or not cuts:
+            self._trap.set(frame)
+        if cuts:
+            raise self._cut()
+
+    def _cut(self) -> BrokenOff:
+        self._was_cut = True
+        return BrokenOff(self._reason, self._dropped)
+
+    def _dropped(self) -> None:
+        """If what was broken off still runs, it has caught that: once more, at its next instruction."""
+        if self._was_cut and (self._began is not None or self._is_turning):
+            self._trap.set(sys._getframe().f_back)
+
+    def _resident_mb(self) -> int:
+        return int(os.pread(self._memory, 64, 0).split()[1]) * _PAGE_NBYTES >> 20
