@@ -29,7 +29,7 @@ from microserve.protocol.messages.engine import SnapshotReply
 from microserve.services.engine.action_server import ActionServer, Session
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.received import ReceivedGrant
-from microserve.services.engine.core.scheduler import Plan, Scheduler
+from microserve.services.engine.core.scheduler import Scheduler, Step
 from microserve.services.engine.core.sequence import Sequence
 from microserve.services.links.feed_state import FeedState
 from microserve.services.router.engines.load import Account
@@ -128,9 +128,9 @@ def _preempted_keeps_its_blocks(stack: ExitStack) -> None:
     """A preempted sequence goes on with the blocks that it gave back."""
     preempt = Scheduler.preempt
 
-    def preempt_and_keep(self: Scheduler, sequence: Sequence, plan: Plan) -> None:
+    def preempt_and_keep(self: Scheduler, sequence: Sequence, step: Step) -> None:
         blocks, num_computed = sequence.blocks, sequence.num_computed
-        preempt(self, sequence, plan)
+        preempt(self, sequence, step)
         if sequence.num_output_tokens:
             sequence.blocks, sequence.num_computed = blocks, num_computed
 

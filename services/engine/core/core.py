@@ -1,6 +1,6 @@
 """The engine without its sockets: state, actions and steps behind one lock.
 
-The I/O thread calls the actions (quick, between or during steps); the step thread takes plans, executes them
+The I/O thread calls the actions (quick, between or during steps); the step thread takes steps, executes them
 without the lock and books the results. So a ``PrepRecv`` is answered while a long prefill computes.
 Nothing here knows ZeroMQ or asyncio; ``Runner`` may be the real model or a simulated one.
 """
@@ -27,7 +27,7 @@ from microserve.services.engine.core.batch import Runner, StepResult
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.peers import Peers
 from microserve.services.engine.core.record import Outbox
-from microserve.services.engine.core.scheduler import Plan, Scheduler
+from microserve.services.engine.core.scheduler import Scheduler, Step
 from microserve.services.engine.core.sequence import Sequence, Transfer
 from microserve.services.engine.core.state import Clock, EngineState, Limits
 from microserve.services.engine.core.stepper import Stepper
@@ -143,34 +143,34 @@ class EngineCore:
             self._woken = False
             self._peers.poll()
             self.memory.free_drained()
-            plan = self.stepper.next_plan(self.clock())
-        if plan is None:
+            step = self.stepper.next_step(self.clock())
+        if step is None:
             return False
         try:
-            result = self._execute(plan)
+            result = self._execute(step)
         except EarlyStartEnded:
             with self._changed:
-                self.stepper.put_back(plan)
+                self.stepper.put_back(step)
             return True
         except MeshError as error:
             with self._changed:
-                self.stepper.fail(plan, error, self.clock())
+                self.stepper.fail(step, error, self.clock())
             return True
         with self._changed:
-            self.stepper.complete(plan, result, self.clock())
+            self.stepper.complete(step, result, self.clock())
         return True
 
-    def _execute(self, plan: Plan) -> StepResult:
+    def _execute(self, step: Step) -> StepResult:
         def on_layer(layer: int) -> None:
             self.progress += 1
-            for share in plan.sends:
+            for share in step.sends:
                 self._put(share.sequence, layer, share.lo, share.hi)
-            if plan.early is not None:
-                self._await_layer(plan.early, layer)
+            if step.early is not None:
+                self._await_layer(step.early, layer)
 
-        if plan.batch.chunks:
-            plan.batch.is_layerwise = bool(plan.sends) or plan.early is not None
-            return self._runner.execute(plan.batch, on_layer)
+        if step.batch.chunks:
+            step.batch.is_layerwise = bool(step.sends) or step.early is not None
+            return self._runner.execute(step.batch, on_layer)
         for layer in range(self._heap.layout.num_layers):
             on_layer(layer)
         return StepResult([])

@@ -1,13 +1,13 @@
 """How fast the engine is, measured step by step: what routers predict waiting times from.
 
-Sans-I/O; knows steps by their plans only. Each number is 0 until there is something to measure, is then the
-first sample as a whole, and moves by a share of each later one.
+Sans-I/O; knows steps by what they compute only. Each number is 0 until there is something to measure, is
+then the first sample as a whole, and moves by a share of each later one.
 """
 
 from __future__ import annotations
 
 from microserve.protocol.smoothing import smoothed
-from microserve.services.engine.core.scheduler import Plan
+from microserve.services.engine.core.scheduler import Step
 from microserve.services.engine.core.sequence import Sequence, SequenceState
 
 MAX_DECODE_JUMP = 4.0
@@ -34,14 +34,14 @@ class Rates:
         """Since the prefill rate was last measured; 0 before the first."""
         return now - self._prefill_measured_at if self._largest_prefill else 0.0
 
-    def measure(self, plan: Plan, now: float) -> None:
+    def measure(self, step: Step, now: float) -> None:
         """Take in a step that has just been computed, before its results are booked."""
-        self._measure_outputs(plan)
-        elapsed = now - plan.started_at
-        if elapsed <= 0.0 or not plan.batch.chunks:
+        self._measure_outputs(step)
+        elapsed = now - step.started_at
+        if elapsed <= 0.0 or not step.batch.chunks:
             return
-        prefill = plan.num_tokens - plan.num_decodes
-        if prefill > plan.num_decodes and plan.early is None:
+        prefill = step.num_tokens - step.num_decodes
+        if prefill > step.num_decodes and step.early is None:
             self._measure_prefill(prefill, prefill / elapsed, now)
         elif prefill == 0:
             known = self.decode_step_s
@@ -57,8 +57,8 @@ class Rates:
         self._prefill_measured_at = now
         self._largest_prefill = max(largest, num_tokens)
 
-    def _measure_outputs(self, plan: Plan) -> None:
+    def _measure_outputs(self, step: Step) -> None:
         for sequence in self._generating:
             if sequence.state is SequenceState.FINISHED and sequence.num_output_tokens:
                 self.mean_output_tokens = smoothed(self.mean_output_tokens, sequence.num_output_tokens)
-        self._generating = [sequence for sequence in plan.sequences if sequence.transfer is None]
+        self._generating = [sequence for sequence in step.sequences if sequence.transfer is None]

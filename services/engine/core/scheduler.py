@@ -1,6 +1,6 @@
 """Which tokens run in the next step: continuous batching with chunked prefill under one token budget.
 
-Sans-I/O: ``schedule(now)`` looks at the queues and returns a :class:`Plan`; ``add``, ``remove`` and
+Sans-I/O: ``schedule(now)`` looks at the queues and returns a :class:`Step`; ``add``, ``remove`` and
 ``preempt`` move sequences between them. Order of service: decodes first (one token each), then those whose KV
 has arrived and that lack one token, then prefills that have begun, then waiting sequences, oldest first (past
 a head that does not fit only when nothing else runs). Sends and local prefills share that order. When blocks
@@ -8,7 +8,7 @@ run out, the youngest running sequence gives its blocks back and recomputes late
 none is lost or repeated.
 
 A step that carries a send never waits for KV of another engine; only a step with one receiving sequence alone
-may (``Plan.early``). So two engines that send to each other can never wait for each other.
+may (``Step.early``). So two engines that send to each other can never wait for each other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SendShare:
 
 
 @dataclass(slots=True)
-class Plan:
+class Step:
     """One step. ``sequences[i]`` owns ``batch.chunks[i]``."""
 
     batch: Batch
@@ -88,33 +88,33 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def schedule(self, now: float) -> Plan | None:
+    def schedule(self, now: float) -> Step | None:
         """The next step, or None when nothing can run."""
-        plan = Plan(Batch([]), [], started_at=now)
+        step = Step(Batch([]), [], started_at=now)
         budget = self._max_num_batched_tokens
         decodes = [sequence for sequence in self.running if sequence.is_decoding()]
         prefills = [sequence for sequence in self.running if not sequence.is_decoding()]
-        budget -= self._place_each(plan, decodes, budget)
-        budget -= self._place_arrived(plan, budget, now)
-        budget -= self._place_each(plan, prefills, budget)
+        budget -= self._place_each(step, decodes, budget)
+        budget -= self._place_arrived(step, budget, now)
+        budget -= self._place_each(step, prefills, budget)
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
             if self._admit(self.waiting[0], now):
-                budget -= self._place(plan, self.running[-1], budget)
+                budget -= self._place(step, self.running[-1], budget)
             elif not self._reclaim(now):
                 if not self.running:
-                    self._admit_past_head(plan, budget, now)
+                    self._admit_past_head(step, budget, now)
                 break
-        return plan if plan.batch.chunks or plan.sends else None
+        return step if step.batch.chunks or step.sends else None
 
-    def _place_each(self, plan: Plan, sequences: list[Sequence], budget: int) -> int:
+    def _place_each(self, step: Step, sequences: list[Sequence], budget: int) -> int:
         """Those that still run: placing one may preempt another."""
         left = budget
         for sequence in sequences:
             if sequence.state is SequenceState.RUNNING and left > 0:
-                left -= self._place(plan, sequence, left)
+                left -= self._place(step, sequence, left)
         return budget - left
 
-    def _place_arrived(self, plan: Plan, budget: int, now: float) -> int:
+    def _place_arrived(self, step: Step, budget: int, now: float) -> int:
         """Received sequences at the head that lack one token: they are decodes but for their place. Behind a
         long prefill they would wait for all of it. Not where the prefill's next chunk could take their blocks
         from them again."""
@@ -127,20 +127,20 @@ class Scheduler:
             chunk = -(-left // self._memory.block_size) + len(self.running)
             if missing + chunk > self._memory.pool.num_free or not self._admit(head, now):
                 break
-            left -= self._place(plan, head, left)
+            left -= self._place(step, head, left)
         return budget - left
 
-    def schedule_early(self, sequence: Sequence, end: int, now: float) -> Plan | None:
+    def schedule_early(self, sequence: Sequence, end: int, now: float) -> Step | None:
         """A step of one receiving sequence alone: its KV below ``end`` arrives layer by layer meanwhile."""
-        plan = Plan(Batch([]), [], early=sequence, started_at=now)
+        step = Step(Batch([]), [], early=sequence, started_at=now)
         if not self._memory.grow(sequence, min(end + self._max_num_batched_tokens, sequence.num_tokens) + 1):
             return None
         sequence.num_computed = end
         sequence.state = SequenceState.RUNNING
         sequence.started_at = now
         self.running.append(sequence)
-        self._place(plan, sequence, self._max_num_batched_tokens)
-        return plan
+        self._place(step, sequence, self._max_num_batched_tokens)
+        return step
 
     def add_ready(self, sequence: Sequence) -> None:
         """A sequence whose KV has arrived: first in line, since it holds blocks; but not for ever."""
@@ -148,14 +148,14 @@ class Scheduler:
         is_old = bool(self.waiting) and sequence.ready_at - self.waiting[0].arrived_at > MAX_OVERTAKEN_S
         self.waiting.insert(1 if is_old else 0, sequence)
 
-    def _admit_past_head(self, plan: Plan, budget: int, now: float) -> None:
+    def _admit_past_head(self, step: Step, budget: int, now: float) -> None:
         """Nothing runs and the head cannot: run the first that can.
 
         The head may need more than is left beside grants whose KV is still to come, and the sends that bring
         it, here or on an engine in the same place, would wait behind it for ever."""
         for sequence in list(self.waiting)[1:]:
             if self._admit(sequence, now):
-                self._place(plan, sequence, budget)
+                self._place(step, sequence, budget)
                 return
 
     def _reclaim(self, now: float) -> bool:
@@ -198,7 +198,7 @@ class Scheduler:
             sequence.started_at = now
         return True
 
-    def _place(self, plan: Plan, sequence: Sequence, budget: int) -> int:
+    def _place(self, step: Step, sequence: Sequence, budget: int) -> int:
         """Give the sequence its share of the step; the tokens that it takes from the budget."""
         start = sequence.num_computed
         whole = start >= sequence.num_tokens
@@ -211,14 +211,14 @@ class Scheduler:
         end = start + len(tokens)
         while not self._memory.grow(sequence, end):
             victim = self._youngest(sequence)
-            self.preempt(victim, plan)
+            self.preempt(victim, step)
             if victim is sequence:
                 return 0
         transfer = sequence.transfer
         if transfer is not None:
             hi = end if tokens else sequence.num_tokens
             if hi > transfer.sent_until:
-                plan.sends.append(SendShare(sequence, transfer.sent_until, hi))
+                step.sends.append(SendShare(sequence, transfer.sent_until, hi))
         if not tokens:
             return 0
         spec = None
@@ -229,26 +229,26 @@ class Scheduler:
                 TokenView(sequence.token_ids, sequence.num_prompt_tokens, sequence.num_tokens),
                 self._eos_token_ids,
             )
-        plan.num_decodes += sequence.is_decoding()
-        plan.batch.chunks.append(
+        step.num_decodes += sequence.is_decoding()
+        step.batch.chunks.append(
             Chunk(sequence.sequence_id, tokens, start, list(sequence.blocks), write_from, spec)
         )
-        plan.sequences.append(sequence)
+        step.sequences.append(sequence)
         return len(tokens)
 
     def _youngest(self, sequence: Sequence) -> Sequence:
         """Whom to preempt: the last admitted (which may be the one in need)."""
         return self.running[-1] if self.running else sequence
 
-    def preempt(self, sequence: Sequence, plan: Plan) -> None:
-        """Take its blocks, and itself out of ``plan``; it will recompute from its tokens, first in line."""
-        if sequence in plan.sequences:
-            index = plan.sequences.index(sequence)
-            plan.num_decodes -= sequence.is_decoding()
-            del plan.sequences[index], plan.batch.chunks[index]
-        plan.sends = [share for share in plan.sends if share.sequence is not sequence]
+    def preempt(self, sequence: Sequence, step: Step) -> None:
+        """Take its blocks, and itself out of ``step``; it will recompute from its tokens, first in line."""
+        if sequence in step.sequences:
+            index = step.sequences.index(sequence)
+            step.num_decodes -= sequence.is_decoding()
+            del step.sequences[index], step.batch.chunks[index]
+        step.sends = [share for share in step.sends if share.sequence is not sequence]
         self.running.remove(sequence)
-        self._memory.release(sequence, plan.started_at)
+        self._memory.release(sequence, step.started_at)
         sequence.state = SequenceState.WAITING
         sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)

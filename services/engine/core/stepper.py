@@ -1,7 +1,7 @@
 """What a step takes in and what it brings: arrivals before it, sampled tokens and sent layers after it.
 
-Sans-I/O, under the engine's lock. ``next_plan`` -> (the plan is executed without the lock) -> ``complete`` or
-``fail``. Exactly one plan is out at a time.
+Sans-I/O, under the engine's lock. ``next_step`` -> (it is executed without the lock) -> ``complete`` or
+``fail``. Exactly one step is out at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from microserve.services.engine.core.batch import Sampled, StepResult
 from microserve.services.engine.core.rates import Rates
 from microserve.services.engine.core.received import ReceivedGrant
 from microserve.services.engine.core.record import CommitJob, Record
-from microserve.services.engine.core.scheduler import Plan
+from microserve.services.engine.core.scheduler import Step
 from microserve.services.engine.core.sequence import Sequence, SequenceState
 from microserve.services.engine.core.state import EngineState
 
@@ -35,17 +35,17 @@ class Stepper:
 
     # --- before a step -----------------------------------------------------------------------------
 
-    def next_plan(self, now: float) -> Plan | None:
+    def next_step(self, now: float) -> Step | None:
         """Take in what has arrived and choose the next step; None when nothing can run now."""
         state = self._state
         self.take_arrivals(now)
         state.expire(now)
-        plan = state.scheduler.schedule(now) or self._early_plan(now)
-        if plan is None:
+        step = state.scheduler.schedule(now) or self._early_step(now)
+        if step is None:
             return None
-        sending = [share.sequence for share in plan.sends if share.sequence not in plan.sequences]
-        state.inflight = [*plan.sequences, *sending]
-        return plan
+        sending = [share.sequence for share in step.sends if share.sequence not in step.sequences]
+        state.inflight = [*step.sequences, *sending]
+        return step
 
     def take_arrivals(self, now: float) -> None:
         """Move received KV on: to running sequences, to commits, to the end of quarantine."""
@@ -155,7 +155,7 @@ class Stepper:
         is_whole = grants.is_complete(grant_id) and not (await_first and grants.first_token(grant_id) is None)
         return None if is_whole else reason
 
-    def _early_plan(self, now: float) -> Plan | None:
+    def _early_step(self, now: float) -> Step | None:
         """Nothing else to do: start a receiver whose first layer is in on its own share.
 
         The first layer is complete only when its sender has reached its last chunk, so the wait for the other
@@ -170,28 +170,28 @@ class Stepper:
                 continue
             grant = sequence.received.grant
             if grant.end < sequence.num_tokens and grants.layer_complete(grant.grant_id, 0):
-                plan = state.scheduler.schedule_early(sequence, grant.end, now)
-                if plan is not None:
+                step = state.scheduler.schedule_early(sequence, grant.end, now)
+                if step is not None:
                     state.receiving.remove(sequence)
                     state.count("early_starts")
-                return plan
+                return step
         return None
 
     # --- after a step ------------------------------------------------------------------------------
 
-    def complete(self, plan: Plan, result: StepResult, now: float) -> None:
+    def complete(self, step: Step, result: StepResult, now: float) -> None:
         """Book the step's KV, sampled tokens and sent rows."""
         state = self._state
         state.inflight = []
         self.num_steps += 1
-        self.rates.measure(plan, now)
-        if plan.early is not None and plan.early.received is not None:
-            self._take_received(plan.early, plan.early.received, now)
-        for share in plan.sends:
+        self.rates.measure(step, now)
+        if step.early is not None and step.early.received is not None:
+            self._take_received(step.early, step.early.received, now)
+        for share in step.sends:
             transfer = share.sequence.transfer
             if transfer is not None and transfer.error is None:
                 transfer.sent_until = share.hi
-        for sequence, chunk, sampled in zip(plan.sequences, plan.batch.chunks, result.sampled, strict=True):
+        for sequence, chunk, sampled in zip(step.sequences, step.batch.chunks, result.sampled, strict=True):
             if sampled is not None and sampled.error is not None:
                 # Nothing of its share counts: what broke its logits may stand in its KV.
                 state.count("sequences_failed")
@@ -205,8 +205,8 @@ class Stepper:
                 sequence.num_computed = end
             state.memory.insert(sequence)
             self._advance(sequence, sampled, now)
-        for share in plan.sends:
-            if share.sequence not in plan.sequences:
+        for share in step.sends:
+            if share.sequence not in step.sequences:
                 self._advance(share.sequence, None, now)
 
     def _advance(self, sequence: Sequence, sampled: Sampled | None, now: float) -> None:
@@ -253,9 +253,9 @@ class Stepper:
             return "length", None
         return None, None
 
-    def put_back(self, plan: Plan) -> None:
+    def put_back(self, step: Step) -> None:
         """An early start gave way: its sequence waits as before. What it wrote will be written again."""
-        state, sequence = self._state, plan.early
+        state, sequence = self._state, step.early
         state.inflight = []
         if sequence is None:
             raise InternalError("only an early start can be put back")
@@ -265,9 +265,9 @@ class Stepper:
         state.receiving.append(sequence)
         state.count("early_starts_put_back")
         if sequence.doomed is not None:
-            state.finish(sequence, sequence.doomed, plan.started_at, error=sequence.doom_error)
+            state.finish(sequence, sequence.doomed, step.started_at, error=sequence.doom_error)
 
-    def fail(self, plan: Plan, error: MeshError, now: float) -> None:
+    def fail(self, step: Step, error: MeshError, now: float) -> None:
         """The step raised: nothing of it counts, and every sequence in it ends with the error."""
         state = self._state
         sequences = list(state.inflight)

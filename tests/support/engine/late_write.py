@@ -16,7 +16,7 @@ from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.protocol.messages.grant import HeapAddress
 from microserve.services.engine.core.batch import StepResult
-from microserve.services.engine.core.scheduler import Plan
+from microserve.services.engine.core.scheduler import Step
 from tests.support.engine.core_mesh import Engine
 
 
@@ -81,9 +81,9 @@ class Sender:
         heap.attach = attach  # type: ignore[method-assign]
         complete = engine.core.stepper.complete
 
-        def booking(plan: Plan, result: StepResult, now: float) -> None:
+        def booking(step: Step, result: StepResult, now: float) -> None:
             self.is_booking = True
-            complete(plan, result, now)
+            complete(step, result, now)
             self.is_booking = False
 
         engine.core.stepper.complete = booking  # type: ignore[method-assign]

@@ -93,12 +93,12 @@ def test_a_receiver_starts_layer_by_layer_behind_its_sender(mesh: Mesh) -> None:
             if layer == 0:
                 # The first layer is in, the second is not: the receiver may begin.
                 with mesh.b.core.lock:
-                    plan = mesh.b.core.stepper.next_plan(mesh.now)
-                assert plan is not None and plan.early is not None
-                seen.append(plan.early.request_id)
+                    step = mesh.b.core.stepper.next_step(mesh.now)
+                assert step is not None and step.early is not None
+                seen.append(step.early.request_id)
                 mesh.b.core.state.inflight = []
                 # Put it back: this thread cannot compute both at once.
-                sequence = plan.early
+                sequence = step.early
                 mesh.b.core.state.scheduler.remove(sequence)
                 sequence.num_computed = 0
                 mesh.b.core.state.receiving.append(sequence)

@@ -26,7 +26,7 @@ from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.batch import Batch, Runner
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.peers import DEAD_LOOK_S, Peers
-from microserve.services.engine.core.scheduler import Plan
+from microserve.services.engine.core.scheduler import Step
 from tests.support.engine.core_interleaving import interleave
 from tests.support.engine.core_mesh import (
     GREEDY,
@@ -125,9 +125,9 @@ def ended_send(mesh: DeviceMesh, how: str) -> list[int]:
             engine.step()
         case "step fails":
             engine.step()
-            plan = engine.core.stepper.next_plan(mesh.now)
-            assert plan is not None
-            engine.core.stepper.fail(plan, InternalError("logits are not finite"), mesh.now)
+            step = engine.core.stepper.next_step(mesh.now)
+            assert step is not None
+            engine.core.stepper.fail(step, InternalError("logits are not finite"), mesh.now)
     return prompt
 
 
@@ -171,7 +171,7 @@ def test_a_preempted_send_gives_up_no_block_that_its_stream_may_read(mesh: Devic
 
     scheduler = mesh.a.core.state.scheduler
     with mesh.a.core.lock:
-        scheduler.preempt(scheduler.running[0], Plan(Batch([]), []))
+        scheduler.preempt(scheduler.running[0], Step(Batch([]), []))
     mesh.a.core.memory.cache.clear()
     assert mesh.a.core.memory.pool.num_used == 0
     # The same blocks, for another one first.

@@ -115,7 +115,7 @@ def test_a_step_that_fails_ends_a_draining_engine_as_any_other(how: str) -> None
             def broken(now: float) -> object:
                 raise ZeroDivisionError
 
-            one.core.stepper.next_plan = broken  # type: ignore[method-assign,assignment]
+            one.core.stepper.next_step = broken  # type: ignore[method-assign,assignment]
             one.gate.set()
             async with asyncio.timeout(20):
                 await asyncio.wait([one.task])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, StepResult
 from microserve.services.engine.core.rates import MAX_DECODE_JUMP, Rates
-from microserve.services.engine.core.scheduler import Plan
+from microserve.services.engine.core.scheduler import Step
 from tests.support.engine.core_mesh import Mesh, generate, prompt_of
 
 
@@ -20,8 +20,8 @@ def step(rates: Rates, now: float, elapsed_s: float, *, prefill: int = 0, decode
     chunks = [Chunk(0, [1], 0, [0], 0, None) for _ in range(decodes)]
     if prefill:
         chunks.append(Chunk(1, [1] * prefill, 0, [0], 0, None))
-    plan = Plan(Batch(chunks), [], num_decodes=decodes, started_at=now)
-    rates.measure(plan, now + elapsed_s)
+    step = Step(Batch(chunks), [], num_decodes=decodes, started_at=now)
+    rates.measure(step, now + elapsed_s)
     return now + elapsed_s
 
 

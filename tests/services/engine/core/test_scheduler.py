@@ -12,7 +12,7 @@ from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.memory import KvMemory
-from microserve.services.engine.core.scheduler import Plan, Scheduler
+from microserve.services.engine.core.scheduler import Scheduler, Step
 from microserve.services.engine.core.sequence import Sequence
 
 BLOCK_SIZE, BUDGET = 16, 32
@@ -58,16 +58,16 @@ class World:
         self.scheduler.add_ready(sequence)
         return sequence
 
-    def step(self) -> Plan:
-        plan = self.scheduler.schedule(0.0)
-        assert plan is not None
-        for sequence, chunk in zip(plan.sequences, plan.batch.chunks, strict=True):
+    def step(self) -> Step:
+        step = self.scheduler.schedule(0.0)
+        assert step is not None
+        for sequence, chunk in zip(step.sequences, step.batch.chunks, strict=True):
             sequence.num_computed = chunk.start + len(chunk.token_ids)
-        return plan
+        return step
 
 
-def shares(plan: Plan) -> dict[int, int]:
-    return {chunk.sequence_id: len(chunk.token_ids) for chunk in plan.batch.chunks}
+def shares(step: Step) -> dict[int, int]:
+    return {chunk.sequence_id: len(chunk.token_ids) for chunk in step.batch.chunks}
 
 
 @pytest.fixture
@@ -81,14 +81,14 @@ def test_a_received_sequence_that_lacks_one_token_does_not_wait_for_a_prefill(wo
     assert shares(world.step()) == {prefill.sequence_id: BUDGET}
     first, second = world.received(40, 1), world.received(50, 1)
 
-    plan = world.step()
+    step = world.step()
 
-    assert shares(plan) == {
+    assert shares(step) == {
         first.sequence_id: 1,
         second.sequence_id: 1,
         prefill.sequence_id: BUDGET - 2,
     }
-    assert plan.num_decodes == 2
+    assert step.num_decodes == 2
 
 
 def test_one_that_lacks_more_waits_its_turn_and_so_does_a_new_one(world: World) -> None:
@@ -110,8 +110,8 @@ def test_a_received_sequence_without_room_to_go_on_preempts_nobody() -> None:
         5 * BLOCK_SIZE, 1
     )  # it needs another block, and the prefill the two that are left
 
-    plan = world.step()
+    step = world.step()
 
     assert world.preempted == []
-    assert prefill.sequence_id in shares(plan)
-    assert received.sequence_id not in shares(plan)
+    assert prefill.sequence_id in shares(step)
+    assert received.sequence_id not in shares(step)
