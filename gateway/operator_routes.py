@@ -38,12 +38,13 @@ async def metrics(state: GatewayState, exchange: Exchange) -> None:
 
 
 async def models(state: GatewayState, exchange: Exchange) -> None:
-    body = {"object": "list", "data": [_model_card(state)]}
+    allowed = exchange.key.models
+    body = {"object": "list", "data": [_model_card(state)] if not allowed or state.model in allowed else []}
     await exchange.reply(200, msgspec.json.encode(body))
 
 
 async def model(state: GatewayState, exchange: Exchange) -> None:
-    state.check_model(exchange.path_params["model_id"])
+    state.check_model(exchange.path_params["model_id"], exchange.key)
     await exchange.reply(200, msgspec.json.encode(_model_card(state)))
 
 
@@ -61,7 +62,7 @@ def _model_card(state: GatewayState) -> dict[str, Any]:
 async def tokenize(state: GatewayState, exchange: Exchange) -> None:
     """``{"prompt"}`` or ``{"messages"}`` -> ``{"count", "max_model_len", "tokens"}``."""
     request = parse(await exchange.read_body(state.bodies), TokenizeRequest)
-    state.check_model(request.model)
+    state.check_model(request.model, exchange.key)
     limit = MAX_TOKENIZE_TOKENS
     if request.messages is not None:
         tokens = await state.tokenizer.encode_chat(template_messages(request.messages), max_tokens=limit)
@@ -78,7 +79,7 @@ async def tokenize(state: GatewayState, exchange: Exchange) -> None:
 async def detokenize(state: GatewayState, exchange: Exchange) -> None:
     """``{"tokens"}`` -> ``{"prompt"}``."""
     request = parse(await exchange.read_body(state.bodies), DetokenizeRequest)
-    state.check_model(request.model)
+    state.check_model(request.model, exchange.key)
     vocab_size = state.tokenizer.vocab_size
     if request.tokens and max(request.tokens) >= vocab_size:
         raise InvalidRequest(f"tokens must be between 0 and {vocab_size - 1}", field="tokens")

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from microserve.gateway.http.auth import KeyRing
+from microserve.gateway.http.errors import Forbidden
 from microserve.gateway.http.exchange import BodyBudget
+from microserve.gateway.keys.key import ANONYMOUS, ApiKey
+from microserve.gateway.keys.quota import Quotas
+from microserve.gateway.keys.ring import KeyRing
 from microserve.gateway.metrics import GatewayMetrics, Levels
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.text.tokenizer import ModelTokenizer
@@ -29,12 +32,14 @@ class GatewayState:
     bus: ZmqBus
     routers: RouterClient
     keys: KeyRing
+    quotas: Quotas
     bodies: BodyBudget
     metrics: GatewayMetrics
     max_n: int
     max_choices: int
     """Choices in flight (``gateway.max_streams``); beyond it requests are refused."""
     request_timeout_s: float
+    shared_prefix_cache: bool = False
     num_choices: int = 0
     """In flight; changed by :meth:`reserve` and :meth:`give_back` only."""
     draining: bool = False
@@ -45,10 +50,25 @@ class GatewayState:
         if self.draining:
             raise Draining("this gateway is shutting down", retry_after_s=1.0)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises :class:`ModelNotFound`; None asks for whatever is served."""
+    def check_model(self, name: str | None, key: ApiKey = ANONYMOUS) -> None:
+        """Raises :class:`ModelNotFound`, also for what ``key`` may not use: such a client is told of nothing
+        that there is. None asks for whatever is served."""
+        if key.models and (name or self.model) not in key.models:
+            raise ModelNotFound(f"there is no model {(name or self.model)[:128]!r} for key {key.name!r}")
         if name is not None and name != self.model:
             raise ModelNotFound(f"the model {name[:128]!r} is not served here; {self.model!r} is")
+
+    def strategy_for(self, name: str | None, key: ApiKey) -> str | None:
+        """What serves a request that asks for the strategy ``name``, or for none.
+
+        Raises :class:`Forbidden`."""
+        if not key.strategies:
+            return name
+        if name is not None and name not in key.strategies:
+            raise Forbidden(
+                f"key {key.name!r} may not use the strategy {name!r}", field="x-microserve-strategy"
+            )
+        return name or key.strategies[0]
 
     def reserve(self, num_choices: int) -> None:
         """Take room for choices until :meth:`give_back`. Raises :class:`QueueFull`."""
@@ -75,4 +95,6 @@ class GatewayState:
             bus_dropped=self.bus.dropped,
             bus_failed=self.bus.failed,
             routers_alive=sum(link.joined for link in self.routers.links),
+            keys=dict(self.quotas.book.total),
+            key_streams=self.quotas.streams(),
         )

@@ -171,7 +171,18 @@ class GatewaySettings(_Section, frozen=True):
     router_keys: list[str] = []
     """For each of them, NAME of NAME.key in ``bus.curve_dir``; default: ``router`` for all."""
     api_keys: list[str] = []
-    """Empty: no key needed."""
+    """The operator's own, without limits. Without any here or in ``api_keys_file``, none is needed."""
+    api_keys_file: str = ""
+    """TOML with named keys and their limits (``microserve key new``); read anew when it changes."""
+    allow_no_keys: bool = False
+    """Listen off loopback without API keys: everybody who can reach the address may use the mesh."""
+    usage_path: str = ""
+    """File (SQLite) of what each key has used; empty: in memory, daily budgets begin anew at a restart."""
+    shared_prefix_cache: bool = False
+    """All keys have one prefix cache: faster, and each can tell whether a prompt was asked before."""
+    tls_cert: str = ""
+    """PEM file of the certificate and its chain; with ``tls_key``: HTTPS."""
+    tls_key: str = ""
     cors_origins: list[str] = []
     """Whose pages may ask from a browser, e.g. ``https://chat.example.org``; ``*``: everybody's."""
     max_body_mb: Count = 32
@@ -225,6 +236,12 @@ class Settings(_Section, frozen=True):
                 f"gateway.router_keys must name one key for each of {routers} routers, names "
                 f"{len(self.gateway.router_keys)}",
                 field="gateway.router_keys",
+            )
+        if bool(self.gateway.tls_cert) != bool(self.gateway.tls_key):
+            given, missing = ("cert", "key") if self.gateway.tls_cert else ("key", "cert")
+            raise ConfigError(
+                f"gateway.tls_{missing} must be set as well as gateway.tls_{given}",
+                field=f"gateway.tls_{missing}",
             )
         if self.bus.credit * 4 > self.bus.high_water_mark:
             raise ConfigError(

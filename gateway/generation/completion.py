@@ -67,6 +67,7 @@ class Completion(Generic[R]):
                 self._exchange,
                 group.choices,
                 group.times,
+                n=self._n,
                 stream=self._stream,
                 failure=failure,
             )
@@ -76,7 +77,7 @@ class Completion(Generic[R]):
         state, exchange, inbox = self._state, self._exchange, self._group.inbox
         try:
             ttl_s = timeout_of(exchange, state.request_timeout_s)
-            strategy = strategy_of(exchange)
+            strategy = state.strategy_for(strategy_of(exchange), exchange.key)
             body = await exchange.read_body(state.bodies)
             async with exchange.watch(inbox.fail):
                 with state.bodies.hold(len(body)):
@@ -91,7 +92,7 @@ class Completion(Generic[R]):
         """Send the choices on their way; how their answer will look."""
         state, group = self._state, self._group
         request = parse(body, self._dialect.request)
-        state.check_model(request.model)
+        state.check_model(request.model, self._exchange.key)
         options = options_of(request, state.max_n)
         self._n, self._stream = options.n, options.stream
         limits = state.routers.limits

@@ -18,6 +18,8 @@ import structlog
 from starlette.types import Message, Receive, Scope, Send
 
 from microserve.gateway.http.errors import BodyTimeout, BodyTooLarge, ClientGone, MethodNotAllowed, problem_of
+from microserve.gateway.keys.key import ANONYMOUS, ApiKey
+from microserve.gateway.keys.quota import Visit
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, QueueFull
 from microserve.protocol.request_id import unique
@@ -81,6 +83,12 @@ class Exchange:
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.query: bytes = scope.get("query_string", b"")
         self.path_params: Mapping[str, Any] = {}
+        self.key: ApiKey = ANONYMOUS
+        """Whose request it is; set when its key has been checked."""
+        self.visit: Visit | None = None
+        """What it takes of its key's limits; only where it costs something."""
+        self.limits: Callable[[], Mapping[str, str]] = dict
+        """Headers that tell of the key's limits, as of the moment that the answer begins."""
         given = self.text_header(b"x-request-id")
         usable = given is not None and _SANE_ID.fullmatch(given) is not None
         self.request_id: str = given if given is not None and usable else secrets.token_hex(16)
@@ -147,6 +155,7 @@ class Exchange:
         self.status = status
         encoded = [(name.encode(), _header_value(value)) for name, value in headers.items()]
         encoded.append((b"x-request-id", self.request_id.encode()))
+        encoded += [(name.encode(), value.encode()) for name, value in self.limits().items()]
         await self._emit({"type": "http.response.start", "status": status, "headers": [*encoded, *extra]})
 
     async def write(self, body: bytes, *, more: bool) -> None:

@@ -176,8 +176,11 @@ class RouterClient:
         ttl_s: float,
         strategy: str | None,
         salt: str = "",
+        tenant: str = "",
+        priority: int = 0,
     ) -> Mailbox:
         """Send one request to ``link``, or to the next router that comes; its output will be in ``inbox``.
+        ``tenant`` is whose it is, ``priority`` how soon it is to go on where tenants must wait.
 
         Raises :class:`QueueFull`."""
 
@@ -200,6 +203,8 @@ class RouterClient:
             ttl_s=ttl_s,
             strategy=strategy,
             salt=salt,
+            tenant=tenant,
+            priority=priority,
         )
         prompt = encode_tokens(tokens)
         if link is None:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import Command, Flags, WrongFlag, settings_flags
+from microserve.services.command.flags import Flags, WrongFlag, directory_flag, settings_flags
+from microserve.services.command.key import key as key_group
+from microserve.services.command.key import usage as usage_command
 from microserve.services.command.label import label as label_command
 from microserve.services.command.simulate import simulate as simulate_command
 from microserve.services.command.strategy import strategy as strategy_group
@@ -174,16 +176,6 @@ def drain(config: str | None, assignments: tuple[str, ...], engine_id: str, time
 # --- a whole mesh on this machine ------------------------------------------------------------------
 
 
-def directory_flag(command: Command) -> Command:
-    return click.option(
-        "--directory",
-        type=click.Path(path_type=Path, file_okay=False),
-        default=Path(".microserve"),
-        show_default=True,
-        help="State directory of the mesh.",
-    )(command)
-
-
 @main.command()
 @click.option("--model", metavar="DIR", help="Model directory (model.path); default: the demo model.")
 @click.option("--engines", type=click.IntRange(min=1), help="Number of engines (mesh.engines).")
@@ -341,6 +333,8 @@ def settings(config: str | None, assignments: tuple[str, ...]) -> None:
 
 
 main.add_command(strategy_group)
+main.add_command(key_group)
+main.add_command(usage_command)
 main.add_command(label_command)
 main.add_command(simulate_command)
 

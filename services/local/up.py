@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -58,6 +58,13 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
             settings = msgspec.structs.replace(
                 settings, model=msgspec.structs.replace(settings.model, path=str(path))
             )
+        if options.demo and settings.gateway.api_keys_file and not first_key(settings):
+            if options.oneshot:
+                raise ConfigError(
+                    "gateway.api_keys must hold a key for --oneshot: gateway.api_keys_file has hashes only",
+                    field="gateway.api_keys",
+                )
+            options = replace(options, demo=False)
         if options.detach:
             return _up_detached(settings, options, directory, view)
         with directory.hold():
@@ -245,7 +252,7 @@ def _up_detached(settings: Settings, options: UpOptions, directory: MeshDirector
         process.wait()
         problem = (directory.root / "up.out").read_text(errors="replace").strip().rpartition("\n")[2]
         raise MeshFailed(state.failure if state else problem)
-    gateway = Gateway.at(state.url, first_key(settings))
+    gateway = Gateway.at(state.url, first_key(settings), settings.gateway.tls_cert)
     code = 0
     if options.demo:
         try:
