@@ -19,6 +19,7 @@ from microserve.protocol.bus.credit import CreditWindow
 from microserve.protocol.bus.curve import CurveKeys
 from microserve.protocol.bus.numbered import NumberedServer
 from microserve.protocol.bus.transport import ZmqBus
+from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.engine import TokenLogprob, Usage
 from microserve.protocol.messages.router import (
     Cancel,
@@ -306,10 +307,16 @@ async def gateway_world(
     routers = [ScriptedRouter(bus, **router) for _ in range(num_routers)]
     addresses = json.dumps([router.address for router in routers])
     stop = asyncio.Event()
-    loaded = load_settings(overrides=[
-        f"model.path={directory}", "model.name=tiny", "gateway.port=0", f"gateway.routers={addresses}",
-        f"bus.heartbeat_interval_s={BEAT_S}", "bus.liveness=200", "gateway.id=g0", *settings,
-    ])  # fmt: skip
+    try:
+        loaded = load_settings(overrides=[
+            f"model.path={directory}", "model.name=tiny", "gateway.port=0", f"gateway.routers={addresses}",
+            f"bus.heartbeat_interval_s={BEAT_S}", "bus.liveness=200", "gateway.id=g0", *settings,
+        ])  # fmt: skip
+    except ConfigError:
+        for scripted in routers:
+            await scripted.close()
+        bus.close()
+        raise
     lifecycle = Lifecycle()
     serving = asyncio.create_task(serve_until(loaded, lifecycle, stop, drain_s))
     address = asyncio.create_task(lifecycle.wait_ready())
