@@ -201,15 +201,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
     (
         ROUTER_REQUEST,
         serving.Generate(
-            request_id="r1",
-            model="m",
-            sampling=SAMPLING,
-            ttl_s=9.5,
-            strategy="balanced",
-            salt="s",
-            num_output_tokens=5,
-            tenant="t",
-            priority=-2,
+            *("r1", "m", SAMPLING, 9.5, "balanced", "s"), num_output_tokens=5, tenant="t", priority=-2
         ),
     ),
     (ROUTER_REQUEST, serving.Cancel(request_id="r1")),
