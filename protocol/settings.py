@@ -205,6 +205,9 @@ class MeshSettings(_Section, frozen=True):
     max_restarts: CountOrZero = 5
     """Restarts of one child in ``restart_window_s`` before it is left down; the others serve on."""
     restart_window_s: Positive = 60.0
+    watchdog_s: PositiveOrZero = 15.0
+    """A service that makes no progress for so long, an engine for four times as long, is killed and started
+    again; 0: none is."""
 
 
 class Settings(_Section, frozen=True):

@@ -25,6 +25,8 @@ GATEWAY_STOPS, ROUTER_STOPS, ENGINES_STOP, INDEX_STOPS = range(4)
 """Callers before those whom they call, so that nobody calls into the void."""
 
 STOP_TIMEOUT_S = 10.0
+ENGINE_PATIENCE = 4
+"""Of ``mesh.watchdog_s``: a step may be long. As in deploy/systemd."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path)
 
     def child(service: str, name: str, stop_order: int, *own: str, stop_s: float = STOP_TIMEOUT_S) -> Child:
         argv = [*service_command(service), *common, *own]
-        return Child(name, argv, logs / f"{name}.jsonl", stop_order, stop_s)
+        watchdog_s = settings.mesh.watchdog_s * (ENGINE_PATIENCE if service == "engine" else 1)
+        return Child(name, argv, logs / f"{name}.jsonl", stop_order, stop_s, watchdog_s)
 
     drain_s = settings.engine.drain_s + STOP_TIMEOUT_S
 
