@@ -37,8 +37,8 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 OPERATOR_PATHS = frozenset({"/metrics"})
 """What tells of all keys: for those of operators."""
 
-_CHAT = Dialect(ChatRequest, chat_prompts, ChatFormat)
-_COMPLETIONS = Dialect(CompletionRequest, completion_prompts, CompletionFormat)
+_CHAT = Dialect("chat", ChatRequest, chat_prompts, ChatFormat)
+_COMPLETIONS = Dialect("completions", CompletionRequest, completion_prompts, CompletionFormat)
 _EXCHANGE = "microserve.exchange"
 _logger = structlog.get_logger()
 

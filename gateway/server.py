@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from pathlib import Path
 import structlog
 
 from microserve.gateway.app import Application
+from microserve.gateway.helper.helper import Helpers
+from microserve.gateway.helper.jobs import Setup
 from microserve.gateway.http.cors import with_cors
 from microserve.gateway.http.exchange import BodyBudget
 from microserve.gateway.http.server import address_of, bind, make_server
@@ -31,6 +34,7 @@ from microserve.gateway.keys.reader import KeyReader
 from microserve.gateway.keys.ring import KeyRing
 from microserve.gateway.keys.usage import UsageBook
 from microserve.gateway.metrics import GatewayMetrics
+from microserve.gateway.openai.parse import Shape
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.tokenizer import ModelTokenizer
@@ -76,15 +80,38 @@ async def run_gateway(
 
     Raises :class:`ConfigError` when the model or the address cannot be used.
     """
-    tokenizer = ModelTokenizer.load(settings.model.path)
-    try:
-        await _serve(settings, tokenizer, bus, lifecycle, drain_s)
-    finally:
-        tokenizer.close()
+    async with AsyncExitStack() as stack:
+        helpers = _make_helpers(settings)
+        stack.push_async_callback(helpers.close)
+        tokenizer = ModelTokenizer.load(settings.model.path, renderer=helpers.render)
+        stack.callback(tokenizer.close)
+        await _serve(settings, tokenizer, helpers, bus, lifecycle, drain_s)
+
+
+def _make_helpers(settings: Settings) -> Helpers:
+    gateway = settings.gateway
+    return Helpers(
+        Setup(
+            directory=os.path.abspath(settings.model.path),
+            model=_model_name(settings),
+            template_cpu_s=gateway.template_cpu_s,
+            max_values=gateway.max_body_values,
+            max_depth=gateway.max_body_depth,
+        )
+    )
+
+
+def _model_name(settings: Settings) -> str:
+    return settings.model.name or Path(settings.model.path).resolve().name
 
 
 async def _serve(
-    settings: Settings, tokenizer: ModelTokenizer, bus: ZmqBus, lifecycle: Lifecycle, drain_s: float
+    settings: Settings,
+    tokenizer: ModelTokenizer,
+    helpers: Helpers,
+    bus: ZmqBus,
+    lifecycle: Lifecycle,
+    drain_s: float,
 ) -> None:
     gateway = settings.gateway
     async with AsyncExitStack() as stack:
@@ -95,7 +122,7 @@ async def _serve(
             bind(gateway.host, gateway.port, may_be_exposed=gateway.allow_no_keys or not keys.is_open)
         )
         certificate = Certificate(gateway.tls_cert, gateway.tls_key) if gateway.tls_cert else None
-        state = _make_state(settings, tokenizer, bus, keys)
+        state = _make_state(settings, tokenizer, helpers, bus, keys)
         stack.push_async_callback(state.routers.close)
         stack.enter_context(_server_log())
         if gateway.usage_path:
@@ -134,9 +161,11 @@ def _watch_keys(stack: AsyncExitStack, state: GatewayState, reader: KeyReader, p
     stack.callback(watching.cancel)
 
 
-def _make_state(settings: Settings, tokenizer: ModelTokenizer, bus: ZmqBus, keys: KeyRing) -> GatewayState:
+def _make_state(
+    settings: Settings, tokenizer: ModelTokenizer, helpers: Helpers, bus: ZmqBus, keys: KeyRing
+) -> GatewayState:
     gateway = settings.gateway
-    model = settings.model.name or Path(settings.model.path).resolve().name
+    model = _model_name(settings)
     routers = RouterClient(
         bus,
         gateway.routers or [settings.router.address],
@@ -154,11 +183,13 @@ def _make_state(settings: Settings, tokenizer: ModelTokenizer, bus: ZmqBus, keys
         version=version("microserve"),
         created=int(time.time()),
         tokenizer=tokenizer,
+        helpers=helpers,
         bus=bus,
         routers=routers,
         keys=keys,
         quotas=Quotas(UsageBook(), clock=time.monotonic, wall_clock=time.time),
         bodies=BodyBudget(max_body_nbytes, MAX_BODIES * max_body_nbytes),
+        shape=Shape(gateway.max_body_values, gateway.max_body_depth),
         metrics=GatewayMetrics(model, time.monotonic),
         max_n=gateway.max_n,
         max_choices=gateway.max_streams,

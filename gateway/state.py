@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from microserve.gateway.helper.helper import Helpers
 from microserve.gateway.http.errors import Forbidden
 from microserve.gateway.http.exchange import BodyBudget
 from microserve.gateway.keys.key import ANONYMOUS, ApiKey
 from microserve.gateway.keys.quota import Quotas
 from microserve.gateway.keys.ring import KeyRing
 from microserve.gateway.metrics import GatewayMetrics, Levels
+from microserve.gateway.openai.parse import Shape
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.bus.transport import ZmqBus
@@ -29,11 +31,13 @@ class GatewayState:
     created: int
     """When this process came up, in seconds since 1970: ``created`` of the model."""
     tokenizer: ModelTokenizer
+    helpers: Helpers
     bus: ZmqBus
     routers: RouterClient
     keys: KeyRing
     quotas: Quotas
     bodies: BodyBudget
+    shape: Shape
     metrics: GatewayMetrics
     max_n: int
     max_choices: int
@@ -85,7 +89,9 @@ class GatewayState:
         self.draining = True
 
     def end_all(self, error: MeshError) -> None:
-        """End every request that still runs."""
+        """End every request that still runs, wherever it is."""
+        self.bodies.end(error)
+        self.helpers.end(error)
         self.routers.fail_all(error)
 
     def levels(self) -> Levels:

@@ -186,6 +186,12 @@ class GatewaySettings(_Section, frozen=True):
     cors_origins: list[str] = []
     """Whose pages may ask from a browser, e.g. ``https://chat.example.org``; ``*``: everybody's."""
     max_body_mb: Count = 32
+    max_body_values: Count = 1_048_576
+    """Values that one body may have, of all its lists and maps together."""
+    max_body_depth: Count = 64
+    """Lists and maps within each other."""
+    template_cpu_s: Positive = 2.0
+    """CPU time that the model's chat template may take for one conversation; beyond it: 400."""
     request_timeout_s: Positive = 600.0
     max_n: Count = 16
     max_streams: Count = 20_000

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from time import monotonic
 
 import msgspec
@@ -43,7 +44,7 @@ class ChoiceGroup:
 
     def submit(
         self,
-        prompts: list[list[int]],
+        prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         options: GenerationOptions,
         *,

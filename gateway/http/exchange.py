@@ -48,6 +48,9 @@ class BodyBudget:
         self.max_body_nbytes = max_body_nbytes
         self.max_total_nbytes = max_total_nbytes
         self.held_nbytes = 0
+        self._ended: MeshError | None = None
+        self._reading: set[asyncio.Timeout] = set()
+        """The time limits of those that are being read."""
 
     @contextmanager
     def hold(self, nbytes: int) -> Iterator[None]:
@@ -58,6 +61,30 @@ class BodyBudget:
             yield
         finally:
             self.held_nbytes -= nbytes
+
+    def end(self, error: MeshError) -> None:
+        """Bodies that are not here yet come too late: who reads one is told ``error``."""
+        self._ended = error
+        now = asyncio.get_running_loop().time()
+        for timeout in self._reading:
+            timeout.reschedule(now)
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Around the reading of one body. Raises :class:`BodyTimeout`, or what :meth:`end` was given."""
+        timeout = asyncio.timeout(BODY_TIMEOUT_S)
+        try:
+            async with timeout:
+                if self._ended is not None:
+                    raise self._ended
+                self._reading.add(timeout)
+                yield
+        except TimeoutError:
+            raise self._ended or BodyTimeout(
+                f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"
+            ) from None
+        finally:
+            self._reading.discard(timeout)
 
     def check(self) -> None:
         """Raises :class:`QueueFull` when bodies hold more than they may."""
@@ -106,8 +133,8 @@ class Exchange:
     async def read_body(self, budget: BodyBudget) -> bytes:
         """The whole body.
 
-        Raises :class:`BodyTooLarge`, :class:`BodyTimeout`, :class:`ClientGone`, or :class:`QueueFull` while
-        too many other bodies are being read.
+        Raises :class:`BodyTooLarge`, :class:`BodyTimeout`, :class:`ClientGone`, :class:`QueueFull` while too
+        many other bodies are being read, or what the budget was ended with.
         """
         declared = self.header(b"content-length")
         # A header of thousands of digits is no number that int() should be asked to read.
@@ -115,7 +142,7 @@ class Exchange:
             raise _too_large(budget)
         body = bytearray()
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with budget.reading():
                 while True:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
@@ -128,8 +155,6 @@ class Exchange:
                     budget.check()
                     if not message.get("more_body", False):
                         return bytes(body)
-        except TimeoutError:
-            raise BodyTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
         finally:
             budget.held_nbytes -= len(body)
 

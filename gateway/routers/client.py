@@ -164,6 +164,14 @@ class RouterClient:
         links = (link for link in self.links if link.model in ("", self._model))
         return frozenset().union(*(link.limits.eos_token_ids for link in links))
 
+    @property
+    def known_limits(self) -> ModelLimits:
+        """As :attr:`limits`; zeros where it raises."""
+        try:
+            return self.limits
+        except NoEngines:
+            return ModelLimits(0, 0)
+
     def generate(
         self,
         inbox: Inbox,
