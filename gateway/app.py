@@ -15,8 +15,15 @@ from starlette.types import Receive, Scope, Send
 
 from microserve.gateway import operator_routes
 from microserve.gateway.generation.completion import Completion, Dialect
-from microserve.gateway.http.errors import ClientGone, MethodNotAllowed, PathNotFound, problem_of
+from microserve.gateway.http.errors import (
+    ClientGone,
+    Forbidden,
+    MethodNotAllowed,
+    PathNotFound,
+    problem_of,
+)
 from microserve.gateway.http.exchange import Exchange
+from microserve.gateway.keys.usage import Counts
 from microserve.gateway.openai.chat import ChatFormat, chat_prompts
 from microserve.gateway.openai.completions import CompletionFormat, completion_prompts
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
@@ -27,9 +34,11 @@ Handler = Callable[[GatewayState, Exchange], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """What probes need, without a key; everything else is behind one if there are any."""
+OPERATOR_PATHS = frozenset({"/metrics"})
+"""What tells of all keys: for those of operators."""
 
-_CHAT = Dialect(ChatRequest, chat_prompts, ChatFormat)
-_COMPLETIONS = Dialect(CompletionRequest, completion_prompts, CompletionFormat)
+_CHAT = Dialect("chat", ChatRequest, chat_prompts, ChatFormat)
+_COMPLETIONS = Dialect("completions", CompletionRequest, completion_prompts, CompletionFormat)
 _EXCHANGE = "microserve.exchange"
 _logger = structlog.get_logger()
 
@@ -91,18 +100,35 @@ class Application:
     async def _no_route(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise PathNotFound(f"there is no {scope['path'][:128]} here")
 
+    async def _handle(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
+        """Who asks, whether they may, and what it takes of their limits; then the path's handler."""
+        state = self._state
+        if exchange.path in OPEN_PATHS:
+            await self._router(scope, receive, send)
+            return
+        key = exchange.key = state.keys.check(
+            exchange.header(b"authorization"), exchange.header(b"x-api-key")
+        )
+        exchange.limits = lambda: state.quotas.headers(key)
+        if exchange.path in OPERATOR_PATHS and not key.operator:
+            raise Forbidden(f"key {key.name!r} is not an operator's")
+        if exchange.method != "POST":
+            await self._router(scope, receive, send)
+            return
+        # Before the body: what is beyond a key's limits must cost others nothing.
+        visit = exchange.visit = state.quotas.enter(key)
+        try:
+            await self._router(scope, receive, send)
+        finally:
+            state.quotas.settle(visit, Counts(requests=1))  # a completion has said what it used
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"unexpected ASGI scope {scope['type']!r}")
         exchange = Exchange(scope, receive, send, time.monotonic())
         scope[_EXCHANGE] = exchange
 
-        async def handle() -> None:
-            if exchange.path not in OPEN_PATHS:
-                self._state.keys.check(exchange.header(b"authorization"))
-            await self._router(scope, receive, send)
-
-        failure = await exchange.answer(handle)
+        failure = await exchange.answer(lambda: self._handle(exchange, scope, receive, send))
         # A completion answers its own errors and has a line of its own: none of them comes here.
         if failure is not None and not isinstance(failure, ClientGone):
             _logger.info(

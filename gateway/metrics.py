@@ -7,12 +7,14 @@ milliseconds. No label is ever a request, a user or a prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+
+from microserve.gateway.keys.usage import Counts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CACHE_S = 1.0
@@ -50,9 +52,9 @@ class Levels:
     bus_dropped: int
     bus_failed: int
     routers_alive: int
-    log_dropped: Mapping[str, int]
-    """Lines that could not be written, by reason."""
-    log_left_out: int
+    keys: Mapping[str, Counts] = field(default_factory=dict)
+    """What each API key has used, by its name: as many as there are in the operator's file."""
+    key_streams: Mapping[str, int] = field(default_factory=dict)
 
 
 class GatewayMetrics:
@@ -122,7 +124,8 @@ class GatewayMetrics:
         cached = self._text.get(vllm_names)
         if cached is not None and now - cached[0] < CACHE_S:
             return cached[1]
-        families = [*self._registry.collect(), *_level_families(self._model, levels())]
+        seen = levels()
+        families = [*self._registry.collect(), *_level_families(self._model, seen), *_key_families(seen)]
         text = generate_latest(_Exposed(families, VLLM_NAMES if vllm_names else {}))
         self._text[vllm_names] = (now, text)
         return text
@@ -138,13 +141,27 @@ def _level_families(model: str, levels: Levels) -> Iterator[Metric]:
     yield GaugeMetricFamily("microserve_routers_alive", "Routers that answer.", levels.routers_alive)
     yield CounterMetricFamily("microserve_bus_dropped", "Messages a full queue refused.", levels.bus_dropped)
     yield CounterMetricFamily("microserve_bus_failed", "Messages whose handler failed.", levels.bus_failed)
-    dropped = CounterMetricFamily("microserve_log_dropped", "Lines not written, by why.", labels=["reason"])
-    for reason, count in levels.log_dropped.items():
-        dropped.add_metric([reason], count)
-    yield dropped
-    yield CounterMetricFamily(
-        "microserve_log_left_out", "Lines of floods that were counted instead.", levels.log_left_out
-    )
+
+
+def _key_families(levels: Levels) -> Iterator[Metric]:
+    """Named keys only: everybody's use is in the other families."""
+    for name, text in (
+        ("requests", "Requests of an API key that were let in."),
+        ("refused", "Requests beyond a limit of their API key."),
+        ("prompt_tokens", "Prompt tokens of an API key."),
+        ("cached_tokens", "Those of them that its cache had."),
+        ("output_tokens", "Output tokens of an API key."),
+    ):
+        family = CounterMetricFamily(f"microserve_key_{name}", text, labels=["key"])
+        for key, counts in levels.keys.items():
+            if key:
+                family.add_metric([key], getattr(counts, name))
+        yield family
+    running = GaugeMetricFamily("microserve_key_streams", "Streams of an API key.", labels=["key"])
+    for key, num_streams in levels.key_streams.items():
+        if key:
+            running.add_metric([key], num_streams)
+    yield running
 
 
 class _Exposed(Collector):

@@ -6,13 +6,13 @@ from typing import Any
 
 import msgspec
 
+from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.metrics import CONTENT_TYPE
-from microserve.gateway.openai.chat import template_messages
 from microserve.gateway.openai.parse import parse
-from microserve.gateway.openai.schema import MAX_TOKENIZE_TOKENS, DetokenizeRequest, TokenizeRequest
+from microserve.gateway.openai.schema import DetokenizeRequest, TokenizeRequest
+from microserve.gateway.openai.tokens import detokenized, tokenized
 from microserve.gateway.state import GatewayState
-from microserve.protocol.errors import InvalidRequest
 
 
 async def health(state: GatewayState, exchange: Exchange) -> None:
@@ -38,12 +38,13 @@ async def metrics(state: GatewayState, exchange: Exchange) -> None:
 
 
 async def models(state: GatewayState, exchange: Exchange) -> None:
-    body = {"object": "list", "data": [_model_card(state)]}
+    allowed = exchange.key.models
+    body = {"object": "list", "data": [_model_card(state)] if not allowed or state.model in allowed else []}
     await exchange.reply(200, msgspec.json.encode(body))
 
 
 async def model(state: GatewayState, exchange: Exchange) -> None:
-    state.check_model(exchange.path_params["model_id"])
+    state.check_model(exchange.path_params["model_id"], exchange.key)
     await exchange.reply(200, msgspec.json.encode(_model_card(state)))
 
 
@@ -60,27 +61,27 @@ def _model_card(state: GatewayState) -> dict[str, Any]:
 
 async def tokenize(state: GatewayState, exchange: Exchange) -> None:
     """``{"prompt"}`` or ``{"messages"}`` -> ``{"count", "max_model_len", "tokens"}``."""
-    request = parse(await exchange.read_body(state.bodies), TokenizeRequest)
-    state.check_model(request.model)
-    limit = MAX_TOKENIZE_TOKENS
-    if request.messages is not None:
-        tokens = await state.tokenizer.encode_chat(template_messages(request.messages), max_tokens=limit)
-    elif request.prompt is not None:
-        [tokens] = await state.tokenizer.encode(
-            [request.prompt], add_special_tokens=request.add_special_tokens, max_tokens=limit
-        )
-    else:
-        raise InvalidRequest("prompt or messages is missing", field="prompt")
-    body = {"count": len(tokens), "max_model_len": state.routers.max_model_len or None, "tokens": tokens}
-    await exchange.reply(200, msgspec.json.encode(body))
+    body = await exchange.read_body(state.bodies)
+    with state.bodies.hold(len(body)):
+        if len(body) > INLINE_BODY_NBYTES:
+            state.check_model(None, exchange.key)  # the name in it is the helper's to check
+            reply = await state.helpers.reply("tokenize", body, state.routers.known_limits)
+        else:
+            request = parse(body, TokenizeRequest, state.shape)
+            state.check_model(request.model, exchange.key)
+            reply = await tokenized(request, state.tokenizer, state.routers.max_model_len)
+    await exchange.reply(200, reply)
 
 
 async def detokenize(state: GatewayState, exchange: Exchange) -> None:
     """``{"tokens"}`` -> ``{"prompt"}``."""
-    request = parse(await exchange.read_body(state.bodies), DetokenizeRequest)
-    state.check_model(request.model)
-    vocab_size = state.tokenizer.vocab_size
-    if request.tokens and max(request.tokens) >= vocab_size:
-        raise InvalidRequest(f"tokens must be between 0 and {vocab_size - 1}", field="tokens")
-    body = {"prompt": state.tokenizer.decode(request.tokens)}
-    await exchange.reply(200, msgspec.json.encode(body))
+    body = await exchange.read_body(state.bodies)
+    with state.bodies.hold(len(body)):
+        if len(body) > INLINE_BODY_NBYTES:
+            state.check_model(None, exchange.key)
+            reply = await state.helpers.reply("detokenize", body, state.routers.known_limits)
+        else:
+            request = parse(body, DetokenizeRequest, state.shape)
+            state.check_model(request.model, exchange.key)
+            reply = detokenized(request, state.tokenizer)
+    await exchange.reply(200, reply)

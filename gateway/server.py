@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -20,11 +21,20 @@ from pathlib import Path
 import structlog
 
 from microserve.gateway.app import Application
-from microserve.gateway.http.auth import KeyRing
+from microserve.gateway.helper.helper import Helpers
+from microserve.gateway.helper.jobs import Setup
 from microserve.gateway.http.cors import with_cors
 from microserve.gateway.http.exchange import BodyBudget
 from microserve.gateway.http.server import address_of, bind, make_server
+from microserve.gateway.http.tls import Certificate
+from microserve.gateway.keys.key import ApiKey, plain_keys
+from microserve.gateway.keys.ledger import Ledger
+from microserve.gateway.keys.quota import Quotas
+from microserve.gateway.keys.reader import KeyReader
+from microserve.gateway.keys.ring import KeyRing
+from microserve.gateway.keys.usage import UsageBook
 from microserve.gateway.metrics import GatewayMetrics
+from microserve.gateway.openai.parse import Shape
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.tokenizer import ModelTokenizer
@@ -70,28 +80,67 @@ async def run_gateway(
 
     Raises :class:`ConfigError` when the model or the address cannot be used.
     """
-    tokenizer = ModelTokenizer.load(settings.model.path)
-    try:
-        await _serve(settings, tokenizer, bus, lifecycle, drain_s)
-    finally:
-        tokenizer.close()
+    async with AsyncExitStack() as stack:
+        helpers = _make_helpers(settings)
+        stack.push_async_callback(helpers.close)
+        tokenizer = ModelTokenizer.load(settings.model.path, renderer=helpers.render)
+        stack.callback(tokenizer.close)
+        await _serve(settings, tokenizer, helpers, bus, lifecycle, drain_s)
+
+
+def _make_helpers(settings: Settings) -> Helpers:
+    gateway = settings.gateway
+    return Helpers(
+        Setup(
+            directory=os.path.abspath(settings.model.path),
+            model=_model_name(settings),
+            template_cpu_s=gateway.template_cpu_s,
+            max_values=gateway.max_body_values,
+            max_depth=gateway.max_body_depth,
+        )
+    )
+
+
+def _model_name(settings: Settings) -> str:
+    return settings.model.name or Path(settings.model.path).resolve().name
 
 
 async def _serve(
-    settings: Settings, tokenizer: ModelTokenizer, bus: ZmqBus, lifecycle: Lifecycle, drain_s: float
+    settings: Settings,
+    tokenizer: ModelTokenizer,
+    helpers: Helpers,
+    bus: ZmqBus,
+    lifecycle: Lifecycle,
+    drain_s: float,
 ) -> None:
+    gateway = settings.gateway
     async with AsyncExitStack() as stack:
-        listener = stack.enter_context(bind(settings.gateway.host, settings.gateway.port))
-        state = _make_state(settings, tokenizer, bus)
+        plain = plain_keys(gateway.api_keys)
+        reader = KeyReader(gateway.api_keys_file) if gateway.api_keys_file else None
+        keys = KeyRing([*plain, *reader.read()] if reader else plain or None)
+        listener = stack.enter_context(
+            bind(gateway.host, gateway.port, may_be_exposed=gateway.allow_no_keys or not keys.is_open)
+        )
+        certificate = Certificate(gateway.tls_cert, gateway.tls_key) if gateway.tls_cert else None
+        state = _make_state(settings, tokenizer, helpers, bus, keys)
         stack.push_async_callback(state.routers.close)
         stack.enter_context(_server_log())
+        if gateway.usage_path:
+            ledger = Ledger(gateway.usage_path, state.quotas.book, time.time)
+            ledger.start()
+            stack.push_async_callback(ledger.close)
+        if reader is not None:
+            _watch_keys(stack, state, reader, plain)
         beating = state.routers.start()
-        app = with_cors(Application(state), settings.gateway.cors_origins)
-        server = make_server(app, graceful_s=math.ceil(drain_s) + 1)
+        server = make_server(
+            with_cors(Application(state), gateway.cors_origins),
+            graceful_s=math.ceil(drain_s) + 1,
+            tls=certificate.context if certificate else None,
+        )
         serving = asyncio.create_task(server.serve([listener]), name="http server")
         try:
             lifecycle.set_health(lambda: not beating.done())
-            lifecycle.ready(address_of(listener))
+            lifecycle.ready(address_of(listener, scheme="https" if certificate else "http"))
             done, _ = await asyncio.wait([serving, beating], return_when=asyncio.FIRST_COMPLETED)
             if beating in done:
                 beating.result()  # without a heartbeat every router would give us up: better end
@@ -101,9 +150,22 @@ async def _serve(
             await _drain(state, serving, drain_s)
 
 
-def _make_state(settings: Settings, tokenizer: ModelTokenizer, bus: ZmqBus) -> GatewayState:
+def _watch_keys(stack: AsyncExitStack, state: GatewayState, reader: KeyReader, plain: list[ApiKey]) -> None:
+    """Take every new set of keys over, until the stack is closed."""
+
+    def take(named: list[ApiKey]) -> None:
+        state.keys.replace([*plain, *named])
+        state.quotas.keep_only([*plain, *named])
+
+    watching = asyncio.create_task(reader.watch(take), name="keys")
+    stack.callback(watching.cancel)
+
+
+def _make_state(
+    settings: Settings, tokenizer: ModelTokenizer, helpers: Helpers, bus: ZmqBus, keys: KeyRing
+) -> GatewayState:
     gateway = settings.gateway
-    model = settings.model.name or Path(settings.model.path).resolve().name
+    model = _model_name(settings)
     routers = RouterClient(
         bus,
         gateway.routers or [settings.router.address],
@@ -121,14 +183,18 @@ def _make_state(settings: Settings, tokenizer: ModelTokenizer, bus: ZmqBus) -> G
         version=version("microserve"),
         created=int(time.time()),
         tokenizer=tokenizer,
+        helpers=helpers,
         bus=bus,
         routers=routers,
-        keys=KeyRing(gateway.api_keys),
+        keys=keys,
+        quotas=Quotas(UsageBook(), clock=time.monotonic, wall_clock=time.time),
         bodies=BodyBudget(max_body_nbytes, MAX_BODIES * max_body_nbytes),
+        shape=Shape(gateway.max_body_values, gateway.max_body_depth),
         metrics=GatewayMetrics(model, time.monotonic),
         max_n=gateway.max_n,
         max_choices=gateway.max_streams,
         request_timeout_s=gateway.request_timeout_s,
+        shared_prefix_cache=gateway.shared_prefix_cache,
     )
 
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from microserve.gateway.http.auth import KeyRing
+from microserve.gateway.helper.helper import Helpers
+from microserve.gateway.http.errors import Forbidden
 from microserve.gateway.http.exchange import BodyBudget
+from microserve.gateway.keys.key import ANONYMOUS, ApiKey
+from microserve.gateway.keys.quota import Quotas
+from microserve.gateway.keys.ring import KeyRing
 from microserve.gateway.metrics import GatewayMetrics, Levels
+from microserve.gateway.openai.parse import Shape
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining, MeshError, ModelNotFound, QueueFull
-from microserve.protocol.logging.setup import current
 
 
 @dataclass(slots=True)
@@ -27,15 +31,19 @@ class GatewayState:
     created: int
     """When this process came up, in seconds since 1970: ``created`` of the model."""
     tokenizer: ModelTokenizer
+    helpers: Helpers
     bus: ZmqBus
     routers: RouterClient
     keys: KeyRing
+    quotas: Quotas
     bodies: BodyBudget
+    shape: Shape
     metrics: GatewayMetrics
     max_n: int
     max_choices: int
     """Choices in flight (``gateway.max_streams``); beyond it requests are refused."""
     request_timeout_s: float
+    shared_prefix_cache: bool = False
     num_choices: int = 0
     """In flight; changed by :meth:`reserve` and :meth:`give_back` only."""
     draining: bool = False
@@ -46,10 +54,25 @@ class GatewayState:
         if self.draining:
             raise Draining("this gateway is shutting down", retry_after_s=1.0)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises :class:`ModelNotFound`; None asks for whatever is served."""
+    def check_model(self, name: str | None, key: ApiKey = ANONYMOUS) -> None:
+        """Raises :class:`ModelNotFound`, also for what ``key`` may not use: such a client is told of nothing
+        that there is. None asks for whatever is served."""
+        if key.models and (name or self.model) not in key.models:
+            raise ModelNotFound(f"there is no model {(name or self.model)[:128]!r} for key {key.name!r}")
         if name is not None and name != self.model:
             raise ModelNotFound(f"the model {name[:128]!r} is not served here; {self.model!r} is")
+
+    def strategy_for(self, name: str | None, key: ApiKey) -> str | None:
+        """What serves a request that asks for the strategy ``name``, or for none.
+
+        Raises :class:`Forbidden`."""
+        if not key.strategies:
+            return name
+        if name is not None and name not in key.strategies:
+            raise Forbidden(
+                f"key {key.name!r} may not use the strategy {name!r}", field="x-microserve-strategy"
+            )
+        return name or key.strategies[0]
 
     def reserve(self, num_choices: int) -> None:
         """Take room for choices until :meth:`give_back`. Raises :class:`QueueFull`."""
@@ -66,17 +89,18 @@ class GatewayState:
         self.draining = True
 
     def end_all(self, error: MeshError) -> None:
-        """End every request that still runs."""
+        """End every request that still runs, wherever it is."""
+        self.bodies.end(error)
+        self.helpers.end(error)
         self.routers.fail_all(error)
 
     def levels(self) -> Levels:
-        lines = current()
         return Levels(
             num_choices=self.num_choices,
             mailbox_tokens=self.routers.num_waiting_tokens,
             bus_dropped=self.bus.dropped,
             bus_failed=self.bus.failed,
             routers_alive=sum(link.joined for link in self.routers.links),
-            log_dropped={} if lines is None else dict(lines.dropped) or {"none": 0},
-            log_left_out=0 if lines is None else lines.left_out,
+            keys=dict(self.quotas.book.total),
+            key_streams=self.quotas.streams(),
         )

@@ -1,12 +1,19 @@
-"""Event names.
+"""Event names and the one way to log: structlog, a JSON object a line.
 
 Names are an interface (``noun.past``): ``microserve tail`` and operators' own tools match on them, and
 renaming one is a changelog entry. Values are key-values, never formatted text; no prompt text, no per-token
-events. ``ts`` is wall-clock seconds for people; durations are measured by the monotonic clock. How lines get
-out is ``logging/``.
+events. ``ts`` is wall-clock seconds for people; durations are measured by the monotonic clock.
 """
 
 from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import structlog
 
 SERVICE_STARTED = "service.started"
 SERVICE_READY = "service.ready"
@@ -15,6 +22,7 @@ SERVICE_FAILED = "service.failed"
 CHILD_STARTED = "child.started"
 CHILD_EXITED = "child.exited"
 CHILD_FAILED = "child.failed"
+CHILD_STUCK = "child.stuck"
 """A child could not be started, or ends too often: it is left down, and the others serve on."""
 STATE_UNWRITTEN = "state.unwritten"
 """``up`` cannot write its state directory: what ``ps`` shows is out of date, and says so."""
@@ -86,20 +94,52 @@ CONTROL_OPENED = "control.opened"
 """The index has read its control log."""
 PLAN_FAILED = "plan.failed"
 """A strategy's background task raised; it begins again after a pause."""
+KEYS_READ = "keys.read"
+"""A gateway has taken a changed keys' file over."""
+KEYS_REJECTED = "keys.rejected"
+"""It cannot be read or is wrong; the keys before it stay in force."""
+USAGE_UNWRITTEN = "usage.unwritten"
+"""What keys have used cannot be written down; it is kept and written later."""
+CERTIFICATE_READ = "certificate.read"
+CERTIFICATE_REJECTED = "certificate.rejected"
+"""A new TLS certificate is wrong; the one before it is shown on."""
+HELPER_ENDED = "helper.ended"
+"""A gateway's process for templates and large bodies ended in the middle of a job; the next has a new one."""
 HTTP_REJECTED = "http.rejected"
 HTTP_FIELD_IGNORED = "http.field_ignored"
 """A client sent a field that nobody knows; once a name."""
 
-LOG_DROPPED = "log.dropped"
-"""So many lines could not be written, and why; said when there is room again."""
-LOG_SAMPLED = "log.sampled"
-"""So many lines of one kind were left out within a second (``log.max_refusals_per_s``)."""
-SETTINGS_RELOADED = "settings.reloaded"
-"""SIGHUP: the log is open anew, and what can be changed in a running service is as the settings now say."""
-SETTINGS_REJECTED = "settings.rejected"
-"""SIGHUP, and the settings are wrong: those before stay in force."""
-PROCESS_PRINTED = "process.printed"
-"""A line that somebody wrote to stdout or stderr of a service: a library, a strategy."""
-TASK_FAILED = "task.failed"
-"""A task or a callback raised, and nobody waits for it."""
-THREAD_FAILED = "thread.failed"
+
+def _stamp(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+    event["ts"] = round(time.time(), 6)
+    return event
+
+
+def configure(service: str, service_id: str, *, level: str = "info", directory: str = "") -> TextIO | None:
+    """Set up logging for this process and bind ``service`` and ``id`` to every line.
+
+    JSON goes to ``directory/<service>-<id>.jsonl`` when a directory is given, else to stderr (coloured text
+    when that is a terminal). Returns the open file, for the caller to close at its end.
+    """
+    number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
+    file: TextIO | None = None
+    if directory:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        path = Path(directory) / f"{service}-{service_id}.jsonl"
+        file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (the caller closes it)
+    shared: list[Any] = [structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, _stamp]
+    if file is None and sys.stderr.isatty():
+        render: list[Any] = [structlog.dev.ConsoleRenderer()]
+    else:
+        # Without locals: they could hold keys or prompt text.
+        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        render = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
+    structlog.configure(
+        processors=[*shared, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file or sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(service=service, id=service_id)
+    return file

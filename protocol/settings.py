@@ -171,10 +171,27 @@ class GatewaySettings(_Section, frozen=True):
     router_keys: list[str] = []
     """For each of them, NAME of NAME.key in ``bus.curve_dir``; default: ``router`` for all."""
     api_keys: list[str] = []
-    """Empty: no key needed."""
+    """The operator's own, without limits. Without any here or in ``api_keys_file``, none is needed."""
+    api_keys_file: str = ""
+    """TOML with named keys and their limits (``microserve key new``); read anew when it changes."""
+    allow_no_keys: bool = False
+    """Listen off loopback without API keys: everybody who can reach the address may use the mesh."""
+    usage_path: str = ""
+    """File (SQLite) of what each key has used; empty: in memory, daily budgets begin anew at a restart."""
+    shared_prefix_cache: bool = False
+    """All keys have one prefix cache: faster, and each can tell whether a prompt was asked before."""
+    tls_cert: str = ""
+    """PEM file of the certificate and its chain; with ``tls_key``: HTTPS."""
+    tls_key: str = ""
     cors_origins: list[str] = []
     """Whose pages may ask from a browser, e.g. ``https://chat.example.org``; ``*``: everybody's."""
     max_body_mb: Count = 32
+    max_body_values: Count = 1_048_576
+    """Values that one body may have, of all its lists and maps together."""
+    max_body_depth: Count = 64
+    """Lists and maps within each other."""
+    template_cpu_s: Positive = 2.0
+    """CPU time that the model's chat template may take for one conversation; beyond it: 400."""
     request_timeout_s: Positive = 600.0
     max_n: Count = 16
     max_streams: Count = 20_000
@@ -184,15 +201,6 @@ class LogSettings(_Section, frozen=True):
     level: str = "info"
     dir: str = ""
     """Directory of one JSON-lines file a service; empty: stderr."""
-    file: str = ""
-    """Its name there; empty: ``SERVICE-ID.jsonl``."""
-    max_mb: CountOrZero = 100
-    """A file that would become larger is moved aside (``.1``, ``.2``, ...); 0: it grows."""
-    keep: CountOrZero = 5
-    """Files that were moved aside, the oldest of which go; 0: it begins anew."""
-    max_refusals_per_s: Count = 10
-    """Lines a second for each kind of refusal (event, status, code); the rest is counted in
-    ``log.sampled``."""
 
 
 class MeshSettings(_Section, frozen=True):
@@ -203,6 +211,9 @@ class MeshSettings(_Section, frozen=True):
     max_restarts: CountOrZero = 5
     """Restarts of one child in ``restart_window_s`` before it is left down; the others serve on."""
     restart_window_s: Positive = 60.0
+    watchdog_s: PositiveOrZero = 15.0
+    """A service that makes no progress for so long, an engine for four times as long, is killed and started
+    again; 0: none is."""
 
 
 class Settings(_Section, frozen=True):
@@ -234,6 +245,12 @@ class Settings(_Section, frozen=True):
                 f"gateway.router_keys must name one key for each of {routers} routers, names "
                 f"{len(self.gateway.router_keys)}",
                 field="gateway.router_keys",
+            )
+        if bool(self.gateway.tls_cert) != bool(self.gateway.tls_key):
+            given, missing = ("cert", "key") if self.gateway.tls_cert else ("key", "cert")
+            raise ConfigError(
+                f"gateway.tls_{missing} must be set as well as gateway.tls_{given}",
+                field=f"gateway.tls_{missing}",
             )
         if self.bus.credit * 4 > self.bus.high_water_mark:
             raise ConfigError(

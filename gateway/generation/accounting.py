@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from microserve.gateway.generation.summary import Summary, write_line
 from microserve.gateway.http.errors import ClientGone
 from microserve.gateway.http.exchange import Exchange
+from microserve.gateway.keys.usage import Counts
 from microserve.gateway.openai.answer import UsageCounts
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Timeline
@@ -35,20 +36,28 @@ def account(
     choices: list[Choice],
     times: Timeline,
     *,
+    n: int,
     stream: bool,
     failure: MeshError | None,
 ) -> None:
-    """Count a finished request and write its lines; ``times`` are those of a request without choices."""
+    """Count a finished request and write its lines; ``times`` are those of a request without choices, ``n``
+    the choices of each prompt."""
     assert times.ended is not None
     code = "" if failure is None else failure.code
     state.metrics.answered(exchange.status, code or "ok", times.ended - times.arrived)
     if isinstance(failure, ClientGone):
         state.metrics.disconnected(_phase(times, choices))
+    if exchange.visit is not None:
+        used = usage_of((choice for choice in choices if _has_cost(choice)), n)
+        state.quotas.settle(
+            exchange.visit, Counts(1, 0, used.prompt_tokens, used.cached_tokens, used.completion_tokens)
+        )
     if not choices:
         write_line(
             Summary(
                 request_id=of_choice(exchange.unique_id, 0),
                 http_request_id=exchange.request_id,
+                key=exchange.key.name,
                 times=times,
                 status=exchange.status,
                 code=code,
@@ -66,6 +75,7 @@ def account(
             Summary(
                 request_id=of_choice(exchange.unique_id, choice.index),
                 http_request_id=exchange.request_id,
+                key=exchange.key.name,
                 times=choice.times,
                 status=exchange.status,
                 code=code,
@@ -84,6 +94,11 @@ def account(
                 phases=None if ended is None else ended.phases,
             )
         )
+
+
+def _has_cost(choice: Choice) -> bool:
+    """The mesh has worked for it: not for one that was refused, or came to no router."""
+    return bool(choice.num_output_tokens) or (choice.ended is not None and not choice.ended.code)
 
 
 def _reason(choice: Choice | None, failure: MeshError | None) -> str:

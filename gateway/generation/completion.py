@@ -6,19 +6,20 @@ answer, and the end whatever happened: cancelled on the bus, counted, one canoni
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic, time
 from typing import Generic, TypeVar
 
 from microserve.gateway.generation.accounting import account, usage_of
 from microserve.gateway.generation.group import ChoiceGroup
+from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.errors import ClientGone, problem_of
 from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of
 from microserve.gateway.http.sse import DONE, EventStream, event
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice
 from microserve.gateway.openai.parse import parse
-from microserve.gateway.openai.sampling import options_of, sampling_of
+from microserve.gateway.openai.sampling import GenerationOptions, options_of, sampling_of
 from microserve.gateway.openai.schema import GenerationRequest
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.routers.mailbox import Mailbox
@@ -35,8 +36,10 @@ R = TypeVar("R", bound=GenerationRequest)
 class Dialect(Generic[R]):
     """One of the two kinds of completion."""
 
+    name: str
+    """As the helpers know it."""
     request: type[R]
-    prompts: Callable[[R, ModelTokenizer, ModelLimits], Awaitable[list[list[int]]]]
+    prompts: Callable[[R, ModelTokenizer, ModelLimits], Awaitable[Sequence[Sequence[int]]]]
     format: type[AnswerFormat]
 
 
@@ -67,6 +70,7 @@ class Completion(Generic[R]):
                 self._exchange,
                 group.choices,
                 group.times,
+                n=self._n,
                 stream=self._stream,
                 failure=failure,
             )
@@ -76,7 +80,7 @@ class Completion(Generic[R]):
         state, exchange, inbox = self._state, self._exchange, self._group.inbox
         try:
             ttl_s = timeout_of(exchange, state.request_timeout_s)
-            strategy = strategy_of(exchange)
+            strategy = state.strategy_for(strategy_of(exchange), exchange.key)
             body = await exchange.read_body(state.bodies)
             async with exchange.watch(inbox.fail):
                 with state.bodies.hold(len(body)):
@@ -90,13 +94,14 @@ class Completion(Generic[R]):
     async def _submit(self, body: bytes, ttl_s: float, strategy: str | None) -> AnswerFormat:
         """Send the choices on their way; how their answer will look."""
         state, group = self._state, self._group
-        request = parse(body, self._dialect.request)
-        state.check_model(request.model)
-        options = options_of(request, state.max_n)
-        self._n, self._stream = options.n, options.stream
-        limits = state.routers.limits
-        group.times.tokenising = monotonic()
-        prompts = await self._dialect.prompts(request, state.tokenizer, limits)
+        if len(body) > INLINE_BODY_NBYTES:
+            request, prompts = await self._prepare_large(body)
+            options, limits = self._options(request), state.routers.limits
+        else:
+            request = parse(body, self._dialect.request, state.shape)
+            options, limits = self._options(request), state.routers.limits
+            group.times.tokenising = monotonic()
+            prompts = await self._dialect.prompts(request, state.tokenizer, limits)
         sampling = sampling_of(request, limits, max(map(len, prompts)))
         group.submit(prompts, sampling, options, ttl_s=ttl_s, strategy=strategy)
         return self._dialect.format(
@@ -107,6 +112,26 @@ class Completion(Generic[R]):
             include_usage=options.include_usage,
             with_logprobs=sampling.logprobs is not None,
         )
+
+    async def _prepare_large(self, body: bytes) -> tuple[R, Sequence[Sequence[int]]]:
+        """By a helper: its request and its prompts' ids. Raises what has ended the inbox meanwhile."""
+        state, inbox = self._state, self._group.inbox
+        state.check_model(None, self._exchange.key)  # the name in it comes later
+        self._group.times.tokenising = monotonic()
+        prepared = await state.helpers.prepare(
+            *(self._dialect.name, self._dialect.request, body, state.routers.known_limits),
+            is_wanted=lambda: inbox.error is None,
+        )
+        if prepared is None:
+            assert inbox.error is not None
+            raise inbox.error
+        return prepared
+
+    def _options(self, request: R) -> GenerationOptions:
+        self._state.check_model(request.model, self._exchange.key)
+        options = options_of(request, self._state.max_n)
+        self._n, self._stream = options.n, options.stream
+        return options
 
     async def _collect_answer(self, answer: AnswerFormat) -> None:
         group = self._group

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from time import monotonic
 
 import msgspec
 
 from microserve.gateway.http.exchange import Exchange
+from microserve.gateway.keys.salt import cache_salt
 from microserve.gateway.openai.sampling import GenerationOptions, seed_of
 from microserve.gateway.openai.schema import MAX_CHOICES
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
@@ -42,7 +44,7 @@ class ChoiceGroup:
 
     def submit(
         self,
-        prompts: list[list[int]],
+        prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
         options: GenerationOptions,
         *,
@@ -52,7 +54,8 @@ class ChoiceGroup:
         """Send ``options.n`` choices a prompt to one router, where they share its prefix.
 
         ``ttl_s`` counts from the request's arrival. Raises :class:`InvalidRequest`, ``QueueFull``,
-        ``NoEngines``, ``Draining``, :class:`DeadlineExceeded`, or what has ended the inbox meanwhile.
+        ``RateLimited``, ``BudgetSpent``, ``NoEngines``, ``Draining``, :class:`DeadlineExceeded`, or what has
+        ended the inbox meanwhile.
         """
         state, exchange, inbox = self._state, self._exchange, self.inbox
         count = len(prompts) * options.n
@@ -61,6 +64,9 @@ class ChoiceGroup:
         state.check_open()
         if inbox.error is not None:  # the client went while its prompt was tokenised
             raise inbox.error
+        if exchange.visit is not None:
+            num_prompt_tokens = sum(map(len, prompts))
+            state.quotas.reserve(exchange.visit, count, num_prompt_tokens + count * sampling.max_tokens)
         now = monotonic()
         remaining_s = exchange.arrived + ttl_s - now
         if remaining_s <= 0.0:
@@ -74,6 +80,7 @@ class ChoiceGroup:
             inbox.fail,
             DeadlineExceeded(f"the request took longer than {ttl_s:.3f} s"),
         )
+        salt = cache_salt(exchange.key, options.salt, shared=state.shared_prefix_cache)
         for index in range(count):
             prompt_ids = prompts[index // options.n]
             choice = Choice(
@@ -95,7 +102,9 @@ class ChoiceGroup:
                 sampling=msgspec.structs.replace(sampling, seed=seed_of(sampling.seed, index)),
                 ttl_s=remaining_s,
                 strategy=strategy,
-                salt=options.salt,
+                salt=salt,
+                tenant=exchange.key.name,
+                priority=exchange.key.priority,
             )
         state.metrics.submitted(sum(map(len, prompts)))
 

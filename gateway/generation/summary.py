@@ -71,6 +71,8 @@ class Summary:
     """0: the client went before there was one."""
     code: str = ""
     model: str = ""
+    key: str = ""
+    """Name of the client's API key; empty where none is asked for."""
     index: int = 0
     strategy: str = ""
     strategy_version: int = 0
@@ -100,6 +102,7 @@ def write_line(summary: Summary) -> None:
         code=summary.code,
         finish_reason=summary.finish_reason,
         model=summary.model,
+        key=summary.key,
         strategy=summary.strategy,
         strategy_version=summary.strategy_version,
         engines=summary.engines,

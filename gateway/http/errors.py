@@ -9,15 +9,17 @@ import math
 
 import msgspec
 
+from microserve.gateway.keys.quota import BudgetSpent, RateLimited
+from microserve.gateway.keys.ring import Unauthorized
 from microserve.gateway.routers.link import RouterLost
 from microserve.protocol import errors
 from microserve.protocol.errors import MeshError, RequestError
 
 
-class Unauthorized(RequestError):
-    """No API key, or an unknown one."""
+class Forbidden(RequestError):
+    """The key may not do this."""
 
-    code = "invalid_api_key"
+    code = "permission_denied"
 
 
 class PathNotFound(RequestError):
@@ -99,11 +101,14 @@ _ROWS: dict[type[MeshError], _Row] = {
     # No client names an engine's request: reaching us, it is the mesh's mistake.
     errors.UnknownRequest: _Row(500, _SERVER),
     Unauthorized: _Row(401, "authentication_error"),
+    Forbidden: _Row(403, "permission_error"),
     PathNotFound: _Row(404, _INVALID),
     MethodNotAllowed: _Row(405, _INVALID),
     BodyTooLarge: _Row(413, _INVALID),
     BodyTimeout: _Row(408, _INVALID),
     errors.CapacityError: _Row(503, _SERVER, retry=True),
+    RateLimited: _Row(429, "rate_limit_error", retry=True),
+    BudgetSpent: _Row(429, "insufficient_quota", retry=True),
     errors.QueueFull: _Row(429, "rate_limit_error", retry=True),
     errors.CacheFull: _Row(429, "rate_limit_error", retry=True),
     errors.PeerError: _Row(502, _SERVER),
@@ -116,7 +121,7 @@ _ROWS: dict[type[MeshError], _Row] = {
 }
 
 MIN_RETRY_AFTER_S = 1.0
-MAX_RETRY_AFTER_S = 3600.0
+MAX_RETRY_AFTER_S = 86_400.0
 
 
 def problem_of(error: MeshError) -> Problem:

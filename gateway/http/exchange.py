@@ -18,6 +18,8 @@ import structlog
 from starlette.types import Message, Receive, Scope, Send
 
 from microserve.gateway.http.errors import BodyTimeout, BodyTooLarge, ClientGone, MethodNotAllowed, problem_of
+from microserve.gateway.keys.key import ANONYMOUS, ApiKey
+from microserve.gateway.keys.quota import Visit
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, QueueFull
 from microserve.protocol.request_id import unique
@@ -46,6 +48,9 @@ class BodyBudget:
         self.max_body_nbytes = max_body_nbytes
         self.max_total_nbytes = max_total_nbytes
         self.held_nbytes = 0
+        self._ended: MeshError | None = None
+        self._reading: set[asyncio.Timeout] = set()
+        """The time limits of those that are being read."""
 
     @contextmanager
     def hold(self, nbytes: int) -> Iterator[None]:
@@ -56,6 +61,30 @@ class BodyBudget:
             yield
         finally:
             self.held_nbytes -= nbytes
+
+    def end(self, error: MeshError) -> None:
+        """Bodies that are not here yet come too late: who reads one is told ``error``."""
+        self._ended = error
+        now = asyncio.get_running_loop().time()
+        for timeout in self._reading:
+            timeout.reschedule(now)
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Around the reading of one body. Raises :class:`BodyTimeout`, or what :meth:`end` was given."""
+        timeout = asyncio.timeout(BODY_TIMEOUT_S)
+        try:
+            async with timeout:
+                if self._ended is not None:
+                    raise self._ended
+                self._reading.add(timeout)
+                yield
+        except TimeoutError:
+            raise self._ended or BodyTimeout(
+                f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"
+            ) from None
+        finally:
+            self._reading.discard(timeout)
 
     def check(self) -> None:
         """Raises :class:`QueueFull` when bodies hold more than they may."""
@@ -81,6 +110,12 @@ class Exchange:
         self._headers: list[tuple[bytes, bytes]] = scope["headers"]
         self.query: bytes = scope.get("query_string", b"")
         self.path_params: Mapping[str, Any] = {}
+        self.key: ApiKey = ANONYMOUS
+        """Whose request it is; set when its key has been checked."""
+        self.visit: Visit | None = None
+        """What it takes of its key's limits; only where it costs something."""
+        self.limits: Callable[[], Mapping[str, str]] = dict
+        """Headers that tell of the key's limits, as of the moment that the answer begins."""
         given = self.text_header(b"x-request-id")
         usable = given is not None and _SANE_ID.fullmatch(given) is not None
         self.request_id: str = given if given is not None and usable else secrets.token_hex(16)
@@ -98,8 +133,8 @@ class Exchange:
     async def read_body(self, budget: BodyBudget) -> bytes:
         """The whole body.
 
-        Raises :class:`BodyTooLarge`, :class:`BodyTimeout`, :class:`ClientGone`, or :class:`QueueFull` while
-        too many other bodies are being read.
+        Raises :class:`BodyTooLarge`, :class:`BodyTimeout`, :class:`ClientGone`, :class:`QueueFull` while too
+        many other bodies are being read, or what the budget was ended with.
         """
         declared = self.header(b"content-length")
         # A header of thousands of digits is no number that int() should be asked to read.
@@ -107,7 +142,7 @@ class Exchange:
             raise _too_large(budget)
         body = bytearray()
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
+            async with budget.reading():
                 while True:
                     message = await self._receive()
                     if message["type"] == "http.disconnect":
@@ -120,8 +155,6 @@ class Exchange:
                     budget.check()
                     if not message.get("more_body", False):
                         return bytes(body)
-        except TimeoutError:
-            raise BodyTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
         finally:
             budget.held_nbytes -= len(body)
 
@@ -147,6 +180,7 @@ class Exchange:
         self.status = status
         encoded = [(name.encode(), _header_value(value)) for name, value in headers.items()]
         encoded.append((b"x-request-id", self.request_id.encode()))
+        encoded += [(name.encode(), value.encode()) for name, value in self.limits().items()]
         await self._emit({"type": "http.response.start", "status": status, "headers": [*encoded, *extra]})
 
     async def write(self, body: bytes, *, more: bool) -> None:

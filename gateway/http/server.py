@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import socket
+import ssl
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -87,8 +89,10 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket with bounded buffers. Raises :class:`ConfigError` if the address cannot be had."""
+def bind(host: str, port: int, *, may_be_exposed: bool = True) -> socket.socket:
+    """A listening socket with bounded buffers.
+
+    Raises :class:`ConfigError` if the address cannot be had, or is open to other machines and must not be."""
     try:
         family, kind, number, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -96,6 +100,13 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, number)
     except OSError as error:
         raise ConfigError(f"gateway.host {host}: {error}", field="gateway.host") from None
+    if not (may_be_exposed or _is_loopback(str(address[0]))):
+        listener.close()
+        raise ConfigError(
+            f"gateway.host {host} can be reached from other machines, and no API keys are set: make some "
+            "('microserve key new', gateway.api_keys_file), or set gateway.allow_no_keys to serve everybody",
+            field="gateway.host",
+        )
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # Accepted connections inherit these.
@@ -112,27 +123,39 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def address_of(listener: socket.socket) -> str:
+def _is_loopback(host: str) -> bool:
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return address.is_loopback
+
+
+def address_of(listener: socket.socket, *, scheme: str = "http") -> str:
     """``http://host:port`` with the port that the system chose."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def make_server(app: ASGIApp, *, graceful_s: int) -> HttpServer:
+def make_server(app: ASGIApp, *, graceful_s: int, tls: ssl.SSLContext | None = None) -> HttpServer:
     """``graceful_s``: after it, a stopping server cancels handlers that still run."""
-    return HttpServer(
-        uvicorn.Config(
-            app,
-            http=GatewayProtocol,
-            ws="none",
-            loop="none",
-            lifespan="off",
-            interface="asgi3",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=graceful_s,
-        )
+    config = _config(app, graceful_s)
+    config.load()
+    config.ssl = tls
+    return HttpServer(config)
+
+
+def _config(app: ASGIApp, graceful_s: int) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=GatewayProtocol,
+        ws="none",
+        loop="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=graceful_s,
     )

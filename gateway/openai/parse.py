@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import accumulate
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import msgspec
 import structlog
@@ -18,8 +18,6 @@ from msgspec import Meta
 from microserve.protocol import log
 from microserve.protocol.errors import InvalidRequest, located
 
-MAX_BODY_DEPTH = 64
-"""Lists and maps within each other."""
 SLICE_NBYTES = 1 << 20
 
 # Names of unknown fields come from clients: the memory of them is bounded.
@@ -34,8 +32,18 @@ _OFF_BY = {"tools": "tool_choice", "functions": "function_call"}
 """What is let through if the other one is ``"none"``: then no answer could use it."""
 
 
-def parse(body: bytes, kind: type[R]) -> R:
+class Shape(NamedTuple):
+    """What a body may hold at most, whatever its length."""
+
+    max_values: int = 1 << 20
+    """Of all its lists and maps together (``gateway.max_body_values``)."""
+    max_depth: int = 64
+    """Lists and maps within each other (``gateway.max_body_depth``)."""
+
+
+def parse(body: bytes, kind: type[R], shape: Shape = Shape()) -> R:  # noqa: B008  (it is immutable)
     """Decode and check one body. Raises :class:`InvalidRequest` naming the field, for any bytes at all."""
+    check_shape(body, shape)
     strict, tolerant = _decoders(kind)
     try:
         try:
@@ -98,13 +106,13 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
-def check_shape(body: bytes, max_values: int) -> None:
+def check_shape(body: bytes, shape: Shape) -> None:
     """Raises :class:`InvalidRequest` for more values in lists and maps, or a deeper nesting, than is allowed.
 
     Counts commas and brackets outside of texts; nothing is built, and the first excess ends it.
     """
     opened = body.count(b"[") + body.count(b"{")
-    if opened <= MAX_BODY_DEPTH and opened + body.count(b",") <= max_values:
+    if opened <= shape.max_depth and opened + body.count(b",") <= shape.max_values:
         return  # a bound of the bounds: texts may have these characters, too
     values = depth = 0
     in_text, cut = False, b""
@@ -116,13 +124,19 @@ def check_shape(body: bytes, max_values: int) -> None:
         in_text ^= len(pieces) % 2 == 0
         brackets = outside.translate(None, _NO_BRACKETS)
         values += outside.count(b",") + brackets.count(b"[") + brackets.count(b"{")
-        if values > max_values:
-            raise InvalidRequest(f"the body has more than {max_values} values in its lists and maps")
+        if values > shape.max_values:
+            field = _member_at(body, begin + SLICE_NBYTES)
+            raise InvalidRequest(
+                f"the body has more than {shape.max_values} values in its lists and maps", field=field
+            )
         if brackets:
             depths = list(accumulate(map(_STEP.__getitem__, brackets), initial=depth))
             depth = depths[-1]
-            if max(depths) > MAX_BODY_DEPTH:
-                raise InvalidRequest(f"the body is nested deeper than {MAX_BODY_DEPTH} lists and maps")
+            if max(depths) > shape.max_depth:
+                field = _member_at(body, begin + SLICE_NBYTES)
+                raise InvalidRequest(
+                    f"the body is nested deeper than {shape.max_depth} lists and maps", field=field
+                )
 
 
 # --- where it is wrong -------------------------------------------------------------------------------
@@ -133,10 +147,13 @@ _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}:]', re.DOTALL)
 def _broken_field(body: bytes, error: str) -> str | None:
     """The member of the body in which the byte lies that is none of JSON's (``NaN``, say)."""
     _, found, offset = error.partition("(byte ")
-    if not found:
-        return None
+    return _member_at(body, int(offset.rstrip(")"))) if found else None
+
+
+def _member_at(body: bytes, offset: int) -> str | None:
+    """The last member of the body that begins before ``offset``; None before the first."""
     depth, name, field = 0, b"", None
-    for match in _TOKEN.finditer(body, 0, int(offset.rstrip(")"))):
+    for match in _TOKEN.finditer(body, 0, offset):
         token = match[0]
         if token in b"[{":
             depth += 1

@@ -164,6 +164,14 @@ class RouterClient:
         links = (link for link in self.links if link.model in ("", self._model))
         return frozenset().union(*(link.limits.eos_token_ids for link in links))
 
+    @property
+    def known_limits(self) -> ModelLimits:
+        """As :attr:`limits`; zeros where it raises."""
+        try:
+            return self.limits
+        except NoEngines:
+            return ModelLimits(0, 0)
+
     def generate(
         self,
         inbox: Inbox,
@@ -176,8 +184,11 @@ class RouterClient:
         ttl_s: float,
         strategy: str | None,
         salt: str = "",
+        tenant: str = "",
+        priority: int = 0,
     ) -> Mailbox:
         """Send one request to ``link``, or to the next router that comes; its output will be in ``inbox``.
+        ``tenant`` is whose it is, ``priority`` how soon it is to go on where tenants must wait.
 
         Raises :class:`QueueFull`."""
 
@@ -200,6 +211,8 @@ class RouterClient:
             ttl_s=ttl_s,
             strategy=strategy,
             salt=salt,
+            tenant=tenant,
+            priority=priority,
         )
         prompt = encode_tokens(tokens)
         if link is None:

@@ -1,7 +1,8 @@
 """A model's chat template: messages -> prompt text, by sandboxed jinja2, without transformers.
 
 Owns the jinja environment that published templates expect. Templates come with the model; messages come from
-clients and are data only.
+clients and are data only. A template is a program, and the sandbox bounds neither its time nor its memory
+(even compiling evaluates its constants): a gateway only reads one, and has it run by a helper.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ import jinja2.sandbox
 from microserve.protocol.errors import ConfigError, InvalidRequest
 
 TEMPLATE_FILE = "chat_template.jinja"
+MAX_TEMPLATE_CHARS = 1 << 20
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -47,21 +51,46 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 
 
 class ChatTemplate:
-    """One compiled template and the special tokens that it may name."""
+    """One template and the special tokens that it may name; compiled when it is first rendered."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises :class:`ConfigError` if the template does not compile."""
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        """Raises :class:`ConfigError` for what is no template."""
+        self._environment = environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ConfigError(f"the model's chat template is broken: {error}", field="model.path") from None
+        self._source = source
         self._special_tokens = dict(special_tokens)
+        self._check()
+
+    def _check(self) -> None:
+        """What can be said without running anything of it."""
+        try:
+            if len(self._source) > MAX_TEMPLATE_CHARS:
+                raise jinja2.TemplateError(f"it has more than {MAX_TEMPLATE_CHARS} characters")
+            parsed = self._environment.parse(self._source)
+            for kind, known in (
+                (jinja2.nodes.Filter, self._environment.filters),
+                (jinja2.nodes.Test, self._environment.tests),
+            ):
+                for node in parsed.find_all(kind):
+                    if node.name not in known:
+                        raise jinja2.TemplateError(f"there is no {kind.__name__.lower()} {node.name!r}")
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ConfigError(f"the model's chat template is broken: {error}", field="model.path") from None
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        return self._environment.from_string(self._source)
+
+    @classmethod
+    def of_model(cls, directory: str | Path) -> ChatTemplate | None:
+        """As :meth:`load`, with all that it needs read from the model's directory."""
+        root = Path(directory)
+        config = read_json(root / "tokenizer_config.json")
+        return cls.load(root, config, special_tokens(read_json(root / "special_tokens_map.json") | config))
 
     @classmethod
     def load(
@@ -91,3 +120,26 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"the model's chat template refused the messages: {error}", field="messages"
             ) from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The map in ``file``; empty without one. Raises :class:`ConfigError`."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}", field="model.path") from None
+    return content if isinstance(content, dict) else {}
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Names that templates use; a value is the text, or an added token's description with ``content``."""
+    found: dict[str, str] = {}
+    for name in SPECIAL_TOKENS:
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            found[name] = value
+    return found

@@ -7,8 +7,7 @@ Owns ``tokenizer.json`` and its neighbours in the model's directory, and the thr
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,26 +24,31 @@ INLINE_CHARS = 2048
 
 NUM_THREADS = 2
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+Renderer = Callable[[Sequence[Mapping[str, Any]]], Awaitable[str]]
+"""Messages -> the prompt's text, by the model's chat template."""
 
 
 class ModelTokenizer:
     """Everything that the gateway knows of a model."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, renderer: Renderer | None = None) -> None:
+        """``renderer``: None for a model without a chat template."""
         # A tokenizer.json may ask for truncation and padding: both would change prompts silently.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
-        self._template = template
+        self._renderer = renderer
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenize")
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self._longest_token_chars = max(map(len, vocabulary), default=1)
         self.vocabulary = Vocabulary(tokenizer)
 
     @classmethod
-    def load(cls, directory: str | Path) -> ModelTokenizer:
-        """Raises :class:`ConfigError` (field ``model.path``) naming what is missing or broken."""
+    def load(cls, directory: str | Path, *, renderer: Renderer | None = None) -> ModelTokenizer:
+        """``renderer`` runs the model's template, if it has one; None: it is run here.
+
+        Raises :class:`ConfigError` (field ``model.path``) naming what is missing or broken.
+        """
         root = Path(directory)
         if not str(directory):
             raise ConfigError(
@@ -57,9 +61,8 @@ class ModelTokenizer:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # tokenizers raises nothing narrower
             raise ConfigError(f"{file}: {error}", field="model.path") from None
-        config = _read_json(root / "tokenizer_config.json")
-        special_tokens = _special_tokens(_read_json(root / "special_tokens_map.json") | config)
-        return cls(tokenizer, ChatTemplate.load(root, config, special_tokens))
+        template = ChatTemplate.of_model(root)
+        return cls(tokenizer, None if template is None else renderer or _run_here(template))
 
     @property
     def vocab_size(self) -> int:
@@ -93,13 +96,9 @@ class ModelTokenizer:
 
         Raises :class:`InvalidRequest` (field ``messages``) without a template or if it refuses them.
         """
-        template = self._template
-        if template is None:
+        if self._renderer is None:
             raise InvalidRequest("the model has no chat template; use /v1/completions", field="messages")
-        if sum(len(str(message["content"])) for message in messages) <= INLINE_CHARS:
-            text = template.render(messages)
-        else:
-            text = await asyncio.get_running_loop().run_in_executor(self._threads, template.render, messages)
+        text = await self._renderer(messages)
         # The template has written the special tokens itself.
         [ids] = await self.encode([text], add_special_tokens=False, max_tokens=max_tokens, field="messages")
         return ids
@@ -114,23 +113,8 @@ class ModelTokenizer:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: {error}", field="model.path") from None
-    return content if isinstance(content, dict) else {}
+def _run_here(template: ChatTemplate) -> Renderer:
+    async def render(messages: Sequence[Mapping[str, Any]]) -> str:
+        return template.render(messages)
 
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Names that templates use; a value is the text, or an added token's description with ``content``."""
-    found: dict[str, str] = {}
-    for name in SPECIAL_TOKENS:
-        value = config.get(name)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            found[name] = value
-    return found
+    return render

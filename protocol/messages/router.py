@@ -37,6 +37,10 @@ class Generate(_Message, frozen=True, tag=2):
     num_output_tokens: int = 0
     """The last so many of the tokens are output that the client has: another router served it before. The
     stream goes on behind them; offsets count from the prompt's end, as ever."""
+    tenant: str = ""
+    """Whose request it is: tenants share the mesh fairly. Empty: nobody's in particular."""
+    priority: int = 0
+    """Of requests that wait, those of a higher one go first."""
 
 
 class Cancel(_Message, frozen=True, tag=3):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -76,6 +77,16 @@ def settings_flags(command: Command) -> Command:
         help="Settings as TOML (see deploy/microserve.toml); or MICROSERVE_CONFIG.",
     )
     return config(assign(command))
+
+
+def directory_flag(command: Command) -> Command:
+    return click.option(
+        "--directory",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=Path(".microserve"),
+        show_default=True,
+        help="State directory of the mesh.",
+    )(command)
 
 
 def index_flags(command: Command) -> Command:

@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 failed, 2 a flag or a setting is wrong.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +14,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import Command, Flags, WrongFlag, settings_flags
+from microserve.services.command.flags import Flags, WrongFlag, directory_flag, settings_flags
+from microserve.services.command.key import key as key_group
+from microserve.services.command.key import usage as usage_command
 from microserve.services.command.label import label as label_command
 from microserve.services.command.simulate import simulate as simulate_command
 from microserve.services.command.strategy import strategy as strategy_group
@@ -52,10 +53,9 @@ def _run(service: str, flags: Flags, load: Callable[[], Serve]) -> None:
     settings = flags.load()
     from microserve.protocol.process.run import run_service
 
-    code = run_service(service, settings, load, reload=flags.load)
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, perhaps
-        sys.stdout.flush()
-        sys.stderr.flush()
+    code = run_service(service, settings, load)
+    sys.stdout.flush()
+    sys.stderr.flush()
     # Everything of ours is closed; taking torch down as well would cost seconds at every stop and restart.
     os._exit(code)
 
@@ -174,16 +174,6 @@ def drain(config: str | None, assignments: tuple[str, ...], engine_id: str, time
 
 
 # --- a whole mesh on this machine ------------------------------------------------------------------
-
-
-def directory_flag(command: Command) -> Command:
-    return click.option(
-        "--directory",
-        type=click.Path(path_type=Path, file_okay=False),
-        default=Path(".microserve"),
-        show_default=True,
-        help="State directory of the mesh.",
-    )(command)
 
 
 @main.command()
@@ -343,6 +333,8 @@ def settings(config: str | None, assignments: tuple[str, ...]) -> None:
 
 
 main.add_command(strategy_group)
+main.add_command(key_group)
+main.add_command(usage_command)
 main.add_command(label_command)
 main.add_command(simulate_command)
 

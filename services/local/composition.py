@@ -19,10 +19,14 @@ from microserve.protocol.settings import Settings
 from microserve.services.local.demo_request import Gateway
 from microserve.services.local.supervisor import Child
 
+USAGE = "usage.db"
+"""In the directory of a mesh: what each API key has used, if the settings name no other file."""
 GATEWAY_STOPS, ROUTER_STOPS, ENGINES_STOP, INDEX_STOPS = range(4)
 """Callers before those whom they call, so that nobody calls into the void."""
 
 STOP_TIMEOUT_S = 10.0
+ENGINE_PATIENCE = 4
+"""Of ``mesh.watchdog_s``: a step may be long. As in deploy/systemd."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path)
     """Children for ``settings``, which ``flags`` (``--config``, ``--set``) describe to them.
 
     ``control`` is the index's control log if the settings name none: what was published is there after a
-    restart, of the index alone or of everything.
+    restart, of the index alone or of everything. What keys have used is kept beside it.
     Ports that are 0 become free ones now, so that a restarted child comes back where the others look for it.
     Raises :class:`ConfigError`.
     """
@@ -76,7 +80,7 @@ def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path)
     port = settings.gateway.port or next(ports)
     common = [
         *flags,
-        *assignment("log.dir", str(logs)),
+        *assignment("log.dir", ""),  # to stderr, which is the child's log file
         *assignment("index.address", index),
         *assignment("router.address", router),
         *assignment("gateway.port", port),
@@ -84,8 +88,9 @@ def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path)
     ]
 
     def child(service: str, name: str, stop_order: int, *own: str, stop_s: float = STOP_TIMEOUT_S) -> Child:
-        argv = [*service_command(service), *common, *assignment("log.file", f"{name}.jsonl"), *own]
-        return Child(name, argv, logs / f"{name}.jsonl", logs / f"{name}.out", stop_order, stop_s)
+        argv = [*service_command(service), *common, *own]
+        watchdog_s = settings.mesh.watchdog_s * (ENGINE_PATIENCE if service == "engine" else 1)
+        return Child(name, argv, logs / f"{name}.jsonl", stop_order, stop_s, watchdog_s)
 
     drain_s = settings.engine.drain_s + STOP_TIMEOUT_S
 
@@ -96,20 +101,24 @@ def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path)
         return child("engine", f"engine-e{number}", ENGINES_STOP, *own, stop_s=drain_s)
 
     engines = [engine(number) for number in range(settings.mesh.engines)]
+    usage = assignment("gateway.usage_path", str(control.with_name(USAGE)))
+    if settings.gateway.usage_path:
+        usage = []
     control_log = [] if settings.index.control_path else assignment("index.control_path", str(control))
     children = [
         child("index", "index", INDEX_STOPS, *control_log),
         child("router", "router", ROUTER_STOPS, *assignment("router.id", settings.router.id or "r0")),
         *engines,
-        child("gateway", "gateway", GATEWAY_STOPS),
+        child("gateway", "gateway", GATEWAY_STOPS, *usage),
     ]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.gateway.host, settings.gateway.host)
     model = settings.model.name or Path(settings.model.path).name
-    return Composition(children, Gateway(host, port, first_key(settings)), model)
+    gateway = Gateway(host, port, first_key(settings), settings.gateway.tls_cert)
+    return Composition(children, gateway, model)
 
 
 def first_key(settings: Settings) -> str:
-    """An API key that the gateway accepts; empty if it asks for none."""
+    """An API key that the gateway accepts; empty if it asks for none, or only their digests are known."""
     return next(iter(settings.gateway.api_keys), "")
 
 

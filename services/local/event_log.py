@@ -98,12 +98,9 @@ class LogFile:
                 yield self._stamped(event)
 
     def _stamped(self, event: Event) -> Event:
-        """Text without a time belongs behind the line before it; without one, to when the file was
-        written."""
+        """Text without a time belongs behind the line before it."""
         ts = event.get("ts")
         if not isinstance(ts, int | float):
-            if not self._last_ts and self._file is not None:
-                self._last_ts = os.fstat(self._file.fileno()).st_mtime
             event["ts"] = ts = self._last_ts
         self._last_ts = float(ts)
         return event
@@ -116,9 +113,7 @@ def last_error(path: Path, offset: int, *, max_nbytes: int = 32_768) -> str:
     """
     try:
         with open(path, "rb") as file:
-            nbytes = file.seek(0, os.SEEK_END)
-            offset = 0 if offset > nbytes else offset  # another file by now: it was rotated
-            begin = max(offset, nbytes - max_nbytes)
+            begin = max(offset, file.seek(0, os.SEEK_END) - max_nbytes)
             file.seek(begin)
             lines = file.read().splitlines()[0 if begin == offset else 1 :]
     except OSError:
@@ -133,7 +128,7 @@ def last_error(path: Path, offset: int, *, max_nbytes: int = 32_768) -> str:
 
 
 class EventLog:
-    """All ``*.jsonl`` files of a directory as one stream, and what was printed beside them (``*.out``)."""
+    """All ``*.jsonl`` files of a directory as one stream."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -141,7 +136,7 @@ class EventLog:
 
     def read(self) -> Iterator[Event]:
         """What is new since the last read, in order of time; files that have appeared are included."""
-        for path in sorted([*self._directory.glob("*.jsonl"), *self._directory.glob("*.out")]):
+        for path in sorted(self._directory.glob("*.jsonl")):
             if path not in self._files:
                 self._files[path] = LogFile(path)
         streams = [file.read() for file in self._files.values()]

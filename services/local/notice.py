@@ -1,7 +1,7 @@
 """What children say of themselves to who started them: sd_notify's lines over a datagram socket (Linux).
 
-Owns the socket, and the proof of who speaks: the kernel names each sender. Needs no log and no disk: who
-cannot write a line is ready all the same. Does not know what the lines mean.
+Owns the socket, the proof of who speaks (the kernel names each sender), and who has been silent for too long.
+Needs no log and no disk: who cannot write a line is ready all the same. Does not know what the lines mean.
 """
 
 from __future__ import annotations
@@ -53,6 +53,50 @@ class NoticeSocket:
     def close(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
+
+
+class Silence:
+    """Who has said nothing for too long. Sans-I/O: time comes in.
+
+    Who did not listen cannot say that another was silent: when the looks themselves came late (everything was
+    stopped, the machine stood still), all get their whole time again.
+    """
+
+    LOOKS = 6
+    """In the shortest time for which anyone may be silent."""
+
+    def __init__(self) -> None:
+        self._limits_s: dict[int, float] = {}
+        self._heard_at: dict[int, float] = {}
+        self._looked_at = 0.0
+
+    @property
+    def look_s(self) -> float:
+        """Time between two looks."""
+        return min(self._limits_s.values(), default=self.LOOKS) / self.LOOKS
+
+    def expect(self, pid: int, limit_s: float, now: float) -> None:
+        """From now on it may be silent for ``limit_s`` at most; 0: for ever."""
+        if limit_s > 0.0:
+            if not self._limits_s:
+                self._looked_at = now
+            self._limits_s[pid], self._heard_at[pid] = limit_s, now
+
+    def hear(self, pid: int, now: float) -> None:
+        if pid in self._heard_at:
+            self._heard_at[pid] = now
+
+    def forget(self, pid: int) -> None:
+        self._limits_s.pop(pid, None)
+        self._heard_at.pop(pid, None)
+
+    def look(self, now: float) -> list[int]:
+        """Who has been silent for longer than it may; call every ``look_s``, after all that has come."""
+        was_away = now - self._looked_at > 2 * self.look_s
+        self._looked_at = now
+        if was_away:
+            self._heard_at = dict.fromkeys(self._heard_at, now)
+        return [pid for pid, at in self._heard_at.items() if now - at > self._limits_s[pid]]
 
 
 def _fields(data: bytes) -> dict[str, str]:

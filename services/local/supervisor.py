@@ -6,6 +6,9 @@ is over it is left down and shown, and the others serve on. A child that fails b
 the start of the whole. One that was ready and ended with exit code 0 was asked to (SIGTERM, ``microserve
 drain``) and stays stopped, as under ``Restart=on-failure`` of systemd.
 
+A child that has not said for its time that it makes progress (``WATCHDOG=1``) is killed, and started again as
+any that crashes.
+
 What may fail here (a descriptor, a process, memory, whoever is told) costs a pause and a second try.
 """
 
@@ -27,7 +30,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.services.local.event_log import last_error
-from microserve.services.local.notice import NoticeSocket
+from microserve.services.local.notice import NoticeSocket, Silence
 
 SPAWN_RETRY_S = 1.0
 """Before a child is started again for which there was no descriptor, no memory or no process."""
@@ -61,13 +64,13 @@ class Child:
     name: str
     argv: Sequence[str]
     log: Path
-    """Events, which it writes itself."""
-    output: Path
-    """Its stdout and stderr, appended: what is said by who cannot write events (yet, or any more)."""
+    """Its stdout and stderr, appended."""
     stop_order: int = 0
     """Lower stops first; equals stop together."""
     stop_timeout_s: float = 10.0
     """From SIGTERM to SIGKILL."""
+    watchdog_s: float = 0.0
+    """Once it is ready: longest time without progress; 0: any."""
     state: ChildState = ChildState.STARTING
     pid: int = 0
     address: str = ""
@@ -128,16 +131,19 @@ class Supervisor:
         self._failed = asyncio.Event()
         self._failure = ""
         self._notices: NoticeSocket | None = None
+        self._silence = Silence()
 
     async def __aenter__(self) -> Supervisor:
         self._notices = NoticeSocket(self._take_notice)
         await self._group.__aenter__()
         for child in self.children:
             self._group.create_task(self._keep(child))
+        self._watching = self._group.create_task(self._watch_silence())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._stopping.set()
+        self._watching.cancel()
         try:
             await self._stop()
         finally:
@@ -203,7 +209,7 @@ class Supervisor:
         """One life of the child, from spawn to its reaped exit; returns the exit code (-N: signal N).
 
         Raises ``OSError`` when it cannot be started."""
-        offsets = [(path, _size(path)) for path in (child.log, child.output)]
+        offset = _size(child.log)
         child.became_ready.clear()
         child.exited.clear()
         process = self._spawn(child)
@@ -220,10 +226,10 @@ class Supervisor:
             # not reaped yet.
             _signal_group(process.pid, signal.SIGKILL)
             code = process.wait()
+            self._silence.forget(process.pid)
             child.pid = 0
             child.exited.set()
-        said = (last_error(path, offset) for path, offset in offsets)
-        child.detail = child.detail or (next(filter(None, said), "") if code else "")
+        child.detail = child.detail or (last_error(child.log, offset) if code else "")
         _logger.info(log.CHILD_EXITED, child=child.name, child_pid=process.pid, code=code, error=child.detail)
         return code
 
@@ -234,8 +240,10 @@ class Supervisor:
         }
         if self._notices is not None:
             environment["NOTIFY_SOCKET"] = self._notices.address
+            if child.watchdog_s > 0.0:
+                environment["WATCHDOG_USEC"] = str(int(child.watchdog_s * 1e6))
         leash = [sys.executable, "-S", "-E", str(_LEASH), str(os.getpid())]
-        output = _open_output(child.output)
+        output = _open_output(child.log)
         try:
             return subprocess.Popen(
                 [*leash, *child.argv],
@@ -268,14 +276,32 @@ class Supervisor:
         child = next((each for each in self.children if each.pid == pid), None)
         if child is None:
             return
+        now = asyncio.get_running_loop().time()
+        if fields.get("WATCHDOG") == "1":
+            self._silence.hear(pid, now)
         if fields.get("READY") == "1" and not child.became_ready.is_set():
             child.address = fields.get("X_ADDRESS", "")
             child.was_ready = True
             child.became_ready.set()
+            self._silence.expect(pid, child.watchdog_s, now)
             if child.state is not ChildState.STOPPING:
                 self._enter(child, ChildState.READY)
             if all(other.was_ready for other in self.children):
                 self._settled.set()
+
+    async def _watch_silence(self) -> None:
+        """Kill who makes no progress; its task does the rest."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._silence.look_s)
+            if self._notices is not None:
+                self._notices.drain()
+            for pid in self._silence.look(loop.time()):
+                child = next(each for each in self.children if each.pid == pid)
+                child.detail = f"killed: no progress for {child.watchdog_s:g} s"
+                _logger.error(log.CHILD_STUCK, child=child.name, child_pid=pid, error=child.detail)
+                self._silence.forget(pid)
+                _signal_group(pid, signal.SIGKILL)
 
     def _give_up(self, child: Child, why: str) -> None:
         """Leave it down. The others serve on, unless the mesh has not come up with it."""

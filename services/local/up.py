@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -23,8 +23,6 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.logging.setup import configure
-from microserve.protocol.logging.sink import shift
 from microserve.protocol.process.notify import Notifier
 from microserve.protocol.settings import Settings
 from microserve.services.local.composition import Composition, assignment, compose, first_key
@@ -60,18 +58,26 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
             settings = msgspec.structs.replace(
                 settings, model=msgspec.structs.replace(settings.model, path=str(path))
             )
+        if options.demo and settings.gateway.api_keys_file and not first_key(settings):
+            if options.oneshot:
+                raise ConfigError(
+                    "gateway.api_keys must hold a key for --oneshot: gateway.api_keys_file has hashes only",
+                    field="gateway.api_keys",
+                )
+            options = replace(options, demo=False)
         if options.detach:
             return _up_detached(settings, options, directory, view)
         with directory.hold():
             logs = Path(settings.log.dir) if settings.log.dir else directory.logs
-            _set_aside(logs, settings.log.keep)
+            _set_aside(logs)
             composition = compose(settings, options.flags, logs, directory.root / "control.db")
-            own = msgspec.structs.replace(settings.log, dir=str(logs), file="")
-            events = configure("supervisor", "up", own)
+            events = log.configure("supervisor", "up", level=settings.log.level, directory=str(logs))
             try:
                 return asyncio.run(_Up(settings, options, directory, view, composition).run())
             finally:
-                events.close()
+                structlog.reset_defaults()
+                if events is not None:
+                    events.close()
     except ConfigError as error:
         view.problem(f"Error: {error}")
         return EXIT_CONFIG
@@ -136,8 +142,6 @@ class _Up:
             self._failure = str(cause)
             self._changed()
             raise cause from None
-        finally:
-            self._notifier.close()
         return 0
 
     async def _introduce(self) -> None:
@@ -218,11 +222,10 @@ def _show_where(view: View, gateway: Gateway, model: str, logs: Path) -> None:
     )
 
 
-def _set_aside(logs: Path, keep: int) -> None:
-    """Events of the run before stay readable as ``*.jsonl.1``, if there is room for names."""
-    for file in [*logs.glob("*.jsonl"), *logs.glob("*.out")]:
-        with contextlib.suppress(OSError):
-            shift(file, max(1, keep))
+def _set_aside(logs: Path) -> None:
+    """Events of the run before stay readable as ``*.jsonl.1``."""
+    for file in logs.glob("*.jsonl"):
+        file.replace(file.with_suffix(".jsonl.1"))
 
 
 # --- in the background -----------------------------------------------------------------------------
@@ -249,7 +252,7 @@ def _up_detached(settings: Settings, options: UpOptions, directory: MeshDirector
         process.wait()
         problem = (directory.root / "up.out").read_text(errors="replace").strip().rpartition("\n")[2]
         raise MeshFailed(state.failure if state else problem)
-    gateway = Gateway.at(state.url, first_key(settings))
+    gateway = Gateway.at(state.url, first_key(settings), settings.gateway.tls_cert)
     code = 0
     if options.demo:
         try:

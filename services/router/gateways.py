@@ -111,6 +111,8 @@ class Gateways:
         match message:
             case wire.Generate():
                 _check_id("request_id", message.request_id)
+                if len(message.tenant) > MAX_REQUEST_ID_CHARS:
+                    raise ProtocolViolation(f"tenant has {len(message.tenant)} characters")
                 self._serving.submit(peer, message, bulk[0], lambda output: self._emit(gateway, output))
             case wire.Cancel():
                 self._serving.cancel(peer, message.request_id)

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.gateway.http.auth import KeyRing
 from microserve.gateway.http.errors import (
     MAX_RETRY_AFTER_S,
     BodyTooLarge,
-    Unauthorized,
+    Forbidden,
     problem_of,
 )
+from microserve.gateway.keys.quota import BudgetSpent, RateLimited
+from microserve.gateway.keys.ring import Unauthorized
 from microserve.gateway.routers.link import RouterLost
 from microserve.protocol import errors
 from microserve.protocol.errors import MeshError
@@ -33,6 +34,9 @@ from microserve.protocol.errors import MeshError
             None,
         ),
         (errors.InvalidInterval("x"), 400, "invalid_request_error", "invalid_interval", None, None),
+        (Forbidden("x"), 403, "permission_error", "permission_denied", None, None),
+        (RateLimited("x", retry_after_s=7200.5), 429, "rate_limit_error", "rate_limit_exceeded", None, 7201),
+        (BudgetSpent("x"), 429, "insufficient_quota", "insufficient_quota", None, 1),
         (Unauthorized("x"), 401, "authentication_error", "invalid_api_key", None, None),
         (errors.ModelNotFound("x"), 404, "invalid_request_error", "model_not_found", "model", None),
         (
@@ -86,13 +90,3 @@ def test_every_error_of_the_mesh_has_an_answer() -> None:
         if not kind.__module__.startswith(("microserve.protocol", "microserve.gateway")):
             continue
         assert 400 <= problem_of(kind("x")).status <= 599
-
-
-def test_keys() -> None:
-    KeyRing([]).check(None)
-    ring = KeyRing(["one", "two"])
-    for good in (b"Bearer one", b"bearer two", b"Bearer  two "):
-        ring.check(good)
-    for bad in (None, b"", b"one", b"Basic one", b"Bearer", b"Bearer onetwo", b"Bearer \xff"):
-        with pytest.raises(Unauthorized):
-            ring.check(bad)

@@ -201,13 +201,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
     (
         ROUTER_REQUEST,
         serving.Generate(
-            request_id="r1",
-            model="m",
-            sampling=SAMPLING,
-            ttl_s=9.5,
-            strategy="balanced",
-            salt="s",
-            num_output_tokens=5,
+            *("r1", "m", SAMPLING, 9.5, "balanced", "s"), num_output_tokens=5, tenant="t", priority=-2
         ),
     ),
     (ROUTER_REQUEST, serving.Cancel(request_id="r1")),
@@ -336,12 +330,12 @@ GOLDEN: dict[str, str] = {
     "ENGINE_TO_ROUTER.Failed": "960b0baa63616368655f66756c6ca164a166cb3ff8000000000000",
     "GATEWAY_TO_ROUTER.GatewayHello": "9401a767617465776179cf100000000000000040",
     "GATEWAY_TO_ROUTER.Generate": (
-        "9802a27231a16d8eaa6d61785f746f6b656e7311aa6d696e5f746f6b656e7302ab74656d7065726174757265cb3fe000"
+        "9a02a27231a16d8eaa6d61785f746f6b656e7311aa6d696e5f746f6b656e7302ab74656d7065726174757265cb3fe000"
         "0000000000a5746f705f70cb3fe8000000000000a5746f705f6b28a56d696e5f70cb3fd0000000000000b27265706574"
         "6974696f6e5f70656e616c7479cb3ff4000000000000b070726573656e63655f70656e616c7479cbbfe0000000000000"
         "b16672657175656e63795f70656e616c7479cb3ff8000000000000aa6c6f6769745f626961738132cbc0040000000000"
         "00a473656564cf0000010000000000a86c6f6770726f627303ae73746f705f746f6b656e5f696473920209aa69676e6f"
-        "72655f656f73c3cb4023000000000000a862616c616e636564a17305"
+        "72655f656f73c3cb4023000000000000a862616c616e636564a17305a174fe"
     ),
     "GATEWAY_TO_ROUTER.Cancel": "9203a27231",
     "GATEWAY_TO_ROUTER.GatewayPing": "9204cf1000000000000000",

@@ -36,9 +36,8 @@ from microserve.protocol.messages.router import (
     StreamCredit,
 )
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings_sources import load_settings
 from tests.support.bus.lossy_bus import LossyBus
-from tests.support.gateway.served import serve_until
+from tests.support.gateway.served import serve_with
 
 T = TypeVar("T")
 TIMEOUT_S = 30.0
@@ -306,12 +305,12 @@ async def gateway_world(
     routers = [ScriptedRouter(bus, **router) for _ in range(num_routers)]
     addresses = json.dumps([router.address for router in routers])
     stop = asyncio.Event()
-    loaded = load_settings(overrides=[
+    overrides = [
         f"model.path={directory}", "model.name=tiny", "gateway.port=0", f"gateway.routers={addresses}",
         f"bus.heartbeat_interval_s={BEAT_S}", "bus.liveness=200", "gateway.id=g0", *settings,
-    ])  # fmt: skip
+    ]  # fmt: skip
     lifecycle = Lifecycle()
-    serving = asyncio.create_task(serve_until(loaded, lifecycle, stop, drain_s))
+    serving = asyncio.create_task(serve_with(overrides, lifecycle, stop, drain_s))
     address = asyncio.create_task(lifecycle.wait_ready())
     try:
         either: list[asyncio.Future[Any]] = [address, serving]

@@ -9,6 +9,7 @@ from microserve.gateway.server import run_gateway
 from microserve.protocol.bus.open import open_bus
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
+from microserve.protocol.settings_sources import load_settings
 
 
 async def serve_until(settings: Settings, lifecycle: Lifecycle, stop: asyncio.Event, drain_s: float) -> None:
@@ -24,3 +25,8 @@ async def serve_until(settings: Settings, lifecycle: Lifecycle, stop: asyncio.Ev
             await gateway
     finally:
         bus.close()
+
+
+async def serve_with(overrides: list[str], lifecycle: Lifecycle, stop: asyncio.Event, drain_s: float) -> None:
+    """As :func:`serve_until`, with settings that may turn out to be wrong."""
+    await serve_until(load_settings(overrides=overrides), lifecycle, stop, drain_s)

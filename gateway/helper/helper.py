@@ -1,0 +1,128 @@
+"""What a gateway asks of its helpers: a conversation's text, and all that is made of a large body.
+
+Owns two processes: large bodies wait for each other and never for, or before, a conversation that is small.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from microserve.gateway.helper.jobs import (
+    Answered,
+    Prepare,
+    Prepared,
+    Refused,
+    Render,
+    Rendered,
+    Result,
+    Setup,
+)
+from microserve.gateway.helper.process import HelperDied, HelperProcess
+from microserve.gateway.helper.work import cpu_budget_s
+from microserve.gateway.routers.link import ModelLimits
+from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, error_for
+
+INLINE_BODY_NBYTES = 64 << 10
+"""Smaller bodies are parsed in the loop: within a millisecond, whatever is in them."""
+WALL_S_PER_CPU_S = 5.0
+"""On a machine that has other things to do."""
+START_S = 30.0
+_PROMPTS = {"chat": "messages", "completions": "prompt", "tokenize": "prompt", "detokenize": "tokens"}
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+class Helpers:
+    """One per gateway; ``close`` it."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._setup = setup
+        self._templates = HelperProcess("templates", setup)
+        self._bodies = HelperProcess("bodies", setup)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that have been started."""
+        return [each.pid for each in (self._templates, self._bodies) if each.pid is not None]
+
+    async def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt of a conversation.
+
+        Raises :class:`InvalidRequest` when the template refuses it, or takes more than it may have.
+        """
+        wall_s = START_S + WALL_S_PER_CPU_S * self._setup.template_cpu_s
+        job = Render([dict(message) for message in messages])
+        answer = await _ask(self._templates, job, b"", wall_s, "messages", None)
+        assert answer is not None
+        if not isinstance(answer[0], Rendered):
+            raise InternalError("a helper gave another job's answer")
+        return answer[0].text
+
+    async def prepare(
+        self, kind: str, request: type[R], body: bytes, limits: ModelLimits, is_wanted: Callable[[], bool]
+    ) -> tuple[R, list[Sequence[int]]] | None:
+        """The request of a large body, without its prompt, and the ids of its prompts; None when its turn
+        came and nobody wanted it any more. Raises what parsing and tokenising it here would."""
+        answer = await self._prepare(kind, body, limits, is_wanted)
+        if answer is None:
+            return None
+        prepared, bulk = answer
+        if not isinstance(prepared, Prepared):
+            raise InternalError("a helper gave another job's answer")
+        ids = array("I")
+        ids.frombytes(bulk)
+        prompts: list[Sequence[int]] = []
+        begin = 0
+        for length in prepared.lengths:
+            prompts.append(ids[begin : begin + length])
+            begin += length
+        return msgspec.msgpack.decode(prepared.request, type=request), prompts
+
+    async def reply(self, kind: str, body: bytes, limits: ModelLimits) -> bytes:
+        """The whole reply to a large body for which no router is asked."""
+        answer = await self._prepare(kind, body, limits, None)
+        assert answer is not None
+        if not isinstance(answer[0], Answered):
+            raise InternalError("a helper gave another job's answer")
+        return answer[1]
+
+    async def _prepare(
+        self, kind: str, body: bytes, limits: ModelLimits, is_wanted: Callable[[], bool] | None
+    ) -> tuple[Result, bytes] | None:
+        job = Prepare(kind, limits.max_model_len, limits.vocab_size)
+        wall_s = START_S + WALL_S_PER_CPU_S * (self._setup.template_cpu_s + cpu_budget_s(len(body)))
+        return await _ask(self._bodies, job, body, wall_s, _PROMPTS[kind], is_wanted)
+
+    def end(self, error: MeshError) -> None:
+        """Nothing new from now on: what runs or waits raises ``error``."""
+        self._templates.end(error)
+        self._bodies.end(error)
+
+    async def close(self) -> None:
+        await self._templates.close()
+        await self._bodies.close()
+
+
+async def _ask(
+    process: HelperProcess,
+    job: Render | Prepare,
+    bulk: bytes,
+    wall_s: float,
+    field: str,
+    is_wanted: Callable[[], bool] | None,
+) -> tuple[Result, bytes] | None:
+    try:
+        answer = await process.ask(job, bulk, wall_s=wall_s, is_wanted=is_wanted)
+    except HelperDied as death:
+        if not death.is_over_budget:
+            raise
+        raise InvalidRequest("the prompt takes more time or memory than it may", field=field) from None
+    if answer is not None and isinstance(refused := answer[0], Refused):
+        raise error_for(
+            refused.code, refused.detail, field=refused.field, retry_after_s=refused.retry_after_s
+        )
+    return answer

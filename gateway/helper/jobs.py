@@ -1,0 +1,75 @@
+"""Questions of a gateway to its helper and their answers, as they go through a pipe.
+
+Owns the framing: two lengths (u32, little-endian), a msgpack message, raw bulk. Nothing here is an interface:
+both ends are one release.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+MAX_MESSAGE_NBYTES = (1 << 32) - 1
+HEAD = struct.Struct("<II")
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """What a helper is told once, at its start."""
+
+    directory: str
+    """Of the model."""
+    model: str
+    template_cpu_s: float
+    max_values: int
+    max_depth: int
+
+
+class Render(msgspec.Struct, frozen=True, tag=1, array_like=True):
+    """The chat template's text for these messages -> ``Rendered``."""
+
+    messages: list[dict[str, Any]]
+
+
+class Prepare(msgspec.Struct, frozen=True, tag=2, array_like=True):
+    """Bulk: a body. Parse it, check it, tokenise its prompts -> ``Prepared``, or ``Answered`` by itself."""
+
+    kind: str
+    """Of ``work.KINDS``."""
+    max_model_len: int
+    """As ``vocab_size``: 0 while no router has said."""
+    vocab_size: int
+
+
+class Rendered(msgspec.Struct, frozen=True, tag=1, array_like=True):
+    text: str
+
+
+class Prepared(msgspec.Struct, frozen=True, tag=2, array_like=True):
+    """Bulk: the prompts' ids, u32 little-endian, one prompt behind the other."""
+
+    request: bytes
+    """msgpack of the request without its prompt."""
+    lengths: list[int]
+    """Tokens of each prompt; none when it is refused for what only the gateway knows (the model's name)."""
+
+
+class Answered(msgspec.Struct, frozen=True, tag=3, array_like=True):
+    """Bulk: the reply's JSON."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag=4, array_like=True):
+    code: str
+    """Of ``protocol.errors``."""
+    detail: str
+    field: str | None
+    retry_after_s: float
+
+
+Job = Render | Prepare
+Result = Rendered | Prepared | Answered | Refused
+
+encode = msgspec.msgpack.Encoder().encode
+JOBS: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)
+RESULTS: msgspec.msgpack.Decoder[Result] = msgspec.msgpack.Decoder(Result)

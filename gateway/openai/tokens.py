@@ -1,0 +1,34 @@
+"""``/tokenize`` and ``/detokenize`` (vLLM's): a text's ids, and ids' text, as JSON."""
+
+from __future__ import annotations
+
+from microserve.gateway.openai.answer import encode
+from microserve.gateway.openai.chat import template_messages
+from microserve.gateway.openai.schema import MAX_TOKENIZE_TOKENS, DetokenizeRequest, TokenizeRequest
+from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.protocol.errors import InvalidRequest, PromptTooLong
+
+
+async def tokenized(request: TokenizeRequest, tokenizer: ModelTokenizer, max_model_len: int) -> bytes:
+    """``max_model_len``: 0 while it is not known. Raises :class:`InvalidRequest` naming the field."""
+    limit = MAX_TOKENIZE_TOKENS
+    try:
+        if request.messages is not None:
+            messages = template_messages(request.messages)
+            tokens = await tokenizer.encode_chat(messages, max_tokens=limit)
+        elif request.prompt is not None:
+            [tokens] = await tokenizer.encode(
+                [request.prompt], add_special_tokens=request.add_special_tokens, max_tokens=limit
+            )
+        else:
+            raise InvalidRequest("prompt or messages is missing", field="prompt")
+    except PromptTooLong as error:
+        raise InvalidRequest(f"more than {limit} tokens are not counted here", field=error.field) from None
+    return encode({"count": len(tokens), "max_model_len": max_model_len or None, "tokens": tokens})
+
+
+def detokenized(request: DetokenizeRequest, tokenizer: ModelTokenizer) -> bytes:
+    """Raises :class:`InvalidRequest` for ids beyond the vocabulary."""
+    if request.tokens and max(request.tokens) >= tokenizer.vocab_size:
+        raise InvalidRequest(f"tokens must be between 0 and {tokenizer.vocab_size - 1}", field="tokens")
+    return encode({"prompt": tokenizer.decode(request.tokens)})
