@@ -34,6 +34,7 @@ from microserve.gateway.keys.reader import KeyReader
 from microserve.gateway.keys.ring import KeyRing
 from microserve.gateway.keys.usage import UsageBook
 from microserve.gateway.metrics import GatewayMetrics
+from microserve.gateway.openai.defaults import SamplingDefaults
 from microserve.gateway.openai.parse import Shape
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.state import GatewayState
@@ -46,6 +47,8 @@ from microserve.protocol.settings import Settings
 
 DRAIN_S = 9.0
 """Streams that run at a stop have so long to finish; supervisors kill after ten."""
+BODY_DRAIN_S = 1.0
+"""Bodies that are being read at a stop have so long to be complete; then their clients are told of it."""
 MAX_BODIES = 16
 """Bodies of full size that may be held while they are read."""
 
@@ -166,6 +169,9 @@ def _make_state(
 ) -> GatewayState:
     gateway = settings.gateway
     model = _model_name(settings)
+    defaults = SamplingDefaults()
+    if gateway.generation_config:
+        defaults = SamplingDefaults.of_model(settings.model.path)
     routers = RouterClient(
         bus,
         gateway.routers or [settings.router.address],
@@ -189,6 +195,7 @@ def _make_state(
         keys=keys,
         quotas=Quotas(UsageBook(), clock=time.monotonic, wall_clock=time.time),
         bodies=BodyBudget(max_body_nbytes, MAX_BODIES * max_body_nbytes),
+        defaults=defaults,
         shape=Shape(gateway.max_body_values, gateway.max_body_depth),
         metrics=GatewayMetrics(model, time.monotonic),
         max_n=gateway.max_n,
@@ -200,7 +207,12 @@ def _make_state(
 
 async def _drain(state: GatewayState, serving: asyncio.Task[None], drain_s: float) -> None:
     """uvicorn takes no new connections by now; what runs may finish, what is left then is ended cleanly."""
+    error = Draining("this gateway is shutting down; try again", retry_after_s=1.0)
+    # A body that is still to come would be refused when it is here.
+    loop = asyncio.get_running_loop()
+    late = loop.call_later(min(BODY_DRAIN_S, drain_s), state.bodies.end, error)
     done, _ = await asyncio.wait([serving], timeout=drain_s)
     if not done:
-        state.end_all(Draining("this gateway is shutting down; try again", retry_after_s=1.0))
+        state.end_all(error)
     await serving
+    late.cancel()

@@ -15,6 +15,7 @@ from microserve.gateway.keys.key import ANONYMOUS, ApiKey
 from microserve.gateway.keys.quota import Quotas
 from microserve.gateway.keys.ring import KeyRing
 from microserve.gateway.metrics import GatewayMetrics, Levels
+from microserve.gateway.openai.defaults import SamplingDefaults
 from microserve.gateway.openai.parse import Shape
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.text.tokenizer import ModelTokenizer
@@ -38,6 +39,7 @@ class GatewayState:
     quotas: Quotas
     bodies: BodyBudget
     shape: Shape
+    defaults: SamplingDefaults
     metrics: GatewayMetrics
     max_n: int
     max_choices: int

@@ -193,6 +193,8 @@ class GatewaySettings(_Section, frozen=True):
     template_cpu_s: Positive = 2.0
     """CPU time that the model's chat template may take for one conversation; beyond it: 400."""
     request_timeout_s: Positive = 600.0
+    generation_config: bool = True
+    """Sampling that a request leaves open is as the model's ``generation_config.json`` says."""
     max_n: Count = 16
     max_streams: Count = 20_000
 

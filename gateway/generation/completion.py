@@ -102,7 +102,7 @@ class Completion(Generic[R]):
             options, limits = self._options(request), state.routers.limits
             group.times.tokenising = monotonic()
             prompts = await self._dialect.prompts(request, state.tokenizer, limits)
-        sampling = sampling_of(request, limits, max(map(len, prompts)))
+        sampling = sampling_of(request, limits, max(map(len, prompts)), state.defaults)
         group.submit(prompts, sampling, options, ttl_s=ttl_s, strategy=strategy)
         return self._dialect.format(
             unique_id=self._exchange.unique_id,

@@ -77,7 +77,7 @@ class ChoiceGroup:
         self.times.submitted = now
         self._deadline = asyncio.get_running_loop().call_later(
             remaining_s + DEADLINE_GRACE_S,
-            inbox.fail,
+            self._expire,
             DeadlineExceeded(f"the request took longer than {ttl_s:.3f} s"),
         )
         salt = cache_salt(exchange.key, options.salt, shared=state.shared_prefix_cache)
@@ -108,12 +108,21 @@ class ChoiceGroup:
             )
         state.metrics.submitted(sum(map(len, prompts)))
 
+    def _expire(self, error: DeadlineExceeded) -> None:
+        """The router has not ended it in time: we do."""
+        for mailbox in self.inbox.mailboxes:
+            mailbox.cancel()
+            mailbox.fail(error)
+
     @property
     def over(self) -> bool:
         return all(choice.over for choice in self.choices)
 
     def take(self, mailbox: Mailbox) -> tuple[Choice, Piece]:
-        """What has come for one choice; its ``error`` is set if it failed."""
+        """What has come for one choice; its ``error`` is set if it failed.
+
+        A deadline is no failure once there is some output: who waited so long gets what there is.
+        """
         choice = self.choices[mailbox.index]
         batch = mailbox.take()
         if batch.token_ids and not choice.over:
@@ -125,10 +134,12 @@ class ChoiceGroup:
                 self._state.metrics.next_tokens(now - choice.last_tokens_at, len(batch.token_ids))
             choice.last_tokens_at = now
         piece = choice.push(batch)
+        if not choice.over:
+            choice.error = mailbox.failed
+        if isinstance(choice.error, DeadlineExceeded) and any(each.output for each in self.inbox.mailboxes):
+            choice.cut_short(piece)
         if choice.finish_reason is not None:
             mailbox.cancel()  # a stop string ended it; the engine does not know yet
-        elif choice.error is None:
-            choice.error = mailbox.failed
         return choice, piece
 
     def raise_failure(self) -> None:

@@ -10,12 +10,14 @@ import secrets
 from dataclasses import dataclass
 from typing import TypeVar
 
+from microserve.gateway.openai.defaults import SamplingDefaults
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
 from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
 from microserve.protocol.messages.sampling import SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
+NO_DEFAULTS = SamplingDefaults()
 SEED_MODULUS = 1 << 63
 
 T = TypeVar("T")
@@ -49,7 +51,12 @@ def options_of(request: GenerationRequest, max_n: int) -> GenerationOptions:
     )
 
 
-def sampling_of(request: GenerationRequest, limits: ModelLimits, longest_prompt: int) -> SamplingParams:
+def sampling_of(
+    request: GenerationRequest,
+    limits: ModelLimits,
+    longest_prompt: int,
+    defaults: SamplingDefaults = NO_DEFAULTS,
+) -> SamplingParams:
     """Sampling of the request's first choice; ``longest_prompt`` in tokens.
 
     Raises :class:`PromptTooLong`, or :class:`InvalidRequest` naming the field as the client wrote it.
@@ -63,7 +70,8 @@ def sampling_of(request: GenerationRequest, limits: ModelLimits, longest_prompt:
         )
     field, max_tokens = _max_tokens(request)
     if max_tokens is None:
-        default = DEFAULT_COMPLETION_TOKENS if isinstance(request, CompletionRequest) else room
+        is_text = isinstance(request, CompletionRequest)
+        default = DEFAULT_COMPLETION_TOKENS if is_text else _or(defaults.max_new_tokens, room)
         max_tokens = min(default, room)
     elif max_tokens > room:
         raise PromptTooLong(
@@ -71,15 +79,15 @@ def sampling_of(request: GenerationRequest, limits: ModelLimits, longest_prompt:
             f"prompt's {longest_prompt} leave only {room}",
             field=field,
         )
-    top_k = request.top_k
+    top_k = _or(request.top_k, _or(defaults.top_k, 0))
     sampling = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=_or(request.min_tokens, 0),
-        temperature=_or(request.temperature, 1.0),
-        top_p=_or(request.top_p, 1.0),
-        top_k=0 if top_k is None or top_k == -1 else top_k,  # vLLM's "off" is -1
-        min_p=_or(request.min_p, 0.0),
-        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        temperature=_or(request.temperature, _or(defaults.temperature, 1.0)),
+        top_p=_or(request.top_p, _or(defaults.top_p, 1.0)),
+        top_k=max(top_k, 0),  # vLLM's "off" is -1
+        min_p=_or(request.min_p, _or(defaults.min_p, 0.0)),
+        repetition_penalty=_or(request.repetition_penalty, _or(defaults.repetition_penalty, 1.0)),
         presence_penalty=_or(request.presence_penalty, 0.0),
         frequency_penalty=_or(request.frequency_penalty, 0.0),
         logit_bias=request.logit_bias or {},

@@ -174,6 +174,20 @@ class Choice:
                 self.finish_reason = ended.reason
                 self._reveal_rest(piece)
 
+    def cut_short(self, piece: Piece) -> None:
+        """Its time is over: what there is, is the answer, and ``piece`` its last one."""
+        self.error = None
+        # Of a token that may be the end only the word was still missing.
+        self.finish_reason = "length" if self._held is None else "stop"
+        text = self._detokenizer.flush()
+        if self._matcher is not None:
+            text = self._matcher.push(text, may_stop=False)
+        piece.text += text
+        if self._transcript is not None:
+            piece.tokens += self._transcript.reveal(len(text), is_over=False)
+        self._reveal_rest(piece)
+        piece.finish_reason = self.finish_reason
+
     def _reveal_rest(self, piece: Piece) -> None:
         """What was held back for a stop string that never became whole."""
         text = "" if self._matcher is None else self._matcher.flush()

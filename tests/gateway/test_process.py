@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from microserve.gateway.server import DRAIN_S
 from microserve.protocol import log
 from tests.support.gateway.gateway_world import gateway_world, run
 
@@ -111,3 +113,23 @@ def test_a_second_gateway_in_one_process(model: Path) -> None:
             pass
 
     run(main())
+
+
+def test_half_a_body_does_not_hold_up_a_stop(model: Path) -> None:
+    """Its client is told what everybody is told, and the process ends as it should."""
+    with start(f"model.path={model}", "gateway.port=0") as process:
+        address = next_event(process, log.SERVICE_READY)["address"]
+        port = int(address.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: 99\r\n\r\n{")
+            with urllib.request.urlopen(f"{address}/health", timeout=TIMEOUT_S):
+                pass  # the first part has been read by now
+            asked_at = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            answer = b""
+            while part := client.recv(4096):
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1" in answer and b'"code":"draining"' in answer
+        assert process.wait(TIMEOUT_S) == 0
+        assert time.monotonic() - asked_at < DRAIN_S
