@@ -123,6 +123,16 @@ class ShadowScore(msgspec.Struct, frozen=True, array_like=True):
     served_sent_tokens: float
 
 
+class StrategyServed(msgspec.Struct, frozen=True, array_like=True):
+    """What one router serves under one name."""
+
+    strategy: str
+    version: int = 0
+    """Of the stable version; 0: the router came with it."""
+    suspended: list[int] = []
+    """Versions of it that have hung there: another strategy serves in their place, as long as that lives."""
+
+
 class RouterControl(msgspec.Struct, frozen=True, array_like=True):
     """How far one router is."""
 
@@ -131,6 +141,8 @@ class RouterControl(msgspec.Struct, frozen=True, array_like=True):
     """Of the state that it has applied."""
     faults: list[VersionFault]
     shadows: list[ShadowScore] = []
+    serves: list[StrategyServed] = []
+    default_strategy: str = ""
 
 
 class ControlRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -168,7 +180,7 @@ class Change(_Message, frozen=True, tag=7):
     share: float = 1.0
     """``publish``: below 1 it is a canary; of a shadow, the requests that it decides about."""
     version: int = 0
-    """``rollback``: only if this version would be taken back; 0: whichever."""
+    """``rollback``: this one, in force or to be restored; 0: whichever is in force."""
     shadow: bool = False
     """``publish`` as a shadow; ``promote`` or ``rollback`` the shadow."""
     reason: str = ""

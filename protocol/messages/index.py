@@ -48,9 +48,14 @@ class Watch(_Message, frozen=True, tag=4):
     """Of the control state that it has applied; below the index's: ``ControlState`` comes too. -1: it wants
     none."""
     faults: list[control.VersionFault] = []
-    """Versions that it cannot run, or that fail here; repeated as long as the state has them."""
+    """Versions that it cannot run, repeated as long as the state has them; and those that failed here, also
+    when others are in force by now: they are not to come back."""
     shadows: list[control.ShadowScore] = []
     """Of the shadow versions that it runs, since it applied them."""
+    serves: list[control.StrategyServed] = []
+    """Every name that requests may ask for."""
+    default_strategy: str = ""
+    """Of requests that name none."""
 
 
 class Lookup(_Message, frozen=True, tag=5):

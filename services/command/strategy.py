@@ -229,20 +229,24 @@ def retire(name: str, config: str | None, index: str | None, reason: str, timeou
 @strategy.command("list")
 @index_flags
 def list_(config: str | None, index: str | None) -> None:
-    """What is under control, and which router runs which version."""
+    """Every strategy and what serves under its name, and which router runs which version."""
     from microserve.protocol.messages.control import ANY
 
     report = talk_to_index(config, index, lambda client: client.report())
     kept = "" if report.durable else "  (in memory only: index.control_path is not set)"
     click.echo(f"version {report.state.version}{kept}")
-    for entry in report.state.entries:
-        click.echo("\n".join(_entry_lines(entry)))
+    entries = {entry.strategy: entry for entry in report.state.entries}
+    known = {each.strategy for router in report.routers for each in router.serves}
+    for name in sorted({*entries, *known}):
+        click.echo("\n".join(_strategy_lines(name, entries.get(name), report.routers)))
+    if not report.routers:
+        click.echo("no router watches this index: what they come with is not known here")
     for each in report.state.labels:
         click.echo(f"engine {each.engine}  labels {' '.join(each.labels) or ANY}")
     for router in report.routers:
         click.echo(f"{router.router_id}  version {router.version}")
         for fault in router.faults:
-            click.echo(f"  cannot run {fault.strategy} {fault.version}: {fault.reason}")
+            click.echo(f"  does not run {fault.strategy} {fault.version}: {fault.reason}")
 
 
 @strategy.command()
@@ -308,6 +312,28 @@ def _entry_lines(entry: ControlEntry) -> list[str]:
     if entry.shadow is not None:
         lines.append("  " + _version_line("shadow", entry.shadow, entry.shadow_share))
     return lines
+
+
+def _strategy_lines(name: str, entry: ControlEntry | None, routers: Sequence[RouterControl]) -> list[str]:
+    """One strategy: what is in force, whether it is anybody's default, and where it is otherwise."""
+    having = [router for router in routers if any(each.strategy == name for each in router.serves)]
+    defaults = [router for router in having if router.default_strategy == name]
+    mark = _where("default", defaults, routers) if defaults else ""
+    [head, *lines] = _entry_lines(entry) if entry is not None else [f"{name:<24}  what the routers came with"]
+    lines.insert(0, f"{head}  {mark}".rstrip())
+    if entry is None and len(having) < len(routers):
+        lines.append(f"  only on {', '.join(router.router_id for router in having)}")
+    for router in having:
+        for version in next(each.suspended for each in router.serves if each.strategy == name):
+            lines.append(f"  suspended on {router.router_id}: version {version or '(own)'} has hung there, "
+                         "data_parallel serves instead")  # fmt: skip
+    return lines
+
+
+def _where(what: str, some: Sequence[RouterControl], all_: Sequence[RouterControl]) -> str:
+    if len(some) == len(all_):
+        return f"({what})"
+    return f"({what} on {', '.join(router.router_id for router in some)})"
 
 
 def _score_lines(entry: ControlEntry, routers: Sequence[RouterControl]) -> list[str]:

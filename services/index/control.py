@@ -126,13 +126,19 @@ class ControlDesk:
         if message.control_version < 0:
             return
         self._routers[peer] = RouterControl(
-            message.watcher_id, message.control_version, message.faults, message.shadows
+            message.watcher_id,
+            message.control_version,
+            message.faults,
+            message.shadows,
+            message.serves,
+            message.default_strategy,
         )
         if message.control_version < MAX_VERSION:
             self._highest_seen = max(self._highest_seen, message.control_version)
         for fault in message.faults:
-            if self._log.fold.is_in_force(fault.strategy, fault.version):
-                # The version that it names is taken back once, whoever says so and how often.
+            if self._log.fold.may_serve(fault.strategy, fault.version):
+                # The version that it names is taken back once, whoever says so and how often, and does not
+                # return by the rollback of another.
                 change = Change(
                     0,
                     f"fault {fault.strategy} {fault.version} {self._log.fold.version}",

@@ -109,9 +109,14 @@ class Fold:
         labels = [EngineLabels(engine, list(each)) for engine, each in sorted(self.labels.items())]
         return ControlState(self.version, entries, labels)
 
-    def is_in_force(self, strategy: str, version: int) -> bool:
+    def may_serve(self, strategy: str, version: int) -> bool:
+        """Whether it is in force, or a rollback could restore it."""
         rollout = self.rollouts.get(strategy)
-        return rollout is not None and any(each.version == version for each in rollout.present)
+        if rollout is None:
+            return False
+        return any(
+            each is not None and each.version == version for each in (*rollout.present, *rollout.before)
+        )
 
     def after(self, change: Change, version: int) -> Fold:
         """With one change more, whose version is ``version``.
@@ -266,6 +271,9 @@ def _roll_back(rollout: Rollout, change: Change) -> Rollout:
         return rollout.without_shadow()
     if canary is not None and change.version in (0, canary.version) and not change.shadow:
         return replace(rollout, canary=None, share=0.0)
+    kept = tuple(each for each in rollout.before if each is None or each.version != change.version)
+    if kept != rollout.before and not change.shadow:
+        return replace(rollout, before=kept)  # it was given up after others had taken its place
     if stable is None or change.version not in (0, stable.version) or change.shadow:
         raise InvalidRequest("no such version is in force", field="version")
     *earlier, last = rollout.before or (None,)

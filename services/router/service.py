@@ -115,7 +115,14 @@ class Router:
 
     def watch(self) -> Watch:
         control = self.control
-        return Watch(self.identity.router_id, control.version, control.faults, control.shadows.scores())
+        return Watch(
+            self.identity.router_id,
+            control.version,
+            control.faults,
+            control.shadows.scores(),
+            self.strategies.serves(),
+            self._settings.router.default_strategy,
+        )
 
     def take_members(self, infos: list[EngineInfo], *, is_first: bool) -> None:
         self.registry.take_members(infos, is_first=is_first)

@@ -202,6 +202,7 @@ MAY_BE_ZERO = {
     "nvshmem.num_ranks": "no world; refused where there is to be one",
     "nvshmem.memory_mb": "the same",
     "mesh.max_restarts": "never restart",
+    "mesh.watchdog_s": "nobody is killed",
 }
 """Numbers that may be 0, and what it means; any other must be above 0."""
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from microserve.protocol.errors import ConfigError, StrategyNotFound
+from microserve.protocol.messages.control import StrategyServed
 from microserve.services.router.authoring.definition import Strategy
 
 
@@ -96,6 +97,17 @@ class StrategyBook:
         published = self.published.get(name)
         found = published.choose_shadow(request_id) if published is not None else None
         return None if found is None or (name, found.version) in self._suspended else found
+
+    def serves(self) -> list[StrategyServed]:
+        """Under every name: which version is the stable one, and which have been suspended."""
+        return [
+            StrategyServed(
+                name,
+                self.published[name].stable.version if name in self.published else 0,
+                sorted(version for suspended, version in self._suspended if suspended == name),
+            )
+            for name in self.names
+        ]
 
     def suspend(self, name: str, version: int, instead: Strategy) -> None:
         """From the next request on ``instead`` serves for this version, as long as this router lives."""

@@ -30,6 +30,9 @@ from microserve.services.router.strategies.data_parallel import data_parallel
 _logger = structlog.get_logger()
 
 
+MAX_FAILED = 64
+"""Versions that have failed here and are remembered, the newest."""
+
 Run = Callable[[Callable[[], None]], None]
 """Runs a source's own code."""
 
@@ -80,8 +83,10 @@ class StrategyControl:
         ``on_applied``: these serve now, and these are shadows. ``run`` bounds the loading of sources."""
         self.version = 0
         """Of the state that is applied; 0: none yet."""
-        self.faults: list[VersionFault] = []
-        """Of versions in that state."""
+        self._unloadable: list[VersionFault] = []
+        """Of that state."""
+        self._failed: dict[tuple[str, int], VersionFault] = {}
+        """By name and version; also of those that are not in force any more."""
         self.shadows = ShadowBook()
         """How those in force fare."""
         self._book = book
@@ -93,22 +98,16 @@ class StrategyControl:
         """By name and digest: a source runs once, however often its parameters change or it comes back."""
         self._bounds: dict[tuple[str, int], Bounds] = {}
         self._windows: dict[tuple[str, int], VersionWindow] = {}
-        """By name and version; 0 is what the router came with, beside a canary."""
+        """By name and version; 0 is what the router came with, beside a canary. Of those in force, and of the
+        latest before them: requests that began with one may still end."""
 
     def apply(self, state: ControlState) -> bool:
         """Take a state over if it is newer than what is here; from the next request on it counts."""
         if state.version <= self.version:
             return False
-        known = {(fault.strategy, fault.version): fault for fault in self.faults}
-        faults: dict[tuple[str, int], VersionFault] = {}
-        published: dict[str, Published] = {}
-        for entry in state.entries:
-            for version in (entry.stable, entry.canary, entry.shadow):
-                key = (entry.strategy, 0 if version is None else version.version)
-                if key in known and key in self._windows:  # it runs, and has failed too often
-                    faults[key] = known[key]
-            published[entry.strategy] = self._publish(entry, faults)
-        self.version, self.faults = state.version, list(faults.values())
+        faults: list[VersionFault] = []
+        published = {entry.strategy: self._publish(entry, faults) for entry in state.entries}
+        self.version, self._unloadable = state.version, faults
         self._book.published = published
         self._clean(state)
         _logger.info(
@@ -117,6 +116,11 @@ class StrategyControl:
             strategies={name: _versions(each) for name, each in sorted(published.items())},
         )
         return True
+
+    @property
+    def faults(self) -> list[VersionFault]:
+        """Versions of the state that cannot be loaded, and whatever has failed here."""
+        return [*self._unloadable, *self._failed.values()]
 
     def hung(self, name: str, version: int, what: str) -> None:
         """A version had to be broken off: nothing more is served by it here, whatever the index says."""
@@ -130,12 +134,14 @@ class StrategyControl:
         router for longer than it may."""
         name, version = ended.strategy, ended.strategy_version
         published = self._book.published.get(name)
-        if published is None or version not in _versions(published):
+        is_present = published is not None and version in _versions(published)
+        if not is_present and (name, version) not in self._windows:
             return
         window = self._window(name, version)
         window.add(_end(self._clock(), ended, failed, slow))
         reason = window.too_many_errors() or window.over(self._bounds.get((name, version), Bounds()))
-        if not reason and published.canary is not None and version == published.canary.version:
+        canary = published.canary if published is not None else None
+        if not reason and published is not None and canary is not None and version == canary.version:
             reason = window.slower_than(self._window(name, published.stable.version))
         fault = VersionFault(name, version, reason)
         if reason and version > 0 and not self._is_known(fault):
@@ -163,7 +169,7 @@ class StrategyControl:
 
     # --- one entry ---------------------------------------------------------------------------------
 
-    def _publish(self, entry: ControlEntry, faults: dict[tuple[str, int], VersionFault]) -> Published:
+    def _publish(self, entry: ControlEntry, faults: list[VersionFault]) -> Published:
         made: list[Strategy | None] = []
         for version in (entry.stable, entry.canary, entry.shadow):
             try:
@@ -172,7 +178,7 @@ class StrategyControl:
                 made.append(None)
                 if version is not None:
                     fault = VersionFault(entry.strategy, version.version, error.detail)
-                    faults[entry.strategy, version.version] = fault
+                    faults.append(fault)
                     self._log_rejected(fault)
         stable, canary, shadow = made
         if stable is None:
@@ -203,7 +209,9 @@ class StrategyControl:
         return replace(base.bind(version.parameters), version=version.version)
 
     def _reject(self, fault: VersionFault) -> None:
-        self.faults = [*self.faults, fault]
+        self._failed[fault.strategy, fault.version] = fault
+        while len(self._failed) > MAX_FAILED:
+            del self._failed[next(iter(self._failed))]
         self._log_rejected(fault)
 
     def _log_rejected(self, fault: VersionFault) -> None:
@@ -212,7 +220,7 @@ class StrategyControl:
         )
 
     def _clean(self, state: ControlState) -> None:
-        """Forget the windows and the sources of versions that are not in force."""
+        """Forget the sources of versions that are not in force, and the windows of old ones."""
         present = [
             (entry.strategy, version)
             for entry in state.entries
@@ -223,7 +231,9 @@ class StrategyControl:
         self.shadows.keep((shadow.name, shadow.version) for shadow in shadows)
         self._on_applied(self._book.serving(), shadows)
         live = {(name, number) for name, each in self._book.published.items() for number in _versions(each)}
-        self._windows = {key: window for key, window in self._windows.items() if key in live}
+        late = [key for key in self._windows if key not in live]
+        for key in late[: max(0, len(late) - MAX_FAILED)]:
+            del self._windows[key]
         self._bounds = {
             (name, version.version): Bounds(version.max_ttft_s, version.max_tpot_s)
             for name, version in present

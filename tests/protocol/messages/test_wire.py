@@ -55,6 +55,7 @@ STRUCTURES = [
     control.ControlEntry,
     control.EngineLabels,
     control.VersionFault,
+    control.StrategyServed,
     control.RouterControl,
     control.ShadowScore,
     control.ControlRecord,

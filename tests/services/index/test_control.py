@@ -144,6 +144,30 @@ def test_a_fault_of_a_version_in_force_takes_it_back_once() -> None:
     with_index(test)
 
 
+def test_a_version_that_was_at_fault_never_returns_also_when_another_took_its_place() -> None:
+    """Version 2 hangs, 3 is published meanwhile and fails: back to 1, also after a restart of the index."""
+
+    async def test(world: World, index: Index) -> None:
+        publisher, router = index.peer(), index.peer()
+        for source in ("good", "hangs", "fails"):
+            await publisher.ask(Changed, change(source=source))
+        hangs, fails = VersionFault("mine", 2, "it hangs"), VersionFault("mine", 3, "it fails")
+        router.send(Watch("r1", 3, [hangs]))
+        report = await reported(publisher, lambda report: report.state.version >= 4)
+        stable = report.state.entries[0].stable
+        assert stable is not None
+        assert stable.version == 3, "what is in force is not touched"
+        router.send(Watch("r1", 4, [hangs, fails]))
+        report = await reported(publisher, lambda report: report.state.version >= 5)
+        stable = report.state.entries[0].stable
+        assert stable is not None
+        assert (stable.version, stable.source) == (1, "good")
+        history = (await publisher.ask(ControlRecords, ControlHistory(7))).records
+        assert [(each.version, each.reason) for each in history[:2]] == [(5, "it fails"), (4, "it hangs")]
+
+    with_index(test)
+
+
 def test_a_log_that_was_lost_uses_no_version_again() -> None:
     async def test(world: World, index: Index) -> None:
         publisher, router = index.peer(), index.peer()

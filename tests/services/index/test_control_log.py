@@ -52,7 +52,7 @@ def test_a_file_of_before_shadows_and_bounds_is_taken_over(tmp_path: Path) -> No
         for column in ("shadow", "max_ttft_s", "max_tpot_s"):
             database.execute(f"ALTER TABLE changes DROP COLUMN {column}")
     with closing(ControlLog(path)) as log:
-        assert log.fold.is_in_force("mine", 1)
+        assert log.fold.may_serve("mine", 1)
         log.append(change("publish", shadow=True, max_ttft_s=1.5), "me")
         state = log.fold.state()
     with closing(ControlLog(path)) as log:
@@ -165,7 +165,7 @@ def test_what_was_answered_survives_sigkill(tmp_path: Path) -> None:
         os.kill(child.pid, signal.SIGKILL)
     with closing(ControlLog(path)) as log:
         assert log.fold.version == 3
-        assert log.fold.is_in_force("mine", 3)
+        assert log.fold.may_serve("mine", 3)
 
 
 def test_killed_in_the_middle_of_writing_each_change_is_whole_or_absent(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_killed_in_the_middle_of_writing_each_change_is_whole_or_absent(tmp_path
         max_size=25,
     )
 )
-def test_the_rows_fold_to_what_is_in_force(steps: list[tuple[str, str, float, int]]) -> None:
+def test_the_rows_fold_to_what_may_serve(steps: list[tuple[str, str, float, int]]) -> None:
     with closing(ControlLog()) as log:
         for kind, strategy, share, above in steps:
             parameters = {"p": above} if kind == "set" else {}

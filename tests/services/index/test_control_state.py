@@ -75,7 +75,7 @@ def test_a_shadow_stands_beside_both_and_moves_by_its_own_flag() -> None:
     entry = entry_of(*begun)
     assert entry.shadow == StrategyVersion(3, "dark", digest_of("dark"), {}, 2.0)
     assert (entry.shadow_share, numbers(*begun)) == (0.5, (1, 2, 0.1))
-    assert fold_of(*begun).is_in_force("mine", 3)
+    assert fold_of(*begun).may_serve("mine", 3)
     assert entry_of(*begun, change("publish", source="darker", shadow=True)).shadow_share == 1.0
     for dropped in (change("rollback", shadow=True), change("rollback", version=3)):
         assert entry_of(*begun, dropped).shadow is None
@@ -113,11 +113,20 @@ def test_rollback_goes_back_version_by_version_to_the_routers_own() -> None:
         fold_of(*begun, *[change("rollback")] * 4)
 
 
-def test_a_rollback_of_a_version_that_is_not_in_force_changes_nothing() -> None:
-    fold = fold_of(change("publish"), change("publish"))
-    with pytest.raises(InvalidRequest) as caught:
-        fold.after(change("rollback", version=1), 3)
-    assert caught.value.field == "version"
+def test_a_version_that_was_given_up_after_another_took_its_place_never_returns() -> None:
+    begun = [change("publish"), change("publish"), change("publish"), change("rollback", version=2)]
+    assert numbers(*begun) == (3, 0, 0.0), "what is in force stays"
+    assert not fold_of(*begun).may_serve("mine", 2)
+    assert numbers(*begun, change("rollback")) == (1, 0, 0.0)
+    assert numbers(*begun, change("rollback"), change("rollback")) == (0, 0, 0.0)
+
+
+def test_a_rollback_of_a_version_that_can_never_serve_changes_nothing() -> None:
+    fold = fold_of(change("publish"), change("publish"), change("rollback"))
+    for version in (2, 7):
+        with pytest.raises(InvalidRequest) as caught:
+            fold.after(change("rollback", version=version), 4)
+        assert caught.value.field == "version"
 
 
 def test_retire_leaves_nothing() -> None:
@@ -209,10 +218,10 @@ def test_any_changes_leave_versions_that_were_made_by_some_change(changes: list[
         assert after.version == fold.version + 1
         if each.kind in ("publish", "set"):
             made.add(after.version)
-            assert after.is_in_force(each.strategy, after.version)
+            assert after.may_serve(each.strategy, after.version)
         if each.kind == "rollback" and each.version:
-            assert fold.is_in_force(each.strategy, each.version)
-            assert not after.is_in_force(each.strategy, each.version)
+            assert fold.may_serve(each.strategy, each.version)
+            assert not after.may_serve(each.strategy, each.version)
         others = {name: rollout for name, rollout in after.rollouts.items() if name != each.strategy}
         assert others == {n: r for n, r in fold.rollouts.items() if n != each.strategy}
         fold = after

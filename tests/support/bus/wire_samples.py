@@ -246,6 +246,8 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
             control_version=3,
             faults=[control_samples.FAULT],
             shadows=[control_samples.SCORE],
+            serves=[control_samples.SERVED],
+            default_strategy="auto",
         ),
     ),
     (INDEX_REQUEST, membership.Lookup(call_id=5, salt="s")),
@@ -365,8 +367,9 @@ GOLDEN: dict[str, str] = {
     ),
     "TO_INDEX.Deregister": "9303a26531cf1000000000000000",
     "TO_INDEX.Watch": (
-        "9504a6726f75746572039193a862616c616e63656403a172919ba862616c616e63656403040102cb3fe0000000000000"
-        "cb3ff0000000000000cb4000000000000000cb4010000000000000cb4020000000000000cb4030000000000000"
+        "9704a6726f75746572039193a862616c616e63656403a172919ba862616c616e63656403040102cb3fe0000000000000"
+        "cb3ff0000000000000cb4000000000000000cb4010000000000000cb4020000000000000cb40300000000000009193a8"
+        "62616c616e636564039102a46175746f"
     ),
     "TO_INDEX.Lookup": "930505a173",
     "TO_INDEX.IndexStats": "920606",

@@ -27,6 +27,7 @@ SCORE = control.ShadowScore(
     sent_tokens=8.0,
     served_sent_tokens=16.0,
 )
+SERVED = control.StrategyServed(strategy="balanced", version=3, suspended=[2])
 LABELS = control.EngineLabels(engine="e", labels=["decode"])
 CONTROL = control.ControlState(version=4, entries=[ENTRY], labels=[LABELS])
 
@@ -59,7 +60,16 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
         control.ControlReport(
             call_id=8,
             state=CONTROL,
-            routers=[control.RouterControl(router_id="router", version=4, faults=[FAULT], shadows=[SCORE])],
+            routers=[
+                control.RouterControl(
+                    router_id="router",
+                    version=4,
+                    faults=[FAULT],
+                    shadows=[SCORE],
+                    serves=[SERVED],
+                    default_strategy="auto",
+                )
+            ],
             durable=True,
         ),
     ),
@@ -105,9 +115,9 @@ GOLDEN: dict[str, str] = {
         "9509089408049196a862616c616e6365649603a173a16481a5726174696fcb3fe0000000000000cb4000000000000000"
         "cb3fe00000000000009603a173a16481a5726174696fcb3fe0000000000000cb4000000000000000cb3fe00000000000"
         "00cb3fd00000000000009603a173a16481a5726174696fcb3fe0000000000000cb4000000000000000cb3fe000000000"
-        "0000cb3fe00000000000009192a16591a66465636f64659194a6726f75746572049193a862616c616e63656403a17291"
+        "0000cb3fe00000000000009192a16591a66465636f64659196a6726f75746572049193a862616c616e63656403a17291"
         "9ba862616c616e63656403040102cb3fe0000000000000cb3ff0000000000000cb4000000000000000cb401000000000"
-        "0000cb4020000000000000cb4030000000000000c3"
+        "0000cb4020000000000000cb40300000000000009193a862616c616e636564039102a46175746fc3"
     ),
     "FROM_INDEX.ControlRecords": (
         "930a09919c03cb3ff8000000000000a56c6f63616ca77075626c697368a862616c616e636564a16481a5726174696fcb"

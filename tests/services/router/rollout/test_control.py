@@ -241,7 +241,7 @@ def test_a_version_over_its_publishers_own_bounds_is_given_up() -> None:
     assert "the bound is 0.5 s" in fault.reason
 
 
-def test_a_fault_is_told_until_its_version_is_gone() -> None:
+def test_a_fault_is_told_even_when_its_version_is_gone() -> None:
     _, control, clock = make()
     control.apply(serving(1))
     failed = Ended("length", Usage(), Phases(), "mine", [], strategy_version=1)
@@ -253,9 +253,35 @@ def test_a_fault_is_told_until_its_version_is_gone() -> None:
     control.apply(state(2, ControlEntry("mine", version(1)), ControlEntry("other", version(2))))
     assert control.faults == [fault]
     control.apply(state(3, ControlEntry("mine")))
-    assert control.faults == []
+    assert control.faults == [fault], "or the next rollback might restore it"
+
+
+def test_what_ends_late_counts_against_its_own_version() -> None:
+    _, control, _ = make()
+    control.apply(serving(1))
+    failed = Ended("length", Usage(), Phases(), "mine", [], strategy_version=1)
     control.ended(failed, True, False)
-    assert control.faults == [], "what ends late counts for nothing"
+    control.apply(state(2, ControlEntry("mine", version(2))))
+    for _ in range(MIN_ERRORS):
+        control.ended(failed, True, False)
+    assert [(fault.strategy, fault.version) for fault in control.faults] == [("mine", 1)]
+    never = Ended("length", Usage(), Phases(), "mine", [], strategy_version=7)
+    for _ in range(MIN_ERRORS + 1):
+        control.ended(never, True, False)
+    assert len(control.faults) == 1, "what never was in force here"
+
+
+def test_a_version_that_hangs_when_another_is_in_force_is_told_and_does_not_serve_again() -> None:
+    book, control, _ = make()
+    control.apply(serving(1))
+    control.apply(state(2, ControlEntry("mine", version(2))))
+    control.hung("mine", 1, "it hangs")
+    assert [(fault.strategy, fault.version) for fault in control.faults] == [("mine", 1)]
+    [mine] = [each for each in book.serves() if each.strategy == "mine"]
+    assert (mine.version, mine.suspended) == (2, [1])
+    control.apply(state(3, ControlEntry("mine", version(1))))
+    assert book.get("mine", "x").version == 0, "plain service"
+    assert [(fault.strategy, fault.version) for fault in control.faults] == [("mine", 1)]
 
 
 # --- in a router -----------------------------------------------------------------------------------
