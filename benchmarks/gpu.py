@@ -42,8 +42,9 @@ from gpu_parts.receiver import Receiver
 from gpu_parts.table import Goal, Row, counted, head, line, spent, summary
 
 from microserve.kernels.cuda_module import KernelUnavailable
-from microserve.protocol import log
 from microserve.protocol.errors import MeshError
+from microserve.protocol.logging.setup import configure
+from microserve.protocol.settings import LogSettings
 
 ADDED_GOAL = Goal("<=", 0.02, "%")
 ARRIVAL_GOAL = Goal("<=", 1.0, "layers")
@@ -199,7 +200,7 @@ def main(arguments: list[str]) -> int:
     if is_gpu and not torch.cuda.is_available():
         print("gpu: no CUDA device: nothing is measured")
         return 0
-    log.configure("benchmark", "sender", level="warning")
+    configure("benchmark", "sender", LogSettings(level="warning"))
     print(timing.describe(torch.device(options.device)))
     if not is_judged:
         place = "with a tiny model" if is_gpu else "on a CPU"

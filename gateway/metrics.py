@@ -55,6 +55,9 @@ class Levels:
     keys: Mapping[str, Counts] = field(default_factory=dict)
     """What each API key has used, by its name: as many as there are in the operator's file."""
     key_streams: Mapping[str, int] = field(default_factory=dict)
+    log_dropped: Mapping[str, int] = field(default_factory=dict)
+    """Lines that could not be written, by reason."""
+    log_left_out: int = 0
 
 
 class GatewayMetrics:
@@ -141,6 +144,13 @@ def _level_families(model: str, levels: Levels) -> Iterator[Metric]:
     yield GaugeMetricFamily("microserve_routers_alive", "Routers that answer.", levels.routers_alive)
     yield CounterMetricFamily("microserve_bus_dropped", "Messages a full queue refused.", levels.bus_dropped)
     yield CounterMetricFamily("microserve_bus_failed", "Messages whose handler failed.", levels.bus_failed)
+    dropped = CounterMetricFamily("microserve_log_dropped", "Lines not written, by why.", labels=["reason"])
+    for reason, count in levels.log_dropped.items():
+        dropped.add_metric([reason], count)
+    yield dropped
+    yield CounterMetricFamily(
+        "microserve_log_left_out", "Lines of floods that were counted instead.", levels.log_left_out
+    )
 
 
 def _key_families(levels: Levels) -> Iterator[Metric]:

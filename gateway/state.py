@@ -21,6 +21,7 @@ from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining, MeshError, ModelNotFound, QueueFull
+from microserve.protocol.logging.setup import current
 
 
 @dataclass(slots=True)
@@ -97,6 +98,7 @@ class GatewayState:
         self.routers.fail_all(error)
 
     def levels(self) -> Levels:
+        lines = current()
         return Levels(
             num_choices=self.num_choices,
             mailbox_tokens=self.routers.num_waiting_tokens,
@@ -105,4 +107,6 @@ class GatewayState:
             routers_alive=sum(link.joined for link in self.routers.links),
             keys=dict(self.quotas.book.total),
             key_streams=self.quotas.streams(),
+            log_dropped={} if lines is None else dict(lines.dropped) or {"none": 0},
+            log_left_out=0 if lines is None else lines.left_out,
         )

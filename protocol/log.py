@@ -1,19 +1,12 @@
-"""Event names and the one way to log: structlog, a JSON object a line.
+"""Event names.
 
 Names are an interface (``noun.past``): ``microserve tail`` and operators' own tools match on them, and
 renaming one is a changelog entry. Values are key-values, never formatted text; no prompt text, no per-token
-events. ``ts`` is wall-clock seconds for people; durations are measured by the monotonic clock.
+events. ``ts`` is wall-clock seconds for people; durations are measured by the monotonic clock. How lines get
+out is ``logging/``.
 """
 
 from __future__ import annotations
-
-import logging
-import sys
-import time
-from pathlib import Path
-from typing import Any, TextIO
-
-import structlog
 
 SERVICE_STARTED = "service.started"
 SERVICE_READY = "service.ready"
@@ -109,37 +102,16 @@ HTTP_REJECTED = "http.rejected"
 HTTP_FIELD_IGNORED = "http.field_ignored"
 """A client sent a field that nobody knows; once a name."""
 
-
-def _stamp(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
-    event["ts"] = round(time.time(), 6)
-    return event
-
-
-def configure(service: str, service_id: str, *, level: str = "info", directory: str = "") -> TextIO | None:
-    """Set up logging for this process and bind ``service`` and ``id`` to every line.
-
-    JSON goes to ``directory/<service>-<id>.jsonl`` when a directory is given, else to stderr (coloured text
-    when that is a terminal). Returns the open file, for the caller to close at its end.
-    """
-    number = logging.getLevelNamesMapping().get(level.upper(), logging.INFO)
-    file: TextIO | None = None
-    if directory:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        path = Path(directory) / f"{service}-{service_id}.jsonl"
-        file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115  (the caller closes it)
-    shared: list[Any] = [structlog.contextvars.merge_contextvars, structlog.processors.add_log_level, _stamp]
-    if file is None and sys.stderr.isatty():
-        render: list[Any] = [structlog.dev.ConsoleRenderer()]
-    else:
-        # Without locals: they could hold keys or prompt text.
-        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        render = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
-    structlog.configure(
-        processors=[*shared, *render],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(file or sys.stderr),
-        cache_logger_on_first_use=False,
-    )
-    structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(service=service, id=service_id)
-    return file
+LOG_DROPPED = "log.dropped"
+"""So many lines could not be written, and why; said when there is room again."""
+LOG_SAMPLED = "log.sampled"
+"""So many lines of one kind were left out within a second (``log.max_refusals_per_s``)."""
+SETTINGS_RELOADED = "settings.reloaded"
+"""SIGHUP: the log is open anew, and what can be changed in a running service is as the settings now say."""
+SETTINGS_REJECTED = "settings.rejected"
+"""SIGHUP, and the settings are wrong: those before stay in force."""
+PROCESS_PRINTED = "process.printed"
+"""A line that somebody wrote to stdout or stderr of a service: a library, a strategy."""
+TASK_FAILED = "task.failed"
+"""A task or a callback raised, and nobody waits for it."""
+THREAD_FAILED = "thread.failed"

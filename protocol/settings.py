@@ -203,6 +203,15 @@ class LogSettings(_Section, frozen=True):
     level: str = "info"
     dir: str = ""
     """Directory of one JSON-lines file a service; empty: stderr."""
+    file: str = ""
+    """Its name there; empty: ``SERVICE-ID.jsonl``."""
+    max_mb: CountOrZero = 100
+    """A file that would become larger is moved aside (``.1``, ``.2``, ...); 0: it grows."""
+    keep: CountOrZero = 5
+    """Files that were moved aside, the oldest of which go; 0: it begins anew."""
+    max_refusals_per_s: Count = 10
+    """Lines a second for each kind of refusal (event, status, code); the rest is counted in
+    ``log.sampled``."""
 
 
 class MeshSettings(_Section, frozen=True):

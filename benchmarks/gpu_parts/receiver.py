@@ -23,10 +23,11 @@ import msgspec
 
 from microserve.kvcache.heap.factory import make_heap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol import log
 from microserve.protocol.errors import InternalError
+from microserve.protocol.logging.setup import configure
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import Grant
+from microserve.protocol.settings import LogSettings
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.core.core import EngineCore
@@ -197,7 +198,7 @@ class Receiver:
 
 def main() -> None:
     arguments = json.loads(sys.argv[1])
-    log.configure("benchmark", "receiver", level="warning")
+    configure("benchmark", "receiver", LogSettings(level="warning"))
     layout = msgspec.convert(arguments["layout"], KvLayout)
     commands = _Commands(layout, arguments["overrides"], arguments["device"])
     try:

@@ -12,6 +12,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.process.notify import Notifier
+from microserve.protocol.settings import Settings
 
 _logger = structlog.get_logger()
 
@@ -22,6 +23,7 @@ class Lifecycle:
     def __init__(self, notifier: Notifier | None = None) -> None:
         self._notifier = notifier or Notifier()
         self._health: Callable[[], bool] = lambda: True
+        self._on_reload: list[Callable[[Settings], None]] = []
         self._ready = asyncio.Event()
         self.address = ""
         self.skips_exit_handlers = False
@@ -51,6 +53,19 @@ class Lifecycle:
 
     def healthy(self) -> bool:
         return self._health()
+
+    def on_reload(self, take: Callable[[Settings], None]) -> None:
+        """``take`` gets the settings as they are now whenever the process is told to read them again
+        (SIGHUP); it takes over what can be changed while it serves. What it raises is logged."""
+        self._on_reload.append(take)
+
+    def reload(self, settings: Settings) -> None:
+        """Tell all who have asked; the failure of one keeps it from no other."""
+        for take in self._on_reload:
+            try:
+                take(settings)
+            except Exception as error:
+                _logger.exception(log.SETTINGS_REJECTED, error=str(error))
 
     def status(self, text: str) -> None:
         """One line for ``systemctl status``."""

@@ -2,6 +2,10 @@
 
 Owns a service process from its settings to its exit; does not know what the service does. Exit codes:
 0 stopped when asked, 2 a setting is wrong (one line says which), 1 anything else (``service.failed``).
+
+SIGHUP never ends a service: its log is opened anew and settings are read again. Taken over are ``log.level``,
+``log.max_mb``, ``log.keep``, ``log.max_refusals_per_s``, and what the service asks for
+(``Lifecycle.on_reload``).
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from microserve.protocol import log
 from microserve.protocol.bus.open import open_bus
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.logging.setup import Log, configure, say
 from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.process.limits import fill_standard_streams, raise_descriptor_limit
 from microserve.protocol.process.notify import Notifier
 from microserve.protocol.settings import Settings
 
@@ -60,16 +66,21 @@ def run_service(
     load: Callable[[], Serve],
     *,
     notifier: Notifier | None = None,
+    reload: Callable[[], Settings] | None = None,
 ) -> int:
     """Run one service to its end in this process; returns the exit code, or ends the process with it if the
     service has asked for that (``Lifecycle.skips_exit_handlers``).
 
-    ``load`` imports the service: late, so that a heavy import is already logged and supervised.
+    ``load`` imports the service: late, so that a heavy import is already logged and supervised. ``reload``
+    reads the settings again; None: they stay what they are.
     """
+    fill_standard_streams()
+    raise_descriptor_limit()
+    signal.signal(signal.SIGHUP, lambda *_: None)  # until the loop takes it over
     notifier = notifier or Notifier.from_environment(os.environ)
     lifecycle = Lifecycle(notifier)
     try:
-        code = _run_service(service, settings, load, lifecycle, notifier)
+        code = _run_service(service, settings, load, lifecycle, notifier, reload or (lambda: settings))
     except BaseException:  # nobody reads the log any more, perhaps
         if not lifecycle.skips_exit_handlers:
             raise
@@ -85,14 +96,24 @@ def run_service(
 
 
 def _run_service(
-    service: str, settings: Settings, load: Callable[[], Serve], lifecycle: Lifecycle, notifier: Notifier
+    service: str,
+    settings: Settings,
+    load: Callable[[], Serve],
+    lifecycle: Lifecycle,
+    notifier: Notifier,
+    reload: Callable[[], Settings],
 ) -> int:
     service_id, settings = identify(service, settings)
-    file = log.configure(service, service_id, level=settings.log.level, directory=settings.log.dir)
     try:
+        lines = configure(service, service_id, settings.log)
+    except ConfigError as error:
+        say(f"microserve {service}: {error}")
+        return EXIT_CONFIG
+    try:
+        lines.capture()
         _logger.info(log.SERVICE_STARTED, pid=os.getpid())
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(service, settings, load(), lifecycle, notifier))
+            runner.run(_serve(service, settings, load(), lifecycle, notifier, lines, reload))
         _logger.info(log.SERVICE_STOPPED)
         return EXIT_STOPPED
     except KeyboardInterrupt:  # before the loop took the signals over
@@ -102,13 +123,12 @@ def _run_service(
         wrong = isinstance(cause, ConfigError)
         detail = str(cause) or type(cause).__name__
         _logger.error(log.SERVICE_FAILED, error=detail, exc_info=None if wrong else cause)
-        if file is not None:
-            print(f"microserve {service}: {detail}", file=sys.stderr)
+        if settings.log.dir:
+            say(f"microserve {service}: {detail}")
         return EXIT_CONFIG if wrong else EXIT_FAILED
     finally:
-        if file is not None:
-            structlog.reset_defaults()
-            file.close()
+        lines.close()
+        notifier.close()
 
 
 def _cause(error: Exception) -> Exception:
@@ -122,8 +142,17 @@ def _cause(error: Exception) -> Exception:
 
 
 async def _serve(
-    service: str, settings: Settings, serve: Serve, lifecycle: Lifecycle, notifier: Notifier
+    service: str,
+    settings: Settings,
+    serve: Serve,
+    lifecycle: Lifecycle,
+    notifier: Notifier,
+    lines: Log,
+    reload: Callable[[], Settings],
 ) -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_tell_failure)
+    loop.add_signal_handler(signal.SIGHUP, _reload, lifecycle, lines, reload)
     bus = open_bus(settings, calls_routers=service == "gateway")
     try:
         async with asyncio.TaskGroup() as group:
@@ -133,6 +162,27 @@ async def _serve(
             _stop_on_signals(serving, notifier)
     finally:
         bus.close()
+
+
+def _reload(lifecycle: Lifecycle, lines: Log, read: Callable[[], Settings]) -> None:
+    """Whatever is wrong with the settings: those before stay, and the log is opened anew."""
+    try:
+        settings = read()
+    except Exception as error:
+        lines.reopen()
+        _logger.error(log.SETTINGS_REJECTED, error=str(error))
+        return
+    lines.reconfigure(settings.log)
+    lifecycle.reload(settings)
+    _logger.info(log.SETTINGS_RELOADED, log_level=settings.log.level)
+
+
+def _tell_failure(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Of a task or a callback that nobody waits for: one of a strategy's own, perhaps."""
+    task = context.get("task") or context.get("future")
+    name = task.get_name() if isinstance(task, asyncio.Task) else ""
+    detail = str(context.get("message", ""))
+    _logger.error(log.TASK_FAILED, task=name, detail=detail, exc_info=context.get("exception"))
 
 
 def _stop_on_signals(service: asyncio.Task[None], notifier: Notifier) -> None:

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 a flag or a setting is wrong.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -53,9 +54,10 @@ def _run(service: str, flags: Flags, load: Callable[[], Serve]) -> None:
     settings = flags.load()
     from microserve.protocol.process.run import run_service
 
-    code = run_service(service, settings, load)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    code = run_service(service, settings, load, reload=flags.load)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, perhaps
+        sys.stdout.flush()
+        sys.stderr.flush()
     # Everything of ours is closed; taking torch down as well would cost seconds at every stop and restart.
     os._exit(code)
 

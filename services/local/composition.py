@@ -80,7 +80,7 @@ def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path)
     port = settings.gateway.port or next(ports)
     common = [
         *flags,
-        *assignment("log.dir", ""),  # to stderr, which is the child's log file
+        *assignment("log.dir", str(logs)),
         *assignment("index.address", index),
         *assignment("router.address", router),
         *assignment("gateway.port", port),
@@ -88,9 +88,10 @@ def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path)
     ]
 
     def child(service: str, name: str, stop_order: int, *own: str, stop_s: float = STOP_TIMEOUT_S) -> Child:
-        argv = [*service_command(service), *common, *own]
+        argv = [*service_command(service), *common, *assignment("log.file", f"{name}.jsonl"), *own]
         watchdog_s = settings.mesh.watchdog_s * (ENGINE_PATIENCE if service == "engine" else 1)
-        return Child(name, argv, logs / f"{name}.jsonl", stop_order, stop_s, watchdog_s)
+        log, output = logs / f"{name}.jsonl", logs / f"{name}.out"
+        return Child(name, argv, log, output, stop_order, stop_s, watchdog_s)
 
     drain_s = settings.engine.drain_s + STOP_TIMEOUT_S
 

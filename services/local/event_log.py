@@ -98,9 +98,12 @@ class LogFile:
                 yield self._stamped(event)
 
     def _stamped(self, event: Event) -> Event:
-        """Text without a time belongs behind the line before it."""
+        """Text without a time belongs behind the line before it; without one, to when the file was
+        written."""
         ts = event.get("ts")
         if not isinstance(ts, int | float):
+            if not self._last_ts and self._file is not None:
+                self._last_ts = os.fstat(self._file.fileno()).st_mtime
             event["ts"] = ts = self._last_ts
         self._last_ts = float(ts)
         return event
@@ -113,7 +116,9 @@ def last_error(path: Path, offset: int, *, max_nbytes: int = 32_768) -> str:
     """
     try:
         with open(path, "rb") as file:
-            begin = max(offset, file.seek(0, os.SEEK_END) - max_nbytes)
+            nbytes = file.seek(0, os.SEEK_END)
+            offset = 0 if offset > nbytes else offset  # another file by now: it was rotated
+            begin = max(offset, nbytes - max_nbytes)
             file.seek(begin)
             lines = file.read().splitlines()[0 if begin == offset else 1 :]
     except OSError:
@@ -128,7 +133,7 @@ def last_error(path: Path, offset: int, *, max_nbytes: int = 32_768) -> str:
 
 
 class EventLog:
-    """All ``*.jsonl`` files of a directory as one stream."""
+    """All ``*.jsonl`` files of a directory as one stream, and what was printed beside them (``*.out``)."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -136,7 +141,7 @@ class EventLog:
 
     def read(self) -> Iterator[Event]:
         """What is new since the last read, in order of time; files that have appeared are included."""
-        for path in sorted(self._directory.glob("*.jsonl")):
+        for path in sorted([*self._directory.glob("*.jsonl"), *self._directory.glob("*.out")]):
             if path not in self._files:
                 self._files[path] = LogFile(path)
         streams = [file.read() for file in self._files.values()]

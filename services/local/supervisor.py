@@ -30,12 +30,11 @@ import structlog
 
 from microserve.protocol import log
 from microserve.services.local.event_log import last_error
+from microserve.services.local.exit import wait_exit
 from microserve.services.local.notice import NoticeSocket, Silence
 
 SPAWN_RETRY_S = 1.0
 """Before a child is started again for which there was no descriptor, no memory or no process."""
-EXIT_POLL_S = 0.1
-"""Between two looks at a child for which there is no descriptor to wait on."""
 EXIT_STOPPED = 0
 EXIT_CONFIG = 2
 """A child that exits so has a wrong setting: starting it again cannot help."""
@@ -64,7 +63,9 @@ class Child:
     name: str
     argv: Sequence[str]
     log: Path
-    """Its stdout and stderr, appended."""
+    """Events, which it writes itself."""
+    output: Path
+    """Its stdout and stderr, appended: what is said by who cannot write events (yet, or any more)."""
     stop_order: int = 0
     """Lower stops first; equals stop together."""
     stop_timeout_s: float = 10.0
@@ -209,14 +210,14 @@ class Supervisor:
         """One life of the child, from spawn to its reaped exit; returns the exit code (-N: signal N).
 
         Raises ``OSError`` when it cannot be started."""
-        offset = _size(child.log)
+        offsets = [(path, _size(path)) for path in (child.log, child.output)]
         child.became_ready.clear()
         child.exited.clear()
         process = self._spawn(child)
         child.pid, child.detail = process.pid, ""
         _logger.info(log.CHILD_STARTED, child=child.name, child_pid=process.pid)
         self._tell(child)
-        exited = self._group.create_task(_wait_exit(process.pid))
+        exited = self._group.create_task(wait_exit(process.pid))
         try:
             await self._watch_start(child, exited)
             await exited
@@ -229,7 +230,8 @@ class Supervisor:
             self._silence.forget(process.pid)
             child.pid = 0
             child.exited.set()
-        child.detail = child.detail or (last_error(child.log, offset) if code else "")
+        said = (last_error(path, offset) for path, offset in offsets)
+        child.detail = child.detail or (next(filter(None, said), "") if code else "")
         _logger.info(log.CHILD_EXITED, child=child.name, child_pid=process.pid, code=code, error=child.detail)
         return code
 
@@ -243,7 +245,7 @@ class Supervisor:
             if child.watchdog_s > 0.0:
                 environment["WATCHDOG_USEC"] = str(int(child.watchdog_s * 1e6))
         leash = [sys.executable, "-S", "-E", str(_LEASH), str(os.getpid())]
-        output = _open_output(child.log)
+        output = _open_output(child.output)
         try:
             return subprocess.Popen(
                 [*leash, *child.argv],
@@ -349,29 +351,6 @@ async def _wait_or_kill(child: Child) -> None:
         child.detail = f"killed: did not stop within {child.stop_timeout_s:g} s"
         _signal_group(child.pid, signal.SIGKILL)
         await child.exited.wait()
-
-
-async def _wait_exit(pid: int) -> None:
-    """Return when the process has exited; it is left for the caller to reap."""
-    loop = asyncio.get_running_loop()
-    exited = asyncio.Event()
-    try:
-        descriptor = os.pidfd_open(pid)
-    except OSError:  # none is to be had
-        while not _has_exited(pid):  # noqa: ASYNC110  (an event would need the descriptor)
-            await asyncio.sleep(EXIT_POLL_S)
-        return
-    try:
-        loop.add_reader(descriptor, exited.set)
-        await exited.wait()
-    finally:
-        loop.remove_reader(descriptor)
-        os.close(descriptor)
-
-
-def _has_exited(pid: int) -> bool:
-    """Of a child; leaves it to be reaped."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _size(path: Path) -> int:

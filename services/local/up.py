@@ -23,6 +23,8 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.logging.setup import configure
+from microserve.protocol.logging.sink import shift
 from microserve.protocol.process.notify import Notifier
 from microserve.protocol.settings import Settings
 from microserve.services.local.composition import Composition, assignment, compose, first_key
@@ -69,15 +71,14 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
             return _up_detached(settings, options, directory, view)
         with directory.hold():
             logs = Path(settings.log.dir) if settings.log.dir else directory.logs
-            _set_aside(logs)
+            _set_aside(logs, settings.log.keep)
             composition = compose(settings, options.flags, logs, directory.root / "control.db")
-            events = log.configure("supervisor", "up", level=settings.log.level, directory=str(logs))
+            own = msgspec.structs.replace(settings.log, dir=str(logs), file="")
+            events = configure("supervisor", "up", own)
             try:
                 return asyncio.run(_Up(settings, options, directory, view, composition).run())
             finally:
-                structlog.reset_defaults()
-                if events is not None:
-                    events.close()
+                events.close()
     except ConfigError as error:
         view.problem(f"Error: {error}")
         return EXIT_CONFIG
@@ -142,6 +143,8 @@ class _Up:
             self._failure = str(cause)
             self._changed()
             raise cause from None
+        finally:
+            self._notifier.close()
         return 0
 
     async def _introduce(self) -> None:
@@ -222,10 +225,11 @@ def _show_where(view: View, gateway: Gateway, model: str, logs: Path) -> None:
     )
 
 
-def _set_aside(logs: Path) -> None:
-    """Events of the run before stay readable as ``*.jsonl.1``."""
-    for file in logs.glob("*.jsonl"):
-        file.replace(file.with_suffix(".jsonl.1"))
+def _set_aside(logs: Path, keep: int) -> None:
+    """Events of the run before stay readable as ``*.jsonl.1``, if there is room for names."""
+    for file in [*logs.glob("*.jsonl"), *logs.glob("*.out")]:
+        with contextlib.suppress(OSError):
+            shift(file, max(1, keep))
 
 
 # --- in the background -----------------------------------------------------------------------------

@@ -6,7 +6,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from microserve.gateway.metrics import CACHE_S, VLLM_NAMES, GatewayMetrics, Levels
 
-LEVELS = Levels(num_choices=3, mailbox_tokens=4, bus_dropped=5, bus_failed=6, routers_alive=2)
+LEVELS = Levels(
+    num_choices=3,
+    mailbox_tokens=4,
+    bus_dropped=5,
+    bus_failed=6,
+    routers_alive=2,
+    log_dropped={"ENOSPC": 8},
+    log_left_out=9,
+)
 
 
 def samples(text: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -46,6 +54,8 @@ def test_everything_is_counted() -> None:
     assert value(text, "microserve_mailbox_tokens") == 4
     assert value(text, "microserve_bus_dropped_total") == 5
     assert value(text, "microserve_bus_failed_total") == 6
+    assert value(text, "microserve_log_dropped_total", reason="ENOSPC") == 8
+    assert value(text, "microserve_log_left_out_total") == 9
     assert value(text, "microserve_routers_alive") == 2
     bucket = "microserve_time_to_first_token_seconds_bucket"
     assert value(text, bucket, model_name="m", le="0.02") == 0

@@ -198,6 +198,8 @@ MAY_BE_ZERO = {
     "engine.drain_s": "stop at once",
     "gateway.port": "any free port",
     "router.max_ttft_s": "no bound",
+    "log.max_mb": "it grows",
+    "log.keep": "it begins anew",
     "nvshmem.rank": "the first",
     "nvshmem.num_ranks": "no world; refused where there is to be one",
     "nvshmem.memory_mb": "the same",

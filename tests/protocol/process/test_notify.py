@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.notify import Notifier
 from microserve.protocol.process.run import feed_watchdog
+from tests.support.process.descriptors import no_descriptors
 
 TIMEOUT_S = 20.0
 
@@ -29,8 +31,25 @@ def listener(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[s
 
 def test_sends_lines_to_paths_and_abstract_names(listener: tuple[socket.socket, str]) -> None:
     listening, address = listener
-    assert Notifier(address).send("READY=1", "STATUS=up")
+    with closing(Notifier(address)) as notifier:
+        assert notifier.send("READY=1", "STATUS=up")
     assert listening.recv(200) == b"READY=1\nSTATUS=up"
+
+
+def test_words_need_one_descriptor_in_all_and_a_listener_that_is_back_is_found(tmp_path: Path) -> None:
+    path = str(tmp_path / "notify")
+    with closing(Notifier(path)) as notifier:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+            listening.bind(path)
+            assert notifier.send("READY=1")
+            with no_descriptors():
+                assert notifier.send("WATCHDOG=1")
+            assert [listening.recv(200) for _ in range(2)] == [b"READY=1", b"WATCHDOG=1"]
+        os.unlink(path)
+        assert not notifier.send("WATCHDOG=1")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+            listening.bind(path)
+            assert notifier.send("WATCHDOG=1")
 
 
 def test_nobody_listening_is_no_error(tmp_path: Path) -> None:
@@ -41,9 +60,9 @@ def test_nobody_listening_is_no_error(tmp_path: Path) -> None:
 def test_a_full_queue_does_not_block(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(str(tmp_path / "notify"))
-        notifier = Notifier(str(tmp_path / "notify"))
-        # Nobody reads: some datagrams fit, then each is refused at once.
-        assert not all(notifier.send("WATCHDOG=1") for _ in range(10_000))
+        with closing(Notifier(str(tmp_path / "notify"))) as notifier:
+            # Nobody reads: some datagrams fit, then each is refused at once.
+            assert not all(notifier.send("WATCHDOG=1") for _ in range(10_000))
 
 
 @pytest.mark.parametrize(
@@ -62,10 +81,11 @@ def test_watchdog_period_comes_from_the_environment(environment: dict[str, str],
 
 def test_ready_is_told_once_with_the_address(listener: tuple[socket.socket, str]) -> None:
     listening, address = listener
-    lifecycle = Lifecycle(Notifier(address))
-    lifecycle.ready("tcp://127.0.0.1:1")
-    lifecycle.ready("tcp://127.0.0.1:2")
-    lifecycle.status("3 requests")
+    with closing(Notifier(address)) as notifier:
+        lifecycle = Lifecycle(notifier)
+        lifecycle.ready("tcp://127.0.0.1:1")
+        lifecycle.ready("tcp://127.0.0.1:2")
+        lifecycle.status("3 requests")
     assert listening.recv(200) == b"READY=1\nSTATUS=ready at tcp://127.0.0.1:1\nX_ADDRESS=tcp://127.0.0.1:1"
     assert listening.recv(100) == b"STATUS=3 requests"
     assert asyncio.run(lifecycle.wait_ready()) == "tcp://127.0.0.1:1"

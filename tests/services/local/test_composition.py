@@ -76,7 +76,9 @@ def test_children_agree_on_addresses_and_each_engine_has_an_id(model: str, tmp_p
     assert len({each.router.address for each in read}) == 1
     assert {each.gateway.port for each in read} == {composition.gateway.port} != {0}
     assert {each.model.path for each in read} == {model}
-    assert {each.log.dir for each in read} == {""}
+    assert [str(Path(each.log.dir) / each.log.file) for each in read] == [
+        str(child.log) for child in composition.children
+    ]
     assert [each.engine.id for each in read[2:5]] == ["e0", "e1", "e2"]
     assert composition.model == "Tiny"
 

@@ -35,7 +35,7 @@ def holder(root: Path, prelude: str = "") -> subprocess.Popen[str]:
 
 
 def state(pid: int) -> MeshState:
-    child = Child("index", ["true"], Path("index.jsonl"))
+    child = Child("index", ["true"], Path("index.jsonl"), Path("index.out"))
     return MeshState(pid, "http://127.0.0.1:8000", "tiny", [ChildState.of(child)])
 
 

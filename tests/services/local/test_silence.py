@@ -77,7 +77,8 @@ import asyncio, pathlib, sys, json
 from microserve.services.local.supervisor import Child, Supervisor
 async def main(directory):
     argv = [sys.executable, "-S", "-c", {PROGRESS!r}]
-    children = [Child("a", argv, pathlib.Path(directory) / "a", watchdog_s={LIMIT_S})]
+    here = pathlib.Path(directory)
+    children = [Child("a", argv, here / "a.jsonl", here / "a.out", watchdog_s={LIMIT_S})]
     async with Supervisor(children, max_restarts=9, restart_window_s=9, ready_timeout_s=30) as supervisor:
         await supervisor.ready()
         print(json.dumps(children[0].pid), flush=True)

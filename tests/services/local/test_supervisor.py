@@ -42,7 +42,7 @@ WITH_GRANDCHILD = (
 
 def child(directory: Path, name: str, script: str, **options: Any) -> Child:
     argv = [sys.executable, "-S", "-c", script]
-    return Child(name, argv, directory / f"{name}.jsonl", **options)
+    return Child(name, argv, directory / f"{name}.jsonl", directory / f"{name}.out", **options)
 
 
 class Watched:
@@ -283,7 +283,7 @@ def test_what_a_child_has_started_goes_with_it(tmp_path: Path) -> None:
         watched = Watched([child(tmp_path, "a", WITH_GRANDCHILD)])
         async with watched.supervisor:
             await watched.supervisor.ready()
-            grandchild = psutil.Process(int((tmp_path / "a.jsonl").read_text().split()[0]))
+            grandchild = psutil.Process(int((tmp_path / "a.out").read_text().split()[0]))
         grandchild.wait(TIMEOUT_S)
 
     run(test())
@@ -295,7 +295,8 @@ import asyncio, pathlib, sys
 from microserve.services.local.supervisor import Child, Supervisor
 async def main():
     argv = [sys.executable, "-S", "-c", {SERVE!r}]
-    children = [Child(n, argv, pathlib.Path({str(tmp_path)!r}) / n) for n in "ab"]
+    here = pathlib.Path({str(tmp_path)!r})
+    children = [Child(n, argv, here / n, here / f"{{n}}.out") for n in "ab"]
     async with Supervisor(children, max_restarts=1, restart_window_s=1, ready_timeout_s=30) as supervisor:
         await supervisor.ready()
         print([child.pid for child in children], flush=True)
