@@ -1,8 +1,10 @@
 # From nothing to an answer: `make up`. Everything lives in .venv; stamps make the second time quick.
 PYTHON ?= python3
 VENV ?= .venv
-# On a machine with GPUs, or with torch already in VENV, say what you want: make up TORCH=torch
-TORCH ?= torch==2.13.0
+# The CPU build, or a CUDA build where there is a GPU. Another one: make up TORCH=torch==2.14.1, or a wheel's path
+TORCH ?=
+TORCH_FLAGS = $(if $(TORCH),--torch '$(TORCH)')
+PREFIX ?= /opt/microserve
 ARGS ?=
 BIN := $(VENV)/bin
 WORKERS ?= 2
@@ -11,24 +13,30 @@ QUICK_WORKERS ?= 3
 # Bytecode is kept whatever the environment says: a run starts hundreds of processes, which compiled all again.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: up quick test heavy check fmt bench exactness simulate mutations chaos swaps soak extras hooks clean
+ASK_PYTHON = $(PYTHON) -c 'import sys; sys.exit("Error: Python 3.11 or newer is needed, and $(PYTHON) is %d.%d: \
+make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+# An environment knows its own place: one that was moved with its checkout is made anew.
+MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '$(VENV)/installed')" = "$$(pwd -P)" ] || \
+	echo moved))
+
+.PHONY: moved install up quick test heavy check fmt bench exactness simulate mutations chaos swaps soak extras hooks clean
 
 up: $(VENV)/installed
 	$(BIN)/microserve up $(ARGS)
 
 # State and wire, in less than a minute: before every commit. QUICK_WORKERS=0 for a debugger.
-quick: $(VENV)/installed
+quick: $(VENV)/dev
 	$(PYTEST) -n $(QUICK_WORKERS) -m quick $(ARGS)
 
 # All but the endurance of `make heavy`, in less than nine minutes.
-test: $(VENV)/installed
+test: $(VENV)/dev
 	$(PYTEST) -m "not heavy" $(ARGS)
 
 # The long ones: exactness of the demo model, freezes, chaos, hostile strategies, days of virtual time.
-heavy: $(VENV)/installed
+heavy: $(VENV)/dev
 	$(PYTEST) -m heavy $(ARGS)
 
-check: $(VENV)/installed
+check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -36,56 +44,69 @@ check: $(VENV)/installed
 	$(BIN)/lint-imports
 	$(BIN)/python tooling/file_length.py
 
-fmt: $(VENV)/installed
+fmt: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # ARGS="--requests 20 --strategies auto" for a cut of it.
-exactness: $(VENV)/installed
+exactness: $(VENV)/dev
 	$(BIN)/python tests/support/process/exactness.py --model "$$($(BIN)/microserve model fetch)" $(ARGS)
 
 # A thousand simulated worlds full of faults; ARGS="--seeds 20000", or ARGS="--replay 17" for one of them.
-simulate: $(VENV)/installed
+simulate: $(VENV)/dev
 	$(BIN)/python -m microserve.services.simulation.faults.campaign $(ARGS)
 
 # Bugs planted on purpose, and how many worlds it takes to catch each.
-mutations: $(VENV)/installed
+mutations: $(VENV)/dev
 	$(BIN)/python tests/simulation/mutations.py $(ARGS)
 
 # Real processes killed, frozen and drained at random: make chaos ARGS="--seconds 1800 --seed 1"
-chaos: $(VENV)/installed
+chaos: $(VENV)/dev
 	$(BIN)/python tests/chaos/chaos.py $(ARGS)
 
 # Strategies swapped on a live mesh under load: ARGS="--seconds 60 --swaps 1000 --rate 50"
-swaps: $(VENV)/installed
+swaps: $(VENV)/dev
 	$(BIN)/python tests/support/router/swaps.py $(ARGS)
 
 # Memory under a steady load, nothing killed: ARGS="--seconds 1200 --rate 12"
-soak: $(VENV)/installed
+soak: $(VENV)/dev
 	$(BIN)/python tests/support/process/soak.py $(ARGS)
 
 # What a machine with a GPU would install, resolved and not installed.
-extras: $(VENV)/installed
+extras: $(VENV)/dev
 	$(BIN)/pip install --quiet --dry-run '.[cuda12]'
 	$(BIN)/pip install --quiet --dry-run '.[cuda13]'
 
 # Every commit in this checkout: ruff, mypy on what changed, no file over 400 lines.
-hooks: $(VENV)/installed
+hooks: $(VENV)/dev
 	$(BIN)/pre-commit install
 
-bench: $(VENV)/installed
+bench: $(VENV)/dev
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
 
+# A mesh that runs here is stopped first: without its directory nothing would find it any more.
 clean:
+	[ ! -e .microserve/mesh.pid ] || $(BIN)/microserve down
 	rm -rf $(VENV) .microserve .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV)/torch:
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	@touch $@
+# --- what they need ---------------------------------------------------------------------------------
 
-$(VENV)/installed: $(VENV)/torch pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[engine,demo,dev]'
-	@touch $@
+# A server's own copy (deploy/systemd, deploy/supervisord.conf), which this checkout may leave: PREFIX says where.
+install:
+	@$(ASK_PYTHON)
+	$(PYTHON) tooling/install.py --venv '$(PREFIX)' --extras engine --no-editable $(TORCH_FLAGS)
+
+# One resolution each, and the torch that is there stays: tooling/install.py says which, its size and the time.
+$(VENV)/installed: pyproject.toml tooling/install.py $(MOVED)
+	@$(ASK_PYTHON)
+	$(PYTHON) tooling/install.py --venv '$(VENV)' --extras engine,demo,simulation $(TORCH_FLAGS)
+	@printf %s "$$(pwd -P)" > '$@'
+
+$(VENV)/dev: pyproject.toml tooling/install.py $(MOVED)
+	@$(ASK_PYTHON)
+	$(PYTHON) tooling/install.py --venv '$(VENV)' --extras engine,demo,simulation,dev $(TORCH_FLAGS)
+	@printf %s "$$(pwd -P)" > '$(VENV)/installed'
+	@touch '$@'
+
+moved:
