@@ -1,4 +1,4 @@
-"""What ``make`` installs: which torch, that there is one, and what is said; by a real pip from indexes on disk."""
+"""What ``make`` installs: which torch, only one, and what is said; by a real pip from indexes on disk."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def build(directory, code):
         wheel.writestr("thing.py" if code else "thing.pth", "")
         extras = "Provides-Extra: engine\\nRequires-Dist: torch; extra == 'engine'\\n"
         extras += "Provides-Extra: dev\\nRequires-Dist: triton==3.6.0; extra == 'dev'\\n"
-        wheel.writestr("thing-1.dist-info/METADATA", f"Metadata-Version: 2.1\\nName: thing\\nVersion: 1\\n{extras}")
+        metadata = f"Metadata-Version: 2.1\\nName: thing\\nVersion: 1\\n{extras}"
+        wheel.writestr("thing-1.dist-info/METADATA", metadata)
         wheel.writestr("thing-1.dist-info/WHEEL", "Wheel-Version: 1.0\\nTag: py3-none-any\\n")
         wheel.writestr("thing-1.dist-info/RECORD", "")
     return name
@@ -104,7 +105,7 @@ def test_the_readme_has_the_figures(install: ModuleType) -> None:
 
 
 TRITON = "3.7.1"
-"""What the CUDA build of torch 2.13.0 requires: another one in ``dev`` would put another torch in its place."""
+"""What the CUDA build of torch 2.13.0 requires: with another one in ``dev`` another torch would come."""
 
 
 # --- with a real pip ---------------------------------------------------------------------------------
