@@ -92,6 +92,7 @@ class Application:
             ("/ready", get, operator_routes.ready),
             ("/metrics", get, operator_routes.metrics),
             ("/version", get, operator_routes.version),
+            ("/openapi.json", get, operator_routes.openapi),
             ("/tokenize", post, operator_routes.tokenize),
             ("/detokenize", post, operator_routes.detokenize),
         ]

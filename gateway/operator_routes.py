@@ -9,6 +9,7 @@ import msgspec
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.metrics import CONTENT_TYPE
+from microserve.gateway.openai.document import document
 from microserve.gateway.openai.parse import parse
 from microserve.gateway.openai.schema import DetokenizeRequest, TokenizeRequest
 from microserve.gateway.openai.tokens import detokenized, tokenized
@@ -30,6 +31,14 @@ async def ready(state: GatewayState, exchange: Exchange) -> None:
 
 async def version(state: GatewayState, exchange: Exchange) -> None:
     await exchange.reply(200, msgspec.json.encode({"version": state.version}))
+
+
+async def openapi(state: GatewayState, exchange: Exchange) -> None:
+    """The API as it is here and now: with this model's and these settings' bounds."""
+    limits = state.routers.known_limits
+    num_texts, needs_key = state.tokenizer.vocab_size, not state.keys.is_open
+    body = document(state.version, state.model, state.max_n, limits, num_texts, needs_key)
+    await exchange.reply(200, body)
 
 
 async def metrics(state: GatewayState, exchange: Exchange) -> None:

@@ -25,6 +25,8 @@ from microserve.protocol.errors import InternalError, InvalidRequest, MeshError,
 from microserve.protocol.request_id import unique
 
 BODY_TIMEOUT_S = 60.0
+MIN_TIMEOUT_S = 0.001
+"""That a client may ask for."""
 CONNECTION_EXTENSION = "microserve.connection"
 """ASGI extension of our server: the transport under the request (``Connection``)."""
 
@@ -257,9 +259,10 @@ def timeout_of(exchange: Exchange, longest_s: float) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not seconds > 0.0:  # NaN as well
+    if not seconds >= MIN_TIMEOUT_S:  # NaN as well
         raise InvalidRequest(
-            "x-microserve-timeout-s must be a number above 0", field="x-microserve-timeout-s"
+            f"x-microserve-timeout-s must be a number of at least {MIN_TIMEOUT_S}",
+            field="x-microserve-timeout-s",
         )
     return min(seconds, longest_s)
 

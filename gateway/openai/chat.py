@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
-from microserve.gateway.openai.schema import ChatRequest, ContentPart, Message
+from microserve.gateway.openai.schema import ROLES, ChatRequest, ContentPart, Message
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.choice import Piece
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText
 from microserve.protocol.errors import InvalidRequest
-
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""``developer`` is OpenAI's newer name for ``system``; templates know only the older one."""
 
 
 async def chat_prompts(
@@ -30,10 +27,10 @@ def template_messages(messages: list[Message]) -> list[dict[str, str]]:
 
 
 def _template_message(message: Message, where: str) -> dict[str, str]:
-    role = _ROLES.get(message.role)
+    role = ROLES.get(message.role)
     if role is None:
         raise InvalidRequest(
-            f"{where}.role must be one of {', '.join(_ROLES)} (tools are not supported)",
+            f"{where}.role must be one of {', '.join(ROLES)} (tools are not supported)",
             field=f"{where}.role",
         )
     if message.tool_calls:

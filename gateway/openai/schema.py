@@ -28,7 +28,14 @@ Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 StopStrings = Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_TOKENIZE_TOKENS)]
-Prompt = str | Annotated[list[str | TokenId | TokenIds], Meta(max_length=MAX_TOKENIZE_TOKENS)]
+_KINDS = {"anyOf": [{"items": {"type": kind}} for kind in ("string", "integer", "array")]}
+Prompt = (
+    str
+    | Annotated[
+        list[str | TokenId | TokenIds],
+        Meta(min_length=1, max_length=MAX_TOKENIZE_TOKENS, extra_json_schema=_KINDS),
+    ]
+)
 """Text, texts, ids or lists of ids; mixtures are refused."""
 
 
@@ -134,15 +141,19 @@ class CompletionRequest(GenerationRequest):
 
 
 class ContentPart(msgspec.Struct):
-    type: Name
+    type: Annotated[str, Meta(max_length=MAX_NAME_CHARS, extra_json_schema={"enum": ["text"]})]
     text: str | None = None
 
 
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""Whom templates know; ``developer`` is OpenAI's newer name for ``system``."""
+
+
 class Message(msgspec.Struct):
-    role: Name
+    role: Annotated[str, Meta(max_length=MAX_NAME_CHARS, extra_json_schema={"enum": sorted(ROLES)})]
     content: str | list[ContentPart] | None = None
     name: Name | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: Annotated[list[Any], Meta(extra_json_schema={"maxItems": 0})] | None = None
     tool_call_id: Name | None = None
 
 

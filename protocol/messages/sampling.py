@@ -20,7 +20,9 @@ MAX_LOGIT_BIAS = 1024
 MAX_COUNT = (1 << 31) - 1
 """Of tokens, where nothing narrower holds."""
 
-TokenId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
+MAX_TOKEN_ID = 0xFFFF_FFFF
+
+TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 """On the wire an id is 32 bits; the model's vocabulary bounds it further."""
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
 MinTokens = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
@@ -31,7 +33,8 @@ MinP = Annotated[float, Meta(ge=0.0, le=1.0)]
 RepetitionPenalty = Annotated[float, Meta(gt=0.0, le=100.0)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 LogitBias = Annotated[
-    dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=MAX_LOGIT_BIAS)
+    dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]],
+    Meta(max_length=MAX_LOGIT_BIAS, extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]*)$"}}),
 ]
 Seed = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]

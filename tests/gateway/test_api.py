@@ -362,6 +362,7 @@ def test_operator_routes(model: Path, raw_tokenizer: Tokenizer) -> None:
             assert (await http.get("/v1/models/tiny")).json()["max_model_len"] == 512
             assert (await http.get("/v1/models/meta/other")).json()["error"]["code"] == "model_not_found"
             assert (await http.get("/version")).json()["version"]
+            assert (await http.get("/openapi.json")).json()["openapi"] == "3.1.0"
             tokens = raw_tokenizer.encode("Hello world").ids
             said = await http.post("/tokenize", json={"prompt": "Hello world"})
             assert said.json() == {"count": len(tokens), "max_model_len": 512, "tokens": tokens}

@@ -178,7 +178,7 @@ def test_a_client_that_waits_before_its_body_is_told_to_go_on(model: Path) -> No
     run(main())
 
 
-@pytest.mark.parametrize("value", ["nan", "-1", "0", "1e999", "x", "", "1,5", "9" * 400])
+@pytest.mark.parametrize("value", ["nan", "-1", "0", "5e-324", "1e999", "x", "", "1,5", "9" * 400])
 def test_a_time_that_is_none_is_named(model: Path, value: str) -> None:
     async def main() -> None:
         async with gateway_world(model) as world, http_of(world) as http:

@@ -1,0 +1,189 @@
+"""``/openapi.json``: the API, made of the types that parse requests, with the bounds that hold here.
+
+Owns the table of paths beside the routes (a test holds one against the other) and the words of the document.
+What depends on settings and on the model is filled in when it is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from microserve.gateway.openai import replies
+from microserve.gateway.openai.schema import (
+    MAX_CHOICES,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from microserve.gateway.routers.link import ModelLimits
+from microserve.protocol.messages.sampling import MAX_COUNT, MAX_TOKEN_ID
+
+_SCHEMAS = "#/components/schemas/{name}"
+_JSON, _SSE, _TEXT = "application/json", "text/event-stream", "text/plain; version=0.0.4"
+_CONTEXT_FIELDS = ("max_tokens", "max_completion_tokens", "min_tokens")
+_HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "x-request-id": ("Echoed, and found in every service's log.", {"type": "string"}),
+    "x-microserve-timeout-s": (
+        "Seconds that the answer may take; then it ends with what there is.",
+        {"type": "number", "minimum": 0.001},
+    ),
+    "x-microserve-strategy": (
+        "The strategy that is to serve it.",
+        {"type": "string", "pattern": "^[A-Za-z0-9._:/+=@-]{1,128}$"},
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What one path does with its one method."""
+
+    path: str
+    summary: str
+    reply: type[msgspec.Struct] | None = None
+    """None: as ``reply_type`` says."""
+    request: type[msgspec.Struct] | None = None
+    reply_type: str = _JSON
+    streams: bool = False
+    is_open: bool = False
+    """Also without a key."""
+    is_503_a_reply: bool = False
+
+
+OPERATIONS = (
+    Operation("/v1/chat/completions", "Answer a conversation.", replies.ChatReply, ChatRequest, streams=True),
+    Operation(
+        "/v1/completions", "Go on with a text.", replies.CompletionReply, CompletionRequest, streams=True
+    ),
+    Operation("/v1/models", "The models that are served.", replies.ModelList),
+    Operation("/v1/models/{model_id}", "One of them.", replies.ModelCard),
+    Operation("/tokenize", "Token ids of a prompt or of messages.", replies.TokenizeReply, TokenizeRequest),
+    Operation("/detokenize", "Text of token ids.", replies.DetokenizeReply, DetokenizeRequest),
+    Operation("/health", "The process answers.", is_open=True),
+    Operation(
+        "/ready", "A router with an engine is known.", replies.ReadyReply, is_open=True, is_503_a_reply=True
+    ),
+    Operation("/metrics", "Prometheus metrics; ?names=vllm.", reply_type=_TEXT),
+    Operation("/version", "The version.", replies.VersionReply),
+    Operation("/openapi.json", "This document."),
+)
+
+
+@lru_cache(maxsize=8)
+def document(
+    version: str, model: str, max_n: int, limits: ModelLimits, num_texts: int, needs_key: bool
+) -> bytes:
+    """The document as JSON. ``limits`` may be unknown: then the model's bounds are those of the wire.
+    ``num_texts``: ids that have a text, which are not all of a model's, or more."""
+    kinds = [kind for each in OPERATIONS for kind in (each.request, each.reply) if kind is not None]
+    _, schemas = msgspec.json.schema_components([*kinds, replies.ErrorEnvelope], ref_template=_SCHEMAS)
+    for kind, ids in (
+        (ChatRequest, limits.vocab_size),
+        (CompletionRequest, limits.vocab_size),
+        (TokenizeRequest, 0),
+        (DetokenizeRequest, num_texts),
+    ):
+        _fill_in(schemas[kind.__name__], model, max_n, ids, limits.max_model_len)
+    schemas["Message"] = _message(schemas["Message"])
+    schemas["ContentPart"]["properties"]["text"] = {"type": "string"}
+    schemas["ContentPart"]["required"] = ["type", "text"]
+    whole: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "MicroServe",
+            "version": version,
+            "description": "OpenAI's API. Fields that are not listed are ignored; bodies are JSON.",
+        },
+        "paths": {each.path: _path(each) for each in OPERATIONS},
+        "components": {"schemas": schemas},
+    }
+    if needs_key:
+        whole["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        whole["security"] = [{"key": []}]
+    return msgspec.json.encode(whole)
+
+
+def _path(operation: Operation) -> dict[str, Any]:
+    described: dict[str, Any] = {"summary": operation.summary, "responses": _responses(operation)}
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in ("model_id",)
+        if f"{{{name}}}" in operation.path
+    ]
+    if operation.streams:
+        parameters += [
+            {"name": name, "in": "header", "description": text, "schema": schema}
+            for name, (text, schema) in _HEADERS.items()
+        ]
+    if parameters:
+        described["parameters"] = parameters
+    if operation.is_open:
+        described["security"] = []
+    if operation.request is None:
+        return {"get": described}
+    described["requestBody"] = {"required": True, "content": {_JSON: {"schema": _ref(operation.request)}}}
+    return {"post": described}
+
+
+def _responses(operation: Operation) -> dict[str, Any]:
+    schema = {"type": "object"} if operation.reply is None else _ref(operation.reply)
+    if operation.reply_type != _JSON:
+        schema = {"type": "string"}
+    content: dict[str, Any] = {operation.reply_type: {"schema": schema}}
+    if operation.streams:
+        content[_SSE] = {"schema": {"type": "string"}}
+    error = {"description": "What is wrong.", "content": {_JSON: {"schema": _ref(replies.ErrorEnvelope)}}}
+    found = {"200": {"description": "The answer.", "content": content}, "4XX": error, "5XX": error}
+    if operation.is_503_a_reply:
+        found["503"] = {"description": "Not now.", "content": content}
+    return found
+
+
+def _ref(kind: type[msgspec.Struct]) -> dict[str, str]:
+    return {"$ref": _SCHEMAS.format(name=kind.__name__)}
+
+
+def _fill_in(schema: dict[str, Any], model: str, max_n: int, num_ids: int, max_model_len: int) -> None:
+    """Bounds that a request's type cannot know; zeros are not known here either."""
+    for name, field in schema["properties"].items():
+        for part in _parts(field):
+            if name == "model" and part.get("type") == "string":
+                part["enum"] = [model]
+            if name == "n" and part.get("maximum") == MAX_CHOICES:
+                part["maximum"] = max_n
+            if num_ids and part.get("maximum") == MAX_TOKEN_ID:
+                part["maximum"] = num_ids - 1
+            if max_model_len and name in _CONTEXT_FIELDS and part.get("maximum") == MAX_COUNT:
+                part["maximum"] = max_model_len - 1
+
+
+def _message(schema: dict[str, Any]) -> dict[str, Any]:
+    """Only the assistant's turn may be without content: two fields together, which one type cannot say."""
+    fields = schema["properties"]
+    roles = set(fields["role"]["enum"]) - {"assistant"}
+    content = {"anyOf": [each for each in fields["content"]["anyOf"] if each.get("type") != "null"]}
+    return {
+        "title": "Message",
+        "anyOf": [
+            {**schema, "properties": {**fields, "role": {"const": "assistant"}}},
+            {
+                **schema,
+                "properties": {**fields, "role": {"enum": sorted(roles)}, "content": content},
+                "required": ["role", "content"],
+            },
+        ],
+    }
+
+
+def _parts(schema: Any) -> list[dict[str, Any]]:
+    """A schema and all that are in it."""
+    if isinstance(schema, list):
+        return [part for each in schema for part in _parts(each)]
+    if not isinstance(schema, dict):
+        return []
+    return [schema, *(part for each in schema.values() for part in _parts(each))]

@@ -1,0 +1,150 @@
+"""The gateway against its own OpenAPI document, by schemathesis: what it says is valid is taken, what is not
+is refused, and every answer is one that it describes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+import uvloop
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from starlette.routing import Route
+
+from microserve.gateway.app import Application
+from microserve.gateway.openai.document import OPERATIONS
+from microserve.protocol.messages.engine import TokenLogprob
+from tests.support.gateway.gateway_world import MAX_MODEL_LEN, Served, gateway_world, make_model
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = 40
+VOCAB_SIZE = 300
+CHECKS = [
+    *(not_a_server_error, status_code_conformance, content_type_conformance),
+    *(response_schema_conformance, negative_data_rejection),
+]
+"""A request that is valid may yet be refused (400) for two of its fields that do not fit each other."""
+
+
+def answer(served: Served) -> None:
+    """Two tokens, as many log-probabilities as were asked for."""
+    wanted, count = served.message.sampling.logprobs, min(2, served.message.sampling.max_tokens)
+    logprobs = [] if wanted is None else [TokenLogprob(-0.5, [(65, -0.5)][:wanted])] * count
+    served.send([65] * count, logprobs=logprobs, ended=served.ended("length"))
+
+
+class Living:
+    """A gateway and its router on a loop of their own: schemathesis waits for its answers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.address = ""
+        self.tokens = 0
+        self._directory = directory
+        self._ready = threading.Event()
+        self._stop: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="gateway")
+        self._thread.start()
+        assert self._ready.wait(60.0)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            async with gateway_world(self._directory, vocab_size=VOCAB_SIZE) as world:
+                world.router.answer = answer
+                self.address = world.address
+                self._ready.set()
+                await self._stop.wait()
+        finally:
+            self._ready.set()
+
+    def close(self) -> None:
+        assert self._loop is not None and self._stop is not None
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(60.0)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
+    living = Living(make_model(tmp_path_factory.mktemp("model") / "tiny"))
+    try:
+        yield living
+    finally:
+        living.close()
+
+
+@pytest.fixture(scope="module")
+def document(living: Living) -> Any:
+    reply = httpx.get(f"{living.address}/openapi.json", timeout=30.0)
+    assert reply.status_code == 200
+    return reply.json()
+
+
+def test_the_document_is_of_every_path_and_of_these_bounds(document: Any) -> None:
+    routes = [each.path for each in Application(None)._routes() if isinstance(each, Route)]  # type: ignore[arg-type]
+    assert sorted(document["paths"]) == sorted(path.replace(":path", "") for path in routes)
+    fields = document["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert fields["model"]["enum"] == ["tiny"]
+    assert fields["n"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 16}
+    assert fields["max_tokens"]["anyOf"][0]["maximum"] == MAX_MODEL_LEN - 1
+    assert fields["stop_token_ids"]["anyOf"][0]["items"]["maximum"] == VOCAB_SIZE - 1
+    assert fields["top_k"]["anyOf"][0]["minimum"] == -1
+    assert fields["echo"]["enum"] == [None, False]
+
+
+def outcome_of(reply: Any) -> str:
+    """The status, and of a refusal what was wrong."""
+    if reply.status_code == 200:
+        return "200"
+    error = json.loads(reply.content)["error"]
+    return f"{reply.status_code} {error['param']}: {error['message'][:60]}"
+
+
+MODES = [(each.path, GenerationMode.POSITIVE) for each in OPERATIONS] + [
+    (each.path, GenerationMode.NEGATIVE) for each in OPERATIONS if each.request is not None
+]
+
+
+@pytest.mark.parametrize(("path", "mode"), MODES)
+def test_every_operation_is_as_it_is_described(
+    living: Living, document: Any, path: str, mode: GenerationMode
+) -> None:
+    schema = schemathesis.openapi.from_dict(document)
+    [method] = document["paths"][path]
+    operation = schema[path][method.upper()]
+    examples = EXAMPLES if method == "post" else EXAMPLES // 10
+    outcomes: Counter[str] = Counter()
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    def call(case: Any) -> None:
+        if mode is GenerationMode.POSITIVE:  # a millisecond is a valid time, and mostly too short
+            case.headers.pop("x-microserve-timeout-s", None)
+        reply = case.call(base_url=living.address, timeout=30.0)
+        outcomes[outcome_of(reply)] += 1
+        case.validate_response(reply, checks=CHECKS)
+
+    call()
+    if mode is GenerationMode.POSITIVE and "{" not in path:
+        assert outcomes["200"], f"nothing that was valid was served: {outcomes}"
