@@ -19,6 +19,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, MeshError, NoEngines, QueueFull
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.process.surviving import surviving
 
 _ADDRESS = re.compile(r"tcp://\S+:\d{1,5}|ipc://\S+|inproc://\S+")
 
@@ -75,7 +76,8 @@ class RouterClient:
     def start(self) -> asyncio.Task[None]:
         """Begin; the task ends only by ``close`` or by a bug."""
         for link in self.links:
-            link.connect()
+            with surviving("connection to a router", address=link.address):
+                link.connect()
         self._task = self._loop.create_task(self._beat(), name="router heartbeat")
         return self._task
 
@@ -99,11 +101,18 @@ class RouterClient:
         while True:
             await asyncio.sleep(self._interval_s)
             for link in self.links:
-                link.ping()
+                with surviving("heartbeat", address=link.address):
+                    if link.is_open:
+                        link.ping()
+                    else:  # there was no socket to be had
+                        link.connect()
             for router, _ in self._routers.expire(self._clock()):
-                router.value.lose("silent")
-                router.value.connect()
-            self._moves.place()
+                with surviving("loss of a router", address=router.value.address):
+                    router.value.lose("silent")
+                with surviving("connection to a router", address=router.value.address):
+                    router.value.connect()
+            with surviving("requests without a router"):
+                self._moves.place()
 
     def _heard(self, link: RouterLink) -> None:
         """Something came from there, or a hello of ours went: until an answer is due, that counts as much."""

@@ -102,6 +102,11 @@ class RouterLink:
     def joined(self) -> bool:
         return self.router_incarnation is not None
 
+    @property
+    def is_open(self) -> bool:
+        """There is a socket, whoever is at its other end."""
+        return self._socket is not None
+
     def connect(self) -> None:
         """(Re)open the socket and say hello."""
         self.close()
@@ -111,9 +116,9 @@ class RouterLink:
         self._hello()
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            socket.close()
 
     def _hello(self) -> None:
         self.seen_at = self._clock()

@@ -33,6 +33,7 @@ import platform
 import struct
 import sys
 from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 from typing import Final, Self
 
@@ -194,8 +195,10 @@ def lane_byte(slot: int, lane: int) -> int:
     return 1 + slot * MAX_LANES + lane
 
 
+@cache
 def boot_id() -> str:
-    """The kernel's; two processes with the same one share a kernel."""
+    """The kernel's; two processes with the same one share a kernel. Read once: later there may be no
+    descriptor."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
@@ -203,6 +206,7 @@ def _page_up(nbytes: int) -> int:
     return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
+@cache
 def _pid_namespace() -> str:
     return os.readlink("/proc/self/ns/pid")
 

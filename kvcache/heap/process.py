@@ -46,7 +46,14 @@ def is_gone(word: int) -> bool:
         except ProcessLookupError:
             return True
         except OSError:
-            pass  # the number of somebody's thread by now, perhaps: its start time tells
+            # The number of a thread by now, perhaps: its start time tells. Or there is no descriptor:
+            # who is reaped is gone, and that can be asked without one.
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return True
+            except OSError:
+                pass
         else:
             closing.callback(os.close, pidfd)
             ends = select.poll()

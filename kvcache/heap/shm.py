@@ -40,9 +40,12 @@ class ShmHeap(MappedHeap):
 
     def is_held(self, slot: int, lane: int) -> bool:
         byte = lane_byte(slot, lane)
-        if not self._file.lock(byte):
+        try:
+            if not self._file.lock(byte):
+                return True
+            self._file.unlock(byte)
+        except OSError:  # no memory for a lock: we cannot know
             return True
-        self._file.unlock(byte)
         return False
 
     def attach(self, address: HeapAddress) -> ShmPeerHeap:
@@ -79,7 +82,10 @@ class ShmPeerHeap(MappedPeerHeap):
 
     def owner_is_dead(self) -> bool:
         self._require_open()
-        return not self._file.is_locked(OWNER)
+        try:
+            return not self._file.is_locked(OWNER)
+        except OSError:
+            return False
 
     def close(self) -> None:
         if self._detach():

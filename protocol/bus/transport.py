@@ -99,7 +99,7 @@ class _Socket:
         self._bus = bus
         self._handler = handler
         self._loop = asyncio.get_running_loop()
-        self._socket: zmq.Socket[bytes] = bus.context.socket(kind)
+        self._socket = bus.make_socket(kind)
         self._socket.set_hwm(bus.high_water_mark)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_BULK_NBYTES)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
@@ -256,7 +256,7 @@ class _Client(_Socket):
         """Must precede the connect, so that no event is missed."""
         name = f"inproc://monitor-{secrets.token_hex(8)}"
         self._socket.monitor(name, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        self._monitor = self._bus.context.socket(zmq.PAIR)
+        self._monitor = self._bus.make_socket(zmq.PAIR)
         self._monitor.connect(name)
         self._loop.add_reader(self._monitor.fileno(), self._drain_events)
         self._loop.call_soon(self._drain_events)  # the FD is as edge-triggered as any other
@@ -340,6 +340,13 @@ class ZmqBus:
         self.sent = self.received = self.dropped = self.failed = 0
         self._sockets: list[_Socket] = []
         self._authenticator = keys.start_authenticator(self.context) if keys else None
+
+    def make_socket(self, kind: int) -> zmq.Socket[bytes]:
+        """Raises ``OSError`` when there is none to be had."""
+        try:
+            return self.context.socket(kind)
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, f"no socket: {error.strerror}") from None
 
     @property
     def public_key(self) -> str:

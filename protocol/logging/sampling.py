@@ -24,12 +24,14 @@ SAMPLED = frozenset(
         log.HTTP_REJECTED,
         log.INDEX_RESYNC_FAILED,
         log.PROCESS_PRINTED,
+        log.REQUEST_FAILED,
         log.SHADOW_FAILED,
         log.STRATEGY_FAILED,
         log.STRATEGY_REFUSED,
         log.STRATEGY_SLOW,
         log.TASK_FAILED,
         log.THREAD_FAILED,
+        log.TURN_FAILED,
         log.WORLD_REFUSED,
     }
 )

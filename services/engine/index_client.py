@@ -28,6 +28,7 @@ from microserve.protocol.messages.index import (
     Registered,
     Unknown,
 )
+from microserve.protocol.process.surviving import surviving
 
 REGISTER_INTERVALS = 2
 
@@ -71,9 +72,9 @@ class IndexClient:
     async def run(self) -> None:
         """Register and beat until cancelled or closed."""
         self._heard_at = self._loop.time()
-        self._open()
         while not self._closed:
-            self._tick()
+            with surviving("beat to the index"):
+                self._tick()
             await asyncio.sleep(self._interval_s)
 
     def close(self) -> None:
@@ -88,12 +89,15 @@ class IndexClient:
     def _open(self) -> None:
         """A fresh socket: what the old one still holds for an absent index is out of date."""
         if self._socket is not None:
-            self._socket.close(lingers=False)  # a socket that lingers still connects to whoever comes
+            socket, self._socket = self._socket, None
+            socket.close(lingers=False)  # a socket that lingers still connects to whoever comes
         self._opened_at = self._loop.time()
         self._socket = self._bus.client(self._address, self._on_frames)
 
     def _tick(self) -> None:
         now = self._loop.time()
+        if self._socket is None:
+            self._open()
         if now - self._heard_at > self._silence_s:
             self.registered = False
             if not self._lost:

@@ -8,6 +8,7 @@ simulated mesh runs this very shell.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.process.surviving import surviving
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.engine.action_server import ActionServer
@@ -70,18 +72,19 @@ class StepThread:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
-            try:
+        """However this ends but by :meth:`stop`, it is told: an engine without its step thread serves
+        nobody."""
+        try:
+            while not self._stopping.is_set():
                 stepped = self._core.step()
-            except Exception:
-                # The state may be damaged: nothing may be served from it. The service ends, and with it the
-                # incarnation; its peers see an engine that died.
-                _logger.exception(log.STEP_FAILED)
-                self._on_crash()
-                return
-            self._on_output()
-            if not stepped and not self._stopping.is_set():
-                self._core.wait_for_work(IDLE_WAIT_S)
+                self._on_output()
+                if not stepped and not self._stopping.is_set():
+                    self._core.wait_for_work(IDLE_WAIT_S)
+        except BaseException:
+            # The state may be damaged: nothing may be served from it. The service ends, and with it the
+            # incarnation; its peers see an engine that died.
+            self._on_crash()
+            _logger.exception(log.STEP_FAILED)
 
 
 class EngineShell:
@@ -218,8 +221,10 @@ class EngineShell:
 
     async def _beat(self) -> None:
         while True:
-            self._server.beat()
-            self._publisher.beat()
+            with surviving("heartbeat"):
+                self._server.beat()
+            with surviving("heartbeat of KV events"):
+                self._publisher.beat()
             await asyncio.sleep(self._settings.bus.heartbeat_interval_s)
 
     def _healthy(self) -> bool:
@@ -253,7 +258,8 @@ class EngineShell:
         self._server.flush()
 
     def _on_crash(self) -> None:
-        self._loop.call_soon_threadsafe(self._crashed.set)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: all of it ends as it is
+            self._loop.call_soon_threadsafe(self._crashed.set)
 
     def close(self) -> None:
         """Stop the step thread, tell the index, close every socket and the heap."""

@@ -25,12 +25,20 @@ from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, decode_tok
 from microserve.protocol.bus.curve import is_operator
 from microserve.protocol.bus.peers import Peers
 from microserve.protocol.bus.transport import Bus
-from microserve.protocol.errors import EngineLost, InvalidRequest, MeshError, ProtocolViolation, QueueFull
+from microserve.protocol.errors import (
+    EngineLost,
+    InternalError,
+    InvalidRequest,
+    MeshError,
+    ProtocolViolation,
+    QueueFull,
+)
 from microserve.protocol.messages import index as wire
 from microserve.protocol.messages.control import Change, ControlHistory, ControlStatus
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.world import JoinWorld
 from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.process.surviving import surviving
 from microserve.protocol.settings import BusSettings, Settings
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
@@ -145,6 +153,10 @@ class IndexService:
         except MeshError as error:
             self.counters[f"refused_{error.code}"] += 1
             self._answer(peer, wire.IndexFailed(call_id, error.code, error.detail, error.field))
+        except Exception:
+            _logger.exception(log.BUS_HANDLER_FAILED)
+            failed = InternalError("see the index's log")
+            self._answer(peer, wire.IndexFailed(call_id, failed.code, failed.detail))
 
     def _on_message(self, peer: bytes, message: wire.IndexRequest, bulk: list[bytes]) -> None:
         now = self._loop.time()
@@ -299,6 +311,7 @@ async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = 
         (lifecycle or Lifecycle()).ready(service.address)
         while True:
             await asyncio.sleep(settings.bus.heartbeat_interval_s)
-            service.tick()
+            with surviving("look for silent engines"):
+                service.tick()
     finally:
         service.close()

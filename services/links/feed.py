@@ -7,6 +7,7 @@ engine; they differ only in how they ask.
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import EngineInfo, SnapshotReply
 from microserve.protocol.messages.kv_events import KVEvent, decode_batch, parse_published
+from microserve.protocol.process.surviving import surviving
 from microserve.services.links.feed_state import (
     Apply,
     AskSnapshot,
@@ -29,6 +31,10 @@ from microserve.services.links.feed_state import (
 )
 
 _logger = structlog.get_logger()
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+"""What passes; other errors are the address's."""
+SUBSCRIBE_RETRY_S = 0.5
 
 Events = list[KVEvent]
 AskEngine = Callable[[], Awaitable[tuple[SnapshotReply, bytes]]]
@@ -74,11 +80,27 @@ class KvFeed:
         return FeedLag(self._state.live, self._state.num_buffered, silent_s)
 
     def start(self) -> None:
-        """Subscribe, then ask for the first snapshot: no batch falls between the two."""
+        """Subscribe, then ask for the first snapshot: no batch falls between the two. Without a descriptor
+        for it, as soon as there is one. Raises ``OSError`` for an address that cannot be one."""
+        try:
+            self._subscribe()
+        except OSError as error:
+            if error.errno not in EXHAUSTED:
+                raise
+            _logger.warning(log.TURN_FAILED, what="subscription to KV events", error=str(error))
+        self._task = self._loop.create_task(self._run(), name=f"kv-feed {self._info.engine_id}")
+
+    def _subscribe(self) -> None:
         info = self._info
         self._socket = self._bus.subscriber(info.events_address, self._on_frames, server_key=info.curve_key)
-        self._task = self._loop.create_task(self._ask_for_snapshots(), name=f"kv-feed {info.engine_id}")
         self._obey(self._state.start(self._loop.time()))
+
+    async def _run(self) -> None:
+        while self._socket is None:
+            await asyncio.sleep(SUBSCRIBE_RETRY_S)
+            with surviving("subscription to KV events", engine_id=self._info.engine_id):
+                self._subscribe()
+        await self._ask_for_snapshots()
 
     def close(self) -> None:
         """Stop. What the index knows of the engine stays; see ``PrefixIndex.remove_engine``."""

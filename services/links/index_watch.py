@@ -18,6 +18,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages import control, index, world
 from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.process.surviving import surviving
 from microserve.protocol.settings import BusSettings
 
 _logger = structlog.get_logger()
@@ -57,7 +58,8 @@ class IndexWatch:
     async def run(self) -> None:
         """Watch until cancelled."""
         while True:
-            self._send()
+            with surviving("watch of the index"):
+                self._send()
             await asyncio.sleep(self._interval_s)
             if self._heard_at is not None and self._loop.time() - self._heard_at > self._silence_s:
                 self._heard_at = None

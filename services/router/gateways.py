@@ -22,6 +22,7 @@ from microserve.protocol.bus.queue import StreamQueue
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages import router as wire
+from microserve.protocol.process.surviving import surviving
 from microserve.protocol.settings import BusSettings
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 from microserve.services.router.serving.serving import Serving
@@ -77,11 +78,13 @@ class Gateways:
         while True:
             await asyncio.sleep(self._interval_s)
             for gateway, _ in self._gateways.expire(self._loop.time()):
-                self._end(gateway, "silent")
-                # Should only one direction be dead, the gateway learns it before it misses us.
-                self._tell(gateway.key, ProtocolViolation("you were silent; say GatewayHello first"))
+                with surviving("end of a silent gateway", gateway_id=gateway.name):
+                    self._end(gateway, "silent")
+                    # Should only one direction be dead, the gateway learns it before it misses us.
+                    self._tell(gateway.key, ProtocolViolation("you were silent; say GatewayHello first"))
             for gateway in self._gateways:
-                self._send(gateway, self._heartbeat())
+                with surviving("heartbeat", gateway_id=gateway.name):
+                    self._send(gateway, self._heartbeat())
 
     def close(self) -> None:
         """Send what credit allows and close."""

@@ -16,7 +16,12 @@ import structlog
 from microserve.protocol import log
 from microserve.services.simulation.loop import VirtualLoop
 
-DEFECTS = frozenset({log.STEP_FAILED, log.BUS_HANDLER_FAILED, log.STRATEGY_FAILED, log.SERVICE_FAILED})
+DEFECTS = frozenset(
+    {
+        *(log.STEP_FAILED, log.BUS_HANDLER_FAILED, log.STRATEGY_FAILED, log.SERVICE_FAILED),
+        *(log.TURN_FAILED, log.REQUEST_FAILED),
+    }
+)
 """Events that no fault outside of a process may cause."""
 
 QUEUED_S = 1.0

@@ -190,6 +190,8 @@ class EngineCore:
             transfer.nbytes += transfer.writer.put_layer(layer, sequence.blocks, lo, hi)
         except MeshError as error:
             transfer.error = error
+        except (OSError, MemoryError) as error:  # no descriptor, no memory for a peer's heap: this send's end
+            transfer.error = TransferFailed(f"it cannot be sent: {error or type(error).__name__}")
         transfer.put_s += self.clock() - started
 
     def _open_writer(self, transfer: Transfer) -> LaneWriter:

@@ -5,6 +5,8 @@ For the step thread. Owns the open :class:`PeerHeap`s; knows neither requests no
 
 from __future__ import annotations
 
+import contextlib
+
 from microserve.kvcache.heap.heap import Heap, PeerHeap
 from microserve.protocol.messages.grant import HeapAddress
 from microserve.services.engine.core.state import Clock
@@ -40,7 +42,8 @@ class Peers:
         self._looked_at = self._clock()
         gone = [i for i, peer in self._open.items() if peer.is_idle and peer.owner_is_dead()]
         for incarnation in gone:
-            self._open.pop(incarnation).close()
+            with contextlib.suppress(OSError):
+                self._open.pop(incarnation).close()
 
     def close(self) -> None:
         """Leave all of them, once what was put is there. No lane may be held that was not let go."""

@@ -18,6 +18,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import Draining, EngineLost, MeshError
 from microserve.protocol.messages.control import EngineLabels
 from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.process.surviving import surviving
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 
@@ -81,7 +82,8 @@ class Registry:
             await asyncio.sleep(self._settings.heartbeat_interval_s)
             for connection in list(self._connections.values()):
                 if connection.is_leaving and connection.is_idle:
-                    connection.end(Draining(f"engine {connection.engine_id} has left the mesh"))
+                    with surviving("end of an engine that left", engine_id=connection.engine_id):
+                        connection.end(Draining(f"engine {connection.engine_id} has left the mesh"))
 
     def stop(self) -> None:
         """Take up no further engine; those that are here stay until :meth:`close`."""
@@ -141,9 +143,10 @@ class Registry:
         except Exception as error:
             # One member with an address that no socket takes must not hide the others.
             self._refuse(info, str(error))
+            self._loop.call_later(self._settings.heartbeat_interval_s, self._return_to, info.engine_id)
             return
         self._connections[info.engine_id] = connection
-        self._tasks.create_task(self._keep(connection), name=f"engine {info.engine_id}")
+        self._tasks.create_task(self._guard(connection), name=f"engine {info.engine_id}")
 
     def _labels_of(self, engine_id: str) -> Sequence[str] | None:
         return self._labels.get(engine_id)
@@ -170,6 +173,17 @@ class Registry:
             raise EngineLost(f"engine {info.engine_id} has another {field} than the mesh", field=field)
 
     # --- one connection ----------------------------------------------------------------------------
+
+    async def _guard(self, connection: EngineConnection) -> None:
+        """What goes wrong with one engine's connection ends that, and is tried again."""
+        with surviving("connection", engine_id=connection.engine_id):
+            await self._keep(connection)
+            return
+        with surviving("end of a connection", engine_id=connection.engine_id):
+            connection.end(EngineLost(f"the connection to {connection.engine_id} failed"))
+        self._forget(connection)
+        interval_s = self._settings.heartbeat_interval_s
+        self._loop.call_later(interval_s, self._return_to, connection.engine_id)
 
     async def _keep(self, connection: EngineConnection) -> None:
         """Join, stay, and clean up after the end; an engine that is still listed is tried again."""

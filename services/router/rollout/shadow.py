@@ -20,6 +20,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import StrategyError
+from microserve.protocol.process.surviving import survive
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.driver import Driver
 from microserve.services.router.authoring.mesh import Mesh
@@ -103,7 +104,10 @@ class Shadows:
         views = {c.engine_id: engine_view(c, self._book, now) for c in self._registry.usable()}
         rehearsal = Rehearsal(shadow, request, self._lookup(request.tokens, request.salt), views)
         self._num_deciding += 1
-        task = self._tasks.create_task(self._decide(rehearsal), name=f"shadow {request.request_id}")
+        task = self._tasks.create_task(
+            survive(self._decide(rehearsal), "shadow", request_id=request.request_id),
+            name=f"shadow {request.request_id}",
+        )
         task.add_done_callback(lambda _: self._took_decision())
         return rehearsal
 

@@ -17,12 +17,14 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import (
     Draining,
+    InternalError,
     InvalidRequest,
     MeshError,
     StrategyError,
 )
 from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.router import Ended, Generate, Output
+from microserve.protocol.process.surviving import surviving
 from microserve.protocol.settings import RouterSettings
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
@@ -125,7 +127,7 @@ class Serving:
         account = self.book.open(num_uncached, prompt)
         live.scope = self._scope(request, account, clock)
         self._live[live.request_id] = live
-        live.task = self._tasks.create_task(self._serve(live, live.scope, strategy), name=live.request_id)
+        live.task = self._tasks.create_task(self._guard(live, live.scope, strategy), name=live.request_id)
         live.task.add_done_callback(lambda _: self._reap(live))
 
     def cancel(self, owner: bytes, request_id: str) -> None:
@@ -159,6 +161,16 @@ class Serving:
             live.task.cancel()
 
     # --- one request -------------------------------------------------------------------------------
+
+    async def _guard(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
+        """Whatever is wrong with one request, the others' group does not end by it."""
+        try:
+            await self._serve(live, scope, strategy)
+        except Exception as error:
+            _logger.exception(log.REQUEST_FAILED, request_id=live.request_id, error=str(error))
+            if not live.ended:
+                with surviving("end of a request", request_id=live.request_id):
+                    self._end(live, InternalError("see the router's log"))
 
     async def _serve(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
         """Attempts, each in a scope of its own, until one ends the stream or its error is final."""
