@@ -35,6 +35,8 @@ class KvLayout(msgspec.Struct, frozen=True):
     head_dim: int
     dtype: str
     """``float32``, ``bfloat16`` or ``float16``."""
+    revision: str = ""
+    """Digest of the model that was loaded: what the name stands for; empty where nobody says."""
 
     MAX_TOKENS: ClassVar[int] = 1 << 31
     """Token counts share a word with a generation (words.py)."""
@@ -74,8 +76,9 @@ class KvLayout(msgspec.Struct, frozen=True):
     @property
     def layout_hash(self) -> str:
         """Equal for two engines that may exchange KV: everything but the size of the pool."""
-        parts = (self.model, self.num_layers, self.block_size, self.num_kv_heads, self.head_dim, self.dtype)
-        return hashlib.sha256(msgspec.msgpack.encode(("kv-layout-1", *parts))).hexdigest()[:16]
+        geometry = (self.num_layers, self.block_size, self.num_kv_heads, self.head_dim, self.dtype)
+        parts = ("kv-layout-2", self.model, self.revision, *geometry)
+        return hashlib.sha256(msgspec.msgpack.encode(parts)).hexdigest()[:16]
 
     def offset(self, layer: int, block: int, kv: int, row: int) -> int:
         """Bytes from the start of the data region to a row. The caller keeps to the bounds."""

@@ -118,6 +118,7 @@ class Moves:
             request_id=request_id,
             ttl_s=max(kept.deadline - now, 0.001),
             num_output_tokens=len(mailbox.output),
+            revision=mailbox.revision if mailbox.output else "",
         )
         if not link.send(message, kept.prompt + output):
             return False

@@ -80,6 +80,8 @@ class RouterLink:
         """None while the router has not welcomed us."""
         self.model = ""
         self.limits = ModelLimits(max_model_len=0, vocab_size=0)
+        self.revision = ""
+        """Of the model that it serves."""
         self.num_engines = 0
         self.num_requests = 0
         self.max_requests = 0
@@ -213,6 +215,7 @@ class RouterLink:
                 self.num_engines = 0  # it stops: nothing is sent there until it says that it serves again
                 self._on_lost([mailbox], Draining(ended.detail, retry_after_s=ended.retry_after_s))
                 continue
+            mailbox.revision = self.revision
             mailbox.deliver(output, now)
             if mailbox.over:
                 del self.mailboxes[output.request_id]
@@ -252,6 +255,7 @@ class RouterLink:
         # Without engines it knows no limits: what it said before, in this life or another, is still true.
         if not message.model or message.max_model_len <= 0 or message.vocab_size <= 0:
             return
+        self.revision = message.revision
         self.limits = ModelLimits(
             max_model_len=message.max_model_len,
             vocab_size=message.vocab_size,

@@ -48,6 +48,8 @@ class Mailbox:
         self.index = index
         self.output = array("I")
         """All tokens so far: what another router would have to be told."""
+        self.revision = ""
+        """Of the model that made them, as the router said that brought the last ones."""
         self.num_repeated = 0
         """Tokens that came once more and were dropped; a router that keeps its promises sends none."""
         self.ended: Ended | None = None

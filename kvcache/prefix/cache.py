@@ -52,11 +52,12 @@ class _Node:
 class PrefixCache:
     """Prefix reuse over one :class:`BlockPool`. At most one prefix cache per pool."""
 
-    def __init__(self, pool: BlockPool, block_size: int, model: str) -> None:
-        """``block_size`` in tokens. Takes the pool's ``on_evict``."""
+    def __init__(self, pool: BlockPool, block_size: int, model: str, *, revision: str = "") -> None:
+        """``block_size`` in tokens; ``revision`` of the model. Takes the pool's ``on_evict``."""
         HashChain(b"", block_size)  # refuses a block size below 1
         self.block_size = block_size
         self.model = model
+        self.revision = revision
         self.queries_tokens = 0
         """Tokens that ``acquire`` was asked for, and below: those that it found."""
         self.hit_tokens = 0
@@ -74,7 +75,7 @@ class PrefixCache:
 
     def new_chain(self, salt: str = "") -> HashChain:
         """The hash chain of a new sequence; keep it with the sequence and pass it to every call."""
-        return HashChain(root_hash(self.model, salt=salt), self.block_size)
+        return HashChain(self._root_hash(salt), self.block_size)
 
     def match(
         self, tokens: Sequence[int], end: int, salt: str = "", chain: HashChain | None = None
@@ -154,7 +155,7 @@ class PrefixCache:
             start = 0
             parent = self._roots.get(salt)
             if parent is None:
-                parent = _Node(_ROOT_BLOCK, root_hash(self.model, salt=salt), b"", salt, None)
+                parent = _Node(_ROOT_BLOCK, self._root_hash(salt), b"", salt, None)
         first = begin = start * self.block_size
         stride = self.block_size * TOKEN_NBYTES
         packed = pack_tokens(tokens[begin : num_full * self.block_size])
@@ -238,11 +239,14 @@ class PrefixCache:
             if self._pool.is_cached(block) != (block in self._by_block):
                 raise InternalError(f"block {block} is cached for only one of pool and prefix cache")
 
+    def _root_hash(self, salt: str) -> BlockHash:
+        return root_hash(self.model, salt=salt, revision=self.revision)
+
     def _hashes(
         self, tokens: Sequence[int], num_full: int, salt: str, chain: HashChain | None
     ) -> list[BlockHash]:
         """At least ``num_full`` hashes; the chain's own list, not a copy."""
-        root = root_hash(self.model, salt=salt)
+        root = self._root_hash(salt)
         if chain is None:
             return block_hashes(tokens[: num_full * self.block_size], self.block_size, root)
         if chain.root != root or chain.block_size != self.block_size:

@@ -39,11 +39,13 @@ class EventCounters:
 class ForeignBlocks:
     """The names of one foreign engine."""
 
-    __slots__ = ("_block_size", "_counters", "_hashes", "_model", "_name_nbytes")
+    __slots__ = ("_block_size", "_counters", "_hashes", "_model", "_name_nbytes", "_revision")
 
-    def __init__(self, block_size: int, model: str, counters: EventCounters) -> None:
+    def __init__(self, block_size: int, model: str, counters: EventCounters, *, revision: str = "") -> None:
+        """``revision`` of the model: the engine's, if it names one."""
         self._block_size = block_size
         self._model = model
+        self._revision = revision
         self._counters = counters
         self._hashes: dict[WireHash, BlockHash] = {}
         self._name_nbytes = _INT_OBJECT_NBYTES
@@ -104,7 +106,12 @@ class ForeignBlocks:
         if event.parent_block_hash is not None:
             return self._hashes.get(event.parent_block_hash)
         # A first block with keys beyond its salt is ignored by the caller's loop, whatever its root.
-        return root_hash(self._model, adapter=event.lora_name or "", salt=salt_of(event, 0) or "")
+        return root_hash(
+            self._model,
+            adapter=event.lora_name or "",
+            salt=salt_of(event, 0) or "",
+            revision=self._revision,
+        )
 
 
 def salt_of(event: BlockStored, i: int) -> str | None:

@@ -1,6 +1,6 @@
 """Identity of a block: a hash chained over everything before it.
 
-    root   = sha256(model, adapter, salt)[:16]              each field behind its length
+    root   = sha256(model, adapter, salt, revision)[:16]    each field behind its length, no empty revision
     hash_i = sha256(hash_{i-1} || tokens of block i, u32 LE)[:16]
 
 So one hash names a whole prefix. Owns the formula and nothing else: engines, index and routers all
@@ -25,10 +25,11 @@ TOKEN_NBYTES = 4
 
 
 @lru_cache(maxsize=1024)
-def root_hash(model: str, *, adapter: str = "", salt: str = "") -> BlockHash:
-    """Parent of every first block: prefixes under different models, adapters or salts never meet."""
+def root_hash(model: str, *, adapter: str = "", salt: str = "", revision: str = "") -> BlockHash:
+    """Parent of every first block: prefixes under different models, adapters, salts or revisions of a model
+    never meet. ``revision``: empty of an engine that names none."""
     digest = sha256(b"microserve block hash 1")
-    for field in (model, adapter, salt):
+    for field in (model, adapter, salt, revision) if revision else (model, adapter, salt):
         # "surrogatepass": a str that came from outside may hold lone surrogates; it still gets a hash.
         encoded = field.encode("utf-8", "surrogatepass")
         digest.update(len(encoded).to_bytes(4, "little"))

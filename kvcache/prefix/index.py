@@ -71,9 +71,9 @@ class _Engine:
 
 
 class PrefixIndex:
-    """Blocks of one model over many engines."""
+    """Blocks of one revision of a model over many engines."""
 
-    def __init__(self, block_size: int, model: str, max_nbytes: int) -> None:
+    def __init__(self, block_size: int, model: str, max_nbytes: int, *, revision: str = "") -> None:
         """``block_size`` in tokens; ``max_nbytes`` as counted by ``nbytes``. Raises :class:`ConfigError`."""
         if block_size < 1:
             raise ConfigError(f"block_size is {block_size}, at least 1", field="block_size")
@@ -81,6 +81,7 @@ class PrefixIndex:
             raise ConfigError(f"max_nbytes is {max_nbytes}, at least {MIN_MAX_NBYTES}", field="max_nbytes")
         self.block_size = block_size
         self.model = model
+        self.revision = revision
         self.max_nbytes = max_nbytes
         self.counters = EventCounters()
         self._engines: dict[str, _Engine] = {}
@@ -160,7 +161,7 @@ class PrefixIndex:
 
         Engines that hold none are left out. Raises :class:`InvalidRequest` for a token that is not a u32.
         """
-        root = root_hash(self.model, adapter=adapter, salt=salt)
+        root = root_hash(self.model, adapter=adapter, salt=salt, revision=self.revision)
         return self.lookup_hashes(iter_hashes(tokens, self.block_size, root))
 
     def lookup_hashes(self, hashes: Iterable[BlockHash]) -> dict[str, int]:
@@ -227,7 +228,7 @@ class PrefixIndex:
         if not engine.is_known_kind:
             engine.is_known_kind = True
             is_ours = self._is_our_hash(event)
-            engine.foreign = None if is_ours else ForeignBlocks(self.block_size, self.model, self.counters)
+            engine.foreign = None if is_ours else self._new_foreign()
         if engine.foreign is None:
             hashes = [name for name in names if isinstance(name, bytes) and len(name) == BLOCK_HASH_NBYTES]
             self.counters.malformed_blocks += len(names) - len(hashes)
@@ -240,9 +241,17 @@ class PrefixIndex:
         """Others may use 16 bytes as well, so the first block that an engine stores is recomputed."""
         name, parent = event.block_hashes[0], event.parent_block_hash
         if parent is None:
-            parent = root_hash(self.model, adapter=event.lora_name or "", salt=salt_of(event, 0) or "")
+            parent = root_hash(
+                self.model,
+                adapter=event.lora_name or "",
+                salt=salt_of(event, 0) or "",
+                revision=self.revision,
+            )
         packed = pack_tokens(event.token_ids[: self.block_size])
         return isinstance(parent, bytes) and name == chain_hash(parent, packed)
+
+    def _new_foreign(self) -> ForeignBlocks:
+        return ForeignBlocks(self.block_size, self.model, self.counters, revision=self.revision)
 
     def _store(self, engine: _Engine, hashes: Sequence[BlockHash]) -> None:
         """The hot loop."""
@@ -307,7 +316,7 @@ class PrefixIndex:
             self._young = {key: rest for key, owners in self._young.items() if (rest := others[owners])}
             self._old = {key: rest for key, owners in self._old.items() if (rest := others[owners])}
         if engine.foreign is not None:
-            engine.foreign = ForeignBlocks(self.block_size, self.model, self.counters)
+            engine.foreign = self._new_foreign()
         self._measure_foreign(engine)
 
     def _note(self, matched: dict[str, int], owners: int, num_tokens: int) -> None:

@@ -176,6 +176,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     wire_version: int
     curve_key: str = ""
     """Public CURVE key of its sockets, Z85; empty without CURVE."""
+    revision: str = ""
+    """Digest of the model that it has loaded: what the name stands for. Empty of an engine that says none."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, array_like=True):

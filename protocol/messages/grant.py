@@ -46,7 +46,7 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     """Block ``i`` takes tokens ``[matched + i*block_size, matched + (i+1)*block_size)``, cut at ``end``."""
     block_size: int
     layout_hash: str
-    """Digest of model, dtype, block and layer geometry; sender and receiver must agree on it."""
+    """Digest of model, revision, dtype, block and layer geometry; sender and receiver must agree on it."""
     heap: HeapAddress
     lease_s: float
     """The receiver closes the grant by itself after this long without ``StartGenerate`` or ``Commit``."""

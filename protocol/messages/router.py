@@ -41,6 +41,8 @@ class Generate(_Message, frozen=True, tag=2):
     """Whose request it is: tenants share the mesh fairly. Empty: nobody's in particular."""
     priority: int = 0
     """Of requests that wait, those of a higher one go first."""
+    revision: str = ""
+    """Of the model that made this output; empty: not said. Another one does not go on with it."""
 
 
 class Cancel(_Message, frozen=True, tag=3):
@@ -130,6 +132,8 @@ class RouterWelcome(_Message, frozen=True, tag=1):
     default_strategy: str
     eos_token_ids: list[int] = []
     """Ids that end a sequence and carry no text; empty until the first engine is known."""
+    revision: str = ""
+    """Of the model that is served; as ``EngineInfo.revision``."""
 
 
 class Stream(_Message, frozen=True, tag=2):
@@ -149,7 +153,8 @@ class RouterHeartbeat(_Message, frozen=True, tag=3):
     max_model_len: int
     vocab_size: int
     eos_token_ids: list[int] = []
-    """As in ``RouterWelcome``."""
+    revision: str = ""
+    """Both as in ``RouterWelcome``."""
 
 
 class RouterFailed(_Message, frozen=True, tag=4):

@@ -47,8 +47,10 @@ class IndexClient:
         load: Callable[[], EngineLoad],
         heartbeat_interval_s: float,
         liveness: int,
+        on_refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
-        """``load`` is asked at every beat.
+        """``load`` is asked at every beat. ``on_refused`` is told why the index refuses the engine, whenever
+        that changes; empty: it does no more.
 
         The index is lost after ``liveness`` intervals without an answer.
         """
@@ -68,6 +70,9 @@ class IndexClient:
         self._num_calls = 0
         self._heard_at = self._opened_at = self._loop.time()
         self._refused_until = 0.0
+        self._refusal = ""
+        """Why we are no member; said once, though asked for ever: whom we differ from may leave."""
+        self._on_refused = on_refused
 
     async def run(self) -> None:
         """Register and beat until cancelled or closed."""
@@ -138,6 +143,7 @@ class IndexClient:
                 self._lost = False
                 self._index_incarnation = index_incarnation
                 self._refused_until = 0.0
+                self._set_refusal("")
             case Unknown(engine_id) if engine_id == self._info.engine_id:
                 self.registered = False
                 if self._heard_at >= self._refused_until:
@@ -145,6 +151,13 @@ class IndexClient:
             case IndexFailed(call_id, code, detail):
                 self.registered = False
                 self._refused_until = self._heard_at + self._silence_s
-                _logger.warning(log.ENGINE_REFUSED, call_id=call_id, code=code, error=detail)
+                if detail != self._refusal:
+                    _logger.warning(log.ENGINE_REFUSED, call_id=call_id, code=code, error=detail)
+                self._set_refusal(detail)
             case _:
                 pass
+
+    def _set_refusal(self, reason: str) -> None:
+        if reason != self._refusal:
+            self._refusal = reason
+            self._on_refused(reason)

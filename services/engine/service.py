@@ -99,6 +99,7 @@ def make_layout(settings: Settings, model: LoadedModel) -> KvLayout:
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         dtype=spec.dtype,
+        revision=spec.revision,
     )
 
 

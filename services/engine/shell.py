@@ -149,6 +149,7 @@ class EngineShell:
             heap=settings.heap,
             wire_version=WIRE_VERSION,
             curve_key=bus.public_key,
+            revision=core.layout.revision,
         )
         self._index = IndexClient(
             bus,
@@ -157,6 +158,7 @@ class EngineShell:
             load=self._locked_load,
             heartbeat_interval_s=interval_s,
             liveness=settings.bus.liveness,
+            on_refused=self._on_refused,
         )
         self._steps = make_steps(core, self._on_output, self._on_crash)
         self._flush_scheduled = False
@@ -239,6 +241,11 @@ class EngineShell:
     async def _watch_crash(self) -> None:
         await self._crashed.wait()
         raise RuntimeError("the step thread has ended; see step.failed")
+
+    def _on_refused(self, reason: str) -> None:
+        """By the index. We stay, and serve whom we serve; nobody new finds us."""
+        address = self._server.address
+        self._lifecycle.status(f"refused by the index: {reason}" if reason else f"ready at {address}")
 
     def _locked_load(self) -> EngineLoad:
         with self._core.lock:

@@ -184,7 +184,7 @@ class Membership:
             other = peer.value.info
             if other.model != info.model or other.engine_id == info.engine_id:
                 continue
-            for field in ("block_size", "layout_hash", "vocab_size"):
+            for field in ("revision", "block_size", "layout_hash", "vocab_size", "eos_token_ids"):
                 if getattr(info, field) != getattr(other, field):
                     raise refuse(field, getattr(info, field), getattr(other, field), other.engine_id)
 
@@ -196,8 +196,8 @@ class Membership:
             assert (peer.key, peer.incarnation) == (info.engine_id, info.incarnation)
             assert peer.key not in self._absent, "a member is not absent"
             assert peer.incarnation not in self._retired.get(peer.key, ()), "a retired life is no member"
-        layouts = {(m.info.model, m.info.block_size, m.info.layout_hash) for m in self.members()}
-        assert len(layouts) == len({model for model, _, _ in layouts}), "one layout a model"
+        layouts = {(m.info.model, (m.info.revision, m.info.layout_hash)) for m in self.members()}
+        assert len(layouts) == len({model for model, _ in layouts}), "one revision in one layout a model"
 
 
 def _forget_oldest(table: dict[str, _Absent] | dict[str, deque[int]]) -> None:

@@ -49,6 +49,8 @@ from microserve.services.links.feed import KvFeed
 from microserve.services.links.snapshot import read_snapshot, reader_of
 
 MAX_WATCHERS = 1024
+MAX_REFUSED = 1024
+"""Engines whose refusal is remembered, so that it is said once."""
 
 _logger = structlog.get_logger()
 
@@ -92,6 +94,8 @@ class IndexService:
             interval_s=settings.heartbeat_interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
         )
         self._engines: dict[str, _Engine] = {}
+        self._refused: dict[str, tuple[int, str]] = {}
+        """Life and reason, by engine id: of those that the log has."""
         self._indexes: dict[str, PrefixIndex] = {}
         """By model."""
         self._watchers: Peers[bytes, None] = Peers(
@@ -198,8 +202,9 @@ class IndexService:
                 raise QueueFull(f"index.max_mb has room for {room} models, {info.model} would be one more")
             admission = self._membership.register(info, now)
         except MeshError as error:
-            _logger.warning(log.ENGINE_REFUSED, engine_id=info.engine_id, code=error.code, error=error.detail)
+            self._tell_refusal(info, error)
             raise
+        self._refused.pop(info.engine_id, None)
         if admission is Admission.RENEWED:
             return
         self.counters["joined"] += 1
@@ -216,13 +221,24 @@ class IndexService:
         finally:
             self._publish()
 
+    def _tell_refusal(self, info: EngineInfo, error: MeshError) -> None:
+        """Once: a refused engine asks for ever, and may be let in one day."""
+        if self._refused.get(info.engine_id) == (info.incarnation, error.detail):
+            return
+        if len(self._refused) >= MAX_REFUSED:
+            del self._refused[next(iter(self._refused))]
+        self._refused[info.engine_id] = (info.incarnation, error.detail)
+        _logger.warning(log.ENGINE_REFUSED, engine_id=info.engine_id, code=error.code, error=error.detail)
+
     def _follow(self, info: EngineInfo) -> None:
         """Open what an engine's events need. Raises ``OSError`` for an address that cannot be one."""
         who, settings = self._identity, self._settings
         reader_of(self._bus, info, who, settings).end(EngineLost("only its address was to be tried"))
         index = self._indexes.get(info.model)
         if index is None:
-            index = self._indexes[info.model] = PrefixIndex(info.block_size, info.model, MIN_MAX_NBYTES)
+            index = self._indexes[info.model] = PrefixIndex(
+                info.block_size, info.model, MIN_MAX_NBYTES, revision=info.revision
+            )
             self._share_room()
         feed = KvFeed(self._bus, info, index, lambda: read_snapshot(self._bus, info, who, settings))
         self._engines[info.engine_id] = _Engine(info.model, feed)

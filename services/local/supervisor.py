@@ -282,23 +282,24 @@ class Supervisor:
         if fields.get("WATCHDOG") == "1":
             self._silence.hear(pid, now)
         if fields.get("READY") == "1" and not child.became_ready.is_set():
-            child.address = fields.get("X_ADDRESS", "")
-            child.was_ready = True
+            child.address, child.was_ready = fields.get("X_ADDRESS", ""), True
             child.became_ready.set()
             self._silence.expect(pid, child.watchdog_s, now)
             if child.state is not ChildState.STOPPING:
                 self._enter(child, ChildState.READY)
             if all(other.was_ready for other in self.children):
                 self._settled.set()
+        elif status := fields.get("STATUS"):
+            child.detail = "" if status.startswith("ready") else status
+            self._tell(child)
 
     async def _watch_silence(self) -> None:
         """Kill who makes no progress; its task does the rest."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self._silence.look_s)
             if self._notices is not None:
                 self._notices.drain()
-            for pid in self._silence.look(loop.time()):
+            for pid in self._silence.look(asyncio.get_running_loop().time()):
                 child = next(each for each in self.children if each.pid == pid)
                 child.detail = f"killed: no progress for {child.watchdog_s:g} s"
                 _logger.error(log.CHILD_STUCK, child=child.name, child_pid=pid, error=child.detail)
@@ -354,10 +355,9 @@ async def _wait_or_kill(child: Child) -> None:
 
 
 def _size(path: Path) -> int:
-    try:
+    with contextlib.suppress(OSError):
         return path.stat().st_size
-    except OSError:
-        return 0
+    return 0
 
 
 def _open_output(path: Path) -> int:

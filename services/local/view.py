@@ -63,7 +63,7 @@ class RichView:
         self._bar: Progress | None = None
         self._live: Live | None = None
         self._settled = False
-        self._shown: dict[str, tuple[str, int]] = {}
+        self._shown: dict[str, tuple[str, int, str]] = {}
 
     def progress(self, what: str, part: float | None) -> None:
         if self._bar is None:
@@ -85,7 +85,7 @@ class RichView:
             self._live.update(_tree(state), refresh=True)
             if state.ready or state.failure:
                 self._end_tree()
-        self._shown = {child.name: (child.state, child.restarts) for child in state.children}
+        self._shown = {child.name: _news(child) for child in state.children}
 
     def asked(self, prompt: str) -> None:
         self._end_tree()
@@ -122,7 +122,7 @@ class RichView:
 
     def _print_changes(self, state: MeshState) -> None:
         for child in state.children:
-            if self._shown.get(child.name) != (child.state, child.restarts):
+            if self._shown.get(child.name) != _news(child):
                 self._console.print(Text(describe(child), style=COLOURS.get(child.state, "")))
 
 
@@ -145,7 +145,7 @@ class PlainView:
             known = self._children.get(child.name)
             if child.state == "starting" and not child.pid:
                 continue  # its turn comes in a moment
-            if known is None or (known.state, known.restarts) != (child.state, child.restarts):
+            if known is None or _news(known) != _news(child):
                 self._children[child.name] = child
                 self._line(f"{time.monotonic() - self._began:6.1f} s  {describe(child)}")
 
@@ -222,6 +222,11 @@ def _tree(state: MeshState) -> Tree:
     return tree
 
 
+def _news(child: ChildState) -> tuple[str, int, str]:
+    """What is shown again when it changes; of the details that of one that is up: it is refused, say."""
+    return child.state, child.restarts, child.detail if child.state == "ready" else ""
+
+
 def describe(child: ChildState) -> str:
     """``engine e0    ready        pid 123   tcp://...``"""
     parts = [f"{child.name:<12}", f"{child.state:<10}"]
@@ -231,7 +236,7 @@ def describe(child: ChildState) -> str:
         parts.append(child.address)
     if child.restarts:
         parts.append(f"restarted {child.restarts}x")
-    if child.detail and child.state in ("failed", "restarting", "stopped"):
+    if child.detail and child.state in ("failed", "restarting", "stopped", "ready"):
         parts.append(child.detail)
     return " ".join(parts).rstrip()
 

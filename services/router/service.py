@@ -179,6 +179,7 @@ class Router:
             self.strategies.names,
             self._settings.router.default_strategy,
             served.eos_token_ids if served else [],
+            served.revision if served else "",
         )
 
     def _heartbeat(self) -> RouterHeartbeat:
@@ -192,6 +193,7 @@ class Router:
             self.registry.max_model_len,
             served.vocab_size if served else 0,
             served.eos_token_ids if served else [],
+            served.revision if served else "",
         )
 
 

@@ -24,6 +24,10 @@ from microserve.services.engine.core.batch import Batch, Chunk, Sampled, SampleS
 ROW_NBYTES = 8
 
 
+REVISION = "hash-runner-1"
+"""What its "weights" are: raised when it computes other KV."""
+
+
 def hash_layout(
     *, num_blocks: int, block_size: int = 4, num_layers: int = 2, model: str = "hash"
 ) -> KvLayout:
@@ -36,6 +40,7 @@ def hash_layout(
         num_kv_heads=1,
         head_dim=2,
         dtype="float32",
+        revision=REVISION,
     )
 
 

@@ -61,6 +61,7 @@ def test_pools_of_different_size_may_exchange_kv() -> None:
         {"num_kv_heads": 1},
         {"head_dim": 16},
         {"dtype": "bfloat16"},
+        {"revision": "other weights"},
     ],
 )
 def test_anything_else_changes_the_hash(change: dict[str, object]) -> None:

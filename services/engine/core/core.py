@@ -82,7 +82,7 @@ class EngineCore:
         self.engine_id, self.incarnation, self.model = engine_id, incarnation, model
         layout = self.layout = heap.layout
         pool = BlockPool(layout.num_blocks)
-        cache = PrefixCache(pool, layout.block_size, model)
+        cache = PrefixCache(pool, layout.block_size, model, revision=layout.revision)
         grants = GrantTable(
             heap,
             pool,

@@ -7,7 +7,6 @@ scheduling (``runner.py``).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.services.engine.model.attention import StepAttention
+from microserve.services.engine.model.end_tokens import eos_of
+from microserve.services.engine.model.model_files import read_json
+from microserve.services.engine.model.revision import own_memory, revision_of
 
 ATTENTION = "microserve_paged"
 """Our name in transformers' registry of attention functions."""
@@ -59,6 +61,8 @@ class ModelSpec:
     """``float32``, ``bfloat16`` or ``float16``: of weights and KV."""
     sliding_windows: frozenset[int | None]
     """Of its layers; None: of layers that see everything."""
+    revision: str = ""
+    """Digest of what was loaded (revision.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ def load_model(
         raise ConfigError(
             f"model.load_format is {load_format!r}, must be 'auto' or 'random'", field="model.load_format"
         )
-    raw = _read_json(directory / "config.json")
+    raw = read_json(directory / "config.json")
     if raw.get("model_type") not in MODEL_TYPES:
         raise _refusal(directory, f"model_type {raw.get('model_type')!r} is not one of {list(MODEL_TYPES)}")
     try:
@@ -110,21 +114,20 @@ def load_model(
     try:
         module = _random(config, dtype, device) if module is None else module.to(device)
         module = module.eval().requires_grad_(False)
+        if load_format == "auto" and device == "cpu":
+            own_memory(module)
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device
         raise ConfigError(
             f"engine.device {device!r} cannot be used: {error}", field="engine.device"
         ) from None
-    return LoadedModel(_spec(directory, config, dtype), module)
+    # Behind all copying: of what is computed with, whatever becomes of the files.
+    revision = revision_of(config, module)
+    return LoadedModel(_spec(directory, config, dtype, eos_of(directory, raw), revision), module)
 
 
-def _spec(directory: Path, config: Any, dtype: str) -> ModelSpec:
-    eos: set[int] = set()
-    generation = directory / "generation_config.json"
-    declared = [config.eos_token_id]
-    if generation.is_file():
-        declared.append(_read_json(generation).get("eos_token_id"))
-    for ids in declared:
-        eos.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+def _spec(
+    directory: Path, config: Any, dtype: str, eos_token_ids: frozenset[int], revision: str
+) -> ModelSpec:
     num_heads = config.num_attention_heads
     return ModelSpec(
         name=directory.resolve().name,
@@ -134,9 +137,10 @@ def _spec(directory: Path, config: Any, dtype: str) -> ModelSpec:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
         vocab_size=config.vocab_size,
         max_model_len=config.max_position_embeddings,
-        eos_token_ids=frozenset(eos),
+        eos_token_ids=eos_token_ids,
         dtype=dtype,
         sliding_windows=_sliding_windows(config),
+        revision=revision,
     )
 
 
@@ -200,16 +204,6 @@ def _random(config: Any, dtype: str, device: str) -> Any:
     with torch.random.fork_rng(devices=generators), place:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=ATTENTION)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", field="model.path") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is not a JSON object", field="model.path")
-    return content
 
 
 def _refusal(directory: Path, reason: str) -> ConfigError:

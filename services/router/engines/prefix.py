@@ -40,8 +40,11 @@ class PrefixReplica:
         """Follow the engine's events. One whose events cannot be followed is served without."""
         info = connection.info
         index = self._index
-        if index is None or (index.block_size, index.model) != (info.block_size, info.model):
-            index = self._index = PrefixIndex(info.block_size, info.model, self._max_nbytes)
+        what = (info.block_size, info.model, info.revision)
+        if index is None or (index.block_size, index.model, index.revision) != what:
+            index = self._index = PrefixIndex(
+                info.block_size, info.model, self._max_nbytes, revision=info.revision
+            )
         if info.engine_id in self._feeds:
             self.ended(self._feeds[info.engine_id][0])
         feed = KvFeed(self._bus, info, index, connection.snapshot)

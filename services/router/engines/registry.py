@@ -24,6 +24,9 @@ from microserve.services.links.engine import EngineConnection, RouterIdentity
 
 _logger = structlog.get_logger()
 
+_COMMON = ("model", "revision", "block_size", "vocab_size", "layout_hash", "eos_token_ids", "wire_version")
+"""In what all engines of a mesh agree."""
+
 OnConnection = Callable[[EngineConnection], None]
 
 
@@ -159,18 +162,23 @@ class Registry:
             log.ENGINE_REFUSED, engine_id=info.engine_id, incarnation=info.incarnation, error=error
         )
 
-    def _mismatch(self, info: EngineInfo) -> str:
-        """The first field in which an engine differs from those that are here; empty if none."""
+    def _mismatch(self, info: EngineInfo) -> EngineLost | None:
+        """Where an engine first differs from those that are here."""
         others = [c.info for c in self.joined() if c.engine_id != info.engine_id]
-        for field in ("model", "block_size", "vocab_size", "layout_hash", "wire_version"):
-            if any(getattr(other, field) != getattr(info, field) for other in others):
-                return field
-        return ""
+        for field in _COMMON:
+            theirs = getattr(info, field)
+            for other in others:
+                if (ours := getattr(other, field)) != theirs:
+                    return EngineLost(
+                        f"engine {info.engine_id} has another {field} than the mesh: {theirs!r}, "
+                        f"{other.engine_id} has {ours!r}",
+                        field=field,
+                    )
+        return None
 
     def _check(self, info: EngineInfo) -> None:
-        field = self._mismatch(info)
-        if field:
-            raise EngineLost(f"engine {info.engine_id} has another {field} than the mesh", field=field)
+        if mismatch := self._mismatch(info):
+            raise mismatch
 
     # --- one connection ----------------------------------------------------------------------------
 

@@ -48,6 +48,8 @@ class LiveRequest:
     """Of the first token that this router may bring."""
     delivered: list[int] = field(default_factory=list)
     """Output tokens handed to the gateway, by this router or one before it."""
+    revision: str = ""
+    """Of the model that made ``delivered``."""
     engines: list[str] = field(default_factory=list)
     """Those of attempts that have failed."""
     last: Tokens | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
 import structlog
@@ -17,6 +17,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import (
     Draining,
+    EngineLost,
     InternalError,
     InvalidRequest,
     MeshError,
@@ -121,7 +122,7 @@ class Serving:
             return
         live.num_prompt_tokens = request.num_tokens - request.num_output_tokens
         live.delivered = list(request.tokens[live.num_prompt_tokens :])
-        live.version = strategy.version
+        live.version, live.revision = strategy.version, message.revision
         if shadow is not None:
             live.rehearsal = self.shadows.begin(shadow, request)
         account = self.book.open(num_uncached, prompt)
@@ -181,7 +182,11 @@ class Serving:
             self._end(live, None)
             return
         source: Connection | None = None
+        generator: AsyncGenerator[Tokens, None] | None = None
         while True:
+            error = self._replaced(live)
+            if error is not None:
+                break
             mesh, num_known = self._mesh(scope, failover, strategy), len(live.delivered)
             live.author = None
             if source is not None:
@@ -228,7 +233,19 @@ class Serving:
             request = failover.continued(live.delivered)
             scope = live.scope = self._scope(request, self.book.open(), live.clock)
         self._end(live, error)
-        await self._attempts.close(live, generator)
+        if generator is not None:
+            await self._attempts.close(live, generator)
+
+    def _replaced(self, live: LiveRequest) -> MeshError | None:
+        """What an answer ends with when another revision is served by now than the one that began it."""
+        served = self._registry.served
+        revision = served.revision if served is not None else ""
+        if live.delivered and live.revision not in ("", revision):
+            return EngineLost(
+                f"the model was replaced: {live.revision} had begun the answer, {revision} is here"
+            )
+        live.revision = revision
+        return None
 
     def _mesh(self, scope: RequestScope, failover: Failover, strategy: Strategy) -> Mesh:
         avoid = failover.terms.avoid

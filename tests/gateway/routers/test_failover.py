@@ -80,6 +80,8 @@ def test_requests_of_a_lost_router_go_on_in_its_next_life(
                 assert again[0].tokens == before.tokens
                 assert again[len(first)].tokens == [*streamed.tokens, *first]
                 assert again[len(first)].message.sampling == streamed.message.sampling
+                # Whose the output is, so that no other model goes on with it.
+                assert [again[n].message.revision for n in (0, len(first))] == ["", "r1"]
                 assert len({served.message.request_id for served in (before, streamed, *moved)}) == 4
                 if streamed.peer in router.windows:  # nobody listens to the old one
                     streamed.send(rest, ended=streamed.ended("length"))

@@ -21,6 +21,7 @@ def test_golden_values() -> None:
     # Engines, index and routers of different versions meet on one mesh: these bytes may never change.
     assert root_hash("model").hex() == "2ecf5e4862082021e26d94b42fe9dd9a"
     assert root_hash("model", adapter="lora", salt="tenant").hex() == "addec964757f2566bc9da6bc9364f0c1"
+    assert root_hash("model", revision="r1").hex() == "2bed5017255319d33cb577af75786146"
     assert [h.hex() for h in block_hashes(range(8), 4, ROOT)] == [
         "98ac87b6754ee71dc250252442d5ee50",
         "084f542d699f48b91556e1397e2504c3",
@@ -40,8 +41,11 @@ def test_roots_do_not_run_fields_together() -> None:
         root_hash("a", salt="b"),
         root_hash("", adapter="a", salt="b"),
         root_hash("", adapter="ab"),
+        root_hash("a", revision="b"),
+        root_hash("a", salt="b", revision="b"),
+        root_hash("a", adapter="b", revision="b"),
     }
-    assert len(roots) == 5
+    assert len(roots) == 8
 
 
 def test_root_takes_any_string() -> None:

@@ -33,7 +33,8 @@ from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.types import WIRE_VERSION
 from tests.support.bus.junk import junk
-from tests.support.bus.wire_samples import GOLDEN, GRANT, MESSAGES, SAMPLING, name_of
+from tests.support.bus.wire_parts import GRANT, SAMPLING
+from tests.support.bus.wire_samples import GOLDEN, MESSAGES, name_of
 
 CHANNELS: list[tuple[Codec[Any], Any]] = [
     (ENGINE_REQUEST, actions.EngineRequest),

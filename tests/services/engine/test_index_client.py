@@ -66,6 +66,7 @@ class Member:
 
     def __init__(self, world: World, address: str, *, liveness: int = 5) -> None:
         self.load = EngineLoad(free_blocks=3)
+        self.refusals: list[str] = []
         self.client = IndexClient(
             world.bus,
             address,
@@ -73,6 +74,7 @@ class Member:
             load=lambda: self.load,
             heartbeat_interval_s=0.02,
             liveness=liveness,
+            on_refused=self.refusals.append,
         )
         self.task = asyncio.ensure_future(self.client.run())
         world.at_end(self.client.close)
@@ -205,5 +207,23 @@ def test_close_deregisters_once_and_ends_the_run() -> None:
         await member.task
         await world.until(lambda: index.received[-1] == Deregister("e1", 11))
         assert index.count(Deregister) == 1
+
+    in_world(test)
+
+
+def test_a_refusal_is_said_once_and_asked_about_for_ever() -> None:
+    """Whom we differ from may leave: then we are in, without anybody's doing."""
+
+    async def test(world: World) -> None:
+        index = Index(world, 1)
+        index.refuse = True
+        with structlog.testing.capture_logs() as events:
+            member = Member(world, index.address)
+            await world.until(lambda: index.count(Register) >= 3)
+            assert [e["error"] for e in events if e["event"] == log.ENGINE_REFUSED] == ["no"]
+            assert member.refusals == ["no"]
+            index.refuse = False
+            await world.until(lambda: member.client.registered)
+            assert member.refusals == ["no", ""]
 
     in_world(test)

@@ -135,9 +135,16 @@ def test_deregistered_life_does_not_return(members: Membership) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "theirs"), [("block_size", 32), ("layout_hash", "other"), ("vocab_size", 999)]
+    ("field", "theirs"),
+    [
+        ("revision", "other"),
+        ("block_size", 32),
+        ("layout_hash", "other"),
+        ("vocab_size", 999),
+        ("eos_token_ids", [3]),
+    ],
 )
-def test_same_model_with_another_layout_is_refused_naming_both(
+def test_same_model_with_another_revision_or_layout_is_refused_naming_both(
     members: Membership, field: str, theirs: Any
 ) -> None:
     members.register(make_info("e1"), 0.0)

@@ -18,7 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from microserve.services.local.directory import ChildState as DirectoryChild
 from microserve.services.local.supervisor import Child, ChildState, MeshFailed, RestartWindow, Supervisor
+from microserve.services.local.view import describe
 
 TIMEOUT_S = 30.0
 
@@ -85,6 +87,21 @@ def test_children_become_ready_and_are_gone_afterwards(tmp_path: Path) -> None:
             assert all(psutil.pid_exists(pid) for pid in pids)
         assert not any(psutil.pid_exists(pid) for pid in pids)
         assert all(each.state is ChildState.STOPPED and each.pid == 0 for each in watched.children)
+
+    run(test())
+
+
+def test_what_a_child_says_of_itself_is_shown(tmp_path: Path) -> None:
+    """An engine that the index refuses lives on, and ``ps`` has the reason."""
+    speaking = READY + "notify.send(b'STATUS=refused by the index: two digests'); signal.pause()"
+
+    async def test() -> None:
+        watched = Watched([child(tmp_path, "engine-0", speaking)])
+        async with watched.supervisor:
+            await watched.until(lambda: bool(watched.children[0].detail))
+            shown = describe(DirectoryChild.of(watched.children[0]))
+            assert shown.startswith("engine-0     ready")
+            assert shown.endswith("tcp://here refused by the index: two digests")
 
     run(test())
 

@@ -102,9 +102,11 @@ class GatewayPeer:
         model: str = "",
         salt: str = "",
         output: Sequence[int] = (),
+        revision: str = "",
         **sampling: Any,
     ) -> Answer:
-        """``output``: what another router has delivered before; ``sampling``: in place of ``params``."""
+        """``output``: what another router has delivered before, of the model ``revision``; ``sampling``: in
+        place of ``params``."""
         answer = Answer(request_id or f"{self.gateway_id}-{next(self._ids)}", list(output))
         self.answers[answer.request_id] = answer
         if params is None:
@@ -117,6 +119,7 @@ class GatewayPeer:
             strategy,
             salt,
             num_output_tokens=len(output),
+            revision=revision,
         )
         self.send(message, codec.encode_tokens([*prompt, *output]))
         return answer

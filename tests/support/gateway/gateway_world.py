@@ -161,7 +161,7 @@ class ScriptedRouter:
         self.num_engines = num_engines
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
-        self.eos_token_ids = list(eos_token_ids)
+        self.eos_token_ids, self.revision = list(eos_token_ids), "r1"
         self.incarnation = secrets.randbits(62) | 1
         self.confirm_cancels = confirm_cancels
         self.silent = silent
@@ -231,7 +231,7 @@ class ScriptedRouter:
                 self.windows[peer] = CreditWindow(message.credit)
                 self._reply(peer, RouterWelcome(
                     "r0", self.incarnation, self.model, self.max_model_len, self.vocab_size, self.num_engines,
-                    ["auto"], "auto", self.eos_token_ids,
+                    ["auto"], "auto", self.eos_token_ids, self.revision,
                 ))  # fmt: skip
             case GatewayPing():
                 self.joined.set()
@@ -262,7 +262,7 @@ class ScriptedRouter:
             if not self.silent:
                 beat = RouterHeartbeat(
                     self.incarnation, self.num_engines, len(self.served), 100, self.model,
-                    self.max_model_len, self.vocab_size, self.eos_token_ids,
+                    self.max_model_len, self.vocab_size, self.eos_token_ids, self.revision,
                 )  # fmt: skip
                 for peer in list(self.windows):
                     self._reply(peer, beat)

@@ -23,7 +23,7 @@ from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.request import Request
 from microserve.services.router.request.scope import RequestScope
-from tests.support.bus.wire_samples import INFO
+from tests.support.bus.wire_parts import INFO
 
 BLOCK_SIZE = 16
 

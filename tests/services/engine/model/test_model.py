@@ -46,11 +46,6 @@ def test_every_family_loads(family: str, tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
 
 
-def test_eos_ids_of_both_files_count(llama: Path) -> None:
-    edit_config(llama, eos_token_id=7)
-    assert load_model(llama, dtype="float32").spec.eos_token_ids == {0, 2, 7}
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("load_format", ["auto", "random"])
 def test_weights_have_the_dtype_asked_for(llama: Path, dtype: str, load_format: str) -> None:

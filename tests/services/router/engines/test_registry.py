@@ -176,15 +176,17 @@ async def test_an_engine_that_does_not_fit_the_mesh_is_refused_and_said_once() -
             world.add_engine("b", model="another")
             world.add_engine("c", layout_hash="another")
             world.add_engine("d", block_size=32)
+            world.add_engine("f", revision="other weights")
             world.add_engine("e")
             world.index.set(engine.info for engine in world.engines.values())
             await eventually(lambda: joined(world) == {"a": 1, "e": 1}, "e joined")
             await world.beats(5)
         refused = {e["engine_id"]: e["error"] for e in logs if e["event"] == log.ENGINE_REFUSED}
-        assert len([e for e in logs if e["event"] == log.ENGINE_REFUSED]) == 3
+        assert len([e for e in logs if e["event"] == log.ENGINE_REFUSED]) == 4
         assert "another model" in refused["b"]
         assert "another layout_hash" in refused["c"]
         assert "another block_size" in refused["d"]
+        assert refused["f"] == "engine f has another revision than the mesh: 'other weights', a has ''"
         assert world.engines["b"].hellos == []
 
 
