@@ -138,6 +138,9 @@ class Exchange:
         Raises :class:`BodyTooLarge`, :class:`BodyTimeout`, :class:`ClientGone`, :class:`QueueFull` while too
         many other bodies are being read, or what the budget was ended with.
         """
+        encoding = self.header(b"content-encoding")
+        if encoding not in (None, b"", b"identity"):
+            raise InvalidRequest("a body must come without content-encoding", field="content-encoding")
         declared = self.header(b"content-length")
         # A header of thousands of digits is no number that int() should be asked to read.
         if declared is not None and (len(declared) > 18 or int(declared) > budget.max_body_nbytes):

@@ -33,6 +33,10 @@ MAX_HEAD_NBYTES = 512 << 10
 """More than one read brings, so that bytes behind a body in the same read do not count against a head."""
 
 
+MAX_HEADERS = 256
+"""A head of 512 KB would have room for 100,000, which hold the loop for a tenth of a second."""
+
+
 class GatewayProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with bounds on a request's head, and with the connection itself for the handler."""
 
@@ -61,6 +65,11 @@ class GatewayProtocol(HttpToolsProtocol):
             self._head_nbytes += len(data)
             if self._head_nbytes > MAX_HEAD_NBYTES:
                 self.send_400_response("Request head too large.")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > MAX_HEADERS:
+            raise ValueError(f"more than {MAX_HEADERS} headers")  # the parser stops, and it is a 400
 
     def on_headers_complete(self) -> None:
         if not self.parser.wants_upgrade:

@@ -19,6 +19,8 @@ from microserve.protocol import log
 from microserve.protocol.errors import InvalidRequest, located
 
 SLICE_NBYTES = 1 << 20
+NAMED_NBYTES = 1 << 16
+"""Behind the begin of a slice that is too much: its member is looked for so far. Looking is slow."""
 
 # Names of unknown fields come from clients: the memory of them is bounded.
 _MAX_WARNED_FIELDS = 64
@@ -125,7 +127,7 @@ def check_shape(body: bytes, shape: Shape) -> None:
         brackets = outside.translate(None, _NO_BRACKETS)
         values += outside.count(b",") + brackets.count(b"[") + brackets.count(b"{")
         if values > shape.max_values:
-            field = _member_at(body, begin + SLICE_NBYTES)
+            field = _member_at(body, begin + NAMED_NBYTES)
             raise InvalidRequest(
                 f"the body has more than {shape.max_values} values in its lists and maps", field=field
             )
@@ -133,7 +135,7 @@ def check_shape(body: bytes, shape: Shape) -> None:
             depths = list(accumulate(map(_STEP.__getitem__, brackets), initial=depth))
             depth = depths[-1]
             if max(depths) > shape.max_depth:
-                field = _member_at(body, begin + SLICE_NBYTES)
+                field = _member_at(body, begin + NAMED_NBYTES)
                 raise InvalidRequest(
                     f"the body is nested deeper than {shape.max_depth} lists and maps", field=field
                 )

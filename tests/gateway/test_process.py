@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -133,3 +134,18 @@ def test_half_a_body_does_not_hold_up_a_stop(model: Path) -> None:
         assert b"retry-after: 1" in answer and b'"code":"draining"' in answer
         assert process.wait(TIMEOUT_S) == 0
         assert time.monotonic() - asked_at < DRAIN_S
+
+
+def test_a_gateway_that_is_killed_leaves_no_process(model: Path) -> None:
+    with start(f"model.path={model}", "gateway.port=0") as process:
+        address = next_event(process, log.SERVICE_READY)["address"]
+        body = json.dumps({"messages": [{"role": "user", "content": "x"}]}).encode()
+        with urllib.request.urlopen(f"{address}/tokenize", data=body, timeout=TIMEOUT_S) as reply:
+            assert reply.status == 200
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == 1
+        helper = os.pidfd_open(int(children[0]))
+        process.kill()
+        ended, _, _ = select.select([helper], [], [], TIMEOUT_S)
+        os.close(helper)
+        assert ended

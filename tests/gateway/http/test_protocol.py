@@ -161,6 +161,58 @@ def test_what_is_no_origin_is_a_wrong_setting(origin: str) -> None:
     assert caught.value.field == "gateway.cors_origins"
 
 
+def test_absurd_heads_are_refused_or_ignored(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world:
+            world.router.answer = lambda served: served.end("length")
+            for extra, status in (
+                (b"a:b\r\n" * 10_000, 400),
+                (b"a:b\r\n" * 200, 200),
+                (b"a: " + b"b" * 100_000 + b"\r\n", 200),
+                (b"x-request-id: " + b"\xff" * 999 + b"\r\n", 200),
+                (b"content-type: text/plain; charset=utf-7\r\n", 200),
+                (b"content-type: \xff\r\n", 200),
+                (b"accept: application/xml\r\nte: trailers\r\nrange: bytes=0-1\r\n", 200),
+                (b"content-encoding: identity\r\n", 200),
+                (b"content-encoding: gzip\r\n", 400),
+                (b"x-microserve-strategy: \xe9\r\n", 400),
+                (b"x-microserve-strategy: " + b"x" * 129 + b"\r\n", 400),
+                (b"content-length: 29\r\n", 400),
+            ):
+                async with connect(world) as client:
+                    await client.send(request(extra))
+                    assert (await client.head())[0] == status, extra[:60]
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"\xef\xbb\xbf" + BODY, 400),
+        (BODY.decode().encode("utf-16"), 400),
+        (BODY[:-1] + b',"model":"tiny"}', 200),  # of two with one name the last counts, as everywhere
+        (BODY[:-1] + b',"model":"other"}', 404),
+        (BODY[:-1] + b',"top_k":1,"top_k":-5}', 400),
+        (BODY[:-1] + b',"user":"\xff"}', 400),
+        (BODY[:-1] + b',"user":"\xed\xa0\x80"}', 400),
+        (BODY + b"\n\n", 200),
+        (BODY + BODY, 400),
+        (b"[" + BODY + b"]", 400),
+        (b"", 400),
+    ],
+)
+def test_bodies_that_are_nearly_json(model: Path, body: bytes, status: int) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, http_of(world) as http:
+            world.router.answer = lambda served: served.end("length")
+            reply = await http.post("/v1/completions", content=body)
+            assert reply.status_code == status
+            assert status == 200 or reply.json()["error"]["message"]
+
+    run(main())
+
+
 def test_a_client_that_waits_before_its_body_is_told_to_go_on(model: Path) -> None:
     async def main() -> None:
         async with gateway_world(model, 'gateway.api_keys=["k"]') as world:
