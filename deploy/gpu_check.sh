@@ -47,10 +47,10 @@ wheels = {
     "torch": "torch (a CUDA build)",
     "triton": "triton (comes with a CUDA build of torch)",
     "cupy": "cupy-cuda12x>=13.4 or cupy-cuda13x>=14.0, as torch's CUDA",
-    "transformers": "microserve[engine]",
-    "zmq": "microserve[engine]",
-    "pytest": "microserve[dev]",
-    "hypothesis": "microserve[dev]",
+    "transformers": "MicroServe's extra engine (pip install '.[engine]')",
+    "zmq": "MicroServe's extra engine (pip install '.[engine]')",
+    "pytest": "MicroServe's extra dev (pip install '.[dev]')",
+    "hypothesis": "MicroServe's extra dev (pip install '.[dev]')",
 }
 lacking = [wheel for name, wheel in wheels.items() if importlib.util.find_spec(name) is None]
 if "torch" not in " ".join(lacking):

@@ -3,7 +3,7 @@
     python examples/simulate_trace.py [--load 4] [--engines 4]
 
 Routers, schedulers and KV pools are the real ones; the time of steps and transfers is a model. For a trace
-of your own: ``microserve simulate --trace FILE``. Needs ``pip install 'microserve[simulation]'``.
+of your own: ``microserve simulate --trace FILE``. Needs the extra ``simulation``, as ``make up`` installs it.
 """
 
 from __future__ import annotations

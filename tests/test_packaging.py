@@ -151,6 +151,15 @@ def test_no_file_is_too_long() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_nobody_is_told_to_install_us_from_a_registry() -> None:
+    """We are on none: a package of that name would be another's."""
+    told = re.compile(r"pip install[^\n`]*['\" ]microserve(?:\[|['\"\s]|$)")
+    assert told.search("pip install 'microserve[engine]'") and not told.search("pip install -e '.[engine]'")
+    texts = {path: path.read_text(encoding="utf-8", errors="replace") for path in tracked()}
+    found = [path for path, text in texts.items() if told.search(text) and path != Path(__file__)]
+    assert found == []
+
+
 def test_nothing_names_a_machine() -> None:
     found = []
     for path in tracked():

@@ -10,6 +10,7 @@ stopped.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import platform
 import shutil
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,7 +205,27 @@ def install(options: argparse.Namespace) -> None:
         raise InstallFailed(
             f"MicroServe runs on x86-64 Linux only, not on {platform.machine()} {sys.platform}"
         )
-    environment = Environment(options.venv)
+    with alone(options.venv):
+        install_alone(options, Environment(options.venv), dev, begin)
+
+
+@contextmanager
+def alone(venv: Path) -> Iterator[None]:
+    """One at a time beside ``venv``: two would take each other's files away."""
+    venv.absolute().parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(venv.absolute().parent, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process installs beside {venv}: waiting for it")
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def install_alone(options: argparse.Namespace, environment: Environment, dev: bool, begin: float) -> None:
     environment.make()
     torch, gpu = environment.torch(), has_gpu() if options.gpu == "auto" else options.gpu == "yes"
     extra = ("--extra-index-url", options.cpu_index)
@@ -244,7 +266,7 @@ def main() -> int:
     parser.add_argument("--no-editable", dest="editable", action="store_false")
     try:
         install(parser.parse_args())
-    except InstallFailed as error:
+    except (InstallFailed, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

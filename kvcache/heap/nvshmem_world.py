@@ -178,5 +178,5 @@ def _one_line(what: str, field: str) -> Iterator[None]:
 
 
 def _import(name: str) -> Any:
-    with _one_line("the nvshmem heap needs nvshmem4py (microserve[cuda12] or [cuda13])", "heap"):
+    with _one_line("the nvshmem heap needs nvshmem4py (the extra cuda12 or cuda13)", "heap"):
         return import_module(name)

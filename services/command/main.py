@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 a flag or a setting is wrong.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -45,6 +46,9 @@ def main() -> None:
 
     Settings come from --config FILE, then the environment (MICROSERVE_SECTION__FIELD), then --set.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or a file that has not our characters
+            stream.reconfigure(errors="backslashreplace")
 
 
 # --- one service in this process -------------------------------------------------------------------
@@ -90,7 +94,7 @@ def engine(
             if error.name is None or error.name.startswith("microserve"):
                 raise
             raise RuntimeError(
-                f"no {error.name}; an engine needs: pip install 'microserve[engine]'"
+                f"no {error.name}; an engine needs: pip install '.[engine]' in a checkout"
             ) from error
         return run_engine
 

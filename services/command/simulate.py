@@ -71,7 +71,7 @@ def simulate(assignments: tuple[str, ...], strategies: tuple[str, ...], **flags:
     from microserve.services.simulation.load.task import SimulateTask
 
     if find_spec("greenlet") is None:
-        raise click.ClickException("the simulation needs greenlet: pip install 'microserve[simulation]'")
+        raise click.ClickException("the simulation needs greenlet: pip install greenlet")
     parameters: dict[str, dict[str, Scalar]] = {}
     for assignment in assignments:
         strategy, dot, rest = assignment.partition(".")

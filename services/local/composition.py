@@ -5,10 +5,11 @@ Owns the composition only: pure but for asking the kernel for free ports.
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,3 +137,46 @@ def _with_port(address: str, ports: Iterable[int]) -> str:
     if address.startswith("tcp://") and address.endswith(":0"):
         return f"{address.removesuffix(':0')}:{next(iter(ports))}"
     return address
+
+
+# --- ports that must be free ---------------------------------------------------------------------------
+
+
+class PortTaken(Exception):
+    """The text names the setting, the address, and what to do."""
+
+
+def check_ports(settings: Settings) -> None:
+    """Raises :class:`PortTaken`. Addresses that are no TCP, and ports that are 0, are free; what else may be
+    wrong with an address is said by the service that has it."""
+    for field, host, port, other in _wanted(settings):
+        try:
+            family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, number) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(address)
+                listener.listen(1)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PortTaken(
+                    f"{field}: {host}:{port} is in use, perhaps by another mesh; {other} takes a free port"
+                ) from None
+            if error.errno == errno.EACCES:
+                raise PortTaken(
+                    f"{field}: {host}:{port}: {error.strerror} (ports below 1024 are for root)"
+                ) from None
+
+
+def _wanted(settings: Settings) -> Iterator[tuple[str, str, int, str]]:
+    """Setting, host, port, and the flag that would take another one."""
+    gateway = settings.gateway
+    if gateway.port:
+        yield "gateway.port", gateway.host, gateway.port, "--port 0"
+    for field, address in (
+        ("index.address", settings.index.address),
+        ("router.address", settings.router.address),
+    ):
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        if address.startswith("tcp://") and port != "0":
+            host = "0.0.0.0" if host == "*" else host.strip("[]")
+            yield field, host, int(port), f"--set {field}=tcp://127.0.0.1:0"

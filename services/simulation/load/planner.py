@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        print("Error: plots need matplotlib: pip install 'microserve[simulation]'", file=sys.stderr)
+        print("Error: plots need matplotlib: pip install matplotlib", file=sys.stderr)
         return 1
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -167,3 +168,12 @@ def test_the_settings_file_may_be_named_by_the_environment(
     assert "port = 2222" in invoke("settings", "--config", str(tmp_path / "b.toml")).output
     monkeypatch.setenv("MICROSERVE_CONFIG", "")
     assert "port = 8000" in invoke("settings").output
+
+
+def test_a_terminal_without_our_characters_is_no_error(tmp_path: Path) -> None:
+    event = {"ts": 1.0, "event": "request.finished", "service": "gateway", "id": "g", "engines": ["a", "b"]}
+    (tmp_path / "gateway.jsonl").write_text(json.dumps(event) + "\n")
+    command = [sys.executable, "-P", "-m", "microserve.services", "tail", "--dir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "a\\u2192b" in told.stdout

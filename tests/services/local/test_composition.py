@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
 from microserve.protocol.settings_sources import load_settings
-from microserve.services.local.composition import compose, free_ports
+from microserve.services.local.composition import PortTaken, check_ports, compose, free_ports
 from microserve.services.local.supervisor import Child
 
 
@@ -116,3 +117,34 @@ def test_free_ports_differ() -> None:
     ports = free_ports(20)
     assert len(set(ports)) == 20
     assert all(port > 0 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "way_out"),
+    [
+        ("gateway.port={port}", "gateway.port", "--port 0"),
+        ("index.address=tcp://127.0.0.1:{port}", "index.address", "--set index.address=tcp://127.0.0.1:0"),
+        ("router.address=tcp://localhost:{port}", "router.address", "--set router.address=tcp://127.0.0.1:0"),
+        ("router.address=tcp://*:{port}", "router.address", "--set router.address=tcp://127.0.0.1:0"),
+    ],
+)
+def test_a_port_in_use_is_said_with_the_way_out(override: str, field: str, way_out: str) -> None:
+    index, router, gateway = free_ports(3)
+    free = [f"index.address=tcp://127.0.0.1:{index}", f"router.address=tcp://127.0.0.1:{router}"]
+    free.append(f"gateway.port={gateway}")
+    check_ports(load_settings(overrides=free))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(PortTaken, match=rf"^{field}: .*:{port} is in use") as caught:
+            check_ports(load_settings(overrides=[*free, override.format(port=port)]))
+    assert way_out in str(caught.value)
+
+
+def test_any_free_port_and_no_port_are_never_taken() -> None:
+    check_ports(
+        load_settings(
+            overrides=["gateway.port=0", "index.address=ipc:///tmp/index", "router.address=tcp://127.0.0.1:0"]
+        )
+    )

@@ -125,7 +125,32 @@ def test_progress_is_read_from_a_real_child(tmp_path: Path, monkeypatch: pytest.
         demo_model.convert_gguf(Path("x" * 201), tmp_path, lambda what, part: None)
 
 
+def test_a_cache_that_cannot_be_written_is_said_with_the_way_out(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FetchFailed, match=r"(?s)file.*Not a directory.*XDG_CACHE_HOME=DIRECTORY"):
+        fetch(tmp_path / "file", convert=convert)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_fetched(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_model, "NEEDED_MB", 1 << 40)
+    with pytest.raises(FetchFailed, match=r"(?s)MB are needed, .* MB are free.*XDG_CACHE_HOME"):
+        fetch(tmp_path, convert=convert)
+
+
+def test_who_has_no_home_has_a_cache_all_the_same(tmp_path: Path) -> None:
+    assert default_cache({"XDG_CACHE_HOME": "/c"}) == Path("/c/microserve")
+    assert default_cache({"HOME": str(tmp_path)}) == tmp_path / ".cache/microserve"
+    assert (
+        default_cache({"XDG_CACHE_HOME": "relative", "HOME": str(tmp_path)}) == tmp_path / ".cache/microserve"
+    )
+    for environment in ({}, {"HOME": ""}, {"HOME": "/nowhere/at/all"}, {"HOME": "~"}):
+        assert default_cache(environment).is_absolute()
+        assert "nowhere" not in str(default_cache(environment))
+
+
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_model, "CONVERTER_PACKAGES", ("sys", "no_such_package"))
-    with pytest.raises(FetchFailed, match=r"no_such_package: pip install 'microserve\[engine,demo\]'"):
+    with pytest.raises(FetchFailed, match=r"no_such_package: pip install '\.\[engine,demo\]'"):
         demo_model.convert_gguf(tmp_path / "x.gguf", tmp_path, lambda what, part: None)

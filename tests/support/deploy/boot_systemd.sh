@@ -59,8 +59,9 @@ tr -d - < /proc/sys/kernel/random/uuid > etc/machine-id
 
 # As deploy/systemd says, but for the wheel's dependencies, which are those of the tests' environment.
 mkdir -p etc/systemd/system etc/microserve
-chroot . /opt/python/bin/python3 -m venv /opt/microserve
-chroot . /opt/microserve/bin/pip install --quiet --no-index --no-deps "/opt/wheel/$(basename "$wheel")"
+chroot . /opt/python/bin/python3 -m venv --without-pip /opt/microserve
+PYTHONPATH=/opt/site chroot . /opt/microserve/bin/python -m pip install --quiet --no-index --no-deps --no-compile \
+    "/opt/wheel/$(basename "$wheel")"
 echo /opt/site > "$(echo opt/microserve/lib/python3*/site-packages)/environment_of_the_tests.pth"
 chroot . /usr/sbin/useradd --system --user-group microserve
 cp "$units"/* etc/systemd/system/

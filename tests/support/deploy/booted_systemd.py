@@ -13,9 +13,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+END_S = 30.0
 BOOT = Path(__file__).with_name("boot_systemd.sh")
 NAMESPACES = ("--mount", "--pid", "--fork", "--cgroup", "--net", "--uts", "--ipc", "--kill-child")
 ENTERED = ("mount", "pid", "net", "uts", "ipc", "cgroup", "root", "wd")
@@ -99,7 +101,7 @@ class Booted:
         return self.run("systemctl", "is-system-running").stdout.strip() in ("running", "degraded")
 
     def run(
-        self, *words: str, check: bool = False, timeout_s: float = 120.0
+        self, *words: str, check: bool = False, timeout_s: float = 300.0
     ) -> subprocess.CompletedProcess[str]:
         """A command inside."""
         inside = ["nsenter", f"--target={self._init}", *(f"--{each}" for each in ENTERED)]
@@ -138,6 +140,14 @@ def _is_hierarchy(folder: Path) -> bool:
 
 
 def _remove(group: Path) -> None:
-    """Groups of processes that have ended, the innermost first."""
+    """The innermost first; a process that was killed is in its group for a moment longer."""
+    deadline = time.monotonic() + END_S
     for folder, _, _ in os.walk(group, topdown=False):
-        os.rmdir(folder)
+        while True:
+            try:
+                os.rmdir(folder)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
