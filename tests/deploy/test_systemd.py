@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.deploy.booted_systemd import Booted, missing
 
-pytestmark = [pytest.mark.system, pytest.mark.heavy]
+pytestmark = [pytest.mark.system, pytest.mark.heavy, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240.0
