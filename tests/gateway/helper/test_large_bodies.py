@@ -39,6 +39,14 @@ KINDS: dict[str, tuple[Callable[[], bytes], str | None]] = {
         ),
         "any",
     ),
+    "messages": (
+        lambda: completion(b'"messages":[' + b'{"role":"user","content":"x"},' * (FULL // 30) + b"{}]"),
+        "messages",
+    ),
+    "one message": (
+        lambda: completion(b'"messages":[{"role":"user","content":"' + b"x " * (FULL // 2) + b'"}]'),
+        "messages",
+    ),
     "metadata": (lambda: completion(b'"prompt":"x","metadata":"' + b"x" * FULL + b'"'), None),
     "a number": (lambda: completion(b'"prompt":"x","seed":' + b"9" * FULL), "seed"),
     "blanks": (lambda: completion(b'"prompt":"x"') + b" " * FULL, None),
@@ -47,9 +55,10 @@ KINDS: dict[str, tuple[Callable[[], bytes], str | None]] = {
 
 
 async def send(world: GatewayWorld, body: bytes) -> tuple[int, bytes]:
+    path = "chat/completions" if body.startswith(b'{"model":"tiny","messages"') else "completions"
     async with connect(world) as client:
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: t\r\ncontent-length: %d\r\n\r\n" % len(body)
-        await client.send(head)
+        head = f"POST /v1/{path} HTTP/1.1\r\nhost: t\r\ncontent-length: {len(body)}\r\n\r\n"
+        await client.send(head.encode())
         for begin in range(0, len(body), 1 << 17):
             await client.send(body[begin : begin + (1 << 17)])
         status, headers = await client.head()

@@ -23,6 +23,7 @@ async def two_beats(router: ScriptedRouter) -> None:
     await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known_before", [True, False])
 @pytest.mark.parametrize("router_restarts", [True, False])
 def test_while_all_engines_are_away(model: Path, known_before: bool, router_restarts: bool) -> None:
