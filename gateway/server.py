@@ -134,6 +134,7 @@ async def _serve(
             stack.push_async_callback(ledger.close)
         if reader is not None:
             _watch_keys(stack, state, reader, plain)
+        lifecycle.on_reload(lambda new: _reload(new, state.keys, plain, reader, certificate))
         beating = state.routers.start()
         server = make_server(
             with_cors(Application(state), gateway.cors_origins),
@@ -151,6 +152,24 @@ async def _serve(
             state.drain()
             server.should_exit = True
             await _drain(state, serving, drain_s)
+
+
+def _reload(
+    settings: Settings,
+    keys: KeyRing,
+    plain: list[ApiKey],
+    reader: KeyReader | None,
+    certificate: Certificate | None,
+) -> None:
+    """SIGHUP: other keys, and what the files of keys and certificate hold now; which files they are, stays. A
+    gateway whose last key is taken away lets nobody in: it does not come open while it runs."""
+    plain[:] = plain_keys(settings.gateway.api_keys)
+    if reader is not None:
+        reader.ask()
+    elif plain or not keys.is_open:
+        keys.replace(plain)
+    if certificate is not None:
+        certificate.reload()
 
 
 def _watch_keys(stack: AsyncExitStack, state: GatewayState, reader: KeyReader, plain: list[ApiKey]) -> None:

@@ -148,6 +148,9 @@ class RouterSettings(_Section, frozen=True):
     strategy_files: list[str] = []
     """Python files with strategies of your own."""
     max_requests: Count = 1024
+    headroom: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    """While several API keys are in use: share of the engines' rate that one which has had its part leaves
+    idle for the others' first tokens; 0: it may use all that they leave."""
     max_ttft_s: PositiveOrZero = 0.0
     """A first token predicted to take longer is refused at once: 429 with Retry-After; 0: no bound."""
     deadline_s: Positive = 600.0

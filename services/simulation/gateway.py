@@ -50,6 +50,8 @@ class Answer:
     is_cancelled: bool = False
     strategy: str = ""
     salt: str = ""
+    tenant: str = ""
+    priority: int = 0
 
     @property
     def is_complete(self) -> bool:
@@ -134,6 +136,8 @@ class SimGateway:
                 ttl_s=ttl_s,
                 strategy=answer.strategy or None,
                 salt=answer.salt,
+                tenant=answer.tenant,
+                priority=answer.priority,
             )
         except MeshError as error:
             self.end(answer, error.code, error.detail)

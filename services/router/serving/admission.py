@@ -29,6 +29,7 @@ from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.engines.registry import Registry
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.rollout.book import StrategyBook
+from microserve.services.router.serving.turnstile import Turnstile
 
 MIN_RETRY_S, MAX_RETRY_S = 0.5, 60.0
 """Bounds of what a refusal for lack of time says: predictions are no better than that."""
@@ -57,13 +58,15 @@ class Admission:
         registry: Registry,
         book: LoadBook,
         lookup: Lookup,
+        turnstile: Turnstile,
     ) -> None:
-        """``book`` and ``registry`` are only read."""
+        """``book``, ``registry`` and ``turnstile`` are only read."""
         self._settings = settings
         self._strategies = strategies
         self._registry = registry
         self._book = book
         self._lookup = lookup
+        self._turnstile = turnstile
         self._loop = asyncio.get_running_loop()
 
     def strategy_name(self, message: Generate) -> str:
@@ -85,6 +88,7 @@ class Admission:
             raise InvalidRequest("ttl_s must be a number", field="ttl_s")
         if num_live >= self._settings.max_requests:
             raise QueueFull(f"{num_live} requests are live already", retry_after_s=RETRY_AFTER_S)
+        self._turnstile.check(message.tenant, num_live)
         strategy = self._strategies.get(self.strategy_name(message), message.request_id)
         served = self._registry.served
         if served is None or not self._registry.usable():
@@ -110,7 +114,7 @@ class Admission:
         prompt = hash((request.token_frame, request.salt))
         if request.num_output_tokens:  # it runs already, elsewhere: too late to refuse it
             return Admitted(strategy, request, request.num_tokens, prompt)
-        num_uncached = self._check_time(request, prompt)
+        num_uncached = self._check_time(request, prompt, self._turnstile.tokens_ahead(message.tenant))
         shadow = self._strategies.shadow(self.strategy_name(message), message.request_id)
         return Admitted(strategy, request, num_uncached, prompt, shadow)
 
@@ -137,14 +141,16 @@ class Admission:
 
     # --- time --------------------------------------------------------------------------------------
 
-    def _check_time(self, request: Request, prompt: int) -> int:
-        """Tokens that the engine with the best prediction must compute. Raises :class:`QueueFull`."""
+    def _check_time(self, request: Request, prompt: int, tokens_ahead: float) -> int:
+        """Tokens that the engine with the best prediction must compute. Raises :class:`QueueFull`.
+
+        ``tokens_ahead``: of prompts that wait for a turn before it."""
         now = self._loop.time()
         allowed_s, why = request.deadline - now, "the request allows"
         bound_s = self._settings.max_ttft_s
         if 0.0 < bound_s < allowed_s:
             allowed_s, why = bound_s, "router.max_ttft_s is"
-        views = self._views(now)
+        views = self._views(now, tokens_ahead)
 
         def best(cached: Mapping[str, int]) -> tuple[float, int]:
             """Prediction and tokens to compute of the engine that is soonest."""
@@ -164,10 +170,10 @@ class Admission:
             )
         return num_uncached
 
-    def _views(self, now: float) -> dict[str, EngineView]:
+    def _views(self, now: float, tokens_ahead: float) -> dict[str, EngineView]:
         """What is known of every engine that may compute prompts."""
         chosen = [c for c in self._registry.usable() if _computes_prompts(c)] or self._registry.usable()
-        share = self._book.unplaced_tokens / len(chosen)
+        share = (self._book.unplaced_tokens + tokens_ahead) / len(chosen)
         return {c.engine_id: engine_view(c, self._book, now, unplaced_tokens=share) for c in chosen}
 
 

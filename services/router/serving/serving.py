@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 
 import structlog
 
@@ -42,7 +42,7 @@ from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope, out_of_time
 from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.shadow import OnDecided, Shadows
-from microserve.services.router.serving.admission import Admission
+from microserve.services.router.serving.admission import Admission, Admitted
 from microserve.services.router.serving.attempt import Attempts
 from microserve.services.router.serving.failover import EngineLeaving, Failover, MoveFailed, move
 from microserve.services.router.serving.live import (
@@ -53,6 +53,7 @@ from microserve.services.router.serving.live import (
     finished_well,
     write_line,
 )
+from microserve.services.router.serving.turnstile import Turnstile
 from microserve.services.router.strategies.data_parallel import data_parallel
 
 OnEnd = Callable[[Ended, bool, bool], None]
@@ -92,7 +93,8 @@ class Serving:
         self._tasks = tasks
         self._settings = settings
         self._registry = registry
-        self._admission = Admission(settings, strategies, registry, self.book, lookup)
+        self.turnstile = Turnstile(registry, settings.max_requests, settings.headroom)
+        self._admission = Admission(settings, strategies, registry, self.book, lookup, self.turnstile)
         self._lookup = lookup
         self._rng = rng
         self._driver = driver
@@ -125,11 +127,28 @@ class Serving:
         live.version, live.revision = strategy.version, message.revision
         if shadow is not None:
             live.rehearsal = self.shadows.begin(shadow, request)
-        account = self.book.open(num_uncached, prompt)
-        live.scope = self._scope(request, account, clock)
         self._live[live.request_id] = live
-        live.task = self._tasks.create_task(self._guard(live, live.scope, strategy), name=live.request_id)
+        is_due = self._is_due(live, message, num_uncached)
+        # What waits here is ahead of nobody else's: it is in the book of the mesh from its turn on.
+        account = self.book.open(num_uncached, prompt) if is_due else self.book.open()
+        live.scope = self._scope(request, account, clock)
+        serving = self._guard(live, live.scope, strategy, None if is_due else admitted)
+        live.task = self._tasks.create_task(serving, name=live.request_id)
         live.task.add_done_callback(lambda _: self._reap(live))
+
+    def _is_due(self, live: LiveRequest, message: Generate, num_tokens: int) -> bool:
+        """May it begin at once? One that runs already, elsewhere, has had its turn."""
+        if not message.tenant or message.num_output_tokens:
+            return True
+        sink, turnstile = live.sink, self.turnstile
+
+        def tell(output: Output) -> None:
+            if output.token_ids:
+                turnstile.computed(live.request_id)
+            sink(output)
+
+        live.sink = tell
+        return turnstile.enter(live.request_id, message.tenant, message.priority, num_tokens)
 
     def cancel(self, owner: bytes, request_id: str) -> None:
         """The client is gone. Unknown ids, and those of another owner, are fine."""
@@ -163,15 +182,30 @@ class Serving:
 
     # --- one request -------------------------------------------------------------------------------
 
-    async def _guard(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
+    async def _guard(
+        self, live: LiveRequest, scope: RequestScope, strategy: Strategy, waiting: Admitted | None
+    ) -> None:
         """Whatever is wrong with one request, the others' group does not end by it."""
         try:
+            if waiting is not None:
+                scope = await self._turn(live, scope, waiting)
             await self._serve(live, scope, strategy)
         except Exception as error:
             _logger.exception(log.REQUEST_FAILED, request_id=live.request_id, error=str(error))
             if not live.ended:
                 with surviving("end of a request", request_id=live.request_id):
                     self._end(live, InternalError("see the router's log"))
+
+    async def _turn(self, live: LiveRequest, scope: RequestScope, waiting: Admitted) -> RequestScope:
+        """Wait for its turn; the scope in which it is served then. One whose time is up meanwhile goes on at
+        once, and ends as any that is out of time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(scope.request.deadline):
+                await self.turnstile.wait(live.request_id)
+        scope.close()
+        account = self.book.open(waiting.num_uncached, waiting.prompt)
+        live.scope = self._scope(scope.request, account, live.clock)
+        return live.scope
 
     async def _serve(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
         """Attempts, each in a scope of its own, until one ends the stream or its error is final."""
@@ -287,6 +321,7 @@ class Serving:
         if scope is not None:
             if self._live.get(live.request_id) is live:
                 del self._live[live.request_id]
+                self.turnstile.leave(live.request_id, len(live.delivered))
             for grant_id, engine_id in scope.unused.items() if finished is not None else ():
                 self._attempts.blame(live, StrategyError(f"forgotten grant {grant_id} of engine {engine_id}"))
             engines = [*live.engines, *(e for e in scope.engines if e not in live.engines)]

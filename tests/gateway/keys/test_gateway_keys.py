@@ -20,6 +20,7 @@ from microserve.gateway.keys.ledger import read_counts
 from microserve.gateway.keys.usage import Counts
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.settings import GatewaySettings, Settings
 from tests.support.gateway.gateway_world import GatewayWorld, Served, connect, gateway_world, run
 
 BODY = {"model": "tiny", "prompt": "a b", "max_tokens": 4}
@@ -224,6 +225,40 @@ def test_keys_come_and_go_without_a_restart(
             assert (await running).status_code == 200, "what had begun goes on"
 
     run(main())
+
+
+def test_a_reload_reads_everything_anew_and_opens_nothing(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+
+    def settings(*api_keys: str) -> Settings:
+        return Settings(gateway=GatewaySettings(api_keys=list(api_keys)))
+
+    async def main() -> None:
+        async with keyed(model, path, key("a"), settings=('gateway.api_keys=["old"]',)) as (world, http):
+            write(path, key("b"))
+            world.lifecycle.reload(settings("new"))
+            while await status_of(http, "new") != 200:
+                await asyncio.sleep(0.01)
+            tried = [await status_of(http, each) for each in ("old", "key of a", "key of b")]
+            assert tried == [401, 401, 200]
+        async with (
+            gateway_world(model, 'gateway.api_keys=["only"]') as world,
+            httpx.AsyncClient(base_url=world.address) as http,
+        ):
+            world.lifecycle.reload(settings())
+            assert [await status_of(http, each) for each in ("", "only")] == [401, 401]
+        async with gateway_world(model) as world, httpx.AsyncClient(base_url=world.address) as http:
+            world.lifecycle.reload(settings())
+            assert await status_of(http, "") == 200
+            world.lifecycle.reload(settings("first"))
+            assert [await status_of(http, each) for each in ("", "first")] == [401, 200]
+
+    run(main())
+
+
+async def status_of(http: httpx.AsyncClient, api_key: str) -> int:
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    return (await http.get("/v1/models", headers=headers)).status_code
 
 
 ODD = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.gateway.keys.key import (
@@ -39,6 +39,7 @@ keys = st.builds(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(key=keys)
 def test_what_is_written_is_read(key: ApiKey) -> None:
     assert parse_keys(entry_of(key), "file") == [key]
@@ -91,6 +92,7 @@ def test_the_key_behind_a_header() -> None:
     assert ring.check(b"Bearer ", b"two") is two
 
 
+@settings(deadline=None)
 @given(
     authorization=st.none() | st.binary() | st.binary().map(b"Bearer ".__add__), other=st.none() | st.binary()
 )
@@ -134,12 +136,14 @@ holders = st.one_of(st.just(""), names)
 salts = st.text(max_size=8) | st.sampled_from(["key/a/", "salt/", "salt/key/a/", "/"])
 
 
+@settings(deadline=None)
 @given(first=st.tuples(holders, salts), second=st.tuples(holders, salts))
 def test_no_two_names_and_salts_meet(first: tuple[str, str], second: tuple[str, str]) -> None:
     a, b = (cache_salt(ApiKey(name=name), salt, shared=False) for name, salt in (first, second))
     assert (a == b) == (first == second)
 
 
+@settings(deadline=None)
 @given(name=names, salt=st.text(max_size=8))
 def test_a_shared_cache_is_that_of_a_gateway_without_keys(name: str, salt: str) -> None:
     key = ApiKey(name=name)

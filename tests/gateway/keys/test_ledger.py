@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
@@ -92,6 +92,7 @@ def test_days_can_be_asked_for(tmp_path: Path) -> None:
     assert list(read_counts(path, since="2026-11-11", until="2026-11-11")) == [("2026-11-11", "a")]
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["add", "take", "written", "put_back"]), st.integers(0, 5)), max_size=60

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.gateway.keys.bucket import Bucket
@@ -22,6 +22,7 @@ limits = st.integers(1, 10_000)
 steps = st.lists(st.tuples(st.floats(0.0, 100.0), st.integers(0, 10_000)), max_size=60)
 
 
+@settings(deadline=None)
 @given(limit=limits, steps=steps)
 def test_no_stretch_of_time_gives_more_than_a_minute_and_the_rate(
     limit: int, steps: list[tuple[float, int]]
@@ -37,6 +38,7 @@ def test_no_stretch_of_time_gives_more_than_a_minute_and_the_rate(
         assert bucket.level(now) >= -1e-6
 
 
+@settings(deadline=None)
 @given(limit=limits, used=st.integers(0, 50_000), wanted=st.integers(1, 50_000))
 def test_whoever_waits_as_long_as_is_said_is_let_in_and_no_sooner(limit: int, used: int, wanted: int) -> None:
     bucket = Bucket(limit, 0.0)
@@ -49,6 +51,7 @@ def test_whoever_waits_as_long_as_is_said_is_let_in_and_no_sooner(limit: int, us
     assert bucket.level(reset_s + 1e-6) == pytest.approx(limit)
 
 
+@settings(deadline=None)
 @given(limit=limits, owed=st.integers(0, 100_000), back_s=st.floats(0.0, 100.0))
 def test_what_is_owed_is_paid_by_time_alone(limit: int, owed: int, back_s: float) -> None:
     bucket = Bucket(limit, 100.0)
@@ -58,6 +61,7 @@ def test_what_is_owed_is_paid_by_time_alone(limit: int, owed: int, back_s: float
     assert bucket.level(160.0) == pytest.approx(limit - owed)
 
 
+@settings(deadline=None)
 @given(changes=st.lists(limits, min_size=1, max_size=5))
 def test_other_limits_forgive_nothing(changes: list[int]) -> None:
     bucket = Bucket(1000, 0.0)
@@ -158,6 +162,7 @@ def test_other_limits_for_a_name_take_over_what_is_in_hand() -> None:
     assert book.total["a"] == Counts(requests=1, refused=1)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_nothing_is_left_when_all_is_over(seed: int) -> None:
     """Any order of beginnings, refusals and ends."""
@@ -188,6 +193,7 @@ def test_nothing_is_left_when_all_is_over(seed: int) -> None:
     assert (limited.num_streams, limited.reserved_tokens) == (0, 0)
 
 
+@settings(deadline=None)
 @given(seconds=st.floats(0.0, 1e6))
 def test_times_in_headers_are_openais(seconds: float) -> None:
     text = duration_text(seconds)

@@ -280,6 +280,7 @@ class GatewayWorld:
     routers: list[ScriptedRouter]
     stop: asyncio.Event
     serving: asyncio.Task[None]
+    lifecycle: Lifecycle
 
     @property
     def router(self) -> ScriptedRouter:
@@ -317,7 +318,7 @@ async def gateway_world(
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():
             serving.result()
-        world = GatewayWorld(address.result(), bus, routers, stop, serving)
+        world = GatewayWorld(address.result(), bus, routers, stop, serving, lifecycle)
         if wait_ready:
             for scripted in routers:
                 await scripted.joined.wait()
