@@ -140,6 +140,7 @@ async def _serve(
             with_cors(Application(state), gateway.cors_origins),
             graceful_s=math.ceil(drain_s) + 1,
             tls=certificate.context if certificate else None,
+            max_connections=gateway.max_connections,
         )
         serving = asyncio.create_task(server.serve([listener]), name="http server")
         try:

@@ -106,6 +106,8 @@ CERTIFICATE_REJECTED = "certificate.rejected"
 HELPER_ENDED = "helper.ended"
 """A gateway's process for templates and large bodies ended in the middle of a job; the next has a new one."""
 HTTP_REJECTED = "http.rejected"
+HTTP_PAUSED = "http.paused"
+"""No connection is let in for a moment: there are as many as may be, or no descriptor is left."""
 HTTP_FIELD_IGNORED = "http.field_ignored"
 """A client sent a field that nobody knows; once a name."""
 

@@ -200,6 +200,8 @@ class GatewaySettings(_Section, frozen=True):
     """Sampling that a request leaves open is as the model's ``generation_config.json`` says."""
     max_n: Count = 16
     max_streams: Count = 20_000
+    max_connections: CountOrZero = 0
+    """Open at a time; 0: as many as descriptors allow. The others wait until there is room."""
 
 
 class LogSettings(_Section, frozen=True):

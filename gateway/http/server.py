@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import math
 import socket
 import ssl
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from microserve.gateway.http.accept import ACCEPTS_PER_TURN, Acceptor, room_for_connections
 from microserve.gateway.http.exchange import CONNECTION_EXTENSION
 from microserve.gateway.http.upgrade import PlainParser
 from microserve.protocol.errors import ConfigError
@@ -29,6 +31,8 @@ USER_TIMEOUT_MS = 30_000
 """A peer that vanished without a FIN is noticed after so long."""
 
 HEAD_TIMEOUT_S = 30.0
+SPARED_S = 1.0
+"""A connection that has been silent for so long may have to make room for one that waits."""
 MAX_HEAD_NBYTES = 512 << 10
 """More than one read brings, so that bytes behind a body in the same read do not count against a head."""
 
@@ -43,6 +47,12 @@ class GatewayProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     """Runs while the head of a request, the first one of a connection included, is not complete."""
     _head_nbytes = 0
+    _head_since = 0.0
+
+    @property
+    def silent_since(self) -> float:
+        """By the loop's clock: no request is under way here since then; infinite while one is."""
+        return self._head_since if self._head_timer is not None else math.inf
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -51,6 +61,7 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         self._head_complete()
+        self._head_since = self.loop.time()
         self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
 
     def _head_complete(self) -> None:
@@ -93,9 +104,44 @@ class GatewayProtocol(HttpToolsProtocol):
 class HttpServer(uvicorn.Server):
     """uvicorn's server without signal handlers: the process that owns it decides when to stop."""
 
+    max_connections = 0
+    """Open at a time; 0: as many as descriptors allow."""
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but that connections are let in by :class:`Acceptor`."""
+        await self.lifespan.startup()
+        config, state = self.config, self.server_state
+        loop = asyncio.get_running_loop()
+
+        def make_protocol() -> asyncio.Protocol:
+            return GatewayProtocol(
+                config=config, server_state=state, app_state=self.lifespan.state, _loop=loop
+            )
+
+        self.servers: list[Any] = [
+            Acceptor(
+                listener,
+                lambda accepted: loop.connect_accepted_socket(make_protocol, accepted, ssl=config.ssl),
+                max_connections=room_for_connections(self.max_connections),
+                num_open=lambda: len(state.connections),
+                make_room=self._make_room,
+            )
+            for listener in sockets or []
+        ]
+        self.started = True
+
+    def _make_room(self) -> None:
+        """Close those that have been silent for longest, if for a while."""
+        limit = asyncio.get_running_loop().time() - SPARED_S
+        silent = [each for each in self.server_state.connections if isinstance(each, GatewayProtocol)]
+        silent = [each for each in silent if each.silent_since < limit]
+        silent.sort(key=lambda each: each.silent_since)
+        for each in silent[:ACCEPTS_PER_TURN]:
+            each.transport.close()
 
 
 def bind(host: str, port: int, *, may_be_exposed: bool = True) -> socket.socket:
@@ -145,12 +191,17 @@ def address_of(listener: socket.socket, *, scheme: str = "http") -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def make_server(app: ASGIApp, *, graceful_s: int, tls: ssl.SSLContext | None = None) -> HttpServer:
-    """``graceful_s``: after it, a stopping server cancels handlers that still run."""
+def make_server(
+    app: ASGIApp, *, graceful_s: int, tls: ssl.SSLContext | None = None, max_connections: int = 0
+) -> HttpServer:
+    """``graceful_s``: after it, a stopping server cancels handlers that still run. ``max_connections`` 0: as
+    many as descriptors allow."""
     config = _config(app, graceful_s)
     config.load()
     config.ssl = tls
-    return HttpServer(config)
+    server = HttpServer(config)
+    server.max_connections = max_connections
+    return server
 
 
 def _config(app: ASGIApp, graceful_s: int) -> uvicorn.Config:

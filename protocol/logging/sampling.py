@@ -21,6 +21,7 @@ SAMPLED = frozenset(
         log.ENGINE_REFUSED,
         log.FRAME_REJECTED,
         log.HTTP_FIELD_IGNORED,
+        log.HTTP_PAUSED,
         log.HTTP_REJECTED,
         log.INDEX_RESYNC_FAILED,
         log.PROCESS_PRINTED,

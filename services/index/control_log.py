@@ -132,14 +132,18 @@ class ControlLog:
         return version
 
     def records(self, strategy: str = "", limit: int = MAX_CONTROL_ENTRIES) -> list[ControlRecord]:
-        """The newest first; ``strategy`` empty: of all. At most ``MAX_RECORDS``."""
+        """The newest first; ``strategy`` empty: of all. At most ``MAX_RECORDS``. Raises
+        :class:`InternalError` when the disk gives nothing."""
         columns = (
             "version, at, who, kind, strategy, digest, parameters, share, reason, engine, labels, shadow"
         )
-        rows = self._database.execute(
-            f"SELECT {columns} FROM changes WHERE ? IN ('', strategy) ORDER BY version DESC LIMIT ?",
-            (strategy, max(0, min(limit, MAX_RECORDS))),
-        )
+        try:
+            rows = self._database.execute(
+                f"SELECT {columns} FROM changes WHERE ? IN ('', strategy) ORDER BY version DESC LIMIT ?",
+                (strategy, max(0, min(limit, MAX_RECORDS))),
+            ).fetchall()
+        except sqlite3.Error as error:
+            raise InternalError(f"the control log cannot be read: {error}") from None
         return [_record(*row) for row in rows]
 
     def close(self) -> None:

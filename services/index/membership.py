@@ -126,6 +126,11 @@ class Membership:
         self._retire(engine_id, incarnation)
         return True
 
+    def withdraw(self, engine_id: str) -> None:
+        """It could not be taken in after all: no member, and as welcome as before."""
+        self._members.remove(engine_id)
+        self.version += 1
+
     def expire(self, now: float) -> list[tuple[EngineInfo, Loss]]:
         """Remove and return the silent and the stuck. Call every interval."""
         lost: list[tuple[EngineInfo, Loss]] = []

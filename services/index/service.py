@@ -45,7 +45,7 @@ from microserve.services.index.control_log import ControlLog
 from microserve.services.index.membership import Admission, Membership
 from microserve.services.index.worlds import WorldDesk
 from microserve.services.links.engine import RouterIdentity
-from microserve.services.links.feed import KvFeed
+from microserve.services.links.feed import EXHAUSTED, KvFeed
 from microserve.services.links.snapshot import read_snapshot, reader_of
 
 MAX_WATCHERS = 1024
@@ -216,6 +216,9 @@ class IndexService:
             self._follow(info)
         except OSError as error:
             self._forget(info.engine_id)
+            if error.errno in EXHAUSTED:  # ours: that life may come again
+                self._membership.withdraw(info.engine_id)
+                raise QueueFull(f"no socket for {info.engine_id} now: {error}", retry_after_s=1.0) from None
             self._membership.deregister(info.engine_id, info.incarnation)
             raise InvalidRequest(f"{info.engine_id}: {error}", field="address") from None
         finally:
