@@ -35,6 +35,7 @@ from microserve.protocol.messages.router import (
     Stream,
     StreamCredit,
 )
+from microserve.protocol.process.surviving import surviving
 
 _logger = structlog.get_logger()
 
@@ -104,6 +105,11 @@ class RouterLink:
     def joined(self) -> bool:
         return self.router_incarnation is not None
 
+    def _reconnect(self) -> None:
+        """If there is no socket to be had, the next heartbeat tries again."""
+        with surviving("connection to a router", address=self.address):
+            self.connect()
+
     @property
     def is_open(self) -> bool:
         """There is a socket, whoever is at its other end."""
@@ -164,13 +170,13 @@ class RouterLink:
 
     def _on_loss(self, detail: str) -> None:
         self.lose(detail)
-        self.connect()
+        self._reconnect()
 
     def _on_disconnect(self) -> None:
         """Without a welcome there is nothing to lose, and the hello may still be delivered."""
         if self.joined:
             self.lose("closed the connection")
-            self.connect()
+            self._reconnect()
 
     def _on_frames(self, frames: list[bytes]) -> None:
         try:
@@ -198,7 +204,7 @@ class RouterLink:
         _logger.warning(log.FRAME_REJECTED, address=self.address, code=failed.code, detail=failed.detail)
         if self.joined:
             self.lose("refused")
-            self.connect()
+            self._reconnect()
 
     def _on_stream(self, stream: Stream) -> None:
         now = self.seen_at

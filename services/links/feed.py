@@ -141,8 +141,8 @@ class KvFeed:
             try:
                 reply, bulk = await self._snapshot()
                 events = decode_batch(bulk).events
-            except MeshError as error:
-                _logger.info(log.INDEX_RESYNC_FAILED, engine_id=self._info.engine_id, error=error.detail)
+            except (MeshError, OSError) as error:  # or no socket to ask by
+                _logger.info(log.INDEX_RESYNC_FAILED, engine_id=self._info.engine_id, error=str(error))
                 self._obey(self._state.snapshot_failed(ask.ticket, self._loop.time()))
                 continue
             except Exception:

@@ -7,6 +7,7 @@ send to a peer that is gone; a subscriber misses what was published before it ha
 
 from __future__ import annotations
 
+import errno
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,8 @@ class Addresses:
         self.servers: dict[str, SimServer] = {}
         self.publishers: dict[str, SimPublisher] = {}
         self.clients: list[SimClient | SimSubscriber] = []
+        self.exhausted: set[str] = set()
+        """Processes, by name, that have every descriptor that they may have: they open no connection."""
         self.num_peers = 0
 
     def take_peer_id(self) -> bytes:
@@ -289,12 +292,18 @@ class SimBus:
         server_key: str = "",
         on_disconnect: Callable[[], None] | None = None,
     ) -> SimClient:
+        self._take_descriptor()
         return SimClient(self._addresses, self._process, address, handler, on_disconnect)
 
     def publisher(self, address: str) -> SimPublisher:
         return SimPublisher(self._addresses, self._process, address)
 
+    def _take_descriptor(self) -> None:
+        if self._process.name in self._addresses.exhausted:
+            raise OSError(errno.EMFILE, "no socket: Too many open files")
+
     def subscriber(self, address: str, handler: FramesHandler, *, server_key: str = "") -> SimSubscriber:
+        self._take_descriptor()
         return SimSubscriber(self._addresses, self._process, address, handler)
 
     def close(self) -> None:

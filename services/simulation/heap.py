@@ -8,6 +8,7 @@ after its writer has let the lane go) is not made here: tests plant it to see th
 
 from __future__ import annotations
 
+import errno
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -50,6 +51,8 @@ class WriteFaults:
         self.snag: Callable[[], None] | None = None
         """Called once, in the middle of the next write."""
         self.counts: Counter[str] = Counter()
+        self.exhausted = False
+        """The engine has no descriptor for a peer's heap."""
 
     def happens(self, name: str, chance: float) -> bool:
         if chance and self.rng.random() < chance:
@@ -82,6 +85,8 @@ class FaultyHeap(MemoryHeap):
         self._faults = faults
 
     def attach(self, address: HeapAddress) -> MemoryPeerHeap:
+        if self._faults.exhausted:
+            raise OSError(errno.EMFILE, "no mapping: Too many open files")
         owner = self._registry._find(address)
         require_same_kv(self.layout, owner.layout)
         return FaultyPeerHeap(self, owner, self._registry, self._faults)

@@ -39,6 +39,8 @@ class Journal:
         self.held_up: set[str] = set()
         """Ids, as clients know them, of requests that an engine put back for want of blocks, or let wait for
         them before it began."""
+        self.excused: frozenset[str] = frozenset()
+        """Of :data:`DEFECTS`, those that a fault of this world explains."""
         self._loop = loop
         self._keep = keep
         self._digest = hashlib.blake2b(digest_size=16)
@@ -59,7 +61,7 @@ class Journal:
         self._digest.update(line.encode())
         if self._keep:
             self.lines.append(line)
-        if event in DEFECTS:
+        if event in DEFECTS - self.excused:
             self.defects.append(line)
 
     def capture(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:

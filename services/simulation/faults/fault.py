@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from functools import partial
 
+from microserve.protocol import log
 from microserve.services.simulation.engine import SimEngine
 from microserve.services.simulation.faults.scenario import Fault
 from microserve.services.simulation.heap import WriteWeather
@@ -53,6 +54,9 @@ class Faults:
                     seat.service.faults.weather = fault.writes
             case "snag" if seat is not None and isinstance(seat.service, SimEngine):
                 seat.service.faults.snag = partial(self._snag, fault, seat.service)
+            case "exhaust":
+                self.counts["exhaust"] += 1
+                self._exhaust(name)
             case "slow" if seat is not None and isinstance(seat.service, SimEngine):
                 self.counts["slow"] += 1
                 seat.service.pacer.slowness = fault.number
@@ -63,6 +67,8 @@ class Faults:
         match fault.kind:
             case "kill":
                 mesh.start(name)
+            case "exhaust":
+                self._relieve(name)
             case "snag" if seat is not None and isinstance(seat.service, SimEngine):
                 seat.service.faults.snag = None
             case "freeze" if seat is not None and seat.process is not None:
@@ -94,6 +100,21 @@ class Faults:
             self._take_counts(name)
             self._mesh.kill(name)
 
+    def _exhaust(self, name: str) -> None:
+        """It keeps the descriptors that it has, and gets no other: neither connections nor peers' heaps."""
+        mesh = self._mesh
+        mesh.journal.excused |= {log.TURN_FAILED}
+        mesh.addresses.exhausted.add(name)
+        service = mesh.seats[name].service
+        if isinstance(service, SimEngine):
+            service.faults.exhausted = True
+
+    def _relieve(self, name: str) -> None:
+        self._mesh.addresses.exhausted.discard(name)
+        service = self._mesh.seats[name].service
+        if isinstance(service, SimEngine):
+            service.faults.exhausted = False
+
     def mend(self) -> None:
         """End of all faults: what was dead starts, what was frozen goes on, every way is free."""
         mesh = self._mesh
@@ -101,6 +122,7 @@ class Faults:
         mesh.network.weather = Weather()
         mesh.network.unblock_all()
         for name, seat in mesh.seats.items():
+            self._relieve(name)
             if seat.process is not None:
                 seat.process.thaw()
             if isinstance(seat.service, SimEngine):
