@@ -19,7 +19,7 @@ make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11)
 MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '$(VENV)/installed')" = "$$(pwd -P)" ] || \
 	echo moved))
 
-.PHONY: moved install up quick test heavy check fmt bench exactness simulate mutations chaos swaps soak extras hooks clean
+.PHONY: moved install up quick test heavy check fmt bench exactness simulate mutations chaos hurt swaps soak extras hooks clean
 
 up: $(VENV)/installed
 	$(BIN)/microserve up $(ARGS)
@@ -63,6 +63,10 @@ mutations: $(VENV)/dev
 # Real processes killed, frozen and drained at random: make chaos ARGS="--seconds 1800 --seed 1"
 chaos: $(VENV)/dev
 	$(BIN)/python tests/chaos/chaos.py $(ARGS)
+
+# A full disk, no descriptors, floods and a crash loop, while it serves; as root: make hurt ARGS="--seconds 600"
+hurt: $(VENV)/installed
+	$(BIN)/python tests/chaos/hurt.py $(ARGS)
 
 # Strategies swapped on a live mesh under load: ARGS="--seconds 60 --swaps 1000 --rate 50"
 swaps: $(VENV)/dev
