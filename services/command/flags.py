@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from microserve.services.command.terminal import Failure
+
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import Scalar
     from microserve.protocol.settings import Settings
@@ -25,7 +27,7 @@ APPLIED_S = 5.0
 """For every router to take a change over; they do so between two requests."""
 
 
-class WrongFlag(click.ClickException):
+class WrongFlag(Failure):
     """A flag or a setting is wrong."""
 
     exit_code = 2
@@ -149,4 +151,4 @@ def talk_to_index(config: str | None, index: str | None, talk: Callable[[Control
         raise WrongFlag(str(error)) from None
     except MeshError as error:
         where = f"{error.field}: " if error.field else ""
-        raise click.ClickException(f"{where}{error.detail}") from None
+        raise Failure(f"{where}{error.detail}") from None

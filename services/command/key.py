@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from microserve.services.command.flags import Flags, WrongFlag, directory_flag, settings_flags
+from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.gateway.keys.key import ApiKey
@@ -68,10 +69,10 @@ def new(
     try:
         append(path, ApiKey(name=name, sha256=(digest_of(made),), **fields))
     except ConfigError as error:
-        raise click.ClickException(str(error)) from None
+        raise Failure(str(error)) from None
     except OSError as error:
-        raise click.ClickException(f"cannot write {path}: {error.strerror}") from None
-    click.echo(made)
+        raise Failure(f"cannot write {path}: {error.strerror}") from None
+    echo(made)
 
 
 @key.command("list")
@@ -83,22 +84,23 @@ def list_keys(config: str | None, assignments: tuple[str, ...], file: Path | Non
     import msgspec
 
     from microserve.protocol.errors import ConfigError
+    from microserve.protocol.logging.printable import printable_json
 
     path = _file(Flags(config, assignments), file)
     try:
         found = read(path)
     except ConfigError as error:
-        raise click.ClickException(str(error)) from None
+        raise Failure(str(error)) from None
     shown = [{**msgspec.structs.asdict(each), "sha256": len(each.sha256)} for each in found]
     if as_json:
-        click.echo(msgspec.json.encode([{**each, "keys": each.pop("sha256")} for each in shown]))
+        echo(printable_json([{**each, "keys": each.pop("sha256")} for each in shown]))
         return
     for fields in shown:
         name, num_keys = fields.pop("name"), fields.pop("sha256")
         words = [f"{field}={msgspec.json.encode(value).decode()}" for field, value in fields.items() if value]
         if num_keys > 1:
             words.append(f"keys={num_keys}")
-        click.echo(f"{name:<24} {ascii(' '.join(words))[1:-1]}".rstrip())
+        echo(f"{name:<24} {ascii(' '.join(words))[1:-1]}".rstrip())
 
 
 def read(path: Path) -> list[ApiKey]:
@@ -173,24 +175,23 @@ def usage(
     import sqlite3
     from dataclasses import asdict
 
-    import msgspec
-
     from microserve.gateway.keys.ledger import read_counts
+    from microserve.protocol.logging.printable import printable_json
     from microserve.services.local.composition import USAGE
 
     path = file or Path(Flags(config, assignments).load().gateway.usage_path or directory / USAGE)
     try:
         found = read_counts(path, since=since, until=until)
     except sqlite3.Error as error:
-        raise click.ClickException(f"{path}: {error}") from None
+        raise Failure(f"{path}: {error}") from None
     rows = [(day, key, counts) for (day, key), counts in found.items() if name in (None, key)]
     if output == "json":
         for day, key, counts in rows:
-            click.echo(msgspec.json.encode({"day": day, "key": key, **asdict(counts)}))
+            echo(printable_json({"day": day, "key": key, **asdict(counts)}))
         return
     head = f"{'requests':>9} {'refused':>9} {'in':>12} {'cached':>12} {'out':>12}"
-    click.echo(f"{'day':<10} {'key':<24} {head}")
+    echo(f"{'day':<10} {'key':<24} {head}")
     for day, key, counts in rows:
         numbers = f"{counts.requests:>9} {counts.refused:>9} {counts.prompt_tokens:>12} "
         numbers += f"{counts.cached_tokens:>12} {counts.output_tokens:>12}"
-        click.echo(f"{ascii(day)[1:-1]:<10} {ascii(key or '-')[1:-1]:<24} {numbers}")
+        echo(f"{ascii(day)[1:-1]:<10} {ascii(key or '-')[1:-1]:<24} {numbers}")

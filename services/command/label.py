@@ -15,6 +15,7 @@ import click
 
 from microserve.services.command.flags import WrongFlag, change_flags, talk_to_index
 from microserve.services.command.strategy import tell
+from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import EngineLabels
@@ -48,7 +49,7 @@ def label(
     if is_list:
         if engine or reset:
             raise WrongFlag("--list goes with nothing else")
-        click.echo("\n".join(talk_to_index(config, index, _table)))
+        echo("\n".join(talk_to_index(config, index, _table)))
         return
     if not engine or bool(labels) == reset:
         raise WrongFlag("microserve label ENGINE LABEL..., or ENGINE --reset, or --list")
@@ -62,7 +63,7 @@ def label(
         kind = UNLABEL if reset else LABEL
         version = await client.change(kind, engine=engine, labels=chosen, reason=reason)
         what = "reset" if reset else " ".join(chosen) or ANY
-        click.echo(f"label {engine} {what}: version {version}")
+        echo(f"label {engine} {what}: version {version}")
         return tell(await client.applied(version, "", timeout_s), timeout_s)
 
     sys.exit(talk_to_index(config, index, talk))
@@ -81,7 +82,7 @@ async def _check_member(client: ControlClient, engine: str) -> None:
     """A guard against typing errors and no rule: an engine may be about to come, so ``--force`` goes past."""
     known = [info.engine_id for info in await client.engines()]
     if engine not in known:
-        raise click.ClickException(
+        raise Failure(
             f"no engine {engine} in the mesh (there are: {', '.join(known) or 'none'}); "
             "--force if it is to come"
         )

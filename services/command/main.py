@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -22,6 +23,7 @@ from microserve.services.command.key import usage as usage_command
 from microserve.services.command.label import label as label_command
 from microserve.services.command.simulate import simulate as simulate_command
 from microserve.services.command.strategy import strategy as strategy_group
+from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.protocol.process.run import Serve
@@ -172,11 +174,11 @@ def drain(config: str | None, assignments: tuple[str, ...], engine_id: str, time
     from microserve.services.command.drain import drain as run_drain
 
     try:
-        asyncio.run(run_drain(Flags(config, assignments).load(), engine_id, timeout_s, click.echo))
+        asyncio.run(run_drain(Flags(config, assignments).load(), engine_id, timeout_s, echo))
     except ConfigError as error:
         raise WrongFlag(str(error)) from None
     except DrainFailed as error:
-        raise click.ClickException(str(error)) from None
+        raise Failure(str(error)) from None
 
 
 # --- a whole mesh on this machine ------------------------------------------------------------------
@@ -234,9 +236,9 @@ def down(directory: Path, timeout_s: float) -> None:
     from microserve.services.local.up import down as stop
 
     try:
-        click.echo(stop(MeshDirectory(directory), timeout_s))
+        echo(stop(MeshDirectory(directory), timeout_s))
     except MeshFailed as error:
-        raise click.ClickException(str(error)) from None
+        raise Failure(str(error)) from None
 
 
 @main.command()
@@ -244,21 +246,20 @@ def down(directory: Path, timeout_s: float) -> None:
 @directory_flag
 def ps(directory: Path, as_json: bool) -> None:
     """Show the mesh of this directory; exit code 1 unless all of it is ready."""
-    import msgspec
-
+    from microserve.protocol.logging.printable import printable_json
     from microserve.services.local.directory import MeshDirectory
     from microserve.services.local.view import describe
 
     mesh = MeshDirectory(directory)
     state = mesh.read() if mesh.supervisor() else None
     if as_json:
-        click.echo(msgspec.json.encode(state))
+        echo(printable_json(state))
     elif state is None:
-        click.echo("no mesh runs here")
+        echo("no mesh runs here")
     else:
-        click.echo("\n".join([f"{state.url}  {state.model}", *map(describe, state.children)]))
+        echo("\n".join([f"{state.url}  {state.model}", *map(describe, state.children)]))
         if state.stale:
-            click.echo(f"out of date: {directory} could not be written since (is the disk full?)")
+            echo(f"out of date: {directory} could not be written since (is the disk full?)")
     whole = state is not None and all(child.state == "ready" for child in state.children)
     sys.exit(0 if whole else 1)
 
@@ -272,6 +273,7 @@ def ps(directory: Path, as_json: bool) -> None:
 @click.option("--slow", "slow_s", type=float, metavar="SECONDS", help="Only requests that took as long.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what comes.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path), help="[default: .microserve/logs]")
+@click.option("--journal", is_flag=True, help="From the systemd journal; also where there is no directory.")
 @click.option("--output", "-o", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def tail(
     request_id: str | None,
@@ -279,19 +281,27 @@ def tail(
     slow_s: float | None,
     follow: bool,
     directory: Path | None,
+    journal: bool,
     output: str,
 ) -> None:
     """Show requests and events of all services, in order of time."""
     from microserve.services.command.tail import Filter, show
+    from microserve.services.local.event_log import Unreadable
 
-    directory = directory or Path(".microserve/logs")
-    if not directory.is_dir():
-        raise WrongFlag(f"{directory} is not a directory; --dir says where the logs are")
+    if journal and directory is not None:
+        raise WrongFlag("--journal goes without --dir")
+    place = None if journal else directory or Path(".microserve/logs")
+    if place is not None and not place.is_dir():
+        if directory is not None or shutil.which("journalctl") is None:
+            raise WrongFlag(f"{place} is not a directory; --dir says where the logs are")
+        place = None
     chosen = Filter(request_id=request_id, service=service, slow_s=slow_s)
     try:
-        show(directory, chosen, follow=follow, as_json=output == "json", echo=click.echo)
+        show(place, chosen, follow=follow, as_json=output == "json", echo=echo)
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(0)
+    except Unreadable as error:
+        raise Failure(str(error)) from None
 
 
 @main.group()
@@ -307,9 +317,9 @@ def model_fetch() -> None:
 
     view = make_view(as_json=False, stderr=True)
     try:
-        click.echo(fetch(default_cache(os.environ), view.progress))
+        echo(fetch(default_cache(os.environ), view.progress))
     except FetchFailed as error:
-        raise click.ClickException(str(error)) from None
+        raise Failure(str(error)) from None
     finally:
         view.close()
 
@@ -325,8 +335,8 @@ def keys(directory: Path) -> None:
         made = create_keys(directory)
     except ConfigError as error:
         raise WrongFlag(str(error)) from None
-    click.echo(f"public key {made.public.decode()}")
-    click.echo(f"trusted keys: {made.trusted} (add other services' *.key files)")
+    echo(f"public key {made.public.decode()}")
+    echo(f"trusted keys: {made.trusted} (add other services' *.key files)")
 
 
 @main.command()
@@ -335,7 +345,7 @@ def settings(config: str | None, assignments: tuple[str, ...]) -> None:
     """Print the settings in effect as TOML; secrets are masked."""
     from microserve.services.command.settings_text import as_toml
 
-    click.echo(as_toml(Flags(config, assignments).load()), nl=False)
+    echo(as_toml(Flags(config, assignments).load()), nl=False)
 
 
 main.add_command(strategy_group)
@@ -350,7 +360,7 @@ def version() -> None:
     """Print the version."""
     from importlib.metadata import version as installed
 
-    click.echo(f"microserve {installed('microserve')}")
+    echo(f"microserve {installed('microserve')}")
 
 
 if __name__ == "__main__":

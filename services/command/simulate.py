@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from microserve.services.command.flags import WrongFlag, parameter
+from microserve.services.command.terminal import Failure
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import Scalar
@@ -71,7 +72,7 @@ def simulate(assignments: tuple[str, ...], strategies: tuple[str, ...], **flags:
     from microserve.services.simulation.load.task import SimulateTask
 
     if find_spec("greenlet") is None:
-        raise click.ClickException("the simulation needs greenlet: pip install greenlet")
+        raise Failure("the simulation needs greenlet: pip install greenlet")
     parameters: dict[str, dict[str, Scalar]] = {}
     for assignment in assignments:
         strategy, dot, rest = assignment.partition(".")

@@ -20,6 +20,7 @@ from microserve.services.command.flags import (
     parameter,
     talk_to_index,
 )
+from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import ControlEntry, RouterControl, Scalar, StrategyVersion
@@ -46,7 +47,7 @@ def _apply(client: ControlClient, kind: str, name: str, timeout_s: float, **fiel
 
     async def go() -> int:
         version = await client.change(kind, name, **fields)
-        click.echo(f"{kind} {name}: version {version}")
+        echo(f"{kind} {name}: version {version}")
         return tell(await client.applied(version, name, timeout_s), timeout_s)
 
     return go()
@@ -55,14 +56,14 @@ def _apply(client: ControlClient, kind: str, name: str, timeout_s: float, **fiel
 def tell(applied: Applied, timeout_s: float) -> int:
     """Say which routers have applied a change; the exit code."""
     for router in applied.routers:
-        click.echo(f"  {router.router_id}  version {router.version}")
+        echo(f"  {router.router_id}  version {router.version}")
     if not applied.routers:
-        click.echo("  no router watches this index; they take it over when they come")
+        echo("  no router watches this index; they take it over when they come")
     if applied.undone:
-        click.echo(f"Error: version {applied.version} is not served: {applied.undone}", err=True)
+        echo(f"Error: version {applied.version} is not served: {applied.undone}", err=True)
     elif applied.late:
         late = ", ".join(applied.late)
-        click.echo(f"Error: not applied within {timeout_s:g} s by: {late}", err=True)
+        echo(f"Error: not applied within {timeout_s:g} s by: {late}", err=True)
     else:
         return 0
     return 1
@@ -147,18 +148,18 @@ def _check(
     try:
         done = subprocess.run(command, input=task, capture_output=True, timeout=CHECK_S, check=False)
     except subprocess.TimeoutExpired:
-        click.echo(f"Error: the check did not end within {CHECK_S:g} s: an endless loop?", err=True)
+        echo(f"Error: the check did not end within {CHECK_S:g} s: an endless loop?", err=True)
         return False
     try:
         finding = msgspec.json.decode(done.stdout, type=Finding)
     except msgspec.MsgspecError:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
-        click.echo(f"Error: the check ended with code {done.returncode}: {last[0]}", err=True)
+        echo(f"Error: the check ended with code {done.returncode}: {last[0]}", err=True)
         return False
     for line in finding.notes:
-        click.echo(line)
+        echo(line)
     for line in finding.problems:
-        click.echo(f"Error: {line}", err=True)
+        echo(f"Error: {line}", err=True)
     return not finding.problems
 
 
@@ -234,19 +235,19 @@ def list_(config: str | None, index: str | None) -> None:
 
     report = talk_to_index(config, index, lambda client: client.report())
     kept = "" if report.durable else "  (in memory only: index.control_path is not set)"
-    click.echo(f"version {report.state.version}{kept}")
+    echo(f"version {report.state.version}{kept}")
     entries = {entry.strategy: entry for entry in report.state.entries}
     known = {each.strategy for router in report.routers for each in router.serves}
     for name in sorted({*entries, *known}):
-        click.echo("\n".join(_strategy_lines(name, entries.get(name), report.routers)))
+        echo("\n".join(_strategy_lines(name, entries.get(name), report.routers)))
     if not report.routers:
-        click.echo("no router watches this index: what they come with is not known here")
+        echo("no router watches this index: what they come with is not known here")
     for each in report.state.labels:
-        click.echo(f"engine {each.engine}  labels {' '.join(each.labels) or ANY}")
+        echo(f"engine {each.engine}  labels {' '.join(each.labels) or ANY}")
     for router in report.routers:
-        click.echo(f"{router.router_id}  version {router.version}")
+        echo(f"{router.router_id}  version {router.version}")
         for fault in router.faults:
-            click.echo(f"  does not run {fault.strategy} {fault.version}: {fault.reason}")
+            echo(f"  does not run {fault.strategy} {fault.version}: {fault.reason}")
 
 
 @strategy.command()
@@ -258,14 +259,12 @@ def show(name: str, config: str | None, index: str | None) -> None:
     report = talk_to_index(config, index, lambda client: client.report())
     entries = [entry for entry in report.state.entries if entry.strategy == name]
     if not entries:
-        raise click.ClickException(f"{name} is not under control")
-    click.echo("\n".join([*_entry_lines(entries[0]), *_score_lines(entries[0], report.routers)]))
+        raise Failure(f"{name} is not under control")
+    echo("\n".join([*_entry_lines(entries[0]), *_score_lines(entries[0], report.routers)]))
     entry = entries[0]
     for kind, version in (("stable", entry.stable), ("canary", entry.canary), ("shadow", entry.shadow)):
         if version is not None and version.source:
-            click.echo(
-                f"\n# --- {kind}, version {version.version}, sha256 {version.digest}\n{version.source}"
-            )
+            echo(f"\n# --- {kind}, version {version.version}, sha256 {version.digest}\n{version.source}")
 
 
 @strategy.command()
@@ -285,7 +284,7 @@ def history(name: str, limit: int, config: str | None, index: str | None) -> Non
         labels = " " + (" ".join(record.labels) or ANY) if record.kind == LABEL else ""
         shadow = " (shadow)" if record.shadow else ""
         what = f"{record.kind}{shadow} {record.strategy or record.engine}{labels}{share}{values}"
-        click.echo(
+        echo(
             f"{record.version:>6}  {at}  {what}  {record.digest[:12]}  {record.who}  {record.reason}".rstrip()
         )
 

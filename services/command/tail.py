@@ -17,9 +17,10 @@ from typing import Any
 import msgspec
 
 from microserve.protocol import log
+from microserve.protocol.logging.printable import printable, printable_json
 from microserve.protocol.messages.router import PHASES
 from microserve.protocol.request_id import is_named
-from microserve.services.local.event_log import Event, EventLog
+from microserve.services.local.event_log import Event, EventLog, JournalLog
 
 FOLLOW_INTERVAL_S = 0.2
 
@@ -63,7 +64,7 @@ class Filter:
 
 
 def show(
-    directory: Path,
+    directory: Path | None,
     chosen: Filter,
     *,
     follow: bool,
@@ -71,13 +72,17 @@ def show(
     echo: Callable[[str], Any],
     wait: Callable[[float], Any] = time.sleep,
 ) -> None:
-    """Echo the chosen events line by line; with ``follow`` it ends only by an exception (Ctrl-C)."""
-    events = EventLog(directory)
+    """Echo the chosen events line by line; with ``follow`` it ends only by an exception (Ctrl-C).
+
+    ``directory`` None: those of the systemd journal; then it raises :class:`Unreadable`, if that cannot
+    be."""
+    events = JournalLog(follow=follow) if directory is None else EventLog(directory)
     try:
         while True:
             for event in events.read():
                 if chosen.admits(event):
-                    echo(msgspec.json.encode(event).decode() if as_json else format_event(event))
+                    # An event is a line, whatever stands in it.
+                    echo(printable_json(event) if as_json else printable(format_event(event)))
             if not follow:
                 return
             wait(FOLLOW_INTERVAL_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -150,3 +151,59 @@ class EventLog:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+# --- systemd's journal ------------------------------------------------------------------------------
+
+UNITS = "microserve-*"
+
+
+class Unreadable(Exception):
+    """There is no journal, or it may not be read; the text says why."""
+
+
+class JournalLog:
+    """The past, and with ``follow`` what comes, until :meth:`close`."""
+
+    def __init__(self, *, follow: bool) -> None:
+        command = ["journalctl", "--output=json", "--no-pager", "--all", "--quiet", f"--unit={UNITS}"]
+        if follow:
+            command += ["--follow", "--lines=all"]
+        try:
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        except OSError as error:
+            raise Unreadable(f"journalctl cannot be run: {error.strerror}") from None
+
+    def read(self) -> Iterator[Event]:
+        """Raises :class:`Unreadable` when the journal ends in an error."""
+        assert self._process.stdout is not None and self._process.stderr is not None
+        for line in self._process.stdout:
+            event = _journal_event(line)
+            if event is not None:
+                yield event
+        said = self._process.stderr.read().decode(errors="replace").strip()
+        if self._process.wait() != 0:
+            raise Unreadable(said or f"journalctl ended with {self._process.returncode}")
+
+    def close(self) -> None:
+        self._process.kill()
+        with self._process:
+            pass
+
+
+def _journal_event(line: bytes) -> Event | None:
+    try:
+        entry = msgspec.json.decode(line, type=dict[str, object])
+    except msgspec.MsgspecError:
+        return None
+    message = entry.get("MESSAGE")
+    if isinstance(message, list):  # bytes that are no text, one by one
+        message = bytes(each & 0xFF for each in message if isinstance(each, int)).decode(errors="replace")
+    if not isinstance(message, str):
+        return None
+    unit = str(entry.get("_SYSTEMD_UNIT", "")).removesuffix(".service").removeprefix("microserve-")
+    event = parse_event(message.encode(), unit.replace("@", "-"))
+    if event is not None and not isinstance(event.get("ts"), int | float):
+        stamp = str(entry.get("__REALTIME_TIMESTAMP", "0"))
+        event["ts"] = int(stamp) / 1e6 if stamp.isdecimal() else 0.0
+    return event

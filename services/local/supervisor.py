@@ -164,6 +164,13 @@ class Supervisor:
         await self._failed.wait()
         raise MeshFailed(self._failure)
 
+    def signal(self, number: int) -> None:
+        """To all that are ready: one that is still loading may not know what to do with it."""
+        for child in self.children:
+            if child.pid and child.became_ready.is_set():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, number)
+
     def kill(self) -> None:
         """SIGKILL to all that are left: the impatient end."""
         for child in self.children:

@@ -23,7 +23,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.logging.setup import configure
+from microserve.protocol.logging.setup import Log, configure
 from microserve.protocol.logging.sink import shift
 from microserve.protocol.process.notify import Notifier
 from microserve.protocol.settings import Settings
@@ -86,7 +86,7 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
             own = msgspec.structs.replace(settings.log, dir=str(logs), file="")
             events = configure("supervisor", "up", own)
             try:
-                return asyncio.run(_Up(settings, options, directory, view, composition).run())
+                return asyncio.run(_Up(settings, options, directory, view, composition, events).run())
             finally:
                 events.close()
     except ConfigError as error:
@@ -111,6 +111,7 @@ class _Up:
         directory: MeshDirectory,
         view: View,
         composition: Composition,
+        lines: Log,
     ) -> None:
         self._options = options
         self._directory = directory
@@ -122,6 +123,8 @@ class _Up:
         self._failure = ""
         self._asked_to_stop = False
         self._is_unwritten = False
+        self._lines = lines
+        self._on_terminal = _has_terminal()
         self._supervisor = Supervisor(
             composition.children,
             max_restarts=settings.mesh.max_restarts,
@@ -133,8 +136,9 @@ class _Up:
     async def run(self) -> int:
         task = asyncio.current_task()
         assert task is not None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, self._stop, task)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up, task)
         try:
             async with self._supervisor:
                 await self._supervisor.ready()
@@ -186,6 +190,16 @@ class _Up:
         self._view.note("stopping; once more to kill")
         task.cancel()
 
+    def _hang_up(self, task: asyncio.Task[int]) -> None:
+        """The terminal is gone, and the mesh with it. Or somebody wants logs opened and settings read
+        anew."""
+        if self._on_terminal and not _has_terminal():
+            self._stop(task)
+            return
+        self._lines.reopen()
+        _logger.info(log.SETTINGS_RELOADED)
+        self._supervisor.signal(signal.SIGHUP)
+
     def _changed(self, _child: Child | None = None) -> None:
         """Write and show how the mesh is. Neither a full disk nor a closed terminal ends it."""
         state = self._state()
@@ -211,6 +225,14 @@ class _Up:
             ready=self._ready,
             failure=self._failure,
         )
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 async def show_answer(gateway: Gateway, view: View) -> None:

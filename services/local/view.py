@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.text import Text
 from rich.tree import Tree
 
+from microserve.protocol.logging.printable import printable as shown
+from microserve.protocol.logging.printable import printable_json
 from microserve.services.local.demo_request import Answer
 from microserve.services.local.directory import ChildState, MeshState
 
@@ -99,11 +101,11 @@ class RichView:
 
     def note(self, text: str) -> None:
         self._end_tree()
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(shown(text, keep="\n\t")), soft_wrap=True)
 
     def problem(self, text: str) -> None:
         self._end_tree()
-        self._console.print(Text(text, style="red"), soft_wrap=True)
+        self._console.print(Text(shown(text, keep="\n\t"), style="red"), soft_wrap=True)
 
     def close(self) -> None:
         self._end_bar()
@@ -163,13 +165,13 @@ class PlainView:
         self._line(text)
 
     def problem(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(shown(text, keep="\n\t"), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         pass
 
     def _line(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
+        print(shown(text, keep="\n\t"), file=self._out, flush=True)
 
 
 class JsonView:
@@ -209,13 +211,13 @@ class JsonView:
         pass
 
     def _emit(self, event: str, **fields: Any) -> None:
-        self._out.write(msgspec.json.encode({"event": event, **fields}).decode() + "\n")
+        self._out.write(printable_json({"event": event, **fields}) + "\n")
         self._out.flush()
 
 
 def _tree(state: MeshState) -> Tree:
-    title = f"[bold]microserve[/]  {state.url}"
-    tree = Tree(f"{title}  [dim]{state.model}[/]" if state.model else title)
+    title = Text.assemble(("microserve", "bold"), f"  {shown(state.url)}  ", (shown(state.model), "dim"))
+    tree = Tree(title)
     for child in state.children:
         symbol = SYMBOLS.get(child.state, "◌")
         tree.add(Text(f"{symbol} {describe(child)}", style=COLOURS.get(child.state, "")))
@@ -238,7 +240,7 @@ def describe(child: ChildState) -> str:
         parts.append(f"restarted {child.restarts}x")
     if child.detail and child.state in ("failed", "restarting", "stopped", "ready"):
         parts.append(child.detail)
-    return " ".join(parts).rstrip()
+    return shown(" ".join(parts).rstrip())
 
 
 def printable(text: str) -> str:

@@ -190,12 +190,12 @@ def test_a_control_log_without_room_refuses_one_change_and_takes_the_next(tmp_pa
     log = ControlLog(str(tmp_path / "control.db"))
     disk = log._database = Disk(log._database)  # type: ignore[assignment]
     change = Change(1, "id", PUBLISH, "s", "source")
-    disk.failing = True  # type: ignore[attr-defined]
+    disk.failing = True
     with pytest.raises(InternalError):
         log.append(change, "who")
     assert log.fold.version == 0
     assert log.append(change, "who") == 1
-    disk.failing = True  # type: ignore[attr-defined]
+    disk.failing = True
     with pytest.raises(InternalError):
         log.records()
     assert [record.version for record in log.records()] == [1]

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,6 +149,19 @@ async def restarted(mesh: MeshDirectory, name: str) -> None:
 async def ask(gateway: Gateway) -> Answer:
     await gateway.until_ready(TIMEOUT_S)
     return await gateway.chat("tiny", "Hello!", lambda piece: None)
+
+
+def test_sighup_is_handed_on_and_ends_nobody(background: MeshDirectory) -> None:
+    before = background.read()
+    assert before is not None
+    os.kill(before.pid, signal.SIGHUP)
+    deadline = time.monotonic() + TIMEOUT_S
+    for child in before.children:
+        while "settings.reloaded" not in (background.root.parent / child.log).read_text():
+            assert time.monotonic() < deadline, child.name
+            time.sleep(0.05)
+    assert background.supervisor() == before.pid
+    assert background.read() == before
 
 
 def test_sigkill_of_up_leaves_no_child(background: MeshDirectory) -> None:
