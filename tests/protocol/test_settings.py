@@ -198,6 +198,7 @@ MAY_BE_ZERO = {
     "engine.drain_s": "stop at once",
     "gateway.port": "any free port",
     "router.max_ttft_s": "no bound",
+    "router.headroom": "nothing stays idle",
     "gateway.max_connections": "as descriptors allow",
     "log.max_mb": "it grows",
     "log.keep": "it begins anew",
