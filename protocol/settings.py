@@ -85,8 +85,11 @@ class KvCacheSettings(_Section, frozen=True):
     heap: str = "auto"
     """``shm`` on a CPU; memory of a GPU: ``cuda_ipc``, or ``nvshmem``, which has a section of its own.
     ``auto``: ``shm`` or ``cuda_ipc``, as the device is. Only engines with the same exchange KV."""
-    block_size: Count = 16
-    num_blocks: Count = 2048
+    block_size: Annotated[int, Meta(gt=0, le=4096)] = 16
+    """Tokens."""
+    num_blocks: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] = 0
+    """Of the pool. 0: by the memory that is left at the start: of a quarter of this machine's, or nine tenths
+    of a GPU's, an engine's part (``mesh.engines``). More than fit are refused with the number that would."""
     grant_slots: Count = 256
     lease_s: Positive = 30.0
     checksums: bool = False

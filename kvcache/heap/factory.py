@@ -18,6 +18,7 @@ from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.device import BlockPut
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.kernel_put import KernelPut
+from microserve.kvcache.heap.memfd import MayTake
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
@@ -30,15 +31,18 @@ HeapData = npt.NDArray[np.uint8] | torch.Tensor
 """The data region of a heap, as a model computes on it."""
 
 
-def make_heap(settings: Settings, layout: KvLayout, incarnation: int) -> tuple[Heap, HeapData]:
-    """The heap of ``kvcache.heap``, ``shm`` or ``cuda_ipc``, and its data region.
+def make_heap(
+    settings: Settings, layout: KvLayout, incarnation: int, may_take: MayTake = lambda nbytes: None
+) -> tuple[Heap, HeapData]:
+    """The heap of ``kvcache.heap``, ``shm`` or ``cuda_ipc``, and its data region. ``may_take`` is asked
+    before each part of the host's memory.
 
     Raises :class:`ConfigError` if it cannot be had: no such device, too little memory.
     """
     num_slots = settings.kvcache.grant_slots
     try:
         if settings.heap == "shm":
-            heap = ShmHeap(layout, incarnation=incarnation, num_slots=num_slots)
+            heap = ShmHeap(layout, incarnation=incarnation, num_slots=num_slots, may_take=may_take)
             return heap, heap.data
         device = torch.device(settings.engine.device)
         driver, block_put = LibCuda(device.index or 0), choose_put(device)

@@ -32,6 +32,7 @@ import os
 import platform
 import struct
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
@@ -50,6 +51,10 @@ _MAGIC: Final = b"MSERVKV1"
 _PREFIX: Final = struct.Struct("<8sQ")
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
 _POPULATED: Final = mmap.MAP_SHARED | mmap.MAP_POPULATE
+
+STEP_NBYTES: Final = 256 << 20
+MayTake = Callable[[int], None]
+"""Asked before so many bytes are taken; raises :class:`ConfigError` if they had better not be."""
 
 OWNER: Final = 0
 IMPORTERS: Final = 1 << 40
@@ -96,10 +101,13 @@ class HeapFile:
         num_slots: int,
         tail_nbytes: int,
         device_handle: bytes = b"",
+        may_take: MayTake = lambda nbytes: None,
     ) -> Self:
-        """Takes and touches all of its memory now (seconds for many GiB), so that no put waits for a page.
+        """Takes and touches all of its memory now (seconds for many GiB), so that no put waits for a page;
+        ``may_take`` is asked before each ``STEP_NBYTES`` of it.
 
-        :class:`ConfigError` on a machine that is not x86-64 Linux, or without that much memory.
+        :class:`ConfigError` on a machine that is not x86-64 Linux, or without that much memory, and what
+        ``may_take`` raises.
         """
         if sys.platform != "linux" or platform.machine() != "x86_64":
             raise ConfigError(
@@ -127,9 +135,15 @@ class HeapFile:
         fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # ftruncate would succeed without memory, and the first touch would be SIGBUS.
-            os.posix_fallocate(fd, 0, nbytes)
+            for offset in range(0, nbytes, STEP_NBYTES):
+                step = min(STEP_NBYTES, nbytes - offset)
+                may_take(step)
+                os.posix_fallocate(fd, offset, step)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             mapping = mmap.mmap(fd, nbytes, flags=_POPULATED)
+        except ConfigError:
+            os.close(fd)  # with what it has: nobody else has it
+            raise
         except OSError as error:
             os.close(fd)
             raise ConfigError(

@@ -16,7 +16,7 @@ are refused until someone brings a store-release.
 from __future__ import annotations
 
 from microserve.kvcache.heap.mapped import MappedHeap, MappedPeerHeap
-from microserve.kvcache.heap.memfd import OWNER, HeapFile, lane_byte
+from microserve.kvcache.heap.memfd import OWNER, HeapFile, MayTake, lane_byte
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS
 from microserve.protocol.messages.grant import HeapAddress
@@ -25,14 +25,27 @@ KIND = "shm"
 
 
 class ShmHeap(MappedHeap):
-    def __init__(self, layout: KvLayout, *, incarnation: int, num_slots: int = DEFAULT_NUM_SLOTS) -> None:
-        """Takes and touches all of its memory now (seconds for many GiB), so that no put waits for a page.
+    def __init__(
+        self,
+        layout: KvLayout,
+        *,
+        incarnation: int,
+        num_slots: int = DEFAULT_NUM_SLOTS,
+        may_take: MayTake = lambda nbytes: None,
+    ) -> None:
+        """Takes and touches all of its memory now (seconds for many GiB), so that no put waits for a page;
+        ``may_take`` is asked before each step of it.
 
         :class:`ConfigError` on a machine that is not x86-64 Linux, or without that much memory.
         """
         self._is_closed = False
         self._file = HeapFile.create(
-            KIND, layout, incarnation=incarnation, num_slots=num_slots, tail_nbytes=layout.data_nbytes
+            KIND,
+            layout,
+            incarnation=incarnation,
+            num_slots=num_slots,
+            tail_nbytes=layout.data_nbytes,
+            may_take=may_take,
         )
         super().__init__(
             layout, self._file.words, self._file.address, self._file.word_region, self._file.tail

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 
 import torch
 
@@ -24,6 +24,8 @@ from microserve.services.engine.model.attention import MakeAttention
 from microserve.services.engine.model.attention_choice import choose_attention
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
+from microserve.services.engine.pool_size import check_room, choose_num_blocks, layout_of
+from microserve.services.engine.room import require_margin, turn
 from microserve.services.engine.shell import EngineShell
 from microserve.services.engine.world import World, join_world
 
@@ -35,27 +37,27 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
     settings.check()
     torch.set_num_threads(settings.engine.threads)
     loop = asyncio.get_running_loop()
-    with ThreadPoolExecutor(1, "load") as pool:
-        model, attention = await loop.run_in_executor(pool, _load, settings)
     engine_id = settings.engine.id or f"engine-{secrets.token_hex(4)}"
     incarnation = secrets.randbits(62) | 1
-    layout = make_layout(settings, model)
     world: World | None = None
-    if settings.heap == nvshmem.KIND:
-        device = torch.device(settings.engine.device)
-        world = await join_world(
-            settings,
-            bus,
-            lifecycle,
-            layout,
-            incarnation,
-            device=device.index or 0,
-            block_put=choose_put(device),
-        )
-        heap: Heap = world.heap
-        data: HeapData = torch.as_tensor(world.heap.data, device=device)
-    else:
-        heap, data = make_heap(settings, layout, incarnation)
+    async with AsyncExitStack() as taking:
+        model, attention = await _load_in_turn(settings, taking)
+        layout = make_layout(settings, model)
+        if settings.heap == nvshmem.KIND:
+            device = torch.device(settings.engine.device)
+            world = await join_world(
+                settings,
+                bus,
+                lifecycle,
+                layout,
+                incarnation,
+                device=device.index or 0,
+                block_put=choose_put(device),
+            )
+            heap: Heap = world.heap
+            data: HeapData = torch.as_tensor(world.heap.data, device=device)
+        else:
+            heap, data = make_heap(settings, layout, incarnation, require_margin)
     with ExitStack() as undo:
         undo.callback(heap.close)  # until the engine owns it, in whatever way this ends
         with ThreadPoolExecutor(1, "load") as pool:
@@ -76,6 +78,24 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
         engine.close()
 
 
+async def _load_in_turn(
+    settings: Settings, taking: AsyncExitStack
+) -> tuple[LoadedModel, MakeAttention | None]:
+    """Once it is known that model and pool fit; until ``taking`` ends no other engine here takes memory."""
+    loop = asyncio.get_running_loop()
+    # The ranks of a world wait for each other, and take what nvshmem.memory_mb says.
+    takes_turns = settings.heap != nvshmem.KIND
+    with ThreadPoolExecutor(1, "load") as pool:
+        is_tight = await loop.run_in_executor(pool, check_room, settings)
+        if is_tight and takes_turns:
+            await taking.enter_async_context(turn())
+            await loop.run_in_executor(pool, check_room, settings)
+        loaded = await loop.run_in_executor(pool, _load, settings)
+        if takes_turns and not is_tight:
+            await taking.enter_async_context(turn())
+    return loaded
+
+
 def _load(settings: Settings) -> tuple[LoadedModel, MakeAttention | None]:
     engine = settings.engine
     model = load_model(
@@ -89,18 +109,8 @@ def _load(settings: Settings) -> tuple[LoadedModel, MakeAttention | None]:
 
 
 def make_layout(settings: Settings, model: LoadedModel) -> KvLayout:
-    """How the KV of a loaded model lies in the heap."""
-    spec, cache = model.spec, settings.kvcache
-    return KvLayout(
-        model=settings.model.name or spec.name,
-        num_layers=spec.num_layers,
-        num_blocks=cache.num_blocks,
-        block_size=cache.block_size,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=spec.dtype,
-        revision=spec.revision,
-    )
+    """How the KV of a loaded model lies in the heap. Raises :class:`ConfigError` for a pool without room."""
+    return layout_of(settings, model.spec, choose_num_blocks(settings, model.spec))
 
 
 def make_core(
@@ -115,7 +125,8 @@ def make_core(
     ``attention``: None for what the device is best at. On a GPU it may take a minute to capture graphs."""
     spec, cache = model.spec, settings.kvcache
     max_model_len = min(settings.engine.max_model_len or spec.max_model_len, spec.max_model_len)
-    runner = ModelRunner(model, data, cache.num_blocks, cache.block_size, make_attention=attention)
+    num_blocks = heap.layout.num_blocks
+    runner = ModelRunner(model, data, num_blocks, cache.block_size, make_attention=attention)
     if settings.engine.device != "cpu":
         runner.warm_up()
         if settings.engine.cuda_graphs:
@@ -129,7 +140,7 @@ def make_core(
         limits=Limits(
             max_model_len=max_model_len,
             vocab_size=spec.vocab_size,
-            num_blocks=cache.num_blocks,
+            num_blocks=num_blocks,
             max_waiting=settings.engine.max_waiting,
             eos_token_ids=frozenset(spec.eos_token_ids),
         ),

@@ -195,6 +195,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 MAY_BE_ZERO = {
     "bus.linger_s": "drop at once",
     "engine.max_model_len": "the model's own",
+    "kvcache.num_blocks": "by the memory that is left",
     "engine.drain_s": "stop at once",
     "gateway.port": "any free port",
     "router.max_ttft_s": "no bound",

@@ -20,8 +20,9 @@ from microserve.services.engine.model.model_files import read_json
 _logger = structlog.get_logger()
 
 
-def eos_of(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
-    """``config``: what config.json holds. Raises :class:`ConfigError` for ids that are none."""
+def eos_of(directory: Path, config: Mapping[str, Any], *, tells: bool = True) -> frozenset[int]:
+    """``config``: what config.json holds; ``tells``: of a tokenizer that disagrees. Raises
+    :class:`ConfigError` for ids that are none."""
     generation = directory / "generation_config.json"
     source = generation if generation.is_file() else directory / "config.json"
     settings = read_json(generation) if generation.is_file() else config
@@ -29,7 +30,7 @@ def eos_of(directory: Path, config: Mapping[str, Any]) -> frozenset[int]:
     ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
     if not all(type(each) is int and each >= 0 for each in ids):
         raise ConfigError(f"{source}: eos_token_id {declared!r} is no token id", field="model.path")
-    token, token_id = _tokenizers_eos(directory)
+    token, token_id = _tokenizers_eos(directory) if tells else ("", None)
     if token_id is not None and token_id not in ids:
         _logger.warning(
             log.EOS_MISMATCHED,

@@ -122,7 +122,9 @@ def load_model(
         ) from None
     # Behind all copying: of what is computed with, whatever becomes of the files.
     revision = revision_of(config, module)
-    return LoadedModel(_spec(directory, config, dtype, eos_of(directory, raw), revision), module)
+    return LoadedModel(
+        _spec(directory, config, dtype, eos_of(directory, raw, tells=device != "meta"), revision), module
+    )
 
 
 def _spec(
