@@ -1,7 +1,9 @@
 """The keys' file, read anew when it has changed: no restart to give somebody a key, or to take one away.
 
 Owns the file as it was last seen. A file that cannot be read or is wrong changes nothing: the keys before it
-stay in force, and the log says so once for each mistake. Reads happen off the loop.
+stay in force, and the log says so once for each mistake. One that is just being written looks as if keys had
+been taken away, and is valid: a change is read when two looks have found it the same. Reads happen off the
+loop.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ class KeyReader:
         self._path = Path(path)
         self._look_s = LOOK_S if look_s is None else look_s
         self._stamp: _Stamp | None = None
+        self._seen: _Stamp | None = None
+        """At the last look."""
         self._mistake = ""
         self._asked = asyncio.Event()
 
@@ -70,7 +74,7 @@ class KeyReader:
             asked = self._asked.is_set()
             self._asked.clear()
             try:
-                keys = await asyncio.to_thread(self._read_if_changed, asked)
+                keys = await asyncio.to_thread(self.read_if_changed, asked)
                 if keys is not None:
                     take(keys)
             except Exception as error:
@@ -81,8 +85,12 @@ class KeyReader:
                     self._mistake = ""
                     _logger.info(log.KEYS_READ, path=str(self._path), keys=len(keys))
 
-    def _read_if_changed(self, asked: bool) -> list[ApiKey] | None:
-        return self.read() if asked or self._stamp is None or self._look() != self._stamp else None
+    def read_if_changed(self, asked: bool = False) -> list[ApiKey] | None:
+        """One look. Raises as :meth:`read`, and OSError."""
+        seen, self._seen = self._seen, self._look()
+        if not asked and (self._seen == self._stamp or self._seen != seen):
+            return None
+        return self.read()
 
     def _look(self) -> _Stamp:
         stat = self._path.stat()

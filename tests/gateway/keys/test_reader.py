@@ -81,6 +81,22 @@ def test_a_mistake_leaves_the_keys_as_they_are_and_is_said_once(tmp_path: Path) 
     run(main())
 
 
+def test_a_file_that_is_being_written_takes_no_key_away(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(entry("a"))
+    reader = KeyReader(str(path))
+    reader.read()
+    with path.open("w") as file:  # an editor's way: first it is empty, and a part of it is valid, too
+        assert reader.read_if_changed() is None
+        file.write(entry("a"))
+        file.flush()
+        assert reader.read_if_changed() is None
+        file.write(entry("b"))
+    assert reader.read_if_changed() is None
+    assert [key.name for key in reader.read_if_changed() or []] == ["a", "b"]
+    assert reader.read_if_changed() is None
+
+
 def test_it_is_read_when_asked(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
 
