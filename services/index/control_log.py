@@ -6,9 +6,11 @@ start. One index at a time has the file; a killed one leaves each change either 
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
@@ -171,4 +173,18 @@ def _record(
 
 
 def _unusable(path: str, error: Exception) -> ConfigError:
-    return ConfigError(f"control log {path or 'in memory'}: {error}", field="index.control_path")
+    why = (_obstacle(Path(path)) if path else "") or str(error)
+    return ConfigError(
+        f"index.control_path: control log {path or 'in memory'}: {why}", field="index.control_path"
+    )
+
+
+def _obstacle(path: Path) -> str:
+    """What SQLite leaves out; empty if it is something else."""
+    if path.is_dir():
+        return "is a directory"
+    if not path.parent.is_dir():
+        return f"there is no directory {path.parent}"
+    if not os.access(path.parent, os.W_OK):  # its journal lies beside it
+        return f"{path.parent} cannot be written by this user"
+    return f"{path} cannot be written by this user" if path.exists() and not os.access(path, os.W_OK) else ""

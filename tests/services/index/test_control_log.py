@@ -210,3 +210,11 @@ def test_the_rows_fold_to_what_may_serve(steps: list[tuple[str, str, float, int]
         live, log.fold = log.fold, Fold()
         log._replay()
         assert log.fold == live
+
+
+def test_a_place_where_no_log_can_be_is_said_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^index\.control_path: .*: is a directory$") as caught:
+        ControlLog(str(tmp_path))
+    assert caught.value.field == "index.control_path"
+    with pytest.raises(ConfigError, match=r"there is no directory .*/absent$"):
+        ControlLog(str(tmp_path / "absent/control.db"))
