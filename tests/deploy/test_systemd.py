@@ -179,6 +179,18 @@ def test_a_wrong_setting_is_not_tried_again_and_is_said(mesh: Booted) -> None:
     assert ask(mesh)
 
 
+def test_a_model_that_its_user_cannot_read_is_said(mesh: Booted) -> None:
+    unit = "microserve-engine@e1"
+    mesh.run("chmod", "600", "/srv/model/model.safetensors", check=True)
+    try:
+        assert mesh.run("systemctl", "restart", unit).returncode != 0
+        told = mesh.run("journalctl", "--no-pager", "--unit", unit, check=True).stdout
+        assert "model.safetensors cannot be read by this user" in told
+    finally:
+        mesh.run("chmod", "644", "/srv/model/model.safetensors", check=True)
+        mesh.run("systemctl", "start", unit, check=True)
+
+
 def test_a_file_of_settings_that_is_not_there_is_said(systemd: Booted) -> None:
     command = "/opt/microserve/bin/microserve index --config /etc/microserve/absent.toml"
     override = f"[Service]\nExecStart=\nExecStart={command}\n"

@@ -7,6 +7,7 @@ scheduling (``runner.py``).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,9 @@ def _check_supported(directory: Path, raw: dict[str, Any], config: Any) -> None:
 
 
 def _pretrained(directory: Path, dtype: str) -> Any:
+    for file in directory.glob("*.safetensors"):  # which it would call "no such file"
+        if not os.access(file, os.R_OK):
+            raise _refusal(directory, f"{file.name} cannot be read by this user")
     try:
         module, report = AutoModelForCausalLM.from_pretrained(
             directory,
