@@ -4,6 +4,7 @@
 
 The addresses are the index's and the gateway's. ``microserve strategy publish|rollback|retire`` does the same
 from a shell, and first tries the source in a simulation. How strategies are written: docs/strategies.md.
+Needs ``pip install httpx``.
 """
 
 from __future__ import annotations
