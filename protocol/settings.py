@@ -165,6 +165,9 @@ class RouterSettings(_Section, frozen=True):
     strategy_budget_s: Positive = 0.1
     """Longest time between two ``await`` of a strategy; a version that often needs more is taken back."""
     index_max_mb: Count = 256
+    trace_path: str = ""
+    """File that outlives the router: where it stood when a strategy stopped it for good. Its next life keeps
+    away from that version; empty: it does not."""
 
 
 class GatewaySettings(_Section, frozen=True):

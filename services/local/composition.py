@@ -106,10 +106,13 @@ def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path)
     usage = assignment("gateway.usage_path", str(control.with_name(USAGE)))
     if settings.gateway.usage_path:
         usage = []
+    router_own = assignment("router.id", settings.router.id or "r0")
+    if not settings.router.trace_path:
+        router_own += assignment("router.trace_path", str(control.with_name("router.trace")))
     control_log = [] if settings.index.control_path else assignment("index.control_path", str(control))
     children = [
         child("index", "index", INDEX_STOPS, *control_log),
-        child("router", "router", ROUTER_STOPS, *assignment("router.id", settings.router.id or "r0")),
+        child("router", "router", ROUTER_STOPS, *router_own),
         *engines,
         child("gateway", "gateway", GATEWAY_STOPS, *usage),
     ]

@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+from collections.abc import Collection
 
+import structlog
+
+from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, StrategyNotFound
 from microserve.protocol.messages.control import ControlState
@@ -16,26 +20,29 @@ from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 from microserve.services.links.index_watch import IndexWatch
-from microserve.services.router.authoring.definition import Strategy, load_file
+from microserve.services.router.authoring.definition import Run, Strategy, load_file, run_freely
 from microserve.services.router.authoring.driver import Driver
 from microserve.services.router.engines.prefix import PrefixReplica
 from microserve.services.router.engines.registry import Registry
 from microserve.services.router.gateways import Gateways
 from microserve.services.router.oversight.overseer import Overseer
+from microserve.services.router.oversight.stuck import StuckTrace
 from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.control import StrategyControl
 from microserve.services.router.serving.serving import Serving
 from microserve.services.router.strategies import BUILT_IN
 
+_logger = structlog.get_logger()
 
-def load_strategies(settings: RouterSettings) -> StrategyBook:
-    """Built-in strategies and the operator's files, with the operator's parameters.
+
+def load_strategies(settings: RouterSettings, run: Run = run_freely) -> StrategyBook:
+    """Built-in strategies and the operator's files, with the operator's parameters. ``run`` bounds the files.
 
     Raises :class:`ConfigError` that names the setting.
     """
     found = [*BUILT_IN]
     for path in settings.strategy_files:
-        found += load_file(path)
+        found += load_file(path, run)
     book = StrategyBook(found)
     book.configure(settings.strategies)
     try:
@@ -49,9 +56,16 @@ class Router:
     """One life of a router; ``run`` once."""
 
     def __init__(
-        self, settings: Settings, bus: Bus, *, seed: int | None = None, overseer: Overseer | None = None
+        self,
+        settings: Settings,
+        bus: Bus,
+        *,
+        seed: int | None = None,
+        overseer: Overseer | None = None,
+        culprits: Collection[str] = (),
     ) -> None:
-        """``seed`` fixes every choice by lot and the incarnation; ``overseer`` times the strategies.
+        """``seed`` fixes every choice by lot and the incarnation; ``overseer`` times the strategies;
+        ``culprits``: source files of which code stopped an earlier life for good.
 
         Raises :class:`ConfigError`, and ``OSError`` when the address is taken.
         """
@@ -59,13 +73,15 @@ class Router:
         self._rng = random.Random(secrets.randbits(64) if seed is None else seed)
         incarnation = self._rng.getrandbits(62) | 1
         self.identity = RouterIdentity(settings.router.id or f"router-{incarnation:x}", incarnation)
-        self.strategies = load_strategies(settings.router)
+        run = run_freely if overseer is None else overseer.call
+        self.strategies = load_strategies(settings.router, run)
         self.control = StrategyControl(
             self.strategies,
             asyncio.get_running_loop().time,
             on_retired=self._retire,
             on_applied=self._take_over,
-            run=(lambda code: code()) if overseer is None else overseer.call,
+            run=run,
+            culprits=culprits,
         )
         self._tasks = asyncio.TaskGroup()
         self.prefixes = PrefixReplica(bus, max_nbytes=settings.router.index_max_mb << 20)
@@ -199,5 +215,21 @@ class Router:
 
 async def run_router(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = None) -> None:
     """Serve until cancelled. Raises :class:`ConfigError`, or ``OSError`` when the address is taken."""
-    with Overseer(settings.router.strategy_budget_s) as overseer:
-        await Router(settings, bus, overseer=overseer).run(lifecycle or Lifecycle())
+    stuck = _stuck_trace(settings.router.trace_path)
+    with Overseer(settings.router.strategy_budget_s, stuck) as overseer:
+        culprits = stuck.culprits if stuck is not None else ()
+        try:
+            router = Router(settings, bus, overseer=overseer, culprits=culprits)
+            await router.run(lifecycle or Lifecycle())
+        finally:
+            if stuck is not None:
+                stuck.close()
+
+
+def _stuck_trace(path: str) -> StuckTrace | None:
+    """None: it is not wanted, or not to be had; a router serves without."""
+    try:
+        return StuckTrace(path) if path else None
+    except OSError as error:
+        _logger.warning(log.STATE_UNWRITTEN, path=path, error=str(error))
+        return None

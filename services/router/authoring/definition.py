@@ -15,6 +15,7 @@ import sys
 import typing
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -148,8 +149,17 @@ class _AsItStands(SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
-def load_file(path: str) -> list[Strategy]:
-    """Run an operator's file. Raises :class:`ConfigError` when it cannot be run or holds no strategy."""
+Run = Callable[[Callable[[], None]], None]
+"""Runs a source's own code."""
+
+
+def run_freely(code: Callable[[], None]) -> None:
+    """For as long as it likes."""
+    code()
+
+
+def load_file(path: str, run: Run = run_freely) -> list[Strategy]:
+    """Run an operator's file, by ``run``. Raises :class:`ConfigError` when it fails or has no strategy."""
     field = "router.strategy_files"
     name = f"microserve_strategies.{Path(path).stem}"
     if Path(path).suffix != ".py":
@@ -159,7 +169,7 @@ def load_file(path: str) -> list[Strategy]:
     module.__file__ = path
     sys.modules[name] = module  # dataclasses and the like look their module up by name
     try:
-        loader.exec_module(module)
+        run(partial(loader.exec_module, module))
     except Exception as error:
         del sys.modules[name]
         # Whatever an operator's file raises is about the file; the cause keeps its traceback.

@@ -7,7 +7,7 @@ A span over ``budget_s`` is told to whoever runs the strategy. One that lasts ``
 ``MAX_GROWTH_MB`` of memory, is broken off: a timer of the kernel looks every ``LOOK_S``, in the main thread,
 and raises where that halves nothing (cut.py); ``time.sleep``, a regular expression and arithmetic with huge
 numbers are ended by it as well. For strays the same holds, where the loop has not turned for as long. What C
-code does without ever asking for signals cannot be ended from within: a watchdog outside has to.
+code does without ever asking for signals cannot be ended from within: a watchdog outside has to (stuck.py).
 
 Counts the looks and not the clock, so a process that was stopped for a while is not taken for one that hangs.
 Knows no requests and no strategies.
@@ -29,6 +29,7 @@ from typing import Any, Self, TypeVar, cast
 from microserve.protocol.errors import StrategyError
 from microserve.services.router.oversight.author import AUTHOR, Author, Verdict
 from microserve.services.router.oversight.cut import BrokenOff, Trap, is_theirs, may_be_cut
+from microserve.services.router.oversight.stuck import AGAIN_S, StuckTrace
 
 HANG_S = 0.5
 LOOK_S = 0.05
@@ -54,8 +55,11 @@ class Condemned(StrategyError):
 class Overseer:
     """For one loop, in the main thread; as a context manager it also breaks off what hangs."""
 
-    def __init__(self, budget_s: float) -> None:
+    def __init__(self, budget_s: float, stuck: StuckTrace | None = None) -> None:
+        """``stuck`` is told that there was a look."""
         self._budget_s = budget_s
+        self._stuck = stuck
+        self._num_ticks = 0
         self._began: float | None = None
         """Of the span that runs."""
         self._hang_s = HANG_S
@@ -152,6 +156,8 @@ class Overseer:
     # --- what hangs --------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        if self._stuck is not None:
+            self._stuck.alive()
         self._memory = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
         handler = signal.signal(_SIGNAL, self._look)
         self._before = (handler, *signal.setitimer(_TIMER, LOOK_S, LOOK_S))
@@ -167,6 +173,9 @@ class Overseer:
         os.close(self._memory)
 
     def _look(self, _number: int, frame: FrameType | None) -> None:
+        if self._stuck is not None and self._num_ticks % (AGAIN_S // LOOK_S) == 0:
+            self._stuck.alive()
+        self._num_ticks += 1
         if self._began is None:
             self._look_at_stray(frame)
         elif self._began != self._seen:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import linecache
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -21,7 +21,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, MeshError
 from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion, VersionFault
 from microserve.protocol.messages.router import Ended
-from microserve.services.router.authoring.definition import Strategy, strategies_in
+from microserve.services.router.authoring.definition import Run, Strategy, run_freely, strategies_in
 from microserve.services.router.rollout.book import Published, StrategyBook
 from microserve.services.router.rollout.score import Cost, ShadowBook
 from microserve.services.router.rollout.window import Bounds, End, VersionWindow
@@ -32,19 +32,16 @@ _logger = structlog.get_logger()
 
 MAX_FAILED = 64
 """Versions that have failed here and are remembered, the newest."""
-
-Run = Callable[[Callable[[], None]], None]
-"""Runs a source's own code."""
+STOOD_STILL = "its code stopped a router for good, until that was killed"
 
 
-def load_source(source: str, name: str, run: Run = lambda code: code()) -> Strategy:
+def load_source(source: str, name: str, run: Run = run_freely) -> Strategy:
     """Run a strategy's source; the strategy called ``name`` in it, or the only one, under that name.
 
     Raises :class:`ConfigError` when it cannot be run or holds no such strategy.
     """
-    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-    module = ModuleType(f"microserve_published.{name}_{digest}")
-    file = f"<strategy {name} {digest}>"
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    module, file = ModuleType(_module_of(name, digest)), _file_of(name, digest)
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
     sys.modules[module.__name__] = module  # dataclasses and the like look their module up by name
     try:
@@ -63,6 +60,15 @@ def load_source(source: str, name: str, run: Run = lambda code: code()) -> Strat
     return replace(chosen[0], name=name)
 
 
+def _module_of(name: str, digest: str) -> str:
+    return f"microserve_published.{name}_{digest[:16]}"
+
+
+def _file_of(name: str, digest: str) -> str:
+    """What tracebacks say."""
+    return f"<strategy {name} {digest[:16]}>"
+
+
 def _forget(module: str, file: str) -> None:
     sys.modules.pop(module, None)
     linecache.cache.pop(file, None)
@@ -77,10 +83,12 @@ class StrategyControl:
         clock: Callable[[], float],
         on_retired: Callable[[Strategy], None] = lambda strategy: None,
         on_applied: Callable[[list[Strategy], list[Strategy]], None] = lambda serving, shadows: None,
-        run: Run = lambda code: code(),
+        run: Run = run_freely,
+        culprits: Collection[str] = (),
     ) -> None:
         """``clock``: seconds, monotonic. ``on_retired``: a source that was loaded is in force no more.
-        ``on_applied``: these serve now, and these are shadows. ``run`` bounds the loading of sources."""
+        ``on_applied``: these serve now, and these are shadows. ``run`` bounds the loading of sources.
+        ``culprits``: source files of which code stopped an earlier life of this router."""
         self.version = 0
         """Of the state that is applied; 0: none yet."""
         self._unloadable: list[VersionFault] = []
@@ -94,6 +102,10 @@ class StrategyControl:
         self._on_retired = on_retired
         self._on_applied = on_applied
         self._run = run
+        self._culprits = culprits
+        for strategy in book.serving():
+            if strategy.function.__code__.co_filename in culprits:
+                self.hung(strategy.name, strategy.version, STOOD_STILL)
         self._loaded: dict[tuple[str, str], Strategy] = {}
         """By name and digest: a source runs once, however often its parameters change or it comes back."""
         self._bounds: dict[tuple[str, int], Bounds] = {}
@@ -204,6 +216,8 @@ class StrategyControl:
                 raise ConfigError(f"this router has no strategy {name} of its own", field="strategy")
         elif key in self._loaded:
             base = self._loaded[key]
+        elif _file_of(name, version.digest) in self._culprits:
+            raise ConfigError(STOOD_STILL, field="source")
         else:
             base = self._loaded[key] = load_source(version.source, name, self._run)
         return replace(base.bind(version.parameters), version=version.version)
@@ -240,7 +254,7 @@ class StrategyControl:
         }
         digests = {(name, version.digest) for name, version in present}
         for name, digest in sorted(self._loaded.keys() - digests):
-            _forget(f"microserve_published.{name}_{digest[:16]}", f"<strategy {name} {digest[:16]}>")
+            _forget(_module_of(name, digest), _file_of(name, digest))
             self._on_retired(self._loaded.pop((name, digest)))
 
 

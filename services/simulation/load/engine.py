@@ -23,6 +23,7 @@ from microserve.protocol.messages.grant import HeapAddress
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, StepResult
 from microserve.services.engine.shell import IDLE_WAIT_S
+from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.simulation.bus import SimBus
 from microserve.services.simulation.engine import SimEngine
 from microserve.services.simulation.hash_runner import ROW_NBYTES, hash_layout
@@ -220,8 +221,9 @@ class ProfiledMesh(SimulatedMesh):
         journal: Journal,
         hardware: Hardware,
         router: RouterSettings,
+        overseer: Overseer | None = None,
     ) -> None:
-        super().__init__(loop, seed, shape, journal)
+        super().__init__(loop, seed, shape, journal, overseer)
         self.hardware = hardware
         self._router = router
 

@@ -17,9 +17,11 @@ from pathlib import Path
 import msgspec
 
 from microserve.protocol.errors import ConfigError, MeshError
-from microserve.services.router.authoring.definition import Strategy, load_file
+from microserve.protocol.settings import RouterSettings
+from microserve.services.router.authoring.definition import Run, Strategy, load_file
+from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.simulation.load.point import TOKEN_PARAMETERS, Point, PointResult, run_point
+from microserve.services.simulation.load.point import TOKEN_PARAMETERS, Point, PointResult, judged_point
 from microserve.services.simulation.load.task import SimulateTask
 from microserve.services.simulation.load.timing import Profile, profile_of
 from microserve.services.simulation.load.trace import HASH_TOKENS, read_trace
@@ -79,20 +81,22 @@ def _run(points: Sequence[Point], task: SimulateTask) -> list[PointResult]:
         open(task.out, "wb") if task.out else nullcontext() as out,
         closing(_results(points, task.jobs)) as arriving,
     ):
-        for result in arriving:
+        for result, note in arriving:
             results.append(result)
             print(line_of(result), flush=True)
+            if note:
+                print(f"Note: {note}", file=sys.stderr)
             if out is not None:
                 out.write(msgspec.json.encode(result) + b"\n")
     return results
 
 
-def _results(points: Sequence[Point], jobs: int) -> Generator[PointResult, None, None]:
+def _results(points: Sequence[Point], jobs: int) -> Generator[tuple[PointResult, str], None, None]:
     if jobs == 1:
-        yield from map(run_point, points)
+        yield from map(judged_point, points)
         return
     with multiprocessing.get_context("spawn").Pool(min(jobs, len(points))) as pool:
-        yield from pool.imap(run_point, points)
+        yield from pool.imap(judged_point, points)
 
 
 def line_of(result: PointResult) -> str:
@@ -117,7 +121,8 @@ def points_of(task: SimulateTask) -> list[Point]:
     if task.link_gbps:
         profile = replace(profile, link_nbytes_per_s=task.link_gbps * 1e9 / 8)
     _check_fit(profile, max(each.num_tokens for each in requests))
-    found = _found(task.strategies)
+    with Overseer(RouterSettings().strategy_budget_s) as overseer:
+        found = _found(task.strategies, overseer.call)
     unused = set(task.parameters) - {strategy.name for strategy, _ in found}
     if unused:
         raise ConfigError(f"parameters of {min(unused)}, which is not simulated", field="set")
@@ -168,8 +173,8 @@ def _check_fit(profile: Profile, num_tokens: int) -> None:
         )
 
 
-def _found(names: Sequence[str]) -> list[tuple[Strategy, str]]:
-    """Strategies, each with the file that it is from."""
+def _found(names: Sequence[str], run: Run) -> list[tuple[Strategy, str]]:
+    """Strategies, each with the file that it is from, which ``run`` runs."""
     built_in = {strategy.name: strategy for strategy in BUILT_IN}
     if not names:
         return [(strategy, "") for strategy in BUILT_IN]
@@ -178,7 +183,7 @@ def _found(names: Sequence[str]) -> list[tuple[Strategy, str]]:
         if name in built_in:
             found.append((built_in[name], ""))
         elif name.endswith(".py"):
-            found += [(_own(strategy, name, built_in), name) for strategy in load_file(name)]
+            found += [(_own(strategy, name, built_in), name) for strategy in load_file(name, run)]
         else:
             known = ", ".join(built_in)
             raise ConfigError(f"no strategy {name!r}, nor a .py file (there are: {known})", field="strategy")

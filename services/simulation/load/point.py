@@ -14,12 +14,15 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from microserve.protocol.errors import InternalError, QueueFull
+from microserve.protocol import log
+from microserve.protocol.errors import InternalError, QueueFull, StrategyError
 from microserve.protocol.messages.control import Scalar
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import RouterSettings, Settings
+from microserve.services.router.oversight.overseer import Overseer
+from microserve.services.router.rollout.window import MAX_ERROR_SHARE, MIN_ERRORS
 from microserve.services.simulation.gateway import Answer
-from microserve.services.simulation.journal import Journal
+from microserve.services.simulation.journal import Journal, plainly
 from microserve.services.simulation.load.engine import Hardware, ProfiledMesh
 from microserve.services.simulation.load.timing import Profile
 from microserve.services.simulation.load.trace import HASH_TOKENS, TraceRequest, arrivals
@@ -107,8 +110,21 @@ class PointResult(msgspec.Struct, frozen=True):
 
 
 def run_point(point: Point) -> PointResult:
-    """Serve it. Raises :class:`ConfigError` for parameters or a file that the router refuses, and
-    :class:`InternalError` when the mesh breaks."""
+    """As :func:`judged_point`, without the note."""
+    return judged_point(point)[0]
+
+
+def judged_point(point: Point) -> tuple[PointResult, str]:
+    """Serve it; and what there is to say of how long the strategy took, by the real clock.
+
+    Raises :class:`ConfigError` for parameters or a file that the router refuses, :class:`StrategyError` for a
+    strategy that makes a mistake or hangs, and :class:`InternalError` when the mesh breaks."""
+    settings = _router(point)
+    with Overseer(settings.strategy_budget_s) as overseer:
+        return _run_point(point, settings, overseer)
+
+
+def _run_point(point: Point, settings: RouterSettings, overseer: Overseer) -> tuple[PointResult, str]:
     loop = VirtualLoop()
     journal = Journal(loop, keep=False)
     journal.open()
@@ -117,13 +133,29 @@ def run_point(point: Point) -> PointResult:
     answers: list[Answer] = []
     try:
         # Made here: a wrong setting is an error of the caller, not of the mesh.
-        mesh = ProfiledMesh(loop, point.seed, _shape(point, product), journal, hardware, _router(point))
+        shape = _shape(point, product)
+        mesh = ProfiledMesh(loop, point.seed, shape, journal, hardware, settings, overseer=overseer)
         loop.run(_serve(mesh, point, answers))
     finally:
         journal.close()
+    if mistakes := [line for line in journal.defects if f" {log.STRATEGY_FAILED} " in line]:
+        raise StrategyError(f"{point.strategy}: {plainly(mistakes[0])}")
     if loop.failures or journal.defects:
         raise InternalError(f"the simulated mesh broke: {(loop.failures + journal.defects)[0]}")
-    return _measured(point, answers, hardware, journal.digest)
+    return _measured(point, answers, hardware, journal.digest), _slowness(
+        point, settings, journal, len(answers)
+    )
+
+
+def _slowness(point: Point, settings: RouterSettings, journal: Journal, num_requests: int) -> str:
+    """What routers would take a version back for; empty: they would not."""
+    num_slow = journal.events[log.STRATEGY_SLOW]
+    if num_slow < MIN_ERRORS or num_slow <= MAX_ERROR_SHARE * num_requests:
+        return ""
+    return (
+        f"{point.strategy} held the router for longer than {settings.strategy_budget_s:g} s at a time, in "
+        f"{num_slow} of {num_requests} requests: routers would take it back"
+    )
 
 
 def _shape(point: Point, product: Settings) -> Shape:

@@ -65,6 +65,57 @@ def test_a_wrong_flag_ends_with_code_2(
     assert message in capfd.readouterr().err
 
 
+MINE = """
+import time
+from microserve.services.router.authoring import strategy
+{at_load}
+@strategy
+async def mine(mesh, request):
+    {body}
+    async for tokens in mesh.pick(None, request).start_generate(request):
+        yield tokens
+"""
+
+
+@pytest.mark.parametrize(
+    ("at_load", "body", "says"),
+    [
+        (
+            "",
+            "while True: pass",
+            "mine: StrategyHung: the strategy held the router for 0.5 s without waiting",
+        ),
+        ("", "time.sleep(600)", "mine: StrategyHung: the strategy held the router for 0.5 s"),
+        ("", "raise ValueError('boo')", "mine: ValueError: boo"),
+        ("while True: pass", "pass", "held the router for 0.5 s without waiting"),
+    ],
+)
+def test_a_strategy_that_hangs_or_fails_is_told_in_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], at_load: str, body: str, says: str
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(MINE.format(at_load=at_load, body=body))
+    code = run("--trace", TRACE, "--requests", "20", "--load", "1", "--strategy", str(mine))
+    told = capfd.readouterr().err.splitlines()
+    assert code == (2 if at_load else 1)
+    assert told[-1].startswith("Error: ")
+    assert says in told[-1]
+
+
+def test_one_that_only_takes_long_is_told_beside_its_result(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(MINE.format(at_load="", body="time.sleep(0.15)"))
+    assert run("--trace", TRACE, "--requests", "10", "--load", "1", "--strategy", str(mine)) == 0
+    told = capfd.readouterr()
+    assert told.out.splitlines()[-1].startswith("mine")
+    assert (
+        "Note: mine held the router for longer than 0.1 s at a time, in 10 of 10 requests: "
+        "routers would take it back"
+    ) in told.err
+
+
 def test_a_bad_line_of_the_trace_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"timestamp": 0, "input_length": 5, "output_length": "x", "hash_ids": [1]}\n')

@@ -32,6 +32,37 @@ def test_the_strategies_that_are_shipped_pass_when_they_are_published(strategy: 
         assert trial.request_s > 0
 
 
+STREAM = "async for tokens in engine.start_generate(request):\n"
+HARD = {
+    "a prompt that is long": (
+        "    if request.num_tokens > 1000: raise ValueError('too long for me')\n" + SERVE,
+        "with prompts of up to 8192 tokens: ValueError: too long for me",
+    ),
+    "an engine that is slow": (
+        "    async with asyncio.timeout(0.6 if request.num_tokens < 1000 else 60):\n"
+        "        engine = mesh.engines()[-1]\n"
+        f"        {STREAM}            yield tokens\n",
+        "while an engine was ten times slower than the others: TimeoutError",
+    ),
+    "an engine that is lost": (
+        f"    [engine, other] = mesh.engines()\n    {STREAM}        yield tokens\n",
+        "while an engine was lost: ValueError: not enough values to unpack",
+    ),
+    "an engine that is lost, and asked again": (
+        f"    engine = mesh.engines()[-1]\n    try:\n        {STREAM}            yield tokens\n"
+        f"    except Exception:\n        {STREAM}            yield tokens\n",
+        "while an engine was lost: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_what_only_shows_where_it_is_hard_shows(name: str) -> None:
+    body, says = HARD[name]
+    trial = try_strategy("mine", HEAD + body, {}, [[], []])
+    assert any(problem.startswith(says) for problem in trial.problems), trial.problems
+
+
 def test_an_empty_mesh_is_tried_as_one_engine() -> None:
     assert try_strategy("mine", GOOD, {"ratio": 0.5}, []).problems == []
 
@@ -74,7 +105,7 @@ def test_what_no_signal_ends_is_ended_from_outside(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strategy_command, "CHECK_S", 2.0)
-    deaf = "    import signal\n    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})\n"
+    deaf = "    import signal\n    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
     assert not _check("mine", HEAD + deaf + "    while True: pass\n" + SERVE, {}, [[]], True)
     assert "endless loop" in capsys.readouterr().err
 
