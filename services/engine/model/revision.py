@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,15 @@ def own_memory(module: nn.Module) -> None:
     """Move every weight into memory of this process. One that was loaded as it is in its file is a view of
     it: a file that is written over would change the model under its revision, one that is cut short would
     end the process."""
+    files = _mapped_files()
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = tensor.data.clone()
+            if any(begin <= tensor.data_ptr() < end for begin, end in files):
+                tensor.data = tensor.data.clone()
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Addresses of this process where files are."""
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    found = (address.split("-") for address, _, _, _, inode, *_ in lines if inode != "0")
+    return [(int(begin, 16), int(end, 16)) for begin, end in found]
