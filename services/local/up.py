@@ -206,8 +206,7 @@ class _Up:
         if not self._directory.write(state) and not self._is_unwritten:
             _logger.error(log.STATE_UNWRITTEN, directory=str(self._directory.root))
             self._is_unwritten = True
-        with contextlib.suppress(OSError, ValueError):
-            self._view.mesh(state)
+        self._view.mesh(state)
 
     async def _rewrite(self) -> None:
         """What could not be written is written when there is room."""

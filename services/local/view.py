@@ -5,9 +5,11 @@ Owns the screen, and is the only one that knows rich; is told what happens and d
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from typing import Any, Protocol, TextIO
+from collections.abc import Callable
+from typing import Any, Protocol, TextIO, cast
 
 import msgspec
 from rich.console import Console
@@ -51,10 +53,24 @@ def make_view(*, as_json: bool, stderr: bool = False) -> View:
     """``stderr``: leave stdout to what scripts read."""
     out = sys.stderr if stderr else sys.stdout
     if as_json:
-        return JsonView(out)
-    if out.isatty():
-        return RichView(out)
-    return PlainView(out)
+        return cast(View, _Unheard(JsonView(out)))
+    return cast(View, _Unheard(RichView(out) if out.isatty() else PlainView(out)))
+
+
+class _Unheard:
+    """A view whose reader may leave: a closed pipe or terminal is no reason to end what it shows."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        tell = getattr(self._view, name)
+
+        def call(*arguments: Any) -> None:
+            with contextlib.suppress(OSError, ValueError):
+                tell(*arguments)
+
+        return call
 
 
 class RichView:

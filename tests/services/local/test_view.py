@@ -75,9 +75,20 @@ def test_json_lines_hold_everything() -> None:
 
 
 def test_off_a_terminal_there_is_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert isinstance(make_view(as_json=False), PlainView)
-    assert isinstance(make_view(as_json=True), JsonView)
+    assert isinstance(vars(make_view(as_json=False))["_view"], PlainView)
+    assert isinstance(vars(make_view(as_json=True))["_view"], JsonView)
 
 
 def test_one_token_has_no_rate() -> None:
     assert summarise(Answer("a", 1, 0.1, 0.1)) == "1 token; the first after 100 ms"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_reader_that_has_left_ends_nothing(as_json: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("sys.stdout", Left())
+    monkeypatch.setattr("sys.stderr", Left())
+    session(make_view(as_json=as_json))
