@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
+import mmap
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -59,6 +61,39 @@ def test_a_send_without_a_descriptor_fails_alone(mesh: Mesh) -> None:
     assert failed.code == "transfer_failed"
     assert mesh.a.tokens["running"] == expect(running)
     assert isinstance(transfer(mesh, "second one"), wire.Sent)
+
+
+CALLS = [(os, "open"), (os, "readlink"), (os, "pread"), (os, "fstat"), (mmap, "mmap")]
+"""What the kernel is asked for when a peer's heap is opened."""
+ERRORS = [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO]
+
+
+@pytest.mark.parametrize(("owner", "name"), CALLS, ids=[name for _, name in CALLS])
+def test_each_call_for_a_peers_heap_may_fail_and_costs_that_send_only(
+    mesh: Mesh, owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, count, chosen, number = getattr(owner, name), 0, 0, 0
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == chosen:
+            raise OSError(number, os.strerror(number))
+        return true(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, call)
+    assert isinstance(transfer(mesh, "whole"), wire.Sent)
+    gc.collect()  # of what tests before have left
+    num_calls, num_open = count, len(os.listdir("/proc/self/fd"))
+    assert num_calls > 0
+    for number in ERRORS:
+        for each in range(1, num_calls + 1):
+            mesh.a.core._peers.close()
+            count, chosen = 0, each
+            assert isinstance(transfer(mesh, f"{number} {each}"), wire.Failed)
+            chosen = 0
+            assert isinstance(transfer(mesh, f"{number} {each} again"), wire.Sent)
+    assert len(os.listdir("/proc/self/fd")) == num_open, "nothing leaks"
 
 
 def test_a_transfer_to_a_known_peer_and_the_proof_that_it_lives_need_no_descriptor(mesh: Mesh) -> None:
