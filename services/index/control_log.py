@@ -6,6 +6,7 @@ start. One index at a time has the file; a killed one leaves each change either 
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import time
@@ -56,7 +57,8 @@ class ControlLog:
     def __init__(self, path: str = "", *, wall_clock: Callable[[], float] = time.time) -> None:
         """``path`` empty: in memory only.
 
-        Raises :class:`ConfigError` when the file cannot be had, is in use by another index, or does not fold.
+        Raises :class:`ConfigError` when the file cannot be had, is in use by another index, or does not fold;
+        ``OSError`` when disk, memory or descriptors are used up, which passes.
         """
         self.fold = Fold()
         self.is_durable = bool(path)
@@ -64,7 +66,7 @@ class ControlLog:
         try:
             self._database = sqlite3.connect(path or ":memory:", timeout=1.0, isolation_level=None)
         except sqlite3.Error as error:
-            raise _unusable(path, error) from None
+            raise _failure(path, error) from None
         try:
             # Exclusive before the first read: WAL then needs no shared memory, and the lock ends with us.
             for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL"):
@@ -78,7 +80,7 @@ class ControlLog:
             self._replay()
         except (sqlite3.Error, msgspec.MsgspecError, MeshError) as error:
             self._database.close()
-            raise _unusable(path, error) from None
+            raise _failure(path, error) from None
 
     def _replay(self) -> None:
         columns = (
@@ -170,6 +172,22 @@ def _record(
     return ControlRecord(
         version, at, who, kind, strategy, digest, values, share, reason, engine, names, bool(shadow)
     )
+
+
+def _failure(path: str, error: Exception) -> Exception:
+    """Wrong for good, or for now: what the system says when it is asked itself tells the one from the
+    other."""
+    wrong = _unusable(path, error)
+    if not isinstance(error, sqlite3.Error) or not path:
+        return wrong
+    if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM):
+        return OSError(errno.ENOSPC, f"control log {path}: {error}")
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    except OSError as refused:
+        if refused.errno in (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM):
+            return OSError(refused.errno, f"control log {path}: {refused.strerror}")
+    return wrong
 
 
 def _unusable(path: str, error: Exception) -> ConfigError:

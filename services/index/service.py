@@ -49,6 +49,8 @@ from microserve.services.links.feed import EXHAUSTED, KvFeed
 from microserve.services.links.snapshot import read_snapshot, reader_of
 
 MAX_WATCHERS = 1024
+CONTROL_RETRY_S = 1.0
+"""Between two tries to open a control log for which there is no room."""
 MAX_REFUSED = 1024
 """Engines whose refusal is remembered, so that it is said once."""
 
@@ -317,13 +319,14 @@ class IndexService:
 async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = None) -> None:
     """Serve until cancelled."""
     keys = settings.bus.curve_dir
+    control_log = await _open_control_log(settings.index.control_path)
     service = IndexService(
         bus,
         address=settings.index.address,
         settings=settings.bus,
         max_nbytes=settings.index.max_mb << 20,
         incarnation=secrets.randbits(62) | 1,
-        control_log=ControlLog(settings.index.control_path),
+        control_log=control_log,
         may_publish=partial(is_operator, keys) if keys else None,
     )
     try:
@@ -334,3 +337,19 @@ async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = 
                 service.tick()
     finally:
         service.close()
+
+
+async def _open_control_log(path: str) -> ControlLog:
+    """Where the disk is full there will be room again, and nobody but who publishes needs this index until
+    then.
+
+    Raises :class:`ConfigError` for what does not pass."""
+    is_told = False
+    while True:
+        try:
+            return ControlLog(path)
+        except OSError as error:
+            if not is_told:
+                is_told = True
+                _logger.error(log.CONTROL_AWAITED, error=str(error))
+            await asyncio.sleep(CONTROL_RETRY_S)
