@@ -1,6 +1,6 @@
 """What a gateway asks of its helpers: a conversation's text, and all that is made of a large body.
 
-Owns two processes: large bodies wait for each other and never for, or before, a conversation that is small.
+Owns two processes: what is long waits for each other and never before a conversation that is short.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ from microserve.protocol.errors import InternalError, InvalidRequest, MeshError,
 
 INLINE_BODY_NBYTES = 64 << 10
 """Smaller bodies are parsed in the loop: within a millisecond, whatever is in them."""
+SHORT_MESSAGES = 64
+"""A template may take a time that grows with the square of these: longer ones wait with the large bodies."""
+BODIES_MEMORY_MB = 1536
+"""For a body of 32 MB, its text, and its tokens as objects; templates alone have the default."""
 WALL_S_PER_CPU_S = 5.0
 """On a machine that has other things to do."""
 START_S = 30.0
@@ -42,7 +46,7 @@ class Helpers:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._templates = HelperProcess("templates", setup)
-        self._bodies = HelperProcess("bodies", setup)
+        self._bodies = HelperProcess("bodies", msgspec.structs.replace(setup, memory_mb=BODIES_MEMORY_MB))
 
     @property
     def pids(self) -> list[int]:
@@ -56,7 +60,8 @@ class Helpers:
         """
         wall_s = START_S + WALL_S_PER_CPU_S * self._setup.template_cpu_s
         job = Render([dict(message) for message in messages])
-        answer = await _ask(self._templates, job, b"", wall_s, "messages", None)
+        process = self._templates if len(messages) <= SHORT_MESSAGES else self._bodies
+        answer = await _ask(process, job, b"", wall_s, "messages", None)
         assert answer is not None
         if not isinstance(answer[0], Rendered):
             raise InternalError("a helper gave another job's answer")

@@ -24,6 +24,8 @@ class Setup(msgspec.Struct, frozen=True):
     template_cpu_s: float
     max_values: int
     max_depth: int
+    memory_mb: int = 256
+    """That the process may take."""
 
 
 class Render(msgspec.Struct, frozen=True, tag=1, array_like=True):

@@ -18,13 +18,16 @@ import msgspec
 from microserve.gateway.helper.jobs import HEAD, JOBS, Setup, encode
 from microserve.gateway.helper.work import Worker
 
-MAX_MEMORY_NBYTES = 2 << 30
+OOM_SCORE = "1000"
+"""Should the machine run out of memory all the same, this process is the first to go."""
 
 
-def limit() -> None:
+def limit(memory_mb: int) -> None:
     """As far as the system has it (RLIMIT_DATA counts what is mapped only on Linux)."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(OOM_SCORE)
     for what, limit_nbytes in (
-        (resource.RLIMIT_DATA, MAX_MEMORY_NBYTES),
+        (resource.RLIMIT_DATA, memory_mb << 20),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
     ):
@@ -50,11 +53,12 @@ def serve(setup: Setup, questions: BinaryIO, answers: BinaryIO) -> None:
 
 
 def main() -> None:
-    limit()
+    setup = msgspec.json.decode(sys.argv[1], type=Setup)
+    limit(setup.memory_mb)
     # What a library prints must not come between answers.
     with os.fdopen(os.dup(1), "wb") as answers:
         os.dup2(2, 1)
-        serve(msgspec.json.decode(sys.argv[1], type=Setup), sys.stdin.buffer, answers)
+        serve(setup, sys.stdin.buffer, answers)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class HelperProcess:
         self._process: Process | None = None
         self._turn = asyncio.Lock()
         self._ended: MeshError | None = None
+        self._dying: set[asyncio.Task[int]] = set()
+        """Waits for children that have been killed: each is reaped before the loop ends."""
 
     @property
     def pid(self) -> int | None:
@@ -81,7 +83,7 @@ class HelperProcess:
             finally:
                 if not done:  # cancelled, too: what is left in the pipe is no answer to the next job
                     self._process = None
-                    _kill(process)
+                    self._bury(process)
 
     async def _start(self) -> Process:
         environment = {name: os.environ[name] for name in KEPT_ENVIRONMENT if name in os.environ}
@@ -109,8 +111,7 @@ class HelperProcess:
 
     async def _died(self, process: Process, *, is_over_budget: bool = False) -> HelperDied:
         """Why there is no answer; said in the log as well."""
-        _kill(process)
-        code = await process.wait()
+        code = await asyncio.shield(self._bury(process))
         named = {number.value: number.name for number in signal.Signals}
         reason = "budget of time" if is_over_budget else named.get(-code, f"exit code {code}")
         _logger.warning(log.HELPER_ENDED, helper=self._name, pid=process.pid, reason=reason)
@@ -128,7 +129,16 @@ class HelperProcess:
         self.end(CapacityError("this gateway is shutting down", retry_after_s=1.0))
         process, self._process = self._process, None
         if process is not None:
-            await process.wait()
+            self._bury(process)
+        await asyncio.gather(*self._dying, return_exceptions=True)
+
+    def _bury(self, process: Process) -> asyncio.Task[int]:
+        """Kill it, and wait for its exit code without holding anybody up."""
+        _kill(process)
+        dying = asyncio.create_task(process.wait(), name="helper's end")
+        self._dying.add(dying)
+        dying.add_done_callback(self._dying.discard)
+        return dying
 
 
 def _kill(process: Process) -> None:

@@ -84,9 +84,11 @@ def test_a_template_is_not_run_where_it_is_only_read(template: str) -> None:
     ChatTemplate(template, {})
 
 
-def seen_of(pid: int) -> tuple[bytes, str]:
-    """A process's environment and limits."""
-    return Path(f"/proc/{pid}/environ").read_bytes(), Path(f"/proc/{pid}/limits").read_text()
+def seen_of(pid: int) -> tuple[bytes, str, str]:
+    """A process's environment, its limits, and how soon the kernel ends it when memory is short."""
+    process = Path(f"/proc/{pid}")
+    limits, score = (process / "limits").read_text(), (process / "oom_score_adj").read_text()
+    return (process / "environ").read_bytes(), limits, score.strip()
 
 
 def test_what_a_template_may_see_and_do(tmp_path: Path) -> None:
@@ -97,9 +99,11 @@ def test_what_a_template_may_see_and_do(tmp_path: Path) -> None:
         async with helpers_of(tmp_path / "m") as helpers:
             assert await helpers.render(USER) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
             [pid] = helpers.pids
-            environment, limits = seen_of(pid)
+            environment, limits, score = seen_of(pid)
             assert b"secret" not in environment and b"MICROSERVE" not in environment
             assert re.search(r"Max file size +0 +0", limits)
+            assert re.search(rf"Max data size +{256 << 20} +{256 << 20}", limits)
+            assert score == "1000"
             # A stop of the gateway's whole group is no end of the helper's: its end is the gateway's.
             os.kill(pid, signal.SIGTERM)
             os.kill(pid, signal.SIGINT)
@@ -190,5 +194,22 @@ def test_no_process_is_an_answer_that_may_be_tried_again(
             with pytest.raises(MeshError) as caught:
                 await helpers.render(USER)
             assert isinstance(caught.value, CapacityError)
+
+    run(main())
+
+
+def test_a_long_conversation_does_not_hold_up_a_short_one(tmp_path: Path) -> None:
+    """Its template loops over all pairs of messages: it waits with what is long as well."""
+    pairs = "{% for a in messages %}{% for b in messages %}{{ a.role[0] }}{% endfor %}{% endfor %}"
+
+    async def main() -> None:
+        async with helpers_of(tmp_path / "m", pairs, template_cpu_s=20.0) as helpers:
+            await helpers.render([{"role": "user", "content": "x"}])  # both kinds have a process by now
+            await helpers.render([{"role": "user", "content": "x"}] * 65)
+            long = asyncio.create_task(helpers.render([{"role": "user", "content": "hi"}] * 1500))
+            await asyncio.sleep(0)
+            assert await helpers.render([{"role": "user", "content": "x"}]) == "x"
+            assert not long.done()
+            assert await long == "u" * 1500 * 1500
 
     run(main())
