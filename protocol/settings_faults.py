@@ -6,7 +6,7 @@ Owns the words. Knows fields and their types, not where a value came from.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -43,6 +43,18 @@ def unknown_setting(path: str, *, spell: Callable[[str], str] = str) -> str:
     return f"; sections are {', '.join(_fields())}"
 
 
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``, did you mean KNOWN?``, or nothing where none is like ``name``."""
+    near = get_close_matches(name.lower().replace("-", "_"), list(known), n=1, cutoff=0.6)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def wrong_value(path: str, kind: Any, value: Any) -> str:
+    """``PATH must be a number from 0 to 1, is 3``."""
+    shown = "something else" if path in SECRET_FIELDS else _quoted(value)
+    return f"{path} must be {in_words(path, kind)}, is {shown}"
+
+
 def fault_of_value(path: str, kind: Any, value: Any) -> ConfigError | None:
     """What is wrong with ``value``, read from TOML or given as text, for the setting at ``path``."""
     if fault := fault_of_number(path, kind, value):
@@ -52,8 +64,7 @@ def fault_of_value(path: str, kind: Any, value: Any) -> ConfigError | None:
     try:
         read = msgspec.convert(value, kind, strict=False)
     except msgspec.ValidationError:
-        shown = "something else" if path in SECRET_FIELDS else _quoted(value)
-        return ConfigError(f"{path} must be {in_words(path, kind)}, is {shown}", field=path)
+        return ConfigError(wrong_value(path, kind, value), field=path)
     return fault_of_number(path, kind, read)
 
 
@@ -73,8 +84,8 @@ def in_words(path: str, kind: Any) -> str:
         return f"a whole number{bound}{unit}"
     if origin is float:
         return f"a number{bound}{unit}"
-    if origin is list:
-        return f'a list ["...", ...] of {"texts" if arguments == (str,) else "values"}'
+    if origin in (list, tuple):
+        return f'a list ["...", ...] of {"texts" if arguments[:1] == (str,) else "values"}'
     if origin is dict:
         return "a table of tables ([section.name])" if get_origin(arguments[1]) is dict else "a table"
     return {bool: "true or false", str: "text", type(None): "nothing"}.get(origin, "another kind of value")

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.settings_faults import did_you_mean, printable, wrong_value
 
 PREFIX = "ms-"
 """Of every key that we make: scanners for leaked secrets know what they look at."""
@@ -138,6 +139,14 @@ def _parse(name: str, table: dict[str, Any], source: str) -> ApiKey:
         table = {**table, "sha256": [given]}
     if "name" in table:
         raise _wrong(source, name, "name is the table's own")
+    fields = {field.name: field.type for field in msgspec.structs.fields(ApiKey)}
+    for field, value in table.items():
+        if field not in fields:
+            raise _wrong(source, name, f"{printable(field)}: unknown field{did_you_mean(field, fields)}")
+        try:
+            msgspec.convert(value, fields[field])
+        except msgspec.ValidationError:
+            raise _wrong(source, name, wrong_value(field, fields[field], value)) from None
     try:
         key = msgspec.convert({**table, "name": name}, ApiKey)
     except msgspec.ValidationError as error:

@@ -24,6 +24,7 @@ from typing import Any, overload
 import msgspec
 
 from microserve.protocol.errors import ConfigError, StrategyError
+from microserve.protocol.settings_faults import did_you_mean, wrong_value
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.view import MeshView
@@ -67,12 +68,14 @@ class Strategy:
             if name not in self.types:
                 known = ", ".join(self.types) or "none"
                 raise ConfigError(
-                    f"{path}: strategy {self.name} has no such parameter (has: {known})", field=path
+                    f"{path}: strategy {self.name} has no such parameter (has: {known})"
+                    f"{did_you_mean(name, self.types)}",
+                    field=path,
                 )
             try:
                 bound[name] = msgspec.convert(value, self.types[name])
-            except msgspec.ValidationError as error:
-                raise ConfigError(f"{path}: {error}", field=path) from None
+            except msgspec.ValidationError:
+                raise ConfigError(wrong_value(path, self.types[name], value), field=path) from None
         return replace(self, values=bound)
 
 

@@ -63,11 +63,11 @@ def test_binding_converts_and_leaves_the_original() -> None:
 @pytest.mark.parametrize(
     ("values", "path", "text"),
     [
-        ({"rato": 0.1}, "router.strategies.tuned.rato", "no such parameter (has: ratio, labels, verbose)"),
-        ({"ratio": "high"}, "router.strategies.tuned.ratio", "Expected `float`, got `str`"),
-        ({"ratio": 1.5}, "router.strategies.tuned.ratio", "<= 1"),
-        ({"labels": [1]}, "router.strategies.tuned.labels", "Expected `str`, got `int`"),
-        ({"verbose": 1}, "router.strategies.tuned.verbose", "Expected `bool`, got `int`"),
+        ({"rato": 0.1}, "router.strategies.tuned.rato", "(has: ratio, labels, verbose), did you mean ratio?"),
+        ({"ratio": "high"}, "router.strategies.tuned.ratio", "must be a number from 0.0 to 1.0, is 'high'"),
+        ({"ratio": 1.5}, "router.strategies.tuned.ratio", "must be a number from 0.0 to 1.0, is 1.5"),
+        ({"labels": [1]}, "router.strategies.tuned.labels", 'must be a list ["...", ...] of texts, is [1]'),
+        ({"verbose": 1}, "router.strategies.tuned.verbose", "must be true or false, is 1"),
     ],
 )
 def test_a_wrong_parameter_names_its_path(values: dict[str, Any], path: str, text: str) -> None:

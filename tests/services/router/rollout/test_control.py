@@ -118,7 +118,7 @@ def test_a_name_that_nothing_is_left_of_is_served_plainly() -> None:
         ("raise KeyboardInterrupt", {}, "KeyboardInterrupt"),
         ("def f(): f()\nf()", {}, "RecursionError"),
         (PLAIN.replace("async def", "def").replace("async for", "for"), {}, "async def"),
-        (PLAIN, {"ratio": "much"}, "Expected `float`"),
+        (PLAIN, {"ratio": "much"}, "must be a number"),
         (PLAIN, {"rato": 0.5}, "no such parameter"),
     ],
 )
