@@ -3,6 +3,7 @@
 MeshError
 ├── RequestError          the caller's fault: do not retry
 │   ├── InvalidRequest        a field is out of its bounds (names the field)
+│   │   └── NotPermitted          the sender's key has no right to that
 │   ├── InvalidInterval       begin/end do not fit the prompt or the grant
 │   ├── PromptTooLong         more tokens than the model or the pool can hold
 │   ├── ModelNotFound         the mesh serves no such model
@@ -56,6 +57,12 @@ class InvalidRequest(RequestError):
     """A field is out of its bounds; ``field`` names it and ``detail`` names the bound."""
 
     code = "invalid_request"
+
+
+class NotPermitted(InvalidRequest):
+    """The sender is known, and has no right to what it asks for."""
+
+    code = "not_permitted"
 
 
 class InvalidInterval(RequestError):

@@ -9,6 +9,7 @@ out is ``logging/``.
 from __future__ import annotations
 
 SERVICE_STARTED = "service.started"
+"""``locked`` is false where there are no keys: whoever reaches the service may do everything."""
 SERVICE_READY = "service.ready"
 SERVICE_STOPPED = "service.stopped"
 SERVICE_FAILED = "service.failed"
@@ -69,6 +70,12 @@ EOS_MISMATCHED = "eos.mismatched"
 KERNEL_MISSING = "kernel.missing"
 """A kernel cannot be had on this machine, and what runs instead of it; at an engine's start."""
 FRAME_REJECTED = "frame.rejected"
+PEER_REFUSED = "peer.refused"
+"""A key that has no business at a socket tried to connect; a line a key now and then, with the count."""
+KEYS_REVOKED = "keys.revoked"
+"""Files of keys have changed, and these keys have lost a role."""
+CONNECTION_CUT = "connection.cut"
+"""It held more of our memory than anybody needs, or its key is trusted no more."""
 BUS_HANDLER_FAILED = "bus.handler_failed"
 TURN_FAILED = "turn.failed"
 """A turn of what keeps a service alive went wrong, for one request or peer: which, and why; the next

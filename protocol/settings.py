@@ -44,7 +44,9 @@ class BusSettings(_Section, frozen=True):
     """Window of token-stream messages per connection."""
     linger_s: PositiveOrZero = 1.0
     curve_dir: str = ""
-    """Directory of CURVE keys (``microserve keys``); needed to bind off loopback."""
+    """Directory of CURVE keys (``microserve keys``), or of one for each role (``--mesh``)."""
+    insecure: bool = False
+    """Run without keys: whoever reaches a service may read prompts, publish code and be an engine."""
 
 
 class ModelSettings(_Section, frozen=True):

@@ -38,8 +38,10 @@ def load_settings(
     *,
     environment: Mapping[str, str] | None = None,
     overrides: Iterable[str] = (),
+    fallbacks: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Merge the sources; later ones win. ``overrides`` are ``section.field=value``.
+    """Merge the sources; later ones win. ``overrides`` are ``section.field=value``; ``fallbacks`` are values
+    by ``section.field``, for what no source names.
 
     Raises :class:`ConfigError` whose ``field`` is the dotted path of the first wrong setting, and whose
     detail says what would be right, and where the wrong one came from unless that is a flag.
@@ -62,6 +64,10 @@ def load_settings(
             raise ConfigError(f"{printable(override)} is not section.field=value", field=path_text)
         _assign(merged, path, raw.strip(), source=override)
         origins[".".join(path)] = ""
+    for name, value in (fallbacks or {}).items():
+        section, _, field = name.partition(".")
+        if isinstance(given := merged.setdefault(section, {}), dict):
+            given.setdefault(field, value)
     _check(merged, origins)
     try:
         return msgspec.convert(merged, Settings, strict=False).check()

@@ -28,5 +28,11 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_BULK_NBYTES = 64 << 20
 """All bulk frames of one message together; a longer frame costs its sender the connection."""
 
+MAX_REQUEST_FRAME_NBYTES = 8 << 20
+"""Longest frame that a bound socket takes: nobody has to show a key before the first has come."""
+
+MAX_PROMPT_TOKENS = MAX_REQUEST_FRAME_NBYTES // 4
+"""A prompt is one frame, on every socket that it passes."""
+
 Buffer = bytes | memoryview
 """A frame as it came, copied or not."""

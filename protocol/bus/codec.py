@@ -17,11 +17,17 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from microserve.protocol.errors import InternalError, ProtocolViolation
+from microserve.protocol.errors import InternalError, PromptTooLong, ProtocolViolation
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
-from microserve.protocol.types import MAX_BULK_NBYTES, WIRE_VERSION, Buffer
+from microserve.protocol.types import (
+    MAX_BULK_NBYTES,
+    MAX_PROMPT_TOKENS,
+    MAX_REQUEST_FRAME_NBYTES,
+    WIRE_VERSION,
+    Buffer,
+)
 
 MAX_MESSAGE_NBYTES = 8 << 20
 """Longest message frame; anything longer is dropped before it is parsed."""
@@ -45,14 +51,21 @@ class Channel(IntEnum):
 class Codec(Generic[T]):
     """Encodes and decodes the union of one channel."""
 
-    def __init__(self, channel: Channel, union: Any) -> None:
+    def __init__(self, channel: Channel, union: Any, max_frame_nbytes: int = MAX_BULK_NBYTES) -> None:
+        """``max_frame_nbytes``: what the sockets of that direction take."""
         self.channel = channel
+        self._max_frame_nbytes = max_frame_nbytes
         self._header = bytes((WIRE_VERSION, channel))
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[T] = msgspec.msgpack.Decoder(union)
 
     def encode(self, message: T, *bulk: bytes) -> Frames:
-        """Raises :class:`InternalError` for bulk that no peer would take: it would cost the connection."""
+        """Raises :class:`PromptTooLong` for a prompt, and :class:`InternalError` for other bulk, that no peer
+        would take: it would cost the connection."""
+        if bulk and max(map(len, bulk)) > self._max_frame_nbytes:
+            raise PromptTooLong(
+                f"a prompt has at most {MAX_PROMPT_TOKENS} tokens, not {max(map(len, bulk)) // 4}"
+            )
         if bulk and (len(bulk) > MAX_BULK_FRAMES or sum(map(len, bulk)) > MAX_BULK_NBYTES):
             raise InternalError(
                 f"{len(bulk)} bulk frames of {sum(map(len, bulk))} bytes, "
@@ -82,11 +95,17 @@ class Codec(Generic[T]):
             raise ProtocolViolation(f"{self.channel.name}: {error}") from None
 
 
-ENGINE_REQUEST: Codec[actions.EngineRequest] = Codec(Channel.ROUTER_TO_ENGINE, actions.EngineRequest)
+ENGINE_REQUEST: Codec[actions.EngineRequest] = Codec(
+    Channel.ROUTER_TO_ENGINE, actions.EngineRequest, MAX_REQUEST_FRAME_NBYTES
+)
 ENGINE_REPLY: Codec[actions.EngineReply] = Codec(Channel.ENGINE_TO_ROUTER, actions.EngineReply)
-ROUTER_REQUEST: Codec[serving.RouterRequest] = Codec(Channel.GATEWAY_TO_ROUTER, serving.RouterRequest)
+ROUTER_REQUEST: Codec[serving.RouterRequest] = Codec(
+    Channel.GATEWAY_TO_ROUTER, serving.RouterRequest, MAX_REQUEST_FRAME_NBYTES
+)
 ROUTER_REPLY: Codec[serving.RouterReply] = Codec(Channel.ROUTER_TO_GATEWAY, serving.RouterReply)
-INDEX_REQUEST: Codec[membership.IndexRequest] = Codec(Channel.TO_INDEX, membership.IndexRequest)
+INDEX_REQUEST: Codec[membership.IndexRequest] = Codec(
+    Channel.TO_INDEX, membership.IndexRequest, MAX_REQUEST_FRAME_NBYTES
+)
 INDEX_REPLY: Codec[membership.IndexReply] = Codec(Channel.FROM_INDEX, membership.IndexReply)
 
 

@@ -16,6 +16,7 @@ from enum import Enum
 from struct import Struct
 
 from microserve.protocol.bus.transport import Bus, DisconnectHandler, FramesHandler, PeerHandler
+from microserve.protocol.security.rights import Entrance, Roles
 from microserve.protocol.types import WIRE_VERSION
 
 MAX_NUMBERED_PEERS = 4096
@@ -114,7 +115,12 @@ class NumberedServer:
     """A ``ServerSocket`` that notices losses."""
 
     def __init__(
-        self, bus: Bus, address: str, handler: PeerHandler, on_loss: Callable[[bytes], None]
+        self,
+        bus: Bus,
+        address: str,
+        handler: PeerHandler,
+        on_loss: Callable[[bytes], None],
+        entrance: Entrance = Entrance.ANY,
     ) -> None:
         """``on_loss`` is called with the peer before the message that revealed the loss is handed over.
 
@@ -128,11 +134,16 @@ class NumberedServer:
         self._peers: OrderedDict[bytes, _Peer] = OrderedDict()
         """Those that number their messages, the most recently heard last."""
         self._closed = False
-        self._socket = bus.server(address, self._receive)
+        self._socket = bus.server(address, self._receive, entrance)
 
     @property
     def address(self) -> str:
         return self._socket.address
+
+    @property
+    def sender_roles(self) -> Roles:
+        """What the sender of the message that is being handled may be."""
+        return self._socket.sender_roles
 
     def send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
         """False when the peer is gone or its queue is full; then its next message reveals the loss."""

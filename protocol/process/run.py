@@ -25,7 +25,7 @@ import structlog
 import uvloop
 
 from microserve.protocol import log
-from microserve.protocol.bus.open import open_bus
+from microserve.protocol.bus.open import open_bus, require_keys
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.logging.setup import Log, configure, say
@@ -111,7 +111,7 @@ def _run_service(
         return EXIT_CONFIG
     try:
         lines.capture()
-        _logger.info(log.SERVICE_STARTED, pid=os.getpid())
+        _logger.info(log.SERVICE_STARTED, pid=os.getpid(), locked=bool(settings.bus.curve_dir))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(service, settings, load(), lifecycle, notifier, lines, reload))
         _logger.info(log.SERVICE_STOPPED)
@@ -153,7 +153,8 @@ async def _serve(
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_tell_failure)
     loop.add_signal_handler(signal.SIGHUP, _reload, lifecycle, lines, reload)
-    bus = open_bus(settings, calls_routers=service == "gateway")
+    require_keys(settings)
+    bus = open_bus(settings, service)
     try:
         async with asyncio.TaskGroup() as group:
             serving = group.create_task(serve(settings, bus, lifecycle))

@@ -33,6 +33,7 @@ from microserve.protocol.messages.control import (
 )
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.index import IndexFailed, IndexReply, IndexRequest, Members, Watch
+from microserve.protocol.security.rights import Role
 from microserve.protocol.settings import Settings
 
 REPEAT_S = 0.5
@@ -222,7 +223,7 @@ def silence_of_index(bus: Bus, address: str) -> str:
 @asynccontextmanager
 async def control_client(settings: Settings, timeout_s: float = 5.0) -> AsyncIterator[ControlClient]:
     """To the index of these settings. Raises :class:`ConfigError` for wrong keys."""
-    bus = open_bus(settings)
+    bus = open_bus(settings, Role.OPERATOR)
     try:
         client = ControlClient(bus, settings.index.address, timeout_s=timeout_s)
         try:

@@ -18,6 +18,7 @@ from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import EngineLost, MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import Done, Drain, EngineInfo
 from microserve.protocol.messages.index import Members, Watch
+from microserve.protocol.security.rights import Role
 from microserve.protocol.settings import Settings
 from microserve.services.command.control_client import silence_of_index
 from microserve.services.links.engine import EngineConnection, RouterIdentity
@@ -42,7 +43,7 @@ async def drain(
     wrong keys.
     """
     timeout_s = settings.engine.drain_s + MARGIN_S if timeout_s is None else timeout_s
-    bus = open_bus(settings)
+    bus = open_bus(settings, Role.OPERATOR)
     one = _Drain(settings, bus, engine_id, tell)
     try:
         async with asyncio.timeout(timeout_s):

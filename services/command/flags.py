@@ -7,7 +7,7 @@ line. Knows no single command.
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 T = TypeVar("T")
+
+STATE_DIRECTORY = ".microserve"
+_DIRECTORY = "microserve.directory"
 
 APPLIED_S = 5.0
 """For every router to take a change over; they do so between two requests."""
@@ -52,14 +55,32 @@ class Flags:
         config = ["--config", self.config] if self.config else []
         return config + [word for each in self.assignments for word in ("--set", each)]
 
-    def load(self) -> Settings:
+    def load_beside_mesh(self) -> Settings:
+        """As :meth:`load`; where no source names another index, the one of the mesh that runs in the
+        directory at hand (``--directory``) is meant, with its keys."""
+        import msgspec
+
+        from microserve.services.local.directory import MeshDirectory
+
+        mesh = MeshDirectory(directory_at_hand()).running()
+        if mesh is None or not mesh.index:
+            return self.load()
+        settings = self.load({"index.address": mesh.index})
+        if settings.index.address != mesh.index or settings.bus.curve_dir:
+            return settings
+        bus = msgspec.structs.replace(settings.bus, curve_dir=mesh.keys, insecure=not mesh.keys)
+        return msgspec.structs.replace(settings, bus=bus)
+
+    def load(self, fallbacks: Mapping[str, str] | None = None) -> Settings:
         """Raises :class:`WrongFlag`."""
         from microserve.protocol.errors import ConfigError
         from microserve.protocol.settings_sources import CONFIG_VARIABLE, load_settings
 
         config = self.config if self.config is not None else os.environ.get(CONFIG_VARIABLE) or None
         try:
-            return load_settings(config, environment=os.environ, overrides=self.assignments)
+            return load_settings(
+                config, environment=os.environ, overrides=self.assignments, fallbacks=fallbacks
+            )
         except ConfigError as error:
             raise WrongFlag(str(error)) from None
 
@@ -82,20 +103,37 @@ def settings_flags(command: Command) -> Command:
 
 
 def directory_flag(command: Command) -> Command:
+    """``--directory DIR``, for :func:`directory_at_hand`."""
+
+    def keep(context: click.Context, _: click.Parameter, value: Path) -> None:
+        context.meta[_DIRECTORY] = value
+
     return click.option(
         "--directory",
+        "mesh_directory",
         type=click.Path(path_type=Path, file_okay=False),
-        default=Path(".microserve"),
+        default=STATE_DIRECTORY,
         show_default=True,
-        help="State directory of the mesh.",
+        help="State directory of the mesh that `up` runs.",
+        expose_value=False,
+        callback=keep,
     )(command)
 
 
+def directory_at_hand() -> Path:
+    context = click.get_current_context(silent=True)
+    return Path(context.meta.get(_DIRECTORY, STATE_DIRECTORY) if context else STATE_DIRECTORY)
+
+
 def index_flags(command: Command) -> Command:
-    """``--config FILE`` and ``--index ADDRESS``."""
+    """``--config FILE``, ``--index ADDRESS`` and ``--directory DIR``."""
     config = click.option("--config", metavar="FILE", help="Settings as TOML (index.address, bus.curve_dir).")
-    index = click.option("--index", metavar="ADDRESS", help="Where the index is (index.address).")
-    return config(index(command))
+    index = click.option(
+        "--index",
+        metavar="ADDRESS",
+        help="Where the index is.  [default: this directory's mesh's]",
+    )
+    return config(index(directory_flag(command)))
 
 
 def change_flags(command: Command) -> Command:
@@ -139,7 +177,7 @@ def talk_to_index(config: str | None, index: str | None, talk: Callable[[Control
 
     flags = Flags(config)
     flags.set("index.address", index)
-    settings = flags.load()
+    settings = flags.load_beside_mesh()
 
     async def go() -> T:
         async with control_client(settings) as client:

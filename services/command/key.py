@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from microserve.services.command.flags import Flags, WrongFlag, directory_flag, settings_flags
+from microserve.services.command.flags import (
+    Flags,
+    WrongFlag,
+    directory_at_hand,
+    directory_flag,
+    settings_flags,
+)
 from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
@@ -164,7 +170,6 @@ def append(path: Path, made: ApiKey) -> None:
 def usage(
     config: str | None,
     assignments: tuple[str, ...],
-    directory: Path,
     name: str | None,
     since: str,
     until: str,
@@ -179,7 +184,7 @@ def usage(
     from microserve.protocol.logging.printable import printable_json
     from microserve.services.local.composition import USAGE
 
-    path = file or Path(Flags(config, assignments).load().gateway.usage_path or directory / USAGE)
+    path = file or Path(Flags(config, assignments).load().gateway.usage_path or directory_at_hand() / USAGE)
     try:
         found = read_counts(path, since=since, until=until)
     except sqlite3.Error as error:

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import Flags, WrongFlag, directory_flag, settings_flags
+from microserve.services.command.flags import (
+    Flags,
+    WrongFlag,
+    directory_at_hand,
+    directory_flag,
+    settings_flags,
+)
 from microserve.services.command.key import key as key_group
 from microserve.services.command.key import usage as usage_command
 from microserve.services.command.label import label as label_command
@@ -56,8 +62,8 @@ def main() -> None:
 # --- one service in this process -------------------------------------------------------------------
 
 
-def _run(service: str, flags: Flags, load: Callable[[], Serve]) -> None:
-    settings = flags.load()
+def _run(service: str, flags: Flags, load: Callable[[], Serve], *, joins_mesh: bool = False) -> None:
+    settings = flags.load_beside_mesh() if joins_mesh else flags.load()
     from microserve.protocol.process.run import run_service
 
     code = run_service(service, settings, load, reload=flags.load)
@@ -73,6 +79,7 @@ def _run(service: str, flags: Flags, load: Callable[[], Serve]) -> None:
 @click.option("--id", "own_id", help="Name of this engine in the mesh (engine.id).")
 @click.option("--device", metavar="cpu|cuda:N", help="Where it computes (engine.device).")
 @click.option("--load-format", metavar="auto|random", help="Weights, or random ones (model.load_format).")
+@directory_flag
 @settings_flags
 def engine(
     config: str | None,
@@ -82,7 +89,10 @@ def engine(
     device: str | None,
     load_format: str | None,
 ) -> None:
-    """Run an engine: it holds the model and the KV cache."""
+    """Run an engine: it holds the model and the KV cache.
+
+    In the directory of a mesh that `up` runs it joins that mesh, unless index.address says otherwise.
+    """
     flags = Flags(config, assignments)
     flags.set("model.path", model)
     flags.set("engine.id", own_id)
@@ -100,7 +110,7 @@ def engine(
             ) from error
         return run_engine
 
-    _run("engine", flags, load)
+    _run("engine", flags, load, joins_mesh=True)
 
 
 @main.command()
@@ -161,6 +171,7 @@ def gateway(config: str | None, assignments: tuple[str, ...], host: str | None, 
     type=click.FloatRange(min=0, min_open=True),
     help="Seconds to wait.  [default: engine.drain_s + 15]",
 )
+@directory_flag
 @settings_flags
 def drain(config: str | None, assignments: tuple[str, ...], engine_id: str, timeout_s: float | None) -> None:
     """Make ENGINE leave the mesh: its running requests go on elsewhere; exit code 1 unless it has left.
@@ -174,7 +185,8 @@ def drain(config: str | None, assignments: tuple[str, ...], engine_id: str, time
     from microserve.services.command.drain import drain as run_drain
 
     try:
-        asyncio.run(run_drain(Flags(config, assignments).load(), engine_id, timeout_s, echo))
+        settings = Flags(config, assignments).load_beside_mesh()
+        asyncio.run(run_drain(settings, engine_id, timeout_s, echo))
     except ConfigError as error:
         raise WrongFlag(str(error)) from None
     except DrainFailed as error:
@@ -198,7 +210,6 @@ def drain(config: str | None, assignments: tuple[str, ...], engine_id: str, time
 def up(
     config: str | None,
     assignments: tuple[str, ...],
-    directory: Path,
     model: str | None,
     engines: int | None,
     port: int | None,
@@ -223,20 +234,20 @@ def up(
     from microserve.services.local.view import make_view
 
     options = UpOptions(flags.as_arguments(), demo=demo, oneshot=oneshot, detach=detach)
-    sys.exit(run_up(settings, options, MeshDirectory(directory), make_view(as_json=as_json)))
+    sys.exit(run_up(settings, options, MeshDirectory(directory_at_hand()), make_view(as_json=as_json)))
 
 
 @main.command()
 @click.option("--timeout", "timeout_s", default=90.0, show_default=True, help="Seconds before SIGKILL.")
 @directory_flag
-def down(directory: Path, timeout_s: float) -> None:
+def down(timeout_s: float) -> None:
     """Stop the mesh that `up` runs in this directory."""
     from microserve.services.local.directory import MeshDirectory
     from microserve.services.local.supervisor import MeshFailed
     from microserve.services.local.up import down as stop
 
     try:
-        echo(stop(MeshDirectory(directory), timeout_s))
+        echo(stop(MeshDirectory(directory_at_hand()), timeout_s))
     except MeshFailed as error:
         raise Failure(str(error)) from None
 
@@ -244,12 +255,13 @@ def down(directory: Path, timeout_s: float) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @directory_flag
-def ps(directory: Path, as_json: bool) -> None:
+def ps(as_json: bool) -> None:
     """Show the mesh of this directory; exit code 1 unless all of it is ready."""
     from microserve.protocol.logging.printable import printable_json
     from microserve.services.local.directory import MeshDirectory
     from microserve.services.local.view import describe
 
+    directory = directory_at_hand()
     mesh = MeshDirectory(directory)
     state = mesh.read() if mesh.supervisor() else None
     if as_json:
@@ -272,8 +284,11 @@ def ps(directory: Path, as_json: bool) -> None:
 @click.option("--service", help="Only this service: engine, router, index, gateway, supervisor.")
 @click.option("--slow", "slow_s", type=float, metavar="SECONDS", help="Only requests that took as long.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what comes.")
-@click.option("--dir", "directory", type=click.Path(path_type=Path), help="[default: .microserve/logs]")
+@click.option(
+    "--dir", "directory", type=click.Path(path_type=Path), help="Where the logs are.  [default: the mesh's]"
+)
 @click.option("--journal", is_flag=True, help="From the systemd journal; also where there is no directory.")
+@directory_flag
 @click.option("--output", "-o", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def tail(
     request_id: str | None,
@@ -285,12 +300,12 @@ def tail(
     output: str,
 ) -> None:
     """Show requests and events of all services, in order of time."""
-    from microserve.services.command.tail import Filter, show
+    from microserve.services.command.tail import Filter, mesh_logs, show
     from microserve.services.local.event_log import Unreadable
 
     if journal and directory is not None:
         raise WrongFlag("--journal goes without --dir")
-    place = None if journal else directory or Path(".microserve/logs")
+    place = None if journal else directory or mesh_logs()
     if place is not None and not place.is_dir():
         if directory is not None or shutil.which("journalctl") is None:
             raise WrongFlag(f"{place} is not a directory; --dir says where the logs are")
@@ -326,12 +341,16 @@ def model_fetch() -> None:
 
 @main.command()
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
-def keys(directory: Path) -> None:
+@click.option("--mesh", is_flag=True, help="A pair for each role of a mesh, each trusted as what it is.")
+def keys(directory: Path, mesh: bool) -> None:
     """Make a CURVE key pair in DIRECTORY that trusts itself (for bus.curve_dir)."""
-    from microserve.protocol.bus.curve import create_keys
+    from microserve.protocol.bus.curve import create_keys, create_mesh_keys
     from microserve.protocol.errors import ConfigError
 
     try:
+        if mesh:
+            click.echo(f"keys of a mesh: {create_mesh_keys(directory)}")
+            return
         made = create_keys(directory)
     except ConfigError as error:
         raise WrongFlag(str(error)) from None

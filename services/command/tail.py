@@ -20,6 +20,8 @@ from microserve.protocol import log
 from microserve.protocol.logging.printable import printable, printable_json
 from microserve.protocol.messages.router import PHASES
 from microserve.protocol.request_id import is_named
+from microserve.services.command.flags import directory_at_hand
+from microserve.services.local.directory import MeshDirectory
 from microserve.services.local.event_log import Event, EventLog, JournalLog
 
 FOLLOW_INTERVAL_S = 0.2
@@ -61,6 +63,13 @@ class Filter:
             return True
         trouble = event.get("level") in ("warning", "error", "critical")
         return trouble or not str(event["event"]).startswith(_QUIET_PREFIXES)
+
+
+def mesh_logs() -> Path:
+    """Where the mesh of the directory at hand has its logs, running or not."""
+    mesh = MeshDirectory(directory_at_hand())
+    state = mesh.read()
+    return Path(state.children[0].log).parent if state and state.children else mesh.logs
 
 
 def show(

@@ -24,6 +24,8 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, ProtocolViolation
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv_events import KVEvent, KVEventBatch, encode_batch
+from microserve.protocol.security import rights
+from microserve.protocol.security.rights import Entrance
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import failed
 
@@ -67,7 +69,11 @@ class ActionServer:
         self._info: wire.EngineInfo | None = None
         self.rejected = 0
         self._socket = NumberedServer(
-            bus, address, self._receive, lambda peer: self._lose(peer, "messages were lost")
+            bus,
+            address,
+            self._receive,
+            lambda peer: self._lose(peer, "messages were lost"),
+            Entrance.ENGINE,
         )
 
     @property
@@ -101,6 +107,7 @@ class ActionServer:
     def _handle(
         self, peer: bytes, message: wire.EngineRequest, bulk: list[bytes]
     ) -> tuple[wire.EngineReply, bytes] | tuple[wire.EngineReply] | None:
+        rights.check(self._socket.sender_roles, type(message))
         now = self._clock()
         if isinstance(message, wire.Hello):
             self._hello(peer, message, now)

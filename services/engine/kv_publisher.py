@@ -29,6 +29,7 @@ from microserve.protocol.messages.kv_events import (
     replay_answer,
     replay_end,
 )
+from microserve.protocol.security.rights import Entrance
 
 MAX_RING_BATCHES = 10_000
 MAX_RING_NBYTES = 64 << 20
@@ -94,9 +95,9 @@ class KvPublisher:
         self._replays: dict[bytes, _Replay] = {}
         self._turn: asyncio.Handle | None = None
         self._loop = asyncio.get_running_loop()
-        self._events = bus.publisher(events_address)
+        self._events = bus.publisher(events_address, Entrance.EVENTS)
         try:
-            self._replay = bus.server(replay_address, self._on_request)
+            self._replay = bus.server(replay_address, self._on_request, Entrance.REPLAY)
         except BaseException:
             self._events.close()
             raise

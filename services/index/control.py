@@ -11,7 +11,7 @@ from collections.abc import Callable
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.errors import InvalidRequest, MeshError
+from microserve.protocol.errors import MeshError, NotPermitted
 from microserve.protocol.messages import index as wire
 from microserve.protocol.messages.control import (
     LABEL_KINDS,
@@ -70,7 +70,7 @@ class ControlDesk:
         who = LOCAL if self._may_publish is None else key or "unknown"
         try:
             if self._may_publish is not None and not (key and self._may_publish(key)):
-                raise InvalidRequest("this key has no right to change what is served", field="operators")
+                raise NotPermitted("this key has no right to change what is served", field="operators")
             return self._append(change, who)
         except MeshError as error:
             _logger.warning(

@@ -22,7 +22,7 @@ import structlog
 from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, decode_tokens
-from microserve.protocol.bus.curve import is_operator
+from microserve.protocol.bus.curve import is_operator, keys_of_role
 from microserve.protocol.bus.peers import Peers
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import (
@@ -30,6 +30,7 @@ from microserve.protocol.errors import (
     InternalError,
     InvalidRequest,
     MeshError,
+    NotPermitted,
     ProtocolViolation,
     QueueFull,
 )
@@ -39,6 +40,8 @@ from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.world import JoinWorld
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.surviving import surviving
+from microserve.protocol.security import rights
+from microserve.protocol.security.rights import Entrance, Role
 from microserve.protocol.settings import BusSettings, Settings
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
@@ -112,7 +115,7 @@ class IndexService:
         )
         self.control = ControlDesk(control_log or ControlLog(), self._answer, may_publish=may_publish)
         try:
-            self._socket = bus.server(address, self._on_frames)
+            self._socket = bus.server(address, self._on_frames, Entrance.INDEX)
         except BaseException:
             self.control.close()
             raise
@@ -166,6 +169,8 @@ class IndexService:
 
     def _on_message(self, peer: bytes, message: wire.IndexRequest, bulk: list[bytes]) -> None:
         now = self._loop.time()
+        if not isinstance(message, Change):  # the desk of control decides that, and keeps a record of it
+            rights.check(self._socket.sender_roles, type(message))
         match message:
             case wire.Register(call_id, info):
                 self._register(info, now)
@@ -179,6 +184,8 @@ class IndexService:
                     self._forget(engine_id)
                     self._publish()
             case wire.Watch():
+                if message.control_version >= 0:
+                    rights.check(self._socket.sender_roles, rights.APPLY_CONTROL)
                 self._watch(peer, now)
                 self.control.watch(peer, message)
             case wire.Lookup(call_id, salt):
@@ -199,6 +206,8 @@ class IndexService:
 
     def _register(self, info: EngineInfo, now: float) -> None:
         try:
+            if self._bus.public_key and info.curve_key != self._socket.sender_key:
+                raise NotPermitted("an engine registers the key that it speaks with", field="curve_key")
             room = self._max_nbytes // MIN_MAX_NBYTES
             if info.model not in self._indexes and len(self._indexes) >= room:
                 raise QueueFull(f"index.max_mb has room for {room} models, {info.model} would be one more")
@@ -318,7 +327,7 @@ class IndexService:
 
 async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = None) -> None:
     """Serve until cancelled."""
-    keys = settings.bus.curve_dir
+    keys = keys_of_role(settings.bus.curve_dir, Role.INDEX) if settings.bus.curve_dir else None
     control_log = await _open_control_log(settings.index.control_path)
     service = IndexService(
         bus,

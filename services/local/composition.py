@@ -35,6 +35,11 @@ class Composition:
     children: list[Child]
     gateway: Gateway
     model: str
+    index: str
+    router: str
+    """Addresses."""
+    keys: str
+    """Directory of keys; empty: none."""
 
 
 def assignment(path: str, value: Any) -> list[str]:
@@ -47,11 +52,14 @@ def service_command(service: str) -> list[str]:
     return [sys.executable, "-P", "-m", "microserve.services", service]
 
 
-def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path) -> Composition:
+def compose(
+    settings: Settings, flags: Sequence[str], logs: Path, control: Path, keys: str = ""
+) -> Composition:
     """Children for ``settings``, which ``flags`` (``--config``, ``--set``) describe to them.
 
     ``control`` is the index's control log if the settings name none: what was published is there after a
-    restart, of the index alone or of everything. What keys have used is kept beside it.
+    restart, of the index alone or of everything. What keys have used is kept beside it. ``keys``: a directory
+    of the bus's keys for all of them.
     Ports that are 0 become free ones now, so that a restarted child comes back where the others look for it.
     Raises :class:`ConfigError`.
     """
@@ -86,6 +94,7 @@ def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path)
         *assignment("router.address", router),
         *assignment("gateway.port", port),
         *assignment("model.path", settings.model.path),
+        *(assignment("bus.curve_dir", keys) if keys else []),
     ]
 
     def child(service: str, name: str, stop_order: int, *own: str, stop_s: float = STOP_TIMEOUT_S) -> Child:
@@ -119,7 +128,7 @@ def compose(settings: Settings, flags: Sequence[str], logs: Path, control: Path)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.gateway.host, settings.gateway.host)
     model = settings.model.name or Path(settings.model.path).name
     gateway = Gateway(host, port, first_key(settings), settings.gateway.tls_cert)
-    return Composition(children, gateway, model)
+    return Composition(children, gateway, model, index, router, keys)
 
 
 def first_key(settings: Settings) -> str:
@@ -128,12 +137,20 @@ def first_key(settings: Settings) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback that nothing uses at this moment, all different."""
+    """Ports of the loopback that nothing uses at this moment, of neither family, all different."""
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        ports: list[int] = []
+        while len(ports) < count:
+            own = stack.enter_context(socket.socket())
+            own.bind(("127.0.0.1", 0))
+            port = own.getsockname()[1]
+            try:
+                stack.enter_context(socket.socket(socket.AF_INET6)).bind(("::1", port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+            ports.append(port)
+        return ports
 
 
 def _with_port(address: str, ports: Iterable[int]) -> str:

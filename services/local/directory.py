@@ -67,6 +67,11 @@ class MeshState(msgspec.Struct, frozen=True):
     """Every child has been ready."""
     failure: str = ""
     """Why the supervisor gave up."""
+    index: str = ""
+    """Its address."""
+    router: str = ""
+    keys: str = ""
+    """Directory of keys; empty: it runs without, on purpose."""
     stale: bool = False
     """For who reads it: something has changed since, and could not be written."""
 
@@ -79,14 +84,29 @@ class MeshDirectory:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.logs = root / "logs"
+        self.keys = root / "keys"
         self._pid_file = root / "mesh.pid"
         self._state_file = root / "mesh.json"
         self._held: BinaryIO | None = None
 
+    def make(self) -> None:
+        """For its owner alone. One that was there before and has other things in it keeps its mode."""
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(mode=0o700)
+        except FileExistsError:
+            if self._state_file.exists() or not any(self.root.iterdir()):
+                self.root.chmod(0o700)
+        self.logs.mkdir(mode=0o700, exist_ok=True)
+
+    def running(self) -> MeshState | None:
+        """What runs here now; None: nothing, or it is somebody else's."""
+        return self.read() if self.supervisor() else None
+
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Be the supervisor here. Raises :class:`AlreadyRunning`."""
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.make()
         with open(self._pid_file, "a+b") as file:
             for attempt in range(HOLD_ATTEMPTS):
                 if _lock(file):

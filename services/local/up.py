@@ -22,6 +22,7 @@ import msgspec
 import structlog
 
 from microserve.protocol import log
+from microserve.protocol.bus.curve import create_mesh_keys
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.logging.setup import Log, configure
 from microserve.protocol.logging.sink import shift
@@ -61,6 +62,7 @@ class UpOptions:
 
 def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: View) -> int:
     """Run a mesh until told to stop (or until it runs, with ``detach``); returns the exit code."""
+    umask = os.umask(0o077)  # state, logs and keys are for nobody else
     try:
         if running := directory.supervisor():
             raise AlreadyRunning(f"a mesh runs here already, under process {running}")
@@ -80,9 +82,10 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
         if options.detach:
             return _up_detached(settings, options, directory, view)
         with directory.hold():
-            logs = Path(settings.log.dir) if settings.log.dir else directory.logs
+            logs = (Path(settings.log.dir) if settings.log.dir else directory.logs).absolute()
             _set_aside(logs, settings.log.keep)
-            composition = compose(settings, options.flags, logs, directory.root / "control.db")
+            keys = _keys(settings, directory)
+            composition = compose(settings, options.flags, logs, directory.root / "control.db", keys)
             own = msgspec.structs.replace(settings.log, dir=str(logs), file="")
             events = configure("supervisor", "up", own)
             try:
@@ -98,7 +101,15 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
     except KeyboardInterrupt:
         return 130
     finally:
+        os.umask(umask)
         view.close()
+
+
+def _keys(settings: Settings, directory: MeshDirectory) -> str:
+    """Directory of keys for all children: the operator's, or our own; empty if there are to be none."""
+    if settings.bus.curve_dir:
+        return str(Path(settings.bus.curve_dir).absolute())
+    return "" if settings.bus.insecure else str(create_mesh_keys(directory.keys).absolute())
 
 
 class _Up:
@@ -220,6 +231,9 @@ class _Up:
             pid=os.getpid(),
             url=self._composition.gateway.url,
             model=self._composition.model,
+            index=self._composition.index,
+            router=self._composition.router,
+            keys=self._composition.keys,
             children=[ChildState.of(child) for child in self._composition.children],
             ready=self._ready,
             failure=self._failure,
@@ -267,7 +281,7 @@ def _set_aside(logs: Path, keep: int) -> None:
 
 
 def _up_detached(settings: Settings, options: UpOptions, directory: MeshDirectory, view: View) -> int:
-    directory.logs.mkdir(parents=True, exist_ok=True)
+    directory.make()
     command = [sys.executable, "-P", "-m", "microserve.services", "up", "--no-demo"]
     command += ["--directory", str(directory.root), *options.flags]
     command += assignment("model.path", settings.model.path)

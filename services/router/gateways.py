@@ -20,9 +20,11 @@ from microserve.protocol.bus.numbered import NumberedServer
 from microserve.protocol.bus.peers import Peer, Peers
 from microserve.protocol.bus.queue import StreamQueue
 from microserve.protocol.bus.transport import Bus
-from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.errors import MeshError, NotPermitted, ProtocolViolation
 from microserve.protocol.messages import router as wire
 from microserve.protocol.process.surviving import surviving
+from microserve.protocol.security import rights
+from microserve.protocol.security.rights import Entrance
 from microserve.protocol.settings import BusSettings
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 from microserve.services.router.serving.serving import Serving
@@ -64,7 +66,7 @@ class Gateways:
         """Gateways that have something to be sent, in the order of its coming: a set's would be by chance."""
         self._flush_scheduled = False
         self._logged_at = float("-inf")
-        self._socket = NumberedServer(bus, address, self.receive, self._take_loss)
+        self._socket = NumberedServer(bus, address, self.receive, self._take_loss, Entrance.ROUTER)
 
     def __len__(self) -> int:
         return len(self._gateways)
@@ -97,8 +99,9 @@ class Gateways:
         """One message of a peer. Never raises for anything that a peer can send."""
         try:
             message, bulk = ROUTER_REQUEST.decode(frames)
+            rights.check(self._socket.sender_roles, type(message))
             self._handle(peer, message, bulk)
-        except ProtocolViolation as violation:
+        except (ProtocolViolation, NotPermitted) as violation:
             self._reject(peer, violation)
 
     def _handle(self, peer: bytes, message: wire.RouterRequest, bulk: list[bytes]) -> None:
@@ -149,7 +152,7 @@ class Gateways:
         if gateway is not None:
             self._end(gateway, "messages were lost")
 
-    def _reject(self, peer: bytes, violation: ProtocolViolation) -> None:
+    def _reject(self, peer: bytes, violation: MeshError) -> None:
         self.num_rejected += 1
         now = self._loop.time()
         if now - self._logged_at >= LOG_INTERVAL_S:
@@ -157,7 +160,7 @@ class Gateways:
             _logger.warning(log.FRAME_REJECTED, error=violation.detail, rejected=self.num_rejected)
         self._tell(peer, violation)
 
-    def _tell(self, peer: bytes, violation: ProtocolViolation) -> None:
+    def _tell(self, peer: bytes, violation: MeshError) -> None:
         self._socket.send(peer, ROUTER_REPLY.encode(wire.RouterFailed(violation.code, violation.detail)))
 
     # --- out ---------------------------------------------------------------------------------------

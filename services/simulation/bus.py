@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from microserve.protocol.bus.transport import FramesHandler, PeerHandler
+from microserve.protocol.security.rights import EVERYBODY, Entrance
 from microserve.services.simulation.loop import Process
 from microserve.services.simulation.network import HIGH_WATER_MARK, RECONNECT_S, Endpoint, Network
 
@@ -48,6 +49,7 @@ class SimServer:
 
     sender_key = ""
     """Processes here have no keys."""
+    sender_roles = EVERYBODY
 
     def __init__(self, addresses: Addresses, process: Process, address: str, handler: PeerHandler) -> None:
         if address in addresses.servers:
@@ -281,7 +283,7 @@ class SimBus:
         self._addresses = addresses
         self._process = process
 
-    def server(self, address: str, handler: PeerHandler) -> SimServer:
+    def server(self, address: str, handler: PeerHandler, entrance: Entrance = Entrance.ANY) -> SimServer:
         return SimServer(self._addresses, self._process, address, handler)
 
     def client(
@@ -295,7 +297,7 @@ class SimBus:
         self._take_descriptor()
         return SimClient(self._addresses, self._process, address, handler, on_disconnect)
 
-    def publisher(self, address: str) -> SimPublisher:
+    def publisher(self, address: str, entrance: Entrance = Entrance.ANY) -> SimPublisher:
         return SimPublisher(self._addresses, self._process, address)
 
     def _take_descriptor(self) -> None:

@@ -106,6 +106,9 @@ def port(tiny_model: Path, tmp_path: Path) -> Iterator[int]:
         "MICROSERVE_INDEX__ADDRESS": f"tcp://127.0.0.1:{free_port()}",
         "MICROSERVE_ROUTER__ADDRESS": f"tcp://127.0.0.1:{free_port()}",
     }
+    making = [*SERVICES["keys"]["entrypoint"][1:], *SERVICES["keys"]["command"]]
+    making = [word.replace(HOME, str(tmp_path)) for word in making]
+    subprocess.run([sys.executable, "-P", "-m", "microserve.services", *making], check=True)
     tied = [sys.executable, "-S", "-E", str(leash.__file__), str(os.getpid())]
     started = []
     try:

@@ -25,6 +25,8 @@ SERVICES = (
     "microserve-engine@e1",
 )
 SETTINGS = """
+[bus]
+curve_dir = "/etc/microserve/keys"
 [model]
 path = "/srv/model"
 name = "tiny"
@@ -58,6 +60,9 @@ def systemd(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with Booted(folder, ROOT / "deploy/systemd", wheel, tiny_model) as booted:
         until(booted.is_up, booted)
         booted.write("/etc/microserve/microserve.toml", SETTINGS)
+        keys = "/etc/microserve/keys"
+        booted.run("/opt/microserve/bin/microserve", "keys", "--mesh", keys, check=True)
+        booted.run("chown", "-R", "microserve:", keys, check=True)
         yield booted
 
 

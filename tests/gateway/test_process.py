@@ -27,7 +27,7 @@ TIMEOUT_S = 30.0
 
 def start(*overrides: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-P", "-m", "microserve.services", "gateway"]
-    for override in overrides:
+    for override in ("bus.insecure=true", *overrides):
         command += ["--set", override]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
 

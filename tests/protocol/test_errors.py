@@ -30,6 +30,7 @@ def test_codes_are_stable() -> None:
     assert {cls.__name__: cls.code for cls in CLASSES if cls is not MeshError} == {
         "RequestError": "request_error",
         "InvalidRequest": "invalid_request",
+        "NotPermitted": "not_permitted",
         "InvalidInterval": "invalid_interval",
         "PromptTooLong": "prompt_too_long",
         "ModelNotFound": "model_not_found",

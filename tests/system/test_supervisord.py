@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from microserve.protocol.bus.curve import create_mesh_keys
 from microserve.services.local.composition import free_ports
 from microserve.services.local.demo_request import Answer, Gateway
 from microserve.services.local.event_log import EventLog
@@ -30,8 +31,10 @@ async def ask(gateway: Gateway) -> Answer:
 @pytest.mark.system
 def test_mesh_under_supervisord(tiny_model: Path, tmp_path: Path) -> None:
     index, router, port = free_ports(3)
+    keys = create_mesh_keys(tmp_path / "keys")
     settings = tmp_path / "microserve.toml"
     settings.write_text(
+        f'[bus]\ncurve_dir = "{keys}"\n'
         f'[model]\npath = "{tiny_model}"\nname = "tiny"\n'
         f'[index]\naddress = "tcp://127.0.0.1:{index}"\n'
         f'[router]\naddress = "tcp://127.0.0.1:{router}"\n'

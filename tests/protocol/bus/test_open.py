@@ -37,13 +37,13 @@ def settings(own: Path | None, *overrides: str) -> Settings:
     )
 
 
-def expected(settings: Settings, *, calls_routers: bool = True) -> dict[str, str]:
+def expected(settings: Settings, role: str = "gateway") -> dict[str, str]:
     """Directory name of the pair whose key is expected, by address."""
     root = Path(settings.bus.curve_dir).parent
     names = {CurveKeys.load(each).public.decode(): each.name for each in root.iterdir()}
 
     async def look() -> dict[str, str]:
-        bus = open_bus(settings, calls_routers=calls_routers)
+        bus = open_bus(settings, role)
         try:
             assert bus.keys is not None
             return {address: names[key] for address, key in bus.keys.servers.items()}
@@ -79,7 +79,7 @@ def test_a_key_that_is_named_must_be_there(own: Path) -> None:
 def test_one_file_of_settings_serves_those_who_call_no_router(own: Path) -> None:
     know(own, "index")
     names = 'gateway.router_keys=["r0"]'
-    assert expected(settings(own, names), calls_routers=False) == {INDEX: "index"}
+    assert expected(settings(own, names), role="router") == {INDEX: "index"}
 
 
 def test_a_key_for_each_router(own: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_key_for_each_router(own: Path) -> None:
 
 def test_without_a_directory_there_are_no_keys() -> None:
     async def look() -> None:
-        bus = open_bus(settings(None))
+        bus = open_bus(settings(None), "router")
         assert bus.keys is None and bus.public_key == ""
         bus.close()
 

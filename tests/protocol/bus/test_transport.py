@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import tempfile
 from pathlib import Path
 
@@ -164,7 +165,7 @@ def test_address_that_is_taken_is_an_os_error_and_leaves_nothing_open() -> None:
         with pytest.raises(OSError, match=f"cannot bind {server.address}"):
             bus.publisher(server.address)
 
-        assert len(bus._sockets) == 1
+        assert len(bus.sockets) == 1
 
     on_bus(test)
 
@@ -231,7 +232,7 @@ def test_closed_socket_sends_nothing_and_is_forgotten() -> None:
         client.close()
 
         assert not client.send([b"x"])
-        assert len(bus._sockets) == 1
+        assert len(bus.sockets) == 1
 
     on_bus(test)
 
@@ -251,7 +252,7 @@ def test_handler_may_close_its_own_socket() -> None:
         server = bus.server(ANY, answer)
         client = bus.client(server.address, once)
         client.send([b"hello"])
-        await until(lambda: len(bus._sockets) == 1)
+        await until(lambda: len(bus.sockets) == 1)
         assert len(received) == 1
 
     on_bus(test)
@@ -297,5 +298,65 @@ def test_zmq_bus_is_a_bus() -> None:
     async def test(bus: ZmqBus) -> None:
         as_bus: Bus = bus
         assert as_bus.public_key == ""
+
+    on_bus(test)
+
+
+def test_an_ipv6_address_is_one_like_others() -> None:
+    async def test(bus: ZmqBus) -> None:
+        answered: list[bytes] = []
+        server = bus.server("tcp://[::1]:0", lambda peer, frames: void(server.send(peer, frames)))
+        assert server.address.startswith("tcp://[::1]:")
+        client = bus.client(server.address, lambda frames: answered.append(frames[0]))
+        client.send([b"six"])
+        publisher = bus.publisher("tcp://[::1]:0")
+        bus.subscriber(publisher.address, lambda frames: answered.append(frames[0]))
+        await until(lambda: b"six" in answered)
+        async with asyncio.timeout(10):
+            while b"event" not in answered:
+                publisher.send([b"event"])
+                await asyncio.sleep(0.005)
+
+    on_bus(test)
+
+
+def void(_: object) -> None:
+    pass
+
+
+def test_a_process_has_room_for_the_sockets_of_1024_engines() -> None:
+    """Four for each: its DEALER, that one's monitor (two), and the SUB for its events."""
+
+    async def test(bus: ZmqBus) -> None:
+        answered = 0
+
+        def count(frames: list[bytes]) -> None:
+            nonlocal answered
+            answered += 1
+
+        server = bus.server(ANY, lambda peer, frames: void(server.send(peer, frames)))
+        publisher = bus.publisher(ANY)
+        num_engines = min(1024, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200) // 8)
+        assert num_engines > 255
+        for _ in range(num_engines):
+            client = bus.client(server.address, count, on_disconnect=lambda: None)
+            bus.subscriber(publisher.address, lambda frames: None)
+            client.send([b"x"])
+        await until(lambda: answered == num_engines)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard < 1 << 20 else max(soft, 16_384), hard))
+    try:
+        on_bus(test)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_socket_too_many_is_an_os_error_that_says_so() -> None:
+    async def test(bus: ZmqBus) -> None:
+        bus.context.set(zmq.MAX_SOCKETS, 4)
+        with pytest.raises(OSError, match="no socket: Too many open files"):
+            for _ in range(5):
+                bus.client("tcp://127.0.0.1:1", lambda frames: None)
 
     on_bus(test)

@@ -8,7 +8,8 @@ from contextlib import closing
 
 import pytest
 
-from microserve.protocol.bus.transport import ServerSocket, ZmqBus, _Client
+from microserve.protocol.bus.sockets import Client
+from microserve.protocol.bus.transport import ServerSocket, ZmqBus
 from tests.support.bus.socket_world import ANY, LOOPS, on_bus, until
 
 
@@ -148,7 +149,7 @@ def test_a_callback_that_raises_is_counted_and_ends_nothing() -> None:
 def test_a_client_that_does_not_ask_is_not_watched() -> None:
     async def test(bus: ZmqBus) -> None:
         client = bus.client("tcp://127.0.0.1:9", lambda frames: None)
-        assert isinstance(client, _Client)
+        assert isinstance(client, Client)
         assert client._monitor is None
 
     on_bus(test)

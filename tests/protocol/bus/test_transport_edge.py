@@ -10,31 +10,32 @@ from collections.abc import Callable
 import pytest
 import zmq
 
-from microserve.protocol.bus import transport as module
-from microserve.protocol.bus.transport import ZmqBus, _Client
+from microserve.protocol.bus import sockets as module
+from microserve.protocol.bus.sockets import Client
+from microserve.protocol.bus.transport import ZmqBus
 from tests.support.bus.socket_world import ANY, LOOPS, echo_server, on_bus, until
 
 pytestmark = pytest.mark.slow
 
 
-async def connected_raw_peer(bus: ZmqBus, received: list[bytes]) -> tuple[_Client, bytes, zmq.Socket[bytes]]:
+async def connected_raw_peer(bus: ZmqBus, received: list[bytes]) -> tuple[Client, bytes, zmq.Socket[bytes]]:
     """A client of ours, its routing id, and the plain ROUTER that it is connected to."""
     raw = bus.context.socket(zmq.ROUTER)
     raw.set_hwm(bus.high_water_mark)
     raw.bind(ANY)
     client = bus.client(raw.getsockopt_string(zmq.LAST_ENDPOINT), lambda frames: received.append(frames[0]))
-    assert isinstance(client, _Client)
+    assert isinstance(client, Client)
     client.send([b"hello"])
     await until(lambda: raw.poll(0) != 0)
     return client, raw.recv_multipart()[0], raw
 
 
-def is_readable(socket: _Client, timeout_s: float) -> bool:
+def is_readable(socket: Client, timeout_s: float) -> bool:
     """Asks the FD, which takes no edge, as asking the socket would."""
     return bool(select.select([socket._socket.fileno()], [], [], timeout_s)[0])
 
 
-def hold_loop_until_readable(socket: _Client) -> None:
+def hold_loop_until_readable(socket: Client) -> None:
     assert is_readable(socket, 10.0)
     select.select([], [], [], 0.002)  # libzmq looks for commands once a millisecond
 

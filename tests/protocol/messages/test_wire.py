@@ -15,7 +15,7 @@ import pytest
 from microserve.protocol import errors
 from microserve.protocol import types as protocol_types
 from microserve.protocol.bus import codec, credit, numbered
-from microserve.protocol.bus import transport as transport_module
+from microserve.protocol.bus import sockets as sockets_module
 from microserve.protocol.messages import control, grant, kv_events, sampling
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
@@ -183,9 +183,10 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_REQUEST_ID_CHARS", protocol_types.MAX_REQUEST_ID_CHARS),
         ("MAX_MESSAGE_NBYTES", codec.MAX_MESSAGE_NBYTES),
         ("MAX_BULK_NBYTES", protocol_types.MAX_BULK_NBYTES),
+        ("MAX_REQUEST_FRAME_NBYTES", protocol_types.MAX_REQUEST_FRAME_NBYTES),
         ("MAX_BULK_FRAMES", codec.MAX_BULK_FRAMES),
         ("MAX_CREDIT", credit.MAX_CREDIT),
-        ("MAX_FRAMES_PER_TURN", transport_module.MAX_FRAMES_PER_TURN),
+        ("MAX_FRAMES_PER_TURN", sockets_module.MAX_FRAMES_PER_TURN),
         ("MAX_NUMBERED_PEERS", numbered.MAX_NUMBERED_PEERS),
         ("MAX_LANES", grant.MAX_LANES),
         ("MAX_SEQ", kv_events.MAX_SEQ),

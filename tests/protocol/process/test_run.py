@@ -25,6 +25,8 @@ from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings_sources import load_settings
 from microserve.protocol.process.run import run_service
 
+sys.argv.append("bus.insecure=true")
+
 async def serve(settings, bus, lifecycle):
     server = bus.server("tcp://127.0.0.1:0", lambda peer, frames: None)
     try:

@@ -188,7 +188,7 @@ def test_without_the_right_nobody_publishes() -> None:
                 desk.answer(change(), key)
             except Exception as error:
                 refused.append((key, type(error).__name__, getattr(error, "field", "")))
-        assert refused == [("", "InvalidRequest", "operators"), ("bad", "InvalidRequest", "operators")]
+        assert refused == [("", "NotPermitted", "operators"), ("bad", "NotPermitted", "operators")]
         reply = desk.answer(ControlHistory(1), "bad")
         assert isinstance(reply, ControlRecords)
         assert [record.who for record in reply.records] == ["good"]

@@ -306,10 +306,10 @@ def test_stall_of_the_index_itself_costs_no_member() -> None:
 def test_the_index_keeps_no_connection_to_an_engine_whose_snapshot_it_has() -> None:
     async def test(world: World, index: Index) -> None:
         engine, peer = world.engine(), index.peer()
-        num_sockets = len(world.bus._sockets)
+        num_sockets = len(world.bus.sockets)
         await register(peer, engine.info)
         await world.until(lambda: engine.num_snapshots == 1)
-        await world.until(lambda: len(world.bus._sockets) == num_sockets + 1)  # the feed's subscriber
+        await world.until(lambda: len(world.bus.sockets) == num_sockets + 1)  # the feed's subscriber
 
         assert engine.pings == []
 
@@ -340,6 +340,6 @@ def test_end_closes_every_socket_and_task() -> None:
             engine.close()
 
         await world.until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
-        assert world.bus._sockets == []
+        assert world.bus.sockets == []
 
     in_world(test)

@@ -142,14 +142,14 @@ def test_who_gives_up_leaves_no_socket_and_no_task() -> None:
     async def test(world: World) -> None:
         asked = asyncio.Event()
         info = served_by(world, lambda peer, frames: asked.set())
-        num_sockets = len(world.bus._sockets)
+        num_sockets = len(world.bus.sockets)
         reading = asyncio.create_task(read(world.bus, info))
         await asked.wait()
 
         reading.cancel()
         await asyncio.wait([reading])
 
-        assert len(world.bus._sockets) == num_sockets
+        assert len(world.bus.sockets) == num_sockets
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     in_world(test)

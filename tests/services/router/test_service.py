@@ -26,7 +26,7 @@ async def test_ready_names_the_address_and_cancelling_ends_it_cleanly() -> None:
     assert running.cancelled()
     assert address.startswith("tcp://127.0.0.1:")
     assert [e["address"] for e in logs if e["event"] == log.SERVICE_READY] == [address]
-    assert bus._sockets == []
+    assert bus.sockets == []
     bus.close()
 
 
@@ -37,7 +37,7 @@ async def test_an_address_in_use_is_said_and_leaves_no_socket() -> None:
     with pytest.raises(OSError, match="cannot bind"):
         await run_router(make_settings("tcp://127.0.0.1:1", address=taken.address), bus)
     taken.close()
-    assert bus._sockets == []
+    assert bus.sockets == []
     bus.close()
 
 
@@ -51,7 +51,7 @@ async def test_a_wrong_setting_is_said_before_anything_is_opened() -> None:
         with pytest.raises(ConfigError) as caught:
             await run_router(settings, bus)
         assert caught.value.field == path
-    assert bus._sockets == []
+    assert bus.sockets == []
     bus.close()
 
 

@@ -12,11 +12,13 @@ from microserve.protocol.bus.transport import (
     PublisherSocket,
     ServerSocket,
 )
+from microserve.protocol.security.rights import EVERYBODY, Entrance
 
 
 class DirectServer:
     address = "direct://server"
     sender_key = ""
+    sender_roles = EVERYBODY
 
     def __init__(self, handler: PeerHandler) -> None:
         self.receive = handler
@@ -60,7 +62,7 @@ class DirectBus:
         self.servers: list[DirectServer] = []
         self.clients: list[DirectClient] = []
 
-    def server(self, address: str, handler: PeerHandler) -> ServerSocket:
+    def server(self, address: str, handler: PeerHandler, entrance: Entrance = Entrance.ANY) -> ServerSocket:
         self.servers.append(DirectServer(handler))
         return self.servers[-1]
 
@@ -75,7 +77,7 @@ class DirectBus:
         self.clients.append(DirectClient(handler))
         return self.clients[-1]
 
-    def publisher(self, address: str) -> PublisherSocket:
+    def publisher(self, address: str, entrance: Entrance = Entrance.ANY) -> PublisherSocket:
         raise AssertionError("no publishers here")
 
     def subscriber(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:

@@ -13,6 +13,7 @@ from microserve.protocol.bus.transport import (
     PublisherSocket,
     ServerSocket,
 )
+from microserve.protocol.security.rights import Entrance, Roles
 
 
 class LossyBus:
@@ -35,8 +36,8 @@ class LossyBus:
     def public_key(self) -> str:
         return self._bus.public_key
 
-    def server(self, address: str, handler: PeerHandler) -> ServerSocket:
-        server = self._bus.server(address, handler)
+    def server(self, address: str, handler: PeerHandler, entrance: Entrance = Entrance.ANY) -> ServerSocket:
+        server = self._bus.server(address, handler, entrance)
         return _LossyServer(self, server) if self._servers else server
 
     def client(
@@ -50,8 +51,8 @@ class LossyBus:
         client = self._bus.client(address, handler, server_key=server_key, on_disconnect=on_disconnect)
         return _LossyClient(self, client) if self._clients(address) else client
 
-    def publisher(self, address: str) -> PublisherSocket:
-        return self._bus.publisher(address)
+    def publisher(self, address: str, entrance: Entrance = Entrance.ANY) -> PublisherSocket:
+        return self._bus.publisher(address, entrance)
 
     def subscriber(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:
         return self._bus.subscriber(address, handler, server_key=server_key)
@@ -90,6 +91,10 @@ class _LossyServer:
     @property
     def sender_key(self) -> str:
         return self._socket.sender_key
+
+    @property
+    def sender_roles(self) -> Roles:
+        return self._socket.sender_roles
 
     def send(self, peer: bytes, frames: Sequence[bytes]) -> bool:
         return self._bus.loses_down() or self._socket.send(peer, frames)

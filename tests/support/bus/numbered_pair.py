@@ -14,6 +14,7 @@ from microserve.protocol.bus.transport import (
     PublisherSocket,
     ServerSocket,
 )
+from microserve.protocol.security.rights import EVERYBODY, Entrance
 
 ANY = "tcp://127.0.0.1:0"
 HEADER = b"\x01\x02"
@@ -22,6 +23,7 @@ HEADER = b"\x01\x02"
 class WireServer:
     address = "wire://server"
     sender_key = ""
+    sender_roles = EVERYBODY
 
     def __init__(self, bus: WireBus) -> None:
         self._bus = bus
@@ -57,7 +59,7 @@ class WireBus:
     client_handler: FramesHandler | None = None
     server_handler: PeerHandler | None = None
 
-    def server(self, address: str, handler: PeerHandler) -> ServerSocket:
+    def server(self, address: str, handler: PeerHandler, entrance: Entrance = Entrance.ANY) -> ServerSocket:
         self.server_handler = handler
         return WireServer(self)
 
@@ -72,7 +74,7 @@ class WireBus:
         self.client_handler = handler
         return WireClient(self)
 
-    def publisher(self, address: str) -> PublisherSocket:
+    def publisher(self, address: str, entrance: Entrance = Entrance.ANY) -> PublisherSocket:
         raise NotImplementedError
 
     def subscriber(self, address: str, handler: FramesHandler, *, server_key: str = "") -> ClientSocket:

@@ -14,7 +14,7 @@ from microserve.protocol.settings_sources import load_settings
 
 async def serve_until(settings: Settings, lifecycle: Lifecycle, stop: asyncio.Event, drain_s: float) -> None:
     """Until ``stop`` is set; then it is cancelled, once."""
-    bus = open_bus(settings, calls_routers=True)
+    bus = open_bus(settings, "gateway")
     try:
         gateway = asyncio.create_task(run_gateway(settings, bus, lifecycle, drain_s=drain_s))
         stopping = asyncio.create_task(stop.wait())

@@ -119,6 +119,8 @@ class MeshProcesses:
             "kvcache.checksums=true",
             *self.settings,
         ]
+        if not any("bus.curve_dir=" in each for each in [*self.settings, *self.own_settings.get(name, [])]):
+            overrides.append("bus.insecure=true")  # tests talk to the services themselves
         if kind == "engine":
             overrides += [f"engine.id={name}", *self.engine_settings.get(int(number), [])]
         if kind == "router":
