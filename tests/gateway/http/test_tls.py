@@ -13,17 +13,8 @@ import pytest
 from microserve.gateway.http.tls import Certificate
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings_sources import load_settings
+from tests.support.gateway.certificate import make_pair
 from tests.support.gateway.gateway_world import Served, gateway_world, run
-
-
-def make_pair(directory: Path, name: str) -> tuple[Path, Path]:
-    """A certificate for this machine, signed by itself, and its key."""
-    cert, key = directory / f"{name}.crt", directory / f"{name}.key"
-    command: list[str | Path] = ["openssl", "req", "-x509", "-nodes", "-newkey", "ec"]
-    command += ["-pkeyopt", "ec_paramgen_curve:prime256v1"]
-    command += ["-days", "2", "-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
-    return cert, key
 
 
 @pytest.fixture(scope="module")

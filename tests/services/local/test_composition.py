@@ -148,3 +148,25 @@ def test_any_free_port_and_no_port_are_never_taken() -> None:
             overrides=["gateway.port=0", "index.address=ipc:///tmp/index", "router.address=tcp://127.0.0.1:0"]
         )
     )
+
+
+def test_a_mesh_keeps_what_keys_have_used_in_its_directory(model: str, tmp_path: Path) -> None:
+    settings = load_settings(overrides=[f"model.path={model}"])
+    gateway = compose(settings, [], tmp_path, tmp_path / "control.db").children[-1]
+    assert child_settings(gateway).gateway.usage_path == str(tmp_path / "usage.db")
+    flags = ["--set", "gateway.usage_path=/elsewhere/used.db"]
+    settings = load_settings(overrides=[f"model.path={model}", flags[1]])
+    gateway = compose(settings, flags, tmp_path, tmp_path / "control.db").children[-1]
+    assert child_settings(gateway).gateway.usage_path == "/elsewhere/used.db"
+
+
+def test_a_mesh_with_a_certificate_is_asked_by_https(model: str, tmp_path: Path) -> None:
+    overrides = [
+        "gateway.tls_cert=/c.pem",
+        "gateway.tls_key=/k.pem",
+        "gateway.port=81",
+        f"model.path={model}",
+    ]
+    composition = compose(load_settings(overrides=overrides), [], tmp_path, tmp_path / "control.db")
+    assert composition.gateway.url == "https://127.0.0.1:81"
+    assert composition.gateway.tls_cert == "/c.pem"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from microserve.services.local.demo_request import Answer, DemoFailed, Gateway
+from tests.support.gateway.certificate import make_pair
 
 TIMEOUT_S = 20.0
 
@@ -30,8 +34,11 @@ USAGE = b'data: {"choices": [], "usage": {"completion_tokens": 2}}\n\n'
 DONE = b"data: [DONE]\n\n"
 
 
-def against(responses: list[bytes], test: Callable[[Gateway], Coroutine[Any, Any, None]]) -> list[bytes]:
-    """Run ``test`` against a server that gives these responses in turn; returns the request heads."""
+def against(
+    responses: list[bytes], test: Callable[[Gateway], Coroutine[Any, Any, None]], *pair: Path
+) -> list[bytes]:
+    """Run ``test`` against a server that gives these responses in turn; returns the request heads. With a
+    certificate and its key it speaks TLS."""
     requests: list[bytes] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -41,8 +48,12 @@ def against(responses: list[bytes], test: Callable[[Gateway], Coroutine[Any, Any
         writer.close()
 
     async def run() -> None:
-        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-            await test(Gateway("127.0.0.1", server.sockets[0].getsockname()[1], "sk-1"))
+        tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) if pair else None
+        if tls is not None:
+            tls.load_cert_chain(pair[0], pair[1])
+        async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls) as server:
+            port = server.sockets[0].getsockname()[1]
+            await test(Gateway("127.0.0.1", port, "sk-1", str(pair[0]) if pair else ""))
 
     asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
     return requests
@@ -104,3 +115,16 @@ def test_never_ready_says_why() -> None:
 def test_urls_read_back() -> None:
     for gateway in (Gateway("127.0.0.1", 8000, "k"), Gateway("::1", 81, "k")):
         assert Gateway.at(gateway.url, "k") == gateway
+
+
+def test_it_asks_a_gateway_with_a_certificate_and_no_other(tmp_path: Path) -> None:
+    pair, other = make_pair(tmp_path, "mesh"), make_pair(tmp_path, "other")
+
+    async def test(gateway: Gateway) -> None:
+        assert gateway.url.startswith("https://")
+        assert Gateway.at(gateway.url, "sk-1", gateway.tls_cert) == gateway
+        assert await gateway.model() == "tiny"
+        with pytest.raises(DemoFailed, match="CERTIFICATE_VERIFY_FAILED"):
+            await replace(gateway, tls_cert=str(other[0])).model()
+
+    against([whole(b'{"data": [{"id": "tiny"}]}')], test, *pair)
