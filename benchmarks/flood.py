@@ -99,7 +99,9 @@ async def flood(port: int, seconds: float) -> dict[str, int]:
 
 
 def write_keys(path: Path, limits: dict[str, Any]) -> None:
-    names = {f"key-{number}": {} for number in range(NUM_OTHERS)} | {"flood": limits}
+    names: dict[str, dict[str, Any]] = {f"key-{number}": {} for number in range(NUM_OTHERS)} | {
+        "flood": limits
+    }
     keys = (ApiKey(name=name, sha256=(digest_of(name),), **own) for name, own in names.items())
     path.write_text("".join(map(entry_of, keys)))
 

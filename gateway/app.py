@@ -139,4 +139,5 @@ class Application:
                 path=exchange.path[:128],
                 status=problem_of(failure).status,
                 code=failure.code,
+                key=exchange.key.name,
             )

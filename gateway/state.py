@@ -23,6 +23,9 @@ from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining, MeshError, ModelNotFound, QueueFull
 from microserve.protocol.logging.setup import current
 
+LEAVE_FREE = 8
+"""A key may have so many times as many streams as there is room for more."""
+
 
 @dataclass(slots=True)
 class GatewayState:
@@ -77,8 +80,12 @@ class GatewayState:
             )
         return name or key.strategies[0]
 
-    def reserve(self, num_choices: int) -> None:
-        """Take room for choices until :meth:`give_back`. Raises :class:`QueueFull`."""
+    def reserve(self, num_choices: int, key: ApiKey = ANONYMOUS) -> None:
+        """Take room for choices until :meth:`give_back`. Raises :class:`QueueFull`: to a key that has most of
+        the room already, before there is none."""
+        own, room = self.quotas.of(key).num_streams, self.max_choices - self.num_choices
+        if key.name and own > LEAVE_FREE * room:
+            raise QueueFull(f"key {key.name!r} has {own} of {self.max_choices} streams", retry_after_s=1.0)
         if self.num_choices + num_choices > self.max_choices:
             raise QueueFull(f"{self.num_choices} of {self.max_choices} streams are in use", retry_after_s=1.0)
         self.num_choices += num_choices

@@ -72,7 +72,7 @@ class ChoiceGroup:
         if remaining_s <= 0.0:
             raise DeadlineExceeded(f"{ttl_s:.3f} s were over before the request was sent")
         link = state.routers.choose_soon()
-        state.reserve(count)
+        state.reserve(count, exchange.key)
         self._num_reserved = count
         self.times.submitted = now
         self._deadline = asyncio.get_running_loop().call_later(

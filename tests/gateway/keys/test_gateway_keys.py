@@ -146,6 +146,33 @@ def test_streams_at_a_time(model: Path, tmp_path: Path) -> None:
     run(main())
 
 
+def test_one_key_cannot_take_all_streams(model: Path, tmp_path: Path) -> None:
+    settings = ("gateway.max_streams=18",)
+
+    async def main() -> None:
+        async with keyed(model, tmp_path / "keys", key("a"), key("b"), settings=settings) as (world, http):
+            world.router.answer = None
+
+            def ask(name: str) -> asyncio.Task[httpx.Response]:
+                return asyncio.create_task(http.post(COMPLETIONS, json=BODY, headers=bearer(name)))
+
+            flood = [ask("a") for _ in range(30)]
+            while len(world.router.served) + sum(each.done() for each in flood) < 30:
+                await asyncio.sleep(0.01)
+            refused = [each.result() for each in flood if each.done()]
+            assert {code_of(reply) for reply in refused} == {(429, "queue_full")}
+            assert 12 <= len(refused) <= 20
+            other = ask("b")
+            while len(world.router.served) + len(refused) < 31:
+                await asyncio.sleep(0.01)
+            for served in world.router.served.values():
+                served.end("length")
+            assert (await other).status_code == 200
+            await asyncio.gather(*flood)
+
+    run(main())
+
+
 def test_a_spent_budget(model: Path, tmp_path: Path) -> None:
     async def main() -> None:
         async with keyed(model, tmp_path / "keys", key("a", daily_token_budget=3)) as (world, http):
