@@ -77,6 +77,7 @@ KEYS_REVOKED = "keys.revoked"
 CONNECTION_CUT = "connection.cut"
 """It held more of our memory than anybody needs, or its key is trusted no more."""
 BUS_HANDLER_FAILED = "bus.handler_failed"
+BUS_NOT_CLOSED = "bus.not_closed"
 TURN_FAILED = "turn.failed"
 """A turn of what keeps a service alive went wrong, for one request or peer: which, and why; the next
 comes."""

@@ -11,11 +11,14 @@ silence is found by the numbers of numbered.py.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+import structlog
 import zmq
 
+from microserve.protocol import log
 from microserve.protocol.bus.curve import CurveKeys
 from microserve.protocol.bus.sockets import (
     Client,
@@ -39,6 +42,11 @@ __all__ = [
     "ServerSocket",
     "ZmqBus",
 ]
+
+CLOSE_S = 2.0
+"""Beyond the linger: that long ``ZmqBus.close`` waits for libzmq to end its connections."""
+
+_logger = structlog.get_logger()
 
 
 class ServerSocket(Protocol):
@@ -158,4 +166,10 @@ class ZmqBus(Wiring):
 
     def close(self) -> None:
         super().close()
-        self.context.term()
+        # libzmq waits for every connection to end, and may do so for ever (seen once, of a ROUTER whose peer
+        # went at the same time): no service may wait with it.
+        ending = threading.Thread(target=self.context.term, name="bus-close", daemon=True)
+        ending.start()
+        ending.join(self.linger_ms / 1000 + CLOSE_S)
+        if ending.is_alive():
+            _logger.error(log.BUS_NOT_CLOSED, waited_s=self.linger_ms / 1000 + CLOSE_S)

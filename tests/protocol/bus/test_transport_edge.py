@@ -9,8 +9,11 @@ from collections.abc import Callable
 
 import pytest
 import zmq
+from structlog.testing import capture_logs
 
+from microserve.protocol import log
 from microserve.protocol.bus import sockets as module
+from microserve.protocol.bus import transport
 from microserve.protocol.bus.sockets import Client
 from microserve.protocol.bus.transport import ZmqBus
 from tests.support.bus.socket_world import ANY, LOOPS, echo_server, on_bus, until
@@ -166,3 +169,17 @@ def test_burst_beyond_one_turn_is_drained_and_others_get_theirs(monkeypatch: pyt
         assert max(b - a for a, b in itertools.pairwise(turns)) <= 2 * 16
 
     on_bus(test)
+
+
+def test_a_connection_that_never_ends_does_not_keep_its_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "CLOSE_S", 0.2)
+
+    async def main() -> None:
+        bus = ZmqBus(linger_s=0.0)
+        held = bus.context.socket(zmq.DEALER)  # as libzmq sees a socket whose pipes have not come to an end
+        with capture_logs() as lines:
+            bus.close()
+        assert [line["event"] for line in lines] == [log.BUS_NOT_CLOSED]
+        held.close(0)
+
+    asyncio.run(main())
