@@ -145,6 +145,7 @@ async def try_all(world: GatewayWorld, *, away: bool) -> list[str]:
     return faults
 
 
+@pytest.mark.slow
 def test_with_a_router(model: Path) -> None:
     async def main() -> None:
         async with gateway_world(model) as world:

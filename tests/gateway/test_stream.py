@@ -119,6 +119,7 @@ def big_body(num_tokens: int) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_a_slow_reader_gets_fewer_and_larger_events_and_holds_up_nobody(
     model: Path, raw_tokenizer: Tokenizer
 ) -> None:

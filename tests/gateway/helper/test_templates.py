@@ -198,6 +198,7 @@ def test_no_process_is_an_answer_that_may_be_tried_again(
     run(main())
 
 
+@pytest.mark.slow
 def test_a_long_conversation_does_not_hold_up_a_short_one(tmp_path: Path) -> None:
     """Its template loops over all pairs of messages: it waits with what is long as well."""
     pairs = "{% for a in messages %}{% for b in messages %}{{ a.role[0] }}{% endfor %}{% endfor %}"

@@ -49,6 +49,7 @@ def values(sampling: SamplingParams) -> tuple[float, float, int, float, float, i
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 
 
+@pytest.mark.slow
 def test_a_silent_request_gets_the_models_and_a_word_of_its_own_wins(tmp_path: Path) -> None:
     directory = make_model(tmp_path / "tiny")
     (directory / FILE).write_text(json.dumps(CONFIG))

@@ -50,6 +50,7 @@ def answering(router: ScriptedRouter, tokenizer: Tokenizer) -> None:
     router.answer = lambda served: served.send(ids, ended=served.ended("length"))
 
 
+@pytest.mark.slow
 def test_a_router_that_stays_silent_ends_its_requests_and_is_found_again(
     model: Path, raw_tokenizer: Tokenizer
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_router_that_stays_silent_ends_its_requests_and_is_found_again(
     run(main())
 
 
+@pytest.mark.slow
 def test_a_pause_of_our_own_is_not_the_routers_silence(model: Path, raw_tokenizer: Tokenizer) -> None:
     """What the router said meanwhile still waits in the socket, unread."""
 

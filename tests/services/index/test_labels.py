@@ -109,6 +109,7 @@ def test_a_refusal_names_the_field(wrong: Change, field: str) -> None:
     assert caught.value.field == field
 
 
+@pytest.mark.slow
 def test_labels_always_fit_into_a_message() -> None:
     fold = Fold()
     for number in range(MAX_LABELLED_ENGINES):

@@ -112,6 +112,7 @@ async def test_work_without_progress_is_a_loss_although_heartbeats_come() -> Non
                 await stream.next()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [wire.EngineLoad(num_waiting=3), wire.EngineLoad(num_running=1)])
 def test_waiting_or_progressing_engines_are_not_stuck(load: wire.EngineLoad) -> None:
     @in_loop

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable
 
+import pytest
 import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -299,6 +300,7 @@ def with_handler(run: Callable[[PeerHandler, DirectBus, Router], None]) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_junk_messages_are_answered_or_dropped() -> None:
     header = bytes((WIRE_VERSION, Channel.GATEWAY_TO_ROUTER))
     samples = [ROUTER_REQUEST.encode(message)[1] for message in SAMPLES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 import structlog
 
 from microserve.protocol import log
@@ -36,6 +37,7 @@ async def reopened_index(world: World, address: str) -> ScriptedIndex:
                 await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 @in_loop
 async def test_the_death_of_the_index_drops_nobody() -> None:
     async with router_world("a", "b", liveness=20) as world:
@@ -127,6 +129,7 @@ async def test_a_new_life_replaces_the_old_one_at_once() -> None:
             old.close()
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_lost_engine_comes_back_when_it_answers_again() -> None:
     async with router_world("a", "b", liveness=20) as world:
