@@ -45,7 +45,7 @@ def unknown_setting(path: str, *, spell: Callable[[str], str] = str) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``, did you mean KNOWN?``, or nothing where none is like ``name``."""
-    near = get_close_matches(name.lower().replace("-", "_"), list(known), n=1, cutoff=0.6)
+    near = get_close_matches(name[:100].lower().replace("-", "_"), list(known), n=1, cutoff=0.6)
     return f", did you mean {near[0]}?" if near else ""
 
 

@@ -18,6 +18,7 @@ from microserve.protocol.messages.index import Watch
 from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import RouterSettings, Settings
+from microserve.protocol.settings_faults import did_you_mean
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 from microserve.services.links.index_watch import IndexWatch
 from microserve.services.router.authoring.definition import Run, Strategy, load_file, run_freely
@@ -48,7 +49,9 @@ def load_strategies(settings: RouterSettings, run: Run = run_freely) -> Strategy
     try:
         book.get(settings.default_strategy)
     except StrategyNotFound as error:
-        raise ConfigError(error.detail, field="router.default_strategy") from None
+        meant = did_you_mean(settings.default_strategy, book.names)
+        detail = f"router.default_strategy: {error.detail}{meant}"
+        raise ConfigError(detail, field="router.default_strategy") from None
     return book
 
 

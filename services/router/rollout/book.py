@@ -14,6 +14,7 @@ from typing import Any
 
 from microserve.protocol.errors import ConfigError, StrategyNotFound
 from microserve.protocol.messages.control import StrategyServed
+from microserve.protocol.settings_faults import did_you_mean
 from microserve.services.router.authoring.definition import Strategy
 
 
@@ -118,7 +119,8 @@ class StrategyBook:
         for name, values in parameters.items():
             if name not in self._strategies:
                 path = f"router.strategies.{name}"
+                meant = did_you_mean(name, self.names)
                 raise ConfigError(
-                    f"{path}: no such strategy (there are: {', '.join(self.names)})", field=path
+                    f"{path}: no such strategy (there are: {', '.join(self.names)}){meant}", field=path
                 )
             self._strategies[name] = self._strategies[name].bind(values)
