@@ -98,6 +98,11 @@ class Turns:
     def num_waiting(self) -> int:
         return len(self._entries) - self._num_running
 
+    @property
+    def is_idle(self) -> bool:
+        """Nobody waits or runs."""
+        return not self._entries
+
     def num_requests(self, tenant: str) -> int:
         """Of this tenant, waiting or running."""
         found = self._tenants.get(tenant)

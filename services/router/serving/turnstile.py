@@ -34,6 +34,11 @@ class Turnstile:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def is_idle(self) -> bool:
+        """No request of a tenant is live."""
+        return self._turns.is_idle and not self._waiting
+
     def check(self, tenant: str, num_live: int) -> None:
         """Raises :class:`QueueFull` when there is no room for another request of this tenant, though there
         may be for one of somebody else."""

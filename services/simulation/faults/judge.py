@@ -169,6 +169,8 @@ def _judge_router(name: str, router: Router) -> list[str]:
         left.append(f"leak: {name} has {len(router.serving)} live requests")
     if not router.serving.book.is_zero:
         left.append(f"leak: {name}'s load book is not at zero")
+    if not router.serving.turnstile.is_idle:
+        left.append(f"leak: {name} keeps turns of requests that have ended")
     for connection in router.registry.joined():
         if connection.prompts or connection.has_waiters or not connection.is_idle:
             left.append(f"leak: {name} still waits for {connection.engine_id}")

@@ -178,6 +178,7 @@ class World:
         await eventually(lambda: len(serving_) == 0, "no live request")
         serving_.book.check_integrity()
         assert serving_.book.is_zero, "the book is zero"
+        assert serving_.turnstile.is_idle, "nobody has a turn"
         for engine in self.engines.values():
             if not engine.silent:
                 await eventually(engine.is_clean, f"{engine.engine_id} holds nothing: {engine.held}")
