@@ -27,7 +27,7 @@ def gateway(model: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[byte
     """With 200 descriptors, soft limit 100, and no router."""
     settings = [
         *(f"model.path={model}", "gateway.port=0", "bus.heartbeat_interval_s=0.05"),
-        *(f"log.dir={tmp_path}", "log.file=g.jsonl"),
+        *(f"log.dir={tmp_path}", "log.file=g.jsonl", "bus.insecure=true"),
     ]
     command = ["sh", "-c", 'ulimit -Sn 100; ulimit -Hn 200; exec "$0" "$@"', sys.executable, "-P"]
     command += ["-m", "microserve.services", "gateway"]

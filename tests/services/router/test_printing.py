@@ -49,7 +49,12 @@ def test_the_log_of_a_router_stays_json(tmp_path: Path) -> None:
     path.write_text(STRATEGY)
     settings = [
         *(f'router.strategy_files=["{path}"]', "router.address=tcp://127.0.0.1:0"),
-        *("index.address=tcp://127.0.0.1:1", f"log.dir={tmp_path}", "log.file=router.jsonl"),
+        *(
+            "index.address=tcp://127.0.0.1:1",
+            f"log.dir={tmp_path}",
+            "log.file=router.jsonl",
+            "bus.insecure=true",
+        ),
     ]
     command = [sys.executable, "-P", "-m", "microserve.services", "router"]
     command += [word for each in settings for word in ("--set", each)]
