@@ -9,15 +9,16 @@ and raises where that halves nothing (cut.py); ``time.sleep``, a regular express
 numbers are ended by it as well. For strays the same holds, where the loop has not turned for as long. What C
 code does without ever asking for signals cannot be ended from within: a watchdog outside has to (stuck.py).
 
-Counts the looks and not the clock, so a process that was stopped for a while is not taken for one that hangs.
+Counts the looks and not the clock, and of each what the thread did not have to wait for the processor: so a
+process that was stopped, or got next to nothing of a busy machine, is not taken for one that hangs.
 Knows no requests and no strategies.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
-import os
 import signal
 import sys
 import types
@@ -29,6 +30,7 @@ from typing import Any, Self, TypeVar, cast
 from microserve.protocol.errors import StrategyError
 from microserve.services.router.oversight.author import AUTHOR, Author, Verdict
 from microserve.services.router.oversight.cut import BrokenOff, Trap, is_theirs, may_be_cut
+from microserve.services.router.oversight.meter import Meter
 from microserve.services.router.oversight.stuck import AGAIN_S, StuckTrace
 
 HANG_S = 0.5
@@ -37,7 +39,8 @@ SHORT_S = 2 * LOOK_S
 """For the cleanup of a version that has hung before."""
 MAX_GROWTH_MB = 128
 _SIGNAL, _TIMER = signal.SIGALRM, signal.ITIMER_REAL
-_PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
+LEAST_SHARE = 0.25
+"""Of the time to a hang, for which it must have been able to run."""
 
 _ELSEWHERE = "this version was broken off in another request"
 
@@ -74,8 +77,13 @@ class Overseer:
         """At that span, or at strays within one turn of the loop."""
         self._is_turning = False
         """The loop has been asked for a turn, and has not come to it."""
+        self._worked_s = 0.0
+        """Of the time of these looks, that in which it could run."""
+        self._starved_s = 0.0
+        self._is_found = False
+        """One of these looks has found that it is to be broken off."""
         self._grown_from = 0
-        self._memory = -1
+        self._meter = Meter()
         self._abandoned: list[Any] = []
         """What is never to run again: its cleanup hangs too."""
         self._trap = Trap(self._cut)
@@ -156,9 +164,7 @@ class Overseer:
     # --- what hangs --------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        if self._stuck is not None:
-            self._stuck.alive()
-        self._memory = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        self._say_alive()
         handler = signal.signal(_SIGNAL, self._look)
         self._before = (handler, *signal.setitimer(_TIMER, LOOK_S, LOOK_S))
         return self
@@ -170,21 +176,21 @@ class Overseer:
         signal.setitimer(_TIMER, 0.0)
         signal.signal(_SIGNAL, handler)
         signal.setitimer(_TIMER, delay_s, interval_s)
-        os.close(self._memory)
+        self._meter.close()
 
     def _look(self, _number: int, frame: FrameType | None) -> None:
-        if self._stuck is not None and self._num_ticks % (AGAIN_S // LOOK_S) == 0:
-            self._stuck.alive()
         self._num_ticks += 1
+        if self._num_ticks % (AGAIN_S // LOOK_S) == 0:
+            self._say_alive()
         if self._began is None:
             self._look_at_stray(frame)
         elif self._began != self._seen:
-            self._seen, self._num_looks = self._began, 0
-            self._grown_from = self._resident_mb()
+            self._seen = self._began
+            self._begin_looking()
+            self._grown_from = self._meter.resident_mb()
         else:
-            self._num_looks += 1
-            grown_mb = self._resident_mb() - self._grown_from
-            if self._num_looks * LOOK_S >= self._hang_s:
+            grown_mb = self._meter.resident_mb() - self._grown_from
+            if self._hangs():
                 self._break_off(frame, f"the strategy held the router for {self._hang_s:g} s without waiting")
             elif grown_mb > MAX_GROWTH_MB:
                 self._break_off(frame, f"the strategy took {grown_mb} MB of memory without waiting")
@@ -194,16 +200,28 @@ class Overseer:
         if loop is None or not is_theirs(frame):
             return
         if not self._is_turning:
-            self._is_turning, self._num_looks, self._hang_s = True, 0, HANG_S
+            self._is_turning, self._hang_s = True, HANG_S
+            self._begin_looking()
             loop.call_soon_threadsafe(self._turned, context=contextvars.Context())
             return
-        self._num_looks += 1
-        if self._num_looks * LOOK_S >= HANG_S:
+        if self._hangs():
             reason = f"a task or callback of the strategy held the router for {HANG_S:g} s without waiting"
             author = AUTHOR.get()
             if author is not None and not self._was_cut:
                 loop.call_soon_threadsafe(author.on_stray, reason)
             self._break_off(frame, reason)
+
+    def _begin_looking(self) -> None:
+        self._num_looks, self._worked_s, self._is_found = 0, 0.0, False
+        self._starved_s = self._meter.starved_s()
+
+    def _hangs(self) -> bool:
+        """After one look more."""
+        before, self._starved_s = self._starved_s, self._meter.starved_s()
+        self._num_looks += 1
+        self._worked_s += max(0.0, LOOK_S - (self._starved_s - before))
+        is_long = self._num_looks * LOOK_S >= self._hang_s
+        return is_long and self._worked_s >= self._hang_s * LEAST_SHARE
 
     def _turned(self) -> None:
         """The loop goes on: whatever there was of strays has given way."""
@@ -212,7 +230,8 @@ class Overseer:
 
     def _break_off(self, frame: FrameType | None, reason: str) -> None:
         self._reason = reason
-        cuts = may_be_cut(frame, is_late=self._num_looks * LOOK_S > self._hang_s)
+        is_late, self._is_found = self._is_found, True
+        cuts = may_be_cut(frame, is_late=is_late)
         if self._was_cut or not cuts:
             self._trap.set(frame)
         if cuts:
@@ -227,5 +246,7 @@ class Overseer:
         if self._was_cut and (self._began is not None or self._is_turning):
             self._trap.set(sys._getframe().f_back)
 
-    def _resident_mb(self) -> int:
-        return int(os.pread(self._memory, 64, 0).split()[1]) * _PAGE_NBYTES >> 20
+    def _say_alive(self) -> None:
+        if self._stuck is not None:
+            with contextlib.suppress(Exception):  # no thread to be had: a router serves without
+                self._stuck.alive()

@@ -18,6 +18,7 @@ from microserve.services.router.authoring.grant import GrantHandle, Sending
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh
 from microserve.services.router.authoring.view import OwnLabels, StrategyState
+from microserve.services.router.oversight.meter import Meter
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.request.request import Request
 from microserve.services.router.rollout.control import load_source
@@ -27,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.heavy, pytest.mark.timeout(300, meth
 
 PROMPT = list(range(50))
 WITHIN_S = 2.0
-"""What the case allows is 0.7 s; a busy machine may take longer to come to it."""
+"""What the case allows is 0.7 s, with a margin. Time in which the machine let others run does not count."""
 
 CALLS = {
     Mesh: {
@@ -179,6 +180,8 @@ def test_every_call_of_the_authoring_api_is_tried() -> None:
 async def held_s(world: World, name: str, source: str) -> float:
     """For how long the strategy held the router, serving one request."""
     world.router.strategies.add(load_source(source, name))
+    meter = Meter()
+    starved_s = meter.starved_s()
     with structlog.testing.capture_logs() as logs:
         answer = await world.gateway.generate(PROMPT, strategy=name)
         await eventually(
@@ -187,7 +190,10 @@ async def held_s(world: World, name: str, source: str) -> float:
     assert answer.token_ids == expected_output(4)
     told = [e for e in logs if e["event"] in (log.STRATEGY_FAILED, log.PLAN_FAILED)]
     assert "held the router" in told[0]["error"], told
-    return float(max(entry["held_s"] for entry in logs if entry["event"] == log.STRATEGY_SLOW))
+    starved_s = meter.starved_s() - starved_s
+    meter.close()
+    longest_s = max(entry["held_s"] for entry in logs if entry["event"] == log.STRATEGY_SLOW)
+    return float(max(0.0, longest_s - starved_s))
 
 
 @pytest.mark.parametrize("what", CALLS, ids=lambda what: what.__name__.rpartition(".")[2])
@@ -197,7 +203,7 @@ def test_an_endless_loop_of_calls_is_broken_off(
     @in_loop
     async def main() -> None:
         times: dict[str, float] = {}
-        async with router_world("a", "b", overseer=overseer) as world:
+        async with router_world("a", "b", overseer=overseer, liveness=600) as world:
             for name, call in CALLS[what].items():
                 source = HEAD + WITHOUT_END.format(call=call)
                 times[name] = await held_s(world, f"loops_{name}", source)
@@ -212,7 +218,7 @@ def test_so_is_one_in_a_plan(overseer: Overseer, capsys: pytest.CaptureFixture[s
     @in_loop
     async def main() -> None:
         times: dict[str, float] = {}
-        async with router_world("a", "b", overseer=overseer) as world:
+        async with router_world("a", "b", overseer=overseer, liveness=600) as world:
             for name, call in PLAN_CALLS.items():
                 times[name] = await held_s(world, f"plans_{name}", HEAD + PLAN.format(call=call))
         with capsys.disabled():
