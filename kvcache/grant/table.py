@@ -28,7 +28,7 @@ from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.words import CLOSED, MAX_GENERATION, OPEN, pack_state
-from microserve.protocol.errors import CacheFull, InternalError, UnknownRequest
+from microserve.protocol.errors import CacheFull, InternalError, TransferFailed, UnknownRequest
 from microserve.protocol.messages.grant import MAX_LANES, Grant
 
 RETRY_AFTER_S = 0.1
@@ -120,6 +120,8 @@ class GrantTable:
         # Used in turn, so that a slot rests as long as possible before its next generation.
         self._free_slots = deque(range(heap.words.num_slots))
         self._generations = [0] * heap.words.num_slots
+        self.num_refuted = 0
+        """Complete layers whose tags or checksums were not their writers' (:meth:`verify`)."""
 
     @property
     def num_slots(self) -> int:
@@ -158,7 +160,7 @@ class GrantTable:
         self._generations[slot] += 1
         generation = self._generations[slot]
         grant = Grant(
-            grant_id=f"{self._engine_id}/{self._incarnation:x}/{slot}/{generation}",
+            grant_id=self.grant_id(slot, generation),
             engine_id=self._engine_id,
             incarnation=self._incarnation,
             slot=slot,
@@ -263,7 +265,11 @@ class GrantTable:
 
     def verify(self, grant_id: str, layer: int) -> None:
         """Check a complete layer before its first use; :class:`TransferFailed` names layer and block."""
-        self._live(grant_id).arrival.verify(layer)
+        try:
+            self._live(grant_id).arrival.verify(layer)
+        except TransferFailed:
+            self.num_refuted += 1
+            raise
 
     # --- the table -----------------------------------------------------------------------------------
 
@@ -275,6 +281,20 @@ class GrantTable:
         """Blocks of tokens ``[0, end)``, in order: the matched ones, then the received ones."""
         entry = self._live(grant_id)
         return entry.matched_blocks + entry.grant.blocks
+
+    def grant_id(self, slot: int, generation: int) -> str:
+        """The id of that use of the slot, whatever has become of it."""
+        return f"{self._engine_id}/{self._incarnation:x}/{slot}/{generation}"
+
+    def stage(self, slot: int, generation: int) -> str:
+        """What has become of that use of the slot: ``open``, ``sealed``, ``quarantined``, or empty when the
+        table has done with it. For whoever looks at writers from outside."""
+        entry = self._entries.get(self.grant_id(slot, generation))
+        return entry.state.value if entry is not None else ""
+
+    def request_of(self, grant_id: str) -> str:
+        """Id of the request that an open or sealed grant was asked for."""
+        return self._live(grant_id).request_id
 
     @property
     def live_ids(self) -> list[str]:

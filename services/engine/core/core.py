@@ -97,7 +97,7 @@ class EngineCore:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             eos_token_ids=limits.eos_token_ids,
-            on_preempt=lambda _: self.state.count("preemptions"),
+            on_preempt=self._count_preemption,
         )
         self.state = EngineState(self.memory, scheduler, limits)
         self.actions = Actions(self.state)
@@ -116,6 +116,11 @@ class EngineCore:
         self._peers = Peers(heap, clock)
         self._closed = False
         self._woken = False
+
+    def _count_preemption(self, sequence: Sequence) -> None:
+        self.state.count("preemptions")
+        if sequence.is_send:
+            self.state.count("sends_preempted")
 
     @property
     def lock(self) -> AbstractContextManager[bool]:
@@ -279,8 +284,9 @@ class EngineCore:
         return bool(self.state.scheduler.running)
 
     def check_integrity(self) -> None:
-        """All blocks accounted for. Raises :class:`InternalError`. With the lock held."""
+        """All blocks and sequences accounted for. Raises :class:`InternalError`. With the lock held."""
         self.memory.check_integrity()
+        self.state.check_integrity()
 
     def close(self) -> None:
         """End what is left, let go of peers and heap. After the step thread has ended."""

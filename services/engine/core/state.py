@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.errors import DeadlineExceeded, MeshError, TransferFailed
+from microserve.protocol.errors import DeadlineExceeded, InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.record import Key, Outbox, Record, Records
@@ -85,6 +85,24 @@ class EngineState:
             or self.memory.is_departing
             or any(record.received is not None for record in self.records)
         )
+
+    def check_integrity(self) -> None:
+        """Sequences stand where their state says, and count no KV that they have no blocks for. O(sequences);
+        raises :class:`InternalError`. The books of blocks are the memory's own to check."""
+        queues = (
+            (SequenceState.RECEIVING, self.receiving),
+            (SequenceState.WAITING, self.scheduler.waiting),
+            (SequenceState.RUNNING, self.scheduler.running),
+        )
+        for state, queue in queues:
+            for sequence in queue:
+                name = f"{sequence.request_id} ({sequence.sequence_id})"
+                if sequence.state is not state:
+                    raise InternalError(f"{name} is {sequence.state.value} among the {state.value}")
+                if sequence.num_computed > len(sequence.blocks) * self.memory.block_size:
+                    raise InternalError(f"{name} has {sequence.num_computed} tokens in too few blocks")
+                if state is SequenceState.RECEIVING and (sequence.num_computed or not sequence.received):
+                    raise InternalError(f"{name} receives, and counts {sequence.num_computed} tokens already")
 
     # --- endings -----------------------------------------------------------------------------------
 
