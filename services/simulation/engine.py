@@ -21,14 +21,17 @@ from microserve.services.simulation.hash_runner import HashRunner, hash_layout
 from microserve.services.simulation.heap import FaultyHeap, WriteFaults
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.steps import Pacer, VirtualCondition, VirtualSteps
+from microserve.services.simulation.witness import Witness
 
 MODEL = "hash"
 VOCAB_SIZE = 500
 LAYER_S = 0.004
 TOKEN_S = 0.0002
 """A layer takes ``LAYER_S``, and ``TOKEN_S`` more for each token of the step."""
+LOOK_S = 0.001
+"""An engine that waits for KV sees it within so long, as a real one does by looking all the time."""
 MIN_PAUSE_S = 0.002
-"""Shortest pause between two looks at a counter: polling costs the simulation, and shows nothing more."""
+"""Shortest pause between two looks in a step that waits for a layer, and probes its writer now and then."""
 
 
 class TimedRunner:
@@ -46,7 +49,11 @@ class TimedRunner:
             if on_layer is not None:
                 on_layer(layer)
 
-        return self._runner.execute(batch, timed)
+        result = self._runner.execute(batch, timed)
+        if batch.is_layerwise:
+            # Logits and sampling come behind the last layer: what it sent is there, and its lane is held.
+            self._pacer.sleep(LAYER_S)
+        return result
 
 
 class SimEngine:
@@ -61,11 +68,13 @@ class SimEngine:
         settings: Settings,
         bus: Bus,
         registry: MemoryRegistry,
+        witness: Witness,
         *,
         incarnation: int,
         seed: int,
     ) -> None:
         cache = settings.kvcache
+        self._witness = witness
         self.process = process
         self.pacer = Pacer(loop, process)
         self.faults = WriteFaults(random.Random(seed), self.pacer.sleep)
@@ -91,7 +100,9 @@ class SimEngine:
             pause=self._pause,
             changed=self._make_condition(),
         )
+        witness.join(incarnation, self.core.memory.grants)
         self.service: EngineShell | None = None
+        self._marks: tuple[int, ...] = ()
         self._settings = settings
         self._bus = bus
         self._loop = loop
@@ -108,13 +119,19 @@ class SimEngine:
             registry=registry,
             num_slots=cache.grant_slots,
             faults=self.faults,
+            witness=self._witness,
+            ring=self._ring,
         )
         runner = HashRunner(heap.data, layout, vocab_size=VOCAB_SIZE)
         return heap, TimedRunner(runner, self.pacer)
 
     def _pause(self, seconds: float) -> None:
-        """Between two looks at a counter."""
-        self.pacer.sleep(max(seconds, MIN_PAUSE_S))
+        """Between two looks at a counter: until somebody writes here, or a message comes."""
+        self.pacer.wait(max(seconds, MIN_PAUSE_S))
+
+    def _ring(self) -> None:
+        """Somebody has written here."""
+        self.pacer.wake(self.faults.rng.uniform(0.0, LOOK_S))
 
     def _make_condition(self) -> VirtualCondition:
         return VirtualCondition(self.pacer)
@@ -123,6 +140,13 @@ class SimEngine:
     def num_routers(self) -> int:
         """Peers that the engine keeps something for, the index among them."""
         return self.service.num_sessions if self.service is not None else 0
+
+    def has_changed(self) -> bool:
+        """Has anything been asked of it, or been done, since the last call?"""
+        core = self.core
+        marks = (core.progress, core.state.counters.total(), core.memory.pool.num_free)
+        changed, self._marks = marks != self._marks, marks
+        return changed
 
     async def run(self) -> None:
         self.service = service = EngineShell(

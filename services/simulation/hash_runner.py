@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from microserve.services.engine.core.batch import Batch, Chunk, Sampled, SampleS
 ROW_NBYTES = 8
 
 
-REVISION = "hash-runner-1"
+REVISION = "hash-runner-2"
 """What its "weights" are: raised when it computes other KV."""
 
 
@@ -44,8 +45,14 @@ def hash_layout(
     )
 
 
-def _digest(*parts: bytes) -> bytes:
-    return hashlib.blake2b(b"".join(parts), digest_size=8).digest()
+def _digest(*parts: bytes, nbytes: int = ROW_NBYTES) -> bytes:
+    return hashlib.blake2b(b"".join(parts), digest_size=nbytes).digest()
+
+
+@cache
+def _embedding(token: int) -> bytes:
+    """What a token's hidden state is at first."""
+    return _digest(token.to_bytes(4, "little"))
 
 
 class HashRunner:
@@ -54,18 +61,17 @@ class HashRunner:
     def __init__(self, data: npt.NDArray[np.uint8], layout: KvLayout, *, vocab_size: int) -> None:
         if layout.row_nbytes != ROW_NBYTES:
             raise InternalError(f"rows of {layout.row_nbytes} bytes, this runner needs {ROW_NBYTES}")
-        shape = (layout.num_layers, layout.num_blocks, 2, layout.block_size, ROW_NBYTES)
-        self._kv = data[: layout.data_nbytes].reshape(shape)
+        self._kv = data.data
         self._layout = layout
+        self._layer_nbytes, self._block_nbytes = layout.layer_nbytes, layout.block_nbytes
+        self._half_nbytes = layout.half_nbytes
         self._vocab_size = vocab_size
         self.num_tokens = 0
         """Tokens computed so far: what a cache hit saves."""
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
         self.num_tokens += sum(len(chunk.token_ids) for chunk in batch.chunks)
-        states = [
-            [_digest(token.to_bytes(4, "little")) for token in chunk.token_ids] for chunk in batch.chunks
-        ]
+        states = [[_embedding(token) for token in chunk.token_ids] for chunk in batch.chunks]
         for layer in range(self._layout.num_layers):
             for chunk, state in zip(batch.chunks, states, strict=True):
                 self._write(layer, chunk, state)
@@ -75,26 +81,33 @@ class HashRunner:
         return StepResult([self._sample(c, s[-1]) for c, s in zip(batch.chunks, states, strict=True)])
 
     def _write(self, layer: int, chunk: Chunk, state: list[bytes]) -> None:
-        size = self._layout.block_size
-        for index, hidden in enumerate(state):
-            position = chunk.start + index
+        size, base, kv = self._layout.block_size, layer * self._layer_nbytes, self._kv
+        for position, hidden in enumerate(state, start=chunk.start):
             if position >= chunk.write_from:
-                block, row = chunk.block_table[position // size], position % size
-                self._kv[layer, block, 0, row] = np.frombuffer(_digest(b"k", hidden), np.uint8)
-                self._kv[layer, block, 1, row] = np.frombuffer(_digest(b"v", hidden), np.uint8)
+                row = _digest(b"kv", hidden, nbytes=2 * ROW_NBYTES)
+                start = base + chunk.block_table[position // size] * self._block_nbytes
+                start += position % size * ROW_NBYTES
+                kv[start : start + ROW_NBYTES] = row[:ROW_NBYTES]
+                start += self._half_nbytes
+                kv[start : start + ROW_NBYTES] = row[ROW_NBYTES:]
 
     def _attend(self, layer: int, chunk: Chunk, state: list[bytes]) -> list[bytes]:
-        """What each token makes of all KV up to itself, as the blocks hold it now."""
-        size = self._layout.block_size
-        end = chunk.start + len(state)
-        blocks = np.array(chunk.block_table[: -(-end // size)], np.int64)
-        # [blocks, K|V, row, bytes] -> a row of K then V per token
-        rows = self._kv[layer, blocks].transpose(0, 2, 1, 3).reshape(-1, 2 * ROW_NBYTES)
-        seen = hashlib.blake2b(rows[: chunk.start].tobytes(), digest_size=8)
+        """What each token makes of all KV up to itself, as the blocks hold it now: of every whole block
+        before its own, then of the rows of its own. So it is the same however a prompt is cut into chunks."""
+        size, base, kv = self._layout.block_size, layer * self._layer_nbytes, self._kv
+        block_nbytes, half_nbytes = self._block_nbytes, self._half_nbytes
+        starts = [base + block * block_nbytes for block in chunk.block_table]
+        whole = [kv[start : start + block_nbytes] for start in starts[: chunk.start // size]]
+        before = hashlib.blake2b(b"".join(whole), digest_size=ROW_NBYTES)
         out = []
-        for index, hidden in enumerate(state):
-            seen.update(rows[chunk.start + index].tobytes())
+        for position, hidden in enumerate(state, start=chunk.start):
+            start, nbytes = starts[position // size], (position % size + 1) * ROW_NBYTES
+            seen = before.copy()
+            seen.update(kv[start : start + nbytes])
+            seen.update(kv[start + half_nbytes : start + half_nbytes + nbytes])
             out.append(_digest(hidden, seen.digest()))
+            if nbytes == half_nbytes:
+                before.update(kv[start : start + block_nbytes])
         return out
 
     def _sample(self, chunk: Chunk, hidden: bytes) -> Sampled | None:

@@ -1,9 +1,10 @@
 """A heap whose one-sided writes take virtual time and can go wrong: torn, delayed, doubled, lost, bent.
 
-Owns the faults between a writer and its receiver's memory. Every one of them is one that the design claims to
-survive: a write is torn by its writer's death or freeze in the middle, a signal is lost or comes twice, bytes
-change on the way (found by ``kvcache.checksums``). What the contract of a heap rules out (a write that lands
-after its writer has let the lane go) is not made here: tests plant it to see that the harness notices.
+Owns the faults between a writer and its receiver's memory, and tells the witness of every word. Each fault is
+one that the design claims to survive: a write is torn by its writer's death or freeze in the middle, a signal
+is lost or comes twice, bytes change on the way (found by ``kvcache.checksums``). What the contract of a heap
+rules out (a write that lands after its writer has let the lane go) is not made here: tests plant it to see
+that the harness notices.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegi
 from microserve.kvcache.heap.mapped import require_same_kv
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.grant import HeapAddress
+from microserve.services.simulation.witness import Lane, Witness
 
 
 @dataclass
@@ -80,28 +82,50 @@ class FaultyHeap(MemoryHeap):
         registry: MemoryRegistry,
         num_slots: int,
         faults: WriteFaults,
+        witness: Witness,
+        ring: Callable[[], None],
     ) -> None:
+        """``ring`` is called when somebody has written here."""
         super().__init__(layout, incarnation=incarnation, registry=registry, num_slots=num_slots)
+        self.ring = ring
         self._faults = faults
+        self._witness = witness
+
+    def store(self, word: int, value: int) -> None:
+        super().store(word, value)
+        self._witness.stored(self.address.incarnation, self.words, word, value)
 
     def attach(self, address: HeapAddress) -> MemoryPeerHeap:
         if self._faults.exhausted:
             raise OSError(errno.EMFILE, "no mapping: Too many open files")
         owner = self._registry._find(address)
         require_same_kv(self.layout, owner.layout)
-        return FaultyPeerHeap(self, owner, self._registry, self._faults)
+        ring = owner.ring if isinstance(owner, FaultyHeap) else self.ring
+        return FaultyPeerHeap(self, owner, self._registry, self._faults, self._witness, ring)
+
+    def close(self) -> None:
+        self._witness.leave(self.address.incarnation)
+        super().close()
 
 
 class FaultyPeerHeap(MemoryPeerHeap):
     def __init__(
-        self, writer: MemoryHeap, owner: MemoryHeap, registry: MemoryRegistry, faults: WriteFaults
+        self,
+        writer: MemoryHeap,
+        owner: MemoryHeap,
+        registry: MemoryRegistry,
+        faults: WriteFaults,
+        witness: Witness,
+        ring: Callable[[], None],
     ) -> None:
         super().__init__(writer, owner, registry)
         self._faults = faults
+        self._witness = witness
+        self._ring = ring
 
     def put(self, copies: Copies, source_shift: int = 0, target_shift: int = 0) -> None:
         faults, weather = self._faults, self._faults.weather
-        if faults.happens("lost write", weather.lost_write):
+        if self._is_spoilt("lost write", weather.lost_write):
             return
         if faults.snag is None and not faults.happens("torn write", weather.torn):
             super().put(copies, source_shift, target_shift)
@@ -113,7 +137,7 @@ class FaultyPeerHeap(MemoryPeerHeap):
         if faults.happens("doubled write", weather.doubled_write):
             faults.pause()
             super().put(copies, source_shift, target_shift)
-        if copies.slices and faults.happens("bent write", weather.bent):
+        if copies.slices and self._is_spoilt("bent write", weather.bent):
             place = faults.rng.choice(copies.slices)[0]
             at = target_shift + faults.rng.randrange(place.start, place.stop)
             self._target[at] ^= 1 << faults.rng.randrange(8)
@@ -122,15 +146,32 @@ class FaultyPeerHeap(MemoryPeerHeap):
 
     def signal(self, word: int, value: int) -> None:
         faults, weather = self._faults, self._faults.weather
-        if faults.happens("lost signal", weather.lost_signal):
+        if self._is_spoilt("lost signal", weather.lost_signal):
             return
         super().signal(word, value)
         if faults.happens("doubled signal", weather.doubled_signal):
             super().signal(word, value)
+        self._ring()
+        self._witness.signalled(self._writer, self.address.incarnation, self.words, word, value)
 
     def signal_each(self, words: NDArray[np.int64], value: int) -> None:
-        if not self._faults.happens("lost signal", self._faults.weather.lost_signal):
+        if not self._is_spoilt("lost signal", self._faults.weather.lost_signal):
             super().signal_each(words, value)
+            self._witness.tagged(self._writer, value)
+
+    def let_go(self, slot: int, lane: int) -> None:
+        if (slot, lane) in self._held:
+            state = self.read(self.words.state(slot))
+            self._witness.letting_go(self._writer, Lane(self.address.incarnation, slot, lane), state)
+        super().let_go(slot, lane)
+        self._ring()
+
+    def _is_spoilt(self, name: str, chance: float) -> bool:
+        """Does a fault happen that the receiver cannot but refute?"""
+        happens = self._faults.happens(name, chance)
+        if happens:
+            self._witness.spoilt(self.address.incarnation)
+        return happens
 
 
 def _halves(copies: Copies) -> tuple[Copies, Copies]:

@@ -45,6 +45,8 @@ class Journal:
         them before it began."""
         self.excused: frozenset[str] = frozenset()
         """Of :data:`DEFECTS`, those that a fault of this world explains."""
+        self.continued: list[tuple[str, int]] = []
+        """Id, as clients know it, and number of delivered tokens of each request that began anew."""
         self._loop = loop
         self._keep = keep
         self._digest = hashlib.blake2b(digest_size=16)
@@ -81,6 +83,8 @@ class Journal:
             )
         if event.get("num_preemptions") or event.get("queued_s", 0.0) > QUEUED_S:
             self.held_up.add(str(event["request_id"]).partition("~")[0])
+        if name == log.REQUEST_CONTINUED:
+            self.continued.append((str(event["request_id"]).partition("~")[0], int(event["delivered"])))
         self.note(name, **event)
         raise structlog.DropEvent
 

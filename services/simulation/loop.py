@@ -44,6 +44,8 @@ class Process:
         self.clock_offset_s = clock_offset_s
         """Its monotonic clock minus the loop's."""
         self.stash: list[VirtualHandle] = []
+        self.home = self.context()
+        """Of what others make happen here."""
         self.tasks: list[asyncio.Task[Any]] = []
         self._loop = loop
 
@@ -99,7 +101,7 @@ _process: contextvars.ContextVar[Process | None] = contextvars.ContextVar("proce
 class VirtualHandle:
     """What ``call_soon`` and ``call_at`` return."""
 
-    __slots__ = ("_args", "_callback", "_context", "_when", "due", "is_cancelled", "process")
+    __slots__ = ("args", "callback", "context", "due", "is_cancelled", "process", "when_due")
 
     def __init__(
         self,
@@ -114,25 +116,25 @@ class VirtualHandle:
         self.due = due
         """Virtual time."""
         self.is_cancelled = False
-        self._when = when
-        self._callback: Callable[..., object] | None = callback
-        self._args = args
-        self._context = context
+        self.when_due = when
+        self.callback: Callable[..., object] | None = callback
+        """None once it is cancelled."""
+        self.args = args
+        self.context = context
 
     def cancel(self) -> None:
         self.is_cancelled = True
-        self._callback, self._args = None, ()
+        self.callback, self.args = None, ()
 
     def cancelled(self) -> bool:
         return self.is_cancelled
 
     def when(self) -> float:
-        return self._when
+        return self.when_due
 
     def run(self) -> None:
-        callback = self._callback
-        if callback is not None:
-            self._context.run(callback, *self._args)
+        if self.callback is not None:
+            self.context.run(self.callback, *self.args)
 
 
 class VirtualLoop:
@@ -149,7 +151,8 @@ class VirtualLoop:
         self._ready: deque[VirtualHandle] = deque()
         self._timers: list[tuple[float, int, VirtualHandle]] = []
         self._number = 0
-        self._num_at_once = 0
+        self._last_at_once = MAX_CALLBACKS_AT_ONCE
+        """Number of the callback at which time must have moved on."""
         self._running = False
         self._make_task: Callable[..., asyncio.Task[Any]] = lambda loop, coro, **options: asyncio.Task(
             coro, loop=loop, **options
@@ -249,7 +252,10 @@ class VirtualLoop:
         try:
             task = self.create_task(coroutine, name="simulation")
             while not task.done():
-                self._run_next()
+                if self._ready:
+                    self._run_handle(self._ready.popleft())
+                else:
+                    self._move_on()
             while self._ready:
                 self._run_handle(self._ready.popleft())
             return task.result()
@@ -257,36 +263,33 @@ class VirtualLoop:
             self._running = False
             asyncio.events._set_running_loop(None)
 
-    def _run_next(self) -> None:
-        """One callback that is due now, or on to the next timer."""
-        if self._ready:
-            self._run_handle(self._ready.popleft())
-            self._num_at_once += 1
-            if self._num_at_once > MAX_CALLBACKS_AT_ONCE:
-                raise InternalError(f"time stands still at {self.now:.6f}: somebody spins")
-            return
-        while self._timers:
-            due, _, handle = heapq.heappop(self._timers)
+    def _move_on(self) -> None:
+        """To the next timer."""
+        timers = self._timers
+        while timers:
+            due, _, handle = heapq.heappop(timers)
             if handle.is_cancelled or due != handle.due:
                 continue
             if due > self.now:
-                self.now, self._num_at_once = due, 0
+                self.now, self._last_at_once = due, self.num_callbacks + MAX_CALLBACKS_AT_ONCE
             self._ready.append(handle)
             return
         raise InternalError("nothing is left to happen and everybody waits")
 
     def _run_handle(self, handle: VirtualHandle) -> None:
-        process = handle.process
-        if handle.is_cancelled:
+        process, callback = handle.process, handle.callback
+        if callback is None:
             return
         if process is not None and process.life is not Life.RUNNING:
             if process.life is Life.FROZEN:
                 process.stash.append(handle)
             return
         self.num_callbacks += 1
+        if self.num_callbacks > self._last_at_once:
+            raise InternalError(f"time stands still at {self.now:.6f}: somebody spins")
         self.current = process
         try:
-            handle.run()
+            handle.context.run(callback, *handle.args)
         except Exception as error:
             self.call_exception_handler({"message": "a callback raised", "exception": error})
         finally:
@@ -310,6 +313,10 @@ class VirtualLoop:
         handle = VirtualHandle(context.get(_process), callback, args, context, max(self.now, due), due)
         self._push(handle)
         return handle
+
+    def arrive(self, due: float, process: Process, callback: Callable[..., object], *args: Any) -> None:
+        """As :meth:`at`, at ``due`` >= now, in the process's own name; cannot be cancelled."""
+        self._push(VirtualHandle(process, callback, args, process.home, due, due))
 
     def make_ready(self, handle: VirtualHandle) -> None:
         self._ready.append(handle)

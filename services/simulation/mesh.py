@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from microserve.protocol.settings import (
     Settings,
 )
 from microserve.services.index.service import IndexService
+from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.service import Router
 from microserve.services.simulation.bus import Addresses, SimBus
@@ -33,6 +35,7 @@ from microserve.services.simulation.gateway import SimGateway
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.network import Network
+from microserve.services.simulation.witness import Witness
 
 INDEX = "index"
 LOOK_S = 0.25
@@ -61,6 +64,10 @@ class Shape:
     call_timeout_s: float = 3.0
     drain_s: float = 3.0
     stuck_s: float = 3.0
+    heartbeat_s: float = 0.25
+    liveness: int = 6
+    strategies: tuple[Strategy, ...] = ()
+    """That routers know beside those that they come with."""
     labels: tuple[tuple[str, ...], ...] = ()
     """By number of engine; engines without an entry have none."""
     max_skew_s: float = 600.0
@@ -97,12 +104,15 @@ class SimulatedMesh:
     """Times strategies by the real clock, so what comes of that does not repeat."""
     past: list[SimGateway] = field(default_factory=list)
     """Gateways of earlier lives: what became of their requests."""
+    counters: Counter[str] = field(default_factory=Counter)
+    """What engines had counted when they were killed."""
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"world {self.seed}")  # the text is a part of what a seed means
         self.network = Network(self.loop, random.Random(f"network {self.seed}"))
         self.addresses = Addresses(self.network)
         self.registry = MemoryRegistry()
+        self.witness = Witness(lambda: self.loop.now)
         self.engines = [f"engine-{n}" for n in range(self.shape.num_engines)]
         self.routers = [f"router-{n}" for n in range(self.shape.num_routers)]
         self.gateways = [f"gateway-{n}" for n in range(self.shape.num_gateways)]
@@ -145,6 +155,8 @@ class SimulatedMesh:
             return self._run_index(seat, bus, settings, incarnation)
         if kind == "router":
             seat.service = router = Router(settings, bus, seed=seed, overseer=self.overseer)
+            for strategy in self.shape.strategies:
+                router.strategies.add(strategy)
             return router.run(Lifecycle())
         if kind == "engine":
             seat.service = engine = self._make_engine(process, settings, bus, incarnation, seed)
@@ -166,7 +178,16 @@ class SimulatedMesh:
     def _make_engine(
         self, process: Process, settings: Settings, bus: SimBus, incarnation: int, seed: int
     ) -> SimEngine:
-        return SimEngine(self.loop, process, settings, bus, self.registry, incarnation=incarnation, seed=seed)
+        return SimEngine(
+            self.loop,
+            process,
+            settings,
+            bus,
+            self.registry,
+            self.witness,
+            incarnation=incarnation,
+            seed=seed,
+        )
 
     async def _run_index(self, seat: Seat, bus: SimBus, settings: Settings, incarnation: int) -> None:
         seat.service = service = IndexService(
@@ -200,7 +221,9 @@ class SimulatedMesh:
         service = seat.service
         if isinstance(service, SimEngine):
             service.pacer.kill()
+            self.witness.leave(service.core.incarnation)
             self.registry.kill(service.core.incarnation)
+            self.counters += service.core.state.counters
         process.kill()
         self.addresses.crash(process)
         if isinstance(service, SimGateway):
@@ -220,15 +243,17 @@ class SimulatedMesh:
             self.kill(name)
 
     def check_integrity(self) -> list[str]:
-        """Blocks of every living engine, between any two steps. Violations, as text."""
+        """Blocks and sequences of every living engine where something has changed since the last look,
+        between any two steps. Violations, as text."""
         broken = []
         for name in self.engines:
             seat = self.seats[name]
-            if seat.is_alive and seat.service is not None:
-                try:
-                    seat.service.core.check_integrity()
-                except InternalError as error:
-                    broken.append(f"integrity: {name} at {self.loop.now:.3f}: {error.detail}")
+            if not seat.is_alive or seat.service is None or not seat.service.has_changed():
+                continue
+            try:
+                seat.service.core.check_integrity()
+            except InternalError as error:
+                broken.append(f"integrity: {name} at {self.loop.now:.3f}: {error.detail}")
         return broken
 
     # --- names -------------------------------------------------------------------------------------
@@ -243,7 +268,10 @@ class SimulatedMesh:
         labels = shape.labels[number] if is_engine and number < len(shape.labels) else ()
         return Settings(
             bus=BusSettings(
-                heartbeat_interval_s=0.25, liveness=6, stuck_s=shape.stuck_s, credit=shape.credit
+                heartbeat_interval_s=shape.heartbeat_s,
+                liveness=shape.liveness,
+                stuck_s=shape.stuck_s,
+                credit=shape.credit,
             ),
             engine=EngineSettings(
                 id=name if is_engine else "",

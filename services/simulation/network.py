@@ -8,7 +8,6 @@ to trust it. Knows frames, not messages.
 
 from __future__ import annotations
 
-import contextvars
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,14 +35,13 @@ class Weather:
 
 
 class Endpoint:
-    """One end of a connection: which process reads there, in whose context, and how."""
+    """One end of a connection: which process reads there, and how."""
 
-    __slots__ = ("context", "deliver", "due", "is_open", "process")
+    __slots__ = ("deliver", "due", "is_open", "process")
 
     def __init__(self, process: Process, deliver: Deliver) -> None:
         self.process = process
         self.deliver = deliver
-        self.context: contextvars.Context = process.context()
         self.is_open = True
         self.due = 0.0
         """Arrival of the last message on its way here: the next one arrives later."""
@@ -88,7 +86,7 @@ class Network:
     # --- messages ----------------------------------------------------------------------------------
 
     def latency(self) -> float:
-        return self.rng.uniform(MIN_LATENCY_S, MAX_LATENCY_S)
+        return MIN_LATENCY_S + (MAX_LATENCY_S - MIN_LATENCY_S) * self.rng.random()
 
     def carry(self, source: Process, endpoint: Endpoint, frames: Sequence[bytes]) -> None:
         """Send frames on their way. What the weather does is counted."""
@@ -120,7 +118,7 @@ class Network:
     def after(self, endpoint: Endpoint, delay_s: float, callback: Callable[[], None]) -> None:
         """Call ``callback`` in the endpoint's process, behind what is on its way there."""
         due = max(self.loop.now + delay_s, endpoint.due)
-        self.loop.at(due, callback, context=endpoint.context)
+        self.loop.arrive(due, endpoint.process, callback)
 
     def _schedule(
         self, endpoint: Endpoint, frames: list[bytes], delay_s: float, *, late: bool = False
@@ -129,7 +127,7 @@ class Network:
         due = self.loop.now + delay_s
         if not late:
             endpoint.due = due = max(due, endpoint.due)
-        self.loop.at(due, self._arrive, endpoint, frames, context=endpoint.context)
+        self.loop.arrive(due, endpoint.process, self._arrive, endpoint, frames)
 
     def _arrive(self, endpoint: Endpoint, frames: list[bytes]) -> None:
         if endpoint.is_open:

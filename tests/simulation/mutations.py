@@ -1,6 +1,6 @@
 """Bugs planted on purpose: each must be caught by the simulation, or the simulation proves nothing.
 
-    python tests/simulation/mutations.py            the table: bug, seeds until it was caught, what was seen
+    python tests/simulation/mutations.py            bug, seeds and seconds until it was caught, what was seen
 
 Every mutation is one small lie told to one function, undone afterwards. Several are bugs that systems of this
 kind have shipped.
@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import tests.simulation.gateway_mutations  # noqa: F401  (registers its own)
+import tests.simulation.gateway_mutations
+import tests.simulation.subtle_mutations  # noqa: F401  (as well)
 from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.grant.table import Discharged, GrantEvent, GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
@@ -307,6 +309,8 @@ class Catch:
     name: str
     seeds: int | None
     seen: str
+    cpu_s: float
+    """Of one core."""
 
 
 @contextmanager
@@ -317,12 +321,13 @@ def planted(name: str) -> Iterator[None]:
 
 def hunt(name: str, limit: int = LIMIT_SEEDS) -> Catch:
     """Run seeds with the bug planted until the judge sees it."""
-    with planted(name):
-        for seed in range(limit):
+    started = time.process_time()
+    for seed in range(limit):
+        with planted(name):
             violations = run_seed(seed).violations
-            if violations:
-                return Catch(name, seed + 1, violations[0])
-    return Catch(name, None, "")
+        if violations and not run_seed(seed).violations:  # else it is not the bug that is seen
+            return Catch(name, seed + 1, violations[0], time.process_time() - started)
+    return Catch(name, None, "", time.process_time() - started)
 
 
 def main() -> int:
@@ -331,16 +336,18 @@ def main() -> int:
     parser.add_argument("--only", default="", help="bugs whose name holds this")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    missed = 0
-    print(f"{'seeds':>6}  planted bug", flush=True)
+    missed, cpu_s = 0, 0.0
+    print(f"{'seeds':>6} {'s':>6}  planted bug", flush=True)
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         chosen = [name for name in MUTATIONS if options.only in name]
         hunts = [pool.apply_async(hunt, (name, options.limit)) for name in chosen]
         for pending in hunts:
             catch = pending.get()
-            missed += catch.seeds is None
-            print(f"{catch.seeds or 'NONE':>6}  {catch.name}\n        {catch.seen[:100]}", flush=True)
-    print(f"{len(chosen) - missed} of {len(chosen)} caught within {options.limit} seeds")
+            missed, cpu_s = missed + (catch.seeds is None), cpu_s + catch.cpu_s
+            print(f"{catch.seeds or 'NONE':>6} {catch.cpu_s:>6.1f}  {catch.name}", flush=True)
+            print(f"{'':>13}  {catch.seen[:100]}", flush=True)
+    caught = f"{len(chosen) - missed} of {len(chosen)} caught within {options.limit} seeds"
+    print(f"{caught}, in {cpu_s / 60:.1f} minutes of one core")
     return 1 if missed else 0
 
 

@@ -4,8 +4,9 @@ Owns what a seed means, how faults happen, and the verdict. Must not change a se
 faults are of messages, memory, clocks and processes. A planted bug (tests/simulation/mutations.py) must be
 found here.
 
-Start with ``scenario.py`` (what a seed draws), then ``campaign.py`` (one seed from start to verdict) and
-``judge.py`` (the promises); ``fault.py`` switches faults on and off; they happen in
-``../network.py``, ``../heap.py`` and ``../loop.py``. ``dry_run.py`` tries a strategy before it is
-published, in a mesh without faults.
+Start with ``scenario.py`` (what a seed draws; ``fates.py`` its faults, where a new kind goes), then
+``campaign.py`` (one seed from start to verdict) and ``judge.py`` (the promises). ``fault.py`` switches faults
+on and off, ``ambush.py`` waits for a moment; they happen in ``../network.py``, ``../heap.py`` and
+``../loop.py``. ``strategies.py`` provokes rare situations and ``meeting.py`` counts them. ``dry_run.py``
+tries a strategy before it is published, in a mesh without faults.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import multiprocessing
 import sys
 import time
@@ -16,18 +17,22 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+import msgspec
+
 from microserve.protocol import log
 from microserve.protocol.errors import QueueFull
 from microserve.services.simulation.faults.fault import Faults
 from microserve.services.simulation.faults.judge import (
     GONE_S,
     judge_answer,
+    judge_codes,
     judge_gone,
     judge_outcomes,
     judge_rest,
     judge_service,
 )
-from microserve.services.simulation.faults.scenario import CALM, STRATEGIES, Arrival, Scenario, draw
+from microserve.services.simulation.faults.meeting import SITUATIONS, situations
+from microserve.services.simulation.faults.scenario import CALM, RARE, STRATEGIES, Arrival, Scenario, draw
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import VirtualLoop
@@ -37,16 +42,22 @@ OUTCOME_S = 5.0
 """After the last fault every request has an outcome within this time."""
 REST_S = 15.0
 """And nothing is left over within this time."""
-NOTICE_S = 0.6
+NOTICE_S = 0.5
 """A message that was lost last of all shows with the next one, two heartbeats later at most."""
 PROBE_S = 3.0
 MAX_PRINTED = 20
 """Seeds with broken promises that are told in full."""
 CHECK_S = 0.1
 """Between two looks at every engine's blocks while faults happen."""
-PROBES_A_ROUTER = 4
-AGAIN_S = 2.0
+PROBED = (*STRATEGIES, *RARE)
+PROBES_A_ROUTER = 2
+PROBE_TOKENS = 4
+AGAIN_S = 1.0
 PROBE_LOOK_S = 0.02
+CROWD = 4
+"""Requests that come, one behind the other, where an ambush calls for them."""
+CROWD_GAP_S = 0.006
+"""Time for an engine to begin what the ambush has made possible."""
 
 
 @dataclass
@@ -58,6 +69,8 @@ class Verdict:
     faults: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
+    met: Counter[str] = field(default_factory=Counter)
+    """How often each situation (meeting.py) came; over many seeds, in how many of them."""
     digest: str = ""
     lines: list[str] = field(default_factory=list)
     virtual_s: float = 0.0
@@ -86,6 +99,14 @@ async def _run(loop: VirtualLoop, journal: Journal, scenario: Scenario, verdict:
     mesh = SimulatedMesh(loop, scenario.seed, scenario.shape, journal)
     faults = Faults(mesh, scenario.seed)
     answers: list[Answer] = []
+    crowd = iter(scenario.crowd)
+
+    def let_some_come() -> None:
+        for number, arrival in enumerate(itertools.islice(crowd, CROWD), start=1):
+            at = loop.now + number * CROWD_GAP_S
+            loop.at(at, _submit, mesh, replace(arrival, at=at), answers)
+
+    faults.ambushes.crowd = let_some_come
     try:
         mesh.start_all()
         for arrival in scenario.arrivals:
@@ -102,7 +123,7 @@ async def _run(loop: VirtualLoop, journal: Journal, scenario: Scenario, verdict:
         faults.mend()
         verdict.faults = faults.total()
         await until(lambda: all(answer.outcome for answer in answers), OUTCOME_S)
-        verdict.violations += judge_outcomes(answers)
+        verdict.violations += judge_outcomes(answers) + judge_codes(answers)
         num_continued = journal.events[log.REQUEST_CONTINUED]
         verdict.violations += judge_service(scenario, answers, num_continued, journal.held_up)
         verdict.violations += await _settle(mesh)
@@ -112,8 +133,10 @@ async def _run(loop: VirtualLoop, journal: Journal, scenario: Scenario, verdict:
             verdict.outcomes[answer.outcome or "none"] += 1
         for gateway in mesh.all_gateways():
             verdict.violations += gateway.violations()
+        verdict.violations += mesh.witness.finish()
     finally:
         mesh.close()
+        verdict.met = situations(mesh, journal, answers)
 
 
 def _submit(mesh: SimulatedMesh, arrival: Arrival, answers: list[Answer]) -> None:
@@ -161,10 +184,11 @@ async def _probe(mesh: SimulatedMesh, answers: list[Answer]) -> list[str]:
     probes = []
     for place, router in enumerate(mesh.routers):
         for offset in range(PROBES_A_ROUTER):
-            number = (mesh.seed * PROBES_A_ROUTER + place + offset) % len(STRATEGIES)
-            strategy = STRATEGIES[number]
+            number = (mesh.seed * PROBES_A_ROUTER + place + offset) % len(PROBED)
+            strategy, template = PROBED[number], _template(number)
             probe = replace(
-                _template(number),
+                template,
+                params=msgspec.structs.replace(template.params, max_tokens=PROBE_TOKENS),
                 gateway=mesh.gateways[0],
                 router=router,
                 strategy=strategy,
@@ -216,6 +240,7 @@ def _run_many(first: int, num_seeds: int, seconds: float, jobs: int) -> int:
             total.faults += verdict.faults
             total.outcomes += verdict.outcomes
             total.events += verdict.events
+            total.met.update(verdict.met.keys())
             total.virtual_s += verdict.virtual_s
             if verdict.violations:
                 broken.append(verdict)
@@ -230,6 +255,9 @@ def _run_many(first: int, num_seeds: int, seconds: float, jobs: int) -> int:
     print(f"{num_faults / wall_s:.0f} faults/s, {done / wall_s:.1f} seeds/s, {jobs} jobs")
     for title, counts in (("faults", total.faults), ("outcomes", total.outcomes)):
         print(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.most_common()))
+    print(f"met, in how many of {done} worlds:")
+    for name in sorted(SITUATIONS, key=lambda each: -total.met[each]):
+        print(f"{total.met[name]:>8}  {name}")
     print(f"seeds with a broken promise: {len(broken)}")
     if broken:
         print(f"replay: python -m microserve.services.simulation.faults.campaign --replay {broken[0].seed}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from microserve.services.simulation.faults.scenario import Fault, Scenario
+from microserve.services.simulation.faults.fates import Fault
+from microserve.services.simulation.faults.scenario import Scenario
 
 MAX_FAULTS = 4
 MAX_EXHAUSTED_S = 3.0

@@ -8,7 +8,8 @@ from functools import partial
 
 from microserve.protocol import log
 from microserve.services.simulation.engine import SimEngine
-from microserve.services.simulation.faults.scenario import Fault
+from microserve.services.simulation.faults.ambush import Ambushes
+from microserve.services.simulation.faults.fates import Fault
 from microserve.services.simulation.heap import WriteWeather
 from microserve.services.simulation.mesh import SimulatedMesh
 from microserve.services.simulation.network import Weather
@@ -22,7 +23,7 @@ class Faults:
         """Of processes, clocks and connections; messages and writes are counted where they are made."""
         self._mesh = mesh
         self._rng = random.Random(f"faults {seed}")
-        self._counted: set[int] = set()
+        self.ambushes = Ambushes(mesh, self.counts, self._kill_if_alive)
 
     def begin(self, fault: Fault) -> None:
         mesh, name = self._mesh, fault.target
@@ -60,6 +61,8 @@ class Faults:
             case "slow" if seat is not None and isinstance(seat.service, SimEngine):
                 self.counts["slow"] += 1
                 seat.service.pacer.slowness = fault.number
+            case "ambush":
+                self.ambushes.lay(fault)
 
     def end(self, fault: Fault) -> None:
         mesh, name = self._mesh, fault.target
@@ -83,6 +86,8 @@ class Faults:
             case "slow" if seat is not None and isinstance(seat.service, SimEngine):
                 seat.service.pacer.slowness = 1.0
                 seat.service.pacer.hurry()
+            case "ambush":
+                self.ambushes.lift(fault)
 
     def _snag(self, fault: Fault, engine: SimEngine) -> None:
         """The engine stands in the middle of a write: it dies here, or sleeps for ``number`` seconds."""
@@ -119,6 +124,7 @@ class Faults:
         """End of all faults: what was dead starts, what was frozen goes on, every way is free."""
         mesh = self._mesh
         mesh.journal.note("sim.mended")
+        self.ambushes.lift_all()
         mesh.network.weather = Weather()
         mesh.network.unblock_all()
         for name, seat in mesh.seats.items():

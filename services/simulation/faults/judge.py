@@ -6,10 +6,20 @@ Owns the oracle. Returns violations as text; an empty list is the only good answ
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import lru_cache
+from functools import cache
 
 from microserve.kvcache.prefix.index import PrefixIndex
-from microserve.protocol.errors import InternalError
+from microserve.protocol.errors import (
+    ConfigError,
+    InternalError,
+    InvalidInterval,
+    InvalidRequest,
+    ModelNotFound,
+    PromptTooLong,
+    ProtocolViolation,
+    StrategyError,
+    StrategyNotFound,
+)
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
@@ -21,36 +31,52 @@ from microserve.services.simulation.mesh import INDEX, SimulatedMesh
 
 GONE_S = 0.4
 """Without faults a cancelled request is gone from every engine after so long."""
-PATIENCE_S = 4.0
-"""With one engine failing, a request takes no longer: 1.5 s until it is missed, and the work done twice."""
+PATIENCE_S = 2.5
+"""With one engine failing, a request takes no longer: 0.6 s until it is missed, and the work done twice."""
 
 
-@lru_cache(maxsize=50_000)
-def _expected(
-    prompt: tuple[int, ...], max_tokens: int, temperature: float, seed: int, stops: tuple[int, ...]
+INEXCUSABLE = frozenset(
+    error.code
+    for error in (
+        InvalidRequest,
+        InvalidInterval,
+        PromptTooLong,
+        ModelNotFound,
+        StrategyNotFound,
+        StrategyError,
+        ProtocolViolation,
+        ConfigError,
+        InternalError,
+    )
+)
+"""Codes with which no request of a campaign may end, whatever fails under it."""
+MAX_TOKENS = 80
+"""No request of a campaign asks for more."""
+
+
+@cache
+def _oracle(
+    prompt: tuple[int, ...], temperature: float, seed: int
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        ignore_eos=True,
-        stop_token_ids=stops,
-        logprobs=0,
+        max_tokens=MAX_TOKENS, temperature=temperature, seed=seed, ignore_eos=True, logprobs=0
     )
     samples = expected_samples(prompt, params, vocab_size=VOCAB_SIZE)
     return tuple(s.token_id for s in samples), tuple(s.logprob or 0.0 for s in samples)
 
 
+def expected(prompt: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Tokens and log probabilities that any mesh must answer."""
+    tokens, logprobs = _oracle(tuple(prompt), params.temperature, params.seed)
+    stops = (length for length, token in enumerate(tokens, start=1) if token in params.stop_token_ids)
+    length = min(params.max_tokens, next(stops, params.max_tokens))
+    return tokens[:length], logprobs[:length]
+
+
 def judge_answer(answer: Answer) -> list[str]:
     """A complete answer is the oracle's; one that was cut short is a prefix of it."""
     params = answer.params
-    tokens, logprobs = _expected(
-        tuple(answer.prompt),
-        params.max_tokens,
-        params.temperature,
-        params.seed,
-        params.stop_token_ids,
-    )
+    tokens, logprobs = expected(answer.prompt, params)
     name = f"{answer.request_id} ({answer.strategy}, {len(answer.prompt)} prompt tokens)"
     have, wrong = tuple(answer.token_ids), []
     if answer.is_complete and have != tokens:
@@ -70,6 +96,15 @@ def judge_answer(answer: Answer) -> list[str]:
 
 def judge_outcomes(answers: Sequence[Answer]) -> list[str]:
     return [f"stuck: {a.request_id} ({a.strategy}) has no outcome" for a in answers if not a.outcome]
+
+
+def judge_codes(answers: Sequence[Answer]) -> list[str]:
+    """No fault of processes, clocks or messages makes a good request wrong, or is a defect of ours."""
+    return [
+        f"code: {a.request_id} ({a.strategy}) ended {a.outcome!r}: {a.detail}"
+        for a in answers
+        if a.outcome in INEXCUSABLE
+    ]
 
 
 def judge_gone(mesh: SimulatedMesh, request_id: str) -> list[str]:

@@ -13,26 +13,17 @@ from dataclasses import dataclass
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.engine import VOCAB_SIZE
-from microserve.services.simulation.heap import WriteWeather
-from microserve.services.simulation.mesh import INDEX, Shape
-from microserve.services.simulation.network import Weather
+from microserve.services.simulation.faults.fates import Fault, draw_faults, draw_single, draw_slow_network
+from microserve.services.simulation.faults.strategies import PROVOKING
+from microserve.services.simulation.mesh import Shape
 
 STRATEGIES = tuple(strategy.name for strategy in BUILT_IN)
+RARE = tuple(strategy.name for strategy in PROVOKING)
 CALM, SINGLE, STORM = "calm", "single", "storm"
-FAULT_KINDS = (
-    "kill",
-    "drain",
-    "freeze",
-    "partition",
-    "cut",
-    "jump",
-    "weather",
-    "writes",
-    "slow",
-    "snag",
-)
-QUIET_S = 1.0
+QUIET_S = 0.3
 """The mesh comes together before the first fault and the first request."""
+BURST_S = 0.05
+"""Mean time of a request behind the start of its burst: one meets another's send, wait or queue."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +41,6 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Fault:
-    """From ``at`` to ``until``, in virtual seconds."""
-
-    at: float
-    until: float
-    kind: str
-    target: str
-    other: str = ""
-    number: float = 0.0
-    weather: Weather | None = None
-    writes: WriteWeather | None = None
-
-
-@dataclass(frozen=True)
 class Scenario:
     seed: int
     kind: str
@@ -71,6 +48,8 @@ class Scenario:
     ``storm``: anything."""
     shape: Shape
     arrivals: list[Arrival]
+    crowd: list[Arrival]
+    """Come where an ambush calls for them, if one does."""
     faults: list[Fault]
     ends_at: float
     """All faults are over and everything is mended."""
@@ -89,163 +68,84 @@ def prompts() -> list[tuple[int, ...]]:
 
 
 _PROMPTS = prompts()
+_LONG = [prompt for prompt in _PROMPTS if len(prompt) >= 40]
 
 
 def draw(seed: int) -> Scenario:
     rng = random.Random(f"scenario {seed}")
     (kind,) = rng.choices((CALM, SINGLE, STORM), (1, 2, 12))
     shape = Shape(
-        num_engines=rng.choice((1, 2, 2, 3, 3, 4) if kind != SINGLE else (2, 3)),
-        num_routers=rng.choice((1, 1, 2)),
-        num_gateways=rng.choice((1, 1, 2)),
-        num_blocks=rng.choice((44, 48, 64, 128)),
-        grant_slots=rng.choice((2, 8, 16)),
+        num_engines=rng.choice((1, 2, 2, 2, 3, 3, 3, 4) if kind != SINGLE else (2, 3)),
+        num_routers=rng.choice((1, 1, 1, 2)),
+        num_gateways=rng.choice((1, 1, 1, 2)),
+        # In a storm they may run out; elsewhere nobody may be refused for want of them.
+        num_blocks=rng.choice((38, 40, 44, 64) if kind == STORM else (64, 96)),
+        # Few, so that a slot is used again while writers of its last use are about.
+        grant_slots=rng.choice((1, 2, 3, 16)),
         max_num_seqs=rng.choice((2, 4, 8)),
         max_num_batched_tokens=rng.choice((8, 16, 32)),
         max_waiting=rng.choice((4, 16, 64)) if kind == STORM else 64,
         credit=rng.choice((1, 4, 16)),
-        lease_s=rng.choice((0.5, 2.0)),
+        lease_s=rng.choice((0.2, 0.8)),
+        # What takes time takes less than in a real mesh, so that more happens in a world.
+        heartbeat_s=0.2,
+        liveness=3,
+        call_timeout_s=1.0 if kind == STORM else 2.0,
+        drain_s=1.0,
+        stuck_s=1.0,
+        strategies=PROVOKING,
         labels=rng.choice(((), (), (("prefill",), ("decode",)))),
         max_skew_s=rng.choice((0.0, 600.0)),
     )
-    last = QUIET_S + rng.uniform(2.0, 6.0)
+    last = QUIET_S + rng.uniform(0.4, 1.2)
     faults: list[Fault] = []
     if kind == STORM:
-        faults = _draw_faults(rng, shape, last)
+        faults = draw_faults(rng, shape, QUIET_S, last)
     elif kind == SINGLE:
-        faults = [_draw_single(rng, shape, last)]
-    else:  # a slow network is no fault
-        slow = Weather(delay=rng.choice((0.0, 0.1, 0.5)), max_delay_s=rng.choice((0.01, 0.1)))
-        faults = [Fault(QUIET_S, last, "weather", "", weather=slow)]
-    ends_at = max([last, *(fault.until for fault in faults)])
-    return Scenario(seed, kind, shape, _draw_arrivals(rng, kind, shape, last), faults, ends_at)
+        faults = [draw_single(rng, shape, QUIET_S, last)]
+    else:
+        faults = [draw_slow_network(rng, QUIET_S, last)]
+    arrivals = _draw_arrivals(rng, kind, shape, last)
+    crowd = [_draw_arrival(rng, shape, ["data_parallel", "kv_cost"], last, is_heavy=False) for _ in range(8)]
+    ends_at = max([last, arrivals[-1].at, *(fault.until for fault in faults)])
+    return Scenario(seed, kind, shape, arrivals, crowd, faults, ends_at)
 
 
 def _draw_arrivals(rng: random.Random, kind: str, shape: Shape, last: float) -> list[Arrival]:
     # Not all at a time: what one kind of request provokes is not thinned out by all the others.
-    strategies = rng.sample(STRATEGIES, rng.randint(3, 8))
-    arrivals = []
+    strategies = [*rng.sample(STRATEGIES, rng.randint(1, 4)), *rng.sample(RARE, rng.randint(1, 3))]
     # A storm comes over many requests at a time; otherwise the engines must be able to keep up.
-    most = 24 if kind == STORM else 6 * shape.num_engines
-    for _ in range(rng.randint(6, most)):
-        is_cancelled = rng.random() < 0.2
-        params = SamplingParams(
-            max_tokens=80 if is_cancelled else rng.choice((1, 2, 6, 12, 30, 60)),
-            temperature=rng.choice((0.0, 1.0)),
-            seed=rng.randrange(3),
-            ignore_eos=True,
-            stop_token_ids=tuple(range(0, VOCAB_SIZE, 17)) if rng.random() < 0.2 else (),
-            logprobs=0 if rng.random() < 0.2 else None,
-        )
-        arrivals.append(
-            Arrival(
-                at=rng.uniform(QUIET_S, last),
-                gateway=f"gateway-{rng.randrange(shape.num_gateways)}",
-                router=f"router-{rng.randrange(shape.num_routers)}",
-                strategy=rng.choice(strategies),
-                prompt=rng.choice(_PROMPTS),
-                params=params,
-                salt=rng.choice(("", "", "", "salt")),
-                cancel_after_s=rng.uniform(0.0, 0.4) if is_cancelled else None,
-            )
-        )
+    most = 11 if kind == STORM else 3 * shape.num_engines
+    # So many long ones at a time that engines run out of blocks.
+    is_heavy = kind == STORM and rng.random() < 0.25
+    bursts = [rng.uniform(QUIET_S, last) for _ in range(rng.randint(1, 2 if is_heavy else 4))]
+    arrivals = []
+    for _ in range(rng.randint(6 if is_heavy else 3, most)):
+        at = rng.choice(bursts) + rng.expovariate(1 / BURST_S)
+        arrivals.append(_draw_arrival(rng, shape, strategies, at, is_heavy=is_heavy))
     return sorted(arrivals, key=lambda arrival: arrival.at)
 
 
-# --- faults ----------------------------------------------------------------------------------------
-
-
-def _draw_faults(rng: random.Random, shape: Shape, last: float) -> list[Fault]:
-    engines = [f"engine-{n}" for n in range(shape.num_engines)]
-    others = [INDEX] + [f"router-{n}" for n in range(shape.num_routers)]
-    others += [f"gateway-{n}" for n in range(shape.num_gateways)]
-    everyone = engines + others
-    kinds = [
-        "kill",
-        "drain",
-        "freeze",
-        "partition",
-        "cut",
-        "jump",
-        "weather",
-        "writes",
-        "slow",
-        "snag",
-        "snag",
-    ]
-    chosen = rng.sample(kinds, rng.randint(1, 6))
-    # Engines are where the KV is: most faults go there.
-    weights = [6 if name in engines else 1 for name in everyone]
-    faults = []
-    for kind in chosen:
-        for _ in range(rng.randint(1, 4)):
-            at = rng.uniform(QUIET_S, last)
-            (target,) = rng.choices(everyone, weights)
-            until = at + rng.uniform(0.05, 2.5)
-            match kind:
-                case "kill":
-                    faults.append(Fault(at, until, kind, target))
-                case "drain":
-                    faults.append(Fault(at, until, kind, rng.choice(engines)))
-                case "freeze":
-                    faults.append(Fault(at, at + rng.choice((0.05, 0.5, 2.0, 4.0)), kind, target))
-                case "partition":
-                    other = rng.choice([name for name in everyone if name != target])
-                    source, sink = rng.sample([target, other], 2)
-                    faults.append(Fault(at, until, kind, source, sink, number=float(rng.random() < 0.5)))
-                case "cut":
-                    faults.append(Fault(at, at, kind, target))
-                case "jump":
-                    faults.append(Fault(at, at, kind, target, number=rng.choice((0.3, 2.0, 30.0))))
-                case "weather":
-                    until = at + rng.uniform(0.5, 4.0)
-                    faults.append(Fault(at, until, kind, "", weather=_draw_weather(rng)))
-                case "writes":
-                    faults.append(Fault(at, until, kind, rng.choice(engines), writes=_draw_writes(rng)))
-                case "snag":
-                    number = rng.choice((0.0, 0.3, 4.0, 4.0))
-                    until = at + max(number, 1.0)
-                    faults.append(Fault(at, until, kind, rng.choice(engines), number=number))
-                case "slow":
-                    factor = rng.choice((3.0, 20.0, 100.0))
-                    faults.append(Fault(at, until, kind, rng.choice(engines), number=factor))
-    return sorted(faults, key=lambda fault: fault.at)
-
-
-def _draw_single(rng: random.Random, shape: Shape, last: float) -> Fault:
-    """One engine of several fails once, or a router cannot reach it or hear it."""
-    at, engine = rng.uniform(QUIET_S, last), f"engine-{rng.randrange(shape.num_engines)}"
-    kind = rng.choice(("kill", "freeze", "drain", "partition"))
-    if kind != "partition":
-        return Fault(at, at + 4.0, kind, engine)
-    source, sink = rng.sample((engine, f"router-{rng.randrange(shape.num_routers)}"), 2)
-    return Fault(at, at + 4.0, kind, source, sink, number=float(rng.random() < 0.5))
-
-
-def _draw_weather(rng: random.Random) -> Weather:
-    def chance(most: float) -> float:
-        return rng.choice((0.0, 0.0, most / 10, most))
-
-    return Weather(
-        drop=chance(0.05),
-        duplicate=chance(0.3),
-        reorder=chance(0.05),
-        delay=chance(0.3),
-        max_delay_s=rng.choice((0.01, 0.3)),
+def _draw_arrival(
+    rng: random.Random, shape: Shape, strategies: list[str], at: float, *, is_heavy: bool
+) -> Arrival:
+    is_cancelled = rng.random() < 0.2
+    params = SamplingParams(
+        max_tokens=40 if is_cancelled or is_heavy else rng.choice((1, 1, 2, 4, 8, 24)),
+        temperature=rng.choice((0.0, 1.0)),
+        seed=rng.randrange(3),
+        ignore_eos=True,
+        # Some stop at once, some in the middle.
+        stop_token_ids=tuple(range(0, VOCAB_SIZE, rng.choice((8, 17)))) if rng.random() < 0.2 else (),
+        logprobs=0 if rng.random() < 0.2 else None,
     )
-
-
-def _draw_writes(rng: random.Random) -> WriteWeather:
-    def chance(most: float) -> float:
-        return rng.choice((0.0, 0.0, most / 10, most))
-
-    return WriteWeather(
-        torn=chance(0.5),
-        pause=chance(0.5),
-        max_pause_s=rng.choice((0.005, 0.05, 0.5)),
-        lost_write=chance(0.1),
-        doubled_write=chance(0.3),
-        lost_signal=chance(0.05),
-        doubled_signal=chance(0.3),
-        bent=chance(0.1),
+    return Arrival(
+        at=at,
+        gateway=f"gateway-{rng.randrange(shape.num_gateways)}",
+        router=f"router-{rng.randrange(shape.num_routers)}",
+        strategy=rng.choice(strategies),
+        prompt=rng.choice(_LONG if is_heavy else _PROMPTS),
+        params=params,
+        salt=rng.choice(("", "", "", "salt")),
+        cancel_after_s=rng.uniform(0.0, 0.2) if is_cancelled else None,
     )

@@ -31,7 +31,8 @@ from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.load.timing import Profile
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.mesh import Shape, SimulatedMesh
-from microserve.services.simulation.steps import Pacer, VirtualCondition
+from microserve.services.simulation.steps import Pacer
+from microserve.services.simulation.witness import Witness
 
 NUM_LAYERS = 4
 """Of the simulated model; each stands for its share of the real one's. More would cost time and change what
@@ -162,13 +163,6 @@ class ProfiledPeerHeap(MemoryPeerHeap):
             pacer.wake()
 
 
-class WokenCondition(VirtualCondition):
-    """For an engine that is woken when KV arrives: it looks seldom by itself."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        return super().wait(max(timeout or 0.0, IDLE_WAIT_S))
-
-
 class ProfiledEngine(SimEngine):
     vocab_size = VOCAB_SIZE
 
@@ -179,6 +173,7 @@ class ProfiledEngine(SimEngine):
         settings: Settings,
         bus: SimBus,
         registry: MemoryRegistry,
+        witness: Witness,
         *,
         incarnation: int,
         seed: int,
@@ -186,7 +181,7 @@ class ProfiledEngine(SimEngine):
     ) -> None:
         self._hardware = hardware
         self._virtual_time = lambda: loop.now
-        super().__init__(loop, process, settings, bus, registry, incarnation=incarnation, seed=seed)
+        super().__init__(loop, process, settings, bus, registry, witness, incarnation=incarnation, seed=seed)
         hardware.pacers[incarnation] = self.pacer
 
     def _equip(
@@ -205,9 +200,6 @@ class ProfiledEngine(SimEngine):
     def _pause(self, seconds: float) -> None:
         """A step that waits for a layer is woken by the put's signal, or by a message."""
         self.pacer.wait(IDLE_WAIT_S)
-
-    def _make_condition(self) -> VirtualCondition:
-        return WokenCondition(self.pacer)
 
 
 class ProfiledMesh(SimulatedMesh):
@@ -236,6 +228,7 @@ class ProfiledMesh(SimulatedMesh):
             settings,
             bus,
             self.registry,
+            self.witness,
             incarnation=incarnation,
             seed=seed,
             hardware=self.hardware,

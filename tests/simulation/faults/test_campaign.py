@@ -8,7 +8,8 @@ import sys
 from collections import Counter
 
 from microserve.services.simulation.faults.campaign import run_seed
-from microserve.services.simulation.faults.scenario import CALM, FAULT_KINDS, SINGLE, STORM, draw
+from microserve.services.simulation.faults.fates import FAULT_KINDS
+from microserve.services.simulation.faults.scenario import CALM, SINGLE, STORM, draw
 
 NUM_SEEDS = int(os.environ.get("MICROSERVE_TEST_SEEDS", "60"))
 
