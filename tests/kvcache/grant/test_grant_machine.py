@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant.table import Discharged, Expired, GrantTable, Settled
@@ -27,14 +35,18 @@ from tests.support.kvcache.kv_samples import fill, is_painted, make_layout, mism
 
 class GrantMachine(RuleBasedStateMachine):
     grants = Bundle("grants")
+    over = Bundle("over")
+    """Grants that nobody wants any more; their writers do not know."""
     lanes = Bundle("lanes")
     loans = Bundle("loans")
 
-    def __init__(self) -> None:
-        super().__init__()
+    @initialize(num_slots=st.integers(1, NUM_SLOTS))
+    def begin(self, num_slots: int) -> None:
+        """With one slot, each grant meets what the last one's writers do."""
+        self.num_slots = num_slots
         self.registry = MemoryRegistry()
         layout = make_layout(num_blocks=NUM_BLOCKS, num_layers=NUM_LAYERS, block_size=BLOCK_SIZE)
-        self.heap = MemoryHeap(layout, incarnation=RECEIVER, registry=self.registry, num_slots=NUM_SLOTS)
+        self.heap = MemoryHeap(layout, incarnation=RECEIVER, registry=self.registry, num_slots=num_slots)
         self.pool = BlockPool(NUM_BLOCKS)
         self.table = GrantTable(
             *(self.heap, self.pool),
@@ -64,10 +76,10 @@ class GrantMachine(RuleBasedStateMachine):
                 "r", "o", blocks[:num_matched], matched, blocks[num_matched:], end, self.now
             )
         except CacheFull:
-            assert num_busy == NUM_SLOTS
+            assert num_busy == self.num_slots
             self.pool.free(blocks)
             return multiple()
-        assert num_busy < NUM_SLOTS
+        assert num_busy < self.num_slots
         self.count += 1
         model = ModelGrant(grant, self.count, self.now + LEASE_S, blocks[:num_matched])
         self.all_grants.append(model)
@@ -85,11 +97,12 @@ class GrantMachine(RuleBasedStateMachine):
             self.table.seal(model.grant.grant_id)
             model.state = "sealed"
 
-    @rule(model=consumes(grants))
-    def close(self, model: ModelGrant) -> None:
+    @rule(target=over, model=consumes(grants))
+    def close(self, model: ModelGrant) -> ModelGrant:
         if model.is_live:
             self.table.close(model.grant.grant_id, self.now)
             self._model_close(model)
+        return model
 
     @rule(seconds=st.sampled_from([0.0, 0.5, LEASE_S / 2]))
     def poll(self, seconds: float) -> None:
@@ -170,6 +183,11 @@ class GrantMachine(RuleBasedStateMachine):
         model.lanes.append(lane)
         return lane
 
+    @rule(target=lanes, model=over, index=st.integers(0, 2), data=st.data())
+    def claim_late(self, model: ModelGrant, index: int, data: st.DataObject) -> Lane | object:
+        """Whoever was asked to send before the grant was closed; its slot may serve another one by now."""
+        return self.claim(model, index, data)
+
     @rule(lane=lanes, layer=st.integers(0, NUM_LAYERS - 1), count=st.integers(1, 12))
     def put(self, lane: Lane, layer: int, count: int) -> None:
         lo = lane.sent[layer]
@@ -202,6 +220,16 @@ class GrantMachine(RuleBasedStateMachine):
             self.put_the_rest(lane)
             self.end(lane, False)
             self.deliver_all(lane)
+
+    @rule(target=lanes, model=grants, data=st.data())
+    def fill(self, model: ModelGrant, data: st.DataObject) -> Lane | object:
+        """All is in and sealed, and its writer has not let go."""
+        lane = self.claim(model, 0, data)
+        if isinstance(lane, Lane):
+            self.put_the_rest(lane)
+            self.deliver_all(lane)
+            self.seal(model)
+        return lane
 
     @rule(lane=lanes, token=st.integers(0, 3))
     def sample(self, lane: Lane, token: int) -> None:
@@ -294,7 +322,7 @@ class GrantMachine(RuleBasedStateMachine):
         for blocks, _ in self.painted.values():
             self.pool.free(blocks)
         assert self.pool.num_free == NUM_BLOCKS
-        assert self.table.counts(self.now).num_free_slots == NUM_SLOTS
+        assert self.table.counts(self.now).num_free_slots == self.num_slots
         super().teardown()
 
     def _model_close(self, model: ModelGrant) -> None:
