@@ -39,6 +39,8 @@ class RequestScope:
         self._loop = asyncio.get_running_loop()
         self._holds: dict[Connection, set[str]] = {}
         self._prompts: set[Connection] = set()
+        self._aborted: set[Connection] = set()
+        """Engines that have been told to drop it, and asked for nothing since."""
         self._num_engaged = 0
         self._idle_since = self._loop.time()
         self._on_close: list[Callable[[MeshError], None]] = []
@@ -108,6 +110,7 @@ class RequestScope:
         if connection.engine_id not in self.engines:
             self.engines.append(connection.engine_id)
         self._holds[connection].add(name)
+        self._aborted.discard(connection)
 
     def drop(self, connection: Connection, *names: str) -> None:
         """The engine says that it holds these no longer; it still has the prompt."""
@@ -124,8 +127,10 @@ class RequestScope:
         self.unused.pop(grant_id, None)
 
     def abort(self, connection: Connection) -> None:
-        """Make one engine drop everything of this request."""
-        connection.abort(self.request.request_id)
+        """Make one engine drop everything of this request; said once, however often, until it holds anew."""
+        if connection not in self._aborted:
+            self._aborted.add(connection)
+            connection.abort(self.request.request_id)
         for grant_id in [g for g, engine_id in self.unused.items() if engine_id == connection.engine_id]:
             del self.unused[grant_id]
         self._holds.get(connection, set()).clear()

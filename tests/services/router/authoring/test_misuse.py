@@ -9,6 +9,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
+from microserve.protocol.messages import engine as wire
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.engine import Engine
 from microserve.services.router.authoring.mesh import Mesh
@@ -208,3 +209,21 @@ def test_actions_that_do_not_go_together(trial: Trial, text: str) -> None:
             assert text in told[0]
 
     main()
+
+
+@in_loop
+async def test_an_abort_that_is_repeated_is_said_once() -> None:
+    async def body(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+        engine = mesh.pick(None, request)
+        for _ in range(2):
+            await engine.prep_recv(request)
+            for _ in range(100):
+                engine.abort(request)
+        async for tokens in engine.start_generate(request):
+            yield tokens
+
+    async with router_world("d", liveness=600) as world:
+        answer = await serve_with(world, body, PROMPT)
+        assert answer.token_ids == expected_output(4)
+        told = {abort.call_id for abort in world.engines["d"].of(wire.Abort)}
+        assert len(told) < 100, "not 200: once each time, and again until it is confirmed"
