@@ -102,10 +102,11 @@ def test_limits_are_told_on_every_answer_and_kept(model: Path, tmp_path: Path) -
             reply = await http.post(COMPLETIONS, json=BODY, headers=bearer("a"))
             assert reply.headers["x-ratelimit-limit-requests"] == "3"
             assert reply.headers["x-ratelimit-remaining-requests"] == "2"
-            assert reply.headers["x-ratelimit-reset-requests"] == "20s"
+            reset = reply.headers["x-ratelimit-reset-requests"]
+            assert reset.endswith("s") and 1 <= int(reset[:-1]) <= 20
             num_prompt = len(next(iter(world.router.served.values())).tokens)
             reserved = num_prompt + 4
-            assert reply.headers["x-ratelimit-remaining-tokens"] == str(600 - reserved)
+            assert 600 - reserved <= int(reply.headers["x-ratelimit-remaining-tokens"]) < 600
             # A refused one counts as a request, and its tokens do not.
             reply = await http.post(COMPLETIONS, json={**BODY, "n": 0}, headers=bearer("a"))
             assert reply.status_code == 400
