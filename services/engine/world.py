@@ -42,6 +42,7 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, DeadlineExceeded
+from microserve.protocol.logging import setup as logging
 from microserve.protocol.messages.world import JoinWorld, WorldRank
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
@@ -220,6 +221,8 @@ async def _on_thread(call: Callable[[], T], within_s: float) -> T:
     future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
 
     def run() -> None:
+        if (lines := logging.current()) is not None:
+            lines.flush()  # the library may hold the interpreter's lock: no other thread would write them
         try:
             result = call()
         except BaseException as error:

@@ -25,6 +25,7 @@ from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.kvcache.heap.nvshmem_world import UNIQUE_ID_NBYTES, SymmetricMemory
 from microserve.kvcache.words import OPEN, pack_state
 from microserve.protocol.bus.transport import Bus
+from microserve.protocol.logging import setup as logging
 from microserve.protocol.messages.grant import HeapAddress
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.run import run_service
@@ -60,6 +61,8 @@ class StandIn:
         self, unique_id: bytes, *, rank: int, num_ranks: int, device: int, symmetric_nbytes: int
     ) -> SymmetricMemory:
         _logger.info("test.joining")
+        lines = logging.current()
+        assert lines is not None and lines.flush()
         if self._mode == "stuck":
             threading.Event().wait()
         if self._mode == "deaf":
