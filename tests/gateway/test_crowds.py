@@ -116,6 +116,7 @@ async def ask(world: GatewayWorld, token_ids: list[int]) -> float:
     return time.perf_counter() - began
 
 
+@pytest.mark.heavy
 def test_ten_thousand_idle_streams(model: Path, raw_tokenizer: Tokenizer) -> None:
     token_ids = raw_tokenizer.encode("ab").ids
 

@@ -15,6 +15,7 @@ import pytest
 FOLDER = Path(__file__).parent / "interpreted"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["attention", "philox", "quantize", "scatter"])
 def test_the_interpreted_kernels_pass(name: str) -> None:
     pytest.importorskip("triton", reason="no triton: its kernels are not checked")

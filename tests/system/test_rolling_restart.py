@@ -127,6 +127,7 @@ class Load:
                 tasks.create_task(work())
 
 
+@pytest.mark.heavy
 def test_no_request_notices(tiny_model: Path, tmp_path: Path) -> None:
     settings = [f"engine.drain_s={DRAIN_S}"]
     with MeshProcesses(tiny_model, tmp_path, num_engines=3, gateway=True, settings=settings) as mesh:

@@ -150,6 +150,7 @@ def test_a_writer_killed_in_quarantine_gives_the_blocks_back(
     receiver.wait_for_discharge()
 
 
+@pytest.mark.heavy
 def test_no_late_write_ever_lands_in_a_block_in_use(receiver: Receiver, spawn: Callable[[], Child]) -> None:
     """A grant is closed at any point of its transfer, and its writer perhaps stopped or killed. Every
     block that is free then is painted by another request, and must stay so whatever the writer does."""
