@@ -12,6 +12,7 @@ from microserve.kvcache.heap.nvshmem_places import require_room
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
+from microserve.protocol.types import MAX_PROMPT_TOKENS
 from microserve.services.engine.model.model import ModelSpec, load_model
 from microserve.services.engine.room import (
     DEVICE_SHARE,
@@ -82,7 +83,7 @@ def _room(settings: Settings) -> Room:
 
 def _pool(settings: Settings, spec: ModelSpec) -> Pool:
     layout, engine = layout_of(settings, spec, 1), settings.engine
-    max_model_len = min(engine.max_model_len or spec.max_model_len, spec.max_model_len)
+    max_model_len = min(engine.max_model_len or spec.max_model_len, spec.max_model_len, MAX_PROMPT_TOKENS)
     on_host = engine.device == "cpu"
     useful = engine.max_num_seqs * layout.num_blocks_for(max_model_len)
     return Pool(

@@ -18,6 +18,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
+from microserve.protocol.types import MAX_PROMPT_TOKENS
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
 from microserve.services.engine.model.attention import MakeAttention
@@ -124,7 +125,9 @@ def make_core(
     """Runner and core for a loaded model; ``data`` is the data region of ``heap``, as the runner uses it;
     ``attention``: None for what the device is best at. On a GPU it may take a minute to capture graphs."""
     spec, cache = model.spec, settings.kvcache
-    max_model_len = min(settings.engine.max_model_len or spec.max_model_len, spec.max_model_len)
+    max_model_len = min(
+        settings.engine.max_model_len or spec.max_model_len, spec.max_model_len, MAX_PROMPT_TOKENS
+    )
     num_blocks = heap.layout.num_blocks
     runner = ModelRunner(model, data, num_blocks, cache.block_size, make_attention=attention)
     if settings.engine.device != "cpu":

@@ -26,12 +26,12 @@ from microserve.protocol.bus.codec import (
     decode_tokens,
     encode_tokens,
 )
-from microserve.protocol.errors import InternalError, ProtocolViolation
+from microserve.protocol.errors import InternalError, PromptTooLong, ProtocolViolation
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.protocol.types import WIRE_VERSION
+from microserve.protocol.types import MAX_PROMPT_TOKENS, WIRE_VERSION
 from tests.support.bus.junk import junk
 from tests.support.bus.wire_parts import GRANT, SAMPLING
 from tests.support.bus.wire_samples import GOLDEN, MESSAGES, name_of
@@ -331,3 +331,14 @@ def test_bulk_travels_behind_the_message() -> None:
     assert ENGINE_REQUEST.decode(frames) == (message, [encode_tokens([5, 6]), b"more"])
     assert ROUTER_REQUEST.encode(serving.Generate("r", "m", SAMPLING, 1.0))[2:] == []
     assert {codec.channel for codec in (ROUTER_REPLY, INDEX_REQUEST, INDEX_REPLY)} == {4, 5, 6}
+
+
+@pytest.mark.parametrize("codec", [module.ENGINE_REQUEST, module.ROUTER_REQUEST, module.INDEX_REQUEST])
+def test_a_prompt_that_no_bound_socket_takes_is_refused_before_it_costs_the_connection(codec: Any) -> None:
+    longest = bytes(4 * MAX_PROMPT_TOKENS)
+    message = next(message for each, message in MESSAGES if each is codec)
+    assert len(codec.encode(message, longest)) == 3
+    with pytest.raises(
+        PromptTooLong, match=f"at most {MAX_PROMPT_TOKENS} tokens, not {MAX_PROMPT_TOKENS + 1}"
+    ):
+        codec.encode(message, longest + bytes(4))
