@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 
 from microserve.services.local.demo_model import default_cache, fetch
 from microserve.services.local.directory import MeshDirectory
@@ -36,10 +37,17 @@ ALONE = 40
 @dataclass
 class Side:
     url: str
+    pids: list[int]
+    """Of its services."""
     rates: list[float] = field(default_factory=list)
     """Output tokens a second, of a round."""
     alone_ms: list[float] = field(default_factory=list)
     """Of each request that was alone."""
+    cpu_ms: list[float] = field(default_factory=list)
+    """CPU time of all services for an output token, of a round: what a busy machine leaves comparable."""
+
+    def cpu_s(self) -> float:
+        return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in self.pids)
 
 
 @contextmanager
@@ -62,7 +70,7 @@ def mesh(model: str, *assignments: str, checkout: str = "") -> Iterator[Side]:
         try:
             state = MeshDirectory(Path(home) / ".microserve").read()
             assert state is not None
-            yield Side(state.url)
+            yield Side(state.url, [child.pid for child in state.children])
         finally:
             subprocess.run([*command, "down"], cwd=home, check=True, stdout=subprocess.DEVNULL)
 
@@ -89,11 +97,12 @@ async def play(side: Side, number: int, streams: int, tokens: int) -> None:
                 side.alone_ms.append((time.perf_counter() - began) * 1000)
         prompts = [[11 + (number * streams + each) % 80] * 200 for each in range(streams)]
         strategies = ("data_parallel", "disaggregated")
-        began = time.perf_counter()
+        began, cpu_s = time.perf_counter(), side.cpu_s()
         counts = await asyncio.gather(
             *(ask(client, side, prompt, tokens, strategies[each % 2]) for each, prompt in enumerate(prompts))
         )
         side.rates.append(sum(counts) / (time.perf_counter() - began))
+        side.cpu_ms.append((side.cpu_s() - cpu_s) / sum(counts) * 1000)
 
 
 def main() -> None:
@@ -117,9 +126,16 @@ def main() -> None:
                 for side in sides:
                     side.rates.clear()
                     side.alone_ms.clear()
-    for what, values in (("tokens/s", "rates"), ("one request alone, ms", "alone_ms")):
+                    side.cpu_ms.clear()
+    for what, values in (
+        ("tokens/s", "rates"),
+        ("CPU ms a token", "cpu_ms"),
+        ("one request alone, ms", "alone_ms"),
+    ):
         without, with_keys = (statistics.median(getattr(side, values)) for side in sides)
         print(f"{what:<24} open {without:9.2f}   locked {with_keys:9.2f}   ratio {with_keys / without:.3f}")
+    fastest = [statistics.quantiles(side.alone_ms, n=20)[0] for side in sides]
+    print(f"{'the fastest 5 %, ms':<24} open {fastest[0]:9.2f}   locked {fastest[1]:9.2f}")
     ratios = sorted(b / a for a, b in zip(open_side.rates, locked.rates, strict=True))
     print(f"tokens/s, round by round: {' '.join(f'{each:.3f}' for each in ratios)}")
 
