@@ -64,8 +64,8 @@ def test_binding_converts_and_leaves_the_original() -> None:
     ("values", "path", "text"),
     [
         ({"rato": 0.1}, "router.strategies.tuned.rato", "(has: ratio, labels, verbose), did you mean ratio?"),
-        ({"ratio": "high"}, "router.strategies.tuned.ratio", "must be a number from 0.0 to 1.0, is 'high'"),
-        ({"ratio": 1.5}, "router.strategies.tuned.ratio", "must be a number from 0.0 to 1.0, is 1.5"),
+        ({"ratio": "high"}, "router.strategies.tuned.ratio", "must be a number from 0 to 1, is 'high'"),
+        ({"ratio": 1.5}, "router.strategies.tuned.ratio", "must be a number from 0 to 1, is 1.5"),
         ({"labels": [1]}, "router.strategies.tuned.labels", 'must be a list ["...", ...] of texts, is [1]'),
         ({"verbose": 1}, "router.strategies.tuned.verbose", "must be true or false, is 1"),
     ],
