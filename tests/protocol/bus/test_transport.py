@@ -324,6 +324,7 @@ def void(_: object) -> None:
     pass
 
 
+@pytest.mark.slow
 def test_a_process_has_room_for_the_sockets_of_1024_engines() -> None:
     """Four for each: its DEALER, that one's monitor (two), and the SUB for its events."""
 

@@ -71,6 +71,7 @@ class Pair:
                 await asyncio.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_key_is_trusted_once_its_file_is_there_also_by_the_socket_that_was_refused(tmp_path: Path) -> None:
     async def test() -> None:
         with Pair(tmp_path, "trusted/router", Entrance.INDEX) as pair:
@@ -85,6 +86,7 @@ def test_a_key_is_trusted_once_its_file_is_there_also_by_the_socket_that_was_ref
     asyncio.run(test())
 
 
+@pytest.mark.slow
 def test_a_key_that_is_taken_away_is_not_heard_within_seconds_and_its_connection_ends(tmp_path: Path) -> None:
     async def test() -> None:
         with Pair(tmp_path) as pair:
@@ -109,6 +111,7 @@ def test_a_key_that_is_taken_away_is_not_heard_within_seconds_and_its_connection
     asyncio.run(test())
 
 
+@pytest.mark.slow
 def test_a_reader_whose_key_is_taken_away_hears_nothing_more_and_others_go_on(tmp_path: Path) -> None:
     async def test() -> None:
         keys = {name: create_keys(tmp_path / name) for name in ("engine", "good", "bad")}
@@ -222,6 +225,7 @@ def test_a_long_prompt_is_no_flood() -> None:
     asyncio.run(test())
 
 
+@pytest.mark.slow
 def test_a_bus_closes_also_when_strangers_hold_connections(tmp_path: Path) -> None:
     async def test() -> None:
         with Pair(tmp_path) as pair:
