@@ -19,6 +19,8 @@ MAX_FAULT_S = 0.8
 """Most faults are over by then; who is silent for 0.6 s is missed (scenario.py)."""
 FREEZES_S = (0.05, 0.3, 0.7, 1.0)
 SINGLE_S = 1.0
+SILENT_S = 3.2
+"""Where more is promised, longer than any request may take (judge.py): nobody may wait for it to end."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,9 @@ def draw_single(rng: random.Random, shape: Shape, begin: float, end: float) -> F
     at, engine = rng.uniform(begin, end), f"engine-{rng.randrange(shape.num_engines)}"
     kind = rng.choice(("kill", "freeze", "drain", "partition"))
     if kind != "partition":
-        return Fault(at, at + SINGLE_S, kind, engine)
+        return Fault(at, at + (SILENT_S if kind == "freeze" else SINGLE_S), kind, engine)
     source, sink = rng.sample((engine, f"router-{rng.randrange(shape.num_routers)}"), 2)
-    return Fault(at, at + SINGLE_S, kind, source, sink, number=float(rng.random() < 0.5))
+    return Fault(at, at + SILENT_S, kind, source, sink, number=float(rng.random() < 0.5))
 
 
 def draw_slow_network(rng: random.Random, begin: float, end: float) -> Fault:
