@@ -13,6 +13,7 @@ import asyncio
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from microserve.protocol.bus.curve import create_mesh_keys
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.local.composition import compose
 from microserve.services.local.supervisor import Supervisor
@@ -28,7 +29,10 @@ async def run(model: str, engines: int, directory: Path) -> None:
     ]
     settings = load_settings(overrides=assignments)
     flags = [word for each in assignments for word in ("--set", each)]
-    composition = compose(settings, flags, directory / "logs", directory / "control.db")
+    keys = str(
+        create_mesh_keys(directory / "keys")
+    )  # a pair for each role: no other user of this machine gets in
+    composition = compose(settings, flags, directory / "logs", directory / "control.db", keys)
     supervisor = Supervisor(
         composition.children,
         max_restarts=settings.mesh.max_restarts,

@@ -349,7 +349,7 @@ def keys(directory: Path, mesh: bool) -> None:
 
     try:
         if mesh:
-            click.echo(f"keys of a mesh: {create_mesh_keys(directory)}")
+            echo(f"keys of a mesh: {create_mesh_keys(directory)}")
             return
         made = create_keys(directory)
     except ConfigError as error:

@@ -125,11 +125,17 @@ class HashRunner:
 
 
 def expected_samples(
-    prompt: Sequence[int], params: SamplingParams, *, vocab_size: int, num_layers: int = 2
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    vocab_size: int,
+    num_layers: int = 2,
+    block_size: int = 4,
 ) -> list[Sampled]:
-    """What any mesh must answer: one sequence alone, whole prompt at once, no cache (eos is ignored)."""
+    """What any mesh with blocks of ``block_size`` tokens, which count in what this runner computes, must
+    answer: one sequence alone, whole prompt at once, no cache (eos is ignored)."""
     total = len(prompt) + params.max_tokens
-    layout = hash_layout(num_blocks=-(-total // 4), num_layers=num_layers)
+    layout = hash_layout(num_blocks=-(-total // block_size), num_layers=num_layers, block_size=block_size)
     runner = HashRunner(np.zeros(layout.data_nbytes, np.uint8), layout, vocab_size=vocab_size)
     tokens, start = list(prompt), 0
     table = list(range(layout.num_blocks))
@@ -148,8 +154,15 @@ def expected_samples(
 
 
 def expected_tokens(
-    prompt: Sequence[int], params: SamplingParams, *, vocab_size: int, num_layers: int = 2
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    vocab_size: int,
+    num_layers: int = 2,
+    block_size: int = 4,
 ) -> list[int]:
     """The tokens of :func:`expected_samples`."""
-    samples = expected_samples(prompt, params, vocab_size=vocab_size, num_layers=num_layers)
+    samples = expected_samples(
+        prompt, params, vocab_size=vocab_size, num_layers=num_layers, block_size=block_size
+    )
     return [sampled.token_id for sampled in samples]

@@ -15,6 +15,7 @@ from tests.support.process.processes import MeshProcesses
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DOORS = (
+    "microserve.protocol.bus.curve.",
     "microserve.protocol.messages.",
     "microserve.protocol.settings",
     "microserve.services.command.",

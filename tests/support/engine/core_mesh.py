@@ -155,8 +155,8 @@ def generate(engine: Engine, request_id: str, prompt: list[int], params: Samplin
     engine.core.actions.start_generate(ROUTER, message, prompt, mesh.now)
 
 
-def expect(prompt: list[int], params: SamplingParams = GREEDY) -> list[int]:
-    return expected_tokens(prompt, params, vocab_size=VOCAB)
+def expect(prompt: list[int], params: SamplingParams = GREEDY, *, block_size: int = 4) -> list[int]:
+    return expected_tokens(prompt, params, vocab_size=VOCAB, block_size=block_size)
 
 
 def grant_for(engine: Engine, request_id: str, prompt: list[int], end: int) -> wire.Granted:

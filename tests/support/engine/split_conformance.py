@@ -36,4 +36,4 @@ def check_split(mesh: Mesh, prompt: list[int], end: int, *, here: int, there: in
         assert isinstance(sent, wire.Sent) and sent.first_token is not None
         assert tokens[0] == -1, "the first token came by the sender's answer"
         tokens = [sent.first_token, *tokens[1:]]
-    assert expect(prompt) == tokens, (request_id, matched)
+    assert expect(prompt, block_size=block_size) == tokens, (request_id, matched)
