@@ -48,6 +48,7 @@ def test_every_situation_has_its_number() -> None:
     assert {*COUNTED.values(), *LOGGED.values()} < set(SITUATIONS)
 
 
+@pytest.mark.heavy
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_a_situation_is_met(situation: str) -> None:

@@ -35,7 +35,11 @@ class HeapProcessConformance:
     # The last is beyond what memcpy sends through the caches.
     @pytest.mark.parametrize(
         ("nbytes", "num_rounds"),
-        [pytest.param(1 << 12, 3000, marks=pytest.mark.heavy), (1 << 20, 500), (1 << 26, 8)],
+        [
+            pytest.param(1 << 12, 3000, marks=pytest.mark.heavy),
+            pytest.param(1 << 20, 500, marks=pytest.mark.heavy),
+            (1 << 26, 8),
+        ],
     )
     def test_no_signal_overtakes_its_put(self, factory_name: str, nbytes: int, num_rounds: int) -> None:
         """The child paints our whole heap with one value a round and signals; we compare every byte."""
