@@ -11,6 +11,7 @@ MeshError
 │   └── UnknownRequest        the engine holds nothing under that id
 ├── CapacityError         nobody's fault: retry later (carries retry_after_s)
 │   ├── CacheFull             no free blocks now
+│   │   └── GrantsFull            no room to receive KV now
 │   ├── QueueFull             no room in a bounded queue
 │   ├── NoEngines             no engine is alive for that model and label
 │   └── Draining              the service takes no new work
@@ -109,6 +110,12 @@ class CacheFull(CapacityError):
     """The pool has too few free blocks at this moment."""
 
     code = "cache_full"
+
+
+class GrantsFull(CacheFull):
+    """No room to receive KV at this moment; what is generated where it is computed needs none."""
+
+    code = "grants_full"
 
 
 class QueueFull(CapacityError):

@@ -28,7 +28,7 @@ from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.words import CLOSED, MAX_GENERATION, OPEN, pack_state
-from microserve.protocol.errors import CacheFull, InternalError, TransferFailed, UnknownRequest
+from microserve.protocol.errors import GrantsFull, InternalError, TransferFailed, UnknownRequest
 from microserve.protocol.messages.grant import MAX_LANES, Grant
 
 RETRY_AFTER_S = 0.1
@@ -143,7 +143,7 @@ class GrantTable:
         """Permit writers to put KV of tokens ``[matched, end)`` into ``blocks``.
 
         The caller has allocated ``blocks`` and holds one more reference to each of ``matched_blocks``,
-        the prefix that it has already; all of that becomes the table's. :class:`CacheFull` when every
+        the prefix that it has already; all of that becomes the table's. :class:`GrantsFull` when every
         slot is in use; the blocks are then still the caller's.
         """
         layout = self._heap.layout
@@ -362,7 +362,7 @@ class GrantTable:
             if not any(self._heap.is_held(slot, lane) for lane in range(MAX_LANES)):
                 self._free_slots.remove(slot)
                 return slot
-        raise CacheFull(f"all {self._heap.words.num_slots} grants are in use", retry_after_s=RETRY_AFTER_S)
+        raise GrantsFull(f"all {self._heap.words.num_slots} grants are in use", retry_after_s=RETRY_AFTER_S)
 
     def _store_closed(self, entry: _Entry) -> None:
         slot = entry.grant.slot

@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from microserve.protocol import log
+from microserve.protocol.errors import GrantsFull
 from microserve.services.simulation.loop import VirtualLoop
 
 DEFECTS = frozenset(
@@ -29,7 +30,7 @@ BY_THE_REAL_CLOCK = frozenset({log.STRATEGY_SLOW})
 """Events that the machine may cause: counted, but no part of what is the same for the same seed."""
 
 QUEUED_S = 1.0
-"""No work of others takes so long in the meshes that are judged by time; want of blocks does."""
+"""No work of others takes so long in the meshes that are judged by time; want of blocks or grants does."""
 
 
 class Journal:
@@ -41,8 +42,8 @@ class Journal:
         self.defects: list[str] = []
         self.events: Counter[str] = Counter()
         self.held_up: set[str] = set()
-        """Ids, as clients know them, of requests that an engine put back for want of blocks, or let wait for
-        them before it began."""
+        """Ids, as clients know them, of requests that an engine put back for want of blocks or grants, or let
+        wait for them before it began."""
         self.excused: frozenset[str] = frozenset()
         """Of :data:`DEFECTS`, those that a fault of this world explains."""
         self.continued: list[tuple[str, int]] = []
@@ -81,7 +82,9 @@ class Journal:
                 if isinstance(trace, BaseException)
                 else traceback.format_exc()
             )
-        if event.get("num_preemptions") or event.get("queued_s", 0.0) > QUEUED_S:
+        waited_s = max(event.get("queued_s", 0.0), event.get("granted_s", 0.0))
+        is_refused = name == log.REQUEST_CONTINUED and event["code"] == GrantsFull.code
+        if event.get("num_preemptions") or waited_s > QUEUED_S or is_refused:
             self.held_up.add(str(event["request_id"]).partition("~")[0])
         if name == log.REQUEST_CONTINUED:
             self.continued.append((str(event["request_id"]).partition("~")[0], int(event["delivered"])))

@@ -38,6 +38,7 @@ def test_codes_are_stable() -> None:
         "UnknownRequest": "unknown_request",
         "CapacityError": "capacity",
         "CacheFull": "cache_full",
+        "GrantsFull": "grants_full",
         "QueueFull": "queue_full",
         "NoEngines": "no_engines",
         "Draining": "draining",

@@ -15,7 +15,7 @@ from microserve.kvcache.grant.table import Expired, GrantEvent, GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain
-from microserve.protocol.errors import CacheFull, PromptTooLong
+from microserve.protocol.errors import CacheFull, GrantsFull, PromptTooLong
 from microserve.services.engine.core.received import Holder, ReceivedGrant, ReceivedGrants
 from microserve.services.engine.core.sequence import Sequence, SequenceState
 
@@ -152,7 +152,7 @@ class KvMemory:
             )
         pending = self.received.num_pinned
         if pending + pinned > room:
-            raise CacheFull(f"{pending} blocks wait for KV already, {pinned} more asked", retry_after_s=0.1)
+            raise GrantsFull(f"{pending} blocks wait for KV already, {pinned} more asked", retry_after_s=0.1)
         matched_blocks = self.cache.acquire(token_ids, end, salt)
         matched = len(matched_blocks) * self.block_size
         missing = self.num_blocks_for(end) - len(matched_blocks)

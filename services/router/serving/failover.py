@@ -21,6 +21,7 @@ from microserve.protocol.errors import (
     CapacityError,
     Draining,
     EngineLost,
+    GrantsFull,
     MeshError,
     PeerError,
     PromptTooLong,
@@ -76,8 +77,8 @@ class Failover:
 
         A caller's error and a used-up deadline are final; so is a lack of capacity everywhere that no failure
         of an engine has caused. An engine that leaves has not failed: it counts for nothing, as it takes no
-        new work anyway. What cannot be received may yet fit where it is computed, and a strategy's mistake is
-        not the client's: then one engine serves it plainly.
+        new work anyway. What cannot be received, for its length or twice for want of a grant, may yet fit
+        where it is computed, and a strategy's mistake is not the client's: then one engine serves it plainly.
         """
         if now >= self.original.deadline:
             return None
@@ -98,8 +99,12 @@ class Failover:
         if isinstance(error, PromptTooLong) and error.reporter and not last.is_plain:
             return replace(last, is_plain=True, pause_s=0.0)
         if isinstance(error, CacheFull | QueueFull) and error.reporter and error.reporter not in self._full:
+            # Writers that are silent keep grants for as long as they are; one engine alone needs none.
+            is_plain = last.is_plain or (isinstance(error, GrantsFull) and bool(self._full))
             self._full.add(error.reporter)
-            return replace(last, avoid=last.avoid | {error.reporter}, pause_s=0.0)
+            return replace(last, avoid=last.avoid | {error.reporter}, is_plain=is_plain, pause_s=0.0)
+        if isinstance(error, GrantsFull) and not last.is_plain:
+            return replace(last, is_plain=True, pause_s=0.0)
         if isinstance(error, PeerError | Draining | UnknownRequest):
             self._failed_at = now if self._failed_at is None else self._failed_at
             if isinstance(error, Draining):

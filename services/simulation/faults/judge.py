@@ -122,8 +122,8 @@ def judge_service(
 ) -> list[str]:
     """What is promised where nothing, or one engine of several, has failed.
 
-    ``held_up`` requests wait for blocks, and a frozen writer keeps those of its grants for as long as it is
-    frozen.
+    ``held_up`` requests wait for blocks or for a grant, and a frozen writer keeps its grants and their blocks
+    for as long as it is frozen.
     """
     if scenario.kind == STORM:
         return []

@@ -12,6 +12,7 @@ from microserve.protocol.errors import (
     CacheFull,
     Draining,
     EngineLost,
+    GrantsFull,
     InvalidRequest,
     MeshError,
     NoEngines,
@@ -46,7 +47,7 @@ def told(
 
 kinds = st.sampled_from(
     (
-        *(CacheFull, Draining, EngineLost, InvalidRequest, MoveFailed, NoEngines),
+        *(CacheFull, Draining, EngineLost, GrantsFull, InvalidRequest, MoveFailed, NoEngines),
         *(PeerError, PromptTooLong, QueueFull, StrategyError, TransferFailed, UnknownRequest),
     )
 )
@@ -93,6 +94,19 @@ def test_an_engine_without_room_is_asked_once() -> None:
         assert engine in terms.avoid
         assert (terms.number, terms.pause_s) == (1, 0.0)
     assert decider.decide(told(CacheFull, reporter="a"), ["a"], 1.0) is None
+
+
+@pytest.mark.parametrize("engines", [["a", "a"], ["a", "b"]])
+def test_who_is_refused_a_grant_twice_is_served_by_one_engine_alone(engines: list[str]) -> None:
+    """A writer that is silent keeps its grants; a generation needs none."""
+    decider = failover()
+    plain = []
+    for engine in engines:
+        terms = decider.decide(told(GrantsFull, reporter=engine), [engine], 1.0)
+        assert terms is not None
+        plain.append(terms.is_plain)
+    assert plain == [False, True]
+    assert decider.decide(told(GrantsFull, reporter="a"), ["a"], 1.0) is None
 
 
 def test_full_engines_are_waited_for_only_after_one_has_failed_and_only_for_so_long() -> None:
