@@ -143,7 +143,8 @@ def check_shape(body: bytes, shape: Shape) -> None:
 
 # --- where it is wrong -------------------------------------------------------------------------------
 
-_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}:]', re.DOTALL)
+# A text that is cut off is a token, too: else each quotation mark in it would have the rest looked through again.
+_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}:]', re.DOTALL)
 
 
 def _broken_field(body: bytes, error: str) -> str | None:
