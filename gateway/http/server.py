@@ -44,38 +44,51 @@ MAX_HEADERS = 256
 class GatewayProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 with bounds on a request's head, and with the connection itself for the handler."""
 
-    _head_timer: asyncio.TimerHandle | None = None
-    """Runs while the head of a request, the first one of a connection included, is not complete."""
-    _head_nbytes = 0
-    _head_since = 0.0
+    _head_nbytes: int | None = None
+    """Of the head that is on its way; None while none is awaited."""
+    _is_whole = True
+    """The current request has come with all of its body."""
+    _silent_since = math.inf
+    _timer: asyncio.TimerHandle | None = None
+    """Closes a connection whose client has something to send and does not, whatever else it sends."""
 
     @property
     def silent_since(self) -> float:
-        """By the loop's clock: no request is under way here since then; infinite while one is."""
-        return self._head_since if self._head_timer is not None else math.inf
+        """By the loop's clock: only the client could go on here since then; infinite while we answer."""
+        is_ahead = self._head_nbytes is not None and self.cycle is not None  # with the head of its next one
+        if self.pipeline or (is_ahead and not self.cycle.response_complete):
+            return math.inf
+        return self._silent_since
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.parser: PlainParser = PlainParser(self)  # type: ignore[assignment]
-        self._await_head()
+        self._await_head(HEAD_TIMEOUT_S)
 
-    def _await_head(self) -> None:
-        self._head_complete()
-        self._head_since = self.loop.time()
-        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
-
-    def _head_complete(self) -> None:
+    def _await_head(self, limit_s: float) -> None:
+        self._await(limit_s)
         self._head_nbytes = 0
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+
+    def _await(self, limit_s: float) -> None:
+        self._go_on()
+        self._silent_since = self.loop.time()
+        self._timer = self.loop.call_later(limit_s, self.transport.close)
+
+    def _go_on(self) -> None:
+        self._head_nbytes = None
+        self._silent_since = math.inf
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._head_timer is not None:
+        if self._head_nbytes is not None:
             self._head_nbytes += len(data)
             if self._head_nbytes > MAX_HEAD_NBYTES:
                 self.send_400_response("Request head too large.")
+        elif not self._is_whole and self._timer is None:
+            self._silent_since = self.loop.time()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         super().on_header(name, value)
@@ -84,20 +97,36 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if not self.parser.wants_upgrade:
-            self._head_complete()
+            self._go_on()
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         if not self.parser.wants_upgrade:
+            self._is_whole = True
             super().on_message_complete()
+            if self.cycle.response_complete and not self.transport.is_closing():
+                self._await_head(KEEP_ALIVE_S)
+            else:
+                self._go_on()
+
+    def on_response_complete(self) -> None:
+        """Nobody stays for ever by sending the rest of a body that was refused, or empty lines."""
+        is_last = not self.pipeline
+        super().on_response_complete()
+        if is_last and self._head_nbytes is None and not self.transport.is_closing():
+            if self._is_whole:
+                self._await_head(KEEP_ALIVE_S)
+            else:
+                self._await(HEAD_TIMEOUT_S)
 
     def on_message_begin(self) -> None:
-        self._await_head()
+        self._await_head(HEAD_TIMEOUT_S)
+        self._is_whole = False
         super().on_message_begin()
         cast(dict[str, Any], self.scope)["extensions"] = {CONNECTION_EXTENSION: self.transport}
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_complete()
+        self._go_on()
         super().connection_lost(exc)
 
 

@@ -50,14 +50,24 @@ def ready_address(process: subprocess.Popen[bytes], path: Path) -> str:
     raise AssertionError(f"not ready; exit code {process.poll()}")
 
 
+SILENT = {
+    "says nothing": b"",
+    "has been answered": b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n",
+    "was refused before its body": b"POST /health HTTP/1.1\r\nhost: t\r\ncontent-length: 1000\r\n\r\n",
+    "owes its body": b"POST /tokenize HTTP/1.1\r\nhost: t\r\ncontent-length: 1000\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("first", SILENT.values(), ids=SILENT)
 def test_four_hundred_idle_connections_hold_nobody_else_up(
-    gateway: tuple[subprocess.Popen[bytes], str, Path],
+    gateway: tuple[subprocess.Popen[bytes], str, Path], first: bytes
 ) -> None:
     process, address, path = gateway
     host, port = address.removeprefix("http://").split(":")
     with contextlib.ExitStack() as stack:
         for _ in range(400):
-            stack.enter_context(socket.create_connection((host, int(port)), TIMEOUT_S))
+            idle = stack.enter_context(socket.create_connection((host, int(port)), TIMEOUT_S))
+            idle.sendall(first)
         with urllib.request.urlopen(f"{address}/health", timeout=TIMEOUT_S) as reply:
             assert reply.status == 200
         assert len(os.listdir(f"/proc/{process.pid}/fd")) < 200

@@ -83,6 +83,37 @@ def test_heads_are_bounded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("first", "dripped"),
+    [
+        (b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n", b"\r\n"),
+        (b"POST /health HTTP/1.1\r\nhost: t\r\ncontent-length: 1000000\r\n\r\n", b"x"),
+    ],
+    ids=["empty lines", "the body of what was refused"],
+)
+def test_nobody_stays_by_dripping_what_is_no_request(
+    model: Path, monkeypatch: pytest.MonkeyPatch, first: bytes, dripped: bytes
+) -> None:
+    monkeypatch.setattr(http_server, "HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(http_server, "KEEP_ALIVE_S", 0.3)
+
+    async def main() -> None:
+        async with gateway_world(model) as world, connect(world) as client:
+            await client.send(first)
+            status, headers = await client.head()
+            assert status in (200, 405)
+            await client.reader.readexactly(int(headers["content-length"]))
+            closed = asyncio.create_task(client.reader.read())
+            async with asyncio.timeout(10.0):
+                while not closed.done():
+                    with contextlib.suppress(ConnectionError):
+                        await client.send(dripped)
+                    await asyncio.wait([closed], timeout=0.05)
+            assert closed.exception() is not None or closed.result() == b""
+
+    run(main())
+
+
 def test_bodies_that_are_read_at_a_time_are_bounded_together(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
