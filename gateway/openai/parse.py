@@ -143,7 +143,7 @@ def check_shape(body: bytes, shape: Shape) -> None:
 
 # --- where it is wrong -------------------------------------------------------------------------------
 
-# A text that is cut off is a token, too: else each quotation mark in it would have the rest looked through again.
+# A text that is cut off is a token, too: else each quotation mark in it had the rest looked through again.
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{}:]', re.DOTALL)
 
 

@@ -68,7 +68,7 @@ def test_texts_do_not_count() -> None:
 
 
 def test_where_it_is_wrong_is_found_in_one_look() -> None:
-    """A broken text full of quotation marks: 64 KB of them, which are parsed in the loop, held it for 13 s."""
+    """A broken text full of quotation marks: 64 KB of them, parsed in the loop, held it for 13 s."""
     body = b'{"model":"m","prompt":"' + rb"\"" * 200_000 + rb'\q"}'
     begun = time.thread_time()
     with pytest.raises(InvalidRequest) as caught:
