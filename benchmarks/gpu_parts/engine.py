@@ -53,6 +53,7 @@ class LayerClock:
 
     def __init__(self, runner: Runner, device: str) -> None:
         self._runner = runner
+        self.numerics = runner.numerics
         self._device = torch.device(device)
         self.computed_ns: list[int] = []
         """Of the last step, by layer."""

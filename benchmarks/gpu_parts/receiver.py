@@ -27,6 +27,7 @@ from microserve.protocol.errors import InternalError
 from microserve.protocol.logging.setup import configure
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.settings import LogSettings
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, StepResult
@@ -42,6 +43,8 @@ processor."""
 
 
 class _NoModel:
+    numerics = UNKNOWN
+
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
         raise InternalError("the receiver has no model")
 

@@ -108,14 +108,17 @@ class GrantTable:
         incarnation: int,
         lease_s: float,
         verify_checksums: bool,
+        numerics: str = "",
     ) -> None:
-        """``pool`` hands out the blocks of ``heap``; nobody else puts any of them into quarantine."""
+        """``pool`` hands out the blocks of ``heap``; nobody else puts any of them into quarantine.
+        ``numerics``: name of the class in which the engine computes."""
         self._heap = heap
         self._pool = pool
         self._engine_id = engine_id
         self._incarnation = incarnation
         self._lease_s = lease_s
         self._verify_checksums = verify_checksums
+        self._numerics = numerics
         self._entries: dict[str, _Entry] = {}
         # Used in turn, so that a slot rests as long as possible before its next generation.
         self._free_slots = deque(range(heap.words.num_slots))
@@ -172,6 +175,7 @@ class GrantTable:
             layout_hash=layout.layout_hash,
             heap=self._heap.address,
             lease_s=self._lease_s,
+            numerics=self._numerics,
         )
         arrival = Arrival(self._heap, grant, verify_checksums=self._verify_checksums)
         self._entries[grant.grant_id] = _Entry(grant, arrival, request_id, owner, list(matched_blocks), now)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 
 
@@ -76,6 +77,9 @@ class StartGenerate(_Message, frozen=True, tag=4):
     num_output_tokens: int = 0
     """The last so many of the tokens are output already delivered (a continued stream)."""
     salt: str = ""
+    numerics: str = ""
+    """Name of the class in which the grant's KV is computed; ``mixed``: in several. Empty: not said, or
+    nothing is sent."""
 
 
 class Commit(_Message, frozen=True, tag=5):
@@ -85,6 +89,8 @@ class Commit(_Message, frozen=True, tag=5):
     request_id: str
     grant_id: str
     ttl_s: float
+    numerics: str = ""
+    """As in ``StartGenerate``."""
 
 
 class Abort(_Message, frozen=True, tag=6):
@@ -178,6 +184,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Public CURVE key of its sockets, Z85; empty without CURVE."""
     revision: str = ""
     """Digest of the model that it has loaded: what the name stands for. Empty of an engine that says none."""
+    numerics: Numerics = UNKNOWN
+    """In which class it computes; empty of an engine that says none."""
 
 
 class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
@@ -253,6 +261,8 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
     detail: str = ""
     stop_token_id: int | None = None
     """The token that ended it; it is the last output token and carries no text."""
+    numerics: Numerics = UNKNOWN
+    """Of all KV that the tokens of this engine were made from."""
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):

@@ -50,3 +50,5 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     heap: HeapAddress
     lease_s: float
     """The receiver closes the grant by itself after this long without ``StartGenerate`` or ``Commit``."""
+    numerics: str = ""
+    """Name of the receiver's class; empty: not said."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from microserve.protocol.messages.engine import TokenLogprob, Usage
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 
 
@@ -43,6 +44,8 @@ class Generate(_Message, frozen=True, tag=2):
     """Of requests that wait, those of a higher one go first."""
     revision: str = ""
     """Of the model that made this output; empty: not said. Another one does not go on with it."""
+    numerics: Numerics = UNKNOWN
+    """In which class this output was made."""
 
 
 class Cancel(_Message, frozen=True, tag=3):
@@ -108,6 +111,8 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     stop_token_id: int | None = None
     strategy_version: int = 0
     """The published version that it began with; 0: the strategy that the router came with."""
+    numerics: Numerics = UNKNOWN
+    """In which class the whole answer was made; empty without output, and where an engine says none."""
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
@@ -118,6 +123,9 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     token_ids: list[int]
     logprobs: list[TokenLogprob] = []
     ended: Ended | None = None
+    numerics: Numerics | None = None
+    """In which class the answer up to here was made: with the first tokens from a router, and whenever it is
+    another than before."""
 
 
 class RouterWelcome(_Message, frozen=True, tag=1):

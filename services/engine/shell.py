@@ -150,6 +150,7 @@ class EngineShell:
             wire_version=WIRE_VERSION,
             curve_key=bus.public_key,
             revision=core.layout.revision,
+            numerics=core.numerics,
         )
         self._index = IndexClient(
             bus,

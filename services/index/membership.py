@@ -21,6 +21,7 @@ from microserve.protocol.bus.peers import Loss, Peers
 from microserve.protocol.errors import EngineLost, InvalidRequest, QueueFull
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.messages.index import Member
+from microserve.protocol.messages.numerics import fault_of_numerics
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS, WIRE_VERSION
 
 MAX_MEMBERS = 1024
@@ -175,6 +176,8 @@ class Membership:
         for field in ("model", "address", "events_address"):
             if not getattr(info, field):
                 raise InvalidRequest(f"{field} must not be empty", field=field)
+        if fault := fault_of_numerics(info.numerics):
+            raise InvalidRequest(fault, field="numerics")
         if info.incarnation in self._retired.get(info.engine_id, ()):
             raise EngineLost(
                 f"life {info.incarnation} of {info.engine_id} has left or was replaced", field="incarnation"

@@ -39,6 +39,7 @@ class TimedRunner:
 
     def __init__(self, runner: HashRunner, pacer: Pacer) -> None:
         self._runner = runner
+        self.numerics = runner.numerics
         self._pacer = pacer
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:

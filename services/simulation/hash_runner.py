@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InternalError
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Sampled, SampleSpec, StepResult
 
@@ -58,7 +59,15 @@ def _embedding(token: int) -> bytes:
 class HashRunner:
     """Runs batches on the data region of a heap, as the real runner does."""
 
-    def __init__(self, data: npt.NDArray[np.uint8], layout: KvLayout, *, vocab_size: int) -> None:
+    def __init__(
+        self,
+        data: npt.NDArray[np.uint8],
+        layout: KvLayout,
+        *,
+        vocab_size: int,
+        numerics: Numerics = UNKNOWN,
+    ) -> None:
+        self.numerics = numerics
         if layout.row_nbytes != ROW_NBYTES:
             raise InternalError(f"rows of {layout.row_nbytes} bytes, this runner needs {ROW_NBYTES}")
         self._kv = data.data

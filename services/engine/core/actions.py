@@ -189,6 +189,7 @@ class Actions:
         elif received is not None:
             sequence.await_first = message.await_first
             sequence.state = SequenceState.RECEIVING
+            state.memory.take(received, message.numerics)
             state.memory.adopt(sequence, received)
             state.receiving.append(sequence)
         return wire.Accepted(message.call_id)
@@ -203,6 +204,7 @@ class Actions:
         record.last_used = now
         record.commit = CommitJob(message.call_id, now + min(message.ttl_s, MAX_TTL_S))
         self._state.committing.append(record)
+        self._state.memory.take(record.received, message.numerics)
         self._state.memory.grants.consume(message.grant_id)
 
     def release(self, owner: bytes, message: wire.Release, now: float) -> wire.Done:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, overload
 
 from microserve.protocol.errors import MeshError
+from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 
 
@@ -87,5 +88,9 @@ class Runner(Protocol):
     """Computes batches; calls ``on_layer(layer)`` when a layer's KV is written (or its writing is enqueued in
     the stream that the core follows) and before any is read. When it returns or raises, nothing is under way.
     """
+
+    @property
+    def numerics(self) -> Numerics:
+        """In which class it computes; the same for its life."""
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult: ...

@@ -19,9 +19,10 @@ from microserve.kvcache.grant.table import GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.prefix.cache import PrefixCache
-from microserve.protocol.errors import MeshError, TransferFailed
+from microserve.protocol.errors import InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv_events import KVEvent
+from microserve.protocol.messages.numerics import fault_of_numerics
 from microserve.services.engine.core.actions import Actions
 from microserve.services.engine.core.batch import Runner, StepResult
 from microserve.services.engine.core.memory import KvMemory
@@ -78,7 +79,12 @@ class EngineCore:
     ) -> None:
         """``compute_stream``: the CUDA stream in which ``runner`` computes KV; None where KV stands in the
         heap when ``on_layer`` is called. ``clock``: the only one that leases, deadlines, sessions and the
-        drain are kept by, the shell's too; two clocks need not start at the same zero."""
+        drain are kept by, the shell's too; two clocks need not start at the same zero.
+
+        Raises :class:`InternalError` for a runner of a class that cannot be one."""
+        self.numerics = runner.numerics
+        if fault := fault_of_numerics(self.numerics):
+            raise InternalError(fault)
         self.engine_id, self.incarnation, self.model = engine_id, incarnation, model
         layout = self.layout = heap.layout
         pool = BlockPool(layout.num_blocks)
@@ -90,8 +96,9 @@ class EngineCore:
             incarnation=incarnation,
             lease_s=lease_s,
             verify_checksums=checksums,
+            numerics=self.numerics.name,
         )
-        self.memory = KvMemory(pool, cache, grants)
+        self.memory = KvMemory(pool, cache, grants, self.numerics)
         scheduler = Scheduler(
             self.memory,
             max_num_seqs=max_num_seqs,

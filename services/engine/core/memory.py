@@ -4,6 +4,7 @@ Invariants, checked by ``check_integrity``:
   - a sequence holds one reference to each of its blocks, and only blocks below ``num_cached`` are shared;
   - a block enters the prefix cache only when its KV is complete and nobody else may still write to it:
     computed here, or received under a grant whose writers have all drained (WIRE.md 7);
+  - no block of an exact engine's cache depends on KV of another numerics class (WIRE.md 4.5);
   - blocks of an unsettled grant never go straight to the pool: the grant table closes them;
   - blocks that were put into a peer go back to the pool when its heap has read them, not before.
 """
@@ -16,6 +17,7 @@ from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.errors import CacheFull, GrantsFull, PromptTooLong
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.services.engine.core.received import Holder, ReceivedGrant, ReceivedGrants
 from microserve.services.engine.core.sequence import Sequence, SequenceState
 
@@ -23,7 +25,11 @@ from microserve.services.engine.core.sequence import Sequence, SequenceState
 class KvMemory:
     """The engine's KV blocks. Every call is made under the engine's lock."""
 
-    def __init__(self, pool: BlockPool, cache: PrefixCache, grants: GrantTable) -> None:
+    def __init__(
+        self, pool: BlockPool, cache: PrefixCache, grants: GrantTable, numerics: Numerics = UNKNOWN
+    ) -> None:
+        """``numerics``: in which class this engine computes."""
+        self.numerics = numerics
         self.pool = pool
         self.cache = cache
         self.grants = grants
@@ -66,6 +72,8 @@ class KvMemory:
         """Offer its newly completed whole blocks to the prefix cache."""
         if sequence.received is not None:
             return  # its writers may not have drained
+        if sequence.has_foreign_kv and self.numerics.is_exact:
+            return  # whoever hit it would have other bits than its own class gives
         num_full = min(sequence.num_computed, sequence.num_tokens) // self.block_size
         if num_full <= sequence.num_inserted:
             return
@@ -95,6 +103,7 @@ class KvMemory:
             self.pool.free(blocks)
         sequence.blocks = []
         sequence.num_computed = sequence.num_cached = sequence.num_inserted = 0
+        sequence.has_foreign_kv = False
 
     def _depart(self, sequence: Sequence, blocks: list[int]) -> bool:
         """Whether the blocks of an ended send have to wait for its stream."""
@@ -173,9 +182,15 @@ class KvMemory:
         self.received.forget(received)
         self.grants.close(received.grant_id, now)
 
+    def take(self, received: ReceivedGrant, numerics: str) -> None:
+        """Somebody builds on the grant, whose KV comes in the class of that name."""
+        grant = received.grant
+        received.is_foreign = grant.matched < grant.end and numerics != self.numerics.name
+
     def adopt(self, sequence: Sequence, received: ReceivedGrant) -> None:
         """The sequence reads and extends the grant's blocks; their KV may still be on its way."""
         grant = received.grant
+        sequence.has_foreign_kv = received.is_foreign
         self.grants.consume(grant.grant_id)
         sequence.blocks = self.grants.block_table(grant.grant_id)
         sequence.num_inserted = grant.matched // self.block_size
@@ -198,10 +213,12 @@ class KvMemory:
         return events
 
     def commit(self, received: ReceivedGrant, blocks: list[int]) -> int:
-        """Make a settled grant's blocks prefix cache; the number of tokens that are cached now."""
+        """Make a settled grant's blocks prefix cache; the number of tokens that are cached now. An exact
+        engine keeps none of another class."""
         grant = received.grant
-        num_full = grant.end // self.block_size
         first = grant.matched // self.block_size
+        is_refused = received.is_foreign and self.numerics.is_exact
+        num_full = first if is_refused else grant.end // self.block_size
         self.received.forget(received)
         self.cache.insert(received.token_ids, blocks, num_full, received.salt, start=first)
         self.pool.free(blocks)

@@ -82,6 +82,10 @@ class Sequence:
     received: ReceivedGrant | None = None
     """The grant that its KV comes by, until that is settled."""
     await_first: bool = False
+    has_foreign_kv: bool = False
+    """Some of the KV in its blocks is of another numerics class, or was computed behind such KV."""
+    is_mixed: bool = False
+    """A token of it was made from such KV."""
     doomed: str | None = None
     """Finish reason to end with at the next step border: its blocks are in use by the running step."""
     doom_error: MeshError | None = None

@@ -18,6 +18,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.numerics import MIXED, Numerics
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.record import Key, Outbox, Record, Records
 from microserve.services.engine.core.scheduler import Scheduler
@@ -164,6 +165,7 @@ class EngineState:
             code=error.code if error else "",
             detail=error.detail if error else "",
             stop_token_id=stop_token_id,
+            numerics=Numerics(MIXED) if sequence.is_mixed else self.memory.numerics,
         )
         if reason != "abort":  # who aborts listens no more, and the id may have been taken up again
             self.emit(sequence, new_tokens, finished)
@@ -173,10 +175,13 @@ class EngineState:
             action="generate",
             finish=reason,
             code=finished.code,
+            numerics=finished.numerics.name,
+            exact=finished.numerics.is_exact,
             **msgspec.structs.asdict(finished.usage),
             **_rounded(finished.timings),
         )
         self.count(f"generate_{reason}")
+        self.count("generate_mixed", sequence.is_mixed)
         if record is not None and record.generate is sequence:
             record.generate = None
 
@@ -241,6 +246,8 @@ class EngineState:
             cached=sent.cached,
             sent=sent.sent,
             nbytes=sent.nbytes,
+            numerics=self.memory.numerics.name,
+            receiver_numerics=transfer.grant.numerics,
             **_rounded(sent.timings),
         )
         self.count("sent_bytes", transfer.nbytes)

@@ -87,6 +87,7 @@ class Stepper:
         self._take_received(sequence, received, now)
         state.receiving.remove(sequence)
         if first is not None:
+            sequence.is_mixed |= sequence.has_foreign_kv
             sequence.token_ids.append(first)
             sequence.num_delivered = sequence.num_output_tokens
             sequence.first_token_at = now
@@ -134,6 +135,7 @@ class Stepper:
         if not isinstance(holder, Record) or job is None or job.sealed_blocks is None:
             raise InternalError(f"grant {received.grant_id} has settled, and its holder has not sealed it")
         num_tokens = state.memory.commit(received, job.sealed_blocks)
+        state.count("commits_of_another_class", received.is_foreign)
         holder.commit = None
         state.committing.remove(holder)
         state.count("commits")
@@ -234,6 +236,7 @@ class Stepper:
                 state.emit(sequence, 1, None)
 
     def _append(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
+        sequence.is_mixed |= sequence.has_foreign_kv
         sequence.token_ids.append(sampled.token_id)
         if sequence.first_token_at is None:
             sequence.first_token_at = now

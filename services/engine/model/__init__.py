@@ -2,6 +2,7 @@
 
 Owns the transformers model whose attention reads and writes the pool (model.py, attention.py), one packed
 call a step (runner.py), the choice of kernels (attention_choice.py), graphs of decode steps
-(decode_graphs.py), and sampling by counters on a CPU (sampler.py) and on a device (device_sampler.py). Must
-not know requests, grants or the scheduler: it takes batches. Start at runner.py.
+(decode_graphs.py), sampling by counters on a CPU (sampler.py) and on a device (device_sampler.py), and the
+name of what it computes in (revision.py, numerics.py). Must not know requests, grants or the scheduler: it
+takes batches. Start at runner.py.
 """

@@ -35,6 +35,7 @@ from microserve.services.engine.model.attention import (
 from microserve.services.engine.model.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from microserve.services.engine.model.device_sampler import sample_there
 from microserve.services.engine.model.model import DTYPES, STEP, AttentionStep, LoadedModel
+from microserve.services.engine.model.numerics import transformers_numerics
 from microserve.services.engine.model.sampler import sample
 
 __all__ = ["ModelRunner", "Runner"]
@@ -62,6 +63,7 @@ class ModelRunner:
         self._num_blocks, self._block_size = num_blocks, block_size
         self._layers = self._views(kv_data)
         self._device = self._layers[0].device
+        self.numerics = transformers_numerics(model.spec, self._device)
         self._stream: torch.cuda.Stream | None = None
         self._graphs: DecodeGraphs | None = None
         self._sample = sample

@@ -16,7 +16,7 @@ from microserve.protocol import errors
 from microserve.protocol import types as protocol_types
 from microserve.protocol.bus import codec, credit, numbered
 from microserve.protocol.bus import sockets as sockets_module
-from microserve.protocol.messages import control, grant, kv_events, sampling
+from microserve.protocol.messages import control, grant, kv_events, numerics, sampling
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
@@ -40,6 +40,7 @@ STRUCTURES = [
     grant.Grant,
     grant.HeapAddress,
     sampling.SamplingParams,
+    numerics.Numerics,
     actions.EngineInfo,
     actions.EngineLoad,
     actions.TokenLogprob,
@@ -118,6 +119,8 @@ def wire_default(field: msgspec.structs.FieldInfo) -> str:
     if field.required:
         return "required"
     value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
+    if isinstance(value, msgspec.Struct):
+        return msgspec.json.encode(value).decode()
     spelled = {None: "nil", False: "false", True: "true", "": '""', (): "[]"}
     return spelled[value] if isinstance(value, bool | str | tuple | None) else str(value)
 
@@ -203,6 +206,7 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_LOGPROBS", sampling.MAX_LOGPROBS),
         ("MAX_STOP_TOKEN_IDS", sampling.MAX_STOP_TOKEN_IDS),
         ("MAX_LOGIT_BIAS", sampling.MAX_LOGIT_BIAS),
+        ("MAX_NUMERICS_CHARS", numerics.MAX_NUMERICS_CHARS),
         ("bus.heartbeat_interval_s", BusSettings().heartbeat_interval_s),
         ("bus.liveness", BusSettings().liveness),
         ("bus.stuck_s", BusSettings().stuck_s),

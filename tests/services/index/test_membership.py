@@ -13,6 +13,7 @@ from microserve.protocol.bus.peers import Loss
 from microserve.protocol.errors import EngineLost, InvalidRequest, MeshError, QueueFull
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.index import Member
+from microserve.protocol.messages.numerics import Numerics
 from microserve.services.index import membership
 from microserve.services.index.membership import Admission, Membership
 from tests.support.index.index_world import make_info
@@ -162,6 +163,20 @@ def test_only_engine_of_a_model_may_return_with_another_layout(members: Membersh
     members.register(make_info(incarnation=11), 0.0)
 
     assert members.register(make_info(incarnation=12, block_size=32), 1.0) is Admission.REPLACED
+
+
+def test_engines_of_several_numerics_classes_are_members_of_one_mesh(members: Membership) -> None:
+    members.register(make_info(numerics=Numerics("a", is_exact=True)), 0.0)
+
+    assert members.register(make_info("e2", numerics=Numerics("b")), 0.0) is Admission.JOINED
+    assert members.register(make_info("e3"), 0.0) is Admission.JOINED
+
+
+def test_what_cannot_be_a_numerics_class_is_refused_by_name(members: Membership) -> None:
+    for numerics in (Numerics("mixed"), Numerics("a b"), Numerics(is_exact=True)):
+        with pytest.raises(InvalidRequest) as refused:
+            members.register(make_info(numerics=numerics), 0.0)
+        assert refused.value.field == "numerics"
 
 
 def test_other_wire_version_is_refused_naming_both(members: Membership) -> None:

@@ -6,6 +6,7 @@ from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 
 HEAP = HeapAddress(kind="shm", host="boot", pid=70_000, fd=9, nbytes=1 << 33, incarnation=1 << 61)
@@ -22,6 +23,7 @@ GRANT = Grant(
     layout_hash="l1",
     heap=HEAP,
     lease_s=30.5,
+    numerics="n1",
 )
 SAMPLING = SamplingParams(
     max_tokens=17,
@@ -58,6 +60,7 @@ INFO = actions.EngineInfo(
     wire_version=1,
     curve_key="k",
     revision="r1",
+    numerics=Numerics("n2", is_exact=True),
 )
 LOAD = actions.EngineLoad(
     progress=1 << 34,
@@ -82,7 +85,13 @@ USAGE = actions.Usage(
     prompt_tokens=40, cached_tokens=16, received_tokens=20, output_tokens=5, num_preemptions=1
 )
 FINISHED = actions.Finished(
-    reason="error", usage=USAGE, timings=TIMINGS, code="internal", detail="d", stop_token_id=2
+    reason="error",
+    usage=USAGE,
+    timings=TIMINGS,
+    code="internal",
+    detail="d",
+    stop_token_id=2,
+    numerics=Numerics("n3", is_exact=True),
 )
 DELTA = actions.Delta(
     request_id="r1", offset=4, token_ids=[11, 49_151], logprobs=[LOGPROB], finished=FINISHED
@@ -109,7 +118,15 @@ ENDED = serving.Ended(
     retry_after_s=1.5,
     stop_token_id=2,
     strategy_version=3,
+    numerics=Numerics("n4", is_exact=True),
 )
-OUTPUT = serving.Output(request_id="r1", offset=4, token_ids=[11], logprobs=[LOGPROB], ended=ENDED)
+OUTPUT = serving.Output(
+    request_id="r1",
+    offset=4,
+    token_ids=[11],
+    logprobs=[LOGPROB],
+    ended=ENDED,
+    numerics=Numerics("n5", is_exact=True),
+)
 MEMBER = membership.Member(info=INFO, load=LOAD)
 LIFE = 1 << 60

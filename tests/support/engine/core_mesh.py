@@ -191,8 +191,10 @@ def receive(
     params: SamplingParams = GREEDY,
     *,
     await_first: bool = False,
+    numerics: str = "",
 ) -> None:
     message = wire.StartGenerate(
-        engine.mesh.call(), request_id, begin, params, 60.0, granted.grant.grant_id, await_first
+        *(engine.mesh.call(), request_id, begin, params, 60.0, granted.grant.grant_id, await_first),
+        numerics=numerics,
     )
     engine.core.actions.start_generate(ROUTER, message, None, engine.mesh.now)
