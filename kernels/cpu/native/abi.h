@@ -1,0 +1,64 @@
+// The C interface of the native step: what Python hands over (kernels/cpu/library.py mirrors every struct).
+// Owns the layout of these structs and nothing else. All pointers are borrowed for the time said beside them.
+#pragma once
+#include <cstdint>
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+enum MsElem : int32_t { MS_BF16 = 0, MS_F32 = 1 };
+enum MsVariant : int32_t { MS_PORTABLE = 0, MS_AVX2 = 1, MS_AVX512 = 2, MS_AMX = 3, MS_NUM_VARIANTS = 4 };
+
+// Shape of a model and bounds of a step. Everything is counted in elements, but for eps and scale.
+struct MsConfig {
+  int32_t variant, elem, threads;
+  int32_t num_layers, num_heads, num_kv_heads, head_dim, hidden, intermediate, vocab;
+  int32_t block_size, num_blocks;
+  int32_t max_rows;     // tokens of a step
+  int32_t max_context;  // positions of a sequence; length of the RoPE tables
+  int32_t max_logits;   // rows of a step whose logits are wanted
+  int32_t has_qk_norm;
+  float eps, scale;  // of every norm; of the scores
+};
+
+// Weights of a layer as the checkpoint has them: [out][in], in the elem of the config; norms and biases in fp32.
+// Read while ms_set_layer runs. A bias, and q_norm and k_norm, may be null.
+struct MsLayer {
+  const void *q, *k, *v, *o, *gate, *up, *down;
+  const float *attention_norm, *mlp_norm, *q_norm, *k_norm;
+  const float *q_bias, *k_bias, *v_bias, *o_bias;
+  void *kv;          // this layer of the pool: [num_blocks][2][block_size][num_kv_heads][head_dim]; for good
+  int32_t use_rope;  // 0: the layer knows no positions
+  int32_t window;    // positions that a token sees, itself included; 0: all
+};
+
+// One step: rows of all spans, packed one span after the other.
+struct MsBatch {
+  int32_t num_rows, num_spans, num_logits, table_width;
+  const int32_t *tokens, *positions;  // [num_rows]
+  const int64_t *slots;               // [num_rows] block * block_size + row of its KV, -1: not written
+  const int32_t *span_rows;           // [num_spans] rows of the span
+  const int32_t *span_contexts;       // [num_spans] positions up to its last row
+  const int32_t *tables;              // [num_spans][table_width] blocks
+  const int32_t *logit_rows;          // [num_logits] ascending
+  float *logits;                      // [num_logits][ms_logits_width()], written
+};
+
+typedef int32_t (*MsOnLayer)(int32_t layer);  // not 0: the step ends there
+
+struct MsEngine;
+int32_t ms_abi_version();
+int32_t ms_supports(int32_t variant);                        // 1: compiled in, and this CPU can run it
+MsEngine *ms_create(const MsConfig *config);                 // null: no memory or threads
+const char *ms_set_layer(MsEngine *, int32_t, const MsLayer *);  // null, or what is wrong
+// embedding [vocab][hidden], head the same or null for a tied one; norm fp32; cos, sin [max_context][head_dim / 2].
+const char *ms_set_model(MsEngine *, const void *embedding, const void *head, const float *norm, const float *cos, const float *sin);
+int64_t ms_logits_width(const MsEngine *);
+const char *ms_step(MsEngine *, const MsBatch *, MsOnLayer on_layer);  // null: done, or ended by on_layer
+void ms_destroy(MsEngine *);
+// For tests: one product C[m][n] (+)= A[m][k] B[n][k]^T by the variant's own kernel, one thread; B as a checkpoint has it.
+const char *ms_product(int32_t variant, int32_t elem, int32_t m, int32_t n, int32_t k, const float *a, const void *b, float *c);
+// For tests: values[i] = f(values[i]), f: 0 exp2, 1 round to bf16, 2 silu; n a multiple of 16.
+const char *ms_map(int32_t variant, int32_t function, int32_t n, float *values);
+}
+#pragma GCC visibility pop

@@ -1,0 +1,191 @@
+// Attention of the class. Included inside a variant's own namespace, behind product.h.
+//
+// Segments of kSegment absolute positions. In one: s = K Q^T by the product over head_dim; m = max(s) * c with
+// c = scale * log2(e); p = 2^(s * c - m), +0 where a position is not seen; l = the sum of p before rounding, in 16
+// sums by position mod 16 ascending, then pairs 8, 4, 2, 1 apart; o = the product of rounded p and V, + 0.
+// Segments are merged in ascending order, the first is copied, and one of which a row sees nothing is left out:
+//   M = max(m, m'), a = 2^(m - M), b = 2^(m' - M), o = o a + (o' b), l alike. At the end o * (1 / l).
+//
+//   lanes: query heads of a KV head, row by row     scores [position][lane]     out [lane][head_dim]
+#pragma once
+
+struct Lanes {
+  int count, vectors;
+  alignas(64) int32_t low[kLanes], high[kLanes];  // positions [low, high) are seen
+};
+
+template <class E>
+MS_INLINE const typename E::Store *kv_row(const Engine &e, const Layer &layer, int span, int position, int kv_head) {
+  const MsConfig &c = e.config;
+  long block = e.batch.tables[(long)span * e.batch.table_width + position / c.block_size];
+  long row = block * 2 * c.block_size + position % c.block_size;
+  return (const typename E::Store *)layer.kv + (row * c.num_kv_heads + kv_head) * c.head_dim;
+}
+
+// Keys and values of a segment; zeros behind the context: whatever stands there, 0 * NaN would be NaN.
+template <class E>
+MS_INLINE void unpack(const Engine &e, const Layer &layer, Scratch &w, int span, int kv_head, int first, int count) {
+  const long stride = e.head_dim, half = (long)e.config.block_size * e.config.num_kv_heads * e.config.head_dim;
+  const int dim = e.config.head_dim, padded = (int)round_up(count, 32);
+  for (int i = 0; i < count; i++) {
+    const typename E::Store *k = kv_row<E>(e, layer, span, first + i, kv_head);
+    for (int d = 0; d < dim; d += 16) {
+      store(w.keys + i * stride + d, get_some<E>(k + d, dim - d));
+      store(w.values + i * stride + d, get_some<E>(k + half + d, dim - d));
+    }
+  }
+  for (int i = count; i < padded; i++)
+    for (int d = 0; d < dim; d += 16) store(w.values + i * stride + d, zeros());
+}
+
+// Scores -> weights, in place; maximum (times c) and sum of each lane.
+template <class E>
+MS_INLINE void weigh(float *scores, const Lanes &lanes, int z, int first, int count, float c, float *maximum, float *sum) {
+  const Ints low = ints(lanes.low + 16 * z), high = ints(lanes.high + 16 * z);
+  float *column = scores + 16 * z;
+  int all_low = lanes.low[16 * z], all_high = lanes.high[16 * z];
+  for (int i = 1; i < 16; i++) {
+    int l = lanes.low[16 * z + i], h = lanes.high[16 * z + i];
+    all_low = l > all_low ? l : all_low;
+    all_high = h < all_high ? h : all_high;
+  }
+  const V lowest = splat(-__builtin_inff());
+  V m = lowest;
+  for (int i = 0; i < count; i++) {
+    V s = load(column + i * kLanes);
+    int at = first + i;
+    if (at < all_low || at >= all_high) s = select(both(greater(high, splat_int(at)), greater(splat_int(at + 1), low)), s, lowest);
+    m = max(m, s);
+  }
+  m = mul(m, splat(c));
+  V sums[16];
+  for (int j = 0; j < 16; j++) sums[j] = zeros();
+  const int padded = (int)round_up(count, 32);
+  for (int i = 0; i < padded; i += 16)
+    for (int j = 0; j < 16; j++) {
+      int at = first + i + j;
+      V p = zeros();
+      if (i + j < count) {
+        p = exp2v(sub(mul(load(column + (i + j) * kLanes), splat(c)), m));
+        if (at < all_low || at >= all_high) p = select(both(greater(high, splat_int(at)), greater(splat_int(at + 1), low)), p, zeros());
+      }
+      sums[j] = add(sums[j], p);
+      store(column + (i + j) * kLanes, E::round(p));
+    }
+  for (int h = 8; h; h >>= 1)
+    for (int j = 0; j < h; j++) sums[j] = add(sums[j], sums[j + h]);
+  store(maximum + 16 * z, m);
+  store(sum + 16 * z, sums[0]);
+}
+
+// o, m, l (+)= those of a later segment.
+MS_INLINE void merge(float *o, float &m, float &l, const float *next, float next_m, float next_l, int dim) {
+  float top = m > next_m ? m : next_m;
+  alignas(64) float both_[16] = {m - top, next_m - top};
+  store(both_, exp2v(load(both_)));
+  V a = splat(both_[0]), b = splat(both_[1]);
+  for (int d = 0; d < dim; d += 16) store(o + d, fma(load(o + d), a, mul(load(next + d), b)));
+  l = __builtin_fmaf(l, both_[0], next_l * both_[1]);
+  m = top;
+}
+
+template <class E>
+MS_INLINE void finish(Engine &e, const float *o, float l, long row, int head) {
+  const int dim = e.config.head_dim;
+  float *to = e.attended + row * e.heads_width + (long)head * dim;
+  V r = splat(1.0f / l);
+  for (int d = 0; d < dim; d += 16) put_some<F32>(to + d, E::round(mul(load(o + d), r)), dim - d);
+}
+
+// Lanes of a unit, and their queries as [head_dim][lane].
+template <class E>
+MS_INLINE void gather(const Engine &e, const Layer &layer, Scratch &w, const Unit &u, int group, Lanes &lanes) {
+  const MsConfig &c = e.config;
+  const long row0 = e.span_firsts[u.span] + u.first_row;
+  const int position0 = e.batch.span_contexts[u.span] - e.batch.span_rows[u.span] + u.first_row;
+  lanes.count = u.num_rows * group;
+  lanes.vectors = lanes.count > 16 ? 2 : 1;
+  for (int i = 0; i < 16 * lanes.vectors; i++) {
+    const int r = i / group;
+    const bool used = i < lanes.count;
+    lanes.high[i] = used ? position0 + r + 1 : 0;
+    lanes.low[i] = used && layer.window && lanes.high[i] > layer.window ? lanes.high[i] - layer.window : 0;
+    const float *q = e.queries + ((row0 + r) * c.num_heads + u.kv_head * group + i % group) * e.head_width;
+    for (int d = 0; d < c.head_dim; d++) w.queries[d * kLanes + i] = used ? q[d] : 0.0f;
+  }
+}
+
+// One segment: w.out, and maximum and sum of each lane.
+template <class E>
+MS_INLINE void segment(const Engine &e, const Layer &layer, Scratch &w, const Unit &u, const Lanes &lanes, int first, int count, float *maximum, float *sum) {
+  const long stride = e.head_dim;
+  const int padded = (int)round_up(count, 32), tiles = (int)(e.head_width / 16);
+  unpack<E>(e, layer, w, u.span, u.kv_head, first, count);
+  Put scores = {w.scores, kLanes};
+  multiply(w.keys, stride, 1, count, InRows{w.queries, kLanes}, (int)(stride / 32), 0, lanes.vectors, scores);
+  for (int z = 0; z < lanes.vectors; z++) weigh<E>(w.scores, lanes, z, first, count, e.config.scale * kLog2e, maximum, sum);
+  Put out = {w.out, stride};
+  multiply(w.scores, 1, kLanes, lanes.count, InRows{w.values, stride}, padded / 32, 0, tiles, out);
+  for (int i = 0; i < lanes.count; i++)  // a block of masked positions turns a -0 into +0, so all are turned
+    for (int d = 0; d < e.config.head_dim; d += 16) store(w.out + i * stride + d, add(load(w.out + i * stride + d), zeros()));
+}
+
+template <class E>
+static void attend(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
+  const int group = e.config.num_heads / e.config.num_kv_heads, dim = e.config.head_dim;
+  const long stride = e.head_dim;
+  Lanes lanes;
+  gather<E>(e, layer, w, u, group, lanes);
+  const int end = lanes.high[lanes.count - 1], low = lanes.low[0];
+  alignas(64) float maximum[kLanes], sum[kLanes], top[kLanes], total[kLanes];
+  const int begin = u.segment < 0 ? low / kSegment : u.segment;
+  const int last = u.segment < 0 ? (end - 1) / kSegment : u.segment;
+  bool has[kLanes] = {};
+  for (int s = begin; s <= last; s++) {
+    const int first = s * kSegment, count = end - first < kSegment ? end - first : kSegment;
+    if (first + count > low) segment<E>(e, layer, w, u, lanes, first, count, maximum, sum);
+    for (int i = 0; i < lanes.count; i++) {
+      if (lanes.high[i] <= first || lanes.low[i] >= first + count) continue;
+      const float *o = w.out + i * stride;
+      float *so_far = w.sums + i * stride;
+      if (has[i]) {
+        merge(so_far, top[i], total[i], o, maximum[i], sum[i], dim);
+        continue;
+      }
+      for (int d = 0; d < dim; d += 16) store(so_far + d, load(o + d));
+      top[i] = maximum[i];
+      total[i] = sum[i];
+      has[i] = true;
+    }
+  }
+  for (int i = 0; i < lanes.count; i++) {
+    const float *o = w.sums + i * stride;
+    if (u.segment < 0) {
+      finish<E>(e, o, total[i], e.span_firsts[u.span] + u.first_row + i / group, u.kv_head * group + i % group);
+      continue;
+    }
+    float *part = e.parts + (u.part + i) * (stride + 16);
+    part[stride + 2] = has[i];
+    if (!has[i]) continue;
+    for (int d = 0; d < dim; d += 16) store(part + d, load(o + d));
+    part[stride] = top[i];
+    part[stride + 1] = total[i];
+  }
+}
+
+// The units of one row and one KV head, in ascending order of their segments.
+template <class E>
+static void merge_units(Engine &e, const Unit &u) {
+  const int group = e.config.num_heads / e.config.num_kv_heads;
+  const long stride = e.head_dim + 16;
+  for (int g = 0; g < group; g++) {
+    float *o = nullptr;
+    for (int s = 0; s < u.num_segments; s++) {
+      float *part = e.parts + (u.part + (long)s * group + g) * stride, *told = part + e.head_dim;
+      if (told[2] == 0.0f) continue;
+      if (o) merge(o, o[e.head_dim], o[e.head_dim + 1], part, told[0], told[1], e.config.head_dim);
+      else o = part;
+    }
+    finish<E>(e, o, o[e.head_dim + 1], e.span_firsts[u.span] + u.first_row, u.kv_head * group + g);
+  }
+}

@@ -1,0 +1,86 @@
+// What a step works on: the packed model, the pool, a batch, and room for what lies between. Plain data, the same
+// for every variant; api.cc makes and checks it, step.h computes with it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "abi.h"
+#include "team.h"
+
+namespace ms {
+
+constexpr int kSegment = 256;  // positions of a segment of attention: part of the numerics class
+constexpr int kLanes = 32;     // queries that are worked on together
+
+constexpr int kRowBlock = 64;  // rows that share a unit of a product
+constexpr int kFewRows = 8;    // so many are normed by each thread for itself: one barrier less
+
+inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
+
+struct Layer {
+  void *qkv, *out, *gate_up, *down;  // packed, see pack.h
+  float *attention_norm, *mlp_norm, *q_norm, *k_norm, *qkv_bias, *out_bias;
+  void *kv;
+  int use_rope, window;
+};
+
+// One thread's own.
+struct Scratch {
+  float *keys, *values;      // [kSegment][head_dim padded]: a segment, zeros behind the context
+  float *queries;            // [head_dim padded][kLanes]
+  float *scores;             // [kSegment][kLanes]
+  float *out, *sums;         // [kLanes][head_dim padded] of this segment, and of all so far
+  float *head;               // [kRowBlock][head_dim padded]
+  float *normed;             // [kFewRows][hidden]
+  uint16_t *tiles;           // of a variant with tiles
+};
+
+// A share of a layer's attention: some rows of a span, the query heads of one KV head, one segment or all.
+// Of a unit with one segment the partial results are kept: [lane][part_stride] values, maximum, sum, 1 if it saw any.
+struct Unit {
+  int span, first_row, num_rows;  // rows of the span
+  int kv_head;
+  int segment;       // -1: all
+  int num_segments;  // of a merge: how many units follow each other
+  long part;         // of its first lane
+};
+
+struct Engine {
+  MsConfig config;
+  // Padded: k of a product in blocks of 32, n in groups of 32.
+  long hidden, heads_width, qkv_width, intermediate, vocab, head_dim;
+  long head_width;  // head_dim in whole registers: columns of a head in qkv, and of its queries
+  Layer *layers;
+  void *embedding, *head;  // embedding null: tied, rows are read from the packed head
+  float *norm, *cos, *sin;
+  MsBatch batch;
+  MsOnLayer on_layer;
+  int ended;
+  float *x;        // [rows][hidden] the residual
+  float *normed;   // [rows][hidden]         inputs of products, rounded to the elem
+  float *attended; // [rows][heads_width]
+  float *middle;   // [rows][intermediate]
+  float *queries;  // [rows][num_heads][head_width]
+  float *parts;
+  size_t parts_capacity;
+  Unit *units, *merges;
+  int num_units, num_merges;
+  size_t units_capacity, merges_capacity;
+  long *span_firsts;  // [spans] first row
+  size_t spans_capacity;
+  Scratch *scratch;
+  Team *team;
+  void **arena;
+  int num_arena;
+};
+
+// Functions of a variant, by elem.
+struct Variant {
+  void (*step)(Engine *, int thread);
+  void (*product)(int elem, long m, long n, long k, const float *a, const void *packed, float *c);
+  void (*map)(int function, long n, float *values);
+};
+
+extern const Variant portable_variant, avx2_variant, avx512_variant, amx_variant;
+
+}  // namespace ms

@@ -1,0 +1,243 @@
+// One step of the model by all threads of a team: phases of units, barriers between. Included inside a variant's
+// own namespace, behind attention.h. Owns the order of things; what is computed is in numerics.h.
+#pragma once
+
+// Tiles of a unit of a product: some units a thread, so that who is free takes more.
+MS_INLINE int tiles_of_unit(const Engine &e, long tiles) {
+  long each = tiles / (e.config.threads * 8);
+  each = each < 2 ? 2 : each > 16 ? 16 : each;
+  return (int)(each & ~1L);
+}
+
+// Rows in blocks, columns in units: `run(first row, rows, first tile, last tile)` for each.
+template <class F>
+MS_INLINE void share(Engine &e, int &phase, long rows, long tiles, F run) {
+  const int each = tiles_of_unit(e, tiles);
+  const int columns = (int)((tiles + each - 1) / each), blocks = (int)((rows + kRowBlock - 1) / kRowBlock);
+  for (int u; (u = e.team->next_unit(phase)) < columns * blocks;) {
+    const long row = (long)(u / columns) * kRowBlock;
+    const int tile = u % columns * each;
+    run(row, (int)(rows - row < kRowBlock ? rows - row : kRowBlock), tile, (int)(tile + each < tiles ? tile + each : tiles));
+  }
+  e.team->barrier(phase);
+}
+
+template <class E>
+MS_INLINE void norm_row(const Engine &e, const float *x, const float *weight, float *to) {
+  V r = splat(norm_factor(x, (int)e.hidden, e.config.hidden, e.config.eps));
+  for (long i = 0; i < e.hidden; i += 16) store(to + i, E::round(mul(mul(load(x + i), r), load(weight + i))));
+}
+
+// The rows of x, normed; a few of them by each thread for itself.
+template <class E>
+static const float *norm_rows(Engine &e, Scratch &w, int &phase, const float *weight) {
+  const long rows = e.batch.num_rows;
+  if (rows <= kFewRows) {
+    for (long m = 0; m < rows; m++) norm_row<E>(e, e.x + m * e.hidden, weight, w.normed + m * e.hidden);
+    return w.normed;
+  }
+  for (int u; (u = e.team->next_unit(phase)) * 16 < rows;)
+    for (long m = u * 16; m < rows && m < u * 16 + 16; m++) norm_row<E>(e, e.x + m * e.hidden, weight, e.normed + m * e.hidden);
+  e.team->barrier(phase);
+  return e.normed;
+}
+
+MS_INLINE void rotate(float *x, const float *cos, const float *sin, int dim) {
+  const int half = dim / 2;
+  if (half % 16 == 0) {
+    for (int i = 0; i < half; i += 16) {
+      V a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
+      store(x + i, fnma(b, s, mul(a, c)));
+      store(x + half + i, fma(a, s, mul(b, c)));
+    }
+    return;
+  }
+  for (int i = 0; i < half; i++) {
+    float a = x[i], b = x[half + i];
+    x[i] = __builtin_fmaf(-b, sin[i], a * cos[i]);
+    x[half + i] = __builtin_fmaf(a, sin[i], b * cos[i]);
+  }
+}
+
+// A row of one head, as the product left it: bias, norm, RoPE, and where it goes.
+template <class E>
+MS_INLINE void place_head(Engine &e, const Layer &layer, long row, int head, float *x) {
+  const MsConfig &c = e.config;
+  const int dim = c.head_dim, kv = head - c.num_heads;
+  const long width = e.head_width;
+  const bool is_query = kv < 0, is_value = kv >= c.num_kv_heads;
+  if (layer.qkv_bias)
+    for (int d = 0; d < dim; d += 16) store(x + d, add(load(x + d), load(layer.qkv_bias + head * width + d)));
+  const float *norm = is_value ? nullptr : is_query ? layer.q_norm : layer.k_norm;
+  if (norm) {
+    V r = splat(norm_factor(x, (int)width, dim, c.eps));
+    for (int d = 0; d < dim; d += 16) store(x + d, mul(mul(load(x + d), r), load(norm + d)));
+  }
+  if (layer.use_rope && !is_value) {
+    const long at = (long)e.batch.positions[row] * (dim / 2);
+    rotate(x, e.cos + at, e.sin + at, dim);
+  }
+  if (is_query) {
+    float *to = e.queries + (row * c.num_heads + head) * width;
+    for (int d = 0; d < dim; d += 16) store(to + d, E::round(load(x + d)));
+    return;
+  }
+  const int64_t slot = e.batch.slots[row];
+  if (slot < 0) return;
+  const long at = slot / c.block_size * 2 * c.block_size + slot % c.block_size + (is_value ? c.block_size : 0);
+  typename E::Store *to = (typename E::Store *)layer.kv + (at * c.num_kv_heads + kv % c.num_kv_heads) * dim;
+  for (int d = 0; d < dim; d += 16) put_some<E>(to + d, E::round(clamped<E>(load(x + d))), dim - d);
+}
+
+template <class E>
+static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const float *normed) {
+  const MsConfig &c = e.config;
+  const int num_heads = c.num_heads + 2 * c.num_kv_heads, tiles = (int)(e.head_width / 16);
+  const long rows = e.batch.num_rows, blocks = (rows + kRowBlock - 1) / kRowBlock;
+  const Packed<E> weights = {(const typename E::Store *)layer.qkv, (int)(e.hidden / 32)};
+  for (int u; (u = e.team->next_unit(phase)) < num_heads * blocks;) {
+    const int head = u % num_heads;
+    const long row = (long)(u / num_heads) * kRowBlock;
+    const int count = (int)(rows - row < kRowBlock ? rows - row : kRowBlock);
+    Put put = {w.head - head * e.head_width, e.head_dim};
+    multiply(normed + row * e.hidden, e.hidden, 1, count, weights, weights.blocks, head * tiles, (head + 1) * tiles, put);
+    for (int m = 0; m < count; m++) place_head<E>(e, layer, row + m, head, w.head + m * e.head_dim);
+  }
+  e.team->barrier(phase);
+}
+
+template <class E>
+static void attention(Engine &e, const Layer &layer, Scratch &w, int &phase) {
+  for (int u; (u = e.team->next_unit(phase)) < e.num_units;) attend<E>(e, layer, w, e.units[u]);
+  e.team->barrier(phase);
+  if (!e.num_merges) return;
+  for (int u; (u = e.team->next_unit(phase)) < e.num_merges;) merge_units<E>(e, e.merges[u]);
+  e.team->barrier(phase);
+}
+
+// x += A W.
+template <class E>
+static void residual(Engine &e, int &phase, const float *a, long width, const void *packed, const float *bias) {
+  const Packed<E> weights = {(const typename E::Store *)packed, (int)(width / 32)};
+  share(e, phase, e.batch.num_rows, e.hidden / 16, [&](long row, int rows, int first, int last) {
+    Continue sum = {e.x + row * e.hidden, e.hidden};
+    multiply(a + row * width, width, 1, rows, weights, weights.blocks, first, last, sum);
+    if (bias)
+      for (int m = 0; m < rows; m++)
+        for (int i = first * 16; i < last * 16; i += 16) {
+          float *x = e.x + (row + m) * e.hidden + i;
+          store(x, add(load(x), load(bias + i)));
+        }
+  });
+}
+
+// Gates stand in even tiles, what they let through in the odd ones behind them.
+template <class E>
+struct Gated {
+  float *to;
+  long stride;
+  alignas(64) float gates[kRowBlock][16];
+  MS_INLINE V begin(int, int) { return zeros(); }
+  MS_INLINE void end(int m, int tile, V sum) {
+    if (tile & 1) store(to + m * stride + tile / 2 * 16, E::round(mul(silu(load(gates[m])), sum)));
+    else store(gates[m], sum);
+  }
+};
+
+template <class E>
+static void mlp(Engine &e, const Layer &layer, Scratch &w, int &phase) {
+  const float *normed = norm_rows<E>(e, w, phase, layer.mlp_norm);
+  const Packed<E> weights = {(const typename E::Store *)layer.gate_up, (int)(e.hidden / 32)};
+  share(e, phase, e.batch.num_rows, e.intermediate / 8, [&](long row, int rows, int first, int last) {
+    Gated<E> gated;
+    gated.to = e.middle + row * e.intermediate;
+    gated.stride = e.intermediate;
+    multiply(normed + row * e.hidden, e.hidden, 1, rows, weights, weights.blocks, first, last, gated);
+  });
+  residual<E>(e, phase, e.middle, e.intermediate, layer.down, nullptr);
+}
+
+template <class E>
+static void embed(Engine &e, int &phase) {
+  typedef typename E::Store Store;
+  const long rows = e.batch.num_rows;
+  for (int u; (u = e.team->next_unit(phase)) * 16 < rows;)
+    for (long m = u * 16; m < rows && m < u * 16 + 16; m++) {
+      float *x = e.x + m * e.hidden;
+      const long token = e.batch.tokens[m];
+      if (e.embedding) {
+        const Store *from = (const Store *)e.embedding + token * e.config.hidden;
+        for (int i = 0; i < e.config.hidden; i++) x[i] = E::get1(from + i);
+      } else {
+        const Store *group = (const Store *)e.head + (token / 32 * (e.hidden / 32) * 2 + token / 16 % 2) * kTile;
+        for (int i = 0; i < e.config.hidden; i++) x[i] = E::get1(group + (long)(i / 32) * 2 * kTile + E::at(i % 32, (int)(token % 16)));
+      }
+      for (long i = e.config.hidden; i < e.hidden; i++) x[i] = 0.0f;
+    }
+  e.team->barrier(phase);
+}
+
+template <class E>
+static void logits(Engine &e, int &phase) {
+  const MsBatch &b = e.batch;
+  for (int u; (u = e.team->next_unit(phase)) < b.num_logits;)
+    norm_row<E>(e, e.x + (long)b.logit_rows[u] * e.hidden, e.norm, e.normed + (long)u * e.hidden);
+  e.team->barrier(phase);
+  const Packed<E> weights = {(const typename E::Store *)e.head, (int)(e.hidden / 32)};
+  share(e, phase, b.num_logits, e.vocab / 16, [&](long row, int rows, int first, int last) {
+    Put put = {b.logits + row * e.vocab, e.vocab};
+    multiply(e.normed + row * e.hidden, e.hidden, 1, rows, weights, weights.blocks, first, last, put);
+  });
+}
+
+template <class E>
+static void step_of(Engine &e, int thread) {
+  Scratch &w = e.scratch[thread];
+  int phase = 0;
+  embed<E>(e, phase);
+  for (int i = 0; i < e.config.num_layers; i++) {
+    const Layer &layer = e.layers[i];
+    heads<E>(e, layer, w, phase, norm_rows<E>(e, w, phase, layer.attention_norm));
+    if (e.on_layer) {
+      if (thread == 0) e.ended = e.on_layer(i);
+      e.team->barrier(phase);
+      if (e.ended) return;
+    }
+    attention<E>(e, layer, w, phase);
+    residual<E>(e, phase, e.attended, e.heads_width, layer.out, layer.out_bias);
+    mlp<E>(e, layer, w, phase);
+  }
+  if (e.batch.num_logits) logits<E>(e, phase);
+}
+
+static void step(Engine *e, int thread) {
+  auto was = enter_float_mode();
+  if (e->config.elem == MS_BF16) step_of<Bf16>(*e, thread);
+  else step_of<F32>(*e, thread);
+  leave_float_mode(was);
+}
+
+// --- for tests: the pieces alone --------------------------------------------------------------------
+
+template <class E>
+static void product_of(long m, long n, long k, const float *a, const void *packed, float *c) {
+  const Packed<E> weights = {(const typename E::Store *)packed, (int)(k / 32)};
+  Continue sum = {c, n};
+  multiply(a, k, 1, (int)m, weights, weights.blocks, 0, (int)(n / 16), sum);
+}
+
+static void product(int elem, long m, long n, long k, const float *a, const void *packed, float *c) {
+  auto was = enter_float_mode();
+  if (elem == MS_BF16) product_of<Bf16>(m, n, k, a, packed, c);
+  else product_of<F32>(m, n, k, a, packed, c);
+  leave_float_mode(was);
+}
+
+static void map(int function, long n, float *values) {
+  auto was = enter_float_mode();
+  for (long i = 0; i < n; i += 16) {
+    V v = load(values + i);
+    store(values + i, function == 0 ? exp2v(v) : function == 1 ? round_bf16(v) : silu(v));
+  }
+  leave_float_mode(was);
+}

@@ -1,0 +1,24 @@
+// One variant of everything: the including file says MS_VARIANT (a namespace), MS_LANES (its lanes) and MS_TABLE.
+// Nothing here may be a template or inline function of the standard library: the linker would keep one copy for all
+// variants, compiled for whatever CPU.
+#include "model.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#define MS_INLINE inline __attribute__((always_inline))
+
+namespace ms {
+namespace {
+namespace MS_VARIANT {
+#include MS_LANES
+#include "numerics.h"
+#include "product.h"
+#include "attention.h"
+#include "step.h"
+}  // namespace MS_VARIANT
+}  // namespace
+
+extern const Variant MS_TABLE;
+const Variant MS_TABLE = {MS_VARIANT::step, MS_VARIANT::product, MS_VARIANT::map};
+}  // namespace ms

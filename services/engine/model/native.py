@@ -1,0 +1,146 @@
+"""A transformers model on the native CPU step: which ones it can compute, and how their weights come over.
+
+Owns that mapping, the RoPE tables and the numerics class's name. Must not know batches or sampling
+(``runner.py``); the kernels are in ``kernels/cpu``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from microserve.kernels.cpu.library import Library, choose_variant, library
+from microserve.kernels.cpu.step import CpuStep, LayerWeights, Shape
+from microserve.kernels.cuda_module import KernelUnavailable
+from microserve.services.engine.model.model import LoadedModel
+
+RECIPE = "cpu1"
+"""Of what is computed (``kernels/cpu/native/numerics.h``): another one gives other bits."""
+MAX_GROUP = 32
+"""Query heads of a KV head."""
+
+
+def missing(model: LoadedModel) -> str | None:
+    """What of the model the native step does not compute; None: nothing."""
+    spec, module = model.spec, model.module
+    config: Any = module.config
+    if spec.dtype not in ("bfloat16", "float32"):
+        return f"model.dtype {spec.dtype}"
+    if (activation := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):
+        return f"the activation {activation}"
+    if spec.num_heads // spec.num_kv_heads > MAX_GROUP:
+        return f"{spec.num_heads // spec.num_kv_heads} query heads for a KV head, more than {MAX_GROUP}"
+    decoder: Any = module.model
+    if 2 * len(decoder.rotary_emb.inv_freq) != spec.head_dim:
+        return "RoPE over a part of a head"
+    for layer in decoder.layers:
+        if layer.mlp.gate_proj.bias is not None or layer.mlp.down_proj.bias is not None:
+            return "biases of an MLP"
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [getattr(layer.self_attn, name) for name in ("q_norm", "k_norm") if hasattr(layer.self_attn, name)]
+        if any(norm.variance_epsilon != decoder.norm.variance_epsilon for norm in norms):
+            return "norms of several epsilons"
+    if getattr(module.lm_head, "bias", None) is not None:
+        return "a bias of the head"
+    return None
+
+
+def make_step(
+    model: LoadedModel,
+    layers: list[Tensor],
+    *,
+    threads: int,
+    max_rows: int,
+    variant: str = "auto",
+) -> tuple[CpuStep, str]:
+    """The model packed for its pool, and the name of its numerics class.
+
+    layers: [num_blocks, 2, block_size, num_kv_heads, head_dim] each. Raises :class:`KernelUnavailable` with
+    what is missing.
+    """
+    if (what := missing(model)) is not None:
+        raise KernelUnavailable(f"the native step does not compute {what}")
+    found = library()
+    spec, decoder = model.spec, _decoder(model.module)
+    num_blocks, _, block_size, _, _ = layers[0].shape
+    attention = decoder.layers[0].self_attn
+    shape = Shape(
+        elem=spec.dtype,
+        num_layers=spec.num_layers,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        hidden=decoder.embed_tokens.weight.shape[1],
+        intermediate=decoder.layers[0].mlp.gate_proj.weight.shape[0],
+        vocab=spec.vocab_size,
+        eps=float(decoder.norm.variance_epsilon),
+        scale=float(attention.scaling),
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_rows=max_rows,
+        max_context=min(spec.max_model_len, num_blocks * block_size),
+        max_logits=max_rows,
+    )
+    step = CpuStep(found, choose_variant(found, variant), shape, threads)
+    for index, (layer, kv) in enumerate(zip(decoder.layers, layers, strict=True)):
+        step.set_layer(index, _weights(layer), kv)
+    cos, sin = rope_tables(decoder.rotary_emb, shape.max_context)
+    head, embedding = model.module.lm_head.weight, decoder.embed_tokens.weight  # type: ignore[union-attr]
+    is_tied = head is embedding or head.data_ptr() == embedding.data_ptr()  # type: ignore[operator,union-attr]
+    step.set_model(embedding, None if is_tied else head, decoder.norm.weight, cos, sin)  # type: ignore[arg-type]
+    return step, class_name(found, model, cos, sin)
+
+
+def class_name(found: Library, model: LoadedModel, cos: Tensor, sin: Tensor) -> str:
+    """Equal names: equal bits. Variants and threads are not in it, the weights and the object are."""
+    told = hashlib.sha256(f"{found.digest} {model.spec.revision}".encode())
+    # Tables are the mathematical library's, whose last bit is not the same everywhere.
+    for table in (cos, sin):
+        told.update(table.numpy().tobytes())
+    return f"{RECIPE}-{model.spec.dtype}-{told.hexdigest()[:12]}"
+
+
+def rope_tables(rotary: Any, num_positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [num_positions, head_dim / 2], float32: of angles as transformers makes them, in float64."""
+    positions = np.arange(num_positions, dtype=np.float32)
+    angles = np.outer(positions, rotary.inv_freq.float().numpy()).astype(np.float64)
+    scale = np.float32(rotary.attention_scaling)
+    tables = (np.cos(angles).astype(np.float32) * scale, np.sin(angles).astype(np.float32) * scale)
+    return torch.from_numpy(tables[0]), torch.from_numpy(tables[1])
+
+
+def _decoder(module: nn.Module) -> Any:
+    return module.model
+
+
+def _weights(layer: Any) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    matrices = {name: getattr(attention, f"{name}_proj").weight for name in ("q", "k", "v", "o")}
+    matrices |= {name: getattr(mlp, f"{name}_proj").weight for name in ("gate", "up", "down")}
+    vectors = {
+        "attention_norm": layer.input_layernorm.weight,
+        "mlp_norm": layer.post_attention_layernorm.weight,
+    }
+    for name in ("q", "k", "v", "o"):
+        if (bias := getattr(attention, f"{name}_proj").bias) is not None:
+            vectors[f"{name}_bias"] = bias
+    for name in ("q_norm", "k_norm"):
+        if hasattr(attention, name):
+            vectors[name] = getattr(attention, name).weight
+    return LayerWeights(
+        matrices,
+        vectors,
+        use_rope=bool(getattr(attention, "use_rope", True)),
+        window=_window(attention),
+    )
+
+
+def _window(attention: Any) -> int | None:
+    """Mistral's layers ask their config, the others' know it."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window  # type: ignore[no-any-return]
+    return getattr(attention.config, "sliding_window", None)
