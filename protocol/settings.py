@@ -25,6 +25,7 @@ PositiveOrZero = Annotated[float, Meta(ge=0)]
 """Bounds are said at the field, here and by ``Meta``. Floats are finite."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+CPU_KERNELS = ("auto", "transformers", "portable", "avx2", "avx512", "amx")
 _OLD_LEVELS = {"warn": "warning", "fatal": "critical", "notset": "debug"}
 _ADDRESS = re.compile(r"tcp://(\[[^]\s]+\]|[^][:/\s]+):(?P<port>\d{1,5})|ipc://\S+|inproc://\S+")
 
@@ -68,6 +69,10 @@ class EngineSettings(_Section, frozen=True):
     threads: Count = 1
     device: str = "cpu"
     """``cpu`` or ``cuda:N``."""
+    cpu_kernels: str = "transformers"
+    """On a CPU: ``transformers``, or the native step by the instructions of ``amx``, ``avx512``, ``avx2`` or
+    ``portable``: all with the same bits. ``auto``: the native step by the best there are, or, with a warning,
+    transformers where it cannot be built or does not know the model."""
     attention: str = "auto"
     """On a GPU: ``triton``, ``flashinfer``, or ``auto`` for FlashInfer where it is installed and fits."""
     cuda_graphs: bool = True
@@ -294,6 +299,7 @@ class Settings(_Section, frozen=True):
         for field, value, words in (
             ("model.dtype", self.model.dtype, ("float32", "bfloat16", "float16")),
             ("model.load_format", self.model.load_format, ("auto", "random")),
+            ("engine.cpu_kernels", self.engine.cpu_kernels, CPU_KERNELS),
             ("log.level", _OLD_LEVELS.get(level, level), LOG_LEVELS),
         ):
             if value not in words:

@@ -1,8 +1,8 @@
 """The native step as a shared object: built once by the system's C++ compiler, and cached.
 
-Owns which compiler, which flags, where objects lie and when they are built again (never, for the same sources,
-flags and compiler). Must not know what is computed. ``python -m microserve.kernels.cpu.build`` builds it ahead
-of the first use.
+Owns which compiler, which flags, where objects lie and when they are built again (never, for the same
+sources, flags and compiler). Must not know what is computed. ``python -m microserve.kernels.cpu.build``
+builds it ahead of the first use.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-import sys
 
 from microserve.kernels.cuda_module import KernelUnavailable, cache_directory
 
@@ -71,7 +71,9 @@ def build(environment: Mapping[str, str] = os.environ) -> Path:
             os.chmod(built, 0o755)
             os.replace(built, target)
     except OSError as error:
-        raise KernelUnavailable(f"the kernel cache {target.parent} cannot be written: {error.strerror}") from None
+        raise KernelUnavailable(
+            f"the kernel cache {target.parent} cannot be written: {error.strerror}"
+        ) from None
     return target
 
 
@@ -79,8 +81,20 @@ def _compile(compiler: list[str], directory: Path) -> Path:
     objects, running = [], []
     for source in sources():
         target = directory / f"{source.stem}.o"
-        command = [*compiler, *FLAGS, *VARIANT_FLAGS.get(source.name, ()), "-c", str(source), "-o", str(target)]
-        running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        command = [
+            *compiler,
+            *FLAGS,
+            *VARIANT_FLAGS.get(source.name, ()),
+            "-c",
+            str(source),
+            "-o",
+            str(target),
+        ]
+        running.append(
+            subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
         objects.append(str(target))
     told = [process.communicate(timeout=BUILD_LIMIT_S)[0].decode(errors="replace") for process in running]
     for process, text in zip(running, told, strict=True):
@@ -108,14 +122,23 @@ def _first_error(text: str) -> str:
 @functools.cache
 def _version(compiler: tuple[str, ...]) -> str:
     try:
-        done = subprocess.run([*compiler, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(
+            [*compiler, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError) as error:
         raise KernelUnavailable(f"{compiler[0]} --version failed: {error}") from None
     return done.stdout
 
 
 def _digest(compiler: list[str]) -> str:
-    told = hashlib.sha256(repr((FLAGS, VARIANT_FLAGS, _version(tuple(compiler)), platform.machine())).encode())
+    told = hashlib.sha256(
+        repr((FLAGS, VARIANT_FLAGS, _version(tuple(compiler)), platform.machine())).encode()
+    )
     for path in sorted(SOURCES.iterdir()):
         if path.suffix in (".cc", ".h"):
             told.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")

@@ -27,8 +27,19 @@ ELEMS = ("bfloat16", "float32")
 class Config(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("variant", "elem", "threads")),
-        *((name, c_int32) for name in ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden", "intermediate", "vocab")),
-        *((name, c_int32) for name in ("block_size", "num_blocks", "max_rows", "max_context", "max_logits", "has_qk_norm")),
+        *(
+            (name, c_int32)
+            for name in (
+                "num_layers",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "hidden",
+                "intermediate",
+                "vocab",
+            )
+        ),
+        *((name, c_int32) for name in ("block_size", "num_blocks", "max_rows", "max_context", "max_logits")),
         *((name, c_float) for name in ("eps", "scale")),
     ]
 
@@ -47,7 +58,16 @@ class Batch(ctypes.Structure):
         *((name, c_int32) for name in ("num_rows", "num_spans", "num_logits", "table_width")),
         *(
             (name, c_void_p)
-            for name in ("tokens", "positions", "slots", "span_rows", "span_contexts", "tables", "logit_rows", "logits")
+            for name in (
+                "tokens",
+                "positions",
+                "slots",
+                "span_rows",
+                "span_contexts",
+                "tables",
+                "logit_rows",
+                "logits",
+            )
         ),
     ]
 
@@ -81,7 +101,9 @@ class Library:
             function = getattr(self.calls, name)
             function.restype, function.argtypes = result, arguments
         if (version := self.calls.ms_abi_version()) != ABI_VERSION:
-            raise KernelUnavailable(f"{path.name} speaks version {version} of its interface, not {ABI_VERSION}")
+            raise KernelUnavailable(
+                f"{path.name} speaks version {version} of its interface, not {ABI_VERSION}"
+            )
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
         """Of the object: part of the numerics class."""
 
@@ -135,7 +157,7 @@ def choose_variant(found: Library, wanted: str = "auto") -> str:
 
 @functools.cache
 def is_right(found: Library, variant: str) -> bool:
-    """Whether it gives the bits of the portable variant, on a small problem: a CPU or a compiler may be wrong."""
+    """Whether it gives the portable variant's bits on a small problem: a CPU or a compiler may be wrong."""
     if variant == "portable":
         return True
     random = np.random.default_rng(5)
@@ -150,6 +172,7 @@ def is_right(found: Library, variant: str) -> bool:
         if results[0] != results[1]:
             return False
     return all(
-        found.apply("portable", function, values).tobytes() == found.apply(variant, function, values).tobytes()
+        found.apply("portable", function, values).tobytes()
+        == found.apply(variant, function, values).tobytes()
         for function in ("exp2", "bf16", "silu")
     )

@@ -83,7 +83,8 @@ class CpuStep:
         self._pool: list[Tensor] = []
 
     def set_layer(self, index: int, weights: LayerWeights, kv: Tensor) -> None:
-        """Pack a layer's weights, which are not needed afterwards; ``kv`` is its layer of the pool, used in place."""
+        """Pack a layer's weights, which are not needed afterwards; ``kv`` is its layer of the pool, used in
+        place."""
         layer, kept = Layer(), []
         for names, given, dtype in (
             (Layer.WEIGHTS, weights.matrices, TORCH_ELEMS[self.shape.elem]),
@@ -91,17 +92,20 @@ class CpuStep:
         ):
             for name in names:
                 if (tensor := given.get(name)) is not None:
-                    kept.append(tensor.detach().to(dtype).contiguous())
+                    kept.append(_plain(tensor, dtype))
                     setattr(layer, name, kept[-1].data_ptr())
         layer.kv, layer.use_rope, layer.window = kv.data_ptr(), int(weights.use_rope), weights.window or 0
         self._pool.append(kv)
         self._told(self._calls.ms_set_layer(self._engine, index, ctypes.byref(layer)))
 
-    def set_model(self, embedding: Tensor, head: Tensor | None, norm: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """embedding, head: [vocab, hidden], head None for a tied one; cos, sin: [max_context, head_dim / 2]."""
+    def set_model(
+        self, embedding: Tensor, head: Tensor | None, norm: Tensor, cos: Tensor, sin: Tensor
+    ) -> None:
+        """embedding, head: [vocab, hidden], head None for a tied one; norm: [hidden]; cos, sin:
+        [max_context, head_dim / 2]."""
         elem = TORCH_ELEMS[self.shape.elem]
-        given = [embedding.detach().to(elem).contiguous(), None if head is None else head.detach().to(elem).contiguous()]
-        given += [tensor.detach().float().contiguous() for tensor in (norm, cos, sin)]
+        given = [None if tensor is None else _plain(tensor, elem) for tensor in (embedding, head)]
+        given += [_plain(tensor, torch.float32) for tensor in (norm, cos, sin)]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in given]
         self._told(self._calls.ms_set_model(self._engine, *pointers))
 
@@ -117,8 +121,8 @@ class CpuStep:
         """Logits [len(logit_rows), vocab], float32.
 
         tokens, positions, slots: [rows], slots -1 where KV is not written; spans: rows, context and blocks of
-        each, in the order of the rows. ``on_layer`` comes when a layer's KV stands in the pool; what it raises
-        ends the step. Raises ``ValueError`` for a batch that does not fit.
+        each, in the order of the rows. ``on_layer`` comes when a layer's KV stands in the pool; what it
+        raises ends the step. Raises ``ValueError`` for a batch that does not fit.
         """
         contexts = np.array([context for _, context, _ in spans], np.int32)
         needed = -(-contexts // self.shape.block_size)
@@ -174,3 +178,7 @@ class CpuStep:
     def _told(self, problem: bytes | None) -> None:
         if problem is not None:
             raise ValueError(f"the native step refuses {problem.decode()}")
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype).contiguous()

@@ -24,6 +24,7 @@ from microserve.services.engine.core.state import Limits
 from microserve.services.engine.model.attention import MakeAttention
 from microserve.services.engine.model.attention_choice import choose_attention
 from microserve.services.engine.model.model import LoadedModel, load_model
+from microserve.services.engine.model.native import choose_step
 from microserve.services.engine.model.runner import ModelRunner
 from microserve.services.engine.pool_size import check_room, choose_num_blocks, layout_of
 from microserve.services.engine.room import require_margin, turn
@@ -129,7 +130,16 @@ def make_core(
         settings.engine.max_model_len or spec.max_model_len, spec.max_model_len, MAX_PROMPT_TOKENS
     )
     num_blocks = heap.layout.num_blocks
-    runner = ModelRunner(model, data, num_blocks, cache.block_size, make_attention=attention)
+    runner = ModelRunner(
+        model,
+        data,
+        num_blocks,
+        cache.block_size,
+        make_attention=attention,
+        make_step=(make_step := choose_step(settings, model)),
+    )
+    if make_step is not None:
+        model.module.to("meta")  # what it had is packed
     if settings.engine.device != "cpu":
         runner.warm_up()
         if settings.engine.cuda_graphs:

@@ -17,7 +17,6 @@ struct MsConfig {
   int32_t max_rows;     // tokens of a step
   int32_t max_context;  // positions of a sequence; length of the RoPE tables
   int32_t max_logits;   // rows of a step whose logits are wanted
-  int32_t has_qk_norm;
   float eps, scale;  // of every norm; of the scores
 };
 

@@ -7,16 +7,25 @@ Owns that mapping, the RoPE tables and the numerics class's name. Must not know 
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 from torch import Tensor, nn
 
 from microserve.kernels.cpu.library import Library, choose_variant, library
 from microserve.kernels.cpu.step import CpuStep, LayerWeights, Shape
 from microserve.kernels.cuda_module import KernelUnavailable
+from microserve.protocol import log
+from microserve.protocol.errors import ConfigError
+from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.settings import Settings
 from microserve.services.engine.model.model import LoadedModel
+from microserve.services.engine.model.runner import MakeStep
+
+_logger = structlog.get_logger()
 
 RECIPE = "cpu1"
 """Of what is computed (``kernels/cpu/native/numerics.h``): another one gives other bits."""
@@ -41,12 +50,37 @@ def missing(model: LoadedModel) -> str | None:
         if layer.mlp.gate_proj.bias is not None or layer.mlp.down_proj.bias is not None:
             return "biases of an MLP"
         norms = [layer.input_layernorm, layer.post_attention_layernorm]
-        norms += [getattr(layer.self_attn, name) for name in ("q_norm", "k_norm") if hasattr(layer.self_attn, name)]
+        norms += [
+            getattr(layer.self_attn, name) for name in ("q_norm", "k_norm") if hasattr(layer.self_attn, name)
+        ]
         if any(norm.variance_epsilon != decoder.norm.variance_epsilon for norm in norms):
             return "norms of several epsilons"
     if getattr(module.lm_head, "bias", None) is not None:
         return "a bias of the head"
     return None
+
+
+def choose_step(settings: Settings, model: LoadedModel) -> MakeStep | None:
+    """The step of ``engine.cpu_kernels``; None: transformers computes. May compile for half a minute.
+
+    Raises :class:`ConfigError` where a variant was asked for and cannot be had.
+    """
+    wanted = settings.engine.cpu_kernels
+    if settings.engine.device != "cpu" or wanted == "transformers":
+        return None
+    try:
+        if (what := missing(model)) is not None:
+            raise KernelUnavailable(f"it does not compute {what}")
+        variant = choose_variant(library(), wanted)
+    except KernelUnavailable as error:
+        if wanted != "auto":
+            raise ConfigError(
+                f"engine.cpu_kernels {wanted!r} cannot be had: {error}", field="engine.cpu_kernels"
+            ) from None
+        _logger.warning(log.KERNEL_MISSING, kernel="cpu_step", instead="transformers", detail=str(error))
+        return None
+    max_rows = max(settings.engine.max_num_batched_tokens, settings.engine.max_num_seqs)
+    return partial(make_step, model, threads=settings.engine.threads, max_rows=max_rows, variant=variant)
 
 
 def make_step(
@@ -56,8 +90,8 @@ def make_step(
     threads: int,
     max_rows: int,
     variant: str = "auto",
-) -> tuple[CpuStep, str]:
-    """The model packed for its pool, and the name of its numerics class.
+) -> tuple[CpuStep, Numerics]:
+    """The model packed for its pool, and its numerics class.
 
     layers: [num_blocks, 2, block_size, num_kv_heads, head_dim] each. Raises :class:`KernelUnavailable` with
     what is missing.
@@ -90,9 +124,9 @@ def make_step(
         step.set_layer(index, _weights(layer), kv)
     cos, sin = rope_tables(decoder.rotary_emb, shape.max_context)
     head, embedding = model.module.lm_head.weight, decoder.embed_tokens.weight  # type: ignore[union-attr]
-    is_tied = head is embedding or head.data_ptr() == embedding.data_ptr()  # type: ignore[operator,union-attr]
+    is_tied = head is embedding or head.data_ptr() == embedding.data_ptr()  # type: ignore[operator]
     step.set_model(embedding, None if is_tied else head, decoder.norm.weight, cos, sin)  # type: ignore[arg-type]
-    return step, class_name(found, model, cos, sin)
+    return step, Numerics(class_name(found, model, cos, sin), is_exact=True)
 
 
 def class_name(found: Library, model: LoadedModel, cos: Tensor, sin: Tensor) -> str:
@@ -105,7 +139,7 @@ def class_name(found: Library, model: LoadedModel, cos: Tensor, sin: Tensor) -> 
 
 
 def rope_tables(rotary: Any, num_positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [num_positions, head_dim / 2], float32: of angles as transformers makes them, in float64."""
+    """cos and sin [num_positions, head_dim / 2], float32: of angles as transformers makes them."""
     positions = np.arange(num_positions, dtype=np.float32)
     angles = np.outer(positions, rotary.inv_freq.float().numpy()).astype(np.float64)
     scale = np.float32(rotary.attention_scaling)

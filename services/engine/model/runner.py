@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from microserve.kernels.attention.paged_attention import Span, Workspace
+from microserve.kernels.cpu.step import CpuStep
 from microserve.protocol.errors import ConfigError, InternalError
+from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, SampleSpec, StepResult
 from microserve.services.engine.model.attention import (
@@ -40,13 +42,17 @@ from microserve.services.engine.model.sampler import sample
 
 __all__ = ["ModelRunner", "Runner"]
 
+MakeStep = Callable[[list[Tensor]], tuple[CpuStep, Numerics]]
+"""The native step over the pool's layers, and its numerics class."""
+
 
 class ModelRunner:
     """A ``Runner`` over a real model. For one thread; holds no state of a step once it has ended.
 
     kv_data: the heap's data region, uint8, at least ``num_layers * num_blocks * block bytes`` long and on the
-    model's device; it is used in place. make_attention: None for what the device is best at. Raises
-    :class:`ConfigError` when the region is too small or misaligned.
+    model's device; it is used in place. make_attention: None for what the device is best at; make_step: where
+    not the module but a step of one's own computes. Raises :class:`ConfigError` when the region is too small
+    or misaligned.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class ModelRunner:
         block_size: int,
         *,
         make_attention: MakeAttention | None = None,
+        make_step: MakeStep | None = None,
     ) -> None:
         self.spec = model.spec
         self._module = model.module
@@ -73,6 +80,9 @@ class ModelRunner:
             make_attention = make_attention or device_attention
             self._sample = sample_there
         self._make_attention = make_attention or partial(HostAttention, workspace=Workspace())
+        self._step: CpuStep | None = None
+        if make_step is not None:
+            self._step, self.numerics = make_step(self._layers)
 
     def capture_decodes(self, max_num_seqs: int, max_model_len: int, capture: Capture | None = None) -> None:
         """Replay steps of nothing but decodes from now on (decode_graphs.py): costs seconds and memory.
@@ -187,7 +197,10 @@ class ModelRunner:
         specs = [chunk.sample for chunk in chunks if chunk.sample is not None]
         sampled_rows = last_rows[[chunk.sample is not None for chunk in chunks]]
         with torch.inference_mode(), self._computing():
-            if self._graphs is not None and not batch.is_layerwise and self._graphs.fits(spans):
+            if self._step is not None:
+                tables = [(span.query_len, span.context_len, span.block_table) for span in spans]
+                logits = self._step.run(tokens, positions, slots, tables, sampled_rows, on_layer)
+            elif self._graphs is not None and not batch.is_layerwise and self._graphs.fits(spans):
                 logits = self._graphs.run(tokens, positions, slots, spans)
                 if len(specs) < len(chunks):
                     logits = logits[self._tensor(sampled_rows)]
