@@ -113,7 +113,8 @@ def _run_service(
         lines.capture()
         _logger.info(log.SERVICE_STARTED, pid=os.getpid(), locked=bool(settings.bus.curve_dir))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(service, settings, load(), lifecycle, notifier, lines, reload))
+            serving = _serve(service, settings, load(), lifecycle, notifier, lines, reload)
+            _run_to_its_end(runner.get_loop(), serving, is_up=lambda: bool(lifecycle.address))
         _logger.info(log.SERVICE_STOPPED)
         return EXIT_STOPPED
     except KeyboardInterrupt:  # before the loop took the signals over
@@ -129,6 +130,21 @@ def _run_service(
     finally:
         lines.close()
         notifier.close()
+
+
+def _run_to_its_end(
+    loop: asyncio.AbstractEventLoop, serving: Coroutine[Any, Any, None], *, is_up: Callable[[], bool]
+) -> None:
+    """Once the service is up, only it ends its loop: not what some task or callback raises to leave the
+    process (asyncio lets that through), nor one that stops the loop."""
+    task = loop.create_task(serving)
+    while True:
+        try:
+            return loop.run_until_complete(task)
+        except (SystemExit, KeyboardInterrupt, RuntimeError) as error:
+            if task.done() or loop.is_closed() or not is_up():
+                raise
+            _logger.error(log.TASK_FAILED, task="", detail="wanted to end the process", exc_info=error)
 
 
 def _cause(error: Exception) -> Exception:

@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 from collections.abc import Callable, Coroutine
 from enum import Enum
+from functools import partial
 from typing import Any, Protocol, cast
 
 CANCEL_S = 1.0
@@ -84,5 +85,12 @@ def _make_task(
     author = AUTHOR.get() if context is None else context.get(AUTHOR)
     if author is not None:
         author.tasks.add(task)
-        task.add_done_callback(author.tasks.discard)
+        task.add_done_callback(partial(_ended, author))
     return task
+
+
+def _ended(author: Author, task: asyncio.Task[Any]) -> None:
+    author.tasks.discard(task)
+    error = cast(Any, task)._exception  # to ask for it would say that somebody has seen it
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        author.on_stray(f"a task of it wanted to end the router: {type(error).__name__}")

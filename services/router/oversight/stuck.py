@@ -3,7 +3,8 @@
 Code in C that never asks for signals (``sum(range(10**12))``) cannot be ended from within; a watchdog outside
 kills the process, and the next one would load the same version and stand still again. So a thread that needs
 no interpreter (faulthandler's) writes down where the main thread stands when nothing has come from it for
-``STUCK_S``. Whoever goes on after all, as after SIGCONT, wipes it out. Owns that file; knows no strategy.
+``STUCK_S``. Whoever goes on after all, as after SIGCONT, wipes it out. Where the process stood when it
+crashed (a stack that overflowed, a fault in a library) is there, too. Owns that file; knows no strategy.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ class StuckTrace:
         """Raises ``OSError`` when the file cannot be had."""
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.culprits = _files(os.pread(self._file, MAX_NBYTES, 0))
-        """Source files of which code ran when the life before could not go on; empty if it could."""
+        """Source files of which code ran when the life before stood still or crashed; empty if it did not."""
         self._wipe()
+        faulthandler.enable(self._file, all_threads=False)
 
     def alive(self) -> None:
         """The main thread is: from now on it has its whole time again."""
@@ -38,6 +40,7 @@ class StuckTrace:
 
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
+        faulthandler.disable()
         self._wipe()
         os.close(self._file)
 

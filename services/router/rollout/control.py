@@ -32,7 +32,7 @@ _logger = structlog.get_logger()
 
 MAX_FAILED = 64
 """Versions that have failed here and are remembered, the newest."""
-STOOD_STILL = "its code stopped a router for good, until that was killed"
+STOOD_STILL = "its code stopped a router for good, until that was killed, or crashed it"
 
 
 def load_source(source: str, name: str, run: Run = run_freely) -> Strategy:

@@ -156,3 +156,33 @@ def test_systemd_hears_ready_watchdog_and_stopping(tmp_path: Path) -> None:
     assert heard[0].startswith("READY=1\nSTATUS=ready at tcp://127.0.0.1:")
     assert heard[1] == "WATCHDOG=1"
     assert heard[-1] == "STOPPING=1"
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "asyncio.get_running_loop().call_soon(sys.exit, 3)",
+        "asyncio.get_running_loop().call_later(0.01, sys.exit)",
+        "asyncio.get_running_loop().stop()",
+        "task = asyncio.create_task(leave())",
+    ],
+)
+def test_nobody_ends_a_service_but_who_may(harm: str) -> None:
+    """What a library or a strategy leaves in the loop; the service goes on, and stops when it is told to."""
+    body = "\n        ".join(
+        [
+            "async def leave(): raise SystemExit(3)",
+            "lifecycle.ready(server.address)",
+            harm,
+            "await asyncio.sleep(0.1)",
+            "os.write(1, b'goes on\\n')",
+            "await asyncio.Event().wait()",
+        ]
+    )
+    with start(body) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "goes on\n"
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=TIMEOUT_S)
+    assert (process.returncode, output) == (0, "closed\n")
+    assert "task.failed" in [event["event"] for event in events(errors)]

@@ -81,6 +81,21 @@ def test_the_next_life_knows_whose_code_ran(tmp_path: Path) -> None:
     assert culprits_of(trace) == frozenset(), "only the next one"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import ctypes; ctypes.string_at(0)",
+        "X = type('X', (), {'__repr__': lambda x: repr(x)}); sys.setrecursionlimit(10**7); repr(X())",
+    ],
+    ids=["a fault in C", "a stack that overflows"],
+)
+def test_the_next_life_knows_whose_code_crashed(tmp_path: Path, body: str) -> None:
+    trace = tmp_path / "trace"
+    with life(trace, body) as child:
+        assert child.wait(TIMEOUT_S) < 0
+    assert str(trace.with_suffix(".py")) in culprits_of(trace)
+
+
 def test_whoever_was_only_stopped_leaves_nothing(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     with life(trace, WAITS) as child:
