@@ -1,7 +1,8 @@
 """The model's tokenizer: text <-> ids, and the chat prompt.
 
 Owns ``tokenizer.json`` and its neighbours in the model's directory, and the threads that encode long texts
-(``encode`` holds the GIL; the batch calls release it). Knows nothing of requests.
+(``encode`` holds the GIL; the batch calls release it). Which words came before is ``words.py``'s. Knows no
+requests.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 
 from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.gateway.text.detokenizer import Detokenizer
 from microserve.gateway.text.vocabulary import Vocabulary
+from microserve.gateway.text.words import Words, split
 from microserve.protocol.errors import ConfigError, InvalidRequest, PromptTooLong
 
 INLINE_CHARS = 2048
 """Longer texts are encoded in a thread: half a millisecond is all that the loop may lose."""
+LOOKED_UP_CHARS = 8192
+"""Of texts that are looked up word by word, which takes a fifth of the time."""
 
 NUM_THREADS = 2
 
@@ -42,6 +46,7 @@ class ModelTokenizer:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self._longest_token_chars = max(map(len, vocabulary), default=1)
         self.vocabulary = Vocabulary(tokenizer)
+        self._words = Words.of(tokenizer)
 
     @classmethod
     def load(cls, directory: str | Path, *, renderer: Renderer | None = None) -> ModelTokenizer:
@@ -71,7 +76,8 @@ class ModelTokenizer:
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool, max_tokens: int, field: str = "prompt"
     ) -> list[list[int]]:
-        """Ids of each text. Long texts are encoded in a thread, so that streams go on.
+        """Ids of each text. Long texts are encoded in a thread, so that streams go on, and so are many words
+        that are new.
 
         Raises :class:`PromptTooLong`, before any work, for a text that could not be ``max_tokens`` long even
         if each of its tokens were the vocabulary's longest.
@@ -82,6 +88,25 @@ class ModelTokenizer:
                     f"the maximum context length is {max_tokens} tokens, too few for {len(text)} characters",
                     field=field,
                 )
+        if self._words is None or sum(map(len, texts)) > LOOKED_UP_CHARS:
+            return await self._encode_all(texts, add_special_tokens)
+        return await self._look_up(self._words, list(map(split, texts)), add_special_tokens)
+
+    async def _look_up(
+        self, known: Words, texts: Sequence[Sequence[str]], add_special_tokens: bool
+    ) -> list[list[int]]:
+        """Ids of texts that are cut into words."""
+        found = [known.ids(words, add_special_tokens=add_special_tokens) for words in texts]
+        if None in found:
+            parts = known.parts(texts)
+            new = [part for part, ids in parts.items() if ids is None]
+            fresh = dict(zip(new, await self._encode_all(new, False), strict=True))
+            known.remember(fresh)
+            whole = cast(dict[str, list[int]], parts | fresh)
+            return [known.joined(words, whole, add_special_tokens=add_special_tokens) for words in texts]
+        return cast(list[list[int]], found)
+
+    async def _encode_all(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         if sum(map(len, texts)) <= INLINE_CHARS:
             return self._encode(texts, add_special_tokens)
         loop = asyncio.get_running_loop()
