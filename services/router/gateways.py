@@ -22,6 +22,8 @@ from microserve.protocol.bus.queue import StreamQueue
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import MeshError, NotPermitted, ProtocolViolation
 from microserve.protocol.messages import router as wire
+from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance
@@ -35,7 +37,30 @@ LOG_INTERVAL_S = 1.0
 _logger = structlog.get_logger()
 
 
-Outbox = StreamQueue[wire.Output, wire.Ended]
+class Outbox(StreamQueue[wire.Output, wire.Ended]):
+    """Of one gateway. What an answer's class is goes out with the tokens that it came with."""
+
+    def __init__(self, credit: int) -> None:
+        super().__init__(self._output, credit)
+        self._numerics: dict[str, Numerics] = {}
+
+    def emit(self, output: wire.Output) -> None:
+        if output.numerics is not None:
+            self._numerics[output.request_id] = output.numerics
+        self.add(output.request_id, output.offset, output.token_ids, output.logprobs, output.ended)
+
+    def _output(
+        self,
+        request_id: str,
+        offset: int,
+        token_ids: list[int],
+        logprobs: list[TokenLogprob],
+        ended: wire.Ended | None,
+    ) -> wire.Output:
+        numerics = self._numerics.pop(request_id, None)
+        return wire.Output(request_id, offset, token_ids, logprobs, ended, numerics)
+
+
 Gateway = Peer[bytes, Outbox]
 """By routing id."""
 
@@ -135,7 +160,7 @@ class Gateways:
         _check_id("gateway_id", message.gateway_id)
         if not self._socket.send(peer, ROUTER_REPLY.encode(self._welcome())):
             return  # a router that thaws reads old hellos: one of a closed socket must replace nobody
-        outbox: Outbox = StreamQueue(wire.Output, message.credit)
+        outbox = Outbox(message.credit)
         gateway, replaced = self._gateways.join(
             peer, message.gateway_id, message.incarnation, outbox, self._loop.time()
         )
@@ -167,9 +192,7 @@ class Gateways:
 
     def _emit(self, gateway: Gateway, output: wire.Output) -> None:
         if self._gateways.find(gateway.key) is gateway:
-            gateway.value.add(
-                output.request_id, output.offset, output.token_ids, output.logprobs, output.ended
-            )
+            gateway.value.emit(output)
             self._schedule(gateway)
 
     def _schedule(self, gateway: Gateway) -> None:

@@ -122,7 +122,9 @@ class Engine(EngineFacts):
         if grant.grant is None or start >= stop:
             return Sending(request.request_id, grant, start, start, first_token=False)
         grant.check_free(start, stop)
-        sending = Sending(request.request_id, grant, start, stop, first_token=samples)
+        sending = Sending(
+            request.request_id, grant, start, stop, first_token=samples, numerics=self.info.numerics
+        )
         permission, lane, ttl_s = grant.grant, grant.take_lane(), scope.remaining_s
         scope.account.reserve_prefill(self.id, sending.name, max(0, stop - self._cached(self.id)))
         build = partial(
@@ -175,6 +177,7 @@ class Engine(EngineFacts):
             if position == request.num_tokens and not grant.is_complete:
                 first_from = grant.sampler()
         grant_id = grant.grant_id if grant is not None else ""
+        received = grant.numerics if grant is not None else None
         ttl_s = scope.remaining_s
         build = partial(
             wire.StartGenerate,
@@ -186,7 +189,10 @@ class Engine(EngineFacts):
             await_first=first_from is not None,
             num_output_tokens=request.num_output_tokens,
             salt=request.salt,
+            numerics=received.name if received is not None else "",
         )
+        own = self.info.numerics
+        scope.numerics = own if received is None else own.joined(received)
         generation = Generating(scope, self._connection, build, grant_id=grant_id, first_from=first_from)
         decision = scope.decision
         decision.engine_id, decision.begin = self.id, position
@@ -202,6 +208,7 @@ class Engine(EngineFacts):
 
     async def commit(self, request: Request, grant: GrantHandle) -> int:
         """When all of the grant's KV is in, make it prefix cache here; returns the tokens cached by it.
+        An engine of an exact numerics class keeps none of another class.
 
         Raises the error of a send that failed, ``InvalidInterval`` when the sends leave a gap.
         """
@@ -212,10 +219,15 @@ class Engine(EngineFacts):
         grant.check_open(self.id)
         grant.check_covered()
         self._use(grant)
-        ttl_s = scope.remaining_s
-        call_id, future = connection.begin(
-            partial(wire.Commit, request_id=request.request_id, grant_id=grant.grant_id, ttl_s=ttl_s)
+        ttl_s, received = scope.remaining_s, grant.numerics
+        build = partial(
+            wire.Commit,
+            request_id=request.request_id,
+            grant_id=grant.grant_id,
+            ttl_s=ttl_s,
+            numerics=received.name if received is not None else "",
         )
+        call_id, future = connection.begin(build)
 
         def fail_with(sending: Sending) -> None:
             if sending.error is not None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator
+from functools import reduce
 
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import MAX_LANES, Grant
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.services.links.engine import Answer
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.request.request import Request
@@ -43,6 +45,12 @@ class GrantHandle:
     @property
     def end(self) -> int:
         return self.grant.end if self.grant else 0
+
+    @property
+    def numerics(self) -> Numerics | None:
+        """In which class the KV is that its sends bring; None without any."""
+        classes = [sending.numerics for sending in self.sendings]
+        return reduce(Numerics.joined, classes) if classes else None
 
     @property
     def is_complete(self) -> bool:
@@ -111,8 +119,17 @@ class Sending:
     whoever builds on the grant waits for what it needs."""
 
     def __init__(
-        self, request_id: str, grant: GrantHandle, begin: int, end: int, *, first_token: bool
+        self,
+        request_id: str,
+        grant: GrantHandle,
+        begin: int,
+        end: int,
+        *,
+        first_token: bool,
+        numerics: Numerics = UNKNOWN,
     ) -> None:
+        """``numerics``: of the sender."""
+        self.numerics = numerics
         self.grant = grant
         self.begin = begin
         self.end = end

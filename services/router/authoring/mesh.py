@@ -36,9 +36,12 @@ class Mesh(MeshView):
         lookup: Lookup,
         rng: random.Random,
         state: StrategyState,
+        numerics: str = "",
     ) -> None:
-        """``connections`` lists the engines that may take new work; ``state`` is the strategy's."""
+        """``connections`` lists the engines that may take new work; ``state`` is the strategy's;
+        ``numerics`` names the class in which the answer began, if it has."""
         super().__init__(connections, book, rng, state)
+        self._numerics = numerics
         self._scope = scope
         self._lookup = lookup
         self._matched: dict[str, int] | None = None
@@ -70,7 +73,8 @@ class Mesh(MeshView):
         ``scorers``, ``cost`` or else ``prefix`` counts first: the largest weighted sum (scoring.py says of
         what), the least of your own measure, or the longest prefix of the prompt. ``temperature`` > 0 draws
         by that instead of taking the best, so that routers which see the same do not all do the same.
-        ``exclude`` yields when nobody else is left, so a mesh of one engine serves every strategy.
+        ``exclude`` yields when nobody else is left, so a mesh of one engine serves every strategy; others of
+        its numerics class come before any measure, and so do those of the class in which the answer began.
         Raises :class:`NoEngines`, and ``StrategyError`` for scores that are no numbers.
         """
         self._scope.check(request)
@@ -92,6 +96,9 @@ class Mesh(MeshView):
         )
         if not candidates:
             raise NoEngines("no engine is alive", retry_after_s=RETRY_AFTER_S)
+        names = {self._numerics} if self._numerics else {e.info.numerics.name for e in exclude}
+        if len(names) == 1 and "" not in names:
+            candidates = [e for e in candidates if e.info.numerics.name in names] or candidates
         if scorers is not None:
             costs = [-score for score in self._scores(candidates, request, scorers)]
         else:
@@ -125,6 +132,13 @@ class Mesh(MeshView):
     def uncached(self, engine: Engine, request: Request) -> int:
         """Prompt tokens that the engine would have to compute or receive."""
         return request.num_tokens - self.prefix(request).get(engine.id, 0)
+
+    def source_for(self, engine: Engine, request: Request) -> Engine:
+        """Of those whose KV ``engine`` would keep, the one with the longest prefix of the prompt; itself, if
+        nobody holds any of it."""
+        held = self.prefix(request)
+        sources = [e for e in self.engines() if e.id in held and engine.keeps_kv_of(e)] if held else []
+        return max(sources, key=lambda source: held[source.id], default=engine)
 
     def _cached(self, engine_id: str) -> int:
         return self.prefix(self._scope.request).get(engine_id, 0)

@@ -64,6 +64,11 @@ class EngineFacts:
         """Seconds since that came."""
         return asyncio.get_running_loop().time() - self._connection.load_at
 
+    def keeps_kv_of(self, source: EngineFacts) -> bool:
+        """Would KV of ``source`` become prefix cache here? An exact numerics class keeps no other's."""
+        own = self.info.numerics
+        return not own.is_exact or own == source.info.numerics
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, EngineFacts) and other.id == self.id
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from microserve.protocol.errors import DeadlineExceeded, MeshError, StrategyError
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Account
 from microserve.services.router.request.decision import Decision
@@ -33,6 +34,8 @@ class RequestScope:
         """Grants taken and neither generated from, committed nor released: engine id by grant id."""
         self.decision = Decision()
         """What its strategy decided, for shadows to be compared with."""
+        self.numerics: Numerics = UNKNOWN
+        """Of all KV that its tokens are made from; since it generates."""
         self.is_generating = False
         self.is_closed = False
         self._call_timeout_s = call_timeout_s

@@ -91,9 +91,14 @@ class Attempts:
             if chunk.offset != len(live.delivered):
                 raise StrategyError(f"the strategy yielded token {chunk.offset}, not {len(live.delivered)}")
             live.delivered += chunk.token_ids
+            numerics = live.made_in(scope.numerics) if chunk.token_ids else None
             if chunk.finished is not None:
+                if chunk.finished.numerics.name:  # the engine may know of what the router does not
+                    live.made_in(chunk.finished.numerics)
                 return chunk
-            live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs))
+            live.sink(
+                Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, numerics=numerics)
+            )
 
     async def close(self, live: LiveRequest, generator: AsyncGenerator[Tokens, None]) -> None:
         """Run what stands in the strategy's ``finally``, and end the tasks that it has left."""

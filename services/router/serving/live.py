@@ -16,6 +16,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import Draining, MeshError
 from microserve.protocol.messages.engine import Finished, Usage
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.router import Ended, Output, Phases
 from microserve.services.links.stream import Tokens
 from microserve.services.router.oversight.author import Author
@@ -50,6 +51,8 @@ class LiveRequest:
     """Output tokens handed to the gateway, by this router or one before it."""
     revision: str = ""
     """Of the model that made ``delivered``."""
+    numerics: Numerics | None = None
+    """In which class ``delivered`` was made; None: there is none."""
     engines: list[str] = field(default_factory=list)
     """Those of attempts that have failed."""
     last: Tokens | None = None
@@ -67,6 +70,14 @@ class LiveRequest:
     is_slow: bool = False
     """Its strategy has held the router for longer than it may."""
 
+    def made_in(self, numerics: Numerics) -> Numerics | None:
+        """Its newest tokens are of this class: what the whole is now, if that is another than before."""
+        if numerics is self.numerics:
+            return None
+        before = self.numerics
+        self.numerics = numerics if before is None else before.joined(numerics)
+        return self.numerics if self.numerics != before else None
+
     @property
     def interruption(self) -> MeshError | None:
         """The end that its interrupt means; None: nobody is left to tell."""
@@ -78,38 +89,41 @@ class LiveRequest:
 _logger = structlog.get_logger()
 
 
-def finished_well(
-    finished: Finished, phases: Phases, strategy: str, version: int, engines: list[str]
-) -> Ended:
+def finished_well(live: LiveRequest, finished: Finished, phases: Phases, engines: list[str]) -> Ended:
     """The decode engine brought it to its end."""
     return Ended(
         finished.reason,
         finished.usage,
         phases,
-        strategy,
+        live.strategy,
         engines,
         stop_token_id=finished.stop_token_id,
-        strategy_version=version,
+        strategy_version=live.version,
+        numerics=live.numerics or UNKNOWN,
     )
 
 
 def cut_short(
-    error: MeshError | None, usage: Usage, phases: Phases, strategy: str, version: int, engines: list[str]
+    live: LiveRequest, error: MeshError | None, usage: Usage, phases: Phases, engines: list[str]
 ) -> Ended:
     """It failed; without an error, its client is gone."""
+    version, numerics = live.version, live.numerics or UNKNOWN
     if error is None:
-        return Ended("abort", usage, phases, strategy, engines, strategy_version=version)
+        return Ended(
+            *("abort", usage, phases, live.strategy, engines), strategy_version=version, numerics=numerics
+        )
     return Ended(
         "error",
         usage,
         phases,
-        strategy,
+        live.strategy,
         engines,
         code=error.code,
         detail=error.detail,
         field=error.field,
         retry_after_s=error.retry_after_s,
         strategy_version=version,
+        numerics=numerics,
     )
 
 
@@ -122,6 +136,8 @@ def write_line(request_id: str, ended: Ended) -> None:
         strategy=ended.strategy,
         strategy_version=ended.strategy_version,
         engines=ended.engines,
+        numerics=ended.numerics.name,
+        exact=ended.numerics.is_exact,
         reason=ended.reason,
         code=ended.code,
         prompt_tokens=usage.prompt_tokens,

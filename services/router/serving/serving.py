@@ -24,6 +24,7 @@ from microserve.protocol.errors import (
     StrategyError,
 )
 from microserve.protocol.messages.engine import Usage
+from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.messages.router import Ended, Generate, Output
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.settings import RouterSettings
@@ -125,6 +126,7 @@ class Serving:
         live.num_prompt_tokens = request.num_tokens - request.num_output_tokens
         live.delivered = list(request.tokens[live.num_prompt_tokens :])
         live.version, live.revision = strategy.version, message.revision
+        live.numerics = message.numerics if live.delivered else None
         if shadow is not None:
             live.rehearsal = self.shadows.begin(shadow, request)
         self._live[live.request_id] = live
@@ -221,7 +223,7 @@ class Serving:
             error = self._replaced(live)
             if error is not None:
                 break
-            mesh, num_known = self._mesh(scope, failover, strategy), len(live.delivered)
+            mesh, num_known = self._mesh(live, scope, failover, strategy), len(live.delivered)
             live.author = None
             if source is not None:
                 generator = move(mesh, scope.request, source)
@@ -281,14 +283,19 @@ class Serving:
         live.revision = revision
         return None
 
-    def _mesh(self, scope: RequestScope, failover: Failover, strategy: Strategy) -> Mesh:
-        avoid = failover.terms.avoid
+    def _mesh(self, live: LiveRequest, scope: RequestScope, failover: Failover, strategy: Strategy) -> Mesh:
+        avoid, began = failover.terms.avoid, live.numerics or UNKNOWN
 
         def connections() -> Sequence[Connection]:
             everyone = self._registry.usable()
-            return [c for c in everyone if c.engine_id not in avoid] or everyone
+            left = [c for c in everyone if c.engine_id not in avoid] or everyone
+            if not began.is_exact:
+                return left
+            # As long as there is an engine of its class, what began bit for bit sees no other.
+            return [c for c in left if c.info.numerics == began] or left
 
-        return Mesh(scope, connections, self.book, self._lookup, self._rng, self.plans.use(strategy))
+        state = self.plans.use(strategy)
+        return Mesh(scope, connections, self.book, self._lookup, self._rng, state, began.name)
 
     def _borrow(
         self, state: StrategyState, tokens: Sequence[int], salt: str, ttl_s: float
@@ -329,12 +336,12 @@ class Serving:
         now = self._loop.time()
         if chunk is not None and finished is not None:
             phases = live.clock.phases(now, finished.timings)
-            ended = finished_well(finished, phases, live.strategy, live.version, engines)
+            ended = finished_well(live, finished, phases, engines)
             live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, ended))
         else:
             usage = Usage(prompt_tokens=live.num_prompt_tokens, output_tokens=len(live.delivered))
             phases = live.clock.phases(now)
-            ended = cut_short(error, usage, phases, live.strategy, live.version, engines)
+            ended = cut_short(live, error, usage, phases, engines)
             live.sink(Output(live.request_id, max(live.offset, len(live.delivered)), [], [], ended))
         write_line(live.request_id, ended)
         if live.rehearsal is not None and scope is not None:

@@ -34,7 +34,8 @@ async def auto(
 
     decode = mesh.pick("decode", request, cost=cost)
     prefill = mesh.pick("prefill", request, exclude=[decode])
-    if mesh.uncached(decode, request) < threshold or mesh.load(prefill) >= mesh.load(decode):
+    is_worth_it = mesh.uncached(decode, request) >= threshold and mesh.load(prefill) < mesh.load(decode)
+    if not (is_worth_it and decode.keeps_kv_of(prefill)):
         generation = decode.start_generate(request)
     else:
         grant = await decode.prep_recv(request)

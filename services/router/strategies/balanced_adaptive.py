@@ -46,7 +46,8 @@ async def balanced_adaptive(
     prefill = mesh.pick("prefill", request, exclude=[decode], scorers=warm)
     split = even_split(mesh, request, prefill, decode, reserve)
     spared, computed = (split - mesh.prefix(request).get(engine.id, 0) for engine in (decode, prefill))
-    split = 0 if prefill == decode or spared < max(min_share, worth * computed) else split
+    is_worth_it = spared >= max(min_share, worth * computed) and decode.keeps_kv_of(prefill)
+    split = split if is_worth_it and prefill != decode else 0
     grant = await decode.prep_recv(request, end=split)
     prefill.remote_send(request, grant, end=split)
     async for tokens in decode.start_generate(request, begin=split, grant=grant):

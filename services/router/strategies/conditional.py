@@ -36,7 +36,7 @@ async def conditional(
     is_slow = mesh.load(prefill).uncached_tokens > prefill_busy
     wants = {"isl_bounding": is_short, "prefill_load": is_slow, "isl_or_load": is_short or is_slow}[policy]
     is_full = mesh.load(decode).free_blocks < (1 - decode_busy) * decode.info.num_blocks
-    if prefill == decode or (wants and not is_full):
+    if prefill == decode or not decode.keeps_kv_of(prefill) or (wants and not is_full):
         generation = decode.start_generate(request)
     else:
         grant = await decode.prep_recv(request)

@@ -16,7 +16,7 @@ async def migrate(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
     """Move whole blocks from the engine that holds most of them to the one with the least work."""
     source = mesh.pick(None, request, prefix=True)
     target = mesh.pick(None, request, exclude=[source])
-    if target != source:
+    if target != source and target.keeps_kv_of(source):
         grant = await target.prep_recv(request, end=request.num_block_tokens)
         source.remote_send(request, grant, end=grant.end, first_token=False)
         await target.commit(request, grant)

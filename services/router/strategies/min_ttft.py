@@ -24,29 +24,30 @@ async def min_ttft(
     balance: Annotated[float, Meta(ge=1.0)] = 2.0,
 ) -> AsyncGenerator[Tokens, None]:
     """Prefill where the first token is soonest, in ``slo_s``; fetch a prefix ``balance`` times one's own."""
-    held, source = mesh.prefix(request), mesh.pick(None, request, prefix=True)
-    best = held.get(source.id, 0)
+    held = mesh.prefix(request)
 
-    def fetches(engine: Engine) -> bool:
-        return engine != source and best > balance * held.get(engine.id, 0)
+    def fetched(engine: Engine) -> int:
+        best = held.get(mesh.source_for(engine, request).id, 0)
+        return best if best > balance * held.get(engine.id, 0) else 0
 
     def ttft_s(engine: Engine) -> float:
-        have = best if fetches(engine) else held.get(engine.id, 0)
-        transfer_s = mesh.transfer_s(source, engine, have - held.get(engine.id, 0))
+        own = held.get(engine.id, 0)
+        have = max(own, fetched(engine))
+        transfer_s = mesh.transfer_s(mesh.source_for(engine, request), engine, have - own)
         return transfer_s + mesh.predicted_ttft_s(engine, request.num_tokens - have)
 
     prefill = mesh.pick("prefill", request, cost=ttft_s)
     late_s = ttft_s(prefill) - slo_s
     if late_s > 0.0 and not request.num_output_tokens:  # what has begun is not refused
         raise QueueFull(f"no first token within {slo_s:g} s", retry_after_s=min(max(late_s, 0.5), 60.0))
-    if fetches(prefill):
-        fetched = await prefill.prep_recv(request, end=best)
-        source.remote_send(request, fetched, end=best, first_token=False)
-        await prefill.commit(request, fetched)
+    if end := fetched(prefill):
+        source, copy = mesh.source_for(prefill, request), await prefill.prep_recv(request, end=end)
+        source.remote_send(request, copy, end=end, first_token=False)
+        await prefill.commit(request, copy)
     if prefill in mesh.engines("decode"):
         generation = prefill.start_generate(request)
     else:
-        decode = mesh.pick("decode", request, scorers={scorer.sequences: 1.0})
+        decode = mesh.pick("decode", request, exclude=[prefill], scorers={scorer.sequences: 1.0})
         grant = await decode.prep_recv(request)
         prefill.remote_send(request, grant)
         generation = decode.start_generate(request, begin=grant.end, grant=grant)

@@ -35,8 +35,11 @@ async def copy_hot(mesh: PlanMesh, *, period_s: float, hot: int) -> None:
             with suppress(CapacityError, PeerError):  # in the next period, if it is hot by then
                 async with mesh.request(prefix, salt=salt, ttl_s=5.0) as (inner, request):
                     source = inner.pick(None, request, prefix=True)
-                    target = inner.pick(None, request, cost=lambda e: inner.prefix(request).get(e.id, 0))
-                    if inner.prefix(request).get(source.id, 0) > inner.prefix(request).get(target.id, 0):
+                    target = inner.pick(
+                        None, request, exclude=[source], cost=lambda e: -inner.uncached(e, request)
+                    )
+                    is_less = inner.uncached(source, request) < inner.uncached(target, request)
+                    if is_less and target.keeps_kv_of(source):
                         grant = await target.prep_recv(request)
                         source.remote_send(request, grant, first_token=False)
                         await target.commit(request, grant)

@@ -13,6 +13,7 @@ from microserve.protocol.bus import codec
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 
 
@@ -24,6 +25,8 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     num_outputs: int = 0
+    numerics: list[Numerics] = field(default_factory=list)
+    """All that it was told of its class, in order."""
     ended: serving.Ended | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
     grown: asyncio.Event = field(default_factory=asyncio.Event)
@@ -103,10 +106,11 @@ class GatewayPeer:
         salt: str = "",
         output: Sequence[int] = (),
         revision: str = "",
+        numerics: Numerics = UNKNOWN,
         **sampling: Any,
     ) -> Answer:
-        """``output``: what another router has delivered before, of the model ``revision``; ``sampling``: in
-        place of ``params``."""
+        """``output``: what another router has delivered before, of the model ``revision`` in the class
+        ``numerics``; ``sampling``: in place of ``params``."""
         answer = Answer(request_id or f"{self.gateway_id}-{next(self._ids)}", list(output))
         self.answers[answer.request_id] = answer
         if params is None:
@@ -120,6 +124,7 @@ class GatewayPeer:
             salt,
             num_output_tokens=len(output),
             revision=revision,
+            numerics=numerics,
         )
         self.send(message, codec.encode_tokens([*prompt, *output]))
         return answer
@@ -174,6 +179,8 @@ class GatewayPeer:
         answer.token_ids += output.token_ids
         answer.logprobs += output.logprobs or []
         answer.num_outputs += 1
+        if output.numerics is not None:
+            answer.numerics.append(output.numerics)
         answer.grown.set()
         if output.ended is not None:
             answer.ended = output.ended
