@@ -5,6 +5,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "model.h"
 #include "pack.h"
@@ -24,7 +27,11 @@ size_t elem_size(const Engine &e) { return e.config.elem == MS_BF16 ? 2 : 4; }
 // Zeroed; freed with the engine. Null where there is no memory.
 void *take(Engine &e, size_t nbytes) {
   void *memory = nullptr;
-  if (posix_memalign(&memory, 4096, nbytes ? nbytes : 1)) return nullptr;
+  const size_t huge = (size_t)2 << 20;  // a page of 4 KiB costs more time than what is read in it
+  if (posix_memalign(&memory, nbytes >= huge ? huge : 4096, nbytes ? nbytes : 1)) return nullptr;
+#if defined(MADV_HUGEPAGE)
+  if (nbytes >= huge) madvise(memory, nbytes, MADV_HUGEPAGE);
+#endif
   memset(memory, 0, nbytes);
   void **more = (void **)realloc(e.arena, sizeof(void *) * (size_t)(e.num_arena + 1));
   if (!more) {

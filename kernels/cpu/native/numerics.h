@@ -42,9 +42,10 @@ struct Bf16 {
   static MS_INLINE V get(const Store *p) { return load_bf16(p); }
   static MS_INLINE void put(Store *p, V rounded) { store_bf16(p, rounded); }
   static MS_INLINE float get1(const Store *p) { uint32_t b = (uint32_t)*p << 16; float x; __builtin_memcpy(&x, &b, 4); return x; }
-  // Pair p of a tile [16 k pairs][16 n][2].
-  static MS_INLINE void pair(const Store *tile, int p, V &even, V &odd) { load_pairs(tile + p * 32, even, odd); }
-  static MS_INLINE int at(int k, int n) { return (k >> 1) * 32 + n * 2 + (k & 1); }
+  // Two k of both tiles: [2 tiles][16 n][2 k].
+  static constexpr int kTileStep = 32;
+  static MS_INLINE void pair(const Store *p, int tile, V &even, V &odd) { load_pairs(p + tile * 32, even, odd); }
+  static MS_INLINE int at(int k, int n) { return (n >> 4) * 32 + (n & 15) * 2 + (k & 1); }
   static MS_INLINE float finite() { return kFiniteBf16; }
 };
 struct F32 {
@@ -53,11 +54,14 @@ struct F32 {
   static MS_INLINE V get(const Store *p) { return load(p); }
   static MS_INLINE void put(Store *p, V a) { store(p, a); }
   static MS_INLINE float get1(const Store *p) { return *p; }
-  static MS_INLINE void pair(const Store *tile, int p, V &even, V &odd) { even = load(tile + p * 32); odd = load(tile + p * 32 + 16); }
-  static MS_INLINE int at(int k, int n) { return k * 16 + n; }
+  // Two k of both tiles: [2 k][2 tiles][16 n].
+  static constexpr int kTileStep = 16;
+  static MS_INLINE void pair(const Store *p, int tile, V &even, V &odd) { even = load(p + tile * 16); odd = load(p + 32 + tile * 16); }
+  static MS_INLINE int at(int k, int n) { return (k & 1) * 32 + n; }
   static MS_INLINE float finite() { return kFiniteF32; }
 };
-constexpr int kTile = 512;  // elements of a tile of 32 k and 16 n
+constexpr long kPair = 32;           // elements of two k of a tile of 16 columns
+constexpr long kGroup = 32 * kPair;  // of 32 k of a group of two tiles
 
 // n of 16 elements, n > 0; those behind are zero, and are not written.
 template <class E>

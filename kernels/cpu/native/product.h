@@ -5,12 +5,14 @@
 // B of an inner kernel: tiles of packed weights, or rows of fp32.
 template <class E>
 struct Tiles {
-  const typename E::Store *base;
-  long tile_stride, block_stride;
+  const typename E::Store *base;  // pack.h has the layout
   MS_INLINE void pair(int block, int p, int tile, V &even, V &odd) const {
-    const typename E::Store *t = base + tile * tile_stride + block * block_stride;
-    E::pair(t, p, even, odd);
-    if (p % 2 == 0) prefetch(t + p * 32 + 4096 / sizeof(*t));
+    E::pair(base + (block * 16 + p) * 2 * kPair, tile, even, odd);
+  }
+  // For several rows at a time the processor looks too little ahead by itself; for one it does not need to.
+  MS_INLINE void ahead(int block, int p) const {
+    const char *t = (const char *)(base + (block * 16 + p) * 2 * kPair) + 2048;
+    for (size_t at = 0; at < 2 * kPair * sizeof(*base); at += 64) prefetch(t + at);
   }
 };
 struct Rows {
@@ -21,6 +23,7 @@ struct Rows {
     even = load(row);
     odd = load(row + stride);
   }
+  MS_INLINE void ahead(int, int) const {}
 };
 
 // c[r][t] += rows r of A times tiles t of B. A[r][k] stands at a + r * row + k * column.
@@ -34,6 +37,7 @@ MS_INLINE void accumulate(const float *a, long row, long column, const B &b, int
     for (int p = 0; p < 16; p++, k += 2 * column) {
       V x[T], y[T];
       for (int t = 0; t < T; t++) b.pair(block, p, t, x[t], y[t]);
+      if (R > 1) b.ahead(block, p);
       for (int r = 0; r < R; r++) {
         V first = splat(k[r * row]), second = splat(k[r * row + column]);
         for (int t = 0; t < T; t++) {
@@ -75,13 +79,12 @@ MS_INLINE void multiply(const float *a, long row, long column, int rows, Bs bs, 
   for (; tile < last; tile++) some_rows<1>(a, row, column, rows, bs(tile), blocks, tile, out);
 }
 
-// Packed weights: groups of 32 columns [n / 32][k / 32][2 tiles][kTile].
 template <class E>
 struct Packed {
   const typename E::Store *base;
   int blocks;
   MS_INLINE Tiles<E> operator()(int tile) const {
-    return {base + ((long)(tile >> 1) * blocks * 2 + (tile & 1)) * kTile, kTile, 2 * kTile};
+    return {base + (long)(tile >> 1) * blocks * kGroup + (tile & 1) * E::kTileStep};
   }
 };
 struct InRows {

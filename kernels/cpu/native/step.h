@@ -169,8 +169,8 @@ static void embed(Engine &e, int &phase) {
         const Store *from = (const Store *)e.embedding + token * e.config.hidden;
         for (int i = 0; i < e.config.hidden; i++) x[i] = E::get1(from + i);
       } else {
-        const Store *group = (const Store *)e.head + (token / 32 * (e.hidden / 32) * 2 + token / 16 % 2) * kTile;
-        for (int i = 0; i < e.config.hidden; i++) x[i] = E::get1(group + (long)(i / 32) * 2 * kTile + E::at(i % 32, (int)(token % 16)));
+        const Store *group = (const Store *)e.head + token / 32 * (e.hidden / 32) * kGroup;
+        for (int i = 0; i < e.config.hidden; i++) x[i] = E::get1(group + i / 2 * 2 * kPair + E::at(i, (int)(token % 32)));
       }
       for (long i = e.config.hidden; i < e.hidden; i++) x[i] = 0.0f;
     }
