@@ -122,10 +122,10 @@ MS_INLINE void segment(const Engine &e, const Layer &layer, Scratch &w, const Un
   const int padded = (int)round_up(count, 32), tiles = (int)(e.head_width / 16);
   unpack<E>(e, layer, w, u.span, u.kv_head, first, count);
   Put scores = {w.scores, kLanes};
-  multiply(w.keys, stride, 1, count, InRows{w.queries, kLanes}, (int)(stride / 32), 0, lanes.vectors, scores);
+  multiply<1>(w.keys, stride, count, InRows{w.queries, kLanes}, (int)(stride / 32), 0, lanes.vectors, scores);
   for (int z = 0; z < lanes.vectors; z++) weigh<E>(w.scores, lanes, z, first, count, e.config.scale * kLog2e, maximum, sum);
   Put out = {w.out, stride};
-  multiply(w.scores, 1, kLanes, lanes.count, InRows{w.values, stride}, padded / 32, 0, tiles, out);
+  multiply<kLanes>(w.scores, 1, lanes.count, InRows{w.values, stride}, padded / 32, 0, tiles, out);
   for (int i = 0; i < lanes.count; i++)  // a block of masked positions turns a -0 into +0, so all are turned
     for (int d = 0; d < e.config.head_dim; d += 16) store(w.out + i * stride + d, add(load(w.out + i * stride + d), zeros()));
 }

@@ -26,20 +26,21 @@ struct Rows {
   MS_INLINE void ahead(int, int) const {}
 };
 
-// c[r][t] += rows r of A times tiles t of B. A[r][k] stands at a + r * row + k * column.
-template <int R, int T, class B>
-MS_INLINE void accumulate(const float *a, long row, long column, const B &b, int blocks, V (&c)[R][T]) {
-  for (int block = 0; block < blocks; block++) {
+// c[r][t] += rows r of A times tiles t of B. A[r][k] stands at a + r * row + k * kColumn. A function of its own, with
+// its sums in memory between blocks: then the compiler has registers enough for all that a block needs.
+template <int R, int T, int kColumn, class B>
+MS_ALONE void accumulate(const float *a, long row, const B &b, int blocks, float (*c)[T][16]) {
+  for (int block = 0; block < blocks; block++, a += 32 * kColumn) {
     V even[R][T], odd[R][T];
     for (int r = 0; r < R; r++)
       for (int t = 0; t < T; t++) even[r][t] = odd[r][t] = zeros();
-    const float *k = a + block * 32 * column;
-    for (int p = 0; p < 16; p++, k += 2 * column) {
+    const float *k = a;
+    for (int p = 0; p < 16; p++, k += 2 * kColumn) {
       V x[T], y[T];
       for (int t = 0; t < T; t++) b.pair(block, p, t, x[t], y[t]);
       if (R > 1) b.ahead(block, p);
       for (int r = 0; r < R; r++) {
-        V first = splat(k[r * row]), second = splat(k[r * row + column]);
+        V first = splat(k[r * row]), second = splat(k[r * row + kColumn]);
         for (int t = 0; t < T; t++) {
           even[r][t] = fma(first, x[t], even[r][t]);
           odd[r][t] = fma(second, y[t], odd[r][t]);
@@ -47,36 +48,36 @@ MS_INLINE void accumulate(const float *a, long row, long column, const B &b, int
       }
     }
     for (int r = 0; r < R; r++)
-      for (int t = 0; t < T; t++) c[r][t] = add(c[r][t], add(even[r][t], odd[r][t]));
+      for (int t = 0; t < T; t++) store(c[r][t], add(load(c[r][t]), add(even[r][t], odd[r][t])));
   }
 }
 
-// R rows by T tiles from `first` on: out.begin gives where a sum starts, out.end takes it.
-template <int R, int T, class B, class Out>
-MS_INLINE void block(const float *a, long row, long column, const B &b, int blocks, int m, int tile, Out &out) {
-  V c[R][T];
+// R rows by T tiles from `tile` on: out.begin gives where a sum starts, out.end takes it.
+template <int R, int T, int kColumn, class B, class Out>
+MS_INLINE void some(const float *a, long row, const B &b, int blocks, int m, int tile, Out &out) {
+  alignas(64) float c[R][T][16];
   for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) c[r][t] = out.begin(m + r, tile + t);
-  accumulate<R, T>(a, row, column, b, blocks, c);
+    for (int t = 0; t < T; t++) store(c[r][t], out.begin(m + r, tile + t));
+  accumulate<R, T, kColumn>(a + m * row, row, b, blocks, c);
   for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) out.end(m + r, tile + t, c[r][t]);
+    for (int t = 0; t < T; t++) out.end(m + r, tile + t, load(c[r][t]));
 }
 
-template <int T, class B, class Out>
-MS_INLINE void some_rows(const float *a, long row, long column, int rows, const B &b, int blocks, int tile, Out &out) {
+template <int T, int kColumn, class B, class Out>
+MS_INLINE void all_rows(const float *a, long row, int rows, const B &b, int blocks, int tile, Out &out) {
   int m = 0;
-  for (; m + kRows <= rows; m += kRows) block<kRows, T>(a + m * row, row, column, b, blocks, m, tile, out);
-  if (kRows > 2 && m + 2 <= rows) { block<(kRows > 2 ? 2 : 1), T>(a + m * row, row, column, b, blocks, m, tile, out); m += 2; }
-  for (; m < rows; m++) block<1, T>(a + m * row, row, column, b, blocks, m, tile, out);
+  for (; m + kRows <= rows; m += kRows) some<kRows, T, kColumn>(a, row, b, blocks, m, tile, out);
+  for (; m + 2 <= rows; m += 2) some<2, T, kColumn>(a, row, b, blocks, m, tile, out);
+  if (m < rows) some<1, T, kColumn>(a, row, b, blocks, m, tile, out);
 }
 
-// C of `rows` rows, tiles [first, last) of 16 columns; Bs(tile) is B from that tile on.
-template <class Bs, class Out>
-MS_INLINE void multiply(const float *a, long row, long column, int rows, Bs bs, int blocks, int first, int last, Out &out) {
+// C of `rows` rows, tiles [first, last) of 16 columns; bs(tile) is B from that tile on.
+template <int kColumn, class Bs, class Out>
+MS_INLINE void multiply(const float *a, long row, int rows, Bs bs, int blocks, int first, int last, Out &out) {
   int tile = first;
-  if (tile < last && (tile & 1)) some_rows<1>(a, row, column, rows, bs(tile), blocks, tile, out), tile++;
-  for (; tile + kTiles <= last; tile += kTiles) some_rows<kTiles>(a, row, column, rows, bs(tile), blocks, tile, out);
-  for (; tile < last; tile++) some_rows<1>(a, row, column, rows, bs(tile), blocks, tile, out);
+  if (tile < last && (tile & 1)) all_rows<1, kColumn>(a, row, rows, bs(tile), blocks, tile, out), tile++;
+  for (; tile + kTiles <= last; tile += kTiles) all_rows<kTiles, kColumn>(a, row, rows, bs(tile), blocks, tile, out);
+  for (; tile < last; tile++) all_rows<1, kColumn>(a, row, rows, bs(tile), blocks, tile, out);
 }
 
 template <class E>

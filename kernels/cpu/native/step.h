@@ -100,7 +100,7 @@ static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const f
     const long row = (long)(u / num_heads) * kRowBlock;
     const int count = (int)(rows - row < kRowBlock ? rows - row : kRowBlock);
     Put put = {w.head - head * e.head_width, e.head_dim};
-    multiply(normed + row * e.hidden, e.hidden, 1, count, weights, weights.blocks, head * tiles, (head + 1) * tiles, put);
+    multiply<1>(normed + row * e.hidden, e.hidden, count, weights, weights.blocks, head * tiles, (head + 1) * tiles, put);
     for (int m = 0; m < count; m++) place_head<E>(e, layer, row + m, head, w.head + m * e.head_dim);
   }
   e.team->barrier(phase);
@@ -121,7 +121,7 @@ static void residual(Engine &e, int &phase, const float *a, long width, const vo
   const Packed<E> weights = {(const typename E::Store *)packed, (int)(width / 32)};
   share(e, phase, e.batch.num_rows, e.hidden / 16, [&](long row, int rows, int first, int last) {
     Continue sum = {e.x + row * e.hidden, e.hidden};
-    multiply(a + row * width, width, 1, rows, weights, weights.blocks, first, last, sum);
+    multiply<1>(a + row * width, width, rows, weights, weights.blocks, first, last, sum);
     if (bias)
       for (int m = 0; m < rows; m++)
         for (int i = first * 16; i < last * 16; i += 16) {
@@ -152,7 +152,7 @@ static void mlp(Engine &e, const Layer &layer, Scratch &w, int &phase) {
     Gated<E> gated;
     gated.to = e.middle + row * e.intermediate;
     gated.stride = e.intermediate;
-    multiply(normed + row * e.hidden, e.hidden, 1, rows, weights, weights.blocks, first, last, gated);
+    multiply<1>(normed + row * e.hidden, e.hidden, rows, weights, weights.blocks, first, last, gated);
   });
   residual<E>(e, phase, e.middle, e.intermediate, layer.down, nullptr);
 }
@@ -186,7 +186,7 @@ static void logits(Engine &e, int &phase) {
   const Packed<E> weights = {(const typename E::Store *)e.head, (int)(e.hidden / 32)};
   share(e, phase, b.num_logits, e.vocab / 16, [&](long row, int rows, int first, int last) {
     Put put = {b.logits + row * e.vocab, e.vocab};
-    multiply(e.normed + row * e.hidden, e.hidden, 1, rows, weights, weights.blocks, first, last, put);
+    multiply<1>(e.normed + row * e.hidden, e.hidden, rows, weights, weights.blocks, first, last, put);
   });
 }
 
@@ -223,7 +223,7 @@ template <class E>
 static void product_of(long m, long n, long k, const float *a, const void *packed, float *c) {
   const Packed<E> weights = {(const typename E::Store *)packed, (int)(k / 32)};
   Continue sum = {c, n};
-  multiply(a, k, 1, (int)m, weights, weights.blocks, 0, (int)(n / 16), sum);
+  multiply<1>(a, k, (int)m, weights, weights.blocks, 0, (int)(n / 16), sum);
 }
 
 static void product(int elem, long m, long n, long k, const float *a, const void *packed, float *c) {

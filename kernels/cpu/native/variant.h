@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #endif
 #define MS_INLINE inline __attribute__((always_inline))
+#define MS_ALONE __attribute__((noinline))
 
 namespace ms {
 namespace {
