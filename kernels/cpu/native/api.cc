@@ -187,7 +187,8 @@ MsEngine *ms_create(const MsConfig *config) {
     w.sums = floats(*e, ms::kLanes * e->head_dim);
     w.head = floats(*e, ms::kRowBlock * e->head_dim);
     w.normed = floats(*e, ms::kFewRows * e->hidden);
-    is_whole = w.keys && w.values && w.queries && w.scores && w.out && w.sums && w.head && w.normed;
+    w.zeros = floats(*e, e->head_dim);
+    is_whole = w.keys && w.values && w.queries && w.scores && w.out && w.sums && w.head && w.normed && w.zeros;
   }
   if (is_whole) e->team = new (std::nothrow) ms::Team(c.threads);
   if (!e->team || !e->team->started()) {

@@ -14,26 +14,31 @@ struct Lanes {
   alignas(64) int32_t low[kLanes], high[kLanes];  // positions [low, high) are seen
 };
 
-template <class E>
-MS_INLINE const typename E::Store *kv_row(const Engine &e, const Layer &layer, int span, int position, int kv_head) {
+// The rows of one KV head at positions [first, first + count), block by block: `see(i, key, value)`.
+template <class E, class F>
+MS_INLINE void each_row(const Engine &e, const Layer &layer, int span, int kv_head, int first, int count, F see) {
   const MsConfig &c = e.config;
-  long block = e.batch.tables[(long)span * e.batch.table_width + position / c.block_size];
-  long row = block * 2 * c.block_size + position % c.block_size;
-  return (const typename E::Store *)layer.kv + (row * c.num_kv_heads + kv_head) * c.head_dim;
+  const long stride = (long)c.num_kv_heads * c.head_dim, half = c.block_size * stride;
+  const int32_t *blocks = e.batch.tables + (long)span * e.batch.table_width + first / c.block_size;
+  int row = first % c.block_size;
+  for (int i = 0; i < count; row = 0) {
+    const typename E::Store *key = (const typename E::Store *)layer.kv + *blocks++ * 2 * half + row * stride + (long)kv_head * c.head_dim;
+    for (; row < c.block_size && i < count; row++, i++, key += stride) see(i, key, key + half);
+  }
 }
 
 // Keys and values of a segment; zeros behind the context: whatever stands there, 0 * NaN would be NaN.
 template <class E>
 MS_INLINE void unpack(const Engine &e, const Layer &layer, Scratch &w, int span, int kv_head, int first, int count) {
-  const long stride = e.head_dim, half = (long)e.config.block_size * e.config.num_kv_heads * e.config.head_dim;
+  typedef typename E::Store Store;
+  const long stride = e.head_dim;
   const int dim = e.config.head_dim, padded = (int)round_up(count, 32);
-  for (int i = 0; i < count; i++) {
-    const typename E::Store *k = kv_row<E>(e, layer, span, first + i, kv_head);
+  each_row<E>(e, layer, span, kv_head, first, count, [&](int i, const Store *key, const Store *value) {
     for (int d = 0; d < dim; d += 16) {
-      store(w.keys + i * stride + d, get_some<E>(k + d, dim - d));
-      store(w.values + i * stride + d, get_some<E>(k + half + d, dim - d));
+      store(w.keys + i * stride + d, get_some<E>(key + d, dim - d));
+      store(w.values + i * stride + d, get_some<E>(value + d, dim - d));
     }
-  }
+  });
   for (int i = count; i < padded; i++)
     for (int d = 0; d < dim; d += 16) store(w.values + i * stride + d, zeros());
 }
@@ -106,10 +111,10 @@ MS_INLINE void gather(const Engine &e, const Layer &layer, Scratch &w, const Uni
   lanes.count = u.num_rows * group;
   lanes.vectors = lanes.count > 16 ? 2 : 1;
   for (int i = 0; i < 16 * lanes.vectors; i++) {
-    const int r = i / group;
     const bool used = i < lanes.count;
-    lanes.high[i] = used ? position0 + r + 1 : 0;
-    lanes.low[i] = used && layer.window && lanes.high[i] > layer.window ? lanes.high[i] - layer.window : 0;
+    const int r = used ? i / group : u.num_rows - 1;  // an idle lane sees what the last one does: fewer masks
+    lanes.high[i] = position0 + r + 1;
+    lanes.low[i] = layer.window && lanes.high[i] > layer.window ? lanes.high[i] - layer.window : 0;
     const float *q = e.queries + ((row0 + r) * c.num_heads + u.kv_head * group + i % group) * e.head_width;
     for (int d = 0; d < c.head_dim; d++) w.queries[d * kLanes + i] = used ? q[d] : 0.0f;
   }
@@ -130,12 +135,19 @@ MS_INLINE void segment(const Engine &e, const Layer &layer, Scratch &w, const Un
     for (int d = 0; d < e.config.head_dim; d += 16) store(w.out + i * stride + d, add(load(w.out + i * stride + d), zeros()));
 }
 
+#if defined(MS_TRANSPOSES)
+#include "row_attention.h"
+#endif
+
 template <class E>
 static void attend(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
   const int group = e.config.num_heads / e.config.num_kv_heads, dim = e.config.head_dim;
   const long stride = e.head_dim;
   Lanes lanes;
   gather<E>(e, layer, w, u, group, lanes);
+#if defined(MS_TRANSPOSES)
+  const bool is_row = u.num_rows == 1 && dim % 32 == 0;
+#endif
   const int end = lanes.high[lanes.count - 1], low = lanes.low[0];
   alignas(64) float maximum[kLanes], sum[kLanes], top[kLanes], total[kLanes];
   const int begin = u.segment < 0 ? low / kSegment : u.segment;
@@ -143,7 +155,12 @@ static void attend(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
   bool has[kLanes] = {};
   for (int s = begin; s <= last; s++) {
     const int first = s * kSegment, count = end - first < kSegment ? end - first : kSegment;
-    if (first + count > low) segment<E>(e, layer, w, u, lanes, first, count, maximum, sum);
+    if (first + count <= low) continue;
+#if defined(MS_TRANSPOSES)
+    if (is_row) row_segment<E>(e, layer, w, u, group, low, first, count, maximum, sum);
+    else
+#endif
+      segment<E>(e, layer, w, u, lanes, first, count, maximum, sum);
     for (int i = 0; i < lanes.count; i++) {
       if (lanes.high[i] <= first || lanes.low[i] >= first + count) continue;
       const float *o = w.out + i * stride;

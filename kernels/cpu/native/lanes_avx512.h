@@ -58,7 +58,41 @@ MS_INLINE float tree_sum(V a) {
   v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
   return _mm512_cvtss_f32(v);
 }
+// 16 rows of 16 words of 32 bits, word j of all rows -> columns[j].
+#define MS_TRANSPOSES 1
+MS_INLINE void transpose(const char *const *rows, long offset, V *columns) {
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + offset);
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+    }
+  // r[4 * i + j]: of rows 4 i to 4 i + 3, words j, 4 + j, 8 + j, 12 + j in its four quarters.
+  for (int j = 0; j < 4; j++) {
+    t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+  }
+  for (int j = 0; j < 4; j++) {
+    columns[j].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[j], t[8 + j], 0x88));
+    columns[8 + j].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd));
+    columns[4 + j].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88));
+    columns[12 + j].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd));
+  }
+}
+MS_INLINE void split_pairs(V pairs, V &first, V &second) {
+  __m512i w = _mm512_castps_si512(pairs.v);
+  first.v = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+  second.v = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000u)));
+}
 MS_INLINE void prefetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+MS_INLINE void prefetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 // Round to nearest, denormals are zero in both directions, no traps.
 MS_INLINE unsigned enter_float_mode() {
   unsigned was = _mm_getcsr();

@@ -32,6 +32,7 @@ struct Scratch {
   float *out, *sums;         // [kLanes][head_dim padded] of this segment, and of all so far
   float *head;               // [kRowBlock][head_dim padded]
   float *normed;             // [kFewRows][hidden]
+  float *zeros;              // [head_dim padded], never written
   uint16_t *tiles;           // of a variant with tiles
 };
 
