@@ -31,6 +31,7 @@ from microserve.protocol.errors import StrategyError
 from microserve.services.router.oversight.author import AUTHOR, Author, Verdict
 from microserve.services.router.oversight.cut import BrokenOff, Trap, is_theirs, may_be_cut
 from microserve.services.router.oversight.meter import Meter
+from microserve.services.router.oversight.mistake import harmless
 from microserve.services.router.oversight.stuck import AGAIN_S, StuckTrace
 
 HANG_S = 0.5
@@ -95,9 +96,8 @@ class Overseer:
         result: T | None = None
         try:
             result = function()
-        except BaseException:
-            if not self._was_cut:
-                raise
+        except BaseException as error:
+            self._raise(error)
         finally:
             was_cut = self._end()
         if was_cut:
@@ -129,9 +129,8 @@ class Overseer:
                 waited = inner.send(value) if error is None else inner.throw(error)
             except StopIteration as stop:
                 has_ended, result = True, stop.value
-            except BaseException:
-                if not self._was_cut:
-                    raise
+            except BaseException as raised:
+                self._raise(raised)
             finally:
                 was_cut = self._end()
                 if (seconds := perf_counter() - began) > self._budget_s:
@@ -148,6 +147,17 @@ class Overseer:
                 raise
             except BaseException as thrown:
                 error = thrown
+
+    def _raise(self, error: BaseException) -> None:
+        """What a span has raised, unless it was broken off; while it still is a span."""
+        if self._was_cut:
+            return
+        try:
+            mistake = harmless(error)
+        except BrokenOff:
+            return
+        if not self._was_cut:
+            raise mistake
 
     def _begin(self, hang_s: float) -> float:
         self._hang_s, self._was_cut = hang_s, False

@@ -89,6 +89,12 @@ INSIDE = {
     "a library's function": "functools.reduce(lambda a, b: b, itertools.count())",
     "regular expression": "re.match('(a+)+b', 'a' * 60)",
     "huge numbers": "10 ** 10 ** 8",
+    "an exception's text": "class E(Exception): __str__ = __repr__ = forever\nraise E()",
+    "what an exception holds": "class S(str): __str__ = __repr__ = forever\nraise ValueError(S())",
+    "an error of the router's": (
+        "from microserve.protocol.errors import InvalidInterval\n"
+        "class S(str): __str__ = __repr__ = __format__ = forever\nraise InvalidInterval(S('x'))"
+    ),
     "recursion": "def f(n):\n    for _ in range(9): n and f(n - 1)\nf(90)",
 }
 OUTSIDE = {
@@ -179,6 +185,27 @@ def test_between_two_awaits(overseer: Overseer, place: str) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_in_what_it_leaves_to_others(overseer: Overseer, place: str) -> None:
     with_a_world(overseer, OUTSIDE[place])
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["try: raise E()\nexcept E: raise ValueError('x')", "raise ExceptionGroup('x', [ValueError(), E()])"],
+    ids=["behind another", "in a group"],
+)
+def test_an_exception_that_is_not_shown_runs_no_code(overseer: Overseer, body: str) -> None:
+    @in_loop
+    async def main() -> None:
+        async with router_world("a", "b", overseer=overseer, liveness=600) as world:
+            name = add(world, f"class E(Exception): __str__ = __repr__ = forever\n{body}")
+            with structlog.testing.capture_logs() as logs:
+                answer = await world.gateway.generate(PROMPT, strategy=name)
+            assert answer.token_ids == expected_output(4)
+            [told] = [entry for entry in logs if entry["event"] == log.STRATEGY_FAILED]
+            assert told["error"].startswith(("ValueError: x", "ExceptionGroup: x"))
+            assert "held" not in told["error"]
+            assert told["exc_info"].__context__ is None or told["exc_info"].__suppress_context__
+
+    main()
 
 
 def test_one_that_takes_memory_without_end_is_broken_off_before_it_has_all(
