@@ -9,7 +9,7 @@ compute it, and golden values in the tests keep them from drifting apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
 
@@ -85,17 +85,3 @@ def block_hashes(tokens: Sequence[int], block_size: int, root: BlockHash) -> lis
     chain = HashChain(root, block_size)
     chain.extend(tokens)
     return chain.hashes
-
-
-def iter_hashes(tokens: Sequence[int], block_size: int, root: BlockHash) -> Iterator[BlockHash]:
-    """The same, one at a time: who stops at the first unknown block has not paid for the rest."""
-    full = len(tokens) - len(tokens) % block_size
-    stride = block_size * TOKEN_NBYTES
-    begin, end = 0, 8 * block_size
-    parent = root
-    while begin < full:
-        packed = pack_tokens(tokens[begin : min(end, full)])
-        for offset in range(0, len(packed), stride):
-            parent = chain_hash(parent, packed[offset : offset + stride])
-            yield parent
-        begin, end = end, 2 * end

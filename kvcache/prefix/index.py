@@ -25,10 +25,11 @@ from microserve.kvcache.prefix.hash import (
     BLOCK_HASH_NBYTES,
     BlockHash,
     chain_hash,
-    iter_hashes,
     pack_tokens,
     root_hash,
 )
+from microserve.kvcache.prefix.owners import EVERY_ENGINE, OwnerSets
+from microserve.kvcache.prefix.prompt import PromptHashes
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.protocol.messages.kv_events import (
     DEVICE_MEDIUMS,
@@ -42,15 +43,16 @@ from microserve.protocol.messages.kv_events import (
 # are plenty where the worst of a collision is a request sent to the wrong engine.
 _KEY_NBYTES = BLOCK_HASH_NBYTES - 1
 _KEY_OBJECT_NBYTES = 48
-_OWNERS_OBJECT_NBYTES = 48
 
 # A dict takes 30 to 60 bytes per entry while it only grows, up to 120 after deletions. Above this it holds
 # the room of entries long gone, which it never gives back by itself, and is rebuilt.
 _MAX_TABLE_NBYTES_PER_ENTRY = 160
 _MIN_TABLE_NBYTES = 4096
 
-_MIN_SHARED_OWNERS = 4096
+_MAX_PROMPTS_NBYTES = 2 << 20
 _CHECK_EVERY_BLOCKS = 1024
+_MAX_NBYTES_PER_NEW_BLOCK = 512
+"""Key, owners and both entries, where tables are still small and double more than once."""
 MIN_MAX_NBYTES = 1 << 20
 """Below this, one check's worth of blocks would be a notable part of the limit."""
 
@@ -85,14 +87,14 @@ class PrefixIndex:
         self.max_nbytes = max_nbytes
         self.counters = EventCounters()
         self._engines: dict[str, _Engine] = {}
-        self._engine_ids: dict[int, str] = {}
-        """Bit -> engine id."""
+        self._owners = OwnerSets()
         self._young: dict[bytes, int] = {}
         self._old: dict[bytes, int] = {}
-        self._shared_owners: dict[int, int] = {}
-        """The one object for each set of owners: equal big ints are not one object by themselves."""
-        self._max_shared_owners = _MIN_SHARED_OWNERS
         self._foreign_nbytes = 0
+        self._room_blocks = 0
+        """So many may be stored before there can be anything to do for the limit."""
+        self._root = root_hash(model, revision=revision)
+        self._prompts = PromptHashes(block_size, min(max_nbytes // 16, _MAX_PROMPTS_NBYTES))
 
     @property
     def num_blocks(self) -> int:
@@ -112,9 +114,9 @@ class PrefixIndex:
             sys.getsizeof(self._young)
             + sys.getsizeof(self._old)
             + self.num_blocks * _KEY_OBJECT_NBYTES
-            + sys.getsizeof(self._shared_owners)
-            + len(self._shared_owners) * _OWNERS_OBJECT_NBYTES
+            + self._owners.nbytes
             + self._foreign_nbytes
+            + self._prompts.nbytes
         )
 
     def apply(self, engine_id: str, events: Iterable[KVEvent]) -> None:
@@ -123,15 +125,13 @@ class PrefixIndex:
         Holding a block is a fact, not a count: stored twice and removed once is removed. Never raises for
         what ``decode_batch`` has let through; what cannot be used is counted in ``counters``."""
         engine = self._engines.get(engine_id) or self._join(engine_id)
-        unchecked = 0
         removed = False
         for event in events:
             if isinstance(event, BlockStored):
                 self._store_event(engine, event)
-                unchecked += len(event.block_hashes)
-                if unchecked >= _CHECK_EVERY_BLOCKS:
+                self._room_blocks -= len(event.block_hashes)
+                if self._room_blocks < 0:
                     self._keep_to_limit(engine)
-                    unchecked = 0
             elif isinstance(event, BlockRemoved):
                 self._remove_event(engine, event)
                 removed = True
@@ -139,7 +139,8 @@ class PrefixIndex:
                 self._forget_blocks(engine)
         if removed:
             self._compact(engine)
-        self._keep_to_limit(engine)
+        if engine.foreign is not None:
+            self._keep_to_limit(engine)
 
     def replace(self, engine_id: str, events: Iterable[KVEvent]) -> None:
         """A snapshot: what the engine held before is forgotten; nobody sees a state between."""
@@ -154,50 +155,75 @@ class PrefixIndex:
         engine = self._engines.pop(engine_id, None)
         if engine is not None:
             self._forget_blocks(engine)
-            del self._engine_ids[engine.bit]
+            self._owners.leave(engine.bit)
 
     def lookup(self, tokens: Sequence[int], salt: str = "", *, adapter: str = "") -> dict[str, int]:
         """Engine id -> tokens of the prompt that it holds from the start: whole blocks, without a gap.
 
         Engines that hold none are left out. Raises :class:`InvalidRequest` for a token that is not a u32.
         """
-        root = root_hash(self.model, adapter=adapter, salt=salt, revision=self.revision)
-        return self.lookup_hashes(iter_hashes(tokens, self.block_size, root))
+        root = self._root
+        if salt or adapter:
+            root = root_hash(self.model, adapter=adapter, salt=salt, revision=self.revision)
+        return self._walk(root, tokens, None)
 
-    def lookup_hashes(self, hashes: Iterable[BlockHash]) -> dict[str, int]:
-        """``lookup`` for a caller who has the prompt's hashes; takes no more of them than it needs."""
-        young, old = self._young, self._old
-        block_size = self.block_size
+    def lookup_hashes(self, hashes: Sequence[BlockHash]) -> dict[str, int]:
+        """``lookup`` for a caller who has the prompt's hashes."""
+        return self._walk(b"", (), hashes)
+
+    def _walk(
+        self, before: BlockHash, tokens: Sequence[int], hashes: Sequence[BlockHash] | None
+    ) -> dict[str, int]:
+        """Along the runs of ``tokens`` behind ``before``, or along ``hashes``, until nobody holds a block."""
+        prompts, young, old, size = self._prompts, self._young, self._old, self.block_size
+        full = len(tokens) - len(tokens) % size if hashes is None else size * len(hashes)
         matched: dict[str, int] = {}
-        num_tokens = 0
-        owners = -1  # every engine
+        owners, num_tokens, end = EVERY_ENGINE, 0, 0
         moved = False
-        for block_hash in hashes:
-            key = block_hash[:_KEY_NBYTES]
-            holders = young.get(key)
-            if holders is None:
-                holders = old.pop(key, 0)
-                if not holders:
-                    break
-                young[key] = holders
-                moved = True
-            if owners & holders != owners:
-                if num_tokens:
-                    self._note(matched, owners & ~holders, num_tokens)
-                owners &= holders
-                if not owners:
-                    break
-            num_tokens += block_size
-        if num_tokens and owners:
-            self._note(matched, owners, num_tokens)
+        run: Sequence[BlockHash]
+        while num_tokens == end < full:
+            if hashes is None:
+                end = min(full, num_tokens + min(num_tokens or size, prompts.max_run_tokens))
+                name, run = prompts.run(before, tokens[num_tokens:end])
+            else:
+                end, run = full, hashes
+            for block_hash in run:
+                key = block_hash[:_KEY_NBYTES]
+                holders = young.get(key)
+                if holders is None:
+                    holders = old.pop(key, 0)
+                    if not holders:
+                        break
+                    young[key] = holders
+                    moved = True
+                if owners & holders != owners:
+                    if not owners & holders:
+                        break
+                    matched = self._note(matched, owners & ~holders, num_tokens)
+                    owners &= holders
+                num_tokens += size
+            else:
+                if hashes is None:
+                    prompts.remember(name, run)
+                before = run[-1]
         if moved:
             self._keep_to_limit(None)
+        return self._note(matched, owners, num_tokens)
+
+    def _note(self, matched: dict[str, int], owners: int, num_tokens: int) -> dict[str, int]:
+        """``matched`` with these engines, if there is something that they hold."""
+        if not num_tokens:
+            return matched
+        named = dict.fromkeys(self._owners.names(owners), num_tokens)
+        if not matched:
+            return named
+        matched.update(named)
         return matched
 
     def check_integrity(self) -> None:
         """O(blocks). Raises :class:`InternalError` that says what is broken."""
-        live = sum(self._engine_ids)
-        if {engine.bit: engine.engine_id for engine in self._engines.values()} != self._engine_ids:
+        live = sum(self._owners.ids)
+        if {engine.bit: engine.engine_id for engine in self._engines.values()} != self._owners.ids:
             raise InternalError("engines and bits do not name each other")
         if self._young.keys() & self._old.keys():
             raise InternalError("a block is in both generations")
@@ -230,12 +256,17 @@ class PrefixIndex:
             is_ours = self._is_our_hash(event)
             engine.foreign = None if is_ours else self._new_foreign()
         if engine.foreign is None:
-            hashes = [name for name in names if isinstance(name, bytes) and len(name) == BLOCK_HASH_NBYTES]
-            self.counters.malformed_blocks += len(names) - len(hashes)
+            keys = [
+                name[:_KEY_NBYTES]
+                for name in names
+                if isinstance(name, bytes) and len(name) == BLOCK_HASH_NBYTES
+            ]
+            self.counters.malformed_blocks += len(names) - len(keys)
         else:
             hashes, lost = engine.foreign.store(event)
             self._remove(engine, lost)
-        self._store(engine, hashes)
+            keys = [block_hash[:_KEY_NBYTES] for block_hash in hashes]
+        self._store(engine, keys)
 
     def _is_our_hash(self, event: BlockStored) -> bool:
         """Others may use 16 bytes as well, so the first block that an engine stores is recomputed."""
@@ -253,24 +284,23 @@ class PrefixIndex:
     def _new_foreign(self) -> ForeignBlocks:
         return ForeignBlocks(self.block_size, self.model, self.counters, revision=self.revision)
 
-    def _store(self, engine: _Engine, hashes: Sequence[BlockHash]) -> None:
+    def _store(self, engine: _Engine, keys: Sequence[bytes]) -> None:
         """The hot loop."""
-        young, old = self._young, self._old
-        shared = self._shared_owners
-        bit = engine.bit
+        young, old, bit = self._young, self._old, engine.bit
         engine.holds_blocks = True
-        for block_hash in hashes:
-            key = block_hash[:_KEY_NBYTES]
-            owners = young.get(key)
-            if owners is None:
-                owners = old.pop(key, 0)
-                if not owners:
-                    young[key] = bit
-                    continue
-            elif owners & bit:
-                continue
-            owners |= bit
-            young[key] = shared.setdefault(owners, owners)
+        if old and not old.keys().isdisjoint(keys):
+            for key in keys:
+                if owners := old.pop(key, 0):
+                    young[key] = owners
+        if young.keys().isdisjoint(keys):  # all are new, as most are; it asks for the memory of all at once
+            for key in keys:
+                young[key] = bit
+            return
+        for key in keys:
+            owners = young.setdefault(key, bit)
+            if not owners & bit:
+                owners |= bit
+                young[key] = self._owners.one(owners)
 
     def _remove_event(self, engine: _Engine, event: BlockRemoved) -> None:
         # What leaves an offload tier or a secondary group was never stored here.
@@ -288,18 +318,14 @@ class PrefixIndex:
             generation = self._young if key in self._young else self._old
             owners = generation.get(key, 0) & others
             if owners:
-                generation[key] = self._shared_owners.setdefault(owners, owners)
+                generation[key] = self._owners.one(owners)
             else:
                 generation.pop(key, None)
 
     # --- engines -----------------------------------------------------------------------------------
 
     def _join(self, engine_id: str) -> _Engine:
-        bit = 1
-        while bit in self._engine_ids:
-            bit <<= 1
-        engine = self._engines[engine_id] = _Engine(engine_id, bit)
-        self._engine_ids[bit] = engine_id
+        engine = self._engines[engine_id] = _Engine(engine_id, self._owners.join(engine_id))
         return engine
 
     def _forget_blocks(self, engine: _Engine) -> None:
@@ -309,21 +335,13 @@ class PrefixIndex:
         instead would double the memory."""
         if engine.holds_blocks:
             engine.holds_blocks = False
-            self._prune_shared_owners()
-            others = {owners: owners & ~engine.bit for owners in self._shared_owners}
-            self._shared_owners = {owners: owners for owners in others.values()}
-            others = {owners: self._shared_owners[rest] for owners, rest in others.items()}
+            self._prune_owners()
+            others = self._owners.without(engine.bit)
             self._young = {key: rest for key, owners in self._young.items() if (rest := others[owners])}
             self._old = {key: rest for key, owners in self._old.items() if (rest := others[owners])}
         if engine.foreign is not None:
             engine.foreign = self._new_foreign()
         self._measure_foreign(engine)
-
-    def _note(self, matched: dict[str, int], owners: int, num_tokens: int) -> None:
-        while owners:
-            bit = owners & -owners
-            matched[self._engine_ids[bit]] = num_tokens
-            owners ^= bit
 
     # --- bytes -------------------------------------------------------------------------------------
 
@@ -332,27 +350,29 @@ class PrefixIndex:
         whole of the limit is in use: an order of use kept per entry would cost more memory than that."""
         if changed is not None and changed.foreign is not None:
             self._measure_foreign(changed)
-        if len(self._shared_owners) > self._max_shared_owners:
-            self._prune_shared_owners()
+        if self._owners.is_full:
+            self._prune_owners()
         while self._needs_room():
             self.counters.evicted_blocks += len(self._old)
             self._old, self._young = self._young, {}
-            self._prune_shared_owners()
+            self._prune_owners()
             for engine in self._engines.values():
                 if engine.foreign is not None:
                     engine.foreign.keep_if(lambda block_hash: block_hash[:_KEY_NBYTES] in self._old)
                     self._measure_foreign(engine)
+        # A table doubles at once.
+        tables = sys.getsizeof(self._young) + self._owners.table_nbytes
+        spare = self.max_nbytes // 2 - self.nbytes - tables - self._prompts.max_nbytes
+        self._room_blocks = min(_CHECK_EVERY_BLOCKS, spare // _MAX_NBYTES_PER_NEW_BLOCK)
 
     def _needs_room(self) -> bool:
         """Over the limit; or the young generation alone takes half of it, so that a new one should begin."""
         nbytes = self.nbytes
         return nbytes > self.max_nbytes or (nbytes * len(self._young) * 2 > self.max_nbytes * self.num_blocks)
 
-    def _prune_shared_owners(self) -> None:
+    def _prune_owners(self) -> None:
         """Sets of owners that no block has any more; O(blocks), so not before there can be that many."""
-        live = {*self._young.values(), *self._old.values()}
-        self._shared_owners = {owners: owners for owners in live}
-        self._max_shared_owners = _MIN_SHARED_OWNERS + 2 * len(live) + self.num_blocks // 4
+        self._owners.keep({*self._young.values(), *self._old.values()}, self.num_blocks)
 
     def _compact(self, engine: _Engine) -> None:
         self._young = _compacted(self._young)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.kvcache.prefix.hash import HashChain, block_hashes, iter_hashes, root_hash
+from microserve.kvcache.prefix.hash import HashChain, block_hashes, root_hash
 from microserve.protocol.errors import ConfigError, InvalidRequest
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=300)
@@ -60,7 +60,6 @@ def test_chain_in_pieces_equals_all_at_once(tokens: list[int], block_size: int, 
         assert len(chain.hashes) == min(cut, len(tokens)) // block_size
     chain.extend(array("I", tokens))
     assert chain.hashes == block_hashes(tokens, block_size, ROOT)
-    assert chain.hashes == list(iter_hashes(tokens, block_size, ROOT))
 
 
 @given(TOKENS.filter(bool), st.data())
@@ -70,14 +69,6 @@ def test_one_changed_token_changes_every_hash_from_there_on(tokens: list[int], d
     before, after = block_hashes(tokens, 4, ROOT), block_hashes(changed, 4, ROOT)
     assert before[: at // 4] == after[: at // 4]
     assert not set(before[at // 4 :]) & set(after[at // 4 :])
-
-
-def test_iter_hashes_packs_no_further_than_it_is_asked() -> None:
-    tokens = [*range(8 * 4), -1, 0, 0, 0]  # the bad token is in the piece after the first 8 blocks
-    hashes = iter_hashes(tokens, 4, ROOT)
-    assert [next(hashes) for _ in range(8)] == block_hashes(tokens[:32], 4, ROOT)
-    with pytest.raises(InvalidRequest):
-        next(hashes)
 
 
 @pytest.mark.parametrize("bad", [-1, 2**32, None, "a", 1.5])

@@ -144,9 +144,9 @@ def test_many_sets_of_owners_are_counted_and_pruned() -> None:
             index.apply(engine, [event])
     index.check_integrity()
     # 21 000 sets of two or more came up on the way; those that no block has any more are not kept.
-    assert len(index._shared_owners) < 12_000
+    assert len(index._owners._sets) < 12_000
     owners = {id(owners) for owners in index._young.values()}
-    shared = {id(owners) for owners in index._shared_owners.values()}
+    shared = {id(owners) for owners in index._owners._sets.values()}
     assert owners <= shared
     for engine in engines:
         index.remove_engine(engine)
