@@ -69,7 +69,7 @@ class EngineSettings(_Section, frozen=True):
     threads: Count = 1
     device: str = "cpu"
     """``cpu`` or ``cuda:N``."""
-    cpu_kernels: str = "transformers"
+    cpu_kernels: str = "auto"
     """On a CPU: ``transformers``, or the native step by the instructions of ``amx``, ``avx512``, ``avx2`` or
     ``portable``: all with the same bits. ``auto``: the native step by the best there are, or, with a warning,
     transformers where it cannot be built or does not know the model."""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.bus.transport import Bus
+from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.run import run_service
 from microserve.protocol.settings import Settings
@@ -33,6 +34,8 @@ FIRST_TOKEN_ID = 24
 
 class NullRunner:
     """Samples without a model, at most once in ``step_s`` seconds."""
+
+    numerics = UNKNOWN
 
     def __init__(self, step_s: float) -> None:
         self._step_s = step_s
