@@ -161,11 +161,19 @@ class Completion(Generic[R]):
             "x-microserve-strategy": ended.strategy,
             "x-microserve-strategy-version": str(ended.strategy_version),
             "x-microserve-engines": ",".join(ended.engines),
+            **self._exact_header(),
         }
+
+    def _exact_header(self) -> dict[str, str]:
+        """Of what there is of the answer when its head is sent."""
+        numerics = self._group.numerics
+        return {} if numerics is None else {"x-microserve-exact": numerics.promise}
 
     async def _stream_answer(self, answer: AnswerFormat) -> None:
         group, inbox = self._group, self._group.inbox
-        stream = EventStream(self._exchange, on_idle=inbox.poke, on_stall=inbox.fail)
+        stream = EventStream(
+            self._exchange, on_idle=inbox.poke, on_stall=inbox.fail, headers=self._exact_header
+        )
         async with stream:
             try:
                 while not group.over:
@@ -201,7 +209,7 @@ class Completion(Generic[R]):
             if piece.text or piece.tokens:
                 events.append(answer.delta(choice.index, piece))
             if piece.finish_reason is not None:
-                events.append(answer.finish(choice.index, piece.finish_reason))
+                events.append(answer.finish(choice.index, piece.finish_reason, choice.numerics.promise))
                 finished.append(choice)
         if events:
             await stream.write(b"".join(events))

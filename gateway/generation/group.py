@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Sequence
+from functools import reduce
 from time import monotonic
 
 import msgspec
@@ -20,6 +21,7 @@ from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Piece, Timeline
 from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
+from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.request_id import of_choice
 
@@ -113,6 +115,12 @@ class ChoiceGroup:
         for mailbox in self.inbox.mailboxes:
             mailbox.cancel()
             mailbox.fail(error)
+
+    @property
+    def numerics(self) -> Numerics | None:
+        """In which class all output so far was made; None: there is none."""
+        classes = [mailbox.numerics for mailbox in self.inbox.mailboxes if mailbox.output]
+        return reduce(Numerics.joined, classes) if classes else None
 
     @property
     def over(self) -> bool:

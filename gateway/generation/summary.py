@@ -20,6 +20,7 @@ import structlog
 
 from microserve.gateway.text.choice import Timeline
 from microserve.protocol import log
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.router import PHASES, ROUTER_PHASES, Phases
 
 _logger = structlog.get_logger()
@@ -77,6 +78,7 @@ class Summary:
     strategy: str = ""
     strategy_version: int = 0
     engines: list[str] = field(default_factory=list)
+    numerics: Numerics = UNKNOWN
     finish_reason: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -106,6 +108,8 @@ def write_line(summary: Summary) -> None:
         strategy=summary.strategy,
         strategy_version=summary.strategy_version,
         engines=summary.engines,
+        numerics=summary.numerics.name,
+        exact=summary.numerics.is_exact,
         prompt_tokens=summary.prompt_tokens,
         cached_tokens=summary.cached_tokens,
         received_tokens=summary.received_tokens,

@@ -38,15 +38,16 @@ class EventStream:
         *,
         on_idle: Callable[[], None],
         on_stall: Callable[[MeshError], None],
-        headers: Mapping[str, str] | None = None,
+        headers: Callable[[], Mapping[str, str]] = dict,
         ping_s: float | None = None,
         stall_s: float | None = None,
     ) -> None:
-        """``on_idle``: no write for ``ping_s``, so ``ping``. ``on_stall``: the client does not read."""
+        """``on_idle``: no write for ``ping_s``, so ``ping``. ``on_stall``: the client does not read.
+        ``headers``: of the head, asked when that is sent."""
         self._exchange = exchange
         self._on_idle = on_idle
         self._on_stall = on_stall
-        self._headers = {**_HEADERS, **(headers or {})}
+        self._headers = headers
         self._ping_s = PING_S if ping_s is None else ping_s
         self._stall_s = STALL_S if stall_s is None else stall_s
         self._loop = asyncio.get_running_loop()
@@ -93,7 +94,7 @@ class EventStream:
         self._changed_at = self._loop.time()
         try:
             if not self._exchange.started:
-                await self._exchange.start(200, self._headers, _CONTENT_TYPE)
+                await self._exchange.start(200, {**_HEADERS, **self._headers()}, _CONTENT_TYPE)
             await self._exchange.write(events, more=more)
         finally:
             self._writing = False

@@ -76,12 +76,18 @@ class AnswerFormat(ABC):
         }
         opened = encode(self._head)[:-1] + b","
         self._chunk_head = b"data: " + opened + b'"choices":[{"index":'
-        self._chunk_tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+        self._usage_member = b',"usage":null' if include_usage else b""
+        self._chunk_tail = b"}]%b}\n\n" % self._usage_member
         self._usage_head = opened
 
     def _chunk(self, index: int, rest: bytes) -> bytes:
         """``rest``: members of the choice behind ``index``."""
         return b"%b%d,%b%b" % (self._chunk_head, index, rest, self._chunk_tail)
+
+    def _last_chunk(self, index: int, rest: bytes, promise: str) -> bytes:
+        """As :meth:`_chunk`, and in which numerics class the whole choice was made."""
+        members = b'%b,"microserve":{"exact":%b}' % (self._usage_member, encode(promise))
+        return b"%b%d,%b}]%b}\n\n" % (self._chunk_head, index, rest, members)
 
     @abstractmethod
     def opening(self, index: int) -> bytes:
@@ -92,8 +98,8 @@ class AnswerFormat(ABC):
         """Event with a piece's text and token log-probabilities."""
 
     @abstractmethod
-    def finish(self, index: int, reason: str) -> bytes:
-        """Last event of a choice."""
+    def finish(self, index: int, reason: str, promise: str) -> bytes:
+        """Last event of a choice; ``promise`` as in the header ``x-microserve-exact``."""
 
     def usage(self, counts: UsageCounts) -> bytes:
         """Last event of a stream with ``include_usage``."""

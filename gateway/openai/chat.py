@@ -73,8 +73,9 @@ class ChatFormat(AnswerFormat):
             b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null' % (encode(piece.text), logprobs),
         )
 
-    def finish(self, index: int, reason: str) -> bytes:
-        return self._chunk(index, b'"delta":{},"logprobs":null,"finish_reason":"%b"' % reason.encode())
+    def finish(self, index: int, reason: str, promise: str) -> bytes:
+        rest = b'"delta":{},"logprobs":null,"finish_reason":"%b"' % reason.encode()
+        return self._last_chunk(index, rest, promise)
 
     def choice(self, choice: FinishedChoice) -> dict[str, Any]:
         return {

@@ -57,8 +57,9 @@ class CompletionFormat(AnswerFormat):
             index, b'"text":%b,"logprobs":%b,"finish_reason":null' % (encode(piece.text), logprobs)
         )
 
-    def finish(self, index: int, reason: str) -> bytes:
-        return self._chunk(index, b'"text":"","logprobs":null,"finish_reason":"%b"' % reason.encode())
+    def finish(self, index: int, reason: str, promise: str) -> bytes:
+        rest = b'"text":"","logprobs":null,"finish_reason":"%b"' % reason.encode()
+        return self._last_chunk(index, rest, promise)
 
     def choice(self, choice: FinishedChoice) -> dict[str, Any]:
         return {

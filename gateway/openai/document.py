@@ -37,6 +37,10 @@ _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"type": "string", "pattern": "^[A-Za-z0-9._:/+=@-]{1,128}$"},
     ),
 }
+_PROMISE = (
+    "The numerics class in which the whole answer was made, bit for bit as any engine of the class makes it; "
+    "or none. Of a stream: its beginning's; each choice's last chunk has the choice's, as microserve.exact."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,11 @@ def _responses(operation: Operation) -> dict[str, Any]:
     if operation.streams:
         content[_SSE] = {"schema": {"type": "string"}}
     error = {"description": "What is wrong.", "content": {_JSON: {"schema": _ref(replies.ErrorEnvelope)}}}
-    found = {"200": {"description": "The answer.", "content": content}, "4XX": error, "5XX": error}
+    reply: dict[str, Any] = {"description": "The answer.", "content": content}
+    if operation.streams:
+        header = {"description": _PROMISE, "schema": {"type": "string"}}
+        reply["headers"] = {"x-microserve-exact": header}
+    found = {"200": reply, "4XX": error, "5XX": error}
     if operation.is_503_a_reply:
         found["503"] = {"description": "Not now.", "content": content}
     return found

@@ -17,6 +17,7 @@ from microserve.gateway.routers.mailbox import Mailbox
 from microserve.protocol import log
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import InternalError, MeshError, NoEngines
+from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.request_id import moved
 
@@ -119,6 +120,7 @@ class Moves:
             ttl_s=max(kept.deadline - now, 0.001),
             num_output_tokens=len(mailbox.output),
             revision=mailbox.revision if mailbox.output else "",
+            numerics=mailbox.numerics if mailbox.output else UNKNOWN,
         )
         if not link.send(message, kept.prompt + output):
             return False

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.messages.router import Ended, Output
 
 MAX_TOKEN_ID = 0xFFFF_FFFF
@@ -50,6 +51,8 @@ class Mailbox:
         """All tokens so far: what another router would have to be told."""
         self.revision = ""
         """Of the model that made them, as the router said that brought the last ones."""
+        self.numerics = UNKNOWN
+        """In which class they were made, as far as routers have said."""
         self.num_repeated = 0
         """Tokens that came once more and were dropped; a router that keeps its promises sends none."""
         self.ended: Ended | None = None
@@ -61,6 +64,8 @@ class Mailbox:
         self._with_logprobs = with_logprobs
         self._cancel = cancel
         self._cancelled = False
+        self._is_class_told = False
+        """By the router that has it now."""
         self._batch = TokenBatch()
         inbox.add(self)
 
@@ -85,8 +90,14 @@ class Mailbox:
             return
         if self.first_at is None and len(self.output):
             self.first_at = now
+        if output.numerics is not None:
+            self.numerics, self._is_class_told = output.numerics, True
+        elif output.token_ids and not self._is_class_told:
+            self.numerics = UNKNOWN
         if output.ended is not None:
             self.ended = self._batch.ended = output.ended
+            if output.ended.numerics.name:
+                self.numerics = output.ended.numerics
         self._inbox.notify(self)
 
     def _append(self, output: Output) -> None:
@@ -131,6 +142,7 @@ class Mailbox:
     def travel(self, request_id: str, cancel: Callable[[], None]) -> None:
         """Another router has it now, under another name."""
         self.request_id, self._cancel = request_id, cancel
+        self._is_class_told = False
 
     def cancel(self) -> None:
         """Nobody wants the rest. The mailbox stays known until the router confirms by ``Ended``."""

@@ -15,6 +15,7 @@ from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText, Transcript
 from microserve.protocol.errors import MeshError, PeerError, ProtocolViolation, error_for
 from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.router import Ended
 from microserve.protocol.messages.sampling import SamplingParams
 
@@ -90,6 +91,11 @@ class Choice:
     def ended(self) -> Ended | None:
         """The router's own account of the choice, once it is in."""
         return None if self.mailbox is None else self.mailbox.ended
+
+    @property
+    def numerics(self) -> Numerics:
+        """In which class its output so far was made."""
+        return UNKNOWN if self.mailbox is None else self.mailbox.numerics
 
     def push(self, batch: TokenBatch) -> Piece:
         """Take new tokens and perhaps the end. What comes after the end is ignored."""
