@@ -73,6 +73,11 @@ class PrefixCache:
         """Cached blocks, in use or free."""
         return len(self._by_block)
 
+    @property
+    def blocks(self) -> list[int]:
+        """Their numbers in the pool."""
+        return list(self._by_block)
+
     def new_chain(self, salt: str = "") -> HashChain:
         """The hash chain of a new sequence; keep it with the sequence and pass it to every call."""
         return HashChain(self._root_hash(salt), self.block_size)

@@ -11,15 +11,17 @@ from functools import partial
 
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.transport import Bus
+from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
-from microserve.services.engine.core.batch import Batch, Runner, StepResult
+from microserve.services.engine.core.batch import Batch, Chunk, Runner, StepResult
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
 from microserve.services.engine.shell import EngineShell
-from microserve.services.simulation.hash_runner import HashRunner, hash_layout
+from microserve.services.simulation.hash_runner import HASH, HashRunner, hash_layout
 from microserve.services.simulation.heap import FaultyHeap, WriteFaults
 from microserve.services.simulation.loop import Process, VirtualLoop
+from microserve.services.simulation.marked_runner import MarkedRunner
 from microserve.services.simulation.steps import Pacer, VirtualCondition, VirtualSteps
 from microserve.services.simulation.witness import Witness
 
@@ -73,8 +75,15 @@ class SimEngine:
         *,
         incarnation: int,
         seed: int,
+        numerics: Numerics = HASH,
+        mark: int = 0,
     ) -> None:
+        """``numerics``: in which class it computes. ``mark``: that class's bit in the rows, in a mesh of
+        several (marked_runner.py); 0: rows are not marked."""
         cache = settings.kvcache
+        self.numerics, self.mark = numerics, mark
+        self.runner: HashRunner | None = None
+        """None where another kind of engine computes nothing."""
         self._witness = witness
         self.process = process
         self.pacer = Pacer(loop, process)
@@ -123,8 +132,32 @@ class SimEngine:
             witness=self._witness,
             ring=self._ring,
         )
-        runner = HashRunner(heap.data, layout, vocab_size=VOCAB_SIZE)
+        runner = HashRunner(heap.data, layout, vocab_size=VOCAB_SIZE, numerics=self.numerics)
+        if self.mark:
+            runner = MarkedRunner(
+                *(heap.data, layout),
+                vocab_size=VOCAB_SIZE,
+                numerics=self.numerics,
+                mark=self.mark,
+                on_sampled=self._sampled,
+            )
+        self.runner = runner
         return heap, TimedRunner(runner, self.pacer)
+
+    def _sampled(self, chunk: Chunk, mark: int) -> None:
+        """A token of some request has been made from rows of these classes."""
+        if chunk.sample is None:
+            return
+        for sequence in self.core.state.inflight:
+            if sequence.sequence_id == chunk.sequence_id:
+                self._witness.sampled(sequence.request_id, len(chunk.sample.output_token_ids), mark)
+
+    def foreign_blocks(self) -> list[int]:
+        """Blocks of its prefix cache that owe to another class than its own."""
+        cache, runner = self.core.memory.cache, self.runner
+        if not isinstance(runner, MarkedRunner):
+            return []
+        return [block for block in cache.blocks if runner.marks_of(block) != self.mark]
 
     def _pause(self, seconds: float) -> None:
         """Between two looks at a counter: until somebody writes here, or a message comes."""

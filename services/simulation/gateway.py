@@ -20,6 +20,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.router import Ended
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings
@@ -47,6 +48,10 @@ class Answer:
     ended_at: float = 0.0
     ended: Ended | None = None
     """What the router said at the end."""
+    numerics: Numerics = UNKNOWN
+    """What it was told last of the class of what it has."""
+    promises: dict[str, int] = field(default_factory=dict)
+    """Exact classes that it was told of, and how many tokens it had when it was last told so."""
     is_cancelled: bool = False
     strategy: str = ""
     salt: str = ""
@@ -163,6 +168,9 @@ class SimGateway:
             answer.first_token_at = self._loop.now
         answer.token_ids += batch.token_ids
         answer.logprobs += batch.logprobs
+        answer.numerics = mailbox.numerics
+        if answer.token_ids and answer.numerics.is_exact:
+            answer.promises[answer.numerics.name] = len(answer.token_ids)
         if batch.ended is not None:
             answer.ended = batch.ended
             self.end(answer, batch.ended.code or batch.ended.reason, batch.ended.detail)

@@ -28,6 +28,8 @@ ROW_NBYTES = 8
 
 REVISION = "hash-runner-2"
 """What its "weights" are: raised when it computes other KV."""
+HASH = Numerics("hash-2", is_exact=True)
+"""Its numerics class: a row is what its context is, in whatever company."""
 
 
 def hash_layout(
@@ -133,6 +135,14 @@ class HashRunner:
         return Sampled(number % self._vocab_size, logprob, [])
 
 
+MakeRunner = Callable[[npt.NDArray[np.uint8], KvLayout, int], HashRunner]
+"""From the data region, its layout and the size of the vocabulary."""
+
+
+def plain(data: npt.NDArray[np.uint8], layout: KvLayout, vocab_size: int) -> HashRunner:
+    return HashRunner(data, layout, vocab_size=vocab_size)
+
+
 def expected_samples(
     prompt: Sequence[int],
     params: SamplingParams,
@@ -140,12 +150,13 @@ def expected_samples(
     vocab_size: int,
     num_layers: int = 2,
     block_size: int = 4,
+    make_runner: MakeRunner = plain,
 ) -> list[Sampled]:
     """What any mesh with blocks of ``block_size`` tokens, which count in what this runner computes, must
     answer: one sequence alone, whole prompt at once, no cache (eos is ignored)."""
     total = len(prompt) + params.max_tokens
     layout = hash_layout(num_blocks=-(-total // block_size), num_layers=num_layers, block_size=block_size)
-    runner = HashRunner(np.zeros(layout.data_nbytes, np.uint8), layout, vocab_size=vocab_size)
+    runner = make_runner(np.zeros(layout.data_nbytes, np.uint8), layout, vocab_size)
     tokens, start = list(prompt), 0
     table = list(range(layout.num_blocks))
     samples: list[Sampled] = []

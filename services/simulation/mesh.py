@@ -16,6 +16,7 @@ from typing import Any
 
 from microserve.kvcache.heap.local import MemoryRegistry
 from microserve.protocol.errors import InternalError
+from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import (
     BusSettings,
@@ -32,6 +33,7 @@ from microserve.services.router.service import Router
 from microserve.services.simulation.bus import Addresses, SimBus
 from microserve.services.simulation.engine import SimEngine
 from microserve.services.simulation.gateway import SimGateway
+from microserve.services.simulation.hash_runner import HASH
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.network import Network
@@ -70,6 +72,8 @@ class Shape:
     """That routers know beside those that they come with."""
     labels: tuple[tuple[str, ...], ...] = ()
     """By number of engine; engines without an entry have none."""
+    numerics: tuple[Numerics, ...] = ()
+    """By number of engine: in which class it computes, and rows are marked with it. Empty: all in one."""
     max_skew_s: float = 600.0
     """Clocks of processes stand apart by up to so much."""
 
@@ -178,6 +182,7 @@ class SimulatedMesh:
     def _make_engine(
         self, process: Process, settings: Settings, bus: SimBus, incarnation: int, seed: int
     ) -> SimEngine:
+        numerics = self.numerics(settings.engine.id)
         return SimEngine(
             self.loop,
             process,
@@ -187,6 +192,8 @@ class SimulatedMesh:
             self.witness,
             incarnation=incarnation,
             seed=seed,
+            numerics=numerics,
+            mark=self.mark(numerics),
         )
 
     async def _run_index(self, seat: Seat, bus: SimBus, settings: Settings, incarnation: int) -> None:
@@ -315,6 +322,16 @@ class SimulatedMesh:
         )
 
     # --- what there is -----------------------------------------------------------------------------
+
+    def numerics(self, engine: str) -> Numerics:
+        """The class of the engine of that name."""
+        given = self.shape.numerics
+        return given[self.engines.index(engine)] if given else HASH
+
+    def mark(self, numerics: Numerics) -> int:
+        """The class's bit in the rows; 0 where they have none."""
+        names = sorted({each.name for each in self.shape.numerics})
+        return 1 << names.index(numerics.name) if names else 0
 
     def living(self, names: list[str]) -> list[Any]:
         """Services of the seats that are alive."""

@@ -9,6 +9,8 @@ luck, and a judge who waits for wrong tokens waits for thousands of worlds.
     a lane is let go     the same: until then its writer may write
     a layer is refuted   some write of those that went there was lost or bent on its way
 
+It also keeps which numerics classes each token owes to, for the judge.
+
 Told of every word by heap.py; changes nothing. Knows no requests, and no faults but of writes.
 """
 
@@ -122,6 +124,9 @@ class Witness:
         """Of lanes that are held."""
         self._spoilt: Counter[int] = Counter()
         """Writes that were lost or bent, by receiver."""
+        self.marks: dict[tuple[str, int], set[int]] = {}
+        """By request, as its client knows it, and output offset: what the token owed to, each time that it
+        was made (marked_runner.py)."""
 
     # --- engines -----------------------------------------------------------------------------------
 
@@ -153,6 +158,12 @@ class Witness:
         if table is not None and table.num_refuted and not self._spoilt[incarnation]:
             self._tell(f"{table.num_refuted} layers were taken for whole that were not; no write was spoilt")
             table.num_refuted = 0
+
+    # --- tokens ------------------------------------------------------------------------------------
+
+    def sampled(self, request_id: str, offset: int, mark: int) -> None:
+        """An engine has made an output token of rows with these marks."""
+        self.marks.setdefault((request_id.partition("~")[0], offset), set()).add(mark)
 
     # --- the receiver's side -----------------------------------------------------------------------
 

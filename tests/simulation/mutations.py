@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tests.simulation.gateway_mutations
+import tests.simulation.numerics_mutations
 import tests.simulation.subtle_mutations  # noqa: F401  (as well)
 from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.grant.table import Discharged, GrantEvent, GrantTable

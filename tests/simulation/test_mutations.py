@@ -24,6 +24,8 @@ QUICK = [
     "A late writer takes any open grant of the slot: the generation is not compared",
     "The frontier of two lanes is the furthest end, whatever lies before",
     "A failed send stays on its target's book",
+    "What an exact engine computes behind KV of another class becomes prefix cache",
+    "A request that goes on at another router does not say in which class it began",
 ]
 
 

@@ -28,6 +28,7 @@ from microserve.services.simulation.faults.judge import (
     judge_codes,
     judge_gone,
     judge_outcomes,
+    judge_promises,
     judge_rest,
     judge_service,
 )
@@ -129,8 +130,9 @@ async def _run(loop: VirtualLoop, journal: Journal, scenario: Scenario, verdict:
         verdict.violations += await _settle(mesh)
         verdict.violations += await _probe(mesh, answers)
         for answer in answers:
-            verdict.violations += judge_answer(answer)
+            verdict.violations += judge_answer(answer, is_marked=bool(scenario.shape.numerics))
             verdict.outcomes[answer.outcome or "none"] += 1
+        verdict.violations += judge_promises(mesh, answers)
         for gateway in mesh.all_gateways():
             verdict.violations += gateway.violations()
         verdict.violations += mesh.witness.finish()

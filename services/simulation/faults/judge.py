@@ -26,7 +26,8 @@ from microserve.services.router.service import Router
 from microserve.services.simulation.engine import VOCAB_SIZE, SimEngine
 from microserve.services.simulation.faults.scenario import CALM, STORM, Scenario
 from microserve.services.simulation.gateway import Answer, SimGateway
-from microserve.services.simulation.hash_runner import expected_samples
+from microserve.services.simulation.hash_runner import HASH, expected_samples, plain
+from microserve.services.simulation.marked_runner import marked
 from microserve.services.simulation.mesh import INDEX, SimulatedMesh
 
 GONE_S = 0.4
@@ -56,27 +57,30 @@ MAX_TOKENS = 80
 
 @cache
 def _oracle(
-    prompt: tuple[int, ...], temperature: float, seed: int
+    prompt: tuple[int, ...], temperature: float, seed: int, is_marked: bool
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     params = SamplingParams(
         max_tokens=MAX_TOKENS, temperature=temperature, seed=seed, ignore_eos=True, logprobs=0
     )
-    samples = expected_samples(prompt, params, vocab_size=VOCAB_SIZE)
+    make_runner = marked if is_marked else plain
+    samples = expected_samples(prompt, params, vocab_size=VOCAB_SIZE, make_runner=make_runner)
     return tuple(s.token_id for s in samples), tuple(s.logprob or 0.0 for s in samples)
 
 
-def expected(prompt: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Tokens and log probabilities that any mesh must answer."""
-    tokens, logprobs = _oracle(tuple(prompt), params.temperature, params.seed)
+def expected(
+    prompt: Sequence[int], params: SamplingParams, *, is_marked: bool = False
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Tokens and log probabilities that any mesh must answer; ``is_marked``: one whose rows have marks."""
+    tokens, logprobs = _oracle(tuple(prompt), params.temperature, params.seed, is_marked)
     stops = (length for length, token in enumerate(tokens, start=1) if token in params.stop_token_ids)
     length = min(params.max_tokens, next(stops, params.max_tokens))
     return tokens[:length], logprobs[:length]
 
 
-def judge_answer(answer: Answer) -> list[str]:
+def judge_answer(answer: Answer, *, is_marked: bool = False) -> list[str]:
     """A complete answer is the oracle's; one that was cut short is a prefix of it."""
     params = answer.params
-    tokens, logprobs = expected(answer.prompt, params)
+    tokens, logprobs = expected(answer.prompt, params, is_marked=is_marked)
     name = f"{answer.request_id} ({answer.strategy}, {len(answer.prompt)} prompt tokens)"
     have, wrong = tuple(answer.token_ids), []
     if answer.is_complete and have != tokens:
@@ -91,6 +95,26 @@ def judge_answer(answer: Answer) -> list[str]:
         told = tuple(logprob.logprob for logprob in answer.logprobs)
         if told != logprobs[: len(told)] or len(told) != len(have):
             wrong.append(f"wrong logprobs: {name}")
+    return wrong
+
+
+def judge_promises(mesh: SimulatedMesh, answers: Sequence[Answer]) -> list[str]:
+    """An answer is told to be exact only if all rows that its tokens owe to are of that one exact class; and
+    where there is one class only, it is told so."""
+    classes = {each.name: each for each in mesh.shape.numerics}
+    wrong = []
+    for answer in answers:
+        name = f"{answer.request_id} ({answer.strategy})"
+        if not classes and answer.is_complete and answer.numerics != HASH:
+            wrong.append(f"promise: {name} is told of {answer.numerics}, and all engines are of {HASH}")
+        for promise, num_tokens in answer.promises.items() if classes else ():
+            mark = mesh.mark(classes[promise])
+            owed = [mesh.witness.marks.get((answer.request_id, at), set()) for at in range(num_tokens)]
+            late = [at for at, marks in enumerate(owed) if mark not in marks]
+            if late or not classes[promise].is_exact:
+                wrong.append(
+                    f"promise: {name} is told {promise!r} of {num_tokens} tokens, not true of {late}"
+                )
     return wrong
 
 
@@ -191,6 +215,8 @@ def _judge_engine(name: str, engine: SimEngine, mesh: SimulatedMesh) -> list[str
         "routers that are gone": max(0, engine.num_routers - len(mesh.routers) - 1),
     }
     left = [f"leak: {name} has {value} {what}" for what, value in checks.items() if value]
+    if engine.numerics.is_exact and (foreign := engine.foreign_blocks()):
+        left.append(f"promise: {name} has blocks {foreign} of another class in its prefix cache")
     try:
         core.check_integrity()
     except InternalError as error:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from microserve.protocol import log
+from microserve.protocol.messages.numerics import MIXED
 from microserve.services.simulation.faults.judge import expected
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
@@ -23,6 +24,8 @@ COUNTED = {
     "sends_preempted": "a send was preempted",
     "sends_failed": "a send failed",
     "grants_expired": "a grant expired",
+    "generate_mixed": "a sequence was made of KV of two classes",
+    "commits_of_another_class": "KV of another class was to be cache",
 }
 """By counter of an engine."""
 LOGGED = {
@@ -33,7 +36,12 @@ LOGGED = {
 }
 """By event."""
 AT_ITS_END = "continued behind its last token"
-SITUATIONS = (*(meeting.value for meeting in Meeting), *COUNTED.values(), *LOGGED.values(), AT_ITS_END)
+KEPT_ON = "continued, and exact where there are two classes"
+MIXED_UP = "continued in another class"
+SITUATIONS = (
+    *(meeting.value for meeting in Meeting),
+    *(*COUNTED.values(), *LOGGED.values(), AT_ITS_END, KEPT_ON, MIXED_UP),
+)
 
 
 def situations(mesh: SimulatedMesh, journal: Journal, answers: Sequence[Answer]) -> Counter[str]:
@@ -44,6 +52,11 @@ def situations(mesh: SimulatedMesh, journal: Journal, answers: Sequence[Answer])
     by_id = {answer.request_id: answer for answer in answers}
     for request_id, num_delivered in journal.continued:
         answer = by_id.get(request_id)
-        if answer is not None and num_delivered == len(expected(answer.prompt, answer.params)[0]):
+        if answer is not None and num_delivered == len(
+            expected(answer.prompt, answer.params, is_marked=bool(mesh.shape.numerics))[0]
+        ):
             found[AT_ITS_END] += 1
+        if answer is not None and answer.is_complete and num_delivered and mesh.shape.numerics:
+            found[KEPT_ON] += answer.numerics.is_exact
+            found[MIXED_UP] += answer.numerics.name == MIXED
     return +found

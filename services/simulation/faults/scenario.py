@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.engine import VOCAB_SIZE
@@ -20,6 +21,8 @@ from microserve.services.simulation.mesh import Shape
 STRATEGIES = tuple(strategy.name for strategy in BUILT_IN)
 RARE = tuple(strategy.name for strategy in PROVOKING)
 CALM, SINGLE, STORM = "calm", "single", "storm"
+SHARP, SHARP_TOO = Numerics("sharp", is_exact=True), Numerics("sharp-too", is_exact=True)
+LOOSE = Numerics("loose")
 QUIET_S = 0.3
 """The mesh comes together before the first fault and the first request."""
 BURST_S = 0.05
@@ -74,8 +77,9 @@ _LONG = [prompt for prompt in _PROMPTS if len(prompt) >= 40]
 def draw(seed: int) -> Scenario:
     rng = random.Random(f"scenario {seed}")
     (kind,) = rng.choices((CALM, SINGLE, STORM), (1, 2, 12))
+    num_engines = rng.choice((1, 2, 2, 2, 3, 3, 3, 4) if kind != SINGLE else (2, 3))
     shape = Shape(
-        num_engines=rng.choice((1, 2, 2, 2, 3, 3, 3, 4) if kind != SINGLE else (2, 3)),
+        num_engines=num_engines,
         num_routers=rng.choice((1, 1, 1, 2)),
         num_gateways=rng.choice((1, 1, 1, 2)),
         # In a storm they may run out; elsewhere nobody may be refused for want of them.
@@ -97,6 +101,7 @@ def draw(seed: int) -> Scenario:
         strategies=PROVOKING,
         labels=rng.choice(((), (), (("prefill",), ("decode",)))),
         max_skew_s=rng.choice((0.0, 600.0)),
+        numerics=_draw_numerics(random.Random(f"numerics {seed}"), num_engines),
     )
     last = QUIET_S + rng.uniform(0.4, 1.2)
     faults: list[Fault] = []
@@ -110,6 +115,14 @@ def draw(seed: int) -> Scenario:
     crowd = [_draw_arrival(rng, shape, ["data_parallel", "kv_cost"], last, is_heavy=False) for _ in range(8)]
     ends_at = max([last, arrivals[-1].at, *(fault.until for fault in faults)])
     return Scenario(seed, kind, shape, arrivals, crowd, faults, ends_at)
+
+
+def _draw_numerics(rng: random.Random, num_engines: int) -> tuple[Numerics, ...]:
+    """Mostly one class for all. Of its own lots: what is drawn elsewhere is the same with and without."""
+    if num_engines == 1 or rng.random() < 0.7:
+        return ()
+    kinds = (SHARP, rng.choice((SHARP_TOO, SHARP_TOO, LOOSE)))
+    return tuple(rng.choice(kinds) for _ in range(num_engines))
 
 
 def _draw_arrivals(rng: random.Random, kind: str, shape: Shape, last: float) -> list[Arrival]:

@@ -8,7 +8,14 @@ from collections import Counter
 import pytest
 
 from microserve.services.simulation.faults.campaign import run_seed
-from microserve.services.simulation.faults.meeting import AT_ITS_END, COUNTED, LOGGED, SITUATIONS
+from microserve.services.simulation.faults.meeting import (
+    AT_ITS_END,
+    COUNTED,
+    KEPT_ON,
+    LOGGED,
+    MIXED_UP,
+    SITUATIONS,
+)
 from microserve.services.simulation.witness import Meeting
 
 NUM_WORLDS = 300
@@ -30,7 +37,11 @@ AT_LEAST = {
     "a running request was moved": 2,
     "blocks came out of quarantine": 45,
     "a grant became prefix cache": 65,
+    "a sequence was made of KV of two classes": 20,
+    "KV of another class was to be cache": 8,
     AT_ITS_END: 2,
+    KEPT_ON: 4,
+    MIXED_UP: 3,
 }
 """Worlds of ``NUM_WORLDS``; about half of what came when the dice were aimed."""
 
