@@ -19,8 +19,7 @@ from microserve.protocol.bus.credit import CreditWindow
 from microserve.protocol.bus.curve import CurveKeys
 from microserve.protocol.bus.numbered import NumberedServer
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.engine import TokenLogprob, Usage
-from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.router import (
     Cancel,
     Ended,
@@ -123,15 +122,14 @@ class Served:
         token_ids: Sequence[int] = (),
         *,
         offset: int | None = None,
-        logprobs: Sequence[TokenLogprob] = (),
         ended: Ended | None = None,
-        numerics: Numerics | None = None,
+        **fields: Any,
     ) -> None:
-        """Stream tokens, and perhaps the end; ``offset`` is right unless it is given."""
+        """Stream tokens, and perhaps the end; ``offset`` is right unless given; ``fields``: of ``Output``."""
         at = self.sent if offset is None else offset
         self.sent = max(self.sent, at + len(token_ids))
         self.over = self.over or ended is not None
-        output = Output(self.message.request_id, at, list(token_ids), list(logprobs), ended, numerics)
+        output = Output(self.message.request_id, at, list(token_ids), ended=ended, **fields)
         self.router.stream(self.peer, output)
 
     def end(self, reason: str = "length", **details: Any) -> None:
