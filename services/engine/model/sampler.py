@@ -35,6 +35,9 @@ _Ids = npt.NDArray[np.int64]
 
 HUGE = 1e300
 
+HEAD = 1024
+"""Of a large vocabulary: tokens that are looked at first for top_p."""
+
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
     """One token for each row of ``logits`` [N, vocab_size], any float dtype, on a CPU; N == len(specs).
@@ -153,7 +156,7 @@ def _draw(scores: _Floats, params: SamplingParams, numbers: _Floats) -> int:
         with np.errstate(under="ignore"):
             weights = np.exp(scaled)
         # By the scores: weights that are equal may be of scores that are not.
-        kept = _largest(scaled, _num_kept(weights, params))
+        kept = _largest(scaled, *_num_kept(scaled, weights, params))
         kept = kept[
             (weights[kept] >= params.min_p) & (scaled[kept] >= bar)
         ]  # the likeliest one's weight is 1
@@ -166,22 +169,33 @@ def _gumbel(numbers: npt.NDArray[np.float64] | np.float64) -> npt.NDArray[np.flo
     return np.asarray(-np.log(-np.log(numbers)))
 
 
-def _num_kept(weights: _Floats, params: SamplingParams) -> int:
-    """How many of the likeliest tokens top_k leaves, and of these top_p: at least one."""
+def _num_kept(scaled: _Floats, weights: _Floats, params: SamplingParams) -> tuple[int, float | None]:
+    """How many of the likeliest tokens top_k leaves, and of these top_p: at least one. With it the score of
+    the last of them, where it is known."""
     count = min(params.top_k or len(weights), len(weights))
     if params.top_p == 1.0:
-        return count
+        return count, None
+    if count == len(weights) > 4 * HEAD:
+        # Sorting a vocabulary is most of a draw, and the likeliest few hold nearly always enough.
+        head = np.sort(np.partition(scaled, len(scaled) - HEAD)[-HEAD:])[::-1]
+        with np.errstate(under="ignore"):
+            reached = np.cumsum(np.exp(head))
+        kept = int(np.searchsorted(reached, params.top_p * weights.sum(), side="left")) + 1
+        if kept <= HEAD:
+            return kept, float(head[kept - 1])
     reached = np.cumsum(np.sort(weights)[::-1][:count])
-    return min(int(np.searchsorted(reached, params.top_p * reached[-1], side="left")) + 1, count)
+    return min(int(np.searchsorted(reached, params.top_p * reached[-1], side="left")) + 1, count), None
 
 
-def _largest(values: npt.NDArray[np.floating], count: int) -> _Ids:
-    """Indices, ascending, of the ``count`` largest values; among equals the lower indices."""
+def _largest(values: npt.NDArray[np.floating], count: int, least: float | None = None) -> _Ids:
+    """Indices, ascending, of the ``count`` largest values; among equals the lower indices. least: the last of
+    those values, if it is known."""
     if count >= len(values):
         return np.arange(len(values))
     if count == 0:
         return np.empty(0, dtype=np.int64)
-    least = np.partition(values, len(values) - count)[len(values) - count]
+    if least is None:
+        least = np.partition(values, len(values) - count)[len(values) - count]
     above = values > least
     ties = np.flatnonzero(values == least)[: count - int(np.count_nonzero(above))]
     above[ties] = True
