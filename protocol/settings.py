@@ -55,7 +55,7 @@ class ModelSettings(_Section, frozen=True):
     """Directory with config.json, tokenizer.json and safetensors."""
     name: str = ""
     """Name that clients use; default: the directory's name."""
-    dtype: str = "float32"
+    dtype: str = "bfloat16"
     load_format: str = "auto"
 
 

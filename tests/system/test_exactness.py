@@ -13,13 +13,16 @@ from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
+IN_FP32 = [*SETTINGS, "model.dtype=float32"]
+"""As the oracle computes."""
+
 
 @pytest.mark.parametrize("num_engines", [1, 3])
 def test_tiny_model(tiny_model: Path, tmp_path: Path, num_engines: int) -> None:
     config = json.loads((tiny_model / "config.json").read_text())
     cases = make_cases(40, vocab_size=config["vocab_size"], max_prompt=500, seed=5)
     expected = oracle(tiny_model, cases)
-    with MeshProcesses(tiny_model, tmp_path, num_engines=num_engines, settings=SETTINGS) as mesh:
+    with MeshProcesses(tiny_model, tmp_path, num_engines=num_engines, settings=IN_FP32) as mesh:
         wrong = asyncio.run(check(mesh.router_address, cases, expected, STRATEGIES, num_engines))
     assert wrong == 0
 
@@ -28,7 +31,7 @@ def test_tiny_model(tiny_model: Path, tmp_path: Path, num_engines: int) -> None:
 def test_demo_model(demo_model: Path, tmp_path: Path) -> None:
     cases = make_cases(8, vocab_size=49152, max_prompt=300, seed=2)
     expected = oracle(demo_model, cases)
-    settings = [*SETTINGS, "kvcache.num_blocks=1024", "bus.stuck_s=60"]
+    settings = [*IN_FP32, "kvcache.num_blocks=1024", "bus.stuck_s=60"]
     with MeshProcesses(demo_model, tmp_path, settings=settings) as mesh:
         wrong = asyncio.run(check(mesh.router_address, cases, expected, STRATEGIES, 2))
     assert wrong == 0

@@ -63,7 +63,7 @@ def test_the_second_revision_is_refused_at_the_door(tmp_path: Path, how: str) ->
         until(lambda: bool(refusals(mesh, "engine-1")), "engine-1 says that it is refused")
         [why] = refusals(mesh, "engine-1")
         assert why.startswith("engine-1 has revision '") and "', engine-0 has '" in why
-        assert refusals(mesh, "index") == [why]
+        until(lambda: refusals(mesh, "index") == [why], "the index says why")
         assert refusals(mesh, "router") in ([], [why])
         for strategy in BUILT_IN:
             assert asyncio.run(answers(mesh, strategy.name)) == expected, strategy.name
