@@ -101,6 +101,9 @@ def engine(
 
     def load() -> Serve:
         try:
+            from microserve.services.engine.lean_import import import_lean
+
+            import_lean()
             from microserve.services.engine.service import run_engine
         except ModuleNotFoundError as error:
             if error.name is None or error.name.startswith("microserve"):

@@ -21,6 +21,7 @@ from microserve.protocol.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
+from microserve.services.engine.lean_import import without_compilers
 from microserve.services.engine.model.attention import MakeAttention
 from microserve.services.engine.model.attention_choice import choose_attention
 from microserve.services.engine.model.model import LoadedModel, load_model
@@ -87,7 +88,7 @@ async def _load_in_turn(
     loop = asyncio.get_running_loop()
     # The ranks of a world wait for each other, and take what nvshmem.memory_mb says.
     takes_turns = settings.heap != nvshmem.KIND
-    with ThreadPoolExecutor(1, "load") as pool:
+    with without_compilers(), ThreadPoolExecutor(1, "load") as pool:
         is_tight = await loop.run_in_executor(pool, check_room, settings)
         if is_tight and takes_turns:
             await taking.enter_async_context(turn())

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from microserve.protocol.errors import ConfigError, InternalError
@@ -205,11 +206,22 @@ def _pretrained(directory: Path, dtype: str) -> Any:
 def _random(config: Any, dtype: str, device: str) -> Any:
     """Made where they stay: a model of 16 GB takes seconds on a GPU, and minutes by way of the host."""
     place = torch.device(device)
+    if device == "meta":
+        return sketch_of(config, dtype)
     torch.empty(0, device=place)  # of a device that is not there it says so, unlike its generators
     generators = [place] if place.type == "cuda" else []
     with torch.random.fork_rng(devices=generators), place:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=ATTENTION)
+
+
+def sketch_of(config: Any, dtype: str) -> Any:
+    """A model without memory: parameters have shapes and no content. Drawing lots for content that there is
+    none of would take a second, most of it for torch's compiler."""
+    with no_init_weights(), torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=ATTENTION)
+    module.tie_weights()  # which is a part of the initialisation that was left out
+    return module
 
 
 def _refusal(directory: Path, reason: str) -> ConfigError:
