@@ -151,7 +151,7 @@ async def _serve(
                 beating.result()  # without a heartbeat every router would give us up: better end
         finally:
             state.drain()
-            server.should_exit = True
+            server.stop()
             await _drain(state, serving, drain_s)
 
 

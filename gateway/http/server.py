@@ -22,6 +22,7 @@ from microserve.gateway.http.accept import ACCEPTS_PER_TURN, Acceptor, room_for_
 from microserve.gateway.http.exchange import CONNECTION_EXTENSION
 from microserve.gateway.http.upgrade import PlainParser
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.process.tick import until_tick
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 65
@@ -30,6 +31,8 @@ SEND_BUFFER_NBYTES = 64 << 10
 USER_TIMEOUT_MS = 30_000
 """A peer that vanished without a FIN is noticed after so long."""
 
+DATE_S = 1.0
+"""Age of the date in answers' headers, at most."""
 HEAD_TIMEOUT_S = 30.0
 SPARED_S = 1.0
 """A connection that has been silent for so long may have to make room for one that waits."""
@@ -135,6 +138,24 @@ class HttpServer(uvicorn.Server):
 
     max_connections = 0
     """Open at a time; 0: as many as descriptors allow."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._asked_to_exit = asyncio.Event()
+
+    def stop(self) -> None:
+        """Take no new connections, and end when those that are open have."""
+        self.should_exit = True
+        self._asked_to_exit.set()
+
+    async def main_loop(self) -> None:
+        """As uvicorn's, which looks ten times a second whether it has been stopped; the date in the headers
+        is a second's."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                # In step with what else the process does every interval.
+                async with asyncio.timeout(until_tick(asyncio.get_running_loop().time(), DATE_S)):
+                    await self._asked_to_exit.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

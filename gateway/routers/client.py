@@ -20,6 +20,7 @@ from microserve.protocol.errors import ConfigError, MeshError, NoEngines, QueueF
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.process.surviving import surviving
+from microserve.protocol.process.tick import at_rest, tick
 
 _ADDRESS = re.compile(r"tcp://\S+:\d{1,5}|ipc://\S+|inproc://\S+")
 
@@ -66,9 +67,10 @@ class RouterClient:
             for address in dict.fromkeys(addresses)  # a router has one connection of a gateway
         ]
         self._model = model
-        self._interval_s = heartbeat_interval_s
+        self._interval_s = at_rest(heartbeat_interval_s, liveness)
+        """A ping says nothing but that we are here."""
         self._routers: Peers[str, RouterLink] = Peers(
-            interval_s=heartbeat_interval_s, silence_s=heartbeat_interval_s * liveness
+            interval_s=self._interval_s, silence_s=heartbeat_interval_s * liveness
         )
         """By address, from our hello on. Which life of it answers is the link's to judge."""
         self._task: asyncio.Task[None] | None = None
@@ -99,7 +101,7 @@ class RouterClient:
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(self._interval_s)
+            await tick(self._interval_s)
             for link in self.links:
                 with surviving("heartbeat", address=link.address):
                     if link.is_open:

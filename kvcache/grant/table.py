@@ -301,6 +301,11 @@ class GrantTable:
         return self._live(grant_id).request_id
 
     @property
+    def has_any(self) -> bool:
+        """A grant is open, sealed or in quarantine: ``poll`` may find something."""
+        return bool(self._entries)
+
+    @property
     def live_ids(self) -> list[str]:
         """Of open and sealed grants."""
         return [grant_id for grant_id, _ in self._live_entries()]

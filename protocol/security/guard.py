@@ -39,8 +39,12 @@ TICK_S: Final = 0.05
 """Between two looks at what connections hold; more where there are many of them."""
 LOOK_S: Final = 1e-4
 """Pause for each connection that a look reads, so that looking costs a few per cent of a core at most."""
-TRUST_S: Final = 0.5
+REST_S: Final = 0.9
+"""Between two such looks while all that is connected has a trusted key, and says next to nothing."""
+TRUST_S: Final = REST_S
 """Between two looks at the files of keys."""
+QUIET_NBYTES: Final = 64 * KIB
+"""By one connection between two looks: next to nothing."""
 HANDSHAKE_MS: Final = 3000
 """A peer that has not shown who it is by then is dropped (``ZMQ_HANDSHAKE_IVL``)."""
 LOG_EACH_S: Final = 10.0
@@ -81,7 +85,10 @@ class Guard:
         self._orders: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
-        self._trusted_at = self._looked_at = time.monotonic()
+        self._trusted_at = self._looked_at = self._stirred_at = time.monotonic()
+        """``_stirred_at``: a connection last came, or brought more than next to nothing."""
+        self._received: dict[int, int] = {}
+        """Readings of the last look."""
         self._logged: dict[str, tuple[float, int]] = {}
         self._poller = zmq.Poller()
         self._poller.register(self._wake, zmq.POLLIN)
@@ -152,7 +159,7 @@ class Guard:
 
     def _turn(self) -> None:
         num, now = len(self._connections), time.monotonic()
-        tick_s = max(TICK_S, num * LOOK_S)
+        tick_s = max(REST_S if self._rests(now) else TICK_S, num * LOOK_S)
         waits = [tick_s - (now - self._looked_at)] if num else []
         if self._trust is not None:
             waits.append(TRUST_S - (now - self._trusted_at))
@@ -172,6 +179,11 @@ class Guard:
         if num and now - self._looked_at >= tick_s:
             self._looked_at = now
             self._look()
+
+    def _rests(self, now: float) -> bool:
+        """For longer than a handshake may take nobody has come, and nobody has had much to say: whoever is
+        here has shown a trusted key. Without keys anybody may be here."""
+        return self._trust is not None and now - self._stirred_at > HANDSHAKE_MS / 1000 + TICK_S
 
     def _add(self, monitor: zmq.Socket[bytes], gate: Gate) -> None:
         self._monitors[monitor] = gate
@@ -237,6 +249,7 @@ class Guard:
                 return
             kind, value = _EVENT.unpack(event[: _EVENT.size])
             if kind == _ACCEPTED:
+                self._stirred_at = time.monotonic()
                 verdict = self._connections.opened(value, gate, _peer_of(value))
                 if verdict is not None:
                     self._cut(verdict)
@@ -252,6 +265,9 @@ class Guard:
             nbytes = _received_by(descriptor)
             if nbytes is not None:
                 readings[descriptor] = nbytes
+        before, self._received = self._received, readings
+        if any(nbytes - before.get(fd, 0) > QUIET_NBYTES for fd, nbytes in readings.items()):
+            self._stirred_at = time.monotonic()
         for verdict in self._connections.judge(readings, self.handed):
             self._cut(verdict)
 

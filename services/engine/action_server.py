@@ -29,6 +29,9 @@ from microserve.protocol.security.rights import Entrance
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import failed
 
+_NO_WORK = (wire.Ping, wire.Credit, wire.Stats, wire.Snapshot)
+"""Messages that leave a step nothing more to do than before."""
+
 _logger = structlog.get_logger()
 
 
@@ -152,7 +155,8 @@ class ActionServer:
                     case _:  # a message without its case would be dropped, and its caller wait for a timeout
                         assert_never(message)
             finally:
-                self._core.wake()
+                if not isinstance(message, _NO_WORK):
+                    self._core.wake()
         return None
 
     def _hello(self, peer: bytes, message: wire.Hello, now: float) -> None:

@@ -3,8 +3,8 @@
 Owns one DEALER to the index and the timer behind it. The index is a convenience of routers: its absence is
 logged once and stops nothing.
 
-Each interval a ``Beat`` tells the load. ``Register`` is repeated every other interval: it is idempotent, and
-its answer is the index's sign of life and names its incarnation.
+Each interval a ``Beat`` tells the load, after a ``Register``: that is idempotent, and its answer is the
+index's sign of life and names its incarnation.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from microserve.protocol.messages.index import (
     Unknown,
 )
 from microserve.protocol.process.surviving import surviving
-
-REGISTER_INTERVALS = 2
+from microserve.protocol.process.tick import at_rest, tick
 
 _logger = structlog.get_logger()
 
@@ -59,14 +58,13 @@ class IndexClient:
         self._address = address
         self._info = info
         self._load = load
-        self._interval_s = heartbeat_interval_s
+        self._interval_s = at_rest(heartbeat_interval_s, liveness)
         self._silence_s = heartbeat_interval_s * liveness
         self._loop = asyncio.get_running_loop()
         self._socket: ClientSocket | None = None
         self._closed = False
         self._lost = False
         self._index_incarnation = 0
-        self._num_ticks = 0
         self._num_calls = 0
         self._heard_at = self._opened_at = self._loop.time()
         self._refused_until = 0.0
@@ -80,7 +78,7 @@ class IndexClient:
         while not self._closed:
             with surviving("beat to the index"):
                 self._tick()
-            await asyncio.sleep(self._interval_s)
+            await tick(self._interval_s)
 
     def close(self) -> None:
         """Leave the mesh. A second call does nothing."""
@@ -110,11 +108,10 @@ class IndexClient:
                 _logger.warning(log.INDEX_LOST, address=self._address)
             if now - self._opened_at > self._silence_s:
                 self._open()
-        if now >= self._refused_until and (not self.registered or self._num_ticks % REGISTER_INTERVALS == 0):
+        if now >= self._refused_until:
             self._register()
         else:  # also while refused: an engine that was stuck shows in its beats that it has moved
             self._beat()
-        self._num_ticks += 1
 
     def _register(self) -> None:
         self._num_calls += 1

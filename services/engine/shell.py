@@ -21,6 +21,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.surviving import surviving
+from microserve.protocol.process.tick import at_rest, tick
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.engine.action_server import ActionServer
@@ -110,7 +111,8 @@ class EngineShell:
         """When a draining engine leaves, whatever is still here."""
         self._core = core
         self._clock = core.clock
-        interval_s = settings.bus.heartbeat_interval_s
+        interval_s = self._interval_s = settings.bus.heartbeat_interval_s
+        self._rest_interval_s = at_rest(interval_s, settings.bus.liveness)
         self._publisher = KvPublisher(
             bus,
             events_address=settings.engine.events_address,
@@ -124,7 +126,7 @@ class EngineShell:
             settings.engine.address,
             self._core,
             incarnation=core.incarnation,
-            interval_s=interval_s,
+            interval_s=self._rest_interval_s,
             silence_s=interval_s * settings.bus.liveness,
             publish=self._publisher.publish,
             next_seq=lambda: self._publisher.next_seq,
@@ -228,7 +230,9 @@ class EngineShell:
                 self._server.beat()
             with surviving("heartbeat of KV events"):
                 self._publisher.beat()
-            await asyncio.sleep(self._settings.bus.heartbeat_interval_s)
+            with self._core.lock:
+                is_at_work = self._core.state.may_expire_soon
+            await tick(self._interval_s if is_at_work else self._rest_interval_s)
 
     def _healthy(self) -> bool:
         """Steps advance, or there is nothing to step."""

@@ -40,6 +40,7 @@ from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.world import JoinWorld
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.surviving import surviving
+from microserve.protocol.process.tick import at_rest, tick
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance, Role
 from microserve.protocol.settings import BusSettings, Settings
@@ -94,23 +95,22 @@ class IndexService:
         self._identity = RouterIdentity(f"index-{incarnation}", incarnation)
         self._loop = asyncio.get_running_loop()
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
+        interval_s = at_rest(settings.heartbeat_interval_s, settings.liveness)
         self._max_nbytes = max_nbytes
         self._membership = Membership(
-            interval_s=settings.heartbeat_interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
+            interval_s=interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
         )
         self._engines: dict[str, _Engine] = {}
         self._refused: dict[str, tuple[int, str]] = {}
         """Life and reason, by engine id: of those that the log has."""
         self._indexes: dict[str, PrefixIndex] = {}
         """By model."""
-        self._watchers: Peers[bytes, None] = Peers(
-            interval_s=settings.heartbeat_interval_s, silence_s=self._silence_s
-        )
+        self._watchers: Peers[bytes, None] = Peers(interval_s=interval_s, silence_s=self._silence_s)
         """By routing id."""
         self.worlds = WorldDesk(
             self._answer,
             has_keys=bool(bus.public_key),
-            interval_s=settings.heartbeat_interval_s,
+            interval_s=interval_s,
             silence_s=self._silence_s,
         )
         self.control = ControlDesk(control_log or ControlLog(), self._answer, may_publish=may_publish)
@@ -138,7 +138,6 @@ class IndexService:
         for watcher, _ in self._watchers.expire(now):
             self.control.forget(watcher.key)
         self.worlds.expire(now)
-        self._publish()
 
     def close(self) -> None:
         for engine_id in list(self._engines):
@@ -281,7 +280,7 @@ class IndexService:
             if len(self._watchers) >= MAX_WATCHERS:
                 raise QueueFull(f"{MAX_WATCHERS} peers watch already", retry_after_s=self._silence_s)
             self._watchers.join(peer, peer, 0, None, now)  # who has two connections watches twice
-            self._answer(peer, self._members())
+        self._answer(peer, self._members())
 
     def _members(self) -> wire.Members:
         return wire.Members(self.incarnation, self._membership.version, self._membership.members())
@@ -341,7 +340,7 @@ async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = 
     try:
         (lifecycle or Lifecycle()).ready(service.address)
         while True:
-            await asyncio.sleep(settings.bus.heartbeat_interval_s)
+            await tick(at_rest(settings.bus.heartbeat_interval_s, settings.bus.liveness))
             with surviving("look for silent engines"):
                 service.tick()
     finally:

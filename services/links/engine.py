@@ -32,6 +32,7 @@ from microserve.protocol.errors import (
     error_for,
 )
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.process.tick import at_rest, until_tick
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.abort import Aborts
 from microserve.services.links.stream import TokenStreams
@@ -86,12 +87,13 @@ class EngineConnection:
         self.streams = TokenStreams()
         self._identity = identity
         self._interval_s = settings.heartbeat_interval_s
+        self._rest_interval_s = at_rest(settings.heartbeat_interval_s, settings.liveness)
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._call_timeout_s = call_timeout_s
         self._operator_labels = operator_labels
         self._on_draining = on_draining
         self._peer: Peers[str, None] = Peers(
-            interval_s=self._interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
+            interval_s=self._rest_interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
         )
         """The engine, from its welcome on."""
         self._meter = CreditMeter(0 if reads_only else settings.credit)
@@ -163,11 +165,16 @@ class EngineConnection:
             # Not an interval later than it can be known.
             silent_s = self._peer.silent_in(self.engine_id, self._loop.time()) + SILENCE_MARGIN_S
             try:
-                async with asyncio.timeout(min(self._interval_s, silent_s)):
+                async with asyncio.timeout(min(self._until_tick(), silent_s)):
                     await self._ended.wait()
             except TimeoutError:
                 self._check_liveness()
         return self._lost
+
+    def _until_tick(self) -> float:
+        """A ping says nothing but that we are here; an abort is to be repeated soon."""
+        interval_s = self._interval_s if self._aborts else self._rest_interval_s
+        return until_tick(self._loop.time(), interval_s)
 
     def end(self, reason: MeshError) -> None:
         """Everything that waits fails with ``reason`` and the socket is closed. The first reason counts."""

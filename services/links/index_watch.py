@@ -19,6 +19,7 @@ from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages import control, index, world
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.process.surviving import surviving
+from microserve.protocol.process.tick import at_rest, tick
 from microserve.protocol.settings import BusSettings
 
 _logger = structlog.get_logger()
@@ -46,7 +47,7 @@ class IndexWatch:
     def __init__(self, bus: Bus, address: str, settings: BusSettings, watcher: Watcher) -> None:
         self._address = address
         self._watcher = watcher
-        self._interval_s = settings.heartbeat_interval_s
+        self._interval_s = at_rest(settings.heartbeat_interval_s, settings.liveness)
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._loop = asyncio.get_running_loop()
         self._incarnation = 0
@@ -60,7 +61,7 @@ class IndexWatch:
         while True:
             with surviving("watch of the index"):
                 self._send()
-            await asyncio.sleep(self._interval_s)
+            await tick(self._interval_s)
             if self._heard_at is not None and self._loop.time() - self._heard_at > self._silence_s:
                 self._heard_at = None
                 _logger.warning(log.INDEX_LOST, address=self._address)

@@ -133,7 +133,8 @@ class _Up:
         self._ready = False
         self._failure = ""
         self._asked_to_stop = False
-        self._is_unwritten = False
+        self._unwritten = asyncio.Event()
+        """What the directory says of the mesh is out of date."""
         self._lines = lines
         self._on_terminal = _has_terminal()
         self._supervisor = Supervisor(
@@ -214,17 +215,18 @@ class _Up:
     def _changed(self, _child: Child | None = None) -> None:
         """Write and show how the mesh is. Neither a full disk nor a closed terminal ends it."""
         state = self._state()
-        if not self._directory.write(state) and not self._is_unwritten:
+        if not self._directory.write(state) and not self._unwritten.is_set():
             _logger.error(log.STATE_UNWRITTEN, directory=str(self._directory.root))
-            self._is_unwritten = True
+            self._unwritten.set()
         self._view.mesh(state)
 
     async def _rewrite(self) -> None:
         """What could not be written is written when there is room."""
         while True:
+            await self._unwritten.wait()
             await asyncio.sleep(REWRITE_S)
-            if self._is_unwritten and self._directory.write(self._state()):
-                self._is_unwritten = False
+            if self._directory.write(self._state()):
+                self._unwritten.clear()
 
     def _state(self) -> MeshState:
         return MeshState(

@@ -25,6 +25,7 @@ from microserve.protocol.messages import router as wire
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.process.surviving import surviving
+from microserve.protocol.process.tick import at_rest, tick
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance
 from microserve.protocol.settings import BusSettings
@@ -83,9 +84,10 @@ class Gateways:
         self._welcome = welcome
         self._heartbeat = heartbeat
         self._interval_s = settings.heartbeat_interval_s
+        self._rest_interval_s = at_rest(settings.heartbeat_interval_s, settings.liveness)
         self._loop = asyncio.get_running_loop()
         self._gateways: Peers[bytes, Outbox] = Peers(
-            interval_s=self._interval_s, silence_s=settings.heartbeat_interval_s * settings.liveness
+            interval_s=self._rest_interval_s, silence_s=settings.heartbeat_interval_s * settings.liveness
         )
         self._waiting: dict[Gateway, None] = {}
         """Gateways that have something to be sent, in the order of its coming: a set's would be by chance."""
@@ -103,7 +105,7 @@ class Gateways:
     async def run(self) -> None:
         """Heartbeats and the end of the silent, until cancelled."""
         while True:
-            await asyncio.sleep(self._interval_s)
+            await tick(self._interval_s if len(self._serving) else self._rest_interval_s)
             for gateway, _ in self._gateways.expire(self._loop.time()):
                 with surviving("end of a silent gateway", gateway_id=gateway.name):
                     self._end(gateway, "silent")

@@ -81,6 +81,7 @@ async def _run(rig: Rig, source: str, share: float, serve_s: float) -> tuple[set
         rig.mesh.start_all()
         await asyncio.sleep(1.0)
         rig.publish(GOOD)
+        await asyncio.sleep(0.1)  # until the routers have it
         await rig.serve(1.0)
         rig.publish(source, share)
         await rig.serve(serve_s)

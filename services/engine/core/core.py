@@ -30,7 +30,7 @@ from microserve.services.engine.core.peers import Peers
 from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.core.scheduler import Scheduler, Step
 from microserve.services.engine.core.sequence import Sequence, Transfer
-from microserve.services.engine.core.state import Clock, EngineState, Limits
+from microserve.services.engine.core.state import PURGE_INTERVAL_S, Clock, EngineState, Limits
 from microserve.services.engine.core.stepper import Stepper
 
 ARRIVAL_POLL_S = 0.001
@@ -140,12 +140,17 @@ class EngineCore:
         self._changed.notify_all()
 
     def wait_for_work(self, timeout_s: float) -> None:
-        """Sleep until woken; short while KV is on its way, since its arrival wakes nobody."""
+        """Sleep until woken; for ``timeout_s`` at most where time may bring something (a lease, a deadline, a
+        lane that is let go); short while KV is on its way, since its arrival wakes nobody."""
         with self._changed:
             if self._closed or self._woken:  # woken between the last look and now
                 return
-            moving = self.state.receiving or self.state.committing or self.memory.is_departing
-            self._changed.wait(ARRIVAL_POLL_S if moving else timeout_s)
+            if self.state.receiving or self.state.committing or self.memory.is_departing:
+                self._changed.wait(ARRIVAL_POLL_S)
+            elif self.state.may_expire_soon:
+                self._changed.wait(timeout_s)
+            else:
+                self._changed.wait(PURGE_INTERVAL_S if self.state.must_purge else self._peers.look_s)
 
     # --- steps -------------------------------------------------------------------------------------
 

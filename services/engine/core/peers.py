@@ -31,6 +31,11 @@ class Peers:
             peer = self._open[address.incarnation] = self._heap.attach(address)
         return peer
 
+    @property
+    def look_s(self) -> float | None:
+        """Longest pause between two calls of ``poll`` while nothing is put anywhere; None: for ever."""
+        return DEAD_LOOK_S if self._open else None
+
     def poll(self) -> None:
         """Free the lanes whose puts are done; once a step, and on idle ticks. Never waits for a put."""
         for peer in self._open.values():

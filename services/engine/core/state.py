@@ -74,6 +74,16 @@ class EngineState:
     def num_requests(self) -> int:
         return len(self.scheduler.running) + len(self.scheduler.waiting) + len(self.receiving)
 
+    @property
+    def may_expire_soon(self) -> bool:
+        """There is a request or a grant: time alone may end it, or a lane that is let go."""
+        return bool(self.num_requests or self.committing or self.memory.grants.has_any)
+
+    @property
+    def must_purge(self) -> bool:
+        """Something is kept that nobody may come back for."""
+        return bool(len(self.records) or self.awaited)
+
     def is_drained(self, now: float) -> bool:
         """Nothing runs or waits here, no grant is open or in quarantine, nothing sent is on its way, and no
         context is about to move."""

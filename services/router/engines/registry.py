@@ -19,6 +19,7 @@ from microserve.protocol.errors import Draining, EngineLost, MeshError
 from microserve.protocol.messages.control import EngineLabels
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.process.surviving import surviving
+from microserve.protocol.process.tick import at_rest, tick
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 
@@ -82,7 +83,7 @@ class Registry:
     async def run(self) -> None:
         """Let go of the engines that leave, until cancelled."""
         while True:
-            await asyncio.sleep(self._settings.heartbeat_interval_s)
+            await tick(at_rest(self._settings.heartbeat_interval_s, self._settings.liveness))
             for connection in list(self._connections.values()):
                 if connection.is_leaving and connection.is_idle:
                     with surviving("end of an engine that left", engine_id=connection.engine_id):

@@ -6,8 +6,10 @@
 A span over ``budget_s`` is told to whoever runs the strategy. One that lasts ``HANG_S``, or takes
 ``MAX_GROWTH_MB`` of memory, is broken off: a timer of the kernel looks every ``LOOK_S``, in the main thread,
 and raises where that halves nothing (cut.py); ``time.sleep``, a regular expression and arithmetic with huge
-numbers are ended by it as well. For strays the same holds, where the loop has not turned for as long. What C
-code does without ever asking for signals cannot be ended from within: a watchdog outside has to (stuck.py).
+numbers are ended by it as well. For strays the same holds, where the loop has not turned for as long. Where
+no run has been for a while it looks every ``REST_S``: what one has left behind may hold the router so much
+longer. What C code does without ever asking for signals cannot be ended from within: a watchdog outside has
+to (stuck.py).
 
 Counts the looks and not the clock, and of each what the thread did not have to wait for the processor: so a
 process that was stopped, or got next to nothing of a busy machine, is not taken for one that hangs.
@@ -36,6 +38,8 @@ from microserve.services.router.oversight.stuck import AGAIN_S, StuckTrace
 
 HANG_S = 0.5
 LOOK_S = 0.05
+REST_S = AGAIN_S
+"""Between two looks while there is no run, and has been none for as long."""
 SHORT_S = 2 * LOOK_S
 """For the cleanup of a version that has hung before."""
 MAX_GROWTH_MB = 128
@@ -63,7 +67,14 @@ class Overseer:
         """``stuck`` is told that there was a look."""
         self._budget_s = budget_s
         self._stuck = stuck
-        self._num_ticks = 0
+        self._look_s = LOOK_S
+        """Between two looks, now."""
+        self._quiet_s = 0.0
+        """For so long no look has found a run."""
+        self._unsaid_s = 0.0
+        """Since it was last said that the main thread is alive."""
+        self._num_runs = 0
+        """That have begun and not ended, waiting ones included."""
         self._began: float | None = None
         """Of the span that runs."""
         self._hang_s = HANG_S
@@ -112,7 +123,15 @@ class Overseer:
 
         Raises what it raises, :class:`StrategyHung` when it was broken off, and :class:`Condemned`.
         """
-        inner = awaitable.__await__()
+        self._num_runs += 1
+        try:
+            return (yield from self._run(awaitable.__await__(), author, on_slow))
+        finally:
+            self._num_runs -= 1
+
+    def _run(
+        self, inner: Generator[Any, Any, T], author: Author, on_slow: Callable[[float], None]
+    ) -> Generator[Any, Any, T]:
         value: Any = None
         error: BaseException | None = None
         while True:
@@ -162,6 +181,8 @@ class Overseer:
     def _begin(self, hang_s: float) -> float:
         self._hang_s, self._was_cut = hang_s, False
         self._began = began = perf_counter()
+        if self._look_s != LOOK_S:
+            self._look_every(LOOK_S)
         return began
 
     def _end(self) -> bool:
@@ -176,7 +197,7 @@ class Overseer:
     def __enter__(self) -> Self:
         self._say_alive()
         handler = signal.signal(_SIGNAL, self._look)
-        self._before = (handler, *signal.setitimer(_TIMER, LOOK_S, LOOK_S))
+        self._before = (handler, *signal.setitimer(_TIMER, self._look_s, self._look_s))
         return self
 
     def __exit__(
@@ -189,11 +210,12 @@ class Overseer:
         self._meter.close()
 
     def _look(self, _number: int, frame: FrameType | None) -> None:
-        self._num_ticks += 1
-        if self._num_ticks % (AGAIN_S // LOOK_S) == 0:
+        self._unsaid_s += self._look_s
+        if self._unsaid_s >= AGAIN_S:
             self._say_alive()
         if self._began is None:
             self._look_at_stray(frame)
+            self._rest_if_quiet()
         elif self._began != self._seen:
             self._seen = self._began
             self._begin_looking()
@@ -205,12 +227,23 @@ class Overseer:
             elif grown_mb > MAX_GROWTH_MB:
                 self._break_off(frame, f"the strategy took {grown_mb} MB of memory without waiting")
 
+    def _rest_if_quiet(self) -> None:
+        self._quiet_s = 0.0 if self._num_runs or self._is_turning else self._quiet_s + self._look_s
+        if self._quiet_s >= REST_S and self._look_s == LOOK_S:
+            self._look_every(REST_S)
+
+    def _look_every(self, look_s: float) -> None:
+        self._look_s, self._quiet_s = look_s, 0.0
+        signal.setitimer(_TIMER, look_s, look_s)
+
     def _look_at_stray(self, frame: FrameType | None) -> None:
         loop = asyncio._get_running_loop()
         if loop is None or not is_theirs(frame):
             return
         if not self._is_turning:
             self._is_turning, self._hang_s = True, HANG_S
+            if self._look_s != LOOK_S:
+                self._look_every(LOOK_S)
             self._begin_looking()
             loop.call_soon_threadsafe(self._turned, context=contextvars.Context())
             return
@@ -257,6 +290,7 @@ class Overseer:
             self._trap.set(sys._getframe().f_back)
 
     def _say_alive(self) -> None:
+        self._unsaid_s = 0.0
         if self._stuck is not None:
             with contextlib.suppress(Exception):  # no thread to be had: a router serves without
                 self._stuck.alive()

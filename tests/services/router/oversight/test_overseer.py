@@ -16,7 +16,13 @@ from typing import Any
 import pytest
 
 from microserve.services.router.oversight.author import Author
-from microserve.services.router.oversight.overseer import HANG_S, Overseer, StrategyHung
+from microserve.services.router.oversight.overseer import (
+    HANG_S,
+    LOOK_S,
+    REST_S,
+    Overseer,
+    StrategyHung,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +68,33 @@ def test_what_never_ends_is_broken_off(overseer: Overseer, hangs: Callable[[], A
 
 async def _await(awaitable: Awaitable[object]) -> object:
     return await awaitable
+
+
+def test_it_looks_seldom_where_nothing_runs_and_often_from_the_first_run_on(overseer: Overseer) -> None:
+    def interval_s() -> float:
+        return signal.getitimer(signal.ITIMER_REAL)[1]
+
+    def look(times: int) -> None:
+        for _ in range(times):
+            overseer._look(signal.SIGALRM, None)
+
+    async def main() -> None:
+        waiting = asyncio.create_task(_await(overseer.run(gate.wait(), Author("s", 1), ignore)))
+        await asyncio.sleep(0)
+        assert interval_s() == pytest.approx(LOOK_S)
+        look(100)  # it waits, but it may have left something that hangs
+        assert interval_s() == pytest.approx(LOOK_S)
+        gate.set()
+        await waiting
+
+    look(int(REST_S / LOOK_S) + 1)
+    assert interval_s() == pytest.approx(REST_S)
+    gate = asyncio.Event()
+    asyncio.run(main())
+    look(int(REST_S / LOOK_S) + 1)
+    assert interval_s() == pytest.approx(REST_S)
+    with pytest.raises(StrategyHung, match="held the router"):
+        asyncio.run(_await(overseer.run(loops(), Author("s", 1), ignore)))
 
 
 def test_after_that_the_next_one_runs(overseer: Overseer) -> None:
