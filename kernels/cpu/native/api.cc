@@ -1,5 +1,6 @@
 // The C interface: makes engines, packs weights, checks batches at the door and divides their attention into units.
 // More rows or blocks than there is room for would corrupt memory in silence, so nothing passes unchecked.
+// Nothing here needs the C++ library when it runs (memory is malloc's): the object wants the C library alone.
 #include "abi.h"
 
 #include <cstdlib>
@@ -190,7 +191,8 @@ MsEngine *ms_create(const MsConfig *config) {
     w.zeros = floats(*e, e->head_dim);
     is_whole = w.keys && w.values && w.queries && w.scores && w.out && w.sums && w.head && w.normed && w.zeros;
   }
-  if (is_whole) e->team = new (std::nothrow) ms::Team(c.threads);
+  void *team = nullptr;
+  if (is_whole && !posix_memalign(&team, alignof(ms::Team), sizeof(ms::Team))) e->team = new (team) ms::Team(c.threads);
   if (!e->team || !e->team->started()) {
     ms_destroy(e);
     return nullptr;
@@ -272,7 +274,8 @@ const char *ms_step(MsEngine *e, const MsBatch *batch, MsOnLayer on_layer) {
 
 void ms_destroy(MsEngine *e) {
   if (!e) return;
-  delete e->team;
+  if (e->team) e->team->~Team();
+  free(e->team);
   for (int i = 0; i < e->num_arena; i++) free(e->arena[i]);
   free(e->arena);
   free(e->units);
