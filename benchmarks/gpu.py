@@ -41,7 +41,7 @@ from gpu_parts.plan import FULL, QUICK, TRIAL, Plan
 from gpu_parts.receiver import Receiver
 from gpu_parts.table import Goal, Row, counted, head, line, spent, summary
 
-from microserve.kernels.cuda_module import KernelUnavailable
+from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.protocol.errors import MeshError
 from microserve.protocol.logging.setup import configure
 from microserve.protocol.settings import LogSettings

@@ -39,7 +39,8 @@ from gpu_parts.timing import CEILING_NBYTES, Run
 from torch import Tensor
 
 from microserve.kernels.attention.gpu_attention import DeviceBatch, paged_attention
-from microserve.kernels.cuda_module import KernelUnavailable, Launch
+from microserve.kernels.cuda_module import Launch
+from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.kernels.quantize.kv_quantize import quantize_scatter
 from microserve.kernels.scatter.arrival_signal import ArrivalSignal
 from microserve.kernels.scatter.block_put import block_put, put_plan

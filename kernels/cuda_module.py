@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from microserve.kernels.kernel_cache import KernelUnavailable, cache_directory
+
 SOURCES = Path(__file__).parent / "cuda"
 ENTRIES = {
     "block_scatter": ("block_scatter_16", "block_scatter_4", "block_scatter_2"),
@@ -33,21 +35,8 @@ ENTRIES = {
 """The kernels of each source."""
 DEFAULT_ARCHITECTURES = ("sm_80", "sm_90")
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
-CACHE_VARIABLE = "MICROSERVE_KERNEL_CACHE"
 _FLAGS = ("-cubin", "-std=c++17", "-O3")
 _BUILD_LIMIT_S = 300.0
-
-
-class KernelUnavailable(RuntimeError):
-    """A kernel cannot be built or loaded here; the message is one line that names what is missing."""
-
-
-def cache_directory(environment: Mapping[str, str]) -> Path:
-    """``$MICROSERVE_KERNEL_CACHE``, else ``$XDG_CACHE_HOME/microserve/kernels``, else under ``~/.cache``."""
-    if named := environment.get(CACHE_VARIABLE):
-        return Path(named)
-    base = environment.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "microserve" / "kernels"
 
 
 def find_nvcc(environment: Mapping[str, str]) -> Path:

@@ -16,6 +16,7 @@ QUICK = (
     *("protocol", "kvcache/prefix", "kvcache/grant", "kvcache/test_block_pool.py", "kvcache/test_layout.py"),
     *("gateway", "services/router", "services/links", "services/index"),
     *("test_recipes.py", "test_documents.py"),
+    *("kernels/cpu/test_build.py", "kernels/cpu/test_objects.py"),
     *(f"services/engine/core/test_{name}.py" for name in ("core", "batch", "scheduler", "rates", "leaving")),
 )
 """What guards state and wire: rooms and files of ``-m quick``, the floor of every change. Files there about

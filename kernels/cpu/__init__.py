@@ -1,8 +1,9 @@
 """The CPU step: a Llama-like model in C++, whose bits depend on a row and its own context alone.
 
-Owns the kernels (``native/``), how they are built (``build.py``), their C interface (``library.py``) and a
-step over them (``step.py``). Must not know models' files, sequences or messages: arrays come in, arrays go
-out. Start reading in ``native/numerics.h``: what is computed, to the bit; then ``native/step.h``.
+Owns the kernels (``native/``), how they are built (``build.py``, by ``compiler.py``, kept by ``objects.py``),
+their C interface (``library.py``) and a step over them (``step.py``). Must not know models' files, sequences
+or messages: arrays come in, arrays go out. Start reading in ``native/numerics.h``: what is computed, to the
+bit; then ``native/step.h``.
 
     native/   numerics.h  the class     lanes_*.h  registers of each variant   product.h, attention.h, step.h
               team.*      threads       api.cc     the door: what it checks    pack.h  weights in tiles

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from microserve.kernels.cpu.build import build
-from microserve.kernels.cuda_module import KernelUnavailable
+from microserve.kernels.cpu.build import Say, build
+from microserve.kernels.cpu.objects import NativeObject
+from microserve.kernels.kernel_cache import KernelUnavailable
 
 ABI_VERSION = 1
 VARIANTS = ("portable", "avx2", "avx512")
@@ -91,20 +90,20 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 class Library:
     """A loaded shared object. Its functions release the interpreter's lock."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, found: NativeObject) -> None:
         """Raises :class:`KernelUnavailable` where it cannot be loaded."""
         try:
-            self.calls = ctypes.CDLL(str(path))
+            self.calls = _load(found)
         except OSError as error:
-            raise KernelUnavailable(f"{path.name} cannot be loaded: {error}") from None
+            raise KernelUnavailable(f"{found.name} cannot be loaded: {error}") from None
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(self.calls, name)
             function.restype, function.argtypes = result, arguments
         if (version := self.calls.ms_abi_version()) != ABI_VERSION:
             raise KernelUnavailable(
-                f"{path.name} speaks version {version} of its interface, not {ABI_VERSION}"
+                f"{found.name} speaks version {version} of its interface, not {ABI_VERSION}"
             )
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.digest = found.digest
         """Of the object: part of the numerics class."""
 
     def supports(self, variant: str) -> bool:
@@ -135,10 +134,26 @@ class Library:
         return out
 
 
-@functools.cache
-def library() -> Library:
-    """Built and loaded once a process. Raises :class:`KernelUnavailable`."""
-    return Library(build())
+def _load(found: NativeObject) -> ctypes.CDLL:
+    """Raises ``OSError``."""
+    try:
+        return ctypes.CDLL(found.path)
+    except OSError:  # a file system without execution, perhaps: memory is none
+        try:
+            return ctypes.CDLL(found.copied().path)
+        except KernelUnavailable:
+            pass
+        raise
+
+
+_loaded: list[Library] = []
+
+
+def library(say: Say = lambda _: None) -> Library:
+    """Built and loaded once a process; ``say`` is told what takes long. Raises :class:`KernelUnavailable`."""
+    if not _loaded:
+        _loaded.append(Library(build(say=say)))
+    return _loaded[0]
 
 
 def choose_variant(found: Library, wanted: str = "auto") -> str:

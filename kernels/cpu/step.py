@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from microserve.kernels.cpu.library import ELEMS, VARIANTS, Batch, Config, Layer, Library, OnLayer
-from microserve.kernels.cuda_module import KernelUnavailable
+from microserve.kernels.kernel_cache import KernelUnavailable
 
 TORCH_ELEMS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from microserve.kernels import cuda_module
-from microserve.kernels.cuda_module import KernelUnavailable
+from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.kernels.scatter.block_scatter import block_scatter, check_rows
 
 

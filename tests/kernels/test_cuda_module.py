@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from microserve.kernels import cuda_module
-from microserve.kernels.cuda_module import SOURCES, KernelUnavailable, build, cache_directory, find_nvcc
+from microserve.kernels.cuda_module import SOURCES, build, find_nvcc
+from microserve.kernels.kernel_cache import CACHE_VARIABLE, KernelUnavailable, cache_directory
 from microserve.kernels.scatter.arrival_signal import ArrivalSignal
 from microserve.kernels.scatter.block_put import put_launch, put_plan
 from microserve.kernels.scatter.block_scatter import scatter_launch
@@ -37,7 +38,7 @@ def nvcc() -> Path:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    return {**os.environ, cuda_module.CACHE_VARIABLE: str(tmp_path / "cache")}
+    return {**os.environ, CACHE_VARIABLE: str(tmp_path / "cache")}
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def fake_nvcc(directory: Path, script: str) -> dict[str, str]:
     path.parent.mkdir(parents=True)
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
-    return {"CUDA_HOME": str(directory), cuda_module.CACHE_VARIABLE: str(directory / "cache")}
+    return {"CUDA_HOME": str(directory), CACHE_VARIABLE: str(directory / "cache")}
 
 
 COUNTING = """
@@ -101,7 +102,7 @@ def test_what_is_built_stays_until_a_source_the_architecture_or_the_compiler_cha
     monkeypatch.setattr(cuda_module, "SOURCES", sources)
     first = fake_nvcc(tmp_path / "one", COUNTING)
     other = fake_nvcc(tmp_path / "two", COUNTING.replace("fake", "another"))
-    other[cuda_module.CACHE_VARIABLE] = first[cuda_module.CACHE_VARIABLE]
+    other[CACHE_VARIABLE] = first[CACHE_VARIABLE]
 
     def builds() -> int:
         counts = (tmp_path / compiler / "builds" for compiler in ("one", "two"))
@@ -152,7 +153,7 @@ def test_without_a_compiler_what_is_built_serves_and_else_it_is_named(
     environment = fake_nvcc(tmp_path, COUNTING)
     cubin = build("block_put", "sm_90", environment)
     monkeypatch.setattr(cuda_module, "USUAL_NVCC", tmp_path / "nowhere")
-    bare = {"PATH": str(tmp_path), cuda_module.CACHE_VARIABLE: environment[cuda_module.CACHE_VARIABLE]}
+    bare = {"PATH": str(tmp_path), CACHE_VARIABLE: environment[CACHE_VARIABLE]}
     assert build("block_put", "sm_90", bare) == cubin
     with pytest.raises(KernelUnavailable, match=r"^no nvcc: .*CUDA_HOME"):
         build("block_put", "sm_80", bare)
@@ -168,7 +169,7 @@ def test_what_the_compiler_says_is_passed_on_in_one_line(tmp_path: Path) -> None
 
 def test_a_compiler_that_cannot_run_and_a_cache_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     environment = fake_nvcc(tmp_path, COUNTING)
-    environment[cuda_module.CACHE_VARIABLE] = str(tmp_path / "bin" / "nvcc" / "cache")
+    environment[CACHE_VARIABLE] = str(tmp_path / "bin" / "nvcc" / "cache")
     with pytest.raises(KernelUnavailable, match=r"^the kernel cache .* cannot be written: Not a directory$"):
         build("block_put", "sm_90", environment)
     broken = tmp_path / "broken"
@@ -179,7 +180,7 @@ def test_a_compiler_that_cannot_run_and_a_cache_that_cannot_be_written_are_named
 
 
 def test_the_cache_is_where_the_environment_says() -> None:
-    assert cache_directory({cuda_module.CACHE_VARIABLE: "/a/b"}) == Path("/a/b")
+    assert cache_directory({CACHE_VARIABLE: "/a/b"}) == Path("/a/b")
     assert cache_directory({"XDG_CACHE_HOME": "/c"}) == Path("/c/microserve/kernels")
 
 
@@ -261,7 +262,7 @@ def test_ahead_of_time_builds_fail_with_one_line(
         monkeypatch.setenv(name, value)
     assert cuda_module.main(["sm_90"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(MODULES)
-    monkeypatch.setenv(cuda_module.CACHE_VARIABLE, str(tmp_path / "bin" / "nvcc"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "bin" / "nvcc"))
     assert cuda_module.main([]) == 1
     said = capsys.readouterr().err
     assert said.startswith("kernels: the kernel cache")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from microserve.kernels import cuda_module, reference
-from microserve.kernels.cuda_module import KernelUnavailable
+from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.kernels.scatter.kv_scatter import kv_scatter, missing_kernel
 
 

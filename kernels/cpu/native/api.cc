@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu.h"
 #include "model.h"
 #include "pack.h"
 
@@ -148,11 +149,9 @@ int32_t ms_abi_version() { return 1; }
 int32_t ms_supports(int32_t variant) {
   if (!variant_of(variant)) return 0;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (variant == MS_AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (variant == MS_AVX512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
+  const ms::Cpu cpu;
+  if (variant == MS_AVX2) return cpu.avx2;
+  if (variant == MS_AVX512) return cpu.avx512;
 #endif
   return 1;
 }

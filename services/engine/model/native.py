@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from microserve.kernels.cpu.library import Library, choose_variant, library
 from microserve.kernels.cpu.step import CpuStep, LayerWeights, Shape
-from microserve.kernels.cuda_module import KernelUnavailable
+from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.numerics import Numerics
@@ -71,7 +71,7 @@ def choose_step(settings: Settings, model: LoadedModel) -> MakeStep | None:
     try:
         if (what := missing(model)) is not None:
             raise KernelUnavailable(f"it does not compute {what}")
-        variant = choose_variant(library(), wanted)
+        variant = choose_variant(library(_tell), wanted)
     except KernelUnavailable as error:
         if wanted != "auto":
             raise ConfigError(
@@ -81,6 +81,10 @@ def choose_step(settings: Settings, model: LoadedModel) -> MakeStep | None:
         return None
     max_rows = max(settings.engine.max_num_batched_tokens, settings.engine.max_num_seqs)
     return partial(make_step, model, threads=settings.engine.threads, max_rows=max_rows, variant=variant)
+
+
+def _tell(what: str) -> None:
+    _logger.info(log.KERNEL_AWAITED, kernel="cpu_step", detail=what)
 
 
 def make_step(
