@@ -30,13 +30,16 @@ class Lifecycle:
         """The process is to end as soon as its log is written: a library in it could wait for other processes
         in a handler or a thread, for ever."""
 
-    def ready(self, address: str) -> None:
-        """The service answers at ``address``: logged as ``service.ready``, told to systemd, once."""
+    def ready(self, address: str, *, about: str = "") -> None:
+        """The service answers at ``address``: logged as ``service.ready``, told to systemd, once. ``about``:
+        what else ``ps`` is to show of it, in a few words."""
         if self._ready.is_set():
             return
         self.address = address
-        _logger.info(log.SERVICE_READY, address=address)
-        self._notifier.send("READY=1", f"STATUS=ready at {address}", f"X_ADDRESS={address}")
+        _logger.info(log.SERVICE_READY, address=address, **({"about": about} if about else {}))
+        status = f"STATUS=ready at {address}" + (f", {about}" if about else "")
+        more = (f"X_ABOUT={about}",) if about else ()
+        self._notifier.send("READY=1", status, f"X_ADDRESS={address}", *more)
         self._ready.set()
 
     async def wait_ready(self) -> str:

@@ -184,7 +184,7 @@ class EngineShell:
                 tasks.create_task(self._index.run()),
                 tasks.create_task(self._watch_crash()),
             ]
-            self._lifecycle.ready(self._server.address)
+            self._lifecycle.ready(self._server.address, about=self._about)
             try:
                 await self._leave()
             except asyncio.CancelledError:
@@ -195,6 +195,12 @@ class EngineShell:
                 raise
             for task in background:
                 task.cancel()
+
+    @property
+    def _about(self) -> str:
+        numerics = self._core.numerics
+        kind = "exact" if numerics.is_exact else "not exact"
+        return f"{kind} in {numerics.name}" if numerics.name else ""
 
     def drain(self) -> None:
         """Take no new work, and tell the routers at once: they move what runs here elsewhere, and :meth:`run`

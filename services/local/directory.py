@@ -40,6 +40,8 @@ class ChildState(msgspec.Struct, frozen=True):
     restarts: int
     detail: str
     log: str
+    about: str = ""
+    """What it says of itself: of an engine, its numerics class."""
 
     @classmethod
     def of(cls, child: Child) -> ChildState:
@@ -51,6 +53,7 @@ class ChildState(msgspec.Struct, frozen=True):
             child.restarts,
             child.detail,
             str(child.log),
+            child.about,
         )
 
 

@@ -75,6 +75,8 @@ class Child:
     state: ChildState = ChildState.STARTING
     pid: int = 0
     address: str = ""
+    about: str = ""
+    """What it says of itself beside its address."""
     restarts: int = 0
     detail: str = ""
     """The last error that it logged."""
@@ -290,6 +292,7 @@ class Supervisor:
             self._silence.hear(pid, now)
         if fields.get("READY") == "1" and not child.became_ready.is_set():
             child.address, child.was_ready = fields.get("X_ADDRESS", ""), True
+            child.about = fields.get("X_ABOUT", "")
             child.became_ready.set()
             self._silence.expect(pid, child.watchdog_s, now)
             if child.state is not ChildState.STOPPING:

@@ -252,6 +252,8 @@ def describe(child: ChildState) -> str:
         parts.append(f"pid {child.pid:<8}")
     if child.address:
         parts.append(child.address)
+    if child.about and child.state == "ready":
+        parts.append(child.about)
     if child.restarts:
         parts.append(f"restarted {child.restarts}x")
     if child.detail and child.state in ("failed", "restarting", "stopped", "ready"):

@@ -208,7 +208,12 @@ class Registry:
             return
         self.served = connection.info
         self._refused.pop(engine_id, None)
-        _logger.info(log.ENGINE_JOINED, engine_id=engine_id, incarnation=connection.info.incarnation)
+        _logger.info(
+            log.ENGINE_JOINED,
+            engine_id=engine_id,
+            incarnation=connection.info.incarnation,
+            numerics=connection.info.numerics.name,
+        )
         self._on_joined(connection)
         try:
             reason = await connection.run()

@@ -106,6 +106,20 @@ def test_what_a_child_says_of_itself_is_shown(tmp_path: Path) -> None:
     run(test())
 
 
+def test_what_a_child_is_ready_with_is_shown(tmp_path: Path) -> None:
+    about = READY.replace("tcp://here", "tcp://here\\nX_ABOUT=exact in c1") + "signal.pause()"
+
+    async def test() -> None:
+        watched = Watched([child(tmp_path, "engine-0", about)])
+        async with watched.supervisor:
+            await watched.supervisor.ready()
+            state = DirectoryChild.of(watched.children[0])
+            assert (state.address, state.about) == ("tcp://here", "exact in c1")
+            assert describe(state).endswith("tcp://here exact in c1")
+
+    run(test())
+
+
 def test_one_crashed_child_is_restarted_and_the_others_stay(tmp_path: Path) -> None:
     async def test() -> None:
         watched = Watched([child(tmp_path, "a", SERVE), child(tmp_path, "b", SERVE)])
