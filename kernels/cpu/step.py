@@ -21,6 +21,8 @@ from microserve.kernels.cpu.library import ELEMS, VARIANTS, Batch, Config, Layer
 from microserve.kernels.kernel_cache import KernelUnavailable
 
 TORCH_ELEMS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+MAX_GROUP = 32
+"""Query heads of a KV head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,9 @@ class CpuStep:
     """For one thread of the caller's; ``threads`` work in a step, the caller's among them."""
 
     def __init__(self, library: Library, variant: str, shape: Shape, threads: int) -> None:
-        """Raises :class:`KernelUnavailable` where there is no memory or no thread for it."""
+        """Raises :class:`KernelUnavailable` where there is no memory or no thread for it, ``ValueError`` for
+        a shape that is none."""
+        _check_shape(shape)
         self.shape, self.variant = shape, variant
         self._calls = library.calls
         names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden", "intermediate", "vocab")
@@ -84,7 +88,9 @@ class CpuStep:
 
     def set_layer(self, index: int, weights: LayerWeights, kv: Tensor) -> None:
         """Pack a layer's weights, which are not needed afterwards; ``kv`` is its layer of the pool, used in
-        place."""
+        place. Raises ``ValueError`` for what is missing or of another shape."""
+        self._check_open()
+        self._check_layer(weights, kv)
         layer, kept = Layer(), []
         for names, given, dtype in (
             (Layer.WEIGHTS, weights.matrices, TORCH_ELEMS[self.shape.elem]),
@@ -102,7 +108,15 @@ class CpuStep:
         self, embedding: Tensor, head: Tensor | None, norm: Tensor, cos: Tensor, sin: Tensor
     ) -> None:
         """embedding, head: [vocab, hidden], head None for a tied one; norm: [hidden]; cos, sin:
-        [max_context, head_dim / 2]."""
+        [max_context, head_dim / 2]. Raises ``ValueError`` for another shape."""
+        self._check_open()
+        shape = self.shape
+        rows, table = (shape.vocab, shape.hidden), (shape.max_context, shape.head_dim // 2)
+        _check("embedding", embedding, rows)
+        _check("head", head, rows)
+        _check("norm", norm, (shape.hidden,))
+        _check("cos", cos, table)
+        _check("sin", sin, table)
         elem = TORCH_ELEMS[self.shape.elem]
         given = [None if tensor is None else _plain(tensor, elem) for tensor in (embedding, head)]
         given += [_plain(tensor, torch.float32) for tensor in (norm, cos, sin)]
@@ -124,6 +138,11 @@ class CpuStep:
         each, in the order of the rows. ``on_layer`` comes when a layer's KV stands in the pool; what it
         raises ends the step. Raises ``ValueError`` for a batch that does not fit.
         """
+        self._check_open()
+        if not len(tokens) == len(positions) == len(slots):
+            raise ValueError(f"{len(tokens)} tokens, {len(positions)} positions, {len(slots)} slots")
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.shape.vocab:
+            raise ValueError(f"a token is not below {self.shape.vocab}")
         contexts = np.array([context for _, context, _ in spans], np.int32)
         needed = -(-contexts // self.shape.block_size)
         tables = np.zeros((len(spans), int(needed.max(initial=1))), np.int32)
@@ -175,9 +194,57 @@ class CpuStep:
         if getattr(self, "_engine", None):
             self.close()
 
+    def _check_open(self) -> None:
+        if self._engine is None:
+            raise ValueError("the native step is closed")
+
+    def _check_layer(self, weights: LayerWeights, kv: Tensor) -> None:
+        s = self.shape
+        queries, keys = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
+        outs = {"q": queries, "k": keys, "v": keys, "o": s.hidden}
+        shapes: dict[str, tuple[int, ...]] = {name: (outs[name], s.hidden) for name in "qkv"}
+        shapes |= {"o": (s.hidden, queries), "down": (s.hidden, s.intermediate)}
+        shapes |= {"gate": (s.intermediate, s.hidden), "up": (s.intermediate, s.hidden)}
+        shapes |= {"attention_norm": (s.hidden,), "mlp_norm": (s.hidden,)}
+        if missing := shapes.keys() - {*weights.matrices, *weights.vectors}:
+            raise ValueError(f"a layer without {', '.join(sorted(missing))}")
+        biases = {name for name in "qkv" if f"{name}_bias" in weights.vectors}
+        if len(biases) not in (0, 3):
+            raise ValueError(f"biases of {', '.join(sorted(biases))} alone")
+        shapes |= {f"{name}_bias": (out,) for name, out in outs.items()}
+        shapes |= {"q_norm": (s.head_dim,), "k_norm": (s.head_dim,)}
+        for name, tensor in (*weights.matrices.items(), *weights.vectors.items()):
+            if name not in shapes:
+                raise ValueError(f"a layer with {name}, which is not computed")
+            _check(name, tensor, shapes[name])
+        if weights.window is not None and weights.window < 1:
+            raise ValueError(f"a window of {weights.window}")
+        _check("kv", kv, (s.num_blocks, 2, s.block_size, s.num_kv_heads, s.head_dim))
+        if kv.dtype != TORCH_ELEMS[s.elem] or not kv.is_contiguous():
+            raise ValueError(f"kv is {kv.dtype}, and has to be {s.elem} in one piece")
+
     def _told(self, problem: bytes | None) -> None:
         if problem is not None:
             raise ValueError(f"the native step refuses {problem.decode()}")
+
+
+def _check_shape(shape: Shape) -> None:
+    counts = {name: getattr(shape, name) for name in shape.__slots__ if name not in ("elem", "eps", "scale")}
+    if shape.elem not in TORCH_ELEMS or min(counts.values()) < 1:
+        raise ValueError(f"a model of {shape.elem} with {counts}")
+    group, rest = divmod(shape.num_heads, shape.num_kv_heads)
+    if rest or group > MAX_GROUP or shape.head_dim % 2:
+        raise ValueError(
+            f"{shape.num_heads} heads of {shape.head_dim} on {shape.num_kv_heads}: no whole number up to "
+            f"{MAX_GROUP} for each, or an odd size"
+        )
+
+
+def _check(name: str, tensor: Tensor | None, wanted: tuple[int, ...]) -> None:
+    if tensor is not None and (tuple(tensor.shape) != wanted or tensor.device.type != "cpu"):
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)} on {tensor.device.type}, and has to be {wanted} on cpu"
+        )
 
 
 def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -190,8 +190,9 @@ static void logits(Engine &e, int &phase) {
   });
 }
 
-template <class E>
-static void step_of(Engine &e, int thread) {
+// outside: the float mode of the caller's, in which on_layer runs.
+template <class E, class Mode>
+static void step_of(Engine &e, int thread, Mode outside) {
   Scratch &w = e.scratch[thread];
   int phase = 0;
   embed<E>(e, phase);
@@ -199,7 +200,11 @@ static void step_of(Engine &e, int thread) {
     const Layer &layer = e.layers[i];
     heads<E>(e, layer, w, phase, norm_rows<E>(e, w, phase, layer.attention_norm));
     if (e.on_layer) {
-      if (thread == 0) e.ended = e.on_layer(i);
+      if (thread == 0) {
+        leave_float_mode(outside);
+        e.ended = e.on_layer(i);
+        enter_float_mode();
+      }
       e.team->barrier(phase);
       if (e.ended) return;
     }
@@ -212,8 +217,8 @@ static void step_of(Engine &e, int thread) {
 
 static void step(Engine *e, int thread) {
   auto was = enter_float_mode();
-  if (e->config.elem == MS_BF16) step_of<Bf16>(*e, thread);
-  else step_of<F32>(*e, thread);
+  if (e->config.elem == MS_BF16) step_of<Bf16>(*e, thread, was);
+  else step_of<F32>(*e, thread, was);
   leave_float_mode(was);
 }
 

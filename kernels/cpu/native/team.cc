@@ -21,7 +21,7 @@ constexpr int kSpins = 600;
 constexpr int kYields = 4;
 
 Team::Team(int threads) : threads_(threads) {
-  units_[0] = units_[1] = arrived_ = generation_ = round_ = 0;
+  units_[0] = units_[1] = arrived_ = generation_ = round_ = done_ = 0;
   for (int t = 1; t < threads_; t++) {
     seats_[t] = {this, t};
     if (pthread_create(&ids_[t], nullptr, main, &seats_[t])) break;
@@ -85,11 +85,13 @@ void Team::run(Job job, void *context) {
   context_ = context;
   solo_[0] = solo_[1] = 0;
   units_[0] = units_[1] = 0;
-  if (threads_ > 1) {
-    round_.fetch_add(1, std::memory_order_acq_rel);
-    wake(round_);
-  }
+  if (threads_ == 1) return job(context, 0);
+  done_.store(0, std::memory_order_relaxed);
+  round_.fetch_add(1, std::memory_order_acq_rel);
+  wake(round_);
   job(context, 0);
+  // A thread that is late out of the last barrier still reads the batch, and the next job would be changing it.
+  for (int done; (done = done_.load(std::memory_order_acquire)) != threads_ - 1;) wait(done_, done);
 }
 
 void *Team::main(void *argument) {
@@ -100,6 +102,8 @@ void *Team::main(void *argument) {
     seen++;
     if (seat.team->ends_) return nullptr;
     seat.team->job_(seat.team->context_, seat.thread);
+    seat.team->done_.fetch_add(1, std::memory_order_acq_rel);
+    wake(seat.team->done_);
   }
 }
 

@@ -42,6 +42,7 @@ class Team {
   alignas(64) std::atomic<int> arrived_;
   alignas(64) std::atomic<int> generation_;  // of barriers
   alignas(64) std::atomic<int> round_;       // of jobs
+  alignas(64) std::atomic<int> done_;        // threads that have left this one, but for the caller's
 };
 
 }  // namespace ms

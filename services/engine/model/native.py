@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from microserve.kernels.cpu.library import Library, choose_variant, library
-from microserve.kernels.cpu.step import CpuStep, LayerWeights, Shape
+from microserve.kernels.cpu.step import MAX_GROUP, CpuStep, LayerWeights, Shape
 from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
@@ -29,8 +29,6 @@ _logger = structlog.get_logger()
 
 RECIPE = "cpu1"
 """Of what is computed (``kernels/cpu/native/numerics.h``): another one gives other bits."""
-MAX_GROUP = 32
-"""Query heads of a KV head."""
 
 
 def missing(model: LoadedModel) -> str | None:
