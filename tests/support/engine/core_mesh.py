@@ -58,6 +58,7 @@ class Engine:
         )
         self.replies: dict[int, wire.EngineReply] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[wire.TokenLogprob]] = {}
         self.finished: dict[str, wire.Finished] = {}
 
     def collect(self) -> None:
@@ -72,6 +73,7 @@ class Engine:
                 have.extend([-1] * delta.offset)  # tokens that reached the router another way
             assert delta.offset == len(have), "gap or duplicate"
             have.extend(delta.token_ids)
+            self.logprobs.setdefault(delta.request_id, []).extend(delta.logprobs)
             if delta.finished is not None:
                 assert delta.request_id not in self.finished, "two ends"
                 self.finished[delta.request_id] = delta.finished

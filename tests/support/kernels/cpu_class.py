@@ -152,13 +152,13 @@ def attended(elem: str, q: Floats, k: Floats, v: Floats, scale: float, window: i
     total = np.zeros(length, np.float32)
     has = np.zeros(length, bool)
     rows = np.arange(length)[:, None]
-    seen: npt.NDArray[np.bool_]
     for first in range(0, length, SEGMENT):
         at = np.arange(first, min(first + SEGMENT, length))[None, :]
         seen = (at <= rows) & (at > rows - (window or length))
+        sees = np.asarray(seen.any(axis=1))
         scores = product(0.0, q, k[first : first + SEGMENT])
         m = mul(np.where(seen, scores, -np.inf).max(axis=1), factor)
-        shifted = sub(mul(scores, factor), np.where(seen.any(axis=1), m, 0.0)[:, None])
+        shifted = sub(mul(scores, factor), np.where(sees, m, 0.0)[:, None])
         p = np.where(seen, exp2(np.where(seen, shifted, 0.0)), np.float32(0.0))
         p = np.pad(p, ((0, 0), (0, -p.shape[1] % 32)))
         sums = functools.reduce(
@@ -166,7 +166,7 @@ def attended(elem: str, q: Floats, k: Floats, v: Floats, scale: float, window: i
         )
         values = np.pad(v[first : first + SEGMENT], ((0, p.shape[1] - at.size), (0, 0)))
         o = add(product(0.0, rounded(elem, p), values.T), np.float32(0.0))
-        sum_here, sees = tree(sums), seen.any(axis=1)
+        sum_here = tree(sums)
         both = has & sees
         peak = np.where(top > m, top, m)
         old, new = exp2(np.where(both, sub(top, peak), 0.0)), exp2(np.where(both, sub(m, peak), 0.0))
