@@ -6,6 +6,7 @@ TORCH ?=
 TORCH_FLAGS = $(if $(TORCH),--torch '$(TORCH)')
 PREFIX ?= /opt/microserve
 ARGS ?=
+DTYPE ?= bfloat16
 BIN := $(VENV)/bin
 WORKERS ?= 2
 # Its tests wait for peers more than they compute: one worker more than the two cores that it is meant for.
@@ -48,9 +49,10 @@ fmt: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Bits of tokens and log-probabilities, killed engines too. DTYPE=float32: and the tokens of transformers.
 # ARGS="--requests 20 --strategies auto" for a cut of it.
 exactness: $(VENV)/dev
-	$(BIN)/python tests/support/process/exactness.py --model "$$($(BIN)/microserve model fetch)" $(ARGS)
+	$(BIN)/python tests/support/process/exactness.py --model "$$($(BIN)/microserve model fetch)" --dtype $(DTYPE) $(ARGS)
 
 # A thousand simulated worlds full of faults; ARGS="--seeds 20000", or ARGS="--replay 17" for one of them.
 simulate: $(VENV)/dev

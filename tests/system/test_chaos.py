@@ -14,7 +14,7 @@ from tests.support.chaos.faults import Fault
 from tests.support.chaos.judge import Judge
 from tests.support.chaos.load import Outcome, Plan
 from tests.support.chaos.run import Chaos, run_chaos
-from tests.support.process.exactness import Case
+from tests.support.process.cases import Case
 
 SEED = 2
 

@@ -17,7 +17,8 @@ from microserve.protocol.bus.curve import CurveKeys, create_keys
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
 from tests.support.bus.gateway_peer import BusClient
-from tests.support.process.exactness import Case, oracle
+from tests.support.process.cases import Case
+from tests.support.process.exactness import oracle
 from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400)]

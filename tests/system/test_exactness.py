@@ -1,4 +1,5 @@
-"""A cut of ``make exactness`` on real processes: every strategy gives the tokens of ``transformers``."""
+"""A cut of ``make exactness`` on real processes: every strategy gives the tokens of ``transformers``, and the
+bits of a request that is alone, in bf16 too."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.process.exactness import SETTINGS, STRATEGIES, check, make_cases, oracle
+from tests.support.process.bitwise import ask_alone, check_bits
+from tests.support.process.cases import make_cases, with_logprobs
+from tests.support.process.exactness import KILLED_UNDER, SETTINGS, STRATEGIES, check, oracle
 from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
@@ -35,3 +38,18 @@ def test_demo_model(demo_model: Path, tmp_path: Path) -> None:
     with MeshProcesses(demo_model, tmp_path, settings=settings) as mesh:
         wrong = asyncio.run(check(mesh.router_address, cases, expected, STRATEGIES, 2))
     assert wrong == 0
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bits(tiny_model: Path, tmp_path: Path, dtype: str) -> None:
+    """Also of requests that lost an engine by kill -9."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    cases = with_logprobs(make_cases(40, vocab_size=config["vocab_size"], max_prompt=500, seed=5))
+    settings = [*SETTINGS, f"model.dtype={dtype}"]
+    with MeshProcesses(tiny_model, tmp_path, num_engines=1, settings=settings) as mesh:
+        promise, reference = asyncio.run(ask_alone(mesh.router_address, cases))
+    assert promise is not None
+    assert dtype in promise.name
+    with MeshProcesses(tiny_model, tmp_path, settings=settings) as mesh:
+        assert asyncio.run(check_bits(mesh, cases, reference, STRATEGIES, KILLED_UNDER)) == 0

@@ -21,7 +21,8 @@ from tests.support.chaos.cases import Question, ask_oracle, keep_stable
 from tests.support.chaos.client import Attempt, Doors, open_doors
 from tests.support.chaos.judge import next_token_s
 from tests.support.chaos.mesh import ChaosMesh
-from tests.support.process.exactness import STRATEGIES, Case
+from tests.support.process.cases import Case
+from tests.support.process.exactness import STRATEGIES
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]
 

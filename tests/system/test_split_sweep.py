@@ -12,7 +12,8 @@ from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
 from tests.support.engine.engine_client import EngineClient
-from tests.support.process.exactness import Case, oracle
+from tests.support.process.cases import Case
+from tests.support.process.exactness import oracle
 from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]

@@ -17,7 +17,7 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import SampleSpec
 from microserve.services.engine.model.sampler import sample
 from tests.support.engine.engine_client import EngineClient
-from tests.support.process.exactness import Case
+from tests.support.process.cases import Case
 
 NUM_PREFIXES = 5
 NOISE = 3e-4

@@ -41,7 +41,8 @@ from tests.support.chaos.hurt_mesh import (
     running_mesh,
     small_disk,
 )
-from tests.support.process.exactness import make_cases, oracle
+from tests.support.process.cases import make_cases
+from tests.support.process.exactness import oracle
 
 ANSWER_S = 120.0
 """For one stream: what waits for a descriptor or for an engine comes later, and is not lost."""

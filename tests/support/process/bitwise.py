@@ -11,40 +11,27 @@ from __future__ import annotations
 
 import asyncio
 import struct
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
-import msgspec
-
+from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import QueueFull
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import Numerics
-from microserve.protocol.messages.sampling import SamplingParams
 from tests.support.bus.gateway_peer import Answer, BusClient
+from tests.support.process.cases import Case
+from tests.support.process.processes import MeshProcesses
 
 IN_FLIGHT = 16
 TTL_S = 600.0
 
 
-@dataclass(frozen=True)
-class Case:
-    prompt: tuple[int, ...]
-    params: SamplingParams
-
-    @property
-    def greedy(self) -> bool:
-        return self.params.temperature == 0.0
-
-
-def with_logprobs(cases: Sequence[Case], count: int = 2) -> list[Case]:
-    """The same, and each token tells its log-probability and those of the likeliest others."""
-    return [replace(case, params=msgspec.structs.replace(case.params, logprobs=count)) for case in cases]
-
-
 async def ask(client: BusClient, strategy: str, case: Case, salt: str) -> Answer:
     """Until it is not refused for a full queue."""
     while True:
-        answer = await client.generate(list(case.prompt), case.params, strategy=strategy, ttl_s=TTL_S, salt=salt)
+        answer = await client.generate(
+            list(case.prompt), case.params, strategy=strategy, ttl_s=TTL_S, salt=salt
+        )
         if answer.result.code != QueueFull.code:
             return answer
         # A strategy with a bound refuses what a slow machine would serve late: as a client would.
@@ -85,6 +72,55 @@ async def crowd(
     return answers
 
 
+async def ask_alone(router_address: str, cases: list[Case]) -> tuple[Numerics | None, list[Answer]]:
+    """What one engine promises, and its answers to requests alone; none where it promises nothing."""
+    bus = ZmqBus()
+    try:
+        async with BusClient(bus, router_address) as client:
+            await client.wait_engines(1)
+            if promise_of(await alone(client, cases[:1])) is None:
+                return None, []
+            answers = await alone(client, cases)
+            return promise_of(answers), answers
+    finally:
+        bus.close()
+
+
+async def check_bits(
+    mesh: MeshProcesses, cases: list[Case], reference: list[Answer], strategies: list[str], killed: list[str]
+) -> int:
+    """Run every strategy, and those of ``killed`` once more with an engine killed; the number of answers with
+    other bits than their reference, each printed."""
+    bus = ZmqBus()
+    wrong = 0
+
+    def kill() -> None:
+        mesh.services["engine-0"].kill()
+        mesh.start("engine-0")
+
+    try:
+        async with BusClient(bus, mesh.router_address) as client:
+            for strategy, is_killed in [*((s, False) for s in strategies), *((s, True) for s in killed)]:
+                await client.wait_engines(mesh.num_engines)
+                started = time.monotonic()
+                salt = f"{strategy}{' killed' * is_killed}"
+                got = await crowd(client, strategy, cases, salt=salt, harm=kill if is_killed else None)
+                bad = differences(cases, reference, got)
+                wrong += len(bad)
+                print(
+                    f"{strategy:17} {'kill -9' if is_killed else '':8} {len(cases)} requests, "
+                    f"{sum(len(answer.token_ids) for answer in got)} tokens, {len(bad)} differences, "
+                    f"{sum(len(answer.result.engines) > 1 for answer in got)} by several engines, "
+                    f"{time.monotonic() - started:.0f} s",
+                    *bad,
+                    sep="\n  ",
+                    flush=True,
+                )
+    finally:
+        bus.close()
+    return wrong
+
+
 def differences(cases: Sequence[Case], expected: Sequence[Answer], got: Sequence[Answer]) -> list[str]:
     """One line for each answer that has other bits than the one of a request alone, or no promise of them."""
     lines = []
@@ -105,7 +141,10 @@ def differences(cases: Sequence[Case], expected: Sequence[Answer], got: Sequence
 
 def bits_of(logprobs: Sequence[TokenLogprob]) -> list[tuple[bytes, tuple[tuple[int, bytes], ...]]]:
     return [
-        (struct.pack("<d", each.logprob), tuple((token, struct.pack("<d", value)) for token, value in each.top))
+        (
+            struct.pack("<d", each.logprob),
+            tuple((token, struct.pack("<d", value)) for token, value in each.top),
+        )
         for each in logprobs
     ]
 
@@ -118,4 +157,6 @@ def promise_of(answers: Sequence[Answer]) -> Numerics | None:
 
 
 def _first(want: Sequence[object], have: Sequence[object]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(want, have, strict=False)) if a != b), min(len(want), len(have)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(want, have, strict=False)) if a != b), min(len(want), len(have))
+    )

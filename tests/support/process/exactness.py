@@ -1,12 +1,13 @@
-"""Token-exactness of a real mesh against ``transformers``: the oracle of the whole project.
+"""Exactness of a real mesh: what ``make exactness`` runs, on real processes (index, router, engines).
 
-    python tests/support/process/exactness.py --model DIR [--requests 200] [--strategies a,b] [--cache FILE]
+    python tests/support/process/exactness.py --model DIR [--dtype bfloat16] [--requests 200]
 
-Starts real processes (index, router, engines) in fp32 and sends the same mixed requests under every strategy:
-prompts of 1 to 2,000 tokens with shared prefixes, 16 in flight, greedy and seeded sampling. Greedy answers
-must equal ``transformers`` ``generate`` one at a time; sampled ones those of the first strategy
-(``data_parallel``). With ``--device cuda:0`` engines and oracle share that GPU. Prints one line a strategy;
-exits 1 on any mismatch.
+Sends the same mixed requests under every strategy: prompts of 1 to 2,000 tokens with shared prefixes, 16 in
+flight, greedy and seeded sampling. Engines of an exact numerics class are held to bits (bitwise.py): tokens
+and log-probabilities of every request are those of the request alone on one engine, also when an engine is
+killed under load. In fp32 greedy tokens must be those of ``transformers`` ``generate`` too; engines that
+promise no bits, as on a GPU (``--device cuda:0``), are held to that alone, and sampled answers to
+those of the first strategy. Prints one line a strategy; exits 1 on any mismatch, 2 where nothing is promised.
 """
 
 from __future__ import annotations
@@ -14,19 +15,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.errors import QueueFull
-from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 from tests.support.bus.gateway_peer import BusClient
+from tests.support.process.bitwise import ask_alone, check_bits, crowd
+from tests.support.process.cases import Case, make_cases, with_logprobs
 from tests.support.process.processes import MeshProcesses
 
 STRATEGIES = [strategy.name for strategy in BUILT_IN]
@@ -38,49 +37,8 @@ SETTINGS = [
     "router.strategies.min_ttft.balance=1.0",
     "router.strategies.replicate_hot={depth=2,hot=1,period_s=0.2}",
 ]
-IN_FLIGHT = 16
-
-
-@dataclass(frozen=True)
-class Case:
-    prompt: tuple[int, ...]
-    params: SamplingParams
-
-    @property
-    def greedy(self) -> bool:
-        return self.params.temperature == 0.0
-
-
-def make_cases(count: int, *, vocab_size: int, max_prompt: int, seed: int = 0) -> list[Case]:
-    """Mixed lengths, a third with a shared prefix; two greedy for each sampled one."""
-    rng = random.Random(seed)
-    low = min(20, vocab_size // 4)
-    prefixes = [
-        tuple(rng.randrange(low, vocab_size) for _ in range(rng.randrange(max_prompt // 4, max_prompt // 2)))
-        for _ in range(6)
-    ]
-    lengths = [1, 2, 15, 16, 17, 31, 32, 33, max_prompt]
-    cases = []
-    for number in range(count):
-        if number < len(lengths):
-            length = lengths[number]
-        else:
-            length = min(max_prompt, max(1, int(rng.lognormvariate(5.0, 1.3))))
-        prompt = tuple(rng.randrange(low, vocab_size) for _ in range(length))
-        if rng.random() < 0.35:
-            prompt = (*rng.choice(prefixes), *prompt)[:max_prompt]
-        params = SamplingParams(max_tokens=rng.randrange(4, 25), temperature=0.0, ignore_eos=True)
-        if number % 3 == 2:
-            params = SamplingParams(
-                max_tokens=params.max_tokens,
-                temperature=rng.choice([0.5, 0.8, 1.0]),
-                top_p=rng.choice([0.9, 1.0]),
-                top_k=rng.choice([0, 50]),
-                seed=rng.randrange(1 << 40),
-                ignore_eos=True,
-            )
-        cases.append(Case(prompt, params))
-    return cases
+KILLED_UNDER = ["data_parallel", "disaggregated", "balanced", "migrate", "auto"]
+"""Strategies under which engines are killed: one each of how they share out a request."""
 
 
 def oracle(
@@ -121,25 +79,12 @@ def oracle(
 
 
 async def run_strategy(client: BusClient, strategy: str, cases: list[Case]) -> list[list[int]]:
-    """All cases under one strategy, ``IN_FLIGHT`` at a time, in order of the list."""
-    gate = asyncio.Semaphore(IN_FLIGHT)
-
-    async def one(case: Case) -> list[int]:
-        async with gate:
-            while True:
-                # A salt of its own: no strategy may live on what another one has cached.
-                answer = await client.generate(
-                    list(case.prompt), case.params, strategy=strategy, ttl_s=600.0, salt=strategy
-                )
-                if answer.result.code != QueueFull.code:
-                    break
-                # A strategy with a bound refuses what a slow machine would serve late: as a client would.
-                await asyncio.sleep(answer.result.retry_after_s or 1.0)
-            if answer.reason != "length":
-                raise AssertionError(f"{strategy}: a request ended with {answer.ended}")
-            return answer.token_ids
-
-    return list(await asyncio.gather(*map(one, cases)))
+    """Tokens of all cases under one strategy, in order of the list."""
+    answers = await crowd(client, strategy, cases)
+    for answer in answers:
+        if answer.reason != "length":
+            raise AssertionError(f"{strategy}: a request ended with {answer.ended}")
+    return [answer.token_ids for answer in answers]
 
 
 def mismatches(cases: list[Case], expected: list[list[int] | None], got: list[list[int]]) -> list[str]:
@@ -206,34 +151,57 @@ def main() -> int:
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--device", default="cpu", help="of the engines and of the oracle: cpu or cuda:N")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--killed", default=",".join(KILLED_UNDER), help="strategies with a kill -9; '' for none"
+    )
     arguments = parser.parse_args()
     config = json.loads((arguments.model / "config.json").read_text())
     cases = make_cases(arguments.requests, vocab_size=config["vocab_size"], max_prompt=arguments.max_prompt)
-    started = time.monotonic()
-    expected = oracle(arguments.model, cases, arguments.cache, arguments.device)
-    print(
-        f"oracle: {sum(e is not None for e in expected)} greedy answers, {time.monotonic() - started:.0f} s"
-    )
+    strategies = arguments.strategies.split(",")
+    killed = [strategy for strategy in arguments.killed.split(",") if strategy]
+    wrong = 0
+    expected: list[list[int] | None] = []
+    if arguments.dtype == "float32":
+        started = time.monotonic()
+        expected = oracle(arguments.model, cases, arguments.cache, arguments.device)
+        print(
+            f"oracle: {sum(e is not None for e in expected)} greedy answers, "
+            f"{time.monotonic() - started:.0f} s"
+        )
+    settings = [
+        *SETTINGS,
+        f"model.dtype={arguments.dtype}",
+        "kvcache.num_blocks=2048",
+        "bus.stuck_s=60",
+        "router.call_timeout_s=300",  # sixteen long prompts on two slow engines wait their turn
+        *device_settings(arguments.device),
+    ]
+    told = with_logprobs(cases)
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        MeshProcesses(arguments.model, Path(directory), num_engines=1, settings=settings) as mesh,
+    ):
+        promise, reference = asyncio.run(ask_alone(mesh.router_address, told))
+    if promise is None and arguments.dtype != "float32":
+        print(f"{arguments.dtype}: these engines promise no bits, so there is nothing to hold them to")
+        return 2
+    if promise is not None and expected:
+        bad = mismatches(cases, expected, [answer.token_ids for answer in reference])
+        wrong += len(bad)
+        print(f"one engine, alone: {len(bad)} mismatches with transformers", *bad, sep="\n  ", flush=True)
     with tempfile.TemporaryDirectory() as directory:
         mesh = MeshProcesses(
-            arguments.model,
-            Path(directory),
-            num_engines=arguments.engines,
-            settings=[
-                *SETTINGS,
-                "model.dtype=float32",
-                "kvcache.num_blocks=2048",
-                "bus.stuck_s=60",
-                "router.call_timeout_s=300",  # sixteen long prompts on two slow engines wait their turn
-                *device_settings(arguments.device),
-            ],
+            arguments.model, Path(directory), num_engines=arguments.engines, settings=settings
         )
         with mesh:
-            wrong = asyncio.run(
-                check(
-                    mesh.router_address, cases, expected, arguments.strategies.split(","), arguments.engines
+            if promise is not None:
+                print(f"bits, class {promise.name}", flush=True)
+                wrong += asyncio.run(check_bits(mesh, told, reference, strategies, killed))
+            else:
+                wrong += asyncio.run(
+                    check(mesh.router_address, cases, expected, strategies, arguments.engines)
                 )
-            )
     print("exact" if wrong == 0 else f"{wrong} MISMATCHES")
     return 1 if wrong else 0
 

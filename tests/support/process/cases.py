@@ -1,0 +1,58 @@
+"""What is asked of a mesh that must be exact: mixed prompts, shared prefixes, greedy and seeded sampling."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from microserve.protocol.messages.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Case:
+    prompt: tuple[int, ...]
+    params: SamplingParams
+
+    @property
+    def greedy(self) -> bool:
+        return self.params.temperature == 0.0
+
+
+def make_cases(count: int, *, vocab_size: int, max_prompt: int, seed: int = 0) -> list[Case]:
+    """Mixed lengths, a third with a shared prefix; two greedy for each sampled one."""
+    rng = random.Random(seed)
+    low = min(20, vocab_size // 4)
+    prefixes = [
+        tuple(rng.randrange(low, vocab_size) for _ in range(rng.randrange(max_prompt // 4, max_prompt // 2)))
+        for _ in range(6)
+    ]
+    lengths = [1, 2, 15, 16, 17, 31, 32, 33, max_prompt]
+    cases = []
+    for number in range(count):
+        if number < len(lengths):
+            length = lengths[number]
+        else:
+            length = min(max_prompt, max(1, int(rng.lognormvariate(5.0, 1.3))))
+        prompt = tuple(rng.randrange(low, vocab_size) for _ in range(length))
+        if rng.random() < 0.35:
+            prompt = (*rng.choice(prefixes), *prompt)[:max_prompt]
+        params = SamplingParams(max_tokens=rng.randrange(4, 25), temperature=0.0, ignore_eos=True)
+        if number % 3 == 2:
+            params = SamplingParams(
+                max_tokens=params.max_tokens,
+                temperature=rng.choice([0.5, 0.8, 1.0]),
+                top_p=rng.choice([0.9, 1.0]),
+                top_k=rng.choice([0, 50]),
+                seed=rng.randrange(1 << 40),
+                ignore_eos=True,
+            )
+        cases.append(Case(prompt, params))
+    return cases
+
+
+def with_logprobs(cases: Sequence[Case], count: int = 2) -> list[Case]:
+    """The same, and each token tells its log-probability and those of the likeliest others."""
+    return [replace(case, params=msgspec.structs.replace(case.params, logprobs=count)) for case in cases]
