@@ -28,7 +28,9 @@ Owns the interface and what a set of copies is. Does not know grants.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable
+from itertools import chain
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -52,7 +54,7 @@ class Copy(NamedTuple):
 class Copies:
     """A set of copies, neighbours merged; made once, then put for one layer after the other."""
 
-    __slots__ = ("__weakref__", "copies", "nbytes", "slices", "source_end", "target_end")
+    __slots__ = ("__weakref__", "_slices", "_spans", "copies", "nbytes", "source_end", "target_end")
 
     def __init__(self, copies: Iterable[Copy]) -> None:
         """:class:`InternalError` for a negative offset or size."""
@@ -72,11 +74,25 @@ class Copies:
         self.nbytes = sum(copy.nbytes for copy in merged)
         self.source_end = max((copy.source + copy.nbytes for copy in merged), default=0)
         self.target_end = max((copy.target + copy.nbytes for copy in merged), default=0)
-        self.slices = tuple(
-            (slice(copy.target, copy.target + copy.nbytes), slice(copy.source, copy.source + copy.nbytes))
-            for copy in merged
-        )
+        self._slices: tuple[tuple[slice, slice], ...] | None = None
+        self._spans: array[int] | None = None
+
+    @property
+    def slices(self) -> tuple[tuple[slice, slice], ...]:
         """``(target, source)`` of each copy: heaps that are plain memory index with these."""
+        if self._slices is None:
+            self._slices = tuple(
+                (slice(copy.target, copy.target + copy.nbytes), slice(copy.source, copy.source + copy.nbytes))
+                for copy in self.copies
+            )
+        return self._slices
+
+    @property
+    def spans(self) -> array[int]:
+        """``source, target, nbytes`` of each copy, one after the other, as int64: for native copiers."""
+        if self._spans is None:
+            self._spans = array("q", chain.from_iterable(self.copies))
+        return self._spans
 
 
 class Heap(ABC):

@@ -3,10 +3,10 @@
     Words     a numpy uint64 array. Reading or writing one aligned element is one 8-byte load or store,
               so a word is never seen half-written; ``struct.pack_into`` or a bytes slice promise no such
               thing.
-    Copies    slices of memoryviews: one memcpy each. Measured against ``ctypes.memmove``, numpy slices,
-              numpy index copies and process_vm_writev, it costs least; scattered blocks of 8 KiB go at
-              84 % of the speed of the same loop in C, blocks of 64 KiB at all of it. What small blocks
-              lose against one contiguous copy they lose in C as well (benchmarks/heap_put.py).
+    Copies    one alone by a slice of memoryviews, which is a memcpy; many by a native call that takes four of
+              them at a time (kernels/scatter/host_copy.py), where there is one, or else each by a slice.
+              Blocks of 8 KiB that lie anywhere then go at nine tenths of the speed of one contiguous copy, by
+              slices at four tenths; by memcpys in C hardly faster than by slices (benchmarks/heap_put.py).
 
 Order rests on the machine's (total store order, see shm.py) or on there being one process. Owns no
 memory, and knows neither who else maps it nor how lanes are held.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from microserve.kernels.scatter.host_copy import SpanCopier
 from microserve.kvcache.heap.heap import Copies, Heap, PeerHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import WordLayout
@@ -86,8 +87,9 @@ class MappedPeerHeap(PeerHeap):
         word_region: memoryview,
         data_region: memoryview,
         source: memoryview,
+        copier: SpanCopier | None = None,
     ) -> None:
-        """``source`` is our own data region, the others are the peer's."""
+        """``source`` is our own data region, the others are the peer's; ``copier``: of many copies."""
         self.layout = layout
         self.words = words
         self.address = address
@@ -96,6 +98,9 @@ class MappedPeerHeap(PeerHeap):
         self._words: NDArray[np.uint64] = np.frombuffer(word_region, np.uint64)
         self._target = data_region
         self._source = source
+        self._copier = copier
+        # What they are addresses of stays mapped for as long as the views above are held.
+        self._target_at, self._source_at = _address(data_region), _address(source)
 
     def follow(self, stream: int) -> None:
         """Our data region is written by this process's own code: done when the call returns."""
@@ -104,6 +109,11 @@ class MappedPeerHeap(PeerHeap):
     def put(self, copies: Copies, source_shift: int = 0, target_shift: int = 0) -> None:
         self._require_open()
         require_inside(copies, source_shift, target_shift, len(self._source), len(self._target))
+        if self._copier is not None and len(copies.copies) > 1:
+            spans, num_items = copies.spans.buffer_info()
+            at = self._target_at + target_shift, self._source_at + source_shift
+            self._copier(*at, spans, num_items // 3)
+            return
         source, target = self._source[source_shift:], self._target[target_shift:]
         for target_slice, source_slice in copies.slices:
             target[target_slice] = source[source_slice]
@@ -144,7 +154,12 @@ class MappedPeerHeap(PeerHeap):
         self._is_closed = True
         self._words = np.empty(0, np.uint64)
         self._target = self._source = memoryview(b"")
+        self._target_at = self._source_at = 0
         return True
+
+
+def _address(region: memoryview) -> int:
+    return np.frombuffer(region, np.uint8).ctypes.data
 
 
 def require_inside(

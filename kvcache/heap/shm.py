@@ -9,12 +9,13 @@ the claim, then read STATE" would need one, and Python has none).
 
 Signals need no fence either: x86-64 keeps the order of stores as others see it (TSO), CPython and memcpy
 finish a copy before the next bytecode, string instructions are ordered before a later separate store, and
-glibc ends its non-temporal copies with sfence. Other machines, such as aarch64, promise none of that: they
-are refused until someone brings a store-release.
+glibc and host_copy.cc end their non-temporal copies with sfence. Other machines, such as aarch64, promise
+none of that: they are refused until someone brings a store-release.
 """
 
 from __future__ import annotations
 
+from microserve.kernels.scatter.host_copy import span_copier
 from microserve.kvcache.heap.mapped import MappedHeap, MappedPeerHeap
 from microserve.kvcache.heap.memfd import OWNER, HeapFile, MayTake, lane_byte
 from microserve.kvcache.layout import KvLayout
@@ -39,6 +40,7 @@ class ShmHeap(MappedHeap):
         :class:`ConfigError` on a machine that is not x86-64 Linux, or without that much memory.
         """
         self._is_closed = False
+        span_copier()  # built now if ever, and not by the first put
         self._file = HeapFile.create(
             KIND,
             layout,
@@ -77,7 +79,9 @@ class ShmHeap(MappedHeap):
 class ShmPeerHeap(MappedPeerHeap):
     def __init__(self, mine: KvLayout, source: memoryview, address: HeapAddress) -> None:
         self._file = file = HeapFile.open(address, KIND, mine)
-        super().__init__(file.header.layout, file.words, address, file.word_region, file.tail, source)
+        super().__init__(
+            file.header.layout, file.words, address, file.word_region, file.tail, source, span_copier()
+        )
 
     def hold(self, slot: int, lane: int) -> bool:
         self._require_open()
