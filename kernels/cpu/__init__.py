@@ -7,4 +7,9 @@ bit; then ``native/step.h``.
 
     native/   numerics.h  the class     lanes_*.h  registers of each variant   product.h, attention.h, step.h
               team.*      threads       api.cc     the door: what it checks    pack.h  weights in tiles
+              *_tiles.h   products and attention by AMX     cpu.h      what this CPU has
+
+No CPU with AMX has run the AMX variant so far. What is known of it comes from CPUs without: its compiled
+instructions emulated one by one (``tests/kernels/cpu``) give the portable variant's bits. Where it is loaded
+it is compared with that one first, and left out where a bit differs; its speed is not known.
 """

@@ -29,9 +29,13 @@ FLAGS = (
     # Which FMAs there are is written in the sources, and not for the compiler to choose.
     *("-ffp-contract=off", "-fno-math-errno"),
 )
+AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
+AMX_FLAGS = ("-mamx-tile", "-mamx-bf16")
+AMX_PROBE = "#include <immintrin.h>\nvoid probe() { _tile_loadd(0, nullptr, 64); _tile_dpbf16ps(0, 1, 2); }\n"
 VARIANT_FLAGS = {
     "variant_avx2.cc": ("-mavx2", "-mfma"),
-    "variant_avx512.cc": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "variant_avx512.cc": AVX512_FLAGS,
+    "variant_amx.cc": (*AVX512_FLAGS, *AMX_FLAGS),
 }
 LINK_FLAGS = (
     *("-shared", "-pthread"),
@@ -130,13 +134,14 @@ def compile_object(
         **dict.fromkeys(("TMPDIR", "ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"), str(directory)),
     }
     commands, parts = [], []
-    for source in source_files():
-        part = str(directory / f"{source.stem}.o")
-        flags = (*FLAGS, *VARIANT_FLAGS.get(source.name, ()))
-        commands.append([*compiler.compile, *flags, "-c", str(source), "-o", part])
-        parts.append(part)
     linked = directory / "step.so"
     try:
+        without = () if _knows_amx(compiler, directory, around, end) else AMX_FLAGS
+        for source in source_files():
+            part = str(directory / f"{source.stem}.o")
+            flags = [*FLAGS, *(flag for flag in VARIANT_FLAGS.get(source.name, ()) if flag not in without)]
+            commands.append([*compiler.compile, *flags, "-c", str(source), "-o", part])
+            parts.append(part)
         _run(compiler.name, commands, around, end)
         _run(compiler.name, [[*compiler.link, *LINK_FLAGS, *parts, "-lm", "-o", str(linked)]], around, end)
         return linked.read_bytes()
@@ -144,6 +149,20 @@ def compile_object(
         raise KernelUnavailable(f"{compiler.name} took more than {limit_s:.0f} s") from None
     except OSError as error:
         raise KernelUnavailable(f"{compiler.name} cannot be run: {error.strerror}") from None
+
+
+def _knows_amx(compiler: Compiler, directory: Path, environment: Mapping[str, str], end: float) -> bool:
+    """Both compiler and assembler are new enough; where not, that variant of the object is empty."""
+    if platform.machine() not in X86:
+        return False
+    source, target = directory / "amx_probe.cc", directory / "amx.probe"
+    source.write_text(AMX_PROBE)
+    command = [*compiler.compile, *FLAGS, *AMX_FLAGS, "-c", str(source), "-o", str(target)]
+    try:
+        _run(compiler.name, [command], environment, end)
+    except KernelUnavailable:
+        return False
+    return True
 
 
 def _run(name: str, commands: Sequence[Sequence[str]], environment: Mapping[str, str], end: float) -> None:

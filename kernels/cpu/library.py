@@ -18,7 +18,7 @@ from microserve.kernels.cpu.objects import NativeObject
 from microserve.kernels.kernel_cache import KernelUnavailable
 
 ABI_VERSION = 1
-VARIANTS = ("portable", "avx2", "avx512")
+VARIANTS = ("portable", "avx2", "avx512", "amx")
 """From the slowest on; the same bits by all of them. A variant's number is its place."""
 ELEMS = ("bfloat16", "float32")
 
@@ -176,16 +176,19 @@ def is_right(found: Library, variant: str) -> bool:
     if variant == "portable":
         return True
     random = np.random.default_rng(5)
-    a = random.standard_normal((19, 96), np.float32)
-    c = random.standard_normal((19, 64), np.float32)
+    a = random.standard_normal((40, 96), np.float32)
+    c = random.standard_normal((40, 96), np.float32)
     values = (random.standard_normal(512) * 20).astype(np.float32)
     rounded = found.apply("portable", "bf16", a.reshape(-1)).reshape(a.shape)
-    weights = random.standard_normal((64, 96), np.float32)
+    weights = random.standard_normal((96, 96), np.float32)
     halves = (found.apply("portable", "bf16", weights.reshape(-1)).view(np.uint32) >> 16).astype(np.uint16)
     for given, b in ((a, weights), (rounded, halves.reshape(weights.shape))):
-        results = [found.product(name, given, b, c).tobytes() for name in ("portable", variant)]
-        if results[0] != results[1]:
-            return False
+        for rows in (1, 19, 40):  # each way that tiles have: one row of them, two, two and one
+            results = [
+                found.product(name, given[:rows], b, c[:rows]).tobytes() for name in ("portable", variant)
+            ]
+            if results[0] != results[1]:
+                return False
     return all(
         found.apply("portable", function, values).tobytes()
         == found.apply(variant, function, values).tobytes()

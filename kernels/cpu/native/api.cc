@@ -70,6 +70,7 @@ const ms::Variant *variant_of(int32_t variant) {
 #if defined(__x86_64__)
     case MS_AVX2: return &ms::avx2_variant;
     case MS_AVX512: return &ms::avx512_variant;
+    case MS_AMX: return ms::amx_variant.step ? &ms::amx_variant : nullptr;
 #endif
     default: return nullptr;
   }
@@ -152,6 +153,7 @@ int32_t ms_supports(int32_t variant) {
   const ms::Cpu cpu;
   if (variant == MS_AVX2) return cpu.avx2;
   if (variant == MS_AVX512) return cpu.avx512;
+  if (variant == MS_AMX) return cpu.amx && ms::may_use_tiles();
 #endif
   return 1;
 }
@@ -172,9 +174,10 @@ MsEngine *ms_create(const MsConfig *config) {
   e->layers = (ms::Layer *)take(*e, sizeof(ms::Layer) * (size_t)c.num_layers);
   e->scratch = (ms::Scratch *)take(*e, sizeof(ms::Scratch) * (size_t)c.threads);
   e->x = floats(*e, rows * e->hidden);
-  e->normed = floats(*e, (rows > logits ? rows : logits) * e->hidden);
-  e->attended = floats(*e, rows * e->heads_width);
-  e->middle = floats(*e, rows * e->intermediate);
+  // Inputs of products: fp32, or bf16 in tiles of 16 rows, which is less but for the last tile.
+  e->normed = floats(*e, round_up(rows > logits ? rows : logits, 16) * e->hidden);
+  e->attended = floats(*e, round_up(rows, 16) * e->heads_width);
+  e->middle = floats(*e, round_up(rows, 16) * e->intermediate);
   e->queries = floats(*e, rows * c.num_heads * e->head_width);
   bool is_whole = e->layers && e->scratch && e->x && e->normed && e->attended && e->middle && e->queries;
   for (int t = 0; is_whole && t < c.threads; t++) {
@@ -188,7 +191,8 @@ MsEngine *ms_create(const MsConfig *config) {
     w.head = floats(*e, ms::kRowBlock * e->head_dim);
     w.normed = floats(*e, ms::kFewRows * e->hidden);
     w.zeros = floats(*e, e->head_dim);
-    is_whole = w.keys && w.values && w.queries && w.scores && w.out && w.sums && w.head && w.normed && w.zeros;
+    w.tiles = c.variant == MS_AMX ? (uint16_t *)take(*e, sizeof(uint16_t) * (size_t)ms::tile_elements(e->head_dim)) : nullptr;
+    is_whole = w.keys && w.values && w.queries && w.scores && w.out && w.sums && w.head && w.normed && w.zeros && (w.tiles || c.variant != MS_AMX);
   }
   void *team = nullptr;
   if (is_whole && !posix_memalign(&team, alignof(ms::Team), sizeof(ms::Team))) e->team = new (team) ms::Team(c.threads);
@@ -287,12 +291,16 @@ void ms_destroy(MsEngine *e) {
 const char *ms_product(int32_t variant, int32_t elem, int32_t m, int32_t n, int32_t k, const float *a, const void *b, float *c) {
   if (!ms_supports(variant)) return "variant";
   if (m < 1 || n < 1 || k < 1 || n % 32 || k % 32) return "m, n, k";
-  void *packed = nullptr;
-  if (posix_memalign(&packed, 4096, (size_t)n * (size_t)k * 4)) return "memory";
-  ms::pack(elem, b, packed, n, k, k / 32, 0, 1);
-  variant_of(variant)->product(elem, m, n, k, a, packed, c);
+  void *packed = nullptr, *inputs = nullptr;
+  const bool has_room = !posix_memalign(&packed, 4096, (size_t)n * (size_t)k * 4) &&
+                        !posix_memalign(&inputs, 4096, (size_t)round_up(m, 16) * (size_t)k * 4);
+  if (has_room) {
+    ms::pack(elem, b, packed, n, k, k / 32, 0, 1);
+    variant_of(variant)->product(elem, m, n, k, a, inputs, packed, c);
+  }
   free(packed);
-  return nullptr;
+  free(inputs);
+  return has_room ? nullptr : "memory";
 }
 
 const char *ms_map(int32_t variant, int32_t function, int32_t n, float *values) {

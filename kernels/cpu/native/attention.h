@@ -97,9 +97,15 @@ MS_INLINE void merge(float *o, float &m, float &l, const float *next, float next
 template <class E>
 MS_INLINE void finish(Engine &e, const float *o, float l, long row, int head) {
   const int dim = e.config.head_dim;
-  float *to = e.attended + row * e.heads_width + (long)head * dim;
+  typedef Inputs<E> To;
   V r = splat(1.0f / l);
-  for (int d = 0; d < dim; d += 16) put_some<F32>(to + d, E::round(mul(load(o + d), r)), dim - d);
+  for (int d = 0; d < dim; d += 16) To::put((typename To::T *)e.attended, e.heads_width, row, (long)head * dim + d, E::round(mul(load(o + d), r)), dim - d);
+}
+
+// A block of masked positions turns a -0 into +0, so all are turned.
+MS_INLINE void turn_zeros(float *o, int rows, long stride, int dim) {
+  for (int i = 0; i < rows; i++)
+    for (int d = 0; d < dim; d += 16) store(o + i * stride + d, add(load(o + i * stride + d), zeros()));
 }
 
 // Lanes of a unit, and their queries as [head_dim][lane].
@@ -131,8 +137,7 @@ MS_INLINE void segment(const Engine &e, const Layer &layer, Scratch &w, const Un
   for (int z = 0; z < lanes.vectors; z++) weigh<E>(w.scores, lanes, z, first, count, e.config.scale * kLog2e, maximum, sum);
   Put out = {w.out, stride};
   multiply<kLanes>(w.scores, 1, lanes.count, InRows{w.values, stride}, padded / 32, 0, tiles, out);
-  for (int i = 0; i < lanes.count; i++)  // a block of masked positions turns a -0 into +0, so all are turned
-    for (int d = 0; d < e.config.head_dim; d += 16) store(w.out + i * stride + d, add(load(w.out + i * stride + d), zeros()));
+  turn_zeros(w.out, lanes.count, stride, e.config.head_dim);
 }
 
 #if defined(MS_TRANSPOSES)

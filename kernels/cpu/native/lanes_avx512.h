@@ -60,9 +60,8 @@ MS_INLINE float tree_sum(V a) {
 }
 // 16 rows of 16 words of 32 bits, word j of all rows -> columns[j].
 #define MS_TRANSPOSES 1
-MS_INLINE void transpose(const char *const *rows, long offset, V *columns) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + offset);
+MS_INLINE void transpose(__m512i (&r)[16], V *columns) {
+  __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
     t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
@@ -85,6 +84,11 @@ MS_INLINE void transpose(const char *const *rows, long offset, V *columns) {
     columns[4 + j].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88));
     columns[12 + j].v = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd));
   }
+}
+MS_INLINE void transpose(const char *const *rows, long offset, V *columns) {
+  __m512i r[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(rows[i] + offset);
+  transpose(r, columns);
 }
 MS_INLINE void split_pairs(V pairs, V &first, V &second) {
   __m512i w = _mm512_castps_si512(pairs.v);

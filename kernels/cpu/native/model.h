@@ -17,6 +17,9 @@ constexpr int kFewRows = 8;    // so many are normed by each thread for itself: 
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
+// Of a thread's tiles: queries, weights, values, keys (attention_tiles.h). head_dim padded.
+inline long tile_elements(long head_dim) { return kLanes * head_dim + (long)kLanes * kSegment + 2L * kSegment * head_dim; }
+
 struct Layer {
   void *qkv, *out, *gate_up, *down;  // packed, see pack.h
   float *attention_norm, *mlp_norm, *q_norm, *k_norm, *qkv_bias, *out_bias;
@@ -31,9 +34,9 @@ struct Scratch {
   float *scores;             // [kSegment][kLanes]
   float *out, *sums;         // [kLanes][head_dim padded] of this segment, and of all so far
   float *head;               // [kRowBlock][head_dim padded]
-  float *normed;             // [kFewRows][hidden]
+  void *normed;              // [kFewRows][hidden] inputs of a product
   float *zeros;              // [head_dim padded], never written
-  uint16_t *tiles;           // of a variant with tiles
+  uint16_t *tiles;           // of a variant with tiles: a segment as attention_tiles.h packs it
 };
 
 // A share of a layer's attention: some rows of a span, the query heads of one KV head, one segment or all.
@@ -58,9 +61,9 @@ struct Engine {
   MsOnLayer on_layer;
   int ended;
   float *x;        // [rows][hidden] the residual
-  float *normed;   // [rows][hidden]         inputs of products, rounded to the elem
-  float *attended; // [rows][heads_width]
-  float *middle;   // [rows][intermediate]
+  void *normed;    // [rows][hidden]         inputs of products, as the variant reads them
+  void *attended;  // [rows][heads_width]
+  void *middle;    // [rows][intermediate]
   float *queries;  // [rows][num_heads][head_width]
   float *parts;
   size_t parts_capacity;
@@ -75,10 +78,10 @@ struct Engine {
   int num_arena;
 };
 
-// Functions of a variant, by elem.
+// Functions of a variant; null where the compiler could not make it.
 struct Variant {
   void (*step)(Engine *, int thread);
-  void (*product)(int elem, long m, long n, long k, const float *a, const void *packed, float *c);
+  void (*product)(int elem, long m, long n, long k, const float *a, void *inputs, const void *packed, float *c);
   void (*map)(int function, long n, float *values);
 };
 

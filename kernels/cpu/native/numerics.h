@@ -79,6 +79,16 @@ MS_INLINE void put_some(typename E::Store *p, V rounded, int n) {
   for (int i = 0; i < n; i++) p[i] = x[i];
 }
 
+// Inputs of products, as the product reads them: rows of fp32, rounded. A variant with tiles has them otherwise; in
+// both, row r stands at width * r where r is a multiple of 16.
+template <class E>
+struct Inputs {
+  typedef float T;
+  static MS_INLINE void put(T *to, long width, long row, long column, V rounded, int n = 16) {
+    put_some<F32>(to + row * width + column, rounded, n);
+  }
+};
+
 // An infinity or NaN in the pool would reach rows that do not see its position: 0 * inf. Who computed it still has it.
 template <class E>
 MS_INLINE V clamped(V a) { return max(min(a, splat(E::finite())), splat(-E::finite())); }

@@ -94,14 +94,16 @@ struct InRows {
   MS_INLINE Rows operator()(int tile) const { return {base + tile * 16, stride}; }
 };
 
-// Where results go.
+// Where results go. kFromZero: every sum begins there; kInPlace: it begins and ends in c, and nothing else is done.
 struct Put {  // C = A B
+  static constexpr bool kFromZero = true, kInPlace = true;
   float *c;
   long stride;
   MS_INLINE V begin(int, int) { return zeros(); }
   MS_INLINE void end(int m, int tile, V sum) { store(c + m * stride + tile * 16, sum); }
 };
 struct Continue {  // C = C + A B
+  static constexpr bool kFromZero = false, kInPlace = true;
   float *c;
   long stride;
   MS_INLINE V begin(int m, int tile) { return load(c + m * stride + tile * 16); }

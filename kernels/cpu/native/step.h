@@ -23,23 +23,24 @@ MS_INLINE void share(Engine &e, int &phase, long rows, long tiles, F run) {
 }
 
 template <class E>
-MS_INLINE void norm_row(const Engine &e, const float *x, const float *weight, float *to) {
+MS_INLINE void norm_row(const Engine &e, const float *x, const float *weight, typename Inputs<E>::T *to, long row) {
   V r = splat(norm_factor(x, (int)e.hidden, e.config.hidden, e.config.eps));
-  for (long i = 0; i < e.hidden; i += 16) store(to + i, E::round(mul(mul(load(x + i), r), load(weight + i))));
+  for (long i = 0; i < e.hidden; i += 16) Inputs<E>::put(to, e.hidden, row, i, E::round(mul(mul(load(x + i), r), load(weight + i))));
 }
 
 // The rows of x, normed; a few of them by each thread for itself.
 template <class E>
-static const float *norm_rows(Engine &e, Scratch &w, int &phase, const float *weight) {
+static const typename Inputs<E>::T *norm_rows(Engine &e, Scratch &w, int &phase, const float *weight) {
+  typedef typename Inputs<E>::T T;
   const long rows = e.batch.num_rows;
   if (rows <= kFewRows) {
-    for (long m = 0; m < rows; m++) norm_row<E>(e, e.x + m * e.hidden, weight, w.normed + m * e.hidden);
-    return w.normed;
+    for (long m = 0; m < rows; m++) norm_row<E>(e, e.x + m * e.hidden, weight, (T *)w.normed, m);
+    return (const T *)w.normed;
   }
   for (int u; (u = e.team->next_unit(phase)) * 16 < rows;)
-    for (long m = u * 16; m < rows && m < u * 16 + 16; m++) norm_row<E>(e, e.x + m * e.hidden, weight, e.normed + m * e.hidden);
+    for (long m = u * 16; m < rows && m < u * 16 + 16; m++) norm_row<E>(e, e.x + m * e.hidden, weight, (T *)e.normed, m);
   e.team->barrier(phase);
-  return e.normed;
+  return (const T *)e.normed;
 }
 
 MS_INLINE void rotate(float *x, const float *cos, const float *sin, int dim) {
@@ -90,7 +91,7 @@ MS_INLINE void place_head(Engine &e, const Layer &layer, long row, int head, flo
 }
 
 template <class E>
-static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const float *normed) {
+static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const typename Inputs<E>::T *normed) {
   const MsConfig &c = e.config;
   const int num_heads = c.num_heads + 2 * c.num_kv_heads, tiles = (int)(e.head_width / 16);
   const long rows = e.batch.num_rows, blocks = (rows + kRowBlock - 1) / kRowBlock;
@@ -117,8 +118,9 @@ static void attention(Engine &e, const Layer &layer, Scratch &w, int &phase) {
 
 // x += A W.
 template <class E>
-static void residual(Engine &e, int &phase, const float *a, long width, const void *packed, const float *bias) {
+static void residual(Engine &e, int &phase, const void *inputs, long width, const void *packed, const float *bias) {
   const Packed<E> weights = {(const typename E::Store *)packed, (int)(width / 32)};
+  const typename Inputs<E>::T *a = (const typename Inputs<E>::T *)inputs;
   share(e, phase, e.batch.num_rows, e.hidden / 16, [&](long row, int rows, int first, int last) {
     Continue sum = {e.x + row * e.hidden, e.hidden};
     multiply<1>(a + row * width, width, rows, weights, weights.blocks, first, last, sum);
@@ -134,23 +136,24 @@ static void residual(Engine &e, int &phase, const float *a, long width, const vo
 // Gates stand in even tiles, what they let through in the odd ones behind them.
 template <class E>
 struct Gated {
-  float *to;
+  static constexpr bool kFromZero = true, kInPlace = false;
+  typename Inputs<E>::T *to;
   long stride;
   alignas(64) float gates[kRowBlock][16];
   MS_INLINE V begin(int, int) { return zeros(); }
   MS_INLINE void end(int m, int tile, V sum) {
-    if (tile & 1) store(to + m * stride + tile / 2 * 16, E::round(mul(silu(load(gates[m])), sum)));
+    if (tile & 1) Inputs<E>::put(to, stride, m, tile / 2 * 16, E::round(mul(silu(load(gates[m])), sum)));
     else store(gates[m], sum);
   }
 };
 
 template <class E>
 static void mlp(Engine &e, const Layer &layer, Scratch &w, int &phase) {
-  const float *normed = norm_rows<E>(e, w, phase, layer.mlp_norm);
+  const typename Inputs<E>::T *normed = norm_rows<E>(e, w, phase, layer.mlp_norm);
   const Packed<E> weights = {(const typename E::Store *)layer.gate_up, (int)(e.hidden / 32)};
   share(e, phase, e.batch.num_rows, e.intermediate / 8, [&](long row, int rows, int first, int last) {
     Gated<E> gated;
-    gated.to = e.middle + row * e.intermediate;
+    gated.to = (typename Inputs<E>::T *)e.middle + row * e.intermediate;
     gated.stride = e.intermediate;
     multiply<1>(normed + row * e.hidden, e.hidden, rows, weights, weights.blocks, first, last, gated);
   });
@@ -180,13 +183,14 @@ static void embed(Engine &e, int &phase) {
 template <class E>
 static void logits(Engine &e, int &phase) {
   const MsBatch &b = e.batch;
+  typename Inputs<E>::T *normed = (typename Inputs<E>::T *)e.normed;
   for (int u; (u = e.team->next_unit(phase)) < b.num_logits;)
-    norm_row<E>(e, e.x + (long)b.logit_rows[u] * e.hidden, e.norm, e.normed + (long)u * e.hidden);
+    norm_row<E>(e, e.x + (long)b.logit_rows[u] * e.hidden, e.norm, normed, u);
   e.team->barrier(phase);
   const Packed<E> weights = {(const typename E::Store *)e.head, (int)(e.hidden / 32)};
   share(e, phase, b.num_logits, e.vocab / 16, [&](long row, int rows, int first, int last) {
     Put put = {b.logits + row * e.vocab, e.vocab};
-    multiply<1>(e.normed + row * e.hidden, e.hidden, rows, weights, weights.blocks, first, last, put);
+    multiply<1>(normed + row * e.hidden, e.hidden, rows, weights, weights.blocks, first, last, put);
   });
 }
 
@@ -217,24 +221,29 @@ static void step_of(Engine &e, int thread, Mode outside) {
 
 static void step(Engine *e, int thread) {
   auto was = enter_float_mode();
-  if (e->config.elem == MS_BF16) step_of<Bf16>(*e, thread, was);
+  if (e->config.elem == MS_BF16) step_of<Half>(*e, thread, was);
   else step_of<F32>(*e, thread, was);
+  release_tiles();
   leave_float_mode(was);
 }
 
 // --- for tests: the pieces alone --------------------------------------------------------------------
 
 template <class E>
-static void product_of(long m, long n, long k, const float *a, const void *packed, float *c) {
+static void product_of(long m, long n, long k, const float *a, void *room, const void *packed, float *c) {
+  typename Inputs<E>::T *inputs = (typename Inputs<E>::T *)room;
+  for (long row = 0; row < m; row++)
+    for (long i = 0; i < k; i += 16) Inputs<E>::put(inputs, k, row, i, load(a + row * k + i));
   const Packed<E> weights = {(const typename E::Store *)packed, (int)(k / 32)};
   Continue sum = {c, n};
-  multiply<1>(a, k, (int)m, weights, weights.blocks, 0, (int)(n / 16), sum);
+  multiply<1>((const typename Inputs<E>::T *)inputs, k, (int)m, weights, weights.blocks, 0, (int)(n / 16), sum);
 }
 
-static void product(int elem, long m, long n, long k, const float *a, const void *packed, float *c) {
+static void product(int elem, long m, long n, long k, const float *a, void *inputs, const void *packed, float *c) {
   auto was = enter_float_mode();
-  if (elem == MS_BF16) product_of<Bf16>(m, n, k, a, packed, c);
-  else product_of<F32>(m, n, k, a, packed, c);
+  if (elem == MS_BF16) product_of<Half>(m, n, k, a, inputs, packed, c);
+  else product_of<F32>(m, n, k, a, inputs, packed, c);
+  release_tiles();
   leave_float_mode(was);
 }
 

@@ -1,4 +1,5 @@
-// One variant of everything: the including file says MS_VARIANT (a namespace), MS_LANES (its lanes) and MS_TABLE.
+// One variant of everything: the including file says MS_VARIANT (a namespace), MS_LANES (its lanes) and MS_TABLE; and
+// MS_TILES where bf16 is multiplied in tiles.
 // Nothing here may be a template or inline function of the standard library: the linker would keep one copy for all
 // variants, compiled for whatever CPU.
 #include "model.h"
@@ -16,6 +17,13 @@ namespace MS_VARIANT {
 #include "numerics.h"
 #include "product.h"
 #include "attention.h"
+#if defined(MS_TILES)
+#include "product_tiles.h"
+#include "attention_tiles.h"
+#else
+typedef Bf16 Half;
+MS_INLINE void release_tiles() {}
+#endif
 #include "step.h"
 }  // namespace MS_VARIANT
 }  // namespace

@@ -10,6 +10,7 @@ here="${0%%/*}/.."
 for last; do :; done
 case "$last" in
 --version) echo "$0, version %(version)s"; exit ;;
+*.probe) exit 1 ;;  # knows no AMX
 *.o) echo "${0##*/}" >> "$here/compiled"; %(compile)s ;;
 *) echo "${0##*/}" >> "$here/linked"; %(link)s ;;
 esac
