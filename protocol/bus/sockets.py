@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import structlog
 import zmq
+from zmq.backend import Socket as Plain
 
 from microserve.protocol import log
 from microserve.protocol.bus.address import is_ipv6
@@ -30,6 +31,9 @@ from microserve.protocol.types import MAX_BULK_NBYTES
 
 MAX_FRAMES_PER_TURN = 256
 """Messages drained before the loop gets its turn again."""
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+"""For ``Plain``: pyzmq's own methods make flags of numbers, and ask after every frame for the next: more than
+half of what a message costs here."""
 FRAMING_NBYTES = 42
 """What ZMTP and CURVE add to a frame, at most."""
 
@@ -176,7 +180,12 @@ class _Socket:
 
     def _take(self) -> list[bytes] | None:
         """None: a message of somebody who has no say any more. Raises ``zmq.Again``."""
-        return self._socket.recv_multipart(zmq.NOBLOCK)
+        part = Plain.recv(self._socket, _NOBLOCK, copy=False)
+        frames = [part.bytes]
+        while part.more:
+            part = Plain.recv(self._socket, _NOBLOCK, copy=False)
+            frames.append(part.bytes)
+        return frames
 
     def _handle(self, frames: list[bytes]) -> None:
         handler = self._handler
@@ -195,7 +204,10 @@ class _Socket:
             return False
         taken = True
         try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
+            # Who takes the first frame takes them all.
+            for frame in frames[:-1]:
+                Plain.send(self._socket, frame, _MORE)
+            Plain.send(self._socket, frames[-1], _NOBLOCK)
             self._bus.sent += 1
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
@@ -233,9 +245,11 @@ class Server(_Socket):
         return self.transmit([peer, *frames])
 
     def _take(self) -> list[bytes] | None:
-        parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        frames = [part.bytes for part in parts]
-        last = parts[-1]
+        last = Plain.recv(self._socket, _NOBLOCK, copy=False)
+        frames = [last.bytes]
+        while last.more:
+            last = Plain.recv(self._socket, _NOBLOCK, copy=False)
+            frames.append(last.bytes)
         descriptor = int(last.get(zmq.SRCFD)) if self._has_descriptors else -1
         handed = self._bus.guard.handed
         nbytes = sum(map(len, frames)) + len(frames) * FRAMING_NBYTES
