@@ -1,7 +1,7 @@
 """The token deltas of one request from one engine, put in order: duplicates dropped, gaps refused.
 
 Sans-I/O but for the one waiter. Waiting tokens merge, so a slow reader costs memory for at most the
-request's own output, and one wake-up.
+request's own output, and one wake-up; a reader that only hands them on need not be woken for each.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class TokenStream:
         self._finished: Finished | None = None
         self._error: MeshError | None = None
         self._wake = asyncio.Event()
+        self._tell: Callable[[Tokens], None] | None = None
         self.accepted: asyncio.Future[Any] | None = None
         """The answer to ``StartGenerate``: what comes before it is left over from an older stream."""
 
@@ -52,6 +53,11 @@ class TokenStream:
     def started(self) -> bool:
         """The engine has produced tokens itself: all the KV that it waited for is in."""
         return self._next > self._first_delta
+
+    @property
+    def offset(self) -> int:
+        """Of the next token that :meth:`next` brings."""
+        return self._offset
 
     def push(self, delta: Delta) -> None:
         """Take one delta. A gap or a malformed one fails the stream; what is old is dropped."""
@@ -73,8 +79,16 @@ class TokenStream:
         self._token_ids += fresh
         self._logprobs += delta.logprobs[-missing:]
         self._finished = delta.finished
-        if fresh or delta.finished:
+        if self._tell is not None and delta.finished is None and not self._awaits_first:
+            if fresh:
+                self._tell(self._take(None))
+        elif fresh or delta.finished:
             self._wake.set()
+
+    def tell(self, tell: Callable[[Tokens], None]) -> None:
+        """From now on tokens are handed to ``tell`` as they come, and wake nobody; :meth:`next` waits for the
+        end. ``tell`` must not raise: a delta of other streams may stand behind this one's."""
+        self._tell = tell
 
     def push_first(self, token_id: int, logprob: TokenLogprob | None) -> None:
         """Token 0, from the engine that computed the prompt. Only the first one counts."""

@@ -20,6 +20,7 @@ from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring import scoring as scorer
 from microserve.services.router.authoring.definition import strategy
 from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh
 from microserve.services.router.authoring.view import EngineFacts
@@ -35,6 +36,7 @@ __all__ = [
     "EngineFacts",
     "Load",
     "Tokens",
+    "Chunks",
     "scorer",
     "Annotated",
     "Meta",

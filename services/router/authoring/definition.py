@@ -1,10 +1,10 @@
 """Strategies: what they look like, their parameters, and the book of those that this router knows.
 
-A strategy is an async generator function ``(mesh, request, *, parameters with defaults)`` that yields the
-chunks of a ``start_generate``. It ends with the last chunk: what stands behind it is not run (``finally``
-is). Beside it may stand a plan, ``async def (mesh, *, parameters of the strategy)``, that runs in the
-background (plan.py). Cancellation, deadlines, accounting and cleanup are the router's. Source files are code:
-only operators may name them. Knows nothing of what a strategy does.
+A strategy is an async generator function ``(mesh, request, *, parameters with defaults)`` that yields what a
+``start_generate`` returns, or its chunks. It ends with the last chunk: what stands behind it is not run
+(``finally`` is). Beside it may stand a plan, ``async def (mesh, *, parameters of the strategy)``, that runs
+in the background (plan.py). Cancellation, deadlines, accounting and cleanup are the router's. Source files
+are code: only operators may name them. Knows nothing of what a strategy does.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib.util
 import inspect
 import sys
 import typing
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -25,12 +25,12 @@ import msgspec
 
 from microserve.protocol.errors import ConfigError, StrategyError
 from microserve.protocol.settings_faults import did_you_mean, wrong_value
-from microserve.services.links.stream import Tokens
+from microserve.services.router.authoring.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.view import MeshView
 from microserve.services.router.request.request import Request
 
-StrategyFunction = Callable[..., AsyncGenerator[Tokens, None]]
+StrategyFunction = Callable[..., Chunks]
 
 
 PlanFunction = Callable[..., Coroutine[Any, Any, None]]
@@ -51,7 +51,7 @@ class Strategy:
     version: int = 0
     """Of the control log (control.py); 0: the router came with it."""
 
-    def __call__(self, mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    def __call__(self, mesh: Mesh, request: Request) -> Chunks:
         return self.function(mesh, request, **self.values)
 
     def start_plan(self, mesh: MeshView) -> Coroutine[Any, Any, None]:

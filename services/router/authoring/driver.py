@@ -7,7 +7,7 @@ versions have hung here. What a mistake means for a request is attempt.py's; kno
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import structlog
@@ -16,6 +16,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import StrategyError
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy, StrategyFunction
+from microserve.services.router.authoring.generating import Chunks, Generating
 from microserve.services.router.authoring.view import MeshView
 from microserve.services.router.oversight.author import AUTHOR, Author, Verdict, keep_tasks
 from microserve.services.router.oversight.cut import BrokenOff
@@ -99,7 +100,7 @@ class Driver:
         finally:
             author.end()
 
-    async def rehearse(self, strategy: Strategy, generator: AsyncGenerator[Tokens, None]) -> None:
+    async def rehearse(self, strategy: Strategy, generator: Chunks) -> None:
         """Run it for a shadow (shadow.py), to the end of what it yields. Raises its mistake."""
         slow_s: list[float] = []
         author = self.author(strategy)
@@ -107,6 +108,8 @@ class Driver:
             try:
                 while True:
                     chunk = await self.step(author, generator.__anext__(), slow_s.append)
+                    if isinstance(chunk, Generating):
+                        chunk = await chunk.pass_on(lambda tokens: None)
                     if not isinstance(chunk, Tokens):
                         raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
                     if chunk.finished is not None:

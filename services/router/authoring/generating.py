@@ -1,11 +1,12 @@
-"""The running ``StartGenerate`` of a request: an async iterator of the chunks that a strategy yields on.
+"""The running ``StartGenerate`` of a request: an async iterator of chunks, which a strategy yields as a whole
+or one by one.
 
 Owns the stream from the decode engine and ties it to the sends that it builds on. Knows no intervals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 
 from microserve.protocol.errors import MeshError, PeerError
 from microserve.protocol.messages import engine as wire
@@ -19,7 +20,8 @@ STREAM = "stream"
 
 
 class Generating:
-    """Chunks of output tokens, the last one with ``finished``. For one reader, once."""
+    """Chunks of output tokens, the last one with ``finished``. For one reader, once. Yielded itself, all that
+    is still to come goes to the client without waking the strategy."""
 
     def __init__(
         self,
@@ -92,6 +94,26 @@ class Generating:
             self._scope.gone(self._connection, STREAM, self._grant_id)
         return chunk
 
+    def is_of(self, scope: RequestScope) -> bool:
+        """Does it generate for the request of ``scope``?"""
+        return self._scope is scope
+
+    @property
+    def offset(self) -> int:
+        """Of the next output token that it brings."""
+        return self._stream.offset
+
+    async def pass_on(self, tell: Callable[[Tokens], None]) -> Tokens:
+        """Hand each chunk to ``tell``, which must not raise, the moment that it comes; returns the last one.
+
+        Raises as :meth:`__anext__`."""
+        chunk = await self.__anext__()
+        while chunk.finished is None:
+            tell(chunk)
+            self._stream.tell(tell)
+            chunk = await self.__anext__()
+        return chunk
+
     def _was_refused(self) -> bool:
         """The engine is lost or said no: nothing can come from there, so the strategy may start elsewhere.
 
@@ -131,3 +153,7 @@ class Generating:
         self._connection.streams.remove(self._stream)
         self._connection.fail(self._call_id, error)
         self._stream.fail(error)
+
+
+Chunks = AsyncGenerator[Tokens | Generating, None]
+"""What a strategy is, once it runs: chunks one by one, or a generation with all that is still to come."""

@@ -8,7 +8,7 @@ nor yields; and how long its code may hold the loop (driver.py). Knows no gatewa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import Awaitable
 from typing import TypeVar
 
 import structlog
@@ -18,6 +18,7 @@ from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages.router import Output
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.driver import Driver, ending, tell_slow
+from microserve.services.router.authoring.generating import Chunks, Generating
 from microserve.services.router.oversight.overseer import Condemned, StrategyHung
 from microserve.services.router.request.scope import RequestScope, out_of_time
 from microserve.services.router.serving.live import LiveRequest
@@ -38,9 +39,7 @@ class Attempts:
         self._idle_s = idle_s
         self._loop = asyncio.get_running_loop()
 
-    async def run(
-        self, live: LiveRequest, scope: RequestScope, generator: AsyncGenerator[Tokens, None]
-    ) -> MeshError | None:
+    async def run(self, live: LiveRequest, scope: RequestScope, generator: Chunks) -> MeshError | None:
         """The attempt's error, or None when ``live.last`` ends the stream or the client left."""
         limit = asyncio.timeout_at(scope.request.deadline)
         try:
@@ -73,9 +72,7 @@ class Attempts:
             return self.blame(live, ending(mistake))
         return None
 
-    async def _drive(
-        self, live: LiveRequest, scope: RequestScope, generator: AsyncGenerator[Tokens, None]
-    ) -> Tokens:
+    async def _drive(self, live: LiveRequest, scope: RequestScope, generator: Chunks) -> Tokens:
         """Pass the chunks on; returns the one that ends the stream, which goes out with the end."""
         while True:
             try:
@@ -86,21 +83,39 @@ class Attempts:
                 raise asyncio.CancelledError
             if self._loop.time() >= scope.request.deadline:
                 raise out_of_time()
+            if isinstance(chunk, Generating):
+                return await self._pass_on(live, scope, chunk)
             if not isinstance(chunk, Tokens):
                 raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
             if chunk.offset != len(live.delivered):
                 raise StrategyError(f"the strategy yielded token {chunk.offset}, not {len(live.delivered)}")
-            live.delivered += chunk.token_ids
-            numerics = live.made_in(scope.numerics) if chunk.token_ids else None
+            _take(live, scope, chunk)
             if chunk.finished is not None:
-                if chunk.finished.numerics.name:  # the engine may know of what the router does not
-                    live.made_in(chunk.finished.numerics)
                 return chunk
-            live.sink(
-                Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, numerics=numerics)
+
+    async def _pass_on(self, live: LiveRequest, scope: RequestScope, generation: Generating) -> Tokens:
+        """All that a generation still brings, without the strategy: no task is woken for a token."""
+        if not generation.is_of(scope):
+            raise StrategyError("the strategy yielded a generation of another request")
+        if generation.offset != len(live.delivered):
+            raise StrategyError(
+                f"the strategy yielded a generation at token {generation.offset}, not {len(live.delivered)}"
             )
 
-    async def close(self, live: LiveRequest, generator: AsyncGenerator[Tokens, None]) -> None:
+        def tell(chunk: Tokens) -> None:
+            if live.interrupt is None:
+                _take(live, scope, chunk)
+
+        try:
+            last = await generation.pass_on(tell)
+        except StopAsyncIteration:
+            raise StrategyError("the strategy yielded a generation that had ended") from None
+        if live.interrupt is not None:
+            raise asyncio.CancelledError
+        _take(live, scope, last)
+        return last
+
+    async def close(self, live: LiveRequest, generator: Chunks) -> None:
         """Run what stands in the strategy's ``finally``, and end the tasks that it has left."""
         try:
             async with asyncio.timeout(CLOSE_S):
@@ -144,6 +159,16 @@ class Attempts:
         if isinstance(mistake, StrategyError):
             return mistake
         return StrategyError(f"{live.strategy}: {type(mistake).__name__}: {mistake}")
+
+
+def _take(live: LiveRequest, scope: RequestScope, chunk: Tokens) -> None:
+    """A chunk is delivered; the last one goes out with the end."""
+    live.delivered += chunk.token_ids
+    numerics = live.made_in(scope.numerics) if chunk.token_ids else None
+    if chunk.finished is None:
+        live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, numerics=numerics))
+    elif chunk.finished.numerics.name:  # the engine may know of what the router does not
+        live.made_in(chunk.finished.numerics)
 
 
 class _IdleWatch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 
 import structlog
@@ -31,6 +31,7 @@ from microserve.protocol.settings import RouterSettings
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.driver import Driver
+from microserve.services.router.authoring.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh, Plans, borrowed
 from microserve.services.router.authoring.view import StrategyState
@@ -218,7 +219,7 @@ class Serving:
             self._end(live, None)
             return
         source: Connection | None = None
-        generator: AsyncGenerator[Tokens, None] | None = None
+        generator: Chunks | None = None
         while True:
             error = self._replaced(live)
             if error is not None:

@@ -7,9 +7,7 @@ remote prefill only for long uncached prompts.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
-from microserve.services.router.authoring import Annotated, Engine, Mesh, Meta, Request, Tokens, strategy
+from microserve.services.router.authoring import Annotated, Chunks, Engine, Mesh, Meta, Request, strategy
 
 
 @strategy
@@ -20,7 +18,7 @@ async def auto(
     affinity: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.8,
     tau: Annotated[int, Meta(ge=0)] = 16_384,
     threshold: Annotated[int, Meta(ge=1)] = 2_048,
-) -> AsyncGenerator[Tokens, None]:
+) -> Chunks:
     """Decode where the tokens are cheapest; prefill elsewhere if ``threshold`` or more are uncached.
 
     An engine that holds at least the share ``affinity`` of the prompt comes first, unless more than ``tau``
@@ -41,5 +39,4 @@ async def auto(
         grant = await decode.prep_recv(request)
         sending = prefill.remote_send(request, grant)
         generation = decode.start_generate(request, begin=grant.end, after=sending)
-    async for tokens in generation:
-        yield tokens
+    yield generation

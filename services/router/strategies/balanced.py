@@ -6,20 +6,17 @@ bottleneck to decode engines that wait.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
-from microserve.services.router.authoring import Annotated, Mesh, Meta, Request, Tokens, strategy
+from microserve.services.router.authoring import Annotated, Chunks, Mesh, Meta, Request, strategy
 
 
 @strategy
 async def balanced(
     mesh: Mesh, request: Request, *, ratio: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
-) -> AsyncGenerator[Tokens, None]:
+) -> Chunks:
     """Prefill most of the prompt on one engine and the last ``ratio`` of it where it decodes."""
     decode = mesh.pick("decode", request)
     prefill = mesh.pick("prefill", request, exclude=[decode])
     split = request.num_tokens - int(request.num_tokens * ratio)
     grant = await decode.prep_recv(request, end=split)
     sending = prefill.remote_send(request, grant, end=split)
-    async for tokens in decode.start_generate(request, begin=split, after=sending):
-        yield tokens
+    yield decode.start_generate(request, begin=split, after=sending)

@@ -8,10 +8,9 @@ the prefill engine's last chunk. Decodes of a full batch keep the share ``reserv
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import AsyncGenerator
 from typing import Annotated
 
-from microserve.services.router.authoring import Engine, Mesh, Meta, Request, Tokens, scorer, strategy
+from microserve.services.router.authoring import Chunks, Engine, Mesh, Meta, Request, scorer, strategy
 
 
 def even_split(mesh: Mesh, request: Request, prefill: Engine, decode: Engine, reserve: float) -> int:
@@ -39,7 +38,7 @@ async def balanced_adaptive(
     reserve: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.5,
     min_share: Annotated[int, Meta(ge=1)] = 64,
     worth: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5,
-) -> AsyncGenerator[Tokens, None]:
+) -> Chunks:
     """Send ``min_share`` tokens or more, the share ``worth`` of those computed for it or more, or nothing."""
     decode = mesh.pick("decode", request, scorers={scorer.load: 1.0, scorer.prefix_match: 1.0})
     warm = {scorer.load: 1.0, scorer.prefix_match: 1.0, scorer.link_to(decode): 0.5}
@@ -50,5 +49,4 @@ async def balanced_adaptive(
     split = split if is_worth_it and prefill != decode else 0
     grant = await decode.prep_recv(request, end=split)
     prefill.remote_send(request, grant, end=split)
-    async for tokens in decode.start_generate(request, begin=split, grant=grant):
-        yield tokens
+    yield decode.start_generate(request, begin=split, grant=grant)

@@ -5,18 +5,15 @@ Source: MicroServe, arXiv 2412.12488 ("cache-aware PD").
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
-from microserve.services.router.authoring import Mesh, Request, Tokens, strategy
+from microserve.services.router.authoring import Chunks, Mesh, Request, strategy
 
 
 @strategy
-async def cache_aware(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+async def cache_aware(mesh: Mesh, request: Request) -> Chunks:
     """No prefill engine at all when the decode engine holds every whole block of the prompt."""
     decode = mesh.pick("decode", request, prefix=True)
     grant = await decode.prep_recv(request, end=request.num_block_tokens)
     if not grant.is_complete:
         prefill = mesh.pick("prefill", request, exclude=[decode])
         prefill.remote_send(request, grant, begin=grant.matched, end=grant.end)
-    async for tokens in decode.start_generate(request, begin=grant.end, grant=grant):
-        yield tokens
+    yield decode.start_generate(request, begin=grant.end, grant=grant)

@@ -7,10 +7,9 @@ nearly full by its own report (Dynamo's lesson: a router's own count of a decode
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from typing import Literal
 
-from microserve.services.router.authoring import Annotated, Mesh, Meta, Request, Tokens, scorer, strategy
+from microserve.services.router.authoring import Annotated, Chunks, Mesh, Meta, Request, scorer, strategy
 
 Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=0)]
@@ -26,7 +25,7 @@ async def conditional(
     max_share: Share = 0.7,
     prefill_busy: Count = 8_192,
     decode_busy: Share = 0.9,
-) -> AsyncGenerator[Tokens, None]:
+) -> Chunks:
     """Prefill in place when fewer than ``max_tokens`` and ``max_share`` of the prompt are uncached there, or
     when over ``prefill_busy`` tokens wait elsewhere; not while ``decode_busy`` of its blocks are full."""
     decode = mesh.pick("decode", request, scorers={scorer.prefix_match: 1.0, scorer.load: 1.0})
@@ -42,5 +41,4 @@ async def conditional(
         grant = await decode.prep_recv(request)
         prefill.remote_send(request, grant)
         generation = decode.start_generate(request, begin=grant.end, grant=grant)
-    async for tokens in generation:
-        yield tokens
+    yield generation

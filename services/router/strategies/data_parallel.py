@@ -5,13 +5,10 @@ Source: MicroServe, arXiv 2412.12488, figure "data parallel"; what every replica
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
-from microserve.services.router.authoring import Mesh, Request, Tokens, strategy
+from microserve.services.router.authoring import Chunks, Mesh, Request, strategy
 
 
 @strategy
-async def data_parallel(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+async def data_parallel(mesh: Mesh, request: Request) -> Chunks:
     """Prefill and decode on the engine with the least work."""
-    async for tokens in mesh.pick(None, request).start_generate(request):
-        yield tokens
+    yield mesh.pick(None, request).start_generate(request)

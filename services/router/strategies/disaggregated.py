@@ -6,17 +6,14 @@ reaches the client before the last byte of KV is acknowledged.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
-from microserve.services.router.authoring import Mesh, Request, Tokens, strategy
+from microserve.services.router.authoring import Chunks, Mesh, Request, strategy
 
 
 @strategy
-async def disaggregated(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+async def disaggregated(mesh: Mesh, request: Request) -> Chunks:
     """Prefill on one engine, decode on another."""
     decode = mesh.pick("decode", request)
     prefill = mesh.pick("prefill", request, exclude=[decode])
     grant = await decode.prep_recv(request)
     sending = prefill.remote_send(request, grant)
-    async for tokens in decode.start_generate(request, begin=grant.end, after=sending):
-        yield tokens
+    yield decode.start_generate(request, begin=grant.end, after=sending)

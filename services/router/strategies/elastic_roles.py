@@ -8,10 +8,9 @@ sequences are left, or ``drain_s`` over: prefill between many decodes would cost
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import Annotated
 
-from microserve.services.router.authoring import EngineFacts, Mesh, Meta, PlanMesh, Request, Tokens, strategy
+from microserve.services.router.authoring import Chunks, EngineFacts, Mesh, Meta, PlanMesh, Request, strategy
 from microserve.services.router.strategies.disaggregated import disaggregated
 
 Seconds = Annotated[float, Meta(gt=0.0)]
@@ -53,7 +52,7 @@ async def move_roles(mesh: PlanMesh, *, period_s: float, ttft_s: float, drain_s:
 @strategy(plan=move_roles)
 async def elastic_roles(
     mesh: Mesh, request: Request, *, period_s: Seconds = 1.0, ttft_s: Seconds = 1.0, drain_s: Seconds = 10.0
-) -> AsyncGenerator[Tokens, None]:
+) -> Chunks:
     """As ``disaggregated``, between the roles of now; it looks at them every ``period_s``."""
-    async for tokens in disaggregated(mesh, request):
-        yield tokens
+    async for generation in disaggregated(mesh, request):
+        yield generation

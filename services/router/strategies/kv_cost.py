@@ -7,9 +7,7 @@ everywhere and left out; blocks in use are those that the engine reports.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
-from microserve.services.router.authoring import Annotated, Engine, Mesh, Meta, Request, Tokens, strategy
+from microserve.services.router.authoring import Annotated, Chunks, Engine, Mesh, Meta, Request, strategy
 
 Weight = Annotated[float, Meta(ge=0.0)]
 
@@ -23,7 +21,7 @@ async def kv_cost(
     credit: Weight = 1.0,
     request_weight: Weight = 0.0,
     temperature: Weight = 0.0,
-) -> AsyncGenerator[Tokens, None]:
+) -> Chunks:
     """Serve where the cost is least, counted in blocks; at a ``temperature`` > 0 draw by it.
 
     ``credit`` > 1 prefers warm engines beyond what they save, ``request_weight`` is blocks per request there.
@@ -37,5 +35,4 @@ async def kv_cost(
         return prefill_scale * max(0.0, raw - credit * overlap) + used + request_weight * load.sequences
 
     engine = mesh.pick(None, request, cost=cost, temperature=temperature)
-    async for tokens in engine.start_generate(request):
-        yield tokens
+    yield engine.start_generate(request)

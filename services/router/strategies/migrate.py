@@ -6,13 +6,11 @@ cheaper than computing it again.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
-from microserve.services.router.authoring import Mesh, Request, Tokens, strategy
+from microserve.services.router.authoring import Chunks, Mesh, Request, strategy
 
 
 @strategy
-async def migrate(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+async def migrate(mesh: Mesh, request: Request) -> Chunks:
     """Move whole blocks from the engine that holds most of them to the one with the least work."""
     source = mesh.pick(None, request, prefix=True)
     target = mesh.pick(None, request, exclude=[source])
@@ -20,5 +18,4 @@ async def migrate(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
         grant = await target.prep_recv(request, end=request.num_block_tokens)
         source.remote_send(request, grant, end=grant.end, first_token=False)
         await target.commit(request, grant)
-    async for tokens in target.start_generate(request):
-        yield tokens
+    yield target.start_generate(request)

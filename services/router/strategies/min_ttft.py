@@ -7,12 +7,11 @@ offline, here by the rate that the engine measures. It decodes in place where th
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
 from typing import Annotated
 
 from msgspec import Meta
 
-from microserve.services.router.authoring import Engine, Mesh, QueueFull, Request, Tokens, scorer, strategy
+from microserve.services.router.authoring import Chunks, Engine, Mesh, QueueFull, Request, scorer, strategy
 
 
 @strategy
@@ -22,7 +21,7 @@ async def min_ttft(
     *,
     slo_s: Annotated[float, Meta(gt=0.0)] = 30.0,
     balance: Annotated[float, Meta(ge=1.0)] = 2.0,
-) -> AsyncGenerator[Tokens, None]:
+) -> Chunks:
     """Prefill where the first token is soonest, in ``slo_s``; fetch a prefix ``balance`` times one's own."""
     held = mesh.prefix(request)
 
@@ -51,5 +50,4 @@ async def min_ttft(
         grant = await decode.prep_recv(request)
         prefill.remote_send(request, grant)
         generation = decode.start_generate(request, begin=grant.end, grant=grant)
-    async for tokens in generation:
-        yield tokens
+    yield generation

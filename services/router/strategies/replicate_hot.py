@@ -7,18 +7,17 @@ request that needs the copy makes it; here a plan does, so that no request waits
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 from microserve.services.router.authoring import (
     Annotated,
     CapacityError,
+    Chunks,
     Mesh,
     Meta,
     PeerError,
     PlanMesh,
     Request,
-    Tokens,
     strategy,
 )
 
@@ -49,12 +48,11 @@ async def copy_hot(mesh: PlanMesh, *, period_s: float, hot: int) -> None:
 @strategy(plan=copy_hot)
 async def replicate_hot(
     mesh: Mesh, request: Request, *, depth: Count = 16, hot: Count = 4, period_s: Period = 1.0
-) -> AsyncGenerator[Tokens, None]:
+) -> Chunks:
     """Serve where the fewest tokens are to be computed; a prefix is the prompt's first ``depth`` blocks."""
     prefix = tuple(request.tokens[: depth * request.block_size])
     if len(prefix) == depth * request.block_size:
         heat = mesh.state.setdefault("heat", {})
         heat[prefix, request.salt] = heat.get((prefix, request.salt), 0) + 1
     engine = mesh.pick(None, request, cost=lambda e: mesh.load(e).uncached_tokens + mesh.uncached(e, request))
-    async for tokens in engine.start_generate(request):
-        yield tokens
+    yield engine.start_generate(request)

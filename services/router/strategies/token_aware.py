@@ -7,9 +7,7 @@ prefill tokens a second times the wait that one accepts: calibrated by hand ther
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-
-from microserve.services.router.authoring import Annotated, Engine, Mesh, Meta, Request, Tokens, strategy
+from microserve.services.router.authoring import Annotated, Chunks, Engine, Mesh, Meta, Request, strategy
 
 
 @strategy
@@ -19,7 +17,7 @@ async def token_aware(
     *,
     affinity: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.8,
     penalty_s: Annotated[float, Meta(gt=0.0)] = 2.0,
-) -> AsyncGenerator[Tokens, None]:
+) -> Chunks:
     """Serve where the fewest tokens have to be computed before the first one of the answer.
 
     An engine that holds the share ``affinity`` of the prompt comes before all that do not, unless its queue
@@ -37,5 +35,4 @@ async def token_aware(
     warm = [engine for engine in mesh.engines() if is_warm(engine)]
     cold = [engine for engine in mesh.engines() if engine not in warm] if warm else []
     engine = mesh.pick(None, request, exclude=cold, cost=tokens_ahead)
-    async for tokens in engine.start_generate(request):
-        yield tokens
+    yield engine.start_generate(request)

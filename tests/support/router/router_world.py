@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, ParamSpec
 
@@ -16,8 +16,8 @@ from microserve.protocol.messages.control import ControlState, VersionFault
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
-from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
+from microserve.services.router.authoring.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.request.request import Request
@@ -242,7 +242,7 @@ async def router_world(*engine_ids: str, check: bool = True, **fields: Any) -> A
 
 async def serve_with(
     world: World,
-    body: Callable[[Mesh, Request], AsyncGenerator[Tokens, None]],
+    body: Callable[[Mesh, Request], Chunks],
     prompt: Sequence[int],
     **fields: Any,
 ) -> Answer:
@@ -251,7 +251,7 @@ async def serve_with(
     return await world.gateway.generate(prompt, strategy=name, **fields)
 
 
-def start_with(world: World, body: Callable[[Mesh, Request], AsyncGenerator[Tokens, None]]) -> str:
+def start_with(world: World, body: Callable[[Mesh, Request], Chunks]) -> str:
     """Add a strategy of the test's own; its name."""
     name = f"test_{len(world.router.strategies.names)}"
     world.router.strategies.add(Strategy(name, body, {}, {}, ""))

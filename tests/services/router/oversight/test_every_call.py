@@ -80,6 +80,9 @@ CALLS = {
     },
     Generating: {
         "depends_on": "engine.start_generate(request, grant=nothing).depends_on(settled)",
+        "offset": "engine.start_generate(request).offset",
+        "is_of": "engine.start_generate(request).is_of(None)",
+        "pass_on": "await engine.start_generate(request).pass_on(lambda tokens: None)",
     },
     Request: {
         "num_tokens": "request.num_tokens",
