@@ -6,13 +6,16 @@ milliseconds. No label is ever a request, a user or a prompt.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 
 from microserve.gateway.keys.usage import Counts
 
@@ -70,10 +73,10 @@ class GatewayMetrics:
         ProcessCollector(registry=registry)
         by_model = ("model_name",)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"microserve_{name}", text, by_model, buckets=buckets, registry=registry).labels(
-                model
-            )
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> _Histogram:
+            made = _Histogram(f"microserve_{name}", text, model, buckets)
+            registry.register(made)
+            return made
 
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(f"microserve_{name}", text, labels, registry=registry)
@@ -132,6 +135,29 @@ class GatewayMetrics:
         text = generate_latest(_Exposed(families, VLLM_NAMES if vllm_names else {}))
         self._text[vllm_names] = (now, text)
         return text
+
+
+class _Histogram(Collector):
+    """Of one model's times. prometheus_client's own has a lock for each number, and costs a token more than
+    all of its text; here one thread observes."""
+
+    def __init__(self, name: str, text: str, model: str, buckets: tuple[float, ...]) -> None:
+        """``buckets``: upper bounds, ascending, seconds."""
+        self._name, self._text, self._model = name, text, model
+        self._bounds = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(self._bounds, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        buckets = [(name, float(count)) for name, count in zip(names, accumulate(self._counts), strict=True)]
+        family.add_metric([self._model], buckets, self._sum)
+        return [family]
 
 
 def _level_families(model: str, levels: Levels) -> Iterator[Metric]:

@@ -38,6 +38,7 @@ class NullRunner:
     numerics = UNKNOWN
 
     def __init__(self, step_s: float) -> None:
+        self.numerics = UNKNOWN
         self._step_s = step_s
         self._next_at = 0.0
 

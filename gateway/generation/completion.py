@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from time import monotonic, time
 from typing import Generic, TypeVar
 
+import structlog
+
 from microserve.gateway.generation.accounting import account, usage_of
 from microserve.gateway.generation.group import ChoiceGroup
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
@@ -27,7 +29,10 @@ from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText
+from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError
+
+_logger = structlog.get_logger()
 
 R = TypeVar("R", bound=GenerationRequest)
 
@@ -176,13 +181,17 @@ class Completion(Generic[R]):
         )
         async with stream:
             try:
-                while not group.over:
-                    ready = await inbox.wait()
-                    if not ready:
-                        await stream.ping()
-                        continue
-                    await self._stream_ready(answer, stream, ready)
-                    group.raise_failure()
+                inbox.take_at_once = lambda mailbox: self._write_at_once(answer, stream, mailbox)
+                try:
+                    while not group.over:
+                        ready = await inbox.wait()
+                        if not ready:
+                            await stream.ping()
+                            continue
+                        await self._stream_ready(answer, stream, ready)
+                        group.raise_failure()
+                finally:
+                    inbox.take_at_once = None
                 tail = DONE
                 if answer.include_usage:
                     await group.settle()
@@ -194,6 +203,23 @@ class Completion(Generic[R]):
                     # No [DONE]: that is how a client tells a broken stream from a whole one.
                     await stream.close(event(problem_of(error).envelope()))
                 raise
+
+    def _write_at_once(self, answer: AnswerFormat, stream: EventStream, mailbox: Mailbox) -> bool:
+        """Tokens in the middle of a plain answer, to a client that reads: from the bus to the socket in one
+        go. False, and nothing is done, where it is more than that."""
+        choice = self._group.choices[mailbox.index]
+        if mailbox.over or not (choice.opened and choice.is_plain and stream.takes_more):
+            return False
+        try:
+            _, piece = self._group.take(mailbox)
+            if piece.text:
+                stream.write_now(answer.delta(choice.index, piece))
+        except MeshError as error:
+            self._group.inbox.fail(error)
+        except Exception:  # one request's fault must not cost others the rest of their message
+            _logger.exception(log.REQUEST_FAILED, http_request_id=self._exchange.request_id)
+            self._group.inbox.fail(InternalError("see the gateway's log"))
+        return True
 
     async def _stream_ready(self, answer: AnswerFormat, stream: EventStream, ready: list[Mailbox]) -> None:
         """Write everything that has come in one piece."""

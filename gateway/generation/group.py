@@ -6,7 +6,6 @@ Owns the room that they take, their mailboxes and the deadline; knows nothing of
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Sequence
 from functools import reduce
 from time import monotonic
@@ -80,7 +79,7 @@ class ChoiceGroup:
         self._deadline = asyncio.get_running_loop().call_later(
             remaining_s + DEADLINE_GRACE_S,
             self._expire,
-            DeadlineExceeded(f"the request took longer than {ttl_s:.3f} s"),
+            ttl_s,
         )
         salt = cache_salt(exchange.key, options.salt, shared=state.shared_prefix_cache)
         for index in range(count):
@@ -92,7 +91,7 @@ class ChoiceGroup:
                 sampling=sampling,
                 stop=options.stop,
                 eos_token_ids=state.routers.eos_token_ids,
-                times=dataclasses.replace(self.times),
+                times=self.times.copy(),
             )
             self.choices.append(choice)
             choice.mailbox = state.routers.generate(
@@ -110,8 +109,9 @@ class ChoiceGroup:
             )
         state.metrics.submitted(sum(map(len, prompts)))
 
-    def _expire(self, error: DeadlineExceeded) -> None:
+    def _expire(self, ttl_s: float) -> None:
         """The router has not ended it in time: we do."""
+        error = DeadlineExceeded(f"the request took longer than {ttl_s:.3f} s")
         for mailbox in self.inbox.mailboxes:
             mailbox.cancel()
             mailbox.fail(error)

@@ -28,7 +28,7 @@ BODY_TIMEOUT_S = 60.0
 MIN_TIMEOUT_S = 0.001
 """That a client may ask for."""
 CONNECTION_EXTENSION = "microserve.connection"
-"""ASGI extension of our server: the transport under the request (``Connection``)."""
+"""ASGI extension of our server: what is under the request (:class:`Connection`)."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _UNSAFE_IN_HEADER = re.compile(r"[^\x20-\x7e]")
@@ -41,6 +41,10 @@ class Connection(Protocol):
 
     def abort(self) -> None: ...
     def is_closing(self) -> bool: ...
+    @property
+    def takes_more(self) -> bool:
+        """What is written now does not have to wait for the client."""
+        ...
 
 
 class BodyBudget:
@@ -126,7 +130,10 @@ class Exchange:
 
     def header(self, name: bytes) -> bytes | None:
         """First value of a header; ``name`` in lower case."""
-        return next((value for key, value in self._headers if key == name), None)
+        for key, value in self._headers:
+            if key == name:
+                return value
+        return None
 
     def text_header(self, name: bytes) -> str | None:
         value = self.header(name)
@@ -194,13 +201,31 @@ class Exchange:
             self.complete = True
         await self._emit({"type": "http.response.body", "body": body, "more_body": more})
 
+    @property
+    def takes_more(self) -> bool:
+        """The answer has begun, and :meth:`write_now` may be called."""
+        return self.started and self._connection.takes_more
+
+    def write_now(self, body: bytes) -> None:
+        """As :meth:`write`, of a part that is not the last, without waiting: only if :attr:`takes_more`."""
+        sending = self._send({"type": "http.response.body", "body": body, "more_body": True})
+        try:
+            if next(sending.__await__(), None) is not None:
+                raise InternalError("a connection that takes more has made a write wait")
+        except RuntimeError:
+            self._raise_if_gone()
+            raise
+
     async def _emit(self, message: Message) -> None:
         try:
             await self._send(message)
         except RuntimeError:
-            # uvloop raises for a transport that has closed and has not told its protocol yet.
-            if not self._connection.is_closing():
-                raise
+            self._raise_if_gone()
+            raise
+
+    def _raise_if_gone(self) -> None:
+        """uvloop raises for a transport that has closed and has not told its protocol yet."""
+        if self._connection.is_closing():
             raise ClientGone("the client closed the connection") from None
 
     async def reply(

@@ -63,6 +63,16 @@ class GatewayProtocol(HttpToolsProtocol):
             return math.inf
         return self._silent_since
 
+    @property
+    def takes_more(self) -> bool:
+        return not self.flow.write_paused
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def is_closing(self) -> bool:
+        return self.transport.is_closing()
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.parser: PlainParser = PlainParser(self)  # type: ignore[assignment]
@@ -126,7 +136,7 @@ class GatewayProtocol(HttpToolsProtocol):
         self._await_head(HEAD_TIMEOUT_S)
         self._is_whole = False
         super().on_message_begin()
-        cast(dict[str, Any], self.scope)["extensions"] = {CONNECTION_EXTENSION: self.transport}
+        cast(dict[str, Any], self.scope)["extensions"] = {CONNECTION_EXTENSION: self}
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._go_on()

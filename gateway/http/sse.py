@@ -82,6 +82,16 @@ class EventStream:
         """Send events (or a ping) in one piece; waits while the client's buffers are full."""
         await self._send(events, more=True)
 
+    @property
+    def takes_more(self) -> bool:
+        """:meth:`write_now` may be called: the answer has begun, and its client reads."""
+        return not self._writing and self._exchange.takes_more
+
+    def write_now(self, events: bytes) -> None:
+        """As :meth:`write`, for who cannot wait: only if :attr:`takes_more`."""
+        self._exchange.write_now(events)
+        self._changed_at = self._loop.time()
+
     async def ping(self) -> None:
         await self._send(PING, more=True)
 

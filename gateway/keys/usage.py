@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 DAY_S = 86_400
 MAX_DAYS = 2
@@ -33,7 +33,13 @@ class Counts:
         return self.prompt_tokens + self.output_tokens
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
+        return Counts(
+            self.requests + other.requests,
+            self.refused + other.refused,
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.output_tokens + other.output_tokens,
+        )
 
 
 Deltas = dict[tuple[str, str], Counts]
@@ -64,7 +70,11 @@ class UsageBook:
 
     def add(self, wall: float, name: str, counts: Counts) -> None:
         self.total[name] = self.total.get(name, Counts()) + counts
-        _merge(self._pending, {(day_of(wall), name): counts})
+        key = (day_of(wall), name)
+        if key in self._pending:
+            self._pending[key] += counts
+            return
+        self._pending[key] = counts
         days = sorted({day for day, _ in self._pending}, reverse=True)
         for day in days[MAX_DAYS:]:  # a ledger that cannot be written for days costs bounded memory
             for key in [key for key in self._pending if key[0] == day]:

@@ -157,6 +157,9 @@ class Inbox:
     def __init__(self) -> None:
         self.mailboxes: list[Mailbox] = []
         self.error: MeshError | None = None
+        self.take_at_once: Callable[[Mailbox], bool] | None = None
+        """Asked while the handler waits: takes all that has come for a mailbox, without waiting and without
+        raising; False: wake the handler. A token need not cost a task's turn."""
         self._ready: dict[Mailbox, None] = {}
         self._waiter: asyncio.Future[None] | None = None
 
@@ -164,8 +167,15 @@ class Inbox:
         self.mailboxes.append(mailbox)
 
     def notify(self, mailbox: Mailbox) -> None:
+        take = self.take_at_once
+        if take is not None and not self._ready and self._is_awaited and take(mailbox):
+            return
         self._ready[mailbox] = None
         self.poke()
+
+    @property
+    def _is_awaited(self) -> bool:
+        return self._waiter is not None and not self._waiter.done()
 
     def poke(self) -> None:
         """Let ``wait`` return, with nothing if there is nothing."""

@@ -46,6 +46,9 @@ class Timeline:
     first_token: float | None = None
     ended: float | None = None
 
+    def copy(self) -> Timeline:
+        return Timeline(self.arrived, self.tokenising, self.submitted, self.first_token, self.ended)
+
 
 class Choice:
     """One of the ``n`` answers to a prompt, as it grows. ``finish_reason`` or ``error`` is set at its end."""
@@ -86,6 +89,11 @@ class Choice:
     @property
     def over(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def is_plain(self) -> bool:
+        """Its tokens are text and nothing else, and only the router says when it ends."""
+        return self._matcher is None and self._transcript is None
 
     @property
     def ended(self) -> Ended | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from microserve.gateway.http.errors import ClientStalled
+from microserve.gateway.http.errors import ClientGone, ClientStalled
 from microserve.gateway.http.exchange import (
     CONNECTION_EXTENSION,
     BodyBudget,
@@ -33,14 +33,14 @@ class Connection:
         self.wrote = asyncio.Event()
         self.incoming: asyncio.Queue[Message] = asyncio.Queue()
         self.aborted = asyncio.Event()
-        scope = {
+        self.scope = {
             "type": "http",
             "method": "POST",
             "path": "/",
             "headers": headers or [],
             "extensions": {CONNECTION_EXTENSION: self},
         }
-        self.exchange = Exchange(scope, self.incoming.get, self.send, 0.0)
+        self.exchange = Exchange(self.scope, self.incoming.get, self.send, 0.0)
 
     def abort(self) -> None:
         self.aborted.set()
@@ -48,6 +48,10 @@ class Connection:
 
     def is_closing(self) -> bool:
         return self.aborted.is_set()
+
+    @property
+    def takes_more(self) -> bool:
+        return self.writable.is_set()
 
     async def send(self, message: Message) -> None:
         await self.writable.wait()
@@ -198,5 +202,44 @@ def test_body_bytes_are_given_back() -> None:
         connection.incoming.put_nowait({"type": "http.request", "body": b"678", "more_body": False})
         assert await connection.exchange.read_body(budget) == b"12345678"
         assert budget.held_nbytes == 0
+
+    run(main())
+
+
+def test_what_cannot_wait_is_written_only_to_a_client_that_reads() -> None:
+    async def main() -> None:
+        connection = Connection()
+        async with EventStream(connection.exchange, on_idle=nothing, on_stall=nothing) as stream:
+            assert not stream.takes_more  # the head has not been sent
+            await stream.write(event(b"1"))
+            assert stream.takes_more
+            stream.write_now(event(b"2"))
+            connection.writable.clear()
+            assert not stream.takes_more
+            writing = asyncio.create_task(stream.write(event(b"3")))
+            await asyncio.sleep(0)
+            connection.writable.set()
+            assert not stream.takes_more  # another write is under way
+            await writing
+            stream.write_now(event(b"4"))
+        assert connection.body == b"".join(event(b"%d" % number) for number in range(1, 5))
+
+    run(main())
+
+
+def test_a_client_that_went_is_told_to_who_cannot_wait() -> None:
+    async def main() -> None:
+        connection = Connection()
+
+        async def send(message: Message) -> None:
+            if connection.is_closing():
+                raise RuntimeError("the transport is closed")
+
+        connection.exchange = Exchange(connection.scope, connection.incoming.get, send, 0.0)
+        async with EventStream(connection.exchange, on_idle=nothing, on_stall=nothing) as stream:
+            await stream.write(event(b"1"))
+            connection.abort()
+            with pytest.raises(ClientGone):
+                stream.write_now(event(b"2"))
 
     run(main())

@@ -165,3 +165,42 @@ def test_a_poke_wakes_with_nothing() -> None:
         assert await waiting == []
 
     run(main())
+
+
+def test_tokens_are_taken_at_once_while_somebody_waits_and_everything_else_wakes_him() -> None:
+    async def main() -> None:
+        inbox, mailbox, _ = make()
+        taken: list[int] = []
+
+        def take(mailbox: Mailbox) -> bool:
+            if mailbox.over:
+                return False
+            taken.extend(mailbox.take().token_ids)
+            return True
+
+        inbox.take_at_once = take
+        mailbox.deliver(Output("r", 0, [0]), 0.0)
+        assert taken == []  # nobody waits yet
+        assert await inbox.wait() == [mailbox]
+        assert mailbox.take().token_ids == [0]
+
+        waiting = asyncio.create_task(inbox.wait())
+        await asyncio.sleep(0)
+        mailbox.deliver(Output("r", 1, [1]), 0.0)
+        mailbox.deliver(Output("r", 2, [2]), 0.0)
+        await asyncio.sleep(0)
+        assert taken == [1, 2] and not waiting.done()
+
+        inbox.poke()
+        mailbox.deliver(Output("r", 3, [3]), 0.0)  # he is on his way
+        assert await waiting == [mailbox]
+        assert mailbox.take().token_ids == [3]
+
+        waiting = asyncio.create_task(inbox.wait())
+        await asyncio.sleep(0)
+        mailbox.deliver(Output("r", 4, [4], ended=ENDED), 0.0)
+        assert await waiting == [mailbox]
+        batch = mailbox.take()
+        assert (batch.token_ids, batch.ended) == ([4], ENDED)
+
+    run(main())
