@@ -14,15 +14,19 @@ QUICK_WORKERS ?= 3
 # Bytecode is kept whatever the environment says: a run starts hundreds of processes, which compiled all again.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
+# Compiles the CPU's kernels if that is not done yet, and says so; where it cannot, engines do without.
+KERNELS = $(BIN)/python -P -m microserve.kernels.cpu.build --ahead
+
 ASK_PYTHON = $(PYTHON) -c 'import sys; sys.exit("Error: Python 3.11 or newer is needed, and $(PYTHON) is %d.%d: \
 make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 # An environment knows its own place: one that was moved with its checkout is made anew.
 MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '$(VENV)/installed')" = "$$(pwd -P)" ] || \
 	echo moved))
 
-.PHONY: moved install up quick test heavy check fmt bench exactness simulate mutations chaos hurt swaps soak extras hooks clean
+.PHONY: moved install up quick test heavy check fmt bench exactness simulate mutations chaos hurt swaps soak extras wheel hooks clean
 
 up: $(VENV)/installed
+	@$(KERNELS)
 	$(BIN)/microserve up $(ARGS)
 
 # State and wire, in less than a minute: before every commit. QUICK_WORKERS=0 for a debugger.
@@ -31,10 +35,12 @@ quick: $(VENV)/dev
 
 # All but the endurance of `make heavy`, in less than nine minutes.
 test: $(VENV)/dev
+	@$(KERNELS)
 	$(PYTEST) -m "not heavy" $(ARGS)
 
 # The long ones: exactness of the demo model, freezes, chaos, hostile strategies, days of virtual time.
 heavy: $(VENV)/dev
+	@$(KERNELS)
 	$(PYTEST) -m heavy $(ARGS)
 
 check: $(VENV)/dev
@@ -87,6 +93,12 @@ extras: $(VENV)/dev
 hooks: $(VENV)/dev
 	$(BIN)/pre-commit install
 
+# A wheel with the CPU's kernels for any x86-64 Linux from glibc 2.28 on, in dist/.
+wheel: $(VENV)/dev
+	$(BIN)/pip install --quiet --editable '.[compiler]'
+	$(BIN)/python -P -m microserve.kernels.cpu.build --zig --into dist/prebuilt
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 bench: $(VENV)/dev
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
 
@@ -102,16 +114,19 @@ clean:
 install:
 	@$(ASK_PYTHON)
 	$(PYTHON) tooling/install.py --venv '$(PREFIX)' --extras engine --no-editable $(TORCH_FLAGS)
+	@'$(PREFIX)/bin/python' -P -m microserve.kernels.cpu.build --ahead --package
 
 # One resolution each, and the torch that is there stays: tooling/install.py says which, its size and the time.
 $(VENV)/installed: pyproject.toml tooling/install.py $(MOVED)
 	@$(ASK_PYTHON)
 	$(PYTHON) tooling/install.py --venv '$(VENV)' --extras engine,demo,simulation $(TORCH_FLAGS)
+	@$(KERNELS)
 	@printf %s "$$(pwd -P)" > '$@'
 
 $(VENV)/dev: pyproject.toml tooling/install.py $(MOVED)
 	@$(ASK_PYTHON)
 	$(PYTHON) tooling/install.py --venv '$(VENV)' --extras engine,demo,simulation,dev $(TORCH_FLAGS)
+	@$(KERNELS)
 	@printf %s "$$(pwd -P)" > '$(VENV)/installed'
 	@touch '$@'
 

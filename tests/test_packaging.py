@@ -81,6 +81,16 @@ def test_the_wheel_holds_every_module_and_py_typed(wheel: zipfile.ZipFile) -> No
     assert "microserve/protocol/py.typed" in held
 
 
+def native_sources() -> set[str]:
+    folders = (ROOT / "kernels/cpu/native", ROOT / "kernels/cuda")
+    return {str(path.relative_to(ROOT)) for folder in folders for path in folder.iterdir() if path.is_file()}
+
+
+def test_the_wheel_holds_what_is_compiled_where_it_runs(wheel: zipfile.ZipFile) -> None:
+    assert "kernels/cpu/native/api.cc" in native_sources()
+    assert {f"microserve/{name}" for name in native_sources()} <= set(wheel.namelist())
+
+
 def test_the_wheel_names_its_licence_and_command(wheel: zipfile.ZipFile) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     information = f"microserve-{version}.dist-info"
@@ -134,6 +144,8 @@ def test_the_source_archive_holds_everything_once(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("microserve-*.tar.gz")
     with tarfile.open(file) as archive:
         members = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
+    assert {f".src/microserve/{name}" for name in native_sources()} <= set(members)
+    assert not [name for name in members if name.endswith(".so")]
     modules = [f"{Path(name).parent.name}/{Path(name).name}" for name in members if name.endswith(".py")]
     ours = [
         path for path in tracked() if path.suffix == ".py" and path.parts[len(ROOT.parts)] != "benchmarks"

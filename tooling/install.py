@@ -1,10 +1,11 @@
-"""What ``make`` installs: one resolution, one torch, its CPU build where there is no GPU; size and time said.
+"""What ``make`` installs: one resolution, one torch, its CPU build where there is no GPU, a C++ compiler
+where there is none; size and time said.
 
     python tooling/install.py --venv .venv --extras engine,demo [--torch REQUIREMENT] [--gpu auto|yes|no]
 
-Run by any Python from 3.11 on, with nothing but its standard library. Owns which build of torch is asked for
-and what is said while pip works; what else is needed is pyproject.toml's. Exit codes: 0 installed, 1 not, 130
-stopped.
+Run by any Python from 3.11 on, with nothing but its standard library. Owns which build of torch is asked for,
+whether a compiler is, and what is said while pip works; what else is needed is pyproject.toml's. Exit codes:
+0 installed, 1 not, 130 stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,11 @@ FOOTPRINT_MB = {"cpu": (300, 1_400), "cuda": (2_900, 5_500)}
 """Megabytes to download and on disk for engine and demo, by build of torch; measured 2026-11-29."""
 DEV_MB = (350, 1_000)
 """On top of it, for tests and checks."""
+COMPILER_MB = (100, 410)
+"""On top of it, for the package ``ziglang``."""
+COMPILERS = ("c++", "g++", "clang++")
+PROGRAM = "#include <atomic>\nstd::atomic<int> n;\n"
+"""That a compiler without its library does not compile."""
 ASK_TIMEOUT_S = 10
 SILENCE_S = 15.0
 """pip says nothing while it unpacks, which takes minutes for a CUDA build: then we say how far it is."""
@@ -96,6 +102,25 @@ def has_gpu(root: Path = Path("/")) -> bool:
     return subsystem or any((root / "dev").glob("nvidia[0-9]*"))
 
 
+def has_compiler(environment: Mapping[str, str]) -> bool:
+    """A C++ compiler that works, or one that the user has named by ``$CXX``."""
+    path = environment.get("PATH", os.defpath)
+    found = [place for name in COMPILERS if (place := shutil.which(name, path=path))]
+    return bool(environment.get("CXX")) or any(_compiles(each) for each in found)
+
+
+def _compiles(compiler: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        words = [compiler, "-x", "c++", "-std=c++17", "-fPIC", "-shared", "-o", f"{folder}/it.so", "-"]
+        try:
+            done = subprocess.run(
+                words, input=PROGRAM, capture_output=True, text=True, timeout=60, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return done.returncode == 0
+
+
 class Environment:
     """A virtual environment at ``path``, made or mended first if need be."""
 
@@ -132,6 +157,9 @@ class Environment:
     def torch(self) -> str:
         """The version of torch in it; empty if there is none, or half of one."""
         return self._answers("from importlib.metadata import version as v; print(v('torch'))").strip()
+
+    def has(self, package: str) -> bool:
+        return bool(self._answers(f"from importlib.metadata import version as v; print(v({package!r}))"))
 
     def versions(self, *options: str) -> list[str]:
         """Of torch, that pip finds for this Python; none if it finds none, or no index."""
@@ -236,14 +264,19 @@ def install_alone(options: argparse.Namespace, environment: Environment, dev: bo
     official = environment.versions(*extra) if needs_answer and f"{TORCH}+cpu" not in own else []
     choice = choose(options.torch, torch, gpu, own, official, options.cpu_index, platform.machine())
     say(f"torch: {choice.why}")
+    extras = options.extras
+    if needs_zig := "engine" in extras.split(",") and not has_compiler(os.environ):
+        extras += ",compiler"
+        say("no C++ compiler that works is here: the package ziglang compiles the CPU's kernels")
     if choice.build:
         parts = [FOOTPRINT_MB[choice.build]] if not torch else []
         parts += [DEV_MB] if dev else []
+        parts += [COMPILER_MB] if needs_zig and not environment.has("ziglang") else []
         download, disk = sum(part[0] for part in parts), sum(part[1] for part in parts)
         if parts:
             say(f"about {download / 1000:.1f} GB to download, {disk / 1000:.1f} GB on disk in {options.venv}")
         check_room(disk, download, options.venv, Path(tempfile.gettempdir()))
-    project = f"{options.project}[{options.extras}]"
+    project = f"{options.project}[{extras}]"
     words = [choice.requirement, *(["--editable"] if options.editable else []), project]
     if environment.install(
         *(["--extra-index-url", choice.extra_index] if choice.extra_index else []), *words

@@ -163,4 +163,5 @@ def make_core(
         lease_s=cache.lease_s,
         checksums=cache.checksums,
         compute_stream=runner.stream,
+        kernels=runner.kernels,
     )

@@ -198,9 +198,11 @@ class EngineShell:
 
     @property
     def _about(self) -> str:
-        numerics = self._core.numerics
+        """What it computes by, with how many threads, and in which class."""
+        numerics, kernels, threads = self._core.numerics, self._core.kernels, self._settings.engine.threads
         kind = "exact" if numerics.is_exact else "not exact"
-        return f"{kind} in {numerics.name}" if numerics.name else ""
+        said = [kernels, f"{threads} {'thread' if threads == 1 else 'threads'}"] if kernels else []
+        return ", ".join(said + ([f"{kind} in {numerics.name}"] if numerics.name else []))
 
     def drain(self) -> None:
         """Take no new work, and tell the routers at once: they move what runs here elsewhere, and :meth:`run`

@@ -64,7 +64,7 @@ def test_the_image_copies_what_the_wheel_is_made_of() -> None:
         word for line in re.findall(r"^COPY (?!--)(.*)$", DOCKERFILE, re.M) for word in line.split()[:-1]
     }
     linked = {path.name for path in (ROOT / ".src/microserve").iterdir()}
-    assert copied == linked | {".src", "pyproject.toml", "README.md", "LICENSE"}
+    assert copied == linked | {".src", "pyproject.toml", "README.md", "LICENSE", "tooling/wheel_hook.py"}
     assert all((ROOT / name).exists() for name in copied)
     assert f"VOLUME {HOME}\n" in DOCKERFILE
     assert "\nUSER 10001\n" in DOCKERFILE

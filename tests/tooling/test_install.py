@@ -28,6 +28,7 @@ def build(directory, code):
         wheel.writestr("thing.py" if code else "thing.pth", "")
         extras = "Provides-Extra: engine\\nRequires-Dist: torch; extra == 'engine'\\n"
         extras += "Provides-Extra: dev\\nRequires-Dist: triton==3.6.0; extra == 'dev'\\n"
+        extras += "Provides-Extra: compiler\\nRequires-Dist: ziglang; extra == 'compiler'\\n"
         metadata = f"Metadata-Version: 2.1\\nName: thing\\nVersion: 1\\n{extras}"
         wheel.writestr("thing-1.dist-info/METADATA", metadata)
         wheel.writestr("thing-1.dist-info/WHEEL", "Wheel-Version: 1.0\\nTag: py3-none-any\\n")
@@ -243,6 +244,33 @@ def test_ctrl_c_ends_it_with_a_word(world: Path) -> None:
     assert process.returncode == 130
     assert "stopped; the same command goes on from here" in told
     assert "Traceback" not in told
+
+
+def test_a_compiler_counts_that_compiles_and_the_user_s_word(install: ModuleType, tmp_path: Path) -> None:
+    assert not install.has_compiler({"PATH": str(tmp_path)})
+    half = tmp_path / "c++"
+    half.write_text("#!/bin/sh\necho 'fatal error: atomic: No such file or directory' >&2; exit 1\n")
+    half.chmod(0o755)
+    assert not install.has_compiler({"PATH": str(tmp_path)})
+    assert install.has_compiler({"PATH": str(tmp_path), "CXX": "mine"})
+    whole = tmp_path / "g++"
+    whole.write_text('#!/bin/sh\nread -r line; case "$line" in *atomic*) exit 0;; esac; exit 1\n')
+    whole.chmod(0o755)
+    assert install.has_compiler({"PATH": str(tmp_path)})
+
+
+@pytest.mark.heavy
+def test_where_there_is_no_compiler_the_package_of_one_is_installed(world: Path) -> None:
+    add(world / "public", "ziglang", "0.17.1")
+    (world / "bin").mkdir()
+    with_one = run(world, "--extras", "engine", CXX="mine")
+    assert with_one.returncode == 0, with_one.stdout + with_one.stderr
+    assert "ziglang" not in with_one.stdout and "ziglang" not in versions(world)
+    without = run(world, "--extras", "engine", CXX="", PATH=str(world / "bin"))
+    assert without.returncode == 0, without.stdout + without.stderr
+    assert "no C++ compiler that works is here: the package ziglang" in without.stdout
+    assert "about 0.1 GB to download, 0.4 GB on disk" in without.stdout
+    assert versions(world)["ziglang"] == "0.17.1"
 
 
 def test_two_at_a_time_wait_for_each_other(install: ModuleType, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ class EngineCore:
         clock: Clock = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
         changed: Changed | None = None,
+        kernels: str = "",
     ) -> None:
         """``compute_stream``: the CUDA stream in which ``runner`` computes KV; None where KV stands in the
         heap when ``on_layer`` is called. ``clock``: the only one that leases, deadlines, sessions and the
@@ -83,6 +84,8 @@ class EngineCore:
 
         Raises :class:`InternalError` for a runner of a class that cannot be one."""
         self.numerics = runner.numerics
+        self.kernels = kernels
+        """What computes, in a word for people."""
         if fault := fault_of_numerics(self.numerics):
             raise InternalError(fault)
         self.engine_id, self.incarnation, self.model = engine_id, incarnation, model

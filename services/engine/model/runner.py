@@ -71,6 +71,8 @@ class ModelRunner:
         self._layers = self._views(kv_data)
         self._device = self._layers[0].device
         self.numerics = transformers_numerics(model.spec, self._device)
+        self.kernels = "transformers"
+        """What computes: these, or the variant of the native step."""
         self._stream: torch.cuda.Stream | None = None
         self._graphs: DecodeGraphs | None = None
         self._sample = sample
@@ -83,6 +85,7 @@ class ModelRunner:
         self._step: CpuStep | None = None
         if make_step is not None:
             self._step, self.numerics = make_step(self._layers)
+            self.kernels = self._step.variant
 
     def capture_decodes(self, max_num_seqs: int, max_model_len: int, capture: Capture | None = None) -> None:
         """Replay steps of nothing but decodes from now on (decode_graphs.py): costs seconds and memory.

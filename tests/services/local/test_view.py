@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 
+import msgspec
 import pytest
 
 from microserve.services.local.demo_request import Answer
 from microserve.services.local.directory import ChildState, MeshState
-from microserve.services.local.view import JsonView, PlainView, RichView, View, make_view, summarise
+from microserve.services.local.view import JsonView, PlainView, RichView, View, describe, make_view, summarise
 
 ANSWER = Answer("Paris.", num_tokens=11, first_token_s=0.25, total_s=0.75)
 
@@ -55,6 +56,13 @@ def test_people_see_every_change_and_no_control_characters(kind: type[PlainView]
     assert "11 tokens; the first after 250 ms, then 20 tokens/s" in text
     assert "\x1b[2J" not in text
     assert "Pa\ufffd[2J" in text
+
+
+def test_an_engine_that_is_up_says_what_it_runs_on() -> None:
+    about = "avx512, 2 threads, exact in cpu1-bfloat16-1"
+    up = ChildState("engine-e0", "ready", 7, "tcp://here", 0, "", "e.jsonl", about)
+    assert describe(up).endswith(f"tcp://here {about}")
+    assert about not in describe(msgspec.structs.replace(up, state="restarting"))
 
 
 def test_plain_lines_say_each_change_once() -> None:

@@ -1,0 +1,41 @@
+"""Puts the compiled CPU kernels into a wheel, where ``make wheel`` has left them in ``dist/prebuilt``.
+
+Owns the wheel's tag, which is then the platform's. Only an object of these very sources is taken; without one
+the wheel is for any platform, and the kernels are compiled where they first run. An editable install takes
+none.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+OLDEST_GLIBC = 28
+"""torch's own floor: an object that would run on an older one gains nothing."""
+
+
+class WheelHook(BuildHookInterface[Any]):
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        folder = Path(self.root) / "dist/prebuilt"
+        if version == "editable" or not folder.is_dir():
+            return
+        sys.path.insert(0, str(Path(self.root) / ".src"))
+        from microserve.kernels.cpu.compiler import sources_digest
+        from microserve.kernels.cpu.objects import prebuilt
+
+        found = prebuilt(sources_digest(), folder)
+        if found is None:
+            return
+        build_data["force_include"][found.origin] = f"microserve/kernels/cpu/prebuilt/{found.name}"
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-manylinux_2_{_glibc(found.content)}_{platform.machine()}"
+
+
+def _glibc(content: bytes) -> int:
+    """The oldest 2.x that has every function the object asks for."""
+    return max(OLDEST_GLIBC, *(int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", content)))
