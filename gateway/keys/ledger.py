@@ -19,6 +19,7 @@ import structlog
 
 from microserve.gateway.keys.usage import DAY_S, Counts, Deltas, UsageBook, day_of
 from microserve.protocol import log
+from microserve.protocol.process.tick import until_tick
 
 FLUSH_S = 1.0
 BUSY_S = 2.0
@@ -85,7 +86,7 @@ class Ledger:
         while not self._stop.is_set():
             await self._flush()
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._flush_s):
+                async with asyncio.timeout(until_tick(asyncio.get_running_loop().time(), self._flush_s)):
                     await self._stop.wait()
         await self._flush()
 

@@ -65,7 +65,12 @@ class EngineWorld:
         self.task = asyncio.create_task(self._run())
         self.members: list[membership.Member] = []
         self._index = bus.client(settings.index.address, self._take)
-        self._index.send(INDEX_REQUEST.encode(membership.Watch("test")))
+        self._watching = asyncio.create_task(self._watch(settings.bus.heartbeat_interval_s))
+
+    async def _watch(self, interval_s: float) -> None:
+        while True:
+            self._index.send(INDEX_REQUEST.encode(membership.Watch("test")))
+            await asyncio.sleep(interval_s)
 
     async def _run(self) -> None:
         try:
@@ -89,6 +94,7 @@ class EngineWorld:
         if not self.task.done():
             self.task.cancel()
             await asyncio.wait([self.task])
+        self._watching.cancel()
         self._index.close()
 
 
