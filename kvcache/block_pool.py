@@ -10,6 +10,9 @@ The free list runs from the next block to take to the last:
 
     head  uncached, ...   cached: least recently used, ..., most recently used  tail
 
+Blocks that nobody has had yet may still be without memory: they come behind the uncached ones, in order, and
+get it when they are wanted. Where there is none left, the pool makes do with those that have theirs.
+
 Owns ids only. Does not know what a block holds (prefix/cache.py) nor where it lies (heap/).
 Every operation is O(1) per block. :class:`InternalError` means that a caller broke the rules; the call
 stops at the first bad block.
@@ -26,11 +29,16 @@ RETRY_AFTER_S = 0.1
 
 _UNLINKED = -1
 
+Back = Callable[[int, int], int]
+"""Called with the first block that is without memory, and how many are wanted: gives memory to these or more,
+in order, and returns the end of those that have it; nothing more than before: there is none now."""
+
 
 class BlockPool:
     """Blocks ``0 .. num_blocks - 1``."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, back: Back | None = None) -> None:
+        """``back``: None where all blocks have their memory."""
         if num_blocks < 1:
             raise ConfigError(f"num_blocks is {num_blocks}, at least 1", field="num_blocks")
         self.num_blocks = num_blocks
@@ -39,18 +47,31 @@ class BlockPool:
         self._ref_counts = [0] * num_blocks
         self._cached = bytearray(num_blocks)
         self._quarantined = bytearray(num_blocks)
-        self._num_free = num_blocks
+        self._num_free = 0
+        """In the free list."""
         self._num_free_cached = 0
         self._num_quarantined = 0
         # Circular and doubly linked; index num_blocks is the list itself: its next is the head, its
         # previous the tail.
-        self._next = [*range(1, num_blocks + 1), 0]
-        self._prev = [num_blocks, *range(num_blocks)]
+        self._next = [_UNLINKED] * num_blocks + [num_blocks]
+        self._prev = [_UNLINKED] * num_blocks + [num_blocks]
+        self._back = back
+        self._num_backed = 0
+        """The blocks below have their memory."""
+        self._is_short = False
+        """There was none for the next ones."""
+        if back is None:
+            self._append(num_blocks)
 
     @property
     def num_free(self) -> int:
-        """Blocks that ``allocate`` could hand out now, cached ones included."""
-        return self._num_free
+        """Blocks that ``allocate`` could hand out now, cached ones included, and those that are still without
+        memory unless there was none for them."""
+        return self._num_free + (0 if self._is_short else self.num_blocks - self._num_backed)
+
+    def look_for_memory(self) -> None:
+        """There may be some again: the next ``allocate`` that wants it asks."""
+        self._is_short = False
 
     @property
     def num_cached(self) -> int:
@@ -63,7 +84,7 @@ class BlockPool:
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - self._num_free - self._num_quarantined
+        return self._num_backed - self._num_free - self._num_quarantined
 
     def ref_count(self, block: int) -> int:
         """References to ``block``; 0 when it is free or quarantined."""
@@ -76,6 +97,7 @@ class BlockPool:
         """``count`` blocks with one reference each, or none at all and :class:`CacheFull`."""
         if count < 0:
             raise InternalError(f"allocate: count is {count}")
+        self._grow(count)
         if count > self._num_free:
             raise CacheFull(f"{count} blocks needed, {self._num_free} free", retry_after_s=RETRY_AFTER_S)
         blocks = []
@@ -91,6 +113,28 @@ class BlockPool:
                 if self.on_evict is not None:
                     self.on_evict(block)
         return blocks
+
+    def _grow(self, count: int) -> None:
+        """Give more blocks their memory until ``count`` uncached ones are free, as far as there is some."""
+        while self._num_free - self._num_free_cached < count and self._num_backed < self.num_blocks:
+            if self._is_short or self._back is None:
+                return
+            end = self._back(self._num_backed, count - (self._num_free - self._num_free_cached))
+            self._is_short = end <= self._num_backed
+            self._append(min(end, self.num_blocks))
+
+    def _append(self, end: int) -> None:
+        """The blocks below ``end`` have their memory: behind the last uncached one, in order."""
+        list_head = self.num_blocks
+        after = self._next[list_head]
+        for _ in range(self._num_free - self._num_free_cached):
+            after = self._next[after]
+        for block in range(self._num_backed, end):
+            before = self._prev[after]
+            self._prev[block], self._next[block] = before, after
+            self._next[before] = self._prev[after] = block
+            self._num_free += 1
+        self._num_backed = max(self._num_backed, end)
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more reference to each; a free cached block leaves the free list."""
@@ -164,7 +208,7 @@ class BlockPool:
         for block in range(self.num_blocks):
             count = self._ref_counts[block]
             states = (block in linked) + (count > 0) + self._quarantined[block]
-            if count < 0 or states != 1:
+            if count < 0 or states != (block < self._num_backed):
                 raise InternalError(
                     f"block {block}: {count} references, linked={block in linked}, "
                     f"quarantined={bool(self._quarantined[block])}"
@@ -181,8 +225,8 @@ class BlockPool:
         for name, counted, found in counts:
             if counted != found:
                 raise InternalError(f"{name} is {counted}, but {found} blocks are")
-        if self._num_free + num_used + self._num_quarantined != self.num_blocks:
-            raise InternalError("free, used and quarantined blocks are not all blocks")
+        if self._num_free + num_used + self._num_quarantined != self._num_backed:
+            raise InternalError("free, used and quarantined blocks are not all that have memory")
 
     def _checked(self, block: int) -> int:
         # A negative id would silently name a block from the end.

@@ -103,6 +103,12 @@ class Heap(ABC):
     address: HeapAddress
     """For others to ``attach``; its incarnation is the owner's."""
 
+    def back(self, first: int, count: int) -> int:
+        """Memory for blocks from ``first`` on, for ``count`` of them or more; returns the end of those that
+        have it: ``first`` if there is none now. A block must have it before anybody writes there. A heap
+        that took all of its memory at once has nothing to do."""
+        return self.layout.num_blocks
+
     @abstractmethod
     def read_data(self, start: int, nbytes: int) -> NDArray[np.uint8]:
         """Bytes of the data region, which is zero at first, in host memory. For checksums and tests.

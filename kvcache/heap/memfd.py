@@ -5,7 +5,8 @@ under a peer (sealed). Peers of the same user open ``/proc/<pid>/fd/<fd>``.
 
     page 0        magic, length of the header, the header in msgpack: who, and how large
     words         words.py, from a page boundary
-    tail          from a page boundary: the heap's data (shm.py), or words about its lanes (cuda_ipc.py)
+    tail          from a page boundary: the heap's data (shm.py), which gets its memory as it is used, or
+                  words about its lanes (cuda_ipc.py)
 
 Liveness and lanes are byte locks on the memfd (``F_OFD_SETLK``), of no relation to its bytes:
 
@@ -46,13 +47,13 @@ from microserve.kvcache.words import WORD_NBYTES, WordLayout
 from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.messages.grant import MAX_LANES, HeapAddress
 
-_NAME: Final = "microserve-kv"
+HEAP_NAME: Final = "microserve-kv"
 _MAGIC: Final = b"MSERVKV1"
 _PREFIX: Final = struct.Struct("<8sQ")
 _FLOCK: Final = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, len, pid
-_POPULATED: Final = mmap.MAP_SHARED | mmap.MAP_POPULATE
+_POPULATE_WRITE: Final = 23
+"""``MADV_POPULATE_WRITE`` of Linux 5.14, which this Python has no name for."""
 
-STEP_NBYTES: Final = 256 << 20
 MayTake = Callable[[int], None]
 """Asked before so many bytes are taken; raises :class:`ConfigError` if they had better not be."""
 
@@ -101,13 +102,11 @@ class HeapFile:
         num_slots: int,
         tail_nbytes: int,
         device_handle: bytes = b"",
-        may_take: MayTake = lambda nbytes: None,
+        tail_has_memory: bool = True,
     ) -> Self:
-        """Takes and touches all of its memory now (seconds for many GiB), so that no put waits for a page;
-        ``may_take`` is asked before each ``STEP_NBYTES`` of it.
+        """``tail_has_memory``: False where :meth:`back` gives it.
 
-        :class:`ConfigError` on a machine that is not x86-64 Linux, or without that much memory, and what
-        ``may_take`` raises.
+        :class:`ConfigError` on a machine that is not x86-64 Linux, or without the memory for it.
         """
         if sys.platform != "linux" or platform.machine() != "x86_64":
             raise ConfigError(
@@ -132,20 +131,15 @@ class HeapFile:
         packed = msgspec.msgpack.encode(header)
         if _PREFIX.size + len(packed) > mmap.PAGESIZE:
             raise ConfigError("the model's name does not fit into a heap's header", field="model")
-        fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create(HEAP_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             # ftruncate would succeed without memory, and the first touch would be SIGBUS.
-            for offset in range(0, nbytes, STEP_NBYTES):
-                step = min(STEP_NBYTES, nbytes - offset)
-                may_take(step)
-                os.posix_fallocate(fd, offset, step)
+            os.posix_fallocate(fd, 0, nbytes if tail_has_memory else tail_offset)
+            os.ftruncate(fd, nbytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-            mapping = mmap.mmap(fd, nbytes, flags=_POPULATED)
-        except ConfigError:
-            os.close(fd)  # with what it has: nobody else has it
-            raise
+            mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED)
         except OSError as error:
-            os.close(fd)
+            os.close(fd)  # with what it has: nobody else has it
             raise ConfigError(
                 f"cannot share a heap of {nbytes} bytes: {error}", field="num_blocks"
             ) from error
@@ -156,8 +150,8 @@ class HeapFile:
 
     @classmethod
     def open(cls, address: HeapAddress, kind: str, mine: KvLayout) -> Self:
-        """A peer's file, every page touched: about 0.1 s a GiB, once. :class:`TransferFailed` if its owner
-        is gone or another one, if it is out of reach from here, or if its KV is laid out differently."""
+        """A peer's file. :class:`TransferFailed` if its owner is gone or another one, if it is out of reach
+        from here, or if its KV is laid out differently."""
         if address.kind != kind or address.host != boot_id():
             raise TransferFailed(
                 f"a {address.kind} heap on host {address.host} is out of reach of {kind} on host {boot_id()}"
@@ -170,7 +164,7 @@ class HeapFile:
             if not _is_locked(fd, OWNER):
                 raise TransferFailed(f"the owner {address.incarnation:#x} is gone")
             try:
-                mapping = mmap.mmap(fd, header.nbytes, flags=_POPULATED)
+                mapping = mmap.mmap(fd, header.nbytes, flags=mmap.MAP_SHARED)
             except OSError as error:
                 raise TransferFailed(f"cannot map {header.nbytes} bytes of a peer: {error}") from error
             undo.pop_all()
@@ -181,6 +175,15 @@ class HeapFile:
         """The owner's, of its own file."""
         header = self.header
         return HeapAddress(header.kind, boot_id(), os.getpid(), self.fd, header.nbytes, header.incarnation)
+
+    def back(self, start: int, nbytes: int) -> None:
+        """Memory for a part of the tail, zero at first; none that it has is changed. Raises ``OSError`` where
+        there is none."""
+        start += self.header.tail_offset
+        os.posix_fallocate(self.fd, start, nbytes)
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        with suppress(OSError):  # an older kernel: our first writes map the pages one by one
+            self._map.madvise(_POPULATE_WRITE, first, _page_up(start + nbytes) - first)
 
     def lock(self, byte: int) -> bool:
         """Take a byte for ourselves; False if another description has it. Again is no error."""
@@ -229,7 +232,7 @@ def _open(address: HeapAddress) -> int:
     path = f"/proc/{address.pid}/fd/{address.fd}"
     try:
         # The number may name something else by now, and opening a device or a FIFO can do things.
-        if not os.readlink(path).startswith(f"/memfd:{_NAME} "):
+        if not os.readlink(path).startswith(f"/memfd:{HEAP_NAME} "):
             raise TransferFailed(f"{path} is not a heap: its owner is gone")
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except (FileNotFoundError, ProcessLookupError) as error:

@@ -15,14 +15,22 @@ none of that: they are refused until someone brings a store-release.
 
 from __future__ import annotations
 
+import structlog
+
 from microserve.kernels.scatter.host_copy import span_copier
 from microserve.kvcache.heap.mapped import MappedHeap, MappedPeerHeap
 from microserve.kvcache.heap.memfd import OWNER, HeapFile, MayTake, lane_byte
-from microserve.kvcache.layout import KvLayout
+from microserve.kvcache.layout import K, KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS
+from microserve.protocol import log
+from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.grant import HeapAddress
 
 KIND = "shm"
+BACK_NBYTES = 16 << 20
+"""Memory is taken in parts of about so much."""
+
+_logger = structlog.get_logger()
 
 
 class ShmHeap(MappedHeap):
@@ -34,24 +42,42 @@ class ShmHeap(MappedHeap):
         num_slots: int = DEFAULT_NUM_SLOTS,
         may_take: MayTake = lambda nbytes: None,
     ) -> None:
-        """Takes and touches all of its memory now (seconds for many GiB), so that no put waits for a page;
-        ``may_take`` is asked before each step of it.
+        """Data has memory from :meth:`back` on; ``may_take`` is asked before each part of it.
 
-        :class:`ConfigError` on a machine that is not x86-64 Linux, or without that much memory.
+        :class:`ConfigError` on a machine that is not x86-64 Linux, or without memory for the words.
         """
-        self._is_closed = False
+        self._is_closed = self._is_short = False
         span_copier()  # built now if ever, and not by the first put
+        self._may_take = may_take
         self._file = HeapFile.create(
             KIND,
             layout,
             incarnation=incarnation,
             num_slots=num_slots,
             tail_nbytes=layout.data_nbytes,
-            may_take=may_take,
+            tail_has_memory=False,
         )
         super().__init__(
             layout, self._file.words, self._file.address, self._file.word_region, self._file.tail
         )
+
+    def back(self, first: int, count: int) -> int:
+        """Some MiB at a time, for which a step waits some milliseconds, and no put of a peer does."""
+        layout = self.layout
+        step = max(count, BACK_NBYTES // (layout.num_layers * layout.block_nbytes))
+        end = min(first + step, layout.num_blocks)
+        nbytes = (end - first) * layout.block_nbytes
+        try:
+            self._may_take(nbytes * layout.num_layers)
+            for layer in range(layout.num_layers):
+                self._file.back(layout.offset(layer, first, K, 0), nbytes)
+        except (ConfigError, OSError) as error:
+            if not self._is_short:
+                _logger.warning(log.POOL_SHORT, blocks=first, of=layout.num_blocks, error=str(error))
+            self._is_short = True
+            return first
+        self._is_short = False
+        return end
 
     def is_held(self, slot: int, lane: int) -> bool:
         byte = lane_byte(slot, lane)
@@ -64,7 +90,6 @@ class ShmHeap(MappedHeap):
         return False
 
     def attach(self, address: HeapAddress) -> ShmPeerHeap:
-        """Touches every page of the peer's heap: about 0.1 s a GiB, once."""
         return ShmPeerHeap(self.layout, self._file.tail, address)
 
     def close(self) -> None:

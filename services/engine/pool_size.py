@@ -20,8 +20,8 @@ from microserve.services.engine.room import (
     MAX_HOST_POOL_NBYTES,
     Pool,
     Room,
-    host_room,
     num_blocks_in,
+    unpromised_room,
 )
 
 TIGHT = 8
@@ -71,7 +71,7 @@ def layout_of(settings: Settings, spec: ModelSpec, num_blocks: int) -> KvLayout:
 
 def _room(settings: Settings) -> Room:
     if settings.engine.device == "cpu":
-        return host_room()
+        return unpromised_room()
     try:
         free, total = torch.cuda.mem_get_info(torch.device(settings.engine.device))
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device

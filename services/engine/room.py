@@ -4,9 +4,11 @@
     margin   what stays free of it: activations, and everybody else
     blocks   those asked for, or refused with the number that would fit; none asked for: a share of the room
 
-Asked before weights are read, and again before the pool is taken, in turn with other engines of this machine:
-the kernel promises memory that it does not have, and who is killed for it need not be us. Owns that
-arithmetic and the reading of /proc and of control groups; knows no model.
+Asked before weights are read, and again before the pool is made, in turn with other engines of this machine:
+the kernel promises memory that it does not have, and who is killed for it need not be us. A pool takes its
+memory as it is used: what others here have been promised and have not taken yet counts as taken, and before
+each part the margin is looked at again. Owns that arithmetic and the reading of /proc and of control groups;
+knows no model.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import fcntl
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from microserve.kvcache.heap.memfd import HEAP_NAME
 from microserve.protocol.errors import ConfigError
 
 MIN_MARGIN_NBYTES = 512 << 20
@@ -97,6 +100,23 @@ def _gib(nbytes: int) -> str:
 
 
 # --- what the kernel says --------------------------------------------------------------------------
+
+
+def unpromised_room(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Room:
+    """:func:`host_room` without what heaps on this machine may still take."""
+    room = host_room(proc, groups)
+    return replace(room, nbytes=max(0, room.nbytes - _promised_nbytes(proc)))
+
+
+def _promised_nbytes(proc: Path) -> int:
+    """Of the heaps of this user's engines (another one's cannot be seen): their size, less what they have."""
+    promised: dict[int, int] = {}
+    for link in proc.glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(link).startswith(f"/memfd:{HEAP_NAME} "):
+                stat = link.stat()
+                promised[stat.st_ino] = max(0, stat.st_size - stat.st_blocks * 512)
+    return sum(promised.values())
 
 
 def host_room(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Room:

@@ -18,13 +18,16 @@ class PoolAgainstModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(NUM_BLOCKS)
+        self.pool = self.make()
         self.evicted: list[int] = []
         self.pool.on_evict = self.evicted.append
         self.free = list(range(NUM_BLOCKS))
         self.refs = [0] * NUM_BLOCKS
         self.cached: set[int] = set()
         self.quarantined: set[int] = set()
+
+    def make(self) -> BlockPool:
+        return BlockPool(NUM_BLOCKS)
 
     def drop(self, block: int) -> None:
         self.refs[block] -= 1
@@ -123,8 +126,52 @@ class PoolAgainstModel(RuleBasedStateMachine):
         assert self.pool.num_used == sum(count > 0 for count in self.refs)
 
 
+class GrowingPoolAgainstModel(PoolAgainstModel):
+    """Blocks that get their memory as they are wanted are handed out in the same order."""
+
+    def make(self) -> BlockPool:
+        return BlockPool(NUM_BLOCKS, lambda first, count: first + max(count, 2))
+
+
 PoolAgainstModel.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+GrowingPoolAgainstModel.TestCase.settings = PoolAgainstModel.TestCase.settings
 TestPoolAgainstModel = PoolAgainstModel.TestCase
+TestGrowingPoolAgainstModel = GrowingPoolAgainstModel.TestCase
+
+
+def test_memory_is_asked_for_when_no_uncached_block_has_some() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def back(first: int, count: int) -> int:
+        asked.append((first, count))
+        return first + max(count, 4)
+
+    pool = BlockPool(16, back)
+    assert (pool.num_free, pool.num_used, asked) == (16, 0, [])
+    held = pool.allocate(3)
+    pool.free(held)
+    pool.free(pool.allocate(4))
+    assert asked == [(0, 3)]
+    assert pool.allocate(6) == [0, 1, 2, 3, 4, 5]
+    assert asked == [(0, 3), (4, 2)]
+
+
+def test_where_there_is_no_memory_cached_blocks_are_taken_and_then_none() -> None:
+    limit = 4
+    pool = BlockPool(16, lambda first, count: max(first, min(first + count, limit)))
+    cached = cached_blocks(pool, 3)
+    pool.free(cached)
+    assert pool.num_free == 16
+    assert sorted(pool.allocate(4)) == [0, 1, 2, 3]  # one that nobody had, and then those with prefixes
+    assert pool.num_free == 0
+    with pytest.raises(CacheFull):
+        pool.allocate(1)
+    pool.check_integrity()
+    pool.look_for_memory()
+    assert pool.num_free == 12
+    limit = 16
+    assert pool.allocate(12) == list(range(4, 16))
+    pool.check_integrity()
 
 
 def cached_blocks(pool: BlockPool, count: int) -> list[int]:

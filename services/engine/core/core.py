@@ -90,7 +90,7 @@ class EngineCore:
             raise InternalError(fault)
         self.engine_id, self.incarnation, self.model = engine_id, incarnation, model
         layout = self.layout = heap.layout
-        pool = BlockPool(layout.num_blocks)
+        pool = BlockPool(layout.num_blocks, heap.back)
         cache = PrefixCache(pool, layout.block_size, model, revision=layout.revision)
         grants = GrantTable(
             heap,

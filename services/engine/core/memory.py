@@ -65,7 +65,10 @@ class KvMemory:
             return True
         if missing > self.pool.num_free:
             return False
-        sequence.blocks.extend(self.pool.allocate(missing))
+        try:
+            sequence.blocks.extend(self.pool.allocate(missing))
+        except CacheFull:  # the machine has no memory for more of the pool
+            return False
         return True
 
     def insert(self, sequence: Sequence) -> None:
@@ -206,6 +209,7 @@ class KvMemory:
     def poll(self, now: float) -> list[GrantEvent]:
         """What time and the writers have brought. A grant that has settled is in ``received`` until it is
         committed or forgotten there; one that has expired is out of it."""
+        self.pool.look_for_memory()
         events = self.grants.poll(now)
         for event in events:
             if isinstance(event, Expired):

@@ -7,10 +7,12 @@ import platform
 import resource
 
 import msgspec
+import numpy as np
 import pytest
 
+from microserve.kvcache.heap import shm
 from microserve.kvcache.heap.shm import ShmHeap
-from microserve.kvcache.layout import KvLayout
+from microserve.kvcache.layout import K, KvLayout
 from microserve.protocol.errors import ConfigError, TransferFailed
 from tests.support.kvcache.kv_samples import make_layout
 
@@ -90,3 +92,41 @@ def test_a_refused_peer_leaves_no_descriptor() -> None:
                 heap.attach(stranger.address)
 
         assert os.listdir("/proc/self/fd") == before
+
+
+def test_data_takes_memory_as_blocks_get_it_and_a_peer_s_mapping_takes_none() -> None:
+    layout = KvLayout("tiny", 4, 2048, 16, 2, 64, "float16")
+    with ShmHeap(layout, incarnation=1) as heap, ShmHeap(layout, incarnation=2) as other:
+
+        def taken_nbytes() -> int:
+            return os.fstat(heap.address.fd).st_blocks * 512
+
+        words = taken_nbytes()
+        assert words < layout.data_nbytes // 4
+        with other.attach(heap.address):
+            assert taken_nbytes() == words
+        end = heap.back(0, 1)
+        assert 1 <= end < layout.num_blocks
+        backed = taken_nbytes() - words
+        expected = end * layout.num_layers * layout.block_nbytes
+        assert expected <= backed <= expected + layout.num_layers * 2 * 4096
+        assert not heap.read_data(0, layout.block_nbytes).any()
+        assert taken_nbytes() - words == backed
+        assert heap.back(end, layout.num_blocks) == layout.num_blocks
+        assert taken_nbytes() >= layout.data_nbytes
+
+
+def test_blocks_that_get_memory_keep_what_others_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks share pages with their neighbours."""
+    monkeypatch.setattr(shm, "BACK_NBYTES", 1)
+    layout = make_layout(num_blocks=16)
+    with ShmHeap(layout, incarnation=1) as heap:
+        for block in range(layout.num_blocks):
+            assert heap.back(block, 1) == block + 1
+            for layer in range(layout.num_layers):
+                content = np.full(layout.block_nbytes, block + layer + 1, np.uint8)
+                heap.write_data(layout.offset(layer, block, K, 0), content)
+        for block in range(layout.num_blocks):
+            for layer in range(layout.num_layers):
+                found = heap.read_data(layout.offset(layer, block, K, 0), layout.block_nbytes)
+                assert set(found) == {block + layer + 1}

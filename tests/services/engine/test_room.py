@@ -9,18 +9,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.kvcache.heap import memfd
+from microserve.kvcache.block_pool import BlockPool
+from microserve.kvcache.heap import shm
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.errors import ConfigError
+from microserve.protocol import log
+from microserve.protocol.errors import CacheFull, ConfigError
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine import pool_size, room
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.pool_size import check_room, choose_num_blocks, layout_of
-from microserve.services.engine.room import MIN_BLOCKS, Pool, Room, host_room, num_blocks_in, turn
+from microserve.services.engine.room import (
+    MIN_BLOCKS,
+    Pool,
+    Room,
+    host_room,
+    num_blocks_in,
+    turn,
+    unpromised_room,
+)
 
 GIB = 1 << 30
 
@@ -139,7 +150,7 @@ def test_of_an_engines_settings(tiny_model: Path, monkeypatch: pytest.MonkeyPatc
     def chosen(*overrides: str) -> int:
         return choose_num_blocks(load_settings(overrides=[f"model.path={tiny_model}", *overrides]), spec)
 
-    monkeypatch.setattr(pool_size, "host_room", lambda: Room(4 * GIB, 24 * GIB, "this machine"))
+    monkeypatch.setattr(pool_size, "unpromised_room", lambda: Room(4 * GIB, 24 * GIB, "this machine"))
     assert chosen("kvcache.num_blocks=7") == 7
     # All that 64 sequences of 4,096 tokens hold; and half of them with twice the block.
     assert chosen() == 64 * 4096 // 16
@@ -163,10 +174,10 @@ def test_a_pool_beyond_what_words_count_is_said_by_its_setting(tiny_model: Path)
 def test_nothing_is_read_of_a_model_that_does_not_fit(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_size, "host_room", lambda: Room(GIB, GIB, "this machine"))
+    monkeypatch.setattr(pool_size, "unpromised_room", lambda: Room(GIB, GIB, "this machine"))
     settings = load_settings(overrides=[f"model.path={tiny_model}"])
     assert not check_room(settings)
-    monkeypatch.setattr(pool_size, "host_room", lambda: Room((512 << 20) + 1000, GIB, "this machine"))
+    monkeypatch.setattr(pool_size, "unpromised_room", lambda: Room((512 << 20) + 1000, GIB, "this machine"))
     with pytest.raises(ConfigError, match="no room for this model"):
         check_room(settings)
 
@@ -203,20 +214,49 @@ def test_an_engine_that_cannot_fit_ends_before_it_takes_anything(
 # --- taking it -------------------------------------------------------------------------------------
 
 
-def test_a_pool_is_given_back_when_memory_runs_short_while_it_is_taken(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Others take memory too, between the look and the last page."""
-    monkeypatch.setattr(memfd, "STEP_NBYTES", 1 << 20)
-    rooms = iter([8 * GIB, 8 * GIB, 200 << 20])
-    monkeypatch.setattr(room, "host_room", lambda: Room(next(rooms), 8 * GIB, "this machine"))
+def test_a_pool_makes_do_with_what_it_has_while_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others take memory too, and let it go again."""
+    monkeypatch.setattr(shm, "BACK_NBYTES", 1 << 20)
+    left = 8 * GIB
+    monkeypatch.setattr(room, "host_room", lambda: Room(left, 8 * GIB, "this machine"))
     layout = KvLayout("m", 2, 256, 16, 3, 64, "float32")
-    before = host_room().nbytes
-    with pytest.raises(ConfigError, match=r"0\.20 GiB left while the pool is taken") as refused:
-        ShmHeap(layout, incarnation=7, may_take=room.require_margin)
-    assert refused.value.field == "num_blocks"
-    assert next(rooms, None) is None
-    assert before - host_room().nbytes < GIB
+    with ShmHeap(layout, incarnation=7, may_take=room.require_margin) as heap:
+        pool = BlockPool(256, heap.back)
+        first = pool.allocate(20)
+        left = 200 << 20
+        had = pool.num_free
+        with structlog.testing.capture_logs() as logs, pytest.raises(CacheFull):
+            pool.allocate(had)
+        assert [each["event"] for each in logs] == [log.POOL_SHORT]
+        assert "0.20 GiB left" in logs[0]["error"]
+        assert pool.num_free < had
+        second = pool.allocate(pool.num_free)
+        pool.check_integrity()
+        left = 8 * GIB
+        with pytest.raises(CacheFull):
+            pool.allocate(1)
+        pool.look_for_memory()
+        rest = pool.allocate(256 - len(first) - len(second))
+        assert sorted([*first, *second, *rest]) == list(range(256))
+        pool.check_integrity()
+
+
+def test_what_heaps_have_been_promised_is_no_room_for_others(tmp_path: Path) -> None:
+    available = machine(tmp_path, 20, {}, "0::/").nbytes
+    for pid in ("1", "2"):  # two that have the same heap open count once
+        (tmp_path / "proc" / pid).symlink_to("/proc/self")
+
+    def promised_nbytes() -> int:
+        return available - unpromised_room(tmp_path / "proc", tmp_path / "cgroup").nbytes
+
+    layout = KvLayout("m", 2, 4096, 16, 8, 64, "float32")
+    others = promised_nbytes()
+    with ShmHeap(layout, incarnation=7) as heap:
+        assert promised_nbytes() - others == pytest.approx(layout.data_nbytes, abs=1 << 20)
+        heap.back(0, 2048)
+        assert promised_nbytes() - others == pytest.approx(layout.data_nbytes // 2, abs=1 << 20)
+        heap.back(2048, 2048)
+        assert promised_nbytes() - others == pytest.approx(0, abs=1 << 20)
 
 
 def test_two_do_not_look_at_the_same_time() -> None:
