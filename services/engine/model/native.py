@@ -124,11 +124,13 @@ def make_step(
     step = CpuStep(found, choose_variant(found, variant), shape, threads)
     for index, (layer, kv) in enumerate(zip(decoder.layers, layers, strict=True)):
         step.set_layer(index, _weights(layer), kv)
-    cos, sin = rope_tables(decoder.rotary_emb, shape.max_context)
+    # Of all positions, however many the pool holds: its size is no part of the class.
+    tables = rope_tables(decoder.rotary_emb, spec.max_model_len)
+    cos, sin = (table[: shape.max_context] for table in tables)
     head, embedding = model.module.lm_head.weight, decoder.embed_tokens.weight  # type: ignore[union-attr]
     is_tied = head is embedding or head.data_ptr() == embedding.data_ptr()  # type: ignore[operator]
     step.set_model(embedding, None if is_tied else head, decoder.norm.weight, cos, sin)  # type: ignore[arg-type]
-    return step, Numerics(class_name(found, model, cos, sin), is_exact=True)
+    return step, Numerics(class_name(found, model, *tables), is_exact=True)
 
 
 def class_name(found: Library, model: LoadedModel, cos: Tensor, sin: Tensor) -> str:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from microserve.protocol.messages.numerics import fault_of_numerics
-from microserve.services.engine.model.model import ModelSpec
+from microserve.kernels.kernel_cache import KernelUnavailable
+from microserve.protocol.messages.numerics import Numerics, fault_of_numerics
+from microserve.services.engine.model.model import DTYPES, ModelSpec, load_model
+from microserve.services.engine.model.native import make_step
 from microserve.services.engine.model.numerics import transformers_numerics
+from tests.support.engine.tiny_model import make_tiny_model
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(
@@ -47,3 +52,26 @@ def test_a_device_is_named_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert "-nvidia-h200-" in transformers_numerics(SPEC, torch.device("cuda:0")).name
     assert not fault_of_numerics(transformers_numerics(SPEC, torch.device("cuda:0")))
+
+
+@pytest.mark.slow
+def test_engines_of_one_model_are_of_one_native_class_whatever_they_hold_and_run_on(tmp_path: Path) -> None:
+    """Pools, threads and instructions are not in its name; dtype and weights are."""
+
+    def numerics(num_blocks: int, variant: str = "auto", threads: int = 1, **how: Any) -> Numerics:
+        model = load_model(make_tiny_model(tmp_path / f"seed{how.get('seed', 0)}", **how), dtype=dtype)
+        spec = model.spec
+        shape = (num_blocks, 2, 16, spec.num_kv_heads, spec.head_dim)
+        layers = [torch.zeros(shape, dtype=DTYPES[spec.dtype]) for _ in range(spec.num_layers)]
+        return make_step(model, layers, threads=threads, max_rows=8, variant=variant)[1]
+
+    dtype = "float32"
+    try:
+        ours = numerics(64)
+    except KernelUnavailable as error:
+        pytest.skip(str(error))
+    assert ours.is_exact and not fault_of_numerics(ours)
+    assert numerics(2) == numerics(64, "portable") == numerics(64, threads=2) == ours
+    assert numerics(64, seed=1) != ours
+    dtype = "bfloat16"
+    assert numerics(64) != ours
