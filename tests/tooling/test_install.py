@@ -102,6 +102,8 @@ def test_the_readme_has_the_figures(install: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text()
     for download_mb, disk_mb in install.FOOTPRINT_MB.values():
         assert f"{download_mb / 1000:.1f} GB to download, {disk_mb / 1000:.1f} GB on disk" in readme
+    download_mb, disk_mb = install.COMPILER_MB
+    assert f"{download_mb / 1000:.1f} GB, {disk_mb / 1000:.1f} GB on disk" in " ".join(readme.split())
     assert re.search(rf"triton>={re.escape(TRITON)}", (ROOT / "pyproject.toml").read_text())
 
 
