@@ -21,7 +21,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.surviving import surviving
-from microserve.protocol.process.tick import at_rest, tick
+from microserve.protocol.process.tick import at_rest, until_tick
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.engine.action_server import ActionServer
@@ -165,6 +165,8 @@ class EngineShell:
         )
         self._steps = make_steps(core, self._on_output, self._on_crash)
         self._flush_scheduled = False
+        self._stirred = asyncio.Event()
+        """Something was said to somebody since the last beat."""
         self._progress, self._progressed_at = 0, self._clock()
 
     @property
@@ -233,14 +235,25 @@ class EngineShell:
             await self._loop.create_future()
 
     async def _beat(self) -> None:
+        """Routers go by the loads that they were last told: who does anything tells it every interval."""
         while True:
             with surviving("heartbeat"):
                 self._server.beat()
             with surviving("heartbeat of KV events"):
                 self._publisher.beat()
             with self._core.lock:
-                is_at_work = self._core.state.may_expire_soon
-            await tick(self._interval_s if is_at_work else self._rest_interval_s)
+                is_at_rest = not (self._stirred.is_set() or self._core.state.may_expire_soon)
+            self._stirred.clear()
+            left_s = until_tick(self._loop.time(), self._rest_interval_s)
+            if is_at_rest:
+                began = self._loop.time()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left_s):
+                        await self._stirred.wait()
+                if not self._stirred.is_set():
+                    continue
+                left_s -= self._loop.time() - began
+            await asyncio.sleep(min(left_s, until_tick(self._loop.time(), self._interval_s)))
 
     def _healthy(self) -> bool:
         """Steps advance, or there is nothing to step."""
@@ -275,6 +288,7 @@ class EngineShell:
     def _flush(self) -> None:
         with self._core.lock:
             self._flush_scheduled = False
+        self._stirred.set()
         self._server.flush()
 
     def _on_crash(self) -> None:
