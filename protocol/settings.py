@@ -72,7 +72,7 @@ class EngineSettings(_Section, frozen=True):
     cpu_kernels: str = "auto"
     """On a CPU: ``transformers``, or the native step by the instructions of ``amx``, ``avx512``, ``avx2`` or
     ``portable``: all with the same bits. ``auto``: the native step by the best there are, or, with a warning,
-    transformers where it cannot be built or does not know the model."""
+    transformers where it cannot be built or does not know the model. ``amx`` was tested in emulation only."""
     attention: str = "auto"
     """On a GPU: ``triton``, ``flashinfer``, or ``auto`` for FlashInfer where it is installed and fits."""
     cuda_graphs: bool = True

@@ -5,6 +5,7 @@ Of products, and of whole steps over a pool full of NaN.
 
 from __future__ import annotations
 
+import itertools
 import platform
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from microserve.kernels.cpu.compiler import X86
 from microserve.kernels.cpu.library import Library, is_right
+from tests.support.kernels import family_step
 from tests.support.kernels.amx import compare, emulated_library
 from tests.support.kernels.tiny_step import TinyModel, TinyStep
 
@@ -122,6 +124,23 @@ def test_chunks_give_the_bits_of_a_whole_prefill(emulated: Library, head_dim: in
         chunked = TinyStep(emulated, "amx", model, 1, 2)
         assert np.array_equal(np.concatenate([chunked.run([(0, count)]) for count in counts]), logits)
         assert chunked.kv() == whole.kv()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "smollm3", "mistral", "llama"])
+def test_it_computes_what_the_class_says(
+    emulated: Library, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class written again in numpy; heads of 64 in tiles, and such as tiles do not divide."""
+    monkeypatch.setattr(family_step, "library", lambda: emulated)
+    model, ids, table = family_step.TinyModel(family), family_step.random_ids(38), [5, 3, 8]
+    kv, logits = model.sequence(ids, range(38))
+    for edges in ([0, 38], [0, 17, 38], range(39)):
+        room = family_step.Room(model, "amx")
+        for start, end in itertools.pairwise(edges):
+            got = room.run([family_step.Part(ids, start, end, table)])
+            assert got == [family_step.bytes_of(logits[end - 1])]
+        assert room.stored(table, 38) == family_step.class_bytes(kv, 38)
+        room.close()
 
 
 def test_fp32_takes_the_way_of_the_others(emulated: Library) -> None:
