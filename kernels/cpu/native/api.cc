@@ -195,7 +195,7 @@ MsEngine *ms_create(const MsConfig *config) {
     is_whole = w.keys && w.values && w.queries && w.scores && w.out && w.sums && w.head && w.normed && w.zeros && (w.tiles || c.variant != MS_AMX);
   }
   void *team = nullptr;
-  if (is_whole && !posix_memalign(&team, alignof(ms::Team), sizeof(ms::Team))) e->team = new (team) ms::Team(c.threads);
+  if (is_whole && !posix_memalign(&team, alignof(ms::Team), sizeof(ms::Team))) e->team = new (team) ms::Team(c.threads, ms::phases_of(c.num_layers));
   if (!e->team || !e->team->started()) {
     ms_destroy(e);
     return nullptr;

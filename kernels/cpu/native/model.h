@@ -13,7 +13,11 @@ constexpr int kSegment = 256;  // positions of a segment of attention: part of t
 constexpr int kLanes = 32;     // queries that are worked on together
 
 constexpr int kRowBlock = 64;  // rows that share a unit of a product
-constexpr int kFewRows = 8;    // so many are normed by each thread for itself: one barrier less
+constexpr int kFewRows = 8;    // so many are normed by each thread for itself: one phase less
+
+// Of a step, at most: embedding; a layer's norm, heads, callback, attention, merges, output, norm, gates, down; the
+// last norm and the logits.
+inline int phases_of(int num_layers) { return 9 * num_layers + 3; }
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 

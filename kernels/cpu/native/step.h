@@ -1,4 +1,4 @@
-// One step of the model by all threads of a team: phases of units, barriers between. Included inside a variant's
+// One step of the model by all threads of a team: phases of units. Included inside a variant's
 // own namespace, behind attention.h. Owns the order of things; what is computed is in numerics.h.
 #pragma once
 
@@ -14,12 +14,13 @@ template <class F>
 MS_INLINE void share(Engine &e, int &phase, long rows, long tiles, F run) {
   const int each = tiles_of_unit(e, tiles);
   const int columns = (int)((tiles + each - 1) / each), blocks = (int)((rows + kRowBlock - 1) / kRowBlock);
-  for (int u; (u = e.team->next_unit(phase)) < columns * blocks;) {
+  const int units = columns * blocks;
+  for (int u; (u = e.team->next_unit(phase, units)) < units;) {
     const long row = (long)(u / columns) * kRowBlock;
     const int tile = u % columns * each;
     run(row, (int)(rows - row < kRowBlock ? rows - row : kRowBlock), tile, (int)(tile + each < tiles ? tile + each : tiles));
   }
-  e.team->barrier(phase);
+  e.team->end(phase, units);
 }
 
 template <class E>
@@ -37,9 +38,10 @@ static const typename Inputs<E>::T *norm_rows(Engine &e, Scratch &w, int &phase,
     for (long m = 0; m < rows; m++) norm_row<E>(e, e.x + m * e.hidden, weight, (T *)w.normed, m);
     return (const T *)w.normed;
   }
-  for (int u; (u = e.team->next_unit(phase)) * 16 < rows;)
+  const int units = (int)((rows + 15) / 16);
+  for (int u; (u = e.team->next_unit(phase, units)) < units;)
     for (long m = u * 16; m < rows && m < u * 16 + 16; m++) norm_row<E>(e, e.x + m * e.hidden, weight, (T *)e.normed, m);
-  e.team->barrier(phase);
+  e.team->end(phase, units);
   return (const T *)e.normed;
 }
 
@@ -96,7 +98,8 @@ static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const t
   const int num_heads = c.num_heads + 2 * c.num_kv_heads, tiles = (int)(e.head_width / 16);
   const long rows = e.batch.num_rows, blocks = (rows + kRowBlock - 1) / kRowBlock;
   const Packed<E> weights = {(const typename E::Store *)layer.qkv, (int)(e.hidden / 32)};
-  for (int u; (u = e.team->next_unit(phase)) < num_heads * blocks;) {
+  const int units = num_heads * (int)blocks;
+  for (int u; (u = e.team->next_unit(phase, units)) < units;) {
     const int head = u % num_heads;
     const long row = (long)(u / num_heads) * kRowBlock;
     const int count = (int)(rows - row < kRowBlock ? rows - row : kRowBlock);
@@ -104,16 +107,17 @@ static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const t
     multiply<1>(normed + row * e.hidden, e.hidden, count, weights, weights.blocks, head * tiles, (head + 1) * tiles, put);
     for (int m = 0; m < count; m++) place_head<E>(e, layer, row + m, head, w.head + m * e.head_dim);
   }
-  e.team->barrier(phase);
+  e.team->end(phase, units);
 }
 
 template <class E>
 static void attention(Engine &e, const Layer &layer, Scratch &w, int &phase) {
-  for (int u; (u = e.team->next_unit(phase)) < e.num_units;) attend<E>(e, layer, w, e.units[u]);
-  e.team->barrier(phase);
-  if (!e.num_merges) return;
-  for (int u; (u = e.team->next_unit(phase)) < e.num_merges;) merge_units<E>(e, e.merges[u]);
-  e.team->barrier(phase);
+  const int units = e.num_units, merges = e.num_merges;
+  for (int u; (u = e.team->next_unit(phase, units)) < units;) attend<E>(e, layer, w, e.units[u]);
+  e.team->end(phase, units);
+  if (!merges) return;
+  for (int u; (u = e.team->next_unit(phase, merges)) < merges;) merge_units<E>(e, e.merges[u]);
+  e.team->end(phase, merges);
 }
 
 // x += A W.
@@ -164,7 +168,8 @@ template <class E>
 static void embed(Engine &e, int &phase) {
   typedef typename E::Store Store;
   const long rows = e.batch.num_rows;
-  for (int u; (u = e.team->next_unit(phase)) * 16 < rows;)
+  const int units = (int)((rows + 15) / 16);
+  for (int u; (u = e.team->next_unit(phase, units)) < units;)
     for (long m = u * 16; m < rows && m < u * 16 + 16; m++) {
       float *x = e.x + m * e.hidden;
       const long token = e.batch.tokens[m];
@@ -177,16 +182,17 @@ static void embed(Engine &e, int &phase) {
       }
       for (long i = e.config.hidden; i < e.hidden; i++) x[i] = 0.0f;
     }
-  e.team->barrier(phase);
+  e.team->end(phase, units);
 }
 
 template <class E>
 static void logits(Engine &e, int &phase) {
   const MsBatch &b = e.batch;
   typename Inputs<E>::T *normed = (typename Inputs<E>::T *)e.normed;
-  for (int u; (u = e.team->next_unit(phase)) < b.num_logits;)
+  const int wanted = b.num_logits;
+  for (int u; (u = e.team->next_unit(phase, wanted)) < wanted;)
     norm_row<E>(e, e.x + (long)b.logit_rows[u] * e.hidden, e.norm, normed, u);
-  e.team->barrier(phase);
+  e.team->end(phase, wanted);
   const Packed<E> weights = {(const typename E::Store *)e.head, (int)(e.hidden / 32)};
   share(e, phase, b.num_logits, e.vocab / 16, [&](long row, int rows, int first, int last) {
     Put put = {b.logits + row * e.vocab, e.vocab};
@@ -204,12 +210,12 @@ static void step_of(Engine &e, int thread, Mode outside) {
     const Layer &layer = e.layers[i];
     heads<E>(e, layer, w, phase, norm_rows<E>(e, w, phase, layer.attention_norm));
     if (e.on_layer) {
-      if (thread == 0) {
+      e.team->alone(phase, thread, [&] {
         leave_float_mode(outside);
         e.ended = e.on_layer(i);
         enter_float_mode();
-      }
-      e.team->barrier(phase);
+        if (e.ended) e.team->abandon(phase);
+      });
       if (e.ended) return;
     }
     attention<E>(e, layer, w, phase);
@@ -217,6 +223,8 @@ static void step_of(Engine &e, int thread, Mode outside) {
     mlp<E>(e, layer, w, phase);
   }
   if (e.batch.num_logits) logits<E>(e, phase);
+  // Another step may have more phases; who is late to this one may read of the next batch.
+  if (thread == 0) e.team->abandon(phase - 1);
 }
 
 static void step(Engine *e, int thread) {

@@ -1,11 +1,13 @@
 #include "team.h"
 
 #include <climits>
-#include <sched.h>
+#include <cstdlib>
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#else
+#include <sched.h>
 #endif
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -16,12 +18,36 @@
 
 namespace ms {
 
-// About 20 us: a phase of a small step is shorter, and what is longer is worth a system call.
-constexpr int kSpins = 600;
-constexpr int kYields = 4;
+namespace {
+// Some 10 to 40 us: a phase of a small step is shorter, and what is longer is worth a system call.
+constexpr int kSpins = 1000;
+constexpr uint32_t kOver = 1u << 30;  // units given and done of a phase that is over
 
-Team::Team(int threads) : threads_(threads) {
-  units_[0] = units_[1] = arrived_ = generation_ = round_ = done_ = 0;
+// Of this thread, in the job that it is in.
+thread_local int my_round = 0;
+thread_local bool has_unit = false;
+
+uint64_t word(int round, uint32_t count) { return (uint64_t)(uint32_t)round << 32 | count; }
+int round_of(uint64_t w) { return (int)(uint32_t)(w >> 32); }
+
+// Adds one to a word of my round: what it was before; INT_MAX where the round is over.
+int add(std::atomic<uint64_t> &w) {
+  uint64_t seen = w.load(std::memory_order_acquire);
+  for (;;) {
+    const int ahead = (int)((unsigned)round_of(seen) - (unsigned)my_round);
+    if (ahead > 0) return INT_MAX;
+    const uint64_t next = ahead < 0 ? word(my_round, 1) : seen + 1;
+    if (w.compare_exchange_weak(seen, next, std::memory_order_acq_rel)) return (int)(uint32_t)next - 1;
+  }
+}
+}  // namespace
+
+Team::Team(int threads, int max_phases) : threads_(threads), max_phases_(max_phases) {
+  round_ = finished_ = sleepers_ = 0;
+  void *memory = nullptr;
+  if (posix_memalign(&memory, alignof(Phase), sizeof(Phase) * (size_t)max_phases)) return;
+  phases_ = (Phase *)memory;
+  for (int i = 0; i < max_phases; i++) phases_[i].given = phases_[i].done = 0;
   for (int t = 1; t < threads_; t++) {
     seats_[t] = {this, t};
     if (pthread_create(&ids_[t], nullptr, main, &seats_[t])) break;
@@ -34,24 +60,16 @@ Team::~Team() {
   round_.fetch_add(1);
   wake(round_);
   for (int t = 1; t <= started_; t++) pthread_join(ids_[t], nullptr);
+  free(phases_);
 }
 
-void Team::wait(std::atomic<int> &word, int seen) {
-  for (int i = 0; i < kSpins; i++) {
-    if (word.load(std::memory_order_acquire) != seen) return;
-    MS_PAUSE();
-  }
-  for (int i = 0; i < kYields; i++) {
-    if (word.load(std::memory_order_acquire) != seen) return;
-    sched_yield();
-  }
-  while (word.load(std::memory_order_acquire) == seen) {
+void Team::sleep(std::atomic<int> &word, int seen) {
 #if defined(__linux__)
-    syscall(SYS_futex, reinterpret_cast<int *>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+  syscall(SYS_futex, reinterpret_cast<int *>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
 #else
-    sched_yield();
+  (void)word, (void)seen;
+  sched_yield();
 #endif
-  }
 }
 
 void Team::wake(std::atomic<int> &word) {
@@ -62,48 +80,75 @@ void Team::wake(std::atomic<int> &word) {
 #endif
 }
 
-void Team::barrier(int &phase) {
-  // Nobody takes units of the phase before any more, so its counter is the next phase's: the last to come clears it.
-  int done = phase++;
-  if (threads_ == 1) {
-    solo_[done & 1] = 0;
-    return;
+int Team::next_unit(int phase, int count) {
+  if (has_unit) complete(phase, count);
+  const int unit = add(phases_[phase].given);
+  has_unit = unit < count;
+  return has_unit ? unit : count;
+}
+
+void Team::complete(int phase, int count) {
+  has_unit = false;
+  if (add(phases_[phase].done) + 1 != count) return;
+  close(phases_[phase]);
+  if (threads_ == 1) return;
+  finished_.fetch_add(1);
+  if (sleepers_.load()) wake(finished_);
+}
+
+bool Team::is_over(int phase, int count) const {
+  const uint64_t done = phases_[phase].done.load(std::memory_order_acquire);
+  const int ahead = (int)((unsigned)round_of(done) - (unsigned)my_round);
+  return ahead > 0 || (ahead == 0 && (int)(uint32_t)done >= count);
+}
+
+void Team::end(int &phase, int count) {
+  const int mine = phase++;
+  if (count == 0) return;
+  for (int i = 0; i < kSpins; i++) {
+    if (is_over(mine, count)) return;
+    MS_PAUSE();
   }
-  int seen = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    units_[done & 1].store(0, std::memory_order_relaxed);
-    generation_.fetch_add(1, std::memory_order_acq_rel);
-    wake(generation_);
-  } else {
-    wait(generation_, seen);
+  for (;;) {
+    sleepers_.fetch_add(1);
+    const int seen = finished_.load();
+    const bool is_done = is_over(mine, count);
+    if (!is_done) sleep(finished_, seen);
+    sleepers_.fetch_sub(1);
+    if (is_done) return;
   }
+}
+
+// Whatever number of units a thread that is late thinks it has: it counts by the job that may be the next already.
+void Team::close(Phase &phase) {
+  phase.given.store(word(my_round, kOver), std::memory_order_release);
+  phase.done.store(word(my_round, kOver), std::memory_order_release);
+}
+
+void Team::abandon(int phase) {
+  for (int i = phase + 1; i < max_phases_; i++) close(phases_[i]);
 }
 
 void Team::run(Job job, void *context) {
   job_ = job;
   context_ = context;
-  solo_[0] = solo_[1] = 0;
-  units_[0] = units_[1] = 0;
-  if (threads_ == 1) return job(context, 0);
-  done_.store(0, std::memory_order_relaxed);
-  round_.fetch_add(1, std::memory_order_acq_rel);
-  wake(round_);
+  my_round = round_.fetch_add(1, std::memory_order_acq_rel) + 1;
+  has_unit = false;
+  if (threads_ > 1) wake(round_);
   job(context, 0);
-  // A thread that is late out of the last barrier still reads the batch, and the next job would be changing it.
-  for (int done; (done = done_.load(std::memory_order_acquire)) != threads_ - 1;) wait(done_, done);
 }
 
 void *Team::main(void *argument) {
-  Seat seat = *static_cast<Seat *>(argument);
-  int seen = 0;
+  const Seat seat = *static_cast<Seat *>(argument);
+  Team &team = *seat.team;
+  my_round = 0;
   for (;;) {
-    wait(seat.team->round_, seen);
-    seen++;
-    if (seat.team->ends_) return nullptr;
-    seat.team->job_(seat.team->context_, seat.thread);
-    seat.team->done_.fetch_add(1, std::memory_order_acq_rel);
-    wake(seat.team->done_);
+    for (int i = 0; i < kSpins && team.round_.load(std::memory_order_acquire) == my_round; i++) MS_PAUSE();
+    while (team.round_.load(std::memory_order_acquire) == my_round) sleep(team.round_, my_round);
+    my_round = team.round_.load(std::memory_order_acquire);
+    has_unit = false;
+    if (team.ends_) return nullptr;
+    team.job_(team.context_, seat.thread);
   }
 }
 

@@ -1,8 +1,12 @@
-// The threads of an engine: a phase of a step is a number of units, and whoever is free takes the next one, so a
-// thread that its core has left holds up one unit and no more. Waiting spins briefly and then sleeps.
-// Owns threads, units and barriers; knows nothing of models.
+// The threads of an engine: a phase of a step is a number of units, whoever is free takes the next one, and a phase
+// is over when its units are done, not when all threads have come: one that its core has left holds up the unit that
+// it had and nothing else. It finds the phases that went on without it finished, and skips them.
+// Owns threads, units and phases; knows nothing of models.
+//
+//   a word of a phase    round << 32 | count      (what a thread of an earlier round would add is refused)
 #pragma once
 #include <atomic>
+#include <cstdint>
 #include <pthread.h>
 
 namespace ms {
@@ -11,38 +15,55 @@ typedef void (*Job)(void *context, int thread);
 
 class Team {
  public:
-  explicit Team(int threads);  // its own threads are threads - 1: who calls run() is the first
+  // Its own threads are threads - 1: who calls run() is the first. A job has fewer than max_phases phases.
+  Team(int threads, int max_phases);
   ~Team();
-  bool started() const { return started_ == threads_ - 1; }
+  bool started() const { return phases_ && started_ == threads_ - 1; }
   int threads() const { return threads_; }
-  void run(Job job, void *context);  // by all; returns when all have
-  // Within a job, the same calls in the same order by all threads: a phase is next_unit() until all are given,
-  // and then barrier().
-  int next_unit(int phase) {
-    if (threads_ == 1) return solo_[phase & 1]++;
-    return units_[phase & 1].fetch_add(1, std::memory_order_relaxed);
+  // By all threads; returns when all phases are over, though a thread that is late may still look at the job: what it
+  // reads then must be there, and it does nothing.
+  void run(Job job, void *context);
+  // Within a job, in the same order by all threads: next_unit() until it gives `count`, and then end().
+  int next_unit(int phase, int count);
+  void end(int &phase, int count);
+  // A phase with one unit, which only the caller of run() may do.
+  template <class F>
+  void alone(int &phase, int thread, F unit) {
+    if (thread == 0) {
+      unit();
+      complete(phase, 1);
+    }
+    end(phase, 1);
   }
-  void barrier(int &phase);
+  // By the unit of alone(): the phases behind it are over, for a thread that comes late to them too.
+  void abandon(int phase);
 
  private:
+  struct alignas(64) Phase {
+    std::atomic<uint64_t> given, done;
+  };
+  struct Seat {
+    Team *team;
+    int thread;
+  };
   static void *main(void *);
-  struct Seat { Team *team; int thread; };
-  static void wait(std::atomic<int> &word, int seen);
+  static void sleep(std::atomic<int> &word, int seen);
   static void wake(std::atomic<int> &word);
+  void complete(int phase, int count);
+  void close(Phase &phase);
+  bool is_over(int phase, int count) const;
 
-  const int threads_;
+  const int threads_, max_phases_;
   int started_ = 0;
   pthread_t ids_[64];
   Seat seats_[64];
   Job job_ = nullptr;
   void *context_ = nullptr;
   bool ends_ = false;
-  int solo_[2] = {0, 0};
-  alignas(64) std::atomic<int> units_[2];  // of this phase and of the next
-  alignas(64) std::atomic<int> arrived_;
-  alignas(64) std::atomic<int> generation_;  // of barriers
-  alignas(64) std::atomic<int> round_;       // of jobs
-  alignas(64) std::atomic<int> done_;        // threads that have left this one, but for the caller's
+  Phase *phases_ = nullptr;
+  alignas(64) std::atomic<int> round_;     // of jobs
+  alignas(64) std::atomic<int> finished_;  // phases, ever
+  alignas(64) std::atomic<int> sleepers_;
 };
 
 }  // namespace ms
