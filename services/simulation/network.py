@@ -91,14 +91,15 @@ class Network:
     def carry(self, source: Process, endpoint: Endpoint, frames: Sequence[bytes]) -> None:
         """Send frames on their way. What the weather does is counted."""
         self.num_carried += 1
-        way = source.name, endpoint.process.name
         copy = list(frames)
-        lossy = self._blocked.get(way)
-        if lossy is not None:
-            self.faults["partitioned"] += 1
-            if not lossy:
-                self._held.append((way, endpoint, copy))
-            return
+        if self._blocked:
+            way = source.name, endpoint.process.name
+            lossy = self._blocked.get(way)
+            if lossy is not None:
+                self.faults["partitioned"] += 1
+                if not lossy:
+                    self._held.append((way, endpoint, copy))
+                return
         weather, rng, delay_s = self.weather, self.rng, self.latency()
         if weather.drop and rng.random() < weather.drop:
             self.faults["drop"] += 1

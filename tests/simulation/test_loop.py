@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import pytest
 
@@ -34,8 +35,10 @@ def test_a_mesh_in_which_nothing_can_happen_says_so() -> None:
     async def main() -> None:
         await asyncio.Event().wait()
 
+    thresholds = gc.get_threshold()
     with pytest.raises(InternalError, match="nothing is left"):
         VirtualLoop().run(main())
+    assert gc.get_threshold() == thresholds  # the collector is as it was
 
 
 def test_a_frozen_process_does_nothing_and_then_all_of_it() -> None:
