@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.process.bitwise import ask_alone, check_bits
 from tests.support.process.cases import make_cases, with_logprobs
-from tests.support.process.exactness import KILLED_UNDER, SETTINGS, STRATEGIES, check, oracle
+from tests.support.process.exactness import KILLED_UNDER, PATIENT, SETTINGS, STRATEGIES, check, oracle
 from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
@@ -46,7 +46,7 @@ def test_bits(tiny_model: Path, tmp_path: Path, dtype: str) -> None:
     """Also of requests that lost an engine by kill -9."""
     config = json.loads((tiny_model / "config.json").read_text())
     cases = with_logprobs(make_cases(40, vocab_size=config["vocab_size"], max_prompt=500, seed=5))
-    settings = [*SETTINGS, f"model.dtype={dtype}"]
+    settings = [*SETTINGS, *PATIENT, f"model.dtype={dtype}"]
     with MeshProcesses(tiny_model, tmp_path, num_engines=1, settings=settings) as mesh:
         promise, reference = asyncio.run(ask_alone(mesh.router_address, cases))
     assert promise is not None

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.errors import QueueFull
+from microserve.protocol.errors import NoEngines, QueueFull
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import Numerics
 from tests.support.bus.gateway_peer import Answer, BusClient
@@ -27,12 +27,12 @@ TTL_S = 600.0
 
 
 async def ask(client: BusClient, strategy: str, case: Case, salt: str) -> Answer:
-    """Until it is not refused for a full queue."""
+    """Until it is not refused for a full queue, or because every engine is lost just now."""
     while True:
         answer = await client.generate(
             list(case.prompt), case.params, strategy=strategy, ttl_s=TTL_S, salt=salt
         )
-        if answer.result.code != QueueFull.code:
+        if answer.result.code not in (QueueFull.code, NoEngines.code):
             return answer
         # A strategy with a bound refuses what a slow machine would serve late: as a client would.
         await asyncio.sleep(answer.result.retry_after_s or 1.0)

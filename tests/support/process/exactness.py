@@ -37,6 +37,8 @@ SETTINGS = [
     "router.strategies.min_ttft.balance=1.0",
     "router.strategies.replicate_hot={depth=2,hot=1,period_s=0.2}",
 ]
+PATIENT = ["bus.stuck_s=60", "bus.liveness=40", "router.call_timeout_s=300"]
+"""Sixteen long prompts on two slow engines wait their turn, and who is killed is the only one that is lost."""
 KILLED_UNDER = ["data_parallel", "disaggregated", "balanced", "migrate", "auto"]
 """Strategies under which engines are killed: one each of how they share out a request."""
 
@@ -173,8 +175,7 @@ def main() -> int:
         *SETTINGS,
         f"model.dtype={arguments.dtype}",
         "kvcache.num_blocks=2048",
-        "bus.stuck_s=60",
-        "router.call_timeout_s=300",  # sixteen long prompts on two slow engines wait their turn
+        *PATIENT,
         *device_settings(arguments.device),
     ]
     told = with_logprobs(cases)
