@@ -38,7 +38,7 @@ SETTINGS = [
     "router.strategies.replicate_hot={depth=2,hot=1,period_s=0.2}",
 ]
 PATIENT = ["bus.stuck_s=60", "bus.liveness=40", "router.call_timeout_s=300"]
-"""Sixteen long prompts on two slow engines wait their turn, and who is killed is the only one that is lost."""
+"""Sixteen long prompts on two slow engines wait their turn, and only who is killed is lost."""
 KILLED_UNDER = ["data_parallel", "disaggregated", "balanced", "migrate", "auto"]
 """Strategies under which engines are killed: one each of how they share out a request."""
 

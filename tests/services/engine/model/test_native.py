@@ -28,7 +28,7 @@ from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
 VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
     ("llama", {"head_dim": 80, "attention_bias": True, "tie_word_embeddings": False}),
-    ("llama", {"num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-3}),
+    ("llama", {"hidden_size": 80, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 16}),
     ("qwen3", {"head_dim": 64, "attention_bias": True}),
     ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0}}),
@@ -88,7 +88,11 @@ def test_bf16_is_within_the_bounds_and_a_lost_block_is_not(tmp_path: Path, famil
     [
         ("llama", {"hidden_act": "gelu"}, "activation gelu"),
         ("llama", {"mlp_bias": True}, "biases of an MLP"),
-        ("llama", {"num_attention_heads": 66, "num_key_value_heads": 2, "head_dim": 2}, "33 query heads"),
+        (
+            "llama",
+            {"hidden_size": 66, "num_attention_heads": 66, "num_key_value_heads": 2, "head_dim": 2},
+            "33 query heads",
+        ),
     ],
 )
 def test_what_it_does_not_compute_is_named(
