@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 PARTS = Path(__file__).parent
-READY_S = 60.0
+READY_S = 300.0
 KINDS = ("gateway", "router", "engine", "index")
 
 
