@@ -101,3 +101,12 @@ def test_there_is_one_version_of_ziglang() -> None:
     version = needed.partition(";")[0]
     assert re.fullmatch(r"ziglang==[\d.]+", version)
     assert version in (ROOT / "deploy/Dockerfile").read_text()
+
+
+def test_who_only_builds_needs_nothing_but_the_standard_library() -> None:
+    """Wheels are made in an environment of hatchling alone."""
+    program = f"import sys; sys.path.insert(0, {str(ROOT / '.src')!r}); import microserve.kernels.cpu.build"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

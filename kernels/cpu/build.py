@@ -32,8 +32,9 @@ from microserve.kernels.cpu.compiler import (
 from microserve.kernels.cpu.objects import PREBUILT, NativeObject, in_memory, keep, newest, prebuilt, stem
 from microserve.kernels.kernel_cache import KernelUnavailable, cache_directory
 
-BUILD_LIMIT_S = 300.0
-"""For all of a build, and for waiting for another process's."""
+BUILD_LIMIT_S = 120.0
+"""For all of a build, and for waiting for another process's: shorter than an engine's start may take
+(``mesh.ready_timeout_s``), which then computes by other means and is not killed."""
 CLI_LIMIT_S = 1200.0
 """Somebody looks on, and the machine may be busy."""
 LOOK_S = 0.1
