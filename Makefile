@@ -23,7 +23,7 @@ make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11)
 MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '$(VENV)/installed')" = "$$(pwd -P)" ] || \
 	echo moved))
 
-.PHONY: moved install up quick test heavy check fmt bench exactness simulate mutations chaos hurt swaps soak extras wheel hooks clean
+.PHONY: moved install up quick test heavy check fmt bench bench-quick exactness simulate mutations chaos hurt swaps soak extras wheel hooks clean
 
 up: $(VENV)/installed
 	@$(KERNELS)
@@ -101,6 +101,17 @@ wheel: $(VENV)/dev
 
 bench: $(VENV)/dev
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+
+# A short form of each that needs no GPU, kept (benchmarks/results) and drawn (docs/benchmarks.md), in less than
+# ten minutes on two free cores: to see that all of them run and nothing is far off, and not for claims.
+bench-quick: $(VENV)/dev
+	@for line in "engine_step --quick" "engine_neighbour --quick" "engine_mesh --quick" "engine_http --quick"; do \
+		echo "== $$line"; $(BIN)/python benchmarks/results/record.py $$line || exit 1; done
+	$(BIN)/python benchmarks/results/tables.py
+	@for line in "control_plane.py --rounds 1 --scale 0.2" "prefix_index_peer.py --requests 1000" \
+		"start_and_rest.py --rounds 1 --idle-s 5" "heap_put.py --rounds 5" "locked.py --rounds 1 --tokens 16" \
+		"strategies.py --requests 100"; do \
+		echo "== $$line"; $(BIN)/python benchmarks/$$line || exit 1; done
 
 # A mesh that runs here is stopped first: without its directory nothing would find it any more.
 clean:

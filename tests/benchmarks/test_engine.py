@@ -1,0 +1,59 @@
+"""The engine's benchmarks in their quick form, on a tiny model: every figure is there, whatever it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def figures(name: str, model: Path, *flags: str) -> dict[str, Any]:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--model", str(model), "--quick", "--json"]
+    done = subprocess.run([*command, *flags], env=os.environ, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+@pytest.mark.slow
+def test_steps_of_both_paths_beside_the_bound(tiny_model: Path) -> None:
+    rows = figures("engine_step", tiny_model)["rows"]
+
+    assert [row["step"] for row in rows] == ["decode 1 at 256", "decode 8 at 256", "prefill 512"]
+    for row in rows:
+        for side in ("native", "transformers"):
+            median, least, most = row[f"{side}_ms"]
+            assert 0 < least <= median <= most
+        assert ("share" in row) is row["step"].startswith("decode")
+
+
+@pytest.mark.slow
+def test_a_neighbour_of_both_paths(tiny_model: Path) -> None:
+    rows = figures("engine_neighbour", tiny_model)["rows"]
+
+    assert [row["path"] for row in rows] == ["native", "transformers"]
+    assert all(row["slower"][0] > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_a_mesh_beside_a_peer(tiny_model: Path) -> None:
+    told = figures("engine_http", tiny_model, "--peers", "transformers")
+
+    assert told["absent"] == [] and set(told["versions"]) == {"microserve", "transformers"}
+    assert [row["question"] for row in told["rows"]] == ["decode 1", "decode 8", "prefill 512"]
+    assert all(row["ratio"]["transformers"][0] > 0 for row in told["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.system
+def test_two_engines_of_a_mesh_beside_two_bare_ones(tiny_model: Path) -> None:
+    (row,) = figures("engine_mesh", tiny_model)["rows"]
+
+    assert row["streams_an_engine"] == 8
+    assert row["mesh_tokens_per_s"][0] > 0 and row["bare_tokens_per_s"][0] > 0
