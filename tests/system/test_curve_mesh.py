@@ -109,7 +109,9 @@ def test_each_service_has_a_pair_of_its_own(tiny_model: Path, tmp_path: Path) ->
     for name in ("gateway", "gateway-1"):
         own[name].append('gateway.router_keys=["router", "router-1"]')
     prompt = list(range(20, 120))
-    with MeshProcesses(tiny_model, tmp_path, num_routers=2, gateway=True, own_settings=own) as mesh:
+    with MeshProcesses(
+        tiny_model, tmp_path, num_routers=2, gateway=True, settings=["model.dtype=float32"], own_settings=own
+    ) as mesh:
         asyncio.run(_wait_served(mesh))
         url = f"http://127.0.0.1:{mesh.gateway_port}"
         [expected] = oracle(tiny_model, [Case(tuple(prompt), GREEDY)])

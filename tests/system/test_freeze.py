@@ -60,6 +60,7 @@ def test_frozen_and_thawed(
             f"kvcache.lease_s={LEASE_S}",
             f"bus.heartbeat_interval_s={BUS.heartbeat_interval_s}",
             "engine.max_num_batched_tokens=128",
+            "model.dtype=float32",  # as the oracle
         ],
         engine_settings={number: [f'engine.labels=["{label}"]'] for number, label in LABELS.items()},
     )

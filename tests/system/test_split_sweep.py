@@ -43,7 +43,7 @@ def test_every_border(tiny_model: Path, tmp_path: Path) -> None:
     prompts = {n: [rng.randrange(20, 250) for _ in range(n)] for n in LENGTHS}
     cases = [Case(tuple(prompts[n]), GREEDY) for n in LENGTHS]
     expected = {n: answer for n, answer in zip(LENGTHS, oracle(tiny_model, cases), strict=True)}
-    with MeshProcesses(tiny_model, tmp_path) as mesh:
+    with MeshProcesses(tiny_model, tmp_path, settings=["model.dtype=float32"]) as mesh:
         checked = asyncio.run(_sweep(mesh, prompts, expected))
     print(f"{checked} splits exact")
 

@@ -44,6 +44,7 @@ def running_mesh(model: Path, disk: Path) -> Iterator[MeshDirectory]:
         *(
             "kvcache.num_blocks=256",
             "kvcache.checksums=true",
+            "model.dtype=float32",  # as the oracle
             "bus.liveness=12",
             "log.max_mb=2",
             "log.keep=2",

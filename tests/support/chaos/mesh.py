@@ -158,6 +158,7 @@ def chaos_mesh(model: Path, directory: Path, bus: BusSettings) -> ChaosMesh:
         gateway=True,
         make_port=quiet_port,
         settings=[
+            "model.dtype=float32",  # as the oracle
             f"kvcache.num_blocks={NUM_BLOCKS}",
             f"kvcache.lease_s={LEASE_S}",
             f"bus.heartbeat_interval_s={bus.heartbeat_interval_s}",
