@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from microserve.kernels.cpu.build import main as compile_kernels
 from tests.support.deploy.booted_systemd import Booted, missing
 
 pytestmark = [pytest.mark.system, pytest.mark.heavy, pytest.mark.timeout(900)]
@@ -57,6 +58,7 @@ def systemd(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         [*command, "--wheel-dir", str(folder / "wheel"), str(ROOT)], check=True, capture_output=True
     )
     (wheel,) = (folder / "wheel").glob("*.whl")
+    compile_kernels(["--ahead", "--into", str(folder / "wheel/prebuilt")])
     with Booted(folder, ROOT / "deploy/systemd", wheel, tiny_model) as booted:
         until(booted.is_up, booted)
         booted.write("/etc/microserve/microserve.toml", SETTINGS)

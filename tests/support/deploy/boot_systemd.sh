@@ -62,6 +62,8 @@ mkdir -p etc/systemd/system etc/microserve
 chroot . /opt/python/bin/python3 -m venv --without-pip /opt/microserve
 PYTHONPATH=/opt/site chroot . /opt/microserve/bin/python -m pip install --quiet --no-index --no-deps --no-compile \
     "/opt/wheel/$(basename "$wheel")"
+# As `make install`: the CPU's kernels are in the package.
+[ ! -d opt/wheel/prebuilt ] || cp -r opt/wheel/prebuilt "$(echo opt/microserve/lib/python3*/site-packages)/microserve/kernels/cpu/"
 echo /opt/site > "$(echo opt/microserve/lib/python3*/site-packages)/environment_of_the_tests.pth"
 chroot . /usr/sbin/useradd --system --user-group microserve
 cp "$units"/* etc/systemd/system/
