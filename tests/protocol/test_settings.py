@@ -111,11 +111,11 @@ def test_an_engine_on_a_gpu_keeps_its_kv_there() -> None:
 
 def test_flashinfer_is_refused_for_the_dtype_that_it_does_not_do() -> None:
     overrides = ["engine.device=cuda:0", "kvcache.heap=cuda_ipc", "engine.attention=flashinfer"]
-    error = refused(overrides=overrides)
+    error = refused(overrides=[*overrides, "model.dtype=float32"])
 
     assert error.field == "engine.attention"
     assert "model.dtype is 'float32'" in error.detail
-    settings = load_settings(overrides=[*overrides, "model.dtype=bfloat16"])
+    settings = load_settings(overrides=overrides)
     assert settings.engine.attention == "flashinfer"
 
 
