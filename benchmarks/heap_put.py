@@ -28,7 +28,7 @@ import numpy as np
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant.table import GrantTable
 from microserve.kvcache.grant.writer import LaneWriter, TransferPlan
-from microserve.kvcache.heap.heap import Copies
+from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.grant import Grant
@@ -58,6 +58,8 @@ class Bench:
         )
         self.plain = [np.ones(layout.data_nbytes, np.uint8) for _ in range(2)]
         self.sender.data[:] = 1
+        # Each page is there, on both sides, and in the peer's mapping: later puts find it so.
+        self.peer.put(Copies([Copy(0, 0, layout.data_nbytes)]))
 
     def close(self) -> None:
         self.peer.close()

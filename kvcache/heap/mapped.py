@@ -5,8 +5,8 @@
               thing.
     Copies    one alone by a slice of memoryviews, which is a memcpy; many by a native call that takes four of
               them at a time (kernels/scatter/host_copy.py), where there is one, or else each by a slice.
-              Blocks of 8 KiB that lie anywhere then go at nine tenths of the speed of one contiguous copy, by
-              slices at four tenths; by memcpys in C hardly faster than by slices (benchmarks/heap_put.py).
+              Blocks of 8 KiB that lie anywhere then go as quickly as one contiguous copy, by slices at half
+              of its speed; by memcpys in C hardly faster than by slices (benchmarks/heap_put.py).
 
 Order rests on the machine's (total store order, see shm.py) or on there being one process. Owns no
 memory, and knows neither who else maps it nor how lanes are held.
