@@ -65,18 +65,24 @@ class LiveRequest:
     """Of a shadow version."""
     author: Author | None = None
     """Of the attempt that runs; None: it is the router's own."""
+    is_class_told: bool = False
+    """To its gateway, in which class its tokens were made."""
     is_blamed: bool = False
     """Its strategy has made a mistake."""
     is_slow: bool = False
     """Its strategy has held the router for longer than it may."""
 
     def made_in(self, numerics: Numerics) -> Numerics | None:
-        """Its newest tokens are of this class: what the whole is now, if that is another than before."""
-        if numerics is self.numerics:
+        """Its newest tokens are of this class: what the whole is now, if its gateway has to be told: with the
+        first tokens of this router, also where an answer goes on as it began, and with every change."""
+        if numerics is self.numerics and self.is_class_told:
             return None
         before = self.numerics
         self.numerics = numerics if before is None else before.joined(numerics)
-        return self.numerics if self.numerics != before else None
+        if self.numerics == before and self.is_class_told:
+            return None
+        self.is_class_told = True
+        return self.numerics
 
     @property
     def interruption(self) -> MeshError | None:
