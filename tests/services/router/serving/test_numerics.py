@@ -16,7 +16,14 @@ from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
 from tests.support.bus.gateway_peer import Answer
-from tests.support.router.router_world import World, expected_output, in_loop, router_world, serve_with
+from tests.support.router.router_world import (
+    World,
+    eventually,
+    expected_output,
+    in_loop,
+    router_world,
+    serve_with,
+)
 from tests.support.router.scripted_engine import ScriptedEngine
 
 PROMPT = list(range(100))
@@ -153,8 +160,25 @@ async def test_output_that_another_router_delivered(before: Numerics, told: Nume
         await add(world, e=A)
         answer = await world.gateway.generate(PROMPT, output=expected_output(2), numerics=before)
         assert answer.token_ids == expected_output(4)
-        assert answer.numerics == [told], "with the first tokens: it may not live to say it at the end"
         assert answer.result.numerics == told
+
+
+@in_loop
+async def test_who_goes_on_with_an_answer_says_its_class_with_the_first_tokens() -> None:
+    """It may not live to say it at the end, and the next one is told what the gateway knows."""
+    async with router_world() as world:
+        engine = world.add_engine("e", numerics=A)
+        engine.manual = True
+        await world.list_engines(engine)
+        answer = world.gateway.start(
+            PROMPT, max_tokens=MAX_TOKENS, strategy="data_parallel", output=expected_output(2), numerics=A
+        )
+        await engine.saw(wire.StartGenerate)
+        engine.emit(wire.Delta(answer.request_id, 2, expected_output(3)[2:]))
+        await eventually(lambda: bool(answer.numerics), "its class is said")
+        assert answer.numerics == [A]
+        engine.finish(answer.request_id, 3)
+        await answer.wait()
 
 
 @in_loop
