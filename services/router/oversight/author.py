@@ -15,6 +15,8 @@ from typing import Any, Protocol, cast
 
 CANCEL_S = 1.0
 """A task that was cancelled for so long and runs on never ends."""
+LOOKS = 10
+"""In that time. Where the router itself did not run no task could end: it has as many turns of the loop."""
 
 
 class Verdict(Enum):
@@ -50,11 +52,15 @@ class Author:
         """The run is over: so are its tasks."""
         for task in list(self.tasks):
             task.cancel()
-        if self.tasks:
-            asyncio.get_running_loop().call_later(CANCEL_S, self._look, context=nobodys())
+        self._look(LOOKS)
 
-    def _look(self) -> None:
-        if self.tasks:
+    def _look(self, num_left: int) -> None:
+        if not self.tasks:
+            return
+        if num_left:
+            loop = asyncio.get_running_loop()
+            loop.call_later(CANCEL_S / LOOKS, self._look, num_left - 1, context=nobodys())
+        else:
             self.on_stray(f"it left {len(self.tasks)} tasks behind that run on when they are cancelled")
 
 

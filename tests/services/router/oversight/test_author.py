@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
-from microserve.services.router.oversight.author import AUTHOR, Author, keep_tasks
+from microserve.services.router.oversight.author import AUTHOR, CANCEL_S, LOOKS, Author, keep_tasks
 
 
 def test_a_task_that_wants_to_end_the_process_is_its_authors_fault() -> None:
@@ -27,4 +28,32 @@ def test_a_task_that_wants_to_end_the_process_is_its_authors_fault() -> None:
             loop.run_until_complete(task)
         loop.run_until_complete(task)
     assert told == ["a task of it wanted to end the router: SystemExit"]
+    assert not author.tasks
+
+
+def test_a_task_that_had_no_turn_to_end_in_is_nobodys_fault() -> None:
+    """A router that was held up, by its machine say, has not seen for how long a task runs on."""
+    told: list[str] = []
+    author = Author("mine", 1, on_stray=told.append)
+
+    async def ends_in_some_turns() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+    async def run_by_it() -> None:
+        AUTHOR.set(author)
+        task = asyncio.create_task(ends_in_some_turns())
+        await asyncio.sleep(0)
+        author.end()
+        time.sleep(CANCEL_S + 0.1)  # noqa: ASYNC251 - nobody has a turn
+        await asyncio.wait([task])
+        await asyncio.sleep(2 * CANCEL_S / LOOKS)
+
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        keep_tasks(loop)
+        loop.run_until_complete(run_by_it())
+    assert told == []
     assert not author.tasks
