@@ -13,7 +13,7 @@ import pytest
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "control_plane.py"
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("flags", [["--locked"], ["--chat"]])
 def test_every_process_is_measured_and_no_token_merges(tiny_model: Path, flags: list[str]) -> None:
     command = [sys.executable, str(BENCHMARK), "--model", str(tiny_model), "--rounds=1", "--scale=0.05"]

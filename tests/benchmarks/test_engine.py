@@ -20,7 +20,7 @@ def figures(name: str, model: Path, *flags: str) -> dict[str, Any]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_steps_of_both_paths_beside_the_bound(tiny_model: Path) -> None:
     rows = figures("engine_step", tiny_model)["rows"]
 
@@ -32,7 +32,7 @@ def test_steps_of_both_paths_beside_the_bound(tiny_model: Path) -> None:
         assert ("share" in row) is row["step"].startswith("decode")
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_neighbour_of_both_paths(tiny_model: Path) -> None:
     rows = figures("engine_neighbour", tiny_model)["rows"]
 
@@ -40,7 +40,7 @@ def test_a_neighbour_of_both_paths(tiny_model: Path) -> None:
     assert all(row["slower"][0] > 0 for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.system
 def test_a_mesh_beside_a_peer(tiny_model: Path) -> None:
     told = figures("engine_http", tiny_model, "--peers", "transformers")
@@ -50,7 +50,7 @@ def test_a_mesh_beside_a_peer(tiny_model: Path) -> None:
     assert all(row["ratio"]["transformers"][0] > 0 for row in told["rows"])
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.system
 def test_two_engines_of_a_mesh_beside_two_bare_ones(tiny_model: Path) -> None:
     (row,) = figures("engine_mesh", tiny_model)["rows"]

@@ -53,7 +53,7 @@ def test_sequences_of_a_step_share_no_block_and_a_prompt_is_whole() -> None:
     assert [chunk.sample is not None for chunk in chunks] == [False, False, True]
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 def test_a_peer_that_does_not_install_is_a_line_and_no_failure(tmp_path: Path, tiny_model: Path) -> None:
     nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     environment = {**os.environ, "PYTHON": os.sys.executable, **nowhere}  # type: ignore[attr-defined]
