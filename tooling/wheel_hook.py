@@ -25,8 +25,8 @@ class WheelHook(BuildHookInterface[Any]):
         if version == "editable" or not folder.is_dir():
             return
         sys.path.insert(0, str(Path(self.root) / ".src"))
-        from microserve.kernels.cpu.compiler import sources_digest
-        from microserve.kernels.cpu.objects import prebuilt
+        from microserve.kernels.cpu.compiler import sources_digest  # type: ignore[import-untyped,unused-ignore]
+        from microserve.kernels.cpu.objects import prebuilt  # type: ignore[import-untyped,unused-ignore]
 
         found = prebuilt(sources_digest(), folder)
         if found is None:

@@ -140,7 +140,10 @@ def _responses(operation: Operation) -> dict[str, Any]:
         schema = {"type": "string"}
     content: dict[str, Any] = {operation.reply_type: {"schema": schema}}
     if operation.streams:
-        content[_SSE] = {"schema": {"type": "string"}}
+        # Of an event or of the whole stream: readers of this version of OpenAPI differ about that.
+        content[_SSE] = {
+            "schema": {"description": "Each event's data is a chunk as JSON, the last one [DONE]."}
+        }
     error = {"description": "What is wrong.", "content": {_JSON: {"schema": _ref(replies.ErrorEnvelope)}}}
     reply: dict[str, Any] = {"description": "The answer.", "content": content}
     if operation.streams:

@@ -26,4 +26,4 @@ def test_every_process_is_measured_and_no_token_merges(tiny_model: Path, flags: 
     for what in ("request, alone", "request, 16 in flight", "token, paced"):
         each = [costs[f"CPU us a {what}: {kind}"] for kind in ("gateway", "router", "gateway + router")]
         assert each[0] + each[1] == pytest.approx(each[2], rel=0.5)  # medians of a round each
-    assert 0.1 < figures["events a token, paced"]["now"] <= 1.0
+    assert 0.1 < figures["events a token, paced"]["now"] < 1.1  # a stream's end is an event of its own

@@ -61,7 +61,7 @@ def test_a_peer_that_does_not_install_is_a_line_and_no_failure(tmp_path: Path, t
     for name in ("openvino", "vllm"):
         command = [PEERS, name, tiny_model]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.startswith(f"peer {name}: not installed (ERROR: Could not find a version")
+        assert done.stdout.startswith(f"peer {name}: not installed (ERROR: ")
         assert len(done.stdout.splitlines()) == 1
 
     assert subprocess.run([PEERS, "nobody"], capture_output=True, check=False).returncode == 2
