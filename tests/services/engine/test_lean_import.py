@@ -29,7 +29,9 @@ def said_by(program: str, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [name if name == "llama" else pytest.param(name, marks=pytest.mark.heavy) for name in FAMILIES]
+)
 def test_a_model_is_loaded_without_compilers_and_is_the_same(tmp_path: Path, family: str) -> None:
     model = str(make_tiny_model(tmp_path, family))
     make = """
