@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +102,8 @@ class _Socket:
         self._bus = bus
         self._handler = handler
         self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
+        """Of who opened it: what comes in is handled there, not in the context of whoever sends by chance."""
         self._gate: Gate | None = None
         """Of a socket that is bound."""
         self._socket = bus.make_socket(kind)
@@ -158,7 +161,7 @@ class _Socket:
         """Once: a handler that answers each of many messages must not queue a drain for each answer."""
         if not self._drain_due:
             self._drain_due = True
-            self._loop.call_soon(self._drain)
+            self._loop.call_soon(self._drain, context=self._context)
 
     def _drain(self) -> None:
         self._drain_due = False
@@ -301,7 +304,9 @@ class Client(_Socket):
         self._monitor = self._bus.make_socket(zmq.PAIR)
         self._monitor.connect(name)
         self._loop.add_reader(self._monitor.fileno(), self._drain_events)
-        self._loop.call_soon(self._drain_events)  # the FD is as edge-triggered as any other
+        self._loop.call_soon(
+            self._drain_events, context=self._context
+        )  # the FD is as edge-triggered as any other
 
     def _drain_events(self) -> None:
         while self._monitor is not None:
@@ -322,7 +327,7 @@ class Client(_Socket):
         if self._closed or self._on_disconnect is None:
             return
         if self._drain_due:
-            self._loop.call_soon(self._tell_disconnect)
+            self._loop.call_soon(self._tell_disconnect, context=self._context)
             return
         try:
             self._on_disconnect()

@@ -8,6 +8,7 @@ messages were lost, they are cancelled and it is told so. No frame can end the s
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from typing import assert_never
 
@@ -86,6 +87,7 @@ class Gateways:
         self._interval_s = settings.heartbeat_interval_s
         self._rest_interval_s = at_rest(settings.heartbeat_interval_s, settings.liveness)
         self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
         self._gateways: Peers[bytes, Outbox] = Peers(
             interval_s=self._rest_interval_s, silence_s=settings.heartbeat_interval_s * settings.liveness
         )
@@ -202,7 +204,7 @@ class Gateways:
         self._waiting[gateway] = None
         if not self._flush_scheduled:
             self._flush_scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self._flush, context=self._context)
 
     def _flush(self) -> None:
         self._flush_scheduled = False

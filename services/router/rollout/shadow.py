@@ -31,6 +31,7 @@ from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.engines.prediction import EngineView, engine_view
 from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.engines.registry import Registry
+from microserve.services.router.oversight.author import nobodys
 from microserve.services.router.request.decision import Decision
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.request import Request
@@ -107,6 +108,7 @@ class Shadows:
         task = self._tasks.create_task(
             survive(self._decide(rehearsal), "shadow", request_id=request.request_id),
             name=f"shadow {request.request_id}",
+            context=nobodys(),
         )
         task.add_done_callback(lambda _: self._took_decision())
         return rehearsal

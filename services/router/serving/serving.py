@@ -39,6 +39,7 @@ from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Account, LoadBook
 from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.engines.registry import Registry
+from microserve.services.router.oversight.author import nobodys
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope, out_of_time
@@ -136,7 +137,7 @@ class Serving:
         account = self.book.open(num_uncached, prompt) if is_due else self.book.open()
         live.scope = self._scope(request, account, clock)
         serving = self._guard(live, live.scope, strategy, None if is_due else admitted)
-        live.task = self._tasks.create_task(serving, name=live.request_id)
+        live.task = self._tasks.create_task(serving, name=live.request_id, context=nobodys())
         live.task.add_done_callback(lambda _: self._reap(live))
 
     def _is_due(self, live: LiveRequest, message: Generate, num_tokens: int) -> bool:

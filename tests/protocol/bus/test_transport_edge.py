@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import select
 from collections.abc import Callable
@@ -183,3 +184,31 @@ def test_a_connection_that_never_ends_does_not_keep_its_service(monkeypatch: pyt
         held.close(0)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_comes_in_is_handled_in_the_context_of_who_opened_the_socket(loop: str) -> None:
+    """Not of whoever sends just then: what a handler starts would be taken for the sender's."""
+    sender: contextvars.ContextVar[str] = contextvars.ContextVar("sender", default="nobody")
+    seen: list[str] = []
+
+    async def test(bus: ZmqBus) -> None:
+        peers: list[bytes] = []
+
+        def handle(peer: bytes, frames: list[bytes]) -> None:
+            peers.append(peer)
+            seen.append(sender.get())
+
+        server = bus.server(ANY, handle)
+        client = bus.client(server.address, lambda frames: None)
+        client.send([b"first"])
+        await until(lambda: bool(peers))
+        for number in range(200):
+            client.send([b"more"])
+            contextvars.Context().run(lambda: (sender.set("somebody"), server.send(peers[0], [b"word"])))
+            while len(seen) < number + 2:
+                await asyncio.sleep(0)
+                contextvars.Context().run(lambda: (sender.set("somebody"), server.send(peers[0], [b"word"])))
+
+    on_bus(test, loop=loop)
+    assert set(seen) == {"nobody"}

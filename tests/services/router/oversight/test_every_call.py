@@ -43,8 +43,10 @@ CALLS = {
         "kv_nbytes_per_token": "mesh.kv_nbytes_per_token",
         "transfer_s": "mesh.transfer_s(engine, other, 100)",
         "predicted_ttft_s": "mesh.predicted_ttft_s(engine, 100)",
+        "source_for": "mesh.source_for(engine, request)",
     },
     Engine: {
+        "keeps_kv_of": "engine.keeps_kv_of(other)",
         "id": "engine.id",
         "labels": "engine.labels",
         "shared_labels": "engine.shared_labels",
