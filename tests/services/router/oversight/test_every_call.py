@@ -61,6 +61,7 @@ CALLS = {
         "abort": "engine.abort(request)",
     },
     GrantHandle: {
+        "numerics": "grant.numerics",
         "grant_id": "grant.grant_id",
         "matched": "grant.matched",
         "end": "grant.end",
