@@ -30,14 +30,17 @@ thread_local bool has_unit = false;
 uint64_t word(int round, uint32_t count) { return (uint64_t)(uint32_t)round << 32 | count; }
 int round_of(uint64_t w) { return (int)(uint32_t)(w >> 32); }
 
-// Adds one to a word of my round: what it was before; INT_MAX where the round is over.
-int add(std::atomic<uint64_t> &w) {
+// Adds one to a word of my round: what it was before; INT_MAX where the round is over. Who brings it to `count`
+// closes it by the same step: whoever is late may have another number of units in mind, that of the next job, and a
+// store of its own could come when the next job has begun.
+int add(std::atomic<uint64_t> &w, int count) {
   uint64_t seen = w.load(std::memory_order_acquire);
   for (;;) {
     const int ahead = (int)((unsigned)round_of(seen) - (unsigned)my_round);
     if (ahead > 0) return INT_MAX;
-    const uint64_t next = ahead < 0 ? word(my_round, 1) : seen + 1;
-    if (w.compare_exchange_weak(seen, next, std::memory_order_acq_rel)) return (int)(uint32_t)next - 1;
+    const int number = ahead < 0 ? 1 : (int)(uint32_t)seen + 1;
+    const uint64_t next = word(my_round, number == count ? kOver : (uint32_t)number);
+    if (w.compare_exchange_weak(seen, next, std::memory_order_acq_rel)) return number - 1;
   }
 }
 }  // namespace
@@ -82,16 +85,14 @@ void Team::wake(std::atomic<int> &word) {
 
 int Team::next_unit(int phase, int count) {
   if (has_unit) complete(phase, count);
-  const int unit = add(phases_[phase].given);
+  const int unit = add(phases_[phase].given, count);
   has_unit = unit < count;
   return has_unit ? unit : count;
 }
 
 void Team::complete(int phase, int count) {
   has_unit = false;
-  if (add(phases_[phase].done) + 1 != count) return;
-  close(phases_[phase]);
-  if (threads_ == 1) return;
+  if (add(phases_[phase].done, count) + 1 != count || threads_ == 1) return;
   finished_.fetch_add(1);
   if (sleepers_.load()) wake(finished_);
 }
@@ -119,14 +120,11 @@ void Team::end(int &phase, int count) {
   }
 }
 
-// Whatever number of units a thread that is late thinks it has: it counts by the job that may be the next already.
-void Team::close(Phase &phase) {
-  phase.given.store(word(my_round, kOver), std::memory_order_release);
-  phase.done.store(word(my_round, kOver), std::memory_order_release);
-}
-
 void Team::abandon(int phase) {
-  for (int i = phase + 1; i < max_phases_; i++) close(phases_[i]);
+  for (int i = phase + 1; i < max_phases_; i++) {
+    phases_[i].given.store(word(my_round, kOver), std::memory_order_release);
+    phases_[i].done.store(word(my_round, kOver), std::memory_order_release);
+  }
 }
 
 void Team::run(Job job, void *context) {

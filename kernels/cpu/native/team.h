@@ -50,7 +50,6 @@ class Team {
   static void sleep(std::atomic<int> &word, int seen);
   static void wake(std::atomic<int> &word);
   void complete(int phase, int count);
-  void close(Phase &phase);
   bool is_over(int phase, int count) const;
 
   const int threads_, max_phases_;
