@@ -131,10 +131,13 @@ class IndexService:
     def tick(self) -> None:
         """Call every heartbeat interval."""
         now = self._loop.time()
-        for info, loss in self._membership.expire(now):
+        lost = self._membership.expire(now)
+        for info, loss in lost:
             self.counters[f"lost_{loss.value}"] += 1
             _logger.warning(log.ENGINE_LOST, engine_id=info.engine_id, reason=loss.value)
             self._forget(info.engine_id)
+        if lost:
+            self._publish()
         for watcher, _ in self._watchers.expire(now):
             self.control.forget(watcher.key)
         self.worlds.expire(now)

@@ -214,7 +214,6 @@ static void step_of(Engine &e, int thread, Mode outside) {
         leave_float_mode(outside);
         e.ended = e.on_layer(i);
         enter_float_mode();
-        if (e.ended) e.team->abandon(phase);
       });
       if (e.ended) return;
     }
@@ -223,8 +222,6 @@ static void step_of(Engine &e, int thread, Mode outside) {
     mlp<E>(e, layer, w, phase);
   }
   if (e.batch.num_logits) logits<E>(e, phase);
-  // Another step may have more phases; who is late to this one may read of the next batch.
-  if (thread == 0) e.team->abandon(phase - 1);
 }
 
 static void step(Engine *e, int thread) {

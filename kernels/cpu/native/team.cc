@@ -21,7 +21,6 @@ namespace ms {
 namespace {
 // Some 10 to 40 us: a phase of a small step is shorter, and what is longer is worth a system call.
 constexpr int kSpins = 1000;
-constexpr uint32_t kOver = 1u << 30;  // units given and done of a phase that is over
 
 // Of this thread, in the job that it is in.
 thread_local int my_round = 0;
@@ -30,23 +29,19 @@ thread_local bool has_unit = false;
 uint64_t word(int round, uint32_t count) { return (uint64_t)(uint32_t)round << 32 | count; }
 int round_of(uint64_t w) { return (int)(uint32_t)(w >> 32); }
 
-// Adds one to a word of my round: what it was before; INT_MAX where the round is over. Who brings it to `count`
-// closes it by the same step: whoever is late may have another number of units in mind, that of the next job, and a
-// store of its own could come when the next job has begun.
-int add(std::atomic<uint64_t> &w, int count) {
+// Adds one to a word of my round: what it was before.
+int add(std::atomic<uint64_t> &w) {
   uint64_t seen = w.load(std::memory_order_acquire);
   for (;;) {
-    const int ahead = (int)((unsigned)round_of(seen) - (unsigned)my_round);
-    if (ahead > 0) return INT_MAX;
-    const int number = ahead < 0 ? 1 : (int)(uint32_t)seen + 1;
-    const uint64_t next = word(my_round, number == count ? kOver : (uint32_t)number);
-    if (w.compare_exchange_weak(seen, next, std::memory_order_acq_rel)) return number - 1;
+    const uint64_t next = round_of(seen) == my_round ? seen + 1 : word(my_round, 1);
+    if (w.compare_exchange_weak(seen, next, std::memory_order_acq_rel)) return (int)(uint32_t)next - 1;
   }
 }
 }  // namespace
 
-Team::Team(int threads, int max_phases) : threads_(threads), max_phases_(max_phases) {
-  round_ = finished_ = sleepers_ = 0;
+Team::Team(int threads, int max_phases) : threads_(threads) {
+  round_ = open_ = inside_ = finished_ = sleepers_ = 0;
+  ends_ = false;
   void *memory = nullptr;
   if (posix_memalign(&memory, alignof(Phase), sizeof(Phase) * (size_t)max_phases)) return;
   phases_ = (Phase *)memory;
@@ -85,22 +80,21 @@ void Team::wake(std::atomic<int> &word) {
 
 int Team::next_unit(int phase, int count) {
   if (has_unit) complete(phase, count);
-  const int unit = add(phases_[phase].given, count);
+  const int unit = add(phases_[phase].given);
   has_unit = unit < count;
   return has_unit ? unit : count;
 }
 
 void Team::complete(int phase, int count) {
   has_unit = false;
-  if (add(phases_[phase].done, count) + 1 != count || threads_ == 1) return;
+  if (add(phases_[phase].done) + 1 != count || threads_ == 1) return;
   finished_.fetch_add(1);
   if (sleepers_.load()) wake(finished_);
 }
 
 bool Team::is_over(int phase, int count) const {
   const uint64_t done = phases_[phase].done.load(std::memory_order_acquire);
-  const int ahead = (int)((unsigned)round_of(done) - (unsigned)my_round);
-  return ahead > 0 || (ahead == 0 && (int)(uint32_t)done >= count);
+  return round_of(done) == my_round && (int)(uint32_t)done >= count;
 }
 
 void Team::end(int &phase, int count) {
@@ -120,34 +114,38 @@ void Team::end(int &phase, int count) {
   }
 }
 
-void Team::abandon(int phase) {
-  for (int i = phase + 1; i < max_phases_; i++) {
-    phases_[i].given.store(word(my_round, kOver), std::memory_order_release);
-    phases_[i].done.store(word(my_round, kOver), std::memory_order_release);
-  }
-}
-
 void Team::run(Job job, void *context) {
   job_ = job;
   context_ = context;
-  my_round = round_.fetch_add(1, std::memory_order_acq_rel) + 1;
   has_unit = false;
+  my_round = round_.load(std::memory_order_relaxed) + 1;
+  open_.store(my_round);
+  round_.store(my_round);
   if (threads_ > 1) wake(round_);
   job(context, 0);
+  // Who comes in counts itself and then looks whether it may; this closes and then looks whether somebody is in.
+  open_.store(0);
+  for (int i = 0; i < kSpins && inside_.load(); i++) MS_PAUSE();
+  for (int in; (in = inside_.load());) sleep(inside_, in);
 }
 
 void *Team::main(void *argument) {
   const Seat seat = *static_cast<Seat *>(argument);
   Team &team = *seat.team;
   my_round = 0;
-  for (;;) {
+  while (!team.ends_.load()) {
     for (int i = 0; i < kSpins && team.round_.load(std::memory_order_acquire) == my_round; i++) MS_PAUSE();
     while (team.round_.load(std::memory_order_acquire) == my_round) sleep(team.round_, my_round);
-    my_round = team.round_.load(std::memory_order_acquire);
+    if (team.ends_.load()) break;
+    team.inside_.fetch_add(1);
+    my_round = team.open_.load();
     has_unit = false;
-    if (team.ends_) return nullptr;
-    team.job_(team.context_, seat.thread);
+    if (my_round) team.job_(team.context_, seat.thread);
+    else my_round = team.round_.load();
+    team.inside_.fetch_sub(1);
+    wake(team.inside_);
   }
+  return nullptr;
 }
 
 }  // namespace ms

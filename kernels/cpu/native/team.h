@@ -1,9 +1,10 @@
 // The threads of an engine: a phase of a step is a number of units, whoever is free takes the next one, and a phase
 // is over when its units are done, not when all threads have come: one that its core has left holds up the unit that
-// it had and nothing else. It finds the phases that went on without it finished, and skips them.
+// it had, and the end of the job, and no phase between. It finds the phases that went on without it finished, and skips
+// them. One that wakes when the job is over does not enter it: a late thread would read of the next job.
 // Owns threads, units and phases; knows nothing of models.
 //
-//   a word of a phase    round << 32 | count      (what a thread of an earlier round would add is refused)
+//   a word of a phase    round << 32 | count      (so that nobody has to clear it)
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -20,8 +21,7 @@ class Team {
   ~Team();
   bool started() const { return phases_ && started_ == threads_ - 1; }
   int threads() const { return threads_; }
-  // By all threads; returns when all phases are over, though a thread that is late may still look at the job: what it
-  // reads then must be there, and it does nothing.
+  // By all threads that are awake in time; returns when no thread is in the job any more.
   void run(Job job, void *context);
   // Within a job, in the same order by all threads: next_unit() until it gives `count`, and then end().
   int next_unit(int phase, int count);
@@ -35,8 +35,6 @@ class Team {
     }
     end(phase, 1);
   }
-  // By the unit of alone(): the phases behind it are over, for a thread that comes late to them too.
-  void abandon(int phase);
 
  private:
   struct alignas(64) Phase {
@@ -52,15 +50,17 @@ class Team {
   void complete(int phase, int count);
   bool is_over(int phase, int count) const;
 
-  const int threads_, max_phases_;
+  const int threads_;
   int started_ = 0;
   pthread_t ids_[64];
   Seat seats_[64];
   Job job_ = nullptr;
   void *context_ = nullptr;
-  bool ends_ = false;
+  std::atomic<bool> ends_;
   Phase *phases_ = nullptr;
   alignas(64) std::atomic<int> round_;     // of jobs
+  alignas(64) std::atomic<int> open_;      // the round that may be entered; 0: none
+  alignas(64) std::atomic<int> inside_;    // threads in it, but for the caller's
   alignas(64) std::atomic<int> finished_;  // phases, ever
   alignas(64) std::atomic<int> sleepers_;
 };

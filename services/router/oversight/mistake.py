@@ -23,8 +23,16 @@ _MODULES = ("builtins.", "asyncio.", "microserve.")
 
 def harmless(error: BaseException) -> BaseException:
     """The error itself if nothing of it can run code of others; else a :class:`StrategyError` that tells of
-    it and has its traceback. Runs that code: call it where it is timed."""
+    it and has its traceback. Runs that code: call it where it is timed.
+
+    What it was raised from decides nothing: a cancellation, or the loss of an engine, that comes to a
+    strategy while it handles an error of its own is still what it is, and goes on without that error."""
     if all(map(_is_plain, _chain(error))):
+        return error
+    if all(map(_is_plain, _members(error))):
+        for member in _members(error):
+            if member is not None:
+                member.__cause__ = member.__context__ = None
         return error
     text = f"{type(error).__name__}: {error}"
     mistake = StrategyError(text[:MAX_TEXT_CHARS]).with_traceback(error.__traceback__)
@@ -32,8 +40,14 @@ def harmless(error: BaseException) -> BaseException:
     return mistake
 
 
-def _chain(error: BaseException) -> Iterator[BaseException | None]:
-    """It and all that is printed with it; ends with None if that is too much."""
+def _members(error: BaseException) -> list[BaseException | None]:
+    """It and, of a group, all in it; with a None if that is too much."""
+    return list(_chain(error, is_whole=False))
+
+
+def _chain(error: BaseException, *, is_whole: bool = True) -> Iterator[BaseException | None]:
+    """It and all that is printed with it (``is_whole``: also what it was raised from); ends with None if
+    that is too much."""
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
     while waiting:
@@ -45,7 +59,8 @@ def _chain(error: BaseException) -> Iterator[BaseException | None]:
             yield None
             return
         yield each
-        waiting += [each.__cause__, each.__context__]
+        if is_whole:
+            waiting += [each.__cause__, each.__context__]
         if isinstance(each, BaseExceptionGroup):
             waiting += each.exceptions
 

@@ -25,22 +25,23 @@ async def min_ttft(
     """Prefill where the first token is soonest, in ``slo_s``; fetch a prefix ``balance`` times one's own."""
     held = mesh.prefix(request)
 
-    def fetched(engine: Engine) -> int:
-        best = held.get(mesh.source_for(engine, request).id, 0)
+    def fetched(engine: Engine, source: Engine) -> int:
+        best = held.get(source.id, 0)
         return best if best > balance * held.get(engine.id, 0) else 0
 
     def ttft_s(engine: Engine) -> float:
-        own = held.get(engine.id, 0)
-        have = max(own, fetched(engine))
-        transfer_s = mesh.transfer_s(mesh.source_for(engine, request), engine, have - own)
+        own, source = held.get(engine.id, 0), mesh.source_for(engine, request)
+        have = max(own, fetched(engine, source))
+        transfer_s = mesh.transfer_s(source, engine, have - own)
         return transfer_s + mesh.predicted_ttft_s(engine, request.num_tokens - have)
 
     prefill = mesh.pick("prefill", request, cost=ttft_s)
     late_s = ttft_s(prefill) - slo_s
     if late_s > 0.0 and not request.num_output_tokens:  # what has begun is not refused
         raise QueueFull(f"no first token within {slo_s:g} s", retry_after_s=min(max(late_s, 0.5), 60.0))
-    if end := fetched(prefill):
-        source, copy = mesh.source_for(prefill, request), await prefill.prep_recv(request, end=end)
+    source = mesh.source_for(prefill, request)
+    if end := fetched(prefill, source):
+        copy = await prefill.prep_recv(request, end=end)
         source.remote_send(request, copy, end=end, first_token=False)
         await prefill.commit(request, copy)
     if prefill in mesh.engines("decode"):
