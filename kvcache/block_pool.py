@@ -59,7 +59,8 @@ class BlockPool:
         self._num_backed = 0
         """The blocks below have their memory."""
         self._is_short = False
-        """There was none for the next ones."""
+        """There was none for the next ones when it was asked for last."""
+        self._may_ask = True
         if back is None:
             self._append(num_blocks)
 
@@ -70,8 +71,14 @@ class BlockPool:
         return self._num_free + (0 if self._is_short else self.num_blocks - self._num_backed)
 
     def look_for_memory(self) -> None:
-        """There may be some again: the next ``allocate`` that wants it asks."""
-        self._is_short = False
+        """There may be some again: the next ``has`` or ``allocate`` that wants it asks."""
+        self._may_ask = True
+
+    def has(self, count: int) -> bool:
+        """Could ``allocate`` hand out so many now? Takes memory for them where there is some."""
+        if count > self._num_free:
+            self._grow(count)
+        return count <= self._num_free
 
     @property
     def num_cached(self) -> int:
@@ -117,10 +124,11 @@ class BlockPool:
     def _grow(self, count: int) -> None:
         """Give more blocks their memory until ``count`` uncached ones are free, as far as there is some."""
         while self._num_free - self._num_free_cached < count and self._num_backed < self.num_blocks:
-            if self._is_short or self._back is None:
+            if not self._may_ask or self._back is None:
                 return
             end = self._back(self._num_backed, count - (self._num_free - self._num_free_cached))
             self._is_short = end <= self._num_backed
+            self._may_ask = not self._is_short
             self._append(min(end, self.num_blocks))
 
     def _append(self, end: int) -> None:

@@ -23,6 +23,7 @@ from microserve.kernels.kernel_cache import KernelUnavailable
 TORCH_ELEMS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MAX_GROUP = 32
 """Query heads of a KV head."""
+MAX_THREADS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +225,8 @@ class CpuStep:
             raise ValueError(f"kv is {kv.dtype}, and has to be {s.elem} in one piece")
 
     def _told(self, problem: bytes | None) -> None:
+        if problem == b"memory":
+            raise KernelUnavailable("no memory for the native step")
         if problem is not None:
             raise ValueError(f"the native step refuses {problem.decode()}")
 

@@ -26,7 +26,7 @@ from microserve.services.engine.model.attention import MakeAttention
 from microserve.services.engine.model.attention_choice import choose_attention
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.native import choose_step
-from microserve.services.engine.model.runner import ModelRunner
+from microserve.services.engine.model.runner import TRANSFORMERS, ModelRunner
 from microserve.services.engine.pool_size import check_room, choose_num_blocks, layout_of
 from microserve.services.engine.room import require_margin, turn
 from microserve.services.engine.shell import EngineShell
@@ -137,9 +137,9 @@ def make_core(
         num_blocks,
         cache.block_size,
         make_attention=attention,
-        make_step=(make_step := choose_step(settings, model)),
+        make_step=choose_step(settings, model),
     )
-    if make_step is not None:
+    if runner.kernels != TRANSFORMERS:
         model.module.to("meta")  # what it had is packed
     if settings.engine.device != "cpu":
         runner.warm_up()

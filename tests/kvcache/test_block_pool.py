@@ -168,8 +168,13 @@ def test_where_there_is_no_memory_cached_blocks_are_taken_and_then_none() -> Non
         pool.allocate(1)
     pool.check_integrity()
     pool.look_for_memory()
-    assert pool.num_free == 12
+    assert not pool.has(1)
+    assert pool.num_free == 0  # what it cannot hand out is not told either
     limit = 16
+    assert not pool.has(12)
+    pool.look_for_memory()
+    assert pool.has(12)
+    assert pool.num_free == 12
     assert pool.allocate(12) == list(range(4, 16))
     pool.check_integrity()
 

@@ -63,12 +63,9 @@ class KvMemory:
         missing = self.missing_blocks(sequence, num_tokens)
         if missing == 0:
             return True
-        if missing > self.pool.num_free:
+        if not self.pool.has(missing):
             return False
-        try:
-            sequence.blocks.extend(self.pool.allocate(missing))
-        except CacheFull:  # the machine has no memory for more of the pool
-            return False
+        sequence.blocks.extend(self.pool.allocate(missing))
         return True
 
     def insert(self, sequence: Sequence) -> None:

@@ -125,7 +125,7 @@ class Scheduler:
                 break
             missing = self._memory.missing_blocks(head, head.num_tokens + 1)
             chunk = -(-left // self._memory.block_size) + len(self.running)
-            if missing + chunk > self._memory.pool.num_free or not self._admit(head, now):
+            if not self._memory.pool.has(missing + chunk) or not self._admit(head, now):
                 break
             left -= self._place(step, head, left)
         return budget - left
@@ -181,11 +181,7 @@ class Scheduler:
         missing = self._memory.missing_blocks(sequence, sequence.num_tokens + 1)
         # One spare block per running sequence keeps an admission from causing a preemption at once.
         spare = len(self.running)
-        if self.running and missing + spare > self._memory.pool.num_free:
-            if matched_here:
-                self._memory.release(sequence, now)
-            return False
-        if missing > self._memory.pool.num_free:
+        if not self._memory.pool.has(missing + spare):
             if matched_here:
                 self._memory.release(sequence, now)
             return False

@@ -7,7 +7,6 @@ Owns that mapping, the RoPE tables and the numerics class's name. Must not know 
 from __future__ import annotations
 
 import hashlib
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from microserve.kernels.cpu.library import Library, choose_variant, library
-from microserve.kernels.cpu.step import MAX_GROUP, CpuStep, LayerWeights, Shape
+from microserve.kernels.cpu.step import MAX_GROUP, MAX_THREADS, CpuStep, LayerWeights, Shape
 from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
@@ -59,9 +58,10 @@ def missing(model: LoadedModel) -> str | None:
 
 
 def choose_step(settings: Settings, model: LoadedModel) -> MakeStep | None:
-    """The step of ``engine.cpu_kernels``; None: transformers computes. May compile for half a minute.
+    """The step of ``engine.cpu_kernels``; None: transformers computes, and so it does where the step that is
+    returned gives None. May compile for half a minute.
 
-    Raises :class:`ConfigError` where a variant was asked for and cannot be had.
+    Both raise :class:`ConfigError` where a variant was asked for and cannot be had.
     """
     wanted = settings.engine.cpu_kernels
     if settings.engine.device != "cpu" or wanted == "transformers":
@@ -71,14 +71,27 @@ def choose_step(settings: Settings, model: LoadedModel) -> MakeStep | None:
             raise KernelUnavailable(f"it does not compute {what}")
         variant = choose_variant(library(_tell), wanted)
     except KernelUnavailable as error:
-        if wanted != "auto":
-            raise ConfigError(
-                f"engine.cpu_kernels {wanted!r} cannot be had: {error}", field="engine.cpu_kernels"
-            ) from None
-        _logger.warning(log.KERNEL_MISSING, kernel="cpu_step", instead="transformers", detail=str(error))
+        _go_without(wanted, error)
         return None
     max_rows = max(settings.engine.max_num_batched_tokens, settings.engine.max_num_seqs)
-    return partial(make_step, model, threads=settings.engine.threads, max_rows=max_rows, variant=variant)
+    threads = min(settings.engine.threads, MAX_THREADS)
+
+    def make(layers: list[Tensor]) -> tuple[CpuStep, Numerics] | None:
+        try:
+            return make_step(model, layers, threads=threads, max_rows=max_rows, variant=variant)
+        except KernelUnavailable as error:  # no memory or no thread for it: the module still has its weights
+            _go_without(wanted, error)
+            return None
+
+    return make
+
+
+def _go_without(wanted: str, error: KernelUnavailable) -> None:
+    if wanted != "auto":
+        raise ConfigError(
+            f"engine.cpu_kernels {wanted!r} cannot be had: {error}", field="engine.cpu_kernels"
+        ) from None
+    _logger.warning(log.KERNEL_MISSING, kernel="cpu_step", instead="transformers", detail=str(error))
 
 
 def _tell(what: str) -> None:

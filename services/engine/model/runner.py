@@ -42,8 +42,10 @@ from microserve.services.engine.model.sampler import sample
 
 __all__ = ["ModelRunner", "Runner"]
 
-MakeStep = Callable[[list[Tensor]], tuple[CpuStep, Numerics]]
-"""The native step over the pool's layers, and its numerics class."""
+MakeStep = Callable[[list[Tensor]], tuple[CpuStep, Numerics] | None]
+"""The native step over the pool's layers, and its numerics class; None: the module computes after all."""
+TRANSFORMERS = "transformers"
+"""Of ``kernels``: where the model's own module computes."""
 
 
 class ModelRunner:
@@ -71,7 +73,7 @@ class ModelRunner:
         self._layers = self._views(kv_data)
         self._device = self._layers[0].device
         self.numerics = transformers_numerics(model.spec, self._device)
-        self.kernels = "transformers"
+        self.kernels = TRANSFORMERS
         """What computes: these, or the variant of the native step."""
         self._stream: torch.cuda.Stream | None = None
         self._graphs: DecodeGraphs | None = None
@@ -83,8 +85,8 @@ class ModelRunner:
             self._sample = sample_there
         self._make_attention = make_attention or partial(HostAttention, workspace=Workspace())
         self._step: CpuStep | None = None
-        if make_step is not None:
-            self._step, self.numerics = make_step(self._layers)
+        if make_step is not None and (made := make_step(self._layers)) is not None:
+            self._step, self.numerics = made
             self.kernels = self._step.variant
 
     def capture_decodes(self, max_num_seqs: int, max_model_len: int, capture: Capture | None = None) -> None:

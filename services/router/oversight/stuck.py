@@ -4,7 +4,8 @@ Code in C that never asks for signals (``sum(range(10**12))``) cannot be ended f
 kills the process, and the next one would load the same version and stand still again. So a thread that needs
 no interpreter (faulthandler's) writes down where the main thread stands when nothing has come from it for
 ``STUCK_S``. Whoever goes on after all, as after SIGCONT, wipes it out. Where the process stood when it
-crashed (a stack that overflowed, a fault in a library) is there, too. Owns that file; knows no strategy.
+crashed (a fault in a library, a stack that overflowed, of which the innermost hundred frames are told and may
+all be a library's) is there, too. Owns that file; knows no strategy.
 """
 
 from __future__ import annotations

@@ -19,9 +19,10 @@ BLOCK_SIZE, BUDGET = 16, 32
 
 
 class World:
-    def __init__(self, num_blocks: int = 64) -> None:
+    def __init__(self, num_blocks: int = 64, num_with_memory: int | None = None) -> None:
         layout = KvLayout("m", 1, num_blocks, BLOCK_SIZE, 1, 4, "float16")
-        pool = BlockPool(num_blocks)
+        limit = num_blocks if num_with_memory is None else num_with_memory
+        pool = BlockPool(num_blocks, lambda first, count: max(first, min(first + count, limit)))
         heap = MemoryHeap(layout, incarnation=1, registry=MemoryRegistry(), num_slots=1)
         grants = GrantTable(heap, pool, engine_id="e", incarnation=1, lease_s=1.0, verify_checksums=False)
         self.memory = KvMemory(pool, PrefixCache(pool, BLOCK_SIZE, "m"), grants)
@@ -101,14 +102,17 @@ def test_one_that_lacks_more_waits_its_turn_and_so_does_a_new_one(world: World) 
     assert shares(world.step()) == {prefill.sequence_id: BUDGET}
 
 
-def test_a_received_sequence_without_room_to_go_on_preempts_nobody() -> None:
-    world = World(num_blocks=9)
+@pytest.mark.parametrize("world", [World(9), World(64, num_with_memory=9)])
+def test_a_received_sequence_without_room_to_go_on_preempts_nobody(world: World) -> None:
     prefill = world.sequence(100)
     world.scheduler.add(prefill)
     world.step()
     received = world.received(
         5 * BLOCK_SIZE, 1
     )  # it needs another block, and the prefill the two that are left
+
+    assert not world.memory.pool.has(9)
+    world.memory.poll(0.0)  # from now on the machine is asked for memory again
 
     step = world.step()
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
 from microserve.kernels.cpu import library as libraries
+from microserve.kernels.cpu.step import CpuStep
+from microserve.kernels.kernel_cache import KernelUnavailable
+from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.native import choose_step
+from microserve.services.engine.model.runner import MakeStep, ModelRunner
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +25,14 @@ def model(tiny_model: Path) -> LoadedModel:
     return load_model(str(tiny_model), dtype="float32")
 
 
-def settings(cpu_kernels: str) -> Settings:
-    return msgspec.convert({"engine": {"cpu_kernels": cpu_kernels}}, Settings)
+def settings(cpu_kernels: str, threads: int = 1) -> Settings:
+    return msgspec.convert({"engine": {"cpu_kernels": cpu_kernels, "threads": threads}}, Settings)
+
+
+def runner(model: LoadedModel, chosen: MakeStep | None) -> ModelRunner:
+    spec = model.spec
+    layout = KvLayout("m", spec.num_layers, 8, 16, spec.num_kv_heads, spec.head_dim, spec.dtype)
+    return ModelRunner(model, np.zeros(layout.data_nbytes, np.uint8), 8, 16, make_step=chosen)
 
 
 @pytest.fixture
@@ -74,3 +85,25 @@ def test_transformers_can_be_asked_for_without_a_word(model: LoadedModel) -> Non
     with capture_logs() as logs:
         assert choose_step(settings("transformers"), model) is None
     assert logs == []
+
+
+def no_memory(*_: object) -> None:
+    raise KernelUnavailable("no memory for the native step")
+
+
+@pytest.mark.parametrize("call", ["__init__", "set_layer", "set_model"])
+def test_where_there_is_no_memory_for_the_step_transformers_serves(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr(CpuStep, call, no_memory)
+    with capture_logs() as logs:
+        assert runner(model, choose_step(settings("auto"), model)).kernels == "transformers"
+    (line,) = [line for line in logs if line["log_level"] != "info"]
+    assert (line["event"], line["detail"]) == ("kernel.missing", "no memory for the native step")
+    with pytest.raises(ConfigError, match="'portable' cannot be had: no memory") as raised:
+        runner(model, choose_step(settings("portable"), model))
+    assert raised.value.field == "engine.cpu_kernels"
+
+
+def test_more_threads_than_the_step_can_have_are_as_many_as_it_can(model: LoadedModel) -> None:
+    assert runner(model, choose_step(settings("auto", threads=100), model)).kernels != "transformers"
