@@ -2,12 +2,13 @@
 
 Owns the kernels (``native/``), how they are built (``build.py``, by ``compiler.py``, kept by ``objects.py``),
 their C interface (``library.py``) and a step over them (``step.py``). Must not know models' files, sequences
-or messages: arrays come in, arrays go out. Start reading in ``native/numerics.h``: what is computed, to the
-bit; then ``native/step.h``.
+or messages: arrays come in, arrays go out. Start reading in ``native/step/numerics.h``: what is computed, to
+the bit; then ``native/step/step.h``.
 
-    native/   numerics.h  the class     lanes_*.h  registers of each variant   product.h, attention.h, step.h
-              team.*      threads       api.cc     the door: what it checks    pack.h  weights in tiles
-              *_tiles.h   products and attention by AMX     cpu.h      what this CPU has
+    native/   abi.h       the C interface        model.h    what a step works on     pack.h   weights in tiles
+              step/       numerics.h: the class; product, attention    lanes/   registers of each variant
+              tiles/      products and attention by AMX   variants/   a file for each     team/    threads
+              door/       engines, weights, batches: what comes in is checked; what this CPU has
 
 No CPU with AMX has run the AMX variant so far. What is known of it comes from CPUs without: its compiled
 instructions emulated one by one (``tests/kernels/cpu``) give the portable variant's bits. Where it is loaded

@@ -33,9 +33,9 @@ AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 AMX_FLAGS = ("-mamx-tile", "-mamx-bf16")
 AMX_PROBE = "#include <immintrin.h>\nvoid probe() { _tile_loadd(0, nullptr, 64); _tile_dpbf16ps(0, 1, 2); }\n"
 VARIANT_FLAGS = {
-    "variant_avx2.cc": ("-mavx2", "-mfma"),
-    "variant_avx512.cc": AVX512_FLAGS,
-    "variant_amx.cc": (*AVX512_FLAGS, *AMX_FLAGS),
+    "avx2.cc": ("-mavx2", "-mfma"),
+    "avx512.cc": AVX512_FLAGS,
+    "amx.cc": (*AVX512_FLAGS, *AMX_FLAGS),
 }
 LINK_FLAGS = (
     *("-shared", "-pthread"),
@@ -106,16 +106,16 @@ def find_zig() -> Compiler | None:
 
 def source_files(machine: str = platform.machine()) -> list[Path]:
     """What is compiled on a machine."""
-    found = sorted(SOURCES.glob("*.cc"))
+    found = sorted(SOURCES.rglob("*.cc"))
     return [path for path in found if machine in X86 or path.name not in VARIANT_FLAGS]
 
 
 def sources_digest() -> str:
     """Of all that decides what is computed but the compiler: sources, flags and kind of machine."""
     told = hashlib.sha256(repr((FLAGS, VARIANT_FLAGS, LINK_FLAGS, platform.machine())).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(SOURCES.rglob("*")):
         if path.suffix in (".cc", ".h"):
-            told.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+            told.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return told.hexdigest()[:16]
 
 

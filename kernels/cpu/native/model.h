@@ -1,11 +1,11 @@
 // What a step works on: the packed model, the pool, a batch, and room for what lies between. Plain data, the same
-// for every variant; api.cc makes and checks it, step.h computes with it.
+// for every variant; door/ makes and checks it, step/ computes with it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 #include "abi.h"
-#include "team.h"
+#include "team/team.h"
 
 namespace ms {
 
@@ -21,7 +21,7 @@ inline int phases_of(int num_layers) { return 9 * num_layers + 3; }
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
-// Of a thread's tiles: queries, weights, values, keys (attention_tiles.h). head_dim padded.
+// Of a thread's tiles: queries, weights, values, keys (tiles/attention.h). head_dim padded.
 inline long tile_elements(long head_dim) { return kLanes * head_dim + (long)kLanes * kSegment + 2L * kSegment * head_dim; }
 
 struct Layer {
@@ -40,7 +40,7 @@ struct Scratch {
   float *head;               // [kRowBlock][head_dim padded]
   void *normed;              // [kFewRows][hidden] inputs of a product
   float *zeros;              // [head_dim padded], never written
-  uint16_t *tiles;           // of a variant with tiles: a segment as attention_tiles.h packs it
+  uint16_t *tiles;           // of a variant with tiles: a segment as tiles/attention.h packs it
 };
 
 // A share of a layer's attention: some rows of a span, the query heads of one KV head, one segment or all.

@@ -27,7 +27,7 @@ from microserve.services.engine.model.runner import MakeStep
 _logger = structlog.get_logger()
 
 RECIPE = "cpu1"
-"""Of what is computed (``kernels/cpu/native/numerics.h``): another one gives other bits."""
+"""Of what is computed (``kernels/cpu/native/step/numerics.h``): another one gives other bits."""
 
 
 def missing(model: LoadedModel) -> str | None:

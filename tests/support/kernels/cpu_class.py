@@ -1,4 +1,4 @@
-"""The CPU step's numerics class as slow numpy: what ``kernels/cpu/native/numerics.h`` says, written again.
+"""The CPU step's numerics class as slow numpy: ``kernels/cpu/native/step/numerics.h``, written again.
 
 Owns a second account of every bit, for whole sequences; float32 in and out. Must not know the native library:
 what both say must be equal. Each function takes arrays of any matching shapes.

@@ -1,5 +1,5 @@
 // The product on the tiles of AMX, and inputs as they read them. Included inside a variant's own namespace, behind
-// product.h, whose sums these are to the bit: TDPBF16PS runs two chains of FMAs from +0 over the even and the odd of
+// step/product.h, whose sums these are to the bit: TDPBF16PS runs two chains of FMAs from +0 over the even and the odd of
 // 32 k and adds their sum to C; to nearest, denormals zero both ways, whatever MXCSR says. How many rows and columns
 // a tile has, and where C waits between blocks, is free.
 //

@@ -1,5 +1,5 @@
 // Attention of the class on tiles: a segment's two products. Included inside a variant's own namespace, behind
-// attention.h (segments, masks, maxima, sums and merges are there), row_attention.h and product_tiles.h.
+// step/attention.h (segments, masks, maxima, sums and merges are there), step/row_attention.h and product.h.
 //
 //   S^T = K Q^T   keys are read where they stand in the pool, 16 rows a tile; queries as B
 //   O   = P V     weights as A; values as B: position after position in pairs, zeros behind the context

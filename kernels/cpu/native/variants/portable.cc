@@ -1,4 +1,4 @@
 #define MS_VARIANT portable
-#define MS_LANES "lanes_portable.h"
+#define MS_LANES "../lanes/portable.h"
 #define MS_TABLE portable_variant
 #include "variant.h"

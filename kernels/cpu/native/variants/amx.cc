@@ -5,12 +5,12 @@
 #include MS_EMULATE_AMX  // in tests: the instructions in C++
 #endif
 #define MS_VARIANT amx
-#define MS_LANES "lanes_avx512.h"
+#define MS_LANES "../lanes/avx512.h"
 #define MS_TILES
 #define MS_TABLE amx_variant
 #include "variant.h"
 #else
-#include "model.h"
+#include "../model.h"
 namespace ms {
 const Variant amx_variant = {nullptr, nullptr, nullptr};
 }

@@ -1,4 +1,4 @@
 #define MS_VARIANT avx512
-#define MS_LANES "lanes_avx512.h"
+#define MS_LANES "../lanes/avx512.h"
 #define MS_TABLE avx512_variant
 #include "variant.h"

@@ -2,7 +2,7 @@
 // MS_TILES where bf16 is multiplied in tiles.
 // Nothing here may be a template or inline function of the standard library: the linker would keep one copy for all
 // variants, compiled for whatever CPU.
-#include "model.h"
+#include "../model.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -14,17 +14,17 @@ namespace ms {
 namespace {
 namespace MS_VARIANT {
 #include MS_LANES
-#include "numerics.h"
-#include "product.h"
-#include "attention.h"
+#include "../step/numerics.h"
+#include "../step/product.h"
+#include "../step/attention.h"
 #if defined(MS_TILES)
-#include "product_tiles.h"
-#include "attention_tiles.h"
+#include "../tiles/product.h"
+#include "../tiles/attention.h"
 #else
 typedef Bf16 Half;
 MS_INLINE void release_tiles() {}
 #endif
-#include "step.h"
+#include "../step/step.h"
 }  // namespace MS_VARIANT
 }  // namespace
 

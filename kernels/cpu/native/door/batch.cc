@@ -1,0 +1,67 @@
+#include "batch.h"
+
+#include "memory.h"
+
+namespace ms {
+
+// Which rows go where; null, or what is wrong with it.
+const char *check(const Engine &e, const MsBatch &b) {
+  const MsConfig &c = e.config;
+  if (b.num_rows < 1 || b.num_rows > c.max_rows) return "num_rows";
+  if (b.num_spans < 1 || b.num_spans > b.num_rows) return "num_spans";
+  if (b.num_logits < 0 || b.num_logits > c.max_logits || b.num_logits > b.num_rows) return "num_logits";
+  long row = 0;
+  for (int s = 0; s < b.num_spans; s++) {
+    const int rows = b.span_rows[s], context = b.span_contexts[s];
+    if (rows < 1 || rows > b.num_rows - row) return "span_rows";
+    if (context < rows || context > c.max_context || context > (long)b.table_width * c.block_size) return "span_contexts";
+    for (int i = 0; i * (long)c.block_size < context; i++) {
+      const int block = b.tables[(long)s * b.table_width + i];
+      if (block < 0 || block >= c.num_blocks) return "tables";
+    }
+    for (int i = 0; i < rows; i++)
+      if (b.positions[row + i] != context - rows + i) return "positions";
+    row += rows;
+  }
+  if (row != b.num_rows) return "span_rows";
+  for (int i = 0; i < b.num_rows; i++) {
+    if (b.tokens[i] < 0 || b.tokens[i] >= c.vocab) return "tokens";
+    if (b.slots[i] < -1 || b.slots[i] >= (int64_t)c.num_blocks * c.block_size) return "slots";
+  }
+  for (int i = 0; i < b.num_logits; i++)
+    if (b.logit_rows[i] < 0 || b.logit_rows[i] >= b.num_rows) return "logit_rows";
+  return nullptr;
+}
+
+// Rows of a chunk in tiles of lanes; of a single row each segment is a unit, and its parts are merged.
+bool divide(Engine &e) {
+  const MsBatch &b = e.batch;
+  const MsConfig &c = e.config;
+  const int group = c.num_heads / c.num_kv_heads, rows_of_unit = kLanes / group;
+  size_t units = 0, merges = 0;
+  for (int s = 0; s < b.num_spans; s++) {
+    const long segments = round_up(b.span_contexts[s], kSegment) / kSegment;
+    units += (size_t)c.num_kv_heads * (size_t)(b.span_rows[s] == 1 ? segments : round_up(b.span_rows[s], rows_of_unit) / rows_of_unit);
+    merges += b.span_rows[s] == 1 && segments > 1 ? (size_t)c.num_kv_heads : 0;
+  }
+  if (!grow(e.units, e.units_capacity, units) || !grow(e.merges, e.merges_capacity, merges)) return false;
+  if (!grow(e.span_firsts, e.spans_capacity, (size_t)b.num_spans)) return false;
+  e.num_units = e.num_merges = 0;
+  long row = 0, part = 0;
+  for (int s = 0; s < b.num_spans; row += b.span_rows[s], s++) {
+    e.span_firsts[s] = row;
+    const int rows = b.span_rows[s], segments = (int)(round_up(b.span_contexts[s], kSegment) / kSegment);
+    for (int h = 0; h < c.num_kv_heads; h++) {
+      if (rows > 1 || segments == 1) {
+        for (int first = 0; first < rows; first += rows_of_unit)
+          e.units[e.num_units++] = {s, first, rows - first < rows_of_unit ? rows - first : rows_of_unit, h, -1, 0, 0};
+        continue;
+      }
+      e.merges[e.num_merges++] = {s, 0, 1, h, 0, segments, part};
+      for (int i = 0; i < segments; i++, part += group) e.units[e.num_units++] = {s, 0, 1, h, i, 0, part};
+    }
+  }
+  return grow(e.parts, e.parts_capacity, (size_t)(part * (e.head_dim + 16)));
+}
+
+}  // namespace ms
