@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import platform
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,9 @@ from hypothesis import strategies as st
 
 from microserve.kernels.cpu.compiler import X86
 from microserve.kernels.cpu.library import Library, is_right
-from tests.support.kernels import family_step
-from tests.support.kernels.amx import compare, emulated_library
-from tests.support.kernels.tiny_step import TinyModel, TinyStep
+from tests.support.kernels.amx import compare, emulated_library, streams
+from tests.support.kernels.family import TILED, Family, TinyModel, bytes_of, class_bytes, random_ids
+from tests.support.kernels.family_step import Part, Room
 
 pytestmark = pytest.mark.skipif(platform.machine() not in X86, reason="AMX is of x86")
 
@@ -72,18 +73,23 @@ def test_it_is_right_where_it_is_emulated(emulated: Library) -> None:
     assert is_right(emulated, "amx")
 
 
-models = st.builds(
-    TinyModel,
-    head_dim=st.sampled_from([32, 64, 64, 128, 48, 16]),
-    group=st.sampled_from([1, 2, 3, 4, 8, 17]),
-    num_kv_heads=st.integers(1, 2),
-    hidden=st.sampled_from([32, 64, 72]),
-    intermediate=st.sampled_from([32, 96, 80]),
-    block_size=st.sampled_from([16, 16, 32, 5]),
-    window=st.sampled_from([None, None, 40]),
-    with_biases=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
+@st.composite
+def families(draw: st.DrawFn) -> Family:
+    num_kv_heads, with_biases = draw(st.integers(1, 2)), draw(st.booleans())
+    return Family(
+        draw(st.sampled_from([1, 2, 3, 4, 8, 17])) * num_kv_heads,
+        num_kv_heads,
+        head_dim=draw(st.sampled_from([32, 64, 64, 128, 48, 16])),
+        hidden=draw(st.sampled_from([32, 64, 72])),
+        intermediate=draw(st.sampled_from([32, 96, 80])),
+        biases="qkvo" if with_biases else "",
+        head_norms=with_biases,
+        windows=(draw(st.sampled_from([None, None, 40])),) * 2,
+        block_size=draw(st.sampled_from([16, 16, 32, 5])),
+    )
+
+
+models = st.builds(TinyModel, families(), seed=st.integers(0, 2**16))
 spans = st.lists(
     st.tuples(st.integers(0, 2), st.sampled_from([1, 1, 2, 15, 16, 17, 33, 50])),
     min_size=1,
@@ -112,36 +118,36 @@ def test_contexts_of_several_segments(emulated: Library, head_dim: int, threads:
         [(0, 1), (1, 1)],
         [(0, 40), (1, 3)],
     ]
-    compare(emulated, TinyModel(head_dim=head_dim), steps, threads)
+    compare(emulated, TinyModel(replace(TILED, head_dim=head_dim)), steps, threads)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_chunks_give_the_bits_of_a_whole_prefill(emulated: Library, head_dim: int) -> None:
-    model = TinyModel(head_dim=head_dim, max_rows=300)
-    whole = TinyStep(emulated, "amx", model, 1, 1)
+    model = TinyModel(replace(TILED, head_dim=head_dim))
+    whole = streams(emulated, "amx", model, 1)
     logits = whole.run([(0, 280)])
     for counts in ([100, 100, 80], [256, 24], [17, 1, 1, 33, 200, 28]):
-        chunked = TinyStep(emulated, "amx", model, 1, 2)
-        assert np.array_equal(np.concatenate([chunked.run([(0, count)]) for count in counts]), logits)
-        assert chunked.kv() == whole.kv()
+        chunked = streams(emulated, "amx", model, 1, 2)
+        got = np.concatenate([chunked.run([(0, count)]) for count in counts])
+        assert got.tobytes() == logits.tobytes()
+        assert chunked.room.whole_pool() == whole.room.whole_pool()
+        chunked.room.close()
+    whole.room.close()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "smollm3", "mistral", "llama"])
-def test_it_computes_what_the_class_says(
-    emulated: Library, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_computes_what_the_class_says(emulated: Library, family: str) -> None:
     """The class written again in numpy; heads of 64 in tiles, and such as tiles do not divide."""
-    monkeypatch.setattr(family_step, "library", lambda: emulated)
-    model, ids, table = family_step.TinyModel(family), family_step.random_ids(38), [5, 3, 8]
+    model, ids, table = TinyModel(family), random_ids(38), [5, 3, 8]
     kv, logits = model.sequence(ids, range(38))
     for edges in ([0, 38], [0, 17, 38], range(39)):
-        room = family_step.Room(model, "amx")
+        room = Room(model, "amx", found=emulated)
         for start, end in itertools.pairwise(edges):
-            got = room.run([family_step.Part(ids, start, end, table)])
-            assert got == [family_step.bytes_of(logits[end - 1])]
-        assert room.stored(table, 38) == family_step.class_bytes(kv, 38)
+            got = room.run([Part(ids, start, end, table)])
+            assert got == [bytes_of(logits[end - 1])]
+        assert room.stored(table, 38) == class_bytes(kv, 38)
         room.close()
 
 
 def test_fp32_takes_the_way_of_the_others(emulated: Library) -> None:
-    compare(emulated, TinyModel(elem="float32"), [[(0, 37)], [(0, 1), (1, 60)]], 2)
+    compare(emulated, TinyModel(TILED, "float32"), [[(0, 37)], [(0, 1), (1, 60)]], 2)

@@ -26,10 +26,11 @@ ROOT = Path(__file__).parents[3]
 
 TRAPPED = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from microserve.kernels.cpu.library import is_right
 from tests.support.kernels.amx import compare, trapped_library
-from tests.support.kernels.tiny_step import TinyModel
+from tests.support.kernels.family import TILED, TinyModel
 
 library, trap = trapped_library(Path(sys.argv[1]))
 if not library.supports("amx"):
@@ -40,8 +41,8 @@ products = trap.amx_trap_count()
 assert products > 0, "is_right() met no tile"
 for head_dim, threads, block_size in ((32, 1, 16), (64, 2, 16), (64, 1, 5)):
     steps = [[(0, 37)], [(0, 1), (1, 18)], [(0, 1), (1, 1)]]
-    compare(library, TinyModel(head_dim=head_dim, block_size=block_size), steps, threads)
-compare(library, TinyModel(head_dim=64, max_rows=300), [[(0, 260)], [(0, 1)]], 1)
+    compare(library, TinyModel(replace(TILED, head_dim=head_dim, block_size=block_size)), steps, threads)
+compare(library, TinyModel(replace(TILED, head_dim=64)), [[(0, 260)], [(0, 1)]], 1)
 assert trap.amx_trap_count() > products, "no step met a tile"
 """
 

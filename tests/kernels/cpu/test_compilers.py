@@ -7,9 +7,9 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from microserve.kernels.cpu.build import build, cached_or_compiled
@@ -17,7 +17,8 @@ from microserve.kernels.cpu.compiler import OLDEST_GLIBC, find_compilers, source
 from microserve.kernels.cpu.library import ELEMS, VARIANTS, Library
 from microserve.kernels.cpu.objects import NativeObject, prebuilt
 from microserve.kernels.kernel_cache import CACHE_VARIABLE
-from tests.support.kernels.tiny_step import TinyModel, TinyStep
+from tests.support.kernels.amx import streams
+from tests.support.kernels.family import TILED, TinyModel
 from tests.test_packaging import ROOT
 
 LIMIT_S = 900.0
@@ -82,12 +83,11 @@ def test_zig_s_object_has_the_same_variants_and_the_same_bits(
     usable = [name for name in VARIANTS if mine.supports(name)]
     assert [name for name in VARIANTS if other.supports(name)] == usable
     for elem in ELEMS:
-        model = TinyModel(elem=elem, with_biases=True)
-        steps = [TinyStep(found, name, model, 2, 2) for found in (mine, other) for name in usable]
-        for parts in STEPS:
-            logits = [step.run(parts) for step in steps]
-            assert all(np.array_equal(each, logits[0]) for each in logits)
-        assert len({tuple(step.kv()) for step in steps}) == 1
+        model = TinyModel(replace(TILED, biases="qkvo", head_norms=True), elem)
+        sides = [streams(found, name, model, 2, 2) for found in (mine, other) for name in usable]
+        for rows in STEPS:
+            assert len({side.run(rows).tobytes() for side in sides}) == 1
+        assert len({tuple(side.room.whole_pool()) for side in sides}) == 1
 
 
 RUN = """
@@ -95,10 +95,11 @@ import os, sys
 cores = sorted(os.sched_getaffinity(0))[:1]
 os.sched_setaffinity(0, cores)
 from microserve.kernels.cpu.library import library, choose_variant
-from tests.support.kernels.tiny_step import TinyModel, TinyStep
-step = TinyStep(library(), choose_variant(library()), TinyModel(), 1, 2)
+from tests.support.kernels.family import TILED, TinyModel
+from tests.support.kernels.family_step import Room, Streams
+streams = Streams(Room(TinyModel(TILED), choose_variant(library()), 2, bounds={"max_logits": 130}), 1)
 for rows in (130, 1, 1):
-    step.run([(0, rows)])
+    streams.run([(0, rows)])
 print("ran on", len(os.sched_getaffinity(0)))
 """
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from microserve.kernels.cpu.library import library
 from tests.support.kernels import cpu_class
 from tests.support.kernels.cpu_class import Floats
-from tests.support.kernels.family_step import bytes_of, variants
+from tests.support.kernels.family import bytes_of
+from tests.support.kernels.family_step import variants
 
 SPECIAL = np.array(
     [0.0, -0.0, 1e-45, -1e-40, 2.0**-126, -(2.0**-126), 1.0, -1.0, 2.0**127, -3.4e38], np.float32

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from microserve.kernels.cpu.library import library
 from tests.support.kernels import cpu_class
 from tests.support.kernels.cpu_class import Floats
-from tests.support.kernels.family_step import bytes_of, variants
+from tests.support.kernels.family import bytes_of
+from tests.support.kernels.family_step import variants
 
 FUNCTIONS = {"exp2": cpu_class.exp2, "bf16": cpu_class.round_bf16, "silu": cpu_class.silu}
 SPECIAL = [

@@ -15,19 +15,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.kernels.family_step import (
+from tests.support.kernels.family import (
     BLOCK_SIZE,
     FAMILIES,
     NUM_BLOCKS,
     NUM_LAYERS,
-    Part,
-    Room,
     TinyModel,
     bytes_of,
     class_bytes,
     random_ids,
-    variants,
 )
+from tests.support.kernels.family_step import Part, Room, variants
 
 FASTEST = variants()[-1]
 ELEMS = ("bfloat16", "float32")

@@ -16,16 +16,8 @@ import torch
 
 from microserve.kernels.cpu.library import library
 from microserve.kernels.cpu.step import CpuStep
-from tests.support.kernels.family_step import (
-    BLOCK_SIZE,
-    NUM_BLOCKS,
-    VOCAB,
-    Part,
-    Room,
-    TinyModel,
-    random_ids,
-    variants,
-)
+from tests.support.kernels.family import BLOCK_SIZE, NUM_BLOCKS, VOCAB, TinyModel, random_ids
+from tests.support.kernels.family_step import Part, Room, variants
 
 FASTEST = variants()[-1]
 TABLE = list(range(NUM_BLOCKS))
