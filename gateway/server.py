@@ -34,6 +34,7 @@ from microserve.gateway.keys.reader import KeyReader
 from microserve.gateway.keys.ring import KeyRing
 from microserve.gateway.keys.usage import UsageBook
 from microserve.gateway.metrics import GatewayMetrics
+from microserve.gateway.openai.attributes import Attributes
 from microserve.gateway.openai.defaults import SamplingDefaults
 from microserve.gateway.openai.parse import Shape
 from microserve.gateway.routers.client import RouterClient
@@ -188,6 +189,7 @@ def _make_state(
     settings: Settings, tokenizer: ModelTokenizer, helpers: Helpers, bus: ZmqBus, keys: KeyRing
 ) -> GatewayState:
     gateway = settings.gateway
+    attributes = Attributes.of(gateway.attributes, gateway.private_attributes)
     model = _model_name(settings)
     defaults = SamplingDefaults()
     if gateway.generation_config:
@@ -222,6 +224,7 @@ def _make_state(
         max_choices=gateway.max_streams,
         request_timeout_s=gateway.request_timeout_s,
         shared_prefix_cache=gateway.shared_prefix_cache,
+        attributes=attributes,
     )
 
 

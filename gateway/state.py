@@ -6,7 +6,7 @@ process makes one and closes what is in it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from microserve.gateway.helper.helper import Helpers
 from microserve.gateway.http.errors import Forbidden
@@ -15,6 +15,7 @@ from microserve.gateway.keys.key import ANONYMOUS, ApiKey
 from microserve.gateway.keys.quota import Quotas
 from microserve.gateway.keys.ring import KeyRing
 from microserve.gateway.metrics import GatewayMetrics, Levels
+from microserve.gateway.openai.attributes import Attributes
 from microserve.gateway.openai.defaults import SamplingDefaults
 from microserve.gateway.openai.parse import Shape
 from microserve.gateway.routers.client import RouterClient
@@ -50,6 +51,8 @@ class GatewayState:
     """Choices in flight (``gateway.max_streams``); beyond it requests are refused."""
     request_timeout_s: float
     shared_prefix_cache: bool = False
+    attributes: Attributes = field(default_factory=Attributes)
+    """What strategies may be told of a request."""
     num_choices: int = 0
     """In flight; changed by :meth:`reserve` and :meth:`give_back` only."""
     draining: bool = False

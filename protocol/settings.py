@@ -5,15 +5,15 @@ Classes are given the numbers they need, never ``Settings``. Where values come f
 
 from __future__ import annotations
 
-import math
 import re
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.world import MAX_WORLD_RANKS, fault_of_world
+from microserve.protocol.settings_bounds import fault_of_number
 
 SECRET_FIELDS = ("gateway.api_keys",)
 """Never printed, not even when they are wrong."""
@@ -194,6 +194,12 @@ class GatewaySettings(_Section, frozen=True):
     """Listen off loopback without API keys: everybody who can reach the address may use the mesh."""
     usage_path: str = ""
     """File (SQLite) of what each key has used; empty: in memory, daily budgets begin anew at a restart."""
+    attributes: list[str] = msgspec.field(default_factory=lambda: ["user", "prompt_cache_key"])
+    """What strategies may see of a request beside its prompt, tenant and priority: ``user``,
+    ``prompt_cache_key``, ``safety_identifier``, ``service_tier``, ``metadata`` or ``metadata.KEY``,
+    ``header.NAME``."""
+    private_attributes: list[str] = msgspec.field(default_factory=lambda: ["user", "prompt_cache_key"])
+    """Of these, those whose values stand in no log."""
     shared_prefix_cache: bool = False
     """All keys have one prefix cache: faster, and each can tell whether a prompt was asked before."""
     tls_cert: str = ""
@@ -354,42 +360,3 @@ class Settings(_Section, frozen=True):
             problem = "engine.attention 'flashinfer' does bfloat16 and float16, model.dtype is 'float32'"
         if problem is not None:
             raise ConfigError(problem, field="engine.attention")
-
-
-def fault_of_number(path: str, kind: Any, value: Any) -> ConfigError | None:
-    """What is wrong with ``value`` by the bounds of its field's type; None also for what is no number."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    if isinstance(value, int) and value.bit_length() > 63:  # no message and no clock holds it
-        return ConfigError(f"{path} must be within 64 bits, has {value.bit_length()}", field=path)
-    if not math.isfinite(value):
-        return ConfigError(f"{path} must be a finite number, is {value}", field=path)
-    for bound in (each for each in get_args(kind) if isinstance(each, Meta)):
-        low, high = _whole(bound.ge if bound.gt is None else bound.gt), _whole(bound.le)
-        too_low = low is not None and (value < low or (value == low and bound.gt is not None))
-        if not too_low and (high is None or value <= high):
-            continue
-        if bound.gt is not None:
-            text = f"above {low}" if high is None or too_low else f"at most {high}"
-        else:
-            text = f"{low} or more" if high is None else f"{low} to {high}"
-        return ConfigError(f"{path} must be {text}, is {value}", field=path)
-    return None
-
-
-def bound_in_words(bound: object) -> str:
-    """``above 0``, ``of 0 or more``, ``from 0 to 65535``; empty for what bounds no number."""
-    if not isinstance(bound, Meta):
-        return ""
-    low, high = _whole(bound.ge), _whole(bound.le)
-    if bound.gt is not None:
-        return f"above {_whole(bound.gt)}" + (f" and at most {high}" if high is not None else "")
-    if low is None:
-        return "" if high is None else f"up to {high}"
-    return f"of {low} or more" if high is None else f"from {low} to {high}"
-
-
-def _whole(bound: float | None) -> float | None:
-    """1.0 as 1: ``Meta(le=1)`` equals ``Meta(le=1.0)``, so which of the two a type holds is for ``typing``'s
-    cache to say, by what was imported before."""
-    return int(bound) if bound is not None and bound == int(bound) else bound

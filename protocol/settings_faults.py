@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import msgspec
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import SECRET_FIELDS, Settings, bound_in_words, fault_of_number
+from microserve.protocol.settings import SECRET_FIELDS, Settings
+from microserve.protocol.settings_bounds import bound_in_words, fault_of_number
 
 MAX_SHOWN_CHARS = 60
 _UNITS = {"_s": "seconds", "_mb": "megabytes"}

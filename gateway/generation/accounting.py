@@ -5,7 +5,7 @@ Pure reading: nothing here changes a request.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from microserve.gateway.generation.summary import Summary, write_line
 from microserve.gateway.http.errors import ClientGone
@@ -39,6 +39,7 @@ def account(
     n: int,
     stream: bool,
     failure: MeshError | None,
+    attributes: Mapping[str, str],
 ) -> None:
     """Count a finished request and write its lines; ``times`` are those of a request without choices, ``n``
     the choices of each prompt."""
@@ -67,6 +68,7 @@ def account(
                 stream=stream,
             )
         )
+    told = state.attributes.told(attributes)
     for choice in choices:
         reason = _reason(choice, failure)
         state.metrics.choice_ended(reason, choice.num_output_tokens)
@@ -93,6 +95,7 @@ def account(
                 cached_tokens=0 if ended is None else ended.usage.cached_tokens,
                 received_tokens=0 if ended is None else ended.usage.received_tokens,
                 phases=None if ended is None else ended.phases,
+                attributes=told,
             )
         )
 

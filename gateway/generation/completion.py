@@ -78,6 +78,7 @@ class Completion(Generic[R]):
                 n=self._n,
                 stream=self._stream,
                 failure=failure,
+                attributes=group.attributes,
             )
 
     async def _serve(self) -> None:
@@ -108,7 +109,8 @@ class Completion(Generic[R]):
             group.times.tokenising = monotonic()
             prompts = await self._dialect.prompts(request, state.tokenizer, limits)
         sampling = sampling_of(request, limits, max(map(len, prompts)), state.defaults)
-        group.submit(prompts, sampling, options, ttl_s=ttl_s, strategy=strategy)
+        attributes = state.attributes.read(request, self._exchange)
+        group.submit(prompts, sampling, options, ttl_s=ttl_s, strategy=strategy, attributes=attributes)
         return self._dialect.format(
             unique_id=self._exchange.unique_id,
             created=int(time()),

@@ -6,7 +6,7 @@ Owns the room that they take, their mailboxes and the deadline; knows nothing of
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from time import monotonic
 
@@ -38,6 +38,8 @@ class ChoiceGroup:
         self.times = Timeline(exchange.arrived)
         """What all choices have in common; each has a copy of its own from ``submit`` on."""
         self.choices: list[Choice] = []
+        self.attributes: Mapping[str, str] = {}
+        """What strategies are told of the request."""
         self._state = state
         self._exchange = exchange
         self._num_reserved = 0
@@ -51,6 +53,7 @@ class ChoiceGroup:
         *,
         ttl_s: float,
         strategy: str | None,
+        attributes: Mapping[str, str],
     ) -> None:
         """Send ``options.n`` choices a prompt to one router, where they share its prefix.
 
@@ -59,6 +62,7 @@ class ChoiceGroup:
         ended the inbox meanwhile.
         """
         state, exchange, inbox = self._state, self._exchange, self.inbox
+        self.attributes = attributes
         count = len(prompts) * options.n
         if count > MAX_CHOICES:
             raise InvalidRequest(f"prompts times n must be at most {MAX_CHOICES}", field="n")
@@ -106,6 +110,7 @@ class ChoiceGroup:
                 salt=salt,
                 tenant=exchange.key.name,
                 priority=exchange.key.priority,
+                attributes=attributes,
             )
         state.metrics.submitted(sum(map(len, prompts)))
 

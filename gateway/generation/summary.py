@@ -14,6 +14,7 @@ microseconds and the last one is the remainder, so they add up to ``wall_s`` by 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import structlog
@@ -87,6 +88,8 @@ class Summary:
     phases: Phases | None = None
     path: str = ""
     stream: bool = False
+    attributes: Mapping[str, str | None] = field(default_factory=dict)
+    """What strategies were told; None for what is told to nobody else."""
 
 
 def write_line(summary: Summary) -> None:
@@ -114,6 +117,7 @@ def write_line(summary: Summary) -> None:
         cached_tokens=summary.cached_tokens,
         received_tokens=summary.received_tokens,
         output_tokens=summary.output_tokens,
+        attributes=summary.attributes,
         ttft_s=ttft,
         wall_s=sum(durations.values()) / 1e6,
         **{f"{name}_s": microseconds / 1e6 for name, microseconds in durations.items()},

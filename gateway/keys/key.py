@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.messages.attributes import MAX_PRIORITY
 from microserve.protocol.settings_faults import did_you_mean, printable, wrong_value
 
 PREFIX = "ms-"
@@ -26,7 +27,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PLAIN = "api_keys."
 """Before the place of a key that has no name."""
 MAX_FILE_NBYTES = 8 << 20
-MAX_PRIORITY = 100
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Limit = Annotated[int, Meta(ge=0, le=1 << 53)]

@@ -47,6 +47,7 @@ def only(*values: Any) -> Meta:
 Unsupported = Annotated[Any, only()]
 OnlyFalse = Annotated[Any, only(False)]
 OnlyTrue = Annotated[Any, only(True)]
+Label = Annotated[Any, Meta(description="Changes no token: for strategies where gateway.attributes has it.")]
 Ignored = Annotated[Any, Meta(description="Changes no token: accepted and ignored.")]
 
 
@@ -82,12 +83,12 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=bounds.MAX_STOP_TOKEN_IDS)] | None = None
     cache_salt: Name | None = None
     # Labels and hints: they change no token, so dropping them is honest.
-    user: Ignored = None
-    metadata: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Ignored = None
+    user: Label = None
+    metadata: Label = None
+    safety_identifier: Label = None
+    prompt_cache_key: Label = None
     prompt_cache_retention: Ignored = None
-    service_tier: Ignored = None
+    service_tier: Label = None
     parallel_tool_calls: Ignored = None
     # Known and not supported: refused by name, rather than dropped.
     audio: Unsupported = None

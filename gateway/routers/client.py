@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from microserve.gateway.routers.failover import Moves
@@ -197,9 +197,11 @@ class RouterClient:
         salt: str = "",
         tenant: str = "",
         priority: int = 0,
+        attributes: Mapping[str, str] | None = None,
     ) -> Mailbox:
         """Send one request to ``link``, or to the next router that comes; its output will be in ``inbox``.
-        ``tenant`` is whose it is, ``priority`` how soon it is to go on where tenants must wait.
+        ``tenant`` is whose it is, ``priority`` how soon it is to go on where tenants must wait; strategies
+        see these and ``attributes``.
 
         Raises :class:`QueueFull`."""
 
@@ -224,6 +226,7 @@ class RouterClient:
             salt=salt,
             tenant=tenant,
             priority=priority,
+            attributes=dict(attributes or {}),
         )
         prompt = encode_tokens(tokens)
         if link is None:

@@ -67,6 +67,9 @@ class StrategyVersion(msgspec.Struct, frozen=True, array_like=True):
     """Taken back when more than a tenth of its requests wait longer for their first token; 0: no bound."""
     max_tpot_s: float = 0.0
     """As ``max_ttft_s``, seconds for each output token after the first."""
+    sticky_by: str = ""
+    """Of a canary or shadow: requests that have this attribute are chosen by its value, all of one value
+    alike; empty, and where a request has it not: by their ids."""
 
 
 class ControlEntry(msgspec.Struct, frozen=True, array_like=True):
@@ -191,6 +194,8 @@ class Change(_Message, frozen=True, tag=7):
     """``label`` and ``unlabel``: which; it need not be a member."""
     labels: list[str] = []
     """``label``: instead of those that it announces; empty: it serves every label."""
+    sticky_by: str = ""
+    """``publish`` of a canary or shadow: as in the version that it makes."""
 
 
 class ControlStatus(_Message, frozen=True, tag=8):

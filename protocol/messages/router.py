@@ -46,6 +46,8 @@ class Generate(_Message, frozen=True, tag=2):
     """Of the model that made this output; empty: not said. Another one does not go on with it."""
     numerics: Numerics = UNKNOWN
     """In which class this output was made."""
+    attributes: dict[str, str] = {}
+    """By name (attributes.py): whatever the gateway lets strategies know of who asks."""
 
 
 class Cancel(_Message, frozen=True, tag=3):

@@ -88,6 +88,7 @@ class ControlClient:
         max_tpot_s: float = 0.0,
         engine: str = "",
         labels: Sequence[str] = (),
+        sticky_by: str = "",
     ) -> int:
         """The version of the change, once it is logged. Raises the :class:`MeshError` that the index says,
         and :class:`DeadlineExceeded` when it says nothing: then the history tells whether it was logged."""
@@ -110,6 +111,7 @@ class ControlClient:
                 max_tpot_s=max_tpot_s,
                 engine=engine,
                 labels=list(labels),
+                sticky_by=sticky_by,
             ),
         )
         return reply.version

@@ -88,6 +88,12 @@ def strategy() -> None:
     "--max-ttft", "max_ttft_s", type=BOUND, default=0.0, help="Taken back beyond it (seconds, p90)."
 )
 @click.option("--max-tpot", "max_tpot_s", type=BOUND, default=0.0, help="Likewise, for an output token.")
+@click.option(
+    "--sticky-by",
+    metavar="ATTRIBUTE",
+    default="",
+    help="Canary or shadow: all requests of one user, tenant, ... alike (gateway.attributes).",
+)
 @click.option("--no-dry-run", is_flag=True, help="Without serving in the simulation first.")
 @change_flags
 def publish(
@@ -98,6 +104,7 @@ def publish(
     shadow: bool,
     max_ttft_s: float,
     max_tpot_s: float,
+    sticky_by: str,
     no_dry_run: bool,
     config: str | None,
     index: str | None,
@@ -127,6 +134,7 @@ def publish(
             shadow=shadow,
             max_ttft_s=max_ttft_s,
             max_tpot_s=max_tpot_s,
+            sticky_by=sticky_by,
             reason=reason,
         )
 
@@ -296,6 +304,7 @@ def _version_line(kind: str, version: StrategyVersion, share: float) -> str:
     values = " ".join(f"{key}={value}" for key, value in version.parameters.items())
     for bound, bound_s in (("TTFT", version.max_ttft_s), ("TPOT", version.max_tpot_s)):
         values += f"  {bound} <= {bound_s:g} s" if bound_s else ""
+    values += f"  sticky by {version.sticky_by}" if version.sticky_by else ""
     digest = version.digest[:12] or "(own)"
     return f"{kind:<7}{version.version:>6}  {share:>5.0%}  {digest:<12}  {values}".rstrip()
 

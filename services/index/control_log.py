@@ -45,6 +45,7 @@ _ADDED = {
     "max_tpot_s": "REAL NOT NULL DEFAULT 0",
     "engine": "TEXT NOT NULL DEFAULT ''",
     "labels": "TEXT NOT NULL DEFAULT '[]'",
+    "sticky_by": "TEXT NOT NULL DEFAULT ''",
 }
 """Columns that came later: a log from before gets them when it is opened."""
 _PARAMETERS = msgspec.json.Decoder(dict[str, Scalar])
@@ -85,7 +86,7 @@ class ControlLog:
     def _replay(self) -> None:
         columns = (
             "version, change_id, kind, strategy, source, parameters, share, rolled_back, shadow, reason, "
-            "max_ttft_s, max_tpot_s, engine, labels"
+            "max_ttft_s, max_tpot_s, engine, labels, sticky_by"
         )
         for version, *row in self._database.execute(f"SELECT {columns} FROM changes ORDER BY version"):
             row[4], row[7], row[12] = _PARAMETERS.decode(row[4]), bool(row[7]), _LABELS.decode(row[12])
@@ -125,6 +126,7 @@ class ControlLog:
                 "max_tpot_s": change.max_tpot_s,
                 "engine": change.engine,
                 "labels": msgspec.json.encode(change.labels).decode(),
+                "sticky_by": change.sticky_by,
             }
             places = ",".join("?" * len(row))
             self._database.execute(

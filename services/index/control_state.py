@@ -16,6 +16,7 @@ from types import MappingProxyType
 import msgspec
 
 from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.messages.attributes import MAX_NAME_CHARS as MAX_ATTRIBUTE_NAME_CHARS
 from microserve.protocol.messages.control import (
     KINDS,
     LABEL,
@@ -195,6 +196,10 @@ def _check(change: Change) -> None:
     if not 0.0 < change.share <= 1.0 or (change.share < 1.0 and change.kind != PUBLISH):
         raise InvalidRequest(f"a share is above 0 and at most 1, with publish only; it is {change.share}",
                              field="share")  # fmt: skip
+    if change.sticky_by and not (change.kind == PUBLISH and (change.shadow or change.share < 1.0)):
+        raise InvalidRequest("only a canary or a shadow is sticky", field="sticky_by")
+    if len(change.sticky_by) > MAX_ATTRIBUTE_NAME_CHARS:
+        raise InvalidRequest(f"at most {MAX_ATTRIBUTE_NAME_CHARS} characters", field="sticky_by")
     if change.kind == SET and not change.parameters:
         raise InvalidRequest("nothing to set", field="parameters")
     if change.kind not in (PUBLISH, SET) and change.parameters:
@@ -240,6 +245,7 @@ def _publish(rollout: Rollout, change: Change, version: int) -> Rollout:
         change.parameters,
         change.max_ttft_s,
         change.max_tpot_s,
+        change.sticky_by,
     )
     if change.shadow:
         return replace(rollout, shadow=made, shadow_share=change.share)

@@ -57,6 +57,7 @@ class Answer:
     salt: str = ""
     tenant: str = ""
     priority: int = 0
+    attributes: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
@@ -143,6 +144,7 @@ class SimGateway:
                 salt=answer.salt,
                 tenant=answer.tenant,
                 priority=answer.priority,
+                attributes=answer.attributes,
             )
         except MeshError as error:
             self.end(answer, error.code, error.detail)

@@ -5,13 +5,15 @@ Immutable, and the only place where bounds of half-open prompt intervals are res
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from microserve.protocol.bus.codec import decode_tokens, encode_tokens
 from microserve.protocol.messages.interval import bound
 from microserve.protocol.messages.sampling import SamplingParams
 
+NO_ATTRIBUTES: Mapping[str, str] = MappingProxyType({})
 READS_ONLY = ("Request.",)
 """Where a strategy that hangs may be broken off (../oversight/cut.py)."""
 
@@ -32,6 +34,9 @@ class Request:
     """Prefix cache namespace."""
     num_output_tokens: int = 0
     """The last so many of ``tokens`` are output, delivered before an engine or a router failed."""
+    attributes: Mapping[str, str] = field(default_factory=lambda: NO_ATTRIBUTES)
+    """What the gateway tells of who asks: ``tenant`` and ``priority``, and what its operator lets through
+    (``gateway.attributes``). Read only."""
     token_frame: bytes = field(default=b"", repr=False)
     """The prompt as it travels (raw little-endian u32), made from ``tokens`` if not given."""
 
@@ -50,6 +55,7 @@ class Request:
         block_size: int,
         salt: str = "",
         num_output_tokens: int = 0,
+        attributes: Mapping[str, str] = NO_ATTRIBUTES,
     ) -> Request:
         """Read the prompt from its wire form. Raises ``ProtocolViolation`` if the frame is cut."""
         tokens = decode_tokens(token_frame)
@@ -61,6 +67,7 @@ class Request:
             block_size,
             salt,
             num_output_tokens,
+            attributes,
             token_frame=token_frame,
         )
 
@@ -68,26 +75,14 @@ class Request:
         """The request as it was before it had any output."""
         if not self.num_output_tokens:
             return self
-        return Request(
-            self.request_id,
-            self.tokens[: self.num_tokens - self.num_output_tokens],
-            self.sampling,
-            self.deadline,
-            self.block_size,
-            self.salt,
-        )
+        tokens = self.tokens[: self.num_tokens - self.num_output_tokens]
+        return replace(self, tokens=tokens, num_output_tokens=0, token_frame=b"")
 
     def continued(self, delivered: Sequence[int]) -> Request:
         """The same request after ``delivered`` output tokens: they count as known tokens from now on."""
-        return Request(
-            self.request_id,
-            [*self.tokens, *delivered],
-            self.sampling,
-            self.deadline,
-            self.block_size,
-            self.salt,
-            self.num_output_tokens + len(delivered),
-        )
+        num_output_tokens = self.num_output_tokens + len(delivered)
+        tokens = [*self.tokens, *delivered]
+        return replace(self, tokens=tokens, num_output_tokens=num_output_tokens, token_frame=b"")
 
     @property
     def num_tokens(self) -> int:

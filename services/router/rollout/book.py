@@ -1,7 +1,7 @@
 """The strategies that a router knows by name: those it came with, and what the control topic put before them.
 
-Plain state: which version serves a request is decided by the request's id alone. Loads and runs nothing
-(control.py does).
+Plain state: which version serves a request is decided by the request's id, or one of its attributes, alone.
+Loads and runs nothing (control.py does).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from microserve.protocol.errors import ConfigError, StrategyNotFound
 from microserve.protocol.messages.control import StrategyServed
 from microserve.protocol.settings_faults import did_you_mean
 from microserve.services.router.authoring.definition import Strategy
+from microserve.services.router.request.request import NO_ATTRIBUTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,23 +30,30 @@ class Published:
     shadow: Strategy | None = None
     """Decides, serves nothing (shadow.py)."""
     shadow_share: float = 0.0
+    sticky_by: str = ""
+    """Attribute whose values the canary serves or does not; empty: requests, one by one."""
+    shadow_sticky_by: str = ""
 
-    def choose(self, request_id: str) -> Strategy:
-        """By the request's id alone: the same on every router, and a larger share only adds requests."""
+    def choose(self, request_id: str, attributes: Mapping[str, str] = NO_ATTRIBUTES) -> Strategy:
+        """By the request's id alone, or by the value of an attribute: the same on every router, and a larger
+        share only adds requests."""
         if self.canary is None:
             return self.stable
-        return self.canary if _lot(self.stable.name, request_id) < self.share else self.stable
+        lot = _lot(self.stable.name, request_id, attributes.get(self.sticky_by))
+        return self.canary if lot < self.share else self.stable
 
-    def choose_shadow(self, request_id: str) -> Strategy | None:
+    def choose_shadow(
+        self, request_id: str, attributes: Mapping[str, str] = NO_ATTRIBUTES
+    ) -> Strategy | None:
         """As :meth:`choose`, by lots of its own."""
-        if self.shadow is None or _lot(f"shadow {self.stable.name}", request_id) >= self.shadow_share:
-            return None
-        return self.shadow
+        lot = _lot(f"shadow {self.stable.name}", request_id, attributes.get(self.shadow_sticky_by))
+        return self.shadow if lot < self.shadow_share else None
 
 
-def _lot(name: str, request_id: str) -> float:
-    """In [0, 1), even, and always the same for the same request."""
-    digest = hashlib.blake2b(f"{name} {request_id}".encode(), digest_size=8).digest()
+def _lot(name: str, request_id: str, value: str | None) -> float:
+    """In [0, 1), even, and always the same for the same value; where there is none, for the same request."""
+    drawn = f"value {value}" if value else request_id
+    digest = hashlib.blake2b(f"{name} {drawn}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 
 
@@ -80,10 +88,10 @@ class StrategyBook:
         """The strategy that the router came with."""
         return self._strategies.get(name)
 
-    def get(self, name: str, request_id: str = "") -> Strategy:
-        """For one request, whose id decides on canaries. Raises :class:`StrategyNotFound`."""
+    def get(self, name: str, request_id: str = "", attributes: Mapping[str, str] = NO_ATTRIBUTES) -> Strategy:
+        """For one request, whose id or attributes decide on canaries. Raises :class:`StrategyNotFound`."""
         published = self.published.get(name)
-        found = self._strategies.get(name) if published is None else published.choose(request_id)
+        found = self._strategies.get(name) if published is None else published.choose(request_id, attributes)
         if found is None:
             known = ", ".join(self.names)
             raise StrategyNotFound(f"no strategy {name!r} (there are: {known})", field="strategy")
@@ -93,10 +101,12 @@ class StrategyBook:
         """What serves instead of a strategy that was got before, if that has been suspended since."""
         return self._suspended.get((found.name, found.version), found)
 
-    def shadow(self, name: str, request_id: str) -> Strategy | None:
+    def shadow(
+        self, name: str, request_id: str, attributes: Mapping[str, str] = NO_ATTRIBUTES
+    ) -> Strategy | None:
         """The version that decides about this request beside the one that serves it, if there is one."""
         published = self.published.get(name)
-        found = published.choose_shadow(request_id) if published is not None else None
+        found = published.choose_shadow(request_id, attributes) if published is not None else None
         return None if found is None or (name, found.version) in self._suspended else found
 
     def serves(self) -> list[StrategyServed]:

@@ -202,6 +202,8 @@ class StrategyControl:
             entry.share if canary is not None else 0.0,
             shadow,
             entry.shadow_share if shadow is not None else 0.0,
+            entry.canary.sticky_by if entry.canary is not None else "",
+            entry.shadow.sticky_by if entry.shadow is not None else "",
         )
 
     def _own(self, name: str) -> Strategy:

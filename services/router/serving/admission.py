@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from microserve.protocol.errors import (
@@ -19,6 +20,7 @@ from microserve.protocol.errors import (
     ProtocolViolation,
     QueueFull,
 )
+from microserve.protocol.messages.attributes import PRIORITY, TENANT, fault_of_attributes
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.settings import RouterSettings
 from microserve.services.router.authoring.definition import Strategy
@@ -89,7 +91,8 @@ class Admission:
         if num_live >= self._settings.max_requests:
             raise QueueFull(f"{num_live} requests are live already", retry_after_s=RETRY_AFTER_S)
         self._turnstile.check(message.tenant, num_live)
-        strategy = self._strategies.get(self.strategy_name(message), message.request_id)
+        name, attributes = self.strategy_name(message), _attributes(message)
+        strategy = self._strategies.get(name, message.request_id, attributes)
         served = self._registry.served
         if served is None or not self._registry.usable():
             raise NoEngines("no engine is alive", retry_after_s=RETRY_AFTER_S)
@@ -97,6 +100,8 @@ class Admission:
         if message.model not in ("", served.model):
             raise ModelNotFound(f"no model {message.model!r} here, only {served.model!r}", field="model")
         message.sampling.validate(served.vocab_size)
+        if fault := fault_of_attributes(message.attributes):
+            raise InvalidRequest(fault, field="attributes")
         deadline = self._loop.time() + min(message.ttl_s, self._settings.deadline_s)
         try:
             request = Request.from_frame(
@@ -107,6 +112,7 @@ class Admission:
                 block_size=served.block_size,
                 salt=message.salt,
                 num_output_tokens=message.num_output_tokens,
+                attributes=attributes,
             )
         except ProtocolViolation as error:
             raise InvalidRequest(error.detail, field="tokens") from None
@@ -115,7 +121,7 @@ class Admission:
         if request.num_output_tokens:  # it runs already, elsewhere: too late to refuse it
             return Admitted(strategy, request, request.num_tokens, prompt)
         num_uncached = self._check_time(request, prompt, self._turnstile.tokens_ahead(message.tenant))
-        shadow = self._strategies.shadow(self.strategy_name(message), message.request_id)
+        shadow = self._strategies.shadow(name, message.request_id, attributes)
         return Admitted(strategy, request, num_uncached, prompt, shadow)
 
     def _check_tokens(self, request: Request, vocab_size: int) -> None:
@@ -175,6 +181,12 @@ class Admission:
         chosen = [c for c in self._registry.usable() if _computes_prompts(c)] or self._registry.usable()
         share = (self._book.unplaced_tokens + tokens_ahead) / len(chosen)
         return {c.engine_id: engine_view(c, self._book, now, unplaced_tokens=share) for c in chosen}
+
+
+def _attributes(message: Generate) -> Mapping[str, str]:
+    """With those that have fields of their own."""
+    own = {TENANT: message.tenant, PRIORITY: str(message.priority)}
+    return MappingProxyType({**message.attributes, **own})
 
 
 def _computes_prompts(connection: Connection) -> bool:

@@ -222,6 +222,8 @@ def _submit(
     params = SamplingParams(max_tokens=request.num_steps(point.scale), temperature=0.0, ignore_eos=True)
     answer = Answer(f"r{number}", request.prompt(point.scale), params, mesh.loop.now)
     answer.strategy = point.strategy
+    answer.tenant, answer.priority = request.tenant, request.priority
+    answer.attributes = dict(request.attributes)
     answers.append(answer)
     mesh.seats[GATEWAY].service.submit(answer, mesh.address(ROUTER), ttl_s=ttl_s)
 

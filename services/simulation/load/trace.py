@@ -2,8 +2,9 @@
 
 Reads the format of Mooncake's traces (kvcache-ai/Mooncake, FAST'25): JSON lines, gzip or plain, with
 ``timestamp`` (ms), ``input_length``, ``output_length`` and ``hash_ids``, one for each 512 tokens of the
-input, equal where everything up to there is equal. Makes token ids of them that share prefixes in the same
-places. Knows no mesh.
+input, equal where everything up to there is equal. Of our own are ``tenant``, ``priority`` and ``attributes``
+(``{"user": "a"}``), which strategies see as those of a gateway's request. Makes token ids of them that share
+prefixes in the same places. Knows no mesh.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Annotated
 import msgspec
 
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.messages.attributes import MAX_NAME_CHARS, MAX_PRIORITY, fault_of_attributes
 
 HASH_TOKENS = 512
 """Tokens that one of a trace's hash ids names."""
@@ -35,6 +37,9 @@ class Line(msgspec.Struct, frozen=True):
     input_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
     output_length: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)]
     hash_ids: list[Annotated[int, msgspec.Meta(ge=0, lt=MAX_HASH_ID)]]
+    tenant: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""
+    priority: Annotated[int, msgspec.Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    attributes: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class TraceRequest:
     num_prompt_tokens: int
     num_output_tokens: int
     hash_ids: tuple[int, ...]
+    tenant: str = ""
+    priority: int = 0
+    attributes: tuple[tuple[str, str], ...] = ()
+    """Names and values, as a gateway would tell them."""
 
     @property
     def num_tokens(self) -> int:
@@ -102,8 +111,18 @@ def _parsed(path: str, lines: Iterator[bytes]) -> Iterator[TraceRequest]:
             raise ConfigError(
                 f"{path}, line {number}: timestamp {line.timestamp:g} is before the last", field="trace"
             )
+        if fault := fault_of_attributes(line.attributes):
+            raise ConfigError(f"{path}, line {number}: attributes: {fault}", field="trace")
         before = line.timestamp
-        yield TraceRequest(line.timestamp / 1000, line.input_length, line.output_length, tuple(line.hash_ids))
+        yield TraceRequest(
+            line.timestamp / 1000,
+            line.input_length,
+            line.output_length,
+            tuple(line.hash_ids),
+            line.tenant,
+            line.priority,
+            tuple(line.attributes.items()),
+        )
 
 
 def arrivals(requests: Sequence[TraceRequest], load: float, seed: int) -> list[float]:

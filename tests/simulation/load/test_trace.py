@@ -57,6 +57,8 @@ def test_plain_and_compressed_read_alike(write: Write) -> None:
         (b'{"timestamp": 1, "input_length": 1}', "line 1: .*missing required field `output_length`"),
         (GOOD.replace(b"[0, 7]", b"[0]"), "line 1: 1 hash_ids, an input_length of 700 has 2 blocks"),
         (GOOD + GOOD.replace(b"3000", b"2"), "line 2: timestamp 2 is before the last"),
+        (GOOD.replace(b"}", b', "attributes": {"tenant": "t"}}'), "line 1: attributes: tenant has a field"),
+        (GOOD.replace(b"}", b', "priority": 101}'), r"line 1: .*<= 100.*priority"),
         (b"\xff\xfe", "line 1: "),
         (b"", "has no such requests"),
         (gzip.compress(GOOD, mtime=0)[:30], "cannot read"),
@@ -111,3 +113,10 @@ def test_arrivals_come_in_order_and_at_the_load(ticks: list[int], load: float, s
     assert times == sorted(times) == arrivals(requests, load, seed)
     assert len(times) == len(ticks)
     assert times[0] >= 0.0 and times[-1] <= len(ticks) / load * (1 + 1e-9)
+
+
+def test_a_line_may_say_who_asks(write: Write) -> None:
+    said = b', "tenant": "t", "priority": -2, "attributes": {"user": "u", "header.x-tier": "gold"}}'
+    [request] = read_trace(write(GOOD.replace(b"}", said)))
+    assert (request.tenant, request.priority) == ("t", -2)
+    assert dict(request.attributes) == {"user": "u", "header.x-tier": "gold"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,6 +107,9 @@ class GatewayPeer:
         output: Sequence[int] = (),
         revision: str = "",
         numerics: Numerics = UNKNOWN,
+        tenant: str = "",
+        priority: int = 0,
+        attributes: Mapping[str, str] | None = None,
         **sampling: Any,
     ) -> Answer:
         """``output``: what another router has delivered before, of the model ``revision`` in the class
@@ -123,6 +126,9 @@ class GatewayPeer:
             strategy,
             salt,
             num_output_tokens=len(output),
+            tenant=tenant,
+            priority=priority,
+            attributes=dict(attributes or {}),
             revision=revision,
             numerics=numerics,
         )

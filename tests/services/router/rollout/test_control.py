@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 import structlog
 from hypothesis import given, settings
@@ -219,6 +220,26 @@ def test_a_canary_gets_its_share_by_the_requests_id_alone() -> None:
     more = {request_id for request_id in ids if other.get("mine", request_id).version == 3}
     assert chosen < more, "a larger share only adds requests, on every router"
     assert 2800 <= len(more) <= 3200
+
+
+def test_a_sticky_canary_has_all_requests_of_one_user_or_none() -> None:
+    book, control, _ = make()
+    sticky = msgspec.structs.replace(version(2), sticky_by="user")
+    control.apply(state(2, ControlEntry("mine", version(1), sticky, 0.3, sticky, 0.3)))
+
+    def served(request_id: str, **attributes: str) -> tuple[int, bool]:
+        return book.get("mine", request_id, attributes).version, (
+            book.shadow("mine", request_id, attributes) is not None
+        )
+
+    users = [f"user-{number}" for number in range(2_000)]
+    by_user = {user: {served(f"{user}-{number}", user=user) for number in range(5)} for user in users}
+    assert all(len(seen) == 1 for seen in by_user.values())
+    of_each = [next(iter(seen)) for seen in by_user.values()]
+    for chosen in ([number == 2 for number, _ in of_each], [shadowed for _, shadowed in of_each]):
+        assert 0.26 <= sum(chosen) / len(users) <= 0.34
+    without = [served(f"request-{number}", tenant="t", user="") for number in range(2_000)]
+    assert 0.26 <= sum(number == 2 for number, _ in without) / len(without) <= 0.34
 
 
 def test_a_share_of_all_is_all() -> None:
