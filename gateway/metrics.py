@@ -7,7 +7,7 @@ milliseconds. No label is ever a request, a user or a prompt.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -124,15 +124,19 @@ class GatewayMetrics:
         """``phase``: ``queued``, ``prefill`` or ``decode``."""
         self._disconnects.labels(phase).inc()
 
-    def text(self, levels: Callable[[], Levels], *, vllm_names: bool = False) -> bytes:
-        """Prometheus text format; at most a second old. ``levels`` is asked when it is made anew."""
+    def families(self, seen: Levels) -> list[Metric]:
+        """Of this process."""
+        return [*self._registry.collect(), *_level_families(self._model, seen), *_key_families(seen)]
+
+    async def text(
+        self, collect: Callable[[], Awaitable[Iterable[Metric]]], *, vllm_names: bool = False
+    ) -> bytes:
+        """Prometheus text format; at most a second old. ``collect`` is asked when it is made anew."""
         now = self._clock()
         cached = self._text.get(vllm_names)
         if cached is not None and now - cached[0] < CACHE_S:
             return cached[1]
-        seen = levels()
-        families = [*self._registry.collect(), *_level_families(self._model, seen), *_key_families(seen)]
-        text = generate_latest(_Exposed(families, VLLM_NAMES if vllm_names else {}))
+        text = generate_latest(_Exposed(await collect(), VLLM_NAMES if vllm_names else {}))
         self._text[vllm_names] = (now, text)
         return text
 

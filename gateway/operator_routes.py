@@ -42,7 +42,7 @@ async def openapi(state: GatewayState, exchange: Exchange) -> None:
 
 
 async def metrics(state: GatewayState, exchange: Exchange) -> None:
-    text = state.metrics.text(state.levels, vllm_names=b"names=vllm" in exchange.query.split(b"&"))
+    text = await state.metrics.text(state.families, vllm_names=b"names=vllm" in exchange.query.split(b"&"))
     await exchange.reply(200, text, kind=CONTENT_TYPE.encode())
 
 

@@ -38,8 +38,10 @@ from microserve.gateway.openai.attributes import Attributes
 from microserve.gateway.openai.defaults import SamplingDefaults
 from microserve.gateway.openai.parse import Shape
 from microserve.gateway.routers.client import RouterClient
+from microserve.gateway.siblings import Siblings
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.gateway.worker import share
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining
@@ -78,9 +80,15 @@ def _server_log() -> Iterator[None]:
 
 
 async def run_gateway(
-    settings: Settings, bus: ZmqBus, lifecycle: Lifecycle, *, drain_s: float = DRAIN_S
+    settings: Settings,
+    bus: ZmqBus,
+    lifecycle: Lifecycle,
+    *,
+    drain_s: float = DRAIN_S,
+    worker: int | None = None,
 ) -> None:
-    """Serve until cancelled, then drain.
+    """Serve until cancelled, then drain. ``worker``: which of ``gateway.workers`` processes that share the
+    port this is; None: it has the port for itself.
 
     Raises :class:`ConfigError` when the model or the address cannot be used.
     """
@@ -89,7 +97,7 @@ async def run_gateway(
         stack.push_async_callback(helpers.close)
         tokenizer = ModelTokenizer.load(settings.model.path, renderer=helpers.render)
         stack.callback(tokenizer.close)
-        await _serve(settings, tokenizer, helpers, bus, lifecycle, drain_s)
+        await _serve(settings, tokenizer, helpers, bus, lifecycle, drain_s, worker)
 
 
 def _make_helpers(settings: Settings) -> Helpers:
@@ -116,6 +124,7 @@ async def _serve(
     bus: ZmqBus,
     lifecycle: Lifecycle,
     drain_s: float,
+    worker: int | None,
 ) -> None:
     gateway = settings.gateway
     async with AsyncExitStack() as stack:
@@ -123,10 +132,21 @@ async def _serve(
         reader = KeyReader(gateway.api_keys_file) if gateway.api_keys_file else None
         keys = KeyRing([*plain, *reader.read()] if reader else plain or None)
         listener = stack.enter_context(
-            bind(gateway.host, gateway.port, may_be_exposed=gateway.allow_no_keys or not keys.is_open)
+            bind(
+                gateway.host,
+                gateway.port,
+                may_be_exposed=gateway.allow_no_keys or not keys.is_open,
+                is_shared=worker is not None,
+            )
         )
         certificate = Certificate(gateway.tls_cert, gateway.tls_key) if gateway.tls_cert else None
         state = _make_state(settings, tokenizer, helpers, bus, keys)
+        if worker is not None:
+            siblings = state.siblings = Siblings(
+                address_of(listener), worker, gateway.workers, state.own_families
+            )
+            await siblings.start()
+            stack.push_async_callback(siblings.close)
         stack.push_async_callback(state.routers.close)
         stack.enter_context(_server_log())
         if gateway.usage_path:
@@ -146,7 +166,8 @@ async def _serve(
         serving = asyncio.create_task(server.serve([listener]), name="http server")
         try:
             lifecycle.set_health(lambda: not beating.done())
-            lifecycle.ready(address_of(listener, scheme="https" if certificate else "http"))
+            about = f"one of {gateway.workers} workers" if worker is not None else ""
+            lifecycle.ready(address_of(listener, scheme="https" if certificate else "http"), about=about)
             done, _ = await asyncio.wait([serving, beating], return_when=asyncio.FIRST_COMPLETED)
             if beating in done:
                 beating.result()  # without a heartbeat every router would give us up: better end
@@ -216,7 +237,7 @@ def _make_state(
         routers=routers,
         keys=keys,
         quotas=Quotas(UsageBook(), clock=time.monotonic, wall_clock=time.time),
-        bodies=BodyBudget(max_body_nbytes, MAX_BODIES * max_body_nbytes),
+        bodies=BodyBudget(max_body_nbytes, share(MAX_BODIES, gateway.workers) * max_body_nbytes),
         defaults=defaults,
         shape=Shape(gateway.max_body_values, gateway.max_body_depth),
         metrics=GatewayMetrics(model, time.monotonic),

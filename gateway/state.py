@@ -6,7 +6,10 @@ process makes one and closes what is in it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from prometheus_client.core import Metric
 
 from microserve.gateway.helper.helper import Helpers
 from microserve.gateway.http.errors import Forbidden
@@ -19,6 +22,7 @@ from microserve.gateway.openai.attributes import Attributes
 from microserve.gateway.openai.defaults import SamplingDefaults
 from microserve.gateway.openai.parse import Shape
 from microserve.gateway.routers.client import RouterClient
+from microserve.gateway.siblings import Siblings
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining, MeshError, ModelNotFound, QueueFull
@@ -55,6 +59,8 @@ class GatewayState:
     """What strategies may be told of a request."""
     num_choices: int = 0
     """In flight; changed by :meth:`reserve` and :meth:`give_back` only."""
+    siblings: Siblings | None = None
+    """Of a gateway of several workers."""
     draining: bool = False
     """Set by :meth:`drain`, for good."""
 
@@ -106,6 +112,15 @@ class GatewayState:
         self.bodies.end(error)
         self.helpers.end(error)
         self.routers.fail_all(error)
+
+    async def families(self) -> Iterable[Metric]:
+        """What is measured here, and by the other workers of this gateway."""
+        if self.siblings is not None:
+            return await self.siblings.families()
+        return self.own_families()
+
+    def own_families(self) -> Iterable[Metric]:
+        return self.metrics.families(self.levels())
 
     def levels(self) -> Levels:
         lines = current()

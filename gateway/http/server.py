@@ -204,8 +204,9 @@ class HttpServer(uvicorn.Server):
             each.transport.close()
 
 
-def bind(host: str, port: int, *, may_be_exposed: bool = True) -> socket.socket:
-    """A listening socket with bounded buffers.
+def bind(host: str, port: int, *, may_be_exposed: bool = True, is_shared: bool = False) -> socket.socket:
+    """A listening socket with bounded buffers. ``is_shared``: other processes of this user listen at the
+    same port, and the kernel deals connections out to all of them.
 
     Raises :class:`ConfigError` if the address cannot be had, or is open to other machines and must not be."""
     try:
@@ -224,6 +225,8 @@ def bind(host: str, port: int, *, may_be_exposed: bool = True) -> socket.socket:
         )
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         # Accepted connections inherit these.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_NBYTES)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 a flag or a setting is wrong.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import shutil
@@ -33,6 +34,7 @@ from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.protocol.process.run import Serve
+    from microserve.protocol.settings import Settings
 
 
 class _Commands(click.Group):
@@ -62,8 +64,15 @@ def main() -> None:
 # --- one service in this process -------------------------------------------------------------------
 
 
-def _run(service: str, flags: Flags, load: Callable[[], Serve], *, joins_mesh: bool = False) -> None:
-    settings = flags.load_beside_mesh() if joins_mesh else flags.load()
+def _run(
+    service: str,
+    flags: Flags,
+    load: Callable[[], Serve],
+    *,
+    joins_mesh: bool = False,
+    settings: Settings | None = None,
+) -> None:
+    settings = settings or (flags.load_beside_mesh() if joins_mesh else flags.load())
     from microserve.protocol.process.run import run_service
 
     code = run_service(service, settings, load, reload=flags.load)
@@ -148,19 +157,20 @@ def router(config: str | None, assignments: tuple[str, ...], strategy: str | Non
 @main.command()
 @click.option("--host", help="Address to listen on (gateway.host).")
 @click.option("--port", type=int, help="Port to listen on (gateway.port).")
+@click.option("--workers", type=int, help="Processes that share the port (gateway.workers).")
+@click.option("--worker", type=int, hidden=True, help="Be that one of them.")
 @settings_flags
-def gateway(config: str | None, assignments: tuple[str, ...], host: str | None, port: int | None) -> None:
+def gateway(
+    config: str | None, assignments: tuple[str, ...], worker: int | None, **given: str | int | None
+) -> None:
     """Run a gateway: the OpenAI API over HTTP."""
+    from microserve.services.command.gateway import load, settings_of
+
     flags = Flags(config, assignments)
-    flags.set("gateway.host", host)
-    flags.set("gateway.port", port)
-
-    def load() -> Serve:
-        from microserve.gateway.server import run_gateway
-
-        return run_gateway
-
-    _run("gateway", flags, load)
+    for name, value in given.items():
+        flags.set(f"gateway.{name}", value)
+    settings = settings_of(flags, worker)
+    _run("gateway", flags, functools.partial(load, flags, settings, worker), settings=settings)
 
 
 # --- a running mesh ----------------------------------------------------------------------------------

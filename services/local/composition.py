@@ -52,6 +52,11 @@ def service_command(service: str) -> list[str]:
     return [sys.executable, "-P", "-m", "microserve.services", service]
 
 
+def worker_flag(number: int) -> list[str]:
+    """What tells a gateway's process which of ``gateway.workers`` it is."""
+    return ["--worker", str(number)]
+
+
 def compose(
     settings: Settings, flags: Sequence[str], logs: Path, control: Path, keys: str = ""
 ) -> Composition:
@@ -115,6 +120,14 @@ def compose(
     usage = assignment("gateway.usage_path", str(control.with_name(USAGE)))
     if settings.gateway.usage_path:
         usage = []
+    num_workers = settings.gateway.workers
+    gateways = [child("gateway", "gateway", GATEWAY_STOPS, *usage)]
+    if num_workers > 1:
+        own = [*usage, *assignment("gateway.id", settings.gateway.id or "g0")]
+        gateways = [
+            child("gateway", f"gateway-{number}", GATEWAY_STOPS, *own, *worker_flag(number))
+            for number in range(num_workers)
+        ]
     router_own = assignment("router.id", settings.router.id or "r0")
     if not settings.router.trace_path:
         router_own += assignment("router.trace_path", str(control.with_name("router.trace")))
@@ -123,7 +136,7 @@ def compose(
         child("index", "index", INDEX_STOPS, *control_log),
         child("router", "router", ROUTER_STOPS, *router_own),
         *engines,
-        child("gateway", "gateway", GATEWAY_STOPS, *usage),
+        *gateways,
     ]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.gateway.host, settings.gateway.host)
     model = settings.model.name or Path(settings.model.path).name

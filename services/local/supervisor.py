@@ -64,8 +64,9 @@ class Child:
     argv: Sequence[str]
     log: Path
     """Events, which it writes itself."""
-    output: Path
-    """Its stdout and stderr, appended: what is said by who cannot write events (yet, or any more)."""
+    output: Path | None
+    """Its stdout and stderr, appended: what is said by who cannot write events (yet, or any more). None: they
+    go where ours do."""
     stop_order: int = 0
     """Lower stops first; equals stop together."""
     stop_timeout_s: float = 10.0
@@ -78,6 +79,8 @@ class Child:
     about: str = ""
     """What it says of itself beside its address."""
     restarts: int = 0
+    exit_code: int | None = None
+    """Of its last life (-N: signal N); None: it has not ended yet."""
     detail: str = ""
     """The last error that it logged."""
     exited: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
@@ -219,7 +222,7 @@ class Supervisor:
         """One life of the child, from spawn to its reaped exit; returns the exit code (-N: signal N).
 
         Raises ``OSError`` when it cannot be started."""
-        offsets = [(path, _size(path)) for path in (child.log, child.output)]
+        offsets = [(path, _size(path)) for path in (child.log, child.output) if path is not None]
         child.became_ready.clear()
         child.exited.clear()
         process = self._spawn(child)
@@ -235,7 +238,7 @@ class Supervisor:
             # What the child has started goes with it. The group's id cannot have been reused: its leader is
             # not reaped yet.
             _signal_group(process.pid, signal.SIGKILL)
-            code = process.wait()
+            code = child.exit_code = process.wait()
             self._silence.forget(process.pid)
             child.pid = 0
             child.exited.set()
@@ -254,7 +257,7 @@ class Supervisor:
             if child.watchdog_s > 0.0:
                 environment["WATCHDOG_USEC"] = str(int(child.watchdog_s * 1e6))
         leash = [sys.executable, "-S", "-E", str(_LEASH), str(os.getpid())]
-        output = _open_output(child.output)
+        output = None if child.output is None else _open_output(child.output)
         try:
             return subprocess.Popen(
                 [*leash, *child.argv],
@@ -265,7 +268,7 @@ class Supervisor:
                 process_group=0,  # a Ctrl-C in the terminal is ours to pass on, in order
             )
         finally:
-            if output >= 0:
+            if output is not None and output >= 0:
                 os.close(output)
 
     async def _watch_start(self, child: Child, exited: asyncio.Task[None]) -> None:

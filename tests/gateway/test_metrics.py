@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from microserve.gateway.metrics import CACHE_S, VLLM_NAMES, GatewayMetrics, Levels
@@ -15,6 +18,13 @@ LEVELS = Levels(
     log_dropped={"ENOSPC": 8},
     log_left_out=9,
 )
+
+
+def text_of(metrics: GatewayMetrics, *, vllm_names: bool = False) -> bytes:
+    async def collect() -> list[Metric]:
+        return metrics.families(LEVELS)
+
+    return asyncio.run(metrics.text(collect, vllm_names=vllm_names))
 
 
 def samples(text: bytes) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -43,7 +53,7 @@ def make() -> tuple[GatewayMetrics, list[float]]:
 
 
 def test_everything_is_counted() -> None:
-    text = make()[0].text(lambda: LEVELS)
+    text = text_of(make()[0])
     assert value(text, "microserve_prompt_tokens_total", model_name="m") == 7
     assert value(text, "microserve_generation_tokens_total", model_name="m") == 5
     assert value(text, "microserve_request_success_total", model_name="m", finished_reason="stop") == 1
@@ -65,8 +75,8 @@ def test_everything_is_counted() -> None:
 
 
 def test_vllm_names_are_the_same_numbers() -> None:
-    ours = samples(make()[0].text(lambda: LEVELS))
-    theirs = samples(make()[0].text(lambda: LEVELS, vllm_names=True))
+    ours = samples(text_of(make()[0]))
+    theirs = samples(text_of(make()[0], vllm_names=True))
     renamed = {}
     for (name, labels), number in ours.items():
         alias = max((old for old in VLLM_NAMES if name.startswith(old)), key=len, default=None)
@@ -83,8 +93,8 @@ def test_vllm_names_are_the_same_numbers() -> None:
 
 def test_the_text_is_kept_for_a_second() -> None:
     metrics, clock = make()
-    first = metrics.text(lambda: LEVELS)
+    first = text_of(metrics)
     metrics.submitted(1)
-    assert metrics.text(lambda: LEVELS) is first
+    assert text_of(metrics) is first
     clock[0] = CACHE_S
-    assert value(metrics.text(lambda: LEVELS), "microserve_prompt_tokens_total", model_name="m") == 8
+    assert value(text_of(metrics), "microserve_prompt_tokens_total", model_name="m") == 8

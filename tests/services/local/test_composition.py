@@ -57,6 +57,19 @@ def test_engines_of_a_world_get_their_ranks(model: str, tmp_path: Path) -> None:
     assert caught.value.field == "nvshmem.num_ranks"
 
 
+def test_a_gateway_of_several_workers_is_a_child_for_each_on_one_port(model: str, tmp_path: Path) -> None:
+    overrides = [f"model.path={model}", "gateway.port=0", "gateway.workers=2"]
+    flags = [word for override in overrides for word in ("--set", override)]
+    composition = compose(load_settings(overrides=overrides), flags, tmp_path, tmp_path / "control.db")
+    gateways = [child for child in composition.children if child.name.startswith("gateway")]
+    assert [(child.name, child.argv[-2:]) for child in gateways] == [
+        ("gateway-0", ["--worker", "0"]),
+        ("gateway-1", ["--worker", "1"]),
+    ]
+    assert {child_settings(child).gateway.port for child in gateways} == {composition.gateway.port}
+    assert [child_settings(child).log.file for child in gateways] == ["gateway-0.jsonl", "gateway-1.jsonl"]
+
+
 def test_children_agree_on_addresses_and_each_engine_has_an_id(model: str, tmp_path: Path) -> None:
     flags = ["--set", "index.address=tcp://127.0.0.1:0", "--set", "mesh.engines=3"]
     settings = load_settings(

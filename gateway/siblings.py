@@ -1,0 +1,118 @@
+"""What the workers of a gateway say together: one scrape of any of them has the metrics of all.
+
+Owns a socket on which a worker tells its siblings its own, and the asking. The sockets are named in the
+kernel's abstract namespace by user, address and number, leave nothing behind, and speak with processes of
+this user only. One that is gone or stands is left out. Must not know what is measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
+
+import msgspec
+import structlog
+from prometheus_client.core import Metric
+
+from microserve.protocol import log
+
+ANSWER_S = 1.0
+"""A worker has so long to tell its siblings."""
+MAX_NBYTES = 64 << 20
+
+Family: TypeAlias = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
+"""Name, text, type, and samples by name and labels."""
+
+_logger = structlog.get_logger()
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(list[Family])
+_CREDENTIALS = struct.Struct("3i")
+"""struct ucred: pid, uid, gid."""
+
+
+class Siblings:
+    """Of worker ``number`` of ``count``. Make it inside the loop; ``start`` it, and ``close`` it."""
+
+    def __init__(self, address: str, number: int, count: int, own: Callable[[], Iterable[Metric]]) -> None:
+        """``address``: at which all of them listen. ``own``: this worker's families, as they are now."""
+        self.number, self._count = number, count
+        self._own = own
+        self._name = f"\0microserve-gateway-{os.getuid()}-{address}"
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Where another process has our name, siblings do without us, and that is told."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            # Not by the loop: uvloop cuts such a name at its first byte, which is zero.
+            listener.bind(f"{self._name}-{self.number}")
+            self._server = await asyncio.start_unix_server(self._tell, sock=listener)
+        except OSError as error:
+            listener.close()
+            _logger.warning(log.WORKER_APART, error=str(error))
+
+    async def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+    async def _tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            if _is_of_this_user(writer):
+                writer.write(_encoder.encode([_plain(metric) for metric in self._own()]))
+                with contextlib.suppress(OSError):
+                    await writer.drain()
+
+    async def families(self) -> list[Metric]:
+        """Of all workers that answer, each sample with its ``worker``."""
+        numbers = [number for number in range(self._count) if number != self.number]
+        told = await asyncio.gather(*map(self._ask, numbers))
+        by_worker = {self.number: [_plain(metric) for metric in self._own()]}
+        by_worker |= {number: said for number, said in zip(numbers, told, strict=True) if said is not None}
+        return merged(dict(sorted(by_worker.items())))
+
+    async def _ask(self, number: int) -> list[Family] | None:
+        asking = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                asking.connect(f"{self._name}-{number}")
+                reader, writer = await asyncio.open_unix_connection(sock=asking)
+                with contextlib.closing(writer):
+                    if not _is_of_this_user(writer):
+                        return None
+                    content = bytearray()
+                    while part := await reader.read(1 << 20):
+                        content += part
+                        if len(content) > MAX_NBYTES:
+                            return None
+                    return _decoder.decode(content)
+        except (OSError, TimeoutError, msgspec.MsgspecError):
+            asking.close()
+            return None
+
+
+def merged(by_worker: Mapping[int, Iterable[Family]]) -> list[Metric]:
+    """Families of the same name become one."""
+    made: dict[str, Metric] = {}
+    for number, families in by_worker.items():
+        for name, text, kind, samples in families:
+            metric = made.setdefault(name, Metric(name, text, kind))
+            for sample, labels, value in samples:
+                metric.add_sample(sample, {**labels, "worker": str(number)}, value)
+    return list(made.values())
+
+
+def _plain(metric: Metric) -> Family:
+    samples = [(each.name, dict(each.labels), float(each.value)) for each in metric.samples]
+    return metric.name, metric.documentation, metric.type, samples
+
+
+def _is_of_this_user(writer: asyncio.StreamWriter) -> bool:
+    """Anybody may take, or call, a name in the abstract namespace."""
+    connection: socket.socket = writer.get_extra_info("socket")
+    held = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return bool(_CREDENTIALS.unpack(held)[1] == os.getuid())
