@@ -64,6 +64,11 @@ def label(
         version = await client.change(kind, engine=engine, labels=chosen, reason=reason)
         what = "reset" if reset else " ".join(chosen) or ANY
         echo(f"label {engine} {what}: version {version}")
+        if chosen and not {"prefill", "decode"} & set(chosen):
+            echo(
+                "  neither prefill nor decode: strategies that ask for these (auto, balanced, ...) "
+                "use it only while no other engine has them"
+            )
         return tell(await client.applied(version, "", timeout_s), timeout_s)
 
     sys.exit(talk_to_index(config, index, talk))

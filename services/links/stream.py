@@ -46,6 +46,8 @@ class TokenStream:
         self._error: MeshError | None = None
         self._wake = asyncio.Event()
         self._tell: Callable[[Tokens], None] | None = None
+        self.on_news: Callable[[], None] | None = None
+        """Called when :attr:`is_ready` may have changed; must not raise."""
         self.accepted: asyncio.Future[Any] | None = None
         """The answer to ``StartGenerate``: what comes before it is left over from an older stream."""
 
@@ -58,6 +60,20 @@ class TokenStream:
     def offset(self) -> int:
         """Of the next token that :meth:`next` brings."""
         return self._offset
+
+    @property
+    def is_ready(self) -> bool | None:
+        """:meth:`next` would bring something at once; False: would raise at once; None: would wait."""
+        is_whole = self._finished is not None and self._finished.reason in ("stop", "length")
+        if not self._awaits_first and (self._token_ids or is_whole):
+            return True
+        has_failed = self._error is not None or (self._finished is not None and not is_whole)
+        return False if has_failed else None
+
+    def _rouse(self) -> None:
+        self._wake.set()
+        if self.on_news is not None:
+            self.on_news()
 
     def push(self, delta: Delta) -> None:
         """Take one delta. A gap or a malformed one fails the stream; what is old is dropped."""
@@ -83,7 +99,7 @@ class TokenStream:
             if fresh:
                 self._tell(self._take(None))
         elif fresh or delta.finished:
-            self._wake.set()
+            self._rouse()
 
     def tell(self, tell: Callable[[Tokens], None]) -> None:
         """From now on tokens are handed to ``tell`` as they come, and wake nobody; :meth:`next` waits for the
@@ -98,13 +114,13 @@ class TokenStream:
         self._token_ids.insert(0, token_id)
         if logprob is not None:
             self._logprobs.insert(0, logprob)
-        self._wake.set()
+        self._rouse()
 
     def fail(self, error: MeshError) -> None:
         """End with ``error`` after the tokens that are in. No effect on a stream that is whole."""
         if self._error is None and (self._finished is None or self._awaits_first):
             self._error = error
-            self._wake.set()
+            self._rouse()
 
     async def next(self) -> Tokens:
         """All tokens that wait, at least one, or the end. For one reader.

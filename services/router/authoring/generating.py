@@ -99,9 +99,37 @@ class Generating:
         return self._scope is scope
 
     @property
+    def engine_id(self) -> str:
+        """Where it runs."""
+        return self._connection.engine_id
+
+    @property
     def offset(self) -> int:
         """Of the next output token that it brings."""
         return self._stream.offset
+
+    @property
+    def is_answered(self) -> bool:
+        """The engine has said whether it will."""
+        return self._accepted.done()
+
+    @property
+    def is_ready(self) -> bool | None:
+        """It has output that nobody has read; False: it has failed; None: neither."""
+        if self._was_refused():
+            return False
+        return self._stream.is_ready if self._accepted.done() else None
+
+    def watch(self, callback: Callable[[], None]) -> None:
+        """``callback`` when :attr:`is_ready` may have changed; it must not raise."""
+        self._stream.on_news = callback
+        self._accepted.add_done_callback(lambda _: callback())
+
+    def give_up(self, error: MeshError) -> None:
+        """Nobody reads it any more; the engine has still to be told. A reader that is left gets ``error``."""
+        if not self._ended:
+            self._end()
+        self._give_up(error)
 
     async def pass_on(self, tell: Callable[[Tokens], None]) -> Tokens:
         """Hand each chunk to ``tell``, which must not raise, the moment that it comes; returns the last one.

@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from microserve.protocol.errors import NoEngines, StrategyError
 from microserve.services.router.authoring.choice import Scores, combined, softmax_choice
 from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.generating import Generating
+from microserve.services.router.authoring.race import Entrant, race
 from microserve.services.router.authoring.view import MeshView, StrategyState
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
@@ -37,18 +39,20 @@ class Mesh(MeshView):
         rng: random.Random,
         state: StrategyState,
         numerics: str = "",
+        *,
+        is_shadow: bool = False,
     ) -> None:
         """``connections`` lists the engines that may take new work; ``state`` is the strategy's;
         ``numerics`` names the class in which the answer began, if it has."""
-        super().__init__(connections, book, rng, state)
+        super().__init__(connections, book, rng, state, is_shadow=is_shadow)
         self._numerics = numerics
         self._scope = scope
         self._lookup = lookup
         self._matched: dict[str, int] | None = None
 
-    def engines(self, label: str | None = None) -> list[Engine]:
+    def engines(self, label: str | None = None, *, strict: bool = False) -> list[Engine]:
         """As in :class:`MeshView`, with the request's actions."""
-        return [self._engine(connection) for connection in self._fit(label)]
+        return [self._engine(connection) for connection in self._fit(label, strict)]
 
     def departing(self, connection: Connection) -> Engine:
         """An engine that drains: not among :meth:`engines`, but it still sends what it holds."""
@@ -63,6 +67,7 @@ class Mesh(MeshView):
         request: Request,
         *,
         exclude: Collection[Engine] = (),
+        strict: bool = False,
         prefix: bool = False,
         cost: Callable[[Engine], float] | None = None,
         scorers: Mapping[Scorer, float] | None = None,
@@ -75,6 +80,7 @@ class Mesh(MeshView):
         by that instead of taking the best, so that routers which see the same do not all do the same.
         ``exclude`` yields when nobody else is left, so a mesh of one engine serves every strategy; others of
         its numerics class come before any measure, and so do those of the class in which the answer began.
+        With ``strict`` neither yields: an engine that bears the label and is not excluded, or nobody.
         Raises :class:`NoEngines`, and ``StrategyError`` for scores that are no numbers.
         """
         self._scope.check(request)
@@ -88,14 +94,12 @@ class Mesh(MeshView):
             def cost(engine: Engine) -> float:
                 return -matched.get(engine.id, 0)
 
-        labelled = self.engines(label)
-        candidates = (
-            [e for e in labelled if e not in exclude]
-            or [e for e in self.engines() if e not in exclude]
-            or labelled
-        )
+        labelled = self.engines(label, strict=strict)
+        candidates = [e for e in labelled if e not in exclude]
+        if not candidates and not strict:
+            candidates = [e for e in self.engines() if e not in exclude] or labelled
         if not candidates:
-            raise NoEngines("no engine is alive", retry_after_s=RETRY_AFTER_S)
+            raise NoEngines(_nobody(label, strict), retry_after_s=RETRY_AFTER_S)
         names = {self._numerics} if self._numerics else {e.info.numerics.name for e in exclude}
         if len(names) == 1 and "" not in names:
             candidates = [e for e in candidates if e.info.numerics.name in names] or candidates
@@ -108,6 +112,37 @@ class Mesh(MeshView):
         ranked: list[tuple[float, Load]] = [*zip(costs, map(self.load, candidates), strict=True)]
         least = min(ranked)
         return self.rng.choice([e for e, rank in zip(candidates, ranked, strict=True) if rank == least])
+
+    async def hold(
+        self,
+        request: Request,
+        until: Callable[[], bool],
+        *,
+        rank: float = 0.0,
+        most: int = 1000,
+        max_s: float | None = None,
+    ) -> None:
+        """Let the request wait until it is next and ``until()`` is true, which is asked again and again.
+
+        Of those that this strategy holds in this router the highest ``rank`` goes first, then the oldest.
+        ``most`` may wait, each for ``max_s``; beyond that ``QueueFull``, which reaches the client as 429. One
+        that has begun its answer elsewhere is not held, nor is a shadow.
+        """
+        self._scope.check(request)
+        if not (request.num_output_tokens or self.is_shadow):
+            await self.state.held.wait(self._scope, until, rank=rank, most=most, max_s=max_s)
+
+    async def race(self, request: Request, *entrants: Entrant, after_s: float = 0.0) -> Generating:
+        """Generate on several engines and go on with the one whose first token comes first; the others drop
+        the request. ``yield`` what this returns: each token comes once, and with the request's seed they are
+        the same whoever wins.
+
+        entrants: engines that compute all of the prompt (one that is named twice races once), or functions
+        that start another generation (with a grant of its own). ``after_s``: the next one starts only if
+        nothing has come for so long, or at once when the one before fails. Raises the last error when all
+        have failed, ``StrategyError`` for what is no race.
+        """
+        return await race(self._scope, request, entrants, after_s)
 
     def _scores(
         self, candidates: Sequence[Engine], request: Request, scorers: Mapping[Scorer, float]
@@ -142,3 +177,7 @@ class Mesh(MeshView):
 
     def _cached(self, engine_id: str) -> int:
         return self.prefix(self._scope.request).get(engine_id, 0)
+
+
+def _nobody(label: str | None, strict: bool) -> str:
+    return f"no engine with the label {label!r} is free to take it" if strict else "no engine is alive"

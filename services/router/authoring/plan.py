@@ -82,8 +82,10 @@ class PlanMesh(MeshView):
         rng: random.Random,
         state: StrategyState,
         borrow: Borrow,
+        *,
+        is_shadow: bool = False,
     ) -> None:
-        super().__init__(connections, book, rng, state)
+        super().__init__(connections, book, rng, state, is_shadow=is_shadow)
         self._borrow = borrow
 
     def request(

@@ -13,6 +13,7 @@ from typing import Any
 from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.control import fault_of_labels
+from microserve.services.router.authoring.holding import Holding
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.engines.prediction import engine_view, predicted_ttft_s
@@ -22,11 +23,12 @@ READS_ONLY = ("EngineFacts.", "MeshView.")
 
 
 class StrategyState(dict[str, Any]):
-    """What a strategy remembers between requests, and the labels that it has given."""
+    """What a strategy remembers between requests, the labels that it has given, and whom it holds."""
 
     def __init__(self) -> None:
         super().__init__()
         self.labels = OwnLabels()
+        self.held = Holding()
 
 
 class EngineFacts:
@@ -88,8 +90,12 @@ class MeshView:
         book: LoadBook,
         rng: random.Random,
         state: StrategyState,
+        *,
+        is_shadow: bool = False,
     ) -> None:
         """``connections`` lists the engines that may take new work."""
+        self.is_shadow = is_shadow
+        """Nothing is carried out: the strategy only says what it would do. Do not learn from what it sees."""
         self.state = state
         """This strategy's own, in this router: the same object for every request and for the plan. Lives as
         long as the strategy; keep it bounded. Code between two ``await`` has it alone."""
@@ -98,12 +104,19 @@ class MeshView:
         self._connections = connections
         self._book = book
 
-    def engines(self, label: str | None = None) -> Sequence[EngineFacts]:
+    @property
+    def now(self) -> float:
+        """Seconds by the router's clock, which only goes forward. The one to use: in a simulation it is the
+        simulated time, so that runs can be repeated."""
+        return asyncio.get_running_loop().time()
+
+    def engines(self, label: str | None = None, *, strict: bool = False) -> Sequence[EngineFacts]:
         """Engines with ``label``; one without any label serves every label. If no engine has it: all.
 
-        Labels are preferences and not roles, so an empty list means that nobody is alive.
+        Labels are preferences and not roles, so an empty list means that nobody is alive. With ``strict``
+        they are roles: those that bear the label themselves, or none.
         """
-        return [EngineFacts(connection, self.state.labels) for connection in self._fit(label)]
+        return [EngineFacts(connection, self.state.labels) for connection in self._fit(label, strict)]
 
     def label(self, engine: EngineFacts, *labels: str) -> None:
         """Give an engine other labels for this strategy's picks in this router, from the next one on.
@@ -133,14 +146,16 @@ class MeshView:
     def predicted_ttft_s(self, engine: EngineFacts, num_tokens: int) -> float:
         """Seconds until the engine's first token for a prompt of which it must compute ``num_tokens``: as
         admission predicts it (prediction.py). 0 where nothing has been measured."""
-        now = asyncio.get_running_loop().time()
+        now = self.now
         return predicted_ttft_s(engine_view(engine._connection, self._book, now), num_tokens)
 
-    def _fit(self, label: str | None) -> Sequence[Connection]:
+    def _fit(self, label: str | None, strict: bool = False) -> Sequence[Connection]:
         everyone = self._connections()
         if label is None:
             return everyone
         own = self.state.labels
+        if strict:
+            return [c for c in everyone if label in own.of(c.engine_id, c.labels)]
         fit = [c for c in everyone if not (has := own.of(c.engine_id, c.labels)) or label in has]
         return fit or everyone
 

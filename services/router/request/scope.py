@@ -7,7 +7,7 @@ it back at once and without waiting, whatever the strategy did. Knows no interva
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from microserve.protocol.errors import DeadlineExceeded, MeshError, StrategyError
@@ -138,6 +138,11 @@ class RequestScope:
             del self.unused[grant_id]
         self._holds.get(connection, set()).clear()
         self._prompts.discard(connection)
+
+    def abort_engines(self, engine_ids: Collection[str]) -> None:
+        """As :meth:`abort`, those of them that hold something."""
+        for connection in [each for each in self._holds if each.engine_id in engine_ids]:
+            self.abort(connection)
 
     # --- the end -----------------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ class Shadows:
         self._num_deciding = 0
         self.plans = Plans(
             tasks,
-            lambda state: PlanMesh(registry.usable, book, self._rng, state, self._borrow),
+            lambda state: PlanMesh(registry.usable, book, self._rng, state, self._borrow, is_shadow=True),
             run=driver.run_plan,
         )
 
@@ -178,7 +178,7 @@ class Shadows:
         def cached(engine_id: str) -> int:
             return mesh.prefix(scope.request).get(engine_id, 0)
 
-        mesh = Mesh(scope, connections, self._book, self._lookup, self._rng, state)
+        mesh = Mesh(scope, connections, self._book, self._lookup, self._rng, state, is_shadow=True)
         return mesh
 
     def _borrow(

@@ -44,6 +44,9 @@ CALLS = {
         "transfer_s": "mesh.transfer_s(engine, other, 100)",
         "predicted_ttft_s": "mesh.predicted_ttft_s(engine, 100)",
         "source_for": "mesh.source_for(engine, request)",
+        "race": "await mesh.race(request)",
+        "now": "mesh.now",
+        "hold": "await mesh.hold(request, lambda: True)",
     },
     Engine: {
         "keeps_kv_of": "engine.keeps_kv_of(other)",
@@ -86,6 +89,11 @@ CALLS = {
         "offset": "engine.start_generate(request).offset",
         "is_of": "engine.start_generate(request).is_of(None)",
         "pass_on": "await engine.start_generate(request).pass_on(lambda tokens: None)",
+        "engine_id": "engine.start_generate(request).engine_id",
+        "is_answered": "engine.start_generate(request).is_answered",
+        "is_ready": "engine.start_generate(request).is_ready",
+        "watch": "engine.start_generate(request).watch(lambda: None)",
+        "give_up": "engine.start_generate(request).give_up(None)",
     },
     Request: {
         "num_tokens": "request.num_tokens",
@@ -112,6 +120,7 @@ CALLS = {
     },
 }
 PLAN_CALLS = {
+    "now": "mesh.now",
     "engines": "mesh.engines()",
     "request": "mesh.request([1, 2, 3])",
     "label": "mesh.label(mesh.engines()[0], 'x')",
