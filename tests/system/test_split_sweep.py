@@ -1,10 +1,12 @@
-"""Every split border on real engine processes, with prefix-cache hits on sender and receiver: all exact."""
+"""Every split border on real engine processes, with prefix-cache hits on sender and receiver: tokens and
+log-probabilities have the bits of the request alone on one engine, in fp32 with the tokens of transformers."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
 from tests.support.engine.engine_client import EngineClient
+from tests.support.process.bitwise import bits_of
 from tests.support.process.cases import Case
 from tests.support.process.exactness import oracle
 from tests.support.process.processes import MeshProcesses
@@ -20,7 +23,9 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
 LENGTHS = [1, 15, 16, 17, 257, 1023]
 BLOCK = 16
-GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, logprobs=2)
+Bits = tuple[list[int], list[Any]]
+"""Of an answer: its tokens, and its log-probabilities."""
 
 
 def borders(length: int) -> list[int]:
@@ -38,38 +43,56 @@ def cached_amounts(length: int) -> list[int]:
 
 
 @pytest.mark.heavy
-def test_every_border(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_border(tiny_model: Path, tmp_path: Path, dtype: str) -> None:
     rng = random.Random(3)
     prompts = {n: [rng.randrange(20, 250) for _ in range(n)] for n in LENGTHS}
-    cases = [Case(tuple(prompts[n]), GREEDY) for n in LENGTHS]
-    expected = {n: answer for n, answer in zip(LENGTHS, oracle(tiny_model, cases), strict=True)}
-    with MeshProcesses(tiny_model, tmp_path, settings=["model.dtype=float32"]) as mesh:
-        checked = asyncio.run(_sweep(mesh, prompts, expected))
+    with MeshProcesses(tiny_model, tmp_path, settings=[f"model.dtype={dtype}"]) as mesh:
+        alone, checked = asyncio.run(_sweep(mesh, prompts))
     print(f"{checked} splits exact")
+    if dtype == "float32":
+        cases = [Case(tuple(prompts[n]), GREEDY) for n in LENGTHS]
+        assert [tokens for tokens, _ in alone] == oracle(tiny_model, cases)
 
 
-async def _sweep(
-    mesh: MeshProcesses, prompts: dict[int, list[int]], expected: dict[int, list[int] | None]
-) -> int:
+async def _sweep(mesh: MeshProcesses, prompts: dict[int, list[int]]) -> tuple[list[Bits], int]:
+    """Each prompt's answer alone, and how many splits had its bits."""
     bus = ZmqBus(linger_s=0.1)
+    expected: list[Bits] = []
     checked = 0
     try:
         async with (
             EngineClient(bus, mesh.services["engine-0"].address) as sender,
             EngineClient(bus, mesh.services["engine-1"].address) as receiver,
         ):
+            assert sender.info is not None and receiver.info is not None
+            assert sender.info.numerics == receiver.info.numerics
+            assert sender.info.numerics.is_exact
             for length, prompt in prompts.items():
+                salt = f"{length} alone"
+                await sender.call(
+                    *(wire.Accepted, wire.StartGenerate, salt, 0, GREEDY, 60.0, None, False, 0, salt),
+                    tokens=prompt,
+                )
+                expected.append(await _answer(sender, salt))
                 for there in cached_amounts(length):
                     for here in cached_amounts(length):
                         for border in borders(length):
                             # A salt of its own gives each case an empty cache.
                             salt = f"{length}/{there}/{here}/{border}"
                             got = await _split(sender, receiver, prompt, border, there, here, salt)
-                            assert expected[length] == got, salt
+                            assert got == expected[-1], salt
                             checked += 1
     finally:
         bus.close()
-    return checked
+    return expected, checked
+
+
+async def _answer(engine: EngineClient, request_id: str) -> Bits:
+    """What ``engine`` generates of a request, to its end."""
+    tokens, finished = await engine.finished(request_id)
+    assert finished.reason == "length", finished
+    return tokens, bits_of([each for delta in engine.deltas[request_id] for each in delta.logprobs])
 
 
 async def _split(
@@ -80,7 +103,7 @@ async def _split(
     there: int,
     here: int,
     salt: str,
-) -> list[int]:
+) -> Bits:
     """Warm both caches, then receive ``[0, border)`` in two sends and compute the rest."""
     length = len(prompt)
     one = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
@@ -108,7 +131,7 @@ async def _split(
         0,
         salt,
     )
-    first_token = None
+    first_token: Bits = ([], [])
     if grant.matched < border:
         # Where two lanes meet is a border too.
         middle = grant.matched + (border - grant.matched) // 2
@@ -120,8 +143,9 @@ async def _split(
             wire.Sent, wire.RemoteSend, request_id, middle, border, grant, 1, 60.0, sampling, salt
         )
         assert sent.sent == border - middle
-        first_token = sent.first_token
-    tokens, finished = await receiver.finished(request_id)
-    assert finished.reason == "length", finished
+        if sent.first_token is not None:
+            assert sent.first_logprob is not None
+            first_token = [sent.first_token], bits_of([sent.first_logprob])
+    rest = await _answer(receiver, request_id)
     await sender.call(wire.Done, wire.Abort, request_id)
-    return tokens if first_token is None else [first_token, *tokens]
+    return first_token[0] + rest[0], first_token[1] + rest[1]
