@@ -99,8 +99,9 @@ wheel: $(VENV)/dev
 	$(BIN)/python -P -m microserve.kernels.cpu.build --zig --into dist/prebuilt
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
+BENCHMARKS = $(filter-out %/__init__.py benchmarks/results/%,$(wildcard benchmarks/*.py benchmarks/*/*.py))
 bench: $(VENV)/dev
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
+	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
 
 # A short form of each that needs no GPU, kept (benchmarks/results) and drawn (docs/benchmarks.md), in less than
 # ten minutes on two free cores: to see that all of them run and nothing is far off, and not for claims.
@@ -108,8 +109,8 @@ bench-quick: $(VENV)/dev
 	@for line in "engine_step --quick" "engine_neighbour --quick" "engine_mesh --quick" "engine_http --quick"; do \
 		echo "== $$line"; $(BIN)/python benchmarks/results/record.py $$line || exit 1; done
 	$(BIN)/python benchmarks/results/tables.py
-	@for line in "control_plane.py --rounds 1 --scale 0.2" "prefix_index_peer.py --requests 1000" \
-		"start_and_rest.py --rounds 1 --idle-s 5" "heap_put.py --rounds 5" "locked.py --rounds 1 --tokens 16" \
+	@for line in "mesh/control_plane.py --rounds 1 --scale 0.2" "index/prefix_index_peer.py --requests 1000" \
+		"mesh/start_and_rest.py --rounds 1 --idle-s 5" "heap_put.py --rounds 5" "mesh/locked.py --rounds 1 --tokens 16" \
 		"strategies.py --requests 100"; do \
 		echo "== $$line"; $(BIN)/python benchmarks/$$line || exit 1; done
 

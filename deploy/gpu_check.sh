@@ -108,10 +108,10 @@ stage "kernels against their references" "$passed" tests tests/gpu/kernels
 stage "engine, fp32 tokens and bf16 logits" "$passed" tests tests/gpu/engine
 stage "strategies, 2 engines on cuda:0, fp32" '^exact$' \
     "$PYTHON" tests/support/process/exactness.py --model "$model" --device cuda:0 --requests "${REQUESTS:-40}"
-stage "benchmarks/gpu_kernels.py" 'multiprocessors' \
-    "$PYTHON" benchmarks/gpu_kernels.py
-stage "benchmarks/gpu.py" '^[0-9]+ of [0-9]+ goals met' \
-    "$PYTHON" benchmarks/gpu.py
+stage "benchmarks/gpu/gpu_kernels.py" 'multiprocessors' \
+    "$PYTHON" benchmarks/gpu/gpu_kernels.py
+stage "benchmarks/gpu/gpu.py" '^[0-9]+ of [0-9]+ goals met' \
+    "$PYTHON" benchmarks/gpu/gpu.py
 
 echo
 echo "$gpu"

@@ -2,7 +2,7 @@
 
     python benchmarks/results/record.py NAME [ARGUMENT ...]
 
-Runs ``benchmarks/NAME.py ARGUMENT ... --json``, prints its line, and appends it with date, command, commit,
+Runs ``benchmarks/*/NAME.py ARGUMENT ... --json``, prints its line, and appends it with date, command, commit,
 machine, and how many processes wanted to run there before and after. Exits with the benchmark's status.
 """
 
@@ -58,12 +58,13 @@ def append(directory: Path, name: str, run: dict[str, Any]) -> None:
 
 def main(words: list[str]) -> int:
     name, *arguments = words
-    script = BENCHMARKS / f"{name}.py"
-    if not script.is_file():
-        sys.exit(f"there is no {script}")
+    found = [*BENCHMARKS.glob(f"{name}.py"), *BENCHMARKS.glob(f"*/{name}.py")]
+    if not found:
+        sys.exit(f"there is no {name}.py in {BENCHMARKS} or its rooms")
+    script = found[0]
     run: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
-        "command": " ".join(["python", f"benchmarks/{name}.py", *arguments]),
+        "command": " ".join(["python", str(script.relative_to(BENCHMARKS.parent)), *arguments]),
         "commit": commit(),
         "machine": machine(),
         "load": [round(os.getloadavg()[0], 1)],
@@ -71,14 +72,14 @@ def main(words: list[str]) -> int:
     done = subprocess.run(
         [sys.executable, script, *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False
     )
-    found = last_json(done.stdout)
-    if done.returncode or found is None:
+    figures = last_json(done.stdout)
+    if done.returncode or figures is None:
         print(done.stdout, end="")
         return done.returncode or 1
     run["load"].append(round(os.getloadavg()[0], 1))
-    run["figures"] = found
+    run["figures"] = figures
     append(RESULTS, name, run)
-    print(json.dumps(found))
+    print(json.dumps(figures))
     return 0
 
 

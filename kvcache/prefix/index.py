@@ -9,7 +9,7 @@ One hash names a whole prefix, so a flat map does what a tree would, without spl
 A lookup walks the chain from its start and ANDs the owners; it does not search. Matched length is monotone
 along a chain only while no engine loses a block before its successors, which no foreign engine promises. And
 a search must hash the whole prompt first, which costs more than walking all of it does (60 % of a lookup,
-benchmarks/prefix_index.py), while a walk stops hashing at the first block that nobody holds.
+benchmarks/index/prefix_index.py), while a walk stops hashing at the first block that nobody holds.
 
 Owns the map and its limit in bytes. Sans-I/O; sequence numbers, gaps and snapshots are its caller's matter.
 What it says is a hint: an engine decides by its own prefix cache.

@@ -1,4 +1,4 @@
-"""benchmarks/control_plane.py with few requests: real services around instant engines, whole answers."""
+"""benchmarks/mesh/control_plane.py with few requests: real services around instant engines, whole answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "control_plane.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "mesh" / "control_plane.py"
 
 
 @pytest.mark.heavy

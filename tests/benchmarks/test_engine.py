@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOM = Path(__file__).parents[2] / "benchmarks" / "engine"
 
 
 def figures(name: str, model: Path, *flags: str) -> dict[str, Any]:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--model", str(model), "--quick", "--json"]
+    command = [sys.executable, str(ROOM / f"{name}.py"), "--model", str(model), "--quick", "--json"]
     done = subprocess.run([*command, *flags], env=os.environ, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on a CPU, in two processes: what it counts is right; its times say nothing about GPUs."""
+"""gpu.py on a CPU, in two processes: what it counts is right; its times say nothing about GPUs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "gpu"
 
 
 def test_every_row_is_measured_between_two_processes_and_counts_right() -> None:

@@ -18,7 +18,7 @@ case "$*" in
     *"pytest"*" tests/gpu --ignore=tests/gpu/heap/test_nvshmem"*) echo "$TESTS"; exit "$TESTS_CODE" ;;
     *exactness*) echo "$EXACT"; exit 0 ;;
     *gpu_kernels*) echo "A GPU, 132 multiprocessors"; exit 0 ;;
-    *benchmarks/gpu.py*) echo "$GOALS"; exit 0 ;;
+    *benchmarks/gpu/gpu.py*) echo "$GOALS"; exit 0 ;;
     -) echo "A GPU, 1 device(s)" ;;
 esac
 """
@@ -64,7 +64,7 @@ RIGHT = {
         ({"EXACT": "3 MISMATCHES"}, ["strategies"]),
         ({"TESTS": "no tests ran", "TESTS_CODE": "5", "EXACT": ""}, ["heaps", "strategies"]),
         ({"GOALS": "0 of 8 goals met; missed: all"}, []),  # a measurement, and no test
-        ({"GOALS": "gpu: no CUDA device: nothing is measured"}, ["benchmarks/gpu.py"]),
+        ({"GOALS": "gpu: no CUDA device: nothing is measured"}, ["benchmarks/gpu/gpu.py"]),
     ],
 )
 def test_the_table_says_what_failed(tmp_path: Path, found: dict[str, str], failed: list[str]) -> None:
@@ -80,8 +80,8 @@ def test_the_table_says_what_failed(tmp_path: Path, found: dict[str, str], faile
         "kernels",
         "engine",
         "strategies",
-        "benchmarks/gpu_kernels",
-        "benchmarks/gpu.py",
+        "benchmarks/gpu/gpu_kernels",
+        "benchmarks/gpu/gpu.py",
     ]
     title, *rows = done.stdout.splitlines()[-len(names) - 1 :]
     assert title == "A GPU, 1 device(s)"

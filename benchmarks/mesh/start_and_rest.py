@@ -1,6 +1,6 @@
 """What a mesh costs that does nothing: its second start, its memory, and its rest.
 
-    python benchmarks/start_and_rest.py [--before CHECKOUT] [--rounds 3] [--idle-s 20] [--set K=V] [--json]
+    python benchmarks/mesh/start_and_rest.py [--before DIR] [--rounds 3] [--idle-s 20] [--set K=V] [--json]
 
 Starts the default mesh (``up --no-demo`` on the demo model) until it says that it is ready, lets it rest, and
 stops it; with ``--before`` in turns with that of another checkout, once each beforehand so that files are in
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     model = options.model or str(fetch(default_cache(os.environ)))
-    sides = [Side("now", Path(__file__).resolve().parents[1])]
+    sides = [Side("now", Path(__file__).resolve().parents[2])]
     if options.before:
         sides.insert(0, Side("before", options.before))
     for side in sides:

@@ -1,6 +1,6 @@
 """An engine's whole shell (sockets, actions, scheduler, blocks, events) over a runner that computes nothing.
 
-    python benchmarks/control_parts/instant_engine.py STEP_S SECTION.FIELD=VALUE ...
+    python benchmarks/mesh/control_parts/instant_engine.py STEP_S SECTION.FIELD=VALUE ...
 
 A step takes no less than STEP_S seconds. All but the model is what ``microserve engine`` runs, without torch.
 """

@@ -1,6 +1,6 @@
 """Two engines of one thread each behind router and gateway, beside two bare native steps, in turns.
 
-    python benchmarks/engine_mesh.py [--rounds 5] [--streams 1,8] [--dtype bfloat16] [--json]
+    python benchmarks/engine/engine_mesh.py [--rounds 5] [--streams 1,8] [--dtype bfloat16] [--json]
 
 ``bare``: two processes that step through the same prompts with nothing around the native step, at the same
 time. ``--streams``: of each engine, so twice as many go through the gateway. Tokens a second of the part in

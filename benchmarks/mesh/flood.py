@@ -1,6 +1,6 @@
 """What a key that floods costs the others: time to their first tokens, alone and beside it, in one run.
 
-    python benchmarks/flood.py [--model DIR] [--seconds 15] [--rounds 2]
+    python benchmarks/mesh/flood.py [--model DIR] [--seconds 15] [--rounds 2]
 
 A mesh of real processes (`microserve up`, one engine), four keys with one client each that asks now and then,
 and one key whose 50 clients ask again as soon as they are answered or, refused, after a quarter of a second.

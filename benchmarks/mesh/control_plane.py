@@ -1,6 +1,6 @@
 """What gateway, router and an engine's shell cost a request and a token, over engines that answer at once.
 
-    python benchmarks/control_plane.py [--rounds 5] [--before CHECKOUT] [--locked] [--chat] [--json]
+    python benchmarks/mesh/control_plane.py [--rounds 5] [--before CHECKOUT] [--locked] [--chat] [--json]
 
     alone   one request in flight (2,000 characters, 4 tokens out): ms, beside a server that does nothing
     busy    the same, 16 in flight: requests a second

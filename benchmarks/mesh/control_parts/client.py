@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-_PAGES = Path(__file__).parents[2] / "docs"
+_PAGES = Path(__file__).parents[3] / "docs"
 
 
 def prompts(seed: int, num_chars: int) -> Iterator[str]:

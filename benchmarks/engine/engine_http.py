@@ -1,6 +1,6 @@
 """One engine behind router and gateway, over HTTP, beside peers in one process: tokens a second, in turns.
 
-    python benchmarks/engine_http.py [--rounds 5] [--peers openvino,transformers] [--streams 1,8,32] [--json]
+    python benchmarks/engine/engine_http.py [--rounds 5] [--peers openvino,transformers] [--json]
 
 Two threads on each side, bfloat16, prompts of 128 tokens that nobody has seen before, all sent at once,
 greedy, ``ignore_eos``. Counted is the part in which every stream decodes. ``prefill``: tokens of one long

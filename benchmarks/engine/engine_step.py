@@ -1,6 +1,6 @@
 """A step of the engine: native kernels beside the transformers path and the memory's bound, in turns.
 
-    python benchmarks/engine_step.py [--rounds 7] [--threads 1,2] [--dtypes bfloat16,float32] [--json]
+    python benchmarks/engine/engine_step.py [--rounds 7] [--threads 1,2] [--dtypes bfloat16,float32] [--json]
 
 In a round every kind of step is taken by each side, one right after the other, and the memory is read in
 between by as many threads: of each, milliseconds as median (least-most) of the rounds. ``speedup``:

@@ -1,6 +1,6 @@
 """How much slower a decode of one stream on two threads is beside one busy process, by either path.
 
-    python benchmarks/engine_neighbour.py [--rounds 15] [--json]
+    python benchmarks/engine/engine_neighbour.py [--rounds 15] [--json]
 
 The neighbour counts, and is stopped and continued around every measurement. With two cores, three threads
 that want to run and fair shares, a step that waits for both of its own takes 1.5 to 2 times as long at best.

@@ -1,4 +1,4 @@
-"""Dynamo's radix tree, behind a pipe: what benchmarks/prefix_index_peer.py asks of it, and how long it took.
+"""Dynamo's radix tree, behind a pipe: what prefix_index_peer.py asks of it, and how long it took.
 
 Runs in an environment that has ``ai-dynamo-runtime`` and nothing of ours. A line in is a list of requests,
 ``[worker, tokens, [parent, [name, ...]] or null]``; a line out has, for each of them, nanoseconds of hashing,

@@ -1,6 +1,6 @@
 """The prefix index beside Dynamo's radix tree, over the requests of a trace: both in one run, in turns.
 
-    python benchmarks/prefix_index_peer.py [--trace FILE] [--dynamo PYTHON] [--engines 8] [--json]
+    python benchmarks/index/prefix_index_peer.py [--trace FILE] [--dynamo PYTHON] [--engines 8] [--json]
 
 Every request is looked up by its tokens, and then stored by one engine, which announces the blocks that are
 new to it. ``--trace`` is a file in Mooncake's format; without it, requests of the same kind are drawn. A

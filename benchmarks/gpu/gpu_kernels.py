@@ -1,6 +1,6 @@
 """What the kernels reach on a GPU, against ceilings measured in the same run.
 
-    python benchmarks/gpu_kernels.py [--tokens 3000] [--rounds 200] [--quick]
+    python benchmarks/gpu/gpu_kernels.py [--tokens 3000] [--rounds 200] [--quick]
 
 One line per row of the table: what ran, its median time on the device, its rate, and its share of the
 ceiling. Rates count bytes read and written. Data changes place every round, so that the L2 cache serves

@@ -1,7 +1,7 @@
 """What an engine reaches on a GPU, against ceilings measured in the same run, and whether that meets goals.
 
-    python benchmarks/gpu.py [--device cuda:0] [--quick]
-    python benchmarks/gpu.py --device cpu --tiny
+    python benchmarks/gpu/gpu.py [--device cuda:0] [--quick]
+    python benchmarks/gpu/gpu.py --device cpu --tiny
 
 A model in the shape of Llama-3.1-8B with random weights, bf16, is prefilled, decoded, sent to an engine in
 another process on the same GPU, and migrated there; some 45 GB of its memory. Rows of the table:

@@ -1,6 +1,6 @@
 """What answers before there is a control plane: one HTTP server that sends the same answer to everything.
 
-    python benchmarks/control_parts/bare.py        # prints its URL
+    python benchmarks/mesh/control_parts/bare.py        # prints its URL
 
 Its time is what the client and this machine's loopback take; what a mesh takes longer, it adds.
 """

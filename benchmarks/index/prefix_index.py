@@ -1,6 +1,6 @@
 """What the prefix index costs: blocks applied per second, lookup time, bytes per block.
 
-    python benchmarks/prefix_index.py [--blocks 1000000] [--engines 64]
+    python benchmarks/index/prefix_index.py [--blocks 1000000] [--engines 64]
 
 Prints one line per measurement. Times are CPU time of this thread, so that other work on the machine
 disturbs them little. The load: prompts share system prompts of a few lengths, go on alone after them, and

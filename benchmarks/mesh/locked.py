@@ -1,6 +1,6 @@
 """What it costs that every socket is locked: two meshes, one with keys and one without, in turns.
 
-    python benchmarks/locked.py [--model DIR] [--rounds 8] [--streams 8] [--tokens 64] [--before CHECKOUT]
+    python benchmarks/mesh/locked.py [--model DIR] [--rounds 8] [--streams 8] [--tokens 64] [--before DIR]
 
 Both meshes stay up and take turns, so that what else the machine does falls on both alike; which of them goes
 first alternates. Prints tokens a second of concurrent streams, and the milliseconds of one short request
