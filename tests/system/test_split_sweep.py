@@ -1,5 +1,5 @@
 """Every split border on real engine processes, with prefix-cache hits on sender and receiver: tokens and
-log-probabilities have the bits of the request alone on one engine, in fp32 with the tokens of transformers."""
+log-probabilities have the bits of the request alone on one engine, in fp32 as tokens transformers'."""
 
 from __future__ import annotations
 
