@@ -25,7 +25,7 @@ PositiveOrZero = Annotated[float, Meta(ge=0)]
 """Bounds are said at the field, here and by ``Meta``. Floats are finite."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-CPU_KERNELS = ("auto", "transformers", "portable", "avx2", "avx512", "amx")
+CPU_KERNELS = ("auto", "transformers", "portable", "avx2", "avx512", "avx512bf16", "amx")
 _OLD_LEVELS = {"warn": "warning", "fatal": "critical", "notset": "debug"}
 _ADDRESS = re.compile(r"tcp://(\[[^]\s]+\]|[^][:/\s]+):(?P<port>\d{1,5})|ipc://\S+|inproc://\S+")
 
@@ -71,8 +71,11 @@ class EngineSettings(_Section, frozen=True):
     """``cpu`` or ``cuda:N``."""
     cpu_kernels: str = "auto"
     """On a CPU: ``transformers``, or the native step by the instructions of ``amx``, ``avx512``, ``avx2`` or
-    ``portable``: all with the same bits. ``auto``: the native step by the best there are, or, with a warning,
-    transformers where it cannot be built or does not know the model. ``amx`` was tested in emulation only."""
+    ``portable``, which give the same bits, or of ``avx512bf16``, which gives bits of its own (numerics class
+    ``cpu2-...``): where engines with AMX and without it are to be of one class, those without take
+    ``avx512``. ``auto``: the native step by the best there are (``avx512bf16`` before ``avx512``), or, with a
+    warning, transformers where it cannot be built or does not know the model. ``amx`` was tested in
+    emulation only."""
     attention: str = "auto"
     """On a GPU: ``triton``, ``flashinfer``, or ``auto`` for FlashInfer where it is installed and fits."""
     cuda_graphs: bool = True

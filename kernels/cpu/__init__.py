@@ -6,11 +6,12 @@ or messages: arrays come in, arrays go out. Start reading in ``native/step/numer
 the bit; then ``native/step/step.h``.
 
     native/   abi.h       the C interface        model.h    what a step works on     pack.h   weights in tiles
-              step/       numerics.h: the class; product, attention    lanes/   registers of each variant
-              tiles/      products and attention by AMX   variants/   a file for each     team/    threads
+              step/       numerics.h: the classes; product...   lanes/   registers of each variant
+              tiles/      products and attention by AMX   pairs/   the same by VDPBF16PS
+              variants/   a file for each     team/    threads
               door/       engines, weights, batches: what comes in is checked; what this CPU has
 
 No CPU with AMX has run the AMX variant so far. What is known of it comes from CPUs without: its compiled
-instructions emulated one by one (``tests/kernels/cpu``) give the portable variant's bits. Where it is loaded
-it is compared with that one first, and left out where a bit differs; its speed is not known.
+instructions emulated one by one (``tests/kernels/cpu/tiles``) give the portable variant's bits. Where it is
+loaded it is compared with that one first, and left out where a bit differs; its speed is not known.
 """

@@ -30,11 +30,17 @@ FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno"),
 )
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
+BF16_FLAGS = ("-mavx512bf16",)
 AMX_FLAGS = ("-mamx-tile", "-mamx-bf16")
-AMX_PROBE = "#include <immintrin.h>\nvoid probe() { _tile_loadd(0, nullptr, 64); _tile_dpbf16ps(0, 1, 2); }\n"
+PROBES = (
+    (BF16_FLAGS, "__m512 probe(__m512 a, __m512bh b) { return _mm512_dpbf16_ps(a, b, b); }"),
+    (AMX_FLAGS, "void probe() { _tile_loadd(0, nullptr, 64); _tile_dpbf16ps(0, 1, 2); }"),
+)
+"""Flags that an older compiler does not know, and what needs them: without them the variant is left empty."""
 VARIANT_FLAGS = {
     "avx2.cc": ("-mavx2", "-mfma"),
     "avx512.cc": AVX512_FLAGS,
+    "avx512bf16.cc": (*AVX512_FLAGS, *BF16_FLAGS),
     "amx.cc": (*AVX512_FLAGS, *AMX_FLAGS),
 }
 LINK_FLAGS = (
@@ -136,7 +142,7 @@ def compile_object(
     commands, parts = [], []
     linked = directory / "step.so"
     try:
-        without = () if _knows_amx(compiler, directory, around, end) else AMX_FLAGS
+        without = _unknown_flags(compiler, directory, around, end)
         for source in source_files():
             part = str(directory / f"{source.stem}.o")
             flags = [*FLAGS, *(flag for flag in VARIANT_FLAGS.get(source.name, ()) if flag not in without)]
@@ -151,18 +157,20 @@ def compile_object(
         raise KernelUnavailable(f"{compiler.name} cannot be run: {error.strerror}") from None
 
 
-def _knows_amx(compiler: Compiler, directory: Path, environment: Mapping[str, str], end: float) -> bool:
-    """Both compiler and assembler are new enough; where not, that variant of the object is empty."""
-    if platform.machine() not in X86:
-        return False
-    source, target = directory / "amx_probe.cc", directory / "amx.probe"
-    source.write_text(AMX_PROBE)
-    command = [*compiler.compile, *FLAGS, *AMX_FLAGS, "-c", str(source), "-o", str(target)]
-    try:
-        _run(compiler.name, [command], environment, end)
-    except KernelUnavailable:
-        return False
-    return True
+def _unknown_flags(
+    compiler: Compiler, directory: Path, environment: Mapping[str, str], end: float
+) -> set[str]:
+    """Of ``PROBES``, those that compiler or assembler are too old for."""
+    unknown: set[str] = set()
+    for flags, text in PROBES if platform.machine() in X86 else ():
+        source, target = directory / "probe.cc", directory / "flags.probe"
+        source.write_text(f"#include <immintrin.h>\n{text}\n")
+        command = [*compiler.compile, *FLAGS, *AVX512_FLAGS, *flags, "-c", str(source), "-o", str(target)]
+        try:
+            _run(compiler.name, [command], environment, end)
+        except KernelUnavailable:
+            unknown |= set(flags)
+    return unknown
 
 
 def _run(name: str, commands: Sequence[Sequence[str]], environment: Mapping[str, str], end: float) -> None:

@@ -67,17 +67,22 @@ class LayerWeights:
 class CpuStep:
     """For one thread of the caller's; ``threads`` work in a step, the caller's among them."""
 
-    def __init__(self, library: Library, variant: str, shape: Shape, threads: int) -> None:
-        """Raises :class:`KernelUnavailable` where there is no memory or no thread for it, ``ValueError`` for
-        a shape that is none."""
+    def __init__(
+        self, library: Library, variant: str, shape: Shape, threads: int, recipe: str | None = None
+    ) -> None:
+        """``recipe``: None for the one that the variant serves by. Raises :class:`KernelUnavailable` where
+        there is no memory or no thread for it, ``ValueError`` for a shape that is none, or of which the
+        variant does not compute the elem so."""
         _check_shape(shape)
         self.shape, self.variant = shape, variant
+        elem = library.elem(variant, shape.elem, recipe)
+        self.recipe = ELEMS[elem][0]
         self._calls = library.calls
         names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden", "intermediate", "vocab")
         bounds = ("block_size", "num_blocks", "max_rows", "max_context", "max_logits", "eps", "scale")
         config = Config(
             variant=VARIANTS.index(variant),
-            elem=ELEMS.index(shape.elem),
+            elem=elem,
             threads=threads,
             **{name: getattr(shape, name) for name in (*names, *bounds)},
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from microserve.kernels.cpu.library import library
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.numerics import MIXED, Numerics
@@ -28,7 +29,7 @@ PROMPTS = [list(range(first, first + 40)) for first in range(20, 24)]
 PLAIN, BEST, OTHER = "engine-0", "engine-1", "engine-2"
 KERNELS = {
     0: ["engine.cpu_kernels=portable"],
-    1: ["engine.cpu_kernels=auto"],
+    1: [f"engine.cpu_kernels={'avx512' if library().supports('avx512') else 'auto'}"],
     2: ["engine.cpu_kernels=transformers"],
 }
 

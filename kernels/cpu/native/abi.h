@@ -6,8 +6,9 @@
 #pragma GCC visibility push(default)
 extern "C" {
 
-enum MsElem : int32_t { MS_BF16 = 0, MS_F32 = 1 };
-enum MsVariant : int32_t { MS_PORTABLE = 0, MS_AVX2 = 1, MS_AVX512 = 2, MS_AMX = 3, MS_NUM_VARIANTS = 4 };
+// Of weights, activations and KV, and which product multiplies them (step/numerics.h): bf16 by blocks or by pairs.
+enum MsElem : int32_t { MS_BF16 = 0, MS_F32 = 1, MS_BF16_PAIRS = 2, MS_NUM_ELEMS = 3 };
+enum MsVariant : int32_t { MS_PORTABLE = 0, MS_AVX2 = 1, MS_AVX512 = 2, MS_AVX512BF16 = 3, MS_AMX = 4, MS_NUM_VARIANTS = 5 };
 
 // Shape of a model and bounds of a step. Everything is counted in elements, but for eps and scale.
 struct MsConfig {
@@ -47,7 +48,7 @@ typedef int32_t (*MsOnLayer)(int32_t layer);  // not 0: the step ends there
 
 struct MsEngine;
 int32_t ms_abi_version();
-int32_t ms_supports(int32_t variant);                        // 1: compiled in, and this CPU can run it
+int32_t ms_supports(int32_t variant, int32_t elem);          // 1: compiled in, computes it, and this CPU can run it
 MsEngine *ms_create(const MsConfig *config);                 // null: no memory or threads
 const char *ms_set_layer(MsEngine *, int32_t, const MsLayer *);  // null, or what is wrong
 // embedding [vocab][hidden], head the same or null for a tied one; norm fp32; cos, sin [max_context][head_dim / 2].

@@ -11,6 +11,9 @@ namespace ms {
 
 constexpr int kSegment = 256;  // positions of a segment of attention: part of the numerics class
 constexpr int kLanes = 32;     // queries that are worked on together
+constexpr int kWideLanes = 64;  // by products of pairs
+
+constexpr int kMaxDotRows = 8;  // rows of a product of pairs that are worked on together
 
 constexpr int kRowBlock = 64;  // rows that share a unit of a product
 constexpr int kFewRows = 8;    // so many are normed by each thread for itself: one phase less
@@ -23,6 +26,11 @@ inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
 // Of a thread's tiles: queries, weights, values, keys (tiles/attention.h). head_dim padded.
 inline long tile_elements(long head_dim) { return kLanes * head_dim + (long)kLanes * kSegment + 2L * kSegment * head_dim; }
+
+// The same of products of pairs: queries, weights, keys, values (pairs/attention.h), rows with a gap of 32.
+inline long pair_elements(long head_dim) {
+  return kWideLanes * (head_dim + 32) + (long)kMaxDotRows * (kSegment + 32) + 2L * kSegment * head_dim;
+}
 
 struct Layer {
   void *qkv, *out, *gate_up, *down;  // packed, see pack.h
@@ -40,7 +48,7 @@ struct Scratch {
   float *head;               // [kRowBlock][head_dim padded]
   void *normed;              // [kFewRows][hidden] inputs of a product
   float *zeros;              // [head_dim padded], never written
-  uint16_t *tiles;           // of a variant with tiles: a segment as tiles/attention.h packs it
+  uint16_t *tiles;           // a segment as tiles/attention.h or pairs/attention.h packs it
 };
 
 // A share of a layer's attention: some rows of a span, the query heads of one KV head, one segment or all.
@@ -89,6 +97,6 @@ struct Variant {
   void (*map)(int function, long n, float *values);
 };
 
-extern const Variant portable_variant, avx2_variant, avx512_variant, amx_variant;
+extern const Variant portable_variant, avx2_variant, avx512_variant, avx512bf16_variant, amx_variant;
 
 }  // namespace ms

@@ -2,6 +2,8 @@
 // reads memory in one stream, which the processor fetches ahead: read as two tiles behind each other, weights came
 // at a third of the speed. Padding is zero.
 //
+// All variants share a layout, which the elem alone decides; bf16 has one, whichever product multiplies it.
+//
 //   bf16 [n / 32][k / 2][2 tiles][16 n][2 k]     fp32 [n / 32][k / 2][2 k][2 tiles][16 n]
 #pragma once
 #include <cstring>
@@ -24,10 +26,10 @@ void pack_tiles(const T *weights, T *packed, long n, long k, long blocks, long f
 }
 
 inline void pack(int elem, const void *weights, void *packed, long n, long k, long blocks, long first, long step) {
-  if (elem == MS_BF16)
-    pack_tiles<uint16_t, true>((const uint16_t *)weights, (uint16_t *)packed, n, k, blocks, first, step);
-  else
+  if (elem == MS_F32)
     pack_tiles<float, false>((const float *)weights, (float *)packed, n, k, blocks, first, step);
+  else
+    pack_tiles<uint16_t, true>((const uint16_t *)weights, (uint16_t *)packed, n, k, blocks, first, step);
 }
 
 }  // namespace ms

@@ -26,9 +26,6 @@ from microserve.services.engine.model.runner import MakeStep
 
 _logger = structlog.get_logger()
 
-RECIPE = "cpu1"
-"""Of what is computed (``kernels/cpu/native/step/numerics.h``): another one gives other bits."""
-
 
 def missing(model: LoadedModel) -> str | None:
     """What of the model the native step does not compute; None: nothing."""
@@ -69,7 +66,7 @@ def choose_step(settings: Settings, model: LoadedModel) -> MakeStep | None:
     try:
         if (what := missing(model)) is not None:
             raise KernelUnavailable(f"it does not compute {what}")
-        variant = choose_variant(library(_tell), wanted)
+        variant = choose_variant(library(_tell), wanted, model.spec.dtype)
     except KernelUnavailable as error:
         _go_without(wanted, error)
         return None
@@ -134,7 +131,7 @@ def make_step(
         max_context=min(spec.max_model_len, num_blocks * block_size),
         max_logits=max_rows,
     )
-    step = CpuStep(found, choose_variant(found, variant), shape, threads)
+    step = CpuStep(found, choose_variant(found, variant, spec.dtype), shape, threads)
     for index, (layer, kv) in enumerate(zip(decoder.layers, layers, strict=True)):
         step.set_layer(index, _weights(layer), kv)
     # Of all positions, however many the pool holds: its size is no part of the class.
@@ -143,16 +140,16 @@ def make_step(
     head, embedding = model.module.lm_head.weight, decoder.embed_tokens.weight  # type: ignore[union-attr]
     is_tied = head is embedding or head.data_ptr() == embedding.data_ptr()  # type: ignore[operator]
     step.set_model(embedding, None if is_tied else head, decoder.norm.weight, cos, sin)  # type: ignore[arg-type]
-    return step, Numerics(class_name(found, model, *tables), is_exact=True)
+    return step, Numerics(class_name(found, step.recipe, model, *tables), is_exact=True)
 
 
-def class_name(found: Library, model: LoadedModel, cos: Tensor, sin: Tensor) -> str:
-    """Equal names: equal bits. Variants and threads are not in it, the weights and the object are."""
+def class_name(found: Library, recipe: str, model: LoadedModel, cos: Tensor, sin: Tensor) -> str:
+    """Equal names: equal bits. Variants and threads are not in it; recipe, weights and object are."""
     told = hashlib.sha256(f"{found.digest} {model.spec.revision}".encode())
     # Tables are the mathematical library's, whose last bit is not the same everywhere.
     for table in (cos, sin):
         told.update(table.numpy().tobytes())
-    return f"{RECIPE}-{model.spec.dtype}-{told.hexdigest()[:12]}"
+    return f"{recipe}-{model.spec.dtype}-{told.hexdigest()[:12]}"
 
 
 def rope_tables(rotary: Any, num_positions: int) -> tuple[Tensor, Tensor]:

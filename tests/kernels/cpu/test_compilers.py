@@ -80,10 +80,10 @@ def test_zig_s_object_has_the_same_variants_and_the_same_bits(
     by_system: NativeObject, by_zig: NativeObject
 ) -> None:
     mine, other = Library(by_system), Library(by_zig)
-    usable = [name for name in VARIANTS if mine.supports(name)]
-    assert [name for name in VARIANTS if other.supports(name)] == usable
-    for elem in ELEMS:
-        model = TinyModel(replace(TILED, biases="qkvo", head_norms=True), elem)
+    for recipe, elem in ELEMS:
+        usable = [name for name in VARIANTS if recipe in mine.recipes(name, elem)]
+        assert [name for name in VARIANTS if recipe in other.recipes(name, elem)] == usable
+        model = TinyModel(replace(TILED, biases="qkvo", head_norms=True), elem, recipe)
         sides = [streams(found, name, model, 2, 2) for found in (mine, other) for name in usable]
         for rows in STEPS:
             assert len({side.run(rows).tobytes() for side in sides}) == 1
@@ -97,7 +97,9 @@ os.sched_setaffinity(0, cores)
 from microserve.kernels.cpu.library import library, choose_variant
 from tests.support.kernels.family import TILED, TinyModel
 from tests.support.kernels.family_step import Room, Streams
-streams = Streams(Room(TinyModel(TILED), choose_variant(library()), 2, bounds={"max_logits": 130}), 1)
+variant = choose_variant(library())
+model = TinyModel(TILED, recipe=library().recipes(variant)[0])
+streams = Streams(Room(model, variant, 2, bounds={"max_logits": 130}), 1)
 for rows in (130, 1, 1):
     streams.run([(0, rows)])
 print("ran on", len(os.sched_getaffinity(0)))

@@ -14,7 +14,7 @@ from microserve.kernels.cpu.library import library
 from tests.support.kernels import cpu_class
 from tests.support.kernels.cpu_class import Floats
 from tests.support.kernels.family import bytes_of
-from tests.support.kernels.family_step import variants
+from tests.support.kernels.family_step import ways
 
 SPECIAL = np.array(
     [0.0, -0.0, 1e-45, -1e-40, 2.0**-126, -(2.0**-126), 1.0, -1.0, 2.0**127, -3.4e38], np.float32
@@ -53,12 +53,11 @@ def operands(
     return widened(as_bf16(a)), as_bf16(b), c
 
 
-@pytest.mark.parametrize("elem", ["bfloat16", "float32"])
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize(("variant", "recipe", "elem"), ways())
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_every_variant_computes_the_product_of_the_class(
-    variant: str, elem: str, data: st.DataObject
+    variant: str, recipe: str, elem: str, data: st.DataObject
 ) -> None:
     m, kind = data.draw(st.integers(1, 70), "rows"), data.draw(st.sampled_from(KINDS), "kind")
     n, k = (
@@ -66,44 +65,40 @@ def test_every_variant_computes_the_product_of_the_class(
     )
     a, b, c = operands(np.random.default_rng(data.draw(st.integers(0, 1 << 30), "seed")), elem, kind, m, n, k)
 
-    got = library().product(variant, a, b, c)
+    got = library().product(variant, a, b, c, recipe)
 
-    expected = cpu_class.product(c, a, b if elem == "float32" else widened(b))
+    expected = cpu_class.product(recipe, c, a, b if elem == "float32" else widened(b))
     assert bytes_of(got) == bytes_of(expected)
 
 
-@pytest.mark.parametrize("elem", ["bfloat16", "float32"])
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize(("variant", "recipe", "elem"), ways())
 @settings(deadline=None, max_examples=30)
 @given(rows=st.integers(2, 70), seed=st.integers(0, 1 << 30), broken=st.sampled_from(BROKEN))
 def test_a_row_that_is_broken_breaks_itself_alone(
-    variant: str, elem: str, rows: int, seed: int, broken: float
+    variant: str, recipe: str, elem: str, rows: int, seed: int, broken: float
 ) -> None:
     random = np.random.default_rng(seed)
     a, b, c = operands(random, elem, "ordinary", rows, 64, 96)
     row = int(random.integers(rows))
-    whole = library().product(variant, a, b, c)
+    whole = library().product(variant, a, b, c, recipe)
     a[row, random.integers(96)] = broken
 
-    got = library().product(variant, a, b, c)
+    got = library().product(variant, a, b, c, recipe)
 
     assert not np.isfinite(got[row]).any()
     others = np.arange(rows) != row
     assert got[others].tobytes() == whole[others].tobytes()
 
 
-@pytest.mark.parametrize("elem", ["bfloat16", "float32"])
-@pytest.mark.parametrize("variant", variants())
-def test_a_row_has_the_same_bits_in_any_company(variant: str, elem: str) -> None:
+@pytest.mark.parametrize(("variant", "recipe", "elem"), ways())
+def test_a_row_has_the_same_bits_in_any_company(variant: str, recipe: str, elem: str) -> None:
     a, b, c = operands(np.random.default_rng(3), elem, "ordinary", 67, 160, 128)
-    whole = library().product(variant, a, b, c)
+    whole = library().product(variant, a, b, c, recipe)
     order = np.random.default_rng(4).permutation(67)
-    assert library().product(variant, a[order], b, c[order]).tobytes() == whole[order].tobytes()
+    assert library().product(variant, a[order], b, c[order], recipe).tobytes() == whole[order].tobytes()
     for row in range(67):
-        assert (
-            library().product(variant, a[row : row + 1], b, c[row : row + 1]).tobytes()
-            == whole[row].tobytes()
-        )
+        alone = library().product(variant, a[row : row + 1], b, c[row : row + 1], recipe)
+        assert alone.tobytes() == whole[row].tobytes()
 
 
 def test_the_account_of_an_fma_is_the_exact_one() -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microserve.kernels.cpu.library import ELEMS
 from tests.support.kernels.family import (
     BLOCK_SIZE,
     FAMILIES,
@@ -27,17 +28,28 @@ from tests.support.kernels.family import (
 )
 from tests.support.kernels.family_step import Part, Room, variants
 
-FASTEST = variants()[-1]
-ELEMS = ("bfloat16", "float32")
+CLASSES = [f"{recipe} {elem}" for recipe, elem in ELEMS]
 LONGEST = 120
 EDGES = (255, 256, 257, 511, 512, 513)
 """Where segments of attention end."""
 POOL = [int(block) for block in np.random.default_rng(11).permutation(NUM_BLOCKS)]
 
 
-@functools.cache
-def model_of(family: str, elem: str) -> TinyModel:
-    return TinyModel(family, elem)
+def new_model(family: str, kind: str) -> TinyModel:
+    recipe, elem = kind.split()
+    return TinyModel(family, elem, recipe)
+
+
+model_of = functools.cache(new_model)
+
+
+def variants_of(kind: str) -> list[str]:
+    recipe, elem = kind.split()
+    return variants(elem, recipe)
+
+
+def fastest(kind: str) -> str:
+    return variants_of(kind)[-1]
 
 
 def tables(*lengths: int) -> list[list[int]]:
@@ -52,9 +64,9 @@ def chunked(ids: Sequence[int], table: Sequence[int], cuts: Sequence[int]) -> li
 
 
 @functools.cache
-def one_by_one(family: str, elem: str, length: int, seed: int) -> tuple[list[bytes | None], bytes]:
+def one_by_one(family: str, kind: str, length: int, seed: int) -> tuple[list[bytes | None], bytes]:
     """Token by token, alone, by one thread: bits of the logits behind each position, and of all KV."""
-    room = Room(model_of(family, elem), FASTEST)
+    room = Room(model_of(family, kind), fastest(kind))
     ids, (table,) = random_ids(length, seed), tables(length)
     logits = [room.run([Part(ids, at, at + 1, table)])[0] for at in range(length)]
     kv = room.stored(table, length)
@@ -62,12 +74,12 @@ def one_by_one(family: str, elem: str, length: int, seed: int) -> tuple[list[byt
     return logits, kv
 
 
-@pytest.mark.parametrize("elem", ELEMS)
+@pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_variants_compute_what_the_class_says(family: str, elem: str) -> None:
-    model, ids, (table,) = model_of(family, elem), random_ids(38), tables(38)
+def test_all_variants_compute_what_the_class_says(family: str, kind: str) -> None:
+    model, ids, (table,) = model_of(family, kind), random_ids(38), tables(38)
     kv, logits = model.sequence(ids, range(38))
-    for variant in variants():
+    for variant in variants_of(kind):
         for cuts in ([], [17], range(38)):
             room = Room(model, variant)
             parts = chunked(ids, table, cuts)
@@ -77,13 +89,14 @@ def test_all_variants_compute_what_the_class_says(family: str, elem: str) -> Non
             room.close()
 
 
+@pytest.mark.parametrize("kind", ["cpu1 bfloat16", "cpu2 bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_segments_are_those_of_the_class(family: str) -> None:
+def test_segments_are_those_of_the_class(family: str, kind: str) -> None:
     """Several of them, with and without a window that leaves the first ones out."""
-    model, ids, (table,) = model_of(family, "bfloat16"), random_ids(530), tables(530)
+    model, ids, (table,) = model_of(family, kind), random_ids(530), tables(530)
     wanted = [255, 256, 400, 529]
     kv, logits = model.sequence(ids, wanted)
-    room = Room(model, FASTEST)
+    room = Room(model, fastest(kind))
     room.run([Part(ids, 0, 255, table)])
     for at, row in zip(wanted, logits, strict=True):
         if at - 1 > 256:
@@ -93,14 +106,14 @@ def test_segments_are_those_of_the_class(family: str) -> None:
     room.close()
 
 
-@pytest.mark.parametrize("elem", ELEMS)
+@pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decoded_kv_is_prefilled_kv_at_every_border_of_a_segment(family: str, elem: str) -> None:
+def test_decoded_kv_is_prefilled_kv_at_every_border_of_a_segment(family: str, kind: str) -> None:
     length = max(EDGES) + 1
-    logits, kv = one_by_one(family, elem, length, 0)
+    logits, kv = one_by_one(family, kind, length, 0)
     ids, (table,) = random_ids(length), tables(length)
     for cuts in ([], EDGES, [1, 2, 9, 16, 100, 101, 357], range(64, length, 64)):
-        room = Room(model_of(family, elem), FASTEST, poison="infinity", bounds={"max_rows": 640})
+        room = Room(model_of(family, kind), fastest(kind), poison="infinity", bounds={"max_rows": 640})
         for part in chunked(ids, table, cuts):
             assert room.run([part]) == [logits[part.end - 1]]
         assert room.stored(table, length) == kv
@@ -108,13 +121,15 @@ def test_decoded_kv_is_prefilled_kv_at_every_border_of_a_segment(family: str, el
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("variant", variants())
+@pytest.mark.parametrize(
+    ("variant", "kind"), [(v, kind) for kind in CLASSES if "bf" in kind for v in variants_of(kind)]
+)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_variants_and_threads_give_the_same_bits(family: str, variant: str, threads: int) -> None:
+def test_variants_and_threads_give_the_same_bits(family: str, variant: str, kind: str, threads: int) -> None:
     length = 40 if variant == "portable" else 270
-    logits, kv = one_by_one(family, "bfloat16", length, 1)
+    logits, kv = one_by_one(family, kind, length, 1)
     ids, (table,) = random_ids(length, 1), tables(length)
-    room = Room(model_of(family, "bfloat16"), variant, threads=threads)
+    room = Room(model_of(family, kind), variant, threads=threads)
     for part in chunked(ids, table, [length - 9, length - 1]):
         assert room.run([part]) == [logits[part.end - 1]]
     assert room.stored(table, length) == kv
@@ -127,11 +142,11 @@ def test_variants_and_threads_give_the_same_bits(family: str, variant: str, thre
 def test_any_schedule_gives_the_bits_of_one_row_at_a_time(family: str, data: st.DataObject) -> None:
     """Sequences go on by any numbers of rows, in any company and order, until each is done; what was there
     before is poison."""
-    elem = data.draw(st.sampled_from(ELEMS), "elem")
-    model = model_of(family, elem)
+    kind = data.draw(st.sampled_from(CLASSES), "class")
+    model = model_of(family, kind)
     room = Room(
         model,
-        FASTEST,
+        fastest(kind),
         data.draw(st.integers(1, 2), "threads"),
         data.draw(st.sampled_from(["nan", "infinity"])),
     )
@@ -150,24 +165,24 @@ def test_any_schedule_gives_the_bits_of_one_row_at_a_time(family: str, data: st.
             done[number] = at + rows
         got = room.run(parts)
         for number, part, bits in zip(chosen, parts, got, strict=True):
-            assert bits == one_by_one(family, elem, LONGEST, number)[0][part.end - 1]
+            assert bits == one_by_one(family, kind, LONGEST, number)[0][part.end - 1]
     for number, length in enumerate(lengths):
-        kv = one_by_one(family, elem, LONGEST, number)[1]
+        kv = one_by_one(family, kind, LONGEST, number)[1]
         assert room.stored(own[number], length) == kv_of(kv, LONGEST, length)
     room.close()
 
 
-@pytest.mark.parametrize("elem", ELEMS)
+@pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kv_that_came_from_another_pool_is_as_good_as_ones_own(family: str, elem: str) -> None:
+def test_kv_that_came_from_another_pool_is_as_good_as_ones_own(family: str, kind: str) -> None:
     """Copied by blocks, read where a prefix is shared, and not written again: slots of -1."""
-    model, length, split = model_of(family, elem), 300, 272
-    logits, kv = one_by_one(family, elem, length, 2)
+    model, length, split = model_of(family, kind), 300, 272
+    logits, kv = one_by_one(family, kind, length, 2)
     ids, (here, there) = random_ids(length, 2), tables(length, length)
-    sender = Room(model, variants()[1 % len(variants())], threads=2)
+    sender = Room(model, variants_of(kind)[1 % len(variants_of(kind))], threads=2)
     sender.run([Part(ids, 0, split, there, wants_logits=False)])
     for end in (split, split - 1, split - 16):
-        room = Room(model, FASTEST, poison="infinity")
+        room = Room(model, fastest(kind), poison="infinity")
         blocks = -(-end // BLOCK_SIZE)
         for to, of in zip(room.pool, sender.pool, strict=True):
             to[here[:blocks]] = of[there[:blocks]]
@@ -185,21 +200,21 @@ def kv_of(kv: bytes, length: int, end: int) -> bytes:
     return b"".join(bytes_of(layer[:end]) for layer in layers)
 
 
-@pytest.mark.parametrize("elem", ELEMS)
-def test_rows_that_overflow_do_not_reach_those_beside_them(elem: str) -> None:
+@pytest.mark.parametrize("kind", CLASSES)
+def test_rows_that_overflow_do_not_reach_those_beside_them(kind: str) -> None:
     """A sequence whose logits are no numbers: others of its step, and its own earlier rows, are as ever."""
-    model = TinyModel("llama", elem)
+    model = new_model("llama", kind)
     broken = model.embedding.clone()
     broken[7] = float("nan")
     model.embedding = broken  # tied: logits of token 7 are NaN everywhere, and all of rows that read it
     ids = [token if token != 7 else 8 for token in random_ids(60, 3)]
     good, bad = tables(60, 60)
-    room = Room(model, FASTEST, threads=2)
+    room = Room(model, fastest(kind), threads=2)
     alone = room.run([Part(ids, 0, 60, good)])
     kv = room.stored(good, 60)
     room.close()
 
-    room = Room(model, FASTEST, threads=2)
+    room = Room(model, fastest(kind), threads=2)
     hurt = [*ids[:40], 7, *ids[41:]]
     parts = [Part(hurt, 0, 60, bad), Part(ids, 0, 60, good)]
     got = room.run(parts)

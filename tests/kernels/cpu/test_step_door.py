@@ -19,14 +19,15 @@ from microserve.kernels.cpu.step import CpuStep
 from tests.support.kernels.family import BLOCK_SIZE, NUM_BLOCKS, VOCAB, TinyModel, random_ids
 from tests.support.kernels.family_step import Part, Room, variants
 
-FASTEST = variants()[-1]
+RECIPE, ELEM = "cpu2", "bfloat16"
+FASTEST = variants(ELEM, RECIPE)[-1]
 TABLE = list(range(NUM_BLOCKS))
 IDS = random_ids(300)
 
 
 @pytest.fixture(scope="module")
 def model() -> TinyModel:
-    return TinyModel("llama")
+    return TinyModel("llama", ELEM, RECIPE)
 
 
 @pytest.fixture
@@ -219,7 +220,7 @@ def test_steps_of_one_process_share_nothing(model: TinyModel) -> None:
     other = TinyModel("qwen3", "float32")
     rooms = [
         Room(model, FASTEST, threads=2),
-        Room(other, FASTEST, threads=2),
+        Room(other, variants("float32")[-1], threads=2),
         Room(model, FASTEST, threads=3),
     ]
     part = [Part(IDS, 0, 100, TABLE)]

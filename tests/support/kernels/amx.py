@@ -23,7 +23,7 @@ from microserve.kernels.kernel_cache import CACHE_VARIABLE, cache_directory
 from tests.support.kernels.family import TinyModel
 from tests.support.kernels.family_step import Room, Streams
 
-NATIVE = Path(__file__).parents[2] / "kernels" / "cpu"
+NATIVE = Path(__file__).parents[2] / "kernels" / "cpu" / "tiles"
 BUILD_LIMIT_S = 600.0
 
 

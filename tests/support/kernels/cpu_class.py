@@ -101,12 +101,17 @@ def silu(g: Any) -> Floats:
     return div(g, add(np.float32(1.0), exp2(np.where(turned > np.float32(126.0), np.float32(126.0), turned))))
 
 
-def product(c: Any, a: Floats, b: Floats) -> Floats:
-    """c + a bᵀ; c: [m, n] or a number, a: [m, k], b: [n, k]. Blocks of 32 k, in each a chain over the even
-    and one over the odd k, from +0."""
+def product(recipe: str, c: Any, a: Floats, b: Floats) -> Floats:
+    """c + a bᵀ; c: [m, n] or a number, a: [m, k], b: [n, k]. ``cpu1``: blocks of 32 k, in each a chain over
+    the even and one over the odd k, from +0. ``cpu2``: one chain through c, of two k the odd one first."""
     padding = ((0, 0), (0, -a.shape[1] % 32))
     a, b = np.pad(a, padding), np.pad(b, padding)
     total = np.broadcast_to(np.asarray(c, np.float32), (len(a), len(b)))
+    if recipe == "cpu2":
+        for k in range(0, a.shape[1], 2):
+            for each in (k + 1, k):
+                total = fma(a[:, each, None], b[None, :, each], total)
+        return np.asarray(total)
     for block in range(0, a.shape[1], 32):
         even = odd = np.zeros(total.shape, np.float32)
         for k in range(block, block + 32, 2):
@@ -143,7 +148,7 @@ def rotated(x: Floats, cos: Floats, sin: Floats) -> Floats:
     return np.concatenate([fma(-b, sin, mul(a, cos)), fma(a, sin, mul(b, cos))], axis=-1)
 
 
-def attended(elem: str, q: Floats, k: Floats, v: Floats, scale: float, window: int) -> Floats:
+def attended(recipe: str, elem: str, q: Floats, k: Floats, v: Floats, scale: float, window: int) -> Floats:
     """One head of a whole sequence; q, k, v: [positions, dim]; window: 0 for none. Not yet rounded."""
     length, dim = q.shape
     factor = mul(np.float32(scale), LOG2E)
@@ -156,7 +161,7 @@ def attended(elem: str, q: Floats, k: Floats, v: Floats, scale: float, window: i
         at = np.arange(first, min(first + SEGMENT, length))[None, :]
         seen = (at <= rows) & (at > rows - (window or length))
         sees = np.asarray(seen.any(axis=1))
-        scores = product(0.0, q, k[first : first + SEGMENT])
+        scores = product(recipe, 0.0, q, k[first : first + SEGMENT])
         m = mul(np.where(seen, scores, -np.inf).max(axis=1), factor)
         shifted = sub(mul(scores, factor), np.where(sees, m, 0.0)[:, None])
         p = np.where(seen, exp2(np.where(seen, shifted, 0.0)), np.float32(0.0))
@@ -165,7 +170,7 @@ def attended(elem: str, q: Floats, k: Floats, v: Floats, scale: float, window: i
             add, np.split(p, p.shape[1] // 16, axis=1), np.zeros((length, 16), np.float32)
         )
         values = np.pad(v[first : first + SEGMENT], ((0, p.shape[1] - at.size), (0, 0)))
-        o = add(product(0.0, rounded(elem, p), values.T), np.float32(0.0))
+        o = add(product(recipe, 0.0, rounded(elem, p), values.T), np.float32(0.0))
         sum_here = tree(sums)
         both = has & sees
         peak = np.where(top > m, top, m)

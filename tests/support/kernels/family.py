@@ -8,6 +8,7 @@ Must not know the step (family_step.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,12 +64,18 @@ def bytes_of(values: Any) -> bytes:
 
 
 class TinyModel:
-    """Weights of one family, by name or by its sizes. ``scale`` is how large they are."""
+    """Weights of one family, by name or by its sizes, and the recipe by which they are multiplied. ``scale``
+    is how large they are."""
 
     def __init__(
-        self, family: str | Family, elem: str = "bfloat16", seed: int = 0, scale: float = 0.3
+        self,
+        family: str | Family,
+        elem: str = "bfloat16",
+        recipe: str = "cpu1",
+        seed: int = 0,
+        scale: float = 0.3,
     ) -> None:
-        self.elem = elem
+        self.elem, self.recipe = elem, recipe
         self.config = FAMILIES[family] if isinstance(family, str) else family
         self._random = torch.Generator().manual_seed(seed)
         self._scale = scale
@@ -111,6 +118,7 @@ class TinyModel:
         """By the class's own account: K and V [positions, kv_heads, head_dim] of each layer, and logits of
         the positions ``wanted``."""
         c, elem = self.config, self.elem
+        product = functools.partial(cpu_class.product, self.recipe)
         length = len(ids)
         x = self.embedding.float().numpy()[np.array(ids)]
         cos, sin = self.cos.numpy()[:length], self.sin.numpy()[:length]
@@ -128,24 +136,26 @@ class TinyModel:
             q, group = cpu_class.rounded(elem, q), c.num_heads // c.num_kv_heads
             heads = [
                 cpu_class.attended(
-                    elem, q[:, h], k[:, h // group], v[:, h // group], c.head_dim**-0.5, layer.window or 0
+                    *(self.recipe, elem),
+                    *(q[:, h], k[:, h // group], v[:, h // group]),
+                    *(c.head_dim**-0.5, layer.window or 0),
                 )
                 for h in range(c.num_heads)
             ]
             a = cpu_class.rounded(elem, np.concatenate(heads, axis=1))
-            x = cpu_class.product(x, a, w["o"])
+            x = product(x, a, w["o"])
             if "o_bias" in w:
                 x = cpu_class.add(x, w["o_bias"])
             a = cpu_class.rounded(elem, cpu_class.normed(x, w["mlp_norm"], 1e-5))
-            gate, up = (cpu_class.product(0.0, a, w[name]) for name in ("gate", "up"))
+            gate, up = (product(0.0, a, w[name]) for name in ("gate", "up"))
             a = cpu_class.rounded(elem, cpu_class.mul(cpu_class.silu(gate), up))
-            x = cpu_class.product(x, a, w["down"])
+            x = product(x, a, w["down"])
         a = cpu_class.rounded(elem, cpu_class.normed(x[list(wanted)], self.norm.numpy(), 1e-5))
         head = self.embedding if self.head is None else self.head
-        return stored, cpu_class.product(0.0, a, head.float().numpy())
+        return stored, product(0.0, a, head.float().numpy())
 
     def _heads(self, a: Floats, w: dict[str, Any], name: str, cos: Floats, sin: Floats, rope: bool) -> Floats:
-        x = cpu_class.product(0.0, a, w[name])
+        x = cpu_class.product(self.recipe, 0.0, a, w[name])
         if f"{name}_bias" in w:
             x = cpu_class.add(x, w[f"{name}_bias"])
         x = x.reshape(len(a), -1, self.config.head_dim)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from microserve.kernels.cpu.library import VARIANTS, Library, library
+from microserve.kernels.cpu.library import ELEMS, VARIANTS, Library, library
 from microserve.kernels.cpu.step import TORCH_ELEMS, CpuStep
 from tests.support.kernels.cpu_class import Floats
 from tests.support.kernels.family import NUM_LAYERS, NUM_POSITIONS, VOCAB, TinyModel, bytes_of
@@ -49,7 +49,8 @@ class Room:
 
     def __post_init__(self) -> None:
         m, c = self.model, self.model.config
-        self.step = CpuStep(self.found or library(), self.variant, m.shape(**self.bounds), self.threads)
+        shape = m.shape(**self.bounds)
+        self.step = CpuStep(self.found or library(), self.variant, shape, self.threads, m.recipe)
         dims = (self.step.shape.num_blocks, 2, c.block_size, c.num_kv_heads, c.head_dim)
         halves = np.resize(np.array(POISONS[self.poison], np.uint16), dims)
         values = halves if m.elem == "bfloat16" else halves.astype(np.uint32) << 16
@@ -117,6 +118,11 @@ class Streams:
         return self.room.logits(parts, range(sum(number for _, number in rows)))
 
 
-def variants() -> list[str]:
-    """That this machine has."""
-    return [name for name in VARIANTS if library().supports(name)]
+def variants(elem: str = "bfloat16", recipe: str = "cpu1") -> list[str]:
+    """That this machine has, and that compute so: the same bits by all of them."""
+    return [name for name in VARIANTS if recipe in library().recipes(name, elem)]
+
+
+def ways() -> list[tuple[str, str, str]]:
+    """Variant, recipe and elem of all that this machine can compute."""
+    return [(name, recipe, elem) for recipe, elem in ELEMS for name in variants(elem, recipe)]

@@ -10,7 +10,7 @@ here="${0%%/*}/.."
 for last; do :; done
 case "$last" in
 --version) echo "$0, version %(version)s"; exit ;;
-*.probe) exit 1 ;;  # knows no AMX
+*.probe) exit 1 ;;  # knows no newer instructions
 *.o) echo "${0##*/}" >> "$here/compiled"; %(compile)s ;;
 *) echo "${0##*/}" >> "$here/linked"; %(link)s ;;
 esac

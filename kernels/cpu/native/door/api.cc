@@ -21,6 +21,7 @@ const ms::Variant *variant_of(int32_t variant) {
 #if defined(__x86_64__)
     case MS_AVX2: return &ms::avx2_variant;
     case MS_AVX512: return &ms::avx512_variant;
+    case MS_AVX512BF16: return ms::avx512bf16_variant.step ? &ms::avx512bf16_variant : nullptr;
     case MS_AMX: return ms::amx_variant.step ? &ms::amx_variant : nullptr;
 #endif
     default: return nullptr;
@@ -36,21 +37,23 @@ void step_of_thread(void *engine, int thread) {
 
 extern "C" {
 
-int32_t ms_abi_version() { return 1; }
+int32_t ms_abi_version() { return 2; }
 
-int32_t ms_supports(int32_t variant) {
-  if (!variant_of(variant)) return 0;
+int32_t ms_supports(int32_t variant, int32_t elem) {
+  if (!variant_of(variant) || elem < 0 || elem >= MS_NUM_ELEMS) return 0;
+  if (elem == MS_BF16_PAIRS ? variant != MS_PORTABLE && variant != MS_AVX512BF16 : variant == MS_AVX512BF16) return 0;
 #if defined(__x86_64__)
   const ms::Cpu cpu;
   if (variant == MS_AVX2) return cpu.avx2;
   if (variant == MS_AVX512) return cpu.avx512;
+  if (variant == MS_AVX512BF16) return cpu.avx512bf16;
   if (variant == MS_AMX) return cpu.amx && ms::may_use_tiles();
 #endif
   return 1;
 }
 
 MsEngine *ms_create(const MsConfig *config) {
-  if (!ms_supports(config->variant) || config->threads < 1 || config->threads > kMaxThreads) return nullptr;
+  if (!ms_supports(config->variant, config->elem) || config->threads < 1 || config->threads > kMaxThreads) return nullptr;
   MsEngine *e = (MsEngine *)calloc(1, sizeof(MsEngine));
   if (!e) return nullptr;
   const MsConfig &c = e->config = *config;
@@ -78,12 +81,13 @@ MsEngine *ms_create(const MsConfig *config) {
     w.queries = floats(*e, e->head_dim * ms::kLanes);
     w.scores = floats(*e, (long)ms::kSegment * ms::kLanes);
     w.out = floats(*e, ms::kLanes * e->head_dim);
-    w.sums = floats(*e, ms::kLanes * e->head_dim);
+    w.sums = floats(*e, ms::kWideLanes * e->head_dim);
     w.head = floats(*e, ms::kRowBlock * e->head_dim);
     w.normed = floats(*e, ms::kFewRows * e->hidden);
     w.zeros = floats(*e, e->head_dim);
-    w.tiles = c.variant == MS_AMX ? (uint16_t *)take(*e, sizeof(uint16_t) * (size_t)ms::tile_elements(e->head_dim)) : nullptr;
-    is_whole = w.keys && w.values && w.queries && w.scores && w.out && w.sums && w.head && w.normed && w.zeros && (w.tiles || c.variant != MS_AMX);
+    const long tiles = c.variant == MS_AMX ? ms::tile_elements(e->head_dim) : c.elem == MS_BF16_PAIRS ? ms::pair_elements(e->head_dim) : 0;
+    w.tiles = (uint16_t *)take(*e, sizeof(uint16_t) * (size_t)tiles);
+    is_whole = w.keys && w.values && w.queries && w.scores && w.out && w.sums && w.head && w.normed && w.zeros && w.tiles;
   }
   void *team = nullptr;
   if (is_whole && !posix_memalign(&team, alignof(ms::Team), sizeof(ms::Team))) e->team = new (team) ms::Team(c.threads, ms::phases_of(c.num_layers));
@@ -123,7 +127,7 @@ void ms_destroy(MsEngine *e) {
 }
 
 const char *ms_product(int32_t variant, int32_t elem, int32_t m, int32_t n, int32_t k, const float *a, const void *b, float *c) {
-  if (!ms_supports(variant)) return "variant";
+  if (!ms_supports(variant, elem)) return "variant";
   if (m < 1 || n < 1 || k < 1 || n % 32 || k % 32) return "m, n, k";
   void *packed = nullptr, *inputs = nullptr;
   const bool has_room = !posix_memalign(&packed, 4096, (size_t)n * (size_t)k * 4) &&
@@ -138,7 +142,7 @@ const char *ms_product(int32_t variant, int32_t elem, int32_t m, int32_t n, int3
 }
 
 const char *ms_map(int32_t variant, int32_t function, int32_t n, float *values) {
-  if (!ms_supports(variant)) return "variant";
+  if (!ms_supports(variant, variant == MS_AVX512BF16 ? MS_BF16_PAIRS : MS_BF16)) return "variant";
   if (n % 16 || function < 0 || function > 2) return "n, function";
   variant_of(variant)->map(function, n, values);
   return nullptr;

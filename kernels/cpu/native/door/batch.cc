@@ -37,7 +37,7 @@ const char *check(const Engine &e, const MsBatch &b) {
 bool divide(Engine &e) {
   const MsBatch &b = e.batch;
   const MsConfig &c = e.config;
-  const int group = c.num_heads / c.num_kv_heads, rows_of_unit = kLanes / group;
+  const int group = c.num_heads / c.num_kv_heads, rows_of_unit = (c.elem == MS_BF16_PAIRS ? kWideLanes : kLanes) / group;
   size_t units = 0, merges = 0;
   for (int s = 0; s < b.num_spans; s++) {
     const long segments = round_up(b.span_contexts[s], kSegment) / kSegment;

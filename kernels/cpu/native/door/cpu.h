@@ -11,7 +11,7 @@
 namespace ms {
 
 struct Cpu {
-  bool avx2 = false, avx512 = false, amx = false;
+  bool avx2 = false, avx512 = false, avx512bf16 = false, amx = false;
 
   Cpu() {
     unsigned a, b, c, d, saved, high;
@@ -24,6 +24,8 @@ struct Cpu {
     avx512 = avx2 && f && dq && bw && vl && (saved & 0xe6) == 0xe6;
     const bool bf16_tiles = d >> 22 & 1, tiles = d >> 24 & 1;
     amx = avx512 && tiles && bf16_tiles && (saved & 0x60000) == 0x60000;
+    const unsigned subleaves = a;
+    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avx512bf16 = avx512 && (a >> 5 & 1);
 #if defined(MS_ASSUME_AMX)  // in tests: the instructions are emulated
     amx = avx512;
 #endif

@@ -13,7 +13,7 @@ struct MsEngine : ms::Engine {};
 
 namespace ms {
 
-inline size_t elem_size(const Engine &e) { return e.config.elem == MS_BF16 ? 2 : 4; }
+inline size_t elem_size(const Engine &e) { return e.config.elem == MS_F32 ? 4 : 2; }
 
 // Zeroed; freed with the engine. Null where there is no memory.
 inline void *take(Engine &e, size_t nbytes) {

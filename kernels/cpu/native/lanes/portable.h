@@ -47,6 +47,38 @@ MS_INLINE float tree_sum(V a) {
   return a.x[0];
 }
 MS_INLINE void prefetch(const void *) {}
+MS_INLINE void prefetch_far(const void *) {}
+
+// Pairs of bf16, as avx512bf16.h has them.
+struct Pairs16 { uint32_t x[16]; };
+constexpr int kDotRows = 1;
+MS_INLINE Pairs16 load_words(const uint16_t *p) { Pairs16 r; __builtin_memcpy(r.x, p, 64); return r; }
+MS_INLINE Pairs16 splat_pair(const uint16_t *p) {
+  uint32_t word;
+  __builtin_memcpy(&word, p, 4);
+  Pairs16 r;
+  MS_EACH r.x[i] = word;
+  return r;
+}
+MS_INLINE V dot(V sum, Pairs16 a, Pairs16 b) {
+  V r;
+  MS_EACH r.x[i] = __builtin_fmaf(of_bits(a.x[i] & 0xffff0000u), of_bits(b.x[i] & 0xffff0000u), sum.x[i]);
+  MS_EACH r.x[i] = __builtin_fmaf(of_bits(a.x[i] << 16), of_bits(b.x[i] << 16), r.x[i]);
+  return r;
+}
+MS_INLINE void transpose_words(const uint16_t *const *rows, long at, uint16_t *to, long step) {
+  for (int word = 0; word < 16; word++)
+    MS_EACH __builtin_memcpy(to + word * step + 2 * i, rows[i] + (at + word) * 2, 4);
+}
+MS_INLINE void interleave(const uint16_t *first, const uint16_t *second, uint16_t *to) {
+  for (int i = 0; i < 32; i++) to[2 * i] = first[i], to[2 * i + 1] = second[i];
+}
+MS_INLINE void put_bf16(uint16_t *p, V a) { store_bf16(p, round_bf16(a)); }
+MS_INLINE float tree_max(V a) {
+  for (int h = 8; h; h >>= 1)
+    for (int i = 0; i < h; i++) a.x[i] = a.x[i] > a.x[i + h] ? a.x[i] : a.x[i + h];
+  return a.x[0];
+}
 #undef MS_EACH
 
 #if defined(__x86_64__)

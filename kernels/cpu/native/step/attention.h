@@ -102,6 +102,39 @@ MS_INLINE void finish(Engine &e, const float *o, float l, long row, int head) {
   for (int d = 0; d < dim; d += 16) To::put((typename To::T *)e.attended, e.heads_width, row, (long)head * dim + d, E::round(mul(load(o + d), r)), dim - d);
 }
 
+// Of each lane of a unit, all segments so far; their values stand in w.sums.
+struct Sums {
+  float top[kWideLanes], total[kWideLanes];
+  bool has[kWideLanes] = {};
+  MS_INLINE void take(float *values, long stride, int lane, const float *o, float maximum, float sum, int dim) {
+    float *so_far = values + lane * stride;
+    if (has[lane]) return merge(so_far, top[lane], total[lane], o, maximum, sum, dim);
+    for (int d = 0; d < dim; d += 16) store(so_far + d, load(o + d));
+    top[lane] = maximum;
+    total[lane] = sum;
+    has[lane] = true;
+  }
+};
+
+// A unit is done: its rows, or its part of one.
+template <class E>
+MS_INLINE void leave(Engine &e, const Scratch &w, const Unit &u, int lanes, int group, const Sums &sums) {
+  const long stride = e.head_dim;
+  for (int i = 0; i < lanes; i++) {
+    const float *o = w.sums + i * stride;
+    if (u.segment < 0) {
+      finish<E>(e, o, sums.total[i], e.span_firsts[u.span] + u.first_row + i / group, u.kv_head * group + i % group);
+      continue;
+    }
+    float *part = e.parts + (u.part + i) * (stride + 16);
+    part[stride + 2] = sums.has[i];
+    if (!sums.has[i]) continue;
+    for (int d = 0; d < e.config.head_dim; d += 16) store(part + d, load(o + d));
+    part[stride] = sums.top[i];
+    part[stride + 1] = sums.total[i];
+  }
+}
+
 // A block of masked positions turns a -0 into +0, so all are turned.
 MS_INLINE void turn_zeros(float *o, int rows, long stride, int dim) {
   for (int i = 0; i < rows; i++)
@@ -154,10 +187,10 @@ static void attend(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
   const bool is_row = u.num_rows == 1 && dim % 32 == 0;
 #endif
   const int end = lanes.high[lanes.count - 1], low = lanes.low[0];
-  alignas(64) float maximum[kLanes], sum[kLanes], top[kLanes], total[kLanes];
+  alignas(64) float maximum[kLanes], sum[kLanes];
+  Sums sums;
   const int begin = u.segment < 0 ? low / kSegment : u.segment;
   const int last = u.segment < 0 ? (end - 1) / kSegment : u.segment;
-  bool has[kLanes] = {};
   for (int s = begin; s <= last; s++) {
     const int first = s * kSegment, count = end - first < kSegment ? end - first : kSegment;
     if (first + count <= low) continue;
@@ -168,31 +201,10 @@ static void attend(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
       segment<E>(e, layer, w, u, lanes, first, count, maximum, sum);
     for (int i = 0; i < lanes.count; i++) {
       if (lanes.high[i] <= first || lanes.low[i] >= first + count) continue;
-      const float *o = w.out + i * stride;
-      float *so_far = w.sums + i * stride;
-      if (has[i]) {
-        merge(so_far, top[i], total[i], o, maximum[i], sum[i], dim);
-        continue;
-      }
-      for (int d = 0; d < dim; d += 16) store(so_far + d, load(o + d));
-      top[i] = maximum[i];
-      total[i] = sum[i];
-      has[i] = true;
+      sums.take(w.sums, stride, i, w.out + i * stride, maximum[i], sum[i], dim);
     }
   }
-  for (int i = 0; i < lanes.count; i++) {
-    const float *o = w.sums + i * stride;
-    if (u.segment < 0) {
-      finish<E>(e, o, total[i], e.span_firsts[u.span] + u.first_row + i / group, u.kv_head * group + i % group);
-      continue;
-    }
-    float *part = e.parts + (u.part + i) * (stride + 16);
-    part[stride + 2] = has[i];
-    if (!has[i]) continue;
-    for (int d = 0; d < dim; d += 16) store(part + d, load(o + d));
-    part[stride] = top[i];
-    part[stride + 1] = total[i];
-  }
+  leave<E>(e, w, u, lanes.count, group, sums);
 }
 
 // The units of one row and one KV head, in ascending order of their segments.

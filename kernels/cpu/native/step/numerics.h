@@ -1,8 +1,12 @@
-// What is computed, to the bit: the numerics class. Included inside a variant's own namespace, behind its lanes.
+// What is computed, to the bit: the numerics classes, which differ in the product alone. Included inside a variant's
+// own namespace, behind its lanes.
 //
-//   product    C[m][n] (+)= sum of A[m][k] B[k][n]: k ascending in blocks of 32; in a block two chains of fp32 FMAs
-//              from +0, one over the even k and one over the odd; then C = C + (even + odd). K is never split, and
-//              padded with zeros to whole blocks. A sum that continues (the residual) starts from C.
+//   product    C[m][n] (+)= sum of A[m][k] B[k][n], k ascending, never split, and padded with zeros to blocks of 32.
+//              A sum that continues (the residual) starts from C, another one from +0.
+//     cpu1     of blocks: in each two chains of fp32 FMAs from +0, one over the even k and one over the odd; then
+//              C = C + (even + odd). What AMX computes, and what AVX512, AVX2 and any CPU can.
+//     cpu2     of pairs, bf16 only: one chain of fp32 FMAs through C; of k, k + 1 first the odd one, then the even one.
+//              What VDPBF16PS computes, and what any CPU can; AMX cannot.
 //   rows       norm: squares by 16 lanes of FMAs, then tree_sum; 1 / sqrt(mean + eps) by correctly rounded steps.
 //   attention  in segments of 256 absolute positions, see attention.h.
 //   rounding   to nearest, ties to even; denormals are zero; to the elem of the model where a value is put down
@@ -79,11 +83,13 @@ MS_INLINE void put_some(typename E::Store *p, V rounded, int n) {
   for (int i = 0; i < n; i++) p[i] = x[i];
 }
 
-// Inputs of products, as the product reads them: rows of fp32, rounded. A variant with tiles has them otherwise; in
-// both, row r stands at width * r where r is a multiple of 16.
+// Inputs of products, as the product reads them: rows of fp32, rounded. Tiles and pairs have them otherwise; `rows` is
+// where those from row r on stand, r a multiple of 16.
 template <class E>
 struct Inputs {
   typedef float T;
+  static MS_INLINE const T *rows(const T *from, long width, long row) { return from + row * width; }
+  static MS_INLINE T *rows(T *from, long width, long row) { return from + row * width; }
   static MS_INLINE void put(T *to, long width, long row, long column, V rounded, int n = 16) {
     put_some<F32>(to + row * width + column, rounded, n);
   }

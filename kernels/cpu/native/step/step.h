@@ -104,7 +104,7 @@ static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const t
     const long row = (long)(u / num_heads) * kRowBlock;
     const int count = (int)(rows - row < kRowBlock ? rows - row : kRowBlock);
     Put put = {w.head - head * e.head_width, e.head_dim};
-    multiply<1>(normed + row * e.hidden, e.hidden, count, weights, weights.blocks, head * tiles, (head + 1) * tiles, put);
+    multiply<1>(Inputs<E>::rows(normed, e.hidden, row), e.hidden, count, weights, weights.blocks, head * tiles, (head + 1) * tiles, put);
     for (int m = 0; m < count; m++) place_head<E>(e, layer, row + m, head, w.head + m * e.head_dim);
   }
   e.team->end(phase, units);
@@ -127,7 +127,7 @@ static void residual(Engine &e, int &phase, const void *inputs, long width, cons
   const typename Inputs<E>::T *a = (const typename Inputs<E>::T *)inputs;
   share(e, phase, e.batch.num_rows, e.hidden / 16, [&](long row, int rows, int first, int last) {
     Continue sum = {e.x + row * e.hidden, e.hidden};
-    multiply<1>(a + row * width, width, rows, weights, weights.blocks, first, last, sum);
+    multiply<1>(Inputs<E>::rows(a, width, row), width, rows, weights, weights.blocks, first, last, sum);
     if (bias)
       for (int m = 0; m < rows; m++)
         for (int i = first * 16; i < last * 16; i += 16) {
@@ -157,9 +157,9 @@ static void mlp(Engine &e, const Layer &layer, Scratch &w, int &phase) {
   const Packed<E> weights = {(const typename E::Store *)layer.gate_up, (int)(e.hidden / 32)};
   share(e, phase, e.batch.num_rows, e.intermediate / 8, [&](long row, int rows, int first, int last) {
     Gated<E> gated;
-    gated.to = (typename Inputs<E>::T *)e.middle + row * e.intermediate;
+    gated.to = Inputs<E>::rows((typename Inputs<E>::T *)e.middle, e.intermediate, row);
     gated.stride = e.intermediate;
-    multiply<1>(normed + row * e.hidden, e.hidden, rows, weights, weights.blocks, first, last, gated);
+    multiply<1>(Inputs<E>::rows(normed, e.hidden, row), e.hidden, rows, weights, weights.blocks, first, last, gated);
   });
   residual<E>(e, phase, e.middle, e.intermediate, layer.down, nullptr);
 }
@@ -196,7 +196,7 @@ static void logits(Engine &e, int &phase) {
   const Packed<E> weights = {(const typename E::Store *)e.head, (int)(e.hidden / 32)};
   share(e, phase, b.num_logits, e.vocab / 16, [&](long row, int rows, int first, int last) {
     Put put = {b.logits + row * e.vocab, e.vocab};
-    multiply<1>(normed + row * e.hidden, e.hidden, rows, weights, weights.blocks, first, last, put);
+    multiply<1>(Inputs<E>::rows(normed, e.hidden, row), e.hidden, rows, weights, weights.blocks, first, last, put);
   });
 }
 
@@ -226,8 +226,13 @@ static void step_of(Engine &e, int thread, Mode outside) {
 
 static void step(Engine *e, int thread) {
   auto was = enter_float_mode();
+#if defined(MS_PAIRS)
+  if (e->config.elem == MS_BF16_PAIRS) step_of<Pairs>(*e, thread, was);
+#endif
+#if !defined(MS_PAIRS_ALONE)
   if (e->config.elem == MS_BF16) step_of<Half>(*e, thread, was);
-  else step_of<F32>(*e, thread, was);
+  if (e->config.elem == MS_F32) step_of<F32>(*e, thread, was);
+#endif
   release_tiles();
   leave_float_mode(was);
 }
@@ -246,8 +251,13 @@ static void product_of(long m, long n, long k, const float *a, void *room, const
 
 static void product(int elem, long m, long n, long k, const float *a, void *inputs, const void *packed, float *c) {
   auto was = enter_float_mode();
+#if defined(MS_PAIRS)
+  if (elem == MS_BF16_PAIRS) product_of<Pairs>(m, n, k, a, inputs, packed, c);
+#endif
+#if !defined(MS_PAIRS_ALONE)
   if (elem == MS_BF16) product_of<Half>(m, n, k, a, inputs, packed, c);
-  else product_of<F32>(m, n, k, a, inputs, packed, c);
+  if (elem == MS_F32) product_of<F32>(m, n, k, a, inputs, packed, c);
+#endif
   release_tiles();
   leave_float_mode(was);
 }

@@ -3,7 +3,7 @@
 // 32 k and adds their sum to C; to nearest, denormals zero both ways, whatever MXCSR says. How many rows and columns
 // a tile has, and where C waits between blocks, is free.
 //
-// Written on a machine without AMX: tests run it in an emulation of these instructions (tests/kernels/cpu), and what
+// Written on a machine without AMX: tests run it in an emulation of these instructions (tests/kernels/cpu/tiles), and what
 // an engine loads is compared with the portable variant first (library.is_right).
 #pragma once
 
@@ -18,6 +18,8 @@ struct Inputs<Bf16Tiles> {
   static MS_INLINE long at(long width, long row, long column) {
     return (row & ~15L) * width + (column >> 5) * 512 + (row & 15) * 32 + (column & 31);
   }
+  static MS_INLINE const T *rows(const T *from, long width, long row) { return from + row * width; }
+  static MS_INLINE T *rows(T *from, long width, long row) { return from + row * width; }
   static MS_INLINE void put(T *to, long width, long row, long column, V rounded, int n = 16) {
     if (n >= 16 && column % 16 == 0) return store_bf16(to + at(width, row, column), rounded);
     alignas(32) uint16_t x[16];

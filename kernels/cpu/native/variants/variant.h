@@ -1,5 +1,5 @@
 // One variant of everything: the including file says MS_VARIANT (a namespace), MS_LANES (its lanes) and MS_TABLE; and
-// MS_TILES where bf16 is multiplied in tiles.
+// MS_TILES where bf16 is multiplied in tiles, MS_PAIRS where it can be multiplied in pairs, MS_PAIRS_ALONE where nothing else.
 // Nothing here may be a template or inline function of the standard library: the linker would keep one copy for all
 // variants, compiled for whatever CPU.
 #include "../model.h"
@@ -23,6 +23,10 @@ namespace MS_VARIANT {
 #else
 typedef Bf16 Half;
 MS_INLINE void release_tiles() {}
+#endif
+#if defined(MS_PAIRS)
+#include "../pairs/product.h"
+#include "../pairs/attention.h"
 #endif
 #include "../step/step.h"
 }  // namespace MS_VARIANT

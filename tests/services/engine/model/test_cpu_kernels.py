@@ -59,7 +59,7 @@ def test_without_a_compiler_transformers_serves_and_one_warning_says_what_is_mis
 
 
 @pytest.mark.usefixtures("bare")
-@pytest.mark.parametrize("wanted", ["portable", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("wanted", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_what_was_asked_for_by_name_and_cannot_be_had_is_an_error(model: LoadedModel, wanted: str) -> None:
     with pytest.raises(ConfigError, match=rf"'{wanted}' cannot be had: no C\+\+ compiler") as raised:
         choose_step(settings(wanted), model)
@@ -69,12 +69,12 @@ def test_what_was_asked_for_by_name_and_cannot_be_had_is_an_error(model: LoadedM
 def test_an_old_cpu_has_what_it_can_run_and_nothing_else(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libraries.Library, "supports", lambda _, variant: variant == "portable")
+    monkeypatch.setattr(libraries.Library, "supports", lambda _, variant, *dtype: variant == "portable")
     with capture_logs() as logs:
         assert choose_step(settings("auto"), model) is not None
         assert choose_step(settings("portable"), model) is not None
     assert [line for line in logs if line["log_level"] != "info"] == []
-    for wanted in ("avx2", "avx512", "amx"):
+    for wanted in ("avx2", "avx512", "avx512bf16", "amx"):
         with pytest.raises(ConfigError, match=f"cannot run the variant {wanted}: it has portable") as raised:
             choose_step(settings(wanted), model)
         assert raised.value.field == "engine.cpu_kernels"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from microserve.kernels.cpu.library import library
 from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.protocol.messages.numerics import Numerics, fault_of_numerics
 from microserve.services.engine.model.model import DTYPES, ModelSpec, load_model
@@ -74,4 +75,9 @@ def test_engines_of_one_model_are_of_one_native_class_whatever_they_hold_and_run
     assert numerics(2) == numerics(64, "portable") == numerics(64, threads=2) == ours
     assert numerics(64, seed=1) != ours
     dtype = "bfloat16"
-    assert numerics(64) != ours
+    blocks = numerics(64, "portable")
+    assert ours.name.startswith("cpu1-float32-") and blocks.name.startswith("cpu1-bfloat16-")
+    if library().supports("avx512bf16"):
+        pairs = numerics(64, "avx512bf16")
+        assert pairs.name.startswith("cpu2-bfloat16-") and pairs.is_exact
+        assert pairs == numerics(2, "avx512bf16", threads=2) and numerics(64, "avx512") == blocks

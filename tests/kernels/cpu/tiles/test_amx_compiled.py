@@ -22,7 +22,7 @@ from microserve.kernels.cpu.objects import in_memory
 
 pytestmark = pytest.mark.skipif(platform.machine() not in X86, reason="AMX is of x86")
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 TRAPPED = """
 import sys
@@ -62,12 +62,15 @@ def test_compiled_instructions_give_the_bits(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_a_compiler_without_the_flags_leaves_the_variant_out(tmp_path: Path) -> None:
     script = tmp_path / "old-c++"
-    refuse = 'for flag; do case "$flag" in -mamx*) echo "error: unrecognized $flag" >&2; exit 1;; esac; done'
+    refuse = (
+        'for flag; do case "$flag" in -mamx*|-mavx512bf16) '
+        'echo "error: unrecognized $flag" >&2; exit 1;; esac; done'
+    )
     first = find_compilers(os.environ)[0]
     script.write_text(f'#!/bin/sh\n{refuse}\nexec {" ".join(first.compile)} "$@" -O0\n')  # not to be run
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     old = replace(first, compile=(str(script),))
     (work := tmp_path / "work").mkdir()
     found = Library(in_memory(compile_object(old, work, 600.0), "old", "compiled here"))
-    assert not found.supports("amx")
+    assert not found.supports("amx") and not found.supports("avx512bf16")
     assert found.supports("portable")

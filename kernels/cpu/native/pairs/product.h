@@ -1,0 +1,91 @@
+// The product of the class of pairs, for any number of rows and columns. Included inside a variant's own namespace,
+// behind step/product.h. Weights and KV stand in memory as for the class of blocks; inputs of products are bf16.
+#pragma once
+
+// bf16 that is multiplied in pairs.
+struct Pairs : Bf16 {};
+
+// Rows of bf16, with a gap of a cache line: rows of a power of two bytes would meet in the same lines of a cache.
+template <>
+struct Inputs<Pairs> {
+  typedef uint16_t T;
+  static constexpr long kGap = 32;
+  static MS_INLINE const T *rows(const T *from, long width, long row) { return from + row * (width + kGap); }
+  static MS_INLINE T *rows(T *from, long width, long row) { return from + row * (width + kGap); }
+  static MS_INLINE void put(T *to, long width, long row, long column, V rounded, int n = 16) {
+    put_some<Bf16>(rows(to, width, row) + column, rounded, n);
+  }
+};
+
+// What is read next, and how far one goes in it with each pair: it is on its way meanwhile.
+struct Ahead {
+  const char *base;
+  long step;
+};
+
+// 0 to N - 1, for arrays whose places the compiler is to know from the start: else it keeps them in memory.
+template <int... I>
+struct Places {};
+template <int N, int... I>
+struct Counted : Counted<N - 1, N - 1, I...> {};
+template <int... I>
+struct Counted<0, I...> {
+  typedef Places<I...> All;
+};
+
+// c[r][t] (+)= rows r of A times tiles t of B, `pairs` of k. A function of its own: registers enough for its sums.
+template <int R, int T, bool kFromZero, int... I>
+MS_ALONE void dot_rows(const uint16_t *a, long stride, const uint16_t *b, int pairs, Ahead ahead, float *c, long width, Places<I...>) {
+  V sums[R * T] = {(kFromZero ? zeros() : load(c + I / T * width + I % T * 16))...};
+  for (const uint16_t *end = b + pairs * 2 * kPair; b < end; b += 2 * kPair, a += 2) {
+    const Pairs16 weights[2] = {load_words(b), load_words(b + (T - 1) * kPair)};
+    if (R > 1) prefetch_far(ahead.base);
+    if (R > 1) prefetch_far(ahead.base + 64);
+    ahead.base += ahead.step;
+    Pairs16 x;
+    (((x = I % T ? x : splat_pair(a + I / T * stride)), (sums[I] = dot(sums[I], x, weights[I % T]))), ...);
+  }
+  (store(c + I / T * width + I % T * 16, sums[I]), ...);
+}
+template <int T, bool kFromZero, int R = kDotRows>
+MS_INLINE void dot_some(int rows, const uint16_t *a, long stride, const uint16_t *b, int pairs, Ahead ahead, float *c, long width) {
+  if (R == 1 || rows == R) return dot_rows<R, T, kFromZero>(a, stride, b, pairs, ahead, c, width, typename Counted<R * T>::All());
+  if constexpr (R > 1) dot_some<T, kFromZero, R - 1>(rows, a, stride, b, pairs, ahead, c, width);
+}
+
+// Rows that are left, in shares of one size: a single row left over would cost as much as three.
+MS_INLINE int next_share(int rows) {
+  const int shares = (rows + kDotRows - 1) / kDotRows;
+  return (rows + shares - 1) / shares;
+}
+
+template <int T, class Out>
+MS_INLINE void dot_all(const uint16_t *a, long stride, int rows, const uint16_t *b, int pairs, const uint16_t *next, int tile, Out &out) {
+  const int shares = (rows + kDotRows - 1) / kDotRows;
+  Ahead ahead = {(const char *)next, next == b ? 0 : (long)(2 * kPair * sizeof(uint16_t)) / shares};
+  for (int m = 0, share; m < rows; m += share, ahead.base += ahead.step * pairs) {
+    share = next_share(rows - m);
+    if constexpr (Out::kInPlace) {
+      dot_some<T, Out::kFromZero>(share, a + m * stride, stride, b, pairs, ahead, out.c + m * out.stride + tile * 16, out.stride);
+      continue;
+    }
+    alignas(64) float c[kDotRows][T * 16];
+    dot_some<T, true>(share, a + m * stride, stride, b, pairs, ahead, c[0], T * 16);
+    for (int r = 0; r < share; r++)
+      for (int t = 0; t < T; t++) out.end(m + r, tile + t, load(c[r] + t * 16));
+  }
+}
+
+// C of `rows` rows, tiles [first, last) of 16 columns; groups of two tiles of B are `group` elements apart.
+template <class Out>
+MS_INLINE void multiply_pairs(const uint16_t *a, long stride, int rows, const uint16_t *b, long group, int pairs, int first, int last, Out &out) {
+  int tile = first;
+  const auto at = [&](int t) { return b + (t >> 1) * group + (t & 1) * kPair; };
+  if (tile < last && (tile & 1)) dot_all<1>(a, stride, rows, at(tile), pairs, at(tile), tile, out), tile++;
+  for (; tile + 2 <= last; tile += 2) dot_all<2>(a, stride, rows, at(tile), pairs, at(tile + 4 <= last ? tile + 2 : tile), tile, out);
+  if (tile < last) dot_all<1>(a, stride, rows, at(tile), pairs, at(tile), tile, out);
+}
+template <int kColumn, class Out>
+MS_INLINE void multiply(const uint16_t *a, long width, int rows, Packed<Pairs> weights, int, int first, int last, Out &out) {
+  multiply_pairs(a, width + Inputs<Pairs>::kGap, rows, weights.base, weights.blocks * kGroup, weights.blocks * 16, first, last, out);
+}
