@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from microserve.services.local.directory import MeshDirectory
 
 TIMEOUT_S = 1800.0
@@ -79,26 +77,58 @@ class Mesh:
         return asyncio.run(self._play(prompts, num_tokens))
 
     async def _play(self, prompts: list[list[int]], num_tokens: int) -> list[Stream]:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=limits) as client:
-            began = time.perf_counter()
-            return await asyncio.gather(*(self._ask(client, each, num_tokens, began) for each in prompts))
+        host, _, port = self.url.rpartition("/")[2].rpartition(":")
+        loop = asyncio.get_running_loop()
+        clients = [(await loop.create_connection(_Client, host, int(port)))[1] for _ in prompts]
+        began = time.perf_counter()
+        for client, prompt in zip(clients, prompts, strict=True):
+            client.ask(prompt, num_tokens)
+        return [(await client.answer()).stream(began, num_tokens) for client in clients]
 
-    async def _ask(
-        self, client: httpx.AsyncClient, prompt: list[int], num_tokens: int, began: float
-    ) -> Stream:
+
+class _Client(asyncio.Protocol):
+    """One streamed request. Keeps what comes with its time, and reads it when all is over: what a client
+    takes of the machine would be counted as the mesh's."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[float, bytes]] = []
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+
+    def ask(self, prompt: list[int], num_tokens: int) -> None:
         body = {"model": "bench", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0.0}
         body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
-        times, counted = [], 0
-        async with client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
-            if response.is_error:
-                raise RuntimeError((await response.aread()).decode())
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if event["choices"] and event["choices"][0]["finish_reason"] is None:
-                    times.append(time.perf_counter() - began)
+        content = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(content)}\r\n\r\n"
+        self._transport.write(head.encode() + content)
+
+    def data_received(self, data: bytes) -> None:
+        self._parts.append((time.perf_counter(), data))
+        if data.endswith(b"\r\n0\r\n\r\n"):
+            self._over.set_result(None)
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._over.done():
+            self._over.set_exception(RuntimeError(b"".join(data for _, data in self._parts).decode()))
+
+    async def answer(self) -> _Client:
+        """Raises :class:`RuntimeError` with what there is of one that is not whole."""
+        async with asyncio.timeout(TIMEOUT_S):
+            await self._over
+        return self
+
+    def stream(self, began: float, num_tokens: int) -> Stream:
+        times, counted, left = [], 0, b""
+        for at, data in self._parts:
+            *events, left = (left + data).split(b"\n\n")
+            for each in events:
+                found = each.find(b"data: {")
+                event = json.loads(each[found + 6 :]) if found >= 0 else {}
+                if event.get("choices") and event["choices"][0]["finish_reason"] is None:
+                    times.append(at - began)
                 elif event.get("usage"):
                     counted = event["usage"]["completion_tokens"]
         if counted != num_tokens:
