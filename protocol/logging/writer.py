@@ -27,6 +27,9 @@ MAX_LINES = 20_000
 MAX_NBYTES = 8 << 20
 """Of lines that wait; either bound."""
 BATCH_NBYTES = 64 << 10
+LINGER_S = 0.02
+"""Lines that come so soon after others were written wait until then: to wake a thread costs more than a
+line, and who logs has to give it the interpreter."""
 RETRY_S = 0.25
 """Between two tries while nothing can be written."""
 TELL_S = 1.0
@@ -77,6 +80,8 @@ class Writer:
         self._reopen_due = False
         self._closing = False
         self._deadline = 0.0
+        self._lingers = False
+        """The thread looks again within ``LINGER_S``, unasked."""
         self._thread: threading.Thread | None = None
 
     # --- for everybody ---------------------------------------------------------------------------
@@ -91,7 +96,8 @@ class Writer:
             else:
                 self._lines.append((event, line))
                 self._nbytes += len(line)
-            self._wake()
+            if not self._lingers:
+                self._wake()
 
     def drop(self, event: str, reason: str) -> None:
         """A line that could not even be made."""
@@ -186,6 +192,10 @@ class Writer:
             with changed:
                 self._failing, self._batch, self._data, self._done = "", [], b"", 0
                 changed.notify_all()
+                if not (self._closing or self._reopen_due or self._lines):
+                    self._lingers = True
+                    changed.wait(LINGER_S)
+                    self._lingers = False
 
     def _take(self, now: float) -> bool:
         """Choose what is written next, unless something still is; False if there is nothing."""

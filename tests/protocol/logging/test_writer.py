@@ -199,3 +199,19 @@ def test_after_the_end_nothing_raises_and_lines_are_counted(call: Callable[[Writ
     assert writer.close(TIMEOUT_S)
     call(writer)
     assert dict(writer.dropped) in ({}, {"closed": 1})
+
+
+def test_lines_that_come_soon_after_others_wait_for_the_thread_to_look_again() -> None:
+    """It is not woken for each; what asks for all of them is not kept waiting."""
+    disk = Disk()
+    writer = Writer(disk, Sampler(10), make_line)
+    writer.put("e", make_line("e", {"n": 0}))
+    with writer._changed:
+        assert writer._changed.wait_for(lambda: writer._lingers, TIMEOUT_S)
+        writer.put("e", make_line("e", {"n": 1}))
+        assert len(writer._changed._waiters) == 1  # type: ignore[attr-defined]
+    assert writer.flush(TIMEOUT_S)
+    assert [line["n"] for line in disk.lines()] == [0, 1]
+    writer.put("e", make_line("e", {"n": 2}))
+    assert writer.close(TIMEOUT_S)
+    assert [line["n"] for line in disk.lines()] == [0, 1, 2]
