@@ -74,7 +74,7 @@ def _limits(job: Prepare) -> ModelLimits:
     return limits
 
 
-def _prepared(request: GenerationRequest, prompts: list[list[int]]) -> tuple[Result, bytes]:
+def _prepared(request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> tuple[Result, bytes]:
     request.user = request.metadata = None  # may be as large as the body, and nobody reads them
     bulk = b"".join(map(encode_tokens, prompts))
     return Prepared(encode(request), list(map(len, prompts))), bulk

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
@@ -15,7 +16,7 @@ from microserve.protocol.errors import InvalidRequest
 
 async def chat_prompts(
     request: ChatRequest, tokenizer: ModelTokenizer, limits: ModelLimits
-) -> list[list[int]]:
+) -> Sequence[Sequence[int]]:
     """The one prompt of a conversation. Raises :class:`InvalidRequest` naming the message."""
     messages = template_messages(request.messages)
     return [await tokenizer.encode_chat(messages, max_tokens=limits.max_model_len)]

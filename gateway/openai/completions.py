@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
@@ -15,10 +16,11 @@ from microserve.protocol.errors import InvalidRequest
 
 async def completion_prompts(
     request: CompletionRequest, tokenizer: ModelTokenizer, limits: ModelLimits
-) -> list[list[int]]:
+) -> Sequence[Sequence[int]]:
     """Ids of every prompt, in order. Raises :class:`InvalidRequest` (field ``prompt``)."""
     prompt = request.prompt
-    texts, given = ([prompt], []) if isinstance(prompt, str) else _sorted_out(prompt)
+    texts, ids_given = ([prompt], []) if isinstance(prompt, str) else _sorted_out(prompt)
+    given: Sequence[Sequence[int]] = ids_given
     if len(texts) + len(given) > MAX_CHOICES:
         raise InvalidRequest(f"prompt must have at most {MAX_CHOICES} entries", field="prompt")
     for ids in given:

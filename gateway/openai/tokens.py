@@ -24,7 +24,7 @@ async def tokenized(request: TokenizeRequest, tokenizer: ModelTokenizer, max_mod
             raise InvalidRequest("prompt or messages is missing", field="prompt")
     except PromptTooLong as error:
         raise InvalidRequest(f"more than {limit} tokens are not counted here", field=error.field) from None
-    return encode({"count": len(tokens), "max_model_len": max_model_len or None, "tokens": tokens})
+    return encode({"count": len(tokens), "max_model_len": max_model_len or None, "tokens": list(tokens)})
 
 
 def detokenized(request: DetokenizeRequest, tokenizer: ModelTokenizer) -> bytes:

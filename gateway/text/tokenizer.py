@@ -8,10 +8,12 @@ requests.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -27,6 +29,7 @@ LOOKED_UP_CHARS = 8192
 """Of texts that are looked up word by word, which takes a fifth of the time."""
 
 NUM_THREADS = 2
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool of threads wakes for one new word, too
 
 Renderer = Callable[[Sequence[Mapping[str, Any]]], Awaitable[str]]
 """Messages -> the prompt's text, by the model's chat template."""
@@ -75,7 +78,7 @@ class ModelTokenizer:
 
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool, max_tokens: int, field: str = "prompt"
-    ) -> list[list[int]]:
+    ) -> list[Sequence[int]]:
         """Ids of each text. Long texts are encoded in a thread, so that streams go on, and so are many words
         that are new.
 
@@ -94,29 +97,30 @@ class ModelTokenizer:
 
     async def _look_up(
         self, known: Words, texts: Sequence[Sequence[str]], add_special_tokens: bool
-    ) -> list[list[int]]:
+    ) -> list[Sequence[int]]:
         """Ids of texts that are cut into words."""
-        found = [known.ids(words, add_special_tokens=add_special_tokens) for words in texts]
-        if None in found:
-            parts = known.parts(texts)
-            new = [part for part, ids in parts.items() if ids is None]
+        found = list(map(known.find, texts))
+        new = list(dict.fromkeys(chain.from_iterable(map(known.new, texts, found))))
+        fresh: dict[str, Sequence[int]] = {}
+        if new:
             fresh = dict(zip(new, await self._encode_all(new, False), strict=True))
             known.remember(fresh)
-            whole = cast(dict[str, list[int]], parts | fresh)
-            return [known.joined(words, whole, add_special_tokens=add_special_tokens) for words in texts]
-        return cast(list[list[int]], found)
+        return [
+            known.joined(words, ids, fresh, add_special_tokens=add_special_tokens)
+            for words, ids in zip(texts, found, strict=True)
+        ]
 
-    async def _encode_all(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    async def _encode_all(self, texts: Sequence[str], add_special_tokens: bool) -> list[Sequence[int]]:
         if sum(map(len, texts)) <= INLINE_CHARS:
             return self._encode(texts, add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._encode, texts, add_special_tokens)
 
-    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[Sequence[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int) -> list[int]:
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int) -> Sequence[int]:
         """Ids of a conversation, ready for the assistant's answer.
 
         Raises :class:`InvalidRequest` (field ``messages``) without a template or if it refuses them.

@@ -367,7 +367,7 @@ def test_bodies_that_wait_for_the_tokenizer_are_bounded_together(
     go_on = threading.Event()
     encode = ModelTokenizer._encode
 
-    def slow(self: ModelTokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    def slow(self: ModelTokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[Sequence[int]]:
         assert len(texts[0]) < 1000 or go_on.wait(20.0)
         return encode(self, texts, add_special_tokens)
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def test_the_helpers_text_is_what_the_template_makes(tmp_path: Path, model: Path
     ]
     here = run(ModelTokenizer.load(model).encode_chat(messages, max_tokens=1000))
 
-    async def main() -> list[int]:
+    async def main() -> Sequence[int]:
         async with helpers_of(tmp_path / "m") as helpers:
             tokenizer = ModelTokenizer.load(tmp_path / "m", renderer=helpers.render)
             return await tokenizer.encode_chat(messages, max_tokens=1000)

@@ -124,7 +124,7 @@ def test_a_model_without_a_template_refuses_chats(raw_tokenizer: Tokenizer) -> N
 
 def prompts(tokenizer: ModelTokenizer, prompt: Any, limits: ModelLimits = LIMITS) -> list[list[int]]:
     body = json.dumps({"model": "m", "prompt": prompt}).encode()
-    return run(completion_prompts(parse(body, CompletionRequest), tokenizer, limits))
+    return list(map(list, run(completion_prompts(parse(body, CompletionRequest), tokenizer, limits))))
 
 
 def test_every_form_of_a_prompt(tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer) -> None:

@@ -79,7 +79,8 @@ def trained(kind: str) -> Tokenizer:
 
 
 def looked_up(tokenizer: ModelTokenizer, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-    return asyncio.run(tokenizer.encode(texts, add_special_tokens=add_special_tokens, max_tokens=sys.maxsize))
+    ids = asyncio.run(tokenizer.encode(texts, add_special_tokens=add_special_tokens, max_tokens=sys.maxsize))
+    return list(map(list, ids))
 
 
 @cache
@@ -147,5 +148,7 @@ def test_the_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(20):
         known.remember({f" {number}": [number], "x" * 100: [1]})
         assert len(known) <= 10
-        assert known.ids(["", str(number)], add_special_tokens=False) is None  # of "" nothing is known
-        assert known.parts([["", str(number)]]) == {"": None, f" {number}": [number]}
+        words = ["", str(number)]
+        found = known.find(words)
+        assert known.new(words, found) == [""]  # of which nothing is known
+        assert list(known.joined(words, found, {"": [7]}, add_special_tokens=False)) == [7, number]
