@@ -20,7 +20,7 @@ IN_FP32 = [*SETTINGS, "model.dtype=float32"]
 """As the oracle computes."""
 
 
-@pytest.mark.parametrize("num_engines", [1, 3])
+@pytest.mark.parametrize("num_engines", [pytest.param(1, marks=pytest.mark.heavy), 3])
 def test_tiny_model(tiny_model: Path, tmp_path: Path, num_engines: int) -> None:
     config = json.loads((tiny_model / "config.json").read_text())
     cases = make_cases(40, vocab_size=config["vocab_size"], max_prompt=500, seed=5)

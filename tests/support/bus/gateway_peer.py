@@ -141,10 +141,16 @@ class GatewayPeer:
         return answer
 
     async def generate(
-        self, prompt: Sequence[int], params: SamplingParams | None = None, **fields: Any
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        ttl_s: float | None = None,
+        **fields: Any,
     ) -> Answer:
-        answer = self.start(prompt, params, **fields)
-        await answer.wait(self._ttl_s + 30.0)
+        """Half a minute longer than it may take: the router ends it by then."""
+        answer = self.start(prompt, params, ttl_s=ttl_s, **fields)
+        await answer.wait((self._ttl_s if ttl_s is None else ttl_s) + 30.0)
         return answer
 
     def cancel(self, answer: Answer) -> None:

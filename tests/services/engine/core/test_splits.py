@@ -32,15 +32,19 @@ def test_every_split_is_exact_on_every_heap(heap: str, length: int) -> None:
                 mesh.close()
 
 
-def borders(length: int) -> list[int]:
-    """0, +-1 around every block edge, length - 1, length."""
-    near = {edge + step for edge in range(0, length + 1, BLOCK) for step in (-1, 0, 1)}
+def borders(length: int, is_whole: bool = True) -> list[int]:
+    """0, length - 1, length and +-1 around every block edge, or the first, a middle and the last edges."""
+    edges = list(range(0, length + 1, BLOCK))
+    if not is_whole and len(edges) > 8:
+        edges = [*edges[:3], edges[len(edges) // 2], *edges[-2:]]
+    near = {edge + step for edge in edges for step in (-1, 0, 1)}
     return sorted(b for b in near | {0, length - 1, length} if 0 <= b <= length)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 257, 1023])
 @pytest.mark.parametrize("here", ["none", "part", "all"])
-def test_every_border_of_a_long_prompt_is_exact(length: int, here: str) -> None:
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.heavy)])
+def test_every_border_of_a_long_prompt_is_exact(length: int, here: str, is_whole: bool) -> None:
     """At the usual block size, one mesh for all borders: what one split left must not help the next."""
     prompt, whole = prompt_of(length), length // BLOCK * BLOCK
     amounts = {"none": 0, "part": whole // 2 // BLOCK * BLOCK, "all": whole}
@@ -48,6 +52,6 @@ def test_every_border_of_a_long_prompt_is_exact(length: int, here: str) -> None:
     senders = {amounts[here]} if length > 300 else set(amounts.values())
     for there in senders:
         mesh = Mesh(**OPTIONS)
-        for end in borders(length):
+        for end in borders(length, is_whole):
             check_split(mesh, prompt, end, here=amounts[here], there=there, block_size=BLOCK)
         mesh.close()
