@@ -17,7 +17,7 @@ import pytest
 from microserve.services.local.demo_request import Gateway
 from microserve.services.local.directory import MeshDirectory
 from tests.support.process.processes import MeshProcesses
-from tests.system.test_up import TIMEOUT_S, flags, restarted, run
+from tests.system.running.test_up import TIMEOUT_S, flags, restarted, run
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 

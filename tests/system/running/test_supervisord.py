@@ -18,7 +18,7 @@ from microserve.services.local.composition import free_ports
 from microserve.services.local.demo_request import Answer, Gateway
 from microserve.services.local.event_log import EventLog
 
-CONFIGURATION = Path(__file__).parents[2] / "deploy" / "supervisord.conf"
+CONFIGURATION = Path(__file__).parents[3] / "deploy" / "supervisord.conf"
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 90.0
 
