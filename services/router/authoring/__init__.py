@@ -20,9 +20,10 @@ from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring import scoring as scorer
 from microserve.services.router.authoring.definition import strategy
 from microserve.services.router.authoring.engine import Engine
-from microserve.services.router.authoring.generating import Chunks
+from microserve.services.router.authoring.generating import Chunks, Generating
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh
+from microserve.services.router.authoring.race import Entrant
 from microserve.services.router.authoring.view import EngineFacts
 from microserve.services.router.engines.load import Load
 from microserve.services.router.request.request import Request
@@ -37,6 +38,8 @@ __all__ = [
     "Load",
     "Tokens",
     "Chunks",
+    "Generating",
+    "Entrant",
     "scorer",
     "Annotated",
     "Meta",

@@ -30,9 +30,37 @@ class _Place(NamedTuple):
     is_next: asyncio.Event
 
 
+class Queues:
+    """The requests that one strategy holds in one router, by queue; empty ones are forgotten."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, Queue] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    async def wait(
+        self,
+        scope: RequestScope,
+        until: Callable[[], bool],
+        *,
+        queue: str,
+        rank: float,
+        most: int,
+        max_s: float | None,
+    ) -> None:
+        """As :meth:`Queue.wait`."""
+        held = self._queues.setdefault(queue, Queue())
+        try:
+            await held.wait(scope, until, rank=rank, most=most, max_s=max_s)
+        finally:
+            if not held and self._queues.get(queue) is held:
+                del self._queues[queue]
+
+
 @dataclass(slots=True)
-class Holding:
-    """The requests that one strategy holds in one router."""
+class Queue:
+    """Requests that wait for each other."""
 
     _places: list[_Place] = field(default_factory=list)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)

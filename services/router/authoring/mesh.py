@@ -118,19 +118,21 @@ class Mesh(MeshView):
         request: Request,
         until: Callable[[], bool],
         *,
+        queue: str = "",
         rank: float = 0.0,
         most: int = 1000,
         max_s: float | None = None,
     ) -> None:
         """Let the request wait until it is next and ``until()`` is true, which is asked again and again.
 
-        Of those that this strategy holds in this router the highest ``rank`` goes first, then the oldest.
-        ``most`` may wait, each for ``max_s``; beyond that ``QueueFull``, which reaches the client as 429. One
-        that has begun its answer elsewhere is not held, nor is a shadow.
+        Of those that this strategy holds in this router, in queues of their own, the highest ``rank`` goes
+        first, then the oldest. ``most`` may wait in each queue, for ``max_s``; beyond that ``QueueFull``,
+        which reaches the client as 429. One that has begun its answer elsewhere is not held, nor is a shadow.
         """
         self._scope.check(request)
         if not (request.num_output_tokens or self.is_shadow):
-            await self.state.held.wait(self._scope, until, rank=rank, most=most, max_s=max_s)
+            held = self.state.held
+            await held.wait(self._scope, until, queue=queue, rank=rank, most=most, max_s=max_s)
 
     async def race(self, request: Request, *entrants: Entrant, after_s: float = 0.0) -> Generating:
         """Generate on several engines and go on with the one whose first token comes first; the others drop

@@ -16,9 +16,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from microserve.protocol.errors import DeadlineExceeded, InvalidInterval, MeshError, StrategyError
+from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import Numerics
+from microserve.services.links.engine import Answer
 from microserve.services.router.authoring.engine import Engine
 from microserve.services.router.authoring.generating import Generating
 from microserve.services.router.request.request import Request
@@ -150,14 +153,37 @@ class _Race:
                 await self._is_news.wait()
 
     def _end(self, losers: Sequence[_Runner], winner: str = "") -> None:
-        """Who has lost does nothing more for this request, nor do those that sent to it alone."""
+        """Who has lost does nothing more for this request, nor do those that sent to it alone. All that a
+        winner builds on is in: it has output. Others still need their senders, which may run here as well."""
         scope = self._scope
         lost = {runner.generation.engine_id for runner in losers} - {winner}
+        if winner:
+            self._let_go(winner)
+            lost |= {engine_id for engine_id in scope.unused.values()}
         kept = [send for send in scope.decision.sends if send.target not in lost]
-        used = {winner, *(send.source for send in kept), *(send.target for send in kept)}
-        senders = {send.source for send in scope.decision.sends if send.target in lost} - used
+        senders = {send.source for send in scope.decision.sends if send.target in lost}
+        needed = {winner, *(runner.generation.engine_id for runner in self._running if runner not in losers)}
+        if not winner:
+            needed |= {send.source for send in kept}
         for runner in losers:
             runner.generation.give_up(StrategyError("another engine was faster"))
-        running = {runner.generation.engine_id for runner in self._running if runner not in losers}
-        scope.abort_engines((lost | senders) - running - {winner})
+        scope.abort_engines((lost | senders) - needed)
         scope.decision.sends = kept
+
+    def _let_go(self, winner: str) -> None:
+        """Grants on the winner's engine, of entrants that never started: nobody will use them."""
+        scope, request_id = self._scope, self._request.request_id
+        for grant_id in [grant_id for grant_id, engine_id in scope.unused.items() if engine_id == winner]:
+            for connection in scope.holders_of(grant_id):
+                build = partial(wire.Release, request_id=request_id, grant_id=grant_id)
+                with suppress(MeshError):  # a lost engine holds nothing
+                    _, answer = connection.begin(build)
+                    answer.add_done_callback(_ignore)
+                scope.drop(connection, grant_id)
+            scope.use(grant_id)
+
+
+def _ignore(answer: asyncio.Future[Answer]) -> None:
+    """Whether it was there to be released is nobody's business."""
+    if not answer.cancelled():
+        answer.exception()

@@ -13,7 +13,7 @@ from typing import Any
 from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.control import fault_of_labels
-from microserve.services.router.authoring.holding import Holding
+from microserve.services.router.authoring.holding import Queues
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.engines.prediction import engine_view, predicted_ttft_s
@@ -28,7 +28,7 @@ class StrategyState(dict[str, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.labels = OwnLabels()
-        self.held = Holding()
+        self.held = Queues()
 
 
 class EngineFacts:

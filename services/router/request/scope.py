@@ -125,6 +125,10 @@ class RequestScope:
         if not self._holds.get(connection):
             self._prompts.discard(connection)
 
+    def holders_of(self, name: str) -> list[Connection]:
+        """Engines that hold it for us."""
+        return [connection for connection, names in self._holds.items() if name in names]
+
     def use(self, grant_id: str) -> None:
         """The strategy has done with a grant what grants are for."""
         self.unused.pop(grant_id, None)

@@ -15,10 +15,15 @@ from microserve.services.router.strategies.conditional import conditional
 from microserve.services.router.strategies.data_parallel import data_parallel
 from microserve.services.router.strategies.disaggregated import disaggregated
 from microserve.services.router.strategies.elastic_roles import elastic_roles
+from microserve.services.router.strategies.hedged import hedged
 from microserve.services.router.strategies.kv_cost import kv_cost
 from microserve.services.router.strategies.migrate import migrate
 from microserve.services.router.strategies.min_ttft import min_ttft
+from microserve.services.router.strategies.priority import priority
 from microserve.services.router.strategies.replicate_hot import replicate_hot
+from microserve.services.router.strategies.sticky import sticky
+from microserve.services.router.strategies.tenant_share import tenant_share
+from microserve.services.router.strategies.thirds import thirds
 from microserve.services.router.strategies.token_aware import token_aware
 
 BUILT_IN = (
@@ -30,9 +35,14 @@ BUILT_IN = (
     data_parallel,
     disaggregated,
     elastic_roles,
+    hedged,
     kv_cost,
     migrate,
     min_ttft,
+    priority,
     replicate_hot,
+    sticky,
+    tenant_share,
+    thirds,
     token_aware,
 )

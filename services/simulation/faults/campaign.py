@@ -149,6 +149,7 @@ def _submit(mesh: SimulatedMesh, arrival: Arrival, answers: list[Answer]) -> Non
         f"{arrival.gateway}.{seat.num_lives}.{len(answers)}", list(arrival.prompt), arrival.params, arrival.at
     )
     answer.strategy, answer.salt = arrival.strategy, arrival.salt
+    answer.attributes, answer.priority = {"user": f"user-{len(arrival.prompt) % 5}"}, len(arrival.prompt) % 3
     answers.append(answer)
     gateway = seat.service
     gateway.submit(answer, mesh.address(arrival.router), ttl_s=30.0)

@@ -12,6 +12,8 @@ from collections.abc import AsyncGenerator
 from microserve.services.router.authoring import (
     CapacityError,
     Engine,
+    Entrant,
+    Generating,
     Mesh,
     PeerError,
     Request,
@@ -41,18 +43,36 @@ async def halves(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
 
 
 @strategy
-async def thirds(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+async def lanes(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
     """Three lanes in any order, and the last tokens of the prompt are computed where it decodes."""
     decode, first, second = _trio(mesh, request)
     tail = min(max(1, request.num_tokens // 3), 6)
     grant = await decode.prep_recv(request, end=request.num_tokens - tail)
     cuts = sorted(mesh.rng.randint(grant.matched, grant.end) for _ in range(2))
     bounds = [grant.matched, *cuts, grant.end]
-    lanes = list(zip(bounds[:-1], bounds[1:], (first, second, first), strict=True))
-    mesh.rng.shuffle(lanes)
-    for begin, end, sender in lanes:
+    parts = list(zip(bounds[:-1], bounds[1:], (first, second, first), strict=True))
+    mesh.rng.shuffle(parts)
+    for begin, end, sender in parts:
         sender.remote_send(request, grant, begin=begin, end=end, first_token=False)
     async for tokens in decode.start_generate(request, begin=grant.end, grant=grant):
+        yield tokens
+
+
+@strategy
+async def raced(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    """A disaggregated generation against a plain one of the sender's, in a random order."""
+    decode, first, _ = _trio(mesh, request)
+    grant = await decode.prep_recv(request)
+    sending = first.remote_send(request, grant)
+
+    def disaggregated() -> Generating:
+        return decode.start_generate(request, begin=grant.end, after=sending)
+
+    entrants: list[Entrant] = [disaggregated, first]
+    if first == decode:
+        entrants = [disaggregated]
+    mesh.rng.shuffle(entrants)
+    async for tokens in await mesh.race(request, *entrants, after_s=mesh.rng.choice((0.0, 0.01, 0.1))):
         yield tokens
 
 
@@ -110,4 +130,4 @@ async def patient(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
         yield tokens
 
 
-PROVOKING = (halves, thirds, tailed, gathered, regretted, patient)
+PROVOKING = (halves, lanes, raced, tailed, gathered, regretted, patient)

@@ -33,9 +33,13 @@ SETTINGS = [
     # So that each strategy does all that it can do, also with short prompts.
     "router.strategies.balanced_adaptive.min_share=8",
     "router.strategies.elastic_roles={period_s=0.2,ttft_s=0.1,drain_s=1.0}",
+    "router.strategies.hedged.after_s=0.05",
     "router.strategies.kv_cost.temperature=0.5",
     "router.strategies.min_ttft.balance=1.0",
+    "router.strategies.priority.places=4",
     "router.strategies.replicate_hot={depth=2,hot=1,period_s=0.2}",
+    "router.strategies.tenant_share={share=0.5,places=8}",
+    "router.strategies.thirds.least=32",
 ]
 PATIENT = ["bus.stuck_s=60", "bus.liveness=40", "router.call_timeout_s=300"]
 """Sixteen long prompts on two slow engines wait their turn, and only who is killed is lost."""

@@ -8,8 +8,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import MeshError, QueueFull
 from microserve.protocol.messages import engine as wire
-from microserve.services.router.authoring import Chunks, Mesh, Request
-from microserve.services.router.authoring.generating import Generating
+from microserve.services.router.authoring import Chunks, Generating, Mesh, Request
 from tests.support.router.router_world import (
     World,
     eventually,
@@ -138,6 +137,52 @@ async def test_a_loser_with_a_grant_gives_it_and_its_sender_back() -> None:
         assert answer.token_ids == expected_output(4)
         for name in ("d", "p"):
             await world.engines[name].saw(wire.Abort)
+
+
+@in_loop
+async def test_an_entrant_that_is_refused_still_sends_for_the_other() -> None:
+    async def split(mesh: Mesh, request: Request) -> Chunks:
+        decode, prefill = sorted(mesh.engines(), key=lambda engine: engine.id)
+        grant = await decode.prep_recv(request)
+        sending = prefill.remote_send(request, grant)
+        yield await mesh.race(
+            request, prefill, lambda: decode.start_generate(request, begin=grant.end, after=sending)
+        )
+
+    async with router_world("d", "p") as world:
+        world.engines["p"].failures[wire.StartGenerate] = QueueFull("not now")
+        world.engines["p"].paused.add("RemoteSend")
+        answer = world.gateway.start(PROMPT, strategy=start_with(world, split))
+        await world.engines["d"].saw(wire.StartGenerate)
+        await world.beats(2)
+        world.engines["p"].resume("RemoteSend")
+        assert (await answer.wait()).reason == "length"
+        assert answer.token_ids == expected_output(4)
+        assert len(world.engines["d"].of(wire.StartGenerate)) == 1, "at the first attempt"
+
+
+@pytest.mark.parametrize("there", ["winner", "elsewhere"])
+def test_a_grant_of_an_entrant_that_never_started_is_given_back(there: str) -> None:
+    async def body(mesh: Mesh, request: Request) -> Chunks:
+        a, b = sorted(mesh.engines(), key=lambda engine: engine.id)
+        holder = a if there == "winner" else b
+        grant = await holder.prep_recv(request, end=32)
+        (b if holder == a else a).remote_send(request, grant, end=32)
+
+        def never() -> Generating:
+            return holder.start_generate(request, begin=32, grant=grant)
+
+        yield await mesh.race(request, a, never, after_s=60.0)
+
+    @in_loop
+    async def main() -> None:
+        async with router_world("a", "b") as world:
+            with structlog.testing.capture_logs() as lines:
+                answer = await serve_with(world, body, PROMPT)
+            assert answer.token_ids == expected_output(4)
+            assert log.STRATEGY_FAILED not in [line["event"] for line in lines]
+
+    main()
 
 
 @in_loop
