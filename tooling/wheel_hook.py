@@ -1,8 +1,7 @@
-"""Puts the compiled CPU kernels into a wheel, where ``make wheel`` has left them in ``dist/prebuilt``.
+"""Puts the compiled kernels and index into a wheel, where ``make wheel`` has left them in ``dist/prebuilt``.
 
-Owns the wheel's tag, which is then the platform's. Only an object of these very sources is taken; without one
-the wheel is for any platform, and the kernels are compiled where they first run. An editable install takes
-none.
+Owns the wheel's tag, which is then the platform's. Only objects of these very sources are taken; without one
+the wheel is for any platform, and they are compiled where they first run. An editable install takes none.
 """
 
 from __future__ import annotations
@@ -27,13 +26,18 @@ class WheelHook(BuildHookInterface[Any]):
         sys.path.insert(0, str(Path(self.root) / ".src"))
         from microserve.kernels.cpu.compiler import sources_digest  # type: ignore[import-untyped,unused-ignore]
         from microserve.kernels.cpu.objects import prebuilt  # type: ignore[import-untyped,unused-ignore]
+        from microserve.kvcache.prefix.build import SOURCE  # type: ignore[import-untyped,unused-ignore]
 
-        found = prebuilt(sources_digest(), folder)
-        if found is None:
-            return
-        build_data["force_include"][found.origin] = f"microserve/kernels/cpu/prebuilt/{found.name}"
-        build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-manylinux_2_{_glibc(found.content)}_{platform.machine()}"
+        contents = []
+        if found := prebuilt(sources_digest(), folder):
+            build_data["force_include"][found.origin] = f"microserve/kernels/cpu/prebuilt/{found.name}"
+            contents.append(found.content)
+        for path in folder.glob(f"{SOURCE.name}-{SOURCE.digest}-*.so"):
+            build_data["force_include"][str(path)] = f"microserve/kvcache/prefix/native/prebuilt/{path.name}"
+            contents.append(path.read_bytes())
+        if contents:
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-manylinux_2_{max(map(_glibc, contents))}_{platform.machine()}"
 
 
 def _glibc(content: bytes) -> int:

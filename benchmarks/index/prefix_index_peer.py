@@ -50,6 +50,8 @@ class Side:
     find_cpu_s: float = 0.0
     apply_cpu_s: float = 0.0
     num_blocks: int = 0
+    nbytes: int = 0
+    """As counted by ours; by how much Dynamo's process has grown."""
 
 
 @dataclass
@@ -141,6 +143,7 @@ class Ours:
             side.apply.append((ended - begun) / 1e3)
             side.decoded.append((decoded - start + ended - begun) / 1e3)
             side.num_blocks += len(hashes) - request.num_held
+        side.nbytes = index.nbytes
         return found
 
 
@@ -169,6 +172,7 @@ class Dynamo:
                 self.side.apply.append(applied / 1e3)
         self.side.find_cpu_s += told["find_s"]
         self.side.apply_cpu_s += told["apply_s"]
+        self.side.nbytes = told["grown_nbytes"]
         return [matched for *_, matched in told["answers"]]
 
 
@@ -177,13 +181,14 @@ def spread(times: list[float]) -> tuple[float, float]:
     return ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
 
 
-def rows(side: Side) -> dict[str, float]:
+def rows(side: Side, num_distinct: int) -> dict[str, float]:
     told: dict[str, float] = {}
     for name in ("tokens", "hashes", "apply", "decoded"):
         if times := getattr(side, name):
             told[f"{name}_p50_us"], told[f"{name}_p99_us"] = spread(times)
     told["lookup_cpu_us"] = side.find_cpu_s / len(side.tokens) * 1e6
     told["apply_cpu_us"] = side.apply_cpu_s / len(side.apply) * 1e6
+    told["bytes_per_block"] = side.nbytes / num_distinct
     told["apply_mblocks_per_s"] = side.num_blocks / sum(side.apply)
     return told
 
@@ -212,17 +217,16 @@ def main() -> None:
     told: dict[str, Any] = {
         "requests": len(requests),
         "blocks": sum(len(request.hashes) for request in requests),
-        "bytes_per_block": ours.index.nbytes / ours.index.num_blocks,
         "differing_answers": num_wrong,
-        "microserve": rows(ours.side),
-        "dynamo": rows(peer.side) if peer is not None else None,
+        "microserve": rows(ours.side, ours.index.num_blocks),
+        "dynamo": rows(peer.side, ours.index.num_blocks) if peer is not None else None,
     }
     if options.json:
         print(json.dumps(told))
         return
     print(
         f"{told['requests']} requests, {told['blocks']} blocks, {options.engines} engines; "
-        f"{told['bytes_per_block']:.0f} bytes a distinct block; {num_wrong} answers differ"
+        f"{ours.index.num_blocks} of them distinct; {num_wrong} answers differ"
     )
     for name, value in told["microserve"].items():
         theirs = (told["dynamo"] or {}).get(name)

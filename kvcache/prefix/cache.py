@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from microserve.kvcache.block_pool import BlockPool
+from microserve.kvcache.prefix.extension import extension
 from microserve.kvcache.prefix.hash import (
     TOKEN_NBYTES,
     BlockHash,
@@ -55,6 +56,7 @@ class PrefixCache:
     def __init__(self, pool: BlockPool, block_size: int, model: str, *, revision: str = "") -> None:
         """``block_size`` in tokens; ``revision`` of the model. Takes the pool's ``on_evict``."""
         HashChain(b"", block_size)  # refuses a block size below 1
+        extension()  # built now if ever, and not by the first prompt
         self.block_size = block_size
         self.model = model
         self.revision = revision

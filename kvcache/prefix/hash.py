@@ -4,7 +4,8 @@
     hash_i = sha256(hash_{i-1} || tokens of block i, u32 LE)[:16]
 
 So one hash names a whole prefix. Owns the formula and nothing else: engines, index and routers all
-compute it, and golden values in the tests keep them from drifting apart.
+compute it, natively where they can (``native/sha256.h``), and golden values in the tests keep them from
+drifting apart.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
 
+from microserve.kvcache.prefix.extension import extension
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import ConfigError, InvalidRequest
 
@@ -47,7 +49,12 @@ def pack_tokens(tokens: Sequence[int]) -> bytes:
     try:
         return encode_tokens(tokens)
     except (OverflowError, TypeError):
-        raise InvalidRequest("a token id is outside 0 to 4294967295", field="tokens") from None
+        raise not_tokens() from None
+
+
+def not_tokens() -> InvalidRequest:
+    """What is said of tokens that are no u32."""
+    return InvalidRequest("a token id is outside 0 to 4294967295", field="tokens")
 
 
 class HashChain:
@@ -72,8 +79,15 @@ class HashChain:
         end = len(tokens) - len(tokens) % self.block_size
         if end <= begin:
             return
-        packed = pack_tokens(tokens[begin:end])
         parent = self.hashes[-1] if self.hashes else self.root
+        if native := extension():
+            listed = tokens if type(tokens) is list else list(tokens)
+            try:
+                self.hashes += native.chain(parent, listed, self.block_size, len(self.hashes))
+            except (OverflowError, TypeError):
+                raise not_tokens() from None
+            return
+        packed = pack_tokens(tokens[begin:end])
         stride = self.block_size * TOKEN_NBYTES
         for offset in range(0, len(packed), stride):
             parent = chain_hash(parent, packed[offset : offset + stride])

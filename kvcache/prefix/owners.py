@@ -1,7 +1,7 @@
 """Sets of engines as ints: bit e is set when engine e is in.
 
-Owns which engine has which bit, and one object for each set that is in use: equal big ints are not one object
-by themselves, and an index holds a set for every block. Knows no blocks.
+Owns what the engine of a bit is called, and one object for each set that is in use: equal big ints are not
+one object by themselves, and an index holds a set for every block. Knows no blocks.
 """
 
 from __future__ import annotations
@@ -33,18 +33,9 @@ class OwnerSets:
     def table_nbytes(self) -> int:
         return sys.getsizeof(self._sets)
 
-    def join(self, engine_id: str) -> int:
-        """The lowest bit that is free is the engine's."""
-        bit = 1
-        while bit in self.ids:
-            bit <<= 1
+    def join(self, bit: int, engine_id: str) -> None:
+        """No set that is in use may have the bit yet."""
         self.ids[bit] = engine_id
-        self._names.clear()
-        return bit
-
-    def leave(self, bit: int) -> None:
-        """No set that is in use may have it any more."""
-        del self.ids[bit]
         self._names.clear()
 
     def names(self, owners: int) -> tuple[str, ...]:

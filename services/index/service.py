@@ -19,6 +19,7 @@ from typing import assert_never
 
 import structlog
 
+from microserve.kvcache.prefix.extension import extension
 from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, decode_tokens
@@ -330,6 +331,7 @@ class IndexService:
 async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = None) -> None:
     """Serve until cancelled."""
     keys = keys_of_role(settings.bus.curve_dir, Role.INDEX) if settings.bus.curve_dir else None
+    extension()  # built now if ever, and not when the first engine has come
     control_log = await _open_control_log(settings.index.control_path)
     service = IndexService(
         bus,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from microserve.kvcache.prefix.extension import extension
 from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
@@ -26,6 +27,7 @@ class PrefixReplica:
     """One prefix index over the engines that are connected."""
 
     def __init__(self, bus: Bus, *, max_nbytes: int) -> None:
+        extension()  # built now if ever, and not when the first engine has come
         self._bus = bus
         self._max_nbytes = max_nbytes
         self._index: PrefixIndex | None = None

@@ -51,7 +51,7 @@ def hash_without_parent(parent: bytes, packed_tokens: bytes) -> bytes:
 def test_blocks_with_one_hash_and_the_same_tokens_are_told_apart_by_their_parents(
     pool: BlockPool, cache: PrefixCache
 ) -> None:
-    with patch.object(block_hash, "chain_hash", hash_without_parent):
+    with patch.multiple(block_hash, chain_hash=hash_without_parent, extension=lambda: None):
         first = computed(pool, cache, [1, 1, 9, 9])
         second = computed(pool, cache, [2, 2, 9, 9, 3, 3])
         assert cache.match([1, 1, 9, 9], 4) == first
@@ -64,7 +64,10 @@ def test_blocks_with_one_hash_and_one_parent_are_told_apart_by_their_tokens(
     pool: BlockPool, cache: PrefixCache
 ) -> None:
     # Tokens 1 and 2 have one hash, token 3 another.
-    with patch.object(block_hash, "chain_hash", lambda parent, packed: bytes([packed[0] // 3]) * 16):
+    def hash_of_third(parent: bytes, packed: bytes) -> bytes:
+        return bytes([packed[0] // 3]) * 16
+
+    with patch.multiple(block_hash, chain_hash=hash_of_third, extension=lambda: None):
         first = computed(pool, cache, [1, 1])
         computed(pool, cache, [2, 2, 3, 3])
         assert cache.match([1, 1, 3, 3], 4) == first

@@ -223,7 +223,7 @@ class CacheWithCollisions(CacheMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weakened = patch.object(block_hash, "chain_hash", weak_hash)
+        self.weakened = patch.multiple(block_hash, chain_hash=weak_hash, extension=lambda: None)
         self.weakened.start()
 
     def teardown(self) -> None:

@@ -1,10 +1,11 @@
-"""Prefix index: any interleaving of many engines' events equals a model."""
+"""Prefix index: any interleaving of many engines' events equals a model, with blocks in C++ and in Python."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import sha256
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,8 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.prefix.cache import PrefixCache
+from microserve.kvcache.prefix.extension import extension
 from microserve.kvcache.prefix.hash import block_hashes, root_hash
 from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
+from microserve.kvcache.prefix.python_blocks import PythonBlocks
 from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest
 from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,
@@ -25,6 +28,7 @@ from microserve.protocol.messages.kv_events import (
     decode_batch,
     encode_batch,
 )
+from tests.support.kvcache.prefix_indexes import FORMS, new_index
 
 BLOCK_SIZE = 2
 MODEL = "model"
@@ -82,16 +86,20 @@ def stored(engine: str, run: list[Prefix]) -> BlockStored:
 
 
 class IndexAgainstModel(RuleBasedStateMachine):
-    """``self.held`` is the model: for each engine the set of prefixes whose last block it holds."""
+    """``self.held`` is the model: for each engine the set of prefixes whose last block it holds. Both forms
+    are told the same."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = PrefixIndex(BLOCK_SIZE, MODEL, LARGE)
+        forms = FORMS if extension() is not None else ("python",)
+        self.indexes = [new_index(form, BLOCK_SIZE, MODEL, LARGE) for form in forms]
         self.held: dict[str, set[Prefix]] = {}
 
     def send(self, engine: str, *events: KVEvent) -> None:
         """As they would come over the wire."""
-        self.index.apply(engine, decode_batch(encode_batch(KVEventBatch(0.0, list(events)))).events)
+        payload = encode_batch(KVEventBatch(0.0, list(events)))
+        for index in self.indexes:
+            index.apply(engine, decode_batch(payload).events)
 
     def store_in_model(self, engine: str, run: list[Prefix]) -> None:
         held = self.held.setdefault(engine, set())
@@ -119,13 +127,23 @@ class IndexAgainstModel(RuleBasedStateMachine):
 
     @rule(engine=ENGINES, prefixes=st.lists(PREFIXES, max_size=4))
     def replace(self, engine: str, prefixes: list[Prefix]) -> None:
-        self.index.replace(engine, [stored(engine, parents(prefix)) for prefix in prefixes])
+        for index in self.indexes:
+            index.replace(engine, [stored(engine, parents(prefix)) for prefix in prefixes])
         self.held[engine] = {parent for prefix in prefixes for parent in parents(prefix)}
 
     @rule(engine=ENGINES)
     def remove_engine(self, engine: str) -> None:
-        self.index.remove_engine(engine)
+        for index in self.indexes:
+            index.remove_engine(engine)
         self.held.pop(engine, None)
+
+    @rule()
+    def age(self) -> None:
+        """As when there is too much, but with room for both generations: nothing may be seen of it."""
+        for index in self.indexes:
+            if not next(iter(index._blocks.generations()[1]), None):
+                index._blocks.age()
+                index._has_old = True
 
     @rule(prefix=PREFIXES, more=st.lists(st.integers(0, 1), max_size=3), by_hashes=st.booleans())
     def lookup(self, prefix: Prefix, more: list[int], by_hashes: bool) -> None:
@@ -137,19 +155,22 @@ class IndexAgainstModel(RuleBasedStateMachine):
                 num_tokens += BLOCK_SIZE
             if num_tokens:
                 expected[engine] = num_tokens
-        if by_hashes:
-            hashes = block_hashes(tokens, BLOCK_SIZE, root_hash(MODEL, salt=salt))
-            assert self.index.lookup_hashes(hashes) == expected
-        else:
-            assert self.index.lookup(tokens, salt) == expected
+        hashes = block_hashes(tokens, BLOCK_SIZE, root_hash(MODEL, salt=salt))
+        found = [
+            index.lookup_hashes(hashes) if by_hashes else index.lookup(tokens, salt) for index in self.indexes
+        ]
+        assert all(each == expected for each in found)
+        # Strategies may take the first of equals.
+        assert all(list(each) == list(found[0]) for each in found)
 
     @invariant()
     def agrees(self) -> None:
-        self.index.check_integrity()
-        assert self.index.num_engines == len(self.held)
-        assert self.index.num_blocks == len(set().union(*self.held.values()))
-        counters = self.index.counters
-        assert (counters.evicted_blocks, counters.ignored_blocks, counters.malformed_blocks) == (0, 0, 0)
+        for index in self.indexes:
+            index.check_integrity()
+            assert index.num_engines == len(self.held)
+            assert index.num_blocks == len(set().union(*self.held.values()))
+            counters = index.counters
+            assert (counters.evicted_blocks, counters.ignored_blocks, counters.malformed_blocks) == (0, 0, 0)
 
 
 IndexAgainstModel.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
@@ -163,16 +184,25 @@ def store_all(tokens: list[int]) -> BlockStored:
 # --- what events say ---------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def index() -> PrefixIndex:
-    return PrefixIndex(BLOCK_SIZE, MODEL, LARGE)
+def index(form: str) -> PrefixIndex:
+    return new_index(form, BLOCK_SIZE, MODEL, LARGE)
 
 
 def test_matches_end_where_each_engine_ends(index: PrefixIndex) -> None:
-    tokens = list(range(200))
-    for i in range(64):
+    tokens = list(range(400))
+    for i in range(200):
         index.apply(f"engine-{i:02}", [store_all(tokens[: 2 * (i + 1)])])
-    assert index.lookup(tokens) == {f"engine-{i:02}": 2 * (i + 1) for i in range(64)}
+    assert index.lookup(tokens) == {f"engine-{i:02}": 2 * (i + 1) for i in range(200)}
+    index.check_integrity()
+    for i in range(0, 200, 2):
+        index.remove_engine(f"engine-{i:02}")
+    assert index.lookup(tokens) == {f"engine-{i:02}": 2 * (i + 1) for i in range(1, 200, 2)}
     assert index.lookup([9, *tokens]) == {}
 
 
@@ -287,9 +317,10 @@ WILD_EVENTS: st.SearchStrategy[KVEvent] = st.one_of(
 )
 
 
+@pytest.mark.parametrize("form", FORMS)
 @given(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.lists(WILD_EVENTS, max_size=4)), max_size=8))
-def test_no_event_breaks_the_index(batches: list[tuple[str, list[KVEvent]]]) -> None:
-    index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
+def test_no_event_breaks_the_index(form: str, batches: list[tuple[str, list[KVEvent]]]) -> None:
+    index = new_index(form, BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
     for engine, events in batches:
         index.apply(engine, events)
         index.check_integrity()
@@ -308,25 +339,35 @@ def test_bad_arguments_are_named(index: PrefixIndex) -> None:
     with pytest.raises(ConfigError) as caught:
         PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES - 1)
     assert caught.value.field == "max_nbytes"
-    with pytest.raises(InvalidRequest) as refused:
-        index.lookup([-1, 2])
-    assert refused.value.field == "tokens"
+    for wrong in (-1, 2**32, 2**64, "1", 1.0):
+        with pytest.raises(InvalidRequest) as refused:
+            index.lookup([wrong, 2])  # type: ignore[list-item]
+        assert refused.value.field == "tokens"
     index.remove_engine("unknown")
 
 
-def test_check_integrity_sees_damage(index: PrefixIndex) -> None:
+def test_tokens_may_be_any_sequence_of_whole_numbers(index: PrefixIndex) -> None:
+    index.apply("engine", [store_all([1, 2, 3, 4])])
+    for tokens in ((1, 2, 3, 4), range(1, 5), [np.int64(1), np.uint32(2), 3, 4], [True, 2, 3, 4]):
+        assert index.lookup(tokens) == {"engine": 4}  # type: ignore[arg-type]
+
+
+def test_check_integrity_sees_damage() -> None:
+    index = new_index("python", BLOCK_SIZE, MODEL, LARGE)
+    blocks = index._blocks
+    assert isinstance(blocks, PythonBlocks)
     index.apply("engine", [store_all([1, 2])])
-    (key,) = index._young
+    (key,) = blocks._young
     index.check_integrity()
     for damaged in ({key: 0}, {key: 2}, {b"short": 1}):
-        index._young = damaged
+        blocks._young = damaged
         with pytest.raises(InternalError):
             index.check_integrity()
-    index._young = {key: 1}
-    index._old = {key: 1}
+    blocks._young = {key: 1}
+    blocks._old = {key: 1}
     with pytest.raises(InternalError, match="both generations"):
         index.check_integrity()
-    index._old = {}
+    blocks._old = {}
     index._foreign_nbytes = 1
     with pytest.raises(InternalError, match="foreign"):
         index.check_integrity()
@@ -336,7 +377,7 @@ def test_check_integrity_sees_damage(index: PrefixIndex) -> None:
         index.check_integrity()
 
 
-def test_revisions_of_a_model_share_no_block() -> None:
+def test_revisions_of_a_model_share_no_block(form: str) -> None:
     """What an engine of one revision stores is found under it, and under no other."""
     pool, tokens = BlockPool(8), [1, 2, 3, 4, 5, 6]
     cache = PrefixCache(pool, BLOCK_SIZE, MODEL, revision="one")
@@ -344,7 +385,7 @@ def test_revisions_of_a_model_share_no_block() -> None:
         cache.insert(tokens, pool.allocate(3), 3, salt)
     events = cache.take_events()
     for revision, found in (("one", {"e": 6}), ("two", {}), ("", {})):
-        index = PrefixIndex(BLOCK_SIZE, MODEL, LARGE, revision="one")
+        index = new_index(form, BLOCK_SIZE, MODEL, LARGE, revision="one")
         index.apply("e", events)
         index.check_integrity()
         for salt in ("", "tenant"):
@@ -354,8 +395,8 @@ def test_revisions_of_a_model_share_no_block() -> None:
     assert index.lookup(tokens, "another") == {}
 
 
-def test_an_engine_that_is_not_ours_is_followed_beside_a_revision() -> None:
+def test_an_engine_that_is_not_ours_is_followed_beside_a_revision(form: str) -> None:
     """Its names are translated, whatever it calls its blocks."""
-    index = PrefixIndex(BLOCK_SIZE, MODEL, LARGE, revision="one")
+    index = new_index(form, BLOCK_SIZE, MODEL, LARGE, revision="one")
     index.apply("foreign", [BlockStored([11, 12], None, [1, 2, 3, 4], BLOCK_SIZE)])
     assert index.lookup([1, 2, 3, 4]) == {"foreign": 4}

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from microserve.kvcache.prefix.hash import block_hashes, root_hash
-from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
+from microserve.kvcache.prefix.index import MIN_MAX_NBYTES
+from microserve.kvcache.prefix.python_blocks import PythonBlocks
 from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
@@ -19,6 +20,7 @@ from microserve.protocol.messages.kv_events import (
     decode_batch,
     encode_batch,
 )
+from tests.support.kvcache.prefix_indexes import FORMS, new_index
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +32,11 @@ MODEL = "model"
 
 
 LARGE = 1 << 30
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 def sequences(count: int, num_blocks: int, seed: int = 0) -> list[list[int]]:
@@ -49,10 +56,13 @@ def store_all_foreign(tokens: list[int]) -> BlockStored:
 
 @pytest.mark.parametrize("make", [store_all, store_all_foreign])
 @pytest.mark.parametrize("num_blocks", [1, 30, 2000])
-def test_the_cap_holds_after_every_call(make: Callable[[list[int]], BlockStored], num_blocks: int) -> None:
-    index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
+def test_the_cap_holds_after_every_call(
+    form: str, make: Callable[[list[int]], BlockStored], num_blocks: int
+) -> None:
+    index = new_index(form, BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
     total = 0
-    for tokens in sequences(30_000 // num_blocks, num_blocks):
+    most = 45_000 if form == "native" else 30_000  # more have room there
+    for tokens in sequences(most // num_blocks, num_blocks):
         index.apply("engine", [make(tokens)])
         total += num_blocks
         assert index.nbytes <= MIN_MAX_NBYTES
@@ -61,9 +71,9 @@ def test_the_cap_holds_after_every_call(make: Callable[[list[int]], BlockStored]
     assert index.num_blocks + index.counters.evicted_blocks == total
 
 
-def test_what_lookups_use_outlives_what_they_do_not() -> None:
-    index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
-    wanted, unwanted, *others = sequences(2000, 20)
+def test_what_lookups_use_outlives_what_they_do_not(form: str) -> None:
+    index = new_index(form, BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
+    wanted, unwanted, *others = sequences(3500, 20)
     index.apply("engine", [store_all(wanted), store_all(unwanted)])
     for tokens in others:
         index.apply("engine", [store_all(tokens)])
@@ -73,9 +83,9 @@ def test_what_lookups_use_outlives_what_they_do_not() -> None:
     assert index.lookup(unwanted) == {}
 
 
-def test_lookups_keep_to_the_cap_as_well() -> None:
+def test_lookups_keep_to_the_cap_as_well(form: str) -> None:
     for num_chains in range(480, 540, 10):
-        index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
+        index = new_index(form, BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
         chains = sequences(num_chains, 20)
         for tokens in chains:
             index.apply("engine", [store_all(tokens)])
@@ -85,10 +95,10 @@ def test_lookups_keep_to_the_cap_as_well() -> None:
         index.check_integrity()
 
 
-def test_at_the_cap_a_third_is_kept_at_least() -> None:
-    index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
+def test_at_the_cap_a_third_is_kept_at_least(form: str) -> None:
+    index = new_index(form, BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
     most = most_nbytes = 0
-    for tokens in sequences(1000, 50):
+    for tokens in sequences(2600, 50):
         index.apply("engine", [store_all(tokens)])
         most, most_nbytes = max(most, index.num_blocks), max(most_nbytes, index.nbytes)
         assert index.num_blocks > 0.3 * most
@@ -96,16 +106,16 @@ def test_at_the_cap_a_third_is_kept_at_least() -> None:
     assert most_nbytes > 0.8 * MIN_MAX_NBYTES
 
 
-def test_a_snapshot_larger_than_the_cap_is_kept_in_part() -> None:
-    index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
+def test_a_snapshot_larger_than_the_cap_is_kept_in_part(form: str) -> None:
+    index = new_index(form, BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
     chains = sequences(600, 50)
     index.replace("engine", [store_all(tokens) for tokens in chains])
     assert index.nbytes > 0.3 * MIN_MAX_NBYTES
     assert index.lookup(chains[-1]) == {"engine": 100}
 
 
-def test_eviction_forgets_foreign_names_too() -> None:
-    index = PrefixIndex(BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
+def test_eviction_forgets_foreign_names_too(form: str) -> None:
+    index = new_index(form, BLOCK_SIZE, MODEL, MIN_MAX_NBYTES)
     first, *others = sequences(600, 20)
     events = [store_all_foreign(first), *map(store_all_foreign, others)]
     index.apply("engine", events)
@@ -116,13 +126,15 @@ def test_eviction_forgets_foreign_names_too() -> None:
 
 
 @pytest.mark.parametrize(("make", "num_engines"), [(store_all, 3), (store_all_foreign, 2)])
-def test_nbytes_is_what_is_allocated(make: Callable[[list[int]], BlockStored], num_engines: int) -> None:
+def test_nbytes_is_what_is_allocated(
+    form: str, make: Callable[[list[int]], BlockStored], num_engines: int
+) -> None:
     payload = encode_batch(KVEventBatch(0.0, [make(tokens) for tokens in sequences(200, 60)]))
     engines = [f"engine-{i}" for i in range(num_engines)]
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
-        index = PrefixIndex(BLOCK_SIZE, MODEL, LARGE)
+        index = new_index(form, BLOCK_SIZE, MODEL, LARGE)
         for engine in engines:
             index.apply(engine, decode_batch(payload).events)
         allocated = tracemalloc.get_traced_memory()[0] - before
@@ -133,29 +145,30 @@ def test_nbytes_is_what_is_allocated(make: Callable[[list[int]], BlockStored], n
     assert 0.97 * allocated < index.nbytes < 1.2 * allocated
 
 
-def test_many_sets_of_owners_are_counted_and_pruned() -> None:
+def test_many_sets_of_owners_are_counted_and_pruned(form: str) -> None:
     engines = [f"engine-{i}" for i in range(40)]
     chains = sequences(3000, 1)
     rng = random.Random(1)
-    index = PrefixIndex(BLOCK_SIZE, MODEL, LARGE)
+    index = new_index(form, BLOCK_SIZE, MODEL, LARGE)
     for tokens in chains:
         event = store_all(tokens)
         for engine in rng.sample(engines, 8):
             index.apply(engine, [event])
     index.check_integrity()
     # 21 000 sets of two or more came up on the way; those that no block has any more are not kept.
-    assert len(index._owners._sets) < 12_000
-    owners = {id(owners) for owners in index._young.values()}
-    shared = {id(owners) for owners in index._owners._sets.values()}
-    assert owners <= shared
+    if isinstance(blocks := index._blocks, PythonBlocks):
+        assert len(blocks._owners._sets) < 12_000
+        owners = {id(owners) for owners in blocks._young.values()}
+        shared = {id(owners) for owners in blocks._owners._sets.values()}
+        assert owners <= shared
     for engine in engines:
         index.remove_engine(engine)
     assert index.nbytes < 1000
 
 
 @pytest.mark.parametrize("make", [store_all, store_all_foreign])
-def test_memory_falls_back_when_blocks_go(make: Callable[[list[int]], BlockStored]) -> None:
-    index = PrefixIndex(BLOCK_SIZE, MODEL, LARGE)
+def test_memory_falls_back_when_blocks_go(form: str, make: Callable[[list[int]], BlockStored]) -> None:
+    index = new_index(form, BLOCK_SIZE, MODEL, LARGE)
     index.apply("engine", [])
     empty = index.nbytes
     events = [make(tokens) for tokens in sequences(100, 100)]
@@ -178,8 +191,8 @@ def test_memory_falls_back_when_blocks_go(make: Callable[[list[int]], BlockStore
     assert (index.num_blocks, index.num_engines) == (0, 0)
 
 
-def test_memory_does_not_grow_with_coming_and_going() -> None:
-    index = PrefixIndex(BLOCK_SIZE, MODEL, LARGE)
+def test_memory_does_not_grow_with_coming_and_going(form: str) -> None:
+    index = new_index(form, BLOCK_SIZE, MODEL, LARGE)
     window = sequences(20, 50)
     for tokens in window:
         index.apply("engine", [store_all(tokens)])
