@@ -11,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from microserve.kvcache.block_pool import BlockPool
-from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.extension import extension
 from microserve.kvcache.prefix.hash import block_hashes, root_hash
 from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
@@ -375,28 +373,3 @@ def test_check_integrity_sees_damage() -> None:
     index.max_nbytes = 1
     with pytest.raises(InternalError, match="limit 1"):
         index.check_integrity()
-
-
-def test_revisions_of_a_model_share_no_block(form: str) -> None:
-    """What an engine of one revision stores is found under it, and under no other."""
-    pool, tokens = BlockPool(8), [1, 2, 3, 4, 5, 6]
-    cache = PrefixCache(pool, BLOCK_SIZE, MODEL, revision="one")
-    for salt in ("", "tenant"):
-        cache.insert(tokens, pool.allocate(3), 3, salt)
-    events = cache.take_events()
-    for revision, found in (("one", {"e": 6}), ("two", {}), ("", {})):
-        index = new_index(form, BLOCK_SIZE, MODEL, LARGE, revision="one")
-        index.apply("e", events)
-        index.check_integrity()
-        for salt in ("", "tenant"):
-            root = root_hash(MODEL, salt=salt, revision=revision)
-            assert index.lookup_hashes(block_hashes(tokens, BLOCK_SIZE, root)) == found
-            assert index.lookup(tokens, salt) == {"e": 6}
-    assert index.lookup(tokens, "another") == {}
-
-
-def test_an_engine_that_is_not_ours_is_followed_beside_a_revision(form: str) -> None:
-    """Its names are translated, whatever it calls its blocks."""
-    index = new_index(form, BLOCK_SIZE, MODEL, LARGE, revision="one")
-    index.apply("foreign", [BlockStored([11, 12], None, [1, 2, 3, 4], BLOCK_SIZE)])
-    assert index.lookup([1, 2, 3, 4]) == {"foreign": 4}
