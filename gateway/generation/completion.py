@@ -88,7 +88,7 @@ class Completion(Generic[R]):
             ttl_s = timeout_of(exchange, state.request_timeout_s)
             strategy = state.strategy_for(strategy_of(exchange), exchange.key)
             body = await exchange.read_body(state.bodies)
-            async with exchange.watch(inbox.fail):
+            with exchange.watch(inbox.fail):
                 with state.bodies.hold(len(body)):
                     answer = await self._submit(body, ttl_s, strategy)
                 del body  # a long prompt must not stay for as long as its answer takes

@@ -11,7 +11,7 @@ import ipaddress
 import math
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import uvicorn
@@ -54,6 +54,8 @@ class GatewayProtocol(HttpToolsProtocol):
     _silent_since = math.inf
     _timer: asyncio.TimerHandle | None = None
     """Closes a connection whose client has something to send and does not, whatever else it sends."""
+    _tell_end: Callable[[], None] | None = None
+    _has_ended = False
 
     @property
     def silent_since(self) -> float:
@@ -72,6 +74,17 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def is_closing(self) -> bool:
         return self.transport.is_closing()
+
+    def tell_end(self, tell: Callable[[], None]) -> None:
+        self._tell_end = tell
+        if self._has_ended:
+            tell()
+        else:
+            self.flow.resume_reading()  # a large body may have paused it, and an end is read
+
+    def tell_nobody(self, tell: Callable[[], None]) -> None:
+        if self._tell_end is tell:
+            self._tell_end = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -141,6 +154,9 @@ class GatewayProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._go_on()
         super().connection_lost(exc)
+        self._has_ended = True
+        if self._tell_end is not None:
+            self._tell_end()
 
 
 class HttpServer(uvicorn.Server):

@@ -35,6 +35,8 @@ name = "tiny"
 control_path = "/var/lib/microserve/control.db"
 [kvcache]
 num_blocks = 64
+[gateway]
+workers = 2
 [log]
 dir = "/var/log/microserve"
 """

@@ -68,6 +68,21 @@ def test_before_the_first_token(model: Path, cut: Callable[[Connection], None], 
 
 
 @cut_in_every_way
+def test_behind_a_large_body(model: Path, cut: Callable[[Connection], None]) -> None:
+    """Reading may stand still while there is too much of it, and the end of a connection has to be read."""
+
+    async def main() -> None:
+        async with gateway_world(model) as world:
+            async with post(world, "/v1/completions", prompt="x", user="u" * 1_000_000) as client:
+                served = await world.router.request()
+                cut(client)
+                await served.cancelled.wait()
+            await nothing_is_left(world, "prefill")
+
+    run(main())
+
+
+@cut_in_every_way
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "plain"])
 def test_in_the_middle(
     model: Path, raw_tokenizer: Tokenizer, cut: Callable[[Connection], None], stream: bool

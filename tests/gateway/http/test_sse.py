@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import pytest
@@ -48,6 +48,13 @@ class Connection:
 
     def is_closing(self) -> bool:
         return self.aborted.is_set()
+
+    def tell_end(self, tell: Callable[[], None]) -> None:
+        self.tell: Callable[[], None] | None = tell
+
+    def tell_nobody(self, tell: Callable[[], None]) -> None:
+        assert self.tell is tell
+        self.tell = None
 
     @property
     def takes_more(self) -> bool:
@@ -135,14 +142,13 @@ def test_the_watch_reports_a_closed_connection_once_and_not_after_the_answer() -
         for complete in (False, True):
             connection = Connection()
             gone: list[MeshError] = []
-            async with connection.exchange.watch(gone.append):
+            with connection.exchange.watch(gone.append):
                 if complete:
                     await connection.exchange.reply(200, b"{}")
-                connection.incoming.put_nowait({"type": "http.disconnect"})
-                while not connection.incoming.empty():
-                    await asyncio.sleep(0)
-                await asyncio.sleep(0)
+                assert connection.tell is not None
+                connection.tell()
             assert len(gone) == (0 if complete else 1)
+            assert connection.tell is None
 
     run(main())
 

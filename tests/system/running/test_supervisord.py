@@ -38,7 +38,7 @@ def test_mesh_under_supervisord(tiny_model: Path, tmp_path: Path) -> None:
         f'[model]\npath = "{tiny_model}"\nname = "tiny"\n'
         f'[index]\naddress = "tcp://127.0.0.1:{index}"\n'
         f'[router]\naddress = "tcp://127.0.0.1:{router}"\n'
-        f"[gateway]\nport = {port}\n"
+        f"[gateway]\nport = {port}\nworkers = 2\n"
         "[kvcache]\nnum_blocks = 64\n"
     )
     logs = tmp_path / "logs"
@@ -60,6 +60,7 @@ def test_mesh_under_supervisord(tiny_model: Path, tmp_path: Path) -> None:
         children = psutil.Process(process.pid).children(recursive=True)
         assert answer.num_tokens > 0
         assert len(psutil.Process(process.pid).children()) == 5
+        assert sum("--worker" in child.cmdline() for child in children) == 2
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -74,4 +75,4 @@ def test_mesh_under_supervisord(tiny_model: Path, tmp_path: Path) -> None:
     events = EventLog(logs)
     ended = [event["service"] for event in events.read() if event["event"] == "service.stopped"]
     events.close()
-    assert sorted(ended) == ["engine", "engine", "gateway", "index", "router"], output.read_text()
+    assert sorted(ended) == [*["engine"] * 2, *["gateway"] * 3, "index", "router"], output.read_text()
