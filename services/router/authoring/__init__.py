@@ -26,6 +26,7 @@ from microserve.services.router.authoring.plan import PlanMesh
 from microserve.services.router.authoring.race import Entrant
 from microserve.services.router.authoring.view import EngineFacts
 from microserve.services.router.engines.load import Load
+from microserve.services.router.request.outcome import Outcome
 from microserve.services.router.request.request import Request
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Mesh",
     "PlanMesh",
     "Request",
+    "Outcome",
     "Engine",
     "EngineFacts",
     "Load",

@@ -3,7 +3,8 @@
 A strategy is an async generator function ``(mesh, request, *, parameters with defaults)`` that yields what a
 ``start_generate`` returns, or its chunks. It ends with the last chunk: what stands behind it is not run
 (``finally`` is). Beside it may stand a plan, ``async def (mesh, *, parameters of the strategy)``, that runs
-in the background (plan.py). Cancellation, deadlines, accounting and cleanup are the router's. Source files
+in the background (plan.py), and ``on_end``, ``def (mesh, request, outcome, *, parameters)``, which hears how
+each request ended. Cancellation, deadlines, accounting and cleanup are the router's. Source files
 are code: only operators may name them. Knows nothing of what a strategy does.
 """
 
@@ -28,12 +29,14 @@ from microserve.protocol.settings_faults import did_you_mean, wrong_value
 from microserve.services.router.authoring.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.view import MeshView
+from microserve.services.router.request.outcome import Outcome
 from microserve.services.router.request.request import Request
 
 StrategyFunction = Callable[..., Chunks]
 
 
 PlanFunction = Callable[..., Coroutine[Any, Any, None]]
+EndFunction = Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class Strategy:
     description: str
     plan: PlanFunction | None = None
     """Runs in the background while the strategy is in use (plan.py)."""
+    on_end: EndFunction | None = None
+    """Hears how each request ended."""
     version: int = 0
     """Of the control log (control.py); 0: the router came with it."""
 
@@ -57,8 +62,16 @@ class Strategy:
     def start_plan(self, mesh: MeshView) -> Coroutine[Any, Any, None]:
         """With those of the strategy's values that the plan asks for; call only if there is a plan."""
         assert self.plan is not None, "the caller has looked"
-        wanted = inspect.signature(self.plan).parameters
-        return self.plan(mesh, **{name: value for name, value in self.values.items() if name in wanted})
+        return self.plan(mesh, **self._wanted(self.plan))
+
+    async def tell_end(self, mesh: MeshView, request: Request, outcome: Outcome) -> None:
+        """With those of the strategy's values that ``on_end`` asks for; call only if there is one."""
+        assert self.on_end is not None, "the caller has looked"
+        self.on_end(mesh, request, outcome, **self._wanted(self.on_end))
+
+    def _wanted(self, function: Callable[..., Any]) -> dict[str, Any]:
+        wanted = inspect.signature(function).parameters
+        return {name: value for name, value in self.values.items() if name in wanted}
 
     def bind(self, values: Mapping[str, Any]) -> Strategy:
         """With other parameter values. Raises :class:`ConfigError` for an unknown name or a wrong value."""
@@ -82,23 +95,29 @@ class Strategy:
 @overload
 def strategy(function: StrategyFunction, /) -> Strategy: ...
 @overload
-def strategy(*, plan: PlanFunction | None = None) -> Callable[[StrategyFunction], Strategy]: ...
 def strategy(
-    function: StrategyFunction | None = None, /, *, plan: PlanFunction | None = None
+    *, plan: PlanFunction | None = None, on_end: EndFunction | None = None
+) -> Callable[[StrategyFunction], Strategy]: ...
+def strategy(
+    function: StrategyFunction | None = None,
+    /,
+    *,
+    plan: PlanFunction | None = None,
+    on_end: EndFunction | None = None,
 ) -> Strategy | Callable[[StrategyFunction], Strategy]:
-    """Decorator, ``@strategy`` or ``@strategy(plan=...)``: check the shape and make a :class:`Strategy` of
-    the function's name.
+    """Decorator, ``@strategy`` or ``@strategy(plan=..., on_end=...)``: check the shape and make a
+    :class:`Strategy` of the function's name.
 
     Raises :class:`StrategyError` when it is no async generator function, has a parameter without default or
-    annotation, or a default that its own annotation refuses; when the plan is no async function or wants a
-    parameter that the strategy has not.
+    annotation, or a default that its own annotation refuses; when the plan is no async function, ``on_end``
+    is one, or either wants a parameter that the strategy has not.
     """
     if function is None:
-        return lambda function: _made(function, plan)
-    return _made(function, plan)
+        return lambda function: _made(function, plan, on_end)
+    return _made(function, plan, on_end)
 
 
-def _made(function: StrategyFunction, plan: PlanFunction | None) -> Strategy:
+def _made(function: StrategyFunction, plan: PlanFunction | None, on_end: EndFunction | None) -> Strategy:
     name = getattr(function, "__name__", repr(function))
     if not inspect.isasyncgenfunction(function):
         raise StrategyError(f"{name} must be an 'async def' with 'yield'")
@@ -122,19 +141,27 @@ def _made(function: StrategyFunction, plan: PlanFunction | None) -> Strategy:
         except (msgspec.ValidationError, TypeError) as error:
             raise StrategyError(f"{name}: default of {parameter.name}: {error}") from None
     if plan is not None:
-        _check_plan(name, plan, types)
-    return Strategy(name, function, types, values, inspect.getdoc(function) or "", plan)
+        if not inspect.iscoroutinefunction(plan):
+            raise StrategyError(f"{name}: the plan must be an 'async def' without 'yield'")
+        _check_companion(name, "the plan", ("mesh",), plan, types)
+    if on_end is not None:
+        if inspect.iscoroutinefunction(on_end) or inspect.isasyncgenfunction(on_end):
+            raise StrategyError(f"{name}: on_end must be a plain 'def': nobody waits for it")
+        _check_companion(name, "on_end", ("mesh", "request", "outcome"), on_end, types)
+    return Strategy(name, function, types, values, inspect.getdoc(function) or "", plan, on_end=on_end)
 
 
-def _check_plan(name: str, plan: PlanFunction, types: Mapping[str, Any]) -> None:
-    if not inspect.iscoroutinefunction(plan):
-        raise StrategyError(f"{name}: the plan must be an 'async def' without 'yield'")
-    parameters = list(inspect.signature(plan).parameters.values())
-    if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
-        raise StrategyError(f"{name}: the plan must take (mesh, *, parameters of the strategy)")
-    for parameter in parameters[1:]:
+def _check_companion(
+    name: str, what: str, given: tuple[str, ...], function: Callable[..., Any], types: Mapping[str, Any]
+) -> None:
+    """It takes what it is given, and parameters of the strategy by name."""
+    parameters = list(inspect.signature(function).parameters.values())
+    first = [p for p in parameters[: len(given)] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(first) != len(given):
+        raise StrategyError(f"{name}: {what} must take ({', '.join(given)}, *, parameters of the strategy)")
+    for parameter in parameters[len(given) :]:
         if parameter.kind is not parameter.KEYWORD_ONLY or parameter.name not in types:
-            raise StrategyError(f"{name}: the plan's {parameter.name} is no parameter of the strategy")
+            raise StrategyError(f"{name}: {what}'s {parameter.name} is no parameter of the strategy")
 
 
 def strategies_in(module: ModuleType) -> list[Strategy]:

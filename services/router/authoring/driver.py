@@ -21,6 +21,8 @@ from microserve.services.router.authoring.view import MeshView
 from microserve.services.router.oversight.author import AUTHOR, Author, Verdict, keep_tasks
 from microserve.services.router.oversight.cut import BrokenOff
 from microserve.services.router.oversight.overseer import Overseer, StrategyHung
+from microserve.services.router.request.outcome import Outcome
+from microserve.services.router.request.request import Request
 
 T = TypeVar("T")
 OnHung = Callable[[str, int, str], None]
@@ -83,15 +85,21 @@ class Driver:
 
     async def run_plan(self, strategy: Strategy, mesh: MeshView) -> None:
         """Run a strategy's plan until it returns. Raises what it raises."""
+        await self._run(strategy, strategy.start_plan(mesh), "plan")
 
+    async def tell_end(self, strategy: Strategy, mesh: MeshView, request: Request, outcome: Outcome) -> None:
+        """Let a strategy's ``on_end`` hear of a request. Raises what it raises."""
+        await self._run(strategy, strategy.tell_end(mesh, request, outcome), "on_end")
+
+    async def _run(self, strategy: Strategy, awaitable: Awaitable[None], what: str) -> None:
         def tell(seconds: float) -> None:
-            tell_slow(strategy.name, strategy.version, "plan", seconds)
+            tell_slow(strategy.name, strategy.version, what, seconds)
 
         author = self.author(strategy)
         try:
-            await self.step(author, strategy.start_plan(mesh), tell)
+            await self.step(author, awaitable, tell)
         except StrategyHung as error:
-            author.condemn(f"its plan: {error.detail}")
+            author.condemn(f"its {what}: {error.detail}")
             raise
         except (Exception, asyncio.CancelledError):
             raise

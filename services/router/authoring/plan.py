@@ -28,6 +28,7 @@ from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.oversight.author import nobodys
 from microserve.services.router.oversight.overseer import Condemned, StrategyHung
+from microserve.services.router.request.outcome import Outcome
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope, out_of_time
 
@@ -118,11 +119,13 @@ class Plans:
         make_mesh: Callable[[StrategyState], PlanMesh],
         *,
         run: Callable[[Strategy, PlanMesh], Awaitable[None]],
+        tell_end: Callable[[Strategy, PlanMesh, Request, Outcome], Awaitable[None]],
     ) -> None:
-        """``run``: a strategy's plan, once."""
+        """``run``: a strategy's plan, once; ``tell_end``: its ``on_end``."""
         self._tasks = tasks
         self._make_mesh = make_mesh
         self._run_once = run
+        self._tell_end = tell_end
         self._kept: dict[StrategyFunction, _Kept] = {}
         self._dropped: weakref.WeakSet[StrategyFunction] = weakref.WeakSet()
 
@@ -143,6 +146,28 @@ class Plans:
                 self._run(strategy, mesh), name=f"plan {strategy.name}", context=nobodys()
             )
             kept.values = strategy.values
+
+    def ended(self, strategy: Strategy, request: Request, outcome: Outcome) -> None:
+        """Let the strategy hear of it, soon; whatever comes of that touches no request."""
+        kept = self._kept.get(strategy.function)
+        if strategy.on_end is not None and kept is not None:
+            telling = self._tell(strategy, self._make_mesh(kept.state), request, outcome)
+            self._tasks.create_task(telling, name=f"on_end {request.request_id}", context=nobodys())
+
+    async def _tell(self, strategy: Strategy, mesh: PlanMesh, request: Request, outcome: Outcome) -> None:
+        try:
+            await self._tell_end(strategy, mesh, request, outcome)
+        except Condemned:
+            pass
+        except Exception as error:
+            _logger.error(
+                log.STRATEGY_FAILED,
+                request_id=request.request_id,
+                strategy=strategy.name,
+                strategy_version=strategy.version,
+                error=f"on_end: {type(error).__name__}: {error}",
+                exc_info=error,
+            )
 
     def rebind(self, strategies: Iterable[Strategy]) -> None:
         """These are in force now: plans that run with other parameters begin again; states stay."""

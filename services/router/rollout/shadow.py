@@ -95,6 +95,7 @@ class Shadows:
             tasks,
             lambda state: PlanMesh(registry.usable, book, self._rng, state, self._borrow, is_shadow=True),
             run=driver.run_plan,
+            tell_end=driver.tell_end,
         )
 
     def begin(self, shadow: Strategy, request: Request) -> Rehearsal | None:

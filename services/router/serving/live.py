@@ -19,6 +19,7 @@ from microserve.protocol.messages.engine import Finished, Usage
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.router import Ended, Output, Phases
 from microserve.services.links.stream import Tokens
+from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.oversight.author import Author
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.request import RETRY_AFTER_S
@@ -59,6 +60,7 @@ class LiveRequest:
     """The chunk that ends the stream."""
     interrupt: Interrupt | None = None
     ended: bool = False
+    served_by: Strategy | None = None
     version: int = 0
     """Of its strategy, if that was published."""
     rehearsal: Rehearsal | None = None

@@ -40,6 +40,7 @@ from microserve.services.router.engines.load import Account, LoadBook
 from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.engines.registry import Registry
 from microserve.services.router.oversight.author import nobodys
+from microserve.services.router.request.outcome import outcome_of
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope, out_of_time
@@ -89,6 +90,7 @@ class Serving:
             tasks,
             lambda state: PlanMesh(registry.usable, self.book, rng, state, self._borrow),
             run=driver.run_plan,
+            tell_end=driver.tell_end,
         )
         self.shadows = Shadows(
             tasks, registry, self.book, driver, lookup=lookup, on_decided=on_decided, seed=shadow_seed
@@ -127,6 +129,7 @@ class Serving:
             return
         live.num_prompt_tokens = request.num_tokens - request.num_output_tokens
         live.delivered = list(request.tokens[live.num_prompt_tokens :])
+        live.served_by = strategy
         live.version, live.revision = strategy.version, message.revision
         live.numerics = message.numerics if live.delivered else None
         if shadow is not None:
@@ -351,3 +354,9 @@ class Serving:
             self.shadows.end(live.rehearsal, scope.decision if told else None)
         if scope is not None:
             self._on_end(ended, live.is_blamed, live.is_slow)
+            if live.served_by is not None:
+                request = scope.request.begun()
+                outcome = outcome_of(ended, is_own=not (live.is_blamed or live.engines))
+                self.plans.ended(live.served_by, request, outcome)
+                if live.rehearsal is not None:
+                    self.shadows.plans.ended(live.rehearsal.shadow, request, outcome)

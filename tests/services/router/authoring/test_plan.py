@@ -197,6 +197,7 @@ def test_the_pause_doubles_up_to_its_limit_and_a_plan_that_ran_well_starts_afres
                 tasks,
                 lambda state: PlanMesh(list, LoadBook(), random.Random(), state, no_request),
                 run=Strategy.start_plan,
+                tell_end=Strategy.tell_end,
             )
             plans.use(counting("one", fail))
 
