@@ -11,7 +11,7 @@ namespace ms {
 
 constexpr int kSegment = 256;  // positions of a segment of attention: part of the numerics class
 constexpr int kLanes = 32;     // queries that are worked on together
-constexpr int kWideLanes = 64;  // by products of pairs
+constexpr int kWideLanes = 96;  // by products of pairs
 
 constexpr int kMaxDotRows = 8;  // rows of a product of pairs that are worked on together
 
@@ -19,8 +19,8 @@ constexpr int kRowBlock = 64;  // rows that share a unit of a product
 constexpr int kFewRows = 8;    // so many are normed by each thread for itself: one phase less
 
 // Of a step, at most: embedding; a layer's norm, heads, callback, attention, merges, output, norm, gates, down; the
-// last norm and the logits.
-inline int phases_of(int num_layers) { return 9 * num_layers + 3; }
+// rows of the last layer that go on; the last norm and the logits.
+inline int phases_of(int num_layers) { return 9 * num_layers + 4; }
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
@@ -56,6 +56,7 @@ struct Scratch {
 struct Unit {
   int span, first_row, num_rows;  // rows of the span
   int kv_head;
+  int is_wanted;     // one of its rows is: of the last layer nothing else is computed
   int segment;       // -1: all
   int num_segments;  // of a merge: how many units follow each other
   long part;         // of its first lane
@@ -72,18 +73,20 @@ struct Engine {
   MsBatch batch;
   MsOnLayer on_layer;
   int ended;
+  int is_narrow;   // the last layer goes on with the rows alone whose logits are wanted
   float *x;        // [rows][hidden] the residual
   void *normed;    // [rows][hidden]         inputs of products, as the variant reads them
   void *attended;  // [rows][heads_width]
   void *middle;    // [rows][intermediate]
-  float *queries;  // [rows][num_heads][head_width]
+  void *queries;   // [rows][num_heads][head_width]
   float *parts;
   size_t parts_capacity;
   Unit *units, *merges;
   int num_units, num_merges;
   size_t units_capacity, merges_capacity;
   long *span_firsts;  // [spans] first row
-  size_t spans_capacity;
+  int *wanted_before;  // [rows + 1] rows before this one whose logits are wanted
+  size_t spans_capacity, wanted_capacity;
   Scratch *scratch;
   Team *team;
   void **arena;

@@ -194,6 +194,31 @@ def test_kv_that_came_from_another_pool_is_as_good_as_ones_own(family: str, kind
     sender.close()
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "biased"])
+def test_logits_do_not_depend_on_which_others_are_wanted(family: str, kind: str) -> None:
+    """The last layer is computed of those rows alone: some of a chunk, none of another, in any order."""
+    model, own = model_of(family, kind), tables(270, 40, 30)
+    before = [Part(random_ids(270, 0), 0, 269, own[0]), Part(random_ids(40, 1), 0, 3, own[1])]
+    parts = [
+        *(Part(random_ids(270, 0), 269, 270, own[0]), Part(random_ids(40, 1), 3, 40, own[1])),
+        Part(random_ids(30, 2), 0, 30, own[2]),
+    ]
+    rooms = [Room(model, variant, 2, bounds={"max_logits": 68}) for variant in variants_of(kind)[-2:]]
+    logits, pools = [], set()
+    for room in rooms:
+        room.logits(before, [])
+        logits.append(room.logits(parts, range(68)))
+        pools.add(tuple(room.whole_pool()))
+    for room in rooms:
+        for wanted in ([67], [0, 37, 67], [*range(1, 30, 3)], [38, 39], [5, 3, 60], [4, 4], []):
+            room.logits(before, [])
+            assert room.logits(parts, wanted).tobytes() == logits[0][wanted].tobytes(), wanted
+            pools.add(tuple(room.whole_pool()))
+        room.close()
+    assert len(pools) == 1 and all(each.tobytes() == logits[0].tobytes() for each in logits)
+
+
 def kv_of(kv: bytes, length: int, end: int) -> bytes:
     layers = np.frombuffer(kv, np.float32).reshape(NUM_LAYERS, length, -1)
     return b"".join(bytes_of(layer[:end]) for layer in layers)

@@ -122,6 +122,7 @@ void ms_destroy(MsEngine *e) {
   free(e->units);
   free(e->merges);
   free(e->span_firsts);
+  free(e->wanted_before);
   free(e->parts);
   free(e);
 }

@@ -33,6 +33,19 @@ const char *check(const Engine &e, const MsBatch &b) {
   return nullptr;
 }
 
+// False where there is no memory.
+static bool count_wanted(Engine &e) {
+  const MsBatch &b = e.batch;
+  if (!grow(e.wanted_before, e.wanted_capacity, (size_t)b.num_rows + 1)) return false;
+  e.is_narrow = b.num_logits < b.num_rows;
+  for (int i = 1; i < b.num_logits; i++)
+    if (b.logit_rows[i] <= b.logit_rows[i - 1]) e.is_narrow = 0;  // rows move down in their order
+  memset(e.wanted_before, 0, sizeof(int) * ((size_t)b.num_rows + 1));
+  for (int i = 0; i < b.num_logits; i++) e.wanted_before[b.logit_rows[i] + 1] = 1;
+  for (int i = 0; i < b.num_rows; i++) e.wanted_before[i + 1] += e.wanted_before[i];
+  return true;
+}
+
 // Rows of a chunk in tiles of lanes; of a single row each segment is a unit, and its parts are merged.
 bool divide(Engine &e) {
   const MsBatch &b = e.batch;
@@ -46,19 +59,25 @@ bool divide(Engine &e) {
   }
   if (!grow(e.units, e.units_capacity, units) || !grow(e.merges, e.merges_capacity, merges)) return false;
   if (!grow(e.span_firsts, e.spans_capacity, (size_t)b.num_spans)) return false;
+  if (!count_wanted(e)) return false;
   e.num_units = e.num_merges = 0;
   long row = 0, part = 0;
   for (int s = 0; s < b.num_spans; row += b.span_rows[s], s++) {
     e.span_firsts[s] = row;
     const int rows = b.span_rows[s], segments = (int)(round_up(b.span_contexts[s], kSegment) / kSegment);
+    const auto is_wanted = [&](int first, int count) { return e.wanted_before[row + first + count] > e.wanted_before[row + first]; };
+    if (rows > 1 || segments == 1) {
+      // The last rows see most: who takes one of their units last would be waited for.
+      for (int first = (rows - 1) / rows_of_unit * rows_of_unit; first >= 0; first -= rows_of_unit)
+        for (int h = 0; h < c.num_kv_heads; h++) {
+          const int count = rows - first < rows_of_unit ? rows - first : rows_of_unit;
+          e.units[e.num_units++] = {s, first, count, h, is_wanted(first, count), -1, 0, 0};
+        }
+      continue;
+    }
     for (int h = 0; h < c.num_kv_heads; h++) {
-      if (rows > 1 || segments == 1) {
-        for (int first = 0; first < rows; first += rows_of_unit)
-          e.units[e.num_units++] = {s, first, rows - first < rows_of_unit ? rows - first : rows_of_unit, h, -1, 0, 0};
-        continue;
-      }
-      e.merges[e.num_merges++] = {s, 0, 1, h, 0, segments, part};
-      for (int i = 0; i < segments; i++, part += group) e.units[e.num_units++] = {s, 0, 1, h, i, 0, part};
+      e.merges[e.num_merges++] = {s, 0, 1, h, is_wanted(0, 1), 0, segments, part};
+      for (int i = 0; i < segments; i++, part += group) e.units[e.num_units++] = {s, 0, 1, h, is_wanted(0, 1), i, 0, part};
     }
   }
   return grow(e.parts, e.parts_capacity, (size_t)(part * (e.head_dim + 16)));

@@ -5,6 +5,13 @@
 //   O = P V     values in pairs of positions, zeros behind the context
 #pragma once
 
+template <>
+struct Queries<Pairs> {
+  typedef uint16_t T;
+  static MS_INLINE T *of(const Engine &e, long row, int head) { return (T *)e.queries + (row * e.config.num_heads + head) * e.head_width; }
+  static MS_INLINE void put(T *to, V value) { put_bf16(to, value); }
+};
+
 // A thread's w.tiles, see pair_elements() in model.h. Rows have a gap, as inputs of products have it.
 struct PairRoom {
   static constexpr long kWide = kSegment + Inputs<Pairs>::kGap;
@@ -87,8 +94,8 @@ void attend<Pairs>(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
   const long row0 = e.span_firsts[u.span] + u.first_row, wide = room.dim + Inputs<Pairs>::kGap;
   const int position0 = e.batch.span_contexts[u.span] - e.batch.span_rows[u.span] + u.first_row;
   for (int i = 0; i < lanes; i++) {
-    const float *q = e.queries + ((row0 + i / group) * c.num_heads + u.kv_head * group + i % group) * e.head_width;
-    for (int d = 0; d < dim; d += 16) put_some<Bf16>(room.queries + i * wide + d, load(q + d), dim - d);
+    const uint16_t *q = Queries<Pairs>::of(e, row0 + i / group, u.kv_head * group + i % group);
+    __builtin_memcpy(room.queries + i * wide, q, (size_t)dim * 2);
   }
   const auto high = [&](int lane) { return position0 + lane / group + 1; };
   const auto low = [&](int lane) { return layer.window && high(lane) > layer.window ? high(lane) - layer.window : 0; };
@@ -104,7 +111,7 @@ void attend<Pairs>(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
       // Positions that any of these sees, of this segment; from a whole group of columns on, to one.
       const int lowest = low(lane) - first, highest = high(lane + share - 1) - first;
       if (highest <= 0 || lowest >= count) continue;
-      const int from = lowest > 0 ? lowest & ~31 : 0, to = (int)round_up(highest < count ? highest : count, 32);
+      const int from = lowest > 0 ? lowest & ~31 : 0, seen = highest < count ? highest : count, to = (int)round_up(seen, 32);
       Put scores = {w.scores, kSegment};
       multiply_pairs(room.queries + lane * wide, wide, share, room.keys, 32 * room.dim, (int)(room.dim / 2), from / 16, to / 16, scores);
       float maximum[kMaxDotRows], sum[kMaxDotRows];
@@ -113,7 +120,7 @@ void attend<Pairs>(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
         weigh_lane(w.scores + i * kSegment, room.weights + i * PairRoom::kWide, l, h < count ? h : count, from, to, c.scale * kLog2e, maximum[i], sum[i]);
       }
       Put out = {w.out, room.dim};
-      multiply_pairs(room.weights + from, PairRoom::kWide, share, room.values + from * 32, kSegment * 32, (to - from) / 2, 0, (int)(e.head_width / 16), out);
+      multiply_pairs(room.weights + from, PairRoom::kWide, share, room.values + from * 32, kSegment * 32, (seen - from + 1) / 2, 0, (int)(e.head_width / 16), out);
       turn_zeros(w.out, share, room.dim, dim);
       for (int i = 0; i < share; i++)
         if (high(lane + i) > first && low(lane + i) < first + count) sums.take(w.sums, room.dim, lane + i, w.out + i * room.dim, maximum[i], sum[i], dim);

@@ -15,12 +15,10 @@ struct Inputs<Pairs> {
   static MS_INLINE void put(T *to, long width, long row, long column, V rounded, int n = 16) {
     put_some<Bf16>(rows(to, width, row) + column, rounded, n);
   }
-};
-
-// What is read next, and how far one goes in it with each pair: it is on its way meanwhile.
-struct Ahead {
-  const char *base;
-  long step;
+  static MS_INLINE void put_rounding(T *to, long width, long row, long column, V value) { put_bf16(rows(to, width, row) + column, value); }
+  static MS_INLINE void move(T *inputs, long width, long from, long to) {
+    __builtin_memcpy(rows(inputs, width, to), rows(inputs, width, from), sizeof(T) * (size_t)width);
+  }
 };
 
 // 0 to N - 1, for arrays whose places the compiler is to know from the start: else it keeps them in memory.
@@ -34,23 +32,21 @@ struct Counted<0, I...> {
 };
 
 // c[r][t] (+)= rows r of A times tiles t of B, `pairs` of k. A function of its own: registers enough for its sums.
+// Nothing is fetched ahead: weights come in one stream, which the processor sees; asking for them took a tenth longer.
 template <int R, int T, bool kFromZero, int... I>
-MS_ALONE void dot_rows(const uint16_t *a, long stride, const uint16_t *b, int pairs, Ahead ahead, float *c, long width, Places<I...>) {
+MS_ALONE void dot_rows(const uint16_t *a, long stride, const uint16_t *b, int pairs, float *c, long width, Places<I...>) {
   V sums[R * T] = {(kFromZero ? zeros() : load(c + I / T * width + I % T * 16))...};
   for (const uint16_t *end = b + pairs * 2 * kPair; b < end; b += 2 * kPair, a += 2) {
     const Pairs16 weights[2] = {load_words(b), load_words(b + (T - 1) * kPair)};
-    if (R > 1) prefetch_far(ahead.base);
-    if (R > 1) prefetch_far(ahead.base + 64);
-    ahead.base += ahead.step;
     Pairs16 x;
     (((x = I % T ? x : splat_pair(a + I / T * stride)), (sums[I] = dot(sums[I], x, weights[I % T]))), ...);
   }
   (store(c + I / T * width + I % T * 16, sums[I]), ...);
 }
 template <int T, bool kFromZero, int R = kDotRows>
-MS_INLINE void dot_some(int rows, const uint16_t *a, long stride, const uint16_t *b, int pairs, Ahead ahead, float *c, long width) {
-  if (R == 1 || rows == R) return dot_rows<R, T, kFromZero>(a, stride, b, pairs, ahead, c, width, typename Counted<R * T>::All());
-  if constexpr (R > 1) dot_some<T, kFromZero, R - 1>(rows, a, stride, b, pairs, ahead, c, width);
+MS_INLINE void dot_some(int rows, const uint16_t *a, long stride, const uint16_t *b, int pairs, float *c, long width) {
+  if (R == 1 || rows == R) return dot_rows<R, T, kFromZero>(a, stride, b, pairs, c, width, typename Counted<R * T>::All());
+  if constexpr (R > 1) dot_some<T, kFromZero, R - 1>(rows, a, stride, b, pairs, c, width);
 }
 
 // Rows that are left, in shares of one size: a single row left over would cost as much as three.
@@ -59,21 +55,29 @@ MS_INLINE int next_share(int rows) {
   return (rows + shares - 1) / shares;
 }
 
+constexpr int kDeep = 288;  // pairs: of so many, the weights of two tiles stay in the nearest cache while all rows pass
+
 template <int T, class Out>
-MS_INLINE void dot_all(const uint16_t *a, long stride, int rows, const uint16_t *b, int pairs, const uint16_t *next, int tile, Out &out) {
-  const int shares = (rows + kDotRows - 1) / kDotRows;
-  Ahead ahead = {(const char *)next, next == b ? 0 : (long)(2 * kPair * sizeof(uint16_t)) / shares};
-  for (int m = 0, share; m < rows; m += share, ahead.base += ahead.step * pairs) {
-    share = next_share(rows - m);
-    if constexpr (Out::kInPlace) {
-      dot_some<T, Out::kFromZero>(share, a + m * stride, stride, b, pairs, ahead, out.c + m * out.stride + tile * 16, out.stride);
-      continue;
+MS_INLINE void dot_all(const uint16_t *a, long stride, int rows, const uint16_t *b, int pairs, int tile, Out &out) {
+  const int shares = (rows + kDotRows - 1) / kDotRows, parts = shares > 1 ? (pairs + kDeep - 1) / kDeep : 1;
+  alignas(64) float sums[Out::kInPlace ? 1 : kRowBlock][T * 16];
+  float *c = sums[0];
+  long width = T * 16;
+  if constexpr (Out::kInPlace) c = out.c + tile * 16, width = out.stride;
+  for (int part = 0, p = 0, depth; part < parts; part++, p += depth) {
+    depth = (pairs - p) / (parts - part);
+    const uint16_t *x = a + 2 * p, *weights = b + p * 2 * kPair;
+    for (int m = 0, share; m < rows; m += share) {
+      share = next_share(rows - m);
+      if (part == 0) dot_some<T, Out::kFromZero>(share, x + m * stride, stride, weights, depth, c + m * width, width);
+      else dot_some<T, false>(share, x + m * stride, stride, weights, depth, c + m * width, width);
     }
-    alignas(64) float c[kDotRows][T * 16];
-    dot_some<T, true>(share, a + m * stride, stride, b, pairs, ahead, c[0], T * 16);
-    for (int r = 0; r < share; r++)
-      for (int t = 0; t < T; t++) out.end(m + r, tile + t, load(c[r] + t * 16));
   }
+  if constexpr (!Out::kInPlace)
+    for (int m = 0; m < rows; m++) {
+      if constexpr (T == 2) out.both(m, tile, load(sums[m]), load(sums[m] + 16));
+      else out.end(m, tile, load(sums[m]));
+    }
 }
 
 // C of `rows` rows, tiles [first, last) of 16 columns; groups of two tiles of B are `group` elements apart.
@@ -81,9 +85,9 @@ template <class Out>
 MS_INLINE void multiply_pairs(const uint16_t *a, long stride, int rows, const uint16_t *b, long group, int pairs, int first, int last, Out &out) {
   int tile = first;
   const auto at = [&](int t) { return b + (t >> 1) * group + (t & 1) * kPair; };
-  if (tile < last && (tile & 1)) dot_all<1>(a, stride, rows, at(tile), pairs, at(tile), tile, out), tile++;
-  for (; tile + 2 <= last; tile += 2) dot_all<2>(a, stride, rows, at(tile), pairs, at(tile + 4 <= last ? tile + 2 : tile), tile, out);
-  if (tile < last) dot_all<1>(a, stride, rows, at(tile), pairs, at(tile), tile, out);
+  if (tile < last && (tile & 1)) dot_all<1>(a, stride, rows, at(tile), pairs, tile, out), tile++;
+  for (; tile + 2 <= last; tile += 2) dot_all<2>(a, stride, rows, at(tile), pairs, tile, out);
+  if (tile < last) dot_all<1>(a, stride, rows, at(tile), pairs, tile, out);
 }
 template <int kColumn, class Out>
 MS_INLINE void multiply(const uint16_t *a, long width, int rows, Packed<Pairs> weights, int, int first, int last, Out &out) {

@@ -9,6 +9,14 @@
 //   lanes: query heads of a KV head, row by row     scores [position][lane]     out [lane][head_dim]
 #pragma once
 
+// Queries of a row and head, rounded.
+template <class E>
+struct Queries {
+  typedef float T;
+  static MS_INLINE T *of(const Engine &e, long row, int head) { return (T *)e.queries + (row * e.config.num_heads + head) * e.head_width; }
+  static MS_INLINE void put(T *to, V value) { store(to, E::round(value)); }
+};
+
 struct Lanes {
   int count, vectors;
   alignas(64) int32_t low[kLanes], high[kLanes];  // positions [low, high) are seen
@@ -154,7 +162,7 @@ MS_INLINE void gather(const Engine &e, const Layer &layer, Scratch &w, const Uni
     const int r = used ? i / group : u.num_rows - 1;  // an idle lane sees what the last one does: fewer masks
     lanes.high[i] = position0 + r + 1;
     lanes.low[i] = layer.window && lanes.high[i] > layer.window ? lanes.high[i] - layer.window : 0;
-    const float *q = e.queries + ((row0 + r) * c.num_heads + u.kv_head * group + i % group) * e.head_width;
+    const float *q = Queries<E>::of(e, row0 + r, u.kv_head * group + i % group);
     for (int d = 0; d < c.head_dim; d++) w.queries[d * kLanes + i] = used ? q[d] : 0.0f;
   }
 }

@@ -93,6 +93,12 @@ struct Inputs {
   static MS_INLINE void put(T *to, long width, long row, long column, V rounded, int n = 16) {
     put_some<F32>(to + row * width + column, rounded, n);
   }
+  // Of arithmetic's results, which are no denormals; to be rounded first.
+  static MS_INLINE void put_rounding(T *to, long width, long row, long column, V value) { put(to, width, row, column, E::round(value)); }
+  // Row `from` to the place of row `to`.
+  static MS_INLINE void move(T *inputs, long width, long from, long to) {
+    __builtin_memcpy(rows(inputs, width, to), rows(inputs, width, from), sizeof(T) * (size_t)width);
+  }
 };
 
 // An infinity or NaN in the pool would reach rows that do not see its position: 0 * inf. Who computed it still has it.

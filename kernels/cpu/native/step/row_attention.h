@@ -140,7 +140,7 @@ static void row_segment(const Engine &e, const Layer &layer, Scratch &w, const U
     keys[i] = keys[0];
     values[i] = (const Store *)w.zeros;
   }
-  const float *queries = e.queries + ((e.span_firsts[u.span] + u.first_row) * c.num_heads + (long)u.kv_head * group) * e.head_width;
+  const float *queries = Queries<E>::of(e, e.span_firsts[u.span] + u.first_row, u.kv_head * group);
   const int from = low > first ? low - first : 0;
   for (int g = 0; g < group;) {
     const float *q = queries + g * e.head_width;

@@ -26,14 +26,13 @@ MS_INLINE void share(Engine &e, int &phase, long rows, long tiles, F run) {
 template <class E>
 MS_INLINE void norm_row(const Engine &e, const float *x, const float *weight, typename Inputs<E>::T *to, long row) {
   V r = splat(norm_factor(x, (int)e.hidden, e.config.hidden, e.config.eps));
-  for (long i = 0; i < e.hidden; i += 16) Inputs<E>::put(to, e.hidden, row, i, E::round(mul(mul(load(x + i), r), load(weight + i))));
+  for (long i = 0; i < e.hidden; i += 16) Inputs<E>::put_rounding(to, e.hidden, row, i, mul(mul(load(x + i), r), load(weight + i)));
 }
 
-// The rows of x, normed; a few of them by each thread for itself.
+// The first rows of x, normed; a few of them by each thread for itself.
 template <class E>
-static const typename Inputs<E>::T *norm_rows(Engine &e, Scratch &w, int &phase, const float *weight) {
+static const typename Inputs<E>::T *norm_rows(Engine &e, Scratch &w, int &phase, long rows, const float *weight) {
   typedef typename Inputs<E>::T T;
-  const long rows = e.batch.num_rows;
   if (rows <= kFewRows) {
     for (long m = 0; m < rows; m++) norm_row<E>(e, e.x + m * e.hidden, weight, (T *)w.normed, m);
     return (const T *)w.normed;
@@ -81,8 +80,7 @@ MS_INLINE void place_head(Engine &e, const Layer &layer, long row, int head, flo
     rotate(x, e.cos + at, e.sin + at, dim);
   }
   if (is_query) {
-    float *to = e.queries + (row * c.num_heads + head) * width;
-    for (int d = 0; d < dim; d += 16) store(to + d, E::round(load(x + d)));
+    for (int d = 0; d < dim; d += 16) Queries<E>::put(Queries<E>::of(e, row, head) + d, load(x + d));
     return;
   }
   const int64_t slot = e.batch.slots[row];
@@ -93,7 +91,7 @@ MS_INLINE void place_head(Engine &e, const Layer &layer, long row, int head, flo
 }
 
 template <class E>
-static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const typename Inputs<E>::T *normed) {
+static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const typename Inputs<E>::T *normed, bool is_narrow) {
   const MsConfig &c = e.config;
   const int num_heads = c.num_heads + 2 * c.num_kv_heads, tiles = (int)(e.head_width / 16);
   const long rows = e.batch.num_rows, blocks = (rows + kRowBlock - 1) / kRowBlock;
@@ -103,6 +101,7 @@ static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const t
     const int head = u % num_heads;
     const long row = (long)(u / num_heads) * kRowBlock;
     const int count = (int)(rows - row < kRowBlock ? rows - row : kRowBlock);
+    if (is_narrow && head < c.num_heads && e.wanted_before[row + count] == e.wanted_before[row]) continue;
     Put put = {w.head - head * e.head_width, e.head_dim};
     multiply<1>(Inputs<E>::rows(normed, e.hidden, row), e.hidden, count, weights, weights.blocks, head * tiles, (head + 1) * tiles, put);
     for (int m = 0; m < count; m++) place_head<E>(e, layer, row + m, head, w.head + m * e.head_dim);
@@ -111,21 +110,39 @@ static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const t
 }
 
 template <class E>
-static void attention(Engine &e, const Layer &layer, Scratch &w, int &phase) {
+static void attention(Engine &e, const Layer &layer, Scratch &w, int &phase, bool all) {
   const int units = e.num_units, merges = e.num_merges;
-  for (int u; (u = e.team->next_unit(phase, units)) < units;) attend<E>(e, layer, w, e.units[u]);
+  for (int u; (u = e.team->next_unit(phase, units)) < units;)
+    if (all || e.units[u].is_wanted) attend<E>(e, layer, w, e.units[u]);
   e.team->end(phase, units);
   if (!merges) return;
-  for (int u; (u = e.team->next_unit(phase, merges)) < merges;) merge_units<E>(e, e.merges[u]);
+  for (int u; (u = e.team->next_unit(phase, merges)) < merges;)
+    if (all || e.merges[u].is_wanted) merge_units<E>(e, e.merges[u]);
   e.team->end(phase, merges);
+}
+
+// Rows whose logits are wanted become the first ones, of x and of what was attended. They ascend: none is overwritten
+// before it has moved.
+template <class E>
+static void narrow(Engine &e, int &phase) {
+  typedef typename Inputs<E>::T T;
+  if (e.team->next_unit(phase, 1) == 0)
+    for (int i = 0; i < e.batch.num_logits; i++) {
+      const long from = e.batch.logit_rows[i];
+      if (from == i) continue;
+      __builtin_memcpy(e.x + i * e.hidden, e.x + from * e.hidden, sizeof(float) * (size_t)e.hidden);
+      Inputs<E>::move((T *)e.attended, e.heads_width, from, i);
+    }
+  e.team->next_unit(phase, 1);
+  e.team->end(phase, 1);
 }
 
 // x += A W.
 template <class E>
-static void residual(Engine &e, int &phase, const void *inputs, long width, const void *packed, const float *bias) {
+static void residual(Engine &e, int &phase, long all, const void *inputs, long width, const void *packed, const float *bias) {
   const Packed<E> weights = {(const typename E::Store *)packed, (int)(width / 32)};
   const typename Inputs<E>::T *a = (const typename Inputs<E>::T *)inputs;
-  share(e, phase, e.batch.num_rows, e.hidden / 16, [&](long row, int rows, int first, int last) {
+  share(e, phase, all, e.hidden / 16, [&](long row, int rows, int first, int last) {
     Continue sum = {e.x + row * e.hidden, e.hidden};
     multiply<1>(Inputs<E>::rows(a, width, row), width, rows, weights, weights.blocks, first, last, sum);
     if (bias)
@@ -146,22 +163,23 @@ struct Gated {
   alignas(64) float gates[kRowBlock][16];
   MS_INLINE V begin(int, int) { return zeros(); }
   MS_INLINE void end(int m, int tile, V sum) {
-    if (tile & 1) Inputs<E>::put(to, stride, m, tile / 2 * 16, E::round(mul(silu(load(gates[m])), sum)));
+    if (tile & 1) both(m, tile, load(gates[m]), sum);
     else store(gates[m], sum);
   }
+  MS_INLINE void both(int m, int tile, V gate, V sum) { Inputs<E>::put_rounding(to, stride, m, tile / 2 * 16, mul(silu(gate), sum)); }
 };
 
 template <class E>
-static void mlp(Engine &e, const Layer &layer, Scratch &w, int &phase) {
-  const typename Inputs<E>::T *normed = norm_rows<E>(e, w, phase, layer.mlp_norm);
+static void mlp(Engine &e, const Layer &layer, Scratch &w, int &phase, long all) {
+  const typename Inputs<E>::T *normed = norm_rows<E>(e, w, phase, all, layer.mlp_norm);
   const Packed<E> weights = {(const typename E::Store *)layer.gate_up, (int)(e.hidden / 32)};
-  share(e, phase, e.batch.num_rows, e.intermediate / 8, [&](long row, int rows, int first, int last) {
+  share(e, phase, all, e.intermediate / 8, [&](long row, int rows, int first, int last) {
     Gated<E> gated;
     gated.to = Inputs<E>::rows((typename Inputs<E>::T *)e.middle, e.intermediate, row);
     gated.stride = e.intermediate;
     multiply<1>(Inputs<E>::rows(normed, e.hidden, row), e.hidden, rows, weights, weights.blocks, first, last, gated);
   });
-  residual<E>(e, phase, e.middle, e.intermediate, layer.down, nullptr);
+  residual<E>(e, phase, all, e.middle, e.intermediate, layer.down, nullptr);
 }
 
 template <class E>
@@ -191,7 +209,7 @@ static void logits(Engine &e, int &phase) {
   typename Inputs<E>::T *normed = (typename Inputs<E>::T *)e.normed;
   const int wanted = b.num_logits;
   for (int u; (u = e.team->next_unit(phase, wanted)) < wanted;)
-    norm_row<E>(e, e.x + (long)b.logit_rows[u] * e.hidden, e.norm, normed, u);
+    norm_row<E>(e, e.x + (long)(e.is_narrow ? u : b.logit_rows[u]) * e.hidden, e.norm, normed, u);
   e.team->end(phase, wanted);
   const Packed<E> weights = {(const typename E::Store *)e.head, (int)(e.hidden / 32)};
   share(e, phase, b.num_logits, e.vocab / 16, [&](long row, int rows, int first, int last) {
@@ -208,7 +226,10 @@ static void step_of(Engine &e, int thread, Mode outside) {
   embed<E>(e, phase);
   for (int i = 0; i < e.config.num_layers; i++) {
     const Layer &layer = e.layers[i];
-    heads<E>(e, layer, w, phase, norm_rows<E>(e, w, phase, layer.attention_norm));
+    // Of the last layer, behind its KV, nobody reads a row whose logits are not wanted.
+    const bool is_narrow = e.is_narrow && i + 1 == e.config.num_layers;
+    const long rows = is_narrow ? e.batch.num_logits : e.batch.num_rows;
+    heads<E>(e, layer, w, phase, norm_rows<E>(e, w, phase, e.batch.num_rows, layer.attention_norm), is_narrow);
     if (e.on_layer) {
       e.team->alone(phase, thread, [&] {
         leave_float_mode(outside);
@@ -217,9 +238,11 @@ static void step_of(Engine &e, int thread, Mode outside) {
       });
       if (e.ended) return;
     }
-    attention<E>(e, layer, w, phase);
-    residual<E>(e, phase, e.attended, e.heads_width, layer.out, layer.out_bias);
-    mlp<E>(e, layer, w, phase);
+    if (rows == 0) return;
+    attention<E>(e, layer, w, phase, !is_narrow);
+    if (is_narrow) narrow<E>(e, phase);
+    residual<E>(e, phase, rows, e.attended, e.heads_width, layer.out, layer.out_bias);
+    mlp<E>(e, layer, w, phase, rows);
   }
   if (e.batch.num_logits) logits<E>(e, phase);
 }
