@@ -40,6 +40,10 @@ EXIT_FAILED = 1
 EXIT_CONFIG = 2
 EXIT_INTERRUPTED = 130
 
+GC_THRESHOLDS = (10_000, 10, 10)
+"""What a request makes is freed by counting references when it is over. Python's own 700 have the collector
+look at what is still alive, again and again: a sixth of a service's time under load."""
+
 Serve = Callable[[Settings, ZmqBus, Lifecycle], Coroutine[Any, Any, None]]
 """``run_X(settings, bus, lifecycle)``: serves until cancelled, then closes what it opened."""
 
@@ -159,6 +163,7 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         gc.enable()
 
 
