@@ -12,7 +12,7 @@ from microserve.protocol.errors import MeshError, PeerError
 from microserve.protocol.messages import engine as wire
 from microserve.services.links.stream import Tokens, TokenStream
 from microserve.services.router.authoring.grant import Sending
-from microserve.services.router.engines.connection import Connection
+from microserve.services.router.engines.connection import Connection, EngineLeaving
 from microserve.services.router.request.scope import RequestScope
 
 STREAM = "stream"
@@ -58,7 +58,7 @@ class Generating:
             raise
         self._stream.accepted = self._accepted
         self._is_accepted = False
-        scope.is_generating = True
+        scope.is_generating, scope.leave = True, self.leave
         scope.on_close(self._give_up)
 
     def depends_on(self, sending: Sending) -> None:
@@ -124,6 +124,13 @@ class Generating:
         """``callback`` when :attr:`is_ready` may have changed; it must not raise."""
         self._stream.on_news = callback
         self._accepted.add_done_callback(lambda _: callback())
+
+    def leave(self, wanted: str) -> bool:
+        """Go on on the engine ``wanted``, behind what is in. False: nothing is in yet, or it has ended."""
+        if self._ended or not self._num_chunks:
+            return False
+        self._stream.fail(EngineLeaving(self._connection, wanted))
+        return True
 
     def give_up(self, error: MeshError) -> None:
         """Nobody reads it any more; the engine has still to be told. A reader that is left gets ``error``."""

@@ -146,6 +146,22 @@ class Mesh(MeshView):
         """
         return await race(self._scope, request, entrants, after_s)
 
+    def move(self, request: Request, engine: Engine) -> bool:
+        """Let the answer, which has begun, go on on ``engine``, with its KV: as when an engine drains, the
+        strategy has ended by then, and what it has running with it. Not of another numerics class.
+
+        For whoever has kept this mesh, such as a plan. False: nothing has come of it yet, it is over, or it
+        is there already.
+        """
+        scope = self._scope
+        if scope.is_closed or scope.request is not request or scope.leave is None:
+            return False
+        if engine.id == scope.decision.engine_id or engine.id not in [each.id for each in self.engines()]:
+            return False
+        if scope.numerics.is_exact and engine.info.numerics != scope.numerics:
+            raise StrategyError(f"engine {engine.id} computes in another numerics class")
+        return scope.leave(engine.id)
+
     def _scores(
         self, candidates: Sequence[Engine], request: Request, scorers: Mapping[Scorer, float]
     ) -> list[float]:

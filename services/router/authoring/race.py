@@ -85,6 +85,7 @@ class _Race:
         decision.engine_id, decision.begin = engine_id, winner.begin
         decision.awaits_first = winner.awaits_first
         scope.numerics, scope.is_generating = winner.numerics, True
+        scope.leave = winner.generation.leave
         return winner.generation
 
     async def _look(self) -> _Runner | None:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
-from microserve.protocol.errors import MeshError
+from microserve.protocol.errors import EngineLost, MeshError
 from microserve.protocol.messages import engine as wire
 from microserve.services.links.engine import Answer
 from microserve.services.links.stream import TokenStreams
@@ -58,3 +58,15 @@ class Connection(Protocol):
     def fail(self, call_id: int, error: MeshError, /) -> None: ...
 
     def abort(self, request_id: str, /) -> None: ...
+
+
+class EngineLeaving(EngineLost):
+    """What an engine generates is to go on elsewhere, because it drains or a strategy wants it so: ends a
+    stream on it after the tokens that are in. Not sent."""
+
+    def __init__(self, source: Connection, wanted: str = "") -> None:
+        """``wanted``: where it is to go on; empty: anywhere."""
+        where = f"moves from engine {source.engine_id} to {wanted}"
+        super().__init__(where if wanted else f"engine {source.engine_id} leaves the mesh")
+        self.source = source
+        self.wanted = wanted

@@ -37,6 +37,8 @@ class RequestScope:
         self.numerics: Numerics = UNKNOWN
         """Of all KV that its tokens are made from; since it generates."""
         self.is_generating = False
+        self.leave: Callable[[str], bool] | None = None
+        """Makes what it generates go on on the engine of that id; since it generates."""
         self.is_closed = False
         self._call_timeout_s = call_timeout_s
         self._loop = asyncio.get_running_loop()

@@ -20,7 +20,6 @@ from microserve.protocol.errors import (
     CacheFull,
     CapacityError,
     Draining,
-    EngineLost,
     GrantsFull,
     MeshError,
     PeerError,
@@ -34,7 +33,7 @@ from microserve.protocol.messages.engine import EngineInfo, Finished, Timings, U
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.grant import Sending
 from microserve.services.router.authoring.mesh import Mesh
-from microserve.services.router.engines.connection import Connection
+from microserve.services.router.engines.connection import Connection, EngineLeaving
 from microserve.services.router.request.request import Request
 
 _logger = structlog.get_logger()
@@ -169,27 +168,23 @@ GRANT_S = 2.0
 for longer (``MOVE_S`` in the engine's actions.py), or until an abort says that nothing will be asked."""
 
 
-class EngineLeaving(EngineLost):
-    """The engine drains and others are there: ends a stream on it after the tokens that are in. Not sent."""
-
-    def __init__(self, source: Connection) -> None:
-        super().__init__(f"engine {source.engine_id} leaves the mesh")
-        self.source = source
-
-
 class MoveFailed(PeerError):
     """The KV could not be moved; nothing was delivered. Not sent."""
 
 
-async def move(mesh: Mesh, request: Request, source: Connection) -> AsyncGenerator[Tokens, None]:
-    """Continue ``request`` on another engine with the KV that ``source`` has of it.
+async def move(
+    mesh: Mesh, request: Request, source: Connection, wanted: str = ""
+) -> AsyncGenerator[Tokens, None]:
+    """Continue ``request`` on another engine, ``wanted`` if it is there, with the KV that ``source`` has.
 
     Raises :class:`MoveFailed` for whatever goes wrong before the first new token.
     """
     leaving = mesh.departing(source)
     num_chunks = 0
     try:
-        target = mesh.pick("decode", request)
+        chosen = [engine for engine in mesh.engines() if engine.id == wanted != source.engine_id]
+        others = [] if chosen else [engine for engine in mesh.engines() if engine.id == source.engine_id]
+        target = chosen[0] if chosen else mesh.pick("decode", request, exclude=others)
         # The newest token has no KV yet: its block is left to the target.
         end = (request.num_tokens - 1) // request.block_size * request.block_size
         async with asyncio.timeout(GRANT_S):

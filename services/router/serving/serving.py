@@ -35,7 +35,7 @@ from microserve.services.router.authoring.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh, Plans, borrowed
 from microserve.services.router.authoring.view import StrategyState
-from microserve.services.router.engines.connection import Connection
+from microserve.services.router.engines.connection import Connection, EngineLeaving
 from microserve.services.router.engines.load import Account, LoadBook
 from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.engines.registry import Registry
@@ -48,7 +48,7 @@ from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.shadow import OnDecided, Shadows
 from microserve.services.router.serving.admission import Admission, Admitted
 from microserve.services.router.serving.attempt import Attempts
-from microserve.services.router.serving.failover import EngineLeaving, Failover, MoveFailed, move
+from microserve.services.router.serving.failover import Failover, MoveFailed, move
 from microserve.services.router.serving.live import (
     Interrupt,
     LiveRequest,
@@ -223,6 +223,7 @@ class Serving:
             self._end(live, None)
             return
         source: Connection | None = None
+        wanted = ""
         generator: Chunks | None = None
         while True:
             error = self._replaced(live)
@@ -231,7 +232,7 @@ class Serving:
             mesh, num_known = self._mesh(live, scope, failover, strategy), len(live.delivered)
             live.author = None
             if source is not None:
-                generator = move(mesh, scope.request, source)
+                generator = move(mesh, scope.request, source, wanted)
             else:
                 # Requests that came together with one that hung must not hang in turn.
                 chosen = data_parallel if failover.terms.is_plain else self._admission.current(strategy)
@@ -254,6 +255,7 @@ class Serving:
                 tell = _logger.info
                 # Of what was generated in this attempt the leaving engine has the KV.
                 source = error.source if len(live.delivered) > num_known else None
+                wanted = error.wanted
             tell(
                 log.REQUEST_CONTINUED,
                 request_id=live.request_id,

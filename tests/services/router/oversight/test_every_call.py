@@ -46,6 +46,7 @@ CALLS = {
         "source_for": "mesh.source_for(engine, request)",
         "race": "await mesh.race(request)",
         "now": "mesh.now",
+        "move": "mesh.move(request, other)",
         "hold": "await mesh.hold(request, lambda: True)",
     },
     Engine: {
@@ -93,6 +94,7 @@ CALLS = {
         "is_answered": "engine.start_generate(request).is_answered",
         "is_ready": "engine.start_generate(request).is_ready",
         "watch": "engine.start_generate(request).watch(lambda: None)",
+        "leave": "engine.start_generate(request).leave('x')",
         "give_up": "engine.start_generate(request).give_up(None)",
     },
     Request: {
