@@ -27,7 +27,7 @@ struct PairRoom {
     values = keys + kSegment * dim;
   }
 };
-static_assert(kDotRows <= kMaxDotRows, "weights have room");
+static_assert(kDotRows <= kMaxDotRows && kMaxDotRows <= 8, "weights have room, and Sums::take_some");
 
 // Keys and values of positions [first, first + count), packed.
 MS_INLINE void pack_segment(const Engine &e, const Layer &layer, const Scratch &w, const Unit &u, const PairRoom &room, int first, int count) {
@@ -121,9 +121,7 @@ void attend<Pairs>(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
       }
       Put out = {w.out, room.dim};
       multiply_pairs(room.weights + from, PairRoom::kWide, share, room.values + from * 32, kSegment * 32, (seen - from + 1) / 2, 0, (int)(e.head_width / 16), out);
-      turn_zeros(w.out, share, room.dim, dim);
-      for (int i = 0; i < share; i++)
-        if (high(lane + i) > first && low(lane + i) < first + count) sums.take(w.sums, room.dim, lane + i, w.out + i * room.dim, maximum[i], sum[i], dim);
+      sums.take_some(w.sums, room.dim, lane, share, w.out, maximum, sum, dim, [&](int i) { return high(i) > first && low(i) < first + count; });
     }
   }
   leave<Pairs>(e, w, u, lanes, group, sums);

@@ -122,6 +122,34 @@ struct Sums {
     total[lane] = sum;
     has[lane] = true;
   }
+  // The same of up to eight lanes at once from `lane` on, of those that see() something; and + 0, as turn_zeros has it.
+  template <class F>
+  MS_INLINE void take_some(float *values, long stride, int lane, int count, const float *o, const float *maximum, const float *sum, int dim, F see) {
+    alignas(64) float factors[16] = {};
+    float highest[8];
+    for (int i = 0; i < count; i++) {
+      if (!has[lane + i] || !see(lane + i)) continue;
+      highest[i] = top[lane + i] > maximum[i] ? top[lane + i] : maximum[i];
+      factors[i] = top[lane + i] - highest[i];
+      factors[8 + i] = maximum[i] - highest[i];
+    }
+    store(factors, exp2v(load(factors)));
+    for (int i = 0; i < count; i++, o += stride) {
+      if (!see(lane + i)) continue;
+      float *so_far = values + (lane + i) * stride;
+      if (has[lane + i]) {
+        const V a = splat(factors[i]), b = splat(factors[8 + i]);
+        for (int d = 0; d < dim; d += 16) store(so_far + d, fma(load(so_far + d), a, mul(add(load(o + d), zeros()), b)));
+        total[lane + i] = __builtin_fmaf(total[lane + i], factors[i], sum[i] * factors[8 + i]);
+        top[lane + i] = highest[i];
+        continue;
+      }
+      for (int d = 0; d < dim; d += 16) store(so_far + d, add(load(o + d), zeros()));
+      top[lane + i] = maximum[i];
+      total[lane + i] = sum[i];
+      has[lane + i] = true;
+    }
+  }
 };
 
 // A unit is done: its rows, or its part of one.
