@@ -1,7 +1,8 @@
 """What an engine costs: one file a question, each run as it is.
 
 Owns a step beside the transformers path and the memory's bound (``engine_step.py``), the same beside a busy
-process (``engine_neighbour.py``), two engines in a mesh beside two bare ones (``engine_mesh.py``), and HTTP
-beside peers (``engine_http.py``, peers by ``../peers.sh``). What they share is in ``engine_parts/``. Must not
-know the other rooms: a script finds only what lies beside it. Start with ``engine_step.py``.
+process (``engine_neighbour.py``), variants of the native step beside each other (``engine_variants.py``), two
+engines in a mesh beside two bare ones (``engine_mesh.py``), and HTTP beside peers (``engine_http.py``,
+peers by ``../peers.sh``). What they share is in ``engine_parts/``. Must not know the other rooms: a script
+finds only what lies beside it. Start with ``engine_step.py``.
 """

@@ -33,6 +33,15 @@ def test_steps_of_both_paths_beside_the_bound(tiny_model: Path) -> None:
 
 
 @pytest.mark.heavy
+def test_variants_beside_each_other(tiny_model: Path) -> None:
+    rows = figures("engine_variants", tiny_model, "--variants", "portable,auto")["rows"]
+
+    assert [row["variant"] for row in rows] == ["portable", "auto"] * 3
+    assert all(row["cpu_ms"][0] > 0 and row["gflop_per_s"] > 0 for row in rows)
+    assert [row["ratio"] for row in rows[::2]] == [[1.0, 1.0, 1.0]] * 3
+
+
+@pytest.mark.heavy
 def test_a_neighbour_of_both_paths(tiny_model: Path) -> None:
     rows = figures("engine_neighbour", tiny_model)["rows"]
 

@@ -86,7 +86,7 @@ def _child(name: str, command: list[str], environment: dict[str, str]) -> Iterat
 
 def installed(name: str, model: str) -> list[str]:
     """Its interpreter, and what else ``peers.sh`` says. May install for minutes."""
-    script = PARTS.parent / "peers.sh"
+    script = PARTS.parents[1] / "peers.sh"
     environment = {"PYTHON": sys.executable, **os.environ}
     done = subprocess.run(
         [script, name, model], stdout=subprocess.PIPE, text=True, env=environment, check=False
