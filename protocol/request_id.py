@@ -34,9 +34,14 @@ def moved(choice_id: str, num_moves: int) -> str:
     return f"{choice_id}~{num_moves}"
 
 
+def without_body_mark(name: str) -> str:
+    """As on the bus: without what stands before it in a body."""
+    return _BODY.sub("", name, count=1)
+
+
 def is_named(request_id: str, wanted: str) -> bool:
     """Whether ``wanted``, any of the names above, is one of the request that the bus calls ``request_id``."""
-    whole = {wanted, _BODY.sub("", wanted, count=1)}
+    whole = {wanted, without_body_mark(wanted)}
     name = request_id
     for end in (_MOVE, _CHOICE):
         if name in whole:

@@ -175,6 +175,10 @@ class RouterSettings(_Section, frozen=True):
     strategy_budget_s: Positive = 0.1
     """Longest time between two ``await`` of a strategy; a version that often needs more is taken back."""
     index_max_mb: Count = 256
+    record_requests: CountOrZero = 10_000
+    """Of so many it is remembered what their strategy saw and chose (``microserve explain``); 0: of none."""
+    record_max_mb: Count = 64
+    """Of these records; beyond it the oldest go."""
     trace_path: str = ""
     """File that outlives the router: where it stood when a strategy stopped it for good. Its next life keeps
     away from that version; empty: it does not."""

@@ -88,6 +88,8 @@ class Summary:
     phases: Phases | None = None
     path: str = ""
     stream: bool = False
+    why: str = ""
+    """How the router chose the engines."""
     attributes: Mapping[str, str | None] = field(default_factory=dict)
     """What strategies were told; None for what is told to nobody else."""
 
@@ -111,6 +113,7 @@ def write_line(summary: Summary) -> None:
         strategy=summary.strategy,
         strategy_version=summary.strategy_version,
         engines=summary.engines,
+        why=summary.why,
         numerics=summary.numerics.name,
         exact=summary.numerics.is_exact,
         prompt_tokens=summary.prompt_tokens,

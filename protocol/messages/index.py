@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from microserve.protocol.messages import control
+from microserve.protocol.messages import control, decisions
 from microserve.protocol.messages import world as worlds
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 
@@ -56,6 +56,8 @@ class Watch(_Message, frozen=True, tag=4):
     """Every name that requests may ask for."""
     default_strategy: str = ""
     """Of requests that name none."""
+    answers: bool = False
+    """It knows ``Question``."""
 
 
 class Lookup(_Message, frozen=True, tag=5):
@@ -82,6 +84,8 @@ IndexRequest = (
     | control.ControlStatus
     | control.ControlHistory
     | worlds.JoinWorld
+    | decisions.Explain
+    | decisions.Answer
 )
 
 
@@ -146,4 +150,7 @@ IndexReply = (
     | control.ControlRecords
     | worlds.WorldJoined
     | worlds.WorldWaiting
+    | decisions.Question
+    | decisions.Asked
+    | decisions.Explained
 )

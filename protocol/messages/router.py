@@ -115,6 +115,8 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     """The published version that it began with; 0: the strategy that the router came with."""
     numerics: Numerics = UNKNOWN
     """In which class the whole answer was made; empty without output, and where an engine says none."""
+    why: str = ""
+    """How its engines were chosen, in a line for people; empty: the router records nothing."""
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):

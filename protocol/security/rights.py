@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final, get_args
 
 from microserve.protocol.errors import NotPermitted
-from microserve.protocol.messages import control, engine, index, router, world
+from microserve.protocol.messages import control, decisions, engine, index, router, world
 
 
 class Role(StrEnum):
@@ -95,6 +95,8 @@ RIGHTS: Final[Mapping[Any, Roles]] = MappingProxyType(
         control.ControlStatus: _OPERATOR,
         control.ControlHistory: _OPERATOR,
         control.Change: _OPERATOR,
+        decisions.Explain: _OPERATOR,
+        decisions.Answer: _ROUTER,
     }
 )
 """Who may, by message or by name. ``SERVICE`` may all but ``Change``, ``LOCAL`` everything."""

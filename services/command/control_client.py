@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,6 +31,7 @@ from microserve.protocol.messages.control import (
     RouterControl,
     Scalar,
 )
+from microserve.protocol.messages.decisions import Asked, Explain, Explained
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.index import IndexFailed, IndexReply, IndexRequest, Members, Watch
 from microserve.protocol.security.rights import Role
@@ -67,6 +68,9 @@ class ControlClient:
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[IndexReply]] = {}
         self._members: asyncio.Future[Members] | None = None
+        self._said: dict[int, dict[str, Explained]] = {}
+        """By call, of those that several answer, and router."""
+        self._has_said = asyncio.Event()
         self._address = address
         self._bus = bus
         self._socket = bus.client(address, self._receive)
@@ -174,10 +178,25 @@ class ControlClient:
                 return f"{record.who}: {record.reason}"
         return ""
 
+    async def explain(self, request_id: str) -> tuple[Asked, list[Explained]]:
+        """Who was asked what became of a request, and what they have answered, within the time of a call."""
+        call_id = next(self._ids)
+        said = self._said[call_id] = {}
+        try:
+            asked = await self._ask(Asked, lambda _: Explain(call_id, request_id), call_id)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._timeout_s):
+                    while not said.keys() >= set(asked.routers):
+                        self._has_said.clear()
+                        await self._has_said.wait()
+        finally:
+            del self._said[call_id]
+        return asked, [said[router_id] for router_id in sorted(said)]
+
     # --- calls -------------------------------------------------------------------------------------
 
-    async def _ask(self, kind: type[T], make: Callable[[int], IndexRequest]) -> T:
-        call_id = next(self._ids)
+    async def _ask(self, kind: type[T], make: Callable[[int], IndexRequest], call_id: int | None = None) -> T:
+        call_id = next(self._ids) if call_id is None else call_id
         future = self._waiting[call_id] = self._loop.create_future()
         frames = INDEX_REQUEST.encode(make(call_id))
         deadline = self._loop.time() + self._timeout_s
@@ -208,6 +227,11 @@ class ControlClient:
         if isinstance(message, Members):
             if self._members is not None and not self._members.done():
                 self._members.set_result(message)
+            return
+        if isinstance(message, Explained):
+            if message.call_id in self._said:
+                self._said[message.call_id][message.router_id] = message
+                self._has_said.set()
             return
         future = self._waiting.get(getattr(message, "call_id", 0))
         if future is not None and not future.done():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from microserve.services.command.explain.command import explain as explain_command
 from microserve.services.command.flags import (
     Flags,
     WrongFlag,
@@ -296,6 +297,7 @@ def ps(as_json: bool) -> None:
 @click.option("--request", "request_id", metavar="ID", help="Only this request, across all services.")
 @click.option("--service", help="Only this service: engine, router, index, gateway, supervisor.")
 @click.option("--slow", "slow_s", type=float, metavar="SECONDS", help="Only requests that took as long.")
+@click.option("--why", is_flag=True, help="With how engines were chosen; more: microserve explain ID.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what comes.")
 @click.option(
     "--dir", "directory", type=click.Path(path_type=Path), help="Where the logs are.  [default: the mesh's]"
@@ -307,6 +309,7 @@ def tail(
     request_id: str | None,
     service: str | None,
     slow_s: float | None,
+    why: bool,
     follow: bool,
     directory: Path | None,
     journal: bool,
@@ -325,7 +328,7 @@ def tail(
         place = None
     chosen = Filter(request_id=request_id, service=service, slow_s=slow_s)
     try:
-        show(place, chosen, follow=follow, as_json=output == "json", echo=echo)
+        show(place, chosen, follow=follow, as_json=output == "json", with_why=why, echo=echo)
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(0)
     except Unreadable as error:
@@ -380,11 +383,8 @@ def settings(config: str | None, assignments: tuple[str, ...]) -> None:
     echo(as_toml(Flags(config, assignments).load()), nl=False)
 
 
-main.add_command(strategy_group)
-main.add_command(key_group)
-main.add_command(usage_command)
-main.add_command(label_command)
-main.add_command(simulate_command)
+for each in (strategy_group, key_group, usage_command, label_command, simulate_command, explain_command):
+    main.add_command(each)
 
 
 @main.command()

@@ -78,20 +78,25 @@ def show(
     *,
     follow: bool,
     as_json: bool,
+    with_why: bool = False,
     echo: Callable[[str], Any],
     wait: Callable[[float], Any] = time.sleep,
 ) -> None:
     """Echo the chosen events line by line; with ``follow`` it ends only by an exception (Ctrl-C).
 
     ``directory`` None: those of the systemd journal; then it raises :class:`Unreadable`, if that cannot
-    be."""
+    be. ``with_why``: also how engines were chosen."""
     events = JournalLog(follow=follow) if directory is None else EventLog(directory)
     try:
         while True:
             for event in events.read():
                 if chosen.admits(event):
                     # An event is a line, whatever stands in it.
-                    echo(printable_json(event) if as_json else printable(format_event(event)))
+                    echo(
+                        printable_json(event)
+                        if as_json
+                        else printable(format_event(event, with_why=with_why))
+                    )
             if not follow:
                 return
             wait(FOLLOW_INTERVAL_S)
@@ -99,10 +104,10 @@ def show(
         events.close()
 
 
-def format_event(event: Event) -> str:
+def format_event(event: Event, *, with_why: bool = False) -> str:
     """One line for people."""
     if (event["event"], event["service"]) == CANONICAL:
-        return _format_request(event)
+        return _format_request(event, with_why)
     service, service_id = str(event["service"]), str(event["id"])
     who = service_id if service_id.startswith(service) else f"{service}/{service_id}".rstrip("/")
     if not event["event"]:
@@ -113,7 +118,7 @@ def format_event(event: Event) -> str:
     return f"{_clock(event)} {who:<14} {event['event']}{mark} {fields}".rstrip()
 
 
-def _format_request(event: Event) -> str:
+def _format_request(event: Event, with_why: bool) -> str:
     """``12:00:01.234 cmpl-1 | SmolLM2 | auto e1→e0 | in=512 ... | queued 0.1 ... = 90 ms | ... | stop``."""
     engines = "→".join(map(str, event.get("engines") or [])) or "-"
     tokens = " ".join(f"{short}={event[name]}" for name, short in TOKENS if name in event)
@@ -125,6 +130,7 @@ def _format_request(event: Event) -> str:
         f"{_clock(event)} {event.get('request_id') or event.get('http_request_id', '-')}",
         str(event.get("model") or "-"),
         f"{event.get('strategy') or '-'} {engines}",
+        f"why {event.get('why') or 'is not recorded'}" if with_why else "",
         tokens,
         f"{phases} = {_ms(event, 'wall_s')} ms" if phases else f"{_ms(event, 'wall_s')} ms",
         f"ttft {_ms(event, 'ttft_s')} ms" if event.get("ttft_s") is not None else "no token",

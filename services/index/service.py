@@ -37,6 +37,7 @@ from microserve.protocol.errors import (
 )
 from microserve.protocol.messages import index as wire
 from microserve.protocol.messages.control import Change, ControlHistory, ControlStatus
+from microserve.protocol.messages.decisions import Answer, Explain
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.world import JoinWorld
 from microserve.protocol.process.lifecycle import Lifecycle
@@ -48,6 +49,7 @@ from microserve.protocol.settings import BusSettings, Settings
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
 from microserve.services.index.membership import Admission, Membership
+from microserve.services.index.questions import QuestionDesk
 from microserve.services.index.worlds import WorldDesk
 from microserve.services.links.engine import RouterIdentity
 from microserve.services.links.feed import EXHAUSTED, KvFeed
@@ -114,6 +116,7 @@ class IndexService:
             interval_s=interval_s,
             silence_s=self._silence_s,
         )
+        self.questions = QuestionDesk(self._answer)
         self.control = ControlDesk(control_log or ControlLog(), self._answer, may_publish=may_publish)
         try:
             self._socket = bus.server(address, self._on_frames, Entrance.INDEX)
@@ -140,7 +143,7 @@ class IndexService:
         if lost:
             self._publish()
         for watcher, _ in self._watchers.expire(now):
-            self.control.forget(watcher.key)
+            self._forget_watcher(watcher.key)
         self.worlds.expire(now)
 
     def close(self) -> None:
@@ -191,12 +194,17 @@ class IndexService:
                     rights.check(self._socket.sender_roles, rights.APPLY_CONTROL)
                 self._watch(peer, now)
                 self.control.watch(peer, message)
+                self.questions.watch(peer, message)
             case wire.Lookup(call_id, salt):
                 self._answer(peer, wire.Matches(call_id, self._lookup(bulk, salt)))
             case wire.IndexStats(call_id):
                 self._answer(peer, self._report(call_id))
             case JoinWorld():
                 self.worlds.join(peer, message, now)
+            case Explain():
+                self._answer(peer, self.questions.ask(peer, message))
+            case Answer():
+                self.questions.answer(peer, message)
             case Change() | ControlStatus() | ControlHistory():
                 self._answer(peer, self.control.answer(message, self._socket.sender_key))
             case _:  # a message without its case would be dropped, and its caller wait for a timeout
@@ -297,7 +305,11 @@ class IndexService:
         for watcher in self._watchers:
             if not self._socket.send(watcher.key, frames):
                 self._watchers.remove(watcher.key)
-                self.control.forget(watcher.key)
+                self._forget_watcher(watcher.key)
+
+    def _forget_watcher(self, peer: bytes) -> None:
+        self.control.forget(peer)
+        self.questions.forget(peer)
 
     # --- questions ---------------------------------------------------------------------------------
 

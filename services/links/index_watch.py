@@ -16,7 +16,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.messages import control, index, world
+from microserve.protocol.messages import control, decisions, index, world
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest, tick
@@ -38,6 +38,10 @@ class Watcher(Protocol):
 
     def take_control(self, state: control.ControlState) -> None:
         """It may be older than the one before; the index hears of us at once afterwards."""
+        ...
+
+    def answer(self, question: decisions.Question) -> decisions.Answer:
+        """What there is to say of a request, if anything."""
         ...
 
 
@@ -91,6 +95,9 @@ class IndexWatch:
                 self._send()  # whoever published waits for this
             case index.Members():
                 self._take_members(message)
+            case decisions.Question():
+                with surviving("answer to a question"):
+                    self._socket.send(INDEX_REQUEST.encode(self._watcher.answer(message)))
             case (
                 index.Registered()
                 | index.Unknown()
@@ -102,6 +109,8 @@ class IndexWatch:
                 | control.ControlRecords()
                 | world.WorldJoined()
                 | world.WorldWaiting()
+                | decisions.Asked()
+                | decisions.Explained()
             ):
                 pass  # answers to calls, which this link does not make
             case _:  # a message without its case is an error of the type checker

@@ -13,6 +13,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, StrategyNotFound
 from microserve.protocol.messages.control import ControlState
+from microserve.protocol.messages.decisions import Answer, Question
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.index import Watch
 from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
@@ -141,6 +142,7 @@ class Router:
             control.shadows.scores(),
             self.strategies.serves(),
             self._settings.router.default_strategy,
+            answers=True,
         )
 
     def take_members(self, infos: list[EngineInfo], *, is_first: bool) -> None:
@@ -149,6 +151,11 @@ class Router:
     def take_control(self, state: ControlState) -> None:
         if self.control.apply(state):
             self.registry.set_labels(state.labels)
+
+    def answer(self, question: Question) -> Answer:
+        found, num_left_out = self.serving.explain(question.request_id)
+        num_kept = len(self.serving.records)
+        return Answer(question.question_id, self.identity.router_id, found, num_left_out, num_kept)
 
     # --- what follows from what --------------------------------------------------------------------
 

@@ -9,6 +9,8 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from microserve.protocol.errors import NoEngines, StrategyError
+from microserve.protocol.messages.control import Scalar
+from microserve.protocol.messages.decisions import MAX_NOTE_CHARS, MAX_NOTE_VALUES
 from microserve.services.router.authoring.choice import Scores, combined, softmax_choice
 from microserve.services.router.authoring.engine import Engine
 from microserve.services.router.authoring.generating import Generating
@@ -19,6 +21,7 @@ from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope
+from microserve.services.router.request.trail import Trail
 
 READS_ONLY = ("Mesh.",)
 """Where a strategy that hangs may be broken off (../oversight/cut.py)."""
@@ -88,8 +91,9 @@ class Mesh(MeshView):
             raise StrategyError("pick takes a cost or scorers, not both")
         if not temperature >= 0.0:
             raise StrategyError(f"temperature {temperature} is below 0")
+        by = "scorers" if scorers is not None else "cost" if cost is not None else "load"
         if cost is None and prefix:
-            matched = self.prefix(request)
+            matched, by = self.prefix(request), by if scorers is not None else "prefix"
 
             def cost(engine: Engine) -> float:
                 return -matched.get(engine.id, 0)
@@ -101,17 +105,63 @@ class Mesh(MeshView):
         if not candidates:
             raise NoEngines(_nobody(label, strict), retry_after_s=RETRY_AFTER_S)
         names = {self._numerics} if self._numerics else {e.info.numerics.name for e in exclude}
+        narrowed_to = ""
         if len(names) == 1 and "" not in names:
-            candidates = [e for e in candidates if e.info.numerics.name in names] or candidates
+            own = [e for e in candidates if e.info.numerics.name in names]
+            if own and len(own) < len(candidates):
+                [narrowed_to], candidates = names, own
+        scored: Sequence[Scores] = ()
         if scorers is not None:
-            costs = [-score for score in self._scores(candidates, request, scorers)]
+            scored = self._scores(candidates, request, scorers)
+            costs = [-score for score in combined(scored, len(candidates))]
         else:
             costs = [cost(engine) if cost is not None else 0.0 for engine in candidates]
+        trail = self._scope.trail
+        loads = [] if temperature > 0.0 and trail is None else [*map(self.load, candidates)]
         if temperature > 0.0:
-            return candidates[softmax_choice([-c for c in costs], temperature, self.rng)]
-        ranked: list[tuple[float, Load]] = [*zip(costs, map(self.load, candidates), strict=True)]
-        least = min(ranked)
-        return self.rng.choice([e for e, rank in zip(candidates, ranked, strict=True) if rank == least])
+            chosen = candidates[softmax_choice([-c for c in costs], temperature, self.rng)]
+        else:
+            ranked: list[tuple[float, Load]] = [*zip(costs, loads, strict=True)]
+            least = min(ranked)
+            chosen = self.rng.choice([e for e, rank in zip(candidates, ranked, strict=True) if rank == least])
+        if trail is not None:
+            if trail.is_new:
+                self._see(trail, labelled if label is None else self.engines())
+            trail.choose(
+                label,
+                by,
+                temperature,
+                [e._connection.engine_id for e in candidates],
+                costs,
+                loads,
+                chosen.id,
+                [e.id for e in exclude],
+                narrowed_to,
+                scored,
+                self._scope.now,
+            )
+        return chosen
+
+    def note(self, text: str, **values: Scalar) -> None:
+        """Say why, for whoever asks later (``microserve explain``): words, and values with their names.
+
+        Bounded: MAX_NOTES a run of the strategy, MAX_NOTE_CHARS of each text, MAX_NOTE_VALUES values; what is
+        beyond is cut. An operator reads it: nothing of a prompt, and nothing private, belongs there. Raises
+        ``StrategyError`` for a value that is no number, text, true or false.
+        """
+        for name, value in values.items():
+            if type(value) not in (bool, int, float, str):
+                raise StrategyError(f"note: {name} is {type(value).__name__}, not a number or a text")
+        if (trail := self._scope.trail) is not None:
+            kept = [*values.items()][:MAX_NOTE_VALUES]
+            cut = {name: value[:MAX_NOTE_CHARS] if isinstance(value, str) else value for name, value in kept}
+            trail.note(str(text)[:MAX_NOTE_CHARS], cut, self._scope.now)
+
+    def _see(self, trail: Trail, engines: Sequence[Engine]) -> None:
+        """What is known of them now, for the record."""
+        connections, own = [e._connection for e in engines], self.state.labels
+        labels = [own.of(c.engine_id, c.labels) if own else c.labels for c in connections]
+        trail.see(connections, labels, self._book, self._scope.now)
 
     async def hold(
         self,
@@ -164,8 +214,8 @@ class Mesh(MeshView):
 
     def _scores(
         self, candidates: Sequence[Engine], request: Request, scorers: Mapping[Scorer, float]
-    ) -> list[float]:
-        reasons = [
+    ) -> list[Scores]:
+        return [
             Scores(
                 getattr(scorer, "__qualname__", repr(scorer)),
                 [scorer(self, engine, request) for engine in candidates],
@@ -173,13 +223,14 @@ class Mesh(MeshView):
             )
             for scorer, weight in scorers.items()
         ]
-        return combined(reasons, len(candidates))
 
     def prefix(self, request: Request) -> dict[str, int]:
         """Prompt tokens that each engine holds from the start, by engine id; engines with none are absent."""
         self._scope.check(request)
         if self._matched is None:
             self._matched = self._lookup(request.tokens, request.salt)
+            if self._scope.trail is not None:
+                self._scope.trail.cached = self._matched
         return self._matched
 
     def uncached(self, engine: Engine, request: Request) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -85,6 +86,16 @@ class LoadBook:
     def own(self, engine_id: str) -> Load:
         """What this router put there; a request that only sends from there counts as a sequence too."""
         return Load(self._tokens[engine_id], self._requests[engine_id])
+
+    def columns(self, engine_ids: Sequence[str]) -> tuple[list[int], list[int], list[int]]:
+        """Of our own, for each engine: prompt tokens and places that are taken there, and tokens that are on
+        their way from there or to there."""
+        tokens, sequences, transfers = self._tokens, self._sequences, self._transfers
+        return (
+            [tokens[engine_id] for engine_id in engine_ids] if tokens else [0] * len(engine_ids),
+            [sequences[engine_id] for engine_id in engine_ids] if sequences else [0] * len(engine_ids),
+            [transfers[engine_id] for engine_id in engine_ids] if transfers else [0] * len(engine_ids),
+        )
 
     def load(self, engine_id: str, reported: EngineLoad) -> Load:
         """The larger of our own book (which knows what is on its way) and the engine's last report

@@ -16,7 +16,7 @@ class PhaseClock:
     """Marks of one request. All times are of the loop's clock, in seconds."""
 
     def __init__(self, now: float) -> None:
-        self._received = now
+        self.received = now
         self._routed: float | None = None
         self._granted: float | None = None
         self._prefilled: float | None = None
@@ -52,12 +52,12 @@ class PhaseClock:
             admitted = self._accepted + timings.arrival_s + timings.queued_s
             admitted = admitted if first is None else min(admitted, first)
         marks = [self._routed, self._granted, self._prefilled, self._transferred, admitted, first, now]
-        borders = [self._received]
+        borders = [self.received]
         for mark in marks:
             borders.append(borders[-1] if mark is None else min(max(mark, borders[-1]), now))
         routed, granted, prefilled, transferred, admitted_s, first_s, decoded = (
             later - earlier for earlier, later in pairwise(borders)
         )
         return Phases(
-            now - self._received, routed, granted, prefilled, transferred, admitted_s, first_s, decoded
+            now - self.received, routed, granted, prefilled, transferred, admitted_s, first_s, decoded
         )

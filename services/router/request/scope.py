@@ -17,6 +17,7 @@ from microserve.services.router.engines.load import Account
 from microserve.services.router.request.decision import Decision
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.request import Request
+from microserve.services.router.request.trail import Trail
 
 
 class RequestScope:
@@ -34,6 +35,8 @@ class RequestScope:
         """Grants taken and neither generated from, committed nor released: engine id by grant id."""
         self.decision = Decision()
         """What its strategy decided, for shadows to be compared with."""
+        self.trail: Trail | None = None
+        """What it saw and chose; None: that is not recorded."""
         self.numerics: Numerics = UNKNOWN
         """Of all KV that its tokens are made from; since it generates."""
         self.is_generating = False

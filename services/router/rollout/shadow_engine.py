@@ -1,6 +1,6 @@
 """An engine for decisions that nobody carries out: answers every action at once, as if all went well.
 
-A :class:`Connection` like that to a real engine, so that a shadow's actions go through the very handles of
+A ``Connection`` like that to a real engine, so that a shadow's actions go through the very handles of
 engine.py and meet every check there. Sends nothing, holds nothing, computes nothing.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TypeVar, assert_never
+from typing import Protocol, TypeVar, assert_never
 
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages import engine as wire
@@ -17,17 +17,32 @@ from microserve.protocol.messages.engine import Delta, EngineInfo, EngineLoad, F
 from microserve.protocol.messages.grant import Grant, HeapAddress
 from microserve.services.links.engine import Answer
 from microserve.services.links.stream import TokenStreams
-from microserve.services.router.engines.connection import Action, Connection
+from microserve.services.router.engines.connection import Action
 
 T = TypeVar("T")
 
 _NOWHERE = HeapAddress("shadow", "", 0, 0, 0, 0)
 
 
+class Facts(Protocol):
+    """What is known of an engine, as a ``Connection`` has it."""
+
+    @property
+    def engine_id(self) -> str: ...
+    @property
+    def info(self) -> EngineInfo: ...
+    @property
+    def labels(self) -> Sequence[str]: ...
+    @property
+    def load(self) -> EngineLoad: ...
+    @property
+    def load_at(self) -> float: ...
+
+
 class ShadowConnection:
     """For one request; what handles, scope and streams use of a connection, and no more."""
 
-    def __init__(self, real: Connection, num_cached: Callable[[], int]) -> None:
+    def __init__(self, real: Facts, num_cached: Callable[[], int]) -> None:
         """``num_cached``: prompt tokens that the engine is known to hold."""
         self.engine_id = real.engine_id
         self.prompts: set[str] = set()

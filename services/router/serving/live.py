@@ -15,6 +15,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import Draining, MeshError
+from microserve.protocol.messages.attributes import TENANT
 from microserve.protocol.messages.engine import Finished, Usage
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.router import Ended, Output, Phases
@@ -22,8 +23,10 @@ from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.oversight.author import Author
 from microserve.services.router.request.phase import PhaseClock
-from microserve.services.router.request.request import RETRY_AFTER_S
+from microserve.services.router.request.records import Head
+from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope
+from microserve.services.router.request.trail import Trail
 from microserve.services.router.rollout.shadow import Rehearsal
 
 Sink = Callable[[Output], None]
@@ -71,6 +74,8 @@ class LiveRequest:
     """To its gateway, in which class its tokens were made."""
     is_blamed: bool = False
     """Its strategy has made a mistake."""
+    trails: list[Trail] = field(default_factory=list)
+    """Of its attempts, if they are recorded."""
     is_slow: bool = False
     """Its strategy has held the router for longer than it may."""
 
@@ -93,6 +98,14 @@ class LiveRequest:
             return None
         return Draining("the router stops", retry_after_s=RETRY_AFTER_S)
 
+    @property
+    def why(self) -> str:
+        """How the engines of its last attempt were chosen, in a line."""
+        if not self.trails:
+            return ""
+        told = self.trails[-1].in_short()
+        return f"attempt {len(self.trails)}: {told}" if len(self.trails) > 1 else told
+
 
 _logger = structlog.get_logger()
 
@@ -108,6 +121,7 @@ def finished_well(live: LiveRequest, finished: Finished, phases: Phases, engines
         stop_token_id=finished.stop_token_id,
         strategy_version=live.version,
         numerics=live.numerics or UNKNOWN,
+        why=live.why,
     )
 
 
@@ -118,7 +132,10 @@ def cut_short(
     version, numerics = live.version, live.numerics or UNKNOWN
     if error is None:
         return Ended(
-            *("abort", usage, phases, live.strategy, engines), strategy_version=version, numerics=numerics
+            *("abort", usage, phases, live.strategy, engines),
+            strategy_version=version,
+            numerics=numerics,
+            why=live.why,
         )
     return Ended(
         "error",
@@ -132,6 +149,23 @@ def cut_short(
         retry_after_s=error.retry_after_s,
         strategy_version=version,
         numerics=numerics,
+        why=live.why,
+    )
+
+
+def head_of(live: LiveRequest, request: Request, ended: Ended | None) -> Head:
+    """What is recorded of it beside its attempts; None: it still runs."""
+    return Head(
+        live.strategy,
+        live.version,
+        bool(request.attributes.get(TENANT)),
+        [*request.attributes],
+        request.block_size,
+        live.num_prompt_tokens,
+        len(live.delivered),
+        request.sampling.max_tokens,
+        "" if ended is None else ended.reason,
+        "" if ended is None else ended.code,
     )
 
 

@@ -23,6 +23,7 @@ from microserve.protocol.errors import (
     MeshError,
     StrategyError,
 )
+from microserve.protocol.messages.decisions import Explanation
 from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.messages.router import Ended, Generate, Output
@@ -42,8 +43,10 @@ from microserve.services.router.engines.registry import Registry
 from microserve.services.router.oversight.author import nobodys
 from microserve.services.router.request.outcome import outcome_of
 from microserve.services.router.request.phase import PhaseClock
+from microserve.services.router.request.records import Records, names
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope, out_of_time
+from microserve.services.router.request.trail import Trail
 from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.shadow import OnDecided, Shadows
 from microserve.services.router.serving.admission import Admission, Admitted
@@ -55,6 +58,7 @@ from microserve.services.router.serving.live import (
     Sink,
     cut_short,
     finished_well,
+    head_of,
     write_line,
 )
 from microserve.services.router.serving.turnstile import Turnstile
@@ -62,6 +66,9 @@ from microserve.services.router.strategies.data_parallel import data_parallel
 
 OnEnd = Callable[[Ended, bool, bool], None]
 """How it ended; whether its strategy made a mistake; whether that held the router for too long."""
+
+MOVE = "move"
+"""Stands for a strategy where what an engine that leaves had begun goes on elsewhere."""
 
 _logger = structlog.get_logger()
 
@@ -100,6 +107,7 @@ class Serving:
         self._registry = registry
         self.turnstile = Turnstile(registry, settings.max_requests, settings.headroom)
         self._admission = Admission(settings, strategies, registry, self.book, lookup, self.turnstile)
+        self.records = Records(settings.record_requests, settings.record_max_mb << 20)
         self._lookup = lookup
         self._rng = rng
         self._driver = driver
@@ -232,10 +240,12 @@ class Serving:
             mesh, num_known = self._mesh(live, scope, failover, strategy), len(live.delivered)
             live.author = None
             if source is not None:
+                self._record(live, scope, MOVE, 0)
                 generator = move(mesh, scope.request, source, wanted)
             else:
                 # Requests that came together with one that hung must not hang in turn.
                 chosen = data_parallel if failover.terms.is_plain else self._admission.current(strategy)
+                self._record(live, scope, chosen.name, chosen.version)
                 generator = chosen(mesh, scope.request)
                 live.author = self._driver.author(chosen)
             error = await self._attempts.run(live, scope, generator)
@@ -278,6 +288,24 @@ class Serving:
         self._end(live, error)
         if generator is not None:
             await self._attempts.close(live, generator)
+
+    def _record(self, live: LiveRequest, scope: RequestScope, strategy: str, version: int) -> None:
+        """An attempt begins."""
+        if self.records.is_on:
+            num_tokens, came = scope.request.num_tokens, live.clock.received
+            scope.trail = Trail(strategy, version, num_tokens, scope.decision, came, self._loop.time())
+            live.trails.append(scope.trail)
+
+    def explain(self, wanted: str) -> tuple[list[Explanation], int]:
+        """What is remembered of the requests of which ``wanted`` is a name, those that run first; and how
+        many more there are than go into one message."""
+        named = names(wanted)
+        running = [
+            self.records.describe(live.request_id, head_of(live, live.scope.request, None), live.trails)
+            for live in self._live.values()
+            if live.scope is not None and named(live.request_id)
+        ]
+        return self.records.find(wanted, self._loop.time(), running)
 
     def _replaced(self, live: LiveRequest) -> MeshError | None:
         """What an answer ends with when another revision is served by now than the one that began it."""
@@ -355,6 +383,8 @@ class Serving:
             told = finished is not None and not live.engines and bool(scope.decision.engine_id)
             self.shadows.end(live.rehearsal, scope.decision if told else None)
         if scope is not None:
+            head = head_of(live, scope.request, ended)
+            self.records.add(live.request_id, head, live.trails, now)
             self._on_end(ended, live.is_blamed, live.is_slow)
             if live.served_by is not None:
                 request = scope.request.begun()

@@ -16,7 +16,7 @@ from microserve.protocol import errors
 from microserve.protocol import types as protocol_types
 from microserve.protocol.bus import codec, credit, numbered
 from microserve.protocol.bus import sockets as sockets_module
-from microserve.protocol.messages import control, grant, kv_events, numerics, sampling
+from microserve.protocol.messages import control, decisions, grant, kv_events, numerics, sampling
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
@@ -61,6 +61,13 @@ STRUCTURES = [
     control.ShadowScore,
     control.ControlRecord,
     worlds.WorldRank,
+    decisions.Explanation,
+    decisions.Attempt,
+    decisions.EngineSeen,
+    decisions.Pick,
+    decisions.Scored,
+    decisions.Note,
+    decisions.SendSeen,
     kv_events.KVEventBatch,
 ]
 MESSAGES = [(section, t) for section, union in CHANNELS.items() for t in get_args(union)]
@@ -199,6 +206,12 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_LABELLED_ENGINES", control.MAX_LABELLED_ENGINES),
         ("MAX_LABELS", control.MAX_LABELS),
         ("MAX_LABEL_CHARS", control.MAX_LABEL_CHARS),
+        ("MAX_EXPLAINED_NBYTES", decisions.MAX_EXPLAINED_NBYTES),
+        ("MAX_ATTEMPTS", decisions.MAX_ATTEMPTS),
+        ("MAX_PICKS", decisions.MAX_PICKS),
+        ("MAX_NOTES", decisions.MAX_NOTES),
+        ("MAX_NOTE_CHARS", decisions.MAX_NOTE_CHARS),
+        ("MAX_NOTE_VALUES", decisions.MAX_NOTE_VALUES),
         ("MAX_WORLDS", worlds.MAX_WORLDS),
         ("MAX_WORLD_RANKS", worlds.MAX_WORLD_RANKS),
         ("MAX_WORLD_CHARS", worlds.MAX_WORLD_CHARS),

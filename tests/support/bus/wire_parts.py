@@ -119,6 +119,7 @@ ENDED = serving.Ended(
     stop_token_id=2,
     strategy_version=3,
     numerics=Numerics("n4", is_exact=True),
+    why="w",
 )
 OUTPUT = serving.Output(
     request_id="r1",

@@ -33,7 +33,7 @@ from tests.support.bus.wire_parts import (
     SAMPLING,
     TIMINGS,
 )
-from tests.support.index import world_samples
+from tests.support.index import question_samples, world_samples
 from tests.support.router import control_samples
 
 MESSAGES: list[tuple[Codec[Any], Any]] = [
@@ -168,6 +168,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
             shadows=[control_samples.SCORE],
             serves=[control_samples.SERVED],
             default_strategy="auto",
+            answers=True,
         ),
     ),
     (INDEX_REQUEST, membership.Lookup(call_id=5, salt="s")),
@@ -185,6 +186,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
     (INDEX_REPLY, membership.IndexFailed(call_id=7, code="invalid_request", detail="d", field="f")),
     *control_samples.MESSAGES,
     *world_samples.MESSAGES,
+    *question_samples.MESSAGES,
 ]
 
 GOLDEN: dict[str, str] = {
@@ -267,10 +269,10 @@ GOLDEN: dict[str, str] = {
         "a27231"
     ),
     "ROUTER_TO_GATEWAY.Stream": (
-        "92029196a2723104910b9192cbbfe000000000000092920bcbbfd0000000000000920ccbbff80000000000009ca56572726f"
+        "92029196a2723104910b9192cbbfe000000000000092920bcbbfd0000000000000920ccbbff80000000000009da56572726f"
         "7295281014050198cb4042000000000000cb3ff0000000000000cb4000000000000000cb4008000000000000cb4010000000"
         "000000cb4014000000000000cb4024000000000000cb4026000000000000a862616c616e63656492a26531a26532aa636163"
-        "68655f66756c6ca164a166cb3ff8000000000000020392a26e34c392a26e35c3"
+        "68655f66756c6ca164a166cb3ff8000000000000020392a26e34c3a17792a26e35c3"
     ),
     "ROUTER_TO_GATEWAY.RouterHeartbeat": "9a03cf10000000000000000203cd0400a16dcd2000cdc000920002a27231",
     "ROUTER_TO_GATEWAY.RouterFailed": "9304b270726f746f636f6c5f76696f6c6174696f6ea164",
@@ -288,9 +290,9 @@ GOLDEN: dict[str, str] = {
     ),
     "TO_INDEX.Deregister": "9303a26531cf1000000000000000",
     "TO_INDEX.Watch": (
-        "9704a6726f75746572039193a862616c616e63656403a172919ba862616c616e63656403040102cb3fe0000000000000"
+        "9804a6726f75746572039193a862616c616e63656403a172919ba862616c616e63656403040102cb3fe0000000000000"
         "cb3ff0000000000000cb4000000000000000cb4010000000000000cb4020000000000000cb40300000000000009193a8"
-        "62616c616e636564039102a46175746f"
+        "62616c616e636564039102a46175746fc3"
     ),
     "TO_INDEX.Lookup": "930505a173",
     "TO_INDEX.IndexStats": "920606",
@@ -310,7 +312,7 @@ GOLDEN: dict[str, str] = {
     "FROM_INDEX.IndexReport": "96050602cd012ccd753081a66a6f696e656402",
     "FROM_INDEX.IndexFailed": "950607af696e76616c69645f72657175657374a164a166",
 }
-GOLDEN |= control_samples.GOLDEN | world_samples.GOLDEN
+GOLDEN |= control_samples.GOLDEN | world_samples.GOLDEN | question_samples.GOLDEN
 """Channel and message name -> hex of the message frame; the parts in the order that WIRE.md lists fields."""
 
 

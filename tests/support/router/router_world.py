@@ -11,6 +11,7 @@ from typing import Any, ParamSpec
 
 from microserve.protocol.bus import codec
 from microserve.protocol.bus.transport import Bus, ZmqBus
+from microserve.protocol.messages import decisions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages.control import ControlState, VersionFault
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
@@ -71,6 +72,7 @@ class ScriptedIndex:
         self.infos: list[EngineInfo] = []
         self.watches = 0
         self.last_watch: membership.Watch | None = None
+        self.answers: list[decisions.Answer] = []
         self._watchers: set[bytes] = set()
         self._socket = bus.server(address, self._receive)
 
@@ -88,6 +90,10 @@ class ScriptedIndex:
         for peer in self._watchers:
             self.send(peer, state)
 
+    def ask(self, question: decisions.Question) -> None:
+        for peer in self._watchers:
+            self.send(peer, question)
+
     def acknowledged(self) -> tuple[int, list[VersionFault]]:
         """What the last ``Watch`` said of control."""
         assert self.last_watch is not None
@@ -95,6 +101,9 @@ class ScriptedIndex:
 
     def _receive(self, peer: bytes, frames: list[bytes]) -> None:
         message, _ = codec.INDEX_REQUEST.decode(frames)
+        if isinstance(message, decisions.Answer):
+            self.answers.append(message)
+            return
         assert isinstance(message, membership.Watch)
         self.watches += 1
         self.last_watch = message

@@ -20,7 +20,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
 def test_it_goes_from_four_lines_to_the_strategy_that_is_shipped() -> None:
-    assert len(SNIPPETS) == 13
+    assert len(SNIPPETS) == 14
     code = [line for line in SNIPPETS[0].splitlines() if line and "import" not in line]
     assert len(code) == 4
     assert SNIPPETS[-1] == Path(str(inspect.getsourcefile(balanced_adaptive.function))).read_text("utf-8")

@@ -48,6 +48,7 @@ CALLS = {
         "now": "mesh.now",
         "move": "mesh.move(request, other)",
         "hold": "await mesh.hold(request, lambda: True)",
+        "note": "mesh.note('warm', tokens=16, where=engine.id)",
     },
     Engine: {
         "keeps_kv_of": "engine.keeps_kv_of(other)",

@@ -1,0 +1,126 @@
+"""What one attempt's strategy saw, chose and said, as it is kept: numbers and names in the order of the wire.
+
+Written in the middle of every ``pick``, so it keeps what lies there anyway and makes no words; bounded,
+whatever a strategy does. Keeps no prompt, no token and no value of an attribute. Sans-I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from microserve.protocol.messages.control import Scalar
+from microserve.protocol.messages.decisions import MAX_NOTES, MAX_PICKS
+from microserve.services.router.engines.connection import Connection
+from microserve.services.router.engines.load import Load, LoadBook
+from microserve.services.router.request.decision import Decision
+
+TOLD_IN_SHORT = 3
+"""Picks that a line has room for."""
+
+
+class Trail:
+    """Of one attempt. Times are of the loop's clock, and are kept as seconds after the request had come."""
+
+    __slots__ = ("_came", "_decision", "_engines", "_head", "_notes", "_num_notes", "_num_picks", "_picks",
+                 "cached")  # fmt: skip
+
+    def __init__(
+        self, strategy: str, version: int, num_tokens: int, decision: Decision, came: float, now: float
+    ) -> None:
+        """``decision`` is filled in by the attempt's actions; ``came``: when the request came here."""
+        self.cached: Mapping[str, int] = {}
+        """Prompt tokens that engines were known to hold, once somebody has asked."""
+        self._head = (strategy, version, now - came, num_tokens)
+        self._came = came
+        self._decision = decision
+        self._engines: Sequence[Sequence[Any]] = ()
+        """Columns of ``decisions.EngineSeen``."""
+        self._picks: list[tuple[Any, ...]] = []
+        """As ``decisions.Pick``."""
+        self._num_picks = 0
+        self._notes: list[tuple[float, str, Mapping[str, Scalar]]] = []
+        self._num_notes = 0
+
+    @property
+    def is_new(self) -> bool:
+        """Nothing has been chosen so far: it still has to :meth:`see`."""
+        return not self._num_picks
+
+    def see(
+        self, connections: Sequence[Connection], labels: Sequence[Sequence[str]], book: LoadBook, now: float
+    ) -> None:
+        """The engines as they are now; ``labels`` are those that count for the strategy, of each."""
+        ids = [c.engine_id for c in connections]
+        infos = [c.info for c in connections]
+        self._engines = (
+            ids,
+            labels,
+            [info.numerics for info in infos],
+            [info.num_blocks for info in infos],
+            *book.columns(ids),
+            [c.load for c in connections],
+            [now - c.load_at for c in connections],
+        )
+
+    def choose(
+        self,
+        label: str | None,
+        by: str,
+        temperature: float,
+        candidates: list[str],
+        costs: list[float],
+        loads: Sequence[Load],
+        chosen: str,
+        excluded: list[str],
+        numerics: str,
+        scored: Sequence[tuple[str, Sequence[float], float]],
+        now: float,
+    ) -> None:
+        """One ``pick``; the arguments are fields of ``decisions.Pick``."""
+        self._num_picks += 1
+        if self._num_picks > MAX_PICKS:
+            return
+        tokens = [load.uncached_tokens for load in loads]
+        sequences = [load.sequences for load in loads]
+        at_s = now - self._came
+        among = (candidates, costs, tokens, sequences)
+        self._picks.append((at_s, label, by, temperature, *among, chosen, excluded, numerics, scored))
+
+    def note(self, text: str, values: Mapping[str, Scalar], now: float) -> None:
+        self._num_notes += 1
+        if self._num_notes <= MAX_NOTES:
+            self._notes.append((now - self._came, text, values))
+
+    def in_short(self) -> str:
+        """A line: ``decode: e1 of 4 by cost; prefill: e0 of 3 by load``."""
+        told = "; ".join(self.in_words(TOLD_IN_SHORT))
+        num_more = self._num_picks - TOLD_IN_SHORT
+        return f"{told}; {num_more} more" if num_more > 0 else told
+
+    def in_words(self, most: int = MAX_PICKS) -> list[str]:
+        """One text for each of the first picks."""
+        return [f"{p[1] or 'any'}: {p[8]} of {len(p[4])} by {p[2]}" for p in self._picks[:most]]
+
+    def packed(self, *, is_bare: bool = False) -> tuple[Any, ...]:
+        """As ``decisions.Attempt``; ``is_bare``: without engines and candidates."""
+        decision = self._decision
+        picks = [_bare(pick) for pick in self._picks] if is_bare else self._picks
+        return (
+            *self._head,
+            self.cached if not is_bare else {},
+            [*zip(*self._engines, strict=True)] if not is_bare else (),
+            picks,
+            self._num_picks,
+            self._notes,
+            self._num_notes,
+            decision.sends,
+            decision.engine_id,
+            decision.begin,
+            decision.awaits_first,
+        )
+
+
+def _bare(pick: tuple[Any, ...]) -> tuple[Any, ...]:
+    at_s, label, by, temperature, *_, chosen, _, numerics, _ = pick
+    return (at_s, label, by, temperature, (), (), (), (), chosen, (), numerics, ())

@@ -1,0 +1,109 @@
+"""Samples and frozen bytes of the messages about decisions (WIRE.md 6.6); part of wire_samples.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, Codec
+from microserve.protocol.messages import decisions
+from microserve.protocol.messages.numerics import Numerics
+from tests.support.bus.wire_parts import LOAD
+
+ENGINE = decisions.EngineSeen(
+    engine_id="e1",
+    labels=["decode"],
+    numerics=Numerics("n1", is_exact=True),
+    num_blocks=2048,
+    own_tokens=5,
+    own_sequences=2,
+    own_transfer_tokens=3,
+    load=LOAD,
+    load_age_s=0.25,
+)
+PICK = decisions.Pick(
+    at_s=0.5,
+    label="decode",
+    by="cost",
+    temperature=0.75,
+    candidates=["e1", "e2"],
+    costs=[1.5, 2.5],
+    uncached_tokens=[6, 7],
+    sequences=[8, 9],
+    chosen="e1",
+    excluded=["e3"],
+    numerics="n1",
+    scored=[decisions.Scored(name="load", scores=[3.5, 4.5], weight=5.5)],
+)
+ATTEMPT = decisions.Attempt(
+    strategy="balanced",
+    version=3,
+    at_s=0.125,
+    num_tokens=40,
+    cached={"e1": 16},
+    engines=[ENGINE],
+    picks=[PICK],
+    num_picks=33,
+    notes=[decisions.Note(at_s=1.5, text="t", values={"v": 2.5})],
+    num_notes=17,
+    sends=[decisions.SendSeen(source="e2", target="e1", begin=16, end=30)],
+    engine_id="e1",
+    begin=30,
+    awaits_first=True,
+)
+EXPLANATION = decisions.Explanation(
+    request_id="r1.0a0a0a0a-0",
+    age_s=6.5,
+    strategy="balanced",
+    version=3,
+    tenant=True,
+    attributes=["user"],
+    block_size=16,
+    num_prompt_tokens=40,
+    num_output_tokens=5,
+    max_tokens=17,
+    reason="error",
+    code="cache_full",
+    attempts=[ATTEMPT],
+    num_attempts=9,
+    is_cut=True,
+)
+
+MESSAGES: list[tuple[Codec[Any], Any]] = [
+    (INDEX_REQUEST, decisions.Explain(call_id=1, request_id="r1")),
+    (
+        INDEX_REQUEST,
+        decisions.Answer(
+            question_id=2, router_id="router", found=[EXPLANATION], num_left_out=3, num_kept=400
+        ),
+    ),
+    (INDEX_REPLY, decisions.Question(question_id=2, request_id="r1")),
+    (INDEX_REPLY, decisions.Asked(call_id=1, routers=["router"], silent=["other"])),
+    (
+        INDEX_REPLY,
+        decisions.Explained(call_id=1, router_id="router", found=[EXPLANATION], num_left_out=3, num_kept=400),
+    ),
+]
+
+GOLDEN: dict[str, str] = {
+    "TO_INDEX.Explain": "930b01a27231",
+    "TO_INDEX.Answer": (
+        "960c02a6726f75746572919fad72312e30613061306130612d30cb401a000000000000a862616c616e63656403c391a47573"
+        "657210280511a56572726f72aa63616368655f66756c6c919ea862616c616e63656403cb3fc00000000000002881a2653110"
+        "9199a2653191a66465636f646592a26e31c3cd08000502039fcf00000004000000000203040506070809cb40250000000000"
+        "00cb3fc0000000000000c340cb3fe8000000000000cb4034800000000000cb3fd0000000000000919ccb3fe0000000000000"
+        "a66465636f6465a4636f7374cb3fe800000000000092a26531a2653292cb3ff8000000000000cb4004000000000000920607"
+        "920809a2653191a26533a26e319193a46c6f616492cb400c000000000000cb4012000000000000cb40160000000000002191"
+        "93cb3ff8000000000000a17481a176cb4004000000000000119194a26532a26531101ea265311ec309c303cd0190"
+    ),
+    "FROM_INDEX.Question": "930d02a27231",
+    "FROM_INDEX.Asked": "940e0191a6726f7574657291a56f74686572",
+    "FROM_INDEX.Explained": (
+        "960f01a6726f75746572919fad72312e30613061306130612d30cb401a000000000000a862616c616e63656403c391a47573"
+        "657210280511a56572726f72aa63616368655f66756c6c919ea862616c616e63656403cb3fc00000000000002881a2653110"
+        "9199a2653191a66465636f646592a26e31c3cd08000502039fcf00000004000000000203040506070809cb40250000000000"
+        "00cb3fc0000000000000c340cb3fe8000000000000cb4034800000000000cb3fd0000000000000919ccb3fe0000000000000"
+        "a66465636f6465a4636f7374cb3fe800000000000092a26531a2653292cb3ff8000000000000cb4004000000000000920607"
+        "920809a2653191a26533a26e319193a46c6f616492cb400c000000000000cb4012000000000000cb40160000000000002191"
+        "93cb3ff8000000000000a17481a176cb4004000000000000119194a26532a26531101ea265311ec309c303cd0190"
+    ),
+}
