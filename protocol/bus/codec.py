@@ -78,21 +78,26 @@ class Codec(Generic[T]):
         if not 2 <= len(frames) <= 2 + MAX_BULK_FRAMES:
             raise ProtocolViolation(f"{len(frames)} frames, expected 2 to {2 + MAX_BULK_FRAMES}")
         header = bytes(frames[0])
-        if len(header) != len(self._header):
-            raise ProtocolViolation(f"header of {len(header)} bytes, expected {len(self._header)}")
-        if header[0] != WIRE_VERSION:
-            raise ProtocolViolation(f"wire version {header[0]}, expected {WIRE_VERSION}")
-        if header[1] != self.channel:
-            raise ProtocolViolation(f"channel {header[1]}, expected {self.channel:d} ({self.channel.name})")
+        if header != self._header:
+            raise self._wrong(header)
         if len(frames[1]) > MAX_MESSAGE_NBYTES:
             raise ProtocolViolation(f"message of {len(frames[1])} bytes, limit {MAX_MESSAGE_NBYTES}")
-        bulk = [bytes(frame) for frame in frames[2:]]
-        if sum(map(len, bulk)) > MAX_BULK_NBYTES:
-            raise ProtocolViolation(f"bulk of {sum(map(len, bulk))} bytes, limit {MAX_BULK_NBYTES}")
+        bulk: list[bytes] = []
+        if len(frames) > 2:
+            bulk = [bytes(frame) for frame in frames[2:]]
+            if sum(map(len, bulk)) > MAX_BULK_NBYTES:
+                raise ProtocolViolation(f"bulk of {sum(map(len, bulk))} bytes, limit {MAX_BULK_NBYTES}")
         try:
             return self._decoder.decode(frames[1]), bulk
         except (msgspec.MsgspecError, RecursionError, OverflowError, UnicodeDecodeError) as error:
             raise ProtocolViolation(f"{self.channel.name}: {error}") from None
+
+    def _wrong(self, header: bytes) -> ProtocolViolation:
+        if len(header) != len(self._header):
+            return ProtocolViolation(f"header of {len(header)} bytes, expected {len(self._header)}")
+        if header[0] != WIRE_VERSION:
+            return ProtocolViolation(f"wire version {header[0]}, expected {WIRE_VERSION}")
+        return ProtocolViolation(f"channel {header[1]}, expected {self.channel:d} ({self.channel.name})")
 
 
 ENGINE_REQUEST: Codec[actions.EngineRequest] = Codec(

@@ -6,8 +6,8 @@ heartbeats, looks for the silent, and tasks of single requests and peers in a gr
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine
+from types import TracebackType
 from typing import Any
 
 import structlog
@@ -17,13 +17,26 @@ from microserve.protocol import log
 _logger = structlog.get_logger()
 
 
-@contextmanager
-def surviving(what: str, **whom: object) -> Iterator[None]:
+class surviving:
     """``what`` failed, for ``whom``: logged as ``turn.failed``, and over. Cancellation passes."""
-    try:
-        yield
-    except Exception as error:
-        _logger.exception(log.TURN_FAILED, what=what, error=str(error) or type(error).__name__, **whom)
+
+    __slots__ = ("_what", "_whom")
+
+    def __init__(self, what: str, **whom: object) -> None:
+        self._what = what
+        self._whom = whom
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        told = str(error) or type(error).__name__
+        _logger.error(log.TURN_FAILED, what=self._what, error=told, **self._whom, exc_info=error)
+        return True
 
 
 async def survive(work: Coroutine[Any, Any, object], what: str, **whom: object) -> None:

@@ -15,7 +15,7 @@ from typing import assert_never
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, decode_tokens
+from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, Frames, decode_tokens
 from microserve.protocol.bus.credit import CreditWindow
 from microserve.protocol.bus.numbered import NumberedServer
 from microserve.protocol.bus.peers import Peer, Peers
@@ -231,8 +231,9 @@ class ActionServer:
         now = self._clock()
         with self._core.lock:
             load = self._core.load()
+        frames = ENGINE_REPLY.encode(wire.Heartbeat(self._incarnation, load))
         for session in self._sessions:
-            self._send(session.key, wire.Heartbeat(self._incarnation, load))
+            self._send_frames(session.key, frames)
         for session, _ in self._sessions.expire(now):
             self._drop(session, "silent")
             # Should only one direction be dead, the router learns it before it misses us.
@@ -253,7 +254,10 @@ class ActionServer:
 
     def _send(self, peer: bytes, reply: wire.EngineReply, *bulk: bytes) -> bool:
         """False when the peer is gone or takes nothing: what it asked for is dropped."""
-        if self._socket.send(peer, ENGINE_REPLY.encode(reply, *bulk)):
+        return self._send_frames(peer, ENGINE_REPLY.encode(reply, *bulk))
+
+    def _send_frames(self, peer: bytes, frames: Frames) -> bool:
+        if self._socket.send(peer, frames):
             return True
         self._lose(peer, "unreachable")
         return False

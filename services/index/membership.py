@@ -80,18 +80,18 @@ class Membership:
         :class:`EngineLost` for a life that was replaced or is stuck, :class:`QueueFull` beyond
         ``MAX_MEMBERS``.
         """
-        self._check(info)
         engine_id = info.engine_id
         present = self.info(engine_id)
-        if present is not None and present.incarnation == info.incarnation:
-            if present != info:
-                raise InvalidRequest(
-                    f"{engine_id} registered as {present} and now as {info}; what an engine is "
-                    "does not change in its life",
-                    field="info",
-                )
+        if present == info:  # who came later was compared with it
             self._members.heard(engine_id, now)
             return Admission.RENEWED
+        self._check(info)
+        if present is not None and present.incarnation == info.incarnation:
+            raise InvalidRequest(
+                f"{engine_id} registered as {present} and now as {info}; what an engine is "
+                "does not change in its life",
+                field="info",
+            )
         if present is None and len(self._members) >= MAX_MEMBERS:
             raise QueueFull(f"{MAX_MEMBERS} engines are in the mesh already", retry_after_s=1.0)
         absent = self._absent.pop(engine_id, None)

@@ -22,6 +22,8 @@ from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Any, TypeVar, cast
 
+import msgspec
+
 from microserve.protocol.errors import InternalError
 
 MAX_CALLBACKS_AT_ONCE = 200_000
@@ -101,29 +103,19 @@ class Process:
 _process: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 
 
-class VirtualHandle:
-    """What ``call_soon`` and ``call_at`` return."""
+class VirtualHandle(msgspec.Struct, eq=False):
+    """What ``call_soon`` and ``call_at`` return. A struct, for one is made for each callback, and a class of
+    Python takes four times as long to make one."""
 
-    __slots__ = ("args", "callback", "context", "due", "is_cancelled", "process", "when_due")
-
-    def __init__(
-        self,
-        process: Process | None,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        context: contextvars.Context,
-        due: float = 0.0,
-        when: float = 0.0,
-    ) -> None:
-        self.process = process
-        self.due = due
-        """Virtual time."""
-        self.is_cancelled = False
-        self.when_due = when
-        self.callback: Callable[..., object] | None = callback
-        """None once it is cancelled."""
-        self.args = args
-        self.context = context
+    process: Process | None
+    callback: Callable[..., object] | None
+    """None once it is cancelled."""
+    args: tuple[Any, ...]
+    context: contextvars.Context
+    due: float = 0.0
+    """Virtual time."""
+    when_due: float = 0.0
+    is_cancelled: bool = False
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -255,6 +247,7 @@ class VirtualLoop:
         thresholds = gc.get_threshold()
         # All that a mesh allocates is its own, and most of it goes by itself.
         gc.set_threshold(COLLECT_EVERY, *thresholds[1:])
+        gc.freeze()  # what was there before stays
         try:
             task = self.create_task(coroutine, name="simulation")
             while not task.done():
@@ -264,7 +257,8 @@ class VirtualLoop:
             return task.result()
         finally:
             gc.set_threshold(*thresholds)
-            self._running = False
+            gc.unfreeze()
+            self._running, self.current = False, None
             asyncio.events._set_running_loop(None)
 
     def _move_on(self) -> VirtualHandle:
@@ -295,8 +289,6 @@ class VirtualLoop:
             handle.context.run(callback, *handle.args)
         except Exception as error:
             self.call_exception_handler({"message": "a callback raised", "exception": error})
-        finally:
-            self.current = None
 
     def _push(self, handle: VirtualHandle) -> None:
         self._number += 1
