@@ -1,6 +1,7 @@
 """What gateway, router and an engine's shell cost a request and a token, over engines that answer at once.
 
     python benchmarks/mesh/control_plane.py [--rounds 5] [--before CHECKOUT] [--locked] [--chat] [--json]
+    python benchmarks/mesh/control_plane.py --beside router.record_requests=0
 
     alone   one request in flight (2,000 characters, 4 tokens out): ms, beside a server that does nothing
     busy    the same, 16 in flight: requests a second
@@ -8,7 +9,8 @@
 
 Each with the CPU time of every process, which a busy machine leaves comparable: wall times here are not. All
 sides stay up and take turns, and which goes first alternates. ``--before``: another checkout's services as a
-second side. ``--locked``: all sockets have keys (CURVE), as under ``microserve up``. Medians over the rounds.
+second side; ``--beside``: these with another setting. ``--locked``: all sockets have keys (CURVE), as under
+``microserve up``. Medians over the rounds.
 """
 
 from __future__ import annotations
@@ -130,6 +132,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="Of the numbers of requests in a round.")
     parser.add_argument("--before", default="", metavar="CHECKOUT")
+    parser.add_argument(
+        "--beside",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="A side with this setting.",
+    )
     parser.add_argument("--locked", action="store_true")
     parser.add_argument("--chat", action="store_true", help="Conversations: the chat template as well.")
     parser.add_argument("--json", action="store_true", help="Print one line of JSON.")
@@ -139,17 +148,26 @@ def main() -> None:
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     with ExitStack() as stack:
         direct = stack.enter_context(bare())
+        wanted = [("before", options.before, [])] if options.before else []
+        wanted += [("beside", "", options.beside)] if options.beside else []
         sides = [
             Side(
                 name,
                 *(
                     stack.enter_context(
-                        mesh(model, *options.set, checkout=checkout, step_s=step_s, locked=options.locked)
+                        mesh(
+                            model,
+                            *options.set,
+                            *own,
+                            checkout=checkout,
+                            step_s=step_s,
+                            locked=options.locked,
+                        )
                     )
                     for step_s in (0.0, STEP_S)
                 ),
             )
-            for name, checkout in ([("before", options.before)] if options.before else []) + [("now", "")]
+            for name, checkout, own in [*wanted, ("now", "", [])]
         ]
         direct_s: list[float] = []
         for number in range(-1, options.rounds):
