@@ -6,7 +6,6 @@ compare with is run here, under the router's own overseer: a file is code of who
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,8 +61,8 @@ def explain(
         replayed = _replay(other, parameters, answers, report)
     if output == "json":
         echo(printable_json(as_json(answers, replayed)))
-    else:
-        echo("\n".join(line for answer in answers for line in lines(answer, replayed)) or "nothing is known")
+    elif any(answer.found for answer in answers):
+        echo("\n".join(line for answer in answers for line in lines(answer, replayed)))
     for what, routers in (("did not answer in time", late), ("cannot be asked (of before?)", asked.silent)):
         if routers:
             echo(f"Error: {', '.join(routers)}: {what}", err=True)
@@ -84,6 +83,8 @@ def _replay(
     other: str, parameters: dict[str, Scalar], answers: list[Explained], report: ControlReport
 ) -> dict[str, list[Replayed]]:
     """By request id: what the other strategy decides for each of its attempts that has chosen anything."""
+    import asyncio
+
     from microserve.protocol.errors import ConfigError
     from microserve.protocol.settings import RouterSettings
     from microserve.services.router.oversight.overseer import Overseer
