@@ -23,7 +23,7 @@ IN_FP32 = [*SETTINGS, "model.dtype=float32"]
 @pytest.mark.parametrize("num_engines", [pytest.param(1, marks=pytest.mark.heavy), 3])
 def test_tiny_model(tiny_model: Path, tmp_path: Path, num_engines: int) -> None:
     config = json.loads((tiny_model / "config.json").read_text())
-    cases = make_cases(40, vocab_size=config["vocab_size"], max_prompt=500, seed=5)
+    cases = make_cases(24, vocab_size=config["vocab_size"], max_prompt=500, seed=5)
     expected = oracle(tiny_model, cases)
     with MeshProcesses(tiny_model, tmp_path, num_engines=num_engines, settings=IN_FP32) as mesh:
         wrong = asyncio.run(check(mesh.router_address, cases, expected, STRATEGIES, num_engines))

@@ -46,7 +46,7 @@ async def assert_clean(bus: ZmqBus, mesh: MeshProcesses) -> None:
 
 async def serve_all(client: BusClient, seed: int) -> list[str]:
     """Sixteen requests under all strategies; how each ended. None may outlive its deadline."""
-    params = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     answers = [
         client.start(prompt, params, strategy=STRATEGIES[number % len(STRATEGIES)], ttl_s=TTL_S)
         for number, prompt in enumerate(prompts(seed))
