@@ -66,7 +66,7 @@ async def send(world: GatewayWorld, body: bytes) -> tuple[int, bytes]:
 
 
 DEAREST = ("nested lists", "ids", "unknown keys", "messages", "metadata", "blanks", "no JSON")
-"""What takes the longest of each thing that can be wrong, and what is served; the others are in the heavy lane."""
+"""What takes the longest of each thing that can be wrong, and what is served; the others: heavy lane."""
 
 
 @pytest.mark.slow
