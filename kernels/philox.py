@@ -8,10 +8,13 @@ drawn.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def uniforms(seed: int, position: int, count: int) -> npt.NDArray[np.float64]:
@@ -26,6 +29,8 @@ def uniform_rows(seeds: Tensor, positions: Tensor, count: int) -> Tensor:
     seeds, positions: [rows] int64, contiguous. Enqueued in the current stream; waits for nothing. Raises
     ``ValueError`` naming the argument.
     """
+    import torch
+
     for name, tensor in (("seeds", seeds), ("positions", positions)):
         if tensor.dtype != torch.int64 or tensor.shape != seeds.shape[:1] or not tensor.is_contiguous():
             raise ValueError(

@@ -57,6 +57,9 @@ class ModelSettings(_Section, frozen=True):
     """Name that clients use; default: the directory's name."""
     dtype: str = "bfloat16"
     load_format: str = "auto"
+    packed_cache_mb: CountOrZero = 8192
+    """Room that packed weights may take in the cache directory, all models together: engines of one machine
+    map them, and start from them. 0: each engine packs its own."""
 
 
 class EngineSettings(_Section, frozen=True):

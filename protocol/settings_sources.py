@@ -23,7 +23,7 @@ CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"
 """The settings' file where no ``--config`` names one."""
 MAX_FILE_NBYTES = 1 << 22
 
-_OTHERS = frozenset({CONFIG_VARIABLE, f"{ENV_PREFIX}KERNEL_CACHE"})
+_OTHERS = frozenset({CONFIG_VARIABLE, f"{ENV_PREFIX}KERNEL_CACHE", f"{ENV_PREFIX}PACKED_CACHE"})
 """Variables of ours that are no settings; ``MICROSERVE_TEST_*`` are the tests'."""
 _SUPERVISORD = frozenset(f"{ENV_PREFIX}{name}" for name in ("BIN", "LOGS", "ENGINES"))
 """Read by deploy/supervisord.conf, together: ``MICROSERVE_ENGINES`` alone is meant for us, and wrong."""

@@ -88,6 +88,12 @@ def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return loaded
 
 
+@pytest.fixture(scope="session", autouse=True)
+def packed_weights_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Engines that tests start keep their packed weights here, and not in the user's cache."""
+    os.environ["MICROSERVE_PACKED_CACHE"] = str(tmp_path_factory.mktemp("packed"))
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_in_shared_memory() -> Iterator[None]:
     """No test may leave a segment that has a name: nothing of ours makes one, on any worker."""

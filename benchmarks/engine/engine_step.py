@@ -25,6 +25,7 @@ from engine_parts.steps import Engine, Kind, decode, prefill, timed_ms
 
 from microserve.kernels.cuda_module import KernelUnavailable
 from microserve.services.engine.model.runner import ModelRunner
+from microserve.services.engine.native.runner import NativeRunner
 
 KINDS = [decode(1, 256), decode(8, 256), decode(32, 256), decode(1, 2000), prefill(512), prefill(2048)]
 QUICK = [decode(1, 256), decode(8, 256), prefill(512)]
@@ -78,7 +79,7 @@ def measure(
 ) -> list[Row]:
     torch.set_num_threads(threads)
     native = engine.native(threads, variant)
-    runners: dict[str, ModelRunner] = {"native": native, "transformers": engine.transformers()}
+    runners: dict[str, ModelRunner | NativeRunner] = {"native": native, "transformers": engine.transformers()}
     name = native._step.variant if native._step is not None else ""
     rows = [Row(dtype, threads, kind, engine.read_nbytes(kind), name) for kind in kinds]
     memory = Memory()

@@ -17,7 +17,7 @@ from microserve.kernels.cpu.build import Say, build
 from microserve.kernels.cpu.objects import NativeObject
 from microserve.kernels.kernel_cache import KernelUnavailable
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 VARIANTS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 """From the slowest on. A variant's number is its place."""
 ELEMS = (("cpu1", "bfloat16"), ("cpu1", "float32"), ("cpu2", "bfloat16"))
@@ -53,6 +53,13 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("embedding", "head", "norm", "cos", "sin")),
+        ("num_positions", c_int32),
+    ]
+
+
 class Batch(ctypes.Structure):
     _fields_ = [
         *((name, c_int32) for name in ("num_rows", "num_spans", "num_logits", "table_width")),
@@ -78,8 +85,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ms_abi_version": (c_int32, []),
     "ms_supports": (c_int32, [c_int32] * 2),
     "ms_create": (c_void_p, [POINTER(Config)]),
+    "ms_layout_version": (c_int32, []),
+    "ms_place_weights": (None, [c_void_p, c_void_p, c_int32]),
+    "ms_weights_nbytes": (c_int64, [c_void_p]),
     "ms_set_layer": (c_char_p, [c_void_p, c_int32, POINTER(Layer)]),
-    "ms_set_model": (c_char_p, [c_void_p] * 6),
+    "ms_set_model": (c_char_p, [c_void_p, POINTER(Model)]),
     "ms_logits_width": (c_int64, [c_void_p]),
     "ms_step": (c_char_p, [c_void_p, POINTER(Batch), OnLayer]),
     "ms_destroy": (None, [c_void_p]),
@@ -106,6 +116,8 @@ class Library:
             )
         self.digest = found.digest
         """Of the object: part of the numerics class."""
+        self.layout_version = int(self.calls.ms_layout_version())
+        """Of packed weights: objects of one can take each other's."""
 
     def supports(self, variant: str, dtype: str = "bfloat16") -> bool:
         """Compiled in, this CPU can run it, and it computes the dtype."""

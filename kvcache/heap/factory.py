@@ -7,17 +7,16 @@ and ``local.py`` is for tests and the simulation.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 import structlog
-import torch
 
-from microserve.kernels.scatter.kv_scatter import missing_kernel
 from microserve.kvcache.heap.cuda_driver import LibCuda
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.device import BlockPut
 from microserve.kvcache.heap.heap import Heap
-from microserve.kvcache.heap.kernel_put import KernelPut
 from microserve.kvcache.heap.memfd import MayTake
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
@@ -25,9 +24,12 @@ from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
 
+if TYPE_CHECKING:
+    import torch
+
 _logger = structlog.get_logger()
 
-HeapData = npt.NDArray[np.uint8] | torch.Tensor
+HeapData: TypeAlias = "npt.NDArray[np.uint8] | torch.Tensor"
 """The data region of a heap, as a model computes on it."""
 
 
@@ -44,6 +46,8 @@ def make_heap(
         if settings.heap == "shm":
             heap = ShmHeap(layout, incarnation=incarnation, num_slots=num_slots, may_take=may_take)
             return heap, heap.data
+        import torch  # an engine on a CPU does without
+
         device = torch.device(settings.engine.device)
         driver, block_put = LibCuda(device.index or 0), choose_put(device)
         device_heap = CudaIpcHeap(
@@ -61,6 +65,9 @@ def make_heap(
 
 def choose_put(device: torch.device) -> BlockPut | None:
     """One launch for many runs of blocks, where this machine has the kernel; None: driver copies."""
+    from microserve.kernels.scatter.kv_scatter import missing_kernel
+    from microserve.kvcache.heap.kernel_put import KernelPut
+
     detail = missing_kernel(device)
     if detail is None:
         return KernelPut(device)

@@ -117,7 +117,7 @@ def _run_service(
     try:
         lines.capture()
         _logger.info(log.SERVICE_STARTED, pid=os.getpid(), locked=bool(settings.bus.curve_dir))
-        with _uncollected():
+        with uncollected():
             serve = load()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             serving = _serve(service, settings, serve, lifecycle, notifier, lines, reload)
@@ -155,7 +155,7 @@ def _run_to_its_end(
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Of what an import makes nothing is garbage, and the collector would look at all of it again and again:
     a fifth of the time that a large one takes. What is there in the end it never looks at any more."""
     gc.disable()

@@ -110,17 +110,8 @@ def engine(
     flags.set("model.load_format", load_format)
 
     def load() -> Serve:
-        try:
-            from microserve.services.engine.lean_import import import_lean
+        from microserve.services.engine.service import run_engine
 
-            import_lean()
-            from microserve.services.engine.service import run_engine
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.startswith("microserve"):
-                raise
-            raise RuntimeError(
-                f"no {error.name}; an engine needs: pip install '.[engine]' in a checkout"
-            ) from error
         return run_engine
 
     _run("engine", flags, load, joins_mesh=True)

@@ -2,7 +2,8 @@
 
 Owns one process that holds a model and its KV: the action socket (action_server.py), heartbeats, drain and
 the step thread (shell.py), its place in the index (index_client.py, kv_publisher.py), its NVSHMEM world if it
-has one (world.py, rendezvous.py), all of it made in service.py, with as little of torch as will do
-(lean_import.py). Rooms: core/ (state, actions, steps), model/ (tensors). Must not know routers, the index's
-code, or strategies. Start at core/core.py; the shell is what is around it.
+has one (world.py, rendezvous.py), all of it made in service.py; its model comes by loading.py, where need be
+with as little of torch as will do (lean_import.py). Rooms: core/ (state, actions, steps), model/ (tensors),
+native/ (packed weights, steps without torch). Must not know routers, the index's code, or strategies. Start
+at core/core.py; the shell is what is around it.
 """

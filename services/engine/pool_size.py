@@ -5,15 +5,13 @@ Owns what the rule of room.py is asked with, for each kind of heap. Takes nothin
 
 from __future__ import annotations
 
-import torch
-
 from microserve.kvcache.heap import nvshmem
 from microserve.kvcache.heap.nvshmem_places import require_room
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
-from microserve.services.engine.model.model import ModelSpec, load_model
+from microserve.services.engine.model.spec import ModelSpec
 from microserve.services.engine.room import (
     DEVICE_SHARE,
     HOST_SHARE,
@@ -31,6 +29,8 @@ TIGHT = 8
 def check_room(settings: Settings) -> bool:
     """Before anything is read: whether the machine is small for such models. Raises :class:`ConfigError` with
     what would fit."""
+    from microserve.services.engine.model.model import load_model
+
     sketch = load_model(settings.model.path, dtype=settings.model.dtype, device="meta", load_format="random")
     if settings.heap == nvshmem.KIND:
         return False
@@ -72,6 +72,8 @@ def layout_of(settings: Settings, spec: ModelSpec, num_blocks: int) -> KvLayout:
 def _room(settings: Settings) -> Room:
     if settings.engine.device == "cpu":
         return unpromised_room()
+    import torch
+
     try:
         free, total = torch.cuda.mem_get_info(torch.device(settings.engine.device))
     except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without the device

@@ -36,6 +36,8 @@ MIN_BLOCKS = 16
 """Where nobody says; an engine with fewer is of no use."""
 TURN_S = 60.0
 """Longest wait for another engine that takes its pool."""
+PACKED_SUFFIX = ".packed"
+"""Of files of packed weights."""
 _TURN_POLL_S = 0.05
 _GIB = 1 << 30
 
@@ -109,13 +111,18 @@ def unpromised_room(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgr
 
 
 def _promised_nbytes(proc: Path) -> int:
-    """Of the heaps of this user's engines (another one's cannot be seen): their size, less what they have."""
+    """Of the heaps of this user's engines (another one's cannot be seen): their size, less what they have.
+    And their mapped weights, which the kernel would count as pages that could go."""
     promised: dict[int, int] = {}
     for link in proc.glob("[0-9]*/fd/*"):
         with suppress(OSError):
-            if os.readlink(link).startswith(f"/memfd:{HEAP_NAME} "):
+            target = os.readlink(link)
+            if target.startswith(f"/memfd:{HEAP_NAME} "):
                 stat = link.stat()
                 promised[stat.st_ino] = max(0, stat.st_size - stat.st_blocks * 512)
+            elif target.removesuffix(" (deleted)").endswith(PACKED_SUFFIX):
+                stat = link.stat()
+                promised[stat.st_ino] = stat.st_size
     return sum(promised.values())
 
 

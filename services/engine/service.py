@@ -1,5 +1,5 @@
-"""One engine process: loads the model, makes its heap (kvcache/heap/factory.py; of a world: world.py), runner
-and core, and runs them in the shell (shell.py)."""
+"""One engine process: loads the model (loading.py), makes its heap (kvcache/heap/factory.py; of a world:
+world.py), runner and core, and runs them in the shell (shell.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import asyncio
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack
-
-import torch
+from typing import TYPE_CHECKING
 
 from microserve.kvcache.heap import nvshmem
 from microserve.kvcache.heap.factory import HeapData, choose_put, make_heap
@@ -21,16 +20,17 @@ from microserve.protocol.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
-from microserve.services.engine.lean_import import without_compilers
-from microserve.services.engine.model.attention import MakeAttention
-from microserve.services.engine.model.attention_choice import choose_attention
-from microserve.services.engine.model.model import LoadedModel, load_model
-from microserve.services.engine.model.native import choose_step
-from microserve.services.engine.model.runner import TRANSFORMERS, ModelRunner
-from microserve.services.engine.pool_size import check_room, choose_num_blocks, layout_of
+from microserve.services.engine.loading import Loading, make_runner
+from microserve.services.engine.native.packed_model import PackedModel
+from microserve.services.engine.native.runner import NativeRunner
+from microserve.services.engine.pool_size import choose_num_blocks, layout_of
 from microserve.services.engine.room import require_margin, turn
 from microserve.services.engine.shell import EngineShell
 from microserve.services.engine.world import World, join_world
+
+if TYPE_CHECKING:
+    from microserve.services.engine.model.attention import MakeAttention
+    from microserve.services.engine.model.model import LoadedModel
 
 
 async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None:
@@ -38,7 +38,6 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
     if not settings.model.path:
         raise ConfigError("model.path is not set", field="model.path")
     settings.check()
-    torch.set_num_threads(settings.engine.threads)
     loop = asyncio.get_running_loop()
     engine_id = settings.engine.id or f"engine-{secrets.token_hex(4)}"
     incarnation = secrets.randbits(62) | 1
@@ -47,6 +46,8 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
         model, attention = await _load_in_turn(settings, taking)
         layout = make_layout(settings, model)
         if settings.heap == nvshmem.KIND:
+            import torch
+
             device = torch.device(settings.engine.device)
             world = await join_world(
                 settings,
@@ -83,42 +84,38 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
 
 async def _load_in_turn(
     settings: Settings, taking: AsyncExitStack
-) -> tuple[LoadedModel, MakeAttention | None]:
+) -> tuple[PackedModel | LoadedModel, MakeAttention | None]:
     """Once it is known that model and pool fit; until ``taking`` ends no other engine here takes memory."""
     loop = asyncio.get_running_loop()
     # The ranks of a world wait for each other, and take what nvshmem.memory_mb says.
     takes_turns = settings.heap != nvshmem.KIND
-    with without_compilers(), ThreadPoolExecutor(1, "load") as pool:
-        is_tight = await loop.run_in_executor(pool, check_room, settings)
-        if is_tight and takes_turns:
-            await taking.enter_async_context(turn())
-            await loop.run_in_executor(pool, check_room, settings)
-        loaded = await loop.run_in_executor(pool, _load, settings)
+    is_tight, attention = False, None
+    with ThreadPoolExecutor(1, "load") as pool:
+        loading = await loop.run_in_executor(pool, Loading, settings)
+        model: PackedModel | LoadedModel | None = await loop.run_in_executor(pool, loading.find)
+        if model is None:
+            async with loading.alone():
+                model = await loop.run_in_executor(pool, loading.find)  # another engine has made it, perhaps
+                if model is None:
+                    is_tight = await loop.run_in_executor(pool, loading.check_room)
+                    if is_tight and takes_turns:
+                        await taking.enter_async_context(turn())
+                        await loop.run_in_executor(pool, loading.check_room)
+                    model, attention = await loop.run_in_executor(pool, loading.load)
         if takes_turns and not is_tight:
             await taking.enter_async_context(turn())
-    return loaded
+    assert model is not None
+    return model, attention
 
 
-def _load(settings: Settings) -> tuple[LoadedModel, MakeAttention | None]:
-    engine = settings.engine
-    model = load_model(
-        settings.model.path,
-        dtype=settings.model.dtype,
-        device=engine.device,
-        load_format=settings.model.load_format,
-    )
-    device, block_size = torch.device(engine.device), settings.kvcache.block_size
-    return model, choose_attention(engine.attention, model.spec, block_size, device)
-
-
-def make_layout(settings: Settings, model: LoadedModel) -> KvLayout:
+def make_layout(settings: Settings, model: PackedModel | LoadedModel) -> KvLayout:
     """How the KV of a loaded model lies in the heap. Raises :class:`ConfigError` for a pool without room."""
     return layout_of(settings, model.spec, choose_num_blocks(settings, model.spec))
 
 
 def make_core(
     settings: Settings,
-    model: LoadedModel,
+    model: PackedModel | LoadedModel,
     engine_id: str,
     heap: Heap,
     data: HeapData,
@@ -131,17 +128,8 @@ def make_core(
         settings.engine.max_model_len or spec.max_model_len, spec.max_model_len, MAX_PROMPT_TOKENS
     )
     num_blocks = heap.layout.num_blocks
-    runner = ModelRunner(
-        model,
-        data,
-        num_blocks,
-        cache.block_size,
-        make_attention=attention,
-        make_step=choose_step(settings, model),
-    )
-    if runner.kernels != TRANSFORMERS:
-        model.module.to("meta")  # what it had is packed
-    if settings.engine.device != "cpu":
+    runner = make_runner(settings, model, data, num_blocks, attention)
+    if not isinstance(runner, NativeRunner) and settings.engine.device != "cpu":
         runner.warm_up()
         if settings.engine.cuda_graphs:
             runner.capture_decodes(settings.engine.max_num_seqs, max_model_len)

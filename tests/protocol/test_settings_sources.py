@@ -112,7 +112,12 @@ def test_a_variable_that_is_no_setting_of_ours_is_left_alone() -> None:
         "MICROSERVE_GATEWAY_PORT": "tcp://10.0.0.1:8000",
         "MICROSERVE_GATEWAY_PORT_8000_TCP_ADDR": "10.0.0.1",
     }
-    own = {"MICROSERVE_CONFIG": "f", "MICROSERVE_KERNEL_CACHE": "k", "MICROSERVE_TEST_SEEDS": "3"}
+    own = {
+        "MICROSERVE_CONFIG": "f",
+        "MICROSERVE_KERNEL_CACHE": "k",
+        "MICROSERVE_PACKED_CACHE": "p",
+        "MICROSERVE_TEST_SEEDS": "3",
+    }
     others = {**supervisord, **kubernetes, **own, "MICROSERVER": "1"}
     assert load_settings(environment=others) == Settings()
 

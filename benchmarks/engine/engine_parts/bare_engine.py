@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from microserve.kernels.cpu.step import CpuStep
-from microserve.services.engine.model import native
 from microserve.services.engine.model.model import load_model
-from microserve.services.engine.model.runner import ModelRunner
+from microserve.services.engine.native.packing import native_runner
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_ROWS = 2048, 16, 512
 
@@ -67,9 +66,9 @@ def main() -> None:
     spec = model.spec
     elements = spec.num_layers * NUM_BLOCKS * 2 * BLOCK_SIZE * spec.num_kv_heads * spec.head_dim
     pool = np.zeros(elements * (2 if dtype == "bfloat16" else 4), np.uint8)
-    layers = ModelRunner(model, pool, NUM_BLOCKS, BLOCK_SIZE)._layers
-    step, numerics = native.make_step(model, layers, threads=threads, max_rows=MAX_ROWS)
-    print(json.dumps({"version": numerics.name}), flush=True)
+    runner = native_runner(model, pool, NUM_BLOCKS, BLOCK_SIZE, threads=threads, max_rows=MAX_ROWS)
+    step = runner.step
+    print(json.dumps({"version": runner.numerics.name}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         print(json.dumps({"times": _generate(step, asked["prompts"], asked["num_tokens"])}), flush=True)

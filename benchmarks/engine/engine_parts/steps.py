@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -18,9 +17,10 @@ import torch
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
-from microserve.services.engine.model import native
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
+from microserve.services.engine.native.packing import native_runner
+from microserve.services.engine.native.runner import NativeRunner
 from microserve.services.local.demo_model import default_cache, fetch
 
 NUM_BLOCKS, BLOCK_SIZE, CHUNK_TOKENS = 1024, 16, 512
@@ -88,10 +88,10 @@ class Engine:
     def transformers(self) -> ModelRunner:
         return ModelRunner(self.model, self._pool, NUM_BLOCKS, BLOCK_SIZE)
 
-    def native(self, threads: int, variant: str = "auto") -> ModelRunner:
+    def native(self, threads: int, variant: str = "auto") -> NativeRunner:
         """Raises :class:`KernelUnavailable` where it cannot be had."""
-        make = partial(native.make_step, self.model, threads=threads, max_rows=MAX_ROWS, variant=variant)
-        return ModelRunner(self.model, self._pool, NUM_BLOCKS, BLOCK_SIZE, make_step=make)
+        bounds = {"threads": threads, "max_rows": MAX_ROWS}
+        return native_runner(self.model, self._pool, NUM_BLOCKS, BLOCK_SIZE, **bounds, variant=variant)
 
     def read_nbytes(self, kind: Kind) -> int:
         """What a decode cannot but read: all weights once, and the KV of its contexts."""
@@ -102,7 +102,7 @@ class Engine:
 
 
 def timed_ms(
-    runner: ModelRunner, kind: Kind, times: int, clock: Callable[[], float] = time.perf_counter
+    runner: ModelRunner | NativeRunner, kind: Kind, times: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Milliseconds of one of ``times`` runs in a row; what a decode finds cold is warmed by one before."""
     if kind.kv_tokens:

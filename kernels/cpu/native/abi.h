@@ -22,7 +22,8 @@ struct MsConfig {
 };
 
 // Weights of a layer as the checkpoint has them: [out][in], in the elem of the config; norms and biases in fp32.
-// Read while ms_set_layer runs. A bias, and q_norm and k_norm, may be null.
+// Read while ms_set_layer runs, if they are not packed yet; else they are not read, and only tell by not being null
+// that they are there. A bias, and q_norm and k_norm, may be null.
 struct MsLayer {
   const void *q, *k, *v, *o, *gate, *up, *down;
   const float *attention_norm, *mlp_norm, *q_norm, *k_norm;
@@ -30,6 +31,14 @@ struct MsLayer {
   void *kv;          // this layer of the pool: [num_blocks][2][block_size][num_kv_heads][head_dim]; for good
   int32_t use_rope;  // 0: the layer knows no positions
   int32_t window;    // positions that a token sees, itself included; 0: all
+};
+
+// What is not a layer's: embedding [vocab][hidden], head the same or null for a tied one; norm fp32; cos, sin
+// [num_positions][head_dim / 2]. As of a layer: read while ms_set_model runs, or only told to be there.
+struct MsModel {
+  const void *embedding, *head;
+  const float *norm, *cos, *sin;
+  int32_t num_positions;  // at least max_context
 };
 
 // One step: rows of all spans, packed one span after the other.
@@ -50,9 +59,14 @@ struct MsEngine;
 int32_t ms_abi_version();
 int32_t ms_supports(int32_t variant, int32_t elem);          // 1: compiled in, computes it, and this CPU can run it
 MsEngine *ms_create(const MsConfig *config);                 // null: no memory or threads
+// Where the weights of all layers, in their order, and of the model lie: zeroed memory at a page's begin that they are
+// packed into, or where they stand packed (is_packed); borrowed for good. Null with is_packed: nothing is touched, and
+// ms_weights_nbytes tells how much there would be.
+void ms_place_weights(MsEngine *, void *memory, int32_t is_packed);
+int64_t ms_weights_nbytes(const MsEngine *);                 // so far
+int32_t ms_layout_version();                                 // of packed weights
 const char *ms_set_layer(MsEngine *, int32_t, const MsLayer *);  // null, or what is wrong
-// embedding [vocab][hidden], head the same or null for a tied one; norm fp32; cos, sin [max_context][head_dim / 2].
-const char *ms_set_model(MsEngine *, const void *embedding, const void *head, const float *norm, const float *cos, const float *sin);
+const char *ms_set_model(MsEngine *, const MsModel *);           // behind the layers
 int64_t ms_logits_width(const MsEngine *);
 const char *ms_step(MsEngine *, const MsBatch *, MsOnLayer on_layer);  // null: done, or ended by on_layer
 void ms_destroy(MsEngine *);

@@ -70,6 +70,9 @@ struct Engine {
   Layer *layers;
   void *embedding, *head;  // embedding null: tied, rows are read from the packed head
   float *norm, *cos, *sin;
+  void *weights;  // the caller's; what is packed lies in it
+  size_t weights_nbytes;
+  int is_packed;
   MsBatch batch;
   MsOnLayer on_layer;
   int ended;

@@ -12,6 +12,10 @@
 
 namespace ms {
 
+// Of everything that is packed (door/weights.cc): files of packed weights are kept, and one of another layout is not
+// taken. Count on whenever a byte of it would be another one.
+constexpr int kLayoutVersion = 1;
+
 // weights [n][k], row i goes to column i % 16 of tile first + i / 16 * step. packed has k padded to `blocks` * 32.
 template <class T, bool kPairs>
 void pack_tiles(const T *weights, T *packed, long n, long k, long blocks, long first, long step) {

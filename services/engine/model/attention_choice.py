@@ -23,7 +23,8 @@ from microserve.protocol.errors import ConfigError
 from microserve.services.engine.model import flashinfer_attention
 from microserve.services.engine.model.attention import MakeAttention, device_attention
 from microserve.services.engine.model.flashinfer_attention import FlashInfer, PrefillWrapper, load_flashinfer
-from microserve.services.engine.model.model import DTYPES, ModelSpec
+from microserve.services.engine.model.model import DTYPES
+from microserve.services.engine.model.spec import ModelSpec
 
 _logger = structlog.get_logger()
 

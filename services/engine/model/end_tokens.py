@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 import structlog
 
 from microserve.protocol import log
@@ -50,13 +51,47 @@ def _tokenizers_eos(directory: Path) -> tuple[str, int | None]:
         token = token.get("content")
     if not isinstance(token, str):
         return "", None
-    tokenizer = _read_if_can(directory / "tokenizer.json")
-    for each in tokenizer.get("added_tokens") or []:
-        if isinstance(each, dict) and each.get("content") == token:
-            return token, each.get("id")
-    model = tokenizer.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    return token, vocabulary.get(token) if isinstance(vocabulary, dict) else None
+    tokenizer = _decode_if_can(_read_bytes(directory / "tokenizer.json"), _Tokenizer)
+    if tokenizer is None:
+        return token, None
+    for each in tokenizer.added_tokens or []:
+        if each.content == token:
+            return token, each.id
+    model = _decode_if_can(tokenizer.model, _TokenizerModel) if tokenizer.model else None
+    return token, model.vocab.get(token) if model is not None else None
+
+
+class _Added(msgspec.Struct):
+    content: str = ""
+    id: int | None = None
+
+
+class _Tokenizer(msgspec.Struct):
+    """What is wanted of a file of megabytes."""
+
+    added_tokens: list[_Added] | None = None
+    model: msgspec.Raw = msgspec.Raw()
+
+
+class _TokenizerModel(msgspec.Struct):
+    vocab: dict[str, int]
+
+
+T = TypeVar("T")
+
+
+def _decode_if_can(content: bytes | msgspec.Raw, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.DecodeError:  # no JSON, or of another form
+        return None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _read_if_can(path: Path) -> dict[str, Any]:

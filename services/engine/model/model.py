@@ -25,6 +25,7 @@ from microserve.services.engine.model.attention import StepAttention
 from microserve.services.engine.model.end_tokens import eos_of
 from microserve.services.engine.model.model_files import read_json
 from microserve.services.engine.model.revision import own_memory, revision_of
+from microserve.services.engine.model.spec import ModelSpec
 
 ATTENTION = "microserve_paged"
 """Our name in transformers' registry of attention functions."""
@@ -43,28 +44,6 @@ _ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
 _UNSUPPORTED = ("quantization_config", "attn_logit_softcapping", "attention_chunk_size", "kv_lora_rank")
 # Buffers that older checkpoints carry and modules compute by themselves.
 _HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """What the rest of the engine has to know of a model."""
-
-    name: str
-    """The directory's name."""
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    max_model_len: int
-    """Positions that the model was made for."""
-    eos_token_ids: frozenset[int]
-    dtype: str
-    """``float32``, ``bfloat16`` or ``float16``: of weights and KV."""
-    sliding_windows: frozenset[int | None]
-    """Of its layers; None: of layers that see everything."""
-    revision: str = ""
-    """Digest of what was loaded (revision.py)."""
 
 
 @dataclass(frozen=True, slots=True)

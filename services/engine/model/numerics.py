@@ -13,7 +13,7 @@ import re
 import torch
 
 from microserve.protocol.messages.numerics import MAX_NUMERICS_CHARS, Numerics
-from microserve.services.engine.model.model import ModelSpec
+from microserve.services.engine.model.spec import ModelSpec
 
 REVISION_CHARS = 12
 

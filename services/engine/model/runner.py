@@ -1,6 +1,6 @@
-"""Batches in, tokens out: one packed call of the model per step, over KV in the heap's own memory.
+"""Batches in, tokens out: one packed call of a transformers model per step, over KV in the heap's own memory.
 
-Owns the views on the heap's data region and the packing of chunks. Must not know which sequences run when
+Owns the views on the heap's data region, streams and graphs. Must not know which sequences run when
 (``scheduler.py``), nor transfers: ``on_layer`` is where the engine sends a layer and waits for one.
 
     packed call   [1, T]   chunk 0 | chunk 1 | ...        position_ids restart with each chunk
@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from microserve.kernels.attention.paged_attention import Span, Workspace
-from microserve.kernels.cpu.step import CpuStep
-from microserve.protocol.errors import ConfigError, InternalError
-from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, SampleSpec, StepResult
+from microserve.services.engine.core.batch import Batch, Chunk, Runner, SampleSpec, StepResult
 from microserve.services.engine.model.attention import (
     HostAttention,
     MakeAttention,
@@ -38,12 +36,11 @@ from microserve.services.engine.model.decode_graphs import Capture, CudaCapture,
 from microserve.services.engine.model.device_sampler import sample_there
 from microserve.services.engine.model.model import DTYPES, STEP, AttentionStep, LoadedModel
 from microserve.services.engine.model.numerics import transformers_numerics
+from microserve.services.engine.model.rows import result_of, rows_of
 from microserve.services.engine.model.sampler import sample
 
 __all__ = ["ModelRunner", "Runner"]
 
-MakeStep = Callable[[list[Tensor]], tuple[CpuStep, Numerics] | None]
-"""The native step over the pool's layers, and its numerics class; None: the module computes after all."""
 TRANSFORMERS = "transformers"
 """Of ``kernels``: where the model's own module computes."""
 
@@ -52,9 +49,8 @@ class ModelRunner:
     """A ``Runner`` over a real model. For one thread; holds no state of a step once it has ended.
 
     kv_data: the heap's data region, uint8, at least ``num_layers * num_blocks * block bytes`` long and on the
-    model's device; it is used in place. make_attention: None for what the device is best at; make_step: where
-    not the module but a step of one's own computes. Raises :class:`ConfigError` when the region is too small
-    or misaligned.
+    model's device; it is used in place. make_attention: None for what the device is best at. Raises
+    :class:`ConfigError` when the region is too small or misaligned.
     """
 
     def __init__(
@@ -65,7 +61,6 @@ class ModelRunner:
         block_size: int,
         *,
         make_attention: MakeAttention | None = None,
-        make_step: MakeStep | None = None,
     ) -> None:
         self.spec = model.spec
         self._module = model.module
@@ -74,7 +69,7 @@ class ModelRunner:
         self._device = self._layers[0].device
         self.numerics = transformers_numerics(model.spec, self._device)
         self.kernels = TRANSFORMERS
-        """What computes: these, or the variant of the native step."""
+        """What computes."""
         self._stream: torch.cuda.Stream | None = None
         self._graphs: DecodeGraphs | None = None
         self._sample = sample
@@ -84,10 +79,6 @@ class ModelRunner:
             make_attention = make_attention or device_attention
             self._sample = sample_there
         self._make_attention = make_attention or partial(HostAttention, workspace=Workspace())
-        self._step: CpuStep | None = None
-        if make_step is not None and (made := make_step(self._layers)) is not None:
-            self._step, self.numerics = made
-            self.kernels = self._step.variant
 
     def capture_decodes(self, max_num_seqs: int, max_model_len: int, capture: Capture | None = None) -> None:
         """Replay steps of nothing but decodes from now on (decode_graphs.py): costs seconds and memory.
@@ -191,62 +182,24 @@ class ModelRunner:
         chunks = batch.chunks
         if not chunks:
             return StepResult([])
-        for chunk in chunks:
-            self._check(chunk)
-        lengths = [len(chunk.token_ids) for chunk in chunks]
-        tokens = np.concatenate([np.asarray(chunk.token_ids, dtype=np.int64) for chunk in chunks])
-        positions = np.concatenate([_positions(chunk) for chunk in chunks])
-        slots = np.concatenate([self._slots(chunk) for chunk in chunks])
+        rows = rows_of(chunks, self.spec, self._num_blocks, self._block_size)
         spans = [Span(len(c.token_ids), c.start + len(c.token_ids), c.block_table) for c in chunks]
-        last_rows = np.cumsum(lengths) - 1
-        specs = [chunk.sample for chunk in chunks if chunk.sample is not None]
-        sampled_rows = last_rows[[chunk.sample is not None for chunk in chunks]]
         with torch.inference_mode(), self._computing():
-            if self._step is not None:
-                tables = [(span.query_len, span.context_len, span.block_table) for span in spans]
-                logits = self._step.run(tokens, positions, slots, tables, sampled_rows, on_layer)
-            elif self._graphs is not None and not batch.is_layerwise and self._graphs.fits(spans):
-                logits = self._graphs.run(tokens, positions, slots, spans)
-                if len(specs) < len(chunks):
-                    logits = logits[self._tensor(sampled_rows)]
+            if self._graphs is not None and not batch.is_layerwise and self._graphs.fits(spans):
+                logits = self._graphs.run(rows.tokens, rows.positions, rows.slots, spans)
+                if len(rows.sampled) < len(chunks):
+                    logits = logits[self._tensor(rows.sampled)]
                 if on_layer is not None:
                     for layer in range(self.spec.num_layers):
                         on_layer(layer)
             else:
                 logits = self._forward(
-                    self._make_attention(spans, slots, self._layers[0]),
-                    *(self._tensor(tokens), self._tensor(positions)),
-                    rows=self._tensor(sampled_rows),
+                    self._make_attention(spans, rows.slots, self._layers[0]),
+                    *(self._tensor(rows.tokens), self._tensor(rows.positions)),
+                    rows=self._tensor(rows.sampled),
                     on_layer=on_layer,
                 )
-            drawn = iter(self._sample(logits, specs))
-        result: list[Sampled | None] = [next(drawn) if chunk.sample is not None else None for chunk in chunks]
-        return StepResult(result)
-
-    def _check(self, chunk: Chunk) -> None:
-        end = chunk.start + len(chunk.token_ids)
-        table = chunk.block_table
-        problem = None
-        if not chunk.token_ids or chunk.start < 0 or end > self.spec.max_model_len:
-            problem = f"positions [{chunk.start}, {end}) are not within [0, {self.spec.max_model_len})"
-        elif min(chunk.token_ids) < 0 or max(chunk.token_ids) >= self.spec.vocab_size:
-            problem = f"a token id is not below {self.spec.vocab_size}"
-        elif len(table) * self._block_size < end:
-            problem = f"{len(table)} blocks of {self._block_size} do not hold {end} tokens"
-        elif min(table) < 0 or max(table) >= self._num_blocks:
-            problem = f"a block is not below {self._num_blocks}"
-        if problem is not None:
-            raise InternalError(f"chunk of sequence {chunk.sequence_id}: {problem}")
-
-    def _slots(self, chunk: Chunk) -> npt.NDArray[np.int64]:
-        """Where each token's KV goes, -1 for those below ``write_from``."""
-        positions, size = _positions(chunk), self._block_size
-        blocks = np.asarray(chunk.block_table, dtype=np.int64)[positions // size]
-        return np.where(positions < chunk.write_from, -1, blocks * size + positions % size)
+            return result_of(chunks, self._sample(logits, rows.specs))
 
     def _tensor(self, values: npt.NDArray[np.int64]) -> Tensor:
         return upload(values, self._device)
-
-
-def _positions(chunk: Chunk) -> npt.NDArray[np.int64]:
-    return np.arange(chunk.start, chunk.start + len(chunk.token_ids), dtype=np.int64)

@@ -20,15 +20,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from microserve.kernels.philox import uniforms
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Sampled, SampleSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Floats = npt.NDArray[np.float64]
 _Ids = npt.NDArray[np.int64]
@@ -40,14 +43,18 @@ HEAD = 1024
 
 
 def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
-    """One token for each row of ``logits`` [N, vocab_size], any float dtype, on a CPU; N == len(specs).
+    """:func:`sample_rows` of ``logits`` of any float dtype, on a CPU."""
+    return sample_rows(logits.float().numpy(), specs) if specs else []
+
+
+def sample_rows(raw: npt.NDArray[np.float32], specs: Sequence[SampleSpec]) -> list[Sampled]:
+    """One token for each row of the logits ``raw`` [N, vocab_size]; N == len(specs).
 
     A row without a finite maximum gets an :class:`InternalError`, as its token would be garbage; one for
     which ``min_tokens`` and the stop ids leave no token an :class:`InvalidRequest`.
     """
     if not specs:
         return []
-    raw = logits.float().numpy()
     likeliest = raw.argmax(axis=1)  # the first of equals; the first NaN, if there is one
     return [
         failure(float(row[token]), 0.0)

@@ -17,7 +17,7 @@ from microserve.protocol import log
 from microserve.services.engine.model.attention import device_attention
 from microserve.services.engine.model.attention_choice import choose_attention
 from microserve.services.engine.model.flashinfer_attention import FlashInfer, load_flashinfer
-from microserve.services.engine.model.model import ModelSpec
+from microserve.services.engine.model.spec import ModelSpec
 from tests.support.engine.kernel_cases import AttentionCase
 
 BOUNDS = {torch.float16: 4e-3, torch.bfloat16: 3e-2}

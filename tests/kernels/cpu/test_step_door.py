@@ -4,6 +4,7 @@ and steps of several engines share nothing. In one process: memory that was corr
 from __future__ import annotations
 
 import gc
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -15,13 +16,34 @@ import pytest
 import torch
 
 from microserve.kernels.cpu.library import library
+from microserve.kernels.cpu.packing import array_of
 from microserve.kernels.cpu.step import CpuStep
-from tests.support.kernels.family import BLOCK_SIZE, NUM_BLOCKS, VOCAB, TinyModel, random_ids
+from microserve.kernels.cpu.weights import PackedWeights
+from tests.support.kernels.family import BLOCK_SIZE, FAMILIES, NUM_BLOCKS, VOCAB, TinyModel, random_ids
 from tests.support.kernels.family_step import Part, Room, variants
 
 RECIPE, ELEM = "cpu2", "bfloat16"
 FASTEST = variants(ELEM, RECIPE)[-1]
 TABLE = list(range(NUM_BLOCKS))
+PACKED = {
+    "bfloat16": {
+        "llama": "6fad7993712da69c",
+        "mistral": "d46871230d9028a6",
+        "qwen2": "86b024e5b3642d18",
+        "qwen3": "fd7a34e775e297af",
+        "smollm3": "d69e4f222948c143",
+        "biased": "fb1747259aee4bad",
+    },
+    "float32": {
+        "llama": "fe76f050502034dc",
+        "mistral": "ab53dca8fca59f84",
+        "qwen2": "539f8364c8717dd8",
+        "qwen3": "e950b4650de2528b",
+        "smollm3": "5eecb23b81ab2b84",
+        "biased": "374103d0d47c1e12",
+    },
+}
+"""Digests of packed weights, of layout 1."""
 IDS = random_ids(300)
 
 
@@ -142,19 +164,6 @@ def test_a_closed_step_says_so(model: TinyModel) -> None:
     room.close()
     with pytest.raises(ValueError, match="closed"):
         room.run([Part(IDS, 0, 2, TABLE)])
-    with pytest.raises(ValueError, match="closed"):
-        room.step.set_layer(0, model.layers[0], room.pool[0])
-
-
-def test_a_step_before_its_weights_is_refused(model: TinyModel) -> None:
-    step = CpuStep(library(), FASTEST, model.shape(), 1)
-    one = np.zeros(1, np.int64)
-    with pytest.raises(ValueError, match="ms_set_model"):
-        step.run(one, one, one, [(1, 1, [0])], one)
-    step.set_model(model.embedding, model.head, model.norm, model.cos, model.sin)
-    with pytest.raises(ValueError, match="ms_set_layer"):
-        step.run(one, one, one, [(1, 1, [0])], one)
-    step.close()
 
 
 @pytest.mark.parametrize(
@@ -171,7 +180,7 @@ def test_a_step_before_its_weights_is_refused(model: TinyModel) -> None:
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
-    model: TinyModel, room: Room, told: str, matrices: dict[str, Any], vectors: dict[str, Any]
+    model: TinyModel, told: str, matrices: dict[str, Any], vectors: dict[str, Any]
 ) -> None:
     layer = model.layers[0]
     merged = [
@@ -180,31 +189,73 @@ def test_weights_that_do_not_fit_are_refused(
     ]
     changed = replace(layer, matrices=merged[0], vectors=merged[1])
     with pytest.raises(ValueError, match=told):
-        room.step.set_layer(0, changed, room.pool[0])
+        model.packed(library(), layers=[model.layers[0], changed])
 
 
 def test_a_pool_that_does_not_fit_is_refused(model: TinyModel, room: Room) -> None:
-    kv = room.pool[0]
-    for wrong in (kv.float(), kv[:-1], kv.transpose(1, 2), torch.cat([kv, kv], dim=4)[..., : kv.shape[4]]):
+    weights, kv = model.packed(library()), array_of(room.pool[0])
+    twice = np.concatenate([kv, kv], axis=4)[..., : kv.shape[4]]
+    for wrong in (kv.astype(np.float32), kv[:-1], kv.swapaxes(1, 2), twice):
         with pytest.raises(ValueError, match="kv is"):
-            room.step.set_layer(0, model.layers[0], wrong)
-    with pytest.raises(ValueError, match="index"):
-        room.step.set_layer(2, model.layers[0], kv)
-    with pytest.raises(ValueError, match="window"):
-        room.step.set_layer(0, replace(model.layers[0], window=0), kv)
+            CpuStep(library(), FASTEST, room.step.shape, 1, weights, [kv, wrong])
+    with pytest.raises(ValueError, match="3 of the pool"):
+        CpuStep(library(), FASTEST, room.step.shape, 1, weights, [kv] * 3)
 
 
-def test_a_model_that_does_not_fit_is_refused(model: TinyModel, room: Room) -> None:
-    given: dict[str, Any] = {"embedding": model.embedding, "head": None, "norm": model.norm}
-    given |= {"cos": model.cos[:200], "sin": model.sin[:200]}
-    room.step.set_model(**given)
+def test_packed_weights_that_are_another_model_s_are_refused(model: TinyModel, room: Room) -> None:
+    weights, pool = model.packed(library()), [array_of(kv) for kv in room.pool]
+    first, second = weights.layers
+    for told, wrong in (
+        ("1 layers with weights", replace(weights, layers=(first,))),
+        ("packed weights of", replace(weights, memory=weights.memory[:-4096])),
+        ("packed weights of", replace(weights, has_head=True)),
+        ("packed weights of", replace(weights, layers=(first, replace(second, vectors=())))),
+        ("num_positions", replace(weights, num_positions=room.step.shape.max_context - 1)),
+    ):
+        with pytest.raises(ValueError, match=told):
+            CpuStep(library(), FASTEST, room.step.shape, 1, wrong, pool)
+
+
+def counted(model: TinyModel) -> PackedWeights:
+    """Packed, with weights that no library has drawn."""
+
+    def of(tensor: torch.Tensor) -> torch.Tensor:
+        return (torch.arange(tensor.numel()) % 251).to(tensor.dtype).reshape(tensor.shape)
+
+    layers = [
+        replace(
+            layer,
+            matrices={name: of(tensor) for name, tensor in layer.matrices.items()},
+            vectors={name: of(tensor) for name, tensor in layer.vectors.items()},
+        )
+        for layer in model.layers
+    ]
+    names = ("embedding", "norm", "cos", "sin", *(["head"] if model.head is not None else []))
+    return model.packed(library(), layers=layers, **{name: of(getattr(model, name)) for name in names})
+
+
+@pytest.mark.parametrize("elem", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_bytes_are_those_of_their_layout_version(family: str, elem: str) -> None:
+    """Files of them are kept from one version of this package to the next: whoever changes a byte counts
+    ``kLayoutVersion`` on (native/pack.h), and writes the new digests here."""
+    assert library().layout_version == 1
+    memory = counted(TinyModel(family, elem)).memory
+    assert hashlib.sha256(memory.tobytes()).hexdigest()[:16] == PACKED[elem][family]
+
+
+def test_a_model_that_does_not_fit_is_refused(model: TinyModel) -> None:
     for name, wrong in (
         ("embedding", model.embedding[1:]),
         ("norm", model.norm[1:]),
-        ("cos", model.cos[:199]),
+        ("sin", model.sin[1:]),
     ):
         with pytest.raises(ValueError, match=f"{name} is"):
-            room.step.set_model(**given | {name: wrong})
+            model.packed(library(), **{name: wrong})
+    with pytest.raises(ValueError, match="1 layers"):
+        model.packed(library(), layers=model.layers[:1])
+    with pytest.raises(ValueError, match="window"):
+        model.packed(library(), layers=[model.layers[0], replace(model.layers[1], window=0)])
 
 
 @pytest.mark.parametrize(
@@ -212,7 +263,7 @@ def test_a_model_that_does_not_fit_is_refused(model: TinyModel, room: Room) -> N
 )
 def test_a_shape_that_is_none_is_refused(model: TinyModel, changed: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"heads|a model of"):
-        CpuStep(library(), FASTEST, replace(model.shape(), **changed), 1)
+        CpuStep(library(), FASTEST, replace(model.shape(), **changed), 1, model.packed(library()), [])
 
 
 def test_steps_of_one_process_share_nothing(model: TinyModel) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, SampleSpec
-from microserve.services.engine.model.model import ModelSpec
+from microserve.services.engine.model.spec import ModelSpec
 from tests.support.engine.tiny_model import make_tiny_model
 
 MAX_MEAN_DIFFERENCE = 0.3

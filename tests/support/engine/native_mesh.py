@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -21,8 +20,7 @@ from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.model.model import LoadedModel, load_model
-from microserve.services.engine.model.native import make_step
-from microserve.services.engine.model.runner import ModelRunner
+from microserve.services.engine.native.packing import native_runner
 from tests.support.engine.core_mesh import VOCAB, Mesh, generate
 from tests.support.engine.tiny_model import make_tiny_model
 
@@ -62,12 +60,13 @@ class NativeMesh(Mesh):
         )
         heap = MemoryHeap(layout, incarnation=incarnation, registry=self.registry, num_slots=num_slots)
         heap.data[:] = 0xFF  # NaN, in every dtype
-        runner = ModelRunner(
+        runner = native_runner(
             self.loaded,
             heap.data,
             layout.num_blocks,
             layout.block_size,
-            make_step=partial(make_step, self.loaded, threads=self.threads, max_rows=512),
+            threads=self.threads,
+            max_rows=512,
         )
         return heap, runner, None
 

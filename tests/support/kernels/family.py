@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from microserve.kernels.cpu.step import TORCH_ELEMS, LayerWeights, Shape
+from microserve.kernels.cpu.library import Library
+from microserve.kernels.cpu.packing import TORCH_ELEMS, LayerWeights, pack
+from microserve.kernels.cpu.weights import PackedWeights, Shape
 from tests.support.kernels import cpu_class
 from tests.support.kernels.cpu_class import Floats
 
@@ -111,6 +113,12 @@ class TinyModel:
         blocks = (c.block_size, -(-NUM_POSITIONS // c.block_size))
         limits = {"max_rows": 512, "max_context": NUM_POSITIONS, "max_logits": 64} | bounds
         return Shape(self.elem, NUM_LAYERS, *sizes, 1e-5, c.head_dim**-0.5, *blocks, **limits)
+
+    def packed(self, found: Library, **changed: Any) -> PackedWeights:
+        """``changed``: layers, embedding, head, norm, cos or sin."""
+        names = ("layers", "embedding", "head", "norm", "cos", "sin")
+        given: dict[str, Any] = {name: getattr(self, name) for name in names} | changed
+        return pack(found, self.shape(), **given)
 
     def sequence(
         self, ids: Sequence[int], wanted: Sequence[int]

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from microserve.kernels.cpu.library import ELEMS, VARIANTS, Library, library
-from microserve.kernels.cpu.step import TORCH_ELEMS, CpuStep
+from microserve.kernels.cpu.packing import TORCH_ELEMS, array_of
+from microserve.kernels.cpu.step import CpuStep
 from tests.support.kernels.cpu_class import Floats
 from tests.support.kernels.family import NUM_LAYERS, NUM_POSITIONS, VOCAB, TinyModel, bytes_of
 
@@ -49,17 +50,14 @@ class Room:
 
     def __post_init__(self) -> None:
         m, c = self.model, self.model.config
-        shape = m.shape(**self.bounds)
-        self.step = CpuStep(self.found or library(), self.variant, shape, self.threads, m.recipe)
-        dims = (self.step.shape.num_blocks, 2, c.block_size, c.num_kv_heads, c.head_dim)
+        found, shape = self.found or library(), m.shape(**self.bounds)
+        dims = (shape.num_blocks, 2, c.block_size, c.num_kv_heads, c.head_dim)
         halves = np.resize(np.array(POISONS[self.poison], np.uint16), dims)
         values = halves if m.elem == "bfloat16" else halves.astype(np.uint32) << 16
         elem = TORCH_ELEMS[m.elem]
         self.pool = [torch.from_numpy(values.view(np.uint8)).clone().view(elem) for _ in range(NUM_LAYERS)]
-        for number, (weights, kv) in enumerate(zip(m.layers, self.pool, strict=True)):
-            self.step.set_layer(number, weights, kv)
-        end = self.step.shape.max_context
-        self.step.set_model(m.embedding, m.head, m.norm, m.cos[:end], m.sin[:end])
+        pool = [array_of(kv) for kv in self.pool]
+        self.step = CpuStep(found, self.variant, shape, self.threads, m.packed(found), pool, m.recipe)
 
     def run(self, parts: Sequence[Part], on_layer: Callable[[int], None] | None = None) -> list[bytes | None]:
         """Bits of the logits behind each part's last row; None where they are not wanted."""
@@ -82,7 +80,7 @@ class Room:
         spans = [(p.end - p.start, p.end, list(p.table)) for p in parts]
         wanted = np.array(rows, np.int64)
         logits = self.step.run(tokens, np.concatenate(at), np.concatenate(slots), spans, wanted, on_layer)
-        return logits.contiguous().numpy()
+        return np.ascontiguousarray(logits)
 
     def stored(self, table: Sequence[int], length: int) -> bytes:
         """Bits of the KV of a sequence's positions, all layers."""

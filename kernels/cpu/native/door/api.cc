@@ -37,7 +37,7 @@ void step_of_thread(void *engine, int thread) {
 
 extern "C" {
 
-int32_t ms_abi_version() { return 2; }
+int32_t ms_abi_version() { return 3; }
 
 int32_t ms_supports(int32_t variant, int32_t elem) {
   if (!variant_of(variant) || elem < 0 || elem >= MS_NUM_ELEMS) return 0;

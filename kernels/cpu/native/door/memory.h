@@ -36,12 +36,6 @@ inline void *take(Engine &e, size_t nbytes) {
 
 inline float *floats(Engine &e, long count) { return (float *)take(e, sizeof(float) * (size_t)count); }
 
-inline float *copied(Engine &e, const float *from, long count, long padded) {
-  float *to = from ? floats(e, padded) : nullptr;
-  if (to) memcpy(to, from, sizeof(float) * (size_t)count);
-  return to;
-}
-
 template <class T>
 bool grow(T *&array, size_t &capacity, size_t wanted) {
   if (wanted <= capacity) return true;

@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from microserve.kernels.cpu.library import library
 from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.protocol.messages.numerics import Numerics, fault_of_numerics
-from microserve.services.engine.model.model import DTYPES, ModelSpec, load_model
-from microserve.services.engine.model.native import make_step
+from microserve.services.engine.model.model import DTYPES, load_model
 from microserve.services.engine.model.numerics import transformers_numerics
+from microserve.services.engine.model.spec import ModelSpec
+from microserve.services.engine.native.packing import native_runner
 from tests.support.engine.tiny_model import make_tiny_model
 
 CPU = torch.device("cpu")
@@ -62,9 +64,10 @@ def test_engines_of_one_model_are_of_one_native_class_whatever_they_hold_and_run
     def numerics(num_blocks: int, variant: str = "auto", threads: int = 1, **how: Any) -> Numerics:
         model = load_model(make_tiny_model(tmp_path / f"seed{how.get('seed', 0)}", **how), dtype=dtype)
         spec = model.spec
-        shape = (num_blocks, 2, 16, spec.num_kv_heads, spec.head_dim)
-        layers = [torch.zeros(shape, dtype=DTYPES[spec.dtype]) for _ in range(spec.num_layers)]
-        return make_step(model, layers, threads=threads, max_rows=8, variant=variant)[1]
+        elements = spec.num_layers * num_blocks * 2 * 16 * spec.num_kv_heads * spec.head_dim
+        data = np.zeros(elements * DTYPES[spec.dtype].itemsize, np.uint8)
+        runner = native_runner(model, data, num_blocks, 16, threads=threads, max_rows=8, variant=variant)
+        return runner.numerics
 
     dtype = "float32"
     try:

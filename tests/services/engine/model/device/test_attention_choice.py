@@ -33,8 +33,9 @@ from microserve.services.engine.model.attention_choice import (
     try_out,
 )
 from microserve.services.engine.model.flashinfer_attention import FlashInfer
-from microserve.services.engine.model.model import ModelSpec, load_model
+from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
+from microserve.services.engine.model.spec import ModelSpec
 from tests.support.engine.flashinfer_stand_in import StandInWrapper
 from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
 

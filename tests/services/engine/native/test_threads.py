@@ -9,13 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-import torch
-from torch import Tensor
 
-from microserve.services.engine.model import native
 from microserve.services.engine.model.model import load_model
-from microserve.services.engine.model.runner import ModelRunner
+from microserve.services.engine.native.packing import native_runner
 from tests.support.engine.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -44,16 +42,16 @@ def test_steps_of_all_sizes_that_end_early_or_not_have_the_same_bits(tmp_path: P
     model = load_model(make_tiny_model(tmp_path, "llama", head_dim=32, num_hidden_layers=6), dtype="bfloat16")
     spec = model.spec
     nbytes = spec.num_layers * NUM_BLOCKS * 2 * BLOCK_SIZE * spec.num_kv_heads * spec.head_dim * 2
-    layers = ModelRunner(model, np.zeros(nbytes, np.uint8), NUM_BLOCKS, BLOCK_SIZE)._layers
-    step, _ = native.make_step(model, layers, threads=threads, max_rows=LENGTH)
+    data = np.zeros(nbytes, np.uint8)
+    step = native_runner(model, data, NUM_BLOCKS, BLOCK_SIZE, threads=threads, max_rows=LENGTH).step
     token_ids = np.arange(LENGTH) % spec.vocab_size
     table = list(range(NUM_BLOCKS))
 
-    def run(begin: int, end: int, on_layer: Callable[[int], None] | None = None) -> Tensor:
+    def run(begin: int, end: int, on_layer: Callable[[int], None] | None = None) -> npt.NDArray[np.float32]:
         positions = np.arange(begin, end)
         spans = [(end - begin, end, table)]
         rows = np.array([end - begin - 1])
-        return step.run(token_ids[begin:end], positions, positions, spans, rows, on_layer).clone()
+        return step.run(token_ids[begin:end], positions, positions, spans, rows, on_layer)
 
     expected = [run(0, end) for end in range(1, LENGTH)]
     generator = random.Random(threads)
@@ -70,5 +68,5 @@ def test_steps_of_all_sizes_that_end_early_or_not_have_the_same_bits(tmp_path: P
         else:
             begin = generator.choice((0, max(0, end - 3)))
             on_layer = generator.choice((None, tell))
-            assert torch.equal(run(begin, end, on_layer), expected[end - 1])
+            assert np.array_equal(run(begin, end, on_layer), expected[end - 1])
     step.close()

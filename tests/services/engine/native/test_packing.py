@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from microserve.services.engine.model.model import load_model
-from microserve.services.engine.model.native import make_step, missing
-from microserve.services.engine.model.runner import ModelRunner
+from microserve.services.engine.native.packing import missing, native_runner
+from microserve.services.engine.native.runner import NativeRunner
 from tests.support.engine.logit_bounds import (
     BLOCK_SIZE,
     NUM_BLOCKS,
@@ -37,12 +36,11 @@ VARIATIONS: list[tuple[str, dict[str, Any]]] = [
 
 def runner_of(
     directory: Path, dtype: str, data: torch.Tensor | None = None
-) -> tuple[ModelRunner, torch.Tensor]:
+) -> tuple[NativeRunner, torch.Tensor]:
     model = load_model(directory, dtype=dtype)
     if data is None:
         data = torch.full((layout_of(model.spec).data_nbytes,), 0xFF, dtype=torch.uint8)
-    step = partial(make_step, model, threads=1, max_rows=512)
-    return ModelRunner(model, data, NUM_BLOCKS, BLOCK_SIZE, make_step=step), data
+    return native_runner(model, data.numpy(), NUM_BLOCKS, BLOCK_SIZE, threads=1, max_rows=512), data
 
 
 @pytest.mark.parametrize(("family", "changed"), VARIATIONS)
@@ -53,16 +51,15 @@ def test_logits_in_fp32_are_those_of_transformers(
     oracle: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     model = load_model(directory, dtype="float32")
     assert missing(model) is None
-    layers = torch.full((layout_of(model.spec).data_nbytes,), 0xFF, dtype=torch.uint8)
-    runner = ModelRunner(model, layers, NUM_BLOCKS, BLOCK_SIZE)
-    step, numerics = make_step(model, runner._layers, threads=1, max_rows=512)
-    assert numerics.is_exact
+    data = np.full(layout_of(model.spec).data_nbytes, 0xFF, np.uint8)
+    runner = native_runner(model, data, NUM_BLOCKS, BLOCK_SIZE, threads=1, max_rows=512)
+    assert runner.numerics.is_exact
     ids = torch.randint(3, 300, (290,), generator=torch.Generator().manual_seed(1))
     at = np.arange(290)
     with torch.inference_mode():
         expected = oracle(input_ids=ids[None], logits_to_keep=0).logits[0]
-    found = step.run(ids.numpy(), at, at, [(290, 290, list(range(NUM_BLOCKS)))], at)
-    step.close()
+    found = torch.from_numpy(runner.step.run(ids.numpy(), at, at, [(290, 290, list(range(NUM_BLOCKS)))], at))
+    runner.step.close()
     assert (found - expected).abs().max() <= 1e-3 * (expected.max() - expected.min())
 
 

@@ -15,24 +15,30 @@ from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
-from microserve.services.engine.model.model import LoadedModel, load_model
-from microserve.services.engine.model.native import choose_step
-from microserve.services.engine.model.runner import MakeStep, ModelRunner
+from microserve.services.engine.loading import make_runner
+from microserve.services.engine.model.model import load_model
+from microserve.services.engine.model.runner import ModelRunner
+from microserve.services.engine.native.kernels import choose_kernels
+from microserve.services.engine.native.packed_model import PackedModel
+from microserve.services.engine.native.packing import pack_model
+from microserve.services.engine.native.runner import NativeRunner
+from tests.support.engine.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model: Path) -> LoadedModel:
-    return load_model(str(tiny_model), dtype="float32")
+def model(tiny_model: Path) -> PackedModel:
+    return pack_model(load_model(str(tiny_model), dtype="float32"), libraries.library())
 
 
-def settings(cpu_kernels: str, threads: int = 1) -> Settings:
-    return msgspec.convert({"engine": {"cpu_kernels": cpu_kernels, "threads": threads}}, Settings)
+def settings(cpu_kernels: str, threads: int = 1, path: Path | str = "") -> Settings:
+    own = {"engine": {"cpu_kernels": cpu_kernels, "threads": threads}}
+    return msgspec.convert({**own, "model": {"path": str(path), "dtype": "float32"}}, Settings)
 
 
-def runner(model: LoadedModel, chosen: MakeStep | None) -> ModelRunner:
+def runner_of(model: PackedModel, settings: Settings) -> NativeRunner | ModelRunner:
     spec = model.spec
     layout = KvLayout("m", spec.num_layers, 8, 16, spec.num_kv_heads, spec.head_dim, spec.dtype)
-    return ModelRunner(model, np.zeros(layout.data_nbytes, np.uint8), 8, 16, make_step=chosen)
+    return make_runner(settings, model, np.zeros(layout.data_nbytes, np.uint8), 8, None)
 
 
 @pytest.fixture
@@ -47,11 +53,9 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("bare")
-def test_without_a_compiler_transformers_serves_and_one_warning_says_what_is_missing(
-    model: LoadedModel,
-) -> None:
+def test_without_a_compiler_transformers_serves_and_one_warning_says_what_is_missing() -> None:
     with capture_logs() as logs:
-        assert choose_step(settings("auto"), model) is None
+        assert choose_kernels(settings("auto")) is None
     (line,) = logs
     assert (line["event"], line["log_level"]) == ("kernel.missing", "warning")
     assert (line["kernel"], line["instead"]) == ("cpu_step", "transformers")
@@ -60,30 +64,28 @@ def test_without_a_compiler_transformers_serves_and_one_warning_says_what_is_mis
 
 @pytest.mark.usefixtures("bare")
 @pytest.mark.parametrize("wanted", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
-def test_what_was_asked_for_by_name_and_cannot_be_had_is_an_error(model: LoadedModel, wanted: str) -> None:
+def test_what_was_asked_for_by_name_and_cannot_be_had_is_an_error(wanted: str) -> None:
     with pytest.raises(ConfigError, match=rf"'{wanted}' cannot be had: no C\+\+ compiler") as raised:
-        choose_step(settings(wanted), model)
+        choose_kernels(settings(wanted))
     assert raised.value.field == "engine.cpu_kernels"
 
 
-def test_an_old_cpu_has_what_it_can_run_and_nothing_else(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_old_cpu_has_what_it_can_run_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries.Library, "supports", lambda _, variant, *dtype: variant == "portable")
     with capture_logs() as logs:
-        assert choose_step(settings("auto"), model) is not None
-        assert choose_step(settings("portable"), model) is not None
+        assert choose_kernels(settings("auto")) is not None
+        assert choose_kernels(settings("portable")) is not None
     assert [line for line in logs if line["log_level"] != "info"] == []
     for wanted in ("avx2", "avx512", "avx512bf16", "amx"):
         with pytest.raises(ConfigError, match=f"cannot run the variant {wanted}: it has portable") as raised:
-            choose_step(settings(wanted), model)
+            choose_kernels(settings(wanted))
         assert raised.value.field == "engine.cpu_kernels"
 
 
 @pytest.mark.usefixtures("bare")
-def test_transformers_can_be_asked_for_without_a_word(model: LoadedModel) -> None:
+def test_transformers_can_be_asked_for_without_a_word() -> None:
     with capture_logs() as logs:
-        assert choose_step(settings("transformers"), model) is None
+        assert choose_kernels(settings("transformers")) is None
     assert logs == []
 
 
@@ -91,19 +93,29 @@ def no_memory(*_: object) -> None:
     raise KernelUnavailable("no memory for the native step")
 
 
-@pytest.mark.parametrize("call", ["__init__", "set_layer", "set_model"])
 def test_where_there_is_no_memory_for_the_step_transformers_serves(
-    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, call: str
+    model: PackedModel, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CpuStep, call, no_memory)
+    monkeypatch.setattr(CpuStep, "__init__", no_memory)
     with capture_logs() as logs:
-        assert runner(model, choose_step(settings("auto"), model)).kernels == "transformers"
+        runner = runner_of(model, settings("auto", path=tiny_model))
+    assert runner.kernels == "transformers"
     (line,) = [line for line in logs if line["log_level"] != "info"]
     assert (line["event"], line["detail"]) == ("kernel.missing", "no memory for the native step")
     with pytest.raises(ConfigError, match="'portable' cannot be had: no memory") as raised:
-        runner(model, choose_step(settings("portable"), model))
+        runner_of(model, settings("portable", path=tiny_model))
     assert raised.value.field == "engine.cpu_kernels"
 
 
-def test_more_threads_than_the_step_can_have_are_as_many_as_it_can(model: LoadedModel) -> None:
-    assert runner(model, choose_step(settings("auto", threads=100), model)).kernels != "transformers"
+def test_transformers_does_not_go_on_for_a_model_that_is_another_one_meanwhile(
+    model: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuStep, "__init__", no_memory)
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(ConfigError, match="have changed meanwhile") as raised:
+        runner_of(model, settings("auto", path=other))
+    assert raised.value.field == "model.path"
+
+
+def test_more_threads_than_the_step_can_have_are_as_many_as_it_can(model: PackedModel) -> None:
+    assert runner_of(model, settings("auto", threads=100)).kernels != "transformers"
