@@ -144,24 +144,26 @@ def roofline(name: str, shape: ModelShape, device: Device) -> Profile:
 
 # --- measured --------------------------------------------------------------------------------------
 
+# <fitted by benchmarks/engine/step_time.py>
 CPU = Profile(
     "cpu",
-    "fitted to steps of this project's CPU engine, measured with benchmarks/step_time.py",
-    overhead_s=0.048,
-    floor_s=0.00203,
-    token_s=0.00203,
-    pair_s=1.02e-6,
-    context_s=6.78e-6,
-    kv_nbytes_per_token=46_080,
+    "fitted to steps of this project's CPU engine, measured with benchmarks/engine/step_time.py",
+    overhead_s=0.00799,
+    floor_s=0.0063,
+    token_s=0.0021,
+    pair_s=1.21e-06,
+    context_s=3.82e-06,
+    kv_nbytes_per_token=23040,
     num_kv_tokens=2048 * 16,
-    link_nbytes_per_s=1.33e10,
+    link_nbytes_per_s=5.01e9,
     link_latency_s=1e-4,
     overlaps=False,
 )
-"""SmolLM2-135M-Instruct, float32, one thread of an AMD EPYC with AVX-512, 2026-11-20, the machine busy with
-other work; prefills up to 4,608 tokens and batches up to 32. The fit misses a kind of step by 8 % on the
-average and by 36 % at most (two tokens behind 4,096). Blocks: the product's default pool. ASSUMED: a put's
-latency (Python around one memcpy)."""
+"""SmolLM2-135M-Instruct, bfloat16, the native step (avx512) on one thread of an AMD EPYC,
+2026-11-29, in CPU time. The fit misses a kind of step by 8% on the average, and by 45% at
+most (prefill 2 behind 4096)."""
+# </fitted>
+# Room for KV: 2,048 blocks. ASSUMED: a put's latency (Python around one memcpy).
 
 
 # --- all of them -----------------------------------------------------------------------------------
