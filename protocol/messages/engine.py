@@ -211,6 +211,10 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
     """Since ``prefill_tokens_per_s`` was last measured."""
     mean_output_tokens: float = 0.0
     """Of sequences that have ended there; 0 before the first."""
+    prefill_share: float = 0.0
+    """Of its time in the last seconds, what steps with prefill in them took."""
+    max_num_batched_tokens: int = 0
+    """Tokens in one step, prefill and decode together; 0: not said."""
 
     @property
     def is_busy(self) -> bool:

@@ -119,6 +119,7 @@ class EngineCore:
         self._runner = runner
         self._checksums = checksums
         self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
         self.clock = clock
         """What every ``now`` that is handed to ``actions`` and ``state`` is read from."""
         self._pause = pause
@@ -290,6 +291,8 @@ class EngineCore:
             max_num_seqs=self._max_num_seqs,
             prefill_rate_age_s=rates.prefill_rate_age_s(self.clock()),
             mean_output_tokens=rates.mean_output_tokens,
+            prefill_share=rates.prefill_share(self.clock()),
+            max_num_batched_tokens=self._max_num_batched_tokens,
         )
 
     @property

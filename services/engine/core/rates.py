@@ -6,10 +6,14 @@ then the first sample as a whole, and moves by a share of each later one.
 
 from __future__ import annotations
 
+import math
+
 from microserve.protocol.smoothing import smoothed
 from microserve.services.engine.core.scheduler import Step
 from microserve.services.engine.core.sequence import Sequence, SequenceState
 
+SHARE_S = 5.0
+"""Time constant of ``prefill_share``: some prompts are to fall into it, and yet it is to follow the load."""
 MAX_DECODE_JUMP = 4.0
 """A decode step counts as at most so many times the mean: a process that was frozen measures its absence."""
 
@@ -24,6 +28,8 @@ class Rates:
         """Duration of a step without any prefill."""
         self.mean_output_tokens = 0.0
         """Of generating sequences that have ended here."""
+        self._prefill_share = 0.0
+        self._shared_at = 0.0
         self._prefill_measured_at = 0.0
         self._largest_prefill = 0
         """Prompt tokens of the fullest step so far."""
@@ -34,6 +40,10 @@ class Rates:
         """Since the prefill rate was last measured; 0 before the first."""
         return now - self._prefill_measured_at if self._largest_prefill else 0.0
 
+    def prefill_share(self, now: float) -> float:
+        """Of the time until now, the last ``SHARE_S`` counting most, what steps with prefill took."""
+        return self._prefill_share * math.exp(min(0.0, self._shared_at - now) / SHARE_S)
+
     def measure(self, step: Step, now: float) -> None:
         """Take in a step that has just been computed, before its results are booked."""
         self._measure_outputs(step)
@@ -41,6 +51,9 @@ class Rates:
         if elapsed <= 0.0 or not step.batch.chunks:
             return
         prefill = step.num_tokens - step.num_decodes
+        if prefill:
+            taken = 1.0 - math.exp(-elapsed / SHARE_S)
+            self._prefill_share, self._shared_at = self.prefill_share(now) + taken, now
         if prefill > step.num_decodes and step.early is None:
             self._measure_prefill(prefill, prefill / elapsed, now)
         elif prefill == 0:

@@ -24,6 +24,7 @@ from microserve.services.router.authoring.generating import Chunks, Generating
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh
 from microserve.services.router.authoring.race import Entrant
+from microserve.services.router.authoring.splitting import alone_s, cheapest_split
 from microserve.services.router.authoring.view import EngineFacts
 from microserve.services.router.engines.load import Load
 from microserve.services.router.request.outcome import Outcome
@@ -43,6 +44,8 @@ __all__ = [
     "Generating",
     "Entrant",
     "scorer",
+    "alone_s",
+    "cheapest_split",
     "Annotated",
     "Meta",
     "QueueFull",

@@ -18,6 +18,7 @@ from microserve.services.router.authoring.race import Entrant, race
 from microserve.services.router.authoring.view import MeshView, StrategyState
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
+from microserve.services.router.engines.prediction import decode_cost_s, prefill_cost_s
 from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope
@@ -52,6 +53,7 @@ class Mesh(MeshView):
         self._scope = scope
         self._lookup = lookup
         self._matched: dict[str, int] | None = None
+        self._rate: float | None = None
 
     def engines(self, label: str | None = None, *, strict: bool = False) -> list[Engine]:
         """As in :class:`MeshView`, with the request's actions."""
@@ -236,6 +238,24 @@ class Mesh(MeshView):
     def uncached(self, engine: Engine, request: Request) -> int:
         """Prompt tokens that the engine would have to compute or receive."""
         return request.num_tokens - self.prefix(request).get(engine.id, 0)
+
+    def prefill_cost_s(self, engine: Engine, num_tokens: int) -> float:
+        """Seconds that ``num_tokens`` more of a prompt cost there: until they are computed, and what others
+        lose by it (prediction.py). An engine that has measured nothing counts as fast as the others; where
+        none has, a token counts as a second."""
+        load = self.load(engine)
+        rate = load.prefill_tokens_per_s or self._usual_rate()
+        return prefill_cost_s(load, engine.reported, num_tokens, rate)
+
+    def decode_cost_s(self, engine: Engine) -> float:
+        """Seconds of an average answer there, with the prefills that come between; 0: not measured."""
+        return decode_cost_s(self.load(engine), engine.reported)
+
+    def _usual_rate(self) -> float:
+        if self._rate is None:
+            known = [rate for c in self._connections() if (rate := c.load.prefill_tokens_per_s) > 0.0]
+            self._rate = sum(known) / len(known) if known else 1.0
+        return self._rate
 
     def source_for(self, engine: Engine, request: Request) -> Engine:
         """Of those whose KV ``engine`` would keep, the one with the longest prefix of the prompt; itself, if

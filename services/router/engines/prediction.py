@@ -1,4 +1,5 @@
-"""How long a prompt would wait for its first token on an engine: what admission refuses by.
+"""How long a prompt would wait for its first token on an engine: what admission refuses by; and what it costs
+all who are served to compute it there: what strategies place it by.
 
 Sans-I/O. From what the engine said last, and from our own book, which also knows what is on its way. What
 nobody has measured counts as nothing: an engine of which little is known is never too slow. Rules that keep a
@@ -14,6 +15,7 @@ Source: Mooncake, arXiv 2407.00079, algorithm 1: queued plus own prefill, refuse
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from microserve.protocol.messages.engine import EngineLoad
@@ -23,6 +25,10 @@ from microserve.services.router.engines.load import Load, LoadBook
 REPORT_MAX_AGE_S = 1.5
 """Six heartbeats, by default."""
 RATE_MAX_AGE_S = 1.5
+LATER_SHARE = 0.5
+"""Of those who come while an engine is busy, those who cannot go to another one."""
+MAX_SHARE = 0.95
+"""No engine counts as busy with prefills for more of its time: what is divided by the rest stays finite."""
 
 
 READS_ONLY = ("",)
@@ -102,3 +108,37 @@ def _place_wait_s(view: EngineView, num_tokens: float) -> float:
         held = max(1.0, (view.num_blocks - report.free_blocks) / num_running)
         wait_s = max(wait_s, max(0.0, missing) / held * end_s / num_running)
     return wait_s
+
+
+# --- what serving costs, all who are there included ------------------------------------------------
+
+
+def prefill_cost_s(load: Load, report: EngineLoad, num_tokens: int, rate: float) -> float:
+    """Seconds until an engine has computed ``num_tokens`` more of a prompt, at ``rate`` tokens a second; plus
+    what that costs others: its decodes meanwhile, and the prompts that will come while it is busy with it."""
+    work_s, wait_s = num_tokens / rate, load.uncached_tokens / rate
+    later = _bounded(report.prefill_share)
+    queue_s = LATER_SHARE * later / (1.0 - later) * (wait_s + work_s)
+    return wait_s + work_s * (1.0 + held_up(load, report) * load.sequences) + queue_s
+
+
+def decode_cost_s(load: Load, report: EngineLoad) -> float:
+    """Seconds that an average answer takes there, with the prefills that will come between its steps, if they
+    go on as they did; 0 where nothing has been measured."""
+    return (
+        report.mean_output_tokens
+        * load.decode_step_s
+        / (1.0 - held_up(load, report) * _bounded(report.prefill_share))
+    )
+
+
+def held_up(load: Load, report: EngineLoad) -> float:
+    """Share of a prefill's time that decodes of its steps lose; 0: they would take as long without it."""
+    if not report.max_num_batched_tokens:
+        return 1.0
+    full_step_s = report.max_num_batched_tokens / (load.prefill_tokens_per_s or math.inf)
+    return max(0.0, 1.0 - load.decode_step_s / full_step_s) if full_step_s else 1.0
+
+
+def _bounded(share: float) -> float:
+    return min(max(share, 0.0), MAX_SHARE)

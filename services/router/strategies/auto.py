@@ -1,13 +1,23 @@
-"""The default: where the tokens are cheapest, and disaggregated only when that pays.
+"""The default: the engine where the tokens are cheapest; two engines where the mesh's rates say that it pays.
 
 Source: llm-d's token-aware routing (2026-08): affinity to a warm engine unless too much waits there, else
-pure token load, ``uncached tokens in flight + prompt * (1 - hit)``. Dynamo's conditional disaggregation:
-remote prefill only for long uncached prompts.
+pure token load, ``uncached tokens in flight + prompt * (1 - hit)``. The split is ``balanced_adaptive``'s;
+docs/strategies.md says where it pays.
 """
 
 from __future__ import annotations
 
-from microserve.services.router.authoring import Annotated, Chunks, Engine, Mesh, Meta, Request, strategy
+from microserve.services.router.authoring import (
+    Annotated,
+    Chunks,
+    Engine,
+    Mesh,
+    Meta,
+    Request,
+    alone_s,
+    cheapest_split,
+    strategy,
+)
 
 
 @strategy
@@ -17,9 +27,11 @@ async def auto(
     *,
     affinity: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.8,
     tau: Annotated[int, Meta(ge=0)] = 16_384,
-    threshold: Annotated[int, Meta(ge=1)] = 2_048,
+    threshold: Annotated[int, Meta(ge=1)] = 128,
+    margin: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.05,
 ) -> Chunks:
-    """Decode where the tokens are cheapest; prefill elsewhere if ``threshold`` or more are uncached.
+    """One engine where the tokens are cheapest; two if ``threshold`` or more are uncached there, rates have
+    been measured, and that is expected to save the share ``margin`` of what it costs all who are served.
 
     An engine that holds at least the share ``affinity`` of the prompt comes first, unless more than ``tau``
     uncached tokens wait there (its prefill tokens a second, times the seconds that one would wait).
@@ -30,13 +42,14 @@ async def auto(
         is_warm = uncached <= request.num_tokens * (1 - affinity) and waiting <= tau
         return -1 if is_warm else waiting + uncached
 
-    decode = mesh.pick("decode", request, cost=cost)
-    prefill = mesh.pick("prefill", request, exclude=[decode])
-    is_worth_it = mesh.uncached(decode, request) >= threshold and mesh.load(prefill) < mesh.load(decode)
-    if not (is_worth_it and decode.keeps_kv_of(prefill)):
-        generation = decode.start_generate(request)
+    one = mesh.pick(None, request, cost=cost)
+    two = cheapest_split(mesh, request)
+    is_long = mesh.uncached(one, request) >= threshold and mesh.decode_cost_s(one) > 0.0
+    is_worth_it = is_long and two.cost_s < (1 - margin) * alone_s(mesh, request, one)
+    if not (is_worth_it and two.decode.keeps_kv_of(two.prefill)):
+        generation = one.start_generate(request)
     else:
-        grant = await decode.prep_recv(request)
-        sending = prefill.remote_send(request, grant)
-        generation = decode.start_generate(request, begin=grant.end, after=sending)
+        grant = await two.decode.prep_recv(request, end=two.end)
+        two.prefill.remote_send(request, grant, end=two.end)
+        generation = two.decode.start_generate(request, begin=two.end, grant=grant)
     yield generation

@@ -4,12 +4,13 @@ Reads the format of Mooncake's traces (kvcache-ai/Mooncake, FAST'25): JSON lines
 ``timestamp`` (ms), ``input_length``, ``output_length`` and ``hash_ids``, one for each 512 tokens of the
 input, equal where everything up to there is equal. Of our own are ``tenant``, ``priority`` and ``attributes``
 (``{"user": "a"}``), which strategies see as those of a gateway's request. Makes token ids of them that share
-prefixes in the same places. Knows no mesh.
+prefixes in the same places; or draws requests that share nothing. Knows no mesh.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import random
 import zlib
@@ -71,6 +72,21 @@ class TraceRequest:
     def num_steps(self, scale: int) -> int:
         """Tokens to generate: the first one is real, each of the others stands for ``scale``."""
         return 1 + -(-(self.num_output_tokens - 1) // scale)
+
+
+def drawn(num_requests: int, prompt_tokens: float, output_tokens: float, seed: int) -> list[TraceRequest]:
+    """Requests of no file, lengths log-normal around their means (a quarter of them), with no common prefix.
+
+    All at 0, so that :func:`arrivals` spreads them by lot: a Poisson process of so many requests."""
+    chance, fresh, requests = random.Random(f"drawn {seed}"), itertools.count(), []
+    for _ in range(num_requests):
+        lengths = [
+            mean * chance.lognormvariate(-(0.25**2) / 2, 0.25) for mean in (prompt_tokens, output_tokens)
+        ]
+        prompt, output = (max(1, round(length)) for length in lengths)
+        hash_ids = tuple(islice(fresh, -(-prompt // HASH_TOKENS)))
+        requests.append(TraceRequest(0.0, prompt, output, hash_ids))
+    return requests
 
 
 def read_trace(path: str | Path, num_requests: int = 0, longest: int = 0) -> list[TraceRequest]:

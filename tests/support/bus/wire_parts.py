@@ -78,6 +78,8 @@ LOAD = actions.EngineLoad(
     max_num_seqs=64,
     prefill_rate_age_s=0.75,
     mean_output_tokens=20.5,
+    prefill_share=0.375,
+    max_num_batched_tokens=512,
 )
 LOGPROB = actions.TokenLogprob(logprob=-0.5, top=[(11, -0.25), (12, -1.5)])
 TIMINGS = actions.Timings(queued_s=0.5, arrival_s=1.5, prefill_s=2.5, decode_s=3.5, transfer_s=4.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, StepResult
-from microserve.services.engine.core.rates import MAX_DECODE_JUMP, Rates
+from microserve.services.engine.core.rates import MAX_DECODE_JUMP, SHARE_S, Rates
 from microserve.services.engine.core.scheduler import Step
 from tests.support.engine.core_mesh import Mesh, generate, prompt_of
 
@@ -109,6 +110,20 @@ def test_a_step_without_time_is_no_sample() -> None:
     assert (rates.prefill_tokens_per_s, rates.decode_step_s) == (0.0, 0.0)
 
 
+def test_the_share_of_prefills_is_of_the_last_seconds() -> None:
+    rates = Rates()
+    assert rates.prefill_share(100.0) == 0.0
+    now = 100.0
+    for _ in range(100):  # half of each second
+        now = step(rates, now, 0.5, prefill=500)
+        now = step(rates, now, 0.5, decodes=8)
+    assert rates.prefill_share(now) == pytest.approx(0.5, abs=0.05)
+    assert rates.prefill_share(now + SHARE_S) == pytest.approx(rates.prefill_share(now) / math.e)
+    for _ in range(100):
+        now = step(rates, now, 0.5, prefill=20, decodes=8)
+    assert rates.prefill_share(now) == pytest.approx(1.0, abs=0.01)
+
+
 def test_an_engine_says_what_it_has_measured() -> None:
     mesh = Mesh(max_num_seqs=3)
     engine, execute = mesh.a, mesh.a.runner.execute
@@ -128,6 +143,8 @@ def test_an_engine_says_what_it_has_measured() -> None:
     assert load.prefill_tokens_per_s == pytest.approx(1000.0, rel=0.02)
     assert 0.001 <= load.decode_step_s <= 0.002
     assert 4 <= load.mean_output_tokens <= 8
+    assert load.max_num_batched_tokens == mesh.a.core.state.scheduler._max_num_batched_tokens
+    assert 0.0 < load.prefill_share < 0.04 / SHARE_S
     mesh.now += 5.0
     assert engine.core.load().prefill_rate_age_s > 5.0
     mesh.close()

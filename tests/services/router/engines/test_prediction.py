@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.engines.load import Load
 from microserve.services.router.engines.prediction import (
+    LATER_SHARE,
     RATE_MAX_AGE_S,
     REPORT_MAX_AGE_S,
     EngineView,
+    decode_cost_s,
+    held_up,
     predicted_ttft_s,
+    prefill_cost_s,
     tokens_ahead,
 )
 
@@ -33,6 +37,8 @@ LOADS = st.builds(
     max_num_seqs=st.integers(0, 512),
     prefill_rate_age_s=SECONDS,
     mean_output_tokens=st.floats(0.0, 1e5),
+    prefill_share=st.floats(0.0, 1.0),
+    max_num_batched_tokens=st.integers(0, 1 << 16),
 )
 VIEWS = st.builds(
     EngineView,
@@ -136,3 +142,42 @@ def test_a_rate_that_nothing_has_measured_lately_lets_one_prompt_through() -> No
     fresh = msgspec.structs.replace(old, prefill_rate_age_s=RATE_MAX_AGE_S - 0.5)
     assert predicted_ttft_s(view(fresh), 5000) == 5000.0
     assert predicted_ttft_s(view(fresh, age_s=0.5), 5000) == 0.0
+
+
+# --- what serving costs ---------------------------------------------------------------------------
+
+PREFILLS = EngineLoad(prefill_tokens_per_s=1000.0, decode_step_s=0.1, max_num_batched_tokens=500)
+
+
+def load(uncached_tokens: int = 0, sequences: int = 0) -> Load:
+    return Load(uncached_tokens, sequences, prefill_tokens_per_s=1000.0, decode_step_s=0.1)
+
+
+@given(LOADS, st.integers(0, 10**6), st.integers(0, 512), COUNTS, COUNTS)
+def test_more_to_compute_never_costs_less(
+    report: EngineLoad, waiting: int, sequences: int, num_tokens: int, more: int
+) -> None:
+    least = prefill_cost_s(load(waiting, sequences), report, num_tokens, 1000.0)
+    assert (waiting + num_tokens) / 1000.0 <= least < math.inf
+    assert prefill_cost_s(load(waiting, sequences), report, num_tokens + more, 1000.0) >= least
+    assert prefill_cost_s(load(waiting + more, sequences), report, num_tokens, 1000.0) >= least
+    assert 0.0 <= held_up(load(), report) <= 1.0
+    assert 0.0 <= decode_cost_s(load(), report) < math.inf
+
+
+def test_a_prefill_holds_up_the_decodes_beside_it() -> None:
+    """A full step takes 0.5 s, of which a decode alone would have taken 0.1."""
+    assert held_up(load(), PREFILLS) == pytest.approx(0.8)
+    assert prefill_cost_s(load(), PREFILLS, 500, 1000.0) == pytest.approx(0.5)
+    assert prefill_cost_s(load(sequences=3), PREFILLS, 500, 1000.0) == pytest.approx(0.5 + 3 * 0.4)
+    assert prefill_cost_s(load(uncached_tokens=250), PREFILLS, 500, 1000.0) == pytest.approx(0.75)
+    unknown = msgspec.structs.replace(PREFILLS, max_num_batched_tokens=0)
+    assert held_up(load(), unknown) == 1.0
+
+
+def test_prefills_that_will_come_cost_decodes_and_each_other() -> None:
+    busy = msgspec.structs.replace(PREFILLS, prefill_share=0.5, mean_output_tokens=30.0)
+    idle = msgspec.structs.replace(busy, prefill_share=0.0)
+    assert decode_cost_s(load(), idle) == pytest.approx(3.0)
+    assert decode_cost_s(load(), busy) == pytest.approx(3.0 / (1 - 0.8 * 0.5))
+    assert prefill_cost_s(load(), busy, 500, 1000.0) == pytest.approx(0.5 + LATER_SHARE * 0.5)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine import EngineLoad
+from microserve.services.router.authoring.splitting import even_split
 from microserve.services.router.engines.load import LoadBook
-from microserve.services.router.strategies.balanced_adaptive import even_split
 from tests.support.router.paper_mesh import PaperEngine, by_id, paper_mesh, sent
 from tests.support.router.router_world import World, eventually, expected_output, in_loop, router_world
 

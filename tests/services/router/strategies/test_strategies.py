@@ -174,9 +174,10 @@ def test_migrate(mesh: Mesh, n: int, matched: int) -> None:
 
 @PROPERTY
 @given(n=lengths, matched=matches)
-def test_auto_serves_short_prompts_alone(mesh: Mesh, n: int, matched: int) -> None:
-    d, p = serve(mesh, "auto", mesh.prompt(n), matched)
-    assert (d, p) == ([("d", "generate", 0, None, ("alone", False))], [])
+def test_auto_serves_alone_while_nothing_is_measured(mesh: Mesh, n: int, matched: int) -> None:
+    one, other = sorted(serve(mesh, "auto", mesh.prompt(n), matched))
+    assert one == []
+    assert [call[1:] for call in other] == [("generate", 0, None, ("alone", False))]
 
 
 @pytest.mark.parametrize("strategy", [item.name for item in BUILT_IN])
@@ -251,15 +252,24 @@ async def test_auto_prefers_a_warm_engine_until_it_is_too_busy() -> None:
 
 
 @in_loop
-async def test_auto_disaggregates_long_prompts_onto_a_less_loaded_engine() -> None:
-    labels = {"d": ["decode"], "p": ["prefill"]}
-    async with router_world("d", "p", labels=labels, strategies={"auto": {"threshold": 50}}) as world:
-        assert (await world.gateway.generate(list(range(60)))).result.engines == ["d"]  # nobody is busier
-        world.engines["d"].load = wire.EngineLoad(num_waiting=3)
-        connection = next(c for c in world.router.registry.joined() if c.engine_id == "d")
-        await eventually(lambda: connection.load.num_waiting == 3, "heartbeat")
-        assert (await world.gateway.generate(list(range(49)))).result.engines == ["d"]
-        assert (await world.gateway.generate(list(range(60)))).result.engines == ["d", "p"]
+async def test_auto_takes_two_engines_where_their_rates_say_that_it_pays() -> None:
+    rates: dict[str, Any] = {"prefill_tokens_per_s": 500.0, "decode_step_s": 0.01, "mean_output_tokens": 10.0}
+    async with router_world("a", "b", strategies={"auto": {"threshold": 50}}) as world:
+
+        async def report(engine_id: str, **fields: Any) -> None:
+            world.engines[engine_id].load = load = wire.EngineLoad(**rates, **fields)
+            [connection] = [c for c in world.router.registry.joined() if c.engine_id == engine_id]
+            await eventually(lambda: connection.load == load, "heartbeat")
+
+        assert len((await world.gateway.generate(list(range(60)))).result.engines) == 1  # nothing is measured
+        await report("a")
+        await report("b")
+        assert len((await world.gateway.generate(list(range(49)))).result.engines) == 1
+        assert len((await world.gateway.generate(list(range(60)))).result.engines) == 2
+        await report("b", num_running=8)  # it has no time to compute a part meanwhile
+        assert (await world.gateway.generate(list(range(60)))).result.engines == ["a"]
+        await report("a", prefill_share=0.9)  # where answers would be held up: they are decoded at b
+        assert (await world.gateway.generate(list(range(60)))).result.engines == ["b", "a"]
 
 
 @pytest.mark.parametrize("item", BUILT_IN, ids=lambda item: item.name)
