@@ -108,11 +108,48 @@ def engine_neighbour(figures: dict[str, Any]) -> list[str]:
     return table(["path", "quiet ms", "beside a neighbour ms", "slower by", "goal"], rows)
 
 
+def paper_figure(figures: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            f"{row['load']:g} ({number(row['rate'])}/s)",
+            row["strategy"],
+            *(number(row[name][0]) for name in ("jct_mean_s", "ttft_mean_s")),
+            *(spread(row[f"{name}_ratio"]) for name in ("jct_mean", "jct_p99", "ttft_mean", "ttft_p99")),
+        ]
+        for row in figures["rows"]
+    ]
+    told = (
+        f"{figures['requests']} requests a round, prompts of {figures['prompt_tokens']} tokens on average "
+        f"to {figures['prompt_tokens'] // 30}, {figures['alone_s']:g} s for one alone.\n"
+    )
+    head = ["load", "strategy", "JCT mean s", "TTFT mean s", "JCT mean / data_parallel", "JCT P99 /"]
+    return [told, *table([*head, "TTFT mean /", "TTFT P99 /"], rows)]
+
+
+def crossing(figures: dict[str, Any]) -> list[str]:
+    made = []
+    for profile, crossed in figures["crossings"].items():
+        mine = [row for row in figures["rows"] if row["profile"] == profile]
+        sides = list(dict.fromkeys(row["side"] for row in mine))[1:]
+        rows = []
+        for load in dict.fromkeys(row["load"] for row in mine):
+            at = {row["side"]: row for row in mine if row["load"] == load}
+            base = at.pop("data_parallel")
+            cells = [f"{at[side]['jct_ratio']:.2f} ({at[side]['p99_ratio']:.2f})" for side in sides]
+            rows.append([f"{load:g} ({number(base['rate'])}/s)", f"{number(base['jct_s'])} s", *cells])
+        ends = ["never" if crossed[side] is None else f"{crossed[side]:g}" for side in sides]
+        rows.append(["crossing at", "", *ends])
+        made += [f"`{profile}`:\n", *table(["load", "data_parallel", *sides], rows), ""]
+    return made[:-1]
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "engine_step": engine_step,
     "engine_http": engine_http,
     "engine_mesh": engine_mesh,
     "engine_neighbour": engine_neighbour,
+    "paper_figure": paper_figure,
+    "crossing": crossing,
 }
 
 
@@ -131,7 +168,12 @@ def section(name: str, run: dict[str, Any]) -> str:
         f"work (load {began} before, {ended} after), so ratios count. Medians of {figures['rounds']} rounds "
         "(least-most)."
     )
-    if max(began, ended) > BUSY * int(run["machine"].split()[0]):
+    if figures.get("virtual"):
+        told = (
+            f"`{run['command']}`, {run['date']} UTC, commit {run['commit']}, in virtual time; means of "
+            f"{figures['rounds']} seeds."
+        )
+    elif max(began, ended) > BUSY * int(run["machine"].split()[0]):
         told += " **It was so busy that of this run only what is in CPU time counts.**"
     return "\n".join([told, "", *SECTIONS[name](figures)]) + "\n"
 
