@@ -49,15 +49,18 @@ def cheapest_split(mesh: Mesh, request: Request, *, reserve: float = 0.0) -> Spl
 
 def split_s(mesh: Mesh, request: Request, prefill: Engine, decode: Engine, end: int) -> float:
     """What it costs to split there. An idle decode engine computes as much of the rest as one step holds
-    while the prefill engine computes its last chunk; one with work to do begins when the KV is in."""
-    there = mesh.load(decode)
+    while the prefill engine computes its last chunk; one with work to do begins when the KV is in. A put
+    holds up all who are at the sender; a link that is not measured yet is tried by one send at a time."""
+    here, there = mesh.load(prefill), mesh.load(decode)
+    if there.transfer_tokens and not mesh.link(prefill, decode):
+        return math.inf
     computed = max(0, end - mesh.prefix(request).get(prefill.id, 0))
     sent = there.transfer_tokens + max(0, end - mesh.prefix(request).get(decode.id, 0))
     rest = request.num_tokens - end
     if not (there.sequences or there.uncached_tokens):
         rest -= min(rest, computed, decode.reported.max_num_batched_tokens or rest)
     rest_s = mesh.prefill_cost_s(decode, rest) if rest else 0.0
-    put_s = mesh.transfer_s(prefill, decode, sent)
+    put_s = mesh.transfer_s(prefill, decode, sent) * (1 + here.sequences)
     return mesh.prefill_cost_s(prefill, computed) + put_s + rest_s + mesh.decode_cost_s(decode)
 
 

@@ -68,6 +68,16 @@ def test_a_slow_link_ends_it(rates: dict[str, Any]) -> None:
     assert saved < 0.0
 
 
+def test_a_link_that_nobody_has_measured_is_tried_by_one_send() -> None:
+    engines = engine("p", GPU, prefill_share=0.5), engine("d", GPU, num_running=8)
+    for in_flight, is_tried in ((0, True), (100, False)):
+        book = LoadBook()
+        if in_flight:
+            book.open().begin_transfer("s", "p", "d", in_flight)
+        with paper_mesh(*engines, num_tokens=3000, book=book) as (mesh, request):
+            assert (cheapest_split(mesh, request).cost_s < float("inf")) is is_tried
+
+
 def test_one_engine_alone_has_no_split() -> None:
     _, saved = saving(engine("a", CPU), num_tokens=600)
     assert saved == float("-inf")
