@@ -49,7 +49,9 @@ async def auto(
     if not (is_worth_it and two.decode.keeps_kv_of(two.prefill)):
         generation = one.start_generate(request)
     else:
-        grant = await two.decode.prep_recv(request, end=two.end)
-        two.prefill.remote_send(request, grant, end=two.end)
-        generation = two.decode.start_generate(request, begin=two.end, grant=grant)
+        is_known = mesh.link(two.prefill, two.decode) > 0.0
+        end = two.end if is_known else min(two.end, threshold)  # who knows how slow that link is
+        grant = await two.decode.prep_recv(request, end=end)
+        two.prefill.remote_send(request, grant, end=end)
+        generation = two.decode.start_generate(request, begin=end, grant=grant)
     yield generation
