@@ -42,10 +42,13 @@ async def auto(
         is_warm = uncached <= request.num_tokens * (1 - affinity) and waiting <= tau
         return -1 if is_warm else waiting + uncached
 
-    one = mesh.pick(None, request, cost=cost)
+    one, other = mesh.pick("decode", request, cost=cost), mesh.pick(None, request, cost=cost)
+    is_measured, most = mesh.decode_cost_s(one) > 0.0, 1 - margin
+    if is_measured and alone_s(mesh, request, other) < most * alone_s(mesh, request, one):
+        one = other  # whatever its label
     two = cheapest_split(mesh, request)
-    is_long = mesh.uncached(one, request) >= threshold and mesh.decode_cost_s(one) > 0.0
-    is_worth_it = is_long and two.cost_s < (1 - margin) * alone_s(mesh, request, one)
+    is_long = is_measured and mesh.uncached(one, request) >= threshold
+    is_worth_it = is_long and two.cost_s < most * alone_s(mesh, request, one)
     if not (is_worth_it and two.decode.keeps_kv_of(two.prefill)):
         generation = one.start_generate(request)
     else:
