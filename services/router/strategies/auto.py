@@ -42,13 +42,12 @@ async def auto(
         is_warm = uncached <= request.num_tokens * (1 - affinity) and waiting <= tau
         return -1 if is_warm else waiting + uncached
 
-    one, other = mesh.pick("decode", request, cost=cost), mesh.pick(None, request, cost=cost)
-    is_measured, most = mesh.decode_cost_s(one) > 0.0, 1 - margin
-    if is_measured and alone_s(mesh, request, other) < most * alone_s(mesh, request, one):
-        one = other  # whatever its label
+    one = mesh.pick("decode", request, cost=cost)
+    if is_measured := mesh.decode_cost_s(one) > 0.0:  # then labels are for splits: alone, any may be cheapest
+        one = mesh.pick(None, request, cost=cost)
     two = cheapest_split(mesh, request)
     is_long = is_measured and mesh.uncached(one, request) >= threshold
-    is_worth_it = is_long and two.cost_s < most * alone_s(mesh, request, one)
+    is_worth_it = is_long and two.cost_s < (1 - margin) * alone_s(mesh, request, one)
     if not (is_worth_it and two.decode.keeps_kv_of(two.prefill)):
         generation = one.start_generate(request)
     else:
