@@ -43,10 +43,10 @@ async def auto(
         return -1 if is_warm else waiting + uncached
 
     one = mesh.pick("decode", request, cost=cost)
-    if is_measured := mesh.decode_cost_s(one) > 0.0:  # then labels are for splits: alone, any may be cheapest
+    if mesh.load(one).prefill_tokens_per_s > 0.0:  # then labels are for splits: alone, any may be cheapest
         one = mesh.pick(None, request, cost=cost)
     two = cheapest_split(mesh, request)
-    is_long = is_measured and mesh.uncached(one, request) >= threshold
+    is_long = mesh.uncached(one, request) >= threshold and mesh.decode_cost_s(one) > 0.0
     is_worth_it = is_long and two.cost_s < (1 - margin) * alone_s(mesh, request, one)
     if not (is_worth_it and two.decode.keeps_kv_of(two.prefill)):
         generation = one.start_generate(request)
