@@ -34,6 +34,9 @@ from microserve.services.engine.model.sampler import (
 
 MAX_ROWS = 32
 """Rows that are worked on together: a dozen temporaries of 8 bytes for each of their values."""
+UNIT = 1 << 43
+"""Sums are of whole numbers of its inverse, which a device may add in any order, and does by the number of
+rows: so a row's tokens and log-probabilities do not depend on the others. 2**19 values of 1 fit 63 bits."""
 _BEST, _TOKEN, _PEAK, _OWN, _TOP = 0, 1, 2, 3, 4
 """Columns of what comes to the host: the highest logit, the token, the highest score that it was drawn from,
 its log-probability, then ids and log-probabilities of the likeliest."""
@@ -172,7 +175,7 @@ def _kept(scaled: Tensor, params: list[SamplingParams]) -> Tensor:
         most = [min(params[row].top_k or vocab_size, vocab_size) for row in limited]
         count = _column(most, device)
         ranks = torch.arange(vocab_size, device=device)
-        reached = torch.where(ranks < count, ordered, 0.0).cumsum(dim=1)
+        reached = torch.where(ranks < count, _in_units(ordered), 0).cumsum(dim=1).double()
         share = _column([params[row].top_p for row in limited], device)
         # The first that reaches the share is the last that is kept; a share of 1 keeps all.
         needed = torch.where(share < 1.0, share * reached[:, -1:], torch.inf)
@@ -182,9 +185,16 @@ def _kept(scaled: Tensor, params: list[SamplingParams]) -> Tensor:
     return kept
 
 
+def _in_units(weights: Tensor) -> Tensor:
+    """Numbers in [0, 1] as int64."""
+    return (weights.double() * UNIT).round().long()
+
+
 def _logprobs(raw: Tensor, tokens: Tensor, num_top: int) -> Tensor:
     """[M, 1 + 2 * num_top] float64: the tokens' own, ids of the likeliest, theirs; of the raw logits."""
-    logprobs = raw.log_softmax(dim=1)
+    shifted = raw - raw.max(dim=1, keepdim=True).values
+    total = _in_units(shifted.exp()).sum(dim=1, keepdim=True).double() / UNIT
+    logprobs = shifted - total.log().float()
     parts = [logprobs.gather(1, tokens[:, None]).double()]
     if num_top:
         values, ids = logprobs.sort(dim=1, descending=True, stable=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Sampled, SampleSpec
+from microserve.services.engine.model.device_sampler import sample_there
 from microserve.services.engine.model.sampler import sample
 
+Draw = Callable[[torch.Tensor, Sequence[SampleSpec]], list[Sampled]]
 VOCABS = (320, 1003, 49_152)
 PARAMS = (
     SamplingParams(temperature=0.0, logprobs=5),
@@ -33,10 +36,15 @@ def bits(sampled: Sampled) -> tuple[int, bytes | None, list[tuple[int, bytes]]]:
     return sampled.token_id, logprob, [(token, pack(value)) for token, value in sampled.top]
 
 
-@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize(
+    ("vocab", "draw"),
+    [*((vocab, sample) for vocab in VOCABS), *((vocab, sample_there) for vocab in VOCABS[:2])],
+)
 @settings(deadline=None, max_examples=8)
 @given(seed=st.integers(0, 1 << 30), num_rows=st.integers(2, 24))
-def test_company_order_and_place_in_memory_change_no_bit(vocab: int, seed: int, num_rows: int) -> None:
+def test_company_order_and_place_in_memory_change_no_bit(
+    vocab: int, draw: Draw, seed: int, num_rows: int
+) -> None:
     rng = random.Random(seed)
     wide = vocab + rng.randrange(40)  # as the native step's logits: rows of a wider table
     table = torch.from_numpy(np.random.default_rng(seed).standard_normal((num_rows, wide), np.float32) * 4)
@@ -45,16 +53,16 @@ def test_company_order_and_place_in_memory_change_no_bit(vocab: int, seed: int, 
         for _ in range(num_rows)
     ]
     alone = [
-        bits(sample(row[:vocab].clone().unsqueeze(0), [spec])[0])
+        bits(draw(row[:vocab].clone().unsqueeze(0), [spec])[0])
         for row, spec in zip(table, specs, strict=True)
     ]
 
-    assert [bits(each) for each in sample(table[:, :vocab], specs)] == alone
+    assert [bits(each) for each in draw(table[:, :vocab], specs)] == alone
 
     order = rng.sample(range(num_rows), rng.randrange(1, num_rows + 1))
-    got = sample(table[order][:, :vocab], [specs[row] for row in order])
+    got = draw(table[order][:, :vocab], [specs[row] for row in order])
     assert [bits(each) for each in got] == [alone[row] for row in order]
 
     moved = torch.empty(num_rows * vocab + 7)[rng.randrange(1, 8) :][: num_rows * vocab].view(num_rows, vocab)
     moved[:] = table[:, :vocab]
-    assert [bits(each) for each in sample(moved, specs)] == alone
+    assert [bits(each) for each in draw(moved, specs)] == alone
