@@ -70,7 +70,7 @@ def paged_attention(
     No synchronisation with the device; on CUDA the first call for a model compiles, so it must come before a
     capture. Raises ``ValueError`` naming the argument.
     """
-    _check(query, kv, batch)
+    check_batch(query, kv, batch)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window {sliding_window} must be at least 1")
     if num_splits is not None and not 1 <= num_splits < 1 << 16:
@@ -130,7 +130,8 @@ def split_count(num_heads: int, max_context: int, num_multiprocessors: int) -> i
     return max(1, min(filling, max_context // MIN_SPLIT_TOKENS))
 
 
-def _check(query: Tensor, kv: Tensor, batch: DeviceBatch) -> None:
+def check_batch(query: Tensor, kv: Tensor, batch: DeviceBatch) -> None:
+    """Raises ``ValueError`` for what ``paged_attention`` does not take."""
     if kv.dim() != 5 or kv.shape[1] != 2 or not kv.is_contiguous():
         raise ValueError(
             f"kv is {tuple(kv.shape)}, [num_blocks, 2, block_size, num_kv_heads, head_dim], contiguous, is"

@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _attend(
+def attend(
     query,
     total,
     peak,
@@ -97,6 +97,27 @@ def _attend(
     return total, peak, weight
 
 
+@triton.jit
+def find_tile(query_starts, tile, first_sequence, num_sequences, TOKENS: tl.constexpr):
+    """(sequence, the packed query's row of its first new token, its new tokens, the tile's first of them).
+
+    Sequence s may have up to ``floor(last / TOKENS) - floor(first / TOKENS) + 1`` tiles, first and last its
+    places in the packed query: never less than it needs, and a sum that needs no prefix over sequences.
+    """
+    base = tl.load(query_starts + first_sequence)
+    low, high = first_sequence, first_sequence + num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = (tl.load(query_starts + middle) - base) // TOKENS + middle - first_sequence
+        if before <= tile:
+            low = middle
+        else:
+            high = middle
+    begin = tl.load(query_starts + low)
+    query_len = tl.load(query_starts + low + 1) - begin
+    return low, begin, query_len, (tile - ((begin - base) // TOKENS + low - first_sequence)) * TOKENS
+
+
 @triton.jit(do_not_specialize=["table_stride", "first_sequence", "num_sequences"])
 def prefill_kernel(
     query,
@@ -124,25 +145,12 @@ def prefill_kernel(
     """One tile of TOKENS query tokens of one sequence, and all query heads of one KV head.
 
     Row r of the tile is token ``r // SHARE_ROWS`` and query head ``r % SHARE_ROWS`` of the KV head's SHARE.
-    Sequence s may have up to ``floor(last / TOKENS) - floor(first / TOKENS) + 1`` tiles, first and last its
-    places in the packed query: never less than it needs, and a sum that needs no prefix over sequences.
     """
     TOKENS: tl.constexpr = ROWS // SHARE_ROWS
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest contexts first: no long tail
     kv_head = tl.program_id(1)
 
-    base = tl.load(query_starts + first_sequence)
-    low, high = first_sequence, first_sequence + num_sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = (tl.load(query_starts + middle) - base) // TOKENS + middle - first_sequence
-        if before <= tile:
-            low = middle
-        else:
-            high = middle
-    begin = tl.load(query_starts + low)
-    query_len = tl.load(query_starts + low + 1) - begin
-    first = (tile - ((begin - base) // TOKENS + low - first_sequence)) * TOKENS
+    low, begin, query_len, first = find_tile(query_starts, tile, first_sequence, num_sequences, TOKENS)
     if first >= query_len:
         return
 
@@ -168,11 +176,11 @@ def prefill_kernel(
         masked_from = tl.maximum(earliest - WINDOW + 1, 0)
     else:
         masked_from = (earliest + 1) // KEYS * KEYS
-        total, peak, weight = _attend(
+        total, peak, weight = attend(
             *(queries, total, peak, weight, head, table, positions, 0, masked_from, scale),
             *(False, WINDOW, BLOCK_SIZE, NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, DIM, KEYS),
         )
-    total, peak, weight = _attend(
+    total, peak, weight = attend(
         *(queries, total, peak, weight, head, table, positions, masked_from, end, scale),
         *(True, WINDOW, BLOCK_SIZE, NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, DIM, KEYS),
     )
@@ -234,11 +242,11 @@ def decode_kernel(
     positions = tl.zeros([ROWS], tl.int32) + context_len - 1
     head = kv + kv_head * HEAD_DIM
     table = block_tables + sequence * table_stride
-    total, peak, weight = _attend(
+    total, peak, weight = attend(
         *(queries, total, peak, weight, head, table, positions, begin, whole, scale),
         *(False, 0, BLOCK_SIZE, NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, DIM, KEYS),
     )
-    total, peak, weight = _attend(
+    total, peak, weight = attend(
         *(queries, total, peak, weight, head, table, positions, whole, end, scale),
         *(True, 0, BLOCK_SIZE, NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, DIM, KEYS),
     )

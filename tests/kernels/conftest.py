@@ -1,9 +1,10 @@
-"""What the kernels' tests share: one thread for torch, where a test has imported it."""
+"""What the kernels' tests share: one thread for torch, where a test has imported it; a cache for Triton."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +20,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def own_triton_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    directory: Path = tmp_path_factory.mktemp("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(directory))
+        yield

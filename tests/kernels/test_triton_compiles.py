@@ -1,67 +1,24 @@
 """Every Triton kernel compiles to machine code for sm_80 and sm_90, without a GPU, and fits a device.
 
-Compiled as a launch does: pointers and strides multiples of 16, which decides on vector loads and pipelining.
+Those of ``kernels/exact`` in test_exact_compiles.py.
 """
-
-# mypy: disable-error-code="import-untyped, import-not-found"
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from microserve.kernels.scatter.block_scatter import MAX_THREADS
+from tests.support.engine.compiled_kernel import ARCHITECTURES, NAMES, compiled, geometry
 
-triton = pytest.importorskip("triton", reason="no triton: its kernels are not compiled")
+pytest.importorskip("triton", reason="no triton: its kernels are not compiled")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET is set: nothing can be compiled", allow_module_level=True)
-
-LEAST_SHARED_NBYTES = 99 << 10
-"""A thread block's share on sm_86 and sm_89; sm_80 has 163 KiB and sm_90 227 KiB."""
-NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-ARCHITECTURES = [80, 90]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    directory: Path = tmp_path_factory.mktemp("triton")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(directory))
-        yield
-
-
-def compiled(kernel: Any, architecture: int, types: str, constants: dict[str, Any], **options: int) -> Any:
-    """types: of the arguments that are no constants, in order; ``:16`` for a multiple of 16."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    given = iter(types.split())
-    signature = {name: "constexpr" if name in constants else next(given) for name in kernel.arg_names}
-    assert next(given, None) is None
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, type_ in enumerate(signature.values())
-        if type_.startswith("*") or type_.endswith(":16")
-    }
-    plain = {name: type_.removesuffix(":16") for name, type_ in signature.items()}
-    source = ASTSource(kernel, signature=plain, constexprs=constants, attrs=aligned)
-    result = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    assert result.asm["cubin"][:4] == b"\x7fELF"
-    assert result.metadata.shared <= LEAST_SHARED_NBYTES
-    return result
-
-
-def geometry(head_dim: int, share: int = 4, window: int = 0) -> dict[str, Any]:
-    from microserve.kernels.attention.triton_attention import padded
-
-    sizes = {"BLOCK_SIZE": 16, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "DIM": padded(head_dim)}
-    return sizes | {"SHARE": share, "WINDOW": window}
+pytestmark = pytest.mark.usefixtures("own_triton_cache")
 
 
 CASES = [
