@@ -9,9 +9,12 @@
 #   nvshmem     two ranks, 10,000 transfers (nvshmem4py; where it is missing the row fails)
 #   kernels     against their references
 #   engine      the runner: fp32 token by token, bf16 logits within bounds of fp32 on the CPU
+#   exact       engine.cuda_exact: bits of logits, log-probabilities and KV over any company, and from CUDA graphs;
+#               then bits of a whole mesh in bf16, every strategy, engines killed
 #   strategies  every strategy on two engines that share the GPU (engine.device=cuda:0, kvcache.heap=cuda_ipc,
 #               fp32) token by token against transformers
-#   benchmarks  gpu_kernels.py, then gpu.py; a goal that they miss is no failure
+#   benchmarks  gpu_kernels.py, gpu.py, then gpu_exact.py, which is what exact bits cost; a goal that they miss
+#               is no failure
 # MODEL_DIR: a model directory for the strategies; default: a tiny random one, made for the run.
 # PYTHON: the interpreter, with the wheels that the script names where they are missing; it installs nothing.
 # REQUESTS: requests of each strategy, default 40.
@@ -105,13 +108,20 @@ stage "heaps and grants, 2 processes" "$passed" \
     tests tests/gpu --ignore="$nvshmem" --ignore=tests/gpu/kernels --ignore=tests/gpu/engine
 stage "nvshmem, 2 ranks" "$passed" tests "$nvshmem"
 stage "kernels against their references" "$passed" tests tests/gpu/kernels
-stage "engine, fp32 tokens and bf16 logits" "$passed" tests tests/gpu/engine
+exact=tests/gpu/engine/test_exact_on_device.py
+stage "engine, fp32 tokens and bf16 logits" "$passed" tests tests/gpu/engine --ignore="$exact"
+stage "exact rows, whatever their company" "$passed" tests "$exact"
+stage "exact mesh, 2 engines on cuda:0, bf16" '^exact$' \
+    "$PYTHON" tests/support/process/exactness.py --model "$model" --device cuda:0 --requests "${REQUESTS:-40}" \
+    --dtype bfloat16 --set engine.cuda_exact=true
 stage "strategies, 2 engines on cuda:0, fp32" '^exact$' \
     "$PYTHON" tests/support/process/exactness.py --model "$model" --device cuda:0 --requests "${REQUESTS:-40}"
 stage "benchmarks/gpu/gpu_kernels.py" 'multiprocessors' \
     "$PYTHON" benchmarks/gpu/gpu_kernels.py
 stage "benchmarks/gpu/gpu.py" '^[0-9]+ of [0-9]+ goals met' \
     "$PYTHON" benchmarks/gpu/gpu.py
+stage "benchmarks/gpu/gpu_exact.py" '^[0-9]+ of [0-9]+ goals met' \
+    "$PYTHON" benchmarks/gpu/gpu_exact.py
 
 echo
 echo "$gpu"

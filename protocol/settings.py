@@ -81,6 +81,10 @@ class EngineSettings(_Section, frozen=True):
     emulation only."""
     attention: str = "auto"
     """On a GPU: ``triton``, ``flashinfer``, or ``auto`` for FlashInfer where it is installed and fits."""
+    cuda_exact: bool = False
+    """On a GPU: compute by kernels whose bits for a row depend on that row and its context alone, in one
+    numerics class with GPUs of the same architecture; needs Triton, and costs speed. On a CPU the native step
+    always does."""
     cuda_graphs: bool = True
     """On a GPU: capture decode steps at the start, and replay them."""
     max_num_seqs: Count = 64
@@ -368,6 +372,8 @@ class Settings(_Section, frozen=True):
             problem = f"engine.attention must be 'auto', 'triton' or 'flashinfer', is {attention!r}"
         elif attention != "auto" and self.engine.device == "cpu":
             problem = f"engine.attention must be 'auto' on engine.device 'cpu', is {attention!r}"
+        elif attention == "flashinfer" and self.engine.cuda_exact:
+            problem = "engine.attention 'flashinfer' gives no exact bits, which engine.cuda_exact asks for"
         elif attention == "flashinfer" and self.model.dtype == "float32":
             problem = "engine.attention 'flashinfer' does bfloat16 and float16, model.dtype is 'float32'"
         if problem is not None:

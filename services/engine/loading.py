@@ -124,21 +124,27 @@ def make_runner(
 def _load(settings: Settings) -> LoadedModel:
     from microserve.services.engine.model.model import load_model
 
-    return load_model(
+    model = load_model(
         settings.model.path,
         dtype=settings.model.dtype,
         device=settings.engine.device,
         load_format=settings.model.load_format,
     )
+    if settings.engine.cuda_exact and settings.engine.device != "cpu":
+        from microserve.services.engine.model.exact import make_exact
+
+        return make_exact(model)
+    return model
 
 
 def _attention(settings: Settings, model: LoadedModel) -> MakeAttention | None:
     import torch
 
-    from microserve.services.engine.model.attention_choice import choose_attention
+    from microserve.services.engine.model.attention_choice import EXACT, choose_attention
 
     device, block_size = torch.device(settings.engine.device), settings.kvcache.block_size
-    return choose_attention(settings.engine.attention, model.spec, block_size, device)
+    wanted = settings.engine.attention if model.numerics is None else EXACT
+    return choose_attention(wanted, model.spec, block_size, device)
 
 
 @contextmanager

@@ -23,7 +23,8 @@ from microserve.protocol.messages.grant import Grant
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, Runner, StepResult
-from microserve.services.engine.model.attention_choice import choose_attention
+from microserve.services.engine.model.attention_choice import EXACT, choose_attention
+from microserve.services.engine.model.exact import make_exact
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.service import make_core, make_layout
 
@@ -95,7 +96,14 @@ class Engine:
     """Frees everything when it is left as a context manager. Prompts must differ, or the cache has them."""
 
     def __init__(
-        self, model: Path, device: str, *, num_blocks: int, max_num_seqs: int, max_num_batched_tokens: int
+        self,
+        model: Path,
+        device: str,
+        *,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        is_exact: bool = False,
     ) -> None:
         settings = load_settings(
             overrides=[
@@ -111,7 +119,11 @@ class Engine:
         torch.set_num_threads(settings.engine.threads)
         loaded = load_model(model, dtype="bfloat16", device=device, load_format="random")
         block_size = settings.kvcache.block_size
-        attention = choose_attention("auto", loaded.spec, block_size, torch.device(device))
+        if is_exact:
+            loaded = make_exact(loaded)
+        attention = choose_attention(
+            EXACT if is_exact else "auto", loaded.spec, block_size, torch.device(device)
+        )
         heap, data = make_heap(settings, make_layout(settings, loaded), INCARNATION)
         self.core = make_core(settings, loaded, "sender", heap, data, attention)
         self._device = device

@@ -79,9 +79,23 @@ class DeviceAttention:
         )
 
 
+class ExactAttention(DeviceAttention):
+    """With bits that depend on a token and its context alone; on a CPU in Triton's interpreter only."""
+
+    def attend(self, query: Tensor, kv: Tensor, *, scale: float, sliding_window: int | None) -> Tensor:
+        from microserve.kernels.exact.triton_segments import paged_attention as attend_in_segments
+
+        return attend_in_segments(query, kv, self._batch, scale=scale, sliding_window=sliding_window)
+
+
 def device_attention(spans: Sequence[Span], slots: npt.NDArray[np.int64], kv: Tensor) -> DeviceAttention:
     """A step's ``DeviceAttention``; a ``MakeAttention``."""
     return DeviceAttention(device_batch(spans, kv.shape[2], kv.device), upload(slots, kv.device))
+
+
+def exact_attention(spans: Sequence[Span], slots: npt.NDArray[np.int64], kv: Tensor) -> ExactAttention:
+    """A step's ``ExactAttention``; a ``MakeAttention``."""
+    return ExactAttention(device_batch(spans, kv.shape[2], kv.device), upload(slots, kv.device))
 
 
 def device_batch(spans: Sequence[Span], block_size: int, device: torch.device) -> DeviceBatch:

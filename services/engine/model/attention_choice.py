@@ -21,7 +21,7 @@ from microserve.kernels.scatter.kv_scatter import missing_kernel
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.services.engine.model import flashinfer_attention
-from microserve.services.engine.model.attention import MakeAttention, device_attention
+from microserve.services.engine.model.attention import MakeAttention, device_attention, exact_attention
 from microserve.services.engine.model.flashinfer_attention import FlashInfer, PrefillWrapper, load_flashinfer
 from microserve.services.engine.model.model import DTYPES
 from microserve.services.engine.model.spec import ModelSpec
@@ -30,6 +30,9 @@ _logger = structlog.get_logger()
 
 _BOUNDS = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Of outputs of values around 1: a few roundings of the dtype."""
+
+EXACT = "exact"
+"""No word of ``engine.attention``: what goes with an exact model (``exact.py``)."""
 
 MakeWrapper = Callable[[], PrefillWrapper]
 
@@ -43,8 +46,8 @@ def choose_attention(
 ) -> MakeAttention | None:
     """The attention of ``engine.attention``; None on a CPU, where the runner knows.
 
-    wanted: ``auto``, ``triton`` or ``flashinfer``. May compile for minutes. Raises :class:`ConfigError` where
-    ``flashinfer`` was asked for and cannot be had.
+    wanted: ``auto``, ``triton``, ``flashinfer``, or :data:`EXACT`. May compile for minutes. Raises
+    :class:`ConfigError` where ``flashinfer`` was asked for and cannot be had.
     """
     if device.type != "cuda":
         return None
@@ -70,6 +73,8 @@ def choose_kernels(
     loads: Mapping[str, Callable[[], MakeWrapper]],
 ) -> MakeAttention:
     """As ``choose_attention``; loads: FlashInfer's kernels, best first, each with what imports it."""
+    if wanted == EXACT:
+        return _chosen(exact_attention, "exact", "engine.cuda_exact")
     if wanted == "triton":
         return _chosen(device_attention, "triton", "engine.attention")
     why = _misfit(spec) or (None if loads else "FlashInfer is not installed")

@@ -87,8 +87,9 @@ class DecodeGraphs:
         max_blocks: int,
         block_size: int,
         device: torch.device,
+        attention: type[DeviceAttention] = DeviceAttention,
     ) -> None:
-        """``max_blocks``: of one sequence."""
+        """``max_blocks``: of one sequence; ``attention``: of every pass."""
         self._block_size = block_size
         sizes = bucket_sizes(max_num_seqs)
         largest = sizes[-1]
@@ -105,7 +106,7 @@ class DecodeGraphs:
                 batch = DeviceBatch(
                     self._starts[: size + 1], contexts.int(), self._tables[:size], num_decodes=size
                 )
-                return forward(DeviceAttention(batch, slots), tokens, positions)
+                return forward(attention(batch, slots), tokens, positions)
 
             self._graphs[size] = capture(run)
         self._sizes = sizes

@@ -21,6 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from microserve.protocol.errors import ConfigError, InternalError
+from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.model.attention import StepAttention
 from microserve.services.engine.model.end_tokens import eos_of
 from microserve.services.engine.model.model_files import read_json
@@ -51,6 +52,8 @@ class LoadedModel:
     spec: ModelSpec
     module: nn.Module
     """transformers' ``...ForCausalLM``; callable only with an :class:`AttentionStep` under ``STEP``."""
+    numerics: Numerics | None = None
+    """Of a module whose parts are our own (``exact.py``); None: of the libraries that it comes with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,13 @@ from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, SampleSpec, StepResult
 from microserve.services.engine.model.attention import (
+    DeviceAttention,
+    ExactAttention,
     HostAttention,
     MakeAttention,
     StepAttention,
     device_attention,
+    exact_attention,
     upload,
 )
 from microserve.services.engine.model.decode_graphs import Capture, CudaCapture, DecodeGraphs
@@ -49,8 +52,8 @@ class ModelRunner:
     """A ``Runner`` over a real model. For one thread; holds no state of a step once it has ended.
 
     kv_data: the heap's data region, uint8, at least ``num_layers * num_blocks * block bytes`` long and on the
-    model's device; it is used in place. make_attention: None for what the device is best at. Raises
-    :class:`ConfigError` when the region is too small or misaligned.
+    model's device; it is used in place. make_attention: None for what the device is best at, and nothing to a
+    model that is exact. Raises :class:`ConfigError` when the region is too small or misaligned.
     """
 
     def __init__(
@@ -67,12 +70,15 @@ class ModelRunner:
         self._num_blocks, self._block_size = num_blocks, block_size
         self._layers = self._views(kv_data)
         self._device = self._layers[0].device
-        self.numerics = transformers_numerics(model.spec, self._device)
+        self.numerics = model.numerics or transformers_numerics(model.spec, self._device)
         self.kernels = TRANSFORMERS
         """What computes."""
         self._stream: torch.cuda.Stream | None = None
         self._graphs: DecodeGraphs | None = None
+        self._graph_attention: type[DeviceAttention] = DeviceAttention
         self._sample = sample
+        if model.numerics is not None:
+            make_attention, self._graph_attention = exact_attention, ExactAttention
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self._device)  # the weights came by another stream
@@ -97,6 +103,7 @@ class ModelRunner:
                     max_blocks=min(-(-max_model_len // self._block_size), self._num_blocks),
                     block_size=self._block_size,
                     device=self._device,
+                    attention=self._graph_attention,
                 )
         except RuntimeError as error:  # whatever torch and the kernels raise; no memory left, most likely
             first: BaseException = error

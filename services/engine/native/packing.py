@@ -1,6 +1,6 @@
 """From a transformers model to a packed one: which ones the native step computes, and what comes over.
 
-Owns that mapping and the tables of RoPE. Must not know batches, sampling or files.
+Owns that mapping. Must not know batches, sampling or files.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from microserve.kernels.cpu.packing import LayerWeights, pack
 from microserve.kernels.cpu.weights import MAX_GROUP, Shape
 from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.services.engine.model.model import LoadedModel
+from microserve.services.engine.model.rope import rope_tables
 from microserve.services.engine.native.kernels import Kernels
 from microserve.services.engine.native.packed_model import PackedModel
 from microserve.services.engine.native.runner import NativeRunner
-
-Floats = npt.NDArray[np.float32]
 
 
 def missing(model: LoadedModel) -> str | None:
@@ -84,14 +83,6 @@ def pack_model(model: LoadedModel, found: Library) -> PackedModel:
         sin=torch.from_numpy(sin),
     )
     return PackedModel(spec, shape, weights, hashlib.sha256(cos.tobytes() + sin.tobytes()).hexdigest())
-
-
-def rope_tables(rotary: Any, num_positions: int) -> tuple[Floats, Floats]:
-    """cos and sin [num_positions, head_dim / 2], float32: of angles as transformers makes them."""
-    positions = np.arange(num_positions, dtype=np.float32)
-    angles = np.outer(positions, rotary.inv_freq.float().numpy()).astype(np.float64)
-    scale = np.float32(rotary.attention_scaling)
-    return np.cos(angles).astype(np.float32) * scale, np.sin(angles).astype(np.float32) * scale
 
 
 def _decoder(module: nn.Module) -> Any:

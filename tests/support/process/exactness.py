@@ -157,6 +157,7 @@ def main() -> int:
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--device", default="cpu", help="of the engines and of the oracle: cpu or cuda:N")
+    parser.add_argument("--set", action="append", default=[], help="a setting of the mesh")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument(
         "--killed", default=",".join(KILLED_UNDER), help="strategies with a kill -9; '' for none"
@@ -181,6 +182,7 @@ def main() -> int:
         "kvcache.num_blocks=2048",
         *PATIENT,
         *device_settings(arguments.device),
+        *arguments.set,
     ]
     told = with_logprobs(cases)
     with (

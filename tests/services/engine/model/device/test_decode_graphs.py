@@ -244,6 +244,6 @@ def test_a_pass_that_reads_its_lengths_on_the_host_is_noticed(
             self._batch.context_lens.tolist()
             return super().attend(query, kv, scale=scale, sliding_window=sliding_window)
 
-    monkeypatch.setattr("microserve.services.engine.model.decode_graphs.DeviceAttention", Baked)
+    monkeypatch.setattr("microserve.services.engine.model.runner.DeviceAttention", Baked)
     with pytest.raises(HostRead):
         make_runner(model, Replays())
