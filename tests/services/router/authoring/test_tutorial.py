@@ -23,7 +23,11 @@ def test_it_goes_from_four_lines_to_the_strategy_that_is_shipped() -> None:
     assert len(SNIPPETS) == 14
     code = [line for line in SNIPPETS[0].splitlines() if line and "import" not in line]
     assert len(code) == 4
-    assert SNIPPETS[-1] == Path(str(inspect.getsourcefile(balanced_adaptive.function))).read_text("utf-8")
+    _, _, whole = PAGE.partition("\n## The whole of it")
+    shown = re.search(r"^```python\n(.*?)^```$", whole, re.DOTALL | re.MULTILINE)
+    source = Path(str(inspect.getsourcefile(balanced_adaptive.function))).read_text("utf-8")
+    assert shown is not None
+    assert shown[1] == source
 
 
 def test_the_readme_shows_balanced_as_it_is() -> None:
