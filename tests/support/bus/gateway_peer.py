@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -150,7 +151,8 @@ class GatewayPeer:
     ) -> Answer:
         """Half a minute longer than it may take: the router ends it by then."""
         answer = self.start(prompt, params, ttl_s=ttl_s, **fields)
-        await answer.wait((self._ttl_s if ttl_s is None else ttl_s) + 30.0)
+        allowed_s = ttl_s if ttl_s is not None and math.isfinite(ttl_s) else self._ttl_s
+        await answer.wait(allowed_s + 30.0)
         return answer
 
     def cancel(self, answer: Answer) -> None:
