@@ -196,7 +196,7 @@ class GatewaySettings(_Section, frozen=True):
     """Default: made up at start."""
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
-    workers: Annotated[int, Meta(ge=1, le=64)] = 1
+    workers: Annotated[int, Meta(gt=0, le=64)] = 1
     """Processes that share the port. ``max_streams`` and ``max_connections`` are of all of them together."""
     routers: list[str] = []
     """Router addresses; default: ``router.address``."""
