@@ -188,11 +188,15 @@ def test_in_what_it_leaves_to_others(overseer: Overseer, place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "body",
-    ["try: raise E()\nexcept E: raise ValueError('x')", "raise ExceptionGroup('x', [ValueError(), E()])"],
+    ("body", "text"),
+    [
+        # An innocent error stays what it is; only what it was raised from is dropped.
+        ("try: raise E()\nexcept E: raise ValueError('x')", "x"),
+        ("raise ExceptionGroup('x', [ValueError(), E()])", "ExceptionGroup: x"),
+    ],
     ids=["behind another", "in a group"],
 )
-def test_an_exception_that_is_not_shown_runs_no_code(overseer: Overseer, body: str) -> None:
+def test_an_exception_that_is_not_shown_runs_no_code(overseer: Overseer, body: str, text: str) -> None:
     @in_loop
     async def main() -> None:
         async with router_world("a", "b", overseer=overseer, liveness=600) as world:
@@ -201,7 +205,7 @@ def test_an_exception_that_is_not_shown_runs_no_code(overseer: Overseer, body: s
                 answer = await world.gateway.generate(PROMPT, strategy=name)
             assert answer.token_ids == expected_output(4)
             [told] = [entry for entry in logs if entry["event"] == log.STRATEGY_FAILED]
-            assert told["error"].startswith(("ValueError: x", "ExceptionGroup: x"))
+            assert told["error"].startswith(text)
             assert "held" not in told["error"]
             assert told["exc_info"].__context__ is None or told["exc_info"].__suppress_context__
 
