@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import gpu_exact
 import pytest
+import structlog
 from gpu_parts.plan import TRIAL
+
+from microserve.protocol.logging.setup import current
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """It sets the process's log up, which others of this process must not inherit."""
+    yield
+    if (made := current()) is not None:
+        made.close()
+    structlog.reset_defaults()
 
 
 def test_every_row_has_both_sides(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from microserve.gateway.routers.client import RouterClient
 from microserve.kvcache.heap.local import MemoryHeap
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import InternalError
+from microserve.protocol.logging import writer
 from microserve.protocol.logging.setup import Log, configure
 from microserve.protocol.logging.sink import FileSink
 from microserve.protocol.logging.writer import Writer
@@ -71,8 +72,9 @@ def failing(owner: Any, name: str, chosen: int, error: BaseException) -> Iterato
 
 
 @pytest.fixture
-def lines(tmp_path: Path) -> Iterator[Log]:
-    """A real log, to a file."""
+def lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Log]:
+    """A real log, to a file; written line by line, so that a request's are written while it runs."""
+    monkeypatch.setattr(writer, "LINGER_S", 0.0)
     made = configure("mesh", "m", LogSettings(dir=str(tmp_path)))
     yield made
     made.close()
