@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(NAMES))
     parser.add_argument("--streams", default="1,8,32")
     parser.add_argument("--prefills", default="512,2048")
-    parser.add_argument("--tokens", type=int, default=64, help="Of each stream.")
+    parser.add_argument("--tokens", type=int, default=0, help="Of each stream; 64, quick 32.")
     parser.add_argument("--quick", action="store_true", help="1 and 8 streams, prefill 512, 2 rounds.")
     parser.add_argument("--json", action="store_true", help="Print one line of JSON.")
     options = parser.parse_args()
@@ -91,10 +91,10 @@ def main() -> None:
     prefills, rounds, tokens = (
         [int(each) for each in options.prefills.split(",")],
         options.rounds,
-        options.tokens,
+        options.tokens or 64,
     )
     if options.quick:
-        streams, prefills, rounds, tokens = [1, 8], [512], 2, 32
+        streams, prefills, rounds, tokens = [1, 8], [512], 2, options.tokens or 32
     model = demo_model(options.model)
     absent = []
     with ExitStack() as stack:

@@ -38,17 +38,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", default="1,8", help="Of each engine.")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=64, help="Of each stream.")
+    parser.add_argument("--tokens", type=int, default=0, help="Of each stream; 64, quick 32.")
     parser.add_argument("--quick", action="store_true", help="8 streams, 2 rounds of 32 tokens.")
     parser.add_argument("--json", action="store_true", help="Print one line of JSON.")
     options = parser.parse_args()
     streams, rounds, tokens = (
         [int(each) for each in options.streams.split(",")],
         options.rounds,
-        options.tokens,
+        options.tokens or 64,
     )
     if options.quick:
-        streams, rounds, tokens = [8], 2, 32
+        streams, rounds, tokens = [8], 2, options.tokens or 32
     model = demo_model(options.model)
     prompts = Prompts(model, seed=2)
     rates: dict[int, tuple[list[float], list[float]]] = {count: ([], []) for count in streams}

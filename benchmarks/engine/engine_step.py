@@ -80,7 +80,7 @@ def measure(
     torch.set_num_threads(threads)
     native = engine.native(threads, variant)
     runners: dict[str, ModelRunner | NativeRunner] = {"native": native, "transformers": engine.transformers()}
-    name = native._step.variant if native._step is not None else ""
+    name = native.kernels
     rows = [Row(dtype, threads, kind, engine.read_nbytes(kind), name) for kind in kinds]
     memory = Memory()
     for turn in range(-1, rounds):

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+LONG = ("--tokens", "600")
+"""A tiny model is done with a stream before the next one has begun."""
 ROOM = Path(__file__).parents[2] / "benchmarks" / "engine"
 
 
@@ -52,7 +54,7 @@ def test_a_neighbour_of_both_paths(tiny_model: Path) -> None:
 @pytest.mark.heavy
 @pytest.mark.system
 def test_a_mesh_beside_a_peer(tiny_model: Path) -> None:
-    told = figures("engine_http", tiny_model, "--peers", "transformers")
+    told = figures("engine_http", tiny_model, "--peers", "transformers", *LONG)
 
     assert told["absent"] == [] and set(told["versions"]) == {"microserve", "transformers"}
     assert [row["question"] for row in told["rows"]] == ["decode 1", "decode 8", "prefill 512"]
@@ -62,7 +64,7 @@ def test_a_mesh_beside_a_peer(tiny_model: Path) -> None:
 @pytest.mark.heavy
 @pytest.mark.system
 def test_two_engines_of_a_mesh_beside_two_bare_ones(tiny_model: Path) -> None:
-    (row,) = figures("engine_mesh", tiny_model)["rows"]
+    (row,) = figures("engine_mesh", tiny_model, *LONG)["rows"]
 
     assert row["streams_an_engine"] == 8
     assert row["mesh_tokens_per_s"][0] > 0 and row["bare_tokens_per_s"][0] > 0

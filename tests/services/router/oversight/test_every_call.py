@@ -47,6 +47,8 @@ CALLS = {
         "race": "await mesh.race(request)",
         "now": "mesh.now",
         "move": "mesh.move(request, other)",
+        "prefill_cost_s": "mesh.prefill_cost_s(engine, 100)",
+        "decode_cost_s": "mesh.decode_cost_s(engine)",
         "hold": "await mesh.hold(request, lambda: True)",
         "note": "mesh.note('warm', tokens=16, where=engine.id)",
     },
