@@ -46,6 +46,8 @@ class Published:
         self, request_id: str, attributes: Mapping[str, str] = NO_ATTRIBUTES
     ) -> Strategy | None:
         """As :meth:`choose`, by lots of its own."""
+        if self.shadow is None:
+            return None
         lot = _lot(f"shadow {self.stable.name}", request_id, attributes.get(self.shadow_sticky_by))
         return self.shadow if lot < self.shadow_share else None
 

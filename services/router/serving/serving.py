@@ -386,9 +386,14 @@ class Serving:
             head = head_of(live, scope.request, ended)
             self.records.add(live.request_id, head, live.trails, now)
             self._on_end(ended, live.is_blamed, live.is_slow)
-            if live.served_by is not None:
-                request = scope.request.begun()
+            self._tell_end(live, scope.request, ended)
+
+    def _tell_end(self, live: LiveRequest, request: Request, ended: Ended) -> None:
+        """To those of its strategies that want to hear of it."""
+        hearing = [(self.plans, live.served_by)]
+        if live.rehearsal is not None:
+            hearing.append((self.shadows.plans, live.rehearsal.shadow))
+        for plans, strategy in hearing:
+            if strategy is not None and strategy.on_end is not None:
                 outcome = outcome_of(ended, is_own=not (live.is_blamed or live.engines))
-                self.plans.ended(live.served_by, request, outcome)
-                if live.rehearsal is not None:
-                    self.shadows.plans.ended(live.rehearsal.shadow, request, outcome)
+                plans.ended(strategy, request.begun(), outcome)
