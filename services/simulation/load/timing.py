@@ -148,19 +148,19 @@ def roofline(name: str, shape: ModelShape, device: Device) -> Profile:
 CPU = Profile(
     "cpu",
     "fitted to steps of this project's CPU engine, measured with benchmarks/engine/step_time.py",
-    overhead_s=0.00799,
-    floor_s=0.0063,
-    token_s=0.0021,
-    pair_s=1.21e-06,
-    context_s=3.82e-06,
+    overhead_s=0.00584,
+    floor_s=0.00368,
+    token_s=0.00092,
+    pair_s=4.82e-07,
+    context_s=2.88e-06,
     kv_nbytes_per_token=23040,
     num_kv_tokens=2048 * 16,
-    link_nbytes_per_s=5.01e9,
+    link_nbytes_per_s=5910000000.0,
     link_latency_s=1e-4,
     overlaps=False,
 )
-"""SmolLM2-135M-Instruct, bfloat16, the native step (avx512) on one thread of an AMD EPYC,
-2026-11-29, in CPU time. The fit misses a kind of step by 8% on the average, and by 45% at
+"""SmolLM2-135M-Instruct, bfloat16, the native step (avx512bf16), one thread of AMD EPYC,
+2026-11-29, in CPU time. The fit misses a kind of step by 7% on the average, and by 44% at
 most (prefill 2 behind 4096)."""
 # </fitted>
 # Room for KV: 2,048 blocks. ASSUMED: a put's latency (Python around one memcpy).
