@@ -15,12 +15,18 @@ import psutil
 
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.settings import BusSettings
+from microserve.services.engine.core.record import IDLE_RECORD_S
+from microserve.services.engine.core.state import PURGE_INTERVAL_S
 from tests.support.engine.engine_client import EngineClient
 from tests.support.process.processes import MeshProcesses
 
 SYS_PIDFD_GETFD = 438
 READY_S = 60.0
 EXIT_S = 30.0
+WHOLE_S = 20.0
+"""After the last fault and the last request, every engine is whole within this: an engine that has sent keeps
+the prompt for a further action, IDLE_RECORD_S after its last one (core/record.py)."""
+assert WHOLE_S > 1.5 * (IDLE_RECORD_S + PURGE_INTERVAL_S)
 LEASE_S = 3.0
 """Short, so that a freeze can outlive it."""
 NUM_BLOCKS = 1024
@@ -109,11 +115,11 @@ class ChaosMesh(MeshProcesses):
         _shut_down(self.pid(name), fd)
         return name, other
 
-    async def wait_whole(self, bus: Bus, name: str, timeout_s: float) -> str:
-        """Until the engine holds nothing and has every block back; empty, or what is missing at the end."""
+    async def wait_whole(self, bus: Bus, name: str) -> str:
+        """Until the engine holds nothing and has every block back; empty, or what is missing after WHOLE_S."""
         left = "no answer"
         try:
-            async with EngineClient(bus, self.services[name].address) as engine, asyncio.timeout(timeout_s):
+            async with EngineClient(bus, self.services[name].address) as engine, asyncio.timeout(WHOLE_S):
                 assert engine.info is not None
                 while True:
                     stats = await engine.stats()

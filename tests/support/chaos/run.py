@@ -29,8 +29,6 @@ from tests.support.chaos.watch import Logs, Watch, read_logs
 POOL = 60
 """Questions made; those with a near-tie are left out."""
 MIN_QUESTIONS = 15
-WHOLE_S = 20.0
-"""After the last fault and the last request, every engine is whole within this."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ async def _disturb(chaos: Chaos, mesh: ChaosMesh) -> tuple[list[Question], Load,
                 tasks.create_task(faults.run(fault_plan))
             left = []
             for name in mesh.alive("engine"):
-                missing = await mesh.wait_whole(bus, name, WHOLE_S)
+                missing = await mesh.wait_whole(bus, name)
                 if missing:
                     left.append(f"leaked: {name} still has {missing}")
             watching.cancel()
