@@ -63,7 +63,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """SmolLM2-135M-Instruct, converted on first use."""
-    from microserve.services.local.demo_model import default_cache, fetch
+    from microserve.services.local.demo.model import default_cache, fetch
 
     return fetch(default_cache(os.environ))
 

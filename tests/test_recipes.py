@@ -105,7 +105,7 @@ def test_every_setting_that_a_page_names_exists() -> None:
 
 
 def test_every_strategy_file_is_built_in_documented_and_tested() -> None:
-    files = {path.stem for path in (ROOT / "services/router/strategies").glob("*.py")} - {"__init__"}
+    files = {path.stem for path in (ROOT / "services/router/strategies").rglob("*.py")} - {"__init__"}
     assert [strategy.name for strategy in BUILT_IN] == sorted(files)
     tests = "\n".join(path.read_text() for path in (ROOT / "tests/services/router/strategies").glob("*.py"))
     readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/strategies.md"))

@@ -27,7 +27,7 @@ import uvloop
 from control_parts.client import drive, prompts, request
 from control_parts.mesh import KINDS, Mesh, bare, mesh
 
-from microserve.services.local.demo_model import default_cache, fetch
+from microserve.services.local.demo.model import default_cache, fetch
 
 PROMPT_CHARS, OUTPUT_TOKENS = 2000, 4
 NUM_ALONE, NUM_BUSY, AT_ONCE = 100, 400, 16

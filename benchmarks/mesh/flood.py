@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from microserve.gateway.keys.key import ApiKey, digest_of, entry_of
-from microserve.services.local.demo_model import default_cache, fetch
+from microserve.services.local.demo.model import default_cache, fetch
 
 NUM_OTHERS, NUM_FLOODS = 4, 50
 PROMPT_TOKENS, OUTPUT_TOKENS = 200, 8

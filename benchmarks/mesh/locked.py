@@ -27,7 +27,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from microserve.services.local.demo_model import default_cache, fetch
+from microserve.services.local.demo.model import default_cache, fetch
 from microserve.services.local.directory import MeshDirectory
 
 ALONE = 40

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from microserve.services.local.demo_model import default_cache, fetch
+from microserve.services.local.demo.model import default_cache, fetch
 from microserve.services.local.directory import MeshDirectory
 
 SETTLE_S = 5.0

@@ -2,7 +2,7 @@
 
 ``libcuda.so.1`` is called through ctypes: about twenty functions of a C interface that its versioned names
 (``..._v2``) fix, and no package to match with the driver's version. The heaps know only :class:`CudaDriver`,
-so their logic runs without a GPU over tests/support/engine/host_driver.py.
+so their logic runs without a GPU over tests/support/engine/device/host_driver.py.
 tests/kvcache/heap/test_cuda_driver.py calls every function here against a stand-in that is compiled with
 NVIDIA's own ``cuda.h``.
 

@@ -334,7 +334,7 @@ def model() -> None:
 @model.command("fetch")
 def model_fetch() -> None:
     """Make the demo model (SmolLM2-135M-Instruct) if it is not there; print its directory."""
-    from microserve.services.local.demo_model import FetchFailed, default_cache, fetch
+    from microserve.services.local.demo.model import FetchFailed, default_cache, fetch
     from microserve.services.local.view import make_view
 
     view = make_view(as_json=False, stderr=True)

@@ -27,7 +27,7 @@ from microserve.services.engine.native.packed_model import PackedModel
 from microserve.services.engine.pool_size import check_room
 
 if TYPE_CHECKING:
-    from microserve.services.engine.model.attention import MakeAttention
+    from microserve.services.engine.model.attention.step import MakeAttention
     from microserve.services.engine.model.model import LoadedModel
     from microserve.services.engine.model.runner import ModelRunner
     from microserve.services.engine.native.runner import NativeRunner
@@ -131,7 +131,7 @@ def _load(settings: Settings) -> LoadedModel:
         load_format=settings.model.load_format,
     )
     if settings.engine.cuda_exact and settings.engine.device != "cpu":
-        from microserve.services.engine.model.exact import make_exact
+        from microserve.services.engine.model.device.exact import make_exact
 
         return make_exact(model)
     return model

@@ -29,7 +29,7 @@ from microserve.services.engine.shell import EngineShell
 from microserve.services.engine.world import World, join_world
 
 if TYPE_CHECKING:
-    from microserve.services.engine.model.attention import MakeAttention
+    from microserve.services.engine.model.attention.step import MakeAttention
     from microserve.services.engine.model.model import LoadedModel
 
 

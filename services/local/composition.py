@@ -17,7 +17,7 @@ from typing import Any
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
-from microserve.services.local.demo_request import Gateway
+from microserve.services.local.demo.request import Gateway
 from microserve.services.local.supervisor import Child
 
 USAGE = "usage.db"

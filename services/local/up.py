@@ -36,8 +36,8 @@ from microserve.services.local.composition import (
     compose,
     first_key,
 )
-from microserve.services.local.demo_model import FetchFailed, default_cache, fetch
-from microserve.services.local.demo_request import PROMPT, DemoFailed, Gateway
+from microserve.services.local.demo.model import FetchFailed, default_cache, fetch
+from microserve.services.local.demo.request import PROMPT, DemoFailed, Gateway
 from microserve.services.local.directory import AlreadyRunning, ChildState, MeshDirectory, MeshState
 from microserve.services.local.supervisor import Child, MeshFailed, Supervisor
 from microserve.services.local.view import View

@@ -20,7 +20,7 @@ from rich.tree import Tree
 
 from microserve.protocol.logging.printable import printable as shown
 from microserve.protocol.logging.printable import printable_json
-from microserve.services.local.demo_request import Answer
+from microserve.services.local.demo.request import Answer
 from microserve.services.local.directory import ChildState, MeshState
 
 SYMBOLS = {"ready": "●", "failed": "✗", "stopped": "○"}

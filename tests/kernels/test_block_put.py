@@ -22,7 +22,7 @@ from microserve.kernels.scatter.block_put import (
     put_launch,
     put_plan,
 )
-from tests.support.engine.kernel_cases import declared, emulate
+from tests.support.engine.device.kernel_cases import declared, emulate
 
 CPU = torch.device("cpu")
 PARAMETERS = [name for _, name in declared("block_put")]

@@ -16,7 +16,7 @@ from torch import Tensor
 from microserve.kernels import reference
 from microserve.kernels.scatter.arrival_signal import ArrivalSignal
 from microserve.kernels.scatter.block_scatter import block_scatter, launch_shape, row_shape, scatter_launch
-from tests.support.engine.kernel_cases import emulate, random_slots
+from tests.support.engine.device.kernel_cases import emulate, random_slots
 
 GUARD = 64  # elements before and after the pool that nothing may touch
 

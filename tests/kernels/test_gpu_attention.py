@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.kernels.attention.gpu_attention import DeviceBatch, paged_attention, split_count
-from tests.support.engine.kernel_cases import AttentionCase, AttentionWork
+from tests.support.engine.device.kernel_cases import AttentionCase, AttentionWork
 
 cases = st.builds(
     AttentionCase,

@@ -17,7 +17,7 @@ from microserve.kernels.quantize.kv_quantize import (
     quantize_scatter,
 )
 from microserve.kernels.scatter.arrival_signal import ArrivalSignal
-from tests.support.engine.kernel_cases import random_slots
+from tests.support.engine.device.kernel_cases import random_slots
 
 FORMATS = [torch.int8, torch.float8_e4m3fn]
 finite = st.floats(-1e4, 1e4, width=32) | st.floats(-(2**-10), 2**-10, width=32)

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from tests.support.engine.pairwise import pairwise
+from tests.support.engine.device.pairwise import pairwise
 
 
 @pytest.mark.parametrize("axes", [["ab", "cd"], ["abc", "defgh", "ijkl", "mno"], ["abc", "defgh", "ijkl"]])

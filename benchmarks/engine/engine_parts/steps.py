@@ -21,7 +21,7 @@ from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
 from microserve.services.engine.native.packing import native_runner
 from microserve.services.engine.native.runner import NativeRunner
-from microserve.services.local.demo_model import default_cache, fetch
+from microserve.services.local.demo.model import default_cache, fetch
 
 NUM_BLOCKS, BLOCK_SIZE, CHUNK_TOKENS = 1024, 16, 512
 MAX_ROWS, MAX_TOKEN = 512, 256

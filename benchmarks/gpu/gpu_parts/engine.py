@@ -24,7 +24,7 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, Runner, StepResult
 from microserve.services.engine.model.attention_choice import EXACT, choose_attention
-from microserve.services.engine.model.exact import make_exact
+from microserve.services.engine.model.device.exact import make_exact
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.service import make_core, make_layout
 

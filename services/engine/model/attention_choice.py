@@ -20,9 +20,9 @@ from microserve.kernels.attention.paged_attention import Span
 from microserve.kernels.scatter.kv_scatter import missing_kernel
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.services.engine.model import flashinfer_attention
-from microserve.services.engine.model.attention import MakeAttention, device_attention, exact_attention
-from microserve.services.engine.model.flashinfer_attention import FlashInfer, PrefillWrapper, load_flashinfer
+from microserve.services.engine.model.attention import flashinfer as flashinfer_attention
+from microserve.services.engine.model.attention.flashinfer import FlashInfer, PrefillWrapper, load_flashinfer
+from microserve.services.engine.model.attention.step import MakeAttention, device_attention, exact_attention
 from microserve.services.engine.model.model import DTYPES
 from microserve.services.engine.model.spec import ModelSpec
 

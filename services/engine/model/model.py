@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.protocol.messages.numerics import Numerics
-from microserve.services.engine.model.attention import StepAttention
+from microserve.services.engine.model.attention.step import StepAttention
 from microserve.services.engine.model.end_tokens import eos_of
 from microserve.services.engine.model.model_files import read_json
 from microserve.services.engine.model.revision import own_memory, revision_of

@@ -25,7 +25,7 @@ from microserve.kernels.attention.paged_attention import Span, Workspace
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, SampleSpec, StepResult
-from microserve.services.engine.model.attention import (
+from microserve.services.engine.model.attention.step import (
     DeviceAttention,
     ExactAttention,
     HostAttention,
@@ -35,8 +35,8 @@ from microserve.services.engine.model.attention import (
     exact_attention,
     upload,
 )
-from microserve.services.engine.model.decode_graphs import Capture, CudaCapture, DecodeGraphs
-from microserve.services.engine.model.device_sampler import sample_there
+from microserve.services.engine.model.device.decode_graphs import Capture, CudaCapture, DecodeGraphs
+from microserve.services.engine.model.device.device_sampler import sample_there
 from microserve.services.engine.model.model import DTYPES, STEP, AttentionStep, LoadedModel
 from microserve.services.engine.model.numerics import transformers_numerics
 from microserve.services.engine.model.rows import result_of, rows_of

@@ -25,7 +25,7 @@ from microserve.services.router.authoring.definition import Run, Strategy, run_f
 from microserve.services.router.rollout.book import Published, StrategyBook
 from microserve.services.router.rollout.score import Cost, ShadowBook
 from microserve.services.router.rollout.window import Bounds, End, VersionWindow
-from microserve.services.router.strategies.data_parallel import data_parallel
+from microserve.services.router.strategies.placing.data_parallel import data_parallel
 
 _logger = structlog.get_logger()
 

@@ -62,7 +62,7 @@ from microserve.services.router.serving.live import (
     write_line,
 )
 from microserve.services.router.serving.turnstile import Turnstile
-from microserve.services.router.strategies.data_parallel import data_parallel
+from microserve.services.router.strategies.placing.data_parallel import data_parallel
 
 OnEnd = Callable[[Ended, bool, bool], None]
 """How it ended; whether its strategy made a mistake; whether that held the router for too long."""

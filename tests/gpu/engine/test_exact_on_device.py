@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from microserve.services.engine.model.exact import make_exact
+from microserve.services.engine.model.device.exact import make_exact
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
 from tests.support.engine import logit_bounds

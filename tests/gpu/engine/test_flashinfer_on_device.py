@@ -14,11 +14,11 @@ from structlog.testing import capture_logs
 
 from microserve.kernels.attention.paged_attention import Span
 from microserve.protocol import log
-from microserve.services.engine.model.attention import device_attention
+from microserve.services.engine.model.attention.flashinfer import FlashInfer, load_flashinfer
+from microserve.services.engine.model.attention.step import device_attention
 from microserve.services.engine.model.attention_choice import choose_attention
-from microserve.services.engine.model.flashinfer_attention import FlashInfer, load_flashinfer
 from microserve.services.engine.model.spec import ModelSpec
-from tests.support.engine.kernel_cases import AttentionCase
+from tests.support.engine.device.kernel_cases import AttentionCase
 
 BOUNDS = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

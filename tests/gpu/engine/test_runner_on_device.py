@@ -17,7 +17,7 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import Settings
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
-from microserve.services.engine.model.decode_graphs import CudaCapture
+from microserve.services.engine.model.device.decode_graphs import CudaCapture
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
 from tests.support.engine.tiny_model import make_tiny_model

@@ -10,7 +10,7 @@ from microserve.kernels.philox import uniform_rows, uniforms
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import SampleSpec
 from microserve.services.engine.model import sampler
-from microserve.services.engine.model.device_sampler import sample_there
+from microserve.services.engine.model.device.device_sampler import sample_there
 
 VOCAB = 49_152
 KINDS: list[dict[str, float]] = [

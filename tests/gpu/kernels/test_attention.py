@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from microserve.kernels.attention.gpu_attention import DeviceBatch, paged_attention
-from tests.support.engine.kernel_cases import AttentionCase
-from tests.support.engine.pairwise import pairwise
+from tests.support.engine.device.kernel_cases import AttentionCase
+from tests.support.engine.device.pairwise import pairwise
 
 pytest.importorskip("triton", reason="no triton")
 

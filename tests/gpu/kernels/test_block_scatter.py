@@ -14,8 +14,8 @@ from torch import Tensor
 from microserve.kernels import cuda_module, reference
 from microserve.kernels.scatter.arrival_signal import ArrivalSignal
 from microserve.kernels.scatter.block_scatter import block_scatter
-from tests.support.engine.kernel_cases import random_slots
-from tests.support.engine.pairwise import pairwise
+from tests.support.engine.device.kernel_cases import random_slots
+from tests.support.engine.device.pairwise import pairwise
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

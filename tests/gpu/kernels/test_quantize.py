@@ -7,7 +7,7 @@ import torch
 
 from microserve.kernels.quantize.kv_quantize import dequantize_gather, quantize_scatter
 from microserve.kernels.scatter.arrival_signal import ArrivalSignal
-from tests.support.engine.kernel_cases import random_slots
+from tests.support.engine.device.kernel_cases import random_slots
 
 pytest.importorskip("triton", reason="no triton")
 

@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from microserve.kernels.attention.triton_attention import Tiles, launch_decode, launch_prefill
-from tests.support.engine.kernel_cases import AttentionCase
+from tests.support.engine.device.kernel_cases import AttentionCase
 
 SMALL = Tiles(rows=16, keys=16, num_warps=4, num_stages=2)
 """Contexts of some tens of tokens then have many steps, whole and partial."""

@@ -20,8 +20,8 @@ from microserve.kernels.attention.triton_attention import Tiles, launch_decode, 
 from microserve.kernels.exact.triton_product import product
 from microserve.kernels.exact.triton_rows import rms_norm, silu
 from microserve.kernels.exact.triton_segments import SEGMENT, paged_attention, segment_tiles
+from tests.support.engine.device.kernel_cases import AttentionCase
 from tests.support.engine.exact_rows import equal_bits
-from tests.support.engine.kernel_cases import AttentionCase
 
 SMALL = Tiles(rows=16, keys=16, num_warps=4, num_stages=2)
 SCALE = 0.3

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from microserve.kernels.attention.triton_attention import Tiles
 from microserve.kernels.exact import triton_segments
-from microserve.services.engine.model.exact import make_exact
+from microserve.services.engine.model.device.exact import make_exact
 from microserve.services.engine.model.model import DTYPES, load_model
 from microserve.services.engine.model.runner import ModelRunner
 from tests.support.engine.exact_rows import Rerun, Walked, alone, differing, together

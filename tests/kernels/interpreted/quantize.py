@@ -24,7 +24,7 @@ from microserve.kernels.quantize.triton_quantize import (
     launch_scatter,
 )
 from microserve.kernels.scatter.arrival_signal import ArrivalSignal
-from tests.support.engine.kernel_cases import random_slots
+from tests.support.engine.device.kernel_cases import random_slots
 
 FORMATS = [torch.int8, torch.float8_e4m3fn]
 

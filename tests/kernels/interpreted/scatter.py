@@ -9,7 +9,7 @@ from torch import Tensor
 
 from microserve.kernels import reference
 from microserve.kernels.scatter.triton_scatter import launch_scatter
-from tests.support.engine.kernel_cases import random_slots
+from tests.support.engine.device.kernel_cases import random_slots
 
 GUARD = 64  # elements before and after the pool that nothing may touch
 

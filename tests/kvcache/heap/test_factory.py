@@ -19,7 +19,7 @@ from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine import service
 from microserve.services.engine.model.model import LoadedModel
 from microserve.services.engine.service import run_engine
-from tests.support.engine.host_driver import HostDriver
+from tests.support.engine.device.host_driver import HostDriver
 
 
 def test_a_pool_that_the_device_has_no_room_for_is_said_by_its_setting(

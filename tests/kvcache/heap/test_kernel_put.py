@@ -26,9 +26,9 @@ from microserve.kvcache.heap.kernel_put import KernelPut
 from microserve.kvcache.words import OPEN, pack_state
 from microserve.protocol.errors import InternalError, MeshError
 from microserve.protocol.messages.grant import Grant
-from tests.support.engine.host_driver import HostDriver, host_address
-from tests.support.engine.host_world import HostWorld
-from tests.support.engine.kernel_cases import declared, emulate
+from tests.support.engine.device.host_driver import HostDriver, host_address
+from tests.support.engine.device.host_world import HostWorld
+from tests.support.engine.device.kernel_cases import declared, emulate
 from tests.support.kvcache.device_schedules import LAYOUT, play, schedules
 from tests.support.kvcache.kv_samples import data_of, fill, make_layout, mismatches
 from tests.support.kvcache.nvshmem_ranks import make_heap

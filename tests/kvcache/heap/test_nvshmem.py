@@ -12,8 +12,8 @@ from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.words import pack_state
 from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.messages.grant import Grant
-from tests.support.engine.host_driver import HostDriver
-from tests.support.engine.host_world import HostWorld
+from tests.support.engine.device.host_driver import HostDriver
+from tests.support.engine.device.host_world import HostWorld
 from tests.support.kvcache.kv_samples import fill, make_layout, mismatches
 from tests.support.kvcache.nvshmem_ranks import Rank, make_heap
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from microserve.kvcache.heap.nvshmem import NvshmemHeap, NvshmemPeerHeap
 from microserve.protocol.messages.grant import HeapAddress
-from tests.support.engine.host_driver import HostDriver
-from tests.support.engine.host_world import HostWorld
+from tests.support.engine.device.host_driver import HostDriver
+from tests.support.engine.device.host_world import HostWorld
 from tests.support.kvcache.device_schedules import LAYOUT, MakeHeap, play, schedules
 from tests.support.kvcache.heap_stress import receive_random, send_random
 from tests.support.kvcache.nvshmem_ranks import make_heap

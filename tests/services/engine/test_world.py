@@ -32,8 +32,8 @@ from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine import world as world_module
 from microserve.services.engine.world import Library, World, _is_provable, join_world
 from microserve.services.index.service import run_index
-from tests.support.engine.host_driver import HostDriver
-from tests.support.engine.host_world import HostRank, HostWorld
+from tests.support.engine.device.host_driver import HostDriver
+from tests.support.engine.device.host_world import HostRank, HostWorld
 from tests.support.kvcache.kv_samples import make_layout
 
 NUM_RANKS = 2

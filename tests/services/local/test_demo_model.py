@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from microserve.services.local import demo_model
-from microserve.services.local.demo_model import (
+from microserve.services.local.demo import model as demo_model
+from microserve.services.local.demo.model import (
     MODEL_NAME,
     FetchFailed,
     Report,
@@ -107,7 +107,7 @@ def test_concurrent_callers_convert_once(package: Path, tmp_path: Path) -> None:
 
 
 def test_progress_is_read_from_a_real_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "demo_conversion.py"
+    program = tmp_path / "conversion.py"
     program.write_text(
         "import sys\n"
         "for p in (0, 50, 100):\n"
@@ -115,7 +115,7 @@ def test_progress_is_read_from_a_real_child(tmp_path: Path, monkeypatch: pytest.
         "sys.stderr.write('\\nsome warning\\n')\n"
         "sys.exit('no space left' if len(sys.argv[1]) > 200 else 0)\n"
     )
-    monkeypatch.setattr(demo_model, "__file__", str(tmp_path / "demo_model.py"))
+    monkeypatch.setattr(demo_model, "__file__", str(tmp_path / "model.py"))
     monkeypatch.setattr(demo_model, "CONVERTER_PACKAGES", ("sys",))
     steps: list[tuple[str, float | None]] = []
     demo_model.convert_gguf(Path("x"), tmp_path, lambda what, part: steps.append((what, part)))

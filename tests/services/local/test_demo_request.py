@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from microserve.services.local.demo_request import Answer, DemoFailed, Gateway
+from microserve.services.local.demo.request import Answer, DemoFailed, Gateway
 from tests.support.gateway.certificate import make_pair
 
 TIMEOUT_S = 20.0

@@ -8,7 +8,7 @@ import json
 import msgspec
 import pytest
 
-from microserve.services.local.demo_request import Answer
+from microserve.services.local.demo.request import Answer
 from microserve.services.local.directory import ChildState, MeshState
 from microserve.services.local.view import JsonView, PlainView, RichView, View, describe, make_view, summarise
 

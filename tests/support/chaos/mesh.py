@@ -116,7 +116,7 @@ class ChaosMesh(MeshProcesses):
         return name, other
 
     async def wait_whole(self, bus: Bus, name: str) -> str:
-        """Until the engine holds nothing and has every block back; empty, or what is missing after WHOLE_S."""
+        """Until the engine holds nothing and has every block back: empty, or what is left at the end."""
         left = "no answer"
         try:
             async with EngineClient(bus, self.services[name].address) as engine, asyncio.timeout(WHOLE_S):

@@ -32,7 +32,7 @@ from microserve.protocol.process.run import run_service
 from microserve.protocol.settings import Settings
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.world import Library, join_world
-from tests.support.engine.host_driver import HostDriver
+from tests.support.engine.device.host_driver import HostDriver
 from tests.support.index.folder_world import FolderRank, fetch, publish
 from tests.support.kvcache.kv_samples import make_layout
 

@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 from typing import cast
 
-from tests.support.engine.host_driver import HostDriver
-from tests.support.engine.host_world import HostRank, HostWorld
+from tests.support.engine.device.host_driver import HostDriver
+from tests.support.engine.device.host_world import HostRank, HostWorld
 
 TIMEOUT_S = 60.0
 LOOK_S = 0.005

@@ -6,9 +6,9 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.services.engine.core.batch import Runner
-from tests.support.engine.device_mesh import DeviceMesh, StreamRunner
-from tests.support.engine.host_driver import HostDriver
-from tests.support.engine.host_world import HostWorld
+from tests.support.engine.device.device_mesh import DeviceMesh, StreamRunner
+from tests.support.engine.device.host_driver import HostDriver
+from tests.support.engine.device.host_world import HostWorld
 
 CAPACITY_NBYTES = 1 << 18
 IDLE_ROUNDS = 4

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from microserve.kvcache.heap.device import DeviceHeap, DevicePeerHeap
 from microserve.kvcache.heap.heap import Copies, Copy
-from tests.support.engine.host_driver import HostDriver
+from tests.support.engine.device.host_driver import HostDriver
 from tests.support.kvcache.kv_samples import data_of, make_layout, set_data
 
 LAYOUT = make_layout(num_blocks=2, num_layers=1)

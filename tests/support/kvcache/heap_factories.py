@@ -14,8 +14,8 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
-from tests.support.engine.host_driver import HostDriver
-from tests.support.engine.host_world import HostWorld
+from tests.support.engine.device.host_driver import HostDriver
+from tests.support.engine.device.host_world import HostWorld
 
 NUM_SLOTS = 3
 MINE, THEIRS, OTHERS = 11, 22, 33

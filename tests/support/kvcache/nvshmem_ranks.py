@@ -7,8 +7,8 @@ from collections.abc import Callable
 from microserve.kvcache.heap.device import BlockPut
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.kvcache.layout import KvLayout
-from tests.support.engine.host_driver import HostDriver
-from tests.support.engine.host_world import HostRank, HostWorld
+from tests.support.engine.device.host_driver import HostDriver
+from tests.support.engine.device.host_world import HostRank, HostWorld
 from tests.support.kvcache.kv_samples import make_layout
 
 CAPACITY = 1 << 16

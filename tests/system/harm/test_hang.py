@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from microserve.services.local.demo_request import Gateway
+from microserve.services.local.demo.request import Gateway
 from microserve.services.local.directory import MeshDirectory
 from tests.support.process.processes import MeshProcesses
 from tests.system.running.test_up import TIMEOUT_S, flags, restarted, run

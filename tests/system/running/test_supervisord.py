@@ -15,7 +15,7 @@ import pytest
 
 from microserve.protocol.bus.curve import create_mesh_keys
 from microserve.services.local.composition import free_ports
-from microserve.services.local.demo_request import Answer, Gateway
+from microserve.services.local.demo.request import Answer, Gateway
 from microserve.services.local.event_log import EventLog
 
 CONFIGURATION = Path(__file__).parents[3] / "deploy" / "supervisord.conf"

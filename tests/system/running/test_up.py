@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from microserve.services.local.demo_request import PROMPT, Answer, Gateway
+from microserve.services.local.demo.request import PROMPT, Answer, Gateway
 from microserve.services.local.directory import MeshDirectory
 
 pytestmark = pytest.mark.system

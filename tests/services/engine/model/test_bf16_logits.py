@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from microserve.services.engine.model.attention import device_attention
+from microserve.services.engine.model.attention.step import device_attention
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
 from tests.support.engine.logit_bounds import (

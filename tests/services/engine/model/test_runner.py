@@ -20,11 +20,11 @@ from microserve.kvcache.layout import K, KvLayout, V
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Sampled, SampleSpec
-from microserve.services.engine.model.attention import MakeAttention, device_attention
-from microserve.services.engine.model.flashinfer_attention import FlashInfer
+from microserve.services.engine.model.attention.flashinfer import FlashInfer
+from microserve.services.engine.model.attention.step import MakeAttention, device_attention
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
-from tests.support.engine.flashinfer_stand_in import StandInWrapper
+from tests.support.engine.device.flashinfer_stand_in import StandInWrapper
 from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
 
 NUM_BLOCKS, BLOCK_SIZE = 64, 4

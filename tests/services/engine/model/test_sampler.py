@@ -23,7 +23,7 @@ from microserve.protocol.errors import InternalError, InvalidRequest
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Sampled, SampleSpec
 from microserve.services.engine.model import sampler
-from microserve.services.engine.model.device_sampler import sample_there
+from microserve.services.engine.model.device.device_sampler import sample_there
 
 Sample = Callable[[Tensor, Sequence[SampleSpec]], list[Sampled]]
 sample: Sample

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Sampled, SampleSpec
-from microserve.services.engine.model.device_sampler import sample_there
+from microserve.services.engine.model.device.device_sampler import sample_there
 from microserve.services.engine.model.sampler import sample
 
 Draw = Callable[[torch.Tensor, Sequence[SampleSpec]], list[Sampled]]

@@ -27,7 +27,7 @@ from microserve.services.router.request.request import Request
 from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.control import StrategyControl
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.router.strategies.elastic_roles import LABELS, ROLES, elastic_roles
+from microserve.services.router.strategies.splitting.elastic_roles import LABELS, ROLES, elastic_roles
 from microserve.services.simulation.loop import VirtualLoop
 from tests.support.router.paper_mesh import PaperEngine, by_id, paper_mesh
 from tests.support.router.router_world import (

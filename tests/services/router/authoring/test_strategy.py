@@ -24,7 +24,7 @@ from __future__ import annotations
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
 from microserve.services.router.authoring.definition import strategy
-from microserve.services.router.strategies.balanced import balanced
+from microserve.services.router.strategies.splitting.balanced import balanced
 
 @strategy
 async def mine(mesh: Mesh, request: Request, *, label: str = "decode", tries: int = 2):

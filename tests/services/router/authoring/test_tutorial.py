@@ -10,8 +10,8 @@ import pytest
 
 from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.router.strategies.balanced import balanced
-from microserve.services.router.strategies.balanced_adaptive import balanced_adaptive
+from microserve.services.router.strategies.splitting.balanced import balanced
+from microserve.services.router.strategies.splitting.balanced_adaptive import balanced_adaptive
 from tests.support.router.router_world import expected_output, in_loop, router_world
 
 ROOT = Path(__file__).parents[4]

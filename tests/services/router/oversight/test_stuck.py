@@ -18,7 +18,7 @@ from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.oversight.stuck import STUCK_S, StuckTrace
 from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.control import STOOD_STILL, StrategyControl
-from microserve.services.router.strategies.data_parallel import data_parallel
+from microserve.services.router.strategies.placing.data_parallel import data_parallel
 
 pytestmark = [pytest.mark.slow]
 

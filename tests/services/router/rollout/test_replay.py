@@ -11,7 +11,7 @@ from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
 from microserve.services.router.rollout.replay import Replayed, replay
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.router.strategies.data_parallel import data_parallel
+from microserve.services.router.strategies.placing.data_parallel import data_parallel
 from tests.support.router.router_world import in_loop, router_world
 
 PROMPT = list(range(48))

@@ -13,7 +13,7 @@ from microserve.protocol.messages.control import ControlEntry, ControlState, Sha
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.rollout.book import Published, StrategyBook
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.router.strategies.data_parallel import data_parallel
+from microserve.services.router.strategies.placing.data_parallel import data_parallel
 from tests.support.router.router_world import World, eventually, expected_output, in_loop, router_world
 
 PROMPT = list(range(50))

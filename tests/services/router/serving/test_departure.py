@@ -10,7 +10,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import CacheFull, Draining, MeshError, QueueFull, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.services.router.serving.failover import MAX_ATTEMPTS
-from microserve.services.router.strategies.data_parallel import data_parallel
+from microserve.services.router.strategies.placing.data_parallel import data_parallel
 from tests.support.bus.gateway_peer import Answer
 from tests.support.router.router_world import (
     World,

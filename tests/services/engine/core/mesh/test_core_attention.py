@@ -14,14 +14,14 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
-from microserve.services.engine.model.attention import MakeAttention, device_attention
-from microserve.services.engine.model.flashinfer_attention import FlashInfer
+from microserve.services.engine.model.attention.flashinfer import FlashInfer
+from microserve.services.engine.model.attention.step import MakeAttention, device_attention
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
 from tests.support.engine.core_mesh import ROUTER, generate, grant_for, receive, send
-from tests.support.engine.device_mesh import DeviceMesh
-from tests.support.engine.flashinfer_stand_in import StandInWrapper
-from tests.support.engine.host_driver import HostDriver
+from tests.support.engine.device.device_mesh import DeviceMesh
+from tests.support.engine.device.flashinfer_stand_in import StandInWrapper
+from tests.support.engine.device.host_driver import HostDriver
 from tests.support.engine.tiny_model import make_tiny_model
 
 BLOCK = 4

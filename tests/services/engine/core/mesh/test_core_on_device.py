@@ -40,7 +40,7 @@ from tests.support.engine.core_mesh import (
     receive,
     send,
 )
-from tests.support.engine.device_mesh import DeviceMesh
+from tests.support.engine.device.device_mesh import DeviceMesh
 
 
 @pytest.fixture

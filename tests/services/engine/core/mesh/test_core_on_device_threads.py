@@ -16,8 +16,8 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.shell import StepThread
 from tests.support.engine.core_mesh import ROUTER, Engine, expect, grant_for, prompt_of, receive, send
-from tests.support.engine.device_mesh import DeviceMesh, StreamRunner
-from tests.support.engine.host_driver import HostDriver
+from tests.support.engine.device.device_mesh import DeviceMesh, StreamRunner
+from tests.support.engine.device.host_driver import HostDriver
 
 TIMEOUT_S = 60.0
 

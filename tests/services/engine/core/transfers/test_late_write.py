@@ -17,7 +17,7 @@ import structlog
 from microserve.kvcache.grant.table import GrantEvent, GrantTable, _Entry
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.local import MemoryHeap
-from tests.support.engine.late_write_case import (
+from tests.support.engine.late_write.case import (
     ACTIONS,
     EARLY,
     FAILING,

@@ -20,8 +20,8 @@ from microserve.protocol.errors import InvalidRequest, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import MAX_LANES, Grant
 from tests.support.engine.core_mesh import GREEDY, ROUTER, Mesh, prompt_of
-from tests.support.engine.late_write import Sender
-from tests.support.engine.late_write_receiver import LONG_S, NEXT, OPTIONS, Receiver, oracle
+from tests.support.engine.late_write.late_write import Sender
+from tests.support.engine.late_write.receiver import LONG_S, NEXT, OPTIONS, Receiver, oracle
 
 LENGTH = 13
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.support.engine.core_mesh import Mesh, prompt_of
-from tests.support.engine.device_mesh import DeviceMesh
+from tests.support.engine.device.device_mesh import DeviceMesh
 from tests.support.engine.split_conformance import check_split
 from tests.support.index.world_mesh import WorldMesh
 

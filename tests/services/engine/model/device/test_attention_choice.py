@@ -18,7 +18,8 @@ from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
-from microserve.services.engine.model.attention import (
+from microserve.services.engine.model.attention.flashinfer import FlashInfer
+from microserve.services.engine.model.attention.step import (
     DeviceAttention,
     MakeAttention,
     StepAttention,
@@ -32,11 +33,10 @@ from microserve.services.engine.model.attention_choice import (
     choose_kernels,
     try_out,
 )
-from microserve.services.engine.model.flashinfer_attention import FlashInfer
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
 from microserve.services.engine.model.spec import ModelSpec
-from tests.support.engine.flashinfer_stand_in import StandInWrapper
+from tests.support.engine.device.flashinfer_stand_in import StandInWrapper
 from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
 
 CPU = torch.device("cpu")

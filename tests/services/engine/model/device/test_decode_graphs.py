@@ -18,11 +18,11 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
-from microserve.services.engine.model.attention import DeviceAttention, device_attention
-from microserve.services.engine.model.decode_graphs import MAX_BUCKET, bucket_sizes
+from microserve.services.engine.model.attention.step import DeviceAttention, device_attention
+from microserve.services.engine.model.device.decode_graphs import MAX_BUCKET, bucket_sizes
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
-from tests.support.engine.recorded_graph import Freed, HostRead, device_operations, record
+from tests.support.engine.device.recorded_graph import Freed, HostRead, device_operations, record
 from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS = 48, 4, 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from microserve.kernels.attention.gpu_attention import DeviceBatch
-from microserve.services.engine.model.attention import DeviceAttention
+from microserve.services.engine.model.attention.step import DeviceAttention
 
 BLOCK, NUM_HEADS, HEAD_DIM = 4, 2, 16
 

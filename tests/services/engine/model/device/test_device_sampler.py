@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from microserve.services.engine.core.batch import SampleSpec
 from microserve.services.engine.model import sampler
-from microserve.services.engine.model.device_sampler import MAX_ROWS, sample_there
+from microserve.services.engine.model.device.device_sampler import MAX_ROWS, sample_there
 from tests.services.engine.model.test_sampler import VOCAB, specs
 
 

@@ -16,10 +16,10 @@ from structlog.testing import capture_logs
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.numerics import fault_of_numerics
 from microserve.protocol.settings_sources import load_settings
-from microserve.services.engine.model import exact
-from microserve.services.engine.model.attention import ExactAttention, exact_attention
+from microserve.services.engine.model.attention.step import ExactAttention, exact_attention
 from microserve.services.engine.model.attention_choice import EXACT, choose_kernels
-from microserve.services.engine.model.exact import class_name, make_exact
+from microserve.services.engine.model.device import exact
+from microserve.services.engine.model.device.exact import class_name, make_exact
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.rope import rope_tables
 from microserve.services.engine.model.runner import ModelRunner

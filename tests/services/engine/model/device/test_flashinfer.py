@@ -8,9 +8,9 @@ import torch
 
 from microserve.kernels import reference
 from microserve.kernels.attention.paged_attention import Span
-from microserve.services.engine.model.attention import DeviceAttention
-from microserve.services.engine.model.flashinfer_attention import FlashInfer, step_pages, workspace_nbytes
-from tests.support.engine.flashinfer_stand_in import StandInWrapper
+from microserve.services.engine.model.attention.flashinfer import FlashInfer, step_pages, workspace_nbytes
+from microserve.services.engine.model.attention.step import DeviceAttention
+from tests.support.engine.device.flashinfer_stand_in import StandInWrapper
 
 BLOCK, NUM_KV_HEADS, NUM_HEADS, HEAD_DIM = 4, 2, 6, 16
 SPANS = [Span(1, 5, [7, 2]), Span(1, 4, [0, 9, 9]), Span(6, 6, [3, 1]), Span(3, 9, [5, 8, 4])]

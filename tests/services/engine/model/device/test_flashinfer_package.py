@@ -18,11 +18,11 @@ from torch import Tensor
 
 from microserve.kernels import cuda_module
 from microserve.protocol import log
-from microserve.services.engine.model.attention import device_attention
+from microserve.services.engine.model.attention.flashinfer import FlashInfer, load_flashinfer
+from microserve.services.engine.model.attention.step import device_attention
 from microserve.services.engine.model.attention_choice import choose_kernels, try_out
-from microserve.services.engine.model.flashinfer_attention import FlashInfer, load_flashinfer
 from microserve.services.engine.model.spec import ModelSpec
-from tests.support.engine.flashinfer_stand_in import StandInWrapper, attend
+from tests.support.engine.device.flashinfer_stand_in import StandInWrapper, attend
 
 pytest.importorskip("flashinfer", reason="FlashInfer is not installed: its signatures are not checked")
 

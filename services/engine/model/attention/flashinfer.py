@@ -19,7 +19,7 @@ from torch import Tensor
 from microserve.kernels import cuda_module
 from microserve.kernels.attention.paged_attention import Span
 from microserve.kernels.scatter.kv_scatter import kv_scatter
-from microserve.services.engine.model.attention import StepAttention, device_attention, on_host, upload
+from microserve.services.engine.model.attention.step import StepAttention, device_attention, on_host, upload
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128, 256)

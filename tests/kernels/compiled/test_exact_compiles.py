@@ -16,7 +16,7 @@ import torch
 
 from microserve.kernels.attention.gpu_attention import DeviceBatch
 from microserve.kernels.exact.launch import OPTIONS, in_place, kernels_digest
-from tests.support.engine.compiled_kernel import ARCHITECTURES, NAMES, compiled, geometry
+from tests.support.engine.device.compiled_kernel import ARCHITECTURES, NAMES, compiled, geometry
 
 triton = pytest.importorskip("triton", reason="no triton: its kernels are not compiled")
 if os.environ.get("TRITON_INTERPRET") == "1":

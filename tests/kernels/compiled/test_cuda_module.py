@@ -24,7 +24,7 @@ from microserve.kernels.kernel_cache import CACHE_VARIABLE, KernelUnavailable, c
 from microserve.kernels.scatter.arrival_signal import ArrivalSignal
 from microserve.kernels.scatter.block_put import put_launch, put_plan
 from microserve.kernels.scatter.block_scatter import scatter_launch
-from tests.support.engine.kernel_cases import declared
+from tests.support.engine.device.kernel_cases import declared
 
 MODULES = sorted(cuda_module.ENTRIES)
 

@@ -126,14 +126,14 @@ def install(report: Report) -> Path:
 
 
 def convert_gguf(gguf_file: Path, directory: Path, report: Report) -> None:
-    """Run demo_conversion.py in a process of its own and pass its progress on."""
+    """Run conversion.py in a process of its own and pass its progress on."""
     missing = [name for name in CONVERTER_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise FetchFailed(
             f"making the demo model needs {', '.join(missing)}: pip install '.[engine,demo]', in a checkout"
         )
     report("Loading the converter", None)
-    program = Path(__file__).with_name("demo_conversion.py")
+    program = Path(__file__).with_name("conversion.py")
     command = [sys.executable, "-P", str(program), str(gguf_file), str(directory)]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

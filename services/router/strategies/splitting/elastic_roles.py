@@ -11,7 +11,7 @@ import asyncio
 from typing import Annotated
 
 from microserve.services.router.authoring import Chunks, EngineFacts, Mesh, Meta, PlanMesh, Request, strategy
-from microserve.services.router.strategies.disaggregated import disaggregated
+from microserve.services.router.strategies.splitting.disaggregated import disaggregated
 
 Seconds = Annotated[float, Meta(gt=0.0)]
 ROLES, LABELS = ("decode", "prefill"), {"decode", "prefill", "to-decode", "to-prefill"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from microserve.kernels.scatter.block_scatter import MAX_THREADS
-from tests.support.engine.compiled_kernel import ARCHITECTURES, NAMES, compiled, geometry
+from tests.support.engine.device.compiled_kernel import ARCHITECTURES, NAMES, compiled, geometry
 
 pytest.importorskip("triton", reason="no triton: its kernels are not compiled")
 if os.environ.get("TRITON_INTERPRET") == "1":

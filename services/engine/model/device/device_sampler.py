@@ -22,7 +22,7 @@ from torch import Tensor
 from microserve.kernels.philox import uniform_rows
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Sampled, SampleSpec
-from microserve.services.engine.model.attention import upload
+from microserve.services.engine.model.attention.step import upload
 from microserve.services.engine.model.sampler import (
     HUGE,
     failure,

@@ -18,7 +18,7 @@ from microserve.kvcache.layout import KvLayout
 from microserve.services.engine.core.batch import Batch, Runner, StepResult
 from microserve.services.simulation.hash_runner import HashRunner, _digest
 from tests.support.engine.core_mesh import VOCAB, Engine, Mesh
-from tests.support.engine.host_driver import HostDriver
+from tests.support.engine.device.host_driver import HostDriver
 
 LATENESS = (0, 0, 1, 3, 10, 30)
 """Operations of a driver's streams between two steps of the mesh."""

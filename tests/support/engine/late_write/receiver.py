@@ -3,7 +3,7 @@
     engine b   has given the grant that ended; each of its turns, a new request takes all that is free
     engine c   sends the KV of such requests where they receive it
 
-Time passes only by ``mesh.now``. Does not know which faults are tried (late_write_case.py).
+Time passes only by ``mesh.now``. Does not know which faults are tried (case.py).
 """
 
 from __future__ import annotations

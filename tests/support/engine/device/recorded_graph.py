@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from microserve.kernels.attention import gpu_attention
 from microserve.kernels.attention.gpu_attention import DeviceBatch
 from microserve.kernels.scatter import block_scatter as scatter
-from microserve.services.engine.model import attention
+from microserve.services.engine.model.attention import step as attention
 
 _HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
 _HOST_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from microserve.protocol.errors import InternalError
-from tests.support.engine.host_driver import HostDriver
+from tests.support.engine.device.host_driver import HostDriver
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""``python demo_conversion.py FILE.gguf DIRECTORY``: a GGUF becomes a Hugging Face model directory.
+"""``python conversion.py FILE.gguf DIRECTORY``: a GGUF becomes a Hugging Face model directory.
 
 A program of its own, so that who asks for the demo model (``microserve up``) never loads torch. Progress is
 what transformers prints to stderr. Writes config.json, generation_config.json (with the sampling that the

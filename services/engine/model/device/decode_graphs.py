@@ -13,7 +13,7 @@ places of its bucket, so nothing is left over from the run before.
 
 What a capture bakes in: every address, every shape, every number that the host knew. So nothing in it may
 depend on a length or a table but by reading it on the device, and whatever is read is kept alive here;
-tests/support/engine/recorded_graph.py holds that against a stand-in that bakes in just as much.
+tests/support/engine/device/recorded_graph.py holds that against a stand-in that bakes in just as much.
 
 Owns inputs, buckets and captured passes. Must not know sequences, sampling, nor transfers: a step in which a
 layer is sent or awaited is never replayed.
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from microserve.kernels.attention.gpu_attention import DeviceBatch
 from microserve.kernels.attention.paged_attention import Span
-from microserve.services.engine.model.attention import DeviceAttention, upload
+from microserve.services.engine.model.attention.step import DeviceAttention, upload
 
 MAX_BUCKET = 256
 """Larger batches are run launch by launch: the device is busy for longer than the host."""
