@@ -1,10 +1,9 @@
 """What is typed: ``microserve NAME`` (main.py), its flags, what is printed and the exit code.
 
 Owns the command line, and the two talks that only people have: of changes (control_client.py, for
-strategy.py and label.py) and of an engine's leaving (drain.py). Must not hold what a service needs: nothing
+strategy/ and label.py) and of an engine's leaving (drain.py). Must not hold what a service needs: nothing
 below imports this. Everything heavy is imported by the command that runs, so that ``--help`` is light.
 
 Start with main.py (every command, in one place), then flags.py (where settings come from; what they are:
-protocol/settings.py). strategy.py publishes, strategy_check.py runs a source in a process of its own first;
-tail.py and settings_text.py print.
+protocol/settings.py). strategy/ checks and publishes; tail.py and settings_text.py print.
 """

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from microserve.services.command.flags import WrongFlag, change_flags, talk_to_index
-from microserve.services.command.strategy import tell
+from microserve.services.command.strategy.change import tell
 from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from microserve.services.command.key import key as key_group
 from microserve.services.command.key import usage as usage_command
 from microserve.services.command.label import label as label_command
 from microserve.services.command.simulate import simulate as simulate_command
-from microserve.services.command.strategy import strategy as strategy_group
+from microserve.services.command.strategy.group import strategy as strategy_group
 from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:

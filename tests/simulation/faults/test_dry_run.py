@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from microserve.services.command import strategy as strategy_command
-from microserve.services.command.strategy import _check
+from microserve.services.command.strategy import check
+from microserve.services.command.strategy.check import is_sound
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.faults.dry_run import try_strategy
 from tests.support.router.hostile_strategies import GOOD, HEAD, HOSTILE, SERVE
@@ -81,7 +81,7 @@ def test_an_empty_mesh_is_tried_as_one_engine() -> None:
 def test_what_would_hurt_the_checker_is_refused_by_a_process_of_its_own(
     source: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not _check("mine", source, {}, [[], []], True)
+    assert not is_sound("mine", source, {}, [[], []], True)
     assert says in capsys.readouterr().err
 
 
@@ -91,32 +91,32 @@ def test_what_would_hurt_the_checker_is_refused_by_a_process_of_its_own(
     ids=["in a request", "when it is loaded"],
 )
 def test_an_endless_loop_is_broken_off(source: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not _check("mine", source, {}, [[]], True)
+    assert not is_sound("mine", source, {}, [[]], True)
     assert "held the router" in capsys.readouterr().err
 
 
 def test_a_decision_over_its_budget_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     busy = "    end = time.perf_counter() + 0.15\n    while time.perf_counter() < end: pass\n"
-    assert not _check("mine", HEAD + busy + SERVE, {}, [[]], True)
+    assert not is_sound("mine", HEAD + busy + SERVE, {}, [[]], True)
     assert "too long at a time" in capsys.readouterr().err
 
 
 def test_what_no_signal_ends_is_ended_from_outside(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strategy_command, "CHECK_S", 2.0)
+    monkeypatch.setattr(check, "CHECK_S", 2.0)
     deaf = "    import signal\n    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
-    assert not _check("mine", HEAD + deaf + "    while True: pass\n" + SERVE, {}, [[]], True)
+    assert not is_sound("mine", HEAD + deaf + "    while True: pass\n" + SERVE, {}, [[]], True)
     assert "endless loop" in capsys.readouterr().err
 
 
 def test_without_a_dry_run_shape_and_parameters_are_still_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _check("mine", HOSTILE["exception"][0], {}, [[]], False)
-    assert not _check("mine", GOOD, {"ratio": "much"}, [[]], False)
-    assert not _check("mine", GOOD.replace("async def", "def").replace("async for", "for"), {}, [[]], False)
+    assert is_sound("mine", HOSTILE["exception"][0], {}, [[]], False)
+    assert not is_sound("mine", GOOD, {"ratio": "much"}, [[]], False)
+    assert not is_sound("mine", GOOD.replace("async def", "def").replace("async for", "for"), {}, [[]], False)
     assert "must be a number" in capsys.readouterr().err
 
 
 def test_what_a_strategy_prints_is_not_taken_for_the_finding(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _check("mine", "print('{\"problems\": []}')\n" + GOOD, {}, [[], []], True)
+    assert is_sound("mine", "print('{\"problems\": []}')\n" + GOOD, {}, [[], []], True)
     assert "dry run in the simulation" in capsys.readouterr().out

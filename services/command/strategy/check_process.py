@@ -1,6 +1,6 @@
-"""A strategy's source checked before publishing: ``python -m microserve.services.command.strategy_check``.
+"""A source checked before publishing: ``python -m microserve.services.command.strategy.check_process``.
 
-A process of its own, because the source is run here: whoever starts it (strategy.py) bounds its time. Reads
+A process of its own, because the source is run here: whoever starts it (check.py) bounds its time. Reads
 a ``Task`` as JSON from stdin and writes a ``Finding`` as JSON to stdout. Knows no mesh but the labels of
 its engines.
 """

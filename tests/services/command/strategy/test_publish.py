@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from microserve.services.command.flags import parameter
 from microserve.services.command.main import main
-from microserve.services.command.strategy import share_of
+from microserve.services.command.strategy.publish import share_of
 
 
 @pytest.mark.parametrize(

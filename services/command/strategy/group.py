@@ -1,0 +1,18 @@
+"""The group ``microserve strategy``: all of its commands, in one place."""
+
+from __future__ import annotations
+
+import click
+
+from microserve.services.command.strategy.change import promote, retire, rollback, set_
+from microserve.services.command.strategy.look import history, list_, show
+from microserve.services.command.strategy.publish import publish
+
+
+@click.group()
+def strategy() -> None:
+    """Change how a running mesh serves: publish strategies, try them on a share, take them back."""
+
+
+for each in (publish, set_, promote, rollback, retire, list_, show, history):
+    strategy.add_command(each)

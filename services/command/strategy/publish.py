@@ -1,0 +1,99 @@
+"""``microserve strategy publish``: a file that has passed its check goes to every router.
+
+Owns its flags. The check is check.py's, the change change.py's.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from microserve.services.command.flags import WrongFlag, change_flags, parameter, talk_to_index
+from microserve.services.command.strategy.change import apply
+from microserve.services.command.strategy.check import is_sound
+
+if TYPE_CHECKING:
+    from microserve.services.command.control_client import ControlClient
+
+BOUND = click.FloatRange(min=0.0)
+
+
+def share_of(text: str) -> float:
+    """``10%`` or ``0.1``."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise WrongFlag(f"--share {text}: a share is above 0% and at most 100%")
+    return share
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--name", help="Name that requests ask for.  [default: the file's]")
+@click.option(
+    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A parameter; may be repeated."
+)
+@click.option("--share", "share_text", default="100%", show_default=True, help="Below 100%: a canary.")
+@click.option(
+    "--shadow", is_flag=True, help="Decides about live requests, serves none; see its score in show."
+)
+@click.option(
+    "--max-ttft", "max_ttft_s", type=BOUND, default=0.0, help="Taken back beyond it (seconds, p90)."
+)
+@click.option("--max-tpot", "max_tpot_s", type=BOUND, default=0.0, help="Likewise, for an output token.")
+@click.option(
+    "--sticky-by",
+    metavar="ATTRIBUTE",
+    default="",
+    help="Canary or shadow: all requests of one user, tenant, ... alike (gateway.attributes).",
+)
+@click.option("--no-dry-run", is_flag=True, help="Without serving in the simulation first.")
+@change_flags
+def publish(
+    file: Path,
+    name: str | None,
+    assignments: tuple[str, ...],
+    share_text: str,
+    shadow: bool,
+    max_ttft_s: float,
+    max_tpot_s: float,
+    sticky_by: str,
+    no_dry_run: bool,
+    config: str | None,
+    index: str | None,
+    reason: str,
+    timeout_s: float,
+) -> None:
+    """Check FILE, log it, and let every router serve by it from its next request on."""
+    share = share_of(share_text)
+    parameters, chosen = dict(map(parameter, assignments)), name or file.stem
+    try:
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WrongFlag(f"{file}: {error}") from None
+
+    async def talk(client: ControlClient) -> int:
+        labels = await client.labels()
+        if not is_sound(chosen, source, parameters, labels, not no_dry_run):
+            return 1
+        return await apply(
+            client,
+            "publish",
+            chosen,
+            timeout_s,
+            source=source,
+            parameters=parameters,
+            share=share,
+            shadow=shadow,
+            max_ttft_s=max_ttft_s,
+            max_tpot_s=max_tpot_s,
+            sticky_by=sticky_by,
+            reason=reason,
+        )
+
+    sys.exit(talk_to_index(config, index, talk))
