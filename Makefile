@@ -8,9 +8,9 @@ PREFIX ?= /opt/microserve
 ARGS ?=
 DTYPE ?= bfloat16
 BIN := $(VENV)/bin
-WORKERS ?= 2
-# Its tests wait for peers more than they compute: one worker more than the two cores that it is meant for.
-QUICK_WORKERS ?= 3
+# Tests wait for peers more than they compute: more workers than the two cores that they are meant for.
+WORKERS ?= 3
+QUICK_WORKERS ?= 4
 # Bytecode is kept whatever the environment says: a run starts hundreds of processes, which compiled all again.
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist worksteal
 

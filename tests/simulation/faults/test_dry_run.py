@@ -9,6 +9,7 @@ import pytest
 
 from microserve.services.command.strategy import check
 from microserve.services.command.strategy.check import is_sound
+from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.faults.dry_run import try_strategy
 from tests.support.router.hostile_strategies import GOOD, HEAD, HOSTILE, SERVE
@@ -22,12 +23,11 @@ def test_a_hostile_strategy_is_refused_and_told_why(name: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", BUILT_IN, ids=lambda strategy: strategy.name)
-def test_the_strategies_that_are_shipped_pass_when_they_are_published(strategy: object) -> None:
-    name = strategy.name  # type: ignore[attr-defined]
-    source = inspect.getsource(sys.modules[f"microserve.services.router.strategies.{name}"])
+def test_the_strategies_that_are_shipped_pass_when_they_are_published(strategy: Strategy) -> None:
+    source = inspect.getsource(sys.modules[strategy.function.__module__])
     meshes: list[list[list[str]]] = [[[], []], [["prefill"], ["decode"], ["decode"]]]
     for labels in meshes:
-        trial = try_strategy(name, source, {}, labels)
+        trial = try_strategy(strategy.name, source, {}, labels)
         assert trial.problems == []
         assert trial.request_s > 0
 
