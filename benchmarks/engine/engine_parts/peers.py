@@ -20,7 +20,7 @@ from pathlib import Path
 from engine_parts.serving import Stream
 
 PARTS = Path(__file__).parent
-NAMES = ("openvino", "transformers")
+NAMES = ("openvino", "transformers", "vllm")
 
 
 class PeerAbsent(Exception):
