@@ -79,7 +79,9 @@ class Choice:
         self._matcher = StopMatcher(stop) if stop else None
         self._min_tokens = sampling.min_tokens
         self._transcript = Transcript(tokenizer.vocabulary) if sampling.logprobs is not None else None
-        self._eos_token_ids: Callable[[], Collection[int]] = tuple if sampling.ignore_eos else eos_token_ids
+        self._eos_token_ids: Callable[[], Collection[int]] = (
+            eos_token_ids if sampling.ends_by_eos() else tuple
+        )
         self._stop_token_ids = sampling.stop_token_ids
         self._stop_ids: frozenset[int] | None = None
         self._held: tuple[int, TokenLogprob | None] | None = None

@@ -17,6 +17,9 @@ from microserve.protocol.errors import InvalidRequest, located
 MAX_LOGPROBS = 20
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGIT_BIAS = 1024
+MAX_GRAMMAR_NBYTES = 1 << 18
+"""Of a grammar's text, in UTF-8; a JSON schema in it is bounded further."""
+MAX_AFTER_TOKEN_IDS = 16
 MAX_COUNT = (1 << 31) - 1
 """Of tokens, where nothing narrower holds."""
 
@@ -58,6 +61,41 @@ class _Bounds(msgspec.Struct, frozen=True):
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)]
 
 
+GRAMMAR_KINDS = ("json_schema", "json_object", "regex", "choice", "lark")
+
+
+class Grammar(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What the output may be: its text is one of the grammar, to the end, and nothing else."""
+
+    kind: str
+    """``json_schema``: ``text`` is a schema; ``json_object``: any object, no text; ``regex``; ``choice``: a
+    JSON list of strings, one of which it is; ``lark``: a grammar with a rule ``start``."""
+    text: str = ""
+    after_token_ids: tuple[int, ...] = ()
+    """The grammar begins behind the first place of the output where these stand in a row, and until then the
+    output cannot end; none: it begins at once."""
+
+    def validate(self, vocab_size: int) -> None:
+        """Raise :class:`InvalidRequest` for what no grammar can be. Whether it is one is not looked at."""
+        if self.kind not in GRAMMAR_KINDS:
+            raise InvalidRequest(f"grammar.kind must be one of {', '.join(GRAMMAR_KINDS)}", field="grammar")
+        if (
+            len(self.text) > MAX_GRAMMAR_NBYTES
+            or len(self.text.encode(errors="replace")) > MAX_GRAMMAR_NBYTES
+        ):
+            raise InvalidRequest(f"a grammar may have {MAX_GRAMMAR_NBYTES} bytes at most", field="grammar")
+        if bool(self.text) == (self.kind == "json_object"):
+            raise InvalidRequest(
+                f"a grammar of kind {self.kind} needs {'no' if self.text else 'a'} text", field="grammar"
+            )
+        if len(self.after_token_ids) > MAX_AFTER_TOKEN_IDS:
+            raise InvalidRequest(
+                f"a grammar begins after {MAX_AFTER_TOKEN_IDS} tokens at most", field="grammar"
+            )
+        if any(not 0 <= token < vocab_size for token in self.after_token_ids):
+            raise InvalidRequest(f"grammar.after_token_ids must be ids below {vocab_size}", field="grammar")
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """Decoding parameters of one sequence; the defaults are greedy-free OpenAI ones.
 
@@ -86,6 +124,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     """None: none. n >= 0: the chosen token's log-probability and those of the n likeliest."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    """Of no effect with a grammar, which says where the output may end."""
+    grammar: Grammar | None = None
+
+    def ends_by_eos(self) -> bool:
+        """Does a token that is an end of sequence end it?"""
+        return not self.ignore_eos or self.grammar is not None
 
     def validate(self, vocab_size: int) -> None:
         """Raise :class:`InvalidRequest` naming the first field that is out of bounds."""
@@ -105,6 +149,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
         for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
             if ids and max(ids) >= vocab_size:
                 raise InvalidRequest(f"{name} must have ids below {vocab_size}", field=name)
+        if self.grammar is not None:
+            self.grammar.validate(vocab_size)
 
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")

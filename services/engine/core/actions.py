@@ -274,6 +274,8 @@ class Actions:
     def _check_sampling(self, params: SamplingParams) -> None:
         limits = self._state.limits
         params.validate(limits.vocab_size)
+        if params.grammar is not None:
+            raise InvalidRequest("this engine constrains no output", field="grammar")
         forbidden = limits.eos_token_ids.union(params.stop_token_ids)
         if params.min_tokens and len(forbidden) >= limits.vocab_size:
             raise InvalidRequest("min_tokens leaves no token that may be chosen", field="min_tokens")

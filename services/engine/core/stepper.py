@@ -247,7 +247,7 @@ class Stepper:
         params, limits = sequence.params, self._state.limits
         if params is None:
             return None, None
-        if token_id in limits.eos_token_ids and not params.ignore_eos:
+        if token_id in limits.eos_token_ids and params.ends_by_eos():
             return "stop", token_id
         if token_id in params.stop_token_ids:
             return "stop", token_id

@@ -141,7 +141,7 @@ class Failover:
         sampling, last = self.original.sampling, delivered[-1]
         usage = Usage(prompt_tokens=self.original.num_tokens, output_tokens=len(delivered))
         eos = served.eos_token_ids if served is not None else []
-        if (last in eos and not sampling.ignore_eos) or last in sampling.stop_token_ids:
+        if (last in eos and sampling.ends_by_eos()) or last in sampling.stop_token_ids:
             return Finished("stop", usage, Timings(), stop_token_id=last)
         if len(delivered) >= sampling.max_tokens:
             return Finished("length", usage, Timings())

@@ -7,7 +7,7 @@ from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.grant import Grant, HeapAddress
 from microserve.protocol.messages.numerics import Numerics
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.sampling import Grammar, SamplingParams
 
 HEAP = HeapAddress(kind="shm", host="boot", pid=70_000, fd=9, nbytes=1 << 33, incarnation=1 << 61)
 GRANT = Grant(
@@ -40,6 +40,7 @@ SAMPLING = SamplingParams(
     logprobs=3,
     stop_token_ids=(2, 9),
     ignore_eos=True,
+    grammar=Grammar(kind="regex", text="[ab]+", after_token_ids=(7, 8)),
 )
 INFO = actions.EngineInfo(
     engine_id="e1",
