@@ -164,6 +164,8 @@ class StrategyError(MeshError):
     """A strategy broke its contract (two generates, forgotten grant, gap between intervals ...)."""
 
     code = "strategy_error"
+    at = ""
+    """``FILE:LINE`` of its source, where no traceback says it; not on the wire."""
 
 
 class ProtocolViolation(MeshError):

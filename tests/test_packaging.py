@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("protocol", "kvcache", "kernels", "services", "gateway")
+PACKAGES = ("protocol", "kvcache", "kernels", "services", "gateway", "testing")
 
 # Home directories and checkouts; /opt/microserve and the like are documented places, not machines.
 MACHINE_PATH = re.compile(r"/(?:home|root|Users|work)/\w")
@@ -78,7 +78,7 @@ def test_the_wheel_holds_every_module_and_py_typed(wheel: zipfile.ZipFile) -> No
     sources = {path.relative_to(ROOT) for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     assert {f"microserve/{path}" for path in sources} <= held
     assert {name.split("/")[0] for name in held} == {"microserve"}
-    assert "microserve/protocol/py.typed" in held
+    assert {f"microserve/{name}/py.typed" for name in PACKAGES} <= held
 
 
 def native_sources() -> set[str]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SOURCES = ("protocol", "kvcache", "kernels", "services", "gateway")
+SOURCES = ("protocol", "kvcache", "kernels", "services", "gateway", "testing")
 BY_PATH = ("tests", "examples", "tooling")
 
 

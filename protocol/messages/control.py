@@ -59,7 +59,8 @@ class StrategyVersion(msgspec.Struct, frozen=True, array_like=True):
     version: int
     """Of the change that made it."""
     source: str
-    """Python; empty: the strategy of that name that the router came with."""
+    """Python, a file or a package (strategy_source.py); empty: the strategy of that name that the router came
+    with."""
     digest: str
     """SHA-256 of the source, hex."""
     parameters: dict[str, Scalar]

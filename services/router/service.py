@@ -22,7 +22,7 @@ from microserve.protocol.settings import RouterSettings, Settings
 from microserve.protocol.settings_faults import did_you_mean
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 from microserve.services.links.index_watch import IndexWatch
-from microserve.services.router.authoring.definition import Run, Strategy, load_file, run_freely
+from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.authoring.driver import Driver
 from microserve.services.router.engines.prefix import PrefixReplica
 from microserve.services.router.engines.registry import Registry
@@ -32,6 +32,7 @@ from microserve.services.router.oversight.stuck import StuckTrace
 from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.control import StrategyControl
 from microserve.services.router.serving.serving import Serving
+from microserve.services.router.source.module import Run, run_freely
 from microserve.services.router.strategies import BUILT_IN
 
 _logger = structlog.get_logger()

@@ -11,5 +11,6 @@ Start with ``loop.py`` (time, and processes that freeze and die), then ``network
 engine's memory (writes are lost, torn and late there) and ``witness.py`` what must be true of every write,
 ``steps.py`` its thread, ``journal.py`` what happened.
 
-Two uses: ``faults/`` breaks a mesh and judges it, ``load/`` measures strategies.
+Three uses: ``faults/`` breaks a mesh and judges it, ``load/`` measures strategies, ``trial/`` tries one
+before it serves.
 """

@@ -15,7 +15,8 @@ from typing import Any
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.errors import GrantsFull
+from microserve.protocol.errors import CapacityError, GrantsFull, PeerError
+from microserve.services.router.oversight.mistake import place_of
 from microserve.services.simulation.loop import VirtualLoop
 
 DEFECTS = frozenset(
@@ -25,6 +26,9 @@ DEFECTS = frozenset(
     }
 )
 """Events that no fault outside of a process may cause."""
+
+BY_STRATEGIES = frozenset({log.STRATEGY_FAILED, log.STRATEGY_SLOW, log.PLAN_FAILED})
+"""Events that tell of an author's mistake."""
 
 BY_THE_REAL_CLOCK = frozenset({log.STRATEGY_SLOW})
 """Events that the machine may cause: counted, but no part of what is the same for the same seed."""
@@ -41,6 +45,10 @@ class Journal:
         self.lines: list[str] = []
         self.defects: list[str] = []
         self.events: Counter[str] = Counter()
+        self.mistakes: list[tuple[str, str]] = []
+        """Of strategies and their plans: what was raised, and ``FILE:LINE`` of theirs, if that is known."""
+        self.slow: list[str] = []
+        """Likewise, the places where they held a router for too long."""
         self.held_up: set[str] = set()
         """Ids, as clients know them, of requests that an engine put back for want of blocks or grants, or let
         wait for them before it began."""
@@ -76,6 +84,8 @@ class Journal:
         """The only processor: structlog goes no further."""
         name = str(event.pop("event"))
         trace = event.pop("exc_info", None)
+        if name in BY_STRATEGIES:
+            self._take_mistake(name, event, trace)
         if trace is True or isinstance(trace, BaseException):
             event["trace"] = (
                 "".join(traceback.format_exception(trace))
@@ -90,6 +100,15 @@ class Journal:
             self.continued.append((str(event["request_id"]).partition("~")[0], int(event["delivered"])))
         self.note(name, **event)
         raise structlog.DropEvent
+
+    def _take_mistake(self, name: str, event: Mapping[str, Any], error: object) -> None:
+        place = str(event.get("at", ""))
+        if name == log.STRATEGY_SLOW:
+            self.slow.append(place)
+        elif not isinstance(error, BaseException):
+            self.mistakes.append((str(event.get("error", "")), place))
+        elif name == log.STRATEGY_FAILED or not isinstance(error, PeerError | CapacityError):
+            self.mistakes.append((f"{type(error).__name__}: {error}", place or place_of(error)))
 
     def open(self) -> None:
         """From now on, everything that is logged in this process comes here."""

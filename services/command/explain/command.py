@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from microserve.protocol.messages.control import ControlEntry, ControlReport, Scalar, StrategyVersion
     from microserve.protocol.messages.decisions import Asked, Explained
     from microserve.services.command.control_client import ControlClient
-    from microserve.services.router.authoring.definition import Run, Strategy
+    from microserve.services.router.authoring.definition import Strategy
     from microserve.services.router.rollout.replay import Replayed
+    from microserve.services.router.source.module import Run
 
 
 @click.command()
@@ -112,14 +113,11 @@ def _strategy(other: str, report: ControlReport, run: Run) -> Strategy:
     """A file, what is in force under the name, or what routers come with. Raises :class:`ConfigError`."""
     from microserve.protocol.errors import ConfigError
     from microserve.services.router.rollout.control import load_source
+    from microserve.services.router.source.files import read_source
     from microserve.services.router.strategies import BUILT_IN
 
-    if other.endswith(".py"):
-        try:
-            source = Path(other).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{other}: {error}", field="strategy") from None
-        return load_source(source, Path(other).stem, run)
+    if other.endswith((".py", "/")):
+        return load_source(read_source(Path(other)), Path(other).stem, run)
     version = _in_force(other, report.state.entries)
     if version is not None and version.source:
         return load_source(version.source, other, run).bind(version.parameters)

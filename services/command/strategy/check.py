@@ -1,44 +1,128 @@
-"""Whether a source may be published: run in a process of its own (check_process.py), in bounded time."""
+"""``microserve strategy check``: whether a source may be published, without a mesh.
+
+Owns its flags, how mistakes are printed, and the process that the source is run in (check_process.py), whose
+time is bounded. Exit code 0: sound; 1: it has mistakes; 2: a flag is wrong.
+"""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
+from microserve.services.command.flags import WrongFlag, index_flags, parameter, talk_to_index
 from microserve.services.command.terminal import echo
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import Scalar
+    from microserve.services.command.strategy.task import Finding
 
 CHECK_S = 60.0
 """A source that is not through with its check by then never will be."""
 
 
-def is_sound(
-    name: str, source: str, parameters: dict[str, Scalar], labels: list[list[str]], dry_run: bool
-) -> bool:
-    """Whether the source may be published; says why not."""
+def source_flags(command: click.decorators.FC) -> click.decorators.FC:
+    """FILE, ``--name`` and ``--set``: what is checked, or published."""
+    file = click.argument("file", type=click.Path(exists=True, path_type=Path))
+    name = click.option("--name", help="Name that requests ask for.  [default: the file's]")
+    assign = click.option(
+        "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A parameter; may be repeated."
+    )
+    return file(name(assign(command)))
+
+
+@click.command()
+@source_flags
+@click.option("--labels", default="", metavar="A,B,...", help="Of each engine; a+b: two of one engine.")
+@click.option("--live", is_flag=True, help="With the engines and labels of the mesh that runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@index_flags
+def check(
+    file: Path,
+    name: str | None,
+    assignments: tuple[str, ...],
+    labels: str,
+    live: bool,
+    as_json: bool,
+    config: str | None,
+    index: str | None,
+) -> None:
+    """Check FILE, or a folder with an __init__.py, as before it is published; no mesh is needed.
+
+    Its code is read, and serves requests in a simulation: long prompts, slow, full and lost engines, two
+    routers, late messages. Each mistake is told with its line and what mends it (docs/authoring.md).
+    """
+    from microserve.protocol.logging.printable import printable_json
+
+    if labels and live:
+        raise WrongFlag("--labels is for a mesh that is not there, --live for one that runs")
+    engines = (
+        [[part for part in each.strip().split("+") if part] for each in labels.split(",")] if labels else []
+    )
+    if live or index:
+        engines = talk_to_index(config, index, lambda client: client.labels()) or [[]]
+    parameters = dict(map(parameter, assignments))
+    finding = look(name or file.stem, source_of(file), parameters, engines, is_strict=bool(labels))
+    if as_json:
+        found = [
+            {"mistake": m.mistake, "file": m.file, "line": m.line, "text": m.text} for m in finding.mistakes
+        ]
+        echo(printable_json({"sound": not found, "mistakes": found, "notes": finding.notes}))
+        sys.exit(1 if found else 0)
+    sys.exit(0 if tell(finding, file) else 1)
+
+
+def source_of(file: Path) -> str:
+    """What is published of a file or folder. Raises :class:`WrongFlag`."""
+    from microserve.protocol.errors import ConfigError
+    from microserve.services.router.source.files import read_source
+
+    try:
+        return read_source(file)
+    except ConfigError as error:
+        raise WrongFlag(error.detail) from None
+
+
+def tell(finding: Finding, file: Path) -> bool:
+    """Print what was found; whether the source is sound."""
+    path = f"{file}/" if file.is_dir() else str(file)
+    for line in finding.notes:
+        echo(line)
+    for each in finding.mistakes:
+        echo(f"Error: {each.told(path)}", err=True)
+    if not finding.mistakes:
+        echo(f"{file}: no mistake found")
+    return not finding.mistakes
+
+
+def look(
+    name: str,
+    source: str,
+    parameters: dict[str, Scalar],
+    labels: list[list[str]],
+    *,
+    dry_run: bool = True,
+    is_strict: bool = False,
+) -> Finding:
+    """What a check of it finds. ``labels``: of each engine; empty: there is no mesh."""
     import subprocess
 
     import msgspec
 
-    from microserve.services.command.strategy.check_process import Finding, Task
+    from microserve.services.command.strategy.task import Finding, Task
+    from microserve.services.simulation.trial.mistake import Found
 
     command = [sys.executable, "-P", "-m", "microserve.services.command.strategy.check_process"]
-    task = msgspec.json.encode(Task(name, source, parameters, labels, dry_run))
+    task = msgspec.json.encode(Task(name, source, parameters, labels, dry_run, is_strict))
     try:
         done = subprocess.run(command, input=task, capture_output=True, timeout=CHECK_S, check=False)
     except subprocess.TimeoutExpired:
-        echo(f"Error: the check did not end within {CHECK_S:g} s: an endless loop?", err=True)
-        return False
+        late = f"the check did not end within {CHECK_S:g} s: is there an endless loop?"
+        return Finding([Found("endless-loop", "", 0, late)])
     try:
-        finding = msgspec.json.decode(done.stdout, type=Finding)
+        return msgspec.json.decode(done.stdout, type=Finding)
     except msgspec.MsgspecError:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
-        echo(f"Error: the check ended with code {done.returncode}: {last[0]}", err=True)
-        return False
-    for line in finding.notes:
-        echo(line)
-    for line in finding.problems:
-        echo(f"Error: {line}", err=True)
-    return not finding.problems
+        return Finding([Found("raises", "", 0, f"the check ended with code {done.returncode}: {last[0]}")])

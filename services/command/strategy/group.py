@@ -5,14 +5,16 @@ from __future__ import annotations
 import click
 
 from microserve.services.command.strategy.change import promote, retire, rollback, set_
+from microserve.services.command.strategy.check import check
 from microserve.services.command.strategy.look import history, list_, show
+from microserve.services.command.strategy.new import new
 from microserve.services.command.strategy.publish import publish
 
 
 @click.group()
 def strategy() -> None:
-    """Change how a running mesh serves: publish strategies, try them on a share, take them back."""
+    """Write and check strategies, change how a running mesh serves by them, try them on a share."""
 
 
-for each in (publish, set_, promote, rollback, retire, list_, show, history):
+for each in (new, check, publish, set_, promote, rollback, retire, list_, show, history):
     strategy.add_command(each)

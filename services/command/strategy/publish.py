@@ -13,7 +13,7 @@ import click
 
 from microserve.services.command.flags import WrongFlag, change_flags, parameter, talk_to_index
 from microserve.services.command.strategy.change import apply
-from microserve.services.command.strategy.check import is_sound
+from microserve.services.command.strategy.check import look, source_flags, source_of, tell
 
 if TYPE_CHECKING:
     from microserve.services.command.control_client import ControlClient
@@ -33,11 +33,7 @@ def share_of(text: str) -> float:
 
 
 @click.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--name", help="Name that requests ask for.  [default: the file's]")
-@click.option(
-    "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A parameter; may be repeated."
-)
+@source_flags
 @click.option("--share", "share_text", default="100%", show_default=True, help="Below 100%: a canary.")
 @click.option(
     "--shadow", is_flag=True, help="Decides about live requests, serves none; see its score in show."
@@ -69,17 +65,15 @@ def publish(
     reason: str,
     timeout_s: float,
 ) -> None:
-    """Check FILE, log it, and let every router serve by it from its next request on."""
+    """Check FILE, or a folder with an __init__.py, log it, and let every router serve by it from its next
+    request on."""
     share = share_of(share_text)
     parameters, chosen = dict(map(parameter, assignments)), name or file.stem
-    try:
-        source = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WrongFlag(f"{file}: {error}") from None
+    source = source_of(file)
 
     async def talk(client: ControlClient) -> int:
-        labels = await client.labels()
-        if not is_sound(chosen, source, parameters, labels, not no_dry_run):
+        labels = await client.labels() or [[]]
+        if not tell(look(chosen, source, parameters, labels, dry_run=not no_dry_run), file):
             return 1
         return await apply(
             client,

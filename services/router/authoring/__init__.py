@@ -15,17 +15,19 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from microserve.protocol.errors import CapacityError, PeerError, QueueFull
+from microserve.protocol.errors import CapacityError, NoEngines, PeerError, QueueFull
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring import scoring as scorer
 from microserve.services.router.authoring.definition import strategy
 from microserve.services.router.authoring.engine import Engine
 from microserve.services.router.authoring.generating import Chunks, Generating
-from microserve.services.router.authoring.mesh import Mesh
+from microserve.services.router.authoring.grant import GrantHandle, Sending
+from microserve.services.router.authoring.mesh import Mesh, Scorer
 from microserve.services.router.authoring.plan import PlanMesh
 from microserve.services.router.authoring.race import Entrant
-from microserve.services.router.authoring.splitting import alone_s, cheapest_split
-from microserve.services.router.authoring.view import EngineFacts
+from microserve.services.router.authoring.splitting import Split, alone_s, cheapest_split
+from microserve.services.router.authoring.view import EngineFacts, MeshView
 from microserve.services.router.engines.load import Load
 from microserve.services.router.request.outcome import Outcome
 from microserve.services.router.request.request import Request
@@ -34,7 +36,9 @@ __all__ = [
     "strategy",
     "Mesh",
     "PlanMesh",
+    "MeshView",
     "Request",
+    "SamplingParams",
     "Outcome",
     "Engine",
     "EngineFacts",
@@ -43,12 +47,17 @@ __all__ = [
     "Chunks",
     "Generating",
     "Entrant",
+    "GrantHandle",
+    "Sending",
     "scorer",
+    "Scorer",
     "alone_s",
     "cheapest_split",
+    "Split",
     "Annotated",
     "Meta",
     "QueueFull",
     "CapacityError",
+    "NoEngines",
     "PeerError",
 ]

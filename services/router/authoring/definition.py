@@ -10,16 +10,12 @@ are code: only operators may name them. Knows nothing of what a strategy does.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
 import typing
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
+from types import ModuleType
 from typing import Any, overload
 
 import msgspec
@@ -31,6 +27,8 @@ from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.view import MeshView
 from microserve.services.router.request.outcome import Outcome
 from microserve.services.router.request.request import Request
+from microserve.services.router.source.files import read_files
+from microserve.services.router.source.module import Run, forget, load, run_freely
 
 StrategyFunction = Callable[..., Chunks]
 
@@ -165,43 +163,30 @@ def _check_companion(
 
 
 def strategies_in(module: ModuleType) -> list[Strategy]:
-    """The strategies that a module defines (not those that it imports)."""
-    found = [item for item in vars(module).values() if isinstance(item, Strategy)]
-    return [item for item in found if item.function.__module__ == module.__name__]
-
-
-class _AsItStands(SourceFileLoader):
-    """Compiles a file as it stands now. Python's own cache knows a version by size and second alone: a file
-    that was changed twice within a second, `0.5` to `0.9`, would run as it was before.
-    """
-
-    def get_code(self, fullname: str) -> CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
-Run = Callable[[Callable[[], None]], None]
-"""Runs a source's own code."""
-
-
-def run_freely(code: Callable[[], None]) -> None:
-    """For as long as it likes."""
-    code()
+    """The strategies that a module defines, or another module of its package (not those that it imports)."""
+    found = {id(item): item for item in vars(module).values() if isinstance(item, Strategy)}
+    return [
+        each for each in found.values() if f"{each.function.__module__}.".startswith(f"{module.__name__}.")
+    ]
 
 
 def load_file(path: str, run: Run = run_freely) -> list[Strategy]:
-    """Run an operator's file, by ``run``. Raises :class:`ConfigError` when it fails or has no strategy."""
-    field = "router.strategy_files"
-    name = f"microserve_strategies.{Path(path).stem}"
-    if Path(path).suffix != ".py":
-        raise ConfigError(f"{path}: not a Python file", field=field)
-    loader = _AsItStands(name, path)
-    module = importlib.util.module_from_spec(ModuleSpec(name, loader, origin=path))
-    module.__file__ = path
-    sys.modules[name] = module  # dataclasses and the like look their module up by name
+    """Run an operator's file, or folder with an ``__init__.py``, by ``run``. Raises :class:`ConfigError` when
+    it fails or has no strategy."""
+    field, place = "router.strategy_files", Path(path)
     try:
-        run(partial(loader.exec_module, module))
+        files = read_files(place)
+    except ConfigError as error:
+        raise ConfigError(error.detail, field=field) from None
+
+    def file_of(name: str) -> str:
+        return str(place / name) if place.is_dir() else path
+
+    module_name = f"microserve_strategies.{place.stem}"
+    forget(module_name)  # it may have been read before
+    try:
+        module = load(files, module_name, file_of, run)
     except Exception as error:
-        del sys.modules[name]
         # Whatever an operator's file raises is about the file; the cause keeps its traceback.
         raise ConfigError(f"{path}: {type(error).__name__}: {error}", field=field) from error
     found = strategies_in(module)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from types import AsyncGeneratorType
+from typing import Any, TypeVar, cast
 
 import structlog
 
@@ -20,6 +21,7 @@ from microserve.services.router.authoring.generating import Chunks, Generating
 from microserve.services.router.authoring.view import MeshView
 from microserve.services.router.oversight.author import AUTHOR, Author, Verdict, keep_tasks
 from microserve.services.router.oversight.cut import BrokenOff
+from microserve.services.router.oversight.mistake import place_of
 from microserve.services.router.oversight.overseer import Overseer, StrategyHung
 from microserve.services.router.request.outcome import Outcome
 from microserve.services.router.request.request import Request
@@ -43,6 +45,11 @@ class Driver:
         self._on_hung = on_hung
         self._verdicts: dict[tuple[str, int, StrategyFunction], Verdict] = {}
         keep_tasks(asyncio.get_running_loop())
+
+    @property
+    def place(self) -> str:
+        """``FILE:LINE`` where a strategy stood that has just held the router for too long, if it was seen."""
+        return self._overseer.place if self._overseer is not None else ""
 
     def author(self, strategy: Strategy) -> Author:
         """For one run of it; ``end`` it when that is over."""
@@ -93,7 +100,7 @@ class Driver:
 
     async def _run(self, strategy: Strategy, awaitable: Awaitable[None], what: str) -> None:
         def tell(seconds: float) -> None:
-            tell_slow(strategy.name, strategy.version, what, seconds)
+            tell_slow(strategy.name, strategy.version, what, seconds, self.place)
 
         author = self.author(strategy)
         try:
@@ -142,16 +149,27 @@ class Driver:
 def ending(mistake: BaseException) -> StrategyError:
     """Of a strategy that raised ``SystemExit`` or the like (signals come to a service by its loop), or that
     was broken off in an object that it had handed on."""
-    if isinstance(mistake, BrokenOff):
-        return StrategyHung(str(mistake))
-    return StrategyError(f"the strategy wanted to end the router: {type(mistake).__name__}")
+    is_hung = isinstance(mistake, BrokenOff)
+    ended = f"the strategy wanted to end the router: {type(mistake).__name__}"
+    error = StrategyHung(str(mistake)) if is_hung else StrategyError(ended)
+    error.at = place_of(mistake)
+    return error
 
 
-def tell_slow(strategy: str, version: int, request_id: str, seconds: float) -> None:
+def line_of(strategy: Chunks) -> str:
+    """``FILE:LINE`` of the ``yield`` at which it stands; empty if it has ended."""
+    generator = cast(AsyncGeneratorType[Any, Any], strategy)
+    frame = generator.ag_frame
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+
+
+def tell_slow(strategy: str, version: int, request_id: str, seconds: float, at: str) -> None:
+    """``at``: ``FILE:LINE`` where it was seen."""
     _logger.warning(
         log.STRATEGY_SLOW,
         request_id=request_id,
         strategy=strategy,
         strategy_version=version,
         held_s=round(seconds, 3),
+        at=at,
     )

@@ -89,6 +89,7 @@ class Generating:
             self._scope.clock.first_token(self._scope.now)
             self._scope.account.release_prefill(self._connection.engine_id, STREAM)
         self._num_chunks += 1
+        self._scope.give(chunk)
         if chunk.finished is not None:
             self._end()
             self._scope.gone(self._connection, STREAM, self._grant_id)

@@ -28,6 +28,7 @@ class GrantHandle:
 
     def __init__(self, engine_id: str, grant: Grant | None) -> None:
         self.engine_id = engine_id
+        """The receiver's."""
         self.grant = grant
         self.sendings: list[Sending] = []
         self.is_used = grant is None
@@ -36,14 +37,17 @@ class GrantHandle:
 
     @property
     def grant_id(self) -> str:
+        """Empty where nothing is to be received."""
         return self.grant.grant_id if self.grant else ""
 
     @property
     def matched(self) -> int:
+        """Prompt tokens that the receiver has in its cache already."""
         return self.grant.matched if self.grant else 0
 
     @property
     def end(self) -> int:
+        """Where what was asked for ends."""
         return self.grant.end if self.grant else 0
 
     @property
@@ -149,6 +153,7 @@ class Sending:
 
     @property
     def is_settled(self) -> bool:
+        """Done, or failed."""
         return self.sent is not None or self.error is not None
 
     def start(

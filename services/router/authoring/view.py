@@ -40,6 +40,7 @@ class EngineFacts:
 
     @property
     def id(self) -> str:
+        """Its name in the mesh, in this life and the next: what a strategy may keep."""
         return self._connection.engine_id
 
     @property
@@ -54,6 +55,7 @@ class EngineFacts:
 
     @property
     def info(self) -> wire.EngineInfo:
+        """What it is; the same all its life."""
         return self._connection.info
 
     @property

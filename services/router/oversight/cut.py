@@ -60,6 +60,12 @@ def is_theirs(frame: FrameType | None) -> bool:
     return any(kind(each) is Kind.THEIRS for each in _stack(frame))
 
 
+def place(frame: FrameType | None) -> str:
+    """``FILE:LINE`` where a strategy's code stands, the innermost of what runs; empty without any."""
+    theirs = (each for each in _stack(frame) if kind(each) is Kind.THEIRS)
+    return next((f"{each.f_code.co_filename}:{each.f_lineno}" for each in theirs), "")
+
+
 def may_be_cut(frame: FrameType | None, *, is_late: bool) -> bool:
     """Here and now; ``frame`` is what runs. ``is_late``: this is not the first look that finds it hanging."""
     first = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from microserve.protocol.errors import StrategyError
+from microserve.services.router.oversight.cut import Kind, kind
 
 MAX_TEXT_CHARS = 1000
 MAX_PLAIN_CHARS = 1 << 16
@@ -38,6 +39,23 @@ def harmless(error: BaseException) -> BaseException:
     mistake = StrategyError(text[:MAX_TEXT_CHARS]).with_traceback(error.__traceback__)
     mistake.__suppress_context__ = True
     return mistake
+
+
+def place_of(error: BaseException | None) -> str:
+    """``FILE:LINE`` of the strategy's code that raised it, or waited where it came; empty if none did."""
+    for _ in range(MAX_CHAIN):
+        if error is None:
+            break
+        trace, found = error.__traceback__, error.at if isinstance(error, StrategyError) else ""
+        while trace is not None:
+            if kind(trace.tb_frame) is Kind.THEIRS:
+                found = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        if found:
+            return found
+        members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+        error = members[0] if members else error.__cause__ or error.__context__
+    return ""
 
 
 def _members(error: BaseException) -> list[BaseException | None]:

@@ -31,7 +31,7 @@ from typing import Any, Self, TypeVar, cast
 
 from microserve.protocol.errors import StrategyError
 from microserve.services.router.oversight.author import AUTHOR, Author, Verdict
-from microserve.services.router.oversight.cut import BrokenOff, Trap, is_theirs, may_be_cut
+from microserve.services.router.oversight.cut import BrokenOff, Trap, is_theirs, may_be_cut, place
 from microserve.services.router.oversight.meter import Meter
 from microserve.services.router.oversight.mistake import harmless
 from microserve.services.router.oversight.stuck import AGAIN_S, StuckTrace
@@ -81,6 +81,8 @@ class Overseer:
         """For that span."""
         self._reason = ""
         """Why that is to be broken off."""
+        self.place = ""
+        """``FILE:LINE`` where the last span that a look has found stood then."""
         self._was_cut = False
         """It has been."""
         self._seen: float | None = None
@@ -112,7 +114,7 @@ class Overseer:
         finally:
             was_cut = self._end()
         if was_cut:
-            raise StrategyHung(self._reason)
+            raise self._hung()
         return cast(T, result)
 
     @types.coroutine
@@ -155,7 +157,7 @@ class Overseer:
                 if (seconds := perf_counter() - began) > self._budget_s:
                     on_slow(seconds)
             if was_cut:  # even if it has caught that and gone on
-                raise StrategyHung(self._reason) from None
+                raise self._hung() from None
             if has_ended:
                 return result  # type: ignore[no-any-return]
             value = error = None
@@ -166,6 +168,11 @@ class Overseer:
                 raise
             except BaseException as thrown:
                 error = thrown
+
+    def _hung(self) -> StrategyHung:
+        hung = StrategyHung(self._reason)
+        hung.at = self.place
+        return hung
 
     def _raise(self, error: BaseException) -> None:
         """What a span has raised, unless it was broken off; while it still is a span."""
@@ -217,10 +224,11 @@ class Overseer:
             self._look_at_stray(frame)
             self._rest_if_quiet()
         elif self._began != self._seen:
-            self._seen = self._began
+            self._seen, self.place = self._began, place(frame)
             self._begin_looking()
             self._grown_from = self._meter.resident_mb()
         else:
+            self.place = place(frame) or self.place
             grown_mb = self._meter.resident_mb() - self._grown_from
             if self._hangs():
                 self._break_off(frame, f"the strategy held the router for {self._hang_s:g} s without waiting")

@@ -36,6 +36,7 @@ class Outcome:
 
     @property
     def is_good(self) -> bool:
+        """The answer came whole."""
         return self.reason in ("stop", "length")
 
 

@@ -86,6 +86,7 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
+        """Of the prompt, with the output that was delivered before."""
         return len(self.tokens)
 
     @property

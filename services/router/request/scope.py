@@ -11,7 +11,9 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from microserve.protocol.errors import DeadlineExceeded, MeshError, StrategyError
+from microserve.protocol.messages.engine import Finished
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
+from microserve.services.links.stream import Tokens
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Account
 from microserve.services.router.request.decision import Decision
@@ -40,6 +42,9 @@ class RequestScope:
         self.numerics: Numerics = UNKNOWN
         """Of all KV that its tokens are made from; since it generates."""
         self.is_generating = False
+        self._given: list[int] = []
+        """Output that engines have given in this attempt."""
+        self._finished: Finished | None = None
         self.leave: Callable[[str], bool] | None = None
         """Makes what it generates go on on the engine of that id; since it generates."""
         self.is_closed = False
@@ -99,6 +104,19 @@ class RequestScope:
             )
         if self.is_closed:
             raise StrategyError(f"request {request.request_id} has ended")
+
+    # --- what engines give ---------------------------------------------------------------------------
+
+    def give(self, chunk: Tokens) -> None:
+        """An engine has given the strategy this to yield."""
+        self._given[chunk.offset - self.request.num_output_tokens :] = chunk.token_ids
+        self._finished = chunk.finished
+
+    def has_given(self, chunk: Tokens) -> bool:
+        """These tokens, and this end, are an engine's, however they were cut into chunks."""
+        begin = chunk.offset - self.request.num_output_tokens
+        is_whole = self._given[begin : begin + len(chunk.token_ids)] == chunk.token_ids
+        return is_whole and (chunk.finished is None or chunk.finished is self._finished)
 
     # --- what engines hold -------------------------------------------------------------------------
 

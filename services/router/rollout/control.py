@@ -8,12 +8,9 @@ is replaced whole, and nobody looks twice. Sources are code: the index lets only
 from __future__ import annotations
 
 import hashlib
-import linecache
-import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
 
 import structlog
 
@@ -21,10 +18,12 @@ from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, MeshError
 from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion, VersionFault
 from microserve.protocol.messages.router import Ended
-from microserve.services.router.authoring.definition import Run, Strategy, run_freely, strategies_in
+from microserve.protocol.strategy_source import TOP, unpacked
+from microserve.services.router.authoring.definition import Strategy, strategies_in
 from microserve.services.router.rollout.book import Published, StrategyBook
 from microserve.services.router.rollout.score import Cost, ShadowBook
 from microserve.services.router.rollout.window import Bounds, End, VersionWindow
+from microserve.services.router.source.module import Run, forget, load, run_freely
 from microserve.services.router.strategies.placing.data_parallel import data_parallel
 
 _logger = structlog.get_logger()
@@ -41,20 +40,16 @@ def load_source(source: str, name: str, run: Run = run_freely) -> Strategy:
     Raises :class:`ConfigError` when it cannot be run or holds no such strategy.
     """
     digest = hashlib.sha256(source.encode()).hexdigest()
-    module, file = ModuleType(_module_of(name, digest)), _file_of(name, digest)
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)  # for tracebacks
-    sys.modules[module.__name__] = module  # dataclasses and the like look their module up by name
+    files = unpacked(source)
     try:
-        # Nothing of ours in between: an overseer breaks off only what it has called itself.
-        run(partial(exec, compile(source, file, "exec", dont_inherit=True), module.__dict__))
+        module = load(files, _module_of(name, digest), partial(_file_of, name, digest), run)
     except BaseException as error:
         # Whatever a source raises is about the source: it must not end a router.
-        _forget(module.__name__, file)
         raise ConfigError(f"{name}: {type(error).__name__}: {error}", field="source") from error
     found = strategies_in(module)
     chosen = [each for each in found if each.name == name] or (found if len(found) == 1 else [])
     if not chosen:
-        _forget(module.__name__, file)
+        forget(module.__name__)
         names = ", ".join(each.name for each in found) or "none"
         raise ConfigError(f"the source has no strategy {name} (has: {names})", field="source")
     return replace(chosen[0], name=name)
@@ -64,14 +59,9 @@ def _module_of(name: str, digest: str) -> str:
     return f"microserve_published.{name}_{digest[:16]}"
 
 
-def _file_of(name: str, digest: str) -> str:
+def _file_of(name: str, digest: str, file: str = TOP) -> str:
     """What tracebacks say."""
-    return f"<strategy {name} {digest[:16]}>"
-
-
-def _forget(module: str, file: str) -> None:
-    sys.modules.pop(module, None)
-    linecache.cache.pop(file, None)
+    return f"<strategy {name} {digest[:16]}{'' if file == TOP else f'/{file}'}>"
 
 
 class StrategyControl:
@@ -218,11 +208,15 @@ class StrategyControl:
                 raise ConfigError(f"this router has no strategy {name} of its own", field="strategy")
         elif key in self._loaded:
             base = self._loaded[key]
-        elif _file_of(name, version.digest) in self._culprits:
+        elif self._has_stopped(_file_of(name, version.digest).rstrip(">")):
             raise ConfigError(STOOD_STILL, field="source")
         else:
             base = self._loaded[key] = load_source(version.source, name, self._run)
         return replace(base.bind(version.parameters), version=version.version)
+
+    def _has_stopped(self, files: str) -> bool:
+        """Code of one of these files has stopped an earlier life of this router."""
+        return any(each.startswith((f"{files}>", f"{files}/")) for each in self._culprits)
 
     def _reject(self, fault: VersionFault) -> None:
         self._failed[fault.strategy, fault.version] = fault
@@ -256,7 +250,7 @@ class StrategyControl:
         }
         digests = {(name, version.digest) for name, version in present}
         for name, digest in sorted(self._loaded.keys() - digests):
-            _forget(_module_of(name, digest), _file_of(name, digest))
+            forget(_module_of(name, digest))
             self._on_retired(self._loaded.pop((name, digest)))
 
 

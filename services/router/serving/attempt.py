@@ -17,8 +17,9 @@ from microserve.protocol import log
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages.router import Output
 from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.driver import Driver, ending, tell_slow
+from microserve.services.router.authoring.driver import Driver, ending, line_of, tell_slow
 from microserve.services.router.authoring.generating import Chunks, Generating
+from microserve.services.router.oversight.mistake import place_of
 from microserve.services.router.oversight.overseer import Condemned, StrategyHung
 from microserve.services.router.request.scope import RequestScope, out_of_time
 from microserve.services.router.serving.live import LiveRequest
@@ -65,8 +66,9 @@ class Attempts:
             if not (isinstance(mistake, TimeoutError) and limit.expired()):
                 return self.blame(live, mistake)
             if watch.has_fired:
-                bound = f"for {self._idle_s:g} s it waited for no engine and yielded nothing"
-                return self.blame(live, StrategyError(bound))
+                idle = StrategyError(f"for {self._idle_s:g} s it waited for no engine and yielded nothing")
+                idle.at = place_of(mistake)
+                return self.blame(live, idle)
             return out_of_time()
         except BaseException as mistake:  # signals come to a service by its loop, never as this
             return self.blame(live, ending(mistake))
@@ -74,6 +76,14 @@ class Attempts:
 
     async def _drive(self, live: LiveRequest, scope: RequestScope, generator: Chunks) -> Tokens:
         """Pass the chunks on; returns the one that ends the stream, which goes out with the end."""
+        try:
+            return await self._pass_chunks(live, scope, generator)
+        except StrategyError as mistake:
+            if not place_of(mistake):  # of ours, about what it has yielded
+                mistake.at = line_of(generator)
+            raise
+
+    async def _pass_chunks(self, live: LiveRequest, scope: RequestScope, generator: Chunks) -> Tokens:
         while True:
             try:
                 chunk = await self._oversee(live, generator.__anext__())
@@ -89,6 +99,8 @@ class Attempts:
                 raise StrategyError(f"the strategy yielded {type(chunk).__name__}, not Tokens")
             if chunk.offset != len(live.delivered):
                 raise StrategyError(f"the strategy yielded token {chunk.offset}, not {len(live.delivered)}")
+            if not scope.has_given(chunk):
+                raise StrategyError("the strategy yielded tokens that no engine gave")
             _take(live, scope, chunk)
             if chunk.finished is not None:
                 return chunk
@@ -139,7 +151,7 @@ class Attempts:
         def tell(seconds: float) -> None:
             if not live.is_slow:
                 live.is_slow = True
-                tell_slow(live.strategy, live.version, live.request_id, seconds)
+                tell_slow(live.strategy, live.version, live.request_id, seconds, self._driver.place)
 
         return await self._driver.step(live.author, awaitable, tell)
 
@@ -152,6 +164,7 @@ class Attempts:
             strategy=live.strategy,
             strategy_version=live.version,
             error=str(mistake),
+            at=place_of(mistake),
             exc_info=mistake,
         )
         if isinstance(mistake, StrategyHung) and live.author is not None:

@@ -7,6 +7,5 @@ found here.
 Start with ``scenario.py`` (what a seed draws; ``fates.py`` its faults, where a new kind goes), then
 ``campaign.py`` (one seed from start to verdict) and ``judge.py`` (the promises). ``fault.py`` switches faults
 on and off, ``ambush.py`` waits for a moment; they happen in ``../network.py``, ``../heap.py`` and
-``../loop.py``. ``strategies.py`` provokes rare situations and ``meeting.py`` counts them. ``dry_run.py``
-tries a strategy before it is published, in a mesh without faults.
+``../loop.py``. ``strategies.py`` provokes rare situations and ``meeting.py`` counts them.
 """

@@ -18,8 +18,9 @@ import msgspec
 
 from microserve.protocol.errors import ConfigError, MeshError
 from microserve.protocol.settings import RouterSettings
-from microserve.services.router.authoring.definition import Run, Strategy, load_file
+from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.oversight.overseer import Overseer
+from microserve.services.router.source.module import Run
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.load.point import TOKEN_PARAMETERS, Point, PointResult, judged_point
 from microserve.services.simulation.load.task import SimulateTask

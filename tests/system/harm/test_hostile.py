@@ -65,8 +65,8 @@ HOSTILE = {
     "missing module": ("import no_such_module\n" + HEAD + SERVE, "ModuleNotFoundError"),
     "syntax error": (HEAD + SERVE + "def\n", "SyntaxError"),
     "slow decision": (
-        HEAD
-        + "    end = time.perf_counter() + 0.15 * is_late\n    while time.perf_counter() < end: pass\n"
+        HEAD.replace("import asyncio, time", "import asyncio, time; now = time.perf_counter")
+        + "    end = now() + 0.15 * is_late\n    while now() < end: pass\n"
         + SERVE,
         "too long at a time",
     ),

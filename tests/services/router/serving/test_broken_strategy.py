@@ -63,8 +63,25 @@ async def yields_junk(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, No
 
 
 async def repeats(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
-    yield Tokens(0, [3])
-    yield Tokens(0, [3])
+    async for tokens in mesh.pick(None, request).start_generate(request):
+        yield Tokens(tokens.offset, tokens.token_ids)
+        yield Tokens(0, [])
+
+
+async def makes_up(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    async for tokens in mesh.pick(None, request).start_generate(request):
+        yield Tokens(tokens.offset, [token + 1 for token in tokens.token_ids], finished=tokens.finished)
+
+
+async def changes_in_place(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    async for tokens in mesh.pick(None, request).start_generate(request):
+        tokens.token_ids[:] = [token + 1 for token in tokens.token_ids]
+        yield tokens
+
+
+async def cuts_short(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    async for tokens in mesh.pick(None, request).start_generate(request):
+        yield Tokens(tokens.offset, tokens.token_ids, finished=FINISHED)
 
 
 async def skips(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
@@ -93,7 +110,10 @@ async def bad_interval(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, N
         (raises, "ratio"),
         (ends_early, "ended before its stream did"),
         (yields_junk, "yielded list, not Tokens"),
-        (repeats, "yielded token 0, not 1"),
+        (repeats, "yielded token 0, not"),
+        (makes_up, "tokens that no engine gave"),
+        (changes_in_place, "tokens that no engine gave"),
+        (cuts_short, "tokens that no engine gave"),
         (skips, "yielded token 1, not 0"),
         (times_out_by_itself, ""),
         (cancels_itself, "cancelled itself"),

@@ -1,0 +1,105 @@
+"""Whether what a strategy keeps grows with every request: its ``mesh.state``, and what its modules hold.
+
+Counts entries, twice, and what was served between. A bound may lie far off, so a source that forgets anything
+anywhere is not told of: this finds those that never do. Knows no mesh.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from microserve.services.simulation.trial.mistake import Found
+from microserve.services.simulation.trial.source_names import Names
+
+MAX_DEPTH = 6
+CHARS_AN_ENTRY = 64
+LEAST_A_REQUEST = 0.5
+"""Entries more for each request: less than that does not go by requests."""
+FORGETS = ("pop", "popitem", "popleft", "clear", "discard", "remove", "cache_clear", "subtract")
+GROWS = ("append", "appendleft", "add", "extend", "setdefault", "update", "insert")
+
+
+def num_entries(roots: Collection[object]) -> int:
+    """In all containers that can be reached from them, texts included."""
+    seen: set[int] = set()
+
+    def count(value: object, depth: int) -> int:
+        if depth > MAX_DEPTH or id(value) in seen:
+            return 0
+        if isinstance(value, str | bytes | bytearray):
+            return len(value) // CHARS_AN_ENTRY
+        if isinstance(value, Mapping):
+            seen.add(id(value))
+            return len(value) + sum(count(each, depth + 1) for each in [*value.values()])
+        if isinstance(value, list | tuple | set | frozenset) or type(value).__name__ == "deque":
+            held: Any = value
+            seen.add(id(value))
+            return len(held) + sum(count(each, depth + 1) for each in [*held])
+        info = getattr(value, "cache_info", None)
+        return int(info().currsize) if callable(info) else 0
+
+    return sum(count(root, 0) for root in roots)
+
+
+def held_by(module: Mapping[str, Any]) -> list[object]:
+    """What a module's own names hold."""
+    return [value for name, value in module.items() if not name.startswith("__")]
+
+
+def told_growth(num_more: int, num_requests: int, sources: Mapping[str, str]) -> list[Found]:
+    """``num_more`` entries were there after so many more requests."""
+    if num_more < LEAST_A_REQUEST * num_requests or num_requests == 0:
+        return []
+    trees = {file: Names(ast.parse(source)) for file, source in sources.items()}
+    if any(_forgets(node) for names in trees.values() for node in ast.walk(names.tree)):
+        return []
+    file, line = next(
+        ((file, at) for file, names in trees.items() if (at := _line_of_growth(names))),
+        (next(iter(trees)), 0),
+    )
+    told = (
+        f"what is kept here grows with every request ({num_more} entries more after {num_requests}), nothing"
+    )
+    return [Found("memory", file, line, f"{told} is ever forgotten: bound it, as by `deque(maxlen=...)`")]
+
+
+def _forgets(node: ast.AST) -> bool:
+    match node:
+        case ast.Delete():
+            return True
+        case ast.Call(func=ast.Attribute(attr=name)):
+            return name in FORGETS
+        case ast.keyword(arg="maxlen" | "maxsize", value=ast.Constant(value=bound)):
+            return bound is not None
+        case ast.Assign(targets=[ast.Subscript(slice=ast.Slice())]):
+            return True
+        case ast.BinOp(op=ast.Mod()):
+            return True  # a ring
+    return False
+
+
+def _line_of_growth(names: Names) -> int:
+    """Of the first statement that adds to what outlives a request; 0: none is seen."""
+    lasting = {
+        target.id
+        for node in ast.walk(names.tree)
+        if isinstance(node, ast.Assign)
+        and (names.function(node) is None or ".state" in ast.unparse(node.value))
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(names.tree):
+        grown: ast.expr | None = None
+        match node:
+            case ast.Call(func=ast.Attribute(value=owner, attr=name)) if name in GROWS:
+                grown = owner
+            case ast.Assign(targets=[ast.Subscript(value=owner)]) | ast.AugAssign(target=owner):
+                grown = owner
+        if grown is None or names.function(node) is None:
+            continue
+        text = ast.unparse(grown)
+        if ".state" in text or any(isinstance(e, ast.Name) and e.id in lasting for e in ast.walk(grown)):
+            return int(getattr(node, "lineno", 0))
+    return 0
