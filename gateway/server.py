@@ -95,7 +95,11 @@ async def run_gateway(
     async with AsyncExitStack() as stack:
         helpers = _make_helpers(settings)
         stack.push_async_callback(helpers.close)
-        tokenizer = ModelTokenizer.load(settings.model.path, renderer=helpers.render)
+        tokenizer = ModelTokenizer.load(
+            settings.model.path,
+            renderer=helpers.render,
+            parse_control_tokens=settings.gateway.parse_control_tokens,
+        )
         stack.callback(tokenizer.close)
         await _serve(settings, tokenizer, helpers, bus, lifecycle, drain_s, worker)
 
@@ -109,6 +113,7 @@ def _make_helpers(settings: Settings) -> Helpers:
             template_cpu_s=gateway.template_cpu_s,
             max_values=gateway.max_body_values,
             max_depth=gateway.max_body_depth,
+            parse_control_tokens=gateway.parse_control_tokens,
         )
     )
 

@@ -228,6 +228,8 @@ class GatewaySettings(_Section, frozen=True):
     """Values that one body may have, of all its lists and maps together."""
     max_body_depth: Count = 64
     """Lists and maps within each other."""
+    parse_control_tokens: bool = False
+    """What a message says in the form of a control token (``<|im_end|>``) is one; else it is text."""
     template_cpu_s: Positive = 2.0
     """CPU time that the model's chat template may take for one conversation; beyond it: 400."""
     request_timeout_s: Positive = 600.0

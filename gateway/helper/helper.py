@@ -53,13 +53,20 @@ class Helpers:
         """Of the processes that have been started."""
         return [each.pid for each in (self._templates, self._bodies) if each.pid is not None]
 
-    async def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    async def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt of a conversation.
 
         Raises :class:`InvalidRequest` when the template refuses it, or takes more than it may have.
         """
         wall_s = START_S + WALL_S_PER_CPU_S * self._setup.template_cpu_s
-        job = Render([dict(message) for message in messages])
+        job = Render(
+            list(map(dict, messages)), list(map(dict, tools)) if tools else None, dict(options or {})
+        )
         process = self._templates if len(messages) <= SHORT_MESSAGES else self._bodies
         answer = await _ask(process, job, b"", wall_s, "messages", None)
         assert answer is not None

@@ -24,6 +24,7 @@ class Setup(msgspec.Struct, frozen=True):
     template_cpu_s: float
     max_values: int
     max_depth: int
+    parse_control_tokens: bool = False
     memory_mb: int = 256
     """That the process may take."""
 
@@ -32,6 +33,9 @@ class Render(msgspec.Struct, frozen=True, tag=1, array_like=True):
     """The chat template's text for these messages -> ``Rendered``."""
 
     messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    options: dict[str, Any] = {}
+    """The template's own variables."""
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=2, array_like=True):

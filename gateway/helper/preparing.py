@@ -22,7 +22,7 @@ from microserve.gateway.openai.schema import (
 )
 from microserve.gateway.openai.tokens import detokenized, tokenized
 from microserve.gateway.routers.link import ModelLimits
-from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.gateway.text.tokenizer import Maps, ModelTokenizer
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import InternalError, ModelNotFound, NoEngines
 
@@ -32,13 +32,17 @@ R = TypeVar("R", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequ
 class Preparer:
     """One per process."""
 
-    def __init__(self, setup: Setup, render: Callable[[Sequence[Mapping[str, Any]]], str]) -> None:
-        async def renderer(messages: Sequence[Mapping[str, Any]]) -> str:
-            return render(messages)
+    def __init__(
+        self, setup: Setup, render: Callable[[Maps, Maps | None, Mapping[str, Any] | None], str]
+    ) -> None:
+        async def renderer(messages: Maps, tools: Maps | None, options: Mapping[str, Any] | None) -> str:
+            return render(messages, tools, options)
 
         self._model = setup.model
         self._shape = Shape(setup.max_values, setup.max_depth)
-        self._tokenizer = ModelTokenizer.load(setup.directory, renderer=renderer)
+        self._tokenizer = ModelTokenizer.load(
+            setup.directory, renderer=renderer, parse_control_tokens=setup.parse_control_tokens
+        )
 
     async def prepare(self, job: Prepare, body: bytes) -> tuple[Result, bytes]:
         """The answer and its bulk. Raises what a small body of the kind would."""

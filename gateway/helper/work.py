@@ -55,7 +55,7 @@ class Worker:
         """The answer and its bulk. Never raises: what is wrong is an answer."""
         try:
             if isinstance(job, Render):
-                return Rendered(self._render(job.messages)), b""
+                return Rendered(self._render(job.messages, job.tools, job.options)), b""
             with cpu_budget(LOAD_CPU_S):
                 preparer = self._preparer
             with cpu_budget(cpu_budget_s(len(bulk))):
@@ -77,12 +77,17 @@ class Worker:
     def _template(self) -> ChatTemplate | None:
         return ChatTemplate.of_model(self._setup.directory)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        options: Mapping[str, Any] | None,
+    ) -> str:
         with cpu_budget(self._setup.template_cpu_s):  # it is compiled in the first one
             template = self._template
             if template is None:
                 raise InternalError("the model has no chat template")
-            text = template.render(messages)
+            text = template.render(messages, tools, options)
         if len(text) > MAX_RENDERED_CHARS:
             raise InvalidRequest("the model's chat template made too long a text", field="messages")
         return text

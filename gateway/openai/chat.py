@@ -2,51 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
-from microserve.gateway.openai.schema import ROLES, ChatRequest, ContentPart, Message
+from microserve.gateway.openai.schema import ROLES, ChatRequest, ContentPart, Message, ToolCall
+from microserve.gateway.openai.tools import tool_use_of
 from microserve.gateway.routers.link import ModelLimits
+from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.gateway.text.choice import Piece
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText
 from microserve.protocol.errors import InvalidRequest
 
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
+"""Variables of a template that are not the client's to set."""
+
 
 async def chat_prompts(
     request: ChatRequest, tokenizer: ModelTokenizer, limits: ModelLimits
 ) -> Sequence[Sequence[int]]:
-    """The one prompt of a conversation. Raises :class:`InvalidRequest` naming the message."""
+    """The one prompt of a conversation. Raises :class:`InvalidRequest` naming the message or the field."""
     messages = template_messages(request.messages)
-    return [await tokenizer.encode_chat(messages, max_tokens=limits.max_model_len)]
+    use = tool_use_of(request)
+    if use is not None:
+        raise InvalidRequest("tools is not supported", field="tools")
+    tools = None if use is None else use.shown
+    options = template_options(request)
+    check_template(tokenizer.template, tools, options)
+    return [await tokenizer.encode_chat(messages, tools, options, max_tokens=limits.max_model_len)]
 
 
-def template_messages(messages: list[Message]) -> list[dict[str, str]]:
-    """Messages as templates expect them: ``role``, ``content`` (text) and perhaps ``name``."""
+def template_options(request: ChatRequest) -> dict[str, Any]:
+    """The request's values for variables of the template."""
+    options = dict(request.chat_template_kwargs or {})
+    for name in RESERVED:
+        if name in options:
+            field = f"chat_template_kwargs.{name}"
+            raise InvalidRequest(f"{field} is not for clients to set", field=field)
+    for name in ("reasoning_effort", "enable_thinking"):
+        if (value := getattr(request, name)) is not None:
+            options[name] = value
+    return options
+
+
+def check_template(template: ChatTemplate | None, tools: object, options: Mapping[str, Any]) -> None:
+    """What a template does not look at would be dropped without a word. Raises :class:`InvalidRequest`."""
+    if template is None:
+        return  # which is said where it is rendered
+    for field in (*(["tools"] if tools else []), *options):
+        if not template.knows(field):
+            raise InvalidRequest(f"the model's chat template has no place for {field}", field=field)
+
+
+def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as templates expect them: ``role``, ``content`` (text) and what else the message has."""
     return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def _template_message(message: Message, where: str) -> dict[str, str]:
+def _template_message(message: Message, where: str) -> dict[str, Any]:
     role = ROLES.get(message.role)
     if role is None:
         raise InvalidRequest(
-            f"{where}.role must be one of {', '.join(ROLES)} (tools are not supported)",
+            f"{where}.role must be one of {', '.join(ROLES)}",
             field=f"{where}.role",
         )
-    if message.tool_calls:
-        raise InvalidRequest(f"{where}.tool_calls is not supported", field=f"{where}.tool_calls")
     content = message.content
-    if content is None and role == "assistant":
-        content = ""  # a turn of tool calls or a refusal; of these only the text counts here
-    if content is None:
+    if content is None and role == "assistant" and not message.tool_calls:
+        content = ""  # a refusal; of these only the text counts here
+    if content is None and not message.tool_calls:
         raise InvalidRequest(f"{where}.content is missing", field=f"{where}.content")
-    if not isinstance(content, str):
+    if isinstance(content, list):
         content = "\n".join(_text_of(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    rendered = {"role": role, "content": content}
+    rendered: dict[str, Any] = {"role": role, "content": content}
     if message.name is not None:
         rendered["name"] = message.name
+    if message.tool_call_id is not None:
+        rendered["tool_call_id"] = message.tool_call_id
+    thought = message.reasoning if message.reasoning_content is None else message.reasoning_content
+    if thought:
+        rendered["reasoning_content"] = thought
+    if message.tool_calls:
+        if role != "assistant":
+            raise InvalidRequest(f"{where}.tool_calls: only of the assistant", field=f"{where}.tool_calls")
+        rendered["tool_calls"] = [
+            _template_call(call, f"{where}.tool_calls[{at}].function.arguments")
+            for at, call in enumerate(message.tool_calls)
+        ]
     return rendered
+
+
+def _template_call(call: ToolCall, where: str) -> dict[str, Any]:
+    """Templates write arguments themselves: they get the object, not its JSON."""
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequest(f"{where} must be the JSON of an object", field=where)
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
 
 
 def _text_of(part: ContentPart, where: str) -> str:

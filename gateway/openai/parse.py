@@ -32,6 +32,7 @@ R = TypeVar("R", bound=msgspec.Struct)
 _names = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _OFF_BY = {"tools": "tool_choice", "functions": "function_call"}
 """What is let through if the other one is ``"none"``: then no answer could use it."""
+_WITH_TOOLS = ("ChatRequest", "TokenizeRequest")
 
 
 class Shape(NamedTuple):
@@ -68,7 +69,8 @@ def parse(body: bytes, kind: type[R], shape: Shape = Shape()) -> R:  # noqa: B00
         if value is not None and value not in allowed:
             raise InvalidRequest(f"{name} is not supported", field=name)
     for name, switch in _OFF_BY.items():
-        if getattr(request, name, None) and getattr(request, switch) != "none":
+        is_known = name == "tools" and kind.__name__ in _WITH_TOOLS
+        if not is_known and getattr(request, name, None) and getattr(request, switch) != "none":
             raise InvalidRequest(f"{name} is not supported", field=name)
     return request
 

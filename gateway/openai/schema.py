@@ -7,7 +7,7 @@ become one of these is in ``parse.py``.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -23,6 +23,9 @@ MAX_TOKENIZE_TOKENS = 1 << 20
 """Beyond any context; bounds the work of one ``/tokenize`` or ``/detokenize``."""
 MAX_NAME_CHARS = 256
 MAX_STOP_STRINGS = 16
+MAX_TOOLS = 128
+MAX_DESCRIPTION_CHARS = 1 << 16
+MAX_TEMPLATE_OPTIONS = 64
 
 Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
@@ -89,12 +92,10 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     prompt_cache_key: Label = None
     prompt_cache_retention: Ignored = None
     service_tier: Label = None
-    parallel_tool_calls: Ignored = None
     # Known and not supported: refused by name, rather than dropped.
     audio: Unsupported = None
     prediction: Unsupported = None
     web_search_options: Unsupported = None
-    reasoning_effort: Unsupported = None
     reasoning: Unsupported = None
     verbosity: Unsupported = None
     truncate_prompt_tokens: Unsupported = None
@@ -120,7 +121,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     use_beam_search: OnlyFalse = None
     length_penalty: Annotated[Any, only(1)] = None
     bad_words: Annotated[Any, only([])] = None
-    chat_template_kwargs: Annotated[Any, only({})] = None
     add_generation_prompt: OnlyTrue = None
     continue_final_message: OnlyFalse = None
     include_stop_str_in_output: OnlyFalse = None
@@ -128,8 +128,6 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     spaces_between_special_tokens: OnlyTrue = None
     return_tokens_as_token_ids: OnlyFalse = None
     priority: Annotated[Any, only(0)] = None
-    tools: Annotated[Any, Meta(description="Refused unless empty, or tool_choice is none.")] = None
-    tool_choice: Annotated[Any, only("none")] = None
     functions: Annotated[Any, Meta(description="Refused unless empty, or function_call is none.")] = None
     function_call: Annotated[Any, only("none")] = None
 
@@ -139,6 +137,12 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompt
     logprobs: bounds.Logprobs | None = None
+    # Of conversations.
+    parallel_tool_calls: Ignored = None
+    reasoning_effort: Unsupported = None
+    chat_template_kwargs: Annotated[Any, only({})] = None
+    tools: Annotated[Any, Meta(description="Refused unless empty, or tool_choice is none.")] = None
+    tool_choice: Annotated[Any, only("none")] = None
 
 
 class ContentPart(msgspec.Struct):
@@ -146,16 +150,97 @@ class ContentPart(msgspec.Struct):
     text: str | None = None
 
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 """Whom templates know; ``developer`` is OpenAI's newer name for ``system``."""
+
+FunctionName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
+
+
+class FunctionDefinition(msgspec.Struct):
+    name: FunctionName
+    description: Annotated[str, Meta(max_length=MAX_DESCRIPTION_CHARS)] | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON Schema of its arguments, an object."""
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+_TOOL = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": {"type": "string", "pattern": "^[A-Za-z0-9_.\\-]{1,128}$"},
+                "description": {"type": ["string", "null"], "maxLength": MAX_DESCRIPTION_CHARS},
+                "parameters": {"type": ["object", "null"]},
+                "strict": {"type": ["boolean", "null"]},
+            },
+        },
+    },
+}
+Tools = Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS, extra_json_schema={"items": _TOOL})]
+"""As the client wrote them, for that is what a template shows; each is a :class:`Tool` (``tools.py``)."""
+
+
+class NamedFunction(msgspec.Struct):
+    name: FunctionName
+
+
+class NamedTool(msgspec.Struct):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedTools(msgspec.Struct):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
+
+
+class ToolChoice(msgspec.Struct):
+    """One of both, as ``type`` says."""
+
+    type: Literal["function", "allowed_tools"]
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
+
+
+class CalledFunction(msgspec.Struct):
+    name: FunctionName
+    arguments: str
+    """JSON of an object."""
+
+
+class ToolCall(msgspec.Struct):
+    id: Name
+    function: CalledFunction
+    type: Literal["function"] = "function"
 
 
 class Message(msgspec.Struct):
     role: Annotated[str, Meta(max_length=MAX_NAME_CHARS, extra_json_schema={"enum": sorted(ROLES)})]
     content: str | list[ContentPart] | None = None
     name: Name | None = None
-    tool_calls: Annotated[list[Any], Meta(extra_json_schema={"maxItems": 0})] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
+    """Of the assistant."""
     tool_call_id: Name | None = None
+    """Of a tool: the call that this is the result of."""
+    reasoning_content: str | None = None
+    """What the assistant thought; ``reasoning`` is another name for it."""
+    reasoning: str | None = None
 
 
 Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -168,12 +253,20 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: bounds.MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: bounds.Logprobs | None = None
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    # For the model's chat template, and refused where it knows nothing of them.
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: Annotated[dict[Name, Any], Meta(max_length=MAX_TEMPLATE_OPTIONS)] | None = None
 
 
 class TokenizeRequest(msgspec.Struct):
     model: Name | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from microserve.gateway.openai.answer import encode
-from microserve.gateway.openai.chat import template_messages
+from microserve.gateway.openai.chat import check_template, template_messages
 from microserve.gateway.openai.schema import MAX_TOKENIZE_TOKENS, DetokenizeRequest, TokenizeRequest
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
@@ -15,7 +15,8 @@ async def tokenized(request: TokenizeRequest, tokenizer: ModelTokenizer, max_mod
     try:
         if request.messages is not None:
             messages = template_messages(request.messages)
-            tokens = await tokenizer.encode_chat(messages, max_tokens=limit)
+            check_template(tokenizer.template, request.tools, {})
+            tokens = await tokenizer.encode_chat(messages, request.tools, max_tokens=limit)
         elif request.prompt is not None:
             [tokens] = await tokenizer.encode(
                 [request.prompt], add_special_tokens=request.add_special_tokens, max_tokens=limit

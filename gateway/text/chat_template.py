@@ -8,6 +8,7 @@ clients and are data only. A template is a program, and the sandbox bounds neith
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -53,8 +54,12 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 class ChatTemplate:
     """One template and the special tokens that it may name; compiled when it is first rendered."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises :class:`ConfigError` for what is no template."""
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], with_tools: ChatTemplate | None = None
+    ) -> None:
+        """``with_tools``: goes for conversations that have tools. Raises :class:`ConfigError` for what is no
+        template."""
+        self._with_tools = with_tools
         self._environment = environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
@@ -81,6 +86,15 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError) as error:
             raise ConfigError(f"the model's chat template is broken: {error}", field="model.path") from None
 
+    def knows(self, name: str) -> bool:
+        """Does it name this variable? What it does not, changes nothing."""
+        source = self._source if self._with_tools is None else self._source + self._with_tools.source
+        return re.search(rf"\b{re.escape(name)}\b", source) is not None
+
+    @property
+    def source(self) -> str:
+        return self._source
+
     @cached_property
     def _template(self) -> jinja2.Template:
         return self._environment.from_string(self._source)
@@ -104,18 +118,27 @@ class ChatTemplate:
         if isinstance(source, list):
             # Several named ones, e.g. one for tool use; "default" is the plain conversation.
             named = {str(entry.get("name")): entry.get("template") for entry in source}
-            source = named.get("default")
+            source, for_tools = named.get("default"), named.get("tool_use")
+            if isinstance(source, str) and isinstance(for_tools, str):
+                return cls(source, special_tokens, cls(for_tools, special_tokens))
         return cls(source, special_tokens) if isinstance(source, str) else None
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The prompt, ending where the assistant's answer begins.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt, ending where the assistant's answer begins. ``options``: the template's own variables.
 
         Raises :class:`InvalidRequest` when the template refuses the messages.
         """
+        if tools and self._with_tools is not None:
+            return self._with_tools.render(messages, tools, options)
+        variables = {**self._special_tokens, **(options or {})}
+        variables |= {"messages": messages, "tools": tools or None, "documents": None}
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, tools=None, **self._special_tokens
-            )
+            return self._template.render({"add_generation_prompt": True, **variables})
         except Exception as error:  # a template is a program: it may raise anything
             raise InvalidRequest(
                 f"the model's chat template refused the messages: {error}", field="messages"

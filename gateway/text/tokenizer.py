@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.control import ControlText
 from microserve.gateway.text.detokenizer import Detokenizer
 from microserve.gateway.text.vocabulary import Vocabulary
 from microserve.gateway.text.words import Words, split
@@ -31,15 +32,24 @@ LOOKED_UP_CHARS = 8192
 NUM_THREADS = 2
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool of threads wakes for one new word, too
 
-Renderer = Callable[[Sequence[Mapping[str, Any]]], Awaitable[str]]
-"""Messages -> the prompt's text, by the model's chat template."""
+Maps = Sequence[Mapping[str, Any]]
+Renderer = Callable[[Maps, Maps | None, Mapping[str, Any] | None], Awaitable[str]]
+"""Messages, tools and the template's own variables -> the prompt's text, by the model's chat template."""
 
 
 class ModelTokenizer:
     """Everything that the gateway knows of a model."""
 
-    def __init__(self, tokenizer: Tokenizer, renderer: Renderer | None = None) -> None:
-        """``renderer``: None for a model without a chat template."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        renderer: Renderer | None = None,
+        *,
+        template: ChatTemplate | None = None,
+        parse_control_tokens: bool = False,
+    ) -> None:
+        """``renderer``: None for a model without a chat template. ``template``: what it is made of.
+        ``parse_control_tokens``: those that stand in messages are no text."""
         # A tokenizer.json may ask for truncation and padding: both would change prompts silently.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -50,9 +60,13 @@ class ModelTokenizer:
         self._longest_token_chars = max(map(len, vocabulary), default=1)
         self.vocabulary = Vocabulary(tokenizer)
         self._words = Words.of(tokenizer)
+        self.template = template
+        self._control = None if parse_control_tokens else ControlText(tokenizer)
 
     @classmethod
-    def load(cls, directory: str | Path, *, renderer: Renderer | None = None) -> ModelTokenizer:
+    def load(
+        cls, directory: str | Path, *, renderer: Renderer | None = None, parse_control_tokens: bool = False
+    ) -> ModelTokenizer:
         """``renderer`` runs the model's template, if it has one; None: it is run here.
 
         Raises :class:`ConfigError` (field ``model.path``) naming what is missing or broken.
@@ -70,7 +84,8 @@ class ModelTokenizer:
         except Exception as error:  # tokenizers raises nothing narrower
             raise ConfigError(f"{file}: {error}", field="model.path") from None
         template = ChatTemplate.of_model(root)
-        return cls(tokenizer, None if template is None else renderer or _run_here(template))
+        renderer = None if template is None else renderer or _run_here(template)
+        return cls(tokenizer, renderer, template=template, parse_control_tokens=parse_control_tokens)
 
     @property
     def vocab_size(self) -> int:
@@ -86,14 +101,17 @@ class ModelTokenizer:
         if each of its tokens were the vocabulary's longest.
         """
         for text in texts:
-            if len(text) > max_tokens * self._longest_token_chars:
-                raise PromptTooLong(
-                    f"the maximum context length is {max_tokens} tokens, too few for {len(text)} characters",
-                    field=field,
-                )
+            self._check_length(text, max_tokens, field)
         if self._words is None or sum(map(len, texts)) > LOOKED_UP_CHARS:
             return await self._encode_all(texts, add_special_tokens)
         return await self._look_up(self._words, list(map(split, texts)), add_special_tokens)
+
+    def _check_length(self, text: str, max_tokens: int, field: str) -> None:
+        if len(text) > max_tokens * self._longest_token_chars:
+            raise PromptTooLong(
+                f"the maximum context length is {max_tokens} tokens, too few for {len(text)} characters",
+                field=field,
+            )
 
     async def _look_up(
         self, known: Words, texts: Sequence[Sequence[str]], add_special_tokens: bool
@@ -120,14 +138,29 @@ class ModelTokenizer:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in encodings]
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, max_tokens: int) -> Sequence[int]:
-        """Ids of a conversation, ready for the assistant's answer.
+    async def encode_chat(
+        self,
+        messages: Maps,
+        tools: Maps | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        max_tokens: int,
+    ) -> Sequence[int]:
+        """Ids of a conversation, ready for the assistant's answer. ``tools`` and ``options`` are for the
+        template; control tokens in ``messages`` and ``tools`` are text.
 
         Raises :class:`InvalidRequest` (field ``messages``) without a template or if it refuses them.
         """
         if self._renderer is None:
             raise InvalidRequest("the model has no chat template; use /v1/completions", field="messages")
-        text = await self._renderer(messages)
+        escape = ""
+        if self._control is not None:
+            messages, tools, escape = self._control.escaped(messages, tools)
+        text = await self._renderer(messages, tools, options)
+        if escape and self._control is not None:
+            self._check_length(text, max_tokens, "messages")
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, self._control.encode, text, escape)
         # The template has written the special tokens itself.
         [ids] = await self.encode([text], add_special_tokens=False, max_tokens=max_tokens, field="messages")
         return ids
@@ -143,7 +176,7 @@ class ModelTokenizer:
 
 
 def _run_here(template: ChatTemplate) -> Renderer:
-    async def render(messages: Sequence[Mapping[str, Any]]) -> str:
-        return template.render(messages)
+    async def render(messages: Maps, tools: Maps | None, options: Mapping[str, Any] | None) -> str:
+        return template.render(messages, tools, options)
 
     return render

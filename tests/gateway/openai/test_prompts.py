@@ -22,7 +22,11 @@ from tests.support.gateway.gateway_world import TEMPLATE, make_model, run, speci
 LIMITS = ModelLimits(max_model_len=10_000, vocab_size=300)
 
 
-def messages(*entries: dict[str, Any]) -> list[dict[str, str]]:
+def call(arguments: str) -> dict[str, Any]:
+    return {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def messages(*entries: dict[str, Any]) -> list[dict[str, Any]]:
     body = json.dumps({"model": "m", "messages": list(entries)}).encode()
     return template_messages(parse(body, ChatRequest).messages)
 
@@ -47,9 +51,12 @@ def test_a_conversation_is_rendered_and_encoded(tokenizer: ModelTokenizer, raw_t
 @pytest.mark.parametrize(
     ("entry", "where"),
     [
-        ({"role": "tool", "content": "x"}, "messages[0].role"),
+        ({"role": "function", "content": "x"}, "messages[0].role"),
+        ({"role": "tool"}, "messages[0].content"),
         ({"role": "user"}, "messages[0].content"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls[0].id"),
+        ({"role": "assistant", "tool_calls": [call("[1]")]}, "messages[0].tool_calls[0].function.arguments"),
+        ({"role": "user", "content": "x", "tool_calls": [call("{}")]}, "messages[0].tool_calls"),
         ({"role": "user", "content": [{"type": "image_url", "text": "x"}]}, "messages[0].content[0].type"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),
     ],
@@ -64,6 +71,24 @@ def test_a_message_that_is_not_text_is_named(entry: dict[str, Any], where: str) 
 def test_a_turn_of_the_assistant_may_be_empty(content: dict[str, Any]) -> None:
     """As after a refusal; a history that has one is not refused for ever."""
     assert messages({"role": "assistant", **content}) == [{"role": "assistant", "content": ""}]
+
+
+def test_a_call_and_its_result_as_templates_expect_them() -> None:
+    """Arguments as an object, for a template writes them itself; a turn of calls has no content."""
+    assert messages(
+        {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [call('{"a": 1}')]},
+        {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "2"}]},
+    ) == [
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "hm",
+            "tool_calls": [
+                {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+            ],
+        },
+        {"role": "tool", "content": "2", "tool_call_id": "call_1"},
+    ]
 
 
 def test_no_messages() -> None:
