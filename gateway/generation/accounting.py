@@ -92,6 +92,7 @@ def account(
                 strategy_version=0 if ended is None else ended.strategy_version,
                 engines=[] if ended is None else ended.engines,
                 why="" if ended is None else ended.why,
+                capped_to=0 if ended is None else ended.capped_to,
                 numerics=choice.numerics,
                 cached_tokens=0 if ended is None else ended.usage.cached_tokens,
                 received_tokens=0 if ended is None else ended.usage.received_tokens,

@@ -90,6 +90,8 @@ class Summary:
     stream: bool = False
     why: str = ""
     """How the router chose the engines."""
+    capped_to: int = 0
+    """Most output tokens by the word of the strategy; 0: as asked for."""
     attributes: Mapping[str, str | None] = field(default_factory=dict)
     """What strategies were told; None for what is told to nobody else."""
 
@@ -120,6 +122,7 @@ def write_line(summary: Summary) -> None:
         cached_tokens=summary.cached_tokens,
         received_tokens=summary.received_tokens,
         output_tokens=summary.output_tokens,
+        capped_to=summary.capped_to,
         attributes=summary.attributes,
         ttft_s=ttft,
         wall_s=sum(durations.values()) / 1e6,

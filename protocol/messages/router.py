@@ -117,6 +117,8 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     """In which class the whole answer was made; empty without output, and where an engine says none."""
     why: str = ""
     """How its engines were chosen, in a line for people; empty: the router records nothing."""
+    capped_to: int = 0
+    """Most output tokens by the word of its strategy, where that is less than was asked for; 0: it is not."""
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):

@@ -152,6 +152,7 @@ class Router:
     def take_control(self, state: ControlState) -> None:
         if self.control.apply(state):
             self.registry.set_labels(state.labels)
+            self.serving.records.sights.forget()
 
     def answer(self, question: Question) -> Answer:
         found, num_left_out = self.serving.explain(question.request_id)

@@ -15,7 +15,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from microserve.protocol.errors import CapacityError, NoEngines, PeerError, QueueFull
+from microserve.protocol.errors import CapacityError, InvalidRequest, NoEngines, PeerError, QueueFull
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring import scoring as scorer
@@ -57,6 +57,7 @@ __all__ = [
     "Annotated",
     "Meta",
     "QueueFull",
+    "InvalidRequest",
     "CapacityError",
     "NoEngines",
     "PeerError",

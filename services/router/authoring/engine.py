@@ -119,6 +119,8 @@ class Engine(EngineFacts):
         samples = stop == request.num_tokens if first_token is None else first_token
         if samples and stop != request.num_tokens:
             raise InvalidInterval("the first token can be sampled only at the prompt's end", field="end")
+        if samples:
+            scope.check_unfinished()
         if grant.grant is None or start >= stop:
             return Sending(request.request_id, grant, start, start, first_token=False)
         grant.check_free(start, stop)
@@ -135,7 +137,7 @@ class Engine(EngineFacts):
             grant=permission,
             lane=lane,
             ttl_s=ttl_s,
-            sampling=request.sampling if samples else None,
+            sampling=scope.sampling if samples else None,
             salt=request.salt,
             num_output_tokens=request.num_output_tokens if samples else 0,
         )
@@ -163,6 +165,7 @@ class Engine(EngineFacts):
         scope.check(request)
         if scope.is_generating:
             raise StrategyError("a request generates once")
+        scope.check_unfinished()
         if after is not None and grant is not None and after.grant is not grant:
             raise StrategyError("'after' sends into another grant")
         grant = after.grant if grant is None and after is not None else grant
@@ -183,7 +186,7 @@ class Engine(EngineFacts):
             wire.StartGenerate,
             request_id=request.request_id,
             begin=position,
-            sampling=request.sampling,
+            sampling=scope.sampling,
             ttl_s=ttl_s,
             grant_id=grant_id or None,
             await_first=first_from is not None,

@@ -20,6 +20,7 @@ from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.engines.prediction import decode_cost_s, prefill_cost_s
 from microserve.services.router.engines.prefix import Lookup
+from microserve.services.router.request.cap import capped
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope
 from microserve.services.router.request.trail import Trail
@@ -128,7 +129,7 @@ class Mesh(MeshView):
             chosen = self.rng.choice([e for e, rank in zip(candidates, ranked, strict=True) if rank == least])
         if trail is not None:
             if trail.is_new:
-                self._see(trail, labelled if label is None else self.engines())
+                self._see(trail)
             trail.choose(
                 label,
                 by,
@@ -159,10 +160,28 @@ class Mesh(MeshView):
             cut = {name: value[:MAX_NOTE_CHARS] if isinstance(value, str) else value for name, value in kept}
             trail.note(str(text)[:MAX_NOTE_CHARS], cut, self._scope.now)
 
-    def _see(self, trail: Trail, engines: Sequence[Engine]) -> None:
-        """What is known of them now, for the record."""
-        connections, own = [e._connection for e in engines], self.state.labels
-        labels = [own.of(c.engine_id, c.labels) if own else c.labels for c in connections]
+    def cap(self, request: Request, *, max_tokens: int | None = None, logprobs: int | None = None) -> None:
+        """Let the request have less than it asks for: at most ``max_tokens`` of output, prompt aside, then it
+        ends with ``length``; at most ``logprobs`` alternatives a token (0: the chosen one's alone).
+
+        Before its first action that computes. It holds for whatever becomes of the request in this router,
+        other engines and other runs of the strategy included; of several caps the lowest. What asks for less
+        stays as it is, and nothing else of how tokens are drawn can be changed. Raises ``StrategyError`` for
+        what is no cap, or too late.
+        """
+        scope = self._scope
+        scope.check(request)
+        if scope.decision.engine_id or scope.decision.sends:
+            raise StrategyError("a request is capped before it is sent to an engine")
+        sampling = capped(scope.sampling, max_tokens, logprobs)
+        if sampling is not scope.sampling:
+            self.note("capped", max_tokens=sampling.max_tokens, logprobs=sampling.logprobs or 0)
+            scope.sampling = sampling
+
+    def _see(self, trail: Trail) -> None:
+        """What is known of the engines now, for the record."""
+        connections, own = self._connections(), self.state.labels
+        labels = [own.of(c.engine_id, c.labels) for c in connections] if own else None
         trail.see(connections, labels, self._book, self._scope.now)
 
     async def hold(

@@ -1,7 +1,8 @@
 """The last requests of a router with what their strategies saw and chose: so many, in so many bytes.
 
-Sans-I/O. A record is one string of bytes (msgpack), which costs the collector nothing however many there are;
-it is read when somebody asks. Knows requests by their ids only.
+Sans-I/O. A record is one string of bytes (msgpack), which costs the collector nothing however many there are,
+beside what it shares with others of the engines (sight.py); it is read when somebody asks. Knows requests by
+their ids only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import msgspec
 
 from microserve.protocol.messages.decisions import MAX_ATTEMPTS, MAX_EXPLAINED_NBYTES, Explanation
 from microserve.protocol.request_id import MAX_CLIENT_CHARS, is_named, without_body_mark
+from microserve.services.router.request.sight import Own, Sight, Sights
 from microserve.services.router.request.trail import Trail
 
 MAX_RECORD_NBYTES = 256 << 10
@@ -37,11 +39,21 @@ class Head(NamedTuple):
     code: str
 
 
-class _Record(NamedTuple):
+class Record(NamedTuple):
     request_id: str
-    ended: float
+    ended: float | None
+    """None: it runs."""
     data: bytes
-    """An ``Explanation`` with age 0."""
+    """A ``_Kept``."""
+    sights: Sequence[Sight | None] = ()
+    """Of its attempts; none: they are left out."""
+
+
+class _Kept(msgspec.Struct, frozen=True, array_like=True):
+    told: Explanation
+    """With age 0, its attempts without engines."""
+    beside: list[tuple[Own, float]] = []
+    """Of each attempt."""
 
 
 class Records:
@@ -52,9 +64,11 @@ class Records:
         self.nbytes = 0
         self._max_requests = max_requests
         self._max_nbytes = max_nbytes
-        self._records: deque[_Record] = deque()
+        self.sights = Sights()
+        """Of the engines, for the trails of this router's requests."""
+        self._records: deque[Record] = deque()
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(Explanation)
+        self._decoder = msgspec.msgpack.Decoder(_Kept)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -67,42 +81,70 @@ class Records:
         """A request has ended; the oldest records make room."""
         if not self._max_requests:
             return
-        data = self.describe(request_id, head, trails)
-        self._records.append(_Record(request_id, now, data))
-        self.nbytes += len(data) + OVERHEAD_NBYTES
+        record = self.describe(request_id, head, trails, now)
+        self._records.append(record)
+        self.nbytes += len(record.data) + OVERHEAD_NBYTES
+        for sight in record.sights:
+            if sight is not None:
+                sight.num_kept += 1
+                if sight.num_kept == 1:
+                    self.nbytes += len(sight.data) + OVERHEAD_NBYTES
         while len(self._records) > self._max_requests or self.nbytes > self._max_nbytes:
-            self.nbytes -= len(self._records.popleft().data) + OVERHEAD_NBYTES
+            self._forget(self._records.popleft())
 
-    def find(self, wanted: str, now: float, live: Sequence[bytes] = ()) -> tuple[list[Explanation], int]:
+    def _forget(self, record: Record) -> None:
+        self.nbytes -= len(record.data) + OVERHEAD_NBYTES
+        for sight in record.sights:
+            if sight is not None:
+                sight.num_kept -= 1
+                if not sight.num_kept:
+                    self.nbytes -= len(sight.data) + OVERHEAD_NBYTES
+
+    def find(self, wanted: str, now: float, live: Sequence[Record] = ()) -> tuple[list[Explanation], int]:
         """Those of which ``wanted`` is a name, the newest first, and how many more would be too much for one
         message. ``live``: of requests that still run, from :meth:`describe`; they go first."""
         found: list[Explanation] = []
         num_left_out = nbytes = 0
-        for ended, data in self._named(wanted, live):
-            nbytes += len(data)
+        for record in self._named(wanted, live):
+            nbytes += len(record.data) + sum(len(sight.data) for sight in record.sights if sight is not None)
             if nbytes > MAX_EXPLAINED_NBYTES:
                 num_left_out += 1
-                continue
-            each = self._decoder.decode(data)
-            found.append(msgspec.structs.replace(each, age_s=0.0 if ended is None else now - ended))
+            else:
+                found.append(self._read(record, now))
         return found, num_left_out
 
-    def _named(self, wanted: str, live: Sequence[bytes]) -> Iterator[tuple[float | None, bytes]]:
-        yield from ((None, data) for data in live)
+    def _named(self, wanted: str, live: Sequence[Record]) -> Iterator[Record]:
+        yield from live
         named = names(wanted)
         for record in reversed(self._records):
             if named(record.request_id):
-                yield record.ended, record.data
+                yield record
 
-    def describe(self, request_id: str, head: Head, trails: Sequence[Trail]) -> bytes:
+    def _read(self, record: Record, now: float) -> Explanation:
+        kept = self._decoder.decode(record.data)
+        attempts = (
+            [
+                attempt if sight is None else msgspec.structs.replace(attempt, engines=sight.seen(*beside))
+                for attempt, sight, beside in zip(kept.told.attempts, record.sights, kept.beside, strict=True)
+            ]
+            if record.sights
+            else kept.told.attempts
+        )
+        age_s = 0.0 if record.ended is None else now - record.ended
+        return msgspec.structs.replace(kept.told, age_s=age_s, attempts=attempts)
+
+    def describe(
+        self, request_id: str, head: Head, trails: Sequence[Trail], ended: float | None = None
+    ) -> Record:
         """What is kept of it; :meth:`find` takes that also of one that still runs."""
         kept = trails[-MAX_ATTEMPTS:]
         fields: tuple[Any, ...] = (request_id, 0.0, *head)
-        data = self._encoder.encode((*fields, [trail.packed() for trail in kept], len(trails)))
+        told = (*fields, [trail.packed() for trail in kept], len(trails))
+        data = self._encoder.encode((told, [trail.beside for trail in kept]))
         if len(data) <= MAX_RECORD_NBYTES:
-            return data
+            return Record(request_id, ended, data, tuple([trail.sight for trail in kept]))
         bare = [trail.packed(is_bare=True) for trail in kept]
-        return self._encoder.encode((*fields, bare, len(trails), True))
+        return Record(request_id, ended, self._encoder.encode(((*fields, bare, len(trails), True),)))
 
 
 def names(wanted: str) -> Callable[[str], bool]:

@@ -16,6 +16,7 @@ from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.services.links.stream import Tokens
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Account
+from microserve.services.router.request.cap import AnswerWhole
 from microserve.services.router.request.decision import Decision
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.request import Request
@@ -29,6 +30,8 @@ class RequestScope:
         self, request: Request, account: Account, clock: PhaseClock, *, call_timeout_s: float
     ) -> None:
         self.request = request
+        self.sampling = request.sampling
+        """As its strategy has capped it."""
         self.account = account
         self.clock = clock
         self.engines: list[str] = []
@@ -104,6 +107,11 @@ class RequestScope:
             )
         if self.is_closed:
             raise StrategyError(f"request {request.request_id} has ended")
+
+    def check_unfinished(self) -> None:
+        """There are tokens left to come. Raises :class:`AnswerWhole`."""
+        if self.request.num_output_tokens >= self.sampling.max_tokens:
+            raise AnswerWhole(f"{self.sampling.max_tokens} tokens have been delivered")
 
     # --- what engines give ---------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """What one attempt's strategy saw, chose and said, as it is kept: numbers and names in the order of the wire.
 
-Written in the middle of every ``pick``, so it keeps what lies there anyway and makes no words; bounded,
-whatever a strategy does. Keeps no prompt, no token and no value of an attribute. Sans-I/O.
+Written in the middle of every ``pick``, so it keeps what lies there anyway, makes no words, and leaves out
+what the sight of the engines (sight.py) says already; bounded, whatever a strategy does. Keeps no prompt, no
+token and no value of an attribute. Sans-I/O.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from microserve.protocol.messages.decisions import MAX_NOTES, MAX_PICKS
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.request.decision import Decision
+from microserve.services.router.request.sight import Own, Sight, Sights
 
 TOLD_IN_SHORT = 3
 """Picks that a line has room for."""
@@ -22,20 +24,31 @@ TOLD_IN_SHORT = 3
 class Trail:
     """Of one attempt. Times are of the loop's clock, and are kept as seconds after the request had come."""
 
-    __slots__ = ("_came", "_decision", "_engines", "_head", "_notes", "_num_notes", "_num_picks", "_picks",
-                 "cached")  # fmt: skip
+    __slots__ = ("_came", "_decision", "_head", "_notes", "_num_notes", "_num_picks", "_own", "_picks",
+                 "_seen_at", "_sights", "cached", "sight")  # fmt: skip
 
     def __init__(
-        self, strategy: str, version: int, num_tokens: int, decision: Decision, came: float, now: float
+        self,
+        strategy: str,
+        version: int,
+        num_tokens: int,
+        decision: Decision,
+        came: float,
+        now: float,
+        sights: Sights | None = None,
     ) -> None:
-        """``decision`` is filled in by the attempt's actions; ``came``: when the request came here."""
+        """``decision`` is filled in by the attempt's actions; ``came``: when the request came here;
+        ``sights``: those that the router's requests share."""
         self.cached: Mapping[str, int] = {}
         """Prompt tokens that engines were known to hold, once somebody has asked."""
+        self.sight: Sight | None = None
+        """Of the engines, at the first pick."""
         self._head = (strategy, version, now - came, num_tokens)
         self._came = came
         self._decision = decision
-        self._engines: Sequence[Sequence[Any]] = ()
-        """Columns of ``decisions.EngineSeen``."""
+        self._sights = sights
+        self._own: Own = ((), (), ())
+        self._seen_at = 0.0
         self._picks: list[tuple[Any, ...]] = []
         """As ``decisions.Pick``."""
         self._num_picks = 0
@@ -48,20 +61,18 @@ class Trail:
         return not self._num_picks
 
     def see(
-        self, connections: Sequence[Connection], labels: Sequence[Sequence[str]], book: LoadBook, now: float
+        self,
+        connections: Sequence[Connection],
+        labels: Sequence[Sequence[str]] | None,
+        book: LoadBook,
+        now: float,
     ) -> None:
-        """The engines as they are now; ``labels`` are those that count for the strategy, of each."""
-        ids = [c.engine_id for c in connections]
-        infos = [c.info for c in connections]
-        self._engines = (
-            ids,
-            labels,
-            [info.numerics for info in infos],
-            [info.num_blocks for info in infos],
-            *book.columns(ids),
-            [c.load for c in connections],
-            [now - c.load_at for c in connections],
-        )
+        """The engines as they are now; ``labels``: those that the strategy has given, if it has."""
+        if labels is not None:
+            self.sight = Sight(connections, labels)
+        else:
+            self.sight = (self._sights or Sights()).of(connections)
+        self._own, self._seen_at = book.columns(self.sight.engine_ids), now
 
     def choose(
         self,
@@ -103,13 +114,14 @@ class Trail:
         return [f"{p[1] or 'any'}: {p[8]} of {len(p[4])} by {p[2]}" for p in self._picks[:most]]
 
     def packed(self, *, is_bare: bool = False) -> tuple[Any, ...]:
-        """As ``decisions.Attempt``; ``is_bare``: without engines and candidates."""
+        """As ``decisions.Attempt``, without the engines, which are :attr:`sight`'s; ``is_bare``: without
+        candidates."""
         decision = self._decision
         picks = [_bare(pick) for pick in self._picks] if is_bare else self._picks
         return (
             *self._head,
             self.cached if not is_bare else {},
-            [*zip(*self._engines, strict=True)] if not is_bare else (),
+            (),
             picks,
             self._num_picks,
             self._notes,
@@ -119,6 +131,11 @@ class Trail:
             decision.begin,
             decision.awaits_first,
         )
+
+    @property
+    def beside(self) -> tuple[Own, float]:
+        """What belongs to the sight: this router's own numbers, and when that was."""
+        return self._own, self._seen_at
 
 
 def _bare(pick: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -30,10 +30,12 @@ from microserve.protocol.errors import (
     UnknownRequest,
 )
 from microserve.protocol.messages.engine import EngineInfo, Finished, Timings, Usage
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.grant import Sending
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.engines.connection import Connection, EngineLeaving
+from microserve.services.router.request.cap import AnswerWhole
 from microserve.services.router.request.request import Request
 
 _logger = structlog.get_logger()
@@ -79,6 +81,8 @@ class Failover:
         new work anyway. What cannot be received, for its length or twice for want of a grant, may yet fit
         where it is computed, and a strategy's mistake is not the client's: then one engine serves it plainly.
         """
+        if isinstance(error, AnswerWhole):
+            return self.terms
         if now >= self.original.deadline:
             return None
         terms = self._next(error, engines, now)
@@ -130,15 +134,19 @@ class Failover:
     def _is_patient(self, now: float) -> bool:
         return self._failed_at is not None and now - self._failed_at <= self._patience_s
 
-    def continued(self, delivered: list[int]) -> Request:
-        """The request as another engine must see it: what was delivered is part of its tokens."""
-        return self.original.continued(delivered)
+    def continued(self, delivered: list[int], capped: SamplingParams | None = None) -> Request:
+        """The request as another engine must see it: what was delivered is part of its tokens. ``capped``:
+        its sampling, if its strategy has capped that."""
+        request = self.original.continued(delivered)
+        return request if capped is None else replace(request, sampling=capped)
 
-    def end_of(self, delivered: list[int], served: EngineInfo | None) -> Finished | None:
+    def end_of(
+        self, delivered: list[int], served: EngineInfo | None, capped: SamplingParams | None = None
+    ) -> Finished | None:
         """The end that the delivered tokens already are, if only its message was lost."""
         if not delivered:
             return None
-        sampling, last = self.original.sampling, delivered[-1]
+        sampling, last = capped or self.original.sampling, delivered[-1]
         usage = Usage(prompt_tokens=self.original.num_tokens, output_tokens=len(delivered))
         eos = served.eos_token_ids if served is not None else []
         if (last in eos and sampling.ends_by_eos()) or last in sampling.stop_token_ids:

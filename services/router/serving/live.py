@@ -19,6 +19,7 @@ from microserve.protocol.messages.attributes import TENANT
 from microserve.protocol.messages.engine import Finished, Usage
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.router import Ended, Output, Phases
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.oversight.author import Author
@@ -78,6 +79,10 @@ class LiveRequest:
     """Of its attempts, if they are recorded."""
     is_slow: bool = False
     """Its strategy has held the router for longer than it may."""
+    capped: SamplingParams | None = None
+    """Its sampling, if its strategy has capped that."""
+    capped_to: int = 0
+    """Most output tokens, if those were capped."""
 
     def made_in(self, numerics: Numerics) -> Numerics | None:
         """Its newest tokens are of this class: what the whole is now, if its gateway has to be told: with the
@@ -90,6 +95,13 @@ class LiveRequest:
             return None
         self.is_class_told = True
         return self.numerics
+
+    def keep_caps(self, scope: RequestScope) -> None:
+        """What the strategy has capped in an attempt holds for the next ones."""
+        if scope.sampling is not scope.request.sampling:
+            self.capped = scope.sampling
+            if scope.sampling.max_tokens < scope.request.sampling.max_tokens:
+                self.capped_to = scope.sampling.max_tokens
 
     @property
     def interruption(self) -> MeshError | None:
@@ -122,6 +134,7 @@ def finished_well(live: LiveRequest, finished: Finished, phases: Phases, engines
         strategy_version=live.version,
         numerics=live.numerics or UNKNOWN,
         why=live.why,
+        capped_to=live.capped_to,
     )
 
 
@@ -136,6 +149,7 @@ def cut_short(
             strategy_version=version,
             numerics=numerics,
             why=live.why,
+            capped_to=live.capped_to,
         )
     return Ended(
         "error",
@@ -150,6 +164,7 @@ def cut_short(
         strategy_version=version,
         numerics=numerics,
         why=live.why,
+        capped_to=live.capped_to,
     )
 
 
@@ -163,7 +178,7 @@ def head_of(live: LiveRequest, request: Request, ended: Ended | None) -> Head:
         request.block_size,
         live.num_prompt_tokens,
         len(live.delivered),
-        request.sampling.max_tokens,
+        (request if live.scope is None else live.scope).sampling.max_tokens,
         "" if ended is None else ended.reason,
         "" if ended is None else ended.code,
     )
@@ -186,5 +201,6 @@ def write_line(request_id: str, ended: Ended) -> None:
         cached_tokens=usage.cached_tokens,
         received_tokens=usage.received_tokens,
         output_tokens=usage.output_tokens,
+        capped_to=ended.capped_to,
         **{name: round(getattr(phases, name), 6) for name in Phases.__struct_fields__},
     )

@@ -225,7 +225,7 @@ class Serving:
     async def _serve(self, live: LiveRequest, scope: RequestScope, strategy: Strategy) -> None:
         """Attempts, each in a scope of its own, until one ends the stream or its error is final."""
         failover = Failover(scope.request.begun(), patience_s=self._settings.call_timeout_s)
-        finished = failover.end_of(live.delivered, self._registry.served)
+        finished = failover.end_of(live.delivered, self._registry.served, live.capped)
         if finished is not None:  # all that its last router did not tell any more was the end
             live.last = Tokens(len(live.delivered), [], [], finished)
             self._end(live, None)
@@ -274,7 +274,7 @@ class Serving:
                 delivered=len(live.delivered),
                 attempt=terms.number,
             )
-            finished = failover.end_of(live.delivered, self._registry.served)
+            finished = failover.end_of(live.delivered, self._registry.served, live.capped)
             if finished is not None:
                 error, live.last = None, Tokens(len(live.delivered), [], [], finished)
                 break
@@ -283,7 +283,7 @@ class Serving:
             except asyncio.CancelledError:
                 error = live.interruption
                 break
-            request = failover.continued(live.delivered)
+            request = failover.continued(live.delivered, live.capped)
             scope = live.scope = self._scope(request, self.book.open(), live.clock)
         self._end(live, error)
         if generator is not None:
@@ -292,8 +292,8 @@ class Serving:
     def _record(self, live: LiveRequest, scope: RequestScope, strategy: str, version: int) -> None:
         """An attempt begins."""
         if self.records.is_on:
-            num_tokens, came = scope.request.num_tokens, live.clock.received
-            scope.trail = Trail(strategy, version, num_tokens, scope.decision, came, self._loop.time())
+            times, sights = (live.clock.received, self._loop.time()), self.records.sights
+            scope.trail = Trail(strategy, version, scope.request.num_tokens, scope.decision, *times, sights)
             live.trails.append(scope.trail)
 
     def explain(self, wanted: str) -> tuple[list[Explanation], int]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import cache
 
+import msgspec
+
 from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.errors import (
     ConfigError,
@@ -80,6 +82,8 @@ def expected(
 def judge_answer(answer: Answer, *, is_marked: bool = False) -> list[str]:
     """A complete answer is the oracle's; one that was cut short is a prefix of it."""
     params = answer.params
+    if answer.ended is not None and answer.ended.capped_to:  # so short its strategy wanted it
+        params = msgspec.structs.replace(params, max_tokens=answer.ended.capped_to)
     tokens, logprobs = expected(answer.prompt, params, is_marked=is_marked)
     name = f"{answer.request_id} ({answer.strategy}, {len(answer.prompt)} prompt tokens)"
     have, wrong = tuple(answer.token_ids), []

@@ -123,6 +123,7 @@ ENDED = serving.Ended(
     strategy_version=3,
     numerics=Numerics("n4", is_exact=True),
     why="w",
+    capped_to=9,
 )
 OUTPUT = serving.Output(
     request_id="r1",

@@ -20,7 +20,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 
 
 def test_it_goes_from_four_lines_to_the_strategy_that_is_shipped() -> None:
-    assert len(SNIPPETS) == 14
+    assert len(SNIPPETS) == 15
     code = [line for line in SNIPPETS[0].splitlines() if line and "import" not in line]
     assert len(code) == 4
     _, _, whole = PAGE.partition("\n## The whole of it")

@@ -51,6 +51,7 @@ CALLS = {
         "decode_cost_s": "mesh.decode_cost_s(engine)",
         "hold": "await mesh.hold(request, lambda: True)",
         "note": "mesh.note('warm', tokens=16, where=engine.id)",
+        "cap": "mesh.cap(request, max_tokens=1_000_000)",
     },
     Engine: {
         "keeps_kv_of": "engine.keeps_kv_of(other)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import cast
 
 import pytest
 
@@ -13,10 +14,13 @@ from microserve.protocol.messages.decisions import (
     MAX_PICKS,
     Explanation,
 )
-from microserve.services.router.engines.load import Load
+from microserve.protocol.messages.engine import EngineLoad
+from microserve.services.router.engines.connection import Connection
+from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.request.decision import Decision, Send
 from microserve.services.router.request.records import MAX_RECORD_NBYTES, Head, Records
 from microserve.services.router.request.trail import Trail
+from tests.support.router.paper_mesh import PaperEngine
 
 HEAD = Head("mine", 3, True, ["user"], 16, 40, 5, 17, "stop", "")
 
@@ -91,6 +95,44 @@ def test_the_oldest_make_room_by_bytes() -> None:
     assert max(sizes) <= 100_000 < 2 * max(sizes)
     assert sizes[0] * len(records) == pytest.approx(records.nbytes, rel=0.05)
     assert any(later <= earlier for earlier, later in pairwise(sizes)), "some had to go"
+
+
+def engines(count: int) -> list[Connection]:
+    made = [PaperEngine(f"e{number}", EngineLoad(free_blocks=number), ["x"]) for number in range(count)]
+    return cast("list[Connection]", made)
+
+
+def test_what_requests_saw_is_kept_and_counted_once_for_all_that_saw_it() -> None:
+    seen, book, records = engines(40), LoadBook(), Records(100, 1 << 30)
+    account = book.open()
+    sizes = []
+    for number in range(300):
+        if number == 150:
+            cast(PaperEngine, seen[7]).load_at = 8.0  # a heartbeat
+            account.reserve_prefill("e7", "p", 500)
+        made = Trail("mine", 3, 40, Decision(), 10.0, 10.5, records.sights)
+        made.see(seen, None, book, 11.0)
+        records.add(f"r{number}", HEAD, [made], 12.0)
+        sizes.append(records.nbytes)
+    one, both = sizes[1] - sizes[0], sizes[160] - sizes[140]
+    assert sizes[0] > 4 * one, "the others share what the first one saw"
+    assert 0.9 * (sizes[0] - one) < both < 1.1 * (sizes[0] - one), "there are two of them for a while"
+    assert sizes[299] == pytest.approx(sizes[140], rel=0.01), "and the older one goes with its last record"
+    assert records.nbytes == pytest.approx(100 * one + sizes[0] - one, rel=0.01)
+    for number in (200, 299):
+        [attempt] = only(records, f"r{number}").attempts
+        assert [each.engine_id for each in attempt.engines] == [f"e{n}" for n in range(40)]
+        eighth = attempt.engines[7]
+        assert (eighth.own_tokens, eighth.load_age_s, eighth.labels) == (500, 3.0, ["x"])
+        assert (eighth.load, attempt.engines[8].load_age_s) == (EngineLoad(free_blocks=7), 11.0)
+
+
+def test_a_strategy_s_own_labels_are_what_it_saw() -> None:
+    seen, records = engines(2), Records(10, 1 << 20)
+    made = Trail("mine", 3, 40, Decision(), 10.0, 10.5, records.sights)
+    made.see(seen, [["mine"], []], LoadBook(), 11.0)
+    records.add("r", HEAD, [made], 12.0)
+    assert [each.labels for each in only(records, "r").attempts[0].engines] == [["mine"], []]
 
 
 def test_none_is_kept_where_none_is_wanted() -> None:

@@ -7,6 +7,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import StrategyError
+from microserve.protocol.messages.control import ControlState, EngineLabels
 from microserve.protocol.messages.decisions import MAX_NOTE_CHARS, MAX_NOTE_VALUES, Explanation, Question
 from microserve.services.router.authoring import scorer
 from microserve.services.router.authoring.generating import Chunks
@@ -157,3 +158,23 @@ async def test_an_endless_loop_of_notes_is_broken_off_as_any() -> None:
         [attempt] = explained(world, "r").attempts
         assert (attempt.num_notes, attempt.num_picks) == (5_000, 5_001)
         assert world.router.serving.records.nbytes < 64 << 10
+
+
+@in_loop
+async def test_requests_that_saw_the_same_share_what_they_saw_and_new_labels_are_seen_at_once() -> None:
+    async with router_world("d", "p", "q", labels=LABELS) as world:
+        for engine in world.engines.values():
+            engine.mute_heartbeats = True
+        await world.beats(2)
+        name = start_with(world, split)
+        for number in range(2):
+            await world.gateway.generate(PROMPT, strategy=name, request_id=f"r{number}.0a0a0a0a-0")
+        world.router.take_control(ControlState(1, [], [EngineLabels("p", ["decode"])]))
+        await world.gateway.generate(PROMPT, strategy=name, request_id="r2.0a0a0a0a-0")
+        first, second, third = (record.sights[0] for record in world.router.serving.records._records)
+        assert first is second is not third
+        seen = [
+            {each.engine_id: each.labels for each in explained(world, f"r{number}").attempts[0].engines}
+            for number in range(3)
+        ]
+        assert seen == [LABELS, LABELS, LABELS | {"p": ["decode"]}]
