@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.simulation.load.point import TOKEN_PARAMETERS, Point, PointResult, run_point
+from microserve.services.simulation.load.figures.result import PointResult
+from microserve.services.simulation.load.point import TOKEN_PARAMETERS, run_point
+from microserve.services.simulation.load.task import Point
 from microserve.services.simulation.load.timing import profile_of
 from microserve.services.simulation.load.trace import drawn
 

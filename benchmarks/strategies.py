@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from microserve.services.simulation.load import planner
-from microserve.services.simulation.load.point import PointResult
+from microserve.services.simulation.load.figures.result import PointResult
 from microserve.services.simulation.load.task import SimulateTask
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,8 @@ import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from microserve.services.simulation.load.planner import HEADER, line_of, points_of
+from microserve.services.simulation.load.figures.table import HEADER, line_of
+from microserve.services.simulation.load.planner import points_of
 from microserve.services.simulation.load.point import run_point
 from microserve.services.simulation.load.task import SimulateTask
 

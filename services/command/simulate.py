@@ -50,6 +50,20 @@ def _names(_context: click.Context, _parameter: click.Parameter, text: str) -> l
 @click.option("--longest", default=0, help="Leave out requests of more tokens. [default: none]")
 @click.option("--scale", default=8, show_default=True, help="Real tokens that one simulated one stands for.")
 @click.option("--seed", default=0, show_default=True, help="Of everything that goes by lot.")
+@click.option(
+    "--seeds", default=1, show_default=True, help="So many runs of each; medians, and what lies around."
+)
+@click.option(
+    "--kill", multiple=True, metavar="ENGINE@T[-T]", help="An engine dies, and comes back; seconds."
+)
+@click.option(
+    "--slow", multiple=True, metavar="ENGINE@T[-T]:FACTOR", help="An engine takes so many times longer."
+)
+@click.option("--lost", default=0.0, metavar="SHARE", help="Messages that never arrive. [default: 0]")
+@click.option("--late", default=0.0, metavar="SHARE", help="Messages up to 0.3 s late. [default: 0]")
+@click.option(
+    "--max-wall", "max_wall_s", default=1800.0, show_default=True, help="End a run after so long, seconds."
+)
 @click.option("--jobs", default=1, show_default=True, help="Processes that simulate.")
 @click.option(
     "--set",
@@ -60,7 +74,13 @@ def _names(_context: click.Context, _parameter: click.Parameter, text: str) -> l
 )
 @click.option("--slo-ttft", "slo_ttft_s", default=5.0, show_default=True, help="Goodput's bound, seconds.")
 @click.option("--slo-tpot", "slo_tpot_s", default=0.05, show_default=True, help="Goodput's bound, seconds.")
-@click.option("--out", default="", metavar="FILE", help="Write JSON lines, one for each strategy and load.")
+@click.option("--detail", is_flag=True, help="Print TTFT by prompt length and what each engine did.")
+@click.option(
+    "--out", default="", metavar="FILE", help="Write JSON lines, one for each strategy, load and seed."
+)
+@click.option(
+    "--rows", default="", metavar="FILE", help="Write a line for each request: JSON, or CSV if so named."
+)
 @click.option("--plot", default="", metavar="DIR", help="Draw TTFT, TPOT and JCT against load as SVG.")
 def simulate(assignments: tuple[str, ...], strategies: tuple[str, ...], **flags: object) -> None:
     """Serve a trace in virtual time: TTFT, TPOT and JCT of strategies against load.

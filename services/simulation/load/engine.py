@@ -11,6 +11,7 @@ passes, each with its share of the step's prefill; a step without any fills as f
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -30,6 +31,7 @@ from microserve.services.simulation.engine import SimEngine
 from microserve.services.simulation.hash_runner import ROW_NBYTES, hash_layout
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.load.timing import Profile
+from microserve.services.simulation.load.work import CountedRunner, Work
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.mesh import Shape, SimulatedMesh
 from microserve.services.simulation.steps import Pacer
@@ -56,6 +58,8 @@ class Hardware:
     """Real tokens, over all engines."""
     num_put_nbytes: float = 0.0
     """Bytes of the profile's KV, over all engines."""
+    work: defaultdict[str, Work] = field(default_factory=lambda: defaultdict(Work))
+    """By engine id."""
 
     def step_s(self, chunks: list[Chunk]) -> float:
         """Seconds of a step; counts its prefill."""
@@ -199,7 +203,9 @@ class ProfiledEngine(SimEngine):
             sleep=self.pacer.sleep,
             now=self._virtual_time,
         )
-        return heap, ProfiledRunner(heap, self.pacer, self._hardware)
+        hardware, work = self._hardware, self._hardware.work[settings.engine.id]
+        runner = ProfiledRunner(heap, self.pacer, hardware)
+        return heap, CountedRunner(runner, work, hardware.scale, self._virtual_time)
 
     def _pause(self, seconds: float) -> None:
         """A step that waits for a layer is woken by the put's signal, or by a message."""

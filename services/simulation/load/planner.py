@@ -22,17 +22,17 @@ from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.source.module import Run
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.simulation.load.point import TOKEN_PARAMETERS, Point, PointResult, judged_point
-from microserve.services.simulation.load.task import SimulateTask
+from microserve.services.simulation.load.figures.result import PointResult, middle
+from microserve.services.simulation.load.figures.rows import RowFile
+from microserve.services.simulation.load.figures.table import HEADER, lines_of
+from microserve.services.simulation.load.point import TOKEN_PARAMETERS, Judged, judged_point
+from microserve.services.simulation.load.progress import Runs, terminal
+from microserve.services.simulation.load.task import Point, SimulateTask
 from microserve.services.simulation.load.timing import Profile, profile_of
 from microserve.services.simulation.load.trace import HASH_TOKENS, read_trace
+from microserve.services.simulation.load.trouble import trouble_of
 
 MIN_TOKENS_A_BLOCK = 4
-HEADER = (
-    f"{'strategy':<20}{'req/s':>6}  {'TTFT s: mean':>12}{'p50':>8}{'p99':>8}  {'TPOT ms: mean':>13}{'p50':>7}"
-    f"{'p99':>7}  {'JCT s: mean':>11}{'p50':>8}{'p99':>8}{'good/s':>8}{'served':>8}{'refused':>8}"
-    f"{'failed':>7}{'hits':>7}{'sent GB':>9}"
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         points = points_of(task)
         if task.plot:
             # Whether it is there shows now, and not after all points.
-            from microserve.services.simulation.load.plots import draw
+            from microserve.services.simulation.load.figures.plots import draw
+
         results = _run(points, task)
         if task.plot:
             for path in draw(results, Path(task.plot)):
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(points: Sequence[Point], task: SimulateTask) -> list[PointResult]:
-    """Results in the order of the points, told as they come."""
+    """Results in the order of the points, told as they come; of several seeds, the medians."""
     first = points[0]
     print(
         f"{len(first.requests)} requests, {first.num_engines} engines {first.profile.name} "
@@ -77,46 +78,45 @@ def _run(points: Sequence[Point], task: SimulateTask) -> list[PointResult]:
         HEADER,
         sep="\n",
     )
-    results = []
+    results: list[PointResult] = []
+    of_seeds: list[PointResult] = []
     with (
         open(task.out, "wb") if task.out else nullcontext() as out,
-        closing(_results(points, task.jobs)) as arriving,
+        RowFile(task.rows) if task.rows else nullcontext() as rows,
+        closing(_judged(points, task.jobs)) as arriving,
     ):
-        for result, note in arriving:
-            results.append(result)
-            print(line_of(result), flush=True)
-            if note:
-                print(f"Note: {note}", file=sys.stderr)
+        for judged in arriving:
+            if judged.note:
+                print(f"Note: {judged.note}", file=sys.stderr)
             if out is not None:
-                out.write(msgspec.json.encode(result) + b"\n")
+                out.write(msgspec.json.encode(judged.result) + b"\n")
+            if rows is not None:
+                rows.write(judged.rows)
+            of_seeds.append(judged.result)
+            if len(of_seeds) == task.seeds:
+                print(*lines_of(of_seeds, detail=task.detail), sep="\n", flush=True)
+                results.append(middle(of_seeds))
+                of_seeds = []
     return results
 
 
-def _results(points: Sequence[Point], jobs: int) -> Generator[tuple[PointResult, str], None, None]:
+def _judged(points: Sequence[Point], jobs: int) -> Generator[Judged, None, None]:
     if jobs == 1:
-        yield from map(judged_point, points)
+        yield from (judged_point(point, terminal()) for point in points)
         return
-    with multiprocessing.get_context("spawn").Pool(min(jobs, len(points))) as pool:
-        yield from pool.imap(judged_point, points)
-
-
-def line_of(result: PointResult) -> str:
-    """One row below :data:`HEADER`."""
-    ttft, tpot, jct = result.ttft_s, result.tpot_s, result.jct_s
-    return (
-        f"{result.strategy:<20}{result.load:>6g}  {ttft.mean:>12.2f}{ttft.p50:>8.2f}{ttft.p99:>8.2f}  "
-        f"{tpot.mean * 1e3:>13.1f}{tpot.p50 * 1e3:>7.1f}{tpot.p99 * 1e3:>7.1f}  "
-        f"{jct.mean:>11.2f}{jct.p50:>8.2f}{jct.p99:>8.2f}{result.goodput_per_s:>8.2f}{result.num_served:>8}"
-        f"{result.num_refused:>8}{result.num_failed:>7}{result.hit_rate:>7.3f}{result.sent_gb:>9.0f}"
-    )
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(points))) as pool, Runs(len(points)) as runs:
+        for judged in pool.imap(judged_point, points):
+            yield judged
+            runs.add_one()
 
 
 # --- from a task to its points ---------------------------------------------------------------------
 
 
 def points_of(task: SimulateTask) -> list[Point]:
-    """Every strategy under every load. Raises :class:`ConfigError` that names what is wrong."""
+    """Every strategy under every load by every seed. Raises :class:`ConfigError` that names what is wrong."""
     _check(task)
+    trouble = trouble_of(task.kill, task.slow, task.lost, task.late, task.num_engines)
     requests = read_trace(task.trace, task.num_requests, task.longest)
     profile = profile_of(task.profile)
     if task.link_gbps:
@@ -128,7 +128,8 @@ def points_of(task: SimulateTask) -> list[Point]:
     if unused:
         raise ConfigError(f"parameters of {min(unused)}, which is not simulated", field="set")
     points = []
-    for (strategy, file), load in product(found, task.loads):
+    seeds = range(task.seed, task.seed + task.seeds)
+    for (strategy, file), load, seed in product(found, task.loads, seeds):
         parameters = _parameters(strategy, task)
         points.append(
             Point(
@@ -140,10 +141,13 @@ def points_of(task: SimulateTask) -> list[Point]:
                 task.num_engines,
                 tuple((label,) if label else () for label in task.labels),
                 task.scale,
-                task.seed,
+                seed,
                 {strategy.name: parameters} if parameters else {},
                 task.slo_ttft_s,
                 task.slo_tpot_s,
+                trouble,
+                bool(task.rows),
+                task.max_wall_s,
             )
         )
     return points
@@ -152,9 +156,12 @@ def points_of(task: SimulateTask) -> list[Point]:
 def _check(task: SimulateTask) -> None:
     if not task.loads or min(task.loads) <= 0:
         raise ConfigError("a load is requests a second, above 0", field="load")
-    for name, value in (("engines", task.num_engines), ("jobs", task.jobs), ("scale", task.scale)):
+    counts = {"engines": task.num_engines, "jobs": task.jobs, "scale": task.scale, "seeds": task.seeds}
+    for name, value in counts.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}, at least 1", field=name)
+    if not task.max_wall_s > 0:
+        raise ConfigError(f"max_wall is {task.max_wall_s:g} s, above 0", field="max_wall")
     for name, number in (("link_gbps", task.link_gbps), ("requests", task.num_requests)):
         if number < 0:
             raise ConfigError(f"{name} is {number:g}, 0 or more", field=name)

@@ -8,16 +8,11 @@ Owns the requests' times and what is made of them. The same point gives the same
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-
-import msgspec
-import numpy as np
+from typing import NamedTuple, TextIO
 
 from microserve.protocol import log
-from microserve.protocol.errors import InternalError, QueueFull, StrategyError
-from microserve.protocol.messages.control import Scalar
+from microserve.protocol.errors import InternalError, StrategyError
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.router.oversight.overseer import Overseer
@@ -25,9 +20,13 @@ from microserve.services.router.rollout.window import MAX_ERROR_SHARE, MIN_ERROR
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal, plainly
 from microserve.services.simulation.load.engine import Hardware, ProfiledMesh
-from microserve.services.simulation.load.timing import Profile
+from microserve.services.simulation.load.figures.result import PointResult, Row
+from microserve.services.simulation.load.measure import measured, rows_of
+from microserve.services.simulation.load.progress import Progress
+from microserve.services.simulation.load.task import Point
 from microserve.services.simulation.load.trace import HASH_TOKENS, TraceRequest, arrivals
-from microserve.services.simulation.loop import VirtualLoop
+from microserve.services.simulation.load.work import KvWatch
+from microserve.services.simulation.loop import TimeStandsStill, VirtualLoop
 from microserve.services.simulation.mesh import Shape, until
 
 TOKEN_PARAMETERS = {
@@ -42,90 +41,38 @@ ROUTER = "router-0"
 GATEWAY = "gateway-0"
 
 
-@dataclass(frozen=True)
-class Point:
-    """One strategy under one load: everything that decides what comes out."""
+class Judged(NamedTuple):
+    """A run, and what there is to say of it."""
 
-    strategy: str
-    file: str
-    """Where the strategy is from; empty: built in."""
-    load: float
-    """Requests a second."""
-    requests: Sequence[TraceRequest]
-    profile: Profile
-    num_engines: int
-    labels: tuple[tuple[str, ...], ...]
-    scale: int
-    seed: int
-    parameters: dict[str, dict[str, Scalar]]
-    """As the router takes them."""
-    slo_ttft_s: float
-    slo_tpot_s: float
-
-
-class Spread(msgspec.Struct, frozen=True):
-    """Of one time over all requests that were served, in seconds; 0 without any."""
-
-    mean: float = 0.0
-    p50: float = 0.0
-    p90: float = 0.0
-    p99: float = 0.0
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        if not values:
-            return cls()
-        p50, p90, p99 = np.percentile(values, (50, 90, 99))
-        return cls(*(round(float(value), 6) for value in (np.mean(values), p50, p90, p99)))
-
-
-class PointResult(msgspec.Struct, frozen=True):
-    """What came out."""
-
-    strategy: str
-    load: float
-    profile: str
-    num_engines: int
-    labels: list[str]
-    num_requests: int
-    num_served: int
-    num_refused: int
-    """At once, with a hint when to come again."""
-    num_failed: int
-    ttft_s: Spread
-    tpot_s: Spread
-    jct_s: Spread
-    slo_share: float
-    """Of all requests, those served within both bounds."""
-    goodput_per_s: float
-    """That share of the load."""
-    hit_rate: float
-    """Of the served requests' prompt tokens, those that no engine computed; below 0: some twice."""
-    sent_gb: float
-    """KV put from engine to engine."""
-    span_s: float
-    """From the first request to the last answer, virtual seconds."""
-    scale: int
-    digest: str
-    """Of all that happened, in order."""
+    result: PointResult
+    note: str
+    """Of how long the strategy took, by the real clock; empty: nothing."""
+    rows: list[Row]
+    """One for each request, if they were asked for."""
 
 
 def run_point(point: Point) -> PointResult:
-    """As :func:`judged_point`, without the note."""
-    return judged_point(point)[0]
+    """As :func:`judged_point`, the figures alone."""
+    return judged_point(point).result
 
 
-def judged_point(point: Point) -> tuple[PointResult, str]:
-    """Serve it; and what there is to say of how long the strategy took, by the real clock.
+def judged_point(point: Point, told: TextIO | None = None) -> Judged:
+    """Serve it; ``told`` hears how far it has got.
 
     Raises :class:`ConfigError` for parameters or a file that the router refuses, :class:`StrategyError` for a
-    strategy that makes a mistake or hangs, and :class:`InternalError` when the mesh breaks."""
+    strategy that makes a mistake, hangs or never ends, and :class:`InternalError` when the mesh breaks."""
     settings = _router(point)
-    with Overseer(settings.strategy_budget_s) as overseer:
-        return _run_point(point, settings, overseer)
+    progress = Progress(point.strategy, len(point.requests), point.max_wall_s, told)
+    try:
+        with Overseer(settings.strategy_budget_s) as overseer:
+            return _run_point(point, settings, overseer, progress)
+    except TimeStandsStill as error:
+        raise StrategyError(f"{point.strategy} goes round and round: {error.detail}") from None
+    finally:
+        progress.close()
 
 
-def _run_point(point: Point, settings: RouterSettings, overseer: Overseer) -> tuple[PointResult, str]:
+def _run_point(point: Point, settings: RouterSettings, overseer: Overseer, progress: Progress) -> Judged:
     loop = VirtualLoop()
     journal = Journal(loop, keep=False)
     journal.open()
@@ -136,15 +83,17 @@ def _run_point(point: Point, settings: RouterSettings, overseer: Overseer) -> tu
         # Made here: a wrong setting is an error of the caller, not of the mesh.
         shape = _shape(point, product)
         mesh = ProfiledMesh(loop, point.seed, shape, journal, hardware, settings, overseer=overseer)
-        loop.run(_serve(mesh, point, answers))
+        loop.run(_serve(mesh, point, answers, progress))
     finally:
         journal.close()
     if mistakes := [line for line in journal.defects if f" {log.STRATEGY_FAILED} " in line]:
         raise StrategyError(f"{point.strategy}: {plainly(mistakes[0])}")
     if loop.failures or journal.defects:
         raise InternalError(f"the simulated mesh broke: {(loop.failures + journal.defects)[0]}")
-    return _measured(point, answers, hardware, journal.digest), _slowness(
-        point, settings, journal, len(answers)
+    return Judged(
+        measured(point, answers, hardware, mesh.engines, journal.digest),
+        _slowness(point, settings, journal, len(answers)),
+        rows_of(point, answers) if point.with_rows else [],
     )
 
 
@@ -182,10 +131,11 @@ def _router(point: Point) -> RouterSettings:
         default_strategy=point.strategy,
         strategies=point.parameters,
         strategy_files=[point.file] if point.file else [],
+        record_requests=len(point.requests) if point.with_rows else 0,
     )
 
 
-async def _serve(mesh: ProfiledMesh, point: Point, answers: list[Answer]) -> None:
+async def _serve(mesh: ProfiledMesh, point: Point, answers: list[Answer], progress: Progress) -> None:
     ttl_s = Settings().gateway.request_timeout_s
     try:
         mesh.start_all()
@@ -193,6 +143,8 @@ async def _serve(mesh: ProfiledMesh, point: Point, answers: list[Answer]) -> Non
         if not _is_together(mesh):
             raise InternalError(f"the simulated mesh did not come together within {JOIN_S:g} s")
         begin_s = mesh.loop.now
+        point.trouble.lay(mesh, point.seed, begin_s)
+        work, watch = mesh.hardware.work, KvWatch(mesh, mesh.hardware.work.__getitem__)
         due = arrivals(point.requests, point.load, point.seed)
         for number, (at_s, request) in enumerate(zip(due, point.requests, strict=True)):
             mesh.loop.at(begin_s + at_s, _submit, mesh, point, number, request, answers, ttl_s)
@@ -201,6 +153,10 @@ async def _serve(mesh: ProfiledMesh, point: Point, answers: list[Answer]) -> Non
         def is_served() -> bool:
             while pending and pending[0] < len(answers) and answers[pending[0]].outcome:
                 pending.popleft()
+            watch.look()
+            num_tokens = sum(each.num_output_tokens for each in work.values())
+            num_ended, loop = len(point.requests) - len(pending), mesh.loop
+            progress.look(loop.now - begin_s, loop.num_callbacks, num_ended, num_tokens, len(answers))
             return not pending
 
         await until(is_served, due[-1] + 2 * ttl_s)
@@ -230,41 +186,3 @@ def _submit(
     answer.attributes = dict(request.attributes)
     answers.append(answer)
     mesh.seats[GATEWAY].service.submit(answer, mesh.address(ROUTER), ttl_s=ttl_s)
-
-
-def _measured(point: Point, answers: Sequence[Answer], hardware: Hardware, digest: str) -> PointResult:
-    served = [answer for answer in answers if answer.is_complete]
-    num_refused = sum(answer.outcome == QueueFull.code for answer in answers)
-    ttfts = [answer.first_token_at - answer.submitted_at for answer in served]
-    num_later = [point.scale * (len(answer.token_ids) - 1) for answer in served]
-    tpots = [
-        (answer.ended_at - answer.first_token_at) / count if count else 0.0
-        for answer, count in zip(served, num_later, strict=True)
-    ]
-    num_within = sum(
-        ttft <= point.slo_ttft_s and tpot <= point.slo_tpot_s for ttft, tpot in zip(ttfts, tpots, strict=True)
-    )
-    num_prompt_tokens = point.scale * sum(len(answer.prompt) for answer in served)
-    num_requests = len(point.requests)
-    begin_s = min(answer.submitted_at for answer in answers)
-    return PointResult(
-        point.strategy,
-        point.load,
-        point.profile.name,
-        point.num_engines,
-        [label for labels in point.labels for label in labels],
-        num_requests,
-        len(served),
-        num_refused,
-        num_requests - len(served) - num_refused,
-        Spread.of(ttfts),
-        Spread.of([tpot for tpot, count in zip(tpots, num_later, strict=True) if count]),
-        Spread.of([answer.ended_at - answer.submitted_at for answer in served]),
-        round(num_within / num_requests, 6),
-        round(point.load * num_within / num_requests, 6),
-        round(1 - hardware.num_prefill_tokens / num_prompt_tokens, 6) if served else 0.0,
-        round(hardware.num_put_nbytes / 1e9, 3),
-        round(max(answer.ended_at for answer in answers) - begin_s, 3),
-        point.scale,
-        digest,
-    )

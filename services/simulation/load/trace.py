@@ -2,9 +2,10 @@
 
 Reads the format of Mooncake's traces (kvcache-ai/Mooncake, FAST'25): JSON lines, gzip or plain, with
 ``timestamp`` (ms), ``input_length``, ``output_length`` and ``hash_ids``, one for each 512 tokens of the
-input, equal where everything up to there is equal. Of our own are ``tenant``, ``priority`` and ``attributes``
-(``{"user": "a"}``), which strategies see as those of a gateway's request. Makes token ids of them that share
-prefixes in the same places; or draws requests that share nothing. Knows no mesh.
+input, equal where everything up to there is equal. Of our own are ``tenant``, ``priority``, ``attributes``
+(``{"user": "a"}``), which strategies see as those of a gateway's request, and ``session``, which they see as
+the attribute of that name. Makes token ids of them that share prefixes in the same places; or draws requests
+that share nothing. Knows no mesh.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ HASH_TOKENS = 512
 """Tokens that one of a trace's hash ids names."""
 MAX_TOKENS = 1 << 20
 MAX_HASH_ID = 1 << 31
+SESSION = "session"
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -41,6 +43,11 @@ class Line(msgspec.Struct, frozen=True):
     tenant: Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)] = ""
     priority: Annotated[int, msgspec.Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     attributes: dict[str, str] = {}
+    session: str | int = ""
+
+    def told(self) -> dict[str, str]:
+        """What strategies see of who asks."""
+        return self.attributes | ({SESSION: str(self.session)} if self.session != "" else {})
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,8 @@ def _parsed(path: str, lines: Iterator[bytes]) -> Iterator[TraceRequest]:
             raise ConfigError(
                 f"{path}, line {number}: timestamp {line.timestamp:g} is before the last", field="trace"
             )
-        if fault := fault_of_attributes(line.attributes):
+        told = line.told()
+        if fault := fault_of_attributes(told):
             raise ConfigError(f"{path}, line {number}: attributes: {fault}", field="trace")
         before = line.timestamp
         yield TraceRequest(
@@ -137,7 +145,7 @@ def _parsed(path: str, lines: Iterator[bytes]) -> Iterator[TraceRequest]:
             tuple(line.hash_ids),
             line.tenant,
             line.priority,
-            tuple(line.attributes.items()),
+            tuple(told.items()),
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from microserve.services.command.main import main
-from microserve.services.simulation.load.point import PointResult
+from microserve.services.simulation.load.figures.result import PointResult
 
 TRACE = str(Path(__file__).parents[3] / "tests/data/mooncake_conversation_2000.jsonl.gz")
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.simulation.load.point import TOKEN_PARAMETERS, Point, run_point
+from microserve.services.simulation.load.point import TOKEN_PARAMETERS, run_point
+from microserve.services.simulation.load.task import Point
 from microserve.services.simulation.load.timing import PROFILES, Profile
 from microserve.services.simulation.load.trace import drawn
 

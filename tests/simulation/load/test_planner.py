@@ -18,8 +18,9 @@ from microserve.protocol.errors import ConfigError
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.load import planner
 from microserve.services.simulation.load.engine import NUM_LAYERS
-from microserve.services.simulation.load.point import TOKEN_PARAMETERS, Point, PointResult, run_point
-from microserve.services.simulation.load.task import SimulateTask
+from microserve.services.simulation.load.figures.result import PointResult
+from microserve.services.simulation.load.point import TOKEN_PARAMETERS, run_point
+from microserve.services.simulation.load.task import Point, SimulateTask
 from microserve.services.simulation.load.timing import PROFILES, Profile
 from microserve.services.simulation.load.trace import TraceRequest
 

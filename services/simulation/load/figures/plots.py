@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from microserve.services.simulation.load.point import PointResult, Spread
+from microserve.services.simulation.load.figures.result import PointResult, Spread
 
 MEAN, TAIL, OTHERS = "#1f5fa8", "#d1495b", "#d0d0d0"
 NUM_COLUMNS = 4

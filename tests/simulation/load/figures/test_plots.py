@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from microserve.services.simulation.load.plots import MEASURES, draw
-from microserve.services.simulation.load.point import PointResult, Spread
+from microserve.services.simulation.load.figures.plots import MEASURES, draw
+from microserve.services.simulation.load.figures.result import PointResult, Spread
 
 MAX_NBYTES = 200_000
 
