@@ -7,6 +7,8 @@ import ast
 import asyncio
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +19,6 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.control import Scalar
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.protocol.settings import RouterSettings
-from microserve.services.command.strategy.check_process import Task, check
-from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.simulation.load.planner import points_of
 from microserve.services.simulation.load.point import run_point
 from microserve.services.simulation.load.task import SimulateTask
@@ -63,10 +62,18 @@ def test_each_is_short_and_uses_the_authors_door_alone() -> None:
 
 
 @by_name
-def test_each_passes_the_check_that_a_publisher_makes(example: Example) -> None:
-    task = Task(example.name, example.file.read_text(), example.parameters, [[], ["prefill"], ["decode"]])
-    with Overseer(RouterSettings().strategy_budget_s) as overseer:
-        assert check(task, overseer).problems == []
+def test_each_passes_the_check_that_an_author_makes(example: Example) -> None:
+    words = ["strategy", "check", str(example.file), "--name", example.name]
+    for name, value in example.parameters.items():
+        words += ["--set", f"{name}={value}"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "microserve.services", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
 
 
 def write_trace(path: Path) -> None:

@@ -11,7 +11,7 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.control import Scalar
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.authoring import Chunks, InvalidRequest, Mesh, Request
-from microserve.services.simulation.faults.dry_run import try_strategy
+from microserve.services.simulation.trial.dry_run import try_strategy
 from tests.support.router.router_world import expected_output, in_loop, router_world, serve_with, start_with
 from tests.support.router.scripted_engine import output_token
 
@@ -215,4 +215,4 @@ async def frugal(mesh, request, *, most: int = 7):
 @pytest.mark.slow
 def test_in_a_simulated_mesh_with_slow_and_lost_engines_its_tokens_are_the_model_s() -> None:
     parameters: dict[str, Scalar] = {"most": 3}
-    assert try_strategy("frugal", CAPPED, parameters, [[], [], []]).problems == []
+    assert try_strategy("frugal", CAPPED, parameters, [[], [], []]).found == []
