@@ -46,7 +46,9 @@ CHAPTERS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         ("protocol/messages/engine.py", ("EngineInfo", "EngineLoad", "Finished")),
         ("protocol/messages/numerics.py", ("Numerics",)),
     ],
-    "Errors": [("protocol/errors.py", ("QueueFull", "CapacityError", "NoEngines", "PeerError"))],
+    "Errors": [
+        ("protocol/errors.py", ("QueueFull", "InvalidRequest", "CapacityError", "NoEngines", "PeerError"))
+    ],
     "Tests": [
         ("testing/run.py", ("in_memory",)),
         ("testing/mesh.py", ("Engine", "MeshInMemory")),
