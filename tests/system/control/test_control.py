@@ -90,6 +90,26 @@ def publish_by_the_command(mesh: MeshProcesses, tmp_path: Path) -> None:
     done = run("set", "data_parallel", "no_such=1")
     assert done.returncode == 1
     assert "no such parameter" in done.stderr, "the routers refuse it, and it is taken back"
+    package = tmp_path / "two_files"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"from .where import LABEL\n{source(0)}")
+    (package / "where.py").write_text("LABEL = None\n")
+    assert run("check", str(package), "--live").returncode == 0
+    done = run("publish", str(package))
+    assert done.returncode == 0, done.stderr
+    asyncio.run(answered(mesh, "two_files"))
+    assert "where.py\nLABEL = None" in run("show", "two_files").stdout
+
+
+async def answered(mesh: MeshProcesses, strategy: str) -> None:
+    bus = ZmqBus(linger_s=0.1)
+    try:
+        async with BusClient(bus, mesh.router_address) as client:
+            await client.wait_engines(1)
+            answer = await client.generate(PROMPTS[0], GREEDY, strategy=strategy)
+            assert (answer.reason, answer.result.strategy_version > 0) == ("length", True)
+    finally:
+        bus.close()
 
 
 async def ask(mesh: MeshProcesses, strategy: str, count: int) -> None:
