@@ -128,20 +128,14 @@ class Mesh(MeshView):
             least = min(ranked)
             chosen = self.rng.choice([e for e, rank in zip(candidates, ranked, strict=True) if rank == least])
         if trail is not None:
+            now = self._scope.now
             if trail.is_new:
-                self._see(trail)
+                everyone = [e._connection for e in labelled] if label is None else self._connections()
+                self._see(trail, everyone, now)
+            ids = [e._connection.engine_id for e in candidates]
+            excluded = [e._connection.engine_id for e in exclude] if exclude else ()
             trail.choose(
-                label,
-                by,
-                temperature,
-                [e._connection.engine_id for e in candidates],
-                costs,
-                loads,
-                chosen.id,
-                [e.id for e in exclude],
-                narrowed_to,
-                scored,
-                self._scope.now,
+                label, by, temperature, ids, costs, loads, chosen.id, excluded, narrowed_to, scored, now
             )
         return chosen
 
@@ -178,11 +172,11 @@ class Mesh(MeshView):
             self.note("capped", max_tokens=sampling.max_tokens, logprobs=sampling.logprobs or 0)
             scope.sampling = sampling
 
-    def _see(self, trail: Trail) -> None:
+    def _see(self, trail: Trail, connections: Sequence[Connection], now: float) -> None:
         """What is known of the engines now, for the record."""
-        connections, own = self._connections(), self.state.labels
+        own = self.state.labels
         labels = [own.of(c.engine_id, c.labels) for c in connections] if own else None
-        trail.see(connections, labels, self._book, self._scope.now)
+        trail.see(connections, labels, self._book, now)
 
     async def hold(
         self,

@@ -20,8 +20,10 @@ from microserve.services.router.request.trail import Trail
 
 MAX_RECORD_NBYTES = 256 << 10
 """A longer one is kept without engines and candidates."""
-OVERHEAD_NBYTES = 256
+OVERHEAD_NBYTES = 64
 """Of a record in memory, beside its bytes."""
+MAX_ID_NBYTES = 4 * MAX_CLIENT_CHARS + 16
+"""Where a record's bytes have the beginning of its id, whatever letters it is of."""
 
 
 class Head(NamedTuple):
@@ -39,21 +41,17 @@ class Head(NamedTuple):
     code: str
 
 
-class Record(NamedTuple):
+class _Record(msgspec.Struct, frozen=True, array_like=True):
+    """What is kept of a request. Its id comes first, so that it is found without reading the rest."""
+
     request_id: str
     ended: float | None
     """None: it runs."""
-    data: bytes
-    """A ``_Kept``."""
-    sights: Sequence[Sight | None] = ()
-    """Of its attempts; none: they are left out."""
-
-
-class _Kept(msgspec.Struct, frozen=True, array_like=True):
     told: Explanation
     """With age 0, its attempts without engines."""
-    beside: list[tuple[Own, float]] = []
-    """Of each attempt."""
+    beside: list[tuple[int, Own, float]] = []
+    """Of each attempt: the number of its sight (0: none), this router's own numbers, and when that was.
+    Empty: they are left out."""
 
 
 class Records:
@@ -66,12 +64,20 @@ class Records:
         self._max_nbytes = max_nbytes
         self.sights = Sights()
         """Of the engines, for the trails of this router's requests."""
-        self._records: deque[Record] = deque()
+        self._records: deque[bytes] = deque()
+        """One object each: what is cold when it goes costs a miss of the cache for every part of it."""
+        self._kept: dict[int, Sight] = {}
+        """Sights of these, by number, the oldest first."""
+        self._num_added = 0
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(_Kept)
+        self._decoder = msgspec.msgpack.Decoder(_Record)
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """As they are kept, the oldest first."""
+        return iter(self._records)
 
     @property
     def is_on(self) -> bool:
@@ -81,73 +87,87 @@ class Records:
         """A request has ended; the oldest records make room."""
         if not self._max_requests:
             return
-        record = self.describe(request_id, head, trails, now)
-        self._records.append(record)
-        self.nbytes += len(record.data) + OVERHEAD_NBYTES
-        for sight in record.sights:
-            if sight is not None:
-                sight.num_kept += 1
-                if sight.num_kept == 1:
-                    self.nbytes += len(sight.data) + OVERHEAD_NBYTES
-        while len(self._records) > self._max_requests or self.nbytes > self._max_nbytes:
-            self._forget(self._records.popleft())
+        data = self.describe(request_id, head, trails, now)
+        self._records.append(data)
+        self._num_added += 1
+        self.nbytes += len(data) + OVERHEAD_NBYTES
+        while self._records and (len(self._records) > self._max_requests or self.nbytes > self._max_nbytes):
+            self.nbytes -= len(self._records.popleft()) + OVERHEAD_NBYTES
+            self._forget_sights()
 
-    def _forget(self, record: Record) -> None:
-        self.nbytes -= len(record.data) + OVERHEAD_NBYTES
-        for sight in record.sights:
-            if sight is not None:
-                sight.num_kept -= 1
-                if not sight.num_kept:
-                    self.nbytes -= len(sight.data) + OVERHEAD_NBYTES
+    def _keep(self, sight: Sight) -> int:
+        """Its number, with which a record names it."""
+        if sight.number not in self._kept:
+            self._kept[sight.number] = sight
+            self.nbytes += len(sight.data) + OVERHEAD_NBYTES
+        sight.last_record = self._num_added
+        return sight.number
 
-    def find(self, wanted: str, now: float, live: Sequence[Record] = ()) -> tuple[list[Explanation], int]:
+    def _forget_sights(self) -> None:
+        """Those that no record names any more; nearly in the order in which they were seen."""
+        oldest = self._num_added - len(self._records)
+        while self._kept:
+            number = next(iter(self._kept))
+            if self._kept[number].last_record >= oldest:
+                break
+            self.nbytes -= len(self._kept.pop(number).data) + OVERHEAD_NBYTES
+
+    def find(self, wanted: str, now: float, live: Sequence[bytes] = ()) -> tuple[list[Explanation], int]:
         """Those of which ``wanted`` is a name, the newest first, and how many more would be too much for one
         message. ``live``: of requests that still run, from :meth:`describe`; they go first."""
         found: list[Explanation] = []
         num_left_out = nbytes = 0
         for record in self._named(wanted, live):
-            nbytes += len(record.data) + sum(len(sight.data) for sight in record.sights if sight is not None)
+            each = self._read(record, now)
+            nbytes += len(self._encoder.encode(each))
             if nbytes > MAX_EXPLAINED_NBYTES:
                 num_left_out += 1
             else:
-                found.append(self._read(record, now))
+                found.append(each)
         return found, num_left_out
 
-    def _named(self, wanted: str, live: Sequence[Record]) -> Iterator[Record]:
-        yield from live
-        named = names(wanted)
-        for record in reversed(self._records):
-            if named(record.request_id):
-                yield record
+    def _named(self, wanted: str, live: Sequence[bytes]) -> Iterator[_Record]:
+        yield from map(self._decoder.decode, live)
+        named, starts = names(wanted), [each.encode() for each in _starts(wanted)]
+        for data in reversed(self._records):
+            if any(start in data[:MAX_ID_NBYTES] for start in starts):
+                record = self._decoder.decode(data)
+                if named(record.request_id):
+                    yield record
 
-    def _read(self, record: Record, now: float) -> Explanation:
-        kept = self._decoder.decode(record.data)
-        attempts = (
-            [
-                attempt if sight is None else msgspec.structs.replace(attempt, engines=sight.seen(*beside))
-                for attempt, sight, beside in zip(kept.told.attempts, record.sights, kept.beside, strict=True)
+    def _read(self, record: _Record, now: float) -> Explanation:
+        attempts = record.told.attempts
+        if record.beside:
+            attempts = [
+                msgspec.structs.replace(attempt, engines=self._kept[number].seen(own, at))
+                if number
+                else attempt
+                for attempt, (number, own, at) in zip(attempts, record.beside, strict=True)
             ]
-            if record.sights
-            else kept.told.attempts
-        )
         age_s = 0.0 if record.ended is None else now - record.ended
-        return msgspec.structs.replace(kept.told, age_s=age_s, attempts=attempts)
+        return msgspec.structs.replace(record.told, age_s=age_s, attempts=attempts)
 
     def describe(
         self, request_id: str, head: Head, trails: Sequence[Trail], ended: float | None = None
-    ) -> Record:
+    ) -> bytes:
         """What is kept of it; :meth:`find` takes that also of one that still runs."""
         kept = trails[-MAX_ATTEMPTS:]
         fields: tuple[Any, ...] = (request_id, 0.0, *head)
         told = (*fields, [trail.packed() for trail in kept], len(trails))
-        data = self._encoder.encode((told, [trail.beside for trail in kept]))
+        beside = [(0 if trail.sight is None else self._keep(trail.sight), *trail.beside) for trail in kept]
+        data = self._encoder.encode((request_id, ended, told, beside))
         if len(data) <= MAX_RECORD_NBYTES:
-            return Record(request_id, ended, data, tuple([trail.sight for trail in kept]))
+            return data
         bare = [trail.packed(is_bare=True) for trail in kept]
-        return Record(request_id, ended, self._encoder.encode(((*fields, bare, len(trails), True),)))
+        return self._encoder.encode((request_id, ended, (*fields, bare, len(trails), True)))
+
+
+def _starts(wanted: str) -> tuple[str, str]:
+    """With one of these the id begins of every request that is called so."""
+    return wanted[:MAX_CLIENT_CHARS], without_body_mark(wanted)[:MAX_CLIENT_CHARS]
 
 
 def names(wanted: str) -> Callable[[str], bool]:
     """Whether a request is called so; made for many of them: nearly all differ in their first letters."""
-    starts = (wanted[:MAX_CLIENT_CHARS], without_body_mark(wanted)[:MAX_CLIENT_CHARS])
+    starts = _starts(wanted)
     return lambda request_id: request_id.startswith(starts) and is_named(request_id, wanted)

@@ -7,6 +7,7 @@ put where) is the record's own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import msgspec
@@ -19,6 +20,7 @@ from microserve.services.router.engines.connection import Connection
 Own = tuple[Sequence[int], Sequence[int], Sequence[int]]
 """As ``LoadBook.columns``, of the engines of a sight."""
 
+_numbers = itertools.count(1)
 _encode = msgspec.msgpack.Encoder().encode
 _Columns = tuple[list[str], list[list[str]], list[Numerics], list[int], list[EngineLoad], list[float]]
 _decode = msgspec.msgpack.Decoder(_Columns).decode
@@ -27,14 +29,15 @@ _decode = msgspec.msgpack.Decoder(_Columns).decode
 class Sight:
     """Some engines at one moment."""
 
-    __slots__ = ("data", "engine_ids", "num_kept")
+    __slots__ = ("data", "engine_ids", "last_record", "number")
 
     def __init__(self, connections: Sequence[Connection], labels: Sequence[Sequence[str]]) -> None:
         """``labels``: those that count for the strategy, of each."""
         infos = [c.info for c in connections]
         self.engine_ids = [c.engine_id for c in connections]
-        self.num_kept = 0
-        """Records that share it."""
+        self.number = next(_numbers)
+        self.last_record = 0
+        """Number of the last record that names it."""
         self.data: bytes = _encode(
             (
                 self.engine_ids,

@@ -83,7 +83,7 @@ class Trail:
         costs: list[float],
         loads: Sequence[Load],
         chosen: str,
-        excluded: list[str],
+        excluded: Sequence[str],
         numerics: str,
         scored: Sequence[tuple[str, Sequence[float], float]],
         now: float,

@@ -118,7 +118,7 @@ def test_what_requests_saw_is_kept_and_counted_once_for_all_that_saw_it() -> Non
     assert sizes[0] > 4 * one, "the others share what the first one saw"
     assert 0.9 * (sizes[0] - one) < both < 1.1 * (sizes[0] - one), "there are two of them for a while"
     assert sizes[299] == pytest.approx(sizes[140], rel=0.01), "and the older one goes with its last record"
-    assert records.nbytes == pytest.approx(100 * one + sizes[0] - one, rel=0.01)
+    assert records.nbytes == pytest.approx(100 * one + sizes[0] - one, rel=0.03)
     for number in (200, 299):
         [attempt] = only(records, f"r{number}").attempts
         assert [each.engine_id for each in attempt.engines] == [f"e{n}" for n in range(40)]
