@@ -25,6 +25,11 @@ def at_rest(interval_s: float, liveness: int) -> float:
     return interval_s * (2 if liveness >= 6 else 1)
 
 
+def between_signs(interval_s: float, liveness: int) -> float:
+    """Between two signs of life that say nothing else: as long as leaves three of them in that time."""
+    return interval_s * max(1, liveness // 3)
+
+
 async def tick(interval_s: float) -> None:
     """Sleep until then."""
     await asyncio.sleep(until_tick(asyncio.get_running_loop().time(), interval_s))

@@ -29,7 +29,7 @@ from microserve.protocol.messages.index import (
     Unknown,
 )
 from microserve.protocol.process.surviving import surviving
-from microserve.protocol.process.tick import at_rest, tick
+from microserve.protocol.process.tick import between_signs, tick
 
 _logger = structlog.get_logger()
 
@@ -58,7 +58,7 @@ class IndexClient:
         self._address = address
         self._info = info
         self._load = load
-        self._interval_s = at_rest(heartbeat_interval_s, liveness)
+        self._interval_s = between_signs(heartbeat_interval_s, liveness)
         self._silence_s = heartbeat_interval_s * liveness
         self._loop = asyncio.get_running_loop()
         self._socket: ClientSocket | None = None

@@ -21,7 +21,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.surviving import surviving
-from microserve.protocol.process.tick import at_rest, until_tick
+from microserve.protocol.process.tick import at_rest, between_signs, until_tick
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.engine.action_server import ActionServer
@@ -113,6 +113,9 @@ class EngineShell:
         self._clock = core.clock
         interval_s = self._interval_s = settings.bus.heartbeat_interval_s
         self._rest_interval_s = at_rest(interval_s, settings.bus.liveness)
+        self._sign_interval_s = between_signs(interval_s, settings.bus.liveness)
+        self._signed_at = float("-inf")
+        """When the stream of KV events was last looked at, whether it was quiet."""
         self._publisher = KvPublisher(
             bus,
             events_address=settings.engine.events_address,
@@ -240,7 +243,7 @@ class EngineShell:
             with surviving("heartbeat"):
                 self._server.beat()
             with surviving("heartbeat of KV events"):
-                self._publisher.beat()
+                self._sign_events()
             with self._core.lock:
                 is_at_rest = not (self._stirred.is_set() or self._core.state.may_expire_soon)
             self._stirred.clear()
@@ -254,6 +257,13 @@ class EngineShell:
                     continue
                 left_s -= self._loop.time() - began
             await asyncio.sleep(min(left_s, until_tick(self._loop.time(), self._interval_s)))
+
+    def _sign_events(self) -> None:
+        """A stream that has been quiet says so, lest a loss stay unseen: with the last beat before it must."""
+        now = self._loop.time()
+        if now - self._signed_at >= self._sign_interval_s - self._rest_interval_s:
+            self._signed_at = now
+            self._publisher.beat()
 
     def _healthy(self) -> bool:
         """Steps advance, or there is nothing to step."""

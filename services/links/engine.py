@@ -32,7 +32,7 @@ from microserve.protocol.errors import (
     error_for,
 )
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.process.tick import at_rest, until_tick
+from microserve.protocol.process.tick import between_signs, until_tick
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.abort import Aborts
 from microserve.services.links.stream import TokenStreams
@@ -87,13 +87,13 @@ class EngineConnection:
         self.streams = TokenStreams()
         self._identity = identity
         self._interval_s = settings.heartbeat_interval_s
-        self._rest_interval_s = at_rest(settings.heartbeat_interval_s, settings.liveness)
+        self._ping_interval_s = between_signs(settings.heartbeat_interval_s, settings.liveness)
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._call_timeout_s = call_timeout_s
         self._operator_labels = operator_labels
         self._on_draining = on_draining
         self._peer: Peers[str, None] = Peers(
-            interval_s=self._rest_interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
+            interval_s=self._ping_interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
         )
         """The engine, from its welcome on."""
         self._meter = CreditMeter(0 if reads_only else settings.credit)
@@ -173,7 +173,7 @@ class EngineConnection:
 
     def _until_tick(self) -> float:
         """A ping says nothing but that we are here; an abort is to be repeated soon."""
-        interval_s = self._interval_s if self._aborts else self._rest_interval_s
+        interval_s = self._interval_s if self._aborts else self._ping_interval_s
         return until_tick(self._loop.time(), interval_s)
 
     def end(self, reason: MeshError) -> None:

@@ -19,7 +19,7 @@ from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages import control, decisions, index, world
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.process.surviving import surviving
-from microserve.protocol.process.tick import at_rest, tick
+from microserve.protocol.process.tick import at_rest, between_signs, tick
 from microserve.protocol.settings import BusSettings
 
 _logger = structlog.get_logger()
@@ -52,6 +52,9 @@ class IndexWatch:
         self._address = address
         self._watcher = watcher
         self._interval_s = at_rest(settings.heartbeat_interval_s, settings.liveness)
+        self._sign_interval_s = between_signs(settings.heartbeat_interval_s, settings.liveness)
+        self._said: list[bytes] = []
+        self._said_at = float("-inf")
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._loop = asyncio.get_running_loop()
         self._incarnation = 0
@@ -64,7 +67,7 @@ class IndexWatch:
         """Watch until cancelled."""
         while True:
             with surviving("watch of the index"):
-                self._send()
+                self._watch()
             await tick(self._interval_s)
             if self._heard_at is not None and self._loop.time() - self._heard_at > self._silence_s:
                 self._heard_at = None
@@ -78,8 +81,19 @@ class IndexWatch:
         self._stopping = True
         self._socket.close()
 
+    def _watch(self) -> None:
+        """What is new at once; else that we are here, with the last tick before it must be said."""
+        frames = INDEX_REQUEST.encode(self._watcher.watch())
+        is_due = self._loop.time() - self._said_at >= self._sign_interval_s - self._interval_s
+        if is_due or frames != self._said:
+            self._say(frames)
+
     def _send(self) -> None:
-        self._socket.send(INDEX_REQUEST.encode(self._watcher.watch()))
+        self._say(INDEX_REQUEST.encode(self._watcher.watch()))
+
+    def _say(self, frames: list[bytes]) -> None:
+        self._said, self._said_at = frames, self._loop.time()
+        self._socket.send(frames)
 
     def _receive(self, frames: list[bytes]) -> None:
         try:
