@@ -113,7 +113,7 @@ class SimulatedMesh:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"world {self.seed}")  # the text is a part of what a seed means
-        self.network = Network(self.loop, random.Random(f"network {self.seed}"))
+        self.network = self._make_network(random.Random(f"network {self.seed}"))
         self.addresses = Addresses(self.network)
         self.registry = MemoryRegistry()
         self.witness = Witness(lambda: self.loop.now)
@@ -122,6 +122,9 @@ class SimulatedMesh:
         self.gateways = [f"gateway-{n}" for n in range(self.shape.num_gateways)]
         names = [INDEX, *self.engines, *self.routers, *self.gateways]
         self.seats = {name: Seat(name) for name in names}
+
+    def _make_network(self, rng: random.Random) -> Network:
+        return Network(self.loop, rng)
 
     # --- lives -------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ to trust it. Knows frames, not messages.
 from __future__ import annotations
 
 import random
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Weather:
 class Endpoint:
     """One end of a connection: which process reads there, and how."""
 
-    __slots__ = ("deliver", "due", "is_open", "process")
+    __slots__ = ("deliver", "due", "is_open", "process", "salt")
 
     def __init__(self, process: Process, deliver: Deliver) -> None:
         self.process = process
@@ -45,6 +46,8 @@ class Endpoint:
         self.is_open = True
         self.due = 0.0
         """Arrival of the last message on its way here: the next one arrives later."""
+        self.salt: int | None = None
+        """Of the way that leads here, in a network where a message's latency is a function of that."""
 
 
 class Network:
@@ -133,3 +136,30 @@ class Network:
     def _arrive(self, endpoint: Endpoint, frames: list[bytes]) -> None:
         if endpoint.is_open:
             endpoint.deliver(frames)
+
+
+class CalmNetwork(Network):
+    """Without a common lot, as long as it has no faults: how long a message takes depends on its way and its
+    moment alone. So one message more or less, a sign of life say, changes nothing for the others."""
+
+    def __init__(self, loop: VirtualLoop, rng: random.Random, seed: int) -> None:
+        super().__init__(loop, rng)
+        self._seed = seed
+
+    def carry(self, source: Process, endpoint: Endpoint, frames: Sequence[bytes]) -> None:
+        weather = self.weather
+        if self._blocked or weather.drop or weather.delay or weather.duplicate or weather.reorder:
+            super().carry(source, endpoint, frames)
+            return
+        self.num_carried += 1
+        salt, loop = endpoint.salt, self.loop
+        if salt is None:
+            way = f"{self._seed} {source.name} {endpoint.process.name}"
+            salt = endpoint.salt = zlib.crc32(way.encode())
+        now = loop.now
+        share = (hash((salt, int(now * 1e8))) & 0xFFFF_FFFF) / 0x1_0000_0000  # no lot in the last bits of a time
+        due = now + (MIN_LATENCY_S + (MAX_LATENCY_S - MIN_LATENCY_S) * share)
+        if due < endpoint.due:
+            due = endpoint.due
+        endpoint.due = due
+        loop.arrive(due, endpoint.process, self._arrive, endpoint, frames)

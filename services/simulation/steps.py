@@ -21,6 +21,8 @@ from microserve.services.simulation.loop import Process, VirtualHandle, VirtualL
 
 IDLE_LOOK_S = 0.2
 """Between two looks of an engine for which nothing is on its way: leases end so late at most."""
+FOREVER_S = 1e6
+"""Of an engine that waits until it is woken."""
 
 _logger = structlog.get_logger()
 
@@ -105,8 +107,8 @@ class VirtualCondition:
     """In the place of the core's ``threading.Condition``; proves that nobody waits while holding it.
 
     Whoever waits is woken when KV arrives (the engine's heap says so), and looks seldom by itself: a real
-    engine that waits for KV looks every millisecond, and an idle one twenty times a second, which would cost
-    more than all else here and show nothing more.
+    engine that waits for KV looks every millisecond, and one whose leases run twenty times a second, which
+    would cost more than all else here and show nothing more.
     """
 
     def __init__(self, pacer: Pacer) -> None:
@@ -130,8 +132,10 @@ class VirtualCondition:
     def wait(self, timeout: float | None = None) -> bool:
         depth, self._depth = self._depth, 0
         try:
-            is_idle = timeout is None or timeout >= IDLE_WAIT_S
-            self._pacer.wait(IDLE_LOOK_S if is_idle else IDLE_WAIT_S)
+            if timeout is None:
+                self._pacer.wait(FOREVER_S)
+            else:
+                self._pacer.wait(max(timeout, IDLE_LOOK_S) if timeout >= IDLE_WAIT_S else IDLE_WAIT_S)
         finally:
             self._owner, self._depth = greenlet.getcurrent(), depth
         return True

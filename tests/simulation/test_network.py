@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 
 from microserve.services.simulation.bus import Addresses, SimBus
 from microserve.services.simulation.loop import Process, VirtualLoop
-from microserve.services.simulation.network import Network, Weather
+from microserve.services.simulation.network import CalmNetwork, Endpoint, Network, Weather
 
 
 class Pair:
@@ -130,3 +130,35 @@ def test_a_client_that_closes_without_lingering_drops_what_is_on_its_way() -> No
             pair.server.close()
 
     run(main)
+
+
+def test_in_a_calm_network_a_message_more_changes_nothing_for_the_others() -> None:
+    def arrivals(seed: int, signs_of_life: bool) -> list[tuple[str, float]]:
+        arrived: list[tuple[str, float]] = []
+
+        async def main(loop: VirtualLoop) -> None:
+            network = CalmNetwork(loop, random.Random(1), seed)
+            here, there = Process(loop, "here"), Process(loop, "there")
+
+            def deliver(frames: list[bytes]) -> None:
+                arrived.append((frames[0].decode(), loop.now))
+
+            way, way_back = Endpoint(there, deliver), Endpoint(here, deliver)
+            for number in range(50):
+                for source, endpoint, name in ((here, way, "asked"), (there, way_back, "answered")):
+                    network.carry(source, endpoint, [b"%s %d" % (name.encode(), number)])
+                    network.carry(source, endpoint, [b"%s %d, more" % (name.encode(), number)])
+                await asyncio.sleep(0.001)
+                if signs_of_life:
+                    network.carry(here, way, [b"alive"])
+                await asyncio.sleep(0.01)
+
+        run(main)
+        return [(what, at_s) for what, at_s in arrived if what != "alive"]
+
+    plain = arrivals(1, signs_of_life=False)
+    asked = [what for what, _ in plain if what.startswith("asked")]
+    assert asked == [f"asked {number}{more}" for number in range(50) for more in ("", ", more")]
+    assert arrivals(1, signs_of_life=True) == plain != arrivals(2, signs_of_life=False)
+    latencies = sorted(at_s - 0.011 * round(at_s / 0.011) for _, at_s in plain)
+    assert 5e-5 <= latencies[0] < 1e-4 and 4.5e-4 < latencies[-1] <= 5.001e-4

@@ -11,6 +11,7 @@ passes, each with its share of the step's prefill; a step without any fills as f
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from microserve.services.simulation.load.timing import Profile
 from microserve.services.simulation.load.work import CountedRunner, Work
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.mesh import Shape, SimulatedMesh
+from microserve.services.simulation.network import CalmNetwork, Network
 from microserve.services.simulation.steps import Pacer
 from microserve.services.simulation.witness import Witness
 
@@ -41,6 +43,11 @@ NUM_LAYERS = 4
 """Of the simulated model; each stands for its share of the real one's. More would cost time and change what
 cannot be hidden, the last layer of a put, by little."""
 VOCAB_SIZE = 1 << 17
+LIVENESS = 120
+"""In a calm mesh. Nobody dies or falls silent there, so nobody has to hear often that others have not: what
+says that and no more comes twenty times less often than by the product's default. Loads are told as often."""
+MAX_UNSEEN_S = 5.0
+"""A step that takes longer shows its progress layer by layer, lest its engine be taken for stuck."""
 
 
 @dataclass
@@ -51,6 +58,8 @@ class Hardware:
     scale: int
     num_batched_tokens: int
     """Real tokens in one forward pass."""
+    is_calm: bool = True
+    """Nobody is going to die or to be slow, and no message to be lost or late."""
     receiving_until: dict[int, float] = field(default_factory=dict)
     """By incarnation, virtual time until which its link is taken."""
     pacers: dict[int, Pacer] = field(default_factory=dict)
@@ -91,13 +100,22 @@ class ProfiledRunner:
         self._hardware = hardware
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
-        layer_s, hidden_s = self._hardware.step_s(batch.chunks) / NUM_LAYERS, 0.0
+        hardware = self._hardware
+        step_s = hardware.step_s(batch.chunks)
+        if hardware.is_calm and not batch.is_layerwise and step_s <= MAX_UNSEEN_S:
+            # Nobody looks between its layers.
+            self._pacer.sleep(step_s)
+            if on_layer is not None:
+                for layer in range(NUM_LAYERS):
+                    on_layer(layer)
+            return StepResult([_drawn(chunk) for chunk in batch.chunks])
+        layer_s, hidden_s = step_s / NUM_LAYERS, 0.0
         for layer in range(NUM_LAYERS):
             self._pacer.sleep(max(0.0, layer_s - hidden_s))
             put_before_s = self._heap.put_s
             if on_layer is not None:
                 on_layer(layer)
-            if self._hardware.profile.overlaps:
+            if hardware.profile.overlaps:
                 hidden_s = self._heap.put_s - put_before_s
         return StepResult([_drawn(chunk) for chunk in batch.chunks])
 
@@ -229,6 +247,9 @@ class ProfiledMesh(SimulatedMesh):
         self.hardware = hardware
         self._router = router
 
+    def _make_network(self, rng: random.Random) -> Network:
+        return CalmNetwork(self.loop, rng, self.seed)
+
     def _make_engine(
         self, process: Process, settings: Settings, bus: SimBus, incarnation: int, seed: int
     ) -> SimEngine:
@@ -247,9 +268,10 @@ class ProfiledMesh(SimulatedMesh):
     def settings(self, name: str) -> Settings:
         settings = super().settings(name)
         router, product = settings.router, Settings()
+        bus = msgspec.structs.replace(product.bus, liveness=LIVENESS) if self.hardware.is_calm else product.bus
         return msgspec.structs.replace(
             settings,
-            bus=product.bus,
+            bus=bus,
             router=msgspec.structs.replace(self._router, id=router.id, address=router.address),
             kvcache=msgspec.structs.replace(settings.kvcache, checksums=False),
         )

@@ -77,7 +77,8 @@ def _run_point(point: Point, settings: RouterSettings, overseer: Overseer, progr
     journal = Journal(loop, keep=False)
     journal.open()
     product = Settings()
-    hardware = Hardware(point.profile, point.scale, product.engine.max_num_batched_tokens)
+    max_tokens, is_calm = product.engine.max_num_batched_tokens, not point.trouble.is_any
+    hardware = Hardware(point.profile, point.scale, max_tokens, is_calm)
     answers: list[Answer] = []
     try:
         # Made here: a wrong setting is an error of the caller, not of the mesh.

@@ -15,8 +15,9 @@ import msgspec
 import pytest
 
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.settings import Settings
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.simulation.load import planner
+from microserve.services.simulation.load import engine, planner
 from microserve.services.simulation.load.engine import NUM_LAYERS
 from microserve.services.simulation.load.figures.result import PointResult
 from microserve.services.simulation.load.point import TOKEN_PARAMETERS, run_point
@@ -206,6 +207,14 @@ def test_the_same_arguments_give_the_same_results(tmp_path: Path) -> None:
     assert all(result.num_served == 30 for result in results)
     (other,) = [run_point(each) for each in planner.points_of(_task(strategies=["replicate_hot"], seed=1))]
     assert other.digest != results[1].digest
+
+
+def test_signs_of_life_are_no_part_of_what_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a mesh in which nobody dies may have fewer of them: line by line the same journal."""
+    (only,) = planner.points_of(_task(strategies=["auto"]))
+    few = run_point(only)
+    monkeypatch.setattr(engine, "LIVENESS", Settings().bus.liveness)
+    assert run_point(only) == few
 
 
 # --- tasks -------------------------------------------------------------------------------------------
