@@ -9,8 +9,8 @@ import hashlib
 import re
 import traceback
 from collections import Counter
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import structlog
 
@@ -80,9 +80,8 @@ class Journal:
         if event in DEFECTS - self.excused:
             self.defects.append(line)
 
-    def capture(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    def capture(self, name: str, event: dict[str, Any]) -> None:
         """The only processor: structlog goes no further."""
-        name = str(event.pop("event"))
         trace = event.pop("exc_info", None)
         if name in BY_STRATEGIES:
             self._take_mistake(name, event, trace)
@@ -99,7 +98,6 @@ class Journal:
         if name == log.REQUEST_CONTINUED:
             self.continued.append((str(event["request_id"]).partition("~")[0], int(event["delivered"])))
         self.note(name, **event)
-        raise structlog.DropEvent
 
     def _take_mistake(self, name: str, event: Mapping[str, Any], error: object) -> None:
         place = str(event.get("at", ""))
@@ -113,13 +111,39 @@ class Journal:
     def open(self) -> None:
         """From now on, everything that is logged in this process comes here."""
         structlog.configure(
-            processors=[self.capture],
-            wrapper_class=structlog.make_filtering_bound_logger(20),
+            processors=cast(Any, [self.capture]),
+            wrapper_class=cast(Any, _Teller),
+            logger_factory=_nobody,
             cache_logger_on_first_use=False,
         )
 
     def close(self) -> None:
         structlog.reset_defaults()
+
+
+class _Teller:
+    """What a service logs by: hands its events on as they are, those of a level that services write."""
+
+    def __init__(
+        self, _logger: object, processors: Sequence[Callable[[str, dict[str, Any]], None]], context: object
+    ) -> None:
+        (self._tell,) = processors
+
+    def info(self, event: str, **fields: Any) -> None:
+        self._tell(event, fields)
+
+    warning = error = info
+
+    def exception(self, event: str, **fields: Any) -> None:
+        self._tell(event, {"exc_info": True, **fields})
+
+    def debug(self, event: str, **fields: Any) -> None:
+        """Not told."""
+
+
+def _nobody() -> object:
+    """Stands where structlog wants a logger that writes: there is none."""
+    return _nobody
 
 
 def plainly(line: str) -> str:
