@@ -190,7 +190,7 @@ class Router:
 
     def _forget(self, connection: EngineConnection) -> None:
         self.prefixes.ended(connection)
-        self.serving.book.links.forget(connection.engine_id)
+        self.serving.book.forget(connection.engine_id)
 
     def _evacuate(self, connection: EngineConnection) -> None:
         self.serving.evacuate(connection)

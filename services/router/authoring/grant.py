@@ -185,6 +185,7 @@ class Sending:
             self._settled.set()
             for listener in self._listeners:
                 listener(self)
+            self._listeners.clear()
 
         future.add_done_callback(settle)
 

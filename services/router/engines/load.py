@@ -59,6 +59,8 @@ class LoadBook:
         self.unplaced_tokens = 0
         """Prompt tokens of requests whose strategy has not yet said where they are computed."""
         self.links = Links()
+        self._last: dict[str, tuple[tuple[int, int, int], EngineLoad, Load]] = {}
+        """By engine id, what :meth:`load` said last and of what: a pick asks several times over."""
 
     @property
     def is_zero(self) -> bool:
@@ -100,15 +102,27 @@ class LoadBook:
     def load(self, engine_id: str, reported: EngineLoad) -> Load:
         """The larger of our own book (which knows what is on its way) and the engine's last report
         (which knows of other routers): both count the same work, so they are not added."""
-        return Load(
-            max(self._tokens[engine_id], reported.queued_prefill_tokens),
-            max(self._sequences[engine_id], reported.num_running + reported.num_waiting),
+        own = self._tokens[engine_id], self._sequences[engine_id], self._transfers[engine_id]
+        last = self._last.get(engine_id)
+        if last is not None and last[1] is reported and last[0] == own:
+            return last[2]
+        tokens, sequences, transfers = own
+        load = Load(
+            max(tokens, reported.queued_prefill_tokens),
+            max(sequences, reported.num_running + reported.num_waiting),
             reported.num_running,
             reported.free_blocks,
             reported.prefill_tokens_per_s,
             reported.decode_step_s,
-            self._transfers[engine_id],
+            transfers,
         )
+        self._last[engine_id] = (own, reported, load)
+        return load
+
+    def forget(self, engine_id: str) -> None:
+        """That engine has ended: what was measured of it. What is in flight there its accounts give back."""
+        self.links.forget(engine_id)
+        self._last.pop(engine_id, None)
 
     def check_integrity(self) -> None:
         """The book is the sum of its open accounts."""

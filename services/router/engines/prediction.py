@@ -16,7 +16,7 @@ Source: Mooncake, arXiv 2407.00079, algorithm 1: queued plus own prefill, refuse
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.engines.connection import Connection
@@ -35,8 +35,7 @@ READS_ONLY = ("",)
 """Where a strategy that hangs may be broken off (../oversight/cut.py)."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineView:
+class EngineView(NamedTuple):
     """What is known of one engine at one moment."""
 
     report: EngineLoad

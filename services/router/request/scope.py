@@ -199,6 +199,7 @@ class RequestScope:
         for callback in self._on_close:
             callback(ended)
         self._on_close.clear()
+        self.leave = None  # refers to a generation, which refers to this: left to the collector else
         self.account.close()
 
 
