@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import ClassVar
 
 import msgspec
@@ -76,9 +77,7 @@ class KvLayout(msgspec.Struct, frozen=True):
     @property
     def layout_hash(self) -> str:
         """Equal for two engines that may exchange KV: everything but the size of the pool."""
-        geometry = (self.num_layers, self.block_size, self.num_kv_heads, self.head_dim, self.dtype)
-        parts = ("kv-layout-2", self.model, self.revision, *geometry)
-        return hashlib.sha256(msgspec.msgpack.encode(parts)).hexdigest()[:16]
+        return _layout_hash(self)
 
     def offset(self, layer: int, block: int, kv: int, row: int) -> int:
         """Bytes from the start of the data region to a row. The caller keeps to the bounds."""
@@ -92,6 +91,14 @@ class KvLayout(msgspec.Struct, frozen=True):
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
+
+
+@lru_cache(maxsize=64)
+def _layout_hash(layout: KvLayout) -> str:
+    """Asked for with every grant and every send."""
+    geometry = (layout.num_layers, layout.block_size, layout.num_kv_heads, layout.head_dim, layout.dtype)
+    parts = ("kv-layout-2", layout.model, layout.revision, *geometry)
+    return hashlib.sha256(msgspec.msgpack.encode(parts)).hexdigest()[:16]
 
 
 def block_spans(

@@ -107,9 +107,9 @@ class WordLayout:
     def checksum(self, slot: int, lane: int, layer: int) -> int:
         return self._lane(slot, lane) + _ARRIVAL + self.num_layers + layer
 
-    def tags(self, layer: int, blocks: Sequence[int]) -> NDArray[np.int64]:
-        """The tag words of ``blocks`` in one layer."""
-        return np.array(blocks, np.int64) + (self._tags + layer * self.num_blocks)
+    def tags(self, layer: int, blocks: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """The tag words of ``blocks`` in one layer; who asks for several gives an array."""
+        return np.asarray(blocks, np.int64) + (self._tags + layer * self.num_blocks)
 
     def _lane(self, slot: int, lane: int) -> int:
         return slot * self._slot_words + _LINE + lane * self._lane_words

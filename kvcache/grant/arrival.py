@@ -9,6 +9,8 @@ Only reads. Does not know who asked for the KV, nor who frees the blocks (table.
 
 from __future__ import annotations
 
+import numpy as np
+
 from microserve.kvcache.grant.checksum import extend_checksum
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import block_spans
@@ -25,6 +27,8 @@ class Arrival:
         self._grant = grant
         self._verify_checksums = verify_checksums
         self._complete_layers: set[int] = set()
+        self._blocks = np.array(grant.blocks, np.int64)
+        self._tag = grant_tag(grant.incarnation, grant.slot, grant.generation)
 
     def frontier(self, layer: int) -> int:
         """KV of tokens ``[matched, frontier)`` is here in this layer, from all lanes together."""
@@ -97,12 +101,11 @@ class Arrival:
         """
         if not self.layer_complete(layer):
             raise InternalError(f"verify: layer {layer} of grant {self._grant.grant_id} is not complete")
-        grant = self._grant
-        tag = grant_tag(grant.incarnation, grant.slot, grant.generation)
-        tags = self._heap.load_each(self._heap.words.tags(layer, grant.blocks)).tolist()
-        for block, found in zip(grant.blocks, tags, strict=True):
-            if found != tag:
-                raise TransferFailed(f"layer {layer}, block {block}: tag {found:#x}, not {tag:#x}")
+        tags, tag = self._heap.load_each(self._heap.words.tags(layer, self._blocks)), self._tag
+        wrong = np.flatnonzero(tags != np.uint64(tag)).tolist()
+        if wrong:
+            found, block = tags.item(wrong[0]), self._grant.blocks[wrong[0]]
+            raise TransferFailed(f"layer {layer}, block {block}: tag {found:#x}, not {tag:#x}")
         if self._verify_checksums:
             self._verify_sums(layer)
 

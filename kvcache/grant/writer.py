@@ -19,6 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from microserve.kvcache.grant.checksum import extend_checksum
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.kvcache.layout import KvLayout, block_spans
@@ -130,7 +133,7 @@ class LaneWriter:
         self._tag = grant_tag(grant.incarnation, grant.slot, grant.generation)
         self._chunk: tuple[int, int, tuple[int, ...]] | None = None
         self._copies = Copies(())
-        self._target_blocks: list[int] = []
+        self._target_blocks: NDArray[np.int64] = np.empty(0, np.int64)
 
     def claim(self) -> None:
         """Take the lane. :class:`TransferFailed`, with nothing written and nothing held, if the grant is
@@ -220,7 +223,9 @@ class LaneWriter:
         chunk = (lo, hi, tuple(source_blocks[lo // layout.block_size : layout.num_blocks_for(hi)]))
         if chunk != self._chunk:
             self._copies = self.plan.copies(source_blocks, lo, hi)
-            self._target_blocks = [block for block, _, _ in self.plan.target_spans(lo, hi)]
+            self._target_blocks = np.array(
+                [block for block, _, _ in self.plan.target_spans(lo, hi)], np.int64
+            )
             self._chunk = chunk
 
     def _require_grant_open(self) -> None:

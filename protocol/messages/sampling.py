@@ -7,6 +7,7 @@ routers and engines check by them what comes from a gateway. All whole numbers f
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from typing import Annotated
 
 import msgspec
@@ -133,10 +134,10 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
     def validate(self, vocab_size: int) -> None:
         """Raise :class:`InvalidRequest` naming the first field that is out of bounds."""
-        for name in _FLOATS:
-            if not math.isfinite(getattr(self, name)):  # no bound tells NaN from a number
+        for name, number in zip(_FLOATS, _floats(self), strict=True):
+            if not math.isfinite(number):  # no bound tells NaN from a number
                 raise InvalidRequest(f"{name} must be finite", field=name)
-        if not all(map(math.isfinite, self.logit_bias.values())):
+        if self.logit_bias and not all(map(math.isfinite, self.logit_bias.values())):
             raise InvalidRequest("logit_bias must be finite", field="logit_bias")
         try:
             msgspec.convert(self, _Bounds, from_attributes=True)
@@ -154,3 +155,4 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
 
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_floats = attrgetter(*_FLOATS)

@@ -259,7 +259,7 @@ class EngineShell:
             await asyncio.sleep(min(left_s, until_tick(self._loop.time(), self._interval_s)))
 
     def _sign_events(self) -> None:
-        """A stream that has been quiet says so, lest a loss stay unseen: with the last beat before it must."""
+        """A quiet stream says that it is, lest a loss stay unseen: with the last beat before it must."""
         now = self._loop.time()
         if now - self._signed_at >= self._sign_interval_s - self._rest_interval_s:
             self._signed_at = now

@@ -99,7 +99,7 @@ class Journal:
             self.continued.append((str(event["request_id"]).partition("~")[0], int(event["delivered"])))
         self.note(name, **event)
 
-    def _take_mistake(self, name: str, event: Mapping[str, Any], error: object) -> None:
+    def _take_mistake(self, name: str, event: dict[str, Any], error: object) -> None:
         place = str(event.get("at", ""))
         if name == log.STRATEGY_SLOW:
             self.slow.append(place)

@@ -157,9 +157,7 @@ class CalmNetwork(Network):
             way = f"{self._seed} {source.name} {endpoint.process.name}"
             salt = endpoint.salt = zlib.crc32(way.encode())
         now = loop.now
-        share = (hash((salt, int(now * 1e8))) & 0xFFFF_FFFF) / 0x1_0000_0000  # no lot in the last bits of a time
-        due = now + (MIN_LATENCY_S + (MAX_LATENCY_S - MIN_LATENCY_S) * share)
-        if due < endpoint.due:
-            due = endpoint.due
-        endpoint.due = due
+        lot = hash((salt, int(now * 1e8))) & 0xFFFF_FFFF  # nothing goes by the last bits of a time
+        due = now + (MIN_LATENCY_S + (MAX_LATENCY_S - MIN_LATENCY_S) * (lot / 0x1_0000_0000))
+        endpoint.due = due = max(due, endpoint.due)
         loop.arrive(due, endpoint.process, self._arrive, endpoint, frames)

@@ -74,8 +74,8 @@ class Scheduler:
 
     @property
     def queued_prefill_tokens(self) -> int:
-        pending = [*self.waiting, *self.running]
-        return sum(s.num_tokens - s.num_computed for s in pending if not s.is_decoding())
+        pending = [s for s in (*self.waiting, *self.running) if not s.is_decoding()]
+        return sum([len(s.token_ids) - s.num_computed for s in pending])
 
     def add(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
@@ -92,8 +92,10 @@ class Scheduler:
         """The next step, or None when nothing can run."""
         step = Step(Batch([]), [], started_at=now)
         budget = self._max_num_batched_tokens
-        decodes = [sequence for sequence in self.running if sequence.is_decoding()]
-        prefills = [sequence for sequence in self.running if not sequence.is_decoding()]
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for sequence in self.running:
+            (decodes if sequence.is_decoding() else prefills).append(sequence)
         budget -= self._place_each(step, decodes, budget)
         budget -= self._place_arrived(step, budget, now)
         budget -= self._place_each(step, prefills, budget)

@@ -122,4 +122,5 @@ class Sequence:
 
     def is_decoding(self) -> bool:
         """All but its newest token is computed and it has produced at least one."""
-        return self.num_output_tokens > 0 and self.num_tokens - self.num_computed <= 1
+        num_tokens = len(self.token_ids)
+        return num_tokens > self.num_prompt_tokens and num_tokens - self.num_computed <= 1

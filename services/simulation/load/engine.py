@@ -268,10 +268,10 @@ class ProfiledMesh(SimulatedMesh):
     def settings(self, name: str) -> Settings:
         settings = super().settings(name)
         router, product = settings.router, Settings()
-        bus = msgspec.structs.replace(product.bus, liveness=LIVENESS) if self.hardware.is_calm else product.bus
+        liveness = LIVENESS if self.hardware.is_calm else product.bus.liveness
         return msgspec.structs.replace(
             settings,
-            bus=bus,
+            bus=msgspec.structs.replace(product.bus, liveness=liveness),
             router=msgspec.structs.replace(self._router, id=router.id, address=router.address),
             kvcache=msgspec.structs.replace(settings.kvcache, checksums=False),
         )
