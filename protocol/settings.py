@@ -95,6 +95,8 @@ class EngineSettings(_Section, frozen=True):
     """Requests accepted and not yet running; beyond it: 429 with Retry-After."""
     max_model_len: CountOrZero = 0
     """0: the model's own."""
+    grammar_timeout_s: Positive = 2.0
+    """A grammar that takes longer to compile is refused."""
     drain_s: PositiveOrZero = 30.0
 
 

@@ -7,6 +7,7 @@ import asyncio
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from microserve.kvcache.heap import nvshmem
@@ -20,6 +21,8 @@ from microserve.protocol.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
+from microserve.services.engine.guidance.guide import Guides
+from microserve.services.engine.guidance.pool import GuidePool, compiler_of
 from microserve.services.engine.loading import Loading, make_runner
 from microserve.services.engine.native.packed_model import PackedModel
 from microserve.services.engine.native.runner import NativeRunner
@@ -152,4 +155,14 @@ def make_core(
         checksums=cache.checksums,
         compute_stream=runner.stream,
         kernels=runner.kernels,
+        guides=_guides(settings, spec.vocab_size, frozenset(spec.eos_token_ids)),
+    )
+
+
+def _guides(settings: Settings, vocab_size: int, ends: frozenset[int]) -> Guides:
+    directory = Path(settings.model.path)
+    return GuidePool(
+        lambda: compiler_of(directory, vocab_size, ends),
+        vocab_size,
+        max_s=settings.engine.grammar_timeout_s,
     )

@@ -132,6 +132,9 @@ class HashRunner:
             key = b"%d:%d" % (spec.params.seed, position)
         number = int.from_bytes(_digest(hidden, key), "little")
         logprob = -float(number % 1000) / 100 if spec.params.logprobs is not None else None
+        if spec.allowed is not None:
+            allowed = np.flatnonzero(np.unpackbits(spec.allowed.view(np.uint8), bitorder="little"))
+            return Sampled(int(allowed[number % len(allowed)]), logprob, [])
         return Sampled(number % self._vocab_size, logprob, [])
 
 

@@ -101,7 +101,7 @@ class Actions:
         return wire.Granted(message.call_id, received.grant)
 
     def _remote_send(self, message: wire.RemoteSend, record: Record, now: float) -> wire.Sent | None:
-        state, grant = self._state, message.grant
+        grant = message.grant
         num_tokens = len(record.token_ids)
         begin, end = bound("begin", message.begin, num_tokens), bound("end", message.end, num_tokens)
         if not begin <= end <= grant.end:
@@ -136,9 +136,10 @@ class Actions:
             message.salt,
             now,
         )
+        self._guide(sequence)
         sequence.transfer = Transfer(grant, message.lane, begin, end, first)
         record.sends[key] = sequence
-        state.scheduler.add(sequence)
+        self._let_wait(sequence)
         return None
 
     def _start_generate(self, message: wire.StartGenerate, record: Record, now: float) -> wire.Accepted:
@@ -182,10 +183,11 @@ class Actions:
             message.salt,
             now,
         )
+        self._guide(sequence)
         sequence.num_delivered = message.num_output_tokens
         record.generate = sequence
         if message.grant_id is None:
-            state.scheduler.add(sequence)
+            self._let_wait(sequence)
         elif received is not None:
             sequence.await_first = message.await_first
             sequence.state = SequenceState.RECEIVING
@@ -268,13 +270,33 @@ class Actions:
 
     def _check_queue(self) -> None:
         state = self._state
-        if len(state.scheduler.waiting) + len(state.receiving) >= state.limits.max_waiting:
+        if state.num_waiting >= state.limits.max_waiting:
             raise QueueFull(f"{state.limits.max_waiting} requests wait already", retry_after_s=1.0)
+
+    def _guide(self, sequence: Sequence) -> None:
+        """Begin with the guide of a sequence that wants one; raises what is known to be wrong already."""
+        state, params = self._state, sequence.params
+        if params is None or params.grammar is None or state.guides is None:
+            return
+        output = sequence.token_ids[sequence.num_prompt_tokens :]
+        guiding = state.guides.prepare(params, output, state.limits.eos_token_ids, state.on_guide)
+        if guiding.error is not None:
+            raise guiding.error
+        sequence.guide = guiding.guide if guiding.is_done else None
+        sequence.guiding = None if guiding.is_done else guiding
+
+    def _let_wait(self, sequence: Sequence) -> None:
+        """For its guide, else for its turn."""
+        if sequence.guiding is None:
+            self._state.scheduler.add(sequence)
+            return
+        sequence.state = SequenceState.COMPILING
+        self._state.compiling.append(sequence)
 
     def _check_sampling(self, params: SamplingParams) -> None:
         limits = self._state.limits
         params.validate(limits.vocab_size)
-        if params.grammar is not None:
+        if params.grammar is not None and self._state.guides is None:
             raise InvalidRequest("this engine constrains no output", field="grammar")
         forbidden = limits.eos_token_ids.union(params.stop_token_ids)
         if params.min_tokens and len(forbidden) >= limits.vocab_size:

@@ -9,6 +9,7 @@ from typing import Protocol, overload
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.sampling import SamplingParams
+from microserve.services.engine.guidance.guide import Guide, Mask
 
 
 class TokenView(Sequence[int]):
@@ -45,6 +46,10 @@ class SampleSpec:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     eos_token_ids: frozenset[int]
+    guide: Guide | None = None
+    """What says which tokens may be chosen; None: all may."""
+    allowed: Mask | None = None
+    """What it says of this position, once it was asked."""
 
 
 @dataclass(slots=True)
@@ -82,6 +87,20 @@ class Sampled:
 class StepResult:
     sampled: list[Sampled | None]
     """One per chunk."""
+
+
+def constrain(batch: Batch) -> dict[int, Sampled]:
+    """Ask the guides of a batch for their masks: before it runs, without the engine's lock. By its place in
+    the batch what stands for a token where a guide has failed: that sequence's end and no other's."""
+    failed = {}
+    for place, chunk in enumerate(batch.chunks):
+        spec = chunk.sample
+        if spec is not None and spec.guide is not None:
+            try:
+                spec.allowed = spec.guide.allowed(spec.output_token_ids)
+            except MeshError as error:
+                failed[place] = Sampled(-1, None, [], error)
+    return failed
 
 
 class Runner(Protocol):

@@ -24,7 +24,7 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv_events import KVEvent
 from microserve.protocol.messages.numerics import fault_of_numerics
 from microserve.services.engine.core.actions import Actions
-from microserve.services.engine.core.batch import Runner, StepResult
+from microserve.services.engine.core.batch import Runner, StepResult, constrain
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.peers import Peers
 from microserve.services.engine.core.record import Outbox
@@ -32,6 +32,7 @@ from microserve.services.engine.core.scheduler import Scheduler, Step
 from microserve.services.engine.core.sequence import Sequence, Transfer
 from microserve.services.engine.core.state import PURGE_INTERVAL_S, Clock, EngineState, Limits
 from microserve.services.engine.core.stepper import Stepper
+from microserve.services.engine.guidance.guide import Guides
 
 ARRIVAL_POLL_S = 0.001
 """Pause between looks at arrival counters while nothing else is to be done."""
@@ -77,10 +78,12 @@ class EngineCore:
         pause: Callable[[float], None] = time.sleep,
         changed: Changed | None = None,
         kernels: str = "",
+        guides: Guides | None = None,
     ) -> None:
         """``compute_stream``: the CUDA stream in which ``runner`` computes KV; None where KV stands in the
         heap when ``on_layer`` is called. ``clock``: the only one that leases, deadlines, sessions and the
-        drain are kept by, the shell's too; two clocks need not start at the same zero.
+        drain are kept by, the shell's too; two clocks need not start at the same zero. ``guides``: None for
+        an engine that constrains no output.
 
         Raises :class:`InternalError` for a runner of a class that cannot be one."""
         self.numerics = runner.numerics
@@ -109,7 +112,7 @@ class EngineCore:
             eos_token_ids=limits.eos_token_ids,
             on_preempt=self._count_preemption,
         )
-        self.state = EngineState(self.memory, scheduler, limits)
+        self.state = EngineState(self.memory, scheduler, limits, guides, self._wake_up)
         self.actions = Actions(self.state)
         self.stepper = Stepper(self.state, layout.num_layers)
         self.progress = 0
@@ -142,6 +145,11 @@ class EngineCore:
         """There may be something to run. With the lock held."""
         self._woken = True
         self._changed.notify_all()
+
+    def _wake_up(self) -> None:
+        """From a thread that holds no lock."""
+        with self._changed:
+            self.wake()
 
     def wait_for_work(self, timeout_s: float) -> None:
         """Sleep until woken; for ``timeout_s`` at most where time may bring something (a lease, a deadline, a
@@ -191,7 +199,11 @@ class EngineCore:
 
         if step.batch.chunks:
             step.batch.is_layerwise = bool(step.sends) or step.early is not None
-            return self._runner.execute(step.batch, on_layer)
+            failed = constrain(step.batch)
+            result = self._runner.execute(step.batch, on_layer)
+            for place, sampled in failed.items():
+                result.sampled[place] = sampled
+            return result
         for layer in range(self._heap.layout.num_layers):
             on_layer(layer)
         return StepResult([])
@@ -279,7 +291,7 @@ class EngineCore:
             progress=self.progress,
             num_steps=self.stepper.num_steps,
             num_running=len(state.scheduler.running),
-            num_waiting=len(state.scheduler.waiting) + len(state.receiving),
+            num_waiting=state.num_waiting,
             num_grants=self.memory.received.num_waiting,
             queued_prefill_tokens=state.scheduler.queued_prefill_tokens,
             free_blocks=pool.num_free,
@@ -317,4 +329,6 @@ class EngineCore:
                 self.state.abort(record, self.clock())
             self._peers.close()
             self.memory.free_drained()
+        if self.state.guides is not None:
+            self.state.guides.close()
         self._heap.close()

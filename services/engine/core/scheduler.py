@@ -226,6 +226,7 @@ class Scheduler:
                 TokenView(sequence.token_ids, 0, sequence.num_prompt_tokens),
                 TokenView(sequence.token_ids, sequence.num_prompt_tokens, sequence.num_tokens),
                 self._eos_token_ids,
+                sequence.guide,
             )
         step.num_decodes += sequence.is_decoding()
         step.batch.chunks.append(

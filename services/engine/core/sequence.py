@@ -20,9 +20,12 @@ from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.grant import Grant
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.received import ReceivedGrant
+from microserve.services.engine.guidance.guide import Guide, Guiding
 
 
 class SequenceState(Enum):
+    COMPILING = "compiling"
+    """Its grammar is compiled."""
     RECEIVING = "receiving"
     """KV is on its way from another engine."""
     WAITING = "waiting"
@@ -79,6 +82,10 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the output tokens not yet delivered."""
     transfer: Transfer | None = None
+    guide: Guide | None = None
+    """What its tokens are chosen by; None: all may be."""
+    guiding: Guiding | None = None
+    """The guide in the making: it does not run before."""
     received: ReceivedGrant | None = None
     """The grant that its KV comes by, until that is settled."""
     await_first: bool = False

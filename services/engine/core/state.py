@@ -23,6 +23,7 @@ from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.record import Key, Outbox, Record, Records
 from microserve.services.engine.core.scheduler import Scheduler
 from microserve.services.engine.core.sequence import Sequence, SequenceState
+from microserve.services.engine.guidance.guide import Guides
 
 PURGE_INTERVAL_S = 1.0
 
@@ -44,12 +45,24 @@ class Limits:
 
 
 class EngineState:
-    def __init__(self, memory: KvMemory, scheduler: Scheduler, limits: Limits) -> None:
+    def __init__(
+        self,
+        memory: KvMemory,
+        scheduler: Scheduler,
+        limits: Limits,
+        guides: Guides | None = None,
+        on_guide: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``on_guide`` is called, from another thread and without the engine's lock, when a guide is made."""
+        self.guides = guides
+        self.on_guide = on_guide
         self.memory = memory
         self.scheduler = scheduler
         self.limits = limits
         self.records = Records()
         self.outbox = Outbox()
+        self.compiling: list[Sequence] = []
+        """Sequences that wait for nothing but their guide."""
         self.receiving: list[Sequence] = []
         """Accepted generating sequences whose KV is not all in."""
         self.inflight: list[Sequence] = []
@@ -72,7 +85,11 @@ class EngineState:
 
     @property
     def num_requests(self) -> int:
-        return len(self.scheduler.running) + len(self.scheduler.waiting) + len(self.receiving)
+        return len(self.scheduler.running) + self.num_waiting
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting) + len(self.receiving) + len(self.compiling)
 
     @property
     def may_expire_soon(self) -> bool:
@@ -101,6 +118,7 @@ class EngineState:
         """Sequences stand where their state says, and count no KV that they have no blocks for. O(sequences);
         raises :class:`InternalError`. The books of blocks are the memory's own to check."""
         queues = (
+            (SequenceState.COMPILING, self.compiling),
             (SequenceState.RECEIVING, self.receiving),
             (SequenceState.WAITING, self.scheduler.waiting),
             (SequenceState.RUNNING, self.scheduler.running),
@@ -112,6 +130,8 @@ class EngineState:
                     raise InternalError(f"{name} is {sequence.state.value} among the {state.value}")
                 if sequence.num_computed > len(sequence.blocks) * self.memory.block_size:
                     raise InternalError(f"{name} has {sequence.num_computed} tokens in too few blocks")
+                if state is SequenceState.COMPILING and (sequence.blocks or sequence.guiding is None):
+                    raise InternalError(f"{name} waits for a guide that is not in the making")
                 if state is SequenceState.RECEIVING and (sequence.num_computed or not sequence.received):
                     raise InternalError(f"{name} receives, and counts {sequence.num_computed} tokens already")
 
@@ -129,8 +149,11 @@ class EngineState:
     ) -> None:
         """End a sequence: answer its router, free its blocks. Not while a step has it in hand."""
         self.scheduler.remove(sequence)
-        if sequence in self.receiving:
-            self.receiving.remove(sequence)
+        for queue in (self.receiving, self.compiling):
+            if sequence in queue:
+                queue.remove(sequence)
+        if sequence.guiding is not None:
+            sequence.guiding.cancel()
         sequence.state = SequenceState.FINISHED
         record = self.records.find(sequence.owner, sequence.request_id)
         if record is not None and not record.holds(sequence):
@@ -308,7 +331,7 @@ class EngineState:
 
     def expire(self, now: float) -> None:
         """End what has passed its deadline."""
-        queues = (self.scheduler.waiting, self.scheduler.running, self.receiving)
+        queues = (self.scheduler.waiting, self.scheduler.running, self.receiving, self.compiling)
         for sequence in [s for queue in queues for s in queue if s.deadline <= now]:
             self.doom(
                 sequence, "error", now, DeadlineExceeded("the request's time was used up on this engine")

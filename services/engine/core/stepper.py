@@ -10,7 +10,7 @@ import structlog
 
 from microserve.kvcache.grant.table import Discharged, Expired, Settled
 from microserve.protocol import log
-from microserve.protocol.errors import InternalError, MeshError, TransferFailed
+from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.batch import Sampled, StepResult
 from microserve.services.engine.core.rates import Rates
@@ -38,6 +38,7 @@ class Stepper:
     def next_step(self, now: float) -> Step | None:
         """Take in what has arrived and choose the next step; None when nothing can run now."""
         state = self._state
+        self.take_guides(now)
         self.take_arrivals(now)
         state.expire(now)
         step = state.scheduler.schedule(now) or self._early_step(now)
@@ -46,6 +47,23 @@ class Stepper:
         sending = [share.sequence for share in step.sends if share.sequence not in step.sequences]
         state.inflight = [*step.sequences, *sending]
         return step
+
+    def take_guides(self, now: float) -> None:
+        """Let sequences on whose guide is made, and end those whose grammar is none, or takes too long."""
+        state = self._state
+        for sequence in [*state.compiling, *state.receiving]:
+            guiding = sequence.guiding
+            if guiding is None:
+                continue
+            if guiding.is_done and guiding.guide is not None:
+                sequence.guide, sequence.guiding = guiding.guide, None
+                if sequence.state is SequenceState.COMPILING:
+                    state.compiling.remove(sequence)
+                    state.scheduler.add(sequence)
+            elif guiding.is_done or guiding.is_overdue(now):
+                late = InvalidRequest("the grammar takes too long to compile", field="grammar")
+                state.count("grammars_refused")
+                state.finish(sequence, "error", now, error=guiding.error or late)
 
     def take_arrivals(self, now: float) -> None:
         """Move received KV on: to running sequences, to commits, to the end of quarantine."""
@@ -65,7 +83,7 @@ class Stepper:
                 case Settled():
                     self._settle(state.memory.received.get(event.grant_id))
         for sequence in list(state.receiving):
-            if sequence.received is not None:
+            if sequence.received is not None and sequence.guiding is None:
                 self._take_arrival(sequence, sequence.received, now)
         for record in list(state.committing):
             if record.commit is not None and record.commit.sealed_blocks is None:
@@ -168,7 +186,7 @@ class Stepper:
         if state.scheduler.waiting:
             return None
         for sequence in state.receiving:
-            if sequence.received is None or sequence.await_first:
+            if sequence.received is None or sequence.await_first or sequence.guiding is not None:
                 continue
             grant = sequence.received.grant
             if grant.end < sequence.num_tokens and grants.layer_complete(grant.grant_id, 0):

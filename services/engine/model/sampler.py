@@ -3,7 +3,8 @@
 Owns the order in which decoding parameters act:
 
     raw logits (their log-softmax is what is reported) -> logit_bias -> repetition penalty -> presence and
-    frequency penalties -> min_tokens -> temperature -> top_k -> top_p -> min_p -> one draw
+    frequency penalties -> the grammar's mask, else min_tokens -> temperature -> top_k -> top_p -> min_p
+    -> one draw
 
 The draw is the Gumbel-max trick: the token with the highest logit plus noise of its own. The noise of a token
 is a function of (seed, position, token) and nothing else, so a sequence that moves to another engine goes on
@@ -29,6 +30,7 @@ from microserve.kernels.philox import uniforms
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Sampled, SampleSpec
+from microserve.services.engine.guidance.guide import Mask
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +60,11 @@ def sample_rows(raw: npt.NDArray[np.float32], specs: Sequence[SampleSpec]) -> li
     likeliest = raw.argmax(axis=1)  # the first of equals; the first NaN, if there is one
     return [
         failure(float(row[token]), 0.0)
-        or (Sampled(int(token), None, []) if is_plain_greedy(spec) else _sample_row(row, spec))
+        or (
+            Sampled(_greedy(row, int(token), spec), None, [])
+            if is_plain_greedy(spec)
+            else _sample_row(row, spec)
+        )
         for row, token, spec in zip(raw, likeliest, specs, strict=True)
     ]
 
@@ -70,7 +76,7 @@ def failure(best: float, peak: float) -> Sampled | None:
     if not math.isfinite(best):
         error = InternalError("the logits are not finite")
     elif peak == -math.inf:
-        error = InvalidRequest("min_tokens forbids every token of the vocabulary", field="min_tokens")
+        error = InvalidRequest("no token of the vocabulary may be chosen", field="min_tokens")
     else:
         return None
     return Sampled(-1, None, [], error)
@@ -86,8 +92,17 @@ def is_plain_greedy(spec: SampleSpec) -> bool:
         and params.repetition_penalty == 1.0
         and params.presence_penalty == 0.0
         and params.frequency_penalty == 0.0
-        and len(spec.output_token_ids) >= params.min_tokens
+        and (spec.allowed is not None or len(spec.output_token_ids) >= params.min_tokens)
     )
+
+
+def _greedy(raw: npt.NDArray[np.float32], likeliest: int, spec: SampleSpec) -> int:
+    """The likeliest that may be chosen."""
+    mask = spec.allowed
+    if mask is None or mask[likeliest // 32] >> likeliest % 32 & 1:
+        return likeliest
+    allowed = allowed_tokens(mask)
+    return int(allowed[raw[allowed].argmax()])
 
 
 def _sample_row(raw: npt.NDArray[np.float32], spec: SampleSpec) -> Sampled:
@@ -127,8 +142,21 @@ def _adjusted(raw: npt.NDArray[np.float32], spec: SampleSpec) -> _Floats:
         scores[seen] = held
     said, amounts = said_tokens(spec)
     scores[said] -= amounts
+    if spec.allowed is not None:
+        allowed = allowed_tokens(spec.allowed)
+        held = scores[allowed]
+        scores.fill(-np.inf)
+        scores[allowed] = held
     scores[forbidden_tokens(spec, len(scores))] = -np.inf
     return scores
+
+
+def allowed_tokens(mask: Mask) -> _Ids:
+    """Of a mask, ascending. Most masks are of few words: only those are looked into."""
+    words = np.flatnonzero(mask)
+    bits = np.unpackbits(mask[words].astype("<u4").view(np.uint8), bitorder="little")
+    places = np.flatnonzero(bits)
+    return np.asarray(words[places // 32] * 32 + places % 32, dtype=np.int64)
 
 
 def seen_tokens(spec: SampleSpec) -> _Ids:
@@ -146,8 +174,8 @@ def said_tokens(spec: SampleSpec) -> tuple[_Ids, _Floats]:
 
 
 def forbidden_tokens(spec: SampleSpec, vocab_size: int) -> _Ids:
-    """That would end the output before ``min_tokens``; each once."""
-    if len(spec.output_token_ids) >= spec.params.min_tokens:
+    """That would end the output before ``min_tokens``; each once. A mask has that in it."""
+    if spec.allowed is not None or len(spec.output_token_ids) >= spec.params.min_tokens:
         return np.empty(0, dtype=np.int64)
     ends = {*spec.eos_token_ids, *spec.params.stop_token_ids}
     return np.array(sorted(token for token in ends if token < vocab_size), dtype=np.int64)

@@ -19,6 +19,7 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
+from microserve.services.engine.guidance.guide import Guides
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
 
 VOCAB = 500
@@ -56,6 +57,7 @@ class Engine:
             compute_stream=compute_stream,
             clock=lambda: mesh.now,
             pause=lambda _: mesh.other_step(self),
+            guides=mesh.guides,
         )
         self.replies: dict[int, wire.EngineReply] = {}
         self.tokens: dict[str, list[int]] = {}
@@ -101,6 +103,8 @@ class Mesh:
     checksums = True
     lanes_linger = False
     """A send may be refused a lane that its last writer has not quite left: a router would try again."""
+
+    guides: Guides | None = None
 
     def __init__(self, **options: int) -> None:
         self.now = 100.0

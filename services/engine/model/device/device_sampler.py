@@ -51,12 +51,16 @@ def sample_there(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
     found = torch.zeros(len(specs), _TOP + 2 * num_top, dtype=torch.float64, device=raw.device)
     best, tokens = raw.max(dim=1)  # the first of equals; the first NaN
     found[:, _BEST] = found[:, _PEAK] = best.double()
-    for there, chosen in _groups(specs, raw.device, lambda spec: not is_plain_greedy(spec)):
+    for there, chosen in _groups(specs, raw.device, _is_adjusted):
         tokens[there], found[there, _PEAK] = _choose(raw[there], chosen)
     found[:, _TOKEN] = tokens.double()
     for there, _ in _groups(specs, raw.device, lambda spec: spec.params.logprobs is not None):
         found[there, _OWN:] = _logprobs(raw[there], tokens[there], num_top)
     return _sampled(found.cpu().numpy(), specs, num_top)
+
+
+def _is_adjusted(spec: SampleSpec) -> bool:
+    return spec.allowed is not None or not is_plain_greedy(spec)
 
 
 def _groups(
@@ -110,12 +114,26 @@ def _adjust(scores: Tensor, specs: list[SampleSpec]) -> None:
         entries.add(row, *said_tokens(spec))
     if entries:
         entries.put(entries.held - entries.values)
+    _mask(scores, specs)
     entries = _Entries(scores)
     for row, spec in enumerate(specs):
         ends = forbidden_tokens(spec, scores.shape[1])
         entries.add(row, ends, np.full(len(ends), -np.inf))
     if entries:
         entries.put(entries.values)
+
+
+def _mask(scores: Tensor, specs: list[SampleSpec]) -> None:
+    """Forbid, in place, what grammars do not allow: 32 tokens a word go up, and are taken apart there."""
+    rows = [row for row, spec in enumerate(specs) if spec.allowed is not None]
+    if not rows:
+        return
+    words = np.stack([mask.view(np.int32) for spec in specs if (mask := spec.allowed) is not None])
+    there = upload(words.astype(np.int64), scores.device)
+    bits = there[:, :, None] >> torch.arange(32, device=scores.device) & 1
+    is_allowed = bits.flatten(1)[:, : scores.shape[1]].bool()
+    place = _there(rows, scores.device)
+    scores[place] = scores[place].masked_fill(~is_allowed, -torch.inf)
 
 
 class _Entries:

@@ -22,6 +22,7 @@ from microserve.kernels.philox import uniforms
 from microserve.protocol.errors import InternalError, InvalidRequest
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Sampled, SampleSpec
+from microserve.services.engine.guidance.guide import bits_of
 from microserve.services.engine.model import sampler
 from microserve.services.engine.model.device.device_sampler import sample_there
 
@@ -71,6 +72,10 @@ def naive_scores(row: Row, spec: SampleSpec) -> list[float]:
         count = spec.output_token_ids.count(token)
         if count:
             scores[token] -= params.presence_penalty + params.frequency_penalty * count
+        if spec.allowed is not None:
+            if not spec.allowed[token // 32] >> token % 32 & 1:
+                scores[token] = -np.inf
+            continue  # who made the mask knows of ends
         too_early = len(spec.output_token_ids) < params.min_tokens
         if too_early and (token in spec.eos_token_ids or token in params.stop_token_ids):
             scores[token] = -np.inf
@@ -139,7 +144,9 @@ def specs(draw_one: st.DrawFn) -> SampleSpec:
         logprobs=draw_one(st.none() | st.integers(0, 20)),
     )
     params.validate(VOCAB)
-    return SampleSpec(params, draw_one(tokens), draw_one(tokens), EOS)
+    some = st.sets(st.integers(0, VOCAB - 1), min_size=1)
+    allowed = draw_one(st.none() | some.map(lambda ids: bits_of(ids, VOCAB)))
+    return SampleSpec(params, draw_one(tokens), draw_one(tokens), EOS, allowed=allowed)
 
 
 @settings(deadline=None, max_examples=500)

@@ -1,0 +1,133 @@
+"""A grammar as llguidance has it: its text, a matcher whose first masks have been tried, a tokenizer.
+
+Owns how the library is asked, and its limits; what it answers to a grammar that it cannot enforce is passed
+on. Costs CPU time and memory: callers are in a process that may be killed, or in a thread of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.grammar.bounds import check_bounds, choices_of, schema_of
+from microserve.protocol.messages.sampling import Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+WHITESPACE = r"[ \n]{1,8}"
+"""Between the parts of a JSON text: a model that loves blanks writes no more."""
+MAX_ITEMS_IN_ROW = 8000
+"""A thousand properties that may all be left out take half of it."""
+LEXER_FUEL = 100_000
+NUM_TRIED = 4
+"""Masks that are computed before a grammar counts as compiled."""
+
+
+def text_of(grammar: Grammar) -> str:
+    """What llguidance is given. Raises :class:`InvalidRequest` for what is out of bounds."""
+    from llguidance import LLMatcher
+
+    check_bounds(grammar)
+    match grammar.kind:
+        case "json_object":
+            return _of_schema('{"type":"object"}')
+        case "json_schema":
+            schema = schema_of(grammar.text)
+            schema.pop("x-guidance", None)  # the library's own options are not a client's to choose
+            return _of_schema(msgspec.json.encode(schema).decode())
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.text)
+        case "choice":
+            choices = map(json.dumps, choices_of(grammar.text))
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(choices))
+        case "lark":
+            return LLMatcher.grammar_from_lark(grammar.text)
+    raise InvalidRequest(f"there is no kind of grammar {grammar.kind!r}", field="grammar")
+
+
+def _of_schema(schema: str) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_json_schema(
+        schema,
+        overrides={
+            "item_separator": ",",
+            "key_separator": ":",
+            "whitespace_flexible": True,
+            "whitespace_pattern": WHITESPACE,
+            "coerce_one_of": False,
+            "lenient": False,
+        },
+    )
+
+
+def load_tokenizer(directory: Path, vocab_size: int | None = None, eos: Collection[int] = ()) -> LLTokenizer:
+    """Of a model; half a second. ``vocab_size``: of its logits; ``eos``: none for the tokenizer's own.
+
+    Raises :class:`InvalidRequest` where there is none that can be read."""
+    from llguidance import LLTokenizer
+
+    try:
+        text = (directory / "tokenizer.json").read_text(encoding="utf-8")
+        return LLTokenizer(text, n_vocab=vocab_size, eos_token=sorted(eos) or None)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(
+            f"this model's tokenizer cannot be constrained: {error}", field="grammar"
+        ) from None
+
+
+def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
+    """A matcher at the grammar's begin. Raises :class:`InvalidRequest` with what is wrong with the grammar,
+    also where it dies at its first masks."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(
+        max_items_in_row=MAX_ITEMS_IN_ROW, initial_lexer_fuel=LEXER_FUEL, verbose_errors=False
+    )
+    matcher = LLMatcher(tokenizer, text_of(grammar), log_level=0, limits=limits)
+    _raise_error(matcher)
+    for opening in (None, '{"') if grammar.kind.startswith("json") else (None,):
+        _try_masks(matcher.deep_copy(), tokenizer, opening)
+    return matcher
+
+
+def _try_masks(trial: LLMatcher, tokenizer: LLTokenizer, opening: str | None) -> None:
+    if opening is not None:
+        trial.try_consume_tokens(tokenizer.tokenize_str(opening))
+    for _ in range(NUM_TRIED):
+        mask = trial.compute_bitmask()
+        _raise_error(trial)
+        token = first_of(mask)
+        if token is None:
+            raise InvalidRequest("the grammar leaves no token that may be chosen", field="grammar")
+        if trial.is_stopped():
+            return
+        forced = trial.compute_ff_tokens()
+        trial.consume_token(forced[0] if forced else token)
+        _raise_error(trial)
+        if trial.is_stopped():
+            return
+
+
+def first_of(mask: bytes) -> int | None:
+    """The lowest id of a mask, where there is one."""
+    bits = int.from_bytes(mask, "little")
+    return (bits & -bits).bit_length() - 1 if bits else None
+
+
+def fault_of(matcher: LLMatcher) -> str | None:
+    """Why it can go on no more; None while it can."""
+    if not matcher.is_error():
+        return None
+    return " ".join(matcher.get_error().split())[:512]
+
+
+def _raise_error(matcher: LLMatcher) -> None:
+    if (fault := fault_of(matcher)) is not None:
+        raise InvalidRequest(fault, field="grammar")
