@@ -21,6 +21,7 @@ from pathlib import Path
 import structlog
 
 from microserve.gateway.app import Application
+from microserve.gateway.grammar.checker import GrammarChecker
 from microserve.gateway.helper.helper import Helpers
 from microserve.gateway.helper.jobs import Setup
 from microserve.gateway.http.cors import with_cors
@@ -238,6 +239,7 @@ def _make_state(
         created=int(time.time()),
         tokenizer=tokenizer,
         helpers=helpers,
+        grammars=GrammarChecker(helpers.check),
         bus=bus,
         routers=routers,
         keys=keys,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client.core import Metric
 
+from microserve.gateway.grammar.checker import GrammarChecker
 from microserve.gateway.helper.helper import Helpers
 from microserve.gateway.http.errors import Forbidden
 from microserve.gateway.http.exchange import BodyBudget
@@ -42,6 +43,7 @@ class GatewayState:
     """When this process came up, in seconds since 1970: ``created`` of the model."""
     tokenizer: ModelTokenizer
     helpers: Helpers
+    grammars: GrammarChecker
     bus: ZmqBus
     routers: RouterClient
     keys: KeyRing

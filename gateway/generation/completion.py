@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from time import monotonic, time
 from typing import Generic, TypeVar
 
+import msgspec
 import structlog
 
 from microserve.gateway.generation.accounting import account, usage_of
 from microserve.gateway.generation.group import ChoiceGroup
+from microserve.gateway.grammar.asked import asked_of
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.errors import ClientGone, problem_of
 from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of
@@ -35,6 +37,9 @@ from microserve.protocol.errors import InternalError, MeshError
 _logger = structlog.get_logger()
 
 R = TypeVar("R", bound=GenerationRequest)
+
+MAX_WARNING_CHARS = 1024
+"""Of a header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,8 @@ class Completion(Generic[R]):
         self._group = ChoiceGroup(state, exchange)
         self._n = 1
         self._stream = False
+        self._warnings: Sequence[str] = ()
+        """What was asked for and is not done as asked."""
 
     async def run(self) -> None:
         """Answer the request, then account for it, whatever happened."""
@@ -109,6 +116,10 @@ class Completion(Generic[R]):
             group.times.tokenising = monotonic()
             prompts = await self._dialect.prompts(request, state.tokenizer, limits)
         sampling = sampling_of(request, limits, max(map(len, prompts)), state.defaults)
+        if (asked := asked_of(request)) is not None:
+            checked = await state.grammars.check(asked)
+            self._warnings = checked.warnings
+            sampling = msgspec.structs.replace(sampling, grammar=checked.grammar)
         attributes = state.attributes.read(request, self._exchange)
         group.submit(prompts, sampling, options, ttl_s=ttl_s, strategy=strategy, attributes=attributes)
         return self._dialect.format(
@@ -163,13 +174,21 @@ class Completion(Generic[R]):
         """Who served it: known once it is over, so only where the head comes last."""
         ended = self._group.choices[0].ended
         if ended is None:
-            return {}
+            return self._warning_header()
         return {
             "x-microserve-strategy": ended.strategy,
             "x-microserve-strategy-version": str(ended.strategy_version),
             "x-microserve-engines": ",".join(ended.engines),
-            **self._exact_header(),
+            **self._early_headers(),
         }
+
+    def _early_headers(self) -> dict[str, str]:
+        return {**self._exact_header(), **self._warning_header()}
+
+    def _warning_header(self) -> dict[str, str]:
+        return (
+            {"x-microserve-warning": "; ".join(self._warnings)[:MAX_WARNING_CHARS]} if self._warnings else {}
+        )
 
     def _exact_header(self) -> dict[str, str]:
         """Of what there is of the answer when its head is sent."""
@@ -179,7 +198,7 @@ class Completion(Generic[R]):
     async def _stream_answer(self, answer: AnswerFormat) -> None:
         group, inbox = self._group, self._group.inbox
         stream = EventStream(
-            self._exchange, on_idle=inbox.poke, on_stall=inbox.fail, headers=self._exact_header
+            self._exchange, on_idle=inbox.poke, on_stall=inbox.fail, headers=self._early_headers
         )
         async with stream:
             try:

@@ -1,6 +1,7 @@
 """What a gateway asks of its helpers: a conversation's text, and all that is made of a large body.
 
-Owns two processes: what is long waits for each other and never before a conversation that is short.
+Owns three processes: what is long waits for each other and never before a conversation that is short, and
+grammars have one of their own.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import msgspec
 
 from microserve.gateway.helper.jobs import (
     Answered,
+    CheckedGrammar,
+    CheckGrammar,
+    Job,
     Prepare,
     Prepared,
     Refused,
@@ -22,9 +26,10 @@ from microserve.gateway.helper.jobs import (
     Setup,
 )
 from microserve.gateway.helper.process import HelperDied, HelperProcess
-from microserve.gateway.helper.work import cpu_budget_s
+from microserve.gateway.helper.work import GRAMMAR_CPU_S, cpu_budget_s
 from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, error_for
+from microserve.protocol.messages.sampling import Grammar
 
 INLINE_BODY_NBYTES = 64 << 10
 """Smaller bodies are parsed in the loop: within a millisecond, whatever is in them."""
@@ -32,6 +37,8 @@ SHORT_MESSAGES = 64
 """A template may take a time that grows with the square of these: longer ones wait with the large bodies."""
 BODIES_MEMORY_MB = 1536
 """For a body of 32 MB, its text, and its tokens as objects; templates alone have the default."""
+GRAMMARS_MEMORY_MB = 1024
+"""A large vocabulary as llguidance has it, and a grammar."""
 WALL_S_PER_CPU_S = 5.0
 """On a machine that has other things to do."""
 START_S = 30.0
@@ -48,10 +55,18 @@ class Helpers:
         self._templates = HelperProcess("templates", setup)
         self._bodies = HelperProcess("bodies", msgspec.structs.replace(setup, memory_mb=BODIES_MEMORY_MB))
 
+        self._grammars = HelperProcess(
+            "grammars", msgspec.structs.replace(setup, memory_mb=GRAMMARS_MEMORY_MB)
+        )
+
     @property
     def pids(self) -> list[int]:
         """Of the processes that have been started."""
-        return [each.pid for each in (self._templates, self._bodies) if each.pid is not None]
+        return [each.pid for each in self._all if each.pid is not None]
+
+    @property
+    def _all(self) -> tuple[HelperProcess, ...]:
+        return self._templates, self._bodies, self._grammars
 
     async def render(
         self,
@@ -73,6 +88,18 @@ class Helpers:
         if not isinstance(answer[0], Rendered):
             raise InternalError("a helper gave another job's answer")
         return answer[0].text
+
+    async def check(self, grammar: Grammar, is_strict: bool) -> tuple[str, list[str]]:
+        """The text of a grammar that can be enforced, and what was relaxed for that.
+
+        Raises :class:`InvalidRequest` for one that cannot, or takes more than it may have."""
+        job = CheckGrammar(grammar.kind, grammar.text, is_strict)
+        wall_s = START_S + WALL_S_PER_CPU_S * GRAMMAR_CPU_S
+        answer = await _ask(self._grammars, job, b"", wall_s, "grammar", None, what="the grammar")
+        assert answer is not None
+        if not isinstance(answer[0], CheckedGrammar):
+            raise InternalError("a helper gave another job's answer")
+        return answer[0].text, answer[0].warnings
 
     async def prepare(
         self, kind: str, request: type[R], body: bytes, limits: ModelLimits, is_wanted: Callable[[], bool]
@@ -111,28 +138,29 @@ class Helpers:
 
     def end(self, error: MeshError) -> None:
         """Nothing new from now on: what runs or waits raises ``error``."""
-        self._templates.end(error)
-        self._bodies.end(error)
+        for process in self._all:
+            process.end(error)
 
     async def close(self) -> None:
-        await self._templates.close()
-        await self._bodies.close()
+        for process in self._all:
+            await process.close()
 
 
 async def _ask(
     process: HelperProcess,
-    job: Render | Prepare,
+    job: Job,
     bulk: bytes,
     wall_s: float,
     field: str,
     is_wanted: Callable[[], bool] | None,
+    what: str = "the prompt",
 ) -> tuple[Result, bytes] | None:
     try:
         answer = await process.ask(job, bulk, wall_s=wall_s, is_wanted=is_wanted)
     except HelperDied as death:
         if not death.is_over_budget:
             raise
-        raise InvalidRequest("the prompt takes more time or memory than it may", field=field) from None
+        raise InvalidRequest(f"{what} takes more time or memory than it may", field=field) from None
     if answer is not None and isinstance(refused := answer[0], Refused):
         raise error_for(
             refused.code, refused.detail, field=refused.field, retry_after_s=refused.retry_after_s

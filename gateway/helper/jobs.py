@@ -48,6 +48,14 @@ class Prepare(msgspec.Struct, frozen=True, tag=2, array_like=True):
     vocab_size: int
 
 
+class CheckGrammar(msgspec.Struct, frozen=True, tag=3, array_like=True):
+    """Compile it, or say what cannot be enforced -> ``CheckedGrammar``."""
+
+    kind: str
+    text: str
+    is_strict: bool
+
+
 class Rendered(msgspec.Struct, frozen=True, tag=1, array_like=True):
     text: str
 
@@ -73,8 +81,14 @@ class Refused(msgspec.Struct, frozen=True, tag=4, array_like=True):
     retry_after_s: float
 
 
-Job = Render | Prepare
-Result = Rendered | Prepared | Answered | Refused
+class CheckedGrammar(msgspec.Struct, frozen=True, tag=5, array_like=True):
+    text: str
+    """What engines are sent."""
+    warnings: list[str]
+
+
+Job = Render | Prepare | CheckGrammar
+Result = Rendered | Prepared | Answered | Refused | CheckedGrammar
 
 encode = msgspec.msgpack.Encoder().encode
 JOBS: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from microserve.gateway.grammar.asked import asked_of
+from microserve.gateway.grammar.checker import check_asked
 from microserve.gateway.helper.jobs import Answered, Prepare, Prepared, Result, Setup, encode
 from microserve.gateway.openai.chat import chat_prompts
 from microserve.gateway.openai.completions import completion_prompts
@@ -79,6 +81,8 @@ def _limits(job: Prepare) -> ModelLimits:
 
 
 def _prepared(request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> tuple[Result, bytes]:
+    if (asked := asked_of(request)) is not None:
+        check_asked(asked)  # before it is anybody's work to look at a text of any size
     request.user = request.metadata = None  # may be as large as the body, and nobody reads them
     bulk = b"".join(map(encode_tokens, prompts))
     return Prepared(encode(request), list(map(len, prompts))), bulk

@@ -11,18 +11,33 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from microserve.gateway.helper.jobs import Job, Refused, Render, Rendered, Result, Setup
+from microserve.gateway.helper.jobs import (
+    CheckedGrammar,
+    CheckGrammar,
+    Job,
+    Refused,
+    Render,
+    Rendered,
+    Result,
+    Setup,
+)
 from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
+from microserve.protocol.messages.sampling import Grammar
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
     from microserve.gateway.helper.preparing import Preparer
 
 BASE_CPU_S = 2.0
 CPU_S_PER_MB = 1.5
 """Of a body; parsing and tokenising 1 MB of text takes about 0.2 s."""
+GRAMMAR_CPU_S = 1.0
+"""For one grammar; the largest that bounds let through takes a fifth of it."""
 LOAD_CPU_S = 60.0
 """Once in a process: a vocabulary of any size."""
 MAX_RENDERED_CHARS = 32 << 20
@@ -56,6 +71,8 @@ class Worker:
         try:
             if isinstance(job, Render):
                 return Rendered(self._render(job.messages, job.tools, job.options)), b""
+            if isinstance(job, CheckGrammar):
+                return self._check(job), b""
             with cpu_budget(LOAD_CPU_S):
                 preparer = self._preparer
             with cpu_budget(cpu_budget_s(len(bulk))):
@@ -66,6 +83,23 @@ class Worker:
             return Refused(InvalidRequest.code, "the request takes too much memory", None, 0.0), b""
         except Exception as error:
             return Refused(InternalError.code, f"in the helper: {error!r}"[:512], None, 0.0), b""
+
+    def _check(self, job: CheckGrammar) -> CheckedGrammar:
+        from microserve.gateway.grammar.checking import checked
+
+        with cpu_budget(LOAD_CPU_S):
+            tokenizer = self._constrained
+        with cpu_budget(GRAMMAR_CPU_S):
+            grammar, warnings = checked(
+                tokenizer, Grammar(kind=job.kind, text=job.text), is_strict=job.is_strict
+            )
+        return CheckedGrammar(grammar.text, warnings)
+
+    @cached_property
+    def _constrained(self) -> LLTokenizer:
+        from microserve.protocol.grammar.compiled import load_tokenizer
+
+        return load_tokenizer(Path(self._setup.directory))
 
     @cached_property
     def _preparer(self) -> Preparer:

@@ -15,7 +15,13 @@ from microserve.protocol.errors import ConfigError
 
 READABLE = (
     *("x-request-id", "retry-after", "x-microserve-strategy", "x-microserve-strategy-version"),
-    *("x-microserve-engines", "x-microserve-exact", "x-ratelimit-limit-requests", "x-ratelimit-limit-tokens"),
+    *(
+        "x-microserve-engines",
+        "x-microserve-exact",
+        "x-microserve-warning",
+        "x-ratelimit-limit-requests",
+        "x-ratelimit-limit-tokens",
+    ),
     *("x-ratelimit-remaining-requests", "x-ratelimit-remaining-tokens"),
     *("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens"),
 )

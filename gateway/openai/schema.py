@@ -58,6 +58,39 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
+class JsonSchemaFormat(msgspec.Struct):
+    name: Name | None = None
+    description: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    """Refuse what cannot be enforced exactly, where else a part of it is relaxed and told."""
+
+
+class ResponseFormat(msgspec.Struct):
+    type: Annotated[
+        str,
+        Meta(
+            max_length=MAX_NAME_CHARS,
+            extra_json_schema={"enum": ["text", "json_object", "json_schema", "structural_tag"]},
+        ),
+    ]
+    json_schema: JsonSchemaFormat | None = None
+    structures: list[Any] | None = None
+    triggers: list[str] | None = None
+
+
+class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
+    """vLLM's: exactly one of these."""
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    """Lark or GBNF."""
+    json_object: bool | None = None
+    structural_tag: dict[str, Any] | str | None = None
+
+
 class GenerationRequest(msgspec.Struct, kw_only=True):
     """What both kinds of completion share. ``None`` is the default everywhere, as clients send ``null``."""
 
@@ -85,6 +118,13 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=bounds.MAX_STOP_TOKEN_IDS)] | None = None
     cache_salt: Name | None = None
+    # What the output may be (gateway/grammar/): one of these.
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     # Labels and hints: they change no token, so dropping them is honest.
     user: Label = None
     metadata: Label = None
@@ -103,16 +143,11 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     prompt_embeds: Unsupported = None
     chat_template: Unsupported = None
     documents: Unsupported = None
-    guided_json: Unsupported = None
-    guided_regex: Unsupported = None
-    guided_choice: Unsupported = None
-    guided_grammar: Unsupported = None
-    structured_outputs: Unsupported = None
+    guided_whitespace_pattern: Unsupported = None
     logits_processors: Unsupported = None
     allowed_token_ids: Unsupported = None
     mm_processor_kwargs: Unsupported = None
     kv_transfer_params: Unsupported = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
     modalities: Annotated[Any, only(["text"])] = None
     store: OnlyFalse = None
     suffix: Annotated[Any, only("")] = None

@@ -1,0 +1,121 @@
+"""What cannot be enforced is refused with keyword and path; what is relaxed is told; verdicts are kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from microserve.gateway.grammar.asked import Asked
+from microserve.gateway.grammar.checker import MAX_KEPT, GrammarChecker
+from microserve.gateway.grammar.checking import checked
+from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.grammar.compiled import load_tokenizer
+from microserve.protocol.messages.sampling import Grammar
+from tests.support.gateway.gateway_world import make_tokenizer
+
+OVERLAPPING = {"oneOf": [{"type": "string"}, {"type": "string", "minLength": 2}]}
+UNKNOWN = {"type": "string", "format": "colour"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    make_tokenizer().save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def check(model: Path, schema: Any, *, is_strict: bool = False) -> tuple[Any, list[str]]:
+    grammar = Grammar(kind="json_schema", text=json.dumps(schema))
+    result, warnings = checked(load_tokenizer(model), grammar, is_strict=is_strict)
+    return json.loads(result.text), warnings
+
+
+@pytest.mark.parametrize(
+    ("schema", "sent", "warning"),
+    [
+        ({"oneOf": [{"type": "string"}, {"type": "integer"}]}, None, None),
+        (
+            {"properties": {"a": OVERLAPPING}},
+            {"properties": {"a": {"anyOf": OVERLAPPING["oneOf"]}}},
+            "oneOf at #/properties/a is enforced as anyOf",
+        ),
+        (
+            {"properties": {"a/b": UNKNOWN}},
+            {"properties": {"a/b": {"type": "string"}}},
+            "format 'colour' at #/properties/a~1b is not enforced",
+        ),
+    ],
+)
+def test_what_is_relaxed_is_told(model: Path, schema: Any, sent: Any, warning: str | None) -> None:
+    assert check(model, schema) == (sent or schema, [warning] if warning else [])
+
+
+@pytest.mark.parametrize("schema", [OVERLAPPING, UNKNOWN])
+def test_strict_relaxes_nothing(model: Path, schema: Any) -> None:
+    with pytest.raises(InvalidRequest, match="at #"):
+        check(model, schema, is_strict=True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        (
+            {"properties": {"a": {"type": "array", "uniqueItems": True}}},
+            "uniqueItems at #/properties/a cannot",
+        ),
+        ({"items": {"if": {}, "then": {}}}, "if, then at #/items cannot"),
+        ({"properties": {"not": {"not": {}}}}, "not at #/properties/not cannot"),
+        ({"properties": {"a": {"type": "objec"}}}, "type at #/properties/a: "),
+        ({"enum": []}, "Unsatisfiable"),
+    ],
+)
+def test_a_refusal_names_keyword_and_path(model: Path, schema: Any, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        check(model, schema)
+
+
+def test_gbnf_becomes_lark_and_lark_stays(model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    gbnf, _ = checked(tokenizer, Grammar(kind="lark", text='root ::= "a" | "b"'), is_strict=False)
+    assert "start:" in gbnf.text
+    lark = Grammar(kind="lark", text='start: "a"')
+    assert checked(tokenizer, lark, is_strict=False)[0].text.strip() == lark.text
+    with pytest.raises(InvalidRequest):
+        checked(
+            tokenizer,
+            Grammar(kind="lark", text="root ::= " + "(" * 3000 + '"a"' + ")" * 3000),
+            is_strict=False,
+        )
+
+
+def test_a_verdict_is_asked_for_once_whatever_it_is() -> None:
+    asked: list[str] = []
+
+    async def ask(grammar: Grammar, is_strict: bool) -> tuple[str, list[str]]:
+        asked.append(grammar.text)
+        if grammar.text == "bad":
+            raise InvalidRequest("it is none", field="grammar")
+        return grammar.text, ["w"]
+
+    async def main() -> None:
+        checker = GrammarChecker(ask)
+        for _ in range(3):
+            good = await checker.check(Asked(Grammar(kind="regex", text="a"), "guided_regex"))
+            assert (good.grammar.text, good.warnings) == ("a", ("w",))
+            with pytest.raises(InvalidRequest, match="guided_regex: it is none") as refused:
+                await checker.check(Asked(Grammar(kind="regex", text="bad"), "guided_regex"))
+            assert refused.value.field == "guided_regex"
+        assert asked == ["a", "bad"]
+        with pytest.raises(InvalidRequest, match="4096"):
+            await checker.check(Asked(Grammar(kind="regex", text="a" * 5000), "guided_regex"))
+        assert asked == ["a", "bad"], "out of bounds: nobody is asked"
+        for number in range(MAX_KEPT):
+            await checker.check(Asked(Grammar(kind="regex", text=f"x{number}"), "guided_regex"))
+        await checker.check(Asked(Grammar(kind="regex", text="a"), "guided_regex"))
+        assert asked[-1] == "a"
+
+    asyncio.run(main())
