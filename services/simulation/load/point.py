@@ -156,9 +156,12 @@ async def _serve(mesh: ProfiledMesh, point: Point, answers: list[Answer], progre
                 pending.popleft()
             watch.look()
             num_tokens = sum(each.num_output_tokens for each in work.values())
-            num_ended, loop = len(point.requests) - len(pending), mesh.loop
-            progress.look(loop.now - begin_s, loop.num_callbacks, num_ended, num_tokens, len(answers))
+            loop, is_awaited = mesh.loop, bool(pending) and pending[0] < len(answers)
+            progress.look(loop.now - begin_s, loop.num_callbacks, num_tokens, is_awaited, count_ended)
             return not pending
+
+        def count_ended() -> int:
+            return sum(bool(answer.outcome) for answer in answers)
 
         await until(is_served, due[-1] + 2 * ttl_s)
     finally:

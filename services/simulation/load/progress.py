@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
@@ -33,25 +34,29 @@ class Progress:
         self._num_tokens = -1
         self._num_events = 0
 
-    def look(self, now: float, num_events: int, num_ended: int, num_tokens: int, num_come: int) -> None:
-        """``now``: virtual seconds; callbacks, ended requests (from the first on without a gap), tokens and
-        requests so far. Raises :class:`StrategyError` when it goes on for ever."""
-        wall_s = time.monotonic() - self._began_s
-        if wall_s > self._max_wall_s:
+    def look(
+        self, now: float, num_events: int, num_tokens: int, is_awaited: bool, count_ended: Callable[[], int]
+    ) -> None:
+        """``now``: virtual seconds; callbacks and tokens so far; whether a request waits for its end. Raises
+        :class:`StrategyError` when it goes on for ever."""
+        clock_s = time.monotonic()
+        if clock_s - self._began_s > self._max_wall_s:
             raise StrategyError(
-                f"{self._name}: ended after {wall_s:.0f} s (--max-wall): {num_ended} of {self._num_requests} "
-                f"requests were served in {now:.0f} virtual seconds"
+                f"{self._name}: ended after {clock_s - self._began_s:.0f} s (--max-wall): {count_ended()} of "
+                f"{self._num_requests} requests were served in {now:.0f} virtual seconds"
             )
-        if num_come == num_ended or self._num_tokens != num_tokens:
+        if not is_awaited or self._num_tokens != num_tokens:
             self._num_tokens, self._num_events = num_tokens, num_events
         elif num_events - self._num_events > MAX_IDLE_EVENTS:
             raise StrategyError(
                 f"{self._name} goes round and round: {MAX_IDLE_EVENTS:,} events without one token, at "
-                f"{now:.3f} virtual seconds, {num_ended} of {self._num_requests} requests served"
+                f"{now:.3f} virtual seconds, {count_ended()} of {self._num_requests} requests served"
             )
-        if self._told is not None and time.monotonic() - self._told_s > TELL_EVERY_S:
-            self._told_s = time.monotonic()
-            text = f"{self._name}: {num_ended} of {self._num_requests} requests, {now:,.0f} virtual seconds"
+        if self._told is not None and clock_s - self._told_s > TELL_EVERY_S:
+            self._told_s = clock_s
+            text = (
+                f"{self._name}: {count_ended()} of {self._num_requests} requests, {now:,.0f} virtual seconds"
+            )
             self._told.write(f"{CLEAR}{text}")
             self._told.flush()
 
