@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -99,7 +99,11 @@ class MeshInMemory:
         KV blocks of 16 tokens on each engine. Raises :class:`ConfigError` for a file that holds no strategy.
         """
         self.strategy = _strategy(strategy).bind(parameters or {})
-        is_shipped = any(each.name == self.strategy.name for each in BUILT_IN)
+        is_shipped = any(each.function is self.strategy.function for each in BUILT_IN)
+        if not is_shipped and any(each.name == self.strategy.name for each in BUILT_IN):
+            self.strategy = replace(
+                self.strategy, name=f"own_{self.strategy.name}"
+            )  # a router has each name once
         chosen = engines or (Engine("e0"),)
         self._seats = {engine.id: f"engine-{number}" for number, engine in enumerate(chosen)}
         self._loop = VirtualLoop()
