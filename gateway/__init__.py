@@ -3,7 +3,7 @@
 Owns HTTP, text, and a client's stream for as long as it lasts. Must not know engines, KV, strategies or
 torch: it imports ``protocol`` and nothing else of ours.
 
-    app -> generation -> state -> helper -> openai -> text -> routers -> protocol
+    app -> generation -> state -> helper -> openai -> text -> parsing, routers -> protocol
                                             http -> routers (one error), keys
 
 Start with ``app.py`` (paths), then ``generation/completion.py`` (one request from its first byte to its

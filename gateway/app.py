@@ -24,7 +24,7 @@ from microserve.gateway.http.errors import (
 )
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.keys.usage import Counts
-from microserve.gateway.openai.chat import ChatFormat, chat_prompts
+from microserve.gateway.openai.chat import ChatFormat, chat_prompts, chat_reading
 from microserve.gateway.openai.completions import CompletionFormat, completion_prompts
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
 from microserve.gateway.state import GatewayState
@@ -40,7 +40,7 @@ OPERATOR_PATHS = frozenset({"/metrics"})
 NUM_HOT = 2
 """Routes at the head of the table, without parameters."""
 
-_CHAT = Dialect("chat", ChatRequest, chat_prompts, ChatFormat)
+_CHAT = Dialect("chat", ChatRequest, chat_prompts, ChatFormat, chat_reading)
 _COMPLETIONS = Dialect("completions", CompletionRequest, completion_prompts, CompletionFormat)
 _EXCHANGE = "microserve.exchange"
 _logger = structlog.get_logger()

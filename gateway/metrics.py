@@ -98,6 +98,8 @@ class GatewayMetrics:
         }
         self._responses = counter("http_responses", "HTTP answers of the API.", ("status", "code"))
         self._disconnects = counter("disconnects", "Clients that went early, by phase.", ("phase",))
+        calls = counter("tool_calls", "Calls of tools in answers.", ("outcome",))
+        self._calls = {outcome: calls.labels(outcome) for outcome in ("read", "unread")}
         self._text: dict[bool, tuple[float, bytes]] = {}
 
     def first_token(self, seconds: float) -> None:
@@ -114,6 +116,11 @@ class GatewayMetrics:
         """``reason``: ``stop``, ``length``, ``abort`` or ``error``."""
         self._finished[reason].inc()
         self._generation_tokens.inc(output_tokens)
+
+    def calls_read(self, read: int, unread: int) -> None:
+        """``unread``: what looked like a call and was none; clients got it as text."""
+        self._calls["read"].inc(read)
+        self._calls["unread"].inc(unread)
 
     def answered(self, status: int, code: str, seconds: float) -> None:
         self._responses.labels(str(status), code).inc()

@@ -38,6 +38,7 @@ from microserve.gateway.metrics import GatewayMetrics
 from microserve.gateway.openai.attributes import Attributes
 from microserve.gateway.openai.defaults import SamplingDefaults
 from microserve.gateway.openai.parse import Shape
+from microserve.gateway.parsing.parsers import ModelParsers
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.siblings import Siblings
 from microserve.gateway.state import GatewayState
@@ -238,6 +239,12 @@ def _make_state(
         version=version("microserve"),
         created=int(time.time()),
         tokenizer=tokenizer,
+        parsers=ModelParsers.of_model(
+            "" if tokenizer.template is None else tokenizer.template.sources,
+            settings.model.tool_parser,
+            settings.model.reasoning_parser,
+            tokenizer.added_id,
+        ),
         helpers=helpers,
         grammars=GrammarChecker(helpers.check),
         bus=bus,

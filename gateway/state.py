@@ -22,6 +22,7 @@ from microserve.gateway.metrics import GatewayMetrics, Levels
 from microserve.gateway.openai.attributes import Attributes
 from microserve.gateway.openai.defaults import SamplingDefaults
 from microserve.gateway.openai.parse import Shape
+from microserve.gateway.parsing.parsers import ModelParsers
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.siblings import Siblings
 from microserve.gateway.text.tokenizer import ModelTokenizer
@@ -42,6 +43,8 @@ class GatewayState:
     created: int
     """When this process came up, in seconds since 1970: ``created`` of the model."""
     tokenizer: ModelTokenizer
+    parsers: ModelParsers
+    """How the model's thoughts and calls are read."""
     helpers: Helpers
     grammars: GrammarChecker
     bus: ZmqBus

@@ -57,6 +57,13 @@ class ModelSettings(_Section, frozen=True):
     """Name that clients use; default: the directory's name."""
     dtype: str = "bfloat16"
     load_format: str = "auto"
+    tool_parser: str = "auto"
+    """How the model writes a call of a tool: ``qwen``, ``llama``, ``mistral``, ``deepseek``, ``gpt_oss``,
+    ``deepseek_dsml``, ``glm``, ``kimi``, ``kimi_xtml``, ``gemma``; ``auto``: as its chat template shows;
+    ``none``: requests with tools are refused."""
+    reasoning_parser: str = "auto"
+    """How it marks what it thinks before it answers: ``think``, ``mistral``, ``gpt_oss``, ``gemma``,
+    ``kimi_xtml``; ``auto`` and ``none`` (it is text like any other) as above."""
     packed_cache_mb: CountOrZero = 8192
     """Room that packed weights may take in the cache directory, all models together: engines of one machine
     map them, and start from them. 0: each engine packs its own."""

@@ -21,13 +21,16 @@ from microserve.protocol.request_id import of_choice
 def usage_of(choices: Iterable[Choice], n: int) -> UsageCounts:
     """Tokens of a whole answer with ``n`` choices for each prompt; a prompt counts once."""
     prompt_tokens = completion_tokens = cached_tokens = 0
+    reasoning_tokens: int | None = None
     for choice in choices:
         completion_tokens += choice.num_output_tokens
+        if choice.is_read:
+            reasoning_tokens = (reasoning_tokens or 0) + choice.num_reasoning_tokens
         if choice.index % n == 0:
             prompt_tokens += choice.num_prompt_tokens
             if choice.ended is not None:
                 cached_tokens += choice.ended.usage.cached_tokens
-    return UsageCounts(prompt_tokens, completion_tokens, cached_tokens)
+    return UsageCounts(prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens)
 
 
 def account(
@@ -72,6 +75,8 @@ def account(
     for choice in choices:
         reason = _reason(choice, failure)
         state.metrics.choice_ended(reason, choice.num_output_tokens)
+        if choice.is_read:
+            state.metrics.calls_read(choice.num_calls, choice.num_unread)
         ended = choice.ended
         write_line(
             Summary(

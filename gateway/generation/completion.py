@@ -15,8 +15,8 @@ import msgspec
 import structlog
 
 from microserve.gateway.generation.accounting import account, usage_of
+from microserve.gateway.generation.constraint import constraint_of
 from microserve.gateway.generation.group import ChoiceGroup
-from microserve.gateway.grammar.asked import asked_of
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.errors import ClientGone, problem_of
 from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of
@@ -25,10 +25,13 @@ from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice
 from microserve.gateway.openai.parse import parse
 from microserve.gateway.openai.sampling import GenerationOptions, options_of, sampling_of
 from microserve.gateway.openai.schema import GenerationRequest
+from microserve.gateway.parsing.events import Event
+from microserve.gateway.parsing.parsers import ModelParsers
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.routers.mailbox import Mailbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice
+from microserve.gateway.text.reading import Reading
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText
 from microserve.protocol import log
@@ -51,6 +54,8 @@ class Dialect(Generic[R]):
     request: type[R]
     prompts: Callable[[R, ModelTokenizer, ModelLimits], Awaitable[Sequence[Sequence[int]]]]
     format: type[AnswerFormat]
+    reading: Callable[[R, ModelParsers], Reading | None] = lambda request, parsers: None
+    """What there is in an answer beside text."""
 
 
 class Completion(Generic[R]):
@@ -116,12 +121,20 @@ class Completion(Generic[R]):
             group.times.tokenising = monotonic()
             prompts = await self._dialect.prompts(request, state.tokenizer, limits)
         sampling = sampling_of(request, limits, max(map(len, prompts)), state.defaults)
-        if (asked := asked_of(request)) is not None:
-            checked = await state.grammars.check(asked)
-            self._warnings = checked.warnings
-            sampling = msgspec.structs.replace(sampling, grammar=checked.grammar)
+        reading = self._dialect.reading(request, state.parsers)
+        grammar, self._warnings = await constraint_of(state, request, reading, prompts[0])
+        if grammar is not None:
+            sampling = msgspec.structs.replace(sampling, grammar=grammar)
         attributes = state.attributes.read(request, self._exchange)
-        group.submit(prompts, sampling, options, ttl_s=ttl_s, strategy=strategy, attributes=attributes)
+        group.submit(
+            prompts,
+            sampling,
+            options,
+            ttl_s=ttl_s,
+            strategy=strategy,
+            attributes=attributes,
+            reading=reading,
+        )
         return self._dialect.format(
             unique_id=self._exchange.unique_id,
             created=int(time()),
@@ -155,17 +168,25 @@ class Completion(Generic[R]):
         group = self._group
         texts: list[list[str]] = [[] for _ in group.choices]
         tokens: list[list[TokenText]] = [[] for _ in group.choices]
+        events: list[list[Event]] = [[] for _ in group.choices]
         while not group.over:
             for mailbox in await group.inbox.wait():
                 choice, piece = group.take(mailbox)
                 texts[choice.index].append(piece.text)
                 tokens[choice.index] += piece.tokens
+                events[choice.index] += piece.events
             group.raise_failure()
         await group.settle()
         choices = [
-            FinishedChoice(choice.index, "".join(texts[choice.index]), tokens[choice.index], reason)
+            FinishedChoice(
+                choice.index,
+                "".join(texts[choice.index]),
+                tokens[choice.index],
+                reason,
+                events[choice.index] if choice.is_read else None,
+            )
             for choice in group.choices
-            if (reason := choice.finish_reason) is not None
+            if (reason := choice.told_reason) is not None
         ]
         body = answer.reply(choices, usage_of(group.choices, self._n))
         await self._exchange.reply(200, body, self._mesh_headers())
@@ -253,10 +274,10 @@ class Completion(Generic[R]):
             if not choice.opened:
                 choice.opened = True
                 events.append(answer.opening(choice.index))
-            if piece.text or piece.tokens:
+            if piece.text or piece.tokens or piece.events:
                 events.append(answer.delta(choice.index, piece))
-            if piece.finish_reason is not None:
-                events.append(answer.finish(choice.index, piece.finish_reason, choice.numerics.promise))
+            if (reason := choice.told_reason) is not None:
+                events.append(answer.finish(choice.index, reason, choice.numerics.promise))
                 finished.append(choice)
         if events:
             await stream.write(b"".join(events))

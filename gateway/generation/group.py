@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from time import monotonic
 
 import msgspec
@@ -19,6 +19,7 @@ from microserve.gateway.openai.schema import MAX_CHOICES
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Piece, Timeline
+from microserve.gateway.text.reading import ReadChoice, Reading
 from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.sampling import SamplingParams
@@ -54,8 +55,10 @@ class ChoiceGroup:
         ttl_s: float,
         strategy: str | None,
         attributes: Mapping[str, str],
+        reading: Reading | None = None,
     ) -> None:
-        """Send ``options.n`` choices a prompt to one router, where they share its prefix.
+        """Send ``options.n`` choices a prompt to one router, where they share its prefix. ``reading``: None
+        where an answer is nothing but text.
 
         ``ttl_s`` counts from the request's arrival. Raises :class:`InvalidRequest`, ``QueueFull``,
         ``RateLimited``, ``BudgetSpent``, ``NoEngines``, ``Draining``, :class:`DeadlineExceeded`, or what has
@@ -88,7 +91,8 @@ class ChoiceGroup:
         salt = cache_salt(exchange.key, options.salt, shared=state.shared_prefix_cache)
         for index in range(count):
             prompt_ids = prompts[index // options.n]
-            choice = Choice(
+            make = Choice if reading is None else partial(ReadChoice, reading=reading)
+            choice = make(
                 state.tokenizer,
                 index=index,
                 prompt_ids=prompt_ids,

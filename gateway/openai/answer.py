@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from microserve.gateway.http.sse import event
+from microserve.gateway.parsing.events import Event
 from microserve.gateway.text.choice import Piece
 from microserve.gateway.text.transcript import TokenText
 
@@ -27,13 +28,17 @@ class UsageCounts:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int | None = None
+    """Of the completion's; None where nothing was looked for."""
 
     def as_json(self) -> dict[str, Any]:
+        details = self.reasoning_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            **({} if details is None else {"completion_tokens_details": {"reasoning_tokens": details}}),
         }
 
 
@@ -45,6 +50,8 @@ class FinishedChoice:
     text: str
     tokens: list[TokenText]
     finish_reason: str
+    events: list[Event] | None = None
+    """Instead of ``text``, of an answer that was read."""
 
 
 class AnswerFormat(ABC):

@@ -9,9 +9,13 @@ from typing import Any, ClassVar
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
 from microserve.gateway.openai.schema import ROLES, ChatRequest, ContentPart, Message, ToolCall
 from microserve.gateway.openai.tools import tool_use_of
+from microserve.gateway.parsing.calls import schemas_of
+from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
+from microserve.gateway.parsing.parsers import ModelParsers, Wanted
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.gateway.text.choice import Piece
+from microserve.gateway.text.reading import Reading
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText
 from microserve.protocol.errors import InvalidRequest
@@ -26,12 +30,29 @@ async def chat_prompts(
     """The one prompt of a conversation. Raises :class:`InvalidRequest` naming the message or the field."""
     messages = template_messages(request.messages)
     use = tool_use_of(request)
-    if use is not None:
-        raise InvalidRequest("tools is not supported", field="tools")
     tools = None if use is None else use.shown
     options = template_options(request)
     check_template(tokenizer.template, tools, options)
     return [await tokenizer.encode_chat(messages, tools, options, max_tokens=limits.max_model_len)]
+
+
+def chat_reading(request: ChatRequest, parsers: ModelParsers) -> Reading | None:
+    """How the answers are read; None where they are text and nothing else. Raises :class:`InvalidRequest`."""
+    use = tool_use_of(request)
+    if use is None:
+        return Reading(parsers, Wanted()) if parsers.thoughts is not None else None
+    if parsers.tools is None:
+        raise InvalidRequest(
+            "tools is not supported: it is not known how this model calls them (model.tool_parser)",
+            field="tools",
+        )
+    if use.must_match:
+        field = "tool_choice" if use.mode != "auto" else "tools"
+        raise InvalidRequest(
+            f"{field}: calls that must be made, or match a schema, are not supported", field=field
+        )
+    types = {name: schemas_of(function.parameters) for name, function in use.callable.items()}
+    return Reading(parsers, Wanted(types, use.one_only), use.mode == "named")
 
 
 def template_options(request: ChatRequest) -> dict[str, Any]:
@@ -128,10 +149,30 @@ class ChatFormat(AnswerFormat):
 
     def delta(self, index: int, piece: Piece) -> bytes:
         logprobs = encode(_logprobs(piece.tokens)) if self.with_logprobs else b"null"
+        if piece.events or not piece.text:
+            return self._deltas(index, piece.events, logprobs if piece.tokens else b"null")
         return self._chunk(
             index,
             b'"delta":{"content":%b},"logprobs":%b,"finish_reason":null' % (encode(piece.text), logprobs),
         )
+
+    def _deltas(self, index: int, events: Sequence[Event], logprobs: bytes) -> bytes:
+        """One chunk each; the log-probabilities are of the text, all of it."""
+        chunks = []
+        for event in events:
+            of_text = b"null"
+            if isinstance(event, Said) and event.kind == "content":
+                of_text, logprobs = logprobs, b"null"
+            chunks.append(
+                self._chunk(
+                    index,
+                    b'"delta":%b,"logprobs":%b,"finish_reason":null' % (encode(event_delta(event)), of_text),
+                )
+            )
+        if logprobs != b"null":  # of tokens without a text of their own
+            rest = b'"delta":{"content":""},"logprobs":%b,"finish_reason":null' % logprobs
+            chunks.append(self._chunk(index, rest))
+        return b"".join(chunks)
 
     def finish(self, index: int, reason: str, promise: str) -> bytes:
         rest = b'"delta":{},"logprobs":null,"finish_reason":"%b"' % reason.encode()
@@ -140,10 +181,47 @@ class ChatFormat(AnswerFormat):
     def choice(self, choice: FinishedChoice) -> dict[str, Any]:
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": _message(choice),
             "logprobs": _logprobs(choice.tokens) if self.with_logprobs else None,
             "finish_reason": choice.finish_reason,
         }
+
+
+def event_delta(event: Event) -> dict[str, Any]:
+    """As clients add deltas up: of a call, all but its arguments is said once."""
+    match event:
+        case Said("reasoning", text):
+            return {"reasoning": text, "reasoning_content": text}
+        case Said(_, text):
+            return {"content": text}
+        case CallBegun(index, call_id, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+        case Arguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+
+
+def _message(choice: FinishedChoice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.events is None:
+        return message
+    content: list[str] = []
+    reasoning: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for event in choice.events:
+        match event:
+            case Said(kind, text):
+                (content if kind == "content" else reasoning).append(text)
+            case CallBegun(_, call_id, name):
+                calls.append({"id": call_id, "type": "function", "function": {"name": name, "arguments": ""}})
+            case Arguments(index, text):
+                calls[index]["function"]["arguments"] += text
+    message["content"] = "".join(content) or (None if calls else "")
+    if reasoning:
+        message["reasoning"] = message["reasoning_content"] = "".join(reasoning)
+    if calls:
+        message["tool_calls"] = calls
+    return message
 
 
 def _logprobs(tokens: list[TokenText]) -> dict[str, Any]:

@@ -184,7 +184,12 @@ def _message(schema: dict[str, Any]) -> dict[str, Any]:
             {**schema, "properties": {**fields, "role": {"const": "assistant"}}},
             {
                 **schema,
-                "properties": {**fields, "role": {"enum": sorted(roles)}, "content": content},
+                "properties": {
+                    **fields,
+                    "role": {"enum": sorted(roles)},
+                    "content": content,
+                    "tool_calls": {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]},
+                },
                 "required": ["role", "content"],
             },
         ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from microserve.gateway.openai.answer import encode
 from microserve.gateway.openai.chat import check_template, template_messages
 from microserve.gateway.openai.schema import MAX_TOKENIZE_TOKENS, DetokenizeRequest, TokenizeRequest
+from microserve.gateway.openai.tools import functions_of
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
 
@@ -15,6 +16,7 @@ async def tokenized(request: TokenizeRequest, tokenizer: ModelTokenizer, max_mod
     try:
         if request.messages is not None:
             messages = template_messages(request.messages)
+            functions_of(request.tools or [])
             check_template(tokenizer.template, request.tools, {})
             tokens = await tokenizer.encode_chat(messages, request.tools, max_tokens=limit)
         elif request.prompt is not None:

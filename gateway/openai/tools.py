@@ -43,15 +43,9 @@ def tool_use_of(request: ChatRequest) -> ToolUse | None:
         if choice not in (None, "none"):
             raise InvalidRequest("tool_choice needs tools", field="tool_choice")
         return None
+    found = functions_of(request.tools)
     if choice == "none":
         return None
-    found: dict[str, FunctionDefinition] = {}
-    for at, tool in enumerate(request.tools):
-        function = _checked(tool, f"tools[{at}]").function
-        if function.name in found:
-            field = f"tools[{at}].function.name"
-            raise InvalidRequest(f"{field}: {function.name!r} is there twice", field=field)
-        found[function.name] = function
     mode: Mode = "required" if choice == "required" else "auto"
     if isinstance(choice, ToolChoice):
         mode, names = _chosen(choice)
@@ -60,6 +54,18 @@ def tool_use_of(request: ChatRequest) -> ToolUse | None:
                 raise InvalidRequest(f"tool_choice: {name!r} is none of the tools", field="tool_choice")
         found = {name: found[name] for name in names}
     return ToolUse(request.tools, found, mode, request.parallel_tool_calls is False or mode == "named")
+
+
+def functions_of(tools: Sequence[dict[str, Any]]) -> dict[str, FunctionDefinition]:
+    """By name. Raises :class:`InvalidRequest` for what is no tool."""
+    found: dict[str, FunctionDefinition] = {}
+    for at, tool in enumerate(tools):
+        function = _checked(tool, f"tools[{at}]").function
+        if function.name in found:
+            field = f"tools[{at}].function.name"
+            raise InvalidRequest(f"{field}: {function.name!r} is there twice", field=field)
+        found[function.name] = function
+    return found
 
 
 def _chosen(choice: ToolChoice) -> tuple[Mode, list[str]]:

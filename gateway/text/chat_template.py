@@ -88,12 +88,12 @@ class ChatTemplate:
 
     def knows(self, name: str) -> bool:
         """Does it name this variable? What it does not, changes nothing."""
-        source = self._source if self._with_tools is None else self._source + self._with_tools.source
-        return re.search(rf"\b{re.escape(name)}\b", source) is not None
+        return re.search(rf"\b{re.escape(name)}\b", self.sources) is not None
 
     @property
-    def source(self) -> str:
-        return self._source
+    def sources(self) -> str:
+        """All that it is made of."""
+        return self._source if self._with_tools is None else f"{self._source}\n{self._with_tools.sources}"
 
     @cached_property
     def _template(self) -> jinja2.Template:

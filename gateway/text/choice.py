@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from microserve.gateway.parsing.events import Event
 from microserve.gateway.routers.mailbox import Mailbox, TokenBatch
 from microserve.gateway.text.stop import StopMatcher
 from microserve.gateway.text.tokenizer import ModelTokenizer
@@ -27,9 +29,11 @@ class Piece:
     text: str = ""
     tokens: list[TokenText] = field(default_factory=list)
     finish_reason: str | None = None
+    events: list[Event] = field(default_factory=list)
+    """Instead of ``text``, where what the answer says is read (``reading.py``)."""
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.tokens or self.finish_reason)
+        return bool(self.text or self.tokens or self.finish_reason or self.events)
 
 
 @dataclass(slots=True)
@@ -52,6 +56,13 @@ class Timeline:
 
 class Choice:
     """One of the ``n`` answers to a prompt, as it grows. ``finish_reason`` or ``error`` is set at its end."""
+
+    is_read: ClassVar[bool] = False
+    """Is there more in it than text?"""
+    num_reasoning_tokens = 0
+    num_calls = 0
+    num_unread = 0
+    """Calls that could not be read."""
 
     def __init__(
         self,
@@ -95,7 +106,12 @@ class Choice:
     @property
     def is_plain(self) -> bool:
         """Its tokens are text and nothing else, and only the router says when it ends."""
-        return self._matcher is None and self._transcript is None
+        return self._matcher is None and self._transcript is None and not self.is_read
+
+    @property
+    def told_reason(self) -> str | None:
+        """``finish_reason`` as clients know it."""
+        return self.finish_reason
 
     @property
     def ended(self) -> Ended | None:
@@ -120,6 +136,7 @@ class Choice:
         if (
             self._matcher is None
             and self._transcript is None
+            and not self.is_read
             and self._held is None
             and stop_ids.isdisjoint(batch.token_ids)
         ):
@@ -187,8 +204,13 @@ class Choice:
             if not self.over:
                 self._reveal(self._detokenizer.flush(), piece)
             if not self.over:
+                self._conclude(piece, is_cut=ended.reason == "length")
+            if not self.over:
                 self.finish_reason = ended.reason
                 self._reveal_rest(piece)
+
+    def _conclude(self, piece: Piece, *, is_cut: bool) -> None:
+        """Nothing more comes; ``is_cut``: by a bound, not by the model."""
 
     def cut_short(self, piece: Piece) -> None:
         """Its time is over: what there is, is the answer, and ``piece`` its last one."""

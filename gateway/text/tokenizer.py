@@ -29,6 +29,9 @@ INLINE_CHARS = 2048
 LOOKED_UP_CHARS = 8192
 """Of texts that are looked up word by word, which takes a fifth of the time."""
 
+TAIL_TOKENS = 256
+"""Of a prompt, that are looked at for what the template has begun of the answer."""
+
 NUM_THREADS = 2
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool of threads wakes for one new word, too
 
@@ -60,6 +63,7 @@ class ModelTokenizer:
         self._longest_token_chars = max(map(len, vocabulary), default=1)
         self.vocabulary = Vocabulary(tokenizer)
         self._words = Words.of(tokenizer)
+        self._added = tokenizer.get_added_tokens_decoder().keys()
         self.template = template
         self._control = None if parse_control_tokens else ControlText(tokenizer)
 
@@ -164,6 +168,23 @@ class ModelTokenizer:
         # The template has written the special tokens itself.
         [ids] = await self.encode([text], add_special_tokens=False, max_tokens=max_tokens, field="messages")
         return ids
+
+    def added_id(self, text: str) -> int | None:
+        """Of a token that is this text wherever it stands; None if there is no such."""
+        token_id = self._tokenizer.token_to_id(text)
+        return token_id if token_id in self._added else None
+
+    def ids_of(self, text: str) -> tuple[int, ...]:
+        """Of a short text that has markers."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def tail(self, token_ids: Sequence[int], marks: Mapping[int, str]) -> str:
+        """The text of the last tokens, some of which are ``marks``."""
+        tail = token_ids[-TAIL_TOKENS:]
+        detokenizer = self.detokenizer(token_ids[:-TAIL_TOKENS])
+        return "".join(
+            marks[token_id] if token_id in marks else detokenizer.step(token_id)[1] for token_id in tail
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)

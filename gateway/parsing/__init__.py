@@ -1,0 +1,10 @@
+"""What a model's answer says: text, what it thought, which tools it calls. Text in, events out; no I/O.
+
+Owns how families of models mark these (``families.py``: a few lines each) and what a client is told of it.
+Must not know HTTP, JSON of an API, routers, or how tokens become text; a marker that is a token of its own
+comes in as one character that no text has.
+
+Start with ``events.py`` (what comes out) and ``reader.py`` (one answer as it grows), which is made of
+``regions.py`` (where a marked text begins and ends) and ``calls.py`` (a marked text -> a call);
+``parsers.py`` is what one model needs, found from its chat template.
+"""
