@@ -157,7 +157,8 @@ async def _serve(
         stack.push_async_callback(state.routers.close)
         stack.enter_context(_server_log())
         if gateway.usage_path:
-            ledger = Ledger(gateway.usage_path, state.quotas.book, time.time)
+            # Only keys of a file have budgets.
+            ledger = Ledger(gateway.usage_path, state.quotas.book, time.time, asks_others=reader is not None)
             ledger.start()
             stack.push_async_callback(ledger.close)
         if reader is not None:

@@ -167,21 +167,27 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._asked_to_exit = asyncio.Event()
+        self._news = asyncio.Event()
+        """It is asked to exit, or somebody connects."""
+        self._connected_at = -math.inf
+        """By the loop's clock, the last time."""
 
     def stop(self) -> None:
         """Take no new connections, and end when those that are open have."""
         self.should_exit = True
-        self._asked_to_exit.set()
+        self._news.set()
 
     async def main_loop(self) -> None:
         """As uvicorn's, which looks ten times a second whether it has been stopped; the date in the headers
-        is a second's."""
+        is a second's, where anybody is connected to see it."""
+        loop, connections = asyncio.get_running_loop(), self.server_state.connections
         while not await self.on_tick(0):
+            is_seen = connections or loop.time() - self._connected_at < DATE_S
+            self._news.clear()
             with contextlib.suppress(TimeoutError):
                 # In step with what else the process does every interval.
-                async with asyncio.timeout(until_tick(asyncio.get_running_loop().time(), DATE_S)):
-                    await self._asked_to_exit.wait()
+                async with asyncio.timeout(until_tick(loop.time(), DATE_S) if is_seen else None):
+                    await self._news.wait()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -194,6 +200,9 @@ class HttpServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
 
         def make_protocol() -> asyncio.Protocol:
+            self._connected_at = loop.time()
+            if not state.connections:
+                self._news.set()
             return GatewayProtocol(
                 config=config, server_state=state, app_state=self.lifespan.state, _loop=loop
             )

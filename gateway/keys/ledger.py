@@ -60,14 +60,23 @@ class Ledger:
     """Writes a book to a file, from ``start`` to ``close``."""
 
     def __init__(
-        self, path: str, book: UsageBook, wall_clock: Callable[[], float], *, flush_s: float = FLUSH_S
+        self,
+        path: str,
+        book: UsageBook,
+        wall_clock: Callable[[], float],
+        *,
+        asks_others: bool = True,
+        flush_s: float = FLUSH_S,
     ) -> None:
+        """``asks_others``: what other gateways count matters here, also while nothing is counted."""
         self._path = Path(path)
         self._book = book
         self._wall_clock = wall_clock
+        self._asks_others = asks_others
         self._flush_s = flush_s
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="usage")
         self._stop = asyncio.Event()
+        self._news = book.news
         self._task: asyncio.Task[None] | None = None
         self._is_failing = False
 
@@ -77,6 +86,7 @@ class Ledger:
     async def close(self) -> None:
         """Write what is left, if that can be done soon."""
         self._stop.set()
+        self._news.set()
         if self._task is not None:
             await asyncio.wait([self._task], timeout=CLOSE_S)
             self._task.cancel()
@@ -85,6 +95,8 @@ class Ledger:
     async def _run(self) -> None:
         while not self._stop.is_set():
             await self._flush()
+            if not self._asks_others:
+                await self._news.wait()
             with suppress(TimeoutError):
                 async with asyncio.timeout(until_tick(asyncio.get_running_loop().time(), self._flush_s)):
                     await self._stop.wait()
@@ -93,11 +105,13 @@ class Ledger:
     async def _flush(self) -> None:
         since = day_of(self._wall_clock() - DAY_S)
         loop = asyncio.get_running_loop()
+        self._news.clear()
         deltas = self._book.take()
         try:
             shared = await loop.run_in_executor(self._thread, add_counts, self._path, deltas, since)
         except Exception as error:  # whatever a disk can come up with: counting must go on
             self._book.put_back()
+            self._news.set()
             if not self._is_failing:
                 self._is_failing = True
                 _logger.error(log.USAGE_UNWRITTEN, path=str(self._path), error=str(error))

@@ -6,6 +6,7 @@ kept, so that a clock that is set to and fro over midnight loses nothing.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,6 +63,8 @@ class UsageBook:
     def __init__(self) -> None:
         self.total: dict[str, Counts] = {}
         """By name, since this process began: for ``/metrics``."""
+        self.news = asyncio.Event()
+        """Something is to be written."""
         self._pending: Deltas = {}
         self._flying: Deltas = {}
         """Handed to the ledger, which has not answered yet."""
@@ -70,6 +73,7 @@ class UsageBook:
 
     def add(self, wall: float, name: str, counts: Counts) -> None:
         self.total[name] = self.total.get(name, Counts()) + counts
+        self.news.set()
         key = (day_of(wall), name)
         if key in self._pending:
             self._pending[key] += counts

@@ -19,8 +19,9 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, MeshError, NoEngines, QueueFull
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
-from microserve.protocol.process.tick import at_rest, tick
+from microserve.protocol.process.tick import at_rest
 
 _ADDRESS = re.compile(r"tcp://\S+:\d{1,5}|ipc://\S+|inproc://\S+")
 
@@ -52,6 +53,9 @@ class RouterClient:
         self._loop = asyncio.get_running_loop()
         self._patience_s = 2 * heartbeat_interval_s * liveness
         self._clock = clock
+        self._pace = Pace(heartbeat_interval_s, liveness, self._is_busy)
+        self._next_s = 0.0
+        """As our last pings said."""
         self._moves = Moves(self.choose, patience_s=self._patience_s, clock=clock)
         self.links = [
             RouterLink(
@@ -63,12 +67,12 @@ class RouterClient:
                 clock=clock,
                 on_lost=self._moves.lost,
                 on_heard=self._heard,
+                on_speaks=self._pace.stir,
             )
             for address in dict.fromkeys(addresses)  # a router has one connection of a gateway
         ]
         self._model = model
         self._interval_s = at_rest(heartbeat_interval_s, liveness)
-        """A ping says nothing but that we are here."""
         self._routers: Peers[str, RouterLink] = Peers(
             interval_s=self._interval_s, silence_s=heartbeat_interval_s * liveness
         )
@@ -101,14 +105,19 @@ class RouterClient:
 
     async def _beat(self) -> None:
         while True:
-            await tick(self._interval_s)
+            await self._pace.tick(self._next_s, self._interval_s)
+            now, next_s = self._clock(), self._pace.next_s
+            for link in self.links:
+                if self._next_s and not next_s:  # whom we ask answers as soon as any (WIRE.md 3.5)
+                    self._routers.rouse(link.address, now)
+            self._next_s = next_s
             for link in self.links:
                 with surviving("heartbeat", address=link.address):
                     if link.is_open:
-                        link.ping()
+                        link.ping(next_s)
                     else:  # there was no socket to be had
                         link.connect()
-            for router, _ in self._routers.expire(self._clock()):
+            for router, _ in self._routers.expire(self._clock(), next_s):
                 with surviving("loss of a router", address=router.value.address):
                     router.value.lose("silent")
                 with surviving("connection to a router", address=router.value.address):
@@ -116,9 +125,15 @@ class RouterClient:
             with surviving("requests without a router"):
                 self._moves.place()
 
-    def _heard(self, link: RouterLink) -> None:
+    def _is_busy(self) -> bool:
+        all_know = all(link.joined and link.is_paced for link in self.links)
+        return bool(self.num_requests) or self._moves.is_busy or not all_know
+
+    def _heard(self, link: RouterLink, next_s: float | None) -> None:
         """Something came from there, or a hello of ours went: until an answer is due, that counts as much."""
-        if self._routers.heard(link.address, link.seen_at) is None:
+        if next_s and not self._next_s:
+            return  # sent before it was asked, and no answer
+        if self._routers.heard(link.address, link.seen_at, next_s=next_s) is None:
             self._routers.join(link.address, link.address, 0, link, link.seen_at)
 
     def is_usable(self, link: RouterLink) -> bool:

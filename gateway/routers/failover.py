@@ -58,6 +58,11 @@ class Moves:
         self._kept: dict[Mailbox, _Kept] = {}
         self._homeless: dict[Mailbox, _Kept] = {}
 
+    @property
+    def is_busy(self) -> bool:
+        """Some have no router now."""
+        return bool(self._homeless)
+
     def keep(self, mailbox: Mailbox, message: Generate, prompt: bytes) -> None:
         """Remember how to send it again, if that is not too much."""
         if len(prompt) > MAX_PROMPT_NBYTES or self.kept_nbytes + len(prompt) > MAX_KEPT_NBYTES:

@@ -72,9 +72,11 @@ class RouterLink:
         credit: int,
         clock: Callable[[], float],
         on_lost: Callable[[list[Mailbox], MeshError], None],
-        on_heard: Callable[[RouterLink], None],
+        on_heard: Callable[[RouterLink, float | None], None],
+        on_speaks: Callable[[], None],
     ) -> None:
-        """``on_lost`` takes over the requests of a router that is lost or stops."""
+        """``on_lost`` takes over the requests of a router that is lost or stops. ``on_heard`` is told of each
+        message, with its ``next_s`` if it has one; ``on_speaks`` of what we say beside signs of life."""
         self.address = address
         self.router_id = ""
         self.router_incarnation: int | None = None
@@ -87,6 +89,8 @@ class RouterLink:
         self.num_requests = 0
         self.max_requests = 0
         self.mailboxes: dict[str, Mailbox] = {}
+        self.is_paced = False
+        """It knows ``next_s``."""
         self.seen_at = 0.0
         """By ``clock``, time of the router's last message, or of our hello."""
         self.lost_at = float("-inf")
@@ -98,6 +102,7 @@ class RouterLink:
         self._clock = clock
         self._on_lost = on_lost
         self._on_heard = on_heard
+        self._on_speaks = on_speaks
         self._meter = CreditMeter(credit)
         self._socket: NumberedClient | None = None
 
@@ -130,18 +135,21 @@ class RouterLink:
 
     def _hello(self) -> None:
         self.seen_at = self._clock()
-        self._on_heard(self)
+        self._on_heard(self, 0.0)
         self._meter = CreditMeter(self._credit)
         self.send(GatewayHello(self._gateway_id, self._incarnation, self._credit))
 
     def send(self, message: RouterRequest, *bulk: bytes) -> bool:
         """False when the queue to the router is full or there is no socket."""
+        if not isinstance(message, GatewayPing):
+            self._on_speaks()
         return self._socket is not None and self._socket.send(ROUTER_REQUEST.encode(message, *bulk))
 
-    def ping(self) -> None:
-        """Keep the router's side of the connection and our requests alive."""
+    def ping(self, next_s: float) -> None:
+        """Keep the router's side of the connection and our requests alive; the next one comes in ``next_s``,
+        if that is not 0."""
         if self.joined:
-            self.send(GatewayPing(self._incarnation))
+            self.send(GatewayPing(self._incarnation, next_s))
 
     def cancel(self, request_id: str) -> None:
         self.send(Cancel(request_id))
@@ -188,7 +196,7 @@ class RouterLink:
             self._on_failed(message)
             return
         self.seen_at = self._clock()
-        self._on_heard(self)
+        self._on_heard(self, message.next_s if isinstance(message, RouterHeartbeat) else None)
         match message:
             case Stream():
                 self._on_stream(message)
@@ -242,6 +250,7 @@ class RouterLink:
             )
         self.router_id = welcome.router_id
         self.router_incarnation = welcome.incarnation
+        self.is_paced = welcome.paced
         self._set_model(welcome)
 
     def _on_heartbeat(self, heartbeat: RouterHeartbeat) -> None:

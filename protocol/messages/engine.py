@@ -132,6 +132,8 @@ class Ping(_Message, frozen=True, tag=11):
     """Liveness of the router and of every request that it owns; not answered."""
 
     incarnation: int
+    next_s: float = 0.0
+    """The next one comes in so long, for nothing is under way; 0: in an interval."""
 
 
 class Credit(_Message, frozen=True, tag=12):
@@ -285,6 +287,8 @@ class Welcome(_Message, frozen=True, tag=1):
     call_id: int
     info: EngineInfo
     load: EngineLoad
+    paced: bool = False
+    """It knows ``Ping.next_s``."""
 
 
 class Granted(_Message, frozen=True, tag=2):
@@ -350,6 +354,8 @@ class Heartbeat(_Message, frozen=True, tag=10):
 
     incarnation: int
     load: EngineLoad
+    next_s: float = 0.0
+    """The next one comes in so long, for nothing is under way; 0: in an interval."""
 
 
 class Failed(_Message, frozen=True, tag=11):

@@ -29,6 +29,8 @@ class Beat(_Message, frozen=True, tag=2):
     engine_id: str
     incarnation: int
     load: EngineLoad
+    next_s: float = 0.0
+    """The next one comes in so long, for nothing is under way; 0: in an interval."""
 
 
 class Deregister(_Message, frozen=True, tag=3):
@@ -58,6 +60,8 @@ class Watch(_Message, frozen=True, tag=4):
     """Of requests that name none."""
     answers: bool = False
     """It knows ``Question``."""
+    next_s: float = 0.0
+    """The next one comes in so long, for nothing is under way; 0: in an interval."""
 
 
 class Lookup(_Message, frozen=True, tag=5):
@@ -95,6 +99,8 @@ IndexRequest = (
 class Registered(_Message, frozen=True, tag=1):
     call_id: int
     index_incarnation: int
+    paced: bool = False
+    """It knows ``Beat.next_s``."""
 
 
 class Unknown(_Message, frozen=True, tag=2):
@@ -114,6 +120,8 @@ class Members(_Message, frozen=True, tag=3):
     index_incarnation: int
     version: int
     members: list[Member]
+    paced: bool = False
+    """It knows ``Watch.next_s``."""
 
 
 class Matches(_Message, frozen=True, tag=4):

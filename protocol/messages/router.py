@@ -60,6 +60,8 @@ class GatewayPing(_Message, frozen=True, tag=4):
     """Liveness of the gateway and of every request it owns; not answered."""
 
     incarnation: int
+    next_s: float = 0.0
+    """The next one comes in so long, for nothing is under way; 0: in an interval."""
 
 
 class StreamCredit(_Message, frozen=True, tag=5):
@@ -148,6 +150,8 @@ class RouterWelcome(_Message, frozen=True, tag=1):
     """Ids that end a sequence and carry no text; empty until the first engine is known."""
     revision: str = ""
     """Of the model that is served; as ``EngineInfo.revision``."""
+    paced: bool = False
+    """It knows ``GatewayPing.next_s``."""
 
 
 class Stream(_Message, frozen=True, tag=2):
@@ -169,6 +173,8 @@ class RouterHeartbeat(_Message, frozen=True, tag=3):
     eos_token_ids: list[int] = []
     revision: str = ""
     """Both as in ``RouterWelcome``."""
+    next_s: float = 0.0
+    """The next one comes in so long, for nothing is under way; 0: in an interval."""
 
 
 class RouterFailed(_Message, frozen=True, tag=4):

@@ -4,5 +4,6 @@ Owns log, loop, signals, watchdog and exit codes, the same for every service. Mu
 runs.
 
 Start with run.py (``run_service``, from settings to exit code), then lifecycle.py (what a service says of
-itself), notify.py (what systemd is told of it) and tick.py (when all do what they do every interval).
+itself), notify.py (what systemd is told of it), tick.py (when all do what they do every interval) and pace.py
+(how long that is).
 """

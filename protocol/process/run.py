@@ -33,6 +33,7 @@ from microserve.protocol.logging.setup import Log, configure, say
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.limits import fill_standard_streams, raise_descriptor_limit
 from microserve.protocol.process.notify import Notifier
+from microserve.protocol.process.tick import until_tick
 from microserve.protocol.settings import Settings
 
 EXIT_STOPPED = 0
@@ -242,7 +243,8 @@ def _stop_on_signals(service: asyncio.Task[None], notifier: Notifier) -> None:
 
 
 async def feed_watchdog(lifecycle: Lifecycle, notifier: Notifier) -> None:
-    """Ping three times a period, but only when the loop was on time and the service says that it is well.
+    """Ping three times a period, all of a machine at the same moments, but only when the loop was on time and
+    the service says that it is well.
 
     Two pings may be lost without harm; a loop that lags by half an interval withholds its ping.
     """
@@ -251,7 +253,8 @@ async def feed_watchdog(lifecycle: Lifecycle, notifier: Notifier) -> None:
     loop = asyncio.get_running_loop()
     interval_s = notifier.watchdog_s / 3
     while True:
-        due = loop.time() + interval_s
-        await asyncio.sleep(interval_s)
+        left_s = until_tick(loop.time(), interval_s)
+        due = loop.time() + left_s
+        await asyncio.sleep(left_s)
         if loop.time() - due < interval_s / 2 and lifecycle.healthy():
             notifier.send("WATCHDOG=1")

@@ -175,9 +175,14 @@ class Guard:
             self._answer(self._zap.recv_multipart())
         now = time.monotonic()
         early = now + TICK_S / 2  # what is due so soon would have it wake up twice
-        if self._trust is not None and early - self._trusted_at >= TRUST_S:
-            self._refresh(now)
-        if num and early - self._looked_at >= tick_s:
+        is_due = bool(num) and early - self._looked_at >= tick_s
+        if self._trust is not None:
+            are_due = early - self._trusted_at >= TRUST_S
+            if tick_s == REST_S:  # at rest both come by one wake-up
+                are_due = is_due = are_due or is_due
+            if are_due:
+                self._refresh(now)
+        if is_due:
             self._looked_at = now
             self._look()
 

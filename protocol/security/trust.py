@@ -33,6 +33,7 @@ class Trust:
 
     def __init__(self, root: Path) -> None:
         self._places = list(places(root))
+        self._directories = [str(directory) for directory, _ in self._places]
         self._root = root
         self._signature: Signature | None = None
         self._roles: dict[str, Roles] = {}
@@ -58,14 +59,14 @@ class Trust:
     def _sign(self) -> Signature:
         """Raises ``OSError`` also when ``trusted`` is missing for the first time: it may be about to be
         replaced."""
-        is_missing = not (self._root / "trusted").is_dir()
+        is_missing = not os.path.isdir(self._directories[0])
         was_missing, self._was_missing = self._was_missing, is_missing
         if is_missing and not was_missing:
             raise FileNotFoundError(self._root / "trusted")
         return tuple(
-            (str(file), stat.st_mtime_ns, stat.st_size, stat.st_ino)
-            for directory, _ in self._places
-            for file, stat in key_files(directory)
+            (file, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            for directory in self._directories
+            for file, stat in _key_stats(directory)
         )
 
     def _read(self) -> dict[str, Roles]:
@@ -94,6 +95,12 @@ def places(root: Path) -> Iterator[tuple[Path, Role]]:
 
 def key_files(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
     """``*.key`` in order; a directory that is not there has none."""
+    for file, stat in _key_stats(str(directory)):
+        yield Path(file), stat
+
+
+def _key_stats(directory: str) -> Iterator[tuple[str, os.stat_result]]:
+    """As :func:`key_files`, for who looks every second: paths as objects would be half of it."""
     try:
         names = sorted(os.listdir(directory))
     except (FileNotFoundError, NotADirectoryError):
@@ -101,7 +108,7 @@ def key_files(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
     for name in names:
         if name.endswith(".key") and not name.startswith("."):
             try:
-                yield directory / name, os.stat(directory / name)
+                yield (file := f"{directory}/{name}"), os.stat(file)
             except FileNotFoundError:
                 continue  # gone since
 

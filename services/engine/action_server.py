@@ -58,15 +58,17 @@ class ActionServer:
         publish: Callable[[list[KVEvent]], None],
         next_seq: Callable[[], int],
         on_drain: Callable[[], None] = lambda: None,
+        stir: Callable[[], None] = lambda: None,
     ) -> None:
         """``interval_s``: of :meth:`beat`. ``on_drain`` is called, under the core's lock, when a peer asks
-        the engine to leave."""
+        the engine to leave; ``stir`` with every message of who is not idle."""
         self._core = core
         self._incarnation = incarnation
         self._clock = core.clock
         self._publish = publish
         self._next_seq = next_seq
         self._on_drain = on_drain
+        self._stir = stir
         self._sessions: Peers[bytes, Session] = Peers(interval_s=interval_s, silence_s=silence_s)
         """By routing id."""
         self._info: wire.EngineInfo | None = None
@@ -115,7 +117,10 @@ class ActionServer:
         if isinstance(message, wire.Hello):
             self._hello(peer, message, now)
             return None
-        session = self._sessions.heard(peer, now)
+        next_s = message.next_s if isinstance(message, wire.Ping) else 0.0
+        session = self._sessions.heard(peer, now, next_s=next_s)
+        if not next_s:
+            self._stir()
         if session is None:
             raise ProtocolViolation("say Hello first")
         tokens = decode_tokens(bulk[0]) if bulk else None
@@ -163,13 +168,14 @@ class ActionServer:
         if self._info is None:
             raise InvalidRequest("the engine is still starting")
         with self._core.lock:
-            welcome = wire.Welcome(message.call_id, self._info, self._core.load())
+            welcome = wire.Welcome(message.call_id, self._info, self._core.load(), paced=True)
         if not self._send(peer, welcome):
             return  # an engine that thaws reads old hellos: one of a closed socket must replace nobody
         fresh = Session(StreamQueue(wire.Delta, message.credit), is_reader=message.credit == 0)
         session, replaced = self._sessions.join(peer, message.router_id, message.incarnation, fresh, now)
         for old in replaced:
             self._drop(old, "replaced")
+        self._stir()
         # A router that says hello again counts from its full window, and so do we.
         session.value.queue.window = CreditWindow(message.credit)
         if not session.value.is_reader:
@@ -221,20 +227,26 @@ class ActionServer:
         return len(self._sessions)
 
     @property
+    def are_idle(self) -> bool:
+        """All of these, so they say."""
+        return self._sessions.are_idle
+
+    @property
     def has_pending(self) -> bool:
         """Is there anything that routers have not been sent?"""
         with self._core.lock:
             return self._core.has_output or any(session.value.queue for session in self._sessions)
 
-    def beat(self) -> None:
-        """Heartbeat to every router, and the end of those that fell silent."""
+    def beat(self, next_s: float = 0.0) -> None:
+        """Heartbeat to every router, and the end of those that fell silent. The next one comes in ``next_s``,
+        if that is not 0."""
         now = self._clock()
         with self._core.lock:
             load = self._core.load()
-        frames = ENGINE_REPLY.encode(wire.Heartbeat(self._incarnation, load))
+        frames = ENGINE_REPLY.encode(wire.Heartbeat(self._incarnation, load, next_s))
         for session in self._sessions:
             self._send_frames(session.key, frames)
-        for session, _ in self._sessions.expire(now):
+        for session, _ in self._sessions.expire(now, next_s):
             self._drop(session, "silent")
             # Should only one direction be dead, the router learns it before it misses us.
             self._send(session.key, failed(0, ProtocolViolation("you were silent; say Hello first")))

@@ -16,6 +16,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.peers import SIGNS
 from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
@@ -28,8 +29,9 @@ from microserve.protocol.messages.index import (
     Registered,
     Unknown,
 )
+from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
-from microserve.protocol.process.tick import between_signs, tick
+from microserve.protocol.process.tick import between_signs
 
 _logger = structlog.get_logger()
 
@@ -46,12 +48,14 @@ class IndexClient:
         load: Callable[[], EngineLoad],
         heartbeat_interval_s: float,
         liveness: int,
+        pace: Pace | None = None,
         on_refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """``load`` is asked at every beat. ``on_refused`` is told why the index refuses the engine, whenever
         that changes; empty: it does no more.
 
-        The index is lost after ``liveness`` intervals without an answer.
+        The index is lost after ``liveness`` intervals without an answer. ``pace``: None for an engine that is
+        never idle.
         """
         self.registered = False
         self._bus = bus
@@ -59,6 +63,11 @@ class IndexClient:
         self._info = info
         self._load = load
         self._interval_s = between_signs(heartbeat_interval_s, liveness)
+        self._pace = pace or Pace(heartbeat_interval_s, liveness, lambda: True)
+        self._is_paced = False
+        """The index bears that we are silent for longer, so long as we say so."""
+        self._next_s = 0.0
+        """As our last beat said."""
         self._silence_s = heartbeat_interval_s * liveness
         self._loop = asyncio.get_running_loop()
         self._socket: ClientSocket | None = None
@@ -78,7 +87,7 @@ class IndexClient:
         while not self._closed:
             with surviving("beat to the index"):
                 self._tick()
-            await tick(self._interval_s)
+            await self._pace.tick(self._next_s, self._interval_s)
 
     def close(self) -> None:
         """Leave the mesh. A second call does nothing."""
@@ -99,15 +108,19 @@ class IndexClient:
 
     def _tick(self) -> None:
         now = self._loop.time()
+        silence_s = max(self._silence_s, SIGNS * self._next_s)
+        before_s, self._next_s = self._next_s, self._pace.next_s if self._is_paced else 0.0
         if self._socket is None:
             self._open()
-        if now - self._heard_at > self._silence_s:
+        if now - self._heard_at > silence_s:
             self.registered = False
             if not self._lost:
                 self._lost = True
                 _logger.warning(log.INDEX_LOST, address=self._address)
             if now - self._opened_at > self._silence_s:
                 self._open()
+        elif before_s and not self._next_s:
+            self._heard_at = now  # it need not have said anything so soon
         if now >= self._refused_until:
             self._register()
         else:  # also while refused: an engine that was stuck shows in its beats that it has moved
@@ -119,7 +132,7 @@ class IndexClient:
         self._beat()  # a member is known by its load from the start
 
     def _beat(self) -> None:
-        self._send(Beat(self._info.engine_id, self._info.incarnation, self._load()))
+        self._send(Beat(self._info.engine_id, self._info.incarnation, self._load(), self._next_s))
 
     def _send(self, message: IndexRequest) -> None:
         if self._socket is not None:
@@ -133,7 +146,8 @@ class IndexClient:
             return
         self._heard_at = self._loop.time()
         match reply:
-            case Registered(_, index_incarnation):
+            case Registered(_, index_incarnation, paced):
+                self._is_paced = paced
                 if self._lost or index_incarnation != self._index_incarnation:
                     _logger.info(log.INDEX_JOINED, address=self._address, incarnation=index_incarnation)
                 self.registered = True

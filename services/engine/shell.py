@@ -20,6 +20,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest, between_signs, until_tick
 from microserve.protocol.settings import Settings
@@ -116,6 +117,8 @@ class EngineShell:
         self._sign_interval_s = between_signs(interval_s, settings.bus.liveness)
         self._signed_at = float("-inf")
         """When the stream of KV events was last looked at, whether it was quiet."""
+        # Routers are calm before they say that they are idle.
+        self._pace = Pace(interval_s, settings.bus.liveness, self._is_busy, calm_s=0.0)
         self._publisher = KvPublisher(
             bus,
             events_address=settings.engine.events_address,
@@ -134,6 +137,7 @@ class EngineShell:
             publish=self._publisher.publish,
             next_seq=lambda: self._publisher.next_seq,
             on_drain=self.drain,
+            stir=self._pace.stir,
         )
         limits = core.state.limits
         self._info = EngineInfo(
@@ -164,6 +168,7 @@ class EngineShell:
             load=self._locked_load,
             heartbeat_interval_s=interval_s,
             liveness=settings.bus.liveness,
+            pace=self._pace,
             on_refused=self._on_refused,
         )
         self._steps = make_steps(core, self._on_output, self._on_crash)
@@ -219,6 +224,7 @@ class EngineShell:
             num_requests = self._core.state.num_requests
         self._leaves_at = self._clock() + self._settings.engine.drain_s
         self._draining.set()
+        self._pace.stir()
         _logger.info(log.ENGINE_DRAINING, requests=num_requests, drain_s=self._settings.engine.drain_s)
         self._server.beat()
 
@@ -240,10 +246,14 @@ class EngineShell:
     async def _beat(self) -> None:
         """Routers go by the loads that they were last told: who does anything tells it every interval."""
         while True:
+            next_s = self._pace.next_s
             with surviving("heartbeat"):
-                self._server.beat()
+                self._server.beat(next_s)
             with surviving("heartbeat of KV events"):
                 self._sign_events()
+            if next_s:  # whoever wakes us waits for a word
+                await self._pace.tick(next_s, self._rest_interval_s)
+                continue
             with self._core.lock:
                 is_at_rest = not (self._stirred.is_set() or self._core.state.may_expire_soon)
             self._stirred.clear()
@@ -264,6 +274,11 @@ class EngineShell:
         if now - self._signed_at >= self._sign_interval_s - self._rest_interval_s:
             self._signed_at = now
             self._publisher.beat()
+
+    def _is_busy(self) -> bool:
+        with self._core.lock:
+            may_change = self._core.state.may_expire_soon
+        return may_change or self._stirred.is_set() or not self._server.are_idle or self._draining.is_set()
 
     def _healthy(self) -> bool:
         """Steps advance, or there is nothing to step."""
@@ -299,6 +314,7 @@ class EngineShell:
         with self._core.lock:
             self._flush_scheduled = False
         self._stirred.set()
+        self._pace.stir()
         self._server.flush()
 
     def _on_crash(self) -> None:

@@ -102,9 +102,17 @@ class Membership:
         self.version += 1
         return Admission.JOINED if present is None else Admission.REPLACED
 
-    def beat(self, engine_id: str, incarnation: int, load: EngineLoad, now: float) -> bool:
-        """Take a heartbeat. False: answer ``Unknown``, so that a living engine registers (again)."""
-        peer = self._members.heard(engine_id, now, incarnation)
+    @property
+    def are_idle(self) -> bool:
+        """All members, so they say."""
+        return self._members.are_idle
+
+    def beat(
+        self, engine_id: str, incarnation: int, load: EngineLoad, now: float, next_s: float = 0.0
+    ) -> bool:
+        """Take a heartbeat; the next one comes in ``next_s``, if that is not 0. False: answer ``Unknown``, so
+        that a living engine registers (again)."""
+        peer = self._members.heard(engine_id, now, incarnation, next_s)
         if peer is not None:
             self._members.progressed(engine_id, progress=load.progress, busy=load.is_busy, now=now)
             peer.value = Member(peer.value.info, load)
@@ -132,10 +140,11 @@ class Membership:
         self._members.remove(engine_id)
         self.version += 1
 
-    def expire(self, now: float) -> list[tuple[EngineInfo, Loss]]:
-        """Remove and return the silent and the stuck. Call every interval."""
+    def expire(self, now: float, next_s: float = 0.0) -> list[tuple[EngineInfo, Loss]]:
+        """Remove and return the silent and the stuck. Call every interval, or in ``next_s`` if that is not
+        0."""
         lost: list[tuple[EngineInfo, Loss]] = []
-        for peer, loss in self._members.expire(now):
+        for peer, loss in self._members.expire(now, next_s):
             member = peer.value
             lost.append((member.info, loss))
             self.version += 1

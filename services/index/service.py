@@ -41,8 +41,9 @@ from microserve.protocol.messages.decisions import Answer, Explain
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.world import JoinWorld
 from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
-from microserve.protocol.process.tick import at_rest, tick
+from microserve.protocol.process.tick import at_rest
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance, Role
 from microserve.protocol.settings import BusSettings, Settings
@@ -117,6 +118,7 @@ class IndexService:
             silence_s=self._silence_s,
         )
         self.questions = QuestionDesk(self._answer)
+        self.pace = Pace(settings.heartbeat_interval_s, settings.liveness, self._is_busy, calm_s=0.0)
         self.control = ControlDesk(control_log or ControlLog(), self._answer, may_publish=may_publish)
         try:
             self._socket = bus.server(address, self._on_frames, Entrance.INDEX)
@@ -132,17 +134,20 @@ class IndexService:
         """None while no engine serves the model."""
         return self._indexes.get(model)
 
-    def tick(self) -> None:
-        """Call every heartbeat interval."""
+    def _is_busy(self) -> bool:
+        return not (self._membership.are_idle and self._watchers.are_idle and self.worlds.is_idle)
+
+    def tick(self, next_s: float = 0.0) -> None:
+        """Call every heartbeat interval, or in ``next_s`` if that is not 0."""
         now = self._loop.time()
-        lost = self._membership.expire(now)
+        lost = self._membership.expire(now, next_s)
         for info, loss in lost:
             self.counters[f"lost_{loss.value}"] += 1
             _logger.warning(log.ENGINE_LOST, engine_id=info.engine_id, reason=loss.value)
             self._forget(info.engine_id)
         if lost:
             self._publish()
-        for watcher, _ in self._watchers.expire(now):
+        for watcher, _ in self._watchers.expire(now, next_s):
             self._forget_watcher(watcher.key)
         self.worlds.expire(now)
 
@@ -177,12 +182,14 @@ class IndexService:
         now = self._loop.time()
         if not isinstance(message, Change):  # the desk of control decides that, and keeps a record of it
             rights.check(self._socket.sender_roles, type(message))
+        if not getattr(message, "next_s", 0.0):
+            self.pace.stir()
         match message:
             case wire.Register(call_id, info):
                 self._register(info, now)
-                self._answer(peer, wire.Registered(call_id, self.incarnation))
-            case wire.Beat(engine_id, incarnation, load):
-                if not self._membership.beat(engine_id, incarnation, load, now):
+                self._answer(peer, wire.Registered(call_id, self.incarnation, paced=True))
+            case wire.Beat(engine_id, incarnation, load, next_s):
+                if not self._membership.beat(engine_id, incarnation, load, now, next_s):
                     self._answer(peer, wire.Unknown(engine_id))
             case wire.Deregister(engine_id, incarnation):
                 if self._membership.deregister(engine_id, incarnation):
@@ -192,7 +199,7 @@ class IndexService:
             case wire.Watch():
                 if message.control_version >= 0:
                     rights.check(self._socket.sender_roles, rights.APPLY_CONTROL)
-                self._watch(peer, now)
+                self._watch(peer, now, message.next_s)
                 self.control.watch(peer, message)
                 self.questions.watch(peer, message)
             case wire.Lookup(call_id, salt):
@@ -287,15 +294,16 @@ class IndexService:
         for index in self._indexes.values():
             index.max_nbytes = self._max_nbytes // len(self._indexes)
 
-    def _watch(self, peer: bytes, now: float) -> None:
-        if self._watchers.heard(peer, now) is None:
+    def _watch(self, peer: bytes, now: float, next_s: float) -> None:
+        if self._watchers.heard(peer, now, next_s=next_s) is None:
             if len(self._watchers) >= MAX_WATCHERS:
                 raise QueueFull(f"{MAX_WATCHERS} peers watch already", retry_after_s=self._silence_s)
             self._watchers.join(peer, peer, 0, None, now)  # who has two connections watches twice
         self._answer(peer, self._members())
 
     def _members(self) -> wire.Members:
-        return wire.Members(self.incarnation, self._membership.version, self._membership.members())
+        members = self._membership.members()
+        return wire.Members(self.incarnation, self._membership.version, members, paced=True)
 
     def _publish(self) -> None:
         """Tell every watcher who is in; one that cannot be told watches again when it is back."""
@@ -357,9 +365,10 @@ async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = 
     try:
         (lifecycle or Lifecycle()).ready(service.address)
         while True:
-            await tick(at_rest(settings.bus.heartbeat_interval_s, settings.bus.liveness))
+            next_s = service.pace.next_s
             with surviving("look for silent engines"):
-                service.tick()
+                service.tick(next_s)
+            await service.pace.tick(next_s, at_rest(settings.bus.heartbeat_interval_s, settings.bus.liveness))
     finally:
         service.close()
 

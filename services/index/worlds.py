@@ -88,6 +88,11 @@ class WorldDesk:
         """Ranks, of all worlds."""
         return sum(len(each.waiting) for each in self._rounds.values())
 
+    @property
+    def is_idle(self) -> bool:
+        """Nobody waits."""
+        return not self._rounds
+
     def join(self, peer: bytes, message: JoinWorld, now: float) -> None:
         """Let it wait, and answer all if it was the last. Raises a :class:`MeshError` naming the field: a
         round that it does not fit into goes on without it."""

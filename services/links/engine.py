@@ -32,6 +32,7 @@ from microserve.protocol.errors import (
     error_for,
 )
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.tick import between_signs, until_tick
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.abort import Aborts
@@ -67,11 +68,13 @@ class EngineConnection:
         *,
         call_timeout_s: float,
         reads_only: bool = False,
+        pace: Pace | None = None,
         operator_labels: Callable[[str], Sequence[str] | None] = lambda engine_id: None,
         on_draining: Callable[[EngineConnection], None] = lambda connection: None,
     ) -> None:
-        """``reads_only``: nothing will be generated. ``operator_labels``: those given to an engine of that
-        id, None where none are. ``on_draining`` is called with every heartbeat of an engine that drains.
+        """``reads_only``: nothing will be generated. ``pace``: None for one that is never idle.
+        ``operator_labels``: those given to an engine of that id, None where none are. ``on_draining`` is
+        called with every heartbeat of an engine that drains.
 
         Raises ``OSError`` for an address that cannot be one."""
         self.info = info
@@ -96,13 +99,19 @@ class EngineConnection:
             interval_s=self._ping_interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
         )
         """The engine, from its welcome on."""
+        self._pace = pace or Pace(self._interval_s, settings.liveness, lambda: True)
+        self._is_paced = False
+        """It bears that we are silent for longer, so long as we say so."""
+        self._next_s = 0.0
+        """As our last ping said."""
         self._meter = CreditMeter(0 if reads_only else settings.credit)
         self._calls: Calls[Answer] = Calls(f"engine {info.engine_id}")
         self._aborts = Aborts()
         self._loop = asyncio.get_running_loop()
         self._joined = False
         self._lost: MeshError | None = None
-        self._ended = asyncio.Event()
+        self._news = asyncio.Event()
+        """It has ended, or there is something to do."""
         self._socket = NumberedClient(
             bus,
             info.address,
@@ -154,27 +163,38 @@ class EngineConnection:
             self.end(error)
             raise
         self.info, self.load, self.load_at = welcome.info, welcome.load, self._loop.time()
+        self._is_paced = welcome.paced
         self._peer.join(self.engine_id, self.engine_id, self.info.incarnation, None, self.load_at)
         self._joined = True
 
     async def run(self) -> MeshError:
         """After :meth:`join`: keep the connection alive until it ends; returns why."""
-        while self._lost is None:
-            self._send(wire.Ping(self._identity.incarnation))
-            self._repeat_aborts()
-            # Not an interval later than it can be known.
-            silent_s = self._peer.silent_in(self.engine_id, self._loop.time()) + SILENCE_MARGIN_S
-            try:
-                async with asyncio.timeout(min(self._until_tick(), silent_s)):
-                    await self._ended.wait()
-            except TimeoutError:
-                self._check_liveness()
-        return self._lost
+        while True:
+            self._news.clear()
+            next_s = 0.0 if self.is_busy or not self._is_paced else self._pace.next_s
+            self._check_liveness(next_s)
+            if self._lost is None:
+                self._ping(next_s)
+                self._repeat_aborts()
+            if self._lost is not None:
+                return self._lost
+            # Not an interval later than it can be known; and an abort is to be repeated soon.
+            wait_s = self._peer.silent_in(self.engine_id, self._loop.time()) + SILENCE_MARGIN_S
+            if self._aborts:
+                wait_s = min(wait_s, until_tick(self._loop.time(), self._interval_s))
+            await self._pace.tick(next_s, self._ping_interval_s, self._news, at_most_s=wait_s)
 
-    def _until_tick(self) -> float:
-        """A ping says nothing but that we are here; an abort is to be repeated soon."""
-        interval_s = self._interval_s if self._aborts else self._ping_interval_s
-        return until_tick(self._loop.time(), interval_s)
+    @property
+    def is_busy(self) -> bool:
+        """Something is under way here."""
+        return not self.is_idle or self.has_waiters
+
+    def _ping(self, next_s: float) -> None:
+        """Once there is something to do the engine has to answer as soon as any (WIRE.md 3.5)."""
+        if self._next_s and not next_s:
+            self._peer.rouse(self.engine_id, self._loop.time())
+        self._next_s = next_s
+        self._send(wire.Ping(self._identity.incarnation, next_s))
 
     def end(self, reason: MeshError) -> None:
         """Everything that waits fails with ``reason`` and the socket is closed. The first reason counts."""
@@ -185,7 +205,7 @@ class EngineConnection:
         self._calls.fail_all(self._loss(reason))
         self.streams.fail_all(lambda: self._loss(reason))
         self._aborts.clear()
-        self._ended.set()
+        self._news.set()
 
     def _take_loss(self, detail: str) -> None:
         self.end(EngineLost(f"engine {self.engine_id}: {detail}"))
@@ -201,8 +221,8 @@ class EngineConnection:
         loss.suspect = self.engine_id
         return loss
 
-    def _check_liveness(self) -> None:
-        for _, loss in self._peer.expire(self._loop.time()):
+    def _check_liveness(self, next_s: float) -> None:
+        for _, loss in self._peer.expire(self._loop.time(), next_s):
             why = {Loss.SILENT: "fell silent", Loss.STUCK: "has work and makes no progress"}[loss]
             self.end(EngineLost(f"engine {self.engine_id} {why}"))
 
@@ -264,6 +284,9 @@ class EngineConnection:
 
     def _send(self, message: wire.EngineRequest, *bulk: bytes) -> None:
         """A queue that is full up to its high-water mark means that nobody reads at the other end."""
+        if self._next_s and not isinstance(message, wire.Ping):
+            self._pace.stir()
+            self._ping(0.0)
         if not self._socket.send(ENGINE_REQUEST.encode(message, *bulk)):
             self.end(EngineLost(f"engine {self.engine_id} takes no messages"))
 
@@ -276,7 +299,7 @@ class EngineConnection:
             _logger.warning(log.FRAME_REJECTED, engine_id=self.engine_id, error=violation.detail)
             return
         if not isinstance(message, wire.Failed):  # a new life of the engine may refuse what the old one got
-            self._peer.heard(self.engine_id, self._loop.time())
+            self._take_sign(message.next_s if isinstance(message, wire.Heartbeat) else None)
         match message:
             case wire.Deltas():
                 self.streams.push(message.deltas)
@@ -310,6 +333,11 @@ class EngineConnection:
                     self._calls.resolve(message.call_id, (message, bulk))
             case _:  # a message without its case would be dropped, and its caller wait for a timeout
                 assert_never(message)
+
+    def _take_sign(self, next_s: float | None) -> None:
+        if next_s and not self._next_s:
+            return  # sent before it was asked, and no answer
+        self._peer.heard(self.engine_id, self._loop.time(), next_s=next_s)
 
     def _take_heartbeat(self, message: wire.Heartbeat) -> None:
         if message.incarnation != self.info.incarnation:

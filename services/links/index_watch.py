@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol, assert_never
 
+import msgspec
 import structlog
 
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
+from microserve.protocol.bus.peers import SIGNS
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages import control, decisions, index, world
 from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
-from microserve.protocol.process.tick import at_rest, between_signs, tick
+from microserve.protocol.process.tick import at_rest, between_signs
 from microserve.protocol.settings import BusSettings
 
 _logger = structlog.get_logger()
@@ -48,13 +51,18 @@ class Watcher(Protocol):
 class IndexWatch:
     """Keep :meth:`run` running; ``close`` it."""
 
-    def __init__(self, bus: Bus, address: str, settings: BusSettings, watcher: Watcher) -> None:
+    def __init__(self, bus: Bus, address: str, settings: BusSettings, watcher: Watcher, pace: Pace) -> None:
         self._address = address
         self._watcher = watcher
         self._interval_s = at_rest(settings.heartbeat_interval_s, settings.liveness)
         self._sign_interval_s = between_signs(settings.heartbeat_interval_s, settings.liveness)
         self._said: list[bytes] = []
         self._said_at = float("-inf")
+        self._pace = pace
+        self._is_paced = False
+        """The index bears that we are silent for longer, so long as we say so."""
+        self._next_s = 0.0
+        """As we last said."""
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         self._loop = asyncio.get_running_loop()
         self._incarnation = 0
@@ -66,10 +74,14 @@ class IndexWatch:
     async def run(self) -> None:
         """Watch until cancelled."""
         while True:
+            before_s, self._next_s = self._next_s, self._pace.next_s if self._is_paced else 0.0
+            if before_s and not self._next_s and self._heard_at is not None:
+                self._heard_at = self._loop.time()  # it need not have said anything so soon
             with surviving("watch of the index"):
                 self._watch()
-            await tick(self._interval_s)
-            if self._heard_at is not None and self._loop.time() - self._heard_at > self._silence_s:
+            await self._pace.tick(self._next_s, self._interval_s)
+            silence_s = max(self._silence_s, SIGNS * self._next_s)
+            if self._heard_at is not None and self._loop.time() - self._heard_at > silence_s:
                 self._heard_at = None
                 _logger.warning(log.INDEX_LOST, address=self._address)
 
@@ -83,13 +95,16 @@ class IndexWatch:
 
     def _watch(self) -> None:
         """What is new at once; else that we are here, with the last tick before it must be said."""
-        frames = INDEX_REQUEST.encode(self._watcher.watch())
+        frames = self._encode()
         is_due = self._loop.time() - self._said_at >= self._sign_interval_s - self._interval_s
         if is_due or frames != self._said:
             self._say(frames)
 
     def _send(self) -> None:
-        self._say(INDEX_REQUEST.encode(self._watcher.watch()))
+        self._say(self._encode())
+
+    def _encode(self) -> list[bytes]:
+        return INDEX_REQUEST.encode(msgspec.structs.replace(self._watcher.watch(), next_s=self._next_s))
 
     def _say(self, frames: list[bytes]) -> None:
         self._said, self._said_at = frames, self._loop.time()
@@ -133,7 +148,7 @@ class IndexWatch:
     def _take_members(self, members: index.Members) -> None:
         if self._heard_at is None:
             _logger.info(log.INDEX_JOINED, address=self._address, incarnation=members.index_incarnation)
-        self._heard_at = self._loop.time()
+        self._heard_at, self._is_paced = self._loop.time(), members.paced
         is_first = members.index_incarnation != self._incarnation
         if is_first:
             self._incarnation, self._version = members.index_incarnation, -1

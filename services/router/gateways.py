@@ -25,6 +25,7 @@ from microserve.protocol.errors import MeshError, NotPermitted, ProtocolViolatio
 from microserve.protocol.messages import router as wire
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest, tick
 from microserve.protocol.security import rights
@@ -74,22 +75,27 @@ class Gateways:
         address: str,
         serving: Serving,
         settings: BusSettings,
+        pace: Pace,
         *,
         welcome: Callable[[], wire.RouterWelcome],
-        heartbeat: Callable[[], wire.RouterHeartbeat],
+        heartbeat: Callable[[float], wire.RouterHeartbeat],
     ) -> None:
-        """Raises ``OSError`` when the address is taken, ``ConfigError`` when it is exposed without keys."""
+        """``heartbeat`` is given its ``next_s``.
+
+        Raises ``OSError`` when the address is taken, ``ConfigError`` when it is exposed without keys."""
         self.num_rejected = 0
         """Messages that were against WIRE.md."""
         self._serving = serving
         self._welcome = welcome
         self._heartbeat = heartbeat
         self._interval_s = settings.heartbeat_interval_s
-        self._rest_interval_s = at_rest(settings.heartbeat_interval_s, settings.liveness)
+        self._rest_interval_s = at_rest(self._interval_s, settings.liveness)
+        self._pace = pace
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
         self._gateways: Peers[bytes, Outbox] = Peers(
-            interval_s=self._rest_interval_s, silence_s=settings.heartbeat_interval_s * settings.liveness
+            interval_s=self._rest_interval_s,
+            silence_s=self._interval_s * settings.liveness,
         )
         self._waiting: dict[Gateway, None] = {}
         """Gateways that have something to be sent, in the order of its coming: a set's would be by chance."""
@@ -104,18 +110,27 @@ class Gateways:
     def address(self) -> str:
         return self._socket.address
 
+    @property
+    def are_idle(self) -> bool:
+        """So they say."""
+        return self._gateways.are_idle
+
     async def run(self) -> None:
         """Heartbeats and the end of the silent, until cancelled."""
         while True:
-            await tick(self._interval_s if len(self._serving) else self._rest_interval_s)
-            for gateway, _ in self._gateways.expire(self._loop.time()):
+            next_s = self._pace.next_s
+            for gateway, _ in self._gateways.expire(self._loop.time(), next_s):
                 with surviving("end of a silent gateway", gateway_id=gateway.name):
                     self._end(gateway, "silent")
                     # Should only one direction be dead, the gateway learns it before it misses us.
                     self._tell(gateway.key, ProtocolViolation("you were silent; say GatewayHello first"))
             for gateway in self._gateways:
                 with surviving("heartbeat", gateway_id=gateway.name):
-                    self._send(gateway, self._heartbeat())
+                    self._send(gateway, self._heartbeat(next_s))
+            if len(self._serving):
+                await tick(self._interval_s)
+            else:
+                await self._pace.tick(next_s, self._rest_interval_s)
 
     def close(self) -> None:
         """Send what credit allows and close."""
@@ -140,7 +155,10 @@ class Gateways:
         if isinstance(message, wire.GatewayHello):
             self._hello(peer, message)
             return
-        gateway = self._gateways.heard(peer, self._loop.time())
+        next_s = message.next_s if isinstance(message, wire.GatewayPing) else 0.0
+        if not next_s:
+            self._pace.stir()
+        gateway = self._gateways.heard(peer, self._loop.time(), next_s=next_s)
         if gateway is None:
             raise ProtocolViolation("say GatewayHello first")
         match message:

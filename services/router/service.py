@@ -18,6 +18,7 @@ from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.index import Watch
 from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
 from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.process.pace import Pace
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.protocol.settings_faults import did_you_mean
 from microserve.services.links.engine import EngineConnection, RouterIdentity
@@ -89,12 +90,14 @@ class Router:
             culprits=culprits,
         )
         self._tasks = asyncio.TaskGroup()
+        self.pace = Pace(settings.bus.heartbeat_interval_s, settings.bus.liveness, self._is_busy)
         self.prefixes = PrefixReplica(bus, max_nbytes=settings.router.index_max_mb << 20)
         self.registry = Registry(
             bus,
             self._tasks,
             self.identity,
             settings.bus,
+            self.pace,
             call_timeout_s=settings.router.call_timeout_s,
             on_joined=self.prefixes.joined,
             on_ended=self._forget,
@@ -112,13 +115,14 @@ class Router:
             on_decided=self.control.decided,
             shadow_seed=incarnation,
         )
-        self.index = IndexWatch(bus, settings.index.address, settings.bus, self)
+        self.index = IndexWatch(bus, settings.index.address, settings.bus, self, self.pace)
         try:
             self.gateways = Gateways(
                 bus,
                 settings.router.address,
                 self.serving,
                 settings.bus,
+                self.pace,
                 welcome=self._welcome,
                 heartbeat=self._heartbeat,
             )
@@ -188,6 +192,9 @@ class Router:
             self.index.close()
             self.registry.close()
 
+    def _is_busy(self) -> bool:
+        return bool(len(self.serving)) or not self.gateways.are_idle or self.registry.is_busy
+
     def _forget(self, connection: EngineConnection) -> None:
         self.prefixes.ended(connection)
         self.serving.book.forget(connection.engine_id)
@@ -208,9 +215,10 @@ class Router:
             self._settings.router.default_strategy,
             served.eos_token_ids if served else [],
             served.revision if served else "",
+            paced=True,
         )
 
-    def _heartbeat(self) -> RouterHeartbeat:
+    def _heartbeat(self, next_s: float) -> RouterHeartbeat:
         served = self.registry.served
         return RouterHeartbeat(
             self.identity.incarnation,
@@ -222,6 +230,7 @@ class Router:
             served.vocab_size if served else 0,
             served.eos_token_ids if served else [],
             served.revision if served else "",
+            next_s,
         )
 
 

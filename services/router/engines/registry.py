@@ -18,8 +18,9 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import Draining, EngineLost, MeshError
 from microserve.protocol.messages.control import EngineLabels
 from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
-from microserve.protocol.process.tick import at_rest, tick
+from microserve.protocol.process.tick import at_rest
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 
@@ -40,6 +41,7 @@ class Registry:
         tasks: asyncio.TaskGroup,
         identity: RouterIdentity,
         settings: BusSettings,
+        pace: Pace,
         *,
         call_timeout_s: float,
         on_joined: OnConnection,
@@ -54,6 +56,7 @@ class Registry:
         self._tasks = tasks
         self._identity = identity
         self._settings = settings
+        self._pace = pace
         self._call_timeout_s = call_timeout_s
         self._on_joined = on_joined
         self._on_ended = on_ended
@@ -76,6 +79,12 @@ class Registry:
         return [c for c in self.joined() if not c.is_leaving and not c.load.draining]
 
     @property
+    def is_busy(self) -> bool:
+        """Something is under way at an engine, or one comes or leaves."""
+        connections = self._connections.values()
+        return any(c.is_busy or c.is_leaving or not c.is_joined for c in connections)
+
+    @property
     def max_model_len(self) -> int:
         """Tokens that every engine can hold for one sequence; 0 without engines."""
         return min((connection.info.max_model_len for connection in self.joined()), default=0)
@@ -83,7 +92,8 @@ class Registry:
     async def run(self) -> None:
         """Let go of the engines that leave, until cancelled."""
         while True:
-            await tick(at_rest(self._settings.heartbeat_interval_s, self._settings.liveness))
+            interval_s = at_rest(self._settings.heartbeat_interval_s, self._settings.liveness)
+            await self._pace.tick(self._pace.next_s, interval_s)
             for connection in list(self._connections.values()):
                 if connection.is_leaving and connection.is_idle:
                     with surviving("end of an engine that left", engine_id=connection.engine_id):
@@ -119,6 +129,7 @@ class Registry:
             connection = self._connections.get(engine_id)
             if connection is not None and not connection.is_leaving:
                 connection.is_leaving = True
+                self._pace.stir()
                 _logger.info(log.ENGINE_LEFT, engine_id=engine_id, requests=len(connection.prompts))
         self._listed = present
         for info in infos:
@@ -141,6 +152,7 @@ class Registry:
                 self._identity,
                 self._settings,
                 call_timeout_s=self._call_timeout_s,
+                pace=self._pace,
                 operator_labels=self._labels_of,
                 on_draining=self._on_draining,
             )
@@ -215,12 +227,14 @@ class Registry:
             numerics=connection.info.numerics.name,
         )
         self._on_joined(connection)
+        self._pace.stir()
         try:
             reason = await connection.run()
             if not isinstance(reason, Draining):
                 _logger.warning(log.ENGINE_LOST, engine_id=engine_id, error=reason.detail)
         finally:
             self._on_ended(connection)
+            self._pace.stir()
         self._forget(connection)
         # At once, but for a connection that does not last: its end may be what it leads to.
         interval_s = self._settings.heartbeat_interval_s

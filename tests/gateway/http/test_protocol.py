@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -19,6 +20,27 @@ WEBSOCKET = b"connection: keep-alive, upgrade\r\nupgrade: websocket\r\nsec-webso
 
 def http_of(world: GatewayWorld) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=world.address, timeout=20.0)
+
+
+def test_who_comes_after_a_rest_is_told_the_date_of_now(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody keeps the date while nobody is connected."""
+    now = [1_000_000_000.0]
+    monkeypatch.setattr("microserve.gateway.http.server.DATE_S", 0.005)
+    monkeypatch.setattr("uvicorn.server.time.time", lambda: now[0])
+
+    async def main() -> None:
+        async with gateway_world(model) as world:
+            dates = []
+            for _ in range(3):
+                async with connect(world) as client:
+                    await client.send(b"GET /health HTTP/1.1\r\nhost: t\r\n\r\n")
+                    _, headers, _ = await answer(client)
+                    dates.append(headers["date"][:11])
+                await asyncio.sleep(0.05)
+                now[0] += 86_400.0
+            assert dates == ["sun, 09 sep", "mon, 10 sep", "tue, 11 sep"]
+
+    run(main())
 
 
 def request(extra: bytes = b"", *, path: bytes = b"/v1/completions", body: bytes = BODY) -> bytes:

@@ -57,6 +57,32 @@ def test_two_gateways_add_to_one_file_and_know_of_each_other(tmp_path: Path) -> 
     run(main())
 
 
+def test_where_others_do_not_matter_the_file_is_left_alone_while_nothing_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "usage.db"
+
+    async def main() -> None:
+        book = UsageBook()
+        ledger = Ledger(str(path), book, lambda: NOON, asks_others=False, flush_s=0.002)
+        ledger.start()
+        while not path.exists():
+            await asyncio.sleep(0.002)
+        while not book.news.is_set():  # it is written, and what is counted from now on is told
+            book.add(NOON, "a", Counts(1, 0, 10, 0, 5))
+        while book.take():
+            book.put_back()
+            await asyncio.sleep(0.002)
+        path.unlink()
+        await asyncio.sleep(0.05)
+        assert not path.exists()
+        book.add(NOON, "a", Counts(1, 0, 10, 0, 5))
+        while not path.exists():
+            await asyncio.sleep(0.002)
+        await ledger.close()
+        assert read_counts(path) == {(DAY, "a"): Counts(1, 0, 10, 0, 5)}
+
+    run(main())
+
+
 def test_a_disk_that_takes_nothing_loses_nothing(tmp_path: Path) -> None:
     path = tmp_path / "not yet there" / "usage.db"
 

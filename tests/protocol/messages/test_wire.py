@@ -14,7 +14,7 @@ import pytest
 
 from microserve.protocol import errors
 from microserve.protocol import types as protocol_types
-from microserve.protocol.bus import codec, credit, numbered
+from microserve.protocol.bus import codec, credit, numbered, peers
 from microserve.protocol.bus import sockets as sockets_module
 from microserve.protocol.messages import control, decisions, grant, kv_events, numerics, sampling
 from microserve.protocol.messages import engine as actions
@@ -199,6 +199,7 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_CREDIT", credit.MAX_CREDIT),
         ("MAX_FRAMES_PER_TURN", sockets_module.MAX_FRAMES_PER_TURN),
         ("MAX_NUMBERED_PEERS", numbered.MAX_NUMBERED_PEERS),
+        ("MAX_NEXT_S", peers.MAX_NEXT_S),
         ("MAX_LANES", grant.MAX_LANES),
         ("MAX_SEQ", kv_events.MAX_SEQ),
         ("MAX_SOURCE_NBYTES", control.MAX_SOURCE_NBYTES),
