@@ -6,6 +6,7 @@ time is bounded. Exit code 0: sound; 1: it has mistakes; 2: a flag is wrong.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,10 @@ from microserve.services.command.terminal import echo
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import Scalar
     from microserve.services.command.strategy.task import Finding
+    from microserve.services.simulation.trial.mistake import Found
 
+DEAF = re.compile(r'^  File "(<strategy [^"]+>)", line (\d+) in ', re.MULTILINE)
+"""Where the innermost code of a source stood, as faulthandler says it."""
 CHECK_S = 60.0
 """A source that is not through with its check by then never will be."""
 
@@ -124,5 +128,17 @@ def look(
     try:
         return msgspec.json.decode(done.stdout, type=Finding)
     except msgspec.MsgspecError:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
-        return Finding([Found("raises", "", 0, f"the check ended with code {done.returncode}: {last[0]}")])
+        return Finding([_crash(done.returncode, done.stderr.decode(errors="replace"))])
+
+
+def _crash(code: int, told: str) -> Found:
+    """Why the process ended without a word: by the source's doing."""
+    from microserve.services.simulation.trial.blame import file_of
+    from microserve.services.simulation.trial.mistake import Found
+
+    stood = DEAF.search(told)
+    if "Timeout" in told and stood is not None:
+        deaf = "this never ends, and no signal ends it: do less at a time, or let a plan prepare it"
+        return Found("endless-loop", file_of(stood[1]) or "", int(stood[2]), deaf)
+    last = told.strip().splitlines()[-1:] or ["nothing was said"]
+    return Found("raises", "", 0, f"the check ended with code {code}: {last[0]}")

@@ -7,6 +7,7 @@ its engines.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import resource
 import sys
@@ -21,6 +22,7 @@ from microserve.protocol.strategy_source import TOP, unpacked
 from microserve.services.command.strategy.task import Finding, Task
 from microserve.services.router.oversight.mistake import place_of
 from microserve.services.router.oversight.overseer import Overseer
+from microserve.services.router.oversight.stuck import StuckTrace
 from microserve.services.router.rollout.control import load_source
 from microserve.services.simulation.trial.blame import Told, blame, file_of
 from microserve.services.simulation.trial.mistake import Found
@@ -31,6 +33,7 @@ MAX_MEMORY_NBYTES = 4 << 30
 BASELINE = "data_parallel"
 USUAL_LABELS = ("prefill", "decode")
 """Of a mesh that is not there."""
+DEAF_S = 5.0
 ALIKE = 0.75
 """A label that is so much like another one is taken for a slip."""
 
@@ -107,13 +110,24 @@ def _labels(task: Task, sources: Mapping[str, str]) -> tuple[list[list[str]], li
     return task.labels or usual, wrong, notes
 
 
+class _Alarm(StuckTrace):
+    """Ends this process, and says where it stood, when nothing has come from its main thread for ``DEAF_S``:
+    code in C that never asks for signals."""
+
+    def __init__(self) -> None:
+        """Nothing is kept in a file."""
+
+    def alive(self) -> None:
+        faulthandler.dump_traceback_later(DEAF_S, exit=True)
+
+
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_NBYTES, MAX_MEMORY_NBYTES))
     task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
     # What the strategy prints must not be taken for the finding.
     out = os.dup(1)
     os.dup2(2, 1)
-    with Overseer(RouterSettings().strategy_budget_s) as overseer:
+    with Overseer(RouterSettings().strategy_budget_s, _Alarm()) as overseer:
         finding = check(task, overseer)
     os.write(out, msgspec.json.encode(finding))
     os._exit(0)  # threads and tasks that the source has left would go on

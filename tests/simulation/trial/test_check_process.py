@@ -60,6 +60,15 @@ def test_what_no_signal_ends_is_ended_from_outside(
     assert "endless loop" in capsys.readouterr().err
 
 
+def test_what_is_deaf_to_signals_is_told_with_its_line() -> None:
+    source = HEAD + "    sum(range(10**12))\n" + SERVE
+    [found] = look("mine", source, {}, [[]]).mistakes
+    assert (found.mistake, found.line) == (
+        "endless-loop",
+        source.splitlines().index("    sum(range(10**12))") + 1,
+    )
+
+
 def test_without_a_dry_run_shape_and_parameters_are_still_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert sound("mine", HOSTILE["exception"][0], {}, [[]], dry_run=False)
     assert not sound("mine", GOOD, {"ratio": "much"}, [[]], dry_run=False)
