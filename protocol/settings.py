@@ -56,6 +56,10 @@ class ModelSettings(_Section, frozen=True):
     name: str = ""
     """Name that clients use; default: the directory's name."""
     dtype: str = "bfloat16"
+    weights: str = "dtype"
+    """``dtype``, or ``int8``: for the native CPU step, which then is a must, matrices of layers and the head
+    are rounded to 8 bits with a scale for each output. Answers are the rounded model's: of its own revision
+    and numerics class."""
     load_format: str = "auto"
     tool_parser: str = "auto"
     """How the model writes a call of a tool: ``qwen``, ``llama``, ``mistral``, ``deepseek``, ``gpt_oss``,
@@ -301,6 +305,7 @@ class Settings(_Section, frozen=True):
         self._check_addresses()
         self._check_heap()
         self._check_attention()
+        self._check_weights()
         routers = len(dict.fromkeys(self.gateway.routers or [self.router.address]))
         if self.gateway.router_keys and len(self.gateway.router_keys) != routers:
             raise ConfigError(
@@ -331,6 +336,7 @@ class Settings(_Section, frozen=True):
         level = self.log.level.lower()
         for field, value, words in (
             ("model.dtype", self.model.dtype, ("float32", "bfloat16", "float16")),
+            ("model.weights", self.model.weights, ("dtype", "int8")),
             ("model.load_format", self.model.load_format, ("auto", "random")),
             ("engine.cpu_kernels", self.engine.cpu_kernels, CPU_KERNELS),
             ("log.level", _OLD_LEVELS.get(level, level), LOG_LEVELS),
@@ -338,6 +344,12 @@ class Settings(_Section, frozen=True):
             if value not in words:
                 known = " or ".join([", ".join(map(repr, words[:-1])), repr(words[-1])])
                 raise ConfigError(f"{field} must be {known}, is {value!r}", field=field)
+
+    def _check_weights(self) -> None:
+        is_native = self.engine.device == "cpu" and self.engine.cpu_kernels != "transformers"
+        if self.model.weights != "dtype" and not is_native:
+            problem = "model.weights 'int8' needs the native CPU step: engine.device 'cpu', no 'transformers'"
+            raise ConfigError(problem, field="model.weights")
 
     def _check_addresses(self) -> None:
         for section in msgspec.structs.fields(self):

@@ -1,7 +1,9 @@
 """Variants of the native step beside each other, in turns, by one thread and in its CPU time.
 
     python benchmarks/engine/engine_variants.py [--variants avx512,avx512bf16] [--rounds 5] [--json]
+    python benchmarks/engine/engine_variants.py --variants avx512bf16,avx512bf16:int8 --kinds decode
 
+A variant may name its kind of weights (``model.weights``) behind a colon.
 Milliseconds as median (least-most) of the rounds; ``ratio``: the first variant / this one, round by round.
 CPU time holds on a machine that others use, but for what they take of caches and memory. ``GFLOP/s``: two
 for each weight of a layer and row, by the best round: sums of attention and all that is no product are not
@@ -27,7 +29,7 @@ DECODES_IN_A_ROW = 4
 
 def measure(engine: Engine, variants: list[str], rounds: int, wanted: str) -> list[dict[str, object]]:
     torch.set_num_threads(1)
-    runners = {name: engine.native(1, name) for name in variants}
+    runners = {name: engine.native(1, *name.split(":")) for name in variants}
     kinds = [kind for kind in KINDS if wanted in kind.name]
     weights = sum(each.numel() for each in engine.model.module.model.layers.parameters())  # type: ignore[union-attr]
     ms: dict[tuple[str, str], list[float]] = {(kind.name, name): [] for kind in kinds for name in variants}
@@ -72,11 +74,11 @@ def main() -> None:
     if options.json:
         print(json.dumps({"rounds": rounds, "rows": rows}))
         return
-    print(f"{'':<20}{'variant':<14}{'CPU ms':>22}{'ratio':>20}{'GFLOP/s':>10}")
+    print(f"{'':<20}{'variant':<18}{'CPU ms':>22}{'ratio':>20}{'GFLOP/s':>10}")
     for row in rows:
         spreads = (Spread(*row["cpu_ms"]), Spread(*row["ratio"]))  # type: ignore[misc]
         told = f"{spreads[0]!s:>22}{spreads[1]!s:>20}{number(float(str(row['gflop_per_s']))):>10}"
-        print(f"{row['step']:<20}{row['variant']:<14}{told}")
+        print(f"{row['step']:<20}{row['variant']:<18}{told}")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno"),
 )
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
-BF16_FLAGS = ("-mavx512bf16",)
-AMX_FLAGS = ("-mamx-tile", "-mamx-bf16")
+BF16_FLAGS = ("-mavx512bf16", "-mavx512vbmi")
+AMX_FLAGS = ("-mamx-tile", "-mamx-bf16", "-mavx512vbmi")
 PROBES = (
     (BF16_FLAGS, "__m512 probe(__m512 a, __m512bh b) { return _mm512_dpbf16_ps(a, b, b); }"),
     (AMX_FLAGS, "void probe() { _tile_loadd(0, nullptr, 64); _tile_dpbf16ps(0, 1, 2); }"),

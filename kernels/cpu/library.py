@@ -17,16 +17,20 @@ from microserve.kernels.cpu.build import Say, build
 from microserve.kernels.cpu.objects import NativeObject
 from microserve.kernels.kernel_cache import KernelUnavailable
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 VARIANTS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 """From the slowest on. A variant's number is its place."""
 ELEMS = (("cpu1", "bfloat16"), ("cpu1", "float32"), ("cpu2", "bfloat16"))
 """Recipe and dtype (``native/step/numerics.h``): the same bits by all variants. An elem is a place here."""
 
 
+WEIGHTS = ("dtype", "int8")
+"""How a model's matrices stand: in its dtype, or in int8 with a scale for each output. By places, too."""
+
+
 class Config(ctypes.Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("variant", "elem", "threads")),
+        *((name, c_int32) for name in ("variant", "elem", "weights", "threads")),
         *(
             (name, c_int32)
             for name in (
@@ -62,7 +66,7 @@ class Model(ctypes.Structure):
 
 class Batch(ctypes.Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("num_rows", "num_spans", "num_logits", "table_width")),
+        *((name, c_int32) for name in ("num_rows", "num_spans", "num_logits", "table_width", "is_layerwise")),
         *(
             (name, c_void_p)
             for name in (
@@ -93,7 +97,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "ms_logits_width": (c_int64, [c_void_p]),
     "ms_step": (c_char_p, [c_void_p, POINTER(Batch), OnLayer]),
     "ms_destroy": (None, [c_void_p]),
-    "ms_product": (c_char_p, [*[c_int32] * 5, *[c_void_p] * 3]),
+    "ms_product": (c_char_p, [*[c_int32] * 6, *[c_void_p] * 3]),
     "ms_map": (c_char_p, [*[c_int32] * 3, c_void_p]),
 }
 
@@ -139,13 +143,16 @@ class Library:
         b: npt.NDArray[Any],
         c: npt.NDArray[np.float32],
         recipe: str | None = None,
+        weights: str = "dtype",
     ) -> npt.NDArray[np.float32]:
-        """c + a bᵀ; a: [m, k], c: [m, n]; b: [n, k], float32, or uint16 for bf16. n and k multiples of 32."""
+        """c + a bᵀ; a: [m, k], c: [m, n]; b: [n, k], float32, or uint16 for bf16, to be packed as ``weights``
+        says. n and k multiples of 32."""
         (m, k), n, out = a.shape, b.shape[0], np.array(c, np.float32, order="C")
         elem = self.elem(variant, "bfloat16" if b.dtype == np.uint16 else "float32", recipe)
         a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b)
         told = self.calls.ms_product(
-            VARIANTS.index(variant), elem, m, n, k, a.ctypes.data, b.ctypes.data, out.ctypes.data
+            *(VARIANTS.index(variant), elem, WEIGHTS.index(weights), m, n, k),
+            *(a.ctypes.data, b.ctypes.data, out.ctypes.data),
         )
         if told is not None:
             raise ValueError(f"product: {told.decode()}")
@@ -190,7 +197,9 @@ def library(say: Say = lambda _: None) -> Library:
     return _loaded[0]
 
 
-def choose_variant(found: Library, wanted: str = "auto", dtype: str = "bfloat16") -> str:
+def choose_variant(
+    found: Library, wanted: str = "auto", dtype: str = "bfloat16", weights: str = "dtype"
+) -> str:
     """The fastest that this CPU has, that computes the dtype and gives the bits of the portable one, or
     ``wanted``.
 
@@ -203,14 +212,15 @@ def choose_variant(found: Library, wanted: str = "auto", dtype: str = "bfloat16"
             raise KernelUnavailable(f"{dtype} is not computed by {what}")
         raise KernelUnavailable(f"this CPU cannot run {what}")
     for name in [wanted] if wanted != "auto" else reversed(usable):
-        if is_right(found, name):
+        if is_right(found, name, weights):
             return name
     raise KernelUnavailable(f"the variant {wanted} computes other bits here than the portable one")
 
 
 @functools.cache
-def is_right(found: Library, variant: str) -> bool:
-    """Whether it gives the portable variant's bits on small problems: a CPU or a compiler may be wrong."""
+def is_right(found: Library, variant: str, weights: str = "dtype") -> bool:
+    """Whether it gives the portable variant's bits on small problems, with such weights: a CPU or a compiler
+    may be wrong."""
     if variant == "portable":
         return True
     random = np.random.default_rng(5)
@@ -220,7 +230,7 @@ def is_right(found: Library, variant: str) -> bool:
                 a, b, c = _operands(random, dtype, kind)
                 for rows in (1, 19, 40):  # each way that tiles have: one row of them, two, two and one
                     results = [
-                        _bits(found.product(name, a[:rows], b, c[:rows], recipe))
+                        _bits(found.product(name, a[:rows], b, c[:rows], recipe, weights))
                         for name in ("portable", variant)
                     ]
                     if results[0] != results[1]:

@@ -33,7 +33,8 @@ PAGE_NBYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """Tensors on the CPU. Matrices [out, in] in the shape's elem; norms and biases of any float type."""
+    """Tensors on the CPU. Matrices [out, in] in the shape's elem, also where they are packed to int8; norms
+    and biases of any float type."""
 
     matrices: Mapping[str, Tensor]
     """By the names of ``Layer.WEIGHTS``."""

@@ -74,12 +74,14 @@ class CpuStep:
         spans: Sequence[tuple[int, int, Sequence[int]]],
         logit_rows: npt.NDArray[np.int64],
         on_layer: Callable[[int], None] | None = None,
+        is_layerwise: bool = True,
     ) -> npt.NDArray[np.float32]:
         """Logits [len(logit_rows), vocab].
 
         tokens, positions, slots: [rows], slots -1 where KV is not written; spans: rows, context and blocks of
-        each, in the order of the rows. ``on_layer`` comes when a layer's KV stands in the pool; what it
-        raises ends the step. Raises ``ValueError`` for a batch that does not fit.
+        each, in the order of the rows. ``on_layer`` comes when a layer's KV stands in the pool, and what it
+        raises ends the step; not ``is_layerwise``: it comes some times a second, as a sign of life, and what
+        it raises is raised at the step's end. Raises ``ValueError`` for a batch that does not fit.
         """
         self._check_open()
         if not len(tokens) == len(positions) == len(slots):
@@ -108,6 +110,7 @@ class CpuStep:
             num_spans=len(spans),
             num_logits=len(logit_rows),
             table_width=tables.shape[1],
+            is_layerwise=int(is_layerwise),
             logits=logits.ctypes.data,
             **{name: array.ctypes.data for name, array in arrays.items()},
         )

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from microserve.kernels.cpu.library import VARIANTS, Config, Layer, Library, Model
+from microserve.kernels.cpu.library import VARIANTS, WEIGHTS, Config, Layer, Library, Model
 from microserve.kernels.kernel_cache import KernelUnavailable
 
 DTYPES = ("bfloat16", "float32")
 MAX_GROUP = 32
 """Query heads of a KV head."""
+_NO_COUNTS = ("elem", "eps", "scale", "weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class Shape:
     """Positions of a sequence."""
     max_logits: int = 1
     """Rows of a step whose logits are wanted."""
+    weights: str = "dtype"
+    """How matrices of layers and the head stand, one of ``WEIGHTS``: as elem says, or packed to int8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +115,13 @@ def config_of(shape: Shape, variant: int, elem: int, threads: int) -> Config:
     names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden", "intermediate", "vocab")
     bounds = ("block_size", "num_blocks", "max_rows", "max_context", "max_logits", "eps", "scale")
     sizes = {name: getattr(shape, name) for name in (*names, *bounds)}
-    return Config(variant=variant, elem=elem, threads=threads, **sizes)
+    weights = WEIGHTS.index(shape.weights)
+    return Config(variant=variant, elem=elem, weights=weights, threads=threads, **sizes)
 
 
 def idle_engine(library: Library, shape: Shape) -> Any:
     """One that computes nothing, to pack or to count by; to be given to ms_destroy. What is packed is
-    the same for all variants and recipes of a dtype."""
+    the same for all variants and recipes of a dtype and kind of weights."""
     config = config_of(shape, VARIANTS.index("portable"), library.elem("portable", shape.elem), 1)
     engine = library.calls.ms_create(ctypes.byref(config))
     if not engine:
@@ -126,9 +130,9 @@ def idle_engine(library: Library, shape: Shape) -> Any:
 
 
 def check_shape(shape: Shape) -> None:
-    counts = {name: getattr(shape, name) for name in shape.__slots__ if name not in ("elem", "eps", "scale")}
-    if shape.elem not in DTYPES or min(counts.values()) < 1:
-        raise ValueError(f"a model of {shape.elem} with {counts}")
+    counts = {name: getattr(shape, name) for name in shape.__slots__ if name not in _NO_COUNTS}
+    if shape.elem not in DTYPES or shape.weights not in WEIGHTS or min(counts.values()) < 1:
+        raise ValueError(f"a model of {shape.elem}, weights of {shape.weights}, with {counts}")
     group, rest = divmod(shape.num_heads, shape.num_kv_heads)
     if rest or group > MAX_GROUP or shape.head_dim % 2:
         raise ValueError(

@@ -49,6 +49,7 @@ class Loading:
                     cache_directory(os.environ),
                     self._directory,
                     settings.model.dtype,
+                    settings.model.weights,
                     self._kernels.library,
                     bound_mb << 20,
                 )
@@ -80,9 +81,9 @@ class Loading:
             from microserve.services.engine.native.packing import pack_model
 
             try:
-                packed = pack_model(model, self._kernels.library)
+                packed = pack_model(model, self._kernels.library, settings.model.weights)
             except KernelUnavailable as error:
-                go_without(settings.engine.cpu_kernels, error)
+                go_without(settings, error)
                 return model, None
             model.module.to("meta")  # what it had is packed
         return (self._cache.keep(packed) if self._cache is not None else packed), None
@@ -110,7 +111,7 @@ def make_runner(
                 model, kernels, data, num_blocks, block_size, threads=engine.threads, max_rows=max_rows
             )
         except KernelUnavailable as error:
-            go_without(engine.cpu_kernels, error)
+            go_without(settings, error)
         revision = model.spec.revision
         with _lean_torch(settings):
             model = _load(settings)

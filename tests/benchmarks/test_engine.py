@@ -68,3 +68,16 @@ def test_two_engines_of_a_mesh_beside_two_bare_ones(tiny_model: Path) -> None:
 
     assert row["streams_an_engine"] == 8
     assert row["mesh_tokens_per_s"][0] > 0 and row["bare_tokens_per_s"][0] > 0
+
+
+@pytest.mark.heavy
+def test_int8_beside_other_weights(tiny_model: Path) -> None:
+    told = figures("int8_quality", tiny_model)
+
+    assert told["num_tokens"] == 600 and set(told["loss"]) == {"bfloat16", "int8", "float32"}
+    assert [(row["side"], row["against"]) for row in told["rows"]] == [
+        ("int8", "bfloat16"),
+        ("int8", "float32"),
+        ("bfloat16", "float32"),
+    ]
+    assert all(0 < row["mean"] < row["worst"] and 0 < row["greedy"] <= 1 for row in told["rows"])

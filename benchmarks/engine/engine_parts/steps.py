@@ -88,10 +88,10 @@ class Engine:
     def transformers(self) -> ModelRunner:
         return ModelRunner(self.model, self._pool, NUM_BLOCKS, BLOCK_SIZE)
 
-    def native(self, threads: int, variant: str = "auto") -> NativeRunner:
+    def native(self, threads: int, variant: str = "auto", weights: str = "dtype") -> NativeRunner:
         """Raises :class:`KernelUnavailable` where it cannot be had."""
-        bounds = {"threads": threads, "max_rows": MAX_ROWS}
-        return native_runner(self.model, self._pool, NUM_BLOCKS, BLOCK_SIZE, **bounds, variant=variant)
+        how = {"threads": threads, "max_rows": MAX_ROWS, "variant": variant, "weights": weights}
+        return native_runner(self.model, self._pool, NUM_BLOCKS, BLOCK_SIZE, **how)  # type: ignore[arg-type]
 
     def read_nbytes(self, kind: Kind) -> int:
         """What a decode cannot but read: all weights once, and the KV of its contexts."""

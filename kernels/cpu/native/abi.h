@@ -8,11 +8,13 @@ extern "C" {
 
 // Of weights, activations and KV, and which product multiplies them (step/numerics.h): bf16 by blocks or by pairs.
 enum MsElem : int32_t { MS_BF16 = 0, MS_F32 = 1, MS_BF16_PAIRS = 2, MS_NUM_ELEMS = 3 };
+// How the matrices of layers and the head stand: as elem says, or in int8 with a scale for each of their rows (pack.h).
+enum MsWeights : int32_t { MS_AS_ELEM = 0, MS_INT8 = 1, MS_NUM_WEIGHTS = 2 };
 enum MsVariant : int32_t { MS_PORTABLE = 0, MS_AVX2 = 1, MS_AVX512 = 2, MS_AVX512BF16 = 3, MS_AMX = 4, MS_NUM_VARIANTS = 5 };
 
 // Shape of a model and bounds of a step. Everything is counted in elements, but for eps and scale.
 struct MsConfig {
-  int32_t variant, elem, threads;
+  int32_t variant, elem, weights, threads;
   int32_t num_layers, num_heads, num_kv_heads, head_dim, hidden, intermediate, vocab;
   int32_t block_size, num_blocks;
   int32_t max_rows;     // tokens of a step
@@ -21,7 +23,7 @@ struct MsConfig {
   float eps, scale;  // of every norm; of the scores
 };
 
-// Weights of a layer as the checkpoint has them: [out][in], in the elem of the config; norms and biases in fp32.
+// Weights of a layer as the checkpoint has them, to be packed as the config says: [out][in], in its elem; norms and biases in fp32.
 // Read while ms_set_layer runs, if they are not packed yet; else they are not read, and only tell by not being null
 // that they are there. A bias, and q_norm and k_norm, may be null.
 struct MsLayer {
@@ -44,6 +46,7 @@ struct MsModel {
 // One step: rows of all spans, packed one span after the other.
 struct MsBatch {
   int32_t num_rows, num_spans, num_logits, table_width;
+  int32_t is_layerwise;  // on_layer comes when a layer's KV stands; else now and then, as a sign of life
   const int32_t *tokens, *positions;  // [num_rows]
   const int64_t *slots;               // [num_rows] block * block_size + row of its KV, -1: not written
   const int32_t *span_rows;           // [num_spans] rows of the span
@@ -53,7 +56,7 @@ struct MsBatch {
   float *logits;                      // [num_logits][ms_logits_width()], written
 };
 
-typedef int32_t (*MsOnLayer)(int32_t layer);  // not 0: the step ends there
+typedef int32_t (*MsOnLayer)(int32_t layer);  // not 0: the step ends there, if it is layerwise
 
 struct MsEngine;
 int32_t ms_abi_version();
@@ -70,8 +73,8 @@ const char *ms_set_model(MsEngine *, const MsModel *);           // behind the l
 int64_t ms_logits_width(const MsEngine *);
 const char *ms_step(MsEngine *, const MsBatch *, MsOnLayer on_layer);  // null: done, or ended by on_layer
 void ms_destroy(MsEngine *);
-// For tests: one product C[m][n] (+)= A[m][k] B[n][k]^T by the variant's own kernel, one thread; B as a checkpoint has it.
-const char *ms_product(int32_t variant, int32_t elem, int32_t m, int32_t n, int32_t k, const float *a, const void *b, float *c);
+// For tests: one product C[m][n] += A[m][k] B[n][k]^T by the variant's own kernel, one thread; B as a checkpoint has it.
+const char *ms_product(int32_t variant, int32_t elem, int32_t weights, int32_t m, int32_t n, int32_t k, const float *a, const void *b, float *c);
 // For tests: values[i] = f(values[i]), f: 0 exp2, 1 round to bf16, 2 silu; n a multiple of 16.
 const char *ms_map(int32_t variant, int32_t function, int32_t n, float *values);
 }

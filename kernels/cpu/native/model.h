@@ -13,14 +13,16 @@ constexpr int kSegment = 256;  // positions of a segment of attention: part of t
 constexpr int kLanes = 32;     // queries that are worked on together
 constexpr int kWideLanes = 96;  // by products of pairs
 
+constexpr long kMaxPackedNbytes = 64L << 20;  // of a layer's segments that several units of a step share
+
 constexpr int kMaxDotRows = 8;  // rows of a product of pairs that are worked on together
 
 constexpr int kRowBlock = 64;  // rows that share a unit of a product
 constexpr int kFewRows = 8;    // so many are normed by each thread for itself: one phase less
 
-// Of a step, at most: embedding; a layer's norm, heads, callback, attention, merges, output, norm, gates, down; the
+// Of a step, at most: embedding; a layer's norm, heads, callback, packing, attention, merges, output, norm, gates, down; the
 // rows of the last layer that go on; the last norm and the logits.
-inline int phases_of(int num_layers) { return 9 * num_layers + 4; }
+inline int phases_of(int num_layers) { return 10 * num_layers + 4; }
 
 inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
@@ -32,8 +34,14 @@ inline long pair_elements(long head_dim) {
   return kWideLanes * (head_dim + 32) + (long)kMaxDotRows * (kSegment + 32) + 2L * kSegment * head_dim;
 }
 
+// Weights of a product, packed (pack.h).
+struct Matrix {
+  void *packed;
+  float *scales;  // of its columns; null: packed is of the model's elem
+};
+
 struct Layer {
-  void *qkv, *out, *gate_up, *down;  // packed, see pack.h
+  Matrix qkv, out, gate_up, down;
   float *attention_norm, *mlp_norm, *q_norm, *k_norm, *qkv_bias, *out_bias;
   void *kv;
   int use_rope, window;
@@ -60,6 +68,7 @@ struct Unit {
   int segment;       // -1: all
   int num_segments;  // of a merge: how many units follow each other
   long part;         // of its first lane
+  long packed;       // place of its first segment in e.segments; -1: it packs its own
 };
 
 struct Engine {
@@ -68,13 +77,15 @@ struct Engine {
   long hidden, heads_width, qkv_width, intermediate, vocab, head_dim;
   long head_width;  // head_dim in whole registers: columns of a head in qkv, and of its queries
   Layer *layers;
-  void *embedding, *head;  // embedding null: tied, rows are read from the packed head
+  Matrix head;
+  void *embedding;  // null: tied, rows are read from the packed head
   float *norm, *cos, *sin;
   void *weights;  // the caller's; what is packed lies in it
   size_t weights_nbytes;
   int is_packed;
   MsBatch batch;
   MsOnLayer on_layer;
+  int64_t told_ns;  // when on_layer came last; of a step that is not layerwise
   int ended;
   int is_narrow;   // the last layer goes on with the rows alone whose logits are wanted
   float *x;        // [rows][hidden] the residual
@@ -84,9 +95,11 @@ struct Engine {
   void *queries;   // [rows][num_heads][head_width]
   float *parts;
   size_t parts_capacity;
-  Unit *units, *merges;
-  int num_units, num_merges;
-  size_t units_capacity, merges_capacity;
+  Unit *packs, *units, *merges;
+  int num_packs, num_units, num_merges;
+  size_t packs_capacity, units_capacity, merges_capacity;
+  uint16_t *segments;  // [place][keys, values][kSegment][head_dim], as pairs/attention.h packs them
+  size_t segments_capacity;
   long *span_firsts;  // [spans] first row
   int *wanted_before;  // [rows + 1] rows before this one whose logits are wanted
   size_t spans_capacity, wanted_capacity;
@@ -96,10 +109,13 @@ struct Engine {
   int num_arena;
 };
 
+int64_t clock_ns();  // monotonic
+constexpr int64_t kSilenceNs = 100000000;  // between two signs of life
+
 // Functions of a variant; null where the compiler could not make it.
 struct Variant {
   void (*step)(Engine *, int thread);
-  void (*product)(int elem, long m, long n, long k, const float *a, void *inputs, const void *packed, float *c);
+  void (*product)(int elem, long m, long n, long k, const float *a, void *inputs, const Matrix &b, float *c);
   void (*map)(int function, long n, float *values);
 };
 

@@ -71,7 +71,8 @@ class Chunk:
 class Batch:
     chunks: list[Chunk]
     is_layerwise: bool = True
-    """Some layer is sent or awaited. Else ``on_layer`` may come for all layers at the end of the step."""
+    """Some layer is sent or awaited. Else ``on_layer`` may come late, and for some layers alone; once
+    at least."""
 
 
 @dataclass(slots=True)

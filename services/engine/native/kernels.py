@@ -24,21 +24,26 @@ class Kernels:
 def choose_kernels(settings: Settings) -> Kernels | None:
     """None: transformers computes. May compile for half a minute.
 
-    Raises :class:`ConfigError` where a variant was asked for and cannot be had.
+    Raises :class:`ConfigError` where a variant, or int8 weights, were asked for and cannot be had.
     """
     wanted = settings.engine.cpu_kernels
     if settings.engine.device != "cpu" or wanted == "transformers":
         return None
     try:
         found = library(_tell)
-        return Kernels(found, choose_variant(found, wanted, settings.model.dtype))
+        return Kernels(found, choose_variant(found, wanted, settings.model.dtype, settings.model.weights))
     except KernelUnavailable as error:
-        go_without(wanted, error)
+        go_without(settings, error)
         return None
 
 
-def go_without(wanted: str, error: KernelUnavailable) -> None:
-    """transformers computes instead. Raises :class:`ConfigError` where native kernels were asked for."""
+def go_without(settings: Settings, error: KernelUnavailable) -> None:
+    """transformers computes instead. Raises :class:`ConfigError` where that is not what was asked for."""
+    wanted, weights = settings.engine.cpu_kernels, settings.model.weights
+    if weights != "dtype":
+        raise ConfigError(
+            f"model.weights {weights!r} cannot be had: {error}", field="model.weights"
+        ) from None
     if wanted != "auto":
         raise ConfigError(
             f"engine.cpu_kernels {wanted!r} cannot be had: {error}", field="engine.cpu_kernels"

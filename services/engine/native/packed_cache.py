@@ -5,10 +5,10 @@
         .N.lock             one process at a time makes any of a sixteenth of all keys
 
 In a key: of every file of the model's directory name, inode, size and when it was written and changed (which
-nobody can set back); dtype; the versions of torch and transformers; our own sources that load and pack; the
-layout of the native object. A file that changed a moment ago may change once more and look the same: what was
-read then is not kept. Owns names, locks and the bound on the room that they take; the files' form is
-packed_file.py's.
+nobody can set back); dtype and kind of weights; the versions of torch and transformers; our own sources that
+load and pack; the layout of the native object. A file that changed a moment ago may change once more and look
+the same: what was read then is not kept. Owns names, locks and the bound on the room that they take; the
+files' form is packed_file.py's.
 """
 
 from __future__ import annotations
@@ -66,15 +66,17 @@ def cache_directory(environment: Mapping[str, str]) -> Path:
 class PackedCache:
     """Packed forms of one model directory, as it is now."""
 
-    def __init__(self, directory: Path, model: Path, dtype: str, library: Library, max_nbytes: int) -> None:
+    def __init__(
+        self, directory: Path, model: Path, dtype: str, weights: str, library: Library, max_nbytes: int
+    ) -> None:
         """directory: of all packed models, made when one is kept; max_nbytes: of them together.
 
         Raises ``OSError`` where the model's directory cannot be read."""
-        self._directory, self._model, self._dtype = directory, model, dtype
+        self._directory, self._model = directory, model
         self._library, self._max_nbytes = library, max_nbytes
         self._began_ns = time.time_ns()
         self._stamp = _stamp(model)
-        told = [_versions(), _sources(), library.layout_version, dtype, self._stamp]
+        told = [_versions(), _sources(), library.layout_version, dtype, weights, self._stamp]
         self._key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
         self.path = directory / f"{self._key}{PACKED_SUFFIX}"
 

@@ -24,4 +24,5 @@ class PackedModel:
         """Equal names: equal bits. Variants and threads are not in it; recipe, weights and object are."""
         # Tables are the mathematical library's, whose last bit is not the same everywhere.
         told = hashlib.sha256(f"{library.digest} {self.spec.revision} {self.tables}".encode())
-        return Numerics(f"{recipe}-{self.spec.dtype}-{told.hexdigest()[:12]}", is_exact=True)
+        kind = self.spec.dtype if self.shape.weights == "dtype" else f"{self.spec.dtype}-{self.shape.weights}"
+        return Numerics(f"{recipe}-{kind}-{told.hexdigest()[:12]}", is_exact=True)

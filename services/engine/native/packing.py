@@ -6,6 +6,7 @@ Owns that mapping. Must not know batches, sampling or files.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from microserve.kernels.cpu.weights import MAX_GROUP, Shape
 from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.services.engine.model.model import LoadedModel
 from microserve.services.engine.model.rope import rope_tables
+from microserve.services.engine.model.spec import ModelSpec
 from microserve.services.engine.native.kernels import Kernels
 from microserve.services.engine.native.packed_model import PackedModel
 from microserve.services.engine.native.runner import NativeRunner
@@ -51,12 +53,12 @@ def missing(model: LoadedModel) -> str | None:
     return None
 
 
-def pack_model(model: LoadedModel, found: Library) -> PackedModel:
-    """In memory of this process; the model is not needed afterwards. Raises :class:`KernelUnavailable` with
-    what is missing."""
+def pack_model(model: LoadedModel, found: Library, weights: str = "dtype") -> PackedModel:
+    """weights: one of ``WEIGHTS``. In memory of this process; the model is not needed afterwards. Raises
+    :class:`KernelUnavailable` with what is missing."""
     if (what := missing(model)) is not None:
         raise KernelUnavailable(f"it does not compute {what}")
-    spec, decoder = model.spec, _decoder(model.module)
+    spec, decoder = _spec_of(model.spec, weights), _decoder(model.module)
     shape = Shape(
         elem=spec.dtype,
         num_layers=spec.num_layers,
@@ -68,11 +70,12 @@ def pack_model(model: LoadedModel, found: Library) -> PackedModel:
         vocab=spec.vocab_size,
         eps=float(decoder.norm.variance_epsilon),
         scale=float(decoder.layers[0].self_attn.scaling),
+        weights=weights,
     )
     cos, sin = rope_tables(decoder.rotary_emb, spec.max_model_len)
     head, embedding = model.module.lm_head.weight, decoder.embed_tokens.weight  # type: ignore[union-attr]
     is_tied = head is embedding or head.data_ptr() == embedding.data_ptr()  # type: ignore[operator]
-    weights = pack(
+    packed = pack(
         found,
         shape,
         [_weights(layer) for layer in decoder.layers],
@@ -82,7 +85,15 @@ def pack_model(model: LoadedModel, found: Library) -> PackedModel:
         cos=torch.from_numpy(cos),
         sin=torch.from_numpy(sin),
     )
-    return PackedModel(spec, shape, weights, hashlib.sha256(cos.tobytes() + sin.tobytes()).hexdigest())
+    return PackedModel(spec, shape, packed, hashlib.sha256(cos.tobytes() + sin.tobytes()).hexdigest())
+
+
+def _spec_of(spec: ModelSpec, weights: str) -> ModelSpec:
+    """Rounded weights make another K and V: another model, for whoever shares KV."""
+    if weights == "dtype":
+        return spec
+    told = hashlib.sha256(f"{spec.revision} {weights}".encode())
+    return replace(spec, revision=told.hexdigest()[: len(spec.revision)])
 
 
 def _decoder(module: nn.Module) -> Any:
@@ -127,9 +138,10 @@ def native_runner(
     threads: int,
     max_rows: int,
     variant: str = "auto",
+    weights: str = "dtype",
 ) -> NativeRunner:
     """A runner of a model that is packed for it alone. Raises :class:`KernelUnavailable`."""
     found = library()
-    kernels = Kernels(found, choose_variant(found, variant, model.spec.dtype))
-    packed = pack_model(model, found)
+    kernels = Kernels(found, choose_variant(found, variant, model.spec.dtype, weights))
+    packed = pack_model(model, found, weights)
     return NativeRunner(packed, kernels, kv_data, num_blocks, block_size, threads=threads, max_rows=max_rows)

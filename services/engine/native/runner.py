@@ -62,7 +62,8 @@ class NativeRunner:
         """Compute the chunks and sample where asked.
 
         ``on_layer(layer)`` comes once a layer, in order, when the batch's KV of that layer stands in the
-        blocks and before any is read; what it raises ends the step and is passed on. Raises
+        blocks and before any is read; what it raises ends the step and is passed on. For a batch that is not
+        layerwise it comes some times a second and at the end, and threads do not wait for it. Raises
         :class:`InternalError` for a batch that does not fit the model or the pool.
         """
         chunks = batch.chunks
@@ -70,7 +71,10 @@ class NativeRunner:
             return StepResult([])
         rows = rows_of(chunks, self.spec, self._num_blocks, self._block_size)
         spans = [(len(c.token_ids), c.start + len(c.token_ids), c.block_table) for c in chunks]
-        logits = self.step.run(rows.tokens, rows.positions, rows.slots, spans, rows.sampled, on_layer)
+        given = (rows.tokens, rows.positions, rows.slots, spans, rows.sampled)
+        logits = self.step.run(*given, on_layer, batch.is_layerwise)
+        if on_layer is not None and not batch.is_layerwise:
+            on_layer(self.spec.num_layers - 1)
         return result_of(chunks, sample_rows(logits, rows.specs))
 
 

@@ -42,6 +42,22 @@ PACKED = {
         "smollm3": "5eecb23b81ab2b84",
         "biased": "374103d0d47c1e12",
     },
+    "bfloat16 int8": {
+        "llama": "982a488d24c7d6c1",
+        "mistral": "9dbb01313e0109de",
+        "qwen2": "d06dcf6a61f29f6d",
+        "qwen3": "9e23c81ab02b4849",
+        "smollm3": "115db801f8aee2fa",
+        "biased": "1a26308640a8b4eb",
+    },
+    "float32 int8": {
+        "llama": "52d4e63aadabcfdf",
+        "mistral": "492eae9b09c82f5e",
+        "qwen2": "e7018a67dd966341",
+        "qwen3": "b56d9f486a571e59",
+        "smollm3": "bdfb259bf7464275",
+        "biased": "a81e74507fc95999",
+    },
 }
 """Digests of packed weights, of layout 1."""
 IDS = random_ids(300)
@@ -142,6 +158,29 @@ def test_what_on_layer_raises_is_passed_on_and_the_next_step_is_right(model: Tin
     room.close()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_step_that_is_not_layerwise_gives_signs_of_life_alone(threads: int) -> None:
+    """None of a short one. The long one computes for a second before its last layer; what is raised then ends
+    nothing, and comes at the end."""
+    model = TinyModel("qwen3")
+    room = Room(model, "portable", threads, bounds={"max_rows": 700})
+    parts, rows = [Part(random_ids(700), 0, 700, list(range(44)))], [699]
+    expected = room.logits(parts, rows)
+    room.is_layerwise = False
+    signs: list[int] = []
+    assert room.logits([Part(IDS, 0, 2, [50])], [1], signs.append).shape == (1, VOCAB)
+    assert signs == []
+    assert room.logits(parts, rows, signs.append).tobytes() == expected.tobytes()
+    assert signs[-1:] == [1]
+
+    def end(layer: int) -> None:
+        raise Ended
+
+    with pytest.raises(Ended):
+        room.logits(parts, rows, end)
+    room.close()
+
+
 def test_on_layer_sees_the_layers_kv_and_computes_with_its_own_denormals(room: Room) -> None:
     """The step's own threads treat them as zero; who is called from there must not."""
     part, seen = Part(IDS, 0, 17, TABLE), []
@@ -234,14 +273,15 @@ def counted(model: TinyModel) -> PackedWeights:
     return model.packed(library(), layers=layers, **{name: of(getattr(model, name)) for name in names})
 
 
-@pytest.mark.parametrize("elem", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_bytes_are_those_of_their_layout_version(family: str, elem: str) -> None:
+def test_packed_bytes_are_those_of_their_layout_version(family: str, kind: str) -> None:
     """Files of them are kept from one version of this package to the next: whoever changes a byte counts
     ``kLayoutVersion`` on (native/pack.h), and writes the new digests here."""
     assert library().layout_version == 1
-    memory = counted(TinyModel(family, elem)).memory
-    assert hashlib.sha256(memory.tobytes()).hexdigest()[:16] == PACKED[elem][family]
+    elem, weights = [*kind.split(), "dtype"][:2]
+    memory = counted(TinyModel(family, elem, weights=weights)).memory
+    assert hashlib.sha256(memory.tobytes()).hexdigest()[:16] == PACKED[kind][family]
 
 
 def test_a_model_that_does_not_fit_is_refused(model: TinyModel) -> None:

@@ -121,6 +121,22 @@ def product(recipe: str, c: Any, a: Floats, b: Floats) -> Floats:
     return np.asarray(total)
 
 
+def int8(weights: Floats) -> tuple[Floats, Floats]:
+    """[n, k] -> whole numbers of at most 127, and a scale for each row; a row that is not finite has none."""
+    with np.errstate(all="ignore"):
+        scales = np.abs(weights).max(axis=1) / np.float32(127.0)
+        scales = np.where(np.isfinite(scales), scales, np.float32(np.nan))
+        whole = np.clip(np.rint(weights / scales[:, None]), -127.0, 127.0)
+    return np.where((scales > 0.0)[:, None], whole, 0.0).astype(np.float32), scales
+
+
+def product_int8(recipe: str, c: Floats | None, a: Floats, b: Floats) -> Floats:
+    """The product of a and whole numbers, from +0, and then the scales; c: what a sum continues, if any."""
+    whole, scales = int8(b)
+    total = product(recipe, 0.0, a, whole)
+    return mul(total, scales) if c is None else fma(total, scales, c)
+
+
 def tree(sums: Floats) -> Floats:
     """[..., 16] -> [...]: those 8 apart, then 4, 2, 1."""
     for half in (8, 4, 2, 1):

@@ -8,7 +8,6 @@ Must not know the step (family_step.py).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +65,8 @@ def bytes_of(values: Any) -> bytes:
 
 
 class TinyModel:
-    """Weights of one family, by name or by its sizes, and the recipe by which they are multiplied. ``scale``
-    is how large they are."""
+    """Weights of one family, by name or by its sizes, the recipe by which they are multiplied, and how they
+    stand. ``scale`` is how large they are."""
 
     def __init__(
         self,
@@ -76,8 +75,9 @@ class TinyModel:
         recipe: str = "cpu1",
         seed: int = 0,
         scale: float = 0.3,
+        weights: str = "dtype",
     ) -> None:
-        self.elem, self.recipe = elem, recipe
+        self.elem, self.recipe, self.weights = elem, recipe, weights
         self.config = FAMILIES[family] if isinstance(family, str) else family
         self._random = torch.Generator().manual_seed(seed)
         self._scale = scale
@@ -111,7 +111,8 @@ class TinyModel:
         c = self.config
         sizes = (c.num_heads, c.num_kv_heads, c.head_dim, c.hidden, c.intermediate, VOCAB)
         blocks = (c.block_size, -(-NUM_POSITIONS // c.block_size))
-        limits = {"max_rows": 512, "max_context": NUM_POSITIONS, "max_logits": 64} | bounds
+        limits: dict[str, Any] = {"max_rows": 512, "max_context": NUM_POSITIONS, "max_logits": 64} | bounds
+        limits["weights"] = self.weights
         return Shape(self.elem, NUM_LAYERS, *sizes, 1e-5, c.head_dim**-0.5, *blocks, **limits)
 
     def packed(self, found: Library, **changed: Any) -> PackedWeights:
@@ -126,7 +127,6 @@ class TinyModel:
         """By the class's own account: K and V [positions, kv_heads, head_dim] of each layer, and logits of
         the positions ``wanted``."""
         c, elem = self.config, self.elem
-        product = functools.partial(cpu_class.product, self.recipe)
         length = len(ids)
         x = self.embedding.float().numpy()[np.array(ids)]
         cos, sin = self.cos.numpy()[:length], self.sin.numpy()[:length]
@@ -151,19 +151,24 @@ class TinyModel:
                 for h in range(c.num_heads)
             ]
             a = cpu_class.rounded(elem, np.concatenate(heads, axis=1))
-            x = product(x, a, w["o"])
+            x = self._product(x, a, w["o"])
             if "o_bias" in w:
                 x = cpu_class.add(x, w["o_bias"])
             a = cpu_class.rounded(elem, cpu_class.normed(x, w["mlp_norm"], 1e-5))
-            gate, up = (product(0.0, a, w[name]) for name in ("gate", "up"))
+            gate, up = (self._product(None, a, w[name]) for name in ("gate", "up"))
             a = cpu_class.rounded(elem, cpu_class.mul(cpu_class.silu(gate), up))
-            x = product(x, a, w["down"])
+            x = self._product(x, a, w["down"])
         a = cpu_class.rounded(elem, cpu_class.normed(x[list(wanted)], self.norm.numpy(), 1e-5))
         head = self.embedding if self.head is None else self.head
-        return stored, product(0.0, a, head.float().numpy())
+        return stored, self._product(None, a, head.float().numpy())
+
+    def _product(self, c: Floats | None, a: Floats, b: Floats) -> Floats:
+        if self.weights == "int8":
+            return cpu_class.product_int8(self.recipe, c, a, b)
+        return cpu_class.product(self.recipe, 0.0 if c is None else c, a, b)
 
     def _heads(self, a: Floats, w: dict[str, Any], name: str, cos: Floats, sin: Floats, rope: bool) -> Floats:
-        x = cpu_class.product(self.recipe, 0.0, a, w[name])
+        x = self._product(None, a, w[name])
         if f"{name}_bias" in w:
             x = cpu_class.add(x, w[f"{name}_bias"])
         x = x.reshape(len(a), -1, self.config.head_dim)

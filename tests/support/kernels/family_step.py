@@ -47,6 +47,7 @@ class Room:
     poison: str = "nan"
     bounds: dict[str, int] = field(default_factory=dict)
     found: Library | None = None
+    is_layerwise: bool = True
 
     def __post_init__(self) -> None:
         m, c = self.model, self.model.config
@@ -79,7 +80,8 @@ class Room:
         ]
         spans = [(p.end - p.start, p.end, list(p.table)) for p in parts]
         wanted = np.array(rows, np.int64)
-        logits = self.step.run(tokens, np.concatenate(at), np.concatenate(slots), spans, wanted, on_layer)
+        given = (tokens, np.concatenate(at), np.concatenate(slots), spans, wanted)
+        logits = self.step.run(*given, on_layer, self.is_layerwise)
         return np.ascontiguousarray(logits)
 
     def stored(self, table: Sequence[int], length: int) -> bytes:

@@ -1,10 +1,19 @@
 // The C interface: makes engines, steps, and ends them. Nothing passes unchecked (batch.h).
+#include <ctime>
 #include <new>
 
 #include "../pack.h"
 #include "batch.h"
 #include "cpu.h"
 #include "memory.h"
+
+namespace ms {
+int64_t clock_ns() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+}  // namespace ms
 
 namespace {
 
@@ -37,7 +46,7 @@ void step_of_thread(void *engine, int thread) {
 
 extern "C" {
 
-int32_t ms_abi_version() { return 3; }
+int32_t ms_abi_version() { return 4; }
 
 int32_t ms_supports(int32_t variant, int32_t elem) {
   if (!variant_of(variant) || elem < 0 || elem >= MS_NUM_ELEMS) return 0;
@@ -53,7 +62,8 @@ int32_t ms_supports(int32_t variant, int32_t elem) {
 }
 
 MsEngine *ms_create(const MsConfig *config) {
-  if (!ms_supports(config->variant, config->elem) || config->threads < 1 || config->threads > kMaxThreads) return nullptr;
+  if (!ms_supports(config->variant, config->elem) || config->weights < 0 || config->weights >= MS_NUM_WEIGHTS) return nullptr;
+  if (config->threads < 1 || config->threads > kMaxThreads) return nullptr;
   MsEngine *e = (MsEngine *)calloc(1, sizeof(MsEngine));
   if (!e) return nullptr;
   const MsConfig &c = e->config = *config;
@@ -101,13 +111,14 @@ MsEngine *ms_create(const MsConfig *config) {
 int64_t ms_logits_width(const MsEngine *e) { return e->vocab; }
 
 const char *ms_step(MsEngine *e, const MsBatch *batch, MsOnLayer on_layer) {
-  if (!e->head) return "ms_set_model";
+  if (!e->head.packed) return "ms_set_model";
   for (int i = 0; i < e->config.num_layers; i++)
     if (!e->layers[i].kv) return "ms_set_layer";
   if (const char *wrong = ms::check(*e, *batch)) return wrong;
   e->batch = *batch;
   e->on_layer = on_layer;
   e->ended = 0;
+  e->told_ns = ms::clock_ns();
   if (!ms::divide(*e)) return "memory";
   e->team->run(step_of_thread, (Engine *)e);
   return nullptr;
@@ -119,6 +130,8 @@ void ms_destroy(MsEngine *e) {
   free(e->team);
   for (int i = 0; i < e->num_arena; i++) free(e->arena[i]);
   free(e->arena);
+  free(e->packs);
+  free(e->segments);
   free(e->units);
   free(e->merges);
   free(e->span_firsts);
@@ -127,18 +140,22 @@ void ms_destroy(MsEngine *e) {
   free(e);
 }
 
-const char *ms_product(int32_t variant, int32_t elem, int32_t m, int32_t n, int32_t k, const float *a, const void *b, float *c) {
+const char *ms_product(int32_t variant, int32_t elem, int32_t weights, int32_t m, int32_t n, int32_t k, const float *a, const void *b, float *c) {
   if (!ms_supports(variant, elem)) return "variant";
+  if (weights < 0 || weights >= MS_NUM_WEIGHTS) return "weights";
   if (m < 1 || n < 1 || k < 1 || n % 32 || k % 32) return "m, n, k";
-  void *packed = nullptr, *inputs = nullptr;
+  void *packed = nullptr, *inputs = nullptr, *scales = nullptr;
   const bool has_room = !posix_memalign(&packed, 4096, (size_t)n * (size_t)k * 4) &&
-                        !posix_memalign(&inputs, 4096, (size_t)round_up(m, 16) * (size_t)k * 4);
+                        !posix_memalign(&inputs, 4096, (size_t)round_up(m, 16) * (size_t)k * 4) &&
+                        !posix_memalign(&scales, 4096, (size_t)n * 4);
   if (has_room) {
-    ms::pack(elem, b, packed, n, k, k / 32, 0, 1);
-    variant_of(variant)->product(elem, m, n, k, a, inputs, packed, c);
+    const ms::Matrix matrix = {packed, weights == MS_INT8 ? (float *)scales : nullptr};
+    ms::pack(elem, b, matrix, n, k, k / 32, 0, 1);
+    variant_of(variant)->product(elem, m, n, k, a, inputs, matrix, c);
   }
   free(packed);
   free(inputs);
+  free(scales);
   return has_room ? nullptr : "memory";
 }
 

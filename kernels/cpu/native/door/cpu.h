@@ -20,12 +20,12 @@ struct Cpu {
     __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     avx2 = fma && (b >> 5 & 1) && (saved & 0x6) == 0x6;
-    const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
+    const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1, vbmi = c >> 1 & 1;
     avx512 = avx2 && f && dq && bw && vl && (saved & 0xe6) == 0xe6;
     const bool bf16_tiles = d >> 22 & 1, tiles = d >> 24 & 1;
-    amx = avx512 && tiles && bf16_tiles && (saved & 0x60000) == 0x60000;
+    amx = avx512 && vbmi && tiles && bf16_tiles && (saved & 0x60000) == 0x60000;
     const unsigned subleaves = a;
-    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avx512bf16 = avx512 && (a >> 5 & 1);
+    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) avx512bf16 = avx512 && vbmi && (a >> 5 & 1);
 #if defined(MS_ASSUME_AMX)  // in tests: the instructions are emulated
     amx = avx512;
 #endif

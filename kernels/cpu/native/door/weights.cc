@@ -1,5 +1,5 @@
 // The C interface: weights come in, are packed one behind the other into memory of the caller's, or are found there
-// as they were packed before. What is packed is a function of the weights, their elem and the layout (pack.h) alone.
+// as they were packed before. What is packed is a function of the weights, the config's elem and weights, and the layout (pack.h) alone.
 #include "memory.h"
 
 #include "../pack.h"
@@ -14,6 +14,13 @@ void *place(Engine &e, size_t nbytes) {
   char *at = (char *)e.weights + e.weights_nbytes;
   e.weights_nbytes += (nbytes + 4095) / 4096 * 4096;
   return at;
+}
+
+ms::Matrix place_matrix(Engine &e, long columns, long width) {
+  const bool is_int8 = e.config.weights == MS_INT8;
+  ms::Matrix matrix = {place(e, (is_int8 ? 1 : elem_size(e)) * (size_t)(columns * width)), nullptr};
+  if (is_int8) matrix.scales = (float *)place(e, sizeof(float) * (size_t)columns);
+  return matrix;
 }
 
 float *placed(Engine &e, const float *from, long count, long padded) {
@@ -45,10 +52,10 @@ const char *ms_set_layer(MsEngine *e, int32_t index, const MsLayer *from) {
   const size_t size = elem_size(*e);
   const long heads = (long)c.num_heads * c.head_dim;
   const long hidden = e->hidden / 32, wide = e->heads_width / 32, middle = e->intermediate / 32;
-  to.qkv = place(*e, size * (size_t)(e->qkv_width * e->hidden));
-  to.out = place(*e, size * (size_t)(e->hidden * e->heads_width));
-  to.gate_up = place(*e, size * (size_t)(2 * e->intermediate * e->hidden));
-  to.down = place(*e, size * (size_t)(e->hidden * e->intermediate));
+  to.qkv = place_matrix(*e, e->qkv_width, e->hidden);
+  to.out = place_matrix(*e, e->hidden, e->heads_width);
+  to.gate_up = place_matrix(*e, 2 * e->intermediate, e->hidden);
+  to.down = place_matrix(*e, e->hidden, e->intermediate);
   to.attention_norm = placed(*e, from->attention_norm, c.hidden, e->hidden);
   to.mlp_norm = placed(*e, from->mlp_norm, c.hidden, e->hidden);
   to.q_norm = placed(*e, from->q_norm, c.head_dim, e->head_width);
@@ -80,8 +87,9 @@ const char *ms_set_model(MsEngine *e, const MsModel *from) {
   if (from->num_positions < c.max_context) return "num_positions";
   const size_t size = elem_size(*e), nbytes = size * (size_t)((long)c.vocab * c.hidden);
   const long table = (long)from->num_positions * (c.head_dim / 2);
-  e->head = place(*e, size * (size_t)(e->vocab * e->hidden));
-  e->embedding = from->head ? place(*e, nbytes) : nullptr;
+  e->head = place_matrix(*e, e->vocab, e->hidden);
+  // A tied one stands by itself beside an int8 head: what is looked up is not rounded to it.
+  e->embedding = from->head || c.weights == MS_INT8 ? place(*e, nbytes) : nullptr;
   e->norm = placed(*e, from->norm, c.hidden, e->hidden);
   e->cos = placed(*e, from->cos, table, table + 16);
   e->sin = placed(*e, from->sin, table, table + 16);

@@ -39,6 +39,34 @@ MS_INLINE V round_bf16(V a) {
 MS_INLINE V load_bf16(const uint16_t *p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16))};
 }
+MS_INLINE V load_int8(const int8_t *p) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)))}; }
+#if defined(__AVX512VBMI__)
+// The bytes of 0 to 127 as bf16, each exact.
+struct Bf16Bytes {
+  alignas(64) uint8_t low[128], high[128];
+  constexpr Bf16Bytes() : low(), high() {
+    for (int i = 1; i < 128; i++) {
+      int exponent = 6;
+      while (!(i >> exponent)) exponent--;
+      const int bits = (127 + exponent) << 7 | (i << (7 - exponent) & 127);
+      low[i] = (uint8_t)bits;
+      high[i] = (uint8_t)(bits >> 8);
+    }
+  }
+};
+constexpr Bf16Bytes kBf16Bytes;
+// 64 whole numbers, 8 bits each -> 64 of bf16, by tables: in half the time of converting them.
+#define MS_TABLES 1
+MS_INLINE void load_bf16_of_int8(const int8_t *p, __m512i &first, __m512i &second) {
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // unpacking works in quarters
+  const __m512i x = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(p)), size = _mm512_abs_epi8(x);
+  const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(kBf16Bytes.low), size, _mm512_load_si512(kBf16Bytes.low + 64));
+  const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(kBf16Bytes.high), size, _mm512_load_si512(kBf16Bytes.high + 64));
+  const __m512i both = _mm512_ternarylogic_epi32(high, x, _mm512_set1_epi8((char)0x80), 0xf8);  // high | sign of x
+  first = _mm512_unpacklo_epi8(low, both);
+  second = _mm512_unpackhi_epi8(low, both);
+}
+#endif
 // What round_bf16 gave.
 MS_INLINE void store_bf16(uint16_t *p, V a) {
   _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16)));

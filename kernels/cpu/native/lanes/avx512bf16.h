@@ -8,6 +8,11 @@ struct Pairs16 { __m512i v; };  // sixteen pairs, the even one in the lower half
 constexpr int kDotRows = 8;     // sixteen sums of VDPBF16PS, two registers of weights: 98 % of what it can do
 
 MS_INLINE Pairs16 load_words(const uint16_t *p) { return {_mm512_loadu_si512(p)}; }
+MS_INLINE Pairs16 load_words(const int8_t *p) {  // whole numbers, which bf16 holds
+  return {(__m512i)_mm512_cvtne2ps_pbh(load_int8(p + 16).v, load_int8(p).v)};
+}
+MS_INLINE void load_two_words(const int8_t *p, Pairs16 &first, Pairs16 &second) { load_bf16_of_int8(p, first.v, second.v); }
+MS_INLINE void store_words(uint16_t *p, Pairs16 a) { _mm512_storeu_si512(p, a.v); }
 MS_INLINE Pairs16 splat_pair(const uint16_t *p) {
   int32_t word;
   __builtin_memcpy(&word, p, 4);

@@ -37,6 +37,7 @@ MS_INLINE V round_bf16(V a) {
   return r;
 }
 MS_INLINE V load_bf16(const uint16_t *p) { V r; MS_EACH r.x[i] = of_bits((uint32_t)p[i] << 16); return r; }
+MS_INLINE V load_int8(const int8_t *p) { V r; MS_EACH r.x[i] = (float)p[i]; return r; }
 MS_INLINE void store_bf16(uint16_t *p, V a) { MS_EACH p[i] = (uint16_t)(bits_of(a.x[i]) >> 16); }
 MS_INLINE void load_pairs(const uint16_t *p, V &first, V &second) {
   MS_EACH { first.x[i] = of_bits((uint32_t)p[2 * i] << 16); second.x[i] = of_bits((uint32_t)p[2 * i + 1] << 16); }
@@ -53,6 +54,13 @@ MS_INLINE void prefetch_far(const void *) {}
 struct Pairs16 { uint32_t x[16]; };
 constexpr int kDotRows = 1;
 MS_INLINE Pairs16 load_words(const uint16_t *p) { Pairs16 r; __builtin_memcpy(r.x, p, 64); return r; }
+MS_INLINE Pairs16 load_words(const int8_t *p) {
+  Pairs16 r;
+  MS_EACH r.x[i] = bits_of((float)p[2 * i]) >> 16 | bits_of((float)p[2 * i + 1]);
+  return r;
+}
+MS_INLINE void load_two_words(const int8_t *p, Pairs16 &first, Pairs16 &second) { first = load_words(p), second = load_words(p + 32); }
+MS_INLINE void store_words(uint16_t *p, Pairs16 a) { __builtin_memcpy(p, a.x, 64); }
 MS_INLINE Pairs16 splat_pair(const uint16_t *p) {
   uint32_t word;
   __builtin_memcpy(&word, p, 4);

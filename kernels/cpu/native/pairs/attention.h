@@ -26,6 +26,10 @@ struct PairRoom {
     keys = weights + kMaxDotRows * kWide;
     values = keys + kSegment * dim;
   }
+  MS_INLINE void go_to(const Engine &e, long place) {
+    keys = e.segments + place * 2 * kSegment * dim;
+    values = keys + kSegment * dim;
+  }
 };
 static_assert(kDotRows <= kMaxDotRows && kMaxDotRows <= 8, "weights have room, and Sums::take_some");
 
@@ -86,11 +90,21 @@ MS_INLINE void weigh_lane(const float *scores, uint16_t *weights, int low, int h
   sum = tree_sum(total);
 }
 
+// Of a span, whatever of it the units see: what is behind a unit's rows is finite, and masked.
+template <>
+void pack_unit<Pairs>(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
+  const int context = e.batch.span_contexts[u.span], first = u.segment * kSegment, seen = context - u.num_rows + 1;
+  if (layer.window && first + kSegment <= seen - layer.window) return;
+  PairRoom room(e, w);
+  room.go_to(e, u.packed);
+  pack_segment(e, layer, w, u, room, first, context - first < kSegment ? context - first : kSegment);
+}
+
 template <>
 void attend<Pairs>(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
   const MsConfig &c = e.config;
   const int group = c.num_heads / c.num_kv_heads, dim = c.head_dim, lanes = u.num_rows * group;
-  const PairRoom room(e, w);
+  PairRoom room(e, w);
   const long row0 = e.span_firsts[u.span] + u.first_row, wide = room.dim + Inputs<Pairs>::kGap;
   const int position0 = e.batch.span_contexts[u.span] - e.batch.span_rows[u.span] + u.first_row;
   for (int i = 0; i < lanes; i++) {
@@ -105,7 +119,8 @@ void attend<Pairs>(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
   for (int s = begin; s <= last; s++) {
     const int first = s * kSegment, count = end - first < kSegment ? end - first : kSegment;
     if (first + count <= low(0)) continue;
-    pack_segment(e, layer, w, u, room, first, count);
+    if (u.packed < 0) pack_segment(e, layer, w, u, room, first, count);
+    else room.go_to(e, u.packed + s);
     for (int lane = 0, share; lane < lanes; lane += share) {
       share = next_share(lanes - lane);
       // Positions that any of these sees, of this segment; from a whole group of columns on, to one.

@@ -12,6 +12,7 @@ struct Inputs<Pairs> {
   static constexpr long kGap = 32;
   static MS_INLINE const T *rows(const T *from, long width, long row) { return from + row * (width + kGap); }
   static MS_INLINE T *rows(T *from, long width, long row) { return from + row * (width + kGap); }
+  static MS_INLINE const T *blocks(const T *from, int block) { return from + block * 32; }
   static MS_INLINE void put(T *to, long width, long row, long column, V rounded, int n = 16) {
     put_some<Bf16>(rows(to, width, row) + column, rounded, n);
   }
@@ -31,20 +32,52 @@ struct Counted<0, I...> {
   typedef Places<I...> All;
 };
 
+// Weights of a product, two k of T tiles at a time: bf16 as it stands; or int8, and bf16 of it that is kept.
+struct Words {
+  const uint16_t *at;
+  template <int R, int T>
+  MS_INLINE void take(Pairs16 (&to)[T]) {
+    for (int t = 0; t < T; t++) to[t] = load_words(at + t * kPair);
+    at += 2 * kPair;
+  }
+};
+struct Bytes {
+  const int8_t *at;
+  // One row waits for memory, and tables widen faster; of many the tables' ports are the product's own.
+  template <int R, int T>
+  MS_INLINE void take(Pairs16 (&to)[T]) {
+    if constexpr (R <= 4 && T == 2) load_two_words(at, to[0], to[1]);
+    else
+      for (int t = 0; t < T; t++) to[t] = load_words(at + t * kPair);
+    at += 2 * kPair;
+  }
+};
+struct KeptBytes : Bytes {
+  uint16_t *kept;
+  MS_INLINE KeptBytes(const int8_t *from, uint16_t *to) : Bytes{from}, kept(to) {}
+  template <int R, int T>
+  MS_INLINE void take(Pairs16 (&to)[T]) {
+    Bytes::take<R>(to);
+    for (int t = 0; t < T; t++) store_words(kept + t * kPair, to[t]);
+    kept += 2 * kPair;
+  }
+};
+
 // c[r][t] (+)= rows r of A times tiles t of B, `pairs` of k. A function of its own: registers enough for its sums.
 // Nothing is fetched ahead: weights come in one stream, which the processor sees; asking for them took a tenth longer.
-template <int R, int T, bool kFromZero, int... I>
-MS_ALONE void dot_rows(const uint16_t *a, long stride, const uint16_t *b, int pairs, float *c, long width, Places<I...>) {
+template <int R, int T, bool kFromZero, class B, int... I>
+MS_ALONE void dot_rows(const uint16_t *a, long stride, B b, int pairs, float *c, long width, Places<I...>) {
   V sums[R * T] = {(kFromZero ? zeros() : load(c + I / T * width + I % T * 16))...};
-  for (const uint16_t *end = b + pairs * 2 * kPair; b < end; b += 2 * kPair, a += 2) {
-    const Pairs16 weights[2] = {load_words(b), load_words(b + (T - 1) * kPair)};
+  for (const auto *end = b.at + pairs * 2 * kPair; b.at < end; a += 2) {
+    Pairs16 weights[T];
+    b.template take<R>(weights);
     Pairs16 x;
     (((x = I % T ? x : splat_pair(a + I / T * stride)), (sums[I] = dot(sums[I], x, weights[I % T]))), ...);
   }
   (store(c + I / T * width + I % T * 16, sums[I]), ...);
 }
-template <int T, bool kFromZero, int R = kDotRows>
-MS_INLINE void dot_some(int rows, const uint16_t *a, long stride, const uint16_t *b, int pairs, float *c, long width) {
+template <int T, bool kFromZero, int R = kDotRows, class B>
+MS_INLINE void dot_some(int rows, const uint16_t *a, long stride, B b, int pairs, float *c, long width) {
   if (R == 1 || rows == R) return dot_rows<R, T, kFromZero>(a, stride, b, pairs, c, width, typename Counted<R * T>::All());
   if constexpr (R > 1) dot_some<T, kFromZero, R - 1>(rows, a, stride, b, pairs, c, width);
 }
@@ -69,8 +102,8 @@ MS_INLINE void dot_all(const uint16_t *a, long stride, int rows, const uint16_t 
     const uint16_t *x = a + 2 * p, *weights = b + p * 2 * kPair;
     for (int m = 0, share; m < rows; m += share) {
       share = next_share(rows - m);
-      if (part == 0) dot_some<T, Out::kFromZero>(share, x + m * stride, stride, weights, depth, c + m * width, width);
-      else dot_some<T, false>(share, x + m * stride, stride, weights, depth, c + m * width, width);
+      if (part == 0) dot_some<T, Out::kFromZero>(share, x + m * stride, stride, Words{weights}, depth, c + m * width, width);
+      else dot_some<T, false>(share, x + m * stride, stride, Words{weights}, depth, c + m * width, width);
     }
   }
   if constexpr (!Out::kInPlace)

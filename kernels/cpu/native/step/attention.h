@@ -243,6 +243,10 @@ static void attend(Engine &e, const Layer &layer, Scratch &w, const Unit &u) {
   leave<E>(e, w, u, lanes.count, group, sums);
 }
 
+// A segment that several units need; here they all unpack it.
+template <class E>
+static void pack_unit(Engine &, const Layer &, Scratch &, const Unit &) {}
+
 // The units of one row and one KV head, in ascending order of their segments.
 template <class E>
 static void merge_units(Engine &e, const Unit &u) {

@@ -7,6 +7,9 @@
 //              C = C + (even + odd). What AMX computes, and what AVX512, AVX2 and any CPU can.
 //     cpu2     of pairs, bf16 only: one chain of fp32 FMAs through C; of k, k + 1 first the odd one, then the even one.
 //              What VDPBF16PS computes, and what any CPU can; AMX cannot.
+//     int8     weights of layers and of the head (pack.h): whole numbers, exact in bf16 and fp32, multiplied as they are
+//              by cpu1 or cpu2 from +0; then C = sum * scale of the column, and of a sum that continues C = sum * scale + C
+//              in one FMA. Rows of the embedding that are looked up stay in the elem.
 //   rows       norm: squares by 16 lanes of FMAs, then tree_sum; 1 / sqrt(mean + eps) by correctly rounded steps.
 //   attention  in segments of 256 absolute positions, see attention.h.
 //   rounding   to nearest, ties to even; denormals are zero; to the elem of the model where a value is put down
@@ -90,6 +93,7 @@ struct Inputs {
   typedef float T;
   static MS_INLINE const T *rows(const T *from, long width, long row) { return from + row * width; }
   static MS_INLINE T *rows(T *from, long width, long row) { return from + row * width; }
+  static MS_INLINE const T *blocks(const T *from, int block) { return from + block * 32; }  // from this block of k on
   static MS_INLINE void put(T *to, long width, long row, long column, V rounded, int n = 16) {
     put_some<F32>(to + row * width + column, rounded, n);
   }

@@ -95,7 +95,7 @@ static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const t
   const MsConfig &c = e.config;
   const int num_heads = c.num_heads + 2 * c.num_kv_heads, tiles = (int)(e.head_width / 16);
   const long rows = e.batch.num_rows, blocks = (rows + kRowBlock - 1) / kRowBlock;
-  const Packed<E> weights = {(const typename E::Store *)layer.qkv, (int)(e.hidden / 32)};
+  const Weights<E> weights(layer.qkv, e.hidden);
   const int units = num_heads * (int)blocks;
   for (int u; (u = e.team->next_unit(phase, units)) < units;) {
     const int head = u % num_heads;
@@ -103,7 +103,7 @@ static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const t
     const int count = (int)(rows - row < kRowBlock ? rows - row : kRowBlock);
     if (is_narrow && head < c.num_heads && e.wanted_before[row + count] == e.wanted_before[row]) continue;
     Put put = {w.head - head * e.head_width, e.head_dim};
-    multiply<1>(Inputs<E>::rows(normed, e.hidden, row), e.hidden, count, weights, weights.blocks, head * tiles, (head + 1) * tiles, put);
+    multiply_weights(Inputs<E>::rows(normed, e.hidden, row), e.hidden, count, weights, head * tiles, (head + 1) * tiles, put);
     for (int m = 0; m < count; m++) place_head<E>(e, layer, row + m, head, w.head + m * e.head_dim);
   }
   e.team->end(phase, units);
@@ -111,7 +111,12 @@ static void heads(Engine &e, const Layer &layer, Scratch &w, int &phase, const t
 
 template <class E>
 static void attention(Engine &e, const Layer &layer, Scratch &w, int &phase, bool all) {
-  const int units = e.num_units, merges = e.num_merges;
+  const int packs = e.num_packs, units = e.num_units, merges = e.num_merges;
+  if (packs) {
+    for (int u; (u = e.team->next_unit(phase, packs)) < packs;)
+      if (all || e.packs[u].is_wanted) pack_unit<E>(e, layer, w, e.packs[u]);
+    e.team->end(phase, packs);
+  }
   for (int u; (u = e.team->next_unit(phase, units)) < units;)
     if (all || e.units[u].is_wanted) attend<E>(e, layer, w, e.units[u]);
   e.team->end(phase, units);
@@ -139,12 +144,12 @@ static void narrow(Engine &e, int &phase) {
 
 // x += A W.
 template <class E>
-static void residual(Engine &e, int &phase, long all, const void *inputs, long width, const void *packed, const float *bias) {
-  const Packed<E> weights = {(const typename E::Store *)packed, (int)(width / 32)};
+static void residual(Engine &e, int &phase, long all, const void *inputs, long width, const Matrix &matrix, const float *bias) {
+  const Weights<E> weights(matrix, width);
   const typename Inputs<E>::T *a = (const typename Inputs<E>::T *)inputs;
   share(e, phase, all, e.hidden / 16, [&](long row, int rows, int first, int last) {
     Continue sum = {e.x + row * e.hidden, e.hidden};
-    multiply<1>(Inputs<E>::rows(a, width, row), width, rows, weights, weights.blocks, first, last, sum);
+    multiply_weights(Inputs<E>::rows(a, width, row), width, rows, weights, first, last, sum);
     if (bias)
       for (int m = 0; m < rows; m++)
         for (int i = first * 16; i < last * 16; i += 16) {
@@ -172,12 +177,12 @@ struct Gated {
 template <class E>
 static void mlp(Engine &e, const Layer &layer, Scratch &w, int &phase, long all) {
   const typename Inputs<E>::T *normed = norm_rows<E>(e, w, phase, all, layer.mlp_norm);
-  const Packed<E> weights = {(const typename E::Store *)layer.gate_up, (int)(e.hidden / 32)};
+  const Weights<E> weights(layer.gate_up, e.hidden);
   share(e, phase, all, e.intermediate / 8, [&](long row, int rows, int first, int last) {
     Gated<E> gated;
     gated.to = Inputs<E>::rows((typename Inputs<E>::T *)e.middle, e.intermediate, row);
     gated.stride = e.intermediate;
-    multiply<1>(Inputs<E>::rows(normed, e.hidden, row), e.hidden, rows, weights, weights.blocks, first, last, gated);
+    multiply_weights(Inputs<E>::rows(normed, e.hidden, row), e.hidden, rows, weights, first, last, gated);
   });
   residual<E>(e, phase, all, e.middle, e.intermediate, layer.down, nullptr);
 }
@@ -195,7 +200,7 @@ static void embed(Engine &e, int &phase) {
         const Store *from = (const Store *)e.embedding + token * e.config.hidden;
         for (int i = 0; i < e.config.hidden; i++) x[i] = E::get1(from + i);
       } else {
-        const Store *group = (const Store *)e.head + token / 32 * (e.hidden / 32) * kGroup;
+        const Store *group = (const Store *)e.head.packed + token / 32 * (e.hidden / 32) * kGroup;
         for (int i = 0; i < e.config.hidden; i++) x[i] = E::get1(group + i / 2 * 2 * kPair + E::at(i, (int)(token % 32)));
       }
       for (long i = e.config.hidden; i < e.hidden; i++) x[i] = 0.0f;
@@ -211,10 +216,10 @@ static void logits(Engine &e, int &phase) {
   for (int u; (u = e.team->next_unit(phase, wanted)) < wanted;)
     norm_row<E>(e, e.x + (long)(e.is_narrow ? u : b.logit_rows[u]) * e.hidden, e.norm, normed, u);
   e.team->end(phase, wanted);
-  const Packed<E> weights = {(const typename E::Store *)e.head, (int)(e.hidden / 32)};
+  const Weights<E> weights(e.head, e.hidden);
   share(e, phase, b.num_logits, e.vocab / 16, [&](long row, int rows, int first, int last) {
     Put put = {b.logits + row * e.vocab, e.vocab};
-    multiply<1>(Inputs<E>::rows(normed, e.hidden, row), e.hidden, rows, weights, weights.blocks, first, last, put);
+    multiply_weights(Inputs<E>::rows(normed, e.hidden, row), e.hidden, rows, weights, first, last, put);
   });
 }
 
@@ -230,13 +235,18 @@ static void step_of(Engine &e, int thread, Mode outside) {
     const bool is_narrow = e.is_narrow && i + 1 == e.config.num_layers;
     const long rows = is_narrow ? e.batch.num_logits : e.batch.num_rows;
     heads<E>(e, layer, w, phase, norm_rows<E>(e, w, phase, e.batch.num_rows, layer.attention_norm), is_narrow);
-    if (e.on_layer) {
-      e.team->alone(phase, thread, [&] {
-        leave_float_mode(outside);
-        e.ended = e.on_layer(i);
-        enter_float_mode();
-      });
+    const auto tell = [&] {
+      leave_float_mode(outside);
+      const int ends = e.on_layer(i);
+      enter_float_mode();
+      return ends;
+    };
+    if (e.on_layer && e.batch.is_layerwise) {
+      e.team->alone(phase, thread, [&] { e.ended = tell(); });
       if (e.ended) return;
+    } else if (e.on_layer && thread == 0 && clock_ns() - e.told_ns > kSilenceNs) {  // the others go on meanwhile
+      tell();
+      e.told_ns = clock_ns();
     }
     if (rows == 0) return;
     attention<E>(e, layer, w, phase, !is_narrow);
@@ -263,23 +273,26 @@ static void step(Engine *e, int thread) {
 // --- for tests: the pieces alone --------------------------------------------------------------------
 
 template <class E>
-static void product_of(long m, long n, long k, const float *a, void *room, const void *packed, float *c) {
+static void product_of(long m, long n, long k, const float *a, void *room, const Matrix &b, float *c) {
   typename Inputs<E>::T *inputs = (typename Inputs<E>::T *)room;
   for (long row = 0; row < m; row++)
     for (long i = 0; i < k; i += 16) Inputs<E>::put(inputs, k, row, i, load(a + row * k + i));
-  const Packed<E> weights = {(const typename E::Store *)packed, (int)(k / 32)};
-  Continue sum = {c, n};
-  multiply<1>((const typename Inputs<E>::T *)inputs, k, (int)m, weights, weights.blocks, 0, (int)(n / 16), sum);
+  const Weights<E> weights(b, k);
+  for (long row = 0; row < m; row += kRowBlock) {
+    Continue sum = {c + row * n, n};
+    const long rows = m - row < kRowBlock ? m - row : kRowBlock;
+    multiply_weights(Inputs<E>::rows((const typename Inputs<E>::T *)inputs, k, row), k, (int)rows, weights, 0, (int)(n / 16), sum);
+  }
 }
 
-static void product(int elem, long m, long n, long k, const float *a, void *inputs, const void *packed, float *c) {
+static void product(int elem, long m, long n, long k, const float *a, void *inputs, const Matrix &b, float *c) {
   auto was = enter_float_mode();
 #if defined(MS_PAIRS)
-  if (elem == MS_BF16_PAIRS) product_of<Pairs>(m, n, k, a, inputs, packed, c);
+  if (elem == MS_BF16_PAIRS) product_of<Pairs>(m, n, k, a, inputs, b, c);
 #endif
 #if !defined(MS_PAIRS_ALONE)
-  if (elem == MS_BF16) product_of<Half>(m, n, k, a, inputs, packed, c);
-  if (elem == MS_F32) product_of<F32>(m, n, k, a, inputs, packed, c);
+  if (elem == MS_BF16) product_of<Half>(m, n, k, a, inputs, b, c);
+  if (elem == MS_F32) product_of<F32>(m, n, k, a, inputs, b, c);
 #endif
   release_tiles();
   leave_float_mode(was);

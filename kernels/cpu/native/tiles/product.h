@@ -20,6 +20,7 @@ struct Inputs<Bf16Tiles> {
   }
   static MS_INLINE const T *rows(const T *from, long width, long row) { return from + row * width; }
   static MS_INLINE T *rows(T *from, long width, long row) { return from + row * width; }
+  static MS_INLINE const T *blocks(const T *from, int block) { return from + block * 512; }
   static MS_INLINE void put_rounding(T *to, long width, long row, long column, V value) { put(to, width, row, column, round_bf16(value)); }
   static MS_INLINE void move(T *inputs, long width, long from, long to) {
     for (long i = 0; i < width; i += 32) __builtin_memcpy(inputs + at(width, to, i), inputs + at(width, from, i), 64);

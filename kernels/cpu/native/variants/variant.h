@@ -28,6 +28,7 @@ MS_INLINE void release_tiles() {}
 #include "../pairs/product.h"
 #include "../pairs/attention.h"
 #endif
+#include "../step/weights.h"
 #include "../step/step.h"
 }  // namespace MS_VARIANT
 }  // namespace

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from microserve.kernels.cpu.compiler import X86
-from microserve.kernels.cpu.library import Library, is_right
+from microserve.kernels.cpu.library import WEIGHTS, Library, is_right
 from tests.support.kernels.amx import compare, emulated_library, streams
 from tests.support.kernels.family import TILED, Family, TinyModel, bytes_of, class_bytes, random_ids
 from tests.support.kernels.family_step import Part, Room
@@ -47,12 +47,13 @@ def halves(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
 @given(
     rows=st.integers(1, 100),
     columns=st.integers(1, 5),
-    blocks=st.integers(1, 6),
+    blocks=st.one_of(st.integers(1, 6), st.just(19)),
     exponents=st.sampled_from([0, 10, 60, 120]),
     seed=st.integers(0, 2**32 - 1),
+    weights=st.sampled_from(WEIGHTS),
 )
 def test_products_of_every_shape(
-    emulated: Library, rows: int, columns: int, blocks: int, exponents: int, seed: int
+    emulated: Library, rows: int, columns: int, blocks: int, exponents: int, seed: int, weights: str = "dtype"
 ) -> None:
     """Of ordinary values, and of such as underflow: what is tiny is zero for all variants."""
     random = np.random.default_rng(seed)
@@ -64,13 +65,13 @@ def test_products_of_every_shape(
     a, b = rounded(emulated, values(rows, 32 * blocks)), rounded(emulated, values(32 * columns, 32 * blocks))
     a.reshape(-1)[:: 1 + seed % 29] = -0.0
     c = values(rows, 32 * columns)
-    expected = emulated.product("portable", a, halves(b), c)
-    assert emulated.product("amx", a, halves(b), c).tobytes() == expected.tobytes()
+    expected = emulated.product("portable", a, halves(b), c, weights=weights)
+    assert emulated.product("amx", a, halves(b), c, weights=weights).tobytes() == expected.tobytes()
 
 
 def test_it_is_right_where_it_is_emulated(emulated: Library) -> None:
     assert emulated.supports("amx")
-    assert is_right(emulated, "amx")
+    assert is_right(emulated, "amx") and is_right(emulated, "amx", "int8")
 
 
 @st.composite
@@ -119,6 +120,10 @@ def test_contexts_of_several_segments(emulated: Library, head_dim: int, threads:
         [(0, 40), (1, 3)],
     ]
     compare(emulated, TinyModel(replace(TILED, head_dim=head_dim)), steps, threads)
+
+
+def test_steps_with_weights_in_int8(emulated: Library) -> None:
+    compare(emulated, TinyModel(TILED, weights="int8"), [[(0, 37)], [(0, 1), (1, 60)], [(0, 1), (1, 1)]], 2)
 
 
 @pytest.mark.parametrize("head_dim", [32, 64])

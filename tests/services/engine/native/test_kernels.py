@@ -70,6 +70,21 @@ def test_what_was_asked_for_by_name_and_cannot_be_had_is_an_error(wanted: str) -
     assert raised.value.field == "engine.cpu_kernels"
 
 
+@pytest.mark.usefixtures("bare")
+def test_int8_weights_that_cannot_be_had_are_an_error() -> None:
+    asked = msgspec.convert({"model": {"weights": "int8"}}, Settings)
+    with pytest.raises(ConfigError, match=r"model.weights 'int8' cannot be had: no C\+\+ compiler") as raised:
+        choose_kernels(asked)
+    assert raised.value.field == "model.weights"
+
+
+@pytest.mark.parametrize("own", [{"cpu_kernels": "transformers"}, {"device": "cuda:0"}])
+def test_int8_weights_are_the_native_steps_alone(own: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="needs the native CPU step") as raised:
+        msgspec.convert({"model": {"weights": "int8"}, "engine": own}, Settings).check()
+    assert raised.value.field == "model.weights"
+
+
 def test_an_old_cpu_has_what_it_can_run_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries.Library, "supports", lambda _, variant, *dtype: variant == "portable")
     with capture_logs() as logs:

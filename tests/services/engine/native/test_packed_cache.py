@@ -70,6 +70,19 @@ def test_what_is_mapped_is_what_was_packed(tmp_path: Path, cache: Path, family: 
     assert answer(second) == answer(here)
 
 
+def test_int8_and_plain_weights_are_kept_apart(tmp_path: Path, cache: Path) -> None:
+    directory = make_tiny_model(tmp_path / "model")
+    plain, rounded = load(directory), load(directory, "model.weights=int8")
+    here = pack_model(load_model(directory, dtype="bfloat16"), library(), "int8")
+
+    assert len(files(cache)) == 2 and plain.spec.revision != rounded.spec.revision == here.spec.revision
+    found = loading(directory, "model.weights=int8").find()
+    assert found is not None and is_mapped(found)
+    assert found.weights.memory.tobytes() == here.weights.memory.tobytes()
+    assert found.numerics(library(), "cpu1") == here.numerics(library(), "cpu1")
+    assert answer(found) == answer(here) != answer(plain)
+
+
 def test_an_engine_that_finds_its_weights_packed_imports_no_torch(tmp_path: Path, cache: Path) -> None:
     directory = make_tiny_model(tmp_path / "model")
     load(directory)
