@@ -57,9 +57,8 @@ class ModelSettings(_Section, frozen=True):
     """Name that clients use; default: the directory's name."""
     dtype: str = "bfloat16"
     weights: str = "dtype"
-    """``dtype``, or ``int8``: for the native CPU step, which then is a must, matrices of layers and the head
-    are rounded to 8 bits with a scale for each output. Answers are the rounded model's: of its own revision
-    and numerics class."""
+    """``dtype``, or ``int8``: matrices rounded to 8 bits with a scale for each output, by the native CPU step
+    alone, which then is a must. Answers are the rounded model's, of its own revision and numerics class."""
     load_format: str = "auto"
     tool_parser: str = "auto"
     """How the model writes a call of a tool: ``qwen``, ``llama``, ``mistral``, ``deepseek``, ``gpt_oss``,
@@ -305,7 +304,6 @@ class Settings(_Section, frozen=True):
         self._check_addresses()
         self._check_heap()
         self._check_attention()
-        self._check_weights()
         routers = len(dict.fromkeys(self.gateway.routers or [self.router.address]))
         if self.gateway.router_keys and len(self.gateway.router_keys) != routers:
             raise ConfigError(
@@ -344,8 +342,6 @@ class Settings(_Section, frozen=True):
             if value not in words:
                 known = " or ".join([", ".join(map(repr, words[:-1])), repr(words[-1])])
                 raise ConfigError(f"{field} must be {known}, is {value!r}", field=field)
-
-    def _check_weights(self) -> None:
         is_native = self.engine.device == "cpu" and self.engine.cpu_kernels != "transformers"
         if self.model.weights != "dtype" and not is_native:
             problem = "model.weights 'int8' needs the native CPU step: engine.device 'cpu', no 'transformers'"
