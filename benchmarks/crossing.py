@@ -141,7 +141,7 @@ def draw(figures: dict[str, Any], directory: Path) -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    from microserve.services.simulation.load.plots import STYLE
+    from microserve.services.simulation.load.figures.plots import STYLE
 
     profiles = list(dict.fromkeys(row["profile"] for row in figures["rows"]))
     with mpl.rc_context(STYLE):

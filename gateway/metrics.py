@@ -6,18 +6,17 @@ milliseconds. No label is ever a request, a user or a prompt.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
-from prometheus_client.utils import floatToGoString
 
+from microserve.gateway.histogram import Histogram
 from microserve.gateway.keys.usage import Counts
+from microserve.gateway.strategy_metrics import StrategyMetrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CACHE_S = 1.0
@@ -100,6 +99,7 @@ class GatewayMetrics:
         self._disconnects = counter("disconnects", "Clients that went early, by phase.", ("phase",))
         calls = counter("tool_calls", "Calls of tools in answers.", ("outcome",))
         self._calls = {outcome: calls.labels(outcome) for outcome in ("read", "unread")}
+        self.by_strategy = StrategyMetrics()
         self._text: dict[bool, tuple[float, bytes]] = {}
 
     def first_token(self, seconds: float) -> None:
@@ -133,7 +133,8 @@ class GatewayMetrics:
 
     def families(self, seen: Levels) -> list[Metric]:
         """Of this process."""
-        return [*self._registry.collect(), *_level_families(self._model, seen), *_key_families(seen)]
+        levels = (*_level_families(self._model, seen), *_key_families(seen))
+        return [*self._registry.collect(), *levels, *self.by_strategy.families()]
 
     async def text(
         self, collect: Callable[[], Awaitable[Iterable[Metric]]], *, vllm_names: bool = False
@@ -148,26 +149,16 @@ class GatewayMetrics:
         return text
 
 
-class _Histogram(Collector):
-    """Of one model's times. prometheus_client's own has a lock for each number, and costs a token more than
-    all of its text; here one thread observes."""
+class _Histogram(Histogram, Collector):
+    """Of one model's times."""
 
     def __init__(self, name: str, text: str, model: str, buckets: tuple[float, ...]) -> None:
-        """``buckets``: upper bounds, ascending, seconds."""
+        super().__init__(buckets)
         self._name, self._text, self._model = name, text, model
-        self._bounds = buckets
-        self._counts = [0] * (len(buckets) + 1)
-        self._sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        self._counts[bisect_left(self._bounds, seconds)] += 1
-        self._sum += seconds
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
-        names = [*map(floatToGoString, self._bounds), "+Inf"]
-        buckets = [(name, float(count)) for name, count in zip(names, accumulate(self._counts), strict=True)]
-        family.add_metric([self._model], buckets, self._sum)
+        self.add_to(family, [self._model])
         return [family]
 
 

@@ -78,6 +78,8 @@ def account(
         if choice.is_read:
             state.metrics.calls_read(choice.num_calls, choice.num_unread)
         ended = choice.ended
+        if ended is not None:
+            state.metrics.by_strategy.ended(ended)
         write_line(
             Summary(
                 request_id=of_choice(exchange.unique_id, choice.index),
@@ -95,6 +97,8 @@ def account(
                 output_tokens=choice.num_output_tokens,
                 strategy="" if ended is None else ended.strategy,
                 strategy_version=0 if ended is None else ended.strategy_version,
+                share="" if ended is None else ended.share,
+                moves=0 if ended is None else ended.num_moves,
                 engines=[] if ended is None else ended.engines,
                 why="" if ended is None else ended.why,
                 capped_to=0 if ended is None else ended.capped_to,

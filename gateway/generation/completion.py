@@ -192,34 +192,21 @@ class Completion(Generic[R]):
         await self._exchange.reply(200, body, self._mesh_headers())
 
     def _mesh_headers(self) -> dict[str, str]:
-        """Who served it: known once it is over, so only where the head comes last."""
-        ended = self._group.choices[0].ended
-        if ended is None:
-            return self._warning_header()
-        return {
-            "x-microserve-strategy": ended.strategy,
-            "x-microserve-strategy-version": str(ended.strategy_version),
-            "x-microserve-engines": ",".join(ended.engines),
-            **self._early_headers(),
-        }
-
-    def _early_headers(self) -> dict[str, str]:
-        return {**self._exact_header(), **self._warning_header()}
-
-    def _warning_header(self) -> dict[str, str]:
-        return (
-            {"x-microserve-warning": "; ".join(self._warnings)[:MAX_WARNING_CHARS]} if self._warnings else {}
-        )
-
-    def _exact_header(self) -> dict[str, str]:
-        """Of what there is of the answer when its head is sent."""
-        numerics = self._group.numerics
-        return {} if numerics is None else {"x-microserve-exact": numerics.promise}
+        """Who served what there is of the answer when its head is sent."""
+        served, numerics = self._group.served, self._group.numerics
+        headers = {} if numerics is None else {"x-microserve-exact": numerics.promise}
+        if served is not None:
+            headers["x-microserve-strategy"] = served.strategy
+            headers["x-microserve-strategy-version"] = str(served.strategy_version)
+            headers["x-microserve-engines"] = ",".join(served.engines)
+        if self._warnings:
+            headers["x-microserve-warning"] = "; ".join(self._warnings)[:MAX_WARNING_CHARS]
+        return headers
 
     async def _stream_answer(self, answer: AnswerFormat) -> None:
         group, inbox = self._group, self._group.inbox
         stream = EventStream(
-            self._exchange, on_idle=inbox.poke, on_stall=inbox.fail, headers=self._early_headers
+            self._exchange, on_idle=inbox.poke, on_stall=inbox.fail, headers=self._mesh_headers
         )
         async with stream:
             try:

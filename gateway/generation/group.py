@@ -22,6 +22,7 @@ from microserve.gateway.text.choice import Choice, Piece, Timeline
 from microserve.gateway.text.reading import ReadChoice, Reading
 from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.messages.router import Ended, Served
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.request_id import of_choice
 
@@ -130,6 +131,12 @@ class ChoiceGroup:
         """In which class all output so far was made; None: there is none."""
         classes = [mailbox.numerics for mailbox in self.inbox.mailboxes if mailbox.output]
         return reduce(Numerics.joined, classes) if classes else None
+
+    @property
+    def served(self) -> Served | Ended | None:
+        """By what the first choice of which that is known is served."""
+        told = (mailbox.ended or mailbox.served for mailbox in self.inbox.mailboxes)
+        return next((each for each in told if each is not None), None)
 
     @property
     def over(self) -> bool:

@@ -78,6 +78,9 @@ class Summary:
     index: int = 0
     strategy: str = ""
     strategy_version: int = 0
+    share: str = ""
+    """As what the version served it: ``stable`` or ``canary``."""
+    moves: int = 0
     engines: list[str] = field(default_factory=list)
     numerics: Numerics = UNKNOWN
     finish_reason: str = ""
@@ -114,6 +117,8 @@ def write_line(summary: Summary) -> None:
         key=summary.key,
         strategy=summary.strategy,
         strategy_version=summary.strategy_version,
+        share=summary.share,
+        moves=summary.moves,
         engines=summary.engines,
         why=summary.why,
         numerics=summary.numerics.name,

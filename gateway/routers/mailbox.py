@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import UNKNOWN
-from microserve.protocol.messages.router import Ended, Output
+from microserve.protocol.messages.router import Ended, Output, Served
 
 MAX_TOKEN_ID = 0xFFFF_FFFF
 
@@ -53,6 +53,8 @@ class Mailbox:
         """Of the model that made them, as the router said that brought the last ones."""
         self.numerics = UNKNOWN
         """In which class they were made, as far as routers have said."""
+        self.served: Served | None = None
+        """By what, as the router said that brought the first ones."""
         self.num_repeated = 0
         """Tokens that came once more and were dropped; a router that keeps its promises sends none."""
         self.ended: Ended | None = None
@@ -94,6 +96,8 @@ class Mailbox:
             self.numerics, self._is_class_told = output.numerics, True
         elif output.token_ids and not self._is_class_told:
             self.numerics = UNKNOWN
+        if self.served is None:
+            self.served = output.served
         if output.ended is not None:
             self.ended = self._batch.ended = output.ended
             if output.ended.numerics.name:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import msgspec
 
+from microserve.protocol.messages.scores import Ramp, RampState, Trial
+
 Scalar = bool | int | float | str
 """Value of a strategy's parameter."""
 
@@ -28,7 +30,9 @@ MAX_LABEL_CHARS = 64
 ANY = "any"
 """What people write for an engine without labels, which serves every label; itself no label."""
 
-PUBLISH, SET, PROMOTE, ROLLBACK, RETIRE = STRATEGY_KINDS = "publish", "set", "promote", "rollback", "retire"
+PUBLISH, SET, PROMOTE, ROLLBACK, RETIRE = "publish", "set", "promote", "rollback", "retire"
+SHARE, RAMP = "share", "ramp"
+STRATEGY_KINDS = (PUBLISH, SET, PROMOTE, ROLLBACK, RETIRE, SHARE, RAMP)
 LABEL, UNLABEL = LABEL_KINDS = "label", "unlabel"
 KINDS = (*STRATEGY_KINDS, *LABEL_KINDS)
 
@@ -86,6 +90,8 @@ class ControlEntry(msgspec.Struct, frozen=True, array_like=True):
     """Decides about requests that others serve; its decisions are scored (``ShadowScore``)."""
     shadow_share: float = 0.0
     """Of the requests, those that it decides about."""
+    ramp: Ramp | None = None
+    """How the canary gets more of them; None: it keeps its share."""
 
 
 class EngineLabels(msgspec.Struct, frozen=True, array_like=True):
@@ -147,6 +153,7 @@ class RouterControl(msgspec.Struct, frozen=True, array_like=True):
     shadows: list[ShadowScore] = []
     serves: list[StrategyServed] = []
     default_strategy: str = ""
+    trials: list[Trial] = []
 
 
 class ControlRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -166,6 +173,7 @@ class ControlRecord(msgspec.Struct, frozen=True, array_like=True):
     engine: str = ""
     labels: list[str] = []
     shadow: bool = False
+    ramp: Ramp | None = None
 
 
 # --- service -> index ------------------------------------------------------------------------------
@@ -182,7 +190,8 @@ class Change(_Message, frozen=True, tag=7):
     source: str = ""
     parameters: dict[str, Scalar] = {}
     share: float = 1.0
-    """``publish``: below 1 it is a canary; of a shadow, the requests that it decides about."""
+    """``publish``: below 1 it is a canary; of a shadow, the requests that it decides about. ``share``: what
+    the canary has from now on, below 1."""
     version: int = 0
     """``rollback``: this one, in force or to be restored; 0: whichever is in force."""
     shadow: bool = False
@@ -197,6 +206,8 @@ class Change(_Message, frozen=True, tag=7):
     """``label``: instead of those that it announces; empty: it serves every label."""
     sticky_by: str = ""
     """``publish`` of a canary or shadow: as in the version that it makes."""
+    ramp: Ramp | None = None
+    """``publish`` of a canary, and ``ramp``: how it goes on; None: with the share that it has."""
 
 
 class ControlStatus(_Message, frozen=True, tag=8):
@@ -239,6 +250,7 @@ class ControlReport(_Message, frozen=True, tag=9):
     routers: list[RouterControl]
     durable: bool
     """The log survives the index."""
+    ramps: list[RampState] = []
 
 
 class ControlRecords(_Message, frozen=True, tag=10):

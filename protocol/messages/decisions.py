@@ -1,4 +1,5 @@
-"""Why a request went where it went: what its strategy saw, chose and said, for who asks (WIRE.md 6.6).
+"""Why a request went where it went: what its strategy saw, chose and said, for who asks (WIRE.md 6.6); and by
+the same way how strategies fare (6.7).
 
 Travels on the index's channels: an operator asks the index, it asks the routers that keep records, and hands
 on what each of them says. Numbers, names and lengths: no prompt, no token, no attribute's value. Optional
@@ -12,6 +13,7 @@ import msgspec
 from microserve.protocol.messages.control import Scalar
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.messages.scores import Score
 
 MAX_PICKS = 32
 """Of one attempt that are kept, the first ones."""
@@ -24,6 +26,8 @@ MAX_ATTEMPTS = 8
 """Of one request that are kept, the last ones."""
 MAX_EXPLAINED_NBYTES = 2 << 20
 """Of all requests in one answer of a router."""
+MAX_SCORES = 512
+"""Likewise, of scores: those of versions first, then of engines by their requests."""
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True):
@@ -163,6 +167,8 @@ class Explain(_Message, frozen=True, tag=11):
     call_id: int
     request_id: str
     """By any of its names (request_id.py)."""
+    scores_of: str | None = None
+    """Instead of a request: how this strategy fares, ``""`` all of them."""
 
 
 class Answer(_Message, frozen=True, tag=12):
@@ -175,6 +181,8 @@ class Answer(_Message, frozen=True, tag=12):
     """Found, and too much for one message."""
     num_kept: int
     """Requests that it remembers at all; 0 with ``router.record_requests`` 0."""
+    scores: list[Score] = []
+    """If it was asked for them; then the numbers above are of these."""
 
 
 # --- index -> service ------------------------------------------------------------------------------
@@ -185,6 +193,7 @@ class Question(_Message, frozen=True, tag=13):
 
     question_id: int
     request_id: str
+    scores_of: str | None = None
 
 
 class Asked(_Message, frozen=True, tag=14):
@@ -204,3 +213,4 @@ class Explained(_Message, frozen=True, tag=15):
     found: list[Explanation]
     num_left_out: int
     num_kept: int
+    scores: list[Score] = []

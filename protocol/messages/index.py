@@ -7,6 +7,7 @@ import msgspec
 from microserve.protocol.messages import control, decisions
 from microserve.protocol.messages import world as worlds
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.messages.scores import Trial
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True):
@@ -62,6 +63,8 @@ class Watch(_Message, frozen=True, tag=4):
     """It knows ``Question``."""
     next_s: float = 0.0
     """The next one comes in so long, for nothing is under way; 0: in an interval."""
+    trials: list[Trial] = []
+    """Of the canaries that it runs, since they have their shares."""
 
 
 class Lookup(_Message, frozen=True, tag=5):

@@ -121,6 +121,19 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     """How its engines were chosen, in a line for people; empty: the router records nothing."""
     capped_to: int = 0
     """Most output tokens by the word of its strategy, where that is less than was asked for; 0: it is not."""
+    share: str = ""
+    """As what its version served it: ``stable`` or ``canary``; empty: it was not admitted."""
+    num_moves: int = 0
+    """Times that it went to another engine in its midst, with its KV."""
+
+
+class Served(msgspec.Struct, frozen=True, array_like=True):
+    """By what a request is served, as its first tokens come."""
+
+    strategy: str
+    strategy_version: int
+    engines: list[str]
+    """Those that took part by then; as in ``Ended``."""
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
@@ -134,6 +147,8 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     numerics: Numerics | None = None
     """In which class the answer up to here was made: with the first tokens from a router, and whenever it is
     another than before."""
+    served: Served | None = None
+    """With the first tokens from a router."""
 
 
 class RouterWelcome(_Message, frozen=True, tag=1):

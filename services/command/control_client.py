@@ -20,6 +20,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import DeadlineExceeded, MeshError, ProtocolViolation, error_for
 from microserve.protocol.messages.control import (
     KINDS,
+    RAMP,
     ROLLBACK,
     Change,
     Changed,
@@ -34,6 +35,7 @@ from microserve.protocol.messages.control import (
 from microserve.protocol.messages.decisions import Asked, Explain, Explained
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.index import IndexFailed, IndexReply, IndexRequest, Members, Watch
+from microserve.protocol.messages.scores import Ramp
 from microserve.protocol.security.rights import Role
 from microserve.protocol.settings import Settings
 
@@ -93,6 +95,7 @@ class ControlClient:
         engine: str = "",
         labels: Sequence[str] = (),
         sticky_by: str = "",
+        ramp: Ramp | None = None,
     ) -> int:
         """The version of the change, once it is logged. Raises the :class:`MeshError` that the index says,
         and :class:`DeadlineExceeded` when it says nothing: then the history tells whether it was logged."""
@@ -116,6 +119,7 @@ class ControlClient:
                 engine=engine,
                 labels=list(labels),
                 sticky_by=sticky_by,
+                ramp=ramp,
             ),
         )
         return reply.version
@@ -165,7 +169,7 @@ class ControlClient:
             await asyncio.sleep(LOOK_S)
 
     async def _undone(self, report: ControlReport, version: int, strategy: str) -> str:
-        """The rollback, by a router, of what is not in force any more."""
+        """The rollback, by a router or a ramp, of what is not in force any more."""
         if not strategy:
             return ""
         present = [
@@ -174,16 +178,23 @@ class ControlClient:
         if report.state.version <= version or any(each and each.version == version for each in present):
             return ""
         for record in await self.history(strategy, 16):
-            if record.version > version and record.kind == ROLLBACK and record.who.startswith("router "):
+            by_itself = record.who.startswith("router ") or record.who == RAMP
+            if record.version > version and record.kind == ROLLBACK and by_itself:
                 return f"{record.who}: {record.reason}"
         return ""
 
-    async def explain(self, request_id: str) -> tuple[Asked, list[Explained]]:
+    async def scores(self, strategy: str = "") -> tuple[Asked, list[Explained]]:
+        """As :meth:`explain`, of how a strategy fares, or all of them."""
+        return await self.explain("", scores_of=strategy)
+
+    async def explain(
+        self, request_id: str, *, scores_of: str | None = None
+    ) -> tuple[Asked, list[Explained]]:
         """Who was asked what became of a request, and what they have answered, within the time of a call."""
         call_id = next(self._ids)
         said = self._said[call_id] = {}
         try:
-            asked = await self._ask(Asked, lambda _: Explain(call_id, request_id), call_id)
+            asked = await self._ask(Asked, lambda _: Explain(call_id, request_id, scores_of), call_id)
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._timeout_s):
                     while not said.keys() >= set(asked.routers):

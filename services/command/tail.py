@@ -129,7 +129,7 @@ def _format_request(event: Event, with_why: bool) -> str:
     parts = [
         f"{_clock(event)} {event.get('request_id') or event.get('http_request_id', '-')}",
         str(event.get("model") or "-"),
-        f"{event.get('strategy') or '-'} {engines}",
+        f"{_strategy(event)} {engines}",
         f"why {event.get('why') or 'is not recorded'}" if with_why else "",
         tokens,
         f"{phases} = {_ms(event, 'wall_s')} ms" if phases else f"{_ms(event, 'wall_s')} ms",
@@ -137,6 +137,13 @@ def _format_request(event: Event, with_why: bool) -> str:
         " ".join(ends),
     ]
     return " | ".join(filter(None, parts))
+
+
+def _strategy(event: Event) -> str:
+    """With its version, where it has one: ``auto 7 (canary)``."""
+    version = f" {event['strategy_version']}" if event.get("strategy_version") else ""
+    canary = " (canary)" if event.get("share") == "canary" else ""
+    return f"{event.get('strategy') or '-'}{version}{canary}"
 
 
 def _concerns(event: Event, wanted: str) -> bool:

@@ -15,6 +15,7 @@ from microserve.protocol.errors import MeshError, NotPermitted
 from microserve.protocol.messages import index as wire
 from microserve.protocol.messages.control import (
     LABEL_KINDS,
+    RAMP,
     ROLLBACK,
     Change,
     Changed,
@@ -24,8 +25,10 @@ from microserve.protocol.messages.control import (
     ControlStatus,
     RouterControl,
 )
+from microserve.protocol.process.surviving import surviving
 from microserve.services.index.control_log import MAX_VERSION, ControlLog
 from microserve.services.index.control_state import MAX_REASON_CHARS, digest_of
+from microserve.services.index.trial.ramp import Ramps
 
 LOCAL = "local"
 
@@ -42,6 +45,7 @@ class ControlDesk:
         self._send = send
         self._may_publish = may_publish
         self._routers: dict[bytes, RouterControl] = {}
+        self._ramps = Ramps()
         self._highest_seen = 0
         """Of the versions that routers have: a log that was lost must not use them again."""
         fold = control_log.fold
@@ -62,7 +66,9 @@ class ControlDesk:
                 return Changed(message.call_id, self._change(message, key))
             case ControlStatus(call_id):
                 routers = sorted(self._routers.values(), key=lambda router: router.router_id)
-                return ControlReport(call_id, self._log.fold.state(), routers, self._log.is_durable)
+                fold = self._log.fold
+                ramps = self._ramps.states(fold)
+                return ControlReport(call_id, fold.state(), routers, self._log.is_durable, ramps)
             case ControlHistory(call_id, strategy, limit):
                 return ControlRecords(call_id, self._log.records(strategy, limit))
 
@@ -132,6 +138,7 @@ class ControlDesk:
             message.shadows,
             message.serves,
             message.default_strategy,
+            message.trials,
         )
         if message.control_version < MAX_VERSION:
             self._highest_seen = max(self._highest_seen, message.control_version)
@@ -150,6 +157,18 @@ class ControlDesk:
                 self._append(change, f"router {message.watcher_id}")
         if message.control_version < self._log.fold.version:
             self._send(peer, self._log.fold.state())
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing goes on by itself."""
+        return not any(rollout.ramp for rollout in self._log.fold.rollouts.values())
+
+    def look(self, now: float) -> None:
+        """Call regularly: ramps go on. ``now``: seconds, monotonic."""
+        fold = self._log.fold
+        for change in self._ramps.look(fold, list(self._routers.values()), now):
+            with surviving("ramp", strategy=change.strategy):
+                self._append(change, RAMP)
 
     def forget(self, peer: bytes) -> None:
         self._routers.pop(peer, None)

@@ -17,6 +17,7 @@ import msgspec
 
 from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest, MeshError
 from microserve.protocol.messages.control import MAX_CONTROL_ENTRIES, Change, ControlRecord, Scalar
+from microserve.protocol.messages.scores import Ramp
 from microserve.services.index.control_state import Fold, digest_of
 
 MAX_VERSION = 1 << 62
@@ -46,10 +47,12 @@ _ADDED = {
     "engine": "TEXT NOT NULL DEFAULT ''",
     "labels": "TEXT NOT NULL DEFAULT '[]'",
     "sticky_by": "TEXT NOT NULL DEFAULT ''",
+    "ramp": "TEXT NOT NULL DEFAULT 'null'",
 }
 """Columns that came later: a log from before gets them when it is opened."""
 _PARAMETERS = msgspec.json.Decoder(dict[str, Scalar])
 _LABELS = msgspec.json.Decoder(list[str])
+_RAMP = msgspec.json.Decoder(Ramp | None)
 
 
 class ControlLog:
@@ -86,10 +89,11 @@ class ControlLog:
     def _replay(self) -> None:
         columns = (
             "version, change_id, kind, strategy, source, parameters, share, rolled_back, shadow, reason, "
-            "max_ttft_s, max_tpot_s, engine, labels, sticky_by"
+            "max_ttft_s, max_tpot_s, engine, labels, sticky_by, ramp"
         )
         for version, *row in self._database.execute(f"SELECT {columns} FROM changes ORDER BY version"):
             row[4], row[7], row[12] = _PARAMETERS.decode(row[4]), bool(row[7]), _LABELS.decode(row[12])
+            row[14] = _RAMP.decode(row[14])
             self.fold = self.fold.after(Change(0, *row), version)
 
     def append(self, change: Change, who: str, *, above: int = 0) -> int:
@@ -127,6 +131,7 @@ class ControlLog:
                 "engine": change.engine,
                 "labels": msgspec.json.encode(change.labels).decode(),
                 "sticky_by": change.sticky_by,
+                "ramp": msgspec.json.encode(change.ramp).decode(),
             }
             places = ",".join("?" * len(row))
             self._database.execute(
@@ -141,7 +146,8 @@ class ControlLog:
         """The newest first; ``strategy`` empty: of all. At most ``MAX_RECORDS``. Raises
         :class:`InternalError` when the disk gives nothing."""
         columns = (
-            "version, at, who, kind, strategy, digest, parameters, share, reason, engine, labels, shadow"
+            "version, at, who, kind, strategy, digest, parameters, share, reason, engine, labels, shadow, "
+            "ramp"
         )
         try:
             rows = self._database.execute(
@@ -169,10 +175,12 @@ def _record(
     engine: str,
     labels: str,
     shadow: int,
+    ramp: str,
 ) -> ControlRecord:
     values, names = _PARAMETERS.decode(parameters), _LABELS.decode(labels)
     return ControlRecord(
-        version, at, who, kind, strategy, digest, values, share, reason, engine, names, bool(shadow)
+        *(version, at, who, kind, strategy, digest, values, share, reason, engine, names, bool(shadow)),
+        _RAMP.decode(ramp),
     )
 
 

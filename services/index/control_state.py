@@ -27,8 +27,10 @@ from microserve.protocol.messages.control import (
     MAX_SOURCE_NBYTES,
     PROMOTE,
     PUBLISH,
+    RAMP,
     ROLLBACK,
     SET,
+    SHARE,
     Change,
     ControlEntry,
     ControlState,
@@ -36,6 +38,7 @@ from microserve.protocol.messages.control import (
     StrategyVersion,
     fault_of_labels,
 )
+from microserve.protocol.messages.scores import Ramp, fault_of_ramp
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 
 MAX_NAME_CHARS = 64
@@ -61,9 +64,20 @@ class Rollout:
     shadow_share: float = 0.0
     before: tuple[StrategyVersion | None, ...] = ()
     """Stable versions before this one, the latest last; None is the router's own."""
+    ramp: Ramp | None = None
+    """Of the canary."""
 
     def with_stable(self, version: StrategyVersion) -> Rollout:
         return replace(self, stable=version, before=(*self.before, self.stable)[-MAX_BEFORE:])
+
+    def without_canary(self) -> Rollout:
+        return replace(self, canary=None, share=0.0, ramp=None)
+
+    @property
+    def next_share(self) -> float:
+        """That its ramp has for the canary; 0: none."""
+        shares = self.ramp.shares if self.ramp is not None else []
+        return next((share for share in shares if share > self.share), 0.0)
 
     def without_shadow(self) -> Rollout:
         return replace(self, shadow=None, shadow_share=0.0)
@@ -104,6 +118,7 @@ class Fold:
                 rollout.share,
                 rollout.shadow,
                 rollout.shadow_share,
+                rollout.ramp,
             )
             for name, rollout in sorted(self.rollouts.items())
         ]
@@ -163,6 +178,10 @@ def _roll_out(rollouts: dict[str, Rollout], change: Change, version: int) -> Non
             rollouts[name] = _promote(_known(rollouts, name), change)
         case "rollback":
             rollouts[name] = _roll_back(_known(rollouts, name), change)
+        case "share":
+            rollouts[name] = _share(_known(rollouts, name), change)
+        case "ramp":
+            rollouts[name] = _ramp(_known(rollouts, name), change)
         case _:
             _known(rollouts, name)
             del rollouts[name]
@@ -193,9 +212,13 @@ def _check(change: Change) -> None:
         raise InvalidRequest("publish, and nothing else, has a source", field="source")
     if len(change.source.encode()) > MAX_SOURCE_NBYTES:
         raise InvalidRequest(f"at most {MAX_SOURCE_NBYTES} bytes", field="source")
-    if not 0.0 < change.share <= 1.0 or (change.share < 1.0 and change.kind != PUBLISH):
-        raise InvalidRequest(f"a share is above 0 and at most 1, with publish only; it is {change.share}",
-                             field="share")  # fmt: skip
+    if not 0.0 < change.share <= 1.0 or (change.share < 1.0 and change.kind not in (PUBLISH, SHARE)):
+        raise InvalidRequest(f"a share is above 0 and at most 1, with publish and share only; it is "
+                             f"{change.share}", field="share")  # fmt: skip
+    if change.kind == SHARE and change.share == 1.0:
+        raise InvalidRequest("a canary has less than all requests: promote it", field="share")
+    if change.ramp is not None:
+        _check_ramp(change, change.ramp)
     if change.sticky_by and not (change.kind == PUBLISH and (change.shadow or change.share < 1.0)):
         raise InvalidRequest("only a canary or a shadow is sticky", field="sticky_by")
     if len(change.sticky_by) > MAX_ATTRIBUTE_NAME_CHARS:
@@ -204,6 +227,16 @@ def _check(change: Change) -> None:
         raise InvalidRequest("nothing to set", field="parameters")
     if change.kind not in (PUBLISH, SET) and change.parameters:
         raise InvalidRequest(f"{change.kind} has no parameters", field="parameters")
+
+
+def _check_ramp(change: Change, ramp: Ramp) -> None:
+    fault = fault_of_ramp(ramp)
+    if change.kind == PUBLISH and (change.shadow or change.share == 1.0):
+        fault = "only a canary has a ramp"
+    elif change.kind not in (PUBLISH, RAMP):
+        fault = f"{change.kind} has no ramp"
+    if fault:
+        raise InvalidRequest(fault, field="ramp")
 
 
 def _check_strategy(change: Change) -> None:
@@ -250,8 +283,8 @@ def _publish(rollout: Rollout, change: Change, version: int) -> Rollout:
     if change.shadow:
         return replace(rollout, shadow=made, shadow_share=change.share)
     if change.share < 1.0:
-        return replace(rollout, canary=made, share=change.share)
-    return replace(rollout.with_stable(made), canary=None, share=0.0)
+        return _on_its_way(replace(rollout, canary=made, share=change.share), change.ramp)
+    return rollout.with_stable(made).without_canary()
 
 
 def _set(rollout: Rollout, change: Change, version: int) -> Rollout:
@@ -268,7 +301,33 @@ def _promote(rollout: Rollout, change: Change) -> Rollout:
         )
     if change.shadow:
         rollout = rollout.without_shadow()
-    return replace(rollout.with_stable(promoted), canary=None, share=0.0)
+    return rollout.with_stable(promoted).without_canary()
+
+
+def _share(rollout: Rollout, change: Change) -> Rollout:
+    if rollout.canary is None:
+        raise InvalidRequest("it has no canary", field="strategy")
+    rollout = replace(rollout, share=change.share)
+    return rollout if rollout.next_share else replace(rollout, ramp=None)
+
+
+def _ramp(rollout: Rollout, change: Change) -> Rollout:
+    if rollout.canary is None:
+        raise InvalidRequest("it has no canary", field="strategy")
+    return _on_its_way(rollout, change.ramp)
+
+
+def _on_its_way(rollout: Rollout, ramp: Ramp | None) -> Rollout:
+    rollout = replace(rollout, ramp=ramp)
+    if ramp is not None and not rollout.next_share:
+        raise InvalidRequest(
+            f"no share of the ramp is above the canary's, which is {rollout.share:g}", field="ramp"
+        )
+    if ramp is not None and ramp.until and rollout.canary is not None and rollout.canary.sticky_by:
+        raise InvalidRequest(
+            "a sticky canary waits for no result: requests of one value are alike", field="ramp"
+        )
+    return rollout
 
 
 def _roll_back(rollout: Rollout, change: Change) -> Rollout:
@@ -276,7 +335,7 @@ def _roll_back(rollout: Rollout, change: Change) -> Rollout:
     if shadow is not None and change.version in (0 if change.shadow else shadow.version, shadow.version):
         return rollout.without_shadow()
     if canary is not None and change.version in (0, canary.version) and not change.shadow:
-        return replace(rollout, canary=None, share=0.0)
+        return rollout.without_canary()
     kept = tuple(each for each in rollout.before if each is None or each.version != change.version)
     if kept != rollout.before and not change.shadow:
         return replace(rollout, before=kept)  # it was given up after others had taken its place

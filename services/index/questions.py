@@ -36,7 +36,7 @@ class QuestionDesk:
     def ask(self, peer: bytes, message: Explain) -> Asked:
         """Hand it on to every router that knows the question."""
         self._last_id += 1
-        question = Question(self._last_id, message.request_id[: 2 * MAX_REQUEST_ID_CHARS])
+        question = Question(self._last_id, message.request_id[: 2 * MAX_REQUEST_ID_CHARS], message.scores_of)
         self._open[question.question_id] = (peer, message.call_id)
         if len(self._open) > MAX_OPEN:
             del self._open[next(iter(self._open))]
@@ -51,5 +51,5 @@ class QuestionDesk:
         """Hand on what a router says to who asked; nobody else's answers, and none to nobody."""
         asker = self._open.get(message.question_id)
         if asker is not None and peer in self._routers:
-            fields = (message.router_id, message.found, message.num_left_out, message.num_kept)
-            self._send(asker[0], Explained(asker[1], *fields))
+            said = (message.router_id, message.found, message.num_left_out, message.num_kept, message.scores)
+            self._send(asker[0], Explained(asker[1], *said))

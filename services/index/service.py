@@ -135,7 +135,8 @@ class IndexService:
         return self._indexes.get(model)
 
     def _is_busy(self) -> bool:
-        return not (self._membership.are_idle and self._watchers.are_idle and self.worlds.is_idle)
+        desks_are_idle = self.worlds.is_idle and self.control.is_idle
+        return not (self._membership.are_idle and self._watchers.are_idle and desks_are_idle)
 
     def tick(self, next_s: float = 0.0) -> None:
         """Call every heartbeat interval, or in ``next_s`` if that is not 0."""
@@ -150,6 +151,7 @@ class IndexService:
         for watcher, _ in self._watchers.expire(now, next_s):
             self._forget_watcher(watcher.key)
         self.worlds.expire(now)
+        self.control.look(now)
 
     def close(self) -> None:
         for engine_id in list(self._engines):

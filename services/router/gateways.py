@@ -41,15 +41,19 @@ _logger = structlog.get_logger()
 
 
 class Outbox(StreamQueue[wire.Output, wire.Ended]):
-    """Of one gateway. What an answer's class is goes out with the tokens that it came with."""
+    """Of one gateway. What an answer's class is, and who serves it, goes out with the tokens that it came
+    with."""
 
     def __init__(self, credit: int) -> None:
         super().__init__(self._output, credit)
         self._numerics: dict[str, Numerics] = {}
+        self._served: dict[str, wire.Served] = {}
 
     def emit(self, output: wire.Output) -> None:
         if output.numerics is not None:
             self._numerics[output.request_id] = output.numerics
+        if output.served is not None:
+            self._served[output.request_id] = output.served
         self.add(output.request_id, output.offset, output.token_ids, output.logprobs, output.ended)
 
     def _output(
@@ -60,8 +64,9 @@ class Outbox(StreamQueue[wire.Output, wire.Ended]):
         logprobs: list[TokenLogprob],
         ended: wire.Ended | None,
     ) -> wire.Output:
-        numerics = self._numerics.pop(request_id, None)
-        return wire.Output(request_id, offset, token_ids, logprobs, ended, numerics)
+        numerics = self._numerics.pop(request_id, None) if self._numerics else None
+        served = self._served.pop(request_id, None) if self._served else None
+        return wire.Output(request_id, offset, token_ids, logprobs, ended, numerics, served)
 
 
 Gateway = Peer[bytes, Outbox]

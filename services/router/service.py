@@ -19,6 +19,7 @@ from microserve.protocol.messages.index import Watch
 from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.pace import Pace
+from microserve.protocol.process.tick import at_rest
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.protocol.settings_faults import did_you_mean
 from microserve.services.links.engine import EngineConnection, RouterIdentity
@@ -140,6 +141,8 @@ class Router:
 
     def watch(self) -> Watch:
         control = self.control
+        bus = self._settings.bus
+        control.beat(self.pace.next_s or at_rest(bus.heartbeat_interval_s, bus.liveness))
         return Watch(
             self.identity.router_id,
             control.version,
@@ -148,6 +151,7 @@ class Router:
             self.strategies.serves(),
             self._settings.router.default_strategy,
             answers=True,
+            trials=control.trials.told(asyncio.get_running_loop().time()),
         )
 
     def take_members(self, infos: list[EngineInfo], *, is_first: bool) -> None:
@@ -159,6 +163,10 @@ class Router:
             self.serving.records.sights.forget()
 
     def answer(self, question: Question) -> Answer:
+        if question.scores_of is not None:
+            board, now = self.control.scoreboard, asyncio.get_running_loop().time()
+            scores, num_left_out = board.told(now, question.scores_of)
+            return Answer(question.question_id, self.identity.router_id, [], num_left_out, len(board), scores)
         found, num_left_out = self.serving.explain(question.request_id)
         num_kept = len(self.serving.records)
         return Answer(question.question_id, self.identity.router_id, found, num_left_out, num_kept)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from microserve.services.command.flags import change_flags, parameter, talk_to_index
-from microserve.services.command.terminal import echo
+from microserve.services.command.flags import WrongFlag, change_flags, parameter, talk_to_index
+from microserve.services.command.strategy.ramp import ramp_flags, ramp_of, share_of
+from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
+    from microserve.protocol.messages.scores import Ramp
     from microserve.services.command.control_client import Applied, ControlClient
 
 
@@ -48,24 +50,58 @@ def tell(applied: Applied, timeout_s: float) -> int:
 
 @click.command("set")
 @click.argument("name")
-@click.argument("assignments", nargs=-1, required=True, metavar="NAME=VALUE...")
+@click.argument("assignments", nargs=-1, metavar="[NAME=VALUE]...")
+@click.option("--share", "share_text", help="Of the canary that runs; a ramp goes on from there.")
+@ramp_flags
+@click.option("--pause", "act", flag_value="pause", help="Let the canary's ramp wait where it is.")
+@click.option("--resume", "act", flag_value="resume", help="Let it go on.")
+@click.option("--abort", "act", flag_value="abort", help="End it: the canary keeps its share.")
 @change_flags
 def set_(
     name: str,
     assignments: tuple[str, ...],
+    share_text: str | None,
+    ramp_text: str | None,
+    every: str | None,
+    min_requests: int,
+    promote_after: str | None,
+    act: str | None,
     config: str | None,
     index: str | None,
     reason: str,
     timeout_s: float,
 ) -> None:
-    """Change parameters of a strategy, a published one or one that the routers came with."""
+    """Change parameters of a strategy, a published one or one that the routers came with; or the share of its
+    canary, or how that goes on by itself."""
     parameters = dict(map(parameter, assignments))
-    code = talk_to_index(
-        config,
-        index,
-        lambda client: apply(client, "set", name, timeout_s, parameters=parameters, reason=reason),
-    )
-    sys.exit(code)
+    ramp = ramp_of(ramp_text, every, min_requests, promote_after)
+    wanted = [parameters or None, share_text, ramp, act]
+    if sum(each is not None for each in wanted) != 1:
+        raise WrongFlag(
+            "one of NAME=VALUE..., --share, --ramp or --promote-after, --pause, --resume, --abort"
+        )
+    share = 1.0 if share_text is None else share_of(share_text)
+
+    async def talk(client: ControlClient) -> int:
+        if parameters:
+            return await apply(client, "set", name, timeout_s, parameters=parameters, reason=reason)
+        if share_text is not None:
+            return await apply(client, "share", name, timeout_s, share=share, reason=reason)
+        chosen = ramp if act is None else await _acted(client, name, act)
+        return await apply(client, "ramp", name, timeout_s, ramp=chosen, reason=reason)
+
+    sys.exit(talk_to_index(config, index, talk))
+
+
+async def _acted(client: ControlClient, name: str, act: str) -> Ramp | None:
+    """The ramp in force as it is to be."""
+    from msgspec.structs import replace
+
+    report = await client.report()
+    ramp = next((entry.ramp for entry in report.state.entries if entry.strategy == name), None)
+    if ramp is None:
+        raise Failure(f"{name} has no ramp")
+    return None if act == "abort" else replace(ramp, paused=act == "pause")
 
 
 def _move(

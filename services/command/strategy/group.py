@@ -6,6 +6,7 @@ import click
 
 from microserve.services.command.strategy.change import promote, retire, rollback, set_
 from microserve.services.command.strategy.check import check
+from microserve.services.command.strategy.compare import compare
 from microserve.services.command.strategy.look import history, list_, show
 from microserve.services.command.strategy.new import new
 from microserve.services.command.strategy.publish import publish
@@ -16,5 +17,5 @@ def strategy() -> None:
     """Write and check strategies, change how a running mesh serves by them, try them on a share."""
 
 
-for each in (new, check, publish, set_, promote, rollback, retire, list_, show, history):
+for each in (new, check, publish, set_, promote, rollback, retire, list_, show, compare, history):
     strategy.add_command(each)

@@ -14,6 +14,7 @@ import click
 from microserve.services.command.flags import WrongFlag, change_flags, parameter, talk_to_index
 from microserve.services.command.strategy.change import apply
 from microserve.services.command.strategy.check import look, source_flags, source_of, tell
+from microserve.services.command.strategy.ramp import ramp_flags, ramp_of, share_of
 
 if TYPE_CHECKING:
     from microserve.services.command.control_client import ControlClient
@@ -21,20 +22,9 @@ if TYPE_CHECKING:
 BOUND = click.FloatRange(min=0.0)
 
 
-def share_of(text: str) -> float:
-    """``10%`` or ``0.1``."""
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise WrongFlag(f"--share {text}: a share is above 0% and at most 100%")
-    return share
-
-
 @click.command()
 @source_flags
-@click.option("--share", "share_text", default="100%", show_default=True, help="Below 100%: a canary.")
+@click.option("--share", "share_text", help="Below 100%: a canary.  [default: 100%, or a ramp's first]")
 @click.option(
     "--shadow", is_flag=True, help="Decides about live requests, serves none; see its score in show."
 )
@@ -48,17 +38,22 @@ def share_of(text: str) -> float:
     default="",
     help="Canary or shadow: all requests of one user, tenant, ... alike (gateway.attributes).",
 )
+@ramp_flags
 @click.option("--no-dry-run", is_flag=True, help="Without serving in the simulation first.")
 @change_flags
 def publish(
     file: Path,
     name: str | None,
     assignments: tuple[str, ...],
-    share_text: str,
+    share_text: str | None,
     shadow: bool,
     max_ttft_s: float,
     max_tpot_s: float,
     sticky_by: str,
+    ramp_text: str | None,
+    every: str | None,
+    min_requests: int,
+    promote_after: str | None,
     no_dry_run: bool,
     config: str | None,
     index: str | None,
@@ -67,7 +62,13 @@ def publish(
 ) -> None:
     """Check FILE, or a folder with an __init__.py, log it, and let every router serve by it from its next
     request on."""
-    share = share_of(share_text)
+    ramp = ramp_of(ramp_text, every, min_requests, promote_after)
+    first = ramp.shares[0] if ramp is not None and ramp_text is not None else 1.0
+    share = share_of(share_text) if share_text is not None else first
+    if ramp is not None and (shadow or share == 1.0):
+        raise WrongFlag(
+            "only a canary goes on by itself: --share below 100%, or a --ramp that begins below it"
+        )
     parameters, chosen = dict(map(parameter, assignments)), name or file.stem
     source = source_of(file)
 
@@ -87,6 +88,7 @@ def publish(
             max_ttft_s=max_ttft_s,
             max_tpot_s=max_tpot_s,
             sticky_by=sticky_by,
+            ramp=ramp,
             reason=reason,
         )
 

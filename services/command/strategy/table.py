@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.control import ControlEntry, RouterControl, StrategyVersion
+    from microserve.protocol.messages.scores import Ramp, RampState
 
 
 def _version_line(kind: str, version: StrategyVersion, share: float) -> str:
@@ -18,7 +19,16 @@ def _version_line(kind: str, version: StrategyVersion, share: float) -> str:
     return f"{kind:<7}{version.version:>6}  {share:>5.0%}  {digest:<12}  {values}".rstrip()
 
 
-def entry_lines(entry: ControlEntry) -> list[str]:
+def ramp_line(ramp: Ramp, state: RampState | None = None) -> str:
+    """How a canary goes on: ``ramp 1%, 10%, 100%  each 300 s and 20 requests; waits for 12 s more``."""
+    shares = ", ".join(f"{share:.4g}" if share < 0.01 else f"{share * 100:.4g}%" for share in ramp.shares)
+    until = {"better": ", until better", "not_worse": ", until no worse"}.get(ramp.until, "")
+    waits = f"; waits: {state.waits_for}" if state is not None and state.waits_for else ""
+    paused = "; paused" if ramp.paused and not waits else ""
+    return f"ramp    {shares}  each {ramp.every_s:g} s and {ramp.min_requests} requests{until}{waits}{paused}"
+
+
+def entry_lines(entry: ControlEntry, state: RampState | None = None) -> list[str]:
     lines = [entry.strategy]
     if entry.stable is not None:
         lines.append("  " + _version_line("stable", entry.stable, 1 - entry.share))
@@ -26,6 +36,8 @@ def entry_lines(entry: ControlEntry) -> list[str]:
         lines.append("  " + f"stable      (what the routers came with)  {1 - entry.share:.0%}")
     if entry.canary is not None:
         lines.append("  " + _version_line("canary", entry.canary, entry.share))
+    if entry.ramp is not None:
+        lines.append("  " + ramp_line(entry.ramp, state))
     if entry.shadow is not None:
         lines.append("  " + _version_line("shadow", entry.shadow, entry.shadow_share))
     return lines

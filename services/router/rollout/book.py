@@ -14,6 +14,7 @@ from typing import Any
 
 from microserve.protocol.errors import ConfigError, StrategyNotFound
 from microserve.protocol.messages.control import StrategyServed
+from microserve.protocol.messages.scores import CANARY, STABLE
 from microserve.protocol.settings_faults import did_you_mean
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.request.request import NO_ATTRIBUTES
@@ -102,6 +103,17 @@ class StrategyBook:
     def current(self, found: Strategy) -> Strategy:
         """What serves instead of a strategy that was got before, if that has been suspended since."""
         return self._suspended.get((found.name, found.version), found)
+
+    def share_of(self, strategy: Strategy) -> str:
+        """As what one that was got serves: ``stable`` or ``canary``."""
+        published = self.published.get(strategy.name)
+        canary = None if published is None else published.canary
+        return CANARY if canary is not None and canary.version == strategy.version else STABLE
+
+    def is_on_trial(self, name: str) -> bool:
+        """Two versions serve under that name."""
+        published = self.published.get(name)
+        return published is not None and published.canary is not None
 
     def shadow(
         self, name: str, request_id: str, attributes: Mapping[str, str] = NO_ATTRIBUTES

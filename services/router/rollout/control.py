@@ -21,7 +21,11 @@ from microserve.protocol.messages.router import Ended
 from microserve.protocol.strategy_source import TOP, unpacked
 from microserve.services.router.authoring.definition import Strategy, strategies_in
 from microserve.services.router.rollout.book import Published, StrategyBook
+from microserve.services.router.rollout.pulse import Pulse
 from microserve.services.router.rollout.score import Cost, ShadowBook
+from microserve.services.router.rollout.scoreboard import Scoreboard
+from microserve.services.router.rollout.sums import NO_TIMES, timing_of
+from microserve.services.router.rollout.trial import Trials
 from microserve.services.router.rollout.window import Bounds, End, VersionWindow
 from microserve.services.router.source.module import Run, forget, load, run_freely
 from microserve.services.router.strategies.placing.data_parallel import data_parallel
@@ -87,8 +91,11 @@ class StrategyControl:
         """By name and version; also of those that are not in force any more."""
         self.shadows = ShadowBook()
         """How those in force fare."""
+        self.scoreboard = Scoreboard()
+        self.trials = Trials()
         self._book = book
         self._clock = clock
+        self._pulse = Pulse()
         self._on_retired = on_retired
         self._on_applied = on_applied
         self._run = run
@@ -111,6 +118,7 @@ class StrategyControl:
         published = {entry.strategy: self._publish(entry, faults) for entry in state.entries}
         self.version, self._unloadable = state.version, faults
         self._book.published = published
+        self.trials.take(published, self._clock())
         self._clean(state)
         _logger.info(
             log.STRATEGY_APPLIED,
@@ -131,20 +139,35 @@ class StrategyControl:
         if version > 0 and not self._is_known(fault):
             self._reject(fault)
 
-    def ended(self, ended: Ended, failed: bool, slow: bool) -> None:
+    def beat(self, next_s: float) -> None:
+        """Call regularly, again in ``next_s``: nobody is blamed for the time in which that was not done."""
+        self._pulse.beat(self._clock(), next_s)
+
+    def ended(self, ended: Ended, failed: bool, slow: bool, num_unheld: int = 0) -> None:
         """An admitted request has ended; ``failed``: its strategy made a mistake; ``slow``: it held the
-        router for longer than it may."""
+        router for longer than it may; ``num_unheld``: prompt tokens that no engine held when it came."""
+        now = self._clock()
+        is_timed = self._pulse.has_run_since(now - ended.phases.total_s, now)
+        timing = timing_of(ended, failed) if is_timed else NO_TIMES
+        self.scoreboard.add(now, ended, failed, timing, num_unheld)
+        self.trials.add(now, ended, failed, timing, num_unheld)
+        self._judge(_end(now, ended, failed, slow, is_timed), ended)
+
+    def _judge(self, end: End, ended: Ended) -> None:
+        """Is its version to be given up?"""
         name, version = ended.strategy, ended.strategy_version
         published = self._book.published.get(name)
         is_present = published is not None and version in _versions(published)
         if not is_present and (name, version) not in self._windows:
             return
         window = self._window(name, version)
-        window.add(_end(self._clock(), ended, failed, slow))
-        reason = window.too_many_errors() or window.over(self._bounds.get((name, version), Bounds()))
-        canary = published.canary if published is not None else None
-        if not reason and published is not None and canary is not None and version == canary.version:
-            reason = window.slower_than(self._window(name, published.stable.version))
+        window.add(end)
+        reason = window.too_many_errors()
+        if not reason and window.is_due():
+            reason = window.over(self._bounds.get((name, version), Bounds()))
+            canary = published.canary if published is not None else None
+            if not reason and published is not None and canary is not None and version == canary.version:
+                reason = window.slower_than(self._window(name, published.stable.version))
         fault = VersionFault(name, version, reason)
         if reason and version > 0 and not self._is_known(fault):
             self._reject(fault)
@@ -259,9 +282,9 @@ def _versions(published: Published) -> list[int]:
     return [published.stable.version, *(each.version for each in beside if each is not None)]
 
 
-def _end(now: float, ended: Ended, failed: bool, slow: bool) -> End:
+def _end(now: float, ended: Ended, failed: bool, slow: bool, is_timed: bool) -> End:
     """What counts of a request: times only where the strategy itself brought it to its end."""
-    if failed or ended.reason not in ("stop", "length"):
+    if failed or not is_timed or ended.reason not in ("stop", "length"):
         return End(now, failed, slow=slow)
     phases, num_output = ended.phases, ended.usage.output_tokens
     tpot_s = phases.decoded_s / (num_output - 1) if num_output > 1 else None

@@ -48,6 +48,10 @@ class Admitted(NamedTuple):
     """Tells equal prompts in the book."""
     shadow: Strategy | None = None
     """Decides about the request as well."""
+    share: str = ""
+    """As what the strategy serves it."""
+    num_unheld: int = 0
+    """Prompt tokens that no engine was known to hold; all of them where nobody has asked."""
 
 
 class Admission:
@@ -118,11 +122,18 @@ class Admission:
             raise InvalidRequest(error.detail, field="tokens") from None
         self._check_tokens(request, served.vocab_size)
         prompt = hash((request.token_frame, request.salt))
+        share, num_unheld = self._strategies.share_of(strategy), self._num_unheld(name, request)
         if request.num_output_tokens:  # it runs already, elsewhere: too late to refuse it
-            return Admitted(strategy, request, request.num_tokens, prompt)
+            return Admitted(strategy, request, request.num_tokens, prompt, share=share, num_unheld=num_unheld)
         num_uncached = self._check_time(request, prompt, self._turnstile.tokens_ahead(message.tenant))
         shadow = self._strategies.shadow(name, message.request_id, attributes)
-        return Admitted(strategy, request, num_uncached, prompt, shadow)
+        return Admitted(strategy, request, num_uncached, prompt, shadow, share, num_unheld)
+
+    def _num_unheld(self, name: str, request: Request) -> int:
+        """Where two versions are compared the prefix replica is asked, whether they ask it or not."""
+        if not self._strategies.is_on_trial(name):
+            return request.num_tokens
+        return request.num_tokens - max(self._lookup(request.tokens, request.salt).values(), default=0)
 
     def _check_tokens(self, request: Request, vocab_size: int) -> None:
         if not request.tokens:

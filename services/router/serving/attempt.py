@@ -15,7 +15,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
-from microserve.protocol.messages.router import Output
+from microserve.protocol.messages.router import Output, Served
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.driver import Driver, ending, line_of, tell_slow
 from microserve.services.router.authoring.generating import Chunks, Generating
@@ -178,9 +178,14 @@ class Attempts:
 def _take(live: LiveRequest, scope: RequestScope, chunk: Tokens) -> None:
     """A chunk is delivered; the last one goes out with the end."""
     live.delivered += chunk.token_ids
+    served: Served | None = None
+    if chunk.token_ids and not live.is_class_told:
+        served = Served(live.strategy, live.version, [*live.engines, *scope.engines])
     numerics = live.made_in(scope.numerics) if chunk.token_ids else None
     if chunk.finished is None:
-        live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, numerics=numerics))
+        live.sink(
+            Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, None, numerics, served)
+        )
     elif chunk.finished.numerics.name:  # the engine may know of what the router does not
         live.made_in(chunk.finished.numerics)
 

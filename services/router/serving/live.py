@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.errors import Draining, MeshError
+from microserve.protocol.errors import Draining, EngineLost, MeshError
 from microserve.protocol.messages.attributes import TENANT
 from microserve.protocol.messages.engine import Finished, Usage
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
@@ -67,6 +68,11 @@ class LiveRequest:
     served_by: Strategy | None = None
     version: int = 0
     """Of its strategy, if that was published."""
+    share: str = ""
+    """As what that serves it."""
+    num_unheld: int = 0
+    """Prompt tokens that no engine was known to hold when it came."""
+    num_moves: int = 0
     rehearsal: Rehearsal | None = None
     """Of a shadow version."""
     author: Author | None = None
@@ -103,6 +109,15 @@ class LiveRequest:
             if scope.sampling.max_tokens < scope.request.sampling.max_tokens:
                 self.capped_to = scope.sampling.max_tokens
 
+    def replaced_by(self, revision: str) -> MeshError | None:
+        """This model is served now: what the answer ends with, where it was not the one that began it."""
+        if self.delivered and self.revision not in ("", revision):
+            return EngineLost(
+                f"the model was replaced: {self.revision} had begun the answer, {revision} is here"
+            )
+        self.revision = revision
+        return None
+
     @property
     def interruption(self) -> MeshError | None:
         """The end that its interrupt means; None: nobody is left to tell."""
@@ -135,6 +150,8 @@ def finished_well(live: LiveRequest, finished: Finished, phases: Phases, engines
         numerics=live.numerics or UNKNOWN,
         why=live.why,
         capped_to=live.capped_to,
+        share=live.share,
+        num_moves=live.num_moves,
     )
 
 
@@ -142,29 +159,23 @@ def cut_short(
     live: LiveRequest, error: MeshError | None, usage: Usage, phases: Phases, engines: list[str]
 ) -> Ended:
     """It failed; without an error, its client is gone."""
-    version, numerics = live.version, live.numerics or UNKNOWN
-    if error is None:
-        return Ended(
-            *("abort", usage, phases, live.strategy, engines),
-            strategy_version=version,
-            numerics=numerics,
-            why=live.why,
-            capped_to=live.capped_to,
-        )
-    return Ended(
-        "error",
+    ended = Ended(
+        "abort" if error is None else "error",
         usage,
         phases,
         live.strategy,
         engines,
-        code=error.code,
-        detail=error.detail,
-        field=error.field,
-        retry_after_s=error.retry_after_s,
-        strategy_version=version,
-        numerics=numerics,
+        strategy_version=live.version,
+        numerics=live.numerics or UNKNOWN,
         why=live.why,
         capped_to=live.capped_to,
+        share=live.share,
+        num_moves=live.num_moves,
+    )
+    if error is None:
+        return ended
+    return msgspec.structs.replace(
+        ended, code=error.code, detail=error.detail, field=error.field, retry_after_s=error.retry_after_s
     )
 
 
@@ -192,6 +203,8 @@ def write_line(request_id: str, ended: Ended) -> None:
         request_id=request_id,
         strategy=ended.strategy,
         strategy_version=ended.strategy_version,
+        share=ended.share,
+        moves=ended.num_moves,
         engines=ended.engines,
         numerics=ended.numerics.name,
         exact=ended.numerics.is_exact,

@@ -17,7 +17,6 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import (
     Draining,
-    EngineLost,
     InternalError,
     InvalidRequest,
     MeshError,
@@ -64,8 +63,9 @@ from microserve.services.router.serving.live import (
 from microserve.services.router.serving.turnstile import Turnstile
 from microserve.services.router.strategies.placing.data_parallel import data_parallel
 
-OnEnd = Callable[[Ended, bool, bool], None]
-"""How it ended; whether its strategy made a mistake; whether that held the router for too long."""
+OnEnd = Callable[[Ended, bool, bool, int], None]
+"""How it ended; whether its strategy made a mistake; whether that held the router for too long; prompt tokens
+that no engine held when it came."""
 
 MOVE = "move"
 """Stands for a strategy where what an engine that leaves had begun goes on elsewhere."""
@@ -131,7 +131,7 @@ class Serving:
             if message.request_id in self._live:
                 raise InvalidRequest("a request of that id is live", field="request_id")
             admitted = self._admission.admit(message, token_frame, len(self._live))
-            strategy, request, num_uncached, prompt, shadow = admitted
+            strategy, request, num_uncached, prompt, shadow, live.share, live.num_unheld = admitted
         except MeshError as error:
             self._end(live, error)
             return
@@ -234,7 +234,8 @@ class Serving:
         wanted = ""
         generator: Chunks | None = None
         while True:
-            error = self._replaced(live)
+            served = self._registry.served
+            error = live.replaced_by(served.revision if served is not None else "")
             if error is not None:
                 break
             mesh, num_known = self._mesh(live, scope, failover, strategy), len(live.delivered)
@@ -291,6 +292,7 @@ class Serving:
 
     def _record(self, live: LiveRequest, scope: RequestScope, strategy: str, version: int) -> None:
         """An attempt begins."""
+        live.num_moves += strategy == MOVE
         if self.records.is_on:
             times, sights = (live.clock.received, self._loop.time()), self.records.sights
             scope.trail = Trail(strategy, version, scope.request.num_tokens, scope.decision, *times, sights)
@@ -306,17 +308,6 @@ class Serving:
             if live.scope is not None and named(live.request_id)
         ]
         return self.records.find(wanted, self._loop.time(), running)
-
-    def _replaced(self, live: LiveRequest) -> MeshError | None:
-        """What an answer ends with when another revision is served by now than the one that began it."""
-        served = self._registry.served
-        revision = served.revision if served is not None else ""
-        if live.delivered and live.revision not in ("", revision):
-            return EngineLost(
-                f"the model was replaced: {live.revision} had begun the answer, {revision} is here"
-            )
-        live.revision = revision
-        return None
 
     def _mesh(self, live: LiveRequest, scope: RequestScope, failover: Failover, strategy: Strategy) -> Mesh:
         avoid, began = failover.terms.avoid, live.numerics or UNKNOWN
@@ -385,7 +376,7 @@ class Serving:
         if scope is not None:
             head = head_of(live, scope.request, ended)
             self.records.add(live.request_id, head, live.trails, now)
-            self._on_end(ended, live.is_blamed, live.is_slow)
+            self._on_end(ended, live.is_blamed, live.is_slow, live.num_unheld)
             self._tell_end(live, scope.request, ended)
 
     def _tell_end(self, live: LiveRequest, request: Request, ended: Ended) -> None:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from microserve.gateway.http import sse
 from microserve.protocol import log
 from microserve.protocol.messages.numerics import MIXED, UNKNOWN, Numerics
+from microserve.protocol.messages.router import Served as ServedBy
 from tests.support.gateway.gateway_world import Connection, GatewayWorld, Served, gateway_world, post, run
 
 A, B, LOOSE = Numerics("a", is_exact=True), Numerics("b", is_exact=True), Numerics("loose")
@@ -91,6 +92,22 @@ def test_a_stream_says_first_how_it_begins_and_last_what_it_was(
             served.send(raw_tokenizer.encode("b").ids, numerics=later)
             served.end("length", numerics=ended)
             assert await last_words(client) == {0: told}
+
+    run(main())
+
+
+def test_a_stream_says_first_what_serves_it(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world, stream(world) as client:
+            served = await world.router.request()
+            by = ServedBy("mine", 7, ["e0"])
+            served.send(raw_tokenizer.encode("a").ids, numerics=A, served=by)
+            _, headers = await client.head()
+            assert headers["x-microserve-strategy"] == "mine"
+            assert headers["x-microserve-strategy-version"] == "7"
+            assert headers["x-microserve-engines"] == "e0"
+            served.end("length", numerics=A)
+            await rest(client)
 
     run(main())
 

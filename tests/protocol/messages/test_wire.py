@@ -16,7 +16,7 @@ from microserve.protocol import errors
 from microserve.protocol import types as protocol_types
 from microserve.protocol.bus import codec, credit, numbered, peers
 from microserve.protocol.bus import sockets as sockets_module
-from microserve.protocol.messages import control, decisions, grant, kv_events, numerics, sampling
+from microserve.protocol.messages import control, decisions, grant, kv_events, numerics, sampling, scores
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
@@ -51,6 +51,7 @@ STRUCTURES = [
     actions.Delta,
     serving.Phases,
     serving.Ended,
+    serving.Served,
     serving.Output,
     membership.Member,
     control.StrategyVersion,
@@ -61,6 +62,12 @@ STRUCTURES = [
     control.RouterControl,
     control.ShadowScore,
     control.ControlRecord,
+    scores.Times,
+    scores.Side,
+    scores.Score,
+    scores.Trial,
+    scores.Ramp,
+    scores.RampState,
     worlds.WorldRank,
     decisions.Explanation,
     decisions.Attempt,
@@ -214,6 +221,14 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_NOTES", decisions.MAX_NOTES),
         ("MAX_NOTE_CHARS", decisions.MAX_NOTE_CHARS),
         ("MAX_NOTE_VALUES", decisions.MAX_NOTE_VALUES),
+        ("MAX_SCORES", decisions.MAX_SCORES),
+        ("NUM_SUMS", scores.NUM_SUMS),
+        ("FIRST_BUCKET_S", scores.FIRST_BUCKET_S),
+        ("BUCKETS_PER_DOUBLING", scores.BUCKETS_PER_DOUBLING),
+        ("NUM_BUCKETS", scores.NUM_BUCKETS),
+        ("MAX_RAMP_SHARES", scores.MAX_RAMP_SHARES),
+        ("MAX_RAMP_S", scores.MAX_RAMP_S),
+        ("MAX_RAMP_REQUESTS", scores.MAX_RAMP_REQUESTS),
         ("MAX_WORLDS", worlds.MAX_WORLDS),
         ("MAX_WORLD_RANKS", worlds.MAX_WORLD_RANKS),
         ("MAX_WORLD_CHARS", worlds.MAX_WORLD_CHARS),

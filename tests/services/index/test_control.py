@@ -21,6 +21,7 @@ from microserve.protocol.messages.control import (
     VersionFault,
 )
 from microserve.protocol.messages.index import IndexFailed, Members, Watch
+from microserve.protocol.messages.scores import Ramp
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
 from tests.support.index.index_service import Index, Peer, with_index
@@ -194,3 +195,34 @@ def test_without_the_right_nobody_publishes() -> None:
         assert [record.who for record in reply.records] == ["good"]
     finally:
         desk.close()
+
+
+def test_a_ramp_goes_on_while_a_router_says_that_all_is_well_and_is_an_event_each_time() -> None:
+    async def test(world: World, index: Index) -> None:
+        publisher, router = index.peer(), index.peer()
+        await publisher.ask(Changed, change(source="old"))
+        ramp = Ramp([0.1, 0.5, 1.0], every_s=0.15)
+        with structlog.testing.capture_logs() as logs:
+            await publisher.ask(Changed, change(source="new", share=0.1, ramp=ramp))
+
+            def is_over(report: ControlReport) -> bool:
+                router.send(Watch("r1", report.state.version))
+                [entry] = report.state.entries
+                return entry.canary is None
+
+            report = await reported(publisher, is_over)
+        [entry] = report.state.entries
+        assert entry.stable is not None
+        assert (entry.stable.source, entry.ramp) == ("new", None)
+        told = [
+            entry for entry in logs if entry["event"] == log.STRATEGY_PUBLISHED and entry["who"] == "ramp"
+        ]
+        assert [(event["kind"], event["share"]) for event in told] == [("share", 0.5), ("promote", 1.0)]
+        history = await publisher.ask(ControlRecords, ControlHistory(7))
+        assert [(record.kind, record.who) for record in history.records[:2]] == [
+            ("promote", "ramp"),
+            ("share", "ramp"),
+        ]
+        assert history.records[2].ramp == ramp
+
+    with_index(test)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest
 from microserve.protocol.messages.control import Change, ControlRecord
+from microserve.protocol.messages.scores import Ramp
 from microserve.services.index.control_log import ControlLog
 from microserve.services.index.control_state import Fold, digest_of
 
@@ -190,7 +191,7 @@ def test_killed_in_the_middle_of_writing_each_change_is_whole_or_absent(tmp_path
 @given(
     st.lists(
         st.tuples(
-            st.sampled_from(["publish", "set", "promote", "rollback", "retire"]),
+            st.sampled_from(["publish", "set", "promote", "rollback", "retire", "share", "ramp"]),
             st.sampled_from(["a", "b"]),
             st.sampled_from([1.0, 0.5]),
             st.integers(0, 50),
@@ -202,7 +203,10 @@ def test_the_rows_fold_to_what_may_serve(steps: list[tuple[str, str, float, int]
     with closing(ControlLog()) as log:
         for kind, strategy, share, above in steps:
             parameters = {"p": above} if kind == "set" else {}
-            fields = {"share": share} if kind == "publish" else {}
+            ramp = Ramp([0.75, 1.0], every_s=60.0, paused=above > 25) if above % 2 else None
+            fields: dict[str, Any] = {"share": share} if kind in ("publish", "share") else {}
+            if kind == "ramp" or (kind == "publish" and share < 1.0):
+                fields["ramp"] = ramp
             try:
                 log.append(change(kind, strategy, parameters=parameters, **fields), "local", above=above)
             except InvalidRequest:

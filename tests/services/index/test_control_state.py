@@ -20,6 +20,7 @@ from microserve.protocol.messages.control import (
     ControlEntry,
     StrategyVersion,
 )
+from microserve.protocol.messages.scores import Ramp
 from microserve.services.index.control_state import MAX_BEFORE, Fold, digest_of
 
 
@@ -85,6 +86,58 @@ def test_a_shadow_stands_beside_both_and_moves_by_its_own_flag() -> None:
     promoted = entry_of(*begun, change("promote", shadow=True))
     assert (promoted.stable, promoted.canary, promoted.shadow) == (entry.shadow, None, None)
     assert numbers(*begun, change("promote")) == (2, 0, 0.0)
+
+
+RAMP = Ramp([0.1, 0.5, 1.0], every_s=60.0)
+
+
+def test_a_canary_has_another_share_or_goes_on_by_itself() -> None:
+    begun = [change("publish"), change("publish", source="new", share=0.1, ramp=RAMP)]
+    assert entry_of(*begun).ramp == RAMP
+    assert fold_of(*begun).rollouts["mine"].next_share == 0.5
+    grown = [*begun, change("share", share=0.2)]
+    assert numbers(*grown) == (1, 2, 0.2)
+    assert entry_of(*grown).ramp == RAMP, "from there on"
+    assert entry_of(*grown, change("ramp")).ramp is None, "as it is from now on"
+    assert numbers(*grown, change("ramp")) == (1, 2, 0.2)
+    short = Ramp([0.1, 0.3], min_requests=5)
+    assert entry_of(*begun, change("ramp", ramp=short), change("share", share=0.3)).ramp is None, (
+        "its last one"
+    )
+    for end in ("promote", "rollback"):
+        assert entry_of(*begun, change(end)).ramp is None
+    assert entry_of(*begun, change("publish", source="all")).ramp is None
+    assert entry_of(*begun, change("publish", source="newer", share=0.1)).ramp is None
+    assert entry_of(*begun, change("set", parameters={"a": 1})).ramp == RAMP
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [
+        (change("share", share=1.0), "share"),
+        (change("share", share=0.0), "share"),
+        (change("ramp", ramp=Ramp([])), "ramp"),
+        (change("ramp", ramp=Ramp([0.5, 0.2], every_s=1.0)), "ramp"),
+        (change("ramp", ramp=Ramp([0.5, 1.5], every_s=1.0)), "ramp"),
+        (change("ramp", ramp=Ramp([float("nan")], every_s=1.0)), "ramp"),
+        (change("ramp", ramp=Ramp([1.0])), "ramp"),
+        (change("ramp", ramp=Ramp([1.0], every_s=float("inf"))), "ramp"),
+        (change("ramp", ramp=Ramp([1.0], every_s=1.0, until="soon")), "ramp"),
+        (change("ramp", ramp=Ramp([0.05], every_s=1.0)), "ramp"),
+        (change("promote", ramp=RAMP), "ramp"),
+        (change("publish", ramp=RAMP), "ramp"),
+        (change("publish", share=0.1, shadow=True, ramp=RAMP), "ramp"),
+        (change("publish", share=0.1, sticky_by="user", ramp=Ramp([1.0], until="better")), "ramp"),
+        (change("share", "other", share=0.5), "strategy"),
+        (change("ramp", "plain", ramp=RAMP), "strategy"),
+        (change("share", "plain", share=0.5), "strategy"),
+    ],
+)
+def test_a_share_or_ramp_that_cannot_be_is_refused(asked: Change, field: str) -> None:
+    fold = fold_of(change("publish"), change("publish", source="new", share=0.1), change("publish", "plain"))
+    with pytest.raises(InvalidRequest) as refused:
+        fold.after(asked, 9)
+    assert refused.value.field == field
 
 
 def test_bounds_go_with_the_version_and_stay_when_parameters_change() -> None:
@@ -203,6 +256,7 @@ CHANGES = st.builds(
     share=st.sampled_from([1.0, 0.5]),
     version=st.integers(0, 30),
     shadow=st.booleans(),
+    ramp=st.sampled_from([None, RAMP]),
 )
 
 
@@ -230,6 +284,7 @@ def test_any_changes_leave_versions_that_were_made_by_some_change(changes: list[
         assert {version.version for version in present} <= made
         assert len({version.version for version in present}) == len(present)
         assert (entry.canary is None) == (entry.share == 0.0)
+        assert entry.ramp is None or fold.rollouts[entry.strategy].next_share > entry.share > 0.0
         assert (entry.shadow is None) == (entry.shadow_share == 0.0)
         assert all(
             version.digest == (digest_of(version.source) if version.source else "") for version in present

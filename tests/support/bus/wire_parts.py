@@ -124,6 +124,8 @@ ENDED = serving.Ended(
     numerics=Numerics("n4", is_exact=True),
     why="w",
     capped_to=9,
+    share="canary",
+    num_moves=2,
 )
 OUTPUT = serving.Output(
     request_id="r1",
@@ -132,6 +134,7 @@ OUTPUT = serving.Output(
     logprobs=[LOGPROB],
     ended=ENDED,
     numerics=Numerics("n5", is_exact=True),
+    served=serving.Served(strategy="balanced", strategy_version=3, engines=["e1"]),
 )
 MEMBER = membership.Member(info=INFO, load=LOAD)
 LIFE = 1 << 60

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from microserve.services.command.flags import parameter
 from microserve.services.command.main import main
-from microserve.services.command.strategy.publish import share_of
+from microserve.services.command.strategy.ramp import share_of
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_share_is_a_percentage_or_a_fraction() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["publish", "set", "promote", "rollback", "retire", "list", "show", "history"]
+    "name", ["publish", "set", "promote", "rollback", "retire", "list", "show", "compare", "history"]
 )
 def test_every_command_has_help(name: str) -> None:
     result = CliRunner().invoke(main, ["strategy", name, "--help"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Sequence
 
@@ -14,27 +13,16 @@ from hypothesis import strategies as st
 
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, StrategyNotFound
-from microserve.protocol.messages.control import ControlEntry, ControlState, Scalar, StrategyVersion
-from microserve.protocol.messages.engine import Usage
-from microserve.protocol.messages.router import Ended, Phases
-from microserve.services.router.rollout.book import Published, StrategyBook
-from microserve.services.router.rollout.control import StrategyControl, load_source
+from microserve.protocol.messages.control import ControlEntry, ControlState, Scalar
+from microserve.services.router.rollout.book import Published
+from microserve.services.router.rollout.control import load_source
 from microserve.services.router.rollout.window import (
     MIN_ERRORS,
-    MIN_TIMED,
 )
 from microserve.services.router.strategies import BUILT_IN
+from tests.support.router.control_world import PLAIN, make, serving, state, version
 from tests.support.router.router_world import World, eventually, expected_output, in_loop, router_world
 
-PLAIN = """
-from microserve.services.router.authoring import strategy
-
-@strategy
-async def mine(mesh, request, *, label: str = "", ratio: float = 0.1):
-    '''Version {number}.'''
-    async for tokens in mesh.pick(label or None, request).start_generate(request):
-        yield tokens
-"""
 FAILS_AT_ONCE = PLAIN.replace("    async for", "    raise ValueError('boo')\n    async for")
 FAILS_LATER = PLAIN.replace(
     "        yield tokens",
@@ -45,34 +33,8 @@ LEAKS = PLAIN.replace("    async for", "    await mesh.pick(None, request).prep_
 PROMPT = [1, 2, 3, 4, 5]
 
 
-def version(number: int, source: str = PLAIN, **parameters: Scalar) -> StrategyVersion:
-    digest = hashlib.sha256(source.encode()).hexdigest() if source else ""
-    return StrategyVersion(number, source, digest, parameters)
-
-
-def state(number: int, *entries: ControlEntry) -> ControlState:
-    return ControlState(number, list(entries))
-
-
-def serving(number: int, source: str = PLAIN, name: str = "mine", **parameters: Scalar) -> ControlState:
-    """A state whose last change made this version."""
-    return state(number, ControlEntry(name, version(number, source, **parameters)))
-
-
 def given_parameters(number: int, source: str, parameters: dict[str, Scalar]) -> ControlState:
     return state(number, ControlEntry("mine", version(number, source, **parameters)))
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def make() -> tuple[StrategyBook, StrategyControl, Clock]:
-    book, clock = StrategyBook(BUILT_IN), Clock()
-    return book, StrategyControl(book, clock), clock
 
 
 def test_a_published_strategy_is_there_under_its_name_and_goes_with_its_entry() -> None:
@@ -246,63 +208,6 @@ def test_a_share_of_all_is_all() -> None:
     stable = load_source(PLAIN, "mine")
     canary = load_source(PLAIN.replace("{number}", "2"), "mine")
     assert all(Published(stable, canary, 1.0).choose(f"{number}") is canary for number in range(500))
-
-
-# --- errors ----------------------------------------------------------------------------------------
-
-
-def test_a_version_over_its_publishers_own_bounds_is_given_up() -> None:
-    _, control, _ = make()
-    bounded = StrategyVersion(1, PLAIN, "d", {}, max_ttft_s=0.5)
-    control.apply(state(1, ControlEntry("mine", bounded)))
-    slow = Ended("length", Usage(output_tokens=1), Phases(total_s=2.0), "mine", [], strategy_version=1)
-    for _ in range(MIN_TIMED):
-        control.ended(slow, False, False)
-    [fault] = control.faults
-    assert "the bound is 0.5 s" in fault.reason
-
-
-def test_a_fault_is_told_even_when_its_version_is_gone() -> None:
-    _, control, clock = make()
-    control.apply(serving(1))
-    failed = Ended("length", Usage(), Phases(), "mine", [], strategy_version=1)
-    for _ in range(MIN_ERRORS + 2):
-        control.ended(failed, True, False)
-        clock.now += 0.1
-    [fault] = control.faults
-    assert (fault.strategy, fault.version) == ("mine", 1)
-    control.apply(state(2, ControlEntry("mine", version(1)), ControlEntry("other", version(2))))
-    assert control.faults == [fault]
-    control.apply(state(3, ControlEntry("mine")))
-    assert control.faults == [fault], "or the next rollback might restore it"
-
-
-def test_what_ends_late_counts_against_its_own_version() -> None:
-    _, control, _ = make()
-    control.apply(serving(1))
-    failed = Ended("length", Usage(), Phases(), "mine", [], strategy_version=1)
-    control.ended(failed, True, False)
-    control.apply(state(2, ControlEntry("mine", version(2))))
-    for _ in range(MIN_ERRORS):
-        control.ended(failed, True, False)
-    assert [(fault.strategy, fault.version) for fault in control.faults] == [("mine", 1)]
-    never = Ended("length", Usage(), Phases(), "mine", [], strategy_version=7)
-    for _ in range(MIN_ERRORS + 1):
-        control.ended(never, True, False)
-    assert len(control.faults) == 1, "what never was in force here"
-
-
-def test_a_version_that_hangs_when_another_is_in_force_is_told_and_does_not_serve_again() -> None:
-    book, control, _ = make()
-    control.apply(serving(1))
-    control.apply(state(2, ControlEntry("mine", version(2))))
-    control.hung("mine", 1, "it hangs")
-    assert [(fault.strategy, fault.version) for fault in control.faults] == [("mine", 1)]
-    [mine] = [each for each in book.serves() if each.strategy == "mine"]
-    assert (mine.version, mine.suspended) == (2, [1])
-    control.apply(state(3, ControlEntry("mine", version(1))))
-    assert book.get("mine", "x").version == 0, "plain service"
-    assert [(fault.strategy, fault.version) for fault in control.faults] == [("mine", 1)]
 
 
 # --- in a router -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from microserve.services.router.rollout.window import (
     MAX_ERROR_SHARE,
     MIN_ERRORS,
+    MIN_FAR_OVER,
     MIN_TIMED,
     WINDOW_S,
     Bounds,
@@ -32,23 +33,47 @@ def test_a_version_is_given_up_when_its_errors_are_many_and_a_large_share() -> N
         assert not few.too_many_errors(), "five in a hundred are below the bound"
 
 
-def test_errors_outside_the_window_are_forgotten() -> None:
+def test_errors_outside_the_window_and_of_long_ago_are_forgotten() -> None:
+    window = window_of(*[End(0.0, True)] * (MIN_ERRORS - 1), *[End(WINDOW_S + 1, False)] * MIN_TIMED)
+    window.add(End(WINDOW_S + 1, True))
+    assert not window.too_many_errors(), "others have come in their place"
+
+
+def test_one_request_a_minute_is_judged_by_its_last_requests() -> None:
+    """However seldom it is asked for: a version that fails each time fails each time."""
     window = VersionWindow()
-    for number in range(50):
-        window.add(End(number * WINDOW_S, True))
+    for number in range(MIN_ERRORS):
         assert not window.too_many_errors()
+        window.add(End(number * 60.0, True))
+    assert window.too_many_errors()
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 5.0), st.booleans()), min_size=1, max_size=80))
-def test_the_count_of_errors_is_that_of_the_window(steps: list[tuple[float, bool]]) -> None:
+def test_the_count_of_errors_is_that_of_the_window_or_of_the_last_requests(
+    steps: list[tuple[float, bool]],
+) -> None:
     window, ends, now = VersionWindow(), [], 0.0
     for seconds, failed in steps:
         now += seconds
         ends.append((now, failed))
         window.add(End(now, failed))
-        recent = [failure for at, failure in ends if now - at <= WINDOW_S]
-        is_bad = sum(recent) >= MIN_ERRORS and sum(recent) > MAX_ERROR_SHARE * len(recent)
+        counting = [
+            failure
+            for number, (at, failure) in enumerate(reversed(ends))
+            if now - at <= WINDOW_S or number < MIN_TIMED
+        ]
+        is_bad = sum(counting) >= MIN_ERRORS and sum(counting) > MAX_ERROR_SHARE * len(counting)
         assert bool(window.too_many_errors()) == is_bad
+
+
+@given(st.lists(st.floats(-1e6, 1e6), max_size=200))
+def test_no_time_of_a_clock_gives_a_good_version_up(times: list[float]) -> None:
+    window, stable = VersionWindow(), VersionWindow()
+    for at in times:
+        window.add(End(at, False, 0.1, 0.01))
+        stable.add(End(-at, False, 0.1, 0.01))
+        found = (window.too_many_errors(), window.over(Bounds(0.2, 0.02)), window.slower_than(stable))
+        assert found == ("", "", "")
 
 
 def test_a_canary_is_slow_beside_the_stable_version_only() -> None:
@@ -68,8 +93,43 @@ def test_a_version_is_held_to_its_publishers_own_bounds() -> None:
     assert "TTFT" in window.over(Bounds(ttft_s=0.5))
     assert "TPOT" in window.over(Bounds(tpot_s=0.02))
     assert window.over(Bounds(ttft_s=1.0, tpot_s=0.1)) == ""
-    few = window_of(*[End(0.0, False, 9.0, 9.0)] * (MIN_TIMED - 1))
-    assert few.over(Bounds(ttft_s=0.5)) == ""
+    few = window_of(*[End(0.0, False, 9.0, 9.0)] * (MIN_FAR_OVER - 1))
+    assert few.over(Bounds(ttft_s=0.5)) == "", "too few to tell"
+    few.add(End(0.0, False, 9.0, 9.0))
+    assert "TTFT" in few.over(Bounds(ttft_s=0.5)), "nobody waits for more of what is over its bound each time"
+    mostly = window_of(*[End(0.0, False, 0.1)] * 15, *[End(0.0, False, 9.0)] * 14)
+    assert mostly.over(Bounds(ttft_s=0.5)) == "", "of few the half must be over it"
+
+
+def test_times_count_by_number_where_few_come() -> None:
+    """A canary of a tenth, at four requests a second: 0.4 a second, four within the window."""
+    canary, stable = VersionWindow(), VersionWindow()
+    for number in range(10 * MIN_TIMED):
+        at = number / 4
+        if number % 10:
+            stable.add(End(at, False, 0.1, 0.01))
+        else:
+            canary.add(End(at, False, 0.5, 0.01 if number % 20 else None))
+    assert "TTFT" in canary.over(Bounds(ttft_s=0.1))
+    assert "TTFT" in canary.slower_than(stable)
+
+
+def test_both_are_compared_over_the_same_time() -> None:
+    """What load did to the one an hour ago is not what it does to the other now."""
+    stable = window_of(*[End(float(at), False, 0.1) for at in range(1000)])
+    for at in range(1000, 1100):
+        stable.add(End(float(at), False, 1.0))
+    canary = window_of(*[End(1000 + 3.3 * number, False, 1.0) for number in range(MIN_TIMED)])
+    assert not canary.slower_than(stable)
+
+
+def test_times_are_not_looked_at_for_every_request_where_many_come() -> None:
+    window, looks = VersionWindow(), 0
+    for number in range(2000):
+        window.add(End(number / 500, False, 0.1))
+        looks += window.is_due()
+        assert looks > number or number > 31, "of few, each counts"
+    assert looks < 300
 
 
 def test_holding_the_router_counts_like_an_error() -> None:
