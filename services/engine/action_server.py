@@ -8,7 +8,7 @@ or takes nothing; the router is told, and begins anew. Runs in the event loop; t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -27,6 +27,7 @@ from microserve.protocol.messages.kv_events import KVEvent, KVEventBatch, encode
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance
 from microserve.services.engine.core.core import EngineCore
+from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.core.state import failed
 
 _NO_WORK = (wire.Ping, wire.Credit, wire.Stats, wire.Snapshot)
@@ -205,7 +206,16 @@ class ActionServer:
     def flush(self) -> None:
         """Send what the core has to say: answers at once, tokens as credit allows, events to all."""
         with self._core.lock:
-            outbox, events = self._core.take_output()
+            taken = self._core.take_output() if self._core.has_output else None
+        if taken is not None:  # mostly there is nothing: this comes behind every message and every beat
+            self._hand_on(*taken)
+        for session in self._sessions:
+            while deltas := session.value.queue.take():
+                if not self._send(session.key, wire.Deltas(deltas)):
+                    break
+
+    def _hand_on(self, outbox: Outbox, events: Sequence[KVEvent]) -> None:
+        """Answers and events to the sockets, tokens to the queues of who owns them."""
         if events:
             self._publish(list(events))
         for peer, reply in outbox.replies:
@@ -216,10 +226,6 @@ class ActionServer:
                 session.value.queue.add(
                     delta.request_id, delta.offset, delta.token_ids, delta.logprobs, delta.finished
                 )
-        for session in self._sessions:
-            while deltas := session.value.queue.take():
-                if not self._send(session.key, wire.Deltas(deltas)):
-                    break
 
     @property
     def num_sessions(self) -> int:

@@ -70,14 +70,14 @@ class Journal:
         if process is not None and not process.is_alive:
             return
         name = process.name if process is not None else "simulation"
-        told = " ".join(f"{key}={value}" for key, value in fields.items())
+        told = " ".join([f"{key}={value}" for key, value in fields.items()])
         line = f"{self._loop.now:.6f} {name} {event} {told}"
         self.events[event] += 1
         if event not in BY_THE_REAL_CLOCK:
             self._digest.update(line.encode())
         if self._keep:
             self.lines.append(line)
-        if event in DEFECTS - self.excused:
+        if event in DEFECTS and event not in self.excused:
             self.defects.append(line)
 
     def capture(self, name: str, event: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from microserve.kvcache.heap.local import MemoryRegistry
 from microserve.protocol.errors import InternalError
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.process.tick import between_signs
 from microserve.protocol.settings import (
     BusSettings,
     EngineSettings,
@@ -207,9 +208,10 @@ class SimulatedMesh:
             max_nbytes=settings.index.max_mb << 20,
             incarnation=incarnation,
         )
+        look_s = between_signs(settings.bus.heartbeat_interval_s, settings.bus.liveness) / 2
         try:
             while True:
-                await asyncio.sleep(settings.bus.heartbeat_interval_s)
+                await asyncio.sleep(look_s)
                 service.tick()
         finally:
             service.close()

@@ -53,6 +53,7 @@ class Mesh(MeshView):
         self._numerics = numerics
         self._scope = scope
         self._lookup = lookup
+        self._handles: dict[str, Engine] = {}
         self._matched: dict[str, int] | None = None
         self._rate: float | None = None
 
@@ -65,7 +66,11 @@ class Mesh(MeshView):
         return self._engine(connection)
 
     def _engine(self, connection: Connection) -> Engine:
-        return Engine(connection, self.state.labels, self._scope, self._cached)
+        handle = self._handles.get(connection.engine_id)
+        if handle is None or handle._connection is not connection:  # an engine may have another life by now
+            handle = Engine(connection, self.state.labels, self._scope, self._cached)
+            self._handles[connection.engine_id] = handle
+        return handle
 
     def pick(
         self,
