@@ -6,15 +6,21 @@ Owns how a schema, thoughts and tools go together in one answer. Knows no family
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
-from microserve.gateway.grammar.asked import asked_of
-from microserve.gateway.openai.schema import GenerationRequest
+from microserve.gateway.grammar.asked import Asked, asked_of
+from microserve.gateway.openai.schema import ChatRequest, GenerationRequest
+from microserve.gateway.openai.tools import ToolUse, tool_use_of
+from microserve.gateway.parsing.required import lark_of
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.reading import Reading
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.messages.sampling import Grammar
+
+_ANY = {"type": "object"}
+"""Arguments of a function that says nothing of them."""
 
 
 async def constraint_of(
@@ -25,10 +31,46 @@ async def constraint_of(
     Where a thought has begun in the prompt, or comes before every answer, the grammar begins behind it.
     """
     asked = asked_of(request)
+    warnings: tuple[str, ...] = ()
+    use = tool_use_of(request) if isinstance(request, ChatRequest) else None
+    if use is not None and asked is not None:
+        raise InvalidRequest(f"{asked.field} together with tools is not supported", field=asked.field)
+    if use is not None and reading is not None and use.must_match:
+        asked, warnings = await _of_calls(state, use, reading)
     if asked is None:
         return None, ()
-    if reading is not None and reading.wanted.types:
-        raise InvalidRequest(f"{asked.field} together with tools is not supported", field=asked.field)
     checked = await state.grammars.check(asked)
     after = () if reading is None else reading.thought_ends(state.tokenizer, prompt_ids)
-    return msgspec.structs.replace(checked.grammar, after_token_ids=after), checked.warnings
+    return (
+        msgspec.structs.replace(checked.grammar, after_token_ids=after),
+        (*warnings, *checked.warnings),
+    )
+
+
+async def _of_calls(state: GatewayState, use: ToolUse, reading: Reading) -> tuple[Asked, tuple[str, ...]]:
+    """Calls that must be made, each as its schema says: relaxed where the client does not insist."""
+    parsers = reading.parsers
+    frame = parsers.tools.frame if parsers.tools is not None else None
+    marks = {text: token for text, (token, _) in parsers.marks(reading.wanted).items()}
+    if use.mode == "auto":
+        raise InvalidRequest(
+            "tools: strict is supported where a call is required (tool_choice)", field="tools"
+        )
+    if frame is None or any(each not in marks for each in frame.needs):
+        raise InvalidRequest(
+            f"tool_choice: calls of this model ({parsers.tool_name}) cannot be required", field="tool_choice"
+        )
+    schemas: dict[str, dict[str, Any]] = {}
+    warnings: list[str] = []
+    for name, function in use.callable.items():
+        schema = _ANY | (function.parameters or {})
+        schema.pop("x-guidance", None)  # the library's own options are not a client's to choose
+        text = msgspec.json.encode(schema).decode()
+        place = next(at for at, tool in enumerate(use.shown) if tool["function"]["name"] == name)
+        where = f"tools[{place}].function.parameters"
+        wish = Asked(Grammar(kind="json_schema", text=text), where, bool(function.strict))
+        checked = await state.grammars.check(wish)
+        schemas[name] = msgspec.json.decode(checked.grammar.text)
+        warnings += checked.warnings
+    text = lark_of(frame, schemas, marks, one_only=use.one_only)
+    return Asked(Grammar(kind="lark", text=text), "tool_choice"), tuple(warnings)

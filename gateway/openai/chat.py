@@ -46,11 +46,6 @@ def chat_reading(request: ChatRequest, parsers: ModelParsers) -> Reading | None:
             "tools is not supported: it is not known how this model calls them (model.tool_parser)",
             field="tools",
         )
-    if use.must_match:
-        field = "tool_choice" if use.mode != "auto" else "tools"
-        raise InvalidRequest(
-            f"{field}: calls that must be made, or match a schema, are not supported", field=field
-        )
     types = {name: schemas_of(function.parameters) for name, function in use.callable.items()}
     return Reading(parsers, Wanted(types, use.one_only), use.mode == "named")
 

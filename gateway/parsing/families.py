@@ -14,6 +14,22 @@ from microserve.gateway.parsing.calls import Notation
 
 
 @dataclass(frozen=True, slots=True)
+class Frame:
+    """What a family writes around names and arguments, where calls are made to be."""
+
+    name: str
+    """Before a name; with what follows, these stand around one call."""
+    arguments: str
+    end: str = ""
+    between: str | None = None
+    """Between two calls; None: there is one call at most."""
+    before: str = ""
+    after: str = ""
+    needs: tuple[str, ...] = ()
+    """Tokens without which a model of the family does not write so."""
+
+
+@dataclass(frozen=True, slots=True)
 class ToolFamily:
     """One way of writing calls."""
 
@@ -33,6 +49,8 @@ class ToolFamily:
     """Around a value that is no JSON: within it no marker ends the call."""
     id_chars: int = 0
     """Letters and digits of an id, where templates insist on it; 0: OpenAI's form."""
+    frame: Frame | None = None
+    """None: calls cannot be made to be."""
     each: tuple[str, ...] = ()
     """Ends of the calls of one region."""
 
@@ -71,6 +89,7 @@ TOOLS: Mapping[str, ToolFamily] = {
         ("</tool_call>",),
         kept=("<function=",),
         value=("<parameter=", "</parameter>"),
+        frame=Frame('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n"),
     ),
     "glm": ToolFamily(
         calls.glm,
@@ -87,15 +106,30 @@ TOOLS: Mapping[str, ToolFamily] = {
         ("<|eom_id|>", "<|eot_id|>", "<|eom|>", "<|eot|>"),
         kept=("<|python_tag|>", "<|python_start|>"),
         bare="{[",
+        frame=Frame('{"name": "', '", "parameters": ', "}"),
     ),
     "mistral": ToolFamily(
-        calls.named_json, ("[TOOL_CALLS]",), (), ("</s>",), ("[ARGS]", "[CALL_ID]"), id_chars=9
+        calls.named_json,
+        ("[TOOL_CALLS]",),
+        (),
+        ("</s>",),
+        ("[ARGS]", "[CALL_ID]"),
+        id_chars=9,
+        frame=Frame("[TOOL_CALLS]", "[ARGS]", between="", needs=("[ARGS]",)),
     ),
     "deepseek": ToolFamily(
         calls.deepseek,
         ("<｜tool▁call▁begin｜>",),
         ("<｜tool▁call▁end｜>",),
         ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"),
+        frame=Frame(
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁sep｜>",
+            "<｜tool▁call▁end｜>",
+            "",
+            "<｜tool▁calls▁begin｜>",
+            "<｜tool▁calls▁end｜>",
+        ),
     ),
     "deepseek_dsml": ToolFamily(
         calls.dsml,
@@ -110,6 +144,13 @@ TOOLS: Mapping[str, ToolFamily] = {
         ("<|tool_call_end|>",),
         ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_end|>"),
         ("<|tool_call_argument_begin|>",),
+        frame=Frame(
+            "<|tool_call_begin|>functions.",
+            ":0<|tool_call_argument_begin|>",
+            "<|tool_call_end|>",
+            before="<|tool_calls_section_begin|>",
+            after="<|tool_calls_section_end|>",
+        ),
     ),
     "kimi_xtml": ToolFamily(
         calls.kimi_xtml,

@@ -123,6 +123,8 @@ def test_a_stream_is_what_clients_expect(talker: Path, tokens: Tokenizer) -> Non
     run(main())
 
 
+STRICT = {"type": "function", "function": {"name": "f", "strict": True}}
+UNFIT = {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}
 ONE_ONLY = {"parallel_tool_calls": False}
 CASES: list[tuple[str, str, dict[str, Any], str, list[str], str]] = [
     # text, reason of the engine, what the client says, the answer's text, the calls, the reason
@@ -240,7 +242,13 @@ def test_what_the_template_may_be_told(talker: Path, tokens: Tokenizer) -> None:
     ("setting", "fields", "where"),
     [
         ("model.tool_parser=none", {"tools": TOOLS}, "tools"),
-        ("model.tool_parser=auto", {"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        ("model.tool_parser=glm", {"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        ("model.tool_parser=auto", {"tools": [STRICT]}, "tools"),
+        (
+            "model.tool_parser=auto",
+            {"tools": [UNFIT], "tool_choice": "required"},
+            "tools[0].function.parameters",
+        ),
         ("model.tool_parser=auto", {"chat_template_kwargs": {"no_such_thing": 1}}, "no_such_thing"),
     ],
 )
@@ -292,5 +300,65 @@ def test_what_an_answer_must_be_begins_behind_its_thoughts(
                     model="tiny", messages=USER, tools=TOOLS, response_format={"type": "json_object"}
                 )
             assert caught.value.param == "response_format"
+
+    run(main())
+
+
+def of_one(kind: str) -> dict[str, Any]:
+    """The choice of ``now``, by its name or as the one that is allowed."""
+    named = {"type": "function", "function": {"name": "now"}}
+    if kind == "named":
+        return named
+    return {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "told", "num_rules"),
+    [("required", "tool_calls", 2), (of_one("named"), "stop", 1), (of_one("allowed"), "tool_calls", 1)],
+)
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_call_that_must_be_made_goes_to_engines_as_a_grammar(
+    talker: Path, tokens: Tokenizer, choice: Any, told: str, num_rules: int, thinks: bool
+) -> None:
+    """And what comes is one, whose reason to finish is OpenAI's: a function that was named is no news."""
+
+    async def main() -> None:
+        async with gateway_world(talker) as world, client_of(world) as client:
+            world.router.answer = saying(tokens, f"{'hm</think>' if thinks else ''}{call('now')}")
+            extra_body = {"enable_thinking": thinks}
+            reply = await both(client, tools=TOOLS, tool_choice=choice, extra_body=extra_body)
+            [answer] = reply.choices
+            assert calls_of(answer) == [("now", {})]
+            assert (answer.finish_reason, answer.message.content) == (told, None)
+            for served in world.router.served.values():
+                grammar = served.message.sampling.grammar
+                assert grammar is not None and grammar.kind == "lark"
+                assert grammar.text.count("%json") == num_rules
+                assert f"<[{special_id(tokens, '<tool_call>')}]>" in grammar.text
+                ends = (special_id(tokens, "</think>"),) if thinks else ()
+                assert grammar.after_token_ids == ends
+
+    run(main())
+
+
+def test_what_is_relaxed_of_a_tools_schema_is_told(talker: Path, tokens: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(talker) as world, client_of(world) as client:
+            world.router.answer = saying(tokens, call("f", a="x"))
+            properties = {"a": {"type": "string", "format": "colour"}}
+            parameters = {"type": "object", "properties": properties}
+            function: dict[str, Any] = {"name": "f", "parameters": parameters}
+            asked: dict[str, Any] = {
+                "model": "tiny",
+                "messages": USER,
+                "tools": [{"type": "function", "function": function}],
+                "tool_choice": "required",
+            }
+            reply = await client.chat.completions.with_raw_response.create(**asked)
+            assert "format 'colour'" in reply.headers["x-microserve-warning"]
+            function["strict"] = True
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.chat.completions.create(**asked)
+            assert "format" in caught.value.message
 
     run(main())
