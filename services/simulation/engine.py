@@ -23,6 +23,7 @@ from microserve.services.simulation.heap import FaultyHeap, WriteFaults
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.marked_runner import MarkedRunner
 from microserve.services.simulation.steps import Pacer, VirtualCondition, VirtualSteps
+from microserve.services.simulation.toy_guides import ToyGuides
 from microserve.services.simulation.witness import Witness
 
 MODEL = "hash"
@@ -109,6 +110,7 @@ class SimEngine:
             clock=lambda: process.now,
             pause=self._pause,
             changed=self._make_condition(),
+            guides=ToyGuides(self.vocab_size, lambda: process.now),
         )
         witness.join(incarnation, self.core.memory.grants)
         self.service: EngineShell | None = None

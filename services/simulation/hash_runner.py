@@ -22,6 +22,7 @@ from microserve.protocol.errors import InternalError
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Sampled, SampleSpec, StepResult
+from microserve.services.simulation.toy_guides import toy_guide
 
 ROW_NBYTES = 8
 
@@ -163,8 +164,11 @@ def expected_samples(
     tokens, start = list(prompt), 0
     table = list(range(layout.num_blocks))
     samples: list[Sampled] = []
+    guide = toy_guide(params, vocab_size) if params.grammar is not None else None
     while len(tokens) < total:
-        spec = SampleSpec(params, tokens[: len(prompt)], tokens[len(prompt) :], frozenset())
+        output = tokens[len(prompt) :]
+        spec = SampleSpec(params, tokens[: len(prompt)], output, frozenset())
+        spec.allowed = guide.allowed(output) if guide is not None else None
         sampled = runner.execute(Batch([Chunk(0, tokens[start:], start, table, start, spec)])).sampled[0]
         if sampled is None:
             raise InternalError("nothing was sampled")

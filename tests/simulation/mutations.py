@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import tests.simulation.gateway_mutations
+import tests.simulation.guided_mutations
 import tests.simulation.numerics_mutations
 import tests.simulation.subtle_mutations  # noqa: F401  (as well)
 from microserve.kvcache.grant.arrival import Arrival
@@ -40,6 +41,9 @@ from microserve.services.router.request.request import Request
 from microserve.services.router.request.scope import RequestScope
 from microserve.services.router.serving.failover import Failover
 from microserve.services.simulation.faults.campaign import run_seed
+from microserve.services.simulation.faults.guided import guided
+from microserve.services.simulation.faults.scenario import draw
+from tests.simulation.guided_mutations import GUIDED
 from tests.simulation.planting import MUTATIONS, mutation, replace
 
 LIMIT_SEEDS = 2000
@@ -320,13 +324,18 @@ def planted(name: str) -> Iterator[None]:
         yield
 
 
+def _run(name: str, seed: int) -> list[str]:
+    scenario = draw(seed)
+    return run_seed(seed, scenario=guided(scenario) if name in GUIDED else scenario).violations
+
+
 def hunt(name: str, limit: int = LIMIT_SEEDS) -> Catch:
     """Run seeds with the bug planted until the judge sees it."""
     started = time.process_time()
     for seed in range(limit):
         with planted(name):
-            violations = run_seed(seed).violations
-        if violations and not run_seed(seed).violations:  # else it is not the bug that is seen
+            violations = _run(name, seed)
+        if violations and not _run(name, seed):  # else it is not the bug that is seen
             return Catch(name, seed + 1, violations[0], time.process_time() - started)
     return Catch(name, None, "", time.process_time() - started)
 

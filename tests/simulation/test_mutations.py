@@ -26,6 +26,8 @@ QUICK = [
     "A failed send stays on its target's book",
     "What an exact engine computes behind KV of another class becomes prefix cache",
     "A request that goes on at another router does not say in which class it began",
+    "A grammar does not follow the tokens that another engine has delivered",
+    "A row is given the mask of the row beside it",
 ]
 
 

@@ -22,7 +22,7 @@ from microserve.protocol.errors import (
     StrategyError,
     StrategyNotFound,
 )
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.sampling import Grammar, SamplingParams
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
 from microserve.services.simulation.engine import VOCAB_SIZE, SimEngine
@@ -59,10 +59,15 @@ MAX_TOKENS = 80
 
 @cache
 def _oracle(
-    prompt: tuple[int, ...], temperature: float, seed: int, is_marked: bool
+    prompt: tuple[int, ...], temperature: float, seed: int, is_marked: bool, grammar: Grammar | None
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     params = SamplingParams(
-        max_tokens=MAX_TOKENS, temperature=temperature, seed=seed, ignore_eos=True, logprobs=0
+        max_tokens=MAX_TOKENS,
+        temperature=temperature,
+        seed=seed,
+        ignore_eos=True,
+        logprobs=0,
+        grammar=grammar,
     )
     make_runner = marked if is_marked else plain
     samples = expected_samples(prompt, params, vocab_size=VOCAB_SIZE, make_runner=make_runner)
@@ -73,7 +78,7 @@ def expected(
     prompt: Sequence[int], params: SamplingParams, *, is_marked: bool = False
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Tokens and log probabilities that any mesh must answer; ``is_marked``: one whose rows have marks."""
-    tokens, logprobs = _oracle(tuple(prompt), params.temperature, params.seed, is_marked)
+    tokens, logprobs = _oracle(tuple(prompt), params.temperature, params.seed, is_marked, params.grammar)
     stops = (length for length, token in enumerate(tokens, start=1) if token in params.stop_token_ids)
     length = min(params.max_tokens, next(stops, params.max_tokens))
     return tokens[:length], logprobs[:length]
