@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, overload
 
-from microserve.protocol.errors import MeshError
+from microserve.protocol.errors import InternalError, MeshError
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.guidance.guide import Guide, Mask
@@ -101,6 +101,9 @@ def constrain(batch: Batch) -> dict[int, Sampled]:
                 spec.allowed = spec.guide.allowed(spec.output_token_ids)
             except MeshError as error:
                 failed[place] = Sampled(-1, None, [], error)
+            except Exception as error:  # a library's fault over one grammar costs nobody else an engine
+                broken = InternalError(f"the grammar's mask: {error!r}"[:512])
+                failed[place] = Sampled(-1, None, [], broken)
     return failed
 
 

@@ -28,7 +28,7 @@ class GrammarMatcher:
         mask = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint32)
         if (fault := fault_of(self._inner)) is not None:
             raise InvalidRequest(f"the grammar became too much: {fault}", field="grammar")
-        return mask & self._kept
+        return mask[: len(self._kept)] & self._kept  # it may have a word more than the vocabulary needs
 
     def may_end(self) -> bool:
         return self._inner.is_accepting()

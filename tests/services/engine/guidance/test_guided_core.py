@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.services.engine.guidance.guide import Mask, full
 from tests.support.engine.core_mesh import (
     ROUTER,
     VOCAB,
@@ -206,6 +207,42 @@ def test_who_waits_for_a_guide_holds_nothing_and_can_be_aborted_and_run_out_of_t
     assert mesh.a.finished["here"].reason == mesh.b.finished["sent"].reason == "stop"
     assert mesh.a.tokens["here"][1:] == mesh.b.tokens["sent"][1:]
     assert "gone" not in mesh.a.finished and late.made[3].is_cancelled
+    mesh.close()
+
+
+@pytest.mark.parametrize("vocab_size", [320, 321, 352])
+def test_a_mask_has_the_words_of_the_vocabulary(tiny_model: Path, vocab_size: int) -> None:
+    guides = InlineGuides(compiler_for(tiny_model, vocab_size, EOS), vocab_size)
+    made = guides.prepare(GUIDED, [], EOS, lambda: None)
+    assert made.guide is not None
+    assert len(made.guide.allowed([])) == len(full(vocab_size))
+
+
+class Broken:
+    """A matcher over which its library fails."""
+
+    def mask(self) -> Mask:
+        raise ValueError("a fault of the library")
+
+    def may_end(self) -> bool:
+        return False
+
+    def take(self, token_id: int) -> None: ...
+
+    def fork(self) -> Broken:
+        return self
+
+
+def test_a_fault_over_one_grammar_ends_its_own_request_only(guides: InlineGuides) -> None:
+    mesh = GuidedMesh(guides)
+    generate(mesh.a, "good", PROMPT, GUIDED)
+    generate(mesh.a, "bad", PROMPT, GUIDED)
+    bad = guides.made[-1].guide
+    assert bad is not None
+    bad._matcher = Broken()
+    mesh.run()
+    assert mesh.a.finished["bad"].code == "internal"
+    assert mesh.a.finished["good"].reason == "stop"
     mesh.close()
 
 
