@@ -127,7 +127,7 @@ def differences(cases: Sequence[Case], expected: Sequence[Answer], got: Sequence
     for number, (case, want, have) in enumerate(zip(cases, expected, got, strict=True)):
         kind = "greedy" if case.greedy else "sampled"
         where = f"case {number} ({kind}, {len(case.prompt)} prompt tokens)"
-        if have.reason != "length":
+        if have.reason != want.reason or have.reason not in ("length", "stop"):
             lines.append(f"{where}: ended with {have.ended}")
         elif have.token_ids != want.token_ids:
             lines.append(f"{where}: another token at output {_first(want.token_ids, have.token_ids)}")

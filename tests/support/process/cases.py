@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.sampling import Grammar, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,32 @@ def make_cases(count: int, *, vocab_size: int, max_prompt: int, seed: int = 0) -
             )
         cases.append(Case(prompt, params))
     return cases
+
+
+GRAMMARS = (
+    Grammar(kind="json_object"),
+    Grammar(
+        kind="json_schema",
+        text='{"type":"object","properties":{"name":{"enum":["é日本😀","ab"]},"ids":{"type":"array","items":'
+        '{"type":"integer","minimum":0,"maximum":999},"minItems":3,"maxItems":9}},"required":["name","ids"]}',
+    ),
+    Grammar(kind="regex", text="([ab]{2,9} ){3,20}"),
+    Grammar(kind="choice", text='["yes, and more than that","no, by no means","日本語の答え"]'),
+    Grammar(kind="lark", text='start: ("x" | "yz")+ "."'),
+)
+
+
+def with_grammars(cases: Sequence[Case], max_tokens: int = 40) -> list[Case]:
+    """The same, and each answer is to be one of a grammar; it may end before its last token."""
+    return [
+        replace(
+            case,
+            params=msgspec.structs.replace(
+                case.params, max_tokens=max_tokens, grammar=GRAMMARS[number % len(GRAMMARS)]
+            ),
+        )
+        for number, case in enumerate(cases)
+    ]
 
 
 def with_logprobs(cases: Sequence[Case], count: int = 2) -> list[Case]:

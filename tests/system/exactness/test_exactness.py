@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.process.bitwise import ask_alone, check_bits
-from tests.support.process.cases import make_cases, with_logprobs
+from tests.support.process.cases import make_cases, with_grammars, with_logprobs
 from tests.support.process.exactness import KILLED_UNDER, PATIENT, SETTINGS, STRATEGIES, check, oracle
 from tests.support.process.processes import MeshProcesses
 
@@ -45,7 +45,8 @@ def test_demo_model(demo_model: Path, tmp_path: Path) -> None:
 def test_bits(tiny_model: Path, tmp_path: Path, dtype: str) -> None:
     """Also of requests that lost an engine by kill -9."""
     config = json.loads((tiny_model / "config.json").read_text())
-    cases = with_logprobs(make_cases(40, vocab_size=config["vocab_size"], max_prompt=500, seed=5))
+    plain = make_cases(40, vocab_size=config["vocab_size"], max_prompt=500, seed=5)
+    cases = with_logprobs([*plain, *with_grammars(plain[-15:])])
     settings = [*SETTINGS, *PATIENT, f"model.dtype={dtype}"]
     with MeshProcesses(tiny_model, tmp_path, num_engines=1, settings=settings) as mesh:
         promise, reference = asyncio.run(ask_alone(mesh.router_address, cases))
