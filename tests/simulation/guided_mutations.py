@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from unittest import mock
 
-from microserve.services.engine.core import core
+from microserve.services.engine.core import batch, core
 from microserve.services.engine.core.batch import Batch, Sampled
 from microserve.services.engine.guidance.guide import Guide
 from tests.simulation.planting import mutation, replace
@@ -32,14 +33,14 @@ def _a_matcher_is_not_replayed(stack: ExitStack) -> None:
 @mutation
 def _the_mask_of_the_row_beside(stack: ExitStack) -> None:
     """A row is given the mask of the row beside it."""
-    constrain = core.constrain
+    constrain = batch.constrain
 
-    def constrain_beside(batch: Batch) -> dict[int, Sampled]:
-        failed = constrain(batch)
-        specs = [chunk.sample for chunk in batch.chunks if chunk.sample and chunk.sample.guide]
+    def constrain_beside(asked: Batch) -> dict[int, Sampled]:
+        failed = constrain(asked)
+        specs = [chunk.sample for chunk in asked.chunks if chunk.sample and chunk.sample.guide]
         masks = [spec.allowed for spec in specs]
         for spec, mask in zip(specs, masks[1:] + masks[:1], strict=True):
             spec.allowed = mask
         return failed
 
-    replace(stack, core, "constrain", constrain_beside)
+    stack.enter_context(mock.patch.object(core, "constrain", constrain_beside))
