@@ -48,17 +48,15 @@ async def constraint_of(
 
 
 async def _of_calls(state: GatewayState, use: ToolUse, reading: Reading) -> tuple[Asked, tuple[str, ...]]:
-    """Calls that must be made, each as its schema says: relaxed where the client does not insist."""
+    """Calls that must be made, or match: as their schemas say, relaxed where the client does not insist."""
     parsers = reading.parsers
-    frame = parsers.tools.frame if parsers.tools is not None else None
+    tools = parsers.tools
     marks = {text: token for text, (token, _) in parsers.marks(reading.wanted).items()}
-    if use.mode == "auto":
+    field = "tools" if use.mode == "auto" else "tool_choice"
+    if tools is None or tools.frame is None or any(each not in marks for each in tools.frame.needs):
         raise InvalidRequest(
-            "tools: strict is supported where a call is required (tool_choice)", field="tools"
-        )
-    if frame is None or any(each not in marks for each in frame.needs):
-        raise InvalidRequest(
-            f"tool_choice: calls of this model ({parsers.tool_name}) cannot be required", field="tool_choice"
+            f"{field}: calls of this model ({parsers.tool_name}) can be neither required nor strict",
+            field=field,
         )
     schemas: dict[str, dict[str, Any]] = {}
     warnings: list[str] = []
@@ -72,5 +70,5 @@ async def _of_calls(state: GatewayState, use: ToolUse, reading: Reading) -> tupl
         checked = await state.grammars.check(wish)
         schemas[name] = msgspec.json.decode(checked.grammar.text)
         warnings += checked.warnings
-    text = lark_of(frame, schemas, marks, one_only=use.one_only)
-    return Asked(Grammar(kind="lark", text=text), "tool_choice"), tuple(warnings)
+    text = lark_of(tools, schemas, marks, one_only=use.one_only, is_free=use.mode == "auto")
+    return Asked(Grammar(kind="lark", text=text), field), tuple(warnings)

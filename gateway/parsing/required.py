@@ -1,4 +1,4 @@
-"""Calls that must be made, with arguments of their tools' schemas -> the grammar of an answer that is these.
+"""Calls that must be made, or must match their tools' schemas -> the grammar of an answer with these.
 
 Owns how a family's frame becomes Lark: markers that are tokens of their own are these tokens, and no text.
 Pure; whether a schema can be enforced is asked elsewhere.
@@ -7,10 +7,11 @@ Pure; whether a schema can be enforced is asked elsewhere.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from microserve.gateway.parsing.families import Frame
+from microserve.gateway.parsing.families import Frame, ToolFamily
 from microserve.protocol.grammar.compiled import WHITESPACE
 
 MAX_CALLS = 16
@@ -24,9 +25,17 @@ _OPTIONS = {
 
 
 def lark_of(
-    frame: Frame, schemas: Mapping[str, dict[str, Any]], marks: Mapping[str, int], *, one_only: bool
+    tools: ToolFamily,
+    schemas: Mapping[str, dict[str, Any]],
+    marks: Mapping[str, int],
+    *,
+    one_only: bool,
+    is_free: bool = False,
 ) -> str:
-    """``schemas``: of the arguments, by the tool's name; ``marks``: ids of markers that are tokens."""
+    """``schemas``: of the arguments, by the tool's name; ``marks``: ids of markers that are tokens.
+    ``is_free``: there may be text as well, and no call at all; but what begins as a call is one."""
+    frame = tools.frame
+    assert frame is not None
     rules = []
     for at, (name, schema) in enumerate(schemas.items()):
         parts = [
@@ -35,12 +44,26 @@ def lark_of(
             *_terms(frame.end, marks),
         ]
         rules.append(f"call_{at}: {' '.join(parts)}")
-    start = [*_terms(frame.before, marks), "call"]
+    calls = [*_terms(frame.before, marks), "call"]
     if not one_only and frame.between is not None:
-        start.append(f"({' '.join([*_terms(frame.between, marks), 'call'])}){{0,{MAX_CALLS - 1}}}")
-    start += _terms(frame.after, marks)
+        calls.append(f"({' '.join([*_terms(frame.between, marks), 'call'])}){{0,{MAX_CALLS - 1}}}")
+    calls += _terms(frame.after, marks)
     any_call = " | ".join(f"call_{at}" for at in range(len(schemas)))
-    return "\n".join([f"start: {' '.join(start)}", f"call: {any_call}", *rules])
+    start = _beside_text(tools, frame, one_only) if is_free else ["start: calls"]
+    return "\n".join([*start, f"calls: {' '.join(calls)}", f"call: {any_call}", *rules])
+
+
+def _beside_text(tools: ToolFamily, frame: Frame, one_only: bool) -> list[str]:
+    """Text has nothing in it that begins a call."""
+    if tools.bare:
+        return ["start: TEXT | calls |", rf"TEXT: /[^{re.escape(tools.bare)}](?s:.*)/"]
+    begin = next(each for each in tools.opens + tools.stray if f"{frame.before}{frame.name}".startswith(each))
+    more = f"(calls text){{0,{1 if one_only else MAX_CALLS}}}" if tools.closes else "calls?"
+    return [
+        f"start: text {more}",
+        "text: TEXT |",
+        f"TEXT: /(?s:.+)/ & ~/(?s:.*){re.escape(begin)}(?s:.*)/",
+    ]
 
 
 def _terms(text: str, marks: Mapping[str, int]) -> list[str]:

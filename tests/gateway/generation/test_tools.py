@@ -243,7 +243,7 @@ def test_what_the_template_may_be_told(talker: Path, tokens: Tokenizer) -> None:
     [
         ("model.tool_parser=none", {"tools": TOOLS}, "tools"),
         ("model.tool_parser=glm", {"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
-        ("model.tool_parser=auto", {"tools": [STRICT]}, "tools"),
+        ("model.tool_parser=glm", {"tools": [STRICT]}, "tools"),
         (
             "model.tool_parser=auto",
             {"tools": [UNFIT], "tool_choice": "required"},
@@ -337,6 +337,19 @@ def test_a_call_that_must_be_made_goes_to_engines_as_a_grammar(
                 assert f"<[{special_id(tokens, '<tool_call>')}]>" in grammar.text
                 ends = (special_id(tokens, "</think>"),) if thinks else ()
                 assert grammar.after_token_ids == ends
+
+    run(main())
+
+
+def test_a_strict_tool_needs_no_call_but_a_call_fits(talker: Path, tokens: Tokenizer) -> None:
+    async def main() -> None:
+        async with gateway_world(talker) as world, client_of(world) as client:
+            world.router.answer = saying(tokens, f"so: {call('f')}")
+            [answer] = (await both(client, tools=[STRICT])).choices
+            assert (answer.message.content, calls_of(answer)) == ("so:", [("f", {})])
+            for served in world.router.served.values():
+                grammar = served.message.sampling.grammar
+                assert grammar is not None and grammar.text.startswith("start: text (calls text)")
 
     run(main())
 
