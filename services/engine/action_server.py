@@ -224,7 +224,7 @@ class ActionServer:
             session = self._sessions.find(peer)
             if session is not None:
                 session.value.queue.add(
-                    delta.request_id, delta.offset, delta.token_ids, delta.logprobs, delta.finished
+                    delta.request_id, delta.offset, delta.token_ids, delta.logprobs, delta.finished, delta
                 )
 
     @property

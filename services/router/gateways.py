@@ -50,11 +50,13 @@ class Outbox(StreamQueue[wire.Output, wire.Ended]):
         self._served: dict[str, wire.Served] = {}
 
     def emit(self, output: wire.Output) -> None:
+        self.add(output.request_id, output.offset, output.token_ids, output.logprobs, output.ended, output)
+
+    def _join(self, output: wire.Output) -> None:
         if output.numerics is not None:
             self._numerics[output.request_id] = output.numerics
         if output.served is not None:
             self._served[output.request_id] = output.served
-        self.add(output.request_id, output.offset, output.token_ids, output.logprobs, output.ended)
 
     def _output(
         self,

@@ -51,24 +51,32 @@ class QueueMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        item, self.end = KINDS[self.kind]
+        self.item, self.end = KINDS[self.kind]
         self.room = mock.patch.object(queue_module, "MAX_STREAM_TOKENS", ROOM)
         self.room.start()
-        self.queue: StreamQueue[Any, Any] = StreamQueue(item, 0)
+        self.queue: StreamQueue[Any, Any] = StreamQueue(self.item, 0)
         self.lives: dict[str, Life] = {}
         self.credit = 0
         self.next_token = 0
+        self.given: list[tuple[Any, list[int]]] = []
+        """Items that were handed over whole, and their tokens."""
 
     names = st.sampled_from("abc")
 
-    @rule(name=names, count=st.sampled_from([0, 1, 1, 2, 7, ROOM - 1, ROOM + 3]))
-    def add(self, name: str, count: int) -> None:
+    @rule(name=names, count=st.sampled_from([0, 1, 1, 2, 7, ROOM - 1, ROOM + 3]), is_whole=st.booleans())
+    def add(self, name: str, count: int, is_whole: bool) -> None:
         life = self.lives.setdefault(name, Life())
         if life.has_end:
             return
         tokens = list(range(self.next_token, self.next_token + count))
         self.next_token += count
-        self.queue.add(name, len(life.added), tokens, [TokenLogprob(-float(token)) for token in tokens])
+        logprobs = [TokenLogprob(-float(token)) for token in tokens]
+        item = self.item(name, len(life.added), [*tokens], [*logprobs]) if is_whole else None
+        if item is None:
+            self.queue.add(name, len(life.added), tokens, logprobs)
+        else:
+            self.queue.add(name, len(life.added), item.token_ids, item.logprobs, None, item)
+            self.given.append((item, [*tokens]))
         life.added += tokens
 
     @rule(name=names)
@@ -118,6 +126,9 @@ class QueueMachine(RuleBasedStateMachine):
         assert all(life.taken == life.added[: len(life.taken)] for life in self.lives.values())
         waiting = [x for x in self.lives.values() if x.taken != x.added or x.has_end != x.is_over]
         assert len(self.queue) >= len(waiting)
+        assert all(item.token_ids == tokens for item, tokens in self.given), (
+            "what is handed over is not written to"
+        )
 
     def teardown(self) -> None:
         self.queue.window.grant(1000)
@@ -153,8 +164,8 @@ def test_without_credit_everything_of_a_request_becomes_one_item() -> None:
 def test_what_waits_is_the_queues_own() -> None:
     queue: StreamQueue[Delta, Finished] = StreamQueue(Delta, 1)
     tokens = [1]
-    queue.add("r", 0, tokens)
-    queue.add("r", 1, [2])
+    queue.add("r", 0, tokens, [])
+    queue.add("r", 1, [2], [])
 
     assert tokens == [1]
     assert queue.take() == [Delta("r", 0, [1, 2], [])]
@@ -163,7 +174,7 @@ def test_what_waits_is_the_queues_own() -> None:
 def test_behind_an_end_comes_the_next_life() -> None:
     queue: StreamQueue[Delta, Finished] = StreamQueue(Delta, 1)
     queue.add("r", 0, [1, 2], [], FINISHED)
-    queue.add("r", 0, [7])
+    queue.add("r", 0, [7], [])
 
     assert queue.take() == [Delta("r", 0, [7], [])]
 
