@@ -27,3 +27,12 @@ def test_every_process_is_measured_and_no_token_merges(tiny_model: Path, flags: 
         each = [costs[f"CPU us a {what}: {kind}"] for kind in ("gateway", "router", "gateway + router")]
         assert each[0] + each[1] == pytest.approx(each[2], rel=0.5)  # medians of a round each
     assert 0.1 < figures["events a token, paced"]["now"] < 1.1  # a stream's end is an event of its own
+
+
+def test_a_decision_is_timed_with_its_record_and_without() -> None:
+    command = [sys.executable, str(BENCHMARK.with_name("picks.py")), "--rounds=1", "--requests=40", "--json"]
+    done = subprocess.run(command, env=os.environ, stdout=subprocess.PIPE, check=True)
+    figures = json.loads(done.stdout)
+    assert list(figures) == ["2", "8", "32"]
+    assert all(found["without_us"] > 0 and found["with_us"] > 0 for found in figures.values())
+    assert figures["2"]["record_nbytes"] < figures["32"]["record_nbytes"]
