@@ -351,6 +351,27 @@ def test_the_canonical_line(model: Path, raw_tokenizer: Tokenizer) -> None:
     run(main())
 
 
+def test_the_line_of_an_answer_that_its_strategy_has_capped(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        def answer(served: Served) -> None:
+            served.send(raw_tokenizer.encode("ab").ids[:2])
+            served.end("length", capped_to=2)
+
+        with capture_logs() as events:
+            async with gateway_world(model) as world, http_of(world) as http:
+                world.router.answer = answer
+                body = {"model": "tiny", "prompt": "xy", "max_tokens": 50}
+                reply = (await http.post("/v1/completions", json=body)).json()
+                assert reply["choices"][0]["finish_reason"] == "length"
+                assert reply["usage"]["completion_tokens"] == 2
+                world.router.answer = saying(raw_tokenizer, "abc")
+                await http.post("/v1/completions", json=body)
+        told = [(line["strategy"], line["finish_reason"], line["capped_to"]) for line in requests_of(events)]
+        assert told == [("auto", "length", 2), ("auto", "stop", 0)]
+
+    run(main())
+
+
 def test_operator_routes(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
         async with gateway_world(model) as world, http_of(world) as http:
