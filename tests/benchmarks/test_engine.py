@@ -52,6 +52,15 @@ def test_a_neighbour_of_both_paths(tiny_model: Path) -> None:
 
 
 @pytest.mark.heavy
+def test_constrained_beside_free(tiny_model: Path) -> None:
+    told = figures("engine_guided", tiny_model)
+
+    assert [row["streams"] for row in told["rows"]] == [1, 8]
+    assert all(row["ratio"][0] > 0 for row in told["rows"])
+    assert set(told["ttft_ms"]) == {"a bomb a second", "none"}
+
+
+@pytest.mark.heavy
 @pytest.mark.system
 def test_a_mesh_beside_a_peer(tiny_model: Path) -> None:
     told = figures("engine_http", tiny_model, "--peers", "transformers", *LONG)
