@@ -103,6 +103,12 @@ RULES = (
         "strict",
     ),
     _Rule("stops the whole router", "blocking-call", ""),
+    _Rule(
+        "run on when they are cancelled",
+        "swallowed-cancellation",
+        "catch `Exception` in them, or `raise` what else comes",
+        "create_task",
+    ),
     _Rule("no simulation can repeat", "other-clock", ""),
     _Rule(
         "SyntaxError|IndentationError|ImportError|ModuleNotFoundError|relative import",
@@ -128,7 +134,8 @@ def blame(told: Told, sources: Mapping[str, str], file_of: Callable[[str], str |
     )
     if not line and rule.word:
         file, line = _first(rule.word, sources)
-    said = re.sub(r"^(StrategyError|StrategyHung|ConfigError|NotSoHere): ", "", told.text)
+    said = re.sub(r": $", "", told.text)
+    said = re.sub(r"^(StrategyError|StrategyHung|ConfigError|NotSoHere): ", "", said)
     said = f"{said}, {told.phase}" if told.phase else said
     return Found(rule.mistake, file, line, f"{said}: {rule.mend}" if rule.mend else said)
 
@@ -143,6 +150,12 @@ def file_of(place: str) -> str | None:
 def _by_line(said: str, shown: list[str]) -> _Rule:
     """Python's own errors: the line says what the author meant."""
     code = shown[0] if shown else ""
+    if "not iterable" in said and "Generating" in said:
+        return _Rule("", "wrong-yield", "`async for`, or `yield` the generation itself")
+    if said.startswith("ZeroDivisionError"):
+        return _Rule("", "raises", "rates and loads are 0 as long as nothing has been measured")
+    if said.startswith("KeyError") and ".state[" in code:
+        return _Rule("", "raises", "`mesh.state` is empty at first: `mesh.state.setdefault(...)`")
     if said.startswith("KeyError") and "attributes" in code:
         mend = "a client need not send that: `request.attributes.get(...)`, and a way for who has none"
         return _Rule("", "absent-attribute", mend)

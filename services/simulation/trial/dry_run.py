@@ -197,7 +197,8 @@ def _num_held(world: TrialWorld) -> int:
 def _judge(world: TrialWorld, begin: int, refused: Counter[str], said: str) -> list[Told]:
     told: list[Told] = []
     for answer in world.answers[begin:]:
-        if answer.outcome == QueueFull.code or (answer.outcome == NoEngines.code and said == _lost.__doc__):
+        is_alone = said in (_lost.__doc__, _alone.__doc__)  # nobody may be left who bears a label
+        if answer.outcome == QueueFull.code or (answer.outcome == NoEngines.code and is_alone):
             refused[f"{answer.detail}{f', {said}' if said else ''}"] += 1
         elif not (answer.is_complete or answer.is_cancelled):
             outcome = answer.outcome or "it has not ended"

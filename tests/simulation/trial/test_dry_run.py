@@ -38,7 +38,7 @@ HARD = {
         "    async with asyncio.timeout(0.6 if request.num_tokens < 1000 else 60):\n"
         "        engine = mesh.engines()[-1]\n"
         f"        {STREAM}            yield tokens\n",
-        "TimeoutError: , while an engine was ten times slower than the others",
+        "TimeoutError, while an engine was ten times slower than the others",
     ),
     "an engine that is lost": (
         f"    [engine, other] = mesh.engines()\n    {STREAM}        yield tokens\n",
