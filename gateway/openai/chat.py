@@ -20,6 +20,8 @@ from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText
 from microserve.protocol.errors import InvalidRequest
 
+OPTIONS = ("reasoning_effort", "enable_thinking")
+"""Variables of a template that have a field of their own."""
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 """Variables of a template that are not the client's to set."""
 
@@ -57,7 +59,7 @@ def template_options(request: ChatRequest) -> dict[str, Any]:
         if name in options:
             field = f"chat_template_kwargs.{name}"
             raise InvalidRequest(f"{field} is not for clients to set", field=field)
-    for name in ("reasoning_effort", "enable_thinking"):
+    for name in OPTIONS:
         if (value := getattr(request, name)) is not None:
             options[name] = value
     return options
@@ -67,8 +69,9 @@ def check_template(template: ChatTemplate | None, tools: object, options: Mappin
     """What a template does not look at would be dropped without a word. Raises :class:`InvalidRequest`."""
     if template is None:
         return  # which is said where it is rendered
-    for field in (*(["tools"] if tools else []), *options):
-        if not template.knows(field):
+    for name in (*(["tools"] if tools else []), *options):
+        if not template.knows(name):
+            field = name if name in ("tools", *OPTIONS) else f"chat_template_kwargs.{name}"
             raise InvalidRequest(f"the model's chat template has no place for {field}", field=field)
 
 

@@ -249,7 +249,7 @@ def test_what_the_template_may_be_told(talker: Path, tokens: Tokenizer) -> None:
             {"tools": [UNFIT], "tool_choice": "required"},
             "tools[0].function.parameters",
         ),
-        ("model.tool_parser=auto", {"chat_template_kwargs": {"no_such_thing": 1}}, "no_such_thing"),
+        ("model.tool_parser=auto", {"chat_template_kwargs": {"none": 1}}, "chat_template_kwargs.none"),
     ],
 )
 def test_what_is_not_honoured_is_named(

@@ -82,6 +82,9 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], where: str) -> None:
     assert caught.value.field == where
 
 
+LANGUAGE = "chat_template_kwargs.language"
+
+
 def test_a_template_that_does_not_look_at_something_refuses_it() -> None:
     """It would change nothing, without a word."""
     template = ChatTemplate("{{ messages }}{% if enable_thinking %}x{% endif %}", {})
@@ -90,7 +93,7 @@ def test_a_template_that_does_not_look_at_something_refuses_it() -> None:
     for tools, asked, field in (
         ([tool("f")], options, "tools"),
         (None, template_options(request(reasoning_effort="low")), "reasoning_effort"),
-        (None, template_options(request(chat_template_kwargs={"language": "x"})), "language"),
+        (None, template_options(request(chat_template_kwargs={"language": "x"})), LANGUAGE),
     ):
         with pytest.raises(InvalidRequest) as caught:
             check_template(template, tools, asked)
