@@ -32,7 +32,7 @@ from array import array
 from collections.abc import Iterable
 from itertools import chain
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -182,6 +182,8 @@ class PeerHeap(ABC):
     """The peer's own: ``num_blocks``, and so the strides, may differ from ours."""
     words: WordLayout
     address: HeapAddress
+    is_late: ClassVar[bool] = True
+    """Puts may go on after their calls have returned: somebody has to :meth:`poll`."""
 
     @abstractmethod
     def follow(self, stream: int) -> None:

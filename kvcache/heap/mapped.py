@@ -79,6 +79,8 @@ class MappedHeap(MappedWords):
 class MappedPeerHeap(PeerHeap):
     """Subclasses hold lanes, tell whether the owner is dead, and close."""
 
+    is_late = False
+
     def __init__(
         self,
         layout: KvLayout,

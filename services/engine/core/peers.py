@@ -39,7 +39,8 @@ class Peers:
     def poll(self) -> None:
         """Free the lanes whose puts are done; once a step, and on idle ticks. Never waits for a put."""
         for peer in self._open.values():
-            peer.poll()
+            if peer.is_late:
+                peer.poll()
         if self._clock() - self._looked_at >= DEAD_LOOK_S:
             self._leave_dead()
 

@@ -158,7 +158,10 @@ class MeshView:
         own = self.state.labels
         if strict:
             return [c for c in everyone if label in own.of(c.engine_id, c.labels)]
-        fit = [c for c in everyone if not (has := own.of(c.engine_id, c.labels)) or label in has]
+        if own:
+            fit = [c for c in everyone if not (has := own.of(c.engine_id, c.labels)) or label in has]
+        else:
+            fit = [c for c in everyone if not (has := c.labels) or label in has]
         return fit or everyone
 
 
