@@ -147,8 +147,14 @@ async def _serve(mesh: ProfiledMesh, point: Point, answers: list[Answer], progre
         point.trouble.lay(mesh, point.seed, begin_s)
         work, watch = mesh.hardware.work, KvWatch(mesh, mesh.hardware.work.__getitem__)
         due = arrivals(point.requests, point.load, point.seed)
-        for number, (at_s, request) in enumerate(zip(due, point.requests, strict=True)):
-            mesh.loop.at(begin_s + at_s, _submit, mesh, point, number, request, answers, ttl_s)
+
+        def submit(number: int) -> None:
+            """And see to the next one: a timer for each of them would be in the way of all others."""
+            if number + 1 < len(due):
+                mesh.loop.at(begin_s + due[number + 1], submit, number + 1)
+            _submit(mesh, point, number, point.requests[number], answers, ttl_s)
+
+        mesh.loop.at(begin_s + due[0], submit, 0)
         pending = deque(range(len(point.requests)))  # the first of them is looked at, and no others
 
         def is_served() -> bool:
