@@ -124,6 +124,17 @@ def test_a_request_is_one_line_whose_phases_are_shown(tmp_path: Path) -> None:
     )
 
 
+def test_a_published_version_and_a_canary_are_named() -> None:
+    for fields, told in (
+        ({"strategy_version": 0, "share": "stable"}, "| balanced e1→e0 |"),
+        ({"strategy_version": 7, "share": "stable"}, "| balanced 7 e1→e0 |"),
+        ({"strategy_version": 8, "share": "canary"}, "| balanced 8 (canary) e1→e0 |"),
+    ):
+        event = parse_event(canonical(1, "c", **fields))
+        assert event is not None
+        assert told in format_event(event)
+
+
 def test_a_refused_request_says_why() -> None:
     event = parse_event(
         canonical(1, "c", engines=[], ttft_s=None, finish_reason="", status=503, code="no_engines")
