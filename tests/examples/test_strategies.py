@@ -61,7 +61,15 @@ def test_each_is_short_and_uses_the_authors_door_alone() -> None:
         assert ours == {"microserve.services.router.authoring"}, example.file
 
 
-@by_name
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(
+            each, marks=[pytest.mark.heavy] if each.file.is_relative_to(SHIPPED) else [], id=each.name
+        )
+        for each in EIGHT
+    ],
+)
 def test_each_passes_the_check_that_an_author_makes(example: Example) -> None:
     words = ["strategy", "check", str(example.file), "--name", example.name]
     for name, value in example.parameters.items():
