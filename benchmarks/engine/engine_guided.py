@@ -17,6 +17,7 @@ import random
 import time
 from pathlib import Path
 
+import structlog
 from engine_parts.spread import Spread, ratios
 from engine_parts.steps import BLOCK_SIZE, NUM_BLOCKS, Engine, demo_model
 
@@ -67,13 +68,13 @@ class Bench:
                 lambda: compiler_of(directory, spec.vocab_size, ends), spec.vocab_size, max_s=5.0
             ),
         )
-        self._count = 0
+        self._count, self._vocab_size = 0, spec.vocab_size
         self._dice = random.Random(1)
 
     def ask(self, params: SamplingParams, length: int = 32) -> str:
         self._count += 1
         request_id = f"r{self._count}"
-        prompt = [self._dice.randrange(300, 9000) for _ in range(length)]
+        prompt = [self._dice.randrange(3, min(9000, self._vocab_size)) for _ in range(length)]
         message = wire.StartGenerate(self._count, request_id, 0, params, 600.0)
         with self.core.lock:
             self.core.actions.start_generate(b"router", message, prompt, self.core.clock())
@@ -134,6 +135,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.streams, options.tokens, options.rounds, options.bombs = "1,8", 8, 1, 1
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # a line a request is no figure
     bench = Bench(options.model)
     grammar = Grammar(kind="json_schema", text=json.dumps(SCHEMA))
     rows = []

@@ -32,7 +32,7 @@ MAX_REPLAYED_AT_ONCE = 64
 STACK_NBYTES = 64 << 20
 """Grammars may be deep, and a stack that is too short ends the process; memory is taken as it is used."""
 NICE = 10
-"""What is served already goes first."""
+"""What is served already goes first: so much more than the process."""
 
 
 class Compiler(Protocol):
@@ -238,4 +238,5 @@ def _be_nice() -> None:
     """On Linux a thread has a niceness of its own."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            me = threading.get_native_id()
+            os.setpriority(os.PRIO_PROCESS, me, os.getpriority(os.PRIO_PROCESS, me) + NICE)
