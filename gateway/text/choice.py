@@ -29,7 +29,7 @@ class Piece:
     text: str = ""
     tokens: list[TokenText] = field(default_factory=list)
     finish_reason: str | None = None
-    events: list[Event] = field(default_factory=list)
+    events: Sequence[Event] = ()
     """Instead of ``text``, where what the answer says is read (``reading.py``)."""
 
     def __bool__(self) -> bool:

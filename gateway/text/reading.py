@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from microserve.gateway.parsing.events import Event, Said
 from microserve.gateway.parsing.parsers import NO_MARKS, ModelParsers, Wanted
 from microserve.gateway.parsing.reader import AnswerReader
+from microserve.gateway.routers.mailbox import TokenBatch
 from microserve.gateway.text.choice import Choice, Piece
 from microserve.gateway.text.stop import StopMatcher
 from microserve.gateway.text.tokenizer import ModelTokenizer
@@ -61,6 +62,8 @@ class ReadChoice(Choice):
         self._marks: Mapping[int, str] = reading.marks
         self._is_named = reading.is_named
         self._stop = stop
+        self._events: list[Event] = []
+        """Of the piece at hand."""
 
     @property
     def num_calls(self) -> int:  # type: ignore[override]
@@ -76,46 +79,52 @@ class ReadChoice(Choice):
             return "stop" if self._is_named else "tool_calls"
         return self.finish_reason
 
+    def push(self, batch: TokenBatch) -> Piece:
+        piece = super().push(batch)
+        piece.events, self._events = self._events, []
+        return piece
+
     def _show(self, token_id: int, logprob: TokenLogprob | None, piece: Piece) -> None:
         mark = self._marks.get(token_id)
         if mark is None:
             super()._show(token_id, logprob, piece)
         else:
-            self._tell(self._reader.push(mark), piece)
+            self._tell(self._reader.push(mark))
         self.num_reasoning_tokens += self._reader.kind == "reasoning"
 
     def _reveal(self, text: str, piece: Piece) -> None:
-        self._tell(self._reader.push(text.translate(NO_MARKS)), piece)
+        self._tell(self._reader.push(text.translate(NO_MARKS)))
         if self._transcript is not None:
             tokens = self._transcript.reveal(len(text), is_over=self.over)
             piece.tokens += tokens if self._reader.kind == "content" else []
 
-    def _tell(self, events: Sequence[Event], piece: Piece) -> None:
+    def _tell(self, events: Sequence[Event]) -> None:
         for event in events:
             if self.over:
                 return
             if self._matcher is None:
-                piece.events.append(event)
+                self._events.append(event)
             elif isinstance(event, Said) and event.kind == "content":
                 may_stop = self.num_output_tokens > self._min_tokens
                 text = self._matcher.push(event.text, may_stop=may_stop)
-                piece.events += [Said("content", text)] if text else []
+                if text:
+                    self._events.append(Said("content", text))
                 if self._matcher.stopped:
                     self.finish_reason = "stop"
             else:
-                self._release(piece)
-                piece.events.append(event)
+                self._release()
+                self._events.append(event)
         if self._reader.enough and not self.over:
             self.finish_reason = "stop"
 
-    def _release(self, piece: Piece) -> None:
+    def _release(self) -> None:
         """What might have become a stop string, and is not the text's end."""
         if self._matcher is not None and (held := self._matcher.flush()):
-            piece.events.append(Said("content", held))
+            self._events.append(Said("content", held))
             self._matcher = StopMatcher(self._stop)
 
     def _conclude(self, piece: Piece, *, is_cut: bool) -> None:
-        self._tell(self._reader.finish(is_cut=is_cut), piece)
+        self._tell(self._reader.finish(is_cut=is_cut))
 
     def cut_short(self, piece: Piece) -> None:
         self.error = None
@@ -125,7 +134,8 @@ class ReadChoice(Choice):
         if not self.over:
             self.finish_reason = "length" if self._held is None else "stop"
             self._reveal_rest(piece)
+        piece.events, self._events = [*piece.events, *self._events], []
         piece.finish_reason = self.finish_reason
 
     def _reveal_rest(self, piece: Piece) -> None:
-        self._release(piece)
+        self._release()
