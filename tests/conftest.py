@@ -41,7 +41,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(TESTS)
         if marker := ROOMS.get(path.parts[0]):
             item.add_marker(marker)
-        if item.get_closest_marker("slow") is None and any(path.is_relative_to(each) for each in QUICK):
+        is_long = any(item.get_closest_marker(each) for each in ("slow", "heavy"))
+        if not is_long and any(path.is_relative_to(each) for each in QUICK):
             item.add_marker("quick")
     items.sort(key=lambda item: item.get_closest_marker("system") is None)
 

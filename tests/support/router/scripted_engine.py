@@ -98,6 +98,7 @@ class ScriptedEngine:
         self._pending: dict[str, wire.Delta] = {}
         self._grants = 0
         self._stored: list[kv.KVEvent] = []
+        self._next_seq = 0
         self._seen = asyncio.Event()
         self.losses = 0
         """Times that messages to it were lost."""
@@ -128,21 +129,22 @@ class ScriptedEngine:
         fabric.changed.append(self._advance)
         self._beating = asyncio.create_task(self._beat(interval_s))
 
-    @property
-    def engine_id(self) -> str:
-        return self.info.engine_id
+        self.engine_id = engine_id
 
     def store(self, tokens: list[int], salt: str = "") -> None:
         """Have whole blocks of a prefix in the cache, and publish that."""
         whole = tokens[: len(tokens) // BLOCK_SIZE * BLOCK_SIZE]
         self.cached.append(whole)
         root = root_hash(self.info.model, salt=salt)
-        hashes = block_hashes(whole, BLOCK_SIZE, root)
-        if hashes:
+        if hashes := block_hashes(whole, BLOCK_SIZE, root):
             # The parent of a first block is the root itself where the event says no salt.
             self._stored.append(kv.BlockStored(list(hashes), root, whole, BLOCK_SIZE))
-            payload = kv.encode_batch(kv.KVEventBatch(0.0, self._stored[-1:], None, self.incarnation))
-            self._events.send(kv.publish_frames("kv", len(self._stored) - 1, payload))
+            self._publish(self._stored[-1:])
+
+    def _publish(self, events: list[kv.KVEvent]) -> None:
+        payload = kv.encode_batch(kv.KVEventBatch(0.0, events, None, self.incarnation))
+        self._events.send(kv.publish_frames("kv", self._next_seq, payload))
+        self._next_seq += 1
 
     def _match(self, tokens: list[int], end: int) -> int:
         longest = self.matched
@@ -212,6 +214,7 @@ class ScriptedEngine:
                 self.load = msgspec.structs.replace(self.load, progress=self.load.progress + 1)
             if self._peer and not self.mute_heartbeats:
                 self._send(self._peer, wire.Heartbeat(self.incarnation, self.load))
+            self._publish([])  # who subscribed too late for an event sees the gap
             await asyncio.sleep(interval_s)
 
     def _take_loss(self, peer: bytes) -> None:
@@ -239,7 +242,7 @@ class ScriptedEngine:
                 return
             case wire.Snapshot():
                 batch = kv.encode_batch(kv.KVEventBatch(0.0, self._stored, None, self.incarnation))
-                reply = wire.SnapshotReply(message.call_id, self.incarnation, len(self._stored))
+                reply = wire.SnapshotReply(message.call_id, self.incarnation, self._next_seq)
                 self._send(peer, reply, batch)
                 return
         self.calls.append(message)
