@@ -60,6 +60,7 @@ def test_an_idle_engine_leaves_at_once(how: str) -> None:
     main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["signal", "message", "message, then signal"])
 def test_what_runs_holds_it_a_member_until_its_end(how: str) -> None:
     @in_loop

@@ -50,6 +50,7 @@ async def test_the_death_of_the_index_drops_nobody() -> None:
         assert (await world.gateway.generate(PROMPT)).token_ids == expected_output(4)
 
 
+@pytest.mark.slow
 @in_loop
 async def test_an_index_that_starts_empty_drops_nobody() -> None:
     async with router_world("a", "b") as world:
