@@ -123,12 +123,17 @@ def prefill_cost_s(load: Load, report: EngineLoad, num_tokens: int, rate: float)
 
 def decode_cost_s(load: Load, report: EngineLoad) -> float:
     """Seconds that an average answer takes there, with the prefills that will come between its steps, if they
-    go on as they did; 0 where nothing has been measured."""
-    return (
-        report.mean_output_tokens
-        * load.decode_step_s
-        / (1.0 - held_up(load, report) * _bounded(report.prefill_share))
-    )
+    go on as they did, and with what it costs the others; 0 where nothing has been measured.
+
+    One more sequence makes each step longer by a token's computation at least, for all of them; and a step
+    was measured without those that only come.
+    """
+    if not load.decode_step_s:
+        return 0.0
+    token_s = 1.0 / load.prefill_tokens_per_s if load.prefill_tokens_per_s > 0.0 else 0.0
+    num_coming = max(0, load.sequences - load.running)
+    step_s = load.decode_step_s + (num_coming + load.sequences) * token_s
+    return report.mean_output_tokens * step_s / (1.0 - held_up(load, report) * _bounded(report.prefill_share))
 
 
 def held_up(load: Load, report: EngineLoad) -> float:

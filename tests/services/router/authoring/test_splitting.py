@@ -49,7 +49,7 @@ def test_what_an_idle_engine_computes_meanwhile_is_one_step() -> None:
 
 
 def test_prefills_keep_away_from_decodes_where_those_are_long() -> None:
-    p, d = engine("p", GPU, prefill_share=0.5), engine("d", GPU, num_running=8)
+    p, d = engine("p", GPU, prefill_share=0.6), engine("d", GPU, num_running=8)
     split, saved = saving(p, d, num_tokens=3000)
     assert (split.prefill.id, split.decode.id, split.end) == ("p", "d", 3000)
     assert saved > 0.2
@@ -81,3 +81,21 @@ def test_a_link_that_nobody_has_measured_is_tried_by_one_send() -> None:
 def test_one_engine_alone_has_no_split() -> None:
     _, saved = saving(engine("a", CPU), num_tokens=600)
     assert saved == float("-inf")
+
+
+def test_who_comes_in_a_crowd_is_not_all_sent_to_the_engine_whose_step_looks_shortest() -> None:
+    """Nothing that an engine says has changed since the first of them came."""
+    a, b = engine("a", CPU), engine("b", {**CPU, "decode_step_s": 0.014})
+    book = LoadBook()
+    for source, target in (("a", "b"), ("b", "a")):
+        book.links.measure(source, target, sent(1000, nbytes=10**8, transfer_s=0.02))
+    placed = []
+    for _ in range(8):
+        with paper_mesh(a, b, num_tokens=128, book=book) as (mesh, request):
+            split = cheapest_split(mesh, request)
+            one = min(mesh.engines(), key=lambda each: alone_s(mesh, request, each))
+            alone = alone_s(mesh, request, one)
+        placed.append(split.decode.id if split.cost_s < alone else one.id)
+        account = book.open()
+        account.reserve_sequence(placed[-1])
+    assert sorted(placed) == ["a"] * 4 + ["b"] * 4
