@@ -123,8 +123,10 @@ class RequestScope:
     def has_given(self, chunk: Tokens) -> bool:
         """These tokens, and this end, are an engine's, however they were cut into chunks."""
         begin = chunk.offset - self.request.num_output_tokens
-        is_whole = self._given[begin : begin + len(chunk.token_ids)] == chunk.token_ids
-        return is_whole and (chunk.finished is None or chunk.finished is self._finished)
+        end = begin + len(chunk.token_ids)
+        if self._given[begin:end] != chunk.token_ids:
+            return False
+        return chunk.finished is None or (chunk.finished is self._finished and end == len(self._given))
 
     # --- what engines hold -------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Hedged requests: a second engine begins when the first is silent for too long, and the faster one serves.
 
-Source: Dean and Barroso, "The Tail at Scale" (CACM 2013). The second engine is the least busy of the others
-and is asked only if it has less to do than the first; what it computes in vain is the price.
+Source: Dean and Barroso, "The Tail at Scale" (CACM 2013). The second engine is the least busy of the others;
+what it computes in vain is the price.
 """
 
 from __future__ import annotations

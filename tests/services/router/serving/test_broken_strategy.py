@@ -84,6 +84,13 @@ async def cuts_short(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, Non
         yield Tokens(tokens.offset, tokens.token_ids, finished=FINISHED)
 
 
+async def leaves_the_last_out(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
+    given: list[int] = []
+    async for tokens in mesh.pick(None, request).start_generate(request):
+        given += tokens.token_ids
+    yield Tokens(0, given[:-1], finished=tokens.finished)
+
+
 async def skips(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, None]:
     yield Tokens(1, [3], finished=FINISHED)
 
@@ -114,6 +121,7 @@ async def bad_interval(mesh: Mesh, request: Request) -> AsyncGenerator[Tokens, N
         (makes_up, "tokens that no engine gave"),
         (changes_in_place, "tokens that no engine gave"),
         (cuts_short, "tokens that no engine gave"),
+        (leaves_the_last_out, "tokens that no engine gave"),
         (skips, "yielded token 1, not 0"),
         (times_out_by_itself, ""),
         (cancels_itself, "cancelled itself"),
