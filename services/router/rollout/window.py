@@ -8,8 +8,11 @@ does to both is not held against one), or with bounds that its publisher gave it
 
 from __future__ import annotations
 
+import math
 import statistics
+from bisect import bisect_left, bisect_right
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 WINDOW_S = 10.0
@@ -25,7 +28,11 @@ MIN_FAR_OVER = 10
 """With so many times and fewer than ``MIN_TIMED`` it is given up when most of them are over its bound."""
 SLOW_FACTOR, SLOW_MARGIN_S = 2.0, 0.02
 """A canary with ``MIN_TIMED`` requests whose median TTFT or TPOT is above this times the stable version's,
-and by more than the margin (of TPOT: a tenth of it), is given up. Coarse, since prompts differ in length."""
+and by more than the margin (of TPOT: a tenth of it), is given up if that is beyond chance. Coarse, since
+prompts differ in length."""
+MIN_RANK_Z = 4.0
+"""Beyond chance, at any of some thousand looks: by the ranks of the times, in standard deviations. Where half
+of the prompts are long, medians of equals differ by more than ``SLOW_FACTOR`` all the time."""
 LOOKS = 32
 """Among many times a few new ones change no median: they are looked at after every ``LOOKS``th part of
 them."""
@@ -149,7 +156,17 @@ class VersionWindow:
             if min(len(ours), len(theirs)) < MIN_TIMED:
                 continue
             found, oldest = ours.counting()
-            mine, other = statistics.median(found), statistics.median(theirs.since(oldest)[0])
-            if mine > SLOW_FACTOR * other and mine > other + margin_s:
+            others, _ = theirs.since(oldest)
+            mine, other = statistics.median(found), statistics.median(others)
+            is_slow = mine > SLOW_FACTOR * other and mine > other + margin_s
+            if is_slow and _rank_z(found, others) > MIN_RANK_Z:
                 return f"median {name} {mine:.4f} s, of the stable version {other:.4f} s"
         return ""
+
+
+def _rank_z(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """By how much ours are the greater ones, in deviations of what chance does (Mann and Whitney)."""
+    num, num_theirs, ordered = len(ours), len(theirs), sorted(theirs)
+    above = sum(bisect_left(ordered, each) + bisect_right(ordered, each) for each in ours) / 2
+    pairs = num * num_theirs
+    return (above - pairs / 2) / math.sqrt(pairs * (num + num_theirs + 1) / 12)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -112,6 +115,29 @@ def test_times_count_by_number_where_few_come() -> None:
             canary.add(End(at, False, 0.5, 0.01 if number % 20 else None))
     assert "TTFT" in canary.over(Bounds(ttft_s=0.1))
     assert "TTFT" in canary.slower_than(stable)
+
+
+@pytest.mark.parametrize("gap_s", [0.01, 3.0], ids=["busy", "seldom"])
+def test_equals_are_no_slower_where_half_of_the_prompts_are_long(gap_s: float) -> None:
+    """Medians of two such samples are far apart again and again; a canary that is slow is found all the
+    same."""
+    rng = random.Random(7)
+
+    def ttft_s() -> float:
+        return rng.lognormvariate(0.0, 0.2) * rng.choice([0.05, 1.5])
+
+    canary, slow, stable = VersionWindow(), VersionWindow(), VersionWindow()
+    num_slow = 0
+    for number in range(5000):
+        at = gap_s * number
+        if number % 2:
+            stable.add(End(at, False, ttft_s()))
+        else:
+            canary.add(End(at, False, ttft_s()))
+            slow.add(End(at, False, 5 * ttft_s()))
+            num_slow += bool(slow.slower_than(stable))
+            assert not canary.slower_than(stable)
+    assert num_slow > 100
 
 
 def test_both_are_compared_over_the_same_time() -> None:
