@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Final
 
+from microserve.protocol.bus.peers import MAX_NEXT_S
 from microserve.protocol.process.tick import between_signs, until_tick
 
 IDLE_INTERVALS: Final = 8
@@ -24,8 +25,9 @@ and then shall not have it woken each time."""
 
 
 def idle_interval(interval_s: float, liveness: int) -> float:
-    """Seconds between two signs of life of who is idle; 0 where nobody is: others may be as rare."""
-    idle_s = interval_s * IDLE_INTERVALS
+    """Seconds between two signs of life of who is idle, no more than is believed; 0 where nobody is: others
+    may be as rare."""
+    idle_s = min(interval_s * IDLE_INTERVALS, MAX_NEXT_S)
     is_longer = idle_s > between_signs(interval_s, liveness)
     return idle_s if liveness >= MIN_LIVENESS and is_longer else 0.0
 

@@ -96,8 +96,9 @@ class ControlDesk:
         version = self._log.append(change, who, above=self._highest_seen)
         if version > before:
             self._tell_of(change, version, who)
-            for peer in self._routers:
-                self._send(peer, self._log.fold.state())
+            for peer in list(self._routers):
+                if not self._send(peer, self._log.fold.state()):
+                    self.forget(peer)  # nobody waits for what is gone; one that is back says so
         return version
 
     def _tell_of(self, change: Change, version: int, who: str) -> None:

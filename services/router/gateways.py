@@ -187,6 +187,7 @@ class Gateways:
 
     def _hello(self, peer: bytes, message: wire.GatewayHello) -> None:
         _check_id("gateway_id", message.gateway_id)
+        self._pace.stir()
         if not self._socket.send(peer, ROUTER_REPLY.encode(self._welcome())):
             return  # a router that thaws reads old hellos: one of a closed socket must replace nobody
         outbox = Outbox(message.credit)

@@ -11,12 +11,15 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from microserve.protocol import log
+from microserve.protocol.bus.codec import ROUTER_REQUEST
+from microserve.protocol.messages.router import GatewayHello, GatewayPing
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.service import Router
+from microserve.services.simulation.bus import SimBus
 from microserve.services.simulation.faults.judge import judge_answer, judge_rest
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
-from microserve.services.simulation.loop import VirtualLoop
+from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.mesh import INDEX, Shape, SimulatedMesh, until
 
 REST_S = 10.0
@@ -114,6 +117,42 @@ def test_an_engine_that_failed_at_rest_costs_the_first_requests_one_silence(
         assert engines(mesh) == ["engine-1"]
 
     in_mesh(Shape(), fail)
+
+
+def test_a_gateway_that_comes_at_rest_hears_of_the_router_as_soon_as_any() -> None:
+    """It may be idle itself from its welcome on: what it is told then is all that it goes by."""
+
+    async def come(mesh: SimulatedMesh) -> None:
+        heard: list[float] = []
+        bus = SimBus(mesh.addresses, Process(mesh.loop, "another gateway"))
+        for number in range(8):  # wherever in its rest the router is
+            await asyncio.sleep(0.23)
+            heard.clear()
+            socket = bus.client(mesh.address("router-0"), lambda frames: heard.append(mesh.loop.now))
+            socket.send(ROUTER_REQUEST.encode(GatewayHello(f"another-{number}", 1, 64)))
+            await until(lambda: len(heard) > 0, 1.0)
+            socket.send(ROUTER_REQUEST.encode(GatewayPing(1, 2.0)))
+            began = mesh.loop.now
+            await until(lambda: len(heard) > 1, 10.0, 0.01)
+            assert heard[1] - began <= 2 * AWAKE_S
+            socket.close()
+            await asyncio.sleep(REST_S)
+
+    in_mesh(Shape(), come)
+
+
+@pytest.mark.parametrize("fresh", [INDEX, "router-0"])
+def test_what_restarts_at_rest_is_back_with_all_that_it_had(fresh: str) -> None:
+    async def restart(mesh: SimulatedMesh) -> None:
+        mesh.kill(fresh)
+        mesh.start(fresh)
+        await asyncio.sleep(4.0)
+        assert engines(mesh) == mesh.engines
+        assert len(mesh.seats[INDEX].service._membership) == len(mesh.engines)
+        await whole(submit(mesh, "r"))
+
+    journal = in_mesh(Shape(), restart)
+    assert log.ENGINE_LOST not in journal.events
 
 
 @pytest.mark.parametrize("after_s", [0.1, 2.0, 5.5])

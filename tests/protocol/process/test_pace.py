@@ -7,7 +7,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from microserve.protocol.bus.peers import Peers
 from microserve.protocol.process.pace import CALM_SILENCES, IDLE_INTERVALS, Pace, idle_interval
+from microserve.protocol.process.tick import between_signs
 from microserve.services.simulation.loop import VirtualLoop
 
 INTERVAL_S, LIVENESS = 0.25, 6
@@ -51,6 +53,17 @@ def test_where_signs_are_few_or_rare_anyway_nobody_is_idle(liveness: int) -> Non
 
     in_virtual_time(test)
     assert idle_interval(INTERVAL_S, liveness) == 0.0
+
+
+@pytest.mark.parametrize("interval_s", [0.01, 0.25, 1.3, 2.0, 3.3, 5.0, 60.0])
+@pytest.mark.parametrize("liveness", [6, 7, 12, 23])
+def test_nobody_is_silent_for_longer_than_others_bear(interval_s: float, liveness: int) -> None:
+    """Also where heartbeats are as rare as an operator may want them: a tick may come a quarter late."""
+    book: Peers[str, None] = Peers(interval_s=1e9, silence_s=interval_s * liveness)
+    book.join("a", "a", 1, None, 0.0)
+    idle_s = idle_interval(interval_s, liveness)
+    book.heard("a", 0.0, next_s=idle_s)
+    assert book.expire(2 * 1.25 * (idle_s or between_signs(interval_s, liveness))) == []
 
 
 def test_ticks_of_all_fall_on_the_same_moments() -> None:

@@ -180,6 +180,22 @@ def test_a_log_that_was_lost_uses_no_version_again() -> None:
     with_index(test)
 
 
+def test_a_router_that_is_gone_is_waited_for_by_nobody() -> None:
+    """Its silence may be long: it has said so, while it had nothing to do."""
+    gone: set[bytes] = set()
+    desk = ControlDesk(ControlLog(), lambda peer, reply: peer not in gone, may_publish=None)
+    try:
+        for peer in (b"1", b"2"):
+            desk.watch(peer, Watch(f"r{peer.decode()}", 0, next_s=2.0))
+        gone.add(b"1")
+        desk.answer(change(), "")
+        report = desk.answer(ControlStatus(1), "")
+        assert isinstance(report, ControlReport)
+        assert [router.router_id for router in report.routers] == ["r2"]
+    finally:
+        desk.close()
+
+
 def test_without_the_right_nobody_publishes() -> None:
     desk = ControlDesk(ControlLog(), lambda peer, reply: True, may_publish=lambda key: key == "good")
     try:

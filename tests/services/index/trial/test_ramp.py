@@ -123,6 +123,18 @@ def test_time_alone_brings_nothing_that_nobody_has_asked_for() -> None:
     assert [change.kind for change in world.look()] == [SHARE]
 
 
+def test_a_router_that_has_connected_anew_counts_once() -> None:
+    world = mesh()
+    world.serve(MIN_REQUESTS // 2)
+    before = [RouterControl("r0", 0, [], trials=world.routers()[0].trials)]
+    world.serve(MIN_REQUESTS // 2 - 1)
+    for _ in range(10 * round(EVERY_S)):
+        world.now += 1.0
+        assert world.ramps.look(world.fold, [*before, *world.routers()], world.now) == []
+    [state] = world.ramps.states(world.fold)
+    assert (state.num_requests, state.waits_for) == (MIN_REQUESTS - 1, "1 requests more")
+
+
 @pytest.mark.parametrize(("kind", "says"), [("slow", "TTFT"), ("failing", "failures")])
 def test_one_that_is_seen_to_be_worse_is_taken_back_even_when_it_is_paused(kind: str, says: str) -> None:
     world = mesh(paused=True)
