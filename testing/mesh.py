@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
+from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.control import Scalar
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import Settings
@@ -96,7 +97,8 @@ class MeshInMemory:
     ) -> None:
         """``strategy``: a file or folder, the name of a shipped one, or what ``@strategy`` made; of a file
         with several the one with the file's name. Without ``engines`` there is one, ``e0``. ``num_blocks``:
-        KV blocks of 16 tokens on each engine. Raises :class:`ConfigError` for a file that holds no strategy.
+        KV blocks of 16 tokens on each engine. Raises :class:`ConfigError` for a file that holds no strategy,
+        and for two engines of one id.
         """
         self.strategy = _strategy(strategy).bind(parameters or {})
         is_shipped = any(each.function is self.strategy.function for each in BUILT_IN)
@@ -105,6 +107,8 @@ class MeshInMemory:
                 self.strategy, name=f"own_{self.strategy.name}"
             )  # a router has each name once
         chosen = engines or (Engine("e0"),)
+        if len({engine.id for engine in chosen}) < len(chosen):
+            raise ConfigError(f"two engines of one name: {', '.join(engine.id for engine in chosen)}")
         self._seats = {engine.id: f"engine-{number}" for number, engine in enumerate(chosen)}
         self._loop = VirtualLoop()
         self._journal = Journal(self._loop, keep=False)
@@ -130,7 +134,11 @@ class MeshInMemory:
 
     def __enter__(self) -> Self:
         self._journal.open()
-        self._loop.run(self._begin())
+        try:
+            self._loop.run(self._begin())
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -230,7 +238,7 @@ class MeshInMemory:
     def fill(self, engine_id: str) -> None:
         """Take all blocks of its KV cache: there is no room for anybody until :meth:`empty`."""
         pool = self._mesh.seats[self._seats[engine_id]].service.core.memory.pool
-        self._taken[engine_id] = pool.allocate(pool.num_free)
+        self._taken.setdefault(engine_id, []).extend(pool.allocate(pool.num_free))
 
     def empty(self, engine_id: str) -> None:
         """Give back what :meth:`fill` has taken."""
@@ -239,6 +247,7 @@ class MeshInMemory:
 
     def kill(self, engine_id: str) -> None:
         """As SIGKILL; the routers miss it after a while."""
+        self._taken.pop(engine_id, None)
         self._mesh.kill(self._seats[engine_id])
 
     def start(self, engine_id: str) -> None:

@@ -7,9 +7,12 @@ import inspect
 from pathlib import Path
 
 import pytest
+import structlog
 
+from microserve.protocol.errors import ConfigError
 from microserve.services.router.authoring import Chunks, Mesh, Request, Tokens, strategy
 from microserve.testing import Engine, MeshInMemory, Picked, Send, in_memory
+from microserve.testing import mesh as mesh_in_memory
 from microserve.testing.fixtures import MakeMesh, make_mesh
 
 __all__ = ["make_mesh"]
@@ -104,6 +107,16 @@ def test_a_file_may_have_the_name_of_a_shipped_strategy(tmp_path: Path) -> None:
 async def mistaken(mesh: Mesh, request: Request) -> Chunks:
     async for tokens in mesh.pick(None, request).start_generate(request):
         yield Tokens(tokens.offset, [token + 1 for token in tokens.token_ids], finished=tokens.finished)
+
+
+def test_a_mesh_that_cannot_be_is_refused_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="two engines of one name"):
+        MeshInMemory("balanced", Engine("a"), Engine("a"))
+    monkeypatch.setattr(mesh_in_memory, "JOIN_S", 0.0)
+    before = structlog.get_config()
+    with pytest.raises(AssertionError, match="does not come together"), MeshInMemory("balanced"):
+        pass
+    assert structlog.get_config() == before
 
 
 def test_a_mistake_fails_the_test_with_its_line_though_the_client_is_served() -> None:
