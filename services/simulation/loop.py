@@ -25,6 +25,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from microserve.protocol.errors import InternalError
+from microserve.services.simulation.outside import Outside
 
 MAX_CALLBACKS_AT_ONCE = 200_000
 """Callbacks without time moving on; more is a loop that spins."""
@@ -141,7 +142,7 @@ class VirtualHandle(msgspec.Struct, eq=False):
             self.context.run(self.callback, *self.args)
 
 
-class VirtualLoop:
+class VirtualLoop(Outside):
     """An event loop as far as asyncio's tasks, futures and timeouts need one. Use :meth:`run`."""
 
     def __init__(self) -> None:

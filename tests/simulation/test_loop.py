@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 
 import pytest
 
@@ -123,3 +124,35 @@ def test_what_a_callback_raises_is_a_failure() -> None:
     loop.run(main())
 
     assert "ZeroDivisionError" in loop.failures[0]
+
+
+def test_what_is_done_in_a_thread_takes_no_time_and_holds_nobody() -> None:
+    loop, seen = VirtualLoop(), []
+
+    def work(number: int) -> int:
+        seen.append(threading.current_thread() is threading.main_thread())
+        return 100 // number
+
+    async def main() -> None:
+        asking = asyncio.create_task(asyncio.to_thread(work, 4))
+        await asyncio.sleep(0)
+        assert (await asking, loop.now) == (25, 0.0)
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.to_thread(work, 0)
+        left = asyncio.create_task(asyncio.to_thread(work, 1))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.sleep(1.0)
+
+    loop.run(main())
+    assert (seen, loop.failures) == ([False] * 3, [])
+
+
+def test_there_is_no_network_in_virtual_time() -> None:
+    async def main() -> None:
+        with pytest.raises(OSError, match="no network"):
+            await asyncio.open_connection("127.0.0.1", 80)
+        with pytest.raises(OSError, match="no network"):
+            await asyncio.create_subprocess_exec("true")
+
+    VirtualLoop().run(main())

@@ -53,7 +53,7 @@ def told_growth(num_more: int, num_requests: int, sources: Mapping[str, str]) ->
     if num_more < LEAST_A_REQUEST * num_requests or num_requests == 0:
         return []
     trees = {file: Names(ast.parse(source)) for file, source in sources.items()}
-    if any(_forgets(node) for names in trees.values() for node in ast.walk(names.tree)):
+    if any(_forgets(names, node) for names in trees.values() for node in ast.walk(names.tree)):
         return []
     file, line = next(
         ((file, at) for file, names in trees.items() if (at := _line_of_growth(names))),
@@ -65,7 +65,7 @@ def told_growth(num_more: int, num_requests: int, sources: Mapping[str, str]) ->
     return [Found("memory", file, line, f"{told} is ever forgotten: bound it, as by `deque(maxlen=...)`")]
 
 
-def _forgets(node: ast.AST) -> bool:
+def _forgets(names: Names, node: ast.AST) -> bool:
     match node:
         case ast.Delete():
             return True
@@ -75,9 +75,20 @@ def _forgets(node: ast.AST) -> bool:
             return bound is not None
         case ast.Assign(targets=[ast.Subscript(slice=ast.Slice())]):
             return True
-        case ast.BinOp(op=ast.Mod()):
-            return True  # a ring
+        case ast.BinOp(left=left, op=ast.Mod(), right=right):
+            return not _is_turn_or_text(names, node, left, right)  # a ring
     return False
+
+
+def _is_turn_or_text(names: Names, node: ast.AST, left: ast.expr, right: ast.expr) -> bool:
+    """``%`` that bounds nothing: whose turn it is, ``engines[n % len(engines)]``, or a text."""
+    above = names.parents.get(node)
+    is_read = isinstance(above, ast.Subscript) and isinstance(above.ctx, ast.Load)
+    is_length = isinstance(right, ast.Call) and ast.unparse(right.func) == "len"
+    is_text = isinstance(left, ast.JoinedStr) or (
+        isinstance(left, ast.Constant) and isinstance(left.value, str)
+    )
+    return is_read or is_length or is_text
 
 
 def _line_of_growth(names: Names) -> int:

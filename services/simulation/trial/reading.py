@@ -10,7 +10,15 @@ import ast
 from collections.abc import Callable, Iterator, Mapping
 
 from microserve.services.simulation.trial.mistake import Found
-from microserve.services.simulation.trial.source_names import Names, text, waits, within
+from microserve.services.simulation.trial.source_names import (
+    ROUTERS,
+    Defined,
+    Function,
+    Names,
+    text,
+    waits,
+    within,
+)
 
 DOOR = "microserve.services.router.authoring"
 OPEN = (DOOR, "microserve.services.router.strategies", "microserve.testing")
@@ -38,11 +46,10 @@ Seen = tuple[str, ast.AST, str]
 def read(files: Mapping[str, str]) -> list[Found]:
     """All that the files show, by file and line; nothing of one that cannot be parsed (loading says so)."""
     found: list[Found] = []
-    for file, source in files.items():
-        try:
-            names = Names(ast.parse(source))
-        except (SyntaxError, ValueError, RecursionError):
-            continue
+    parsed = {file: names for file, source in files.items() if (names := _names(source)) is not None}
+    defined = Defined(parsed.values())
+    for file, names in parsed.items():
+        names.defined = defined
         seen = [each for rule in RULES for each in rule(names)]
         found += [Found(mistake, file, getattr(node, "lineno", 0), told) for mistake, node, told in seen]
     return sorted(set(found), key=lambda each: (each.file, each.line, each.mistake))
@@ -54,9 +61,8 @@ def labels_in(files: Mapping[str, str], parameters: Mapping[str, object]) -> dic
     asked: dict[str, tuple[str, int]] = {}
     given: set[str] = set()
     for file, source in files.items():
-        try:
-            names = Names(ast.parse(source))
-        except (SyntaxError, ValueError, RecursionError):
+        names = _names(source)
+        if names is None:
             continue
         defaults = {**_defaults(names.tree), **parameters}
         for node in ast.walk(names.tree):
@@ -71,6 +77,13 @@ def labels_in(files: Mapping[str, str], parameters: Mapping[str, object]) -> dic
             elif called == "label":
                 given |= {label for each in ast.walk(node) if (label := text(each))}
     return {label: place for label, place in asked.items() if label not in given}
+
+
+def _names(source: str) -> Names | None:
+    try:
+        return Names(ast.parse(source))
+    except (SyntaxError, ValueError, RecursionError):
+        return None
 
 
 def _defaults(tree: ast.Module) -> dict[str, str]:
@@ -92,19 +105,39 @@ def forgotten_awaits(names: Names) -> Iterator[Seen]:
         if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-        is_sleep = names.dotted(node.func) == "asyncio.sleep"
-        if is_sleep or (name in AWAITED and node.args):
+        is_ours = name in AWAITED and bool(node.args) and name not in names.defined.plain
+        if is_ours or names.dotted(node.func) == "asyncio.sleep" or _is_own_coroutine(names, node.func):
             called = ast.unparse(node.func)
             if _is_dropped(names, node):
                 yield "forgotten-await", node, f"nobody awaits `{called}(...)`: write `await {called}(...)`"
 
 
-def _is_dropped(names: Names, call: ast.Call) -> bool:
+def _is_own_coroutine(names: Names, called: ast.expr) -> bool:
+    """One of the source's own, by itself, of its object or of its own module."""
+    match called:
+        case ast.Name(id=name):
+            is_own = names.imported.get(name, ".").startswith(".")
+        case ast.Attribute(value=ast.Name(id=owner), attr=name):
+            is_own = owner in ("self", "cls") or names.imported.get(owner, "").startswith(".")
+        case _:
+            return False
+    return is_own and name in names.defined.coroutines
+
+
+def _is_dropped(names: Names, call: ast.expr) -> bool:
     """What the call returns is used as if it were the result, or by nobody."""
     above = names.parents.get(call)
     match above:
-        case ast.Expr() | ast.Attribute() | ast.Yield():
+        case ast.Expr() | ast.Attribute() | ast.Yield() | ast.Compare() | ast.UnaryOp():
             return True
+        case ast.If() | ast.While():
+            return above.test is call
+        case ast.IfExp():
+            return above.test is call or _is_dropped(names, above)
+        case ast.BoolOp():
+            return above.values[-1] is not call or _is_dropped(names, above)
+        case ast.Subscript():
+            return above.value is call
         case ast.AsyncFor():
             return above.iter is call
         case ast.Assign(targets=[ast.Name(id=name)]) | ast.NamedExpr(target=ast.Name(id=name)):
@@ -138,15 +171,21 @@ def _is_awaited(function: ast.AST, name: str) -> bool:
 def calls(names: Names) -> Iterator[Seen]:
     """Of clocks, lots, what blocks, and what would end the router; within functions."""
     for node in ast.walk(names.tree):
-        if not isinstance(node, ast.Call) or names.function(node) is None or _is_in_a_thread(names, node):
+        function = names.function(node)
+        if not isinstance(node, ast.Call) or function is None or names.in_a_thread(node):
             continue
         name = names.dotted(node.func)
         own = node.func.id if isinstance(node.func, ast.Name) and not name else ""
         if name in CLOCKS:
             yield "other-clock", node, f"`{name}()` is a clock that no simulation can repeat: use `mesh.now`"
+        elif name.startswith(ENDING) or own in ("exit", "quit"):
+            told = f"`{name or own}(...)` would end the router: raise `QueueFull(...)` to refuse a request"
+            yield "raises", node, told
         elif name.startswith(DICE) and not (name.endswith(".Random") and node.args):
             told = f"`{name}(...)` draws lots that no seed repeats: use `mesh.rng`"
             yield "other-clock", node, told
+        elif not _is_run(names, function):
+            continue
         elif name == "time.sleep":
             told = "`time.sleep` stops the whole router: `await asyncio.sleep(...)` instead"
             yield "blocking-call", node, told
@@ -156,14 +195,12 @@ def calls(names: Names) -> Iterator[Seen]:
             )
             told += ", or by `await asyncio.to_thread(...)` in the plan, and keep what comes in `mesh.state`"
             yield "blocking-call", node, told
-        elif name.startswith(ENDING) or own in ("exit", "quit"):
-            told = f"`{name or own}(...)` would end the router: raise `QueueFull(...)` to refuse a request"
-            yield "raises", node, told
 
 
-def _is_in_a_thread(names: Names, node: ast.AST) -> bool:
-    above = (each for each in names.above(node) if isinstance(each, ast.Call))
-    return any(ast.unparse(each.func).endswith(("to_thread", "run_in_executor")) for each in above)
+def _is_run(names: Names, function: Function) -> bool:
+    """By a router, and not only when the source is loaded or in a thread."""
+    around = [function, *(each for each in names.above(function) if isinstance(each, Function))]
+    return all(names.defined.runs(each) for each in around)
 
 
 def endless_loops(names: Names) -> Iterator[Seen]:
@@ -171,9 +208,23 @@ def endless_loops(names: Names) -> Iterator[Seen]:
         if not isinstance(node, ast.While) or not _is_always_true(node.test):
             continue
         inside = [*within(node)]
+        if _is_left_by_an_error(names, node):
+            continue
         if not waits(node) and not any(isinstance(e, ast.Break | ast.Return | ast.Raise) for e in inside):
             told = "this loop never ends and never waits, so the router would stand still: `await` something"
             yield "endless-loop", node, f"{told} in it, or end it by `break`"
+
+
+def _is_left_by_an_error(names: Names, loop: ast.While) -> bool:
+    """As ``while True: heappop(heap)`` is, where ``IndexError`` is caught around it."""
+    below: ast.AST = loop
+    for above in names.above(loop):
+        if isinstance(above, Function):
+            return False
+        if isinstance(above, ast.Try) and above.handlers and below in above.body:
+            return True
+        below = above
+    return False
 
 
 def _is_always_true(test: ast.expr) -> bool:
@@ -186,9 +237,13 @@ def swallowed_cancellations(names: Names) -> Iterator[Seen]:
             for handler in node.handlers:
                 caught = _catches_cancellation(names, handler.type)
                 raises = any(isinstance(each, ast.Raise) for each in within(handler))
-                if caught and not raises and not _is_own_task(names, node):
+                if caught and not raises and not _is_own_task(names, node, node.body):
                     yield "swallowed-cancellation", handler, _swallowed(caught)
-        elif isinstance(node, ast.With) and any(map(waits, node.body)):
+        elif (
+            isinstance(node, ast.With)
+            and any(map(waits, node.body))
+            and not _is_own_task(names, node, node.body)
+        ):
             for item in node.items:
                 call = item.context_expr
                 if isinstance(call, ast.Call) and names.dotted(call.func) == "contextlib.suppress":
@@ -215,13 +270,13 @@ def _catches_cancellation(names: Names, kind: ast.expr | None) -> str:
     return ""
 
 
-def _is_own_task(names: Names, node: ast.Try) -> bool:
+def _is_own_task(names: Names, node: ast.AST, body: list[ast.stmt]) -> bool:
     """``task.cancel()``, and then it is waited for: the cancellation is the author's own."""
-    match node.body:
-        case [ast.Expr(value=ast.Await(value=ast.Name(id=name)))]:
+    match body:
+        case [ast.Expr(value=ast.Await(value=ast.Name() | ast.Attribute() as task))]:
             around = names.function(node) or names.tree
             return any(
-                isinstance(each, ast.Call) and ast.unparse(each.func) == f"{name}.cancel"
+                isinstance(each, ast.Call) and ast.unparse(each.func) == f"{ast.unparse(task)}.cancel"
                 for each in ast.walk(around)
             )
     return False
@@ -249,7 +304,9 @@ def beside_the_door(names: Names) -> Iterator[Seen]:
 def _is_private(names: Names, node: ast.Attribute) -> bool:
     is_hidden = node.attr.startswith("_") and not node.attr.endswith("__") and node.attr not in TUPLE_NAMES
     owner = node.value.id if isinstance(node.value, ast.Name) else ""
-    return is_hidden and owner not in ("self", "cls") and not names.imported.get(owner, "").startswith(".")
+    if not is_hidden or owner in ("self", "cls") or names.imported.get(owner, "").startswith("."):
+        return False
+    return owner in ROUTERS or node.attr not in names.defined.members
 
 
 RULES: tuple[Callable[[Names], Iterator[Seen]], ...] = (

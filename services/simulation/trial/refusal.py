@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -42,7 +43,7 @@ class Refusals:
 
     def begin(self) -> None:
         module: Any = time
-        module.sleep = _refuse_sleep
+        module.sleep = _refuse_sleep(time.sleep)
         sys.addaudithook(self._audit)
         self._is_on = True
 
@@ -58,8 +59,15 @@ class Refusals:
             raise NotSoHere(f"`{event}` stops the whole router while it waits: {mend}")
 
 
-def _refuse_sleep(_seconds: object) -> None:
-    raise NotSoHere("`time.sleep` stops the whole router: `await asyncio.sleep(...)` instead")
+def _refuse_sleep(sleep: Callable[[float], None]) -> Callable[[float], None]:
+    """Of the router's thread; those beside it may."""
+
+    def refuse(seconds: float) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise NotSoHere("`time.sleep` stops the whole router: `await asyncio.sleep(...)` instead")
+        sleep(seconds)
+
+    return refuse
 
 
 def _is_the_authors(frame: FrameType | None) -> bool:

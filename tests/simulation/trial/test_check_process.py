@@ -35,6 +35,37 @@ def test_what_would_hurt_the_checker_is_refused_by_a_process_of_its_own(
     assert says in capsys.readouterr().err
 
 
+PLANNED = """
+import asyncio, json, time
+from microserve.services.router.authoring import strategy
+
+def load(path):
+    time.sleep(0.01)
+    with open(path) as file:
+        return file.read()
+
+TABLE = load("/etc/hostname")
+
+async def keep(mesh):
+    mesh.state["table"] = await asyncio.to_thread(load, "/etc/hostname")
+    try:
+        await asyncio.open_connection("127.0.0.1", 9)
+    except OSError as error:
+        mesh.state["away"] = str(error)
+
+@strategy(plan=keep)
+async def mine(mesh, request):
+    if mesh.state.get("away"):
+        mesh.note("table", length=len(mesh.state["table"]))
+    yield mesh.pick(None, request).start_generate(request)
+"""
+
+
+def test_what_blocks_is_sound_where_the_mend_of_the_check_puts_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sound("mine", PLANNED, {}, [[], []])
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "source",
     [HEAD + "    n = 1\n    while n: n += 1\n" + SERVE, GOOD + "while True: pass\n"],

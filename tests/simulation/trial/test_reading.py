@@ -59,8 +59,88 @@ GOOD = {
     "handed to a thread": "    await asyncio.to_thread(time.sleep, 1)\n",
     "its own underscore": "    _private = 1\n    self._x = _private\n",
     "a replaced tuple": "    split = split._replace(end=1)\n",
+    "a task of its object": (
+        "    self.task.cancel()\n    with contextlib.suppress(asyncio.CancelledError):\n"
+        "        await self.task\n"
+    ),
+    "a loop that an error ends": (
+        "    try:\n        while True:\n            kept.pop()\n    except IndexError:\n        pass\n"
+    ),
     "the mesh's": "    at = mesh.now\n    draw = mesh.rng.random()\n",
 }
+
+
+HELPERS = {
+    "read in a thread": (
+        "def load():\n    return open('x').read()\n",
+        "    mesh.state['load'] = mesh.load(mesh.engines()[0])\n    await asyncio.to_thread(load)\n",
+    ),
+    "read in a thread, by one that is read there": (
+        "def parse(path):\n    return open(path).read()\ndef load():\n    return parse('x')\n",
+        "    await asyncio.to_thread(functools.partial(load))\n",
+    ),
+    "read when it is loaded": ("def load():\n    return open('x').read()\nTABLE = load()\n", ""),
+    "a method called release": (
+        "class Budget:\n    def release(self, count):\n        self.left = count\n",
+        "    Budget().release(3)\n",
+    ),
+    "its own underscores": (
+        "class Rank:\n    def __init__(self):\n        self._at = 1\n"
+        "    def __lt__(self, other):\n        return self._at < other._at\n",
+        "    Rank()\n",
+    ),
+    "a coroutine that is awaited": (
+        "async def reserve(engine):\n    await asyncio.sleep(1)\n",
+        "    await reserve(1)\n    task = asyncio.create_task(reserve(2))\n    await task\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HELPERS)
+def test_what_its_own_functions_do_is_no_mistake_where_no_router_does_it(name: str) -> None:
+    helper, body = HELPERS[name]
+    assert read({"__init__.py": helper + HEAD + body + SERVE}) == []
+    package = {"__init__.py": "from .helper import *\n" + HEAD + body + SERVE, "helper.py": helper}
+    assert read(package) == []
+
+
+CHANGED = {
+    "an await that is forgotten in a condition": (
+        "",
+        "    if mesh.engines():\n        decode.release(request, grant)\n",
+        "forgotten-await",
+    ),
+    "one that is asked": ("", "    if decode.prep_recv(request): pass\n", "forgotten-await"),
+    "one of two": ("", "    grant = decode.prep_recv(request) if split else None\n", "forgotten-await"),
+    "one's own": (
+        "async def reserve(engine):\n    await asyncio.sleep(1)\n",
+        "    reserve(1)\n",
+        "forgotten-await",
+    ),
+    "read before the thread begins": ("", "    await asyncio.to_thread(open('x').read)\n", "blocking-call"),
+    "read by a helper": ("def load():\n    return open('x')\n", "    load()\n", "blocking-call"),
+    "read by a helper's helper": (
+        "def parse():\n    return open('x')\ndef load():\n    return parse()\n",
+        "    mesh.pick(None, request, cost=lambda engine: load())\n",
+        "blocking-call",
+    ),
+    "a name that is private, beside one's own": (
+        "class Own:\n    _book = 1\n",
+        "    mesh._book\n",
+        "not-the-door",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_mistake_is_told_however_it_is_put(name: str) -> None:
+    helper, body, mistake = CHANGED[name]
+    assert [each.mistake for each in read({"__init__.py": helper + HEAD + body + SERVE})] == [mistake]
+    package = {
+        "__init__.py": "from .helper import load, reserve\n" + HEAD + body + SERVE,
+        "helper.py": helper,
+    }
+    assert [each.mistake for each in read(package)] == [mistake]
 
 
 @pytest.mark.parametrize("name", GOOD)
