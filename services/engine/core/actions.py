@@ -280,10 +280,12 @@ class Actions:
             return
         output = sequence.token_ids[sequence.num_prompt_tokens :]
         guiding = state.guides.prepare(params, output, state.limits.eos_token_ids, state.on_guide)
+        if not guiding.is_done:  # looked at once: it may be done a moment later
+            sequence.guiding = guiding
+            return
         if guiding.error is not None:
             raise guiding.error
-        sequence.guide = guiding.guide if guiding.is_done else None
-        sequence.guiding = None if guiding.is_done else guiding
+        sequence.guide = guiding.guide
 
     def _let_wait(self, sequence: Sequence) -> None:
         """For its guide, else for its turn."""

@@ -130,6 +130,9 @@ class EngineState:
                     raise InternalError(f"{name} is {sequence.state.value} among the {state.value}")
                 if sequence.num_computed > len(sequence.blocks) * self.memory.block_size:
                     raise InternalError(f"{name} has {sequence.num_computed} tokens in too few blocks")
+                is_guided = sequence.params is not None and sequence.params.grammar is not None
+                if is_guided and self.guides is not None and not (sequence.guide or sequence.guiding):
+                    raise InternalError(f"{name} has a grammar and no guide")
                 if state is SequenceState.COMPILING and (sequence.blocks or sequence.guiding is None):
                     raise InternalError(f"{name} waits for a guide that is not in the making")
                 if state is SequenceState.RECEIVING and (sequence.num_computed or not sequence.received):

@@ -55,12 +55,13 @@ class Stepper:
             guiding = sequence.guiding
             if guiding is None:
                 continue
-            if guiding.is_done and guiding.guide is not None:
+            is_done = guiding.is_done  # looked at once: it may be done a moment later
+            if is_done and guiding.guide is not None:
                 sequence.guide, sequence.guiding = guiding.guide, None
                 if sequence.state is SequenceState.COMPILING:
                     state.compiling.remove(sequence)
                     state.scheduler.add(sequence)
-            elif guiding.is_done or guiding.is_overdue(now):
+            elif is_done or guiding.is_overdue(now):
                 late = InvalidRequest("the grammar takes too long to compile", field="grammar")
                 state.count("grammars_refused")
                 state.finish(sequence, "error", now, error=guiding.error or late)

@@ -45,7 +45,9 @@ class Guiding(Protocol):
     """A guide in the making."""
 
     @property
-    def is_done(self) -> bool: ...
+    def is_done(self) -> bool:
+        """Set last, by another thread: what follows is of use only once this was seen."""
+
     @property
     def guide(self) -> Guide | None:
         """Once it is done, if nothing failed."""

@@ -59,9 +59,14 @@ class Compilation:
         self.is_done = False
         self.is_cancelled = False
         self.max_s = 0.0
+        self.look: Callable[[], None] = lambda: None
         self.give_up: Callable[[Compilation], None] = lambda job: None
 
     def is_overdue(self, now: float) -> bool:
+        self.look()  # whoever waits finds out, too, that the thread is stuck in a job that nobody waits for
+        return self.is_late(now)
+
+    def is_late(self, now: float) -> bool:
         began = self.began_at
         return not self.is_done and began is not None and now - began > self.max_s
 
@@ -104,21 +109,25 @@ class GuidePool:
         grammar = params.grammar
         if grammar is None:
             raise InternalError("there is no grammar to prepare")
-        check_bounds(grammar)
         job = Compilation(params, grammar, list(output), ends, on_done)
         with self._changed:
             compiled = self._cached(grammar)
+            if compiled is None:
+                check_bounds(grammar)
             if compiled is not None and len(output) <= MAX_REPLAYED_AT_ONCE:
                 job.guide = self._guide(job, compiled.fork())
                 job.is_done = True
                 return job
+            self._leave_stuck()
             if len(self._queue) >= MAX_QUEUED:
                 raise QueueFull(f"{MAX_QUEUED} grammars wait already", retry_after_s=1.0)
             if self._num_stuck >= MAX_STUCK:
                 raise QueueFull("grammars are compiled that take too long", retry_after_s=1.0)
-            job.max_s, job.give_up = self._max_s, self._give_up
-            self._queue.append(job)
             self._start()
+            if self._worker is None:
+                raise QueueFull("no thread can be started to compile a grammar", retry_after_s=1.0)
+            job.max_s, job.look, job.give_up = self._max_s, self._look, self._give_up
+            self._queue.append(job)
             self._changed.notify()
         return job
 
@@ -134,9 +143,19 @@ class GuidePool:
     def _start(self) -> None:
         if self._worker is not None or self._closed:
             return
-        with _stack(STACK_NBYTES):
-            self._worker = threading.Thread(target=self._work, name="grammars", daemon=True)
-            self._worker.start()
+        worker = threading.Thread(target=self._work, name="grammars", daemon=True)
+        with _stack(STACK_NBYTES), suppress(RuntimeError):  # no thread, or no memory for its stack
+            worker.start()
+            self._worker = worker
+
+    def _leave_stuck(self) -> None:
+        """A thread that works at one job for too long is left to itself; others go on without it."""
+        now = self._clock()
+        if any(thread is self._worker and job.is_late(now) for job, thread in self._working.items()):
+            self._worker = None
+            self._num_stuck += 1
+        if self._queue:
+            self._start()
 
     def _cached(self, grammar: Grammar) -> Matcher | None:
         key = (grammar.kind, grammar.text)
@@ -161,16 +180,19 @@ class GuidePool:
 
     # --- threads -----------------------------------------------------------------------------------
 
+    def _look(self) -> None:
+        """Comes with every step: not one that waits for a thread that is nice."""
+        if self._changed.acquire(blocking=False):
+            try:
+                self._leave_stuck()
+            finally:
+                self._changed.release()
+
     def _give_up(self, job: Compilation) -> None:
-        """A thread that works at it for too long is left to itself; others go on without it."""
         with self._changed:
             if job in self._queue:
                 self._queue.remove(job)
-            thread = self._working.get(job)
-            if thread is not None and thread is self._worker and job.is_overdue(self._clock()):
-                self._worker = None
-                self._num_stuck += 1
-                self._start()
+            self._leave_stuck()
 
     def _work(self) -> None:
         _be_nice()
@@ -190,7 +212,7 @@ class GuidePool:
                 self._do(job)
             except MeshError as error:
                 job.error = error
-            except Exception as error:
+            except BaseException as error:  # a panic of the library's is no Exception, and we are awaited
                 job.error = InternalError(f"a grammar cannot be compiled: {error!r}"[:512])
             with self._changed:
                 del self._working[job]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -26,7 +27,7 @@ from tests.support.engine.core_mesh import (
     receive,
     send,
 )
-from tests.support.engine.inline_guides import GuidedMesh, InlineGuides, compiler_for, schema
+from tests.support.engine.inline_guides import GuidedMesh, InlineGuides, Made, compiler_for, schema
 
 EOS = frozenset({0})
 PERSON = schema(
@@ -208,6 +209,51 @@ def test_who_waits_for_a_guide_holds_nothing_and_can_be_aborted_and_run_out_of_t
     assert mesh.a.tokens["here"][1:] == mesh.b.tokens["sent"][1:]
     assert "gone" not in mesh.a.finished and late.made[3].is_cancelled
     mesh.close()
+
+
+class Flipping(Made):
+    """Done at a look of its own: another thread may be so far at any moment."""
+
+    looks = 0
+    at = 0
+
+    @property
+    def is_done(self) -> bool:
+        self.looks += 1
+        return self.looks > self.at
+
+    @is_done.setter
+    def is_done(self, value: bool) -> None: ...
+
+
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("is_bad", [False, True])
+def test_a_guide_that_is_made_between_two_looks_is_taken(guides: InlineGuides, at: int, is_bad: bool) -> None:
+    """Never a sequence without its guide, and never one that is said to be late because it was just made."""
+    expected = alone(guides)
+
+    class Racing(InlineGuides):
+        def prepare(self, *asked: Any) -> Made:
+            made = guides.prepare(*asked)
+            flipping = Flipping(made.guide)
+            flipping.at = at
+            if is_bad:
+                flipping.guide, flipping.error = None, InvalidRequest("it is none", field="grammar")
+            return flipping
+
+    mesh = GuidedMesh(Racing(guides._compiler, VOCAB))
+    try:
+        generate(mesh.a, "r", PROMPT, GUIDED)
+        for _ in range(at + 1):
+            mesh.run()
+        if is_bad:
+            assert mesh.a.finished["r"].detail == "it is none"
+        else:
+            assert mesh.a.tokens["r"] == expected
+    except InvalidRequest as error:
+        assert is_bad and error.detail == "it is none"
+    finally:
+        mesh.close()
 
 
 @pytest.mark.parametrize("vocab_size", [320, 321, 352])

@@ -35,6 +35,10 @@ class Anything:
         return Anything()
 
 
+class Panic(BaseException):
+    """As pyo3's, which is no Exception."""
+
+
 class Compiler:
     def __init__(self) -> None:
         self.compiled: list[str] = []
@@ -48,6 +52,8 @@ class Compiler:
             raise InvalidRequest("it is none", field="grammar")
         if grammar.text == "broken":
             raise ValueError("a fault of ours")
+        if grammar.text == "panic":
+            raise Panic("a fault of the library's")
         return Anything()
 
 
@@ -95,10 +101,44 @@ def test_what_is_wrong_is_told_and_the_next_one_is_served() -> None:
     with pool_of(Compiler()) as pool:
         assert isinstance(get(pool, "bad").error, InvalidRequest)
         assert isinstance(get(pool, "broken").error, InternalError)
+        assert isinstance(get(pool, "panic").error, InternalError)
         assert isinstance(get(pool, "a", [13]).error, InternalError), "a replay that the grammar has not"
         assert get(pool, "a").error is None
         with pytest.raises(InvalidRequest, match="4096"):
             ask(pool, "a" * 5000)
+
+
+def until_begun(job: Compilation) -> None:
+    while job.began_at is None:
+        threading.Event().wait(0.001)
+
+
+@pytest.mark.parametrize("who", ["who waits", "who comes"])
+def test_a_grammar_that_never_ends_holds_nobody_up_when_its_own_client_has_gone(who: str) -> None:
+    compiler, clock = Compiler(), Clock()
+    with pool_of(compiler, clock) as pool:
+        gone, _ = ask(pool, "slow")
+        until_begun(gone)
+        gone.cancel()
+        waiting, done = ask(pool, "quick")
+        clock.now += 3.0
+        if who == "who waits":
+            assert not waiting.is_overdue(clock.now), "it has not begun"
+        else:
+            assert get(pool, "another").guide is not None
+        assert done.wait(TIMEOUT_S) and waiting.guide is not None
+
+
+def test_no_thread_is_no_end_of_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with pool_of(Compiler()) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
+            with pytest.raises(QueueFull, match="thread"):
+                ask(pool, "a")
+        assert get(pool, "a").guide is not None
 
 
 def test_a_grammar_that_never_ends_is_left_behind_and_many_of_them_refused_until_they_end() -> None:
@@ -107,8 +147,7 @@ def test_a_grammar_that_never_ends_is_left_behind_and_many_of_them_refused_until
         stuck = []
         for number in range(MAX_STUCK):
             job, _ = ask(pool, f"slow {number}")
-            while job.began_at is None:
-                threading.Event().wait(0.001)
+            until_begun(job)
             assert not job.is_overdue(clock.now)
             clock.now += 3.0
             assert job.is_overdue(clock.now)
