@@ -148,9 +148,8 @@ def kimi(text: str, types: Mapping[str, Types]) -> list[Call]:
     )
 
 
-_XTML = re.compile(
-    r'<\|open\|>argument key="([^"]*)" type="(\w+)"<\|sep\|>(.*?)<\|close\|>argument<\|sep\|>', re.DOTALL
-)
+_XTML = re.compile(r'\s*<\|open\|>argument key="([^"]*)" type="(\w+)"<\|sep\|>')
+_XTML_END = "<|close|>argument<|sep|>"
 
 
 def kimi_xtml(text: str, types: Mapping[str, Types]) -> list[Call]:
@@ -158,21 +157,18 @@ def kimi_xtml(text: str, types: Mapping[str, Types]) -> list[Call]:
     head = re.match(r'\s*tool="([^"]*)"[^<]*<\|sep\|>', text)
     if head is None:
         raise ValueError("no tool")
-    rest = _XTML.sub("", text[head.end() :])
-    if rest.strip():
-        raise ValueError("more than arguments")
-    arguments = {
-        unescape(key): value if kind == "string" else _loaded(value)
-        for key, kind, value in _XTML.findall(text)
-    }
-    return [Call(unescape(head[1]), arguments)]
+    arguments, at = {}, head.end()
+    while argument := _XTML.match(text, at):
+        end = text.find(_XTML_END, argument.end())
+        value = text[argument.end() : end] if end >= 0 else _fail("an argument is cut off")
+        arguments[unescape(argument[1])] = value if argument[2] == "string" else _loaded(value)
+        at = end + len(_XTML_END)
+    return [Call(unescape(head[1]), arguments)] if not text[at:].strip() else _fail("more than arguments")
 
 
-_PARAMETER = re.compile(
-    r"<parameter=([^>\n]+)>(?:\n((?:.*?\n)??)(?:</parameter>|(?=<parameter=|</function>))"
-    r"|((?!\n).*?)(?:</parameter>|(?=<parameter=|</function>)))",
-    re.DOTALL,
-)
+_PARAMETER = re.compile(r"<parameter=([^<>\n]+)>(\n?)")
+_VALUE_END = re.compile(r"</parameter>|(?=<parameter=|</function>)")
+_LINES_END = re.compile(r"(?<=\n)(?:</parameter>|(?=<parameter=|</function>))")
 """A value on lines of its own ends at a line of its own."""
 _FUNCTION = re.compile(r"(?:^|(?<=\n)|(?<=>))[ \t]*<function=")
 
@@ -189,50 +185,84 @@ def _qwen_call(text: str, types: Mapping[str, Types]) -> Call:
     if not sep or "</function>" not in rest:
         raise ValueError("a call is cut off")
     known = types.get(name.strip(), {})
-    values = {key.strip(): _without_line_ends(lines) or line for key, lines, line in _PARAMETER.findall(rest)}
+    values = {key.strip(): value for key, value in _parameters(rest)}
     return Call(name.strip(), {key: typed(value, known.get(key)) for key, value in values.items()})
 
 
-def _without_line_ends(value: str) -> str:
-    return value.removesuffix("\n")
+def _parameters(text: str) -> Iterator[tuple[str, str]]:
+    """In one pass: an end that is nowhere behind one parameter is nowhere behind the next ones."""
+    at, gone = 0, set()
+    while begun := _PARAMETER.search(text, at):
+        at, on_lines = begun.end(), bool(begun[2])
+        if on_lines in gone:
+            continue
+        end = (_LINES_END if on_lines else _VALUE_END).search(text, at)
+        if end is None:
+            gone.add(on_lines)
+            continue
+        value = text[at : end.start()]
+        yield begun[1], value.removesuffix("\n") if on_lines else value
+        at = end.end()
 
 
-_PAIR = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)(?:</arg_value>|</tool_call>$|$)", re.DOTALL)
+_KEY = re.compile(r"\s*<arg_key>")
+_VALUE = re.compile(r"\s*<arg_value>")
 
 
 def glm(text: str, types: Mapping[str, Types]) -> list[Call]:
     """``f`` and pairs of ``<arg_key>`` and ``<arg_value>``."""
     name = text.partition("<arg_key>")[0].strip()
-    rest = _PAIR.sub("", text[text.find(name) + len(name) :])
-    if not name or rest.strip():
+    at = text.find(name) + len(name)
+    known, arguments = types.get(name, {}), {}
+    while key := _KEY.match(text, at):
+        end = text.find("</arg_key>", key.end())
+        value = _VALUE.match(text, end + len("</arg_key>")) if end >= 0 else None
+        if value is None:
+            raise ValueError("a key has no value")
+        word = text[key.end() : end].strip()
+        end = text.find("</arg_value>", value.end())
+        if end >= 0:
+            written, at = text[value.end() : end], end + len("</arg_value>")
+        else:
+            written, at = text[value.end() :].removesuffix("\n").removesuffix("</tool_call>"), len(text)
+        arguments[word] = typed(written, known.get(word))
+    if not name or text[at:].strip():
         raise ValueError("no call, or more than its arguments")
-    known = types.get(name, {})
-    return [
-        Call(name, {key.strip(): typed(value, known.get(key.strip())) for key, value in _PAIR.findall(text)})
-    ]
+    return [Call(name, arguments)]
 
 
-_INVOKE = re.compile(r'<｜DSML｜ ?invoke name="([^"]*)"\s*(?:/>|>(.*?)</｜DSML｜ ?invoke>)', re.DOTALL)
-_DSML = re.compile(
-    r'<｜DSML｜ ?parameter name="([^"]*)"(?: string="(true|false)")?[^>]*>(.*?)</｜DSML｜ ?parameter>',
-    re.DOTALL,
-)
+_INVOKE = re.compile(r'\s*<｜DSML｜ ?invoke name="([^"<]*)"\s*(/?)>')
+_INVOKE_END = re.compile(r"</｜DSML｜ ?invoke>")
+_DSML = re.compile(r'<｜DSML｜ ?parameter name="([^"<]*)"(?: string="(true|false)")?[^<>]*>')
+_DSML_END = re.compile(r"</｜DSML｜ ?parameter>")
 
 
 def dsml(text: str, types: Mapping[str, Types]) -> list[Call]:
     """DeepSeek from V3.2 on: ``<｜DSML｜invoke name="f">`` with parameters that say whether they are text."""
-    if _INVOKE.sub("", text).strip():
-        raise ValueError("more than calls")
     return list(_dsml_calls(text)) or _fail("no call")
 
 
 def _dsml_calls(text: str) -> Iterator[Call]:
-    for name, body in _INVOKE.findall(text):
-        if body.lstrip().startswith("{"):
-            yield Call(name, _loaded(body))
-            continue
-        found = _DSML.findall(body)
-        yield Call(name, {key: _loaded(value) if kind == "false" else value for key, kind, value in found})
+    at = 0
+    while begun := _INVOKE.match(text, at):
+        at, body = begun.end(), ""
+        if not begun[2]:
+            end = _INVOKE_END.search(text, at) or _fail("a call is cut off")
+            body, at = text[at : end.start()], end.end()
+        found = _loaded(body) if body.lstrip().startswith("{") else dict(_dsml_arguments(body))
+        yield Call(begun[1], found)
+    if text[at:].strip():
+        raise ValueError("more than calls")
+
+
+def _dsml_arguments(text: str) -> Iterator[tuple[str, Any]]:
+    at = 0
+    while begun := _DSML.search(text, at):
+        end = _DSML_END.search(text, begun.end())
+        if end is None:
+            return
+        value, at = text[begun.end() : end.start()], end.end()
+        yield begun[1], _loaded(value) if begun[2] == "false" else value
 
 
 _QUOTE = '<|"|>'

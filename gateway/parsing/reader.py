@@ -7,10 +7,12 @@ names of tools that there are, and what cannot be read as a call is text, withou
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from microserve.gateway.parsing.calls import BROKEN, Call, Types, harmony
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Kind, Said
@@ -20,6 +22,8 @@ from microserve.gateway.parsing.regions import SINK, Layout, Regions, string_is_
 _ALPHABET = string.ascii_letters + string.digits
 MAX_CALLS = 256
 """Of one answer; more are counted as what cannot be read."""
+MAX_ID_CHARS = 256
+_SURROGATE = re.compile("[\ud800-\udfff]")
 STREAMED = frozenset((SINK, "reasoning"))
 
 
@@ -106,6 +110,7 @@ class AnswerReader:
         """The answer so far, while it may be calls as a whole."""
         self._body: list[str] = []
         """Of a message that is a call."""
+        self._ids: set[str] = set()
         self._opener = ""
         self._regions = Regions(
             layout,
@@ -235,22 +240,32 @@ class AnswerReader:
             calls = read()
             if any(call.name not in self._types for call in calls):
                 raise ValueError("there is no such tool")
-            written = [json.dumps(call.arguments, ensure_ascii=False, allow_nan=False) for call in calls]
+            written = [_text_of(call.arguments) for call in calls]
         except BROKEN:
             self.num_unread += 1
             if not self._is_cut:
                 self._say(text)
             return
         for call, arguments in zip(calls, written, strict=True):
-            if self.enough or self.num_calls >= MAX_CALLS:
+            if self.enough:
                 return
+            if self.num_calls >= MAX_CALLS:
+                self.num_unread += 1
+                continue
             index = self.num_calls
             self.num_calls += 1
             self._events += [
-                CallBegun(index, call.id or self._new_id(), call.name),
+                CallBegun(index, self._id_of(call), call.name),
                 Arguments(index, arguments),
             ]
             self.enough = self._one_only
+
+    def _id_of(self, call: Call) -> str:
+        """The model's own, if it is one: results are told apart by it, and it comes back as a request's."""
+        is_one = 0 < len(call.id) <= MAX_ID_CHARS and call.id.isprintable() and call.id not in self._ids
+        call_id = call.id if is_one else self._new_id()
+        self._ids.add(call_id)
+        return call_id
 
     def _new_id(self) -> str:
         if self._tools is not None and self._tools.id_chars:
@@ -264,6 +279,12 @@ class AnswerReader:
     def _show(self, kind: Kind, text: str) -> None:
         if text and not self.enough:
             self._events.append(Said(kind, text))
+
+
+def _text_of(arguments: dict[str, Any]) -> str:
+    """JSON that is text: half of a surrogate pair, which an escape can stand for, is no character."""
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _message_of(header: str) -> str:

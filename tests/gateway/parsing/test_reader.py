@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from microserve.gateway.parsing.calls import BROKEN
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
 from microserve.gateway.parsing.families import THOUGHTS, TOOLS, Messages, thoughts_of, tool_family_of
 from microserve.gateway.parsing.parsers import ModelParsers, Wanted
+from microserve.gateway.parsing.reader import MAX_CALLS
 from microserve.protocol.errors import ConfigError
 
 TYPES = {"f": {"a": {"type": "integer"}}, "g": {}}
@@ -170,6 +173,72 @@ def test_a_marker_in_a_value_is_text_and_a_typed_one_is_no_marker() -> None:
 def test_what_the_template_has_begun(prompt: str, kind: str) -> None:
     reader = ModelParsers("qwen", "think", lambda text: None).reader(Wanted(), prompt)
     assert joined(reader.push("x")) == [(kind, "x")]
+
+
+@pytest.mark.parametrize("family", ["qwen", "llama", "kimi"])
+def test_arguments_are_text_that_can_be_sent(family: str) -> None:
+    """A model may write half of a surrogate pair as an escape: that is no character."""
+    text = CALLS[family].replace('"a": 1', '"a": "\\ud83d", "b": "\\ud83d\\ude00"')
+    [_, arguments] = events_of(family, [text])
+    assert isinstance(arguments, Arguments)
+    assert json.loads(arguments.text.encode()) == {"a": "\ufffd", "b": "\U0001f600"}
+
+
+@pytest.mark.parametrize("own", ["x", "y" * 300, "\ud83d", ""])
+def test_calls_have_ids_that_differ_and_may_come_back(own: str) -> None:
+    text = json.dumps({"name": "f", "id": own, "arguments": {"a": 1}})
+    begun = [each for each in events_of("llama", [f"{text};{text}"]) if isinstance(each, CallBegun)]
+    first, second = (each.id for each in begun)
+    assert first != second and 0 < len(first) <= 256 and first.encode()
+    assert (first == own) is (own == "x")
+
+
+def test_more_calls_than_there_may_be_are_counted() -> None:
+    reader = ModelParsers("qwen", None, lambda text: None).reader(Wanted(TYPES), "")
+    reader.push(CALLS["qwen"] * (MAX_CALLS + 2))
+    assert (reader.num_calls, reader.num_unread) == (MAX_CALLS, 2)
+
+
+HOSTILE: dict[str, str] = {
+    "qwen": "<function=f>" + "<parameter=a>\nx" * 100_000 + "</function>",
+    "qwen ": "<function=f>" + "<parameter=" * 100_000 + "</function>",
+    "glm": "f" + "<arg_key>" * 100_000,
+    "glm ": "f" + "<arg_key>a</arg_key>" * 100_000,
+    "glm  ": "f" + "<arg_key>a</arg_key><arg_value></arg_value>" * 50_000 + "x",
+    "kimi_xtml": 'tool="f"<|sep|>' + '<|open|>argument key="a" type="string"<|sep|>' * 50_000,
+    "deepseek_dsml": '<｜DSML｜invoke name="f">' * 50_000,
+    "deepseek_dsml ": '<｜DSML｜invoke name="f">'
+    + '<｜DSML｜parameter name="a">' * 50_000
+    + "</｜DSML｜invoke>",
+    "deepseek_dsml  ": '<｜DSML｜invoke name="f">'
+    + '<｜DSML｜parameter name="' * 50_000
+    + "</｜DSML｜invoke>",
+}
+"""By families (blanks tell cases apart): beginnings without ends; each looked for anew, it were minutes."""
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_call_is_read_in_a_time_that_grows_with_it(case: str) -> None:
+    with suppress(*BROKEN):
+        assert all(not call.arguments for call in TOOLS[case.strip()].notation(HOSTILE[case], {}))
+
+
+GLM_OPEN = "<arg_key>b</arg_key><arg_value>x</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "arguments"),
+    [
+        ("qwen", "<function=f><parameter=a>\n1\n\n</parameter><parameter=b>x</function>", {"a": 1, "b": "x"}),
+        ("qwen", "<function=f>\n<parameter=a>\n</parameter>\n<parameter=b>\nx</function>", {"a": ""}),
+        ("glm", "f<arg_key>a</arg_key>\n<arg_value>1</arg_value>" + GLM_OPEN, {"a": 1, "b": "x"}),
+        ("deepseek_dsml", '<｜DSML｜invoke name="f"/>', {}),
+        ("deepseek_dsml", '<｜DSML｜ invoke name="f">{"a": 1}</｜DSML｜ invoke>', {"a": 1}),
+    ],
+)  # fmt: skip
+def test_how_values_end(family: str, text: str, arguments: dict[str, object]) -> None:
+    [call] = TOOLS[family].notation(text, {})
+    assert (call.name, call.arguments) == ("f", arguments)
 
 
 LONG: dict[str, Callable[[int], str]] = {
