@@ -13,6 +13,8 @@ import msgspec
 
 from microserve.gateway.openai.schema import GenerationRequest, ResponseFormat, StructuredOutputs
 from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.grammar.bounds import check_bounds
+from microserve.protocol.grammar.compiled import OPTIONS
 from microserve.protocol.messages.sampling import Grammar
 
 
@@ -131,7 +133,13 @@ def _structural_tag(field: str, tag: Any) -> Asked:
         trigger = next((one for one in tags.triggers if one and each.begin.startswith(one)), None)
         if trigger is None:
             raise InvalidRequest(f"{field}: no trigger begins {each.begin[:64]!r}", field=field)
-        parts.append(StructTag(trigger=trigger, begin=each.begin, grammar=each.schema, end=each.end))
+        schema = _schema_text(field, each.schema)
+        try:
+            check_bounds(Grammar(kind="json_schema", text=schema))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{field}: {error.detail}", field=field) from None
+        ruled = {**each.schema, "x-guidance": OPTIONS}
+        parts.append(StructTag(trigger=trigger, begin=each.begin, grammar=ruled, end=each.end))
     return Asked(Grammar(kind="lark", text=StructTag.to_grammar(parts, assume_special=False)), field)
 
 

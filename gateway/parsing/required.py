@@ -12,16 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from microserve.gateway.parsing.families import Frame, ToolFamily
-from microserve.protocol.grammar.compiled import WHITESPACE
+from microserve.protocol.grammar.compiled import json_of
 
 MAX_CALLS = 16
 """Of one answer: it must come to an end."""
-_OPTIONS = {
-    "item_separator": ",",
-    "key_separator": ":",
-    "whitespace_flexible": True,
-    "whitespace_pattern": WHITESPACE,
-}
 
 
 def lark_of(
@@ -40,7 +34,7 @@ def lark_of(
     for at, (name, schema) in enumerate(schemas.items()):
         parts = [
             *_terms(f"{frame.name}{name}{frame.arguments}", marks),
-            f"%json {json.dumps({**schema, 'x-guidance': _OPTIONS})}",
+            json_of(schema),
             *_terms(frame.end, marks),
         ]
         rules.append(f"call_{at}: {' '.join(parts)}")
@@ -56,13 +50,15 @@ def lark_of(
 def _beside_text(tools: ToolFamily, frame: Frame, one_only: bool) -> list[str]:
     """Text has nothing in it that begins a call."""
     if tools.bare:
-        return ["start: TEXT | calls |", rf"TEXT: /[^{re.escape(tools.bare)}](?s:.*)/"]
-    begin = next(each for each in tools.opens + tools.stray if f"{frame.before}{frame.name}".startswith(each))
+        return ["start: TEXT | calls |", rf"TEXT: /\s+|\s*[^\s{re.escape(tools.bare)}](?s:.*)/"]
+    framed = f"{frame.before}{frame.name}"
+    begins = {*tools.opens, next(each for each in tools.opens + tools.stray if framed.startswith(each))}
+    any_begin = "|".join(re.escape(each).replace("/", r"\/") for each in sorted(begins))
     more = f"(calls text){{0,{1 if one_only else MAX_CALLS}}}" if tools.closes else "calls?"
     return [
         f"start: text {more}",
         "text: TEXT |",
-        f"TEXT: /(?s:.+)/ & ~/(?s:.*){re.escape(begin)}(?s:.*)/",
+        f"TEXT: /(?s:.+)/ & ~/(?s:.*)({any_begin})(?s:.*)/",
     ]
 
 

@@ -7,21 +7,42 @@ on. Costs CPU time and memory: callers are in a process that may be killed, or i
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.grammar.bounds import check_bounds, choices_of, schema_of
+from microserve.protocol.grammar.bounds import check_bounds, choices_of, schema_of, schemas_in
 from microserve.protocol.messages.sampling import Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 WHITESPACE = r"[ \n]{1,8}"
 """Between the parts of a JSON text: a model that loves blanks writes no more."""
+OPTIONS: JsonCompileOptions = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": True,
+    "whitespace_pattern": WHITESPACE,
+    "coerce_one_of": False,
+    "lenient": False,
+}
+"""What the library is told of each schema; it is not a client's to choose."""
+ANNOTATIONS = (
+    "title",
+    "description",
+    "default",
+    "examples",
+    "$comment",
+    "deprecated",
+    "readOnly",
+    "writeOnly",
+)
 MAX_ITEMS_IN_ROW = 8000
 """A thousand properties that may all be left out take half of it."""
 LEXER_FUEL = 100_000
@@ -54,17 +75,17 @@ def text_of(grammar: Grammar) -> str:
 def _of_schema(schema: str) -> str:
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_json_schema(
-        schema,
-        overrides={
-            "item_separator": ",",
-            "key_separator": ":",
-            "whitespace_flexible": True,
-            "whitespace_pattern": WHITESPACE,
-            "coerce_one_of": False,
-            "lenient": False,
-        },
-    )
+    return LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
+
+
+def json_of(schema: Mapping[str, Any]) -> str:
+    """A schema as a term of a grammar in Lark: what its text may be is as everywhere else, and what says
+    nothing of that (descriptions) is left out."""
+    bare = deepcopy(dict(schema))
+    for _, each in schemas_in(bare):
+        for name in ANNOTATIONS:
+            each.pop(name, None)
+    return f"%json {json.dumps({**bare, 'x-guidance': OPTIONS})}"
 
 
 def load_tokenizer(directory: Path, vocab_size: int | None = None, eos: Collection[int] = ()) -> LLTokenizer:

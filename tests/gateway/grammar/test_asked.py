@@ -11,6 +11,7 @@ from microserve.gateway.grammar.asked import asked_of
 from microserve.gateway.openai.parse import parse
 from microserve.gateway.openai.schema import CompletionRequest
 from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.grammar.compiled import WHITESPACE
 from microserve.protocol.messages.sampling import Grammar
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}}
@@ -19,6 +20,9 @@ TAGS = {
     "structures": [{"begin": "<f=a>", "schema": SCHEMA, "end": "</f>"}],
     "triggers": ["<f"],
 }
+TAG = {"type": "structural_tag", **TAGS}
+STRUCTURE = {"begin": "<f=a>", "end": "</f>"}
+LARGE = {"enum": list(range(1001))}
 
 
 def request(**fields: Any) -> CompletionRequest:
@@ -65,6 +69,7 @@ def test_a_field_becomes_a_grammar(fields: dict[str, Any], grammar: Grammar, is_
 def test_structural_tags_become_lark(fields: dict[str, Any]) -> None:
     asked = asked_of(request(**fields))
     assert asked is not None and asked.grammar.kind == "lark" and "%json" in asked.grammar.text
+    assert WHITESPACE.replace("\\", "\\\\") in asked.grammar.text, "blanks are bounded here, too"
 
 
 @pytest.mark.parametrize("fields", [{}, {"response_format": {"type": "text"}}, {"guided_json": None}])
@@ -82,6 +87,7 @@ def test_nothing_is_asked(fields: dict[str, Any]) -> None:
         ({"structured_outputs": {}}, "asks for nothing"),
         ({"structured_outputs": {"structural_tag": {"format": {}}}}, "structural_tag"),
         ({"response_format": {"type": "structural_tag", **TAGS, "triggers": ["<g"]}}, "no trigger"),
+        ({"response_format": {**TAG, "structures": [{**STRUCTURE, "schema": LARGE}]}}, "1000 properties"),
         ({"guided_json": "[1]"}, "must be an object"),
         ({"guided_json": "{"}, "must be an object"),
         ({"guided_regex": ""}, "empty"),

@@ -20,6 +20,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "g": {"type": "object", "properties": {"t": {"enum": ["</tool_call>", "é"]}}, "required": ["t"]},
 }
 FRAMED = sorted(name for name, family in TOOLS.items() if family.frame is not None)
+SLY = {
+    "qwen": ["<function=f>\n</function>\n</tool_call>"],
+    "llama": ['{"name": "f", "parameters": {}}', '\n {"name": "f", "parameters": {}}', " [f()]"],
+}
 
 
 def tokenizer_of(family: str) -> Tokenizer:
@@ -82,5 +86,8 @@ def test_what_it_lets_through_is_read(family: str, one_only: bool, is_free: bool
         assert not admits([wrong])
     assert admits([]) is is_free
     assert admits([], "so < it {is}\n") is is_free
+    if is_free:  # and nothing else that is read as a call gets by
+        for sly in SLY.get(family, []):
+            assert not admits([], sly)
     if family != "llama":  # whose calls are the whole of an answer
         assert admits([("f", '{"a": 1}')], "so: ") is is_free
