@@ -122,7 +122,7 @@ class Completion(Generic[R]):
             prompts = await self._dialect.prompts(request, state.tokenizer, limits)
         sampling = sampling_of(request, limits, max(map(len, prompts)), state.defaults)
         reading = self._dialect.reading(request, state.parsers)
-        grammar, self._warnings = await constraint_of(state, request, reading, prompts[0])
+        grammar, self._warnings = await constraint_of(state, request, reading, prompts[0], group.inbox)
         if grammar is not None:
             sampling = msgspec.structs.replace(sampling, grammar=grammar)
         attributes = state.attributes.read(request, self._exchange)

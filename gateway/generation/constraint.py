@@ -11,22 +11,31 @@ from typing import Any
 import msgspec
 
 from microserve.gateway.grammar.asked import Asked, asked_of
+from microserve.gateway.grammar.checker import Checked
 from microserve.gateway.openai.schema import ChatRequest, GenerationRequest
 from microserve.gateway.openai.tools import ToolUse, tool_use_of
 from microserve.gateway.parsing.required import lark_of
+from microserve.gateway.routers.mailbox import Inbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.reading import Reading
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.sampling import MAX_GRAMMAR_NBYTES, Grammar
 
 _ANY = {"type": "object"}
 """Arguments of a function that says nothing of them."""
+MAX_SCHEMAS_CHARS = 2 * MAX_GRAMMAR_NBYTES
+"""Of tools whose calls must match, with what does not constrain (descriptions)."""
 
 
 async def constraint_of(
-    state: GatewayState, request: GenerationRequest, reading: Reading | None, prompt_ids: Sequence[int]
+    state: GatewayState,
+    request: GenerationRequest,
+    reading: Reading | None,
+    prompt_ids: Sequence[int],
+    inbox: Inbox,
 ) -> tuple[Grammar | None, tuple[str, ...]]:
-    """The grammar, and what the client is to be warned of. Raises :class:`InvalidRequest`.
+    """The grammar, and what the client is to be warned of. Raises :class:`InvalidRequest`, ``QueueFull``, or
+    what has ended the inbox meanwhile.
 
     Where a thought has begun in the prompt, or comes before every answer, the grammar begins behind it.
     """
@@ -36,10 +45,10 @@ async def constraint_of(
     if use is not None and asked is not None:
         raise InvalidRequest(f"{asked.field} together with tools is not supported", field=asked.field)
     if use is not None and reading is not None and use.must_match:
-        asked, warnings = await _of_calls(state, use, reading)
+        asked, warnings = await _of_calls(state, use, reading, inbox)
     if asked is None:
         return None, ()
-    checked = await state.grammars.check(asked)
+    checked = await _checked(state, asked, inbox)
     after = () if reading is None else reading.thought_ends(state.tokenizer, prompt_ids)
     return (
         msgspec.structs.replace(checked.grammar, after_token_ids=after),
@@ -47,7 +56,17 @@ async def constraint_of(
     )
 
 
-async def _of_calls(state: GatewayState, use: ToolUse, reading: Reading) -> tuple[Asked, tuple[str, ...]]:
+async def _checked(state: GatewayState, asked: Asked, inbox: Inbox) -> Checked:
+    checked = await state.grammars.check(asked, lambda: inbox.error is None)
+    if checked is None:  # the client has gone
+        assert inbox.error is not None
+        raise inbox.error
+    return checked
+
+
+async def _of_calls(
+    state: GatewayState, use: ToolUse, reading: Reading, inbox: Inbox
+) -> tuple[Asked, tuple[str, ...]]:
     """Calls that must be made, or match: as their schemas say, relaxed where the client does not insist."""
     parsers = reading.parsers
     tools = parsers.tools
@@ -58,16 +77,23 @@ async def _of_calls(state: GatewayState, use: ToolUse, reading: Reading) -> tupl
             f"{field}: calls of this model ({parsers.tool_name}) can be neither required nor strict",
             field=field,
         )
+    num_chars = 0
     schemas: dict[str, dict[str, Any]] = {}
     warnings: list[str] = []
     for name, function in use.callable.items():
         schema = _ANY | (function.parameters or {})
         schema.pop("x-guidance", None)  # the library's own options are not a client's to choose
         text = msgspec.json.encode(schema).decode()
+        num_chars += len(text)
+        if num_chars > MAX_SCHEMAS_CHARS:  # no grammar may be so long, and each is looked at in the loop
+            raise InvalidRequest(
+                f"{field}: the parameters of all tools may have {MAX_SCHEMAS_CHARS} characters together",
+                field=field,
+            )
         place = next(at for at, tool in enumerate(use.shown) if tool["function"]["name"] == name)
         where = f"tools[{place}].function.parameters"
         wish = Asked(Grammar(kind="json_schema", text=text), where, bool(function.strict))
-        checked = await state.grammars.check(wish)
+        checked = await _checked(state, wish, inbox)
         schemas[name] = msgspec.json.decode(checked.grammar.text)
         warnings += checked.warnings
     text = lark_of(tools, schemas, marks, one_only=use.one_only, is_free=use.mode == "auto")

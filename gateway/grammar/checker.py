@@ -6,17 +6,20 @@ times costs one budget.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from microserve.gateway.grammar.asked import Asked
-from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.errors import InvalidRequest, QueueFull
 from microserve.protocol.grammar.bounds import check_bounds
 from microserve.protocol.messages.sampling import MAX_GRAMMAR_NBYTES, Grammar
 
 MAX_KEPT = 512
 MAX_KEPT_NBYTES = 8 << 20
+MAX_ASKED = 256
+"""Grammars that are checked or wait for that, one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +31,10 @@ class Checked:
     """What was asked for and is not enforced."""
 
 
-Check = Callable[[Grammar, bool], Awaitable[tuple[str, list[str]]]]
-"""Of a grammar, strictly or not: the text that can be enforced, and what was relaxed. Raises
-:class:`InvalidRequest`."""
+_Key = tuple[str, str, bool]
+Check = Callable[[Grammar, bool, Callable[[], bool] | None], Awaitable[tuple[str, list[str]] | None]]
+"""Of a grammar, strictly or not: the text that can be enforced, and what was relaxed; None when its turn came
+and the function said that nobody wanted it any more. Raises :class:`InvalidRequest`."""
 
 
 class GrammarChecker:
@@ -38,33 +42,62 @@ class GrammarChecker:
 
     def __init__(self, ask: Check) -> None:
         self._ask_helper = ask
-        self._kept: OrderedDict[tuple[str, str, bool], Checked | str] = OrderedDict()
+        self._kept: OrderedDict[_Key, Checked | str] = OrderedDict()
         """Or why it is refused."""
         self._kept_nbytes = 0
+        self._turns: dict[_Key, asyncio.Lock] = {}
+        """Of what is asked now: others who want the same wait for the verdict."""
 
-    async def check(self, asked: Asked) -> Checked:
-        """Raises :class:`InvalidRequest` naming the field, and in a schema keyword and path."""
+    async def check(self, asked: Asked, is_wanted: Callable[[], bool] | None = None) -> Checked | None:
+        """Raises :class:`InvalidRequest` naming the field, and in a schema keyword and path, and
+        :class:`QueueFull`; None when its turn came and nobody wanted it any more."""
         check_asked(asked)
         grammar = asked.grammar
         key = (grammar.kind, grammar.text, asked.is_strict)
-        verdict = self._kept.get(key)
+        verdict = self._known(key)
         if verdict is None:
-            verdict = await self._ask(asked)
-            self._keep(key, verdict)
-        else:
-            self._kept.move_to_end(key)
+            verdict = await self._verdict(key, asked, is_wanted)
         if isinstance(verdict, str):
             raise _refused(asked, verdict)
         return verdict
 
-    async def _ask(self, asked: Asked) -> Checked | str:
+    def _known(self, key: _Key) -> Checked | str | None:
+        verdict = self._kept.get(key)
+        if verdict is not None:
+            self._kept.move_to_end(key)
+        return verdict
+
+    async def _verdict(
+        self, key: _Key, asked: Asked, is_wanted: Callable[[], bool] | None
+    ) -> Checked | str | None:
+        turn = self._turns.get(key)
+        if turn is None:
+            if len(self._turns) >= MAX_ASKED:
+                raise QueueFull(f"{MAX_ASKED} grammars wait to be checked", retry_after_s=1.0)
+            turn = self._turns[key] = asyncio.Lock()
         try:
-            text, warnings = await self._ask_helper(asked.grammar, asked.is_strict)
+            async with turn:
+                verdict = self._known(key)
+                if verdict is None:
+                    verdict = await self._ask(asked, is_wanted)
+                    if verdict is not None:
+                        self._keep(key, verdict)
+                return verdict
+        finally:
+            if not turn.locked() and self._turns.get(key) is turn:
+                del self._turns[key]
+
+    async def _ask(self, asked: Asked, is_wanted: Callable[[], bool] | None) -> Checked | str | None:
+        try:
+            answer = await self._ask_helper(asked.grammar, asked.is_strict, is_wanted)
         except InvalidRequest as error:
             return error.detail
+        if answer is None:
+            return None
+        text, warnings = answer
         return Checked(Grammar(kind=asked.grammar.kind, text=text), tuple(warnings))
 
-    def _keep(self, key: tuple[str, str, bool], verdict: Checked | str) -> None:
+    def _keep(self, key: _Key, verdict: Checked | str) -> None:
         if key in self._kept:
             return
         self._kept[key] = verdict

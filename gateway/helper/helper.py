@@ -14,6 +14,7 @@ import msgspec
 
 from microserve.gateway.helper.jobs import (
     Answered,
+    Asked,
     CheckedGrammar,
     CheckGrammar,
     Job,
@@ -79,9 +80,7 @@ class Helpers:
         Raises :class:`InvalidRequest` when the template refuses it, or takes more than it may have.
         """
         wall_s = START_S + WALL_S_PER_CPU_S * self._setup.template_cpu_s
-        job = Render(
-            list(map(dict, messages)), list(map(dict, tools)) if tools else None, dict(options or {})
-        )
+        job = Render(msgspec.json.encode(Asked(messages, tools or None, options or {})))
         process = self._templates if len(messages) <= SHORT_MESSAGES else self._bodies
         answer = await _ask(process, job, b"", wall_s, "messages", None)
         assert answer is not None
@@ -89,14 +88,18 @@ class Helpers:
             raise InternalError("a helper gave another job's answer")
         return answer[0].text
 
-    async def check(self, grammar: Grammar, is_strict: bool) -> tuple[str, list[str]]:
-        """The text of a grammar that can be enforced, and what was relaxed for that.
+    async def check(
+        self, grammar: Grammar, is_strict: bool, is_wanted: Callable[[], bool] | None = None
+    ) -> tuple[str, list[str]] | None:
+        """The text of a grammar that can be enforced, and what was relaxed for that; None when its turn came
+        and nobody wanted it any more.
 
         Raises :class:`InvalidRequest` for one that cannot, or takes more than it may have."""
         job = CheckGrammar(grammar.kind, grammar.text, is_strict)
         wall_s = START_S + WALL_S_PER_CPU_S * GRAMMAR_CPU_S
-        answer = await _ask(self._grammars, job, b"", wall_s, "grammar", None, what="the grammar")
-        assert answer is not None
+        answer = await _ask(self._grammars, job, b"", wall_s, "grammar", is_wanted, what="the grammar")
+        if answer is None:
+            return None
         if not isinstance(answer[0], CheckedGrammar):
             raise InternalError("a helper gave another job's answer")
         return answer[0].text, answer[0].warnings
@@ -119,7 +122,7 @@ class Helpers:
         for length in prepared.lengths:
             prompts.append(ids[begin : begin + length])
             begin += length
-        return msgspec.msgpack.decode(prepared.request, type=request), prompts
+        return msgspec.json.decode(prepared.request, type=request), prompts
 
     async def reply(self, kind: str, body: bytes, limits: ModelLimits) -> bytes:
         """The whole reply to a large body for which no router is asked."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from microserve.gateway.grammar.asked import Asked
-from microserve.gateway.grammar.checker import MAX_KEPT, GrammarChecker
+from microserve.gateway.grammar.checker import MAX_ASKED, MAX_KEPT, GrammarChecker
 from microserve.gateway.grammar.checking import checked
-from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.errors import InvalidRequest, QueueFull
 from microserve.protocol.grammar.compiled import load_tokenizer
 from microserve.protocol.messages.sampling import Grammar
 from tests.support.gateway.gateway_world import make_tokenizer
@@ -95,7 +96,7 @@ def test_gbnf_becomes_lark_and_lark_stays(model: Path) -> None:
 def test_a_verdict_is_asked_for_once_whatever_it_is() -> None:
     asked: list[str] = []
 
-    async def ask(grammar: Grammar, is_strict: bool) -> tuple[str, list[str]]:
+    async def ask(grammar: Grammar, is_strict: bool, is_wanted: object) -> tuple[str, list[str]]:
         asked.append(grammar.text)
         if grammar.text == "bad":
             raise InvalidRequest("it is none", field="grammar")
@@ -105,7 +106,7 @@ def test_a_verdict_is_asked_for_once_whatever_it_is() -> None:
         checker = GrammarChecker(ask)
         for _ in range(3):
             good = await checker.check(Asked(Grammar(kind="regex", text="a"), "guided_regex"))
-            assert (good.grammar.text, good.warnings) == ("a", ("w",))
+            assert good is not None and (good.grammar.text, good.warnings) == ("a", ("w",))
             with pytest.raises(InvalidRequest, match="guided_regex: it is none") as refused:
                 await checker.check(Asked(Grammar(kind="regex", text="bad"), "guided_regex"))
             assert refused.value.field == "guided_regex"
@@ -117,5 +118,42 @@ def test_a_verdict_is_asked_for_once_whatever_it_is() -> None:
             await checker.check(Asked(Grammar(kind="regex", text=f"x{number}"), "guided_regex"))
         await checker.check(Asked(Grammar(kind="regex", text="a"), "guided_regex"))
         assert asked[-1] == "a"
+
+    asyncio.run(main())
+
+
+def test_what_many_ask_at_once_is_asked_once_and_not_for_who_has_gone() -> None:
+    asked: list[str] = []
+    let_go = asyncio.Event()
+
+    async def ask(
+        grammar: Grammar, is_strict: bool, is_wanted: Callable[[], bool] | None
+    ) -> tuple[str, list[str]] | None:
+        await let_go.wait()
+        if is_wanted is not None and not is_wanted():
+            return None
+        asked.append(grammar.text)
+        raise InvalidRequest("it is none", field="grammar")
+
+    async def main() -> None:
+        checker = GrammarChecker(ask)
+        wish = Asked(Grammar(kind="regex", text="bomb"), "guided_regex")
+        gone = asyncio.create_task(checker.check(wish, lambda: False))
+        waiting = [asyncio.create_task(checker.check(wish, lambda: True)) for _ in range(50)]
+        await asyncio.sleep(0)
+        others = [
+            asyncio.create_task(checker.check(Asked(Grammar(kind="regex", text=f"x{at}"), "guided_regex")))
+            for at in range(MAX_ASKED)
+        ]
+        await asyncio.sleep(0)
+        let_go.set()
+        assert await gone is None
+        refused = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(each, InvalidRequest) for each in refused)
+        assert asked.count("bomb") == 1
+        kinds = [type(each) for each in await asyncio.gather(*others, return_exceptions=True)]
+        assert kinds == [InvalidRequest] * (MAX_ASKED - 1) + [QueueFull]
+        with pytest.raises(InvalidRequest):
+            await checker.check(Asked(Grammar(kind="regex", text="after"), "guided_regex"))
 
     asyncio.run(main())
