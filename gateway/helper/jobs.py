@@ -7,6 +7,7 @@ both ends are one release.
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,13 +30,20 @@ class Setup(msgspec.Struct, frozen=True):
     """That the process may take."""
 
 
+class Asked(msgspec.Struct, frozen=True):
+    """Of a chat template."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None
+    options: Mapping[str, Any]
+    """The template's own variables."""
+
+
 class Render(msgspec.Struct, frozen=True, tag=1, array_like=True):
     """The chat template's text for these messages -> ``Rendered``."""
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
-    options: dict[str, Any] = {}
-    """The template's own variables."""
+    asked: bytes
+    """JSON of :class:`Asked`: numbers in arguments and tools may be too large for msgpack."""
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=2, array_like=True):
@@ -64,7 +72,7 @@ class Prepared(msgspec.Struct, frozen=True, tag=2, array_like=True):
     """Bulk: the prompts' ids, u32 little-endian, one prompt behind the other."""
 
     request: bytes
-    """msgpack of the request without its prompt."""
+    """JSON of the request without its prompt."""
     lengths: list[int]
     """Tokens of each prompt; none when it is refused for what only the gateway knows (the model's name)."""
 

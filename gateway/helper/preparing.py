@@ -8,9 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from microserve.gateway.grammar.asked import asked_of
 from microserve.gateway.grammar.checker import check_asked
-from microserve.gateway.helper.jobs import Answered, Prepare, Prepared, Result, Setup, encode
+from microserve.gateway.helper.jobs import Answered, Prepare, Prepared, Result, Setup
+from microserve.gateway.openai.attributes import FIELDS, METADATA
 from microserve.gateway.openai.chat import chat_prompts
 from microserve.gateway.openai.completions import completion_prompts
 from microserve.gateway.openai.parse import Shape, parse
@@ -26,7 +29,12 @@ from microserve.gateway.openai.tokens import detokenized, tokenized
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.tokenizer import Maps, ModelTokenizer
 from microserve.protocol.bus.codec import encode_tokens
-from microserve.protocol.errors import InternalError, ModelNotFound, NoEngines
+from microserve.protocol.errors import InternalError, InvalidRequest, ModelNotFound, NoEngines
+
+LABELS = (*FIELDS, METADATA, "prompt_cache_retention")
+MAX_LABEL_NBYTES = 64 << 10
+MAX_REST_NBYTES = 1 << 20
+"""Of a request without its prompt, as it goes back to the gateway: read there in some milliseconds."""
 
 R = TypeVar("R", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
@@ -83,6 +91,15 @@ def _limits(job: Prepare) -> ModelLimits:
 def _prepared(request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> tuple[Result, bytes]:
     if (asked := asked_of(request)) is not None:
         check_asked(asked)  # before it is anybody's work to look at a text of any size
-    request.user = request.metadata = None  # may be as large as the body, and nobody reads them
+    for name in LABELS:  # may be as large as the body, which no attribute is
+        value = getattr(request, name)
+        if value is not None and len(msgspec.json.encode(value)) > MAX_LABEL_NBYTES:
+            setattr(request, name, None)
+    rest = msgspec.json.encode(request)
+    if len(rest) > MAX_REST_NBYTES:  # the gateway reads it in its loop
+        raise InvalidRequest(
+            f"beside {request.prompt_field} a request may have {MAX_REST_NBYTES} bytes at most, this one has "
+            f"{len(rest)}"
+        )
     bulk = b"".join(map(encode_tokens, prompts))
-    return Prepared(encode(request), list(map(len, prompts))), bulk
+    return Prepared(rest, list(map(len, prompts))), bulk

@@ -64,6 +64,7 @@ class HelperProcess:
         ``wall_s``: after so long the child is killed; its own budgets of CPU time end it earlier, mostly.
         Raises :class:`HelperDied`, or what :meth:`end` was given.
         """
+        message = encode(job)  # what raises here has cost nobody a child
         async with self._turn:
             if self._ended is not None:
                 raise self._ended
@@ -73,7 +74,7 @@ class HelperProcess:
             done = False
             try:
                 async with asyncio.timeout(wall_s):
-                    answer = await self._exchange(process, encode(job), bulk)
+                    answer = await self._exchange(process, message, bulk)
                 done = True
                 return answer
             except TimeoutError:

@@ -14,7 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from microserve.gateway.helper.jobs import (
+    Asked,
     CheckedGrammar,
     CheckGrammar,
     Job,
@@ -70,7 +73,8 @@ class Worker:
         """The answer and its bulk. Never raises: what is wrong is an answer."""
         try:
             if isinstance(job, Render):
-                return Rendered(self._render(job.messages, job.tools, job.options)), b""
+                asked = msgspec.json.decode(job.asked, type=Asked)
+                return Rendered(self._render(asked.messages, asked.tools, asked.options)), b""
             if isinstance(job, CheckGrammar):
                 return self._check(job), b""
             with cpu_budget(LOAD_CPU_S):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
+
+import msgspec
 
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
 from microserve.gateway.openai.schema import ROLES, ChatRequest, ContentPart, Message, ToolCall
@@ -115,8 +116,8 @@ def _template_message(message: Message, where: str) -> dict[str, Any]:
 def _template_call(call: ToolCall, where: str) -> dict[str, Any]:
     """Templates write arguments themselves: they get the object, not its JSON."""
     try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
+        arguments = msgspec.json.decode(call.function.arguments or "{}")
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise InvalidRequest(f"{where} must be the JSON of an object", field=where)

@@ -26,7 +26,7 @@ MAX_MOVES = 4
 MAX_PROMPT_NBYTES = 64 << 10
 """A longer prompt (16,384 tokens) is not kept: such a request ends with its router."""
 MAX_KEPT_NBYTES = 128 << 20
-"""Of all prompts together; beyond it new ones are not kept."""
+"""Of all prompts and grammars together; beyond it new ones are not kept."""
 
 _logger = structlog.get_logger()
 
@@ -41,6 +41,12 @@ class _Kept:
     lost_at: float = 0.0
     error: MeshError | None = None
     """Why it has no router now."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of what can be long in it."""
+        grammar = self.message.sampling.grammar
+        return len(self.prompt) + (0 if grammar is None else len(grammar.text))
 
 
 class Moves:
@@ -65,15 +71,16 @@ class Moves:
 
     def keep(self, mailbox: Mailbox, message: Generate, prompt: bytes) -> None:
         """Remember how to send it again, if that is not too much."""
-        if len(prompt) > MAX_PROMPT_NBYTES or self.kept_nbytes + len(prompt) > MAX_KEPT_NBYTES:
+        kept = _Kept(message, prompt, self._clock() + message.ttl_s)
+        if len(prompt) > MAX_PROMPT_NBYTES or self.kept_nbytes + kept.nbytes > MAX_KEPT_NBYTES:
             return
-        self.kept_nbytes += len(prompt)
-        self._kept[mailbox] = _Kept(message, prompt, self._clock() + message.ttl_s)
+        self.kept_nbytes += kept.nbytes
+        self._kept[mailbox] = kept
 
     def forget(self, mailbox: Mailbox) -> None:
         kept = self._kept.pop(mailbox, None)
         if kept is not None:
-            self.kept_nbytes -= len(kept.prompt)
+            self.kept_nbytes -= kept.nbytes
             self._homeless.pop(mailbox, None)
 
     def lost(self, mailboxes: list[Mailbox], error: MeshError) -> None:

@@ -95,7 +95,8 @@ class ControlText:
         with self._making:
             if self._literal is None:
                 self._literal = self._renamed()
-        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
+        [encoding] = self._literal.encode_batch_fast([text], add_special_tokens=False)  # without the GIL
+        ids: list[int] = encoding.ids
         return ids
 
     def _renamed(self) -> Tokenizer:

@@ -65,7 +65,26 @@ async def send(world: GatewayWorld, body: bytes) -> tuple[int, bytes]:
         return status, await client.reader.readexactly(int(headers["content-length"]))
 
 
-DEAREST = ("nested lists", "ids", "unknown keys", "messages", "metadata", "blanks", "no JSON")
+MANY = b",".join(
+    b'{"type":"function","function":{"name":"f%d","x":[%s]}}' % (i, b"1," * 8000 + b"1") for i in range(100)
+)
+CHAT = b'{"model":"tiny","messages":[{"role":"user","content":"x"}],'
+NO_FORMAT = b'"prompt":"x","response_format":{"type":"text","structures":['
+KINDS |= {
+    "tools that are off": (lambda: CHAT + b'"tool_choice":"none","tools":[' + MANY + b"]}", "any"),
+    "a format that is none": (lambda: completion(NO_FORMAT + b"1," * 1_000_000 + b"1]}"), "any"),
+}
+
+DEAREST = (
+    "tools that are off",
+    "nested lists",
+    "ids",
+    "unknown keys",
+    "messages",
+    "metadata",
+    "blanks",
+    "no JSON",
+)
 """What takes the longest of each thing that can be wrong, and what is served; the others: heavy lane."""
 
 
@@ -106,12 +125,16 @@ def test_a_body_of_31_mb_holds_nobody_up(model: Path, kind: str) -> None:
     run(main(), timeout_s=120.0)
 
 
+ATTRIBUTES = ('gateway.attributes=["metadata.kind","user"]', "gateway.private_attributes=[]")
+
+
 def test_a_large_body_is_what_a_small_one_is(model: Path, raw_tokenizer: Tokenizer) -> None:
     """The same request, with and without what makes it large, comes to the same at the router."""
-    padding: dict[str, object] = {"metadata": "x" * INLINE_BODY_NBYTES}
+    padding: dict[str, object] = {"padding": "x" * INLINE_BODY_NBYTES}
     fields: dict[str, object] = {
         "model": "tiny", "max_tokens": 9, "temperature": 0.5, "logit_bias": {"3": 1.5}, "stop_token_ids": [5],
         "stop": ["xyz"], "n": 2, "seed": 7, "user": "u", "cache_salt": "s", "logprobs": 1, "unknown": [1],
+        "metadata": {"kind": "a"},
     }  # fmt: skip
     prompts: dict[str, dict[str, object]] = {
         "/v1/completions": {"prompt": ["Hello world", "fox"]},
@@ -120,7 +143,7 @@ def test_a_large_body_is_what_a_small_one_is(model: Path, raw_tokenizer: Tokeniz
 
     async def main() -> None:
         async with (
-            gateway_world(model) as world,
+            gateway_world(model, *ATTRIBUTES) as world,
             httpx.AsyncClient(base_url=world.address, timeout=20.0) as http,
         ):
             world.router.answer = lambda served: served.end("length")
@@ -134,6 +157,9 @@ def test_a_large_body_is_what_a_small_one_is(model: Path, raw_tokenizer: Tokeniz
                 small, large = asked
                 assert [each.tokens for each in large] == [each.tokens for each in small] != []
                 assert [each.message.sampling for each in large] == [each.message.sampling for each in small]
+                assert all(
+                    each.message.attributes == {"metadata.kind": "a", "user": "u"} for each in small + large
+                )
                 assert {each.message.salt for each in small + large} == {"s"}
             others: list[tuple[str, dict[str, object]]] = [
                 ("/tokenize", {"prompt": "Hello world"}),
