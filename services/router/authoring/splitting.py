@@ -16,6 +16,7 @@ from microserve.services.router.authoring.engine import Engine
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
 
+CROWD = 4
 READS_ONLY = ("",)
 """Where a strategy that hangs may be broken off (../oversight/cut.py)."""
 
@@ -37,14 +38,26 @@ def alone_s(mesh: Mesh, request: Request, engine: Engine) -> float:
 def cheapest_split(mesh: Mesh, request: Request, *, reserve: float = 0.0) -> Split:
     """Prefill where that costs least, decode where that does; the whole prompt or an even share of it.
 
-    Between one engine and itself, at no price, where there is no other."""
+    The answer goes to no engine at which ``CROWD`` more than at another one do not run yet: they wait there
+    for KV, for a place, for blocks. At an infinite price where that, or no other engine, leaves nothing."""
     prefill = mesh.pick("prefill", request, cost=lambda e: mesh.prefill_cost_s(e, mesh.uncached(e, request)))
-    decode = mesh.pick("decode", request, exclude=[prefill], cost=mesh.decode_cost_s)
-    if prefill == decode:
+    most = CROWD + min(_coming(mesh, engine) for engine in mesh.engines("decode"))
+
+    def decode_s(engine: Engine) -> float:
+        return mesh.decode_cost_s(engine) if _coming(mesh, engine) <= most else math.inf
+
+    decode = mesh.pick("decode", request, exclude=[prefill], cost=decode_s)
+    if prefill == decode or _coming(mesh, decode) > most:
         return Split(prefill, decode, request.num_tokens, math.inf)
     ends = request.num_tokens, even_split(mesh, request, prefill, decode, reserve)
     splits = [Split(prefill, decode, end, split_s(mesh, request, prefill, decode, end)) for end in ends]
     return min(splits, key=lambda split: split.cost_s)
+
+
+def _coming(mesh: Mesh, engine: Engine) -> int:
+    """Sequences there that were not in its batch by its last report."""
+    load = mesh.load(engine)
+    return max(0, load.sequences - load.running)
 
 
 def split_s(mesh: Mesh, request: Request, prefill: Engine, decode: Engine, end: int) -> float:
