@@ -66,7 +66,9 @@ class Attributes:
             raise _wrong("attributes", "", f"{len(allowed)} of them, at most {MAX_ATTRIBUTES}")
         all_metadata = METADATA in allowed
         for name in private:
-            if name not in allowed and not (all_metadata and name.startswith(f"{METADATA}.")):
+            if name in allowed or name in FIELDS:  # whoever lets less through need not say so twice
+                continue
+            if not (all_metadata and name.startswith(f"{METADATA}.")):
                 raise _wrong("private_attributes", name, "is not in gateway.attributes")
         return cls(tuple(fields), tuple(metadata), all_metadata, tuple(headers), frozenset(private))
 

@@ -13,6 +13,7 @@ from microserve.gateway.openai.attributes import Attributes
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, InvalidRequest
 from microserve.protocol.messages.attributes import MAX_ATTRIBUTES, MAX_VALUE_CHARS
+from microserve.protocol.settings import GatewaySettings
 from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world, run
 
 BODY = {"model": "tiny", "prompt": "a b", "max_tokens": 4}
@@ -99,6 +100,7 @@ def test_what_is_none_is_refused_by_name(
     [
         (["prompt"], [], "'prompt' is none of user, prompt_cache_key"),
         (["metadata."], [], ""),
+        (["user"], GatewaySettings().private_attributes, ""),
         (["metadata." + "k" * 80], [], "is none of"),
         (["header.X-Tier"], [], "lower case"),
         (["header.authorization"], [], "is a secret of the client's"),
