@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.router import Ended
-from microserve.protocol.messages.scores import NUM_SUMS, Side
+from microserve.protocol.messages.scores import FIRST_BUCKET_S, NUM_SUMS, Side
 
 
 class Timing(NamedTuple):
@@ -27,7 +27,9 @@ class Timing(NamedTuple):
 
 
 NO_TIMES = Timing()
-_SHORTEST_S = 1e-6
+_SHORTEST_S = FIRST_BUCKET_S
+"""What is shorter counts as this: tokens that came in one message have no time between them, and the
+logarithm of next to nothing would rule over all others."""
 
 
 def timing_of(ended: Ended, failed: bool) -> Timing:

@@ -71,6 +71,16 @@ def test_everything_is_counted_for_the_version_and_for_the_engine() -> None:
     assert board.told(11.0, "other") == ([], 0)
 
 
+def test_tokens_that_came_in_one_message_do_not_rule_over_the_others() -> None:
+    """No time is between them, and means are of logarithms."""
+    board = Scoreboard()
+    for number in range(10):
+        decoded_s = 0.0 if number % 2 else 0.004
+        add(board, ended(phases=Phases(total_s=0.1 + decoded_s, decoded_s=decoded_s)))
+    [whole, _], _ = board.told(1.0)
+    assert 0.5e-4 < math.exp(whole.tpot.log_sum / whole.tpot.num) < 1e-3
+
+
 def test_it_is_bounded_however_many_versions_engines_and_codes_there_are() -> None:
     board = Scoreboard()
     for number in range(2 * MAX_VERSIONS):
