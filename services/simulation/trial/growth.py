@@ -17,7 +17,10 @@ MAX_DEPTH = 6
 CHARS_AN_ENTRY = 64
 LEAST_A_REQUEST = 0.5
 """Entries more for each request: less than that does not go by requests."""
-FORGETS = ("pop", "popitem", "popleft", "clear", "discard", "remove", "cache_clear", "subtract")
+FORGETS = (
+    *("pop", "popitem", "popleft", "clear", "discard", "remove", "cache_clear", "subtract"),
+    *("heappop", "heappushpop", "heapreplace"),
+)
 GROWS = ("append", "appendleft", "add", "extend", "setdefault", "update", "insert")
 
 
@@ -69,10 +72,16 @@ def _forgets(names: Names, node: ast.AST) -> bool:
     match node:
         case ast.Delete():
             return True
-        case ast.Call(func=ast.Attribute(attr=name)):
+        case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)):
             return name in FORGETS
-        case ast.keyword(arg="maxlen" | "maxsize", value=ast.Constant(value=bound)):
-            return bound is not None
+        case ast.keyword(arg="maxlen" | "maxsize", value=bound):
+            return not (isinstance(bound, ast.Constant) and bound.value is None)
+        case ast.Subscript(slice=ast.Slice(lower=ast.UnaryOp(op=ast.USub()), upper=None)):
+            return True  # the newest are kept
+        case ast.Compare():  # of how many there are with how many there may be
+            called = [each for each in ast.walk(node) if isinstance(each, ast.Call) and each.args]
+            lasting = _lasting(names)
+            return any(ast.unparse(each.func) == "len" and _lasts(each.args[0], lasting) for each in called)
         case ast.Assign(targets=[ast.Subscript(slice=ast.Slice())]):
             return True
         case ast.BinOp(left=left, op=ast.Mod(), right=right):
@@ -93,14 +102,7 @@ def _is_turn_or_text(names: Names, node: ast.AST, left: ast.expr, right: ast.exp
 
 def _line_of_growth(names: Names) -> int:
     """Of the first statement that adds to what outlives a request; 0: none is seen."""
-    lasting = {
-        target.id
-        for node in ast.walk(names.tree)
-        if isinstance(node, ast.Assign)
-        and (names.function(node) is None or ".state" in ast.unparse(node.value))
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+    lasting = _lasting(names)
     for node in ast.walk(names.tree):
         grown: ast.expr | None = None
         match node:
@@ -110,7 +112,23 @@ def _line_of_growth(names: Names) -> int:
                 grown = owner
         if grown is None or names.function(node) is None:
             continue
-        text = ast.unparse(grown)
-        if ".state" in text or any(isinstance(e, ast.Name) and e.id in lasting for e in ast.walk(grown)):
+        if _lasts(grown, lasting):
             return int(getattr(node, "lineno", 0))
     return 0
+
+
+def _lasting(names: Names) -> set[str]:
+    """Names of what outlives a request."""
+    return {
+        target.id
+        for node in ast.walk(names.tree)
+        if isinstance(node, ast.Assign)
+        and (names.function(node) is None or ".state" in ast.unparse(node.value))
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _lasts(value: ast.expr, lasting: set[str]) -> bool:
+    is_named = any(isinstance(each, ast.Name) and each.id in lasting for each in ast.walk(value))
+    return is_named or ".state" in ast.unparse(value)
