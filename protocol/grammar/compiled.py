@@ -46,6 +46,11 @@ ANNOTATIONS = (
 MAX_ITEMS_IN_ROW = 8000
 """A thousand properties that may all be left out take half of it."""
 LEXER_FUEL = 100_000
+MASK_FUEL = 50_000
+MASK_ITEMS = 20_000
+MAX_LEXER_STATES = 100_000
+"""The last three are of one mask, and of a lexer in all: masks are made between the steps of everybody. Up to
+10 ms for 49,152 tokens, where the library lets through 145; a thousand optional properties take 4."""
 NUM_TRIED = 4
 """Masks that are computed before a grammar counts as compiled."""
 
@@ -109,7 +114,12 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(
-        max_items_in_row=MAX_ITEMS_IN_ROW, initial_lexer_fuel=LEXER_FUEL, verbose_errors=False
+        max_items_in_row=MAX_ITEMS_IN_ROW,
+        initial_lexer_fuel=LEXER_FUEL,
+        step_lexer_fuel=MASK_FUEL,
+        step_max_items=MASK_ITEMS,
+        max_lexer_states=MAX_LEXER_STATES,
+        verbose_errors=False,
     )
     matcher = LLMatcher(tokenizer, text_of(grammar), log_level=0, limits=limits)
     _raise_error(matcher)
