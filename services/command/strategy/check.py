@@ -25,6 +25,8 @@ DEAF = re.compile(r'^  File "(<strategy [^"]+>)", line (\d+) in ', re.MULTILINE)
 """Where the innermost code of a source stood, as faulthandler says it."""
 CHECK_S = 60.0
 """A source that is not through with its check by then never will be."""
+MAX_TRIES = 3
+"""On a machine that is so busy that a check has no processor for seconds."""
 
 
 def source_flags(command: click.decorators.FC) -> click.decorators.FC:
@@ -120,15 +122,23 @@ def look(
 
     command = [sys.executable, "-P", "-m", "microserve.services.command.strategy.check_process"]
     task = msgspec.json.encode(Task(name, source, parameters, labels, dry_run, is_strict))
-    try:
-        done = subprocess.run(command, input=task, capture_output=True, timeout=CHECK_S, check=False)
-    except subprocess.TimeoutExpired:
-        late = f"the check did not end within {CHECK_S:g} s: is there an endless loop?"
-        return Finding([Found("endless-loop", "", 0, late)])
+    for _ in range(MAX_TRIES):
+        try:
+            done = subprocess.run(command, input=task, capture_output=True, timeout=CHECK_S, check=False)
+        except subprocess.TimeoutExpired:
+            late = f"the check did not end within {CHECK_S:g} s: is there an endless loop?"
+            return Finding([Found("endless-loop", "", 0, late)])
+        if not _is_starved(done.stderr.decode(errors="replace")):
+            break
     try:
         return msgspec.json.decode(done.stdout, type=Finding)
     except msgspec.MsgspecError:
         return Finding([_crash(done.returncode, done.stderr.decode(errors="replace"))])
+
+
+def _is_starved(told: str) -> bool:
+    """It was ended for its silence, and stood in no code of the source: it had no processor."""
+    return "\nTimeout (" in f"\n{told}" and DEAF.search(told) is None
 
 
 def _crash(code: int, told: str) -> Found:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,3 +114,19 @@ def test_without_a_dry_run_shape_and_parameters_are_still_checked(capsys: pytest
 def test_what_a_strategy_prints_is_not_taken_for_the_finding(capsys: pytest.CaptureFixture[str]) -> None:
     assert sound("mine", "print('{\"problems\": []}')\n" + GOOD, {}, [[], []])
     assert "dry run in the simulation" in capsys.readouterr().out
+
+
+def test_a_check_that_had_no_processor_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its watchdog goes by the machine's clock."""
+    starved = b'Timeout (0:00:05)!\nThread 0x1 (most recent call first):\n  File "<frozen runpy>", line 198\n'
+    real, tries = subprocess.run, []
+
+    def run(*args: Any, **options: Any) -> Any:
+        tries.append(args)
+        return (
+            subprocess.CompletedProcess(args, 1, b"", starved) if len(tries) == 1 else real(*args, **options)
+        )
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert look("mine", GOOD, {}, [[]], dry_run=False).mistakes == []
+    assert len(tries) == 2
