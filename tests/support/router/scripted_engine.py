@@ -89,8 +89,7 @@ class ScriptedEngine:
         self.paused: set[str] = set()
         """Names of actions that are not answered yet; 'decode': no deltas."""
         self.incarnation = incarnation
-        self.num_deltas = 0
-        """Deltas messages that were sent."""
+        self.num_deltas = 0  # messages that were sent
         self._fabric = fabric
         self._waiting: list[tuple[bytes, wire.EngineRequest]] = []
         self._window = CreditWindow(0)
@@ -214,7 +213,8 @@ class ScriptedEngine:
                 self.load = msgspec.structs.replace(self.load, progress=self.load.progress + 1)
             if self._peer and not self.mute_heartbeats:
                 self._send(self._peer, wire.Heartbeat(self.incarnation, self.load))
-            self._publish([])  # who subscribed too late for an event sees the gap
+            if self._stored and not self.mute_heartbeats:
+                self._publish([])  # who subscribed too late for an event sees the gap
             await asyncio.sleep(interval_s)
 
     def _take_loss(self, peer: bytes) -> None:
