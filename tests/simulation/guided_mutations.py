@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from unittest import mock
 
+from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core import batch, core
 from microserve.services.engine.core.batch import Batch, Sampled
-from microserve.services.engine.guidance.guide import Guide
+from microserve.services.simulation.toy_guides import ToyGuides, ToyGuiding
 from tests.simulation.planting import mutation, replace
 
 NOT_REPLAYED = "A grammar does not follow the tokens that another engine has delivered"
@@ -20,14 +21,21 @@ GUIDED = {NOT_REPLAYED, NEIGHBOUR}
 @mutation
 def _a_matcher_is_not_replayed(stack: ExitStack) -> None:
     """A grammar does not follow the tokens that another engine has delivered."""
-    follow = Guide.follow
+    prepare = ToyGuides.prepare
 
-    def follow_own(self: Guide, output: Sequence[int]) -> None:
-        if not self._num_taken:
-            self._num_taken = len(output)
-        follow(self, output)
+    def prepare_at_its_begin(
+        self: ToyGuides,
+        params: SamplingParams,
+        output: Sequence[int],
+        ends: frozenset[int],
+        on_done: Callable[[], None],
+    ) -> ToyGuiding:
+        guiding = prepare(self, params, [], ends, on_done)
+        assert guiding.guide is not None
+        guiding.guide._num_taken = len(output)
+        return guiding
 
-    replace(stack, Guide, "follow", follow_own)
+    replace(stack, ToyGuides, "prepare", prepare_at_its_begin)
 
 
 @mutation
