@@ -107,6 +107,7 @@ class AnswerReader:
         self._message = SINK
         """What the message at hand is, where there are messages: content, reasoning, a tool or nothing."""
         self._bare: list[str] | None = [] if tools is not None and tools.bare else None
+        self._lead = ""  # white space before the character that decides
         """The answer so far, while it may be calls as a whole."""
         self._body: list[str] = []
         """Of a message that is a call."""
@@ -182,17 +183,20 @@ class AnswerReader:
     def _on_content(self, text: str) -> None:
         """Perhaps all of it is calls, as its first character says."""
         if self._bare is None or self._tools is None:
-            self._say(text)
-        elif self._bare or (text.strip() and text.lstrip()[0] in self._tools.bare):
+            return self._say(text)
+        text, self._lead = self._lead + text, ""
+        if self._bare or (text.strip() and text.lstrip()[0] in self._tools.bare):
             self._bare.append(text)
         elif text.strip():
             self._bare = None
             self._say(text)
+        else:
+            self._lead = text
 
     def _on_begin(self, region: str, marker: str) -> None:
         self._opener = ""
         if region == "call":
-            bare, self._bare = self._bare, None
+            bare, self._bare, self._lead = self._bare, None, ""
             self._say("".join(bare or ()))
             if self._tools is not None and marker.translate(self._marks) in self._tools.kept:
                 self._opener = marker

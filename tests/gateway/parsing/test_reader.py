@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from microserve.gateway.parsing.calls import BROKEN
@@ -83,6 +83,7 @@ def answers(draw: st.DrawFn) -> tuple[str, list[str]]:
     return family, [text[begin:end] for begin, end in zip([0, *borders], [*borders, len(text)], strict=True)]
 
 
+@example(answer=("llama", [" ", "<|python_end|>"]), is_cut=False)
 @given(answer=answers(), is_cut=st.booleans())
 def test_the_same_for_every_cut(answer: tuple[str, list[str]], is_cut: bool) -> None:
     family, parts = answer
