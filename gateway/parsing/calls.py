@@ -10,6 +10,7 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from html import unescape
 from typing import Any
@@ -304,15 +305,15 @@ def typed(text: str, schema: Any) -> Any:
     if "boolean" in kinds and word.lower() in ("true", "false"):
         return word.lower() == "true"
     wanted = {"integer": int, "number": (int, float), "object": dict, "array": list}
-    for kind in kinds:
+    found = list[Any]()
+    for read in (_loaded, _literal):  # once, of however many kinds a client's schema is
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found.append(read(word))
+    for kind in dict.fromkeys(kinds):
         if kind in wanted:
-            for read in (_loaded, _literal):
-                try:
-                    value = read(word)
-                except (ValueError, SyntaxError, RecursionError, MemoryError):
-                    continue
-                if kind == "integer" and isinstance(value, float) and value.is_integer():
-                    value = int(value)
+            for each in found:
+                is_whole = kind == "integer" and isinstance(each, float) and each.is_integer()
+                value = int(each) if is_whole else each
                 if isinstance(value, wanted[kind]) and not isinstance(value, bool):  # type: ignore[arg-type]
                     return value
     return text
