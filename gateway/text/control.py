@@ -50,13 +50,18 @@ class ControlText:
         self._making = Lock()
 
     def escaped(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
-    ) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None, str]:
-        """Both with every control token broken up by the escape, which comes last; it is empty, and nothing
-        is changed, if there is none. Raises :class:`InvalidRequest` when no escape is left."""
-        if not any(map(self._spans, _texts([messages, tools]))):
-            return messages, tools, ""
-        whole = "".join(_texts([messages, tools]))
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        options: Mapping[str, Any],
+    ) -> tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]] | None, Mapping[str, Any], str]:
+        """All that a client says to a template, with every control token broken up by the escape, which comes
+        last; it is empty, and nothing is changed, if there is none. ``options``: the template's own
+        variables. Raises :class:`InvalidRequest` when no escape is left."""
+        said = [messages, tools, options]
+        if not any(map(self._spans, _texts(said))):
+            return messages, tools, options, ""
+        whole = "".join(_texts(said))
         escape = next((each for each in ESCAPES if each not in whole), "")
         if not escape:
             raise InvalidRequest("messages have control tokens and every noncharacter", field="messages")
@@ -72,7 +77,7 @@ class ControlText:
         changed = [
             _mapped(message, own if message.get("role") == "assistant" else broken) for message in messages
         ]
-        return changed, _mapped(tools, broken), escape
+        return changed, _mapped(tools, broken), _mapped(options, broken), escape
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
         """Where control tokens begin and end."""

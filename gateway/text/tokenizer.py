@@ -151,7 +151,7 @@ class ModelTokenizer:
         max_tokens: int,
     ) -> Sequence[int]:
         """Ids of a conversation, ready for the assistant's answer. ``tools`` and ``options`` are for the
-        template; control tokens in ``messages`` and ``tools`` are text.
+        template; control tokens in all three are text.
 
         Raises :class:`InvalidRequest` (field ``messages``) without a template or if it refuses them.
         """
@@ -159,7 +159,7 @@ class ModelTokenizer:
             raise InvalidRequest("the model has no chat template; use /v1/completions", field="messages")
         escape = ""
         if self._control is not None:
-            messages, tools, escape = self._control.escaped(messages, tools)
+            messages, tools, options, escape = self._control.escaped(messages, tools, options or {})
         text = await self._renderer(messages, tools, options)
         if escape and self._control is not None:
             self._check_length(text, max_tokens, "messages")

@@ -164,7 +164,10 @@ def test_a_vocabulary_by_scores_and_a_token_that_stands_for_all_others() -> None
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.add_special_tokens(["<unk>", "<s>"])
     control = ControlText(tokenizer)
-    [message], _, escape = control.escaped([{"role": "user", "content": "a<s>"}], None)
+    [message], _, options, escape = control.escaped(
+        [{"role": "user", "content": "a<s>"}], None, {"model_identity": "b<s>", "enable_thinking": True}
+    )
+    assert options == {"model_identity": f"b<{escape}s>", "enable_thinking": True}
     assert control.encode(f"<s>{message['content']}", escape) == [1, 2, 3, 4, 5]
 
 
@@ -174,4 +177,4 @@ def test_the_time_to_look_for_control_tokens_grows_with_the_text_alone() -> None
     tokenizer.add_special_tokens([f"<unused{at}>" for at in range(6000)])
     control = ControlText(tokenizer)
     text = "<unused" * 10_000
-    assert control.escaped([{"role": "user", "content": text}], None)[2] == ""
+    assert control.escaped([{"role": "user", "content": text}], None, {})[3] == ""
