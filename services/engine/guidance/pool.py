@@ -154,7 +154,7 @@ class GuidePool:
         if any(thread is self._worker and job.is_late(now) for job, thread in self._working.items()):
             self._worker = None
             self._num_stuck += 1
-        if self._queue:
+        if self._queue and self._num_stuck < MAX_STUCK:
             self._start()
 
     def _cached(self, grammar: Grammar) -> Matcher | None:

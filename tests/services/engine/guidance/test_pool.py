@@ -166,6 +166,21 @@ def test_a_grammar_that_never_ends_is_left_behind_and_many_of_them_refused_until
                 threading.Event().wait(0.001)
 
 
+def test_what_waits_behind_grammars_that_never_end_starts_no_more_threads() -> None:
+    compiler, clock = Compiler(), Clock()
+    with pool_of(compiler, clock) as pool:
+        before = {thread for thread in threading.enumerate() if thread.name == "grammars"}
+        jobs = [ask(pool, f"slow {number}")[0] for number in range(2 * MAX_STUCK)]
+        for job in jobs[:MAX_STUCK]:
+            until_begun(job)
+            clock.now += 3.0
+            assert job.is_overdue(clock.now)
+        assert not any(job.is_overdue(clock.now) for job in jobs[MAX_STUCK:]), "they have not begun"
+        started = {thread for thread in threading.enumerate() if thread.name == "grammars"} - before
+        assert len(started) <= MAX_STUCK
+        compiler.let_go.set()
+
+
 def test_the_cache_is_bounded() -> None:
     compiler = Compiler()
     with pool_of(compiler) as pool:
