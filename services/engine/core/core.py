@@ -267,10 +267,18 @@ class EngineCore:
                         raise TransferFailed(reason)
             if sequence.doomed is not None:
                 raise EarlyStartEnded
-            if self.state.scheduler.waiting or now > sequence.deadline or self._closed:
+            if self.state.scheduler.waiting or self._has_guides(now):
+                raise EarlyStartEnded
+            if now > sequence.deadline or self._closed:
                 raise EarlyStartEnded
             self._pause(EARLY_POLL_S)
         grants.verify(grant_id, layer)
+
+    def _has_guides(self, now: float) -> bool:
+        """Somebody's grammar is compiled, or takes too long: only the next step goes on with it."""
+        with self._changed:
+            making = [each.guiding for each in self.state.compiling if each.guiding is not None]
+        return any(guiding.is_done or guiding.is_overdue(now) for guiding in making)
 
     # --- what the shell reads ----------------------------------------------------------------------
 
