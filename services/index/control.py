@@ -28,7 +28,7 @@ from microserve.protocol.messages.control import (
 from microserve.protocol.process.surviving import surviving
 from microserve.services.index.control_log import MAX_VERSION, ControlLog
 from microserve.services.index.control_state import MAX_REASON_CHARS, digest_of
-from microserve.services.index.trial.ramp import Ramps
+from microserve.services.index.trial.ramp import Ramps, once
 
 LOCAL = "local"
 
@@ -65,7 +65,7 @@ class ControlDesk:
             case Change():
                 return Changed(message.call_id, self._change(message, key))
             case ControlStatus(call_id):
-                routers = sorted(self._routers.values(), key=lambda router: router.router_id)
+                routers = sorted(once(self._routers.values()), key=lambda router: router.router_id)
                 fold = self._log.fold
                 ramps = self._ramps.states(fold)
                 return ControlReport(call_id, fold.state(), routers, self._log.is_durable, ramps)

@@ -45,6 +45,11 @@ class _Stage:
     waits_for: str = ""
 
 
+def once(routers: Iterable[RouterControl]) -> list[RouterControl]:
+    """Who has connected anew is known twice until the old connection is missed, and counts once."""
+    return list({router.router_id: router for router in routers}.values())
+
+
 class Ramps:
     def __init__(self) -> None:
         self._stages: dict[str, _Stage] = {}
@@ -55,8 +60,7 @@ class Ramps:
         if not going:
             self._stages.clear()
             return []
-        # Who has connected anew is known twice until the old connection is missed, and counts once.
-        routers = list({router.router_id: router for router in routers}.values())
+        routers = once(routers)
         self._stages = {name: stage for name, stage in self._stages.items() if name in going}
         changes = [self._step(name, rollout, fold, routers, now) for name, rollout in going.items()]
         return [change for change in changes if change is not None]
