@@ -196,6 +196,18 @@ def test_a_router_that_is_gone_is_waited_for_by_nobody() -> None:
         desk.close()
 
 
+def test_a_router_that_has_connected_anew_counts_once_as_it_is_now() -> None:
+    desk = ControlDesk(ControlLog(), lambda peer, reply: True, may_publish=None)
+    try:
+        for peer, version in ((b"old", 3), (b"new", 5)):
+            desk.watch(peer, Watch("r", version))
+        report = desk.answer(ControlStatus(1), "")
+        assert isinstance(report, ControlReport)
+        assert [(router.router_id, router.version) for router in report.routers] == [("r", 5)]
+    finally:
+        desk.close()
+
+
 def test_without_the_right_nobody_publishes() -> None:
     desk = ControlDesk(ControlLog(), lambda peer, reply: True, may_publish=lambda key: key == "good")
     try:
