@@ -6,6 +6,7 @@ mask both show."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.guidance.guide import Mask, full
 from tests.support.engine.core_mesh import (
     ROUTER,
@@ -208,6 +210,35 @@ def test_who_waits_for_a_guide_holds_nothing_and_can_be_aborted_and_run_out_of_t
     assert mesh.a.finished["here"].reason == mesh.b.finished["sent"].reason == "stop"
     assert mesh.a.tokens["here"][1:] == mesh.b.tokens["sent"][1:]
     assert "gone" not in mesh.a.finished and late.made[3].is_cancelled
+    mesh.close()
+
+
+def test_an_early_start_gives_way_to_who_has_got_a_guide(tiny_model: Path, guides: InlineGuides) -> None:
+    late = InlineGuides(compiler_for(tiny_model, VOCAB, EOS), VOCAB, is_late=True)
+    mesh = GuidedMesh(late)
+    granted = grant_for(mesh.b, "early", PROMPT, 9)
+    receive(mesh.b, "early", granted, 9)
+    send(mesh.a, "early", PROMPT, granted, 0, 9)
+    generate(mesh.b, "guided", PROMPT, GUIDED)
+    execute = mesh.a.runner.execute
+
+    def interrupted(batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
+        def hook(layer: int) -> None:
+            if layer == 1:  # the first layer has been put, the second not yet
+                mesh.arrived = late.finish
+                assert mesh.b.step()
+            if on_layer is not None:
+                on_layer(layer)
+
+        return execute(batch, hook)
+
+    mesh.a.runner.execute = interrupted  # type: ignore[method-assign]
+    assert mesh.a.step()
+    mesh.a.runner.execute = execute  # type: ignore[method-assign]
+    assert mesh.b.core.state.counters["early_starts_put_back"] == 1
+    mesh.run()
+    assert mesh.b.tokens["guided"] == alone(guides)
+    assert "early" in mesh.b.finished
     mesh.close()
 
 
