@@ -37,6 +37,13 @@ Check = Callable[[Grammar, bool, Callable[[], bool] | None], Awaitable[tuple[str
 and the function said that nobody wanted it any more. Raises :class:`InvalidRequest`."""
 
 
+class _Turn:
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.num_users = 0
+        """Who holds it or waits for it."""
+
+
 class GrammarChecker:
     """One per gateway process."""
 
@@ -45,7 +52,7 @@ class GrammarChecker:
         self._kept: OrderedDict[_Key, Checked | str] = OrderedDict()
         """Or why it is refused."""
         self._kept_nbytes = 0
-        self._turns: dict[_Key, asyncio.Lock] = {}
+        self._turns: dict[_Key, _Turn] = {}
         """Of what is asked now: others who want the same wait for the verdict."""
 
     async def check(self, asked: Asked, is_wanted: Callable[[], bool] | None = None) -> Checked | None:
@@ -74,9 +81,10 @@ class GrammarChecker:
         if turn is None:
             if len(self._turns) >= MAX_ASKED:
                 raise QueueFull(f"{MAX_ASKED} grammars wait to be checked", retry_after_s=1.0)
-            turn = self._turns[key] = asyncio.Lock()
+            turn = self._turns[key] = _Turn()
+        turn.num_users += 1
         try:
-            async with turn:
+            async with turn.lock:
                 verdict = self._known(key)
                 if verdict is None:
                     verdict = await self._ask(asked, is_wanted)
@@ -84,7 +92,8 @@ class GrammarChecker:
                         self._keep(key, verdict)
                 return verdict
         finally:
-            if not turn.locked() and self._turns.get(key) is turn:
+            turn.num_users -= 1
+            if not turn.num_users:  # a lock that is free may have somebody who is about to take it
                 del self._turns[key]
 
     async def _ask(self, asked: Asked, is_wanted: Callable[[], bool] | None) -> Checked | str | None:

@@ -157,3 +157,31 @@ def test_what_many_ask_at_once_is_asked_once_and_not_for_who_has_gone() -> None:
             await checker.check(Asked(Grammar(kind="regex", text="after"), "guided_regex"))
 
     asyncio.run(main())
+
+
+def test_who_comes_when_the_first_has_gone_waits_for_the_second() -> None:
+    asked: list[int] = []
+    let_go = [asyncio.Event(), asyncio.Event()]
+
+    async def ask(
+        grammar: Grammar, is_strict: bool, is_wanted: Callable[[], bool] | None
+    ) -> tuple[str, list[str]] | None:
+        asked.append(len(asked))
+        await let_go[min(asked[-1], 1)].wait()
+        return None if asked[-1] == 0 else (grammar.text, [])
+
+    async def main() -> None:
+        checker = GrammarChecker(ask)
+        wish = Asked(Grammar(kind="regex", text="a"), "guided_regex")
+        first, second = (asyncio.create_task(checker.check(wish)) for _ in range(2))
+        await asyncio.sleep(0)
+        let_go[0].set()
+        assert await first is None
+        third = asyncio.create_task(checker.check(wish))
+        await asyncio.sleep(0)
+        let_go[1].set()
+        assert await second == await third
+        assert len(asked) == 2
+        assert not checker._turns
+
+    asyncio.run(main())
