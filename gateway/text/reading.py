@@ -7,7 +7,7 @@ arguments), and how many tokens were thoughts. Which families there are is the r
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from microserve.gateway.parsing.events import Event, Said
@@ -28,9 +28,13 @@ class Reading:
     wanted: Wanted
     is_named: bool = False
     """The call is the client's own choice: it is no reason to finish that needs telling."""
+    _tails: list[tuple[Sequence[int], str]] = field(default_factory=list, repr=False, compare=False)
+    """The last prompt and how it ends: all choices of a request have the same."""
 
     def reader(self, tokenizer: ModelTokenizer, prompt_ids: Sequence[int]) -> AnswerReader:
-        return self.parsers.reader(self.wanted, tokenizer.tail(prompt_ids, self.marks))
+        if not self._tails or self._tails[0][0] is not prompt_ids:
+            self._tails[:] = [(prompt_ids, tokenizer.tail(prompt_ids, self.marks))]
+        return self.parsers.reader(self.wanted, self._tails[0][1])
 
     def thought_ends(self, tokenizer: ModelTokenizer, prompt_ids: Sequence[int]) -> tuple[int, ...]:
         """The tokens behind which what the answer must be begins; none: at once, for there is no thought."""
