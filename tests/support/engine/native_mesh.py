@@ -20,6 +20,7 @@ from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.model.model import LoadedModel, load_model
+from microserve.services.engine.model.spec import ModelSpec
 from microserve.services.engine.native.packing import native_runner
 from tests.support.engine.core_mesh import VOCAB, Mesh, generate
 from tests.support.engine.tiny_model import make_tiny_model
@@ -39,6 +40,18 @@ class Bits:
     logprobs: list[TokenLogprob]
 
 
+def layout_for(layout: KvLayout, spec: ModelSpec) -> KvLayout:
+    """One of as many blocks, for the model's KV."""
+    return msgspec.structs.replace(
+        layout,
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=spec.dtype,
+        revision=spec.revision,
+    )
+
+
 class NativeMesh(Mesh):
     checksums = True
 
@@ -50,14 +63,7 @@ class NativeMesh(Mesh):
 
     def equip(self, layout: KvLayout, incarnation: int, num_slots: int) -> tuple[Heap, Runner, int | None]:
         spec = self.loaded.spec
-        layout = msgspec.structs.replace(
-            layout,
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=spec.dtype,
-            revision=spec.revision,
-        )
+        layout = layout_for(layout, spec)
         heap = MemoryHeap(layout, incarnation=incarnation, registry=self.registry, num_slots=num_slots)
         heap.data[:] = 0xFF  # NaN, in every dtype
         runner = native_runner(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 
 from microserve.kernels.cpu.library import library
@@ -13,7 +12,7 @@ from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.native.packing import native_runner, pack_model
 from tests.support.engine.core_mesh import GREEDY, grant_for, prompt_of, receive, send
-from tests.support.engine.native_mesh import NativeMesh
+from tests.support.engine.native_mesh import NativeMesh, layout_for
 
 pytestmark = pytest.mark.slow
 PROMPT = prompt_of(13)
@@ -27,14 +26,7 @@ class MixedMesh(NativeMesh):
     def equip(self, layout: KvLayout, incarnation: int, num_slots: int) -> tuple[Heap, Runner, int | None]:
         weights = next(self.weights)
         spec = pack_model(self.loaded, library(), weights).spec
-        layout = msgspec.structs.replace(
-            layout,
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=spec.dtype,
-            revision=spec.revision,
-        )
+        layout = layout_for(layout, spec)
         heap = MemoryHeap(layout, incarnation=incarnation, registry=self.registry, num_slots=num_slots)
         runner = native_runner(
             *(self.loaded, heap.data, layout.num_blocks, layout.block_size),
