@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
 
@@ -288,10 +289,13 @@ async def test_a_canary_that_is_slow_is_given_up_beside_the_routers_own_strategy
     slow = PLAIN.replace("    async for", "    import asyncio\n    await asyncio.sleep(0.15)\n    async for")
     async with router_world("e1") as world:
         await publish(world, state(1, ControlEntry("data_parallel", None, version(1, slow), 0.5)))
-        versions = set()
-        for _ in range(2):
-            answers = [world.gateway.start(PROMPT, strategy="data_parallel") for _ in range(50)]
-            versions |= {(await answer.wait()).strategy_version for answer in answers}
+        versions, faults = set(), []
+        async with asyncio.timeout(60.0):
+            # Requests in whose time the router itself stood still count for nobody: so many as it takes.
+            while not faults:
+                answers = [world.gateway.start(PROMPT, strategy="data_parallel") for _ in range(50)]
+                versions |= {(await answer.wait()).strategy_version for answer in answers}
+                faults = world.index.acknowledged()[1]
         assert versions == {0, 1}
-        await eventually(lambda: [f.version for f in world.index.acknowledged()[1]] == [1], "reported")
-        assert "TTFT" in world.index.acknowledged()[1][0].reason
+        assert [fault.version for fault in faults] == [1]
+        assert "TTFT" in faults[0].reason
