@@ -4,6 +4,7 @@ Owns the command line, and the two talks that only people have: of changes (cont
 strategy/ and label.py) and of an engine's leaving (drain.py). Must not hold what a service needs: nothing
 below imports this. Everything heavy is imported by the command that runs, so that ``--help`` is light.
 
-Start with main.py (every command, in one place), then flags.py (where settings come from; what they are:
-protocol/settings.py). strategy/ checks and publishes; tail.py and settings_text.py print.
+Start with main.py (every command, or where it is), then serve.py (the services) and flags.py (where settings
+come from; what they are: protocol/settings.py). strategy/ checks and publishes; tail.py and settings_text.py
+print.
 """

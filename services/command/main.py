@@ -1,24 +1,21 @@
-"""The ``microserve`` command. Owns names, flags and exit codes; each command imports what it needs when run.
+"""The ``microserve`` command. Owns names, flags and exit codes; those of more than a few lines are
+elsewhere, and each imports what it needs when run.
 
 Exit codes: 0 done, 1 failed, 2 a flag or a setting is wrong.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import io
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.explain.command import explain as explain_command
 from microserve.services.command.flags import (
     Flags,
     WrongFlag,
@@ -26,20 +23,36 @@ from microserve.services.command.flags import (
     directory_flag,
     settings_flags,
 )
-from microserve.services.command.key import key as key_group
-from microserve.services.command.key import usage as usage_command
-from microserve.services.command.label import label as label_command
-from microserve.services.command.simulate import simulate as simulate_command
-from microserve.services.command.strategy.group import strategy as strategy_group
 from microserve.services.command.terminal import Failure, echo
 
-if TYPE_CHECKING:
-    from microserve.protocol.process.run import Serve
-    from microserve.protocol.settings import Settings
+ELSEWHERE = {
+    "engine": "serve:engine",
+    "explain": "explain.command:explain",
+    "gateway": "serve:gateway",
+    "index": "serve:index",
+    "key": "key:key",
+    "label": "label:label",
+    "router": "serve:router",
+    "simulate": "simulate:simulate",
+    "strategy": "strategy.group:strategy",
+    "usage": "key:usage",
+}
+"""Commands that have a file of their own: module and name in it, imported when they are asked for."""
 
 
 class _Commands(click.Group):
-    """click says which option was meant, and not which command."""
+    """Finds the commands that are elsewhere; click says which option was meant, and not which command."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *ELSEWHERE})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module, _, name = ELSEWHERE[cmd_name].partition(":")
+        command = getattr(import_module(f"microserve.services.command.{module}"), name)
+        assert isinstance(command, click.Command)
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -60,109 +73,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or a file that has not our characters
             stream.reconfigure(errors="backslashreplace")
-
-
-# --- one service in this process -------------------------------------------------------------------
-
-
-def _run(
-    service: str,
-    flags: Flags,
-    load: Callable[[], Serve],
-    *,
-    joins_mesh: bool = False,
-    settings: Settings | None = None,
-) -> None:
-    settings = settings or (flags.load_beside_mesh() if joins_mesh else flags.load())
-    from microserve.protocol.process.run import run_service
-
-    code = run_service(service, settings, load, reload=flags.load)
-    with contextlib.suppress(OSError, ValueError):  # nobody reads it any more, perhaps
-        sys.stdout.flush()
-        sys.stderr.flush()
-    # Everything of ours is closed; taking torch down as well would cost seconds at every stop and restart.
-    os._exit(code)
-
-
-@main.command()
-@click.option("--model", metavar="DIR", help="Model directory (model.path).")
-@click.option("--id", "own_id", help="Name of this engine in the mesh (engine.id).")
-@click.option("--device", metavar="cpu|cuda:N", help="Where it computes (engine.device).")
-@click.option("--load-format", metavar="auto|random", help="Weights, or random ones (model.load_format).")
-@directory_flag
-@settings_flags
-def engine(
-    config: str | None,
-    assignments: tuple[str, ...],
-    model: str | None,
-    own_id: str | None,
-    device: str | None,
-    load_format: str | None,
-) -> None:
-    """Run an engine: it holds the model and the KV cache.
-
-    In the directory of a mesh that `up` runs it joins that mesh, unless index.address says otherwise.
-    """
-    flags = Flags(config, assignments)
-    flags.set("model.path", model)
-    flags.set("engine.id", own_id)
-    flags.set("engine.device", device)
-    flags.set("model.load_format", load_format)
-
-    def load() -> Serve:
-        from microserve.services.engine.service import run_engine
-
-        return run_engine
-
-    _run("engine", flags, load, joins_mesh=True)
-
-
-@main.command()
-@settings_flags
-def index(config: str | None, assignments: tuple[str, ...]) -> None:
-    """Run the index: who is in the mesh, and who holds which prefix."""
-
-    def load() -> Serve:
-        from microserve.services.index.service import run_index
-
-        return run_index
-
-    _run("index", Flags(config, assignments), load)
-
-
-@main.command()
-@click.option("--strategy", help="Strategy of requests that name none (router.default_strategy).")
-@settings_flags
-def router(config: str | None, assignments: tuple[str, ...], strategy: str | None) -> None:
-    """Run a router: it serves requests by strategies."""
-    flags = Flags(config, assignments)
-    flags.set("router.default_strategy", strategy)
-
-    def load() -> Serve:
-        from microserve.services.router.service import run_router
-
-        return run_router
-
-    _run("router", flags, load)
-
-
-@main.command()
-@click.option("--host", help="Address to listen on (gateway.host).")
-@click.option("--port", type=int, help="Port to listen on (gateway.port).")
-@click.option("--workers", type=int, help="Processes that share the port (gateway.workers).")
-@click.option("--worker", type=int, hidden=True, help="Be that one of them.")
-@settings_flags
-def gateway(
-    config: str | None, assignments: tuple[str, ...], worker: int | None, **given: str | int | None
-) -> None:
-    """Run a gateway: the OpenAI API over HTTP."""
-    from microserve.services.command.gateway import load, settings_of
-
-    flags = Flags(config, assignments)
-    for name, value in given.items():
-        flags.set(f"gateway.{name}", value)
-    settings = settings_of(flags, worker)
-    _run("gateway", flags, functools.partial(load, flags, settings, worker), settings=settings)
 
 
 # --- a running mesh ----------------------------------------------------------------------------------
@@ -372,10 +282,6 @@ def settings(config: str | None, assignments: tuple[str, ...]) -> None:
     from microserve.services.command.settings_text import as_toml
 
     echo(as_toml(Flags(config, assignments).load()), nl=False)
-
-
-for each in (strategy_group, key_group, usage_command, label_command, simulate_command, explain_command):
-    main.add_command(each)
 
 
 @main.command()

@@ -75,7 +75,7 @@ def test_errors_are_as_harmless() -> None:
 def test_there_is_one_way_to_print() -> None:
     """``terminal.py`` escapes; nothing else in the commands prints."""
     found = []
-    for path in FOLDER.glob("*.py"):
+    for path in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
                 continue
