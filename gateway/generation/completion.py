@@ -259,8 +259,10 @@ class Completion(Generic[R]):
             if not piece:
                 continue
             if not choice.opened:
-                choice.opened = True
-                events.append(answer.opening(choice.index))
+                # All in order before any says something: clients make their list of choices of these.
+                for each in self._group.choices:
+                    each.opened = True
+                    events.append(answer.opening(each.index))
             if piece.text or piece.tokens or piece.events:
                 events.append(answer.delta(choice.index, piece))
             if (reason := choice.told_reason) is not None:

@@ -62,6 +62,32 @@ def test_exact_bytes_of_a_chat_stream(model: Path, raw_tokenizer: Tokenizer) -> 
     run(main())
 
 
+def test_all_choices_of_a_stream_are_there_in_order_before_one_says_something(
+    model: Path, raw_tokenizer: Tokenizer
+) -> None:
+    """OpenAI's client puts the first chunk at its index of a list that it has just made of that chunk."""
+
+    async def main() -> None:
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "n": 3}
+        async with gateway_world(model) as world, post(world, "/v1/chat/completions", **body) as client:
+            asked = [await world.router.request() for _ in range(3)]
+            for each in (asked[2], asked[1]):
+                each.send(raw_tokenizer.encode("a").ids)
+                each.end("length")
+            await client.head()
+            told = await client.chunk()
+            asked[0].end("length")
+            while part := await client.chunk():
+                told += part
+            chunks = [json.loads(line.removeprefix(b"data: ")) for line in told.split(b"\n\n")[:-2]]
+            choices = [choice for chunk in chunks for choice in chunk["choices"]]
+            opened = [choice["index"] for choice in choices if "role" in choice["delta"]]
+            assert opened == [0, 1, 2] == [choice["index"] for choice in choices[:3]]
+            assert all(choice["delta"] == {"role": "assistant", "content": ""} for choice in choices[:3])
+
+    run(main())
+
+
 def test_exact_bytes_of_a_completion_stream_that_breaks(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
         async with (

@@ -1,7 +1,7 @@
 """Bits of a mesh against bits of a request alone: tokens and log-probabilities, in whatever dtype.
 
     alone     one request at a time, each with a cache of its own, on an engine that does nothing else
-    crowd     the same under a strategy, many in flight; while an engine is killed, if asked
+    crowd     the same under a strategy, many in flight; while an engine is killed or drained, if asked
 
 Owns what is compared and how a difference is told. Only engines of an exact numerics class promise anything
 (protocol/messages/numerics.py); whether an answer says so is looked at too. Must not know models.
@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import NoEngines, QueueFull
@@ -87,28 +88,29 @@ async def ask_alone(router_address: str, cases: list[Case]) -> tuple[Numerics | 
 
 
 async def check_bits(
-    mesh: MeshProcesses, cases: list[Case], reference: list[Answer], strategies: list[str], killed: list[str]
+    mesh: MeshProcesses,
+    cases: list[Case],
+    reference: list[Answer],
+    strategies: list[str],
+    harmed: Mapping[str, Sequence[str]],
 ) -> int:
-    """Run every strategy, and those of ``killed`` once more with an engine killed; the number of answers with
-    other bits than their reference, each printed."""
+    """Run every strategy, and those of ``harmed`` (by kind of :data:`HARMS`) once more while that is done to
+    an engine; the number of answers with other bits than their reference, each printed."""
     bus = ZmqBus()
     wrong = 0
-
-    def kill() -> None:
-        mesh.services["engine-0"].kill()
-        mesh.start("engine-0")
-
+    runs = [(strategy, "") for strategy in strategies]
+    runs += [(strategy, kind) for kind, each in harmed.items() for strategy in each]
     try:
         async with BusClient(bus, mesh.router_address) as client:
-            for strategy, is_killed in [*((s, False) for s in strategies), *((s, True) for s in killed)]:
+            for strategy, kind in runs:
                 await client.wait_engines(mesh.num_engines)
                 started = time.monotonic()
-                salt = f"{strategy}{' killed' * is_killed}"
-                got = await crowd(client, strategy, cases, salt=salt, harm=kill if is_killed else None)
+                harm = partial(HARMS[kind], mesh) if kind else None
+                got = await crowd(client, strategy, cases, salt=f"{strategy} {kind}", harm=harm)
                 bad = differences(cases, reference, got)
                 wrong += len(bad)
                 print(
-                    f"{strategy:17} {'kill -9' if is_killed else '':8} {len(cases)} requests, "
+                    f"{strategy:17} {kind:8} {len(cases)} requests, "
                     f"{sum(len(answer.token_ids) for answer in got)} tokens, {len(bad)} differences, "
                     f"{sum(len(answer.result.engines) > 1 for answer in got)} by several engines, "
                     f"{time.monotonic() - started:.0f} s",
@@ -119,6 +121,20 @@ async def check_bits(
     finally:
         bus.close()
     return wrong
+
+
+def _kill(mesh: MeshProcesses) -> None:
+    mesh.services["engine-0"].kill()
+    mesh.start("engine-0")
+
+
+def _drain(mesh: MeshProcesses) -> None:
+    """Its requests end or move within ``engine.drain_s``; then it comes again."""
+    mesh.stop("engine-0")
+    mesh.start("engine-0")
+
+
+HARMS: Mapping[str, Callable[[MeshProcesses], None]] = {"kill -9": _kill, "drain": _drain}
 
 
 def differences(cases: Sequence[Case], expected: Sequence[Answer], got: Sequence[Answer]) -> list[str]:

@@ -79,6 +79,53 @@ def with_grammars(cases: Sequence[Case], max_tokens: int = 40) -> list[Case]:
     ]
 
 
+CALLS = Grammar(
+    kind="lark",
+    text=r"""start: call call?
+call: "<tool_call>\n{\"name\": \"" /plan|book/ "\", \"arguments\": " args "}\n</tool_call>\n"
+args: %json {"type": "object", "properties": {"city": {"enum": ["Zürich", "日本 😀", "</tool_call>"]},
+"days": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 4}},
+"required": ["city", "days"], "additionalProperties": false}
+""",
+)
+"""What a gateway makes of tools one or two of which must be called."""
+
+
+def with_calls(cases: Sequence[Case], thought_end: int, max_tokens: int = 60) -> list[Case]:
+    """The same, and each answer is to call tools; that of every second one behind a thought, which the token
+    ``thought_end`` ends."""
+    found = []
+    for number, case in enumerate(cases):
+        params = msgspec.structs.replace(case.params, max_tokens=max_tokens, grammar=CALLS)
+        if number % 2:
+            behind = msgspec.structs.replace(CALLS, after_token_ids=(thought_end,))
+            # Random weights end no thought by themselves, and greedy ones repeat one token for ever.
+            params = msgspec.structs.replace(
+                params, grammar=behind, logit_bias={thought_end: 6.0}, repetition_penalty=1.3
+            )
+        found.append(replace(case, params=params))
+    return found
+
+
+def times_n(cases: Sequence[Case], n: int = 3) -> list[Case]:
+    """As a gateway asks for ``n`` choices: one prompt, sampled, with seeds in a row."""
+    return [
+        replace(
+            case, params=msgspec.structs.replace(case.params, temperature=0.8, seed=1000 * number + index)
+        )
+        for number, case in enumerate(cases)
+        for index in range(n)
+    ]
+
+
+def all_kinds(plain: Sequence[Case], vocab_size: int) -> list[Case]:
+    """Plain ones, and a quarter as many with grammars, with calls of tools, and of n = 3 (grammars, too); all
+    tell log-probabilities."""
+    some = plain[-(len(plain) // 4) :]
+    constrained = [*with_grammars(some), *with_calls(some, vocab_size // 2)]
+    return with_logprobs([*plain, *constrained, *times_n([*some[::2], *with_grammars(some[1::2])])])
+
+
 def with_logprobs(cases: Sequence[Case], count: int = 2) -> list[Case]:
     """The same, and each token tells its log-probability and those of the likeliest others."""
     return [replace(case, params=msgspec.structs.replace(case.params, logprobs=count)) for case in cases]

@@ -5,7 +5,8 @@
 Sends the same mixed requests under every strategy: prompts of 1 to 2,000 tokens with shared prefixes, 16 in
 flight, greedy and seeded sampling. Engines of an exact numerics class are held to bits (bitwise.py): tokens
 and log-probabilities of every request are those of the request alone on one engine, also when an engine is
-killed under load; so are requests with grammars, a quarter as many. In fp32 greedy tokens must be those of
+killed or drained under load; beside plain requests a quarter as many with grammars, with calls of tools, and
+with n = 3 (cases.py). In fp32 greedy tokens of plain ones must be those of
 ``transformers`` ``generate`` too; engines that promise no bits, as on a GPU (``--device cuda:0``), are held
 to that alone, and sampled answers to those of the first strategy. Prints one line a strategy; exits 1 on
 any mismatch, 2 where nothing is promised.
@@ -25,8 +26,8 @@ from typing import Any
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.services.router.strategies import BUILT_IN
 from tests.support.bus.gateway_peer import BusClient
-from tests.support.process.bitwise import ask_alone, check_bits, crowd
-from tests.support.process.cases import Case, make_cases, with_grammars, with_logprobs
+from tests.support.process.bitwise import HARMS, ask_alone, check_bits, crowd
+from tests.support.process.cases import Case, all_kinds, make_cases
 from tests.support.process.processes import MeshProcesses
 
 STRATEGIES = [strategy.name for strategy in BUILT_IN]
@@ -42,10 +43,11 @@ SETTINGS = [
     "router.strategies.tenant_share={share=0.5,places=8}",
     "router.strategies.thirds.least=32",
 ]
-PATIENT = ["bus.stuck_s=60", "bus.liveness=40", "router.call_timeout_s=300"]
-"""Sixteen long prompts on two slow engines wait their turn, and only who is killed is lost."""
-KILLED_UNDER = ["data_parallel", "disaggregated", "balanced", "migrate", "auto"]
-"""Strategies under which engines are killed: one each of how they share out a request."""
+PATIENT = ["bus.stuck_s=60", "bus.liveness=40", "router.call_timeout_s=300", "engine.drain_s=2"]
+"""Sixteen long prompts on two slow engines wait their turn, and only who is killed is lost. An engine that
+leaves has no time for all of them to end: they move."""
+HARMED_UNDER = ["data_parallel", "disaggregated", "balanced", "migrate", "auto"]
+"""Strategies under which engines are killed and drained: one each of how they share out a request."""
 
 
 def oracle(
@@ -161,13 +163,15 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], help="a setting of the mesh")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument(
-        "--killed", default=",".join(KILLED_UNDER), help="strategies with a kill -9; '' for none"
+        "--harmed",
+        default=",".join(HARMED_UNDER),
+        help="strategies with an engine killed and one drained; '' for none",
     )
     arguments = parser.parse_args()
     config = json.loads((arguments.model / "config.json").read_text())
     cases = make_cases(arguments.requests, vocab_size=config["vocab_size"], max_prompt=arguments.max_prompt)
     strategies = arguments.strategies.split(",")
-    killed = [strategy for strategy in arguments.killed.split(",") if strategy]
+    harmed = [strategy for strategy in arguments.harmed.split(",") if strategy]
     wrong = 0
     expected: list[list[int] | None] = []
     if arguments.dtype == "float32":
@@ -185,7 +189,7 @@ def main() -> int:
         *device_settings(arguments.device),
         *arguments.set,
     ]
-    told = with_logprobs([*cases, *with_grammars(cases[-(len(cases) // 4) :])])
+    told = all_kinds(cases, config["vocab_size"])
     with (
         tempfile.TemporaryDirectory() as directory,
         MeshProcesses(arguments.model, Path(directory), num_engines=1, settings=settings) as mesh,
@@ -205,7 +209,9 @@ def main() -> int:
         with mesh:
             if promise is not None:
                 print(f"bits, class {promise.name}", flush=True)
-                wrong += asyncio.run(check_bits(mesh, told, reference, strategies, killed))
+                wrong += asyncio.run(
+                    check_bits(mesh, told, reference, strategies, dict.fromkeys(HARMS, harmed))
+                )
             else:
                 wrong += asyncio.run(
                     check(mesh.router_address, cases, expected, strategies, arguments.engines)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.process.bitwise import ask_alone, check_bits
-from tests.support.process.cases import make_cases, with_grammars, with_logprobs
-from tests.support.process.exactness import KILLED_UNDER, PATIENT, SETTINGS, STRATEGIES, check, oracle
+from tests.support.process.bitwise import HARMS, ask_alone, check_bits
+from tests.support.process.cases import all_kinds, make_cases
+from tests.support.process.exactness import HARMED_UNDER, PATIENT, SETTINGS, STRATEGIES, check, oracle
 from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
@@ -43,14 +43,17 @@ def test_demo_model(demo_model: Path, tmp_path: Path) -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_bits(tiny_model: Path, tmp_path: Path, dtype: str) -> None:
-    """Also of requests that lost an engine by kill -9."""
+    """Also of those with grammars, with calls and with n = 3, and of those that lost an engine meanwhile."""
     config = json.loads((tiny_model / "config.json").read_text())
     plain = make_cases(40, vocab_size=config["vocab_size"], max_prompt=500, seed=5)
-    cases = with_logprobs([*plain, *with_grammars(plain[-15:])])
+    cases = all_kinds(plain, config["vocab_size"])
     settings = [*SETTINGS, *PATIENT, f"model.dtype={dtype}"]
     with MeshProcesses(tiny_model, tmp_path, num_engines=1, settings=settings) as mesh:
         promise, reference = asyncio.run(ask_alone(mesh.router_address, cases))
     assert promise is not None
     assert dtype in promise.name
     with MeshProcesses(tiny_model, tmp_path, settings=settings) as mesh:
-        assert asyncio.run(check_bits(mesh, cases, reference, STRATEGIES, KILLED_UNDER)) == 0
+        assert (
+            asyncio.run(check_bits(mesh, cases, reference, STRATEGIES, dict.fromkeys(HARMS, HARMED_UNDER)))
+            == 0
+        )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, StrategyNotFound
-from microserve.protocol.messages.control import ControlEntry, ControlState, Scalar
+from microserve.protocol.messages.control import ControlEntry, ControlState, Scalar, VersionFault
 from microserve.services.router.rollout.book import Published
 from microserve.services.router.rollout.control import load_source
 from microserve.services.router.rollout.window import (
@@ -289,7 +289,8 @@ async def test_a_canary_that_is_slow_is_given_up_beside_the_routers_own_strategy
     slow = PLAIN.replace("    async for", "    import asyncio\n    await asyncio.sleep(0.15)\n    async for")
     async with router_world("e1") as world:
         await publish(world, state(1, ControlEntry("data_parallel", None, version(1, slow), 0.5)))
-        versions, faults = set(), []
+        versions: set[int] = set()
+        faults: Sequence[VersionFault] = ()
         async with asyncio.timeout(60.0):
             # Requests in whose time the router itself stood still count for nobody: so many as it takes.
             while not faults:
