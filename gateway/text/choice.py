@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from microserve.gateway.parsing.events import Event
 from microserve.gateway.routers.mailbox import Mailbox, TokenBatch
+from microserve.gateway.text.options import SHOWN_BY_DEFAULT, TextOptions
 from microserve.gateway.text.stop import StopMatcher
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText, Transcript
@@ -73,9 +74,11 @@ class Choice:
         sampling: SamplingParams,
         stop: Sequence[str],
         times: Timeline,
+        text: TextOptions = SHOWN_BY_DEFAULT,
         eos_token_ids: Callable[[], Collection[int]] = tuple,
     ) -> None:
         """``eos_token_ids``: the model's, asked when the first token is here: who brings it knows them."""
+        vocabulary = tokenizer.vocabulary_for(text)
         self.index = index
         self.num_prompt_tokens = len(prompt_ids)
         self.times = times
@@ -86,18 +89,19 @@ class Choice:
         self.last_tokens_at = 0.0
         self.opened = False
         """Its first event has been sent."""
-        self._detokenizer = tokenizer.detokenizer(prompt_ids)
-        self._matcher = StopMatcher(stop) if stop else None
+        self._detokenizer = tokenizer.detokenizer(prompt_ids, vocabulary)
+        self._include_stop = text.include_stop
+        self._matcher = StopMatcher(stop, include=text.include_stop) if stop else None
         self._min_tokens = sampling.min_tokens
-        self._transcript = Transcript(tokenizer.vocabulary) if sampling.logprobs is not None else None
+        self._transcript = Transcript(vocabulary) if sampling.logprobs is not None else None
         self._eos_token_ids: Callable[[], Collection[int]] = (
             eos_token_ids if sampling.ends_by_eos() else tuple
         )
         self._stop_token_ids = sampling.stop_token_ids
         self._stop_ids: frozenset[int] | None = None
         self._held: tuple[int, TokenLogprob | None] | None = None
-        """A token that may be the end, which has no text. The token comes before the word that it was the
-        end: by another engine, or from a router that is lost since."""
+        """A token that may be the end, whose text is only shown on request. The token comes before the word
+        that it was the end: by another engine, or from a router that is lost since."""
 
     @property
     def over(self) -> bool:
@@ -199,7 +203,7 @@ class Choice:
         elif ended.reason not in ("stop", "length"):
             self.error = ProtocolViolation(f"a request ended for the unknown reason {ended.reason[:32]!r}")
         else:
-            if ended.reason != "stop":
+            if ended.reason != "stop" or self._include_stop:
                 self._show_held(piece)
             if not self.over:
                 self._reveal(self._detokenizer.flush(), piece)
@@ -214,17 +218,25 @@ class Choice:
 
     def cut_short(self, piece: Piece) -> None:
         """Its time is over: what there is, is the answer, and ``piece`` its last one."""
-        self.error = None
-        # Of a token that may be the end only the word was still missing.
-        self.finish_reason = "length" if self._held is None else "stop"
-        text = self._detokenizer.flush()
-        if self._matcher is not None:
-            text = self._matcher.push(text, may_stop=False)
-        piece.text += text
-        if self._transcript is not None:
-            piece.tokens += self._transcript.reveal(len(text), is_over=False)
-        self._reveal_rest(piece)
+        reason = self._reason_of_cut(piece)
+        if not self.over:
+            self.finish_reason = reason
+            text = self._detokenizer.flush()
+            if self._matcher is not None:
+                text = self._matcher.push(text, may_stop=False)
+            piece.text += text
+            if self._transcript is not None:
+                piece.tokens += self._transcript.reveal(len(text), is_over=False)
+            self._reveal_rest(piece)
         piece.finish_reason = self.finish_reason
+
+    def _reason_of_cut(self, piece: Piece) -> str:
+        """Of a token that may be the end only the word was still missing."""
+        self.error = None
+        reason = "length" if self._held is None else "stop"
+        if self._include_stop:
+            self._show_held(piece)
+        return reason
 
     def _reveal_rest(self, piece: Piece) -> None:
         """What was held back for a stop string that never became whole."""

@@ -125,18 +125,19 @@ class ReadChoice(Choice):
         """What might have become a stop string, and is not the text's end."""
         if self._matcher is not None and (held := self._matcher.flush()):
             self._events.append(Said("content", held))
-            self._matcher = StopMatcher(self._stop)
+            self._matcher = StopMatcher(self._stop, include=self._include_stop)
 
     def _conclude(self, piece: Piece, *, is_cut: bool) -> None:
         self._tell(self._reader.finish(is_cut=is_cut))
 
     def cut_short(self, piece: Piece) -> None:
-        self.error = None
-        self._reveal(self._detokenizer.flush(), piece)
+        reason = self._reason_of_cut(piece)
+        if not self.over:
+            self._reveal(self._detokenizer.flush(), piece)
         if not self.over:
             self._conclude(piece, is_cut=True)
         if not self.over:
-            self.finish_reason = "length" if self._held is None else "stop"
+            self.finish_reason = reason
             self._reveal_rest(piece)
         piece.events, self._events = [*piece.events, *self._events], []
         piece.finish_reason = self.finish_reason

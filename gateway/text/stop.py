@@ -49,7 +49,9 @@ class _Pattern:
 class StopMatcher:
     """Watches one choice's text for stop strings (at least one, none empty)."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """``include``: the stop string that ends the text is the last of it."""
+        self._include = include
         self._patterns = [_Pattern(stop) for stop in stops]
         self._first_characters = frozenset(stop[0] for stop in stops)
         self._held = ""
@@ -75,7 +77,7 @@ class StopMatcher:
             if complete and may_stop:
                 self.stopped = True
                 self._held = ""
-                return pending[: position - complete]
+                return pending[: position if self._include else position - complete]
         longest = max(pattern.open_length for pattern in self._patterns)
         border = len(pending) - longest
         self._held = pending[border:]

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.gateway.text.control import ControlText
 from microserve.gateway.text.detokenizer import Detokenizer
+from microserve.gateway.text.options import TextOptions
 from microserve.gateway.text.vocabulary import Vocabulary
 from microserve.gateway.text.words import Words, split
 from microserve.protocol.errors import ConfigError, InvalidRequest, PromptTooLong
@@ -62,6 +63,8 @@ class ModelTokenizer:
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self._longest_token_chars = max(map(len, vocabulary), default=1)
         self.vocabulary = Vocabulary(tokenizer)
+        """As answers are without a word to the contrary."""
+        self._shown: dict[TextOptions, Vocabulary] = {}
         self._words = Words.of(tokenizer)
         self._added = tokenizer.get_added_tokens_decoder().keys()
         self.template = template
@@ -189,8 +192,17 @@ class ModelTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
-    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
-        return Detokenizer(self.vocabulary, prompt_ids)
+    def vocabulary_for(self, options: TextOptions) -> Vocabulary:
+        """Of the few ways in which special tokens may be shown, each made once."""
+        way = TextOptions(options.skip_special_tokens, options.spaces_between_special_tokens)
+        if way.skip_special_tokens:
+            return self.vocabulary
+        if way not in self._shown:
+            self._shown[way] = Vocabulary(self._tokenizer, way)
+        return self._shown[way]
+
+    def detokenizer(self, prompt_ids: Sequence[int], vocabulary: Vocabulary | None = None) -> Detokenizer:
+        return Detokenizer(vocabulary or self.vocabulary, prompt_ids)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

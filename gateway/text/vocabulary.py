@@ -12,9 +12,11 @@ Knows nothing of streams or answers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from tokenizers import Tokenizer
+
+from microserve.gateway.text.options import SHOWN_BY_DEFAULT, TextOptions
 
 MAX_REMEMBERED = 1 << 15
 """Pairs of tokens whose share is not asked for again; of 150 bytes each."""
@@ -22,26 +24,30 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Vocabulary:
-    """Of one tokenizer; shared by all who make text of its tokens."""
+    """Of one tokenizer; shared by all who make text of its tokens in the same way."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: TextOptions = SHOWN_BY_DEFAULT) -> None:
         self._tokenizer = tokenizer
-        self._special = {
-            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        }
+        self._skips_special = options.skip_special_tokens
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {token_id for token_id, token in added.items() if token.special}
+        self._hidden = self._special if options.skip_special_tokens else set[int]()
+        apart = options.skip_special_tokens or options.spaces_between_special_tokens
+        self._joined = {} if apart else {token_id: token.content for token_id, token in added.items()}
+        """Added tokens that stand behind each other as they are written."""
         decoder = tokenizer.decoder
         # By what it does: decoders come in sequences, and these in sequences.
         is_byte_level = decoder is not None and (
             decoder.decode(["Ġ"]) == " " and decoder.decode(["ä", "½", "ł"]) == "你"
         )
-        self.fixed = _ByteLevel(tokenizer, self._special) if is_byte_level else None
+        self.fixed = _ByteLevel(tokenizer, self._hidden) if is_byte_level else None
         """Shares by id, where they do not depend on what stands before."""
         self._share_behind = lru_cache(maxsize=MAX_REMEMBERED)(self._ask)
         self._has_byte_tokens = decoder is not None and decoder.decode(["<0x41>"]) == "A"
 
     def is_hidden(self, token_id: int) -> bool:
-        """Special, or no token at all: it has no share of a text."""
-        return token_id in self._special or self._tokenizer.id_to_token(token_id) is None
+        """Special, where these are not shown, or no token at all: it has no share of a text."""
+        return token_id in self._hidden or self._tokenizer.id_to_token(token_id) is None
 
     def share(self, token_id: int, previous: int | None) -> bytes:
         """What ``token_id`` adds behind ``previous``, the last token that is not hidden; None: at a start."""
@@ -50,9 +56,11 @@ class Vocabulary:
     def _ask(self, token_id: int, previous: int | None) -> bytes:
         """The decoder."""
         token = self._tokenizer.id_to_token(token_id)
-        if token is None or token_id in self._special:
+        if token is None or token_id in self._hidden:
             return b""
-        decode = self._tokenizer.decode
+        if previous in self._joined and token_id in self._joined:
+            return self._joined[token_id].encode()
+        decode = partial(self._tokenizer.decode, skip_special_tokens=self._skips_special)
         if self._has_byte_tokens and (byte := _byte_of(token)) is not None:
             alone = decode([token_id])
             # A byte that is a whole character may be a space that is dropped at the start.
@@ -86,8 +94,8 @@ def text_of(share: bytes) -> str:
 class _ByteLevel(dict[int, bytes]):
     """Bytes by id, for decoders that write each byte as one printable character."""
 
-    def __init__(self, tokenizer: Tokenizer, special: Iterable[int]) -> None:
-        super().__init__(dict.fromkeys(special, b""))
+    def __init__(self, tokenizer: Tokenizer, hidden: Iterable[int]) -> None:
+        super().__init__(dict.fromkeys(hidden, b""))
         self._tokenizer = tokenizer
         self._alphabet = _byte_level_alphabet()
 

@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from microserve.gateway.routers.mailbox import TokenBatch
-from microserve.gateway.text.choice import Choice, Timeline
+from microserve.gateway.text.choice import Choice, Piece, Timeline
+from microserve.gateway.text.options import SHOWN_BY_DEFAULT, TextOptions
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import LOWEST_LOGPROB, TokenText
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob, Usage
 from microserve.protocol.messages.router import Ended, Phases
 from microserve.protocol.messages.sampling import SamplingParams
+from tests.support.gateway.gateway_world import special_id
 from tests.support.gateway.tokenizers import KINDS, byte_ids, ids_of
 
 ENDED = Ended("length", Usage(), Phases(), "auto", [])
@@ -28,6 +30,7 @@ def choice(
     stop: list[str],
     prompt: Sequence[int] = (),
     eos: Sequence[int] = (),
+    text: TextOptions = SHOWN_BY_DEFAULT,
     **sampling: Any,
 ) -> Choice:
     params = SamplingParams(max_tokens=100, **sampling)
@@ -39,6 +42,7 @@ def choice(
         sampling=params,
         stop=stop,
         times=times,
+        text=text,
         eos_token_ids=lambda: eos,
     )
 
@@ -291,3 +295,71 @@ def test_merging_changes_nothing_with_stop_tokens(
     sampling: Any = {"stop_token_ids": (letters[1],), "min_tokens": min_tokens, "logprobs": logprobs}
     one_by_one = answer(tokenizer, ids, list(range(len(ids))), stop, **sampling)
     assert answer(tokenizer, ids, cuts, stop, **sampling) == one_by_one
+
+
+@given(
+    text=st.text(st.sampled_from("ab 😀é"), max_size=20),
+    stop=st.lists(st.text(st.sampled_from("ab 😀"), min_size=1, max_size=3), max_size=3),
+    cuts=st.lists(st.integers(0, 60)),
+    logprobs=st.sampled_from([None, 0]),
+)
+def test_an_included_stop_string_is_the_end_of_the_answer(
+    tokenizer: ModelTokenizer,
+    raw_tokenizer: Tokenizer,
+    text: str,
+    stop: list[str],
+    cuts: list[int],
+    logprobs: int | None,
+) -> None:
+    ids = raw_tokenizer.encode(text).ids
+    without, _, reason, _ = answer(tokenizer, ids, cuts, stop, logprobs=logprobs)
+    shown, tokens, again, _ = answer(
+        tokenizer, ids, cuts, stop, logprobs=logprobs, text=TextOptions(include_stop=True)
+    )
+    assert again == reason and text.startswith(shown)
+    if reason == "length":
+        assert shown == without
+    else:
+        assert shown.removeprefix(without) in stop
+    if logprobs is not None:
+        assert b"".join(token.data for token in tokens).decode() == shown
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (TextOptions(), "aa"),
+        (TextOptions(skip_special_tokens=False), "<|im_start|>aa"),
+        (TextOptions(include_stop=True), "aa"),
+        (TextOptions(skip_special_tokens=False, include_stop=True), "<|im_start|>aa<|im_end|>"),
+    ],
+)
+def test_special_tokens_are_shown_on_request_and_the_last_one_with_the_stop(
+    tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer, text: TextOptions, shown: str, logprobs: int | None
+) -> None:
+    [a] = raw_tokenizer.encode("a").ids
+    start, end = (special_id(raw_tokenizer, token) for token in ("<|im_start|>", "<|im_end|>"))
+    chosen = choice(tokenizer, [], text=text, eos=[end], logprobs=logprobs)
+    whole = ""
+    for ids in ([start, a], [a], [end]):  # the word that it was the end comes behind the token
+        piece = chosen.push(TokenBatch(ids, [TokenLogprob(-1.0)] * len(ids)))
+        whole += piece.text
+    piece = chosen.push(TokenBatch([], ended=Ended("stop", Usage(), Phases(), "auto", [], stop_token_id=end)))
+    assert whole + piece.text == shown
+    assert (piece.finish_reason, chosen.num_output_tokens) == ("stop", 4)
+
+
+@pytest.mark.parametrize(("include", "shown"), [(False, "a"), (True, "ab")])
+def test_a_stop_token_with_a_text_is_shown_only_with_the_stop(
+    tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer, include: bool, shown: str
+) -> None:
+    [a], [b] = raw_tokenizer.encode("a").ids, raw_tokenizer.encode("b").ids
+    chosen = choice(tokenizer, [], text=TextOptions(include_stop=include), stop_token_ids=(b,))
+    ended = Ended("stop", Usage(), Phases(), "auto", [], stop_token_id=b)
+    assert chosen.push(TokenBatch([a, b], ended=ended)).text == shown
+    late = choice(tokenizer, [], text=TextOptions(include_stop=include), stop_token_ids=(b,))
+    piece = late.push(TokenBatch([a, b]))
+    last = Piece()
+    late.cut_short(last)  # its time is over before the word comes
+    assert (piece.text + last.text, last.finish_reason) == (shown, "stop")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from microserve.gateway.text.detokenizer import Detokenizer
+from microserve.gateway.text.options import TextOptions
 from microserve.gateway.text.vocabulary import Vocabulary, text_of
 from tests.support.gateway.tokenizers import KINDS, byte_fallback, byte_ids, byte_level, ids_of
 
@@ -97,3 +98,39 @@ def test_names() -> None:
     vocabulary, [end] = Vocabulary(byte_level()), ids_of(byte_level(), ["</s>"])
     assert (vocabulary.share(end, None), vocabulary.name(end, b"")) == (b"", "</s>")
     assert vocabulary.name(0xFFFF_FFFF, vocabulary.share(0xFFFF_FFFF, None)) == ""
+
+
+SHOWN = {
+    kind: Vocabulary(tokenizer, TextOptions(skip_special_tokens=False))
+    for kind, tokenizer in TOKENIZERS.items()
+}
+
+
+@given(kind=kinds, ids=numbers)
+def test_with_special_tokens_an_answer_is_what_decoding_it_with_them_gives(kind: str, ids: list[int]) -> None:
+    tokenizer = TOKENIZERS[kind]
+    ids = [each % tokenizer.get_vocab_size() for each in ids]
+    detokenizer = Detokenizer(SHOWN[kind], [])
+    text = detokenizer.push(ids) + detokenizer.flush()
+    expected = tokenizer.decode(ids, skip_special_tokens=False)
+    if "\N{REPLACEMENT CHARACTER}" not in expected:
+        assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "spaced", "text"),
+    [
+        ("bare", True, "the <s> </s> mesh"),
+        ("bare", False, "the <s></s> mesh"),
+        ("word_piece", True, "the <s> </s> mesh"),
+        ("word_piece", False, "the <s></s> mesh"),
+        ("byte_level", True, "he<s></s>he"),
+        ("byte_level", False, "he<s></s>he"),
+    ],
+)
+def test_spaces_between_special_tokens(kind: str, spaced: bool, text: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    words = ["he", "he"] if kind == "byte_level" else ["the", "mesh"]
+    ids = ids_of(tokenizer, [words[0], "<s>", "</s>", words[1]])
+    options = TextOptions(skip_special_tokens=False, spaces_between_special_tokens=spaced)
+    assert Detokenizer(Vocabulary(tokenizer, options), []).push(ids) == text
