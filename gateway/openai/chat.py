@@ -10,9 +10,9 @@ import msgspec
 from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
 from microserve.gateway.openai.schema import ROLES, ChatRequest, ContentPart, Message, ToolCall
 from microserve.gateway.openai.tools import tool_use_of
-from microserve.gateway.parsing.calls import schemas_of
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
 from microserve.gateway.parsing.parsers import ModelParsers, Wanted
+from microserve.gateway.parsing.typed import schemas_of
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.gateway.text.choice import Piece

@@ -5,6 +5,7 @@ Must not know HTTP, JSON of an API, routers, or how tokens become text; a marker
 comes in as one character that no text has.
 
 Start with ``events.py`` (what comes out) and ``reader.py`` (one answer as it grows), which is made of
-``regions.py`` (where a marked text begins and ends) and ``calls.py`` (a marked text -> a call);
+``regions.py`` (where a marked text begins and ends; ``openness.py``: and where a marker is a part of a value)
+and ``calls.py`` (a marked text -> a call, whose values ``typed.py`` reads where their types are not written);
 ``parsers.py`` is what one model needs, found from its chat template.
 """

@@ -10,16 +10,20 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from html import unescape
 from typing import Any
 
-MAX_LITERAL_CHARS = 1 << 16
-"""Of a value in Python's notation; beyond it is text."""
-_decoder = json.JSONDecoder(parse_constant=lambda name: _fail(f"{name} is no JSON"))
-Types = Mapping[str, Mapping[str, Any]]
-"""The schema of each parameter, by tool and name."""
+from microserve.gateway.parsing.typed import (
+    MAX_LITERAL_CHARS,
+    Types,
+    behind_space,
+    decoder,
+    fail,
+    is_text,
+    loaded,
+    typed,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +39,6 @@ BROKEN = (ValueError, SyntaxError, RecursionError, MemoryError, KeyError, TypeEr
 Notation = Callable[[str, Mapping[str, Types]], list[Call]]
 
 
-def _fail(why: str) -> Any:
-    raise ValueError(why)
-
-
 def _call(value: Any) -> Call:
     """``{"name": .., "arguments" or "parameters": {..}}``"""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
@@ -47,22 +47,11 @@ def _call(value: Any) -> Call:
         raise ValueError("a call has no name")
     arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):
-        arguments = _loaded(arguments)
+        arguments = loaded(arguments)
     if not isinstance(arguments, dict):
         raise ValueError("a call has no arguments")
     call_id = value.get("id")
     return Call(name, arguments, call_id if isinstance(call_id, str) else "")
-
-
-def _loaded(text: str) -> Any:
-    value, end = _decoder.raw_decode(text, _behind_space(text, 0))
-    return value if _behind_space(text, end) == len(text) else _fail("more than one value")
-
-
-def _behind_space(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
 
 
 def in_json(text: str, types: Mapping[str, Types]) -> list[Call]:
@@ -73,8 +62,8 @@ def in_json(text: str, types: Mapping[str, Types]) -> list[Call]:
         while at < len(text) and (text[at].isspace() or text[at] in ",;"):
             at += 1
         if at == len(text):
-            return calls or _fail("no call")
-        value, at = _decoder.raw_decode(text, at)
+            return calls or fail("no call")
+        value, at = decoder.raw_decode(text, at)
         calls += map(_call, value) if isinstance(value, list) else [_call(value)]
 
 
@@ -104,7 +93,7 @@ def _python_value(tree: ast.expr) -> Any:
             return [_python_value(each) for each in items]
         case ast.Dict(keys=keys, values=values):
             return {
-                str(ast.literal_eval(key)) if key else _fail("**"): _python_value(value)
+                str(ast.literal_eval(key)) if key else fail("**"): _python_value(value)
                 for key, value in zip(keys, values, strict=True)
             }
     return ast.literal_eval(tree)
@@ -113,21 +102,21 @@ def _python_value(tree: ast.expr) -> Any:
 def named_json(text: str, types: Mapping[str, Types]) -> list[Call]:
     """Mistral: ``f[ARGS]{..}``, ``f[CALL_ID]9[ARGS]{..}``, ``[{..}, ..]``, one behind the other."""
     calls: list[Call] = []
-    at = _behind_space(text, 0)
+    at = behind_space(text, 0)
     while at < len(text):
         if text.startswith("[TOOL_CALLS]", at):
             at += len("[TOOL_CALLS]")
         elif text[at] in "[{":
-            value, at = _decoder.raw_decode(text, at)
+            value, at = decoder.raw_decode(text, at)
             calls += map(_call, value) if isinstance(value, list) else [_call(value)]
         else:
             end = text.find("{", at)
             name, _, call_id = text[at : end if end > 0 else len(text)].partition("[CALL_ID]")
-            value, at = _decoder.raw_decode(text, end) if end > 0 else _fail("no arguments")
+            value, at = decoder.raw_decode(text, end) if end > 0 else fail("no arguments")
             name = name.removesuffix("[ARGS]").strip()
             calls.append(_call({"name": name, "arguments": value, "id": call_id.removesuffix("[ARGS]")}))
-        at = _behind_space(text, at)
-    return calls or _fail("no call")
+        at = behind_space(text, at)
+    return calls or fail("no call")
 
 
 def deepseek(text: str, types: Mapping[str, Types]) -> list[Call]:
@@ -136,7 +125,7 @@ def deepseek(text: str, types: Mapping[str, Types]) -> list[Call]:
     if "```json" in rest:
         name, _, rest = rest.partition("```json")
         rest = rest.rpartition("```")[0]
-    return [_call({"name": name.strip(), "arguments": _loaded(rest)})] if sep else _fail("no separator")
+    return [_call({"name": name.strip(), "arguments": loaded(rest)})] if sep else fail("no separator")
 
 
 def kimi(text: str, types: Mapping[str, Types]) -> list[Call]:
@@ -144,9 +133,7 @@ def kimi(text: str, types: Mapping[str, Types]) -> list[Call]:
     call_id, sep, rest = text.partition("<|tool_call_argument_begin|>")
     call_id = call_id.strip()
     name = re.sub(r":\d+$", "", call_id).removeprefix("functions.")
-    return (
-        [_call({"name": name, "arguments": _loaded(rest), "id": call_id})] if sep else _fail("no arguments")
-    )
+    return [_call({"name": name, "arguments": loaded(rest), "id": call_id})] if sep else fail("no arguments")
 
 
 _XTML = re.compile(r'\s*<\|open\|>argument key="([^"]*)" type="(\w+)"<\|sep\|>')
@@ -160,11 +147,16 @@ def kimi_xtml(text: str, types: Mapping[str, Types]) -> list[Call]:
         raise ValueError("no tool")
     arguments, at = {}, head.end()
     while argument := _XTML.match(text, at):
-        end = text.find(_XTML_END, argument.end())
-        value = text[argument.end() : end] if end >= 0 else _fail("an argument is cut off")
-        arguments[unescape(argument[1])] = value if argument[2] == "string" else _loaded(value)
+        if argument[2] == "string":
+            end = text.find(_XTML_END, argument.end())
+            value = text[argument.end() : end] if end >= 0 else fail("an argument is cut off")
+        else:
+            value, end = decoder.raw_decode(text, behind_space(text, argument.end()))
+            end = behind_space(text, end)
+            end = end if text.startswith(_XTML_END, end) else fail("more than a value")
+        arguments[unescape(argument[1])] = value
         at = end + len(_XTML_END)
-    return [Call(unescape(head[1]), arguments)] if not text[at:].strip() else _fail("more than arguments")
+    return [Call(unescape(head[1]), arguments)] if not text[at:].strip() else fail("more than arguments")
 
 
 _PARAMETER = re.compile(r"<parameter=([^<>\n]+)>(\n?)")
@@ -178,7 +170,7 @@ def qwen(text: str, types: Mapping[str, Types]) -> list[Call]:
     """JSON (Hermes), or ``<function=f>`` with a ``<parameter=p>`` for each argument."""
     if "<function=" not in text:
         return in_json(text, types)
-    return [_qwen_call(part, types) for part in _FUNCTION.split(text)[1:]] or _fail("no call")
+    return [_qwen_call(part, types) for part in _FUNCTION.split(text)[1:]] or fail("no call")
 
 
 def _qwen_call(text: str, types: Mapping[str, Types]) -> Call:
@@ -208,6 +200,7 @@ def _parameters(text: str) -> Iterator[tuple[str, str]]:
 
 _KEY = re.compile(r"\s*<arg_key>")
 _VALUE = re.compile(r"\s*<arg_value>")
+_KEY_END, _VALUE_END_GLM = "</arg_key>", "</arg_value>"
 
 
 def glm(text: str, types: Mapping[str, Types]) -> list[Call]:
@@ -216,54 +209,90 @@ def glm(text: str, types: Mapping[str, Types]) -> list[Call]:
     at = text.find(name) + len(name)
     known, arguments = types.get(name, {}), {}
     while key := _KEY.match(text, at):
-        end = text.find("</arg_key>", key.end())
-        value = _VALUE.match(text, end + len("</arg_key>")) if end >= 0 else None
+        end = text.find(_KEY_END, key.end())
+        value = _VALUE.match(text, end + len(_KEY_END)) if end >= 0 else None
         if value is None:
             raise ValueError("a key has no value")
         word = text[key.end() : end].strip()
-        end = text.find("</arg_value>", value.end())
-        if end >= 0:
-            written, at = text[value.end() : end], end + len("</arg_value>")
+        schema = known.get(word)
+        if not is_text(schema) and (found := _json_until(text, value.end(), _VALUE_END_GLM)):
+            written, at = found
+        elif (end := text.find(_VALUE_END_GLM, value.end())) >= 0:
+            written, at = text[value.end() : end], end + len(_VALUE_END_GLM)
         else:
             written, at = text[value.end() :].removesuffix("\n").removesuffix("</tool_call>"), len(text)
-        arguments[word] = typed(written, known.get(word))
+        arguments[word] = typed(written, schema)
     if not name or text[at:].strip():
         raise ValueError("no call, or more than its arguments")
     return [Call(name, arguments)]
 
 
+def glm_is_json(head: str, before: str, types: Mapping[str, Types]) -> bool:
+    """Is the value behind ``before`` written in JSON, as the tool that ``head`` names says?"""
+    name = head.partition("<arg_key>")[0].strip()
+    key = before.rpartition("<arg_key>")[2].partition(_KEY_END)[0].strip()
+    return not is_text(types.get(name, {}).get(key))
+
+
+def _json_until(text: str, at: int, end: str) -> tuple[str, int] | None:
+    """A list, object or string in JSON that ``end`` follows, and where that ends: a string may have an
+    ``end`` in it."""
+    begin = behind_space(text, at)
+    if begin == len(text) or text[begin] not in '[{"':
+        return None
+    try:
+        _, behind = decoder.raw_decode(text, begin)
+    except (ValueError, RecursionError):
+        return None
+    behind = behind_space(text, behind)
+    return (text[at:behind], behind + len(end)) if text.startswith(end, behind) else None
+
+
 _INVOKE = re.compile(r'\s*<｜DSML｜ ?invoke name="([^"<]*)"\s*(/?)>')
-_INVOKE_END = re.compile(r"</｜DSML｜ ?invoke>")
-_DSML = re.compile(r'<｜DSML｜ ?parameter name="([^"<]*)"(?: string="(true|false)")?[^<>]*>')
+_INVOKE_END = r"(?P<invoke></｜DSML｜ ?invoke>)"
+_DSML_PART = re.compile(
+    r'<｜DSML｜ ?parameter name="(?P<name>[^"<]*)"(?: string="(?P<string>true|false)")?[^<>]*>|' + _INVOKE_END
+)
 _DSML_END = re.compile(r"</｜DSML｜ ?parameter>")
+_DSML_VALUE_END = re.compile(r"\s*</｜DSML｜ ?(?:parameter|(?P<invoke>invoke))>")
 
 
 def dsml(text: str, types: Mapping[str, Types]) -> list[Call]:
     """DeepSeek from V3.2 on: ``<｜DSML｜invoke name="f">`` with parameters that say whether they are text."""
-    return list(_dsml_calls(text)) or _fail("no call")
+    return list(_dsml_calls(text)) or fail("no call")
 
 
 def _dsml_calls(text: str) -> Iterator[Call]:
     at = 0
     while begun := _INVOKE.match(text, at):
-        at, body = begun.end(), ""
-        if not begun[2]:
-            end = _INVOKE_END.search(text, at) or _fail("a call is cut off")
-            body, at = text[at : end.start()], end.end()
-        found = _loaded(body) if body.lstrip().startswith("{") else dict(_dsml_arguments(body))
+        at, found = begun.end(), dict[str, Any]()
+        begin = behind_space(text, at)
+        if not begun[2] and text.startswith("{", begin):
+            found, at = decoder.raw_decode(text, begin)
+            end = _DSML_VALUE_END.match(text, at)
+            at = end.end() if end and end["invoke"] else fail("more than arguments")
+        elif not begun[2]:
+            at = _dsml_arguments(text, at, found)
         yield Call(begun[1], found)
     if text[at:].strip():
         raise ValueError("more than calls")
 
 
-def _dsml_arguments(text: str) -> Iterator[tuple[str, Any]]:
-    at = 0
-    while begun := _DSML.search(text, at):
-        end = _DSML_END.search(text, begun.end())
-        if end is None:
-            return
-        value, at = text[begun.end() : end.start()], end.end()
-        yield begun[1], _loaded(value) if begun[2] == "false" else value
+def _dsml_arguments(text: str, at: int, found: dict[str, Any]) -> int:
+    """Into ``found``; where the call ends."""
+    while part := _DSML_PART.search(text, at) or fail("a call is cut off"):
+        at = part.end()
+        if part["invoke"]:
+            return at
+        if part["string"] == "false":
+            value, at = decoder.raw_decode(text, behind_space(text, at))
+            end = _DSML_VALUE_END.match(text, at)
+            at = end.end() if end and not end["invoke"] else fail("more than a value")
+        else:
+            ended = _DSML_END.search(text, at) or fail("a value is cut off")
+            value, at = text[at : ended.start()], ended.end()
+        found[part["name"]] = value
+    return at
 
 
 _QUOTE = '<|"|>'
@@ -283,59 +312,9 @@ def gemma(text: str, types: Mapping[str, Types]) -> list[Call]:
     outline = _GEMMA_KEY.sub(lambda found: f"{found[1]}{json.dumps(found[2].strip())}:", outline)
     rest = iter(texts)
     value = re.sub("\x00", lambda _: json.dumps(next(rest)), outline)
-    return [_call({"name": head[1].strip(), "arguments": _loaded(value)})]
-
-
-def schemas_of(parameters: Mapping[str, Any] | None) -> Types:
-    properties = (parameters or {}).get("properties")
-    return properties if isinstance(properties, dict) else {}
-
-
-def typed(text: str, schema: Any) -> Any:
-    """A value that is written without its type, as the tool's schema says; what fits no type is text."""
-    kinds = _kinds(schema)
-    if not kinds:
-        try:
-            return _loaded(text)
-        except (ValueError, RecursionError):
-            return text
-    word = text.strip()
-    if "null" in kinds and word in ("null", "None"):
-        return None
-    if "boolean" in kinds and word.lower() in ("true", "false"):
-        return word.lower() == "true"
-    wanted = {"integer": int, "number": (int, float), "object": dict, "array": list}
-    found = list[Any]()
-    for read in (_loaded, _literal):  # once, of however many kinds a client's schema is
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            found.append(read(word))
-    for kind in dict.fromkeys(kinds):
-        if kind in wanted:
-            for each in found:
-                is_whole = kind == "integer" and isinstance(each, float) and each.is_integer()
-                value = int(each) if is_whole else each
-                if isinstance(value, wanted[kind]) and not isinstance(value, bool):  # type: ignore[arg-type]
-                    return value
-    return text
-
-
-def _literal(text: str) -> Any:
-    return ast.literal_eval(text) if len(text) <= MAX_LITERAL_CHARS else _fail("too long")
-
-
-def _kinds(schema: Any) -> list[str]:
-    if not isinstance(schema, dict):
-        return []
-    kind = schema.get("type")
-    found = [kind] if isinstance(kind, str) else [each for each in kind or [] if isinstance(each, str)]
-    for name in ("anyOf", "oneOf"):
-        for each in schema.get(name) or []:
-            found += _kinds(each)
-    if not found and isinstance(schema.get("enum"), list):
-        found = ["string"] if all(isinstance(each, str) for each in schema["enum"]) else []
-    return found
+    return [_call({"name": head[1].strip(), "arguments": loaded(value)})]
 
 
 def harmony(name: str, text: str) -> list[Call]:
     """A message to a function, which its header names."""
-    return [_call({"name": name, "arguments": _loaded(text)})]
+    return [_call({"name": name, "arguments": loaded(text)})]

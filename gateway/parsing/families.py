@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from microserve.gateway.parsing import calls
 from microserve.gateway.parsing.calls import Notation
+from microserve.gateway.parsing.openness import Openness, Value, Values
+from microserve.gateway.parsing.typed import Types
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,18 @@ class ToolFamily:
     """Of ``opens``, those that are a part of the call."""
     bare: str = ""
     """An answer that begins with one of these characters is calls as a whole, if it can be read so."""
-    value: tuple[str, str] | None = None
-    """Around a value that is no JSON: within it no marker ends the call."""
+    values: tuple[Value, ...] = ()
+    """Around values, where a call is no JSON as a whole: within one no marker ends the call."""
     id_chars: int = 0
     """Letters and digits of an id, where templates insist on it; 0: OpenAI's form."""
     frame: Frame | None = None
     """None: calls cannot be made to be."""
     each: tuple[str, ...] = ()
     """Ends of the calls of one region."""
+
+    def openness(self, types: Mapping[str, Types]) -> Openness:
+        """Of one call that is no JSON."""
+        return Values(self.values, types)
 
     def end_of_whole(self, text: str) -> int:
         """Of a region that is cut off: where its last whole call ends; 0 without one."""
@@ -88,7 +94,7 @@ TOOLS: Mapping[str, ToolFamily] = {
         ("</tool_call>",),
         ("</tool_call>",),
         kept=("<function=",),
-        value=("<parameter=", "</parameter>"),
+        values=(Value("<parameter=", "</parameter>"),),
         frame=Frame('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", "\n"),
     ),
     "glm": ToolFamily(
@@ -97,7 +103,7 @@ TOOLS: Mapping[str, ToolFamily] = {
         ("</tool_call>",),
         ("</tool_call>",),
         ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
-        value=("<arg_value>", "</arg_value>"),
+        values=(Value("<arg_value>", "</arg_value>", calls.glm_is_json),),
     ),
     "llama": ToolFamily(
         calls.in_python,
@@ -135,7 +141,10 @@ TOOLS: Mapping[str, ToolFamily] = {
         calls.dsml,
         ("<｜DSML｜function_calls>", "<｜DSML｜tool_calls>", "<｜DSML｜ calls>"),
         ("</｜DSML｜function_calls>", "</｜DSML｜tool_calls>", "</｜DSML｜ calls>"),
-        value=('string="true">', "</｜DSML｜"),
+        values=(
+            Value('string="true">', "</｜DSML｜"),
+            Value('string="false">', "</｜DSML｜", is_json=True),
+        ),
         each=("</｜DSML｜invoke>", "</｜DSML｜ invoke>"),
     ),
     "kimi": ToolFamily(
@@ -161,7 +170,13 @@ TOOLS: Mapping[str, ToolFamily] = {
             *("<|close|>message<|sep|>", "<|end_of_msg|>"),
         ),
         ("<|open|>", "<|close|>", "<|sep|>"),
-        value=('type="string"<|sep|>', "<|close|>argument<|sep|>"),
+        values=(
+            Value('type="string"<|sep|>', "<|close|>argument<|sep|>"),
+            *(
+                Value(f'type="{kind}"<|sep|>', "<|close|>argument<|sep|>", is_json=True)
+                for kind in ("array", "object")
+            ),
+        ),
     ),
     "gemma": ToolFamily(
         calls.gemma,
@@ -169,7 +184,7 @@ TOOLS: Mapping[str, ToolFamily] = {
         ("<tool_call|>",),
         ("<tool_call|>", "<|tool_response>", "<turn|>"),
         ('<|"|>',),
-        value=('<|"|>', '<|"|>'),
+        values=(Value('<|"|>', '<|"|>'),),
     ),
     "gpt_oss": ToolFamily(calls.in_json, ()),
 }

@@ -12,7 +12,6 @@ from functools import cached_property
 from itertools import chain
 from typing import Any
 
-from microserve.gateway.parsing.calls import Types
 from microserve.gateway.parsing.families import (
     ANCHORS,
     THOUGHTS,
@@ -25,6 +24,7 @@ from microserve.gateway.parsing.families import (
 )
 from microserve.gateway.parsing.reader import AnswerReader, layout_of
 from microserve.gateway.parsing.regions import Layout
+from microserve.gateway.parsing.typed import Types
 from microserve.protocol.errors import ConfigError
 
 MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]

@@ -14,10 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from microserve.gateway.parsing.calls import BROKEN, Call, Types, harmony
+from microserve.gateway.parsing.calls import BROKEN, Call, harmony
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Kind, Said
 from microserve.gateway.parsing.families import Messages, Thoughts, ToolFamily
-from microserve.gateway.parsing.regions import SINK, Layout, Regions, string_is_open, value_is_open
+from microserve.gateway.parsing.openness import Openness, Strings
+from microserve.gateway.parsing.regions import SINK, Layout, Regions
+from microserve.gateway.parsing.typed import Types
 
 _ALPHABET = string.ascii_letters + string.digits
 MAX_CALLS = 256
@@ -113,6 +115,8 @@ class AnswerReader:
         """Of a message that is a call."""
         self._ids: set[str] = set()
         self._opener = ""
+        self._value: Openness | None = None
+        """Of the call at hand, once it has begun."""
         self._regions = Regions(
             layout,
             is_open=self._is_open,
@@ -155,30 +159,37 @@ class AnswerReader:
         events, self._events = self._events, []
         return events
 
-    def _is_open(self, region: str, body: str) -> bool:
+    def _is_open(self, region: str) -> bool:
         """Is a marker a part of the value at hand?"""
-        if self._is_harmony:
-            return region == SINK and self._is_call and string_is_open("".join(self._body))
-        if region == SINK and self._bare:
-            return string_is_open("".join(self._bare))
-        if self._tools is None or region != "call":
+        if self._value is None or region not in ("call", SINK):
             return False
-        if self._tools.value is not None and not body.lstrip().startswith(("{", "[")):
-            return value_is_open(body.translate(self._marks), self._tools.value)
-        return string_is_open(body)
+        return self._value.is_open
+
+    def _watch(self, text: str) -> None:
+        """Of calls: their first character says how they are written."""
+        if self._value is None:
+            if not text.strip():
+                return
+            tools = self._tools
+            is_json = tools is None or not tools.values or text.lstrip()[0] in "{["
+            self._value = Strings() if tools is None or is_json else tools.openness(self._types)
+        self._value.feed(text.translate(self._marks))
 
     @property
     def _is_call(self) -> bool:
         return self._message.startswith("functions.")
 
     def _on_text(self, region: str, text: str) -> None:
-        kind = self._message if self._is_harmony else region
+        kind = self._message if self._is_harmony and region == SINK else region
         if kind == "reasoning":
             self._show("reasoning", self._thought.push(text.translate(self._no_marks)))
         elif kind == SINK:
             self._on_content(text)
-        elif self._is_call:
+        elif region == "call":
+            self._watch(text)
+        elif region == SINK and self._is_call:
             self._body.append(text)
+            self._watch(text)
 
     def _on_content(self, text: str) -> None:
         """Perhaps all of it is calls, as its first character says."""
@@ -187,6 +198,7 @@ class AnswerReader:
         text, self._lead = self._lead + text, ""
         if self._bare or (text.strip() and text.lstrip()[0] in self._tools.bare):
             self._bare.append(text)
+            self._watch(text)
         elif text.strip():
             self._bare = None
             self._say(text)
@@ -194,7 +206,7 @@ class AnswerReader:
             self._lead = text
 
     def _on_begin(self, region: str, marker: str) -> None:
-        self._opener = ""
+        self._opener, self._value = "", None
         if region == "call":
             bare, self._bare, self._lead = self._bare, None, ""
             self._say("".join(bare or ()))
@@ -202,6 +214,7 @@ class AnswerReader:
                 self._opener = marker
 
     def _on_end(self, region: str, text: str, is_whole: bool) -> None:
+        self._value = None
         if region == "header":
             self._message = _message_of(text.translate(self._marks))
         elif region == "call":

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 SINK = "content"
 """Between all regions: what has no marker around it."""
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*("?)', re.DOTALL)
 
 
 class Markers:
@@ -67,15 +66,15 @@ class Regions:
         self,
         layout: Layout,
         *,
-        is_open: Callable[[str, str], bool],
+        is_open: Callable[[str], bool],
         on_text: Callable[[str, str], None],
         on_begin: Callable[[str, str], None],
         on_end: Callable[[str, str, bool], None],
         streamed: frozenset[str],
     ) -> None:
-        """Text of ``streamed`` regions goes to ``on_text(region, text)`` as it comes, that of others to
-        ``on_end(region, text, is_whole)``; ``on_begin(region, marker)`` is told of each.
-        ``is_open(region, text)``: does a value go on, so that a marker is none?"""
+        """Text goes to ``on_text(region, text)`` as it comes, that of regions that are not ``streamed`` as a
+        whole to ``on_end(region, text, is_whole)``, too; ``on_begin(region, marker)`` is told of each.
+        ``is_open(region)``: does a value go on behind the text so far, so that a marker is none?"""
         self.region = SINK
         self._layout = layout
         self._is_open = is_open
@@ -108,13 +107,12 @@ class Regions:
     def _take(self, text: str) -> None:
         if not text:
             return
-        if self.region in self._streamed:
-            self._on_text(self.region, text)
-        else:
+        self._on_text(self.region, text)
+        if self.region not in self._streamed:
             self._parts.append(text)
 
     def _mark(self, marker: str) -> None:
-        if self._is_open(self.region, "".join(self._parts)):
+        if self._is_open(self.region):
             self._take(marker)
             return
         opened = self._layout.opens.get(marker) if self.region == SINK else None
@@ -127,16 +125,3 @@ class Regions:
         region, self.region = self.region, SINK
         body, self._parts = "".join(self._parts), []
         self._on_end(region, body, is_whole)
-
-
-def string_is_open(text: str) -> bool:
-    """Does this beginning of a JSON text end within a string?"""
-    return any(not found[1] for found in _STRING.finditer(text))
-
-
-def value_is_open(text: str, marks: tuple[str, str]) -> bool:
-    """The same of values between other marks."""
-    if marks[0] == marks[1]:
-        return text.count(marks[0]) % 2 == 1
-    begin = text.rfind(marks[0])
-    return begin >= 0 and text.find(marks[1], begin + len(marks[0])) < 0

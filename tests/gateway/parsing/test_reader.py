@@ -242,12 +242,34 @@ def test_how_values_end(family: str, text: str, arguments: dict[str, object]) ->
     assert (call.name, call.arguments) == ("f", arguments)
 
 
+NESTED = {
+    "glm": "<tool_call>g<arg_key>o</arg_key><arg_value>%s</arg_value></tool_call>",
+    "deepseek_dsml": '<｜DSML｜function_calls><｜DSML｜invoke name="g">'
+    '<｜DSML｜parameter name="o" string="false">%s'
+    "</｜DSML｜parameter></｜DSML｜invoke></｜DSML｜function_calls>",
+    "kimi_xtml": '<|open|>call tool="g" index="1"<|sep|><|open|>argument key="o" type="object"<|sep|>%s'
+    "<|close|>argument<|sep|><|close|>call<|sep|>",
+}
+
+
+@pytest.mark.parametrize("family", NESTED)
+@pytest.mark.parametrize("cut", [1, 3, 1000])
+def test_an_end_in_a_string_of_an_object_is_text(family: str, cut: int) -> None:
+    before, after = NESTED[family].split("%s")
+    value = {"a": f'"{after}\\', "b": [after, "\\"]}
+    text = before + json.dumps(value, ensure_ascii=False) + after
+    events = events_of(family, [text[at : at + cut] for at in range(0, len(text), cut)])
+    [arguments] = [json.loads(each.text) for each in events if isinstance(each, Arguments)]
+    assert arguments == {"o": value}
+
+
 LONG: dict[str, Callable[[int], str]] = {
     "white space": lambda n: " " * n,
     "beginnings of markers": lambda n: "<" * n,
     "open calls": lambda n: "<tool_call>" * (n // 11),
     "an open string": lambda n: '<tool_call>{"' + "a" * n,
-    "markers in a string": lambda n: '<tool_call>{"' + "</tool_call>" * (n // 100),
+    "markers in a string": lambda n: '<tool_call>{"' + "</tool_call>" * (n // 12),
+    "markers in a value": lambda n: "<tool_call><function=f><parameter=a>" + "</tool_call>" * (n // 12),
 }
 
 

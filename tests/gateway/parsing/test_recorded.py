@@ -12,9 +12,9 @@ from canitoolcall.fixtures import Family, Fixture, ReferenceModel, load_fixtures
 from canitoolcall.pytest_plugin import family_for
 from canitoolcall.results import Observation, ParsedToolCall, ParseResult, Status
 
-from microserve.gateway.parsing.calls import schemas_of
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
 from microserve.gateway.parsing.parsers import ModelParsers, Wanted
+from microserve.gateway.parsing.typed import schemas_of
 
 PARSERS: dict[str, tuple[str, str | None]] = {
     "deepseek": ("deepseek", "think"),

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from microserve.gateway.parsing import calls
+from microserve.gateway.parsing import typed
 
 
 def test_a_schema_of_many_kinds_reads_a_value_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    literal = calls._literal
+    literal = typed._literal
 
     def counted(text: str) -> object:
         read.append(text)
         return literal(text)
 
-    monkeypatch.setattr(calls, "_literal", counted)
+    monkeypatch.setattr(typed, "_literal", counted)
     text = "[1, 2"
-    assert calls.typed(text, {"anyOf": [{"type": "integer"}] * 3000}) == text
+    assert typed.typed(text, {"anyOf": [{"type": "integer"}] * 3000}) == text
     assert len(read) == 1
 
 
@@ -31,5 +31,24 @@ def test_a_schema_of_many_kinds_reads_a_value_once(monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_it_is_read_as_its_kind(text: str, kind: str, value: object) -> None:
-    found = calls.typed(text, {"type": kind})
+    found = typed.typed(text, {"type": kind})
     assert (found, type(found)) == (value, type(value))
+
+
+DEFS = {"Shape": {"type": "object"}, "Colour": {"enum": ["red"]}, "Me": {"$ref": "#/$defs/Me"}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"anyOf": [{"$ref": "#/$defs/Shape"}, {"type": "null"}]}, '{"a": 1}', {"a": 1}),
+        ({"anyOf": [{"$ref": "#/$defs/Shape"}, {"type": "null"}]}, "null", None),
+        ({"allOf": [{"$ref": "#/$defs/Colour"}]}, "red", "red"),
+        ({"$ref": "#/$defs/Colour"}, "1", "1"),
+        ({"$ref": "#/$defs/Me"}, "1", 1),
+        ({"$ref": "#/$defs/None"}, "x", "x"),
+    ],
+)
+def test_a_reference_is_what_it_refers_to(schema: object, text: str, value: object) -> None:
+    types = typed.schemas_of({"properties": {"p": schema}, "$defs": DEFS})
+    assert typed.typed(text, types["p"]) == value
