@@ -24,6 +24,7 @@ from microserve.protocol.errors import ConfigError, InternalError
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.model.attention.step import StepAttention
 from microserve.services.engine.model.end_tokens import eos_of
+from microserve.services.engine.model.families import foreign_layers, foreign_rope, refusal_of
 from microserve.services.engine.model.model_files import read_json
 from microserve.services.engine.model.revision import own_memory, revision_of
 from microserve.services.engine.model.spec import ModelSpec
@@ -34,15 +35,10 @@ ATTENTION = "microserve_paged"
 STEP = "microserve_step"
 """Keyword of ``module(...)`` that carries the :class:`AttentionStep` to every layer."""
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Frequencies that depend on the length of the batch (dynamic, longrope) would make a token's K depend on its
-# neighbours in the step, and on when it was computed.
-_ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
-# Settings of attention variants that our attention function does not compute.
-_UNSUPPORTED = ("quantization_config", "attn_logit_softcapping", "attention_chunk_size", "kv_lora_rank")
+_NOT_COMPUTED = ("softcap", "s_aux", "position_bias")
+"""What attention may be asked for besides: leaving it out would give other tokens."""
 # Buffers that older checkpoints carry and modules compute by themselves.
 _HARMLESS_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
@@ -86,13 +82,13 @@ def load_model(
             f"model.load_format is {load_format!r}, must be 'auto' or 'random'", field="model.load_format"
         )
     raw = read_json(directory / "config.json")
-    if raw.get("model_type") not in MODEL_TYPES:
-        raise _refusal(directory, f"model_type {raw.get('model_type')!r} is not one of {list(MODEL_TYPES)}")
+    if why := refusal_of(raw):
+        raise _refusal(directory, why)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # whatever transformers' validators raise, the fault is the directory's
         raise _refusal(directory, f"config.json: {error}") from error
-    _check_supported(directory, raw, config)
+    _check_supported(directory, config)
     transformers_logging.disable_progress_bar()
     module = None if load_format == "random" else _pretrained(directory, dtype)
     try:
@@ -132,7 +128,7 @@ def _spec(
 
 def _sliding_windows(config: Any) -> frozenset[int | None]:
     window = None
-    if getattr(config, "use_sliding_window", True):
+    if getattr(config, "use_sliding_window", True):  # Qwen's switch
         window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if window is None or not kinds:
@@ -140,19 +136,14 @@ def _sliding_windows(config: Any) -> frozenset[int | None]:
     return frozenset(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _check_supported(directory: Path, raw: dict[str, Any], config: Any) -> None:
-    for name in raw.get("architectures") or []:
-        if not name.endswith("ForCausalLM"):
-            raise _refusal(directory, f"architecture {name} is not a causal language model")
-    for name in _UNSUPPORTED:
-        if raw.get(name) is not None:
-            raise _refusal(directory, f"{name} {raw[name]!r} is not supported")
-    foreign = set(getattr(config, "layer_types", None) or []) - _LAYER_TYPES
-    if foreign:
-        raise _refusal(directory, f"layer types {sorted(foreign)} are not supported")
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
-        raise _refusal(directory, f"rope_type {rope_type!r} is not one of {sorted(_ROPE_TYPES)}")
+def _check_supported(directory: Path, config: Any) -> None:
+    """What config.json leaves open and transformers has filled in."""
+    rope = getattr(config, "rope_parameters", None)
+    if why := foreign_layers(getattr(config, "layer_types", None)) or foreign_rope(rope):
+        raise _refusal(directory, why)
+    for name in ("attn_logit_softcapping", "attention_chunk_size"):
+        if getattr(config, name, None) is not None:
+            raise _refusal(directory, f"{name} {getattr(config, name)!r} is not supported")
     if config.num_attention_heads % config.num_key_value_heads:
         raise _refusal(
             directory,
@@ -229,6 +220,9 @@ def _attention(
     step: AttentionStep | None = kwargs.get(STEP)
     if step is None:
         raise InternalError(f"a model of the engine was called without {STEP}")
+    for name in _NOT_COMPUTED:
+        if kwargs.get(name) is not None:
+            raise InternalError(f"a model asks its attention for {name}, which is not computed")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     kv = step.layers[layer]
     step.attention.write(kv, key[0].transpose(0, 1), value[0].transpose(0, 1))

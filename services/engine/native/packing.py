@@ -18,6 +18,7 @@ from microserve.kernels.cpu.library import Library, choose_variant, library
 from microserve.kernels.cpu.packing import LayerWeights, pack
 from microserve.kernels.cpu.weights import MAX_GROUP, Shape
 from microserve.kernels.kernel_cache import KernelUnavailable
+from microserve.services.engine.model.families import NATIVE
 from microserve.services.engine.model.model import LoadedModel
 from microserve.services.engine.model.rope import rope_tables
 from microserve.services.engine.model.spec import ModelSpec
@@ -30,6 +31,8 @@ def missing(model: LoadedModel) -> str | None:
     """What of the model the native step does not compute; None: nothing."""
     spec, module = model.spec, model.module
     config: Any = module.config
+    if config.model_type not in NATIVE:  # whose layers have what it would leave out
+        return f"models of the family {config.model_type}"
     if spec.dtype not in ("bfloat16", "float32"):
         return f"model.dtype {spec.dtype}"
     if (activation := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from microserve.kernels.exact.launch import kernels_digest
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.numerics import Numerics
+from microserve.services.engine.model.families import NATIVE
 from microserve.services.engine.model.model import DTYPES, LoadedModel
 from microserve.services.engine.model.rope import Floats, rope_tables
 
@@ -81,6 +82,8 @@ def make_exact(model: LoadedModel) -> LoadedModel:
     if importlib.util.find_spec("triton") is None:
         raise ConfigError(f"{FIELD} needs Triton, which is not installed", field=FIELD)
     module: Any = model.module
+    if module.config.model_type not in NATIVE:  # whose parts may be called as ours are and be others
+        raise ConfigError(f"{FIELD} does not know the family {module.config.model_type}", field=FIELD)
     device = module.lm_head.weight.device
     tables = rope_tables(module.model.rotary_emb.to("cpu"), model.spec.max_model_len)
     known = _known(model, tables, device)

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from microserve.kvcache.layout import K, KvLayout, V
+from microserve.kvcache.layout import K, V
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.core.batch import Batch, Chunk, Sampled, SampleSpec
+from microserve.services.engine.core.batch import Batch, Chunk, Sampled
 from microserve.services.engine.model.attention.flashinfer import FlashInfer
 from microserve.services.engine.model.attention.step import MakeAttention, device_attention
-from microserve.services.engine.model.model import LoadedModel, load_model
+from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
 from tests.support.engine.device.flashinfer_stand_in import StandInWrapper
+from tests.support.engine.random_batches import (
+    BLOCK_SIZE,
+    NUM_BLOCKS,
+    World,
+    random_prompt,
+    serve,
+    spec_of,
+)
 from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
 
-NUM_BLOCKS, BLOCK_SIZE = 64, 4
-GREEDY = SamplingParams(temperature=0.0, max_tokens=64)
 ATTENTIONS: dict[str, MakeAttention | None] = {
     "host": None,
     "device": device_attention,
@@ -42,58 +46,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@dataclass
-class World:
-    """One model twice: ours on a region of memory, and transformers' own as the oracle."""
-
-    model: LoadedModel
-    oracle: Any
-    make_attention: MakeAttention | None = None
-    region: npt.NDArray[np.uint8] = field(init=False)
-    runner: ModelRunner = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.clear()
-
-    @property
-    def layout(self) -> KvLayout:
-        spec = self.model.spec
-        return KvLayout(
-            model=spec.name,
-            num_layers=spec.num_layers,
-            num_blocks=NUM_BLOCKS,
-            block_size=BLOCK_SIZE,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            dtype=spec.dtype,
-        )
-
-    def clear(self) -> None:
-        """Unused memory holds NaN (all bits set), as if a sequence with broken numbers had been there."""
-        self.region = np.full(self.layout.data_nbytes, 0xFF, np.uint8)
-        self.runner = ModelRunner(
-            self.model, self.region, NUM_BLOCKS, BLOCK_SIZE, make_attention=self.make_attention
-        )
-
-    def expected(self, prompt: list[int], num_tokens: int) -> list[int]:
-        ids = torch.tensor([prompt])
-        out = self.oracle.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        tokens: list[int] = out[0, len(prompt) :].tolist()
-        return tokens
-
-    def row(self, layer: int, block: int, kv: int, row: int) -> npt.NDArray[np.float32]:
-        """One token's K or V in the region, where the engine's layout says that it is."""
-        begin = self.layout.offset(layer, block, kv, row)
-        return self.region[begin : begin + self.layout.row_nbytes].view(np.float32)
 
 
 @pytest.fixture(scope="module", params=list(ATTENTIONS.values()), ids=list(ATTENTIONS))
@@ -112,57 +64,9 @@ def llama(worlds: dict[str, World]) -> World:
     return worlds["llama"]
 
 
-def spec_of(tokens: list[int], num_prompt: int, params: SamplingParams = GREEDY) -> SampleSpec:
-    return SampleSpec(params, tokens[:num_prompt], tokens[num_prompt:], frozenset())
-
-
 def token_of(sampled: Sampled | None) -> int:
     assert sampled is not None
     return sampled.token_id
-
-
-def random_prompt(rng: random.Random, length: int) -> list[int]:
-    return [rng.randrange(320) for _ in range(length)]
-
-
-@dataclass
-class Sequence:
-    tokens: list[int]
-    num_prompt: int
-    num_output: int
-    blocks: list[int]
-    computed: int = 0
-
-    @property
-    def done(self) -> bool:
-        return len(self.tokens) == self.num_prompt + self.num_output
-
-
-def serve(world: World, prompts: list[list[int]], num_output: int, rng: random.Random) -> list[list[int]]:
-    """Continuous batching at random: who runs, how long a chunk is, which blocks, in which order."""
-    free = list(range(NUM_BLOCKS))
-    rng.shuffle(free)
-    sequences = []
-    for prompt in prompts:
-        needed = -(-(len(prompt) + num_output) // BLOCK_SIZE)
-        sequences.append(Sequence(list(prompt), len(prompt), num_output, [free.pop() for _ in range(needed)]))
-    while any(not sequence.done for sequence in sequences):
-        unfinished = [sequence for sequence in sequences if not sequence.done]
-        running = rng.sample(unfinished, rng.randint(1, len(unfinished)))
-        chunks = []
-        for sequence in running:
-            waiting = len(sequence.tokens) - sequence.computed
-            length = rng.randint(1, waiting)
-            begin, sequence.computed = sequence.computed, sequence.computed + length
-            sample = spec_of(sequence.tokens, sequence.num_prompt) if length == waiting else None
-            tokens = sequence.tokens[begin : begin + length]
-            chunks.append(Chunk(id(sequence), tokens, begin, sequence.blocks, begin, sample))
-        result = world.runner.execute(Batch(chunks))
-        for sequence, chunk, sampled in zip(running, chunks, result.sampled, strict=True):
-            assert (sampled is None) == (chunk.sample is None)
-            if sampled is not None:
-                sequence.tokens.append(sampled.token_id)
-    return [sequence.tokens[sequence.num_prompt :] for sequence in sequences]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
