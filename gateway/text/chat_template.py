@@ -129,16 +129,17 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt, ending where the assistant's answer begins. ``options``: the template's own variables.
+        """The prompt, ending where the assistant's answer begins. ``options``: the template's own variables,
+        and ``documents`` and ``add_generation_prompt`` (true unless it says otherwise).
 
         Raises :class:`InvalidRequest` when the template refuses the messages.
         """
         if tools and self._with_tools is not None:
             return self._with_tools.render(messages, tools, options)
-        variables = {**self._special_tokens, **(options or {})}
-        variables |= {"messages": messages, "tools": tools or None, "documents": None}
+        variables: dict[str, Any] = {"add_generation_prompt": True, "documents": None}
+        variables |= {**self._special_tokens, **(options or {}), "messages": messages, "tools": tools or None}
         try:
-            return self._template.render({"add_generation_prompt": True, **variables})
+            return self._template.render(variables)
         except Exception as error:  # a template is a program: it may raise anything
             raise InvalidRequest(
                 f"the model's chat template refused the messages: {error}", field="messages"

@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.continued import Continued
 from microserve.gateway.text.control import ControlText
 from microserve.gateway.text.detokenizer import Detokenizer
 from microserve.gateway.text.options import TextOptions
@@ -152,9 +153,11 @@ class ModelTokenizer:
         options: Mapping[str, Any] | None = None,
         *,
         max_tokens: int,
+        continues: bool = False,
     ) -> Sequence[int]:
         """Ids of a conversation, ready for the assistant's answer. ``tools`` and ``options`` are for the
-        template; control tokens in all three are text.
+        template; control tokens in all three are text. ``continues``: the answer goes on with the last
+        message.
 
         Raises :class:`InvalidRequest` (field ``messages``) without a template or if it refuses them.
         """
@@ -163,7 +166,12 @@ class ModelTokenizer:
         escape = ""
         if self._control is not None:
             messages, tools, options, escape = self._control.escaped(messages, tools, options or {})
-        text = await self._renderer(messages, tools, options)
+        if continues:
+            continued = Continued(messages)
+            options = {**(options or {}), "add_generation_prompt": False}
+            text = continued.cut(await self._renderer(continued.messages, tools, options))
+        else:
+            text = await self._renderer(messages, tools, options)
         if escape and self._control is not None:
             self._check_length(text, max_tokens, "messages")
             loop = asyncio.get_running_loop()
