@@ -118,6 +118,11 @@ class Choice:
         return self.finish_reason
 
     @property
+    def stop_string(self) -> str | None:
+        """The one of the request's that has ended it."""
+        return None if self._matcher is None else self._matcher.matched
+
+    @property
     def ended(self) -> Ended | None:
         """The router's own account of the choice, once it is in."""
         return None if self.mailbox is None else self.mailbox.ended

@@ -55,7 +55,12 @@ class StopMatcher:
         self._patterns = [_Pattern(stop) for stop in stops]
         self._first_characters = frozenset(stop[0] for stop in stops)
         self._held = ""
-        self.stopped = False
+        self.matched: str | None = None
+        """The stop string that was found."""
+
+    @property
+    def stopped(self) -> bool:
+        return self.matched is not None
 
     def push(self, text: str, *, may_stop: bool = True) -> str:
         """Text that is certainly visible now; empty after a match (``stopped``).
@@ -75,7 +80,7 @@ class StopMatcher:
                 if pattern.advance(character) == len(pattern.text):
                     complete = max(complete, len(pattern.text))
             if complete and may_stop:
-                self.stopped = True
+                self.matched = pending[position - complete : position]
                 self._held = ""
                 return pending[: position if self._include else position - complete]
         longest = max(pattern.open_length for pattern in self._patterns)

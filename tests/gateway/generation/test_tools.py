@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import pytest
 from openai.lib.streaming.chat import AsyncChatCompletionStreamManager
 from tokenizers import Tokenizer
 
-from microserve.protocol.messages.engine import TokenLogprob
-from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world, run, special_id
-from tests.support.gateway.talking_model import TOOLS, call, make_talking_model, talking_tokenizer
+from tests.support.gateway.gateway_world import GatewayWorld, gateway_world, run, special_id
+from tests.support.gateway.talking_model import TOOLS, call, make_talking_model, saying, talking_tokenizer
 
 USER: list[Any] = [{"role": "user", "content": "hi"}]
 CITY = "Z\u00fcrich \u65e5\u672c \U0001f600"
@@ -31,21 +29,6 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokens() -> Tokenizer:
     return talking_tokenizer()
-
-
-def saying(
-    tokens: Tokenizer, text: str, *, at_once: bool = False, reason: str = "stop"
-) -> Callable[[Served], None]:
-    stop = special_id(tokens, "<|im_end|>")
-
-    def answer(served: Served) -> None:
-        ids = [*tokens.encode(text).ids, *([stop] if reason == "stop" else [])]
-        wants = served.message.sampling.logprobs is not None
-        for part in [ids] if at_once else [[each] for each in ids]:
-            served.send(part, logprobs=[TokenLogprob(-0.25, []) for _ in part] if wants else [])
-        served.end(reason, **({"stop_token_id": stop} if reason == "stop" else {}))
-
-    return answer
 
 
 def client_of(world: GatewayWorld) -> openai.AsyncOpenAI:

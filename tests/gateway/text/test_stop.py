@@ -40,6 +40,7 @@ def test_any_cut_gives_the_same_visible_text(text: str, stops: list[str], cuts: 
     if not matcher.stopped:
         shown += matcher.flush()
     assert (shown, matcher.stopped) == (expected, stopped)
+    assert matcher.matched is None or (matcher.matched in stops and text.startswith(shown + matcher.matched))
 
 
 @given(text=st.text(LETTERS, max_size=40), stops=STOPS)
@@ -56,12 +57,13 @@ def test_of_stop_strings_that_end_together_the_longest_counts(stops: list[str]) 
     matcher = StopMatcher(stops)
     assert matcher.push("1xa") == "1"
     assert matcher.push("b") == ""
-    assert matcher.stopped
+    assert matcher.matched == "xab"
 
 
 @pytest.mark.parametrize("stops", [["abc", "b"], ["b", "abc"]])
 def test_the_stop_string_that_is_complete_first_counts(stops: list[str]) -> None:
-    assert StopMatcher(stops).push("abc") == "a"
+    matcher = StopMatcher(stops)
+    assert (matcher.push("abc"), matcher.matched) == ("a", "b")
 
 
 def test_text_after_the_match_is_swallowed() -> None:

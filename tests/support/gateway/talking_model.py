@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from tests.support.gateway.gateway_world import make_tokenizer
+from microserve.protocol.messages.engine import TokenLogprob
+from tests.support.gateway.gateway_world import Served, make_tokenizer, special_id
 
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 TEMPLATE = (
@@ -54,3 +56,19 @@ def call(name: str, **arguments: Any) -> str:
     return (
         f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
     )
+
+
+def saying(
+    tokens: Tokenizer, text: str, *, at_once: bool = False, reason: str = "stop"
+) -> Callable[[Served], None]:
+    """A router's answer to every request: this text, token by token or at once, and its end."""
+    stop = special_id(tokens, "<|im_end|>")
+
+    def answer(served: Served) -> None:
+        ids = [*tokens.encode(text).ids, *([stop] if reason == "stop" else [])]
+        wants = served.message.sampling.logprobs is not None
+        for part in [ids] if at_once else [[each] for each in ids]:
+            served.send(part, logprobs=[TokenLogprob(-0.25, []) for _ in part] if wants else [])
+        served.end(reason, **({"stop_token_id": stop} if reason == "stop" else {}))
+
+    return answer
