@@ -10,9 +10,9 @@ import psutil
 import pytest
 from tokenizers import Tokenizer
 
-from tests.gateway.generation.test_tools import USER, client_of, saying
+from tests.gateway.generation.test_tools import USER, client_of
 from tests.support.gateway.gateway_world import gateway_world, run
-from tests.support.gateway.talking_model import make_talking_model, talking_tokenizer
+from tests.support.gateway.talking_model import make_talking_model, saying, talking_tokenizer
 
 
 @pytest.fixture(scope="module")
