@@ -1,14 +1,14 @@
-"""The OpenAI API over HTTP on one side, routers on the bus on the other: text here, token ids there.
+"""HTTP APIs on one side, routers on the bus on the other: text here, token ids there.
 
 Owns HTTP, text, and a client's stream for as long as it lasts. Must not know engines, KV, strategies or
 torch: it imports ``protocol`` and nothing else of ours.
 
-    app -> generation -> state -> helper -> openai -> text -> parsing, routers -> protocol
-                                            http -> routers (one error), keys
+    app -> generation -> state -> helper -> dialects -> openai -> api -> request -> text -> parsing, routers
+                                        http -> routers (one error), keys          grammar
 
-Start with ``app.py`` (paths), then ``generation/completion.py`` (one request from its first byte to its
-last), then ``routers/client.py``. ``server.py`` is the order in which a process is made and closed;
-``state.py`` what its handlers share; ``operator_routes.py`` and ``metrics.py`` are for operators. Of several
-processes on one port (``gateway.workers``) each is a gateway: ``worker.py`` is its part of the settings,
-``siblings.py`` what they say together.
+Start with ``app.py`` (paths) and ``dialects.py`` (APIs), then ``generation/completion.py`` (one request from
+its first byte to its last), then ``routers/client.py``. ``server.py`` is the order in which a process is made
+and closed; ``state.py`` what its handlers share; ``operator_routes.py`` and ``metrics.py`` are for operators.
+Of several processes on one port (``gateway.workers``) each is a gateway: ``worker.py`` is its part of the
+settings, ``siblings.py`` what they say together.
 """

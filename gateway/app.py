@@ -14,19 +14,16 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from microserve.gateway import operator_routes
-from microserve.gateway.generation.completion import Completion, Dialect
+from microserve.gateway.dialects import CHAT, COMPLETIONS
+from microserve.gateway.generation.completion import Completion
 from microserve.gateway.http.errors import (
     ClientGone,
     Forbidden,
     MethodNotAllowed,
     PathNotFound,
-    problem_of,
 )
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.keys.usage import Counts
-from microserve.gateway.openai.chat import ChatFormat, chat_prompts, chat_reading
-from microserve.gateway.openai.completions import CompletionFormat, completion_prompts
-from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
 from microserve.gateway.state import GatewayState
 from microserve.protocol import log
 
@@ -40,18 +37,16 @@ OPERATOR_PATHS = frozenset({"/metrics"})
 NUM_HOT = 2
 """Routes at the head of the table, without parameters."""
 
-_CHAT = Dialect("chat", ChatRequest, chat_prompts, ChatFormat, chat_reading)
-_COMPLETIONS = Dialect("completions", CompletionRequest, completion_prompts, CompletionFormat)
 _EXCHANGE = "microserve.exchange"
 _logger = structlog.get_logger()
 
 
 async def _chat(state: GatewayState, exchange: Exchange) -> None:
-    await Completion(state, exchange, _CHAT).run()
+    await Completion(state, exchange, CHAT).run()
 
 
 async def _completions(state: GatewayState, exchange: Exchange) -> None:
-    await Completion(state, exchange, _COMPLETIONS).run()
+    await Completion(state, exchange, COMPLETIONS).run()
 
 
 class _Endpoint:
@@ -142,7 +137,7 @@ class Application:
                 http_request_id=exchange.request_id,
                 method=exchange.method,
                 path=exchange.path[:128],
-                status=problem_of(failure).status,
+                status=exchange.problem_of(failure).status,
                 code=failure.code,
                 key=exchange.key.name,
             )

@@ -6,11 +6,11 @@ from typing import Any
 
 import msgspec
 
+from microserve.gateway.api.parse import parse
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.metrics import CONTENT_TYPE
 from microserve.gateway.openai.document import document
-from microserve.gateway.openai.parse import parse
 from microserve.gateway.openai.schema import DetokenizeRequest, TokenizeRequest
 from microserve.gateway.openai.tokens import detokenized, tokenized
 from microserve.gateway.state import GatewayState
@@ -74,7 +74,7 @@ async def tokenize(state: GatewayState, exchange: Exchange) -> None:
     with state.bodies.hold(len(body)):
         if len(body) > INLINE_BODY_NBYTES:
             state.check_model(None, exchange.key)  # the name in it is the helper's to check
-            reply = await state.helpers.reply("tokenize", body, state.routers.known_limits)
+            reply = await state.helpers.reply("tokenize", body, state.routers.known_limits, field="prompt")
         else:
             request = parse(body, TokenizeRequest, state.shape)
             state.check_model(request.model, exchange.key)
@@ -88,9 +88,9 @@ async def detokenize(state: GatewayState, exchange: Exchange) -> None:
     with state.bodies.hold(len(body)):
         if len(body) > INLINE_BODY_NBYTES:
             state.check_model(None, exchange.key)
-            reply = await state.helpers.reply("detokenize", body, state.routers.known_limits)
+            reply = await state.helpers.reply("detokenize", body, state.routers.known_limits, field="tokens")
         else:
             request = parse(body, DetokenizeRequest, state.shape)
             state.check_model(request.model, exchange.key)
-            reply = detokenized(request, state.tokenizer)
+            reply = await detokenized(request, state.tokenizer, state.routers.max_model_len)
     await exchange.reply(200, reply)

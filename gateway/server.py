@@ -20,6 +20,7 @@ from pathlib import Path
 
 import structlog
 
+from microserve.gateway.api.parse import Shape
 from microserve.gateway.app import Application
 from microserve.gateway.grammar.checker import GrammarChecker
 from microserve.gateway.helper.helper import Helpers
@@ -35,10 +36,9 @@ from microserve.gateway.keys.reader import KeyReader
 from microserve.gateway.keys.ring import KeyRing
 from microserve.gateway.keys.usage import UsageBook
 from microserve.gateway.metrics import GatewayMetrics
-from microserve.gateway.openai.attributes import Attributes
-from microserve.gateway.openai.defaults import SamplingDefaults
-from microserve.gateway.openai.parse import Shape
 from microserve.gateway.parsing.parsers import ModelParsers
+from microserve.gateway.request.attributes import Attributes
+from microserve.gateway.request.defaults import SamplingDefaults
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.siblings import Siblings
 from microserve.gateway.state import GatewayState

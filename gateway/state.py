@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client.core import Metric
 
+from microserve.gateway.api.parse import Shape
 from microserve.gateway.grammar.checker import GrammarChecker
 from microserve.gateway.helper.helper import Helpers
 from microserve.gateway.http.errors import Forbidden
@@ -19,10 +20,9 @@ from microserve.gateway.keys.key import ANONYMOUS, ApiKey
 from microserve.gateway.keys.quota import Quotas
 from microserve.gateway.keys.ring import KeyRing
 from microserve.gateway.metrics import GatewayMetrics, Levels
-from microserve.gateway.openai.attributes import Attributes
-from microserve.gateway.openai.defaults import SamplingDefaults
-from microserve.gateway.openai.parse import Shape
 from microserve.gateway.parsing.parsers import ModelParsers
+from microserve.gateway.request.attributes import Attributes
+from microserve.gateway.request.defaults import SamplingDefaults
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.siblings import Siblings
 from microserve.gateway.text.tokenizer import ModelTokenizer

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from microserve.gateway.api.format import UsageCounts
 from microserve.gateway.generation.summary import Summary, write_line
 from microserve.gateway.http.errors import ClientGone
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.keys.usage import Counts
-from microserve.gateway.openai.answer import UsageCounts
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Timeline
 from microserve.protocol.errors import MeshError

@@ -6,62 +6,48 @@ answer, and the end whatever happened: cancelled on the bus, counted, one canoni
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from time import monotonic, time
 from typing import Generic, TypeVar
 
 import msgspec
 import structlog
 
+from microserve.gateway.api.dialect import Dialect
+from microserve.gateway.api.fields import RequestBody
+from microserve.gateway.api.format import AnswerFormat, Answering, Ending, FinishedChoice
+from microserve.gateway.api.parse import parse
 from microserve.gateway.generation.accounting import account, usage_of
 from microserve.gateway.generation.constraint import constraint_of
 from microserve.gateway.generation.group import ChoiceGroup
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
-from microserve.gateway.http.errors import ClientGone, problem_of
+from microserve.gateway.http.errors import ClientGone
 from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of
-from microserve.gateway.http.sse import DONE, EventStream, event
-from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice
-from microserve.gateway.openai.parse import parse
-from microserve.gateway.openai.sampling import GenerationOptions, options_of, sampling_of
-from microserve.gateway.openai.schema import GenerationRequest
+from microserve.gateway.http.sse import EventStream
 from microserve.gateway.parsing.events import Event
-from microserve.gateway.parsing.parsers import ModelParsers
-from microserve.gateway.routers.link import ModelLimits
+from microserve.gateway.request.prompts import prompts_of
+from microserve.gateway.request.reading import reading_of
+from microserve.gateway.request.request import GenerateRequest
+from microserve.gateway.request.sampling import check_choices, sampling_of
 from microserve.gateway.routers.mailbox import Mailbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice
-from microserve.gateway.text.reading import Reading
-from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError
 
 _logger = structlog.get_logger()
 
-R = TypeVar("R", bound=GenerationRequest)
+B = TypeVar("B", bound=RequestBody)
 
 MAX_WARNING_CHARS = 1024
 """Of a header."""
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect(Generic[R]):
-    """One of the two kinds of completion."""
+class Completion(Generic[B]):
+    """One HTTP request of any API; ``run`` once."""
 
-    name: str
-    """As the helpers know it."""
-    request: type[R]
-    prompts: Callable[[R, ModelTokenizer, ModelLimits], Awaitable[Sequence[Sequence[int]]]]
-    format: type[AnswerFormat]
-    reading: Callable[[R, ModelParsers], Reading | None] = lambda request, parsers: None
-    """What there is in an answer beside text."""
-
-
-class Completion(Generic[R]):
-    """One HTTP request, chat or text; ``run`` once."""
-
-    def __init__(self, state: GatewayState, exchange: Exchange, dialect: Dialect[R]) -> None:
+    def __init__(self, state: GatewayState, exchange: Exchange, dialect: Dialect[B]) -> None:
         self._state = state
         self._exchange = exchange
         self._dialect = dialect
@@ -114,14 +100,20 @@ class Completion(Generic[R]):
         state, group = self._state, self._group
         if len(body) > INLINE_BODY_NBYTES:
             request, prompts = await self._prepare_large(body)
-            options, limits = self._options(request), state.routers.limits
+            state.check_model(request.model, self._exchange.key)
+            self._begin(request)
+            limits = state.routers.limits
         else:
-            request = parse(body, self._dialect.request, state.shape)
-            options, limits = self._options(request), state.routers.limits
+            asked = parse(body, self._dialect.body, state.shape)
+            state.check_model(asked.model, self._exchange.key)
+            request = self._dialect.into(asked)
+            del asked
+            self._begin(request)
+            limits = state.routers.limits
             group.times.tokenising = monotonic()
-            prompts = await self._dialect.prompts(request, state.tokenizer, limits)
+            prompts = await prompts_of(request, state.tokenizer, limits)
         sampling = sampling_of(request, limits, max(map(len, prompts)), state.defaults)
-        reading = self._dialect.reading(request, state.parsers)
+        reading = reading_of(request, state.parsers)
         grammar, self._warnings = await constraint_of(state, request, reading, prompts[0], group.inbox)
         if grammar is not None:
             sampling = msgspec.structs.replace(sampling, grammar=grammar)
@@ -129,28 +121,31 @@ class Completion(Generic[R]):
         group.submit(
             prompts,
             sampling,
-            options,
+            request,
             ttl_s=ttl_s,
             strategy=strategy,
             attributes=attributes,
             reading=reading,
         )
-        return self._dialect.format(
+        answering = Answering(
+            request,
+            sampling,
             unique_id=self._exchange.unique_id,
             created=int(time()),
             model=state.model,
             fingerprint=f"microserve-{state.version}",
-            include_usage=options.include_usage,
-            with_logprobs=sampling.logprobs is not None,
+            num_prompt_tokens=sum(map(len, prompts)),
         )
+        return self._dialect.format(answering)
 
-    async def _prepare_large(self, body: bytes) -> tuple[R, Sequence[Sequence[int]]]:
+    async def _prepare_large(self, body: bytes) -> tuple[GenerateRequest, Sequence[Sequence[int]]]:
         """By a helper: its request and its prompts' ids. Raises what has ended the inbox meanwhile."""
         state, inbox = self._state, self._group.inbox
         state.check_model(None, self._exchange.key)  # the name in it comes later
         self._group.times.tokenising = monotonic()
         prepared = await state.helpers.prepare(
-            *(self._dialect.name, self._dialect.request, body, state.routers.known_limits),
+            *(self._dialect.name, body, state.routers.known_limits),
+            field=self._dialect.prompt_field,
             is_wanted=lambda: inbox.error is None,
         )
         if prepared is None:
@@ -158,11 +153,9 @@ class Completion(Generic[R]):
             raise inbox.error
         return prepared
 
-    def _options(self, request: R) -> GenerationOptions:
-        self._state.check_model(request.model, self._exchange.key)
-        options = options_of(request, self._state.max_n)
-        self._n, self._stream = options.n, options.stream
-        return options
+    def _begin(self, request: GenerateRequest) -> None:
+        check_choices(request, self._state.max_n)
+        self._n, self._stream = request.n, request.stream
 
     async def _collect_answer(self, answer: AnswerFormat) -> None:
         group = self._group
@@ -182,7 +175,7 @@ class Completion(Generic[R]):
                 choice.index,
                 "".join(texts[choice.index]),
                 tokens[choice.index],
-                reason,
+                Ending(reason, choice.numerics.promise),
                 events[choice.index] if choice.is_read else None,
             )
             for choice in group.choices
@@ -221,16 +214,16 @@ class Completion(Generic[R]):
                         group.raise_failure()
                 finally:
                     inbox.take_at_once = None
-                tail = DONE
-                if answer.include_usage:
+                counts = None
+                if answer.needs_usage:
                     await group.settle()
-                    tail = answer.usage(usage_of(group.choices, self._n)) + DONE
-                await stream.close(tail)
+                    counts = usage_of(group.choices, self._n)
+                await stream.close(answer.end(counts))
             except MeshError as error:
                 if self._exchange.started and not isinstance(error, ClientGone):
                     inbox.cancel()
                     # No [DONE]: that is how a client tells a broken stream from a whole one.
-                    await stream.close(event(problem_of(error).envelope()))
+                    await stream.close(answer.failed(self._exchange.problem_of(error)))
                 raise
 
     def _write_at_once(self, answer: AnswerFormat, stream: EventStream, mailbox: Mailbox) -> bool:
@@ -266,7 +259,7 @@ class Completion(Generic[R]):
             if piece.text or piece.tokens or piece.events:
                 events.append(answer.delta(choice.index, piece))
             if (reason := choice.told_reason) is not None:
-                events.append(answer.finish(choice.index, reason, choice.numerics.promise))
+                events.append(answer.finish(choice.index, Ending(reason, choice.numerics.promise)))
                 finished.append(choice)
         if events:
             await stream.write(b"".join(events))

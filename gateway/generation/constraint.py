@@ -10,11 +10,10 @@ from typing import Any
 
 import msgspec
 
-from microserve.gateway.grammar.asked import Asked, asked_of
+from microserve.gateway.grammar.asked import Asked
 from microserve.gateway.grammar.checker import Checked
-from microserve.gateway.openai.schema import ChatRequest, GenerationRequest
-from microserve.gateway.openai.tools import ToolUse, tool_use_of
 from microserve.gateway.parsing.required import lark_of
+from microserve.gateway.request.request import GenerateRequest, ToolUse
 from microserve.gateway.routers.mailbox import Inbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.reading import Reading
@@ -29,7 +28,7 @@ MAX_SCHEMAS_CHARS = 2 * MAX_GRAMMAR_NBYTES
 
 async def constraint_of(
     state: GatewayState,
-    request: GenerationRequest,
+    request: GenerateRequest,
     reading: Reading | None,
     prompt_ids: Sequence[int],
     inbox: Inbox,
@@ -39,9 +38,8 @@ async def constraint_of(
 
     Where a thought has begun in the prompt, or comes before every answer, the grammar begins behind it.
     """
-    asked = asked_of(request)
+    asked, use = request.grammar, request.tools
     warnings: tuple[str, ...] = ()
-    use = tool_use_of(request) if isinstance(request, ChatRequest) else None
     if use is not None and asked is not None:
         raise InvalidRequest(f"{asked.field} together with tools is not supported", field=asked.field)
     if use is not None and reading is not None and use.must_match:
@@ -80,7 +78,7 @@ async def _of_calls(
     num_chars = 0
     schemas: dict[str, dict[str, Any]] = {}
     warnings: list[str] = []
-    for name, function in use.callable.items():
+    for name, function in use.functions().items():
         schema = _ANY | (function.parameters or {})
         schema.pop("x-guidance", None)  # the library's own options are not a client's to choose
         text = msgspec.json.encode(schema).decode()
@@ -90,9 +88,7 @@ async def _of_calls(
                 f"{field}: the parameters of all tools may have {MAX_SCHEMAS_CHARS} characters together",
                 field=field,
             )
-        place = next(at for at, tool in enumerate(use.shown) if tool["function"]["name"] == name)
-        where = f"tools[{place}].function.parameters"
-        wish = Asked(Grammar(kind="json_schema", text=text), where, bool(function.strict))
+        wish = Asked(Grammar(kind="json_schema", text=text), function.field, function.is_strict)
         checked = await _checked(state, wish, inbox)
         schemas[name] = msgspec.json.decode(checked.grammar.text)
         warnings += checked.warnings

@@ -14,8 +14,8 @@ import msgspec
 
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.keys.salt import cache_salt
-from microserve.gateway.openai.sampling import GenerationOptions, seed_of
-from microserve.gateway.openai.schema import MAX_CHOICES
+from microserve.gateway.request.request import MAX_CHOICES, GenerateRequest
+from microserve.gateway.request.sampling import seed_of
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Piece, Timeline
@@ -51,14 +51,14 @@ class ChoiceGroup:
         self,
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams,
-        options: GenerationOptions,
+        request: GenerateRequest,
         *,
         ttl_s: float,
         strategy: str | None,
         attributes: Mapping[str, str],
         reading: Reading | None = None,
     ) -> None:
-        """Send ``options.n`` choices a prompt to one router, where they share its prefix. ``reading``: None
+        """Send ``request.n`` choices a prompt to one router, where they share its prefix. ``reading``: None
         where an answer is nothing but text.
 
         ``ttl_s`` counts from the request's arrival. Raises :class:`InvalidRequest`, ``QueueFull``,
@@ -67,7 +67,7 @@ class ChoiceGroup:
         """
         state, exchange, inbox = self._state, self._exchange, self.inbox
         self.attributes = attributes
-        count = len(prompts) * options.n
+        count = len(prompts) * request.n
         if count > MAX_CHOICES:
             raise InvalidRequest(f"prompts times n must be at most {MAX_CHOICES}", field="n")
         state.check_open()
@@ -89,16 +89,16 @@ class ChoiceGroup:
             self._expire,
             ttl_s,
         )
-        salt = cache_salt(exchange.key, options.salt, shared=state.shared_prefix_cache)
+        salt = cache_salt(exchange.key, request.salt, shared=state.shared_prefix_cache)
         for index in range(count):
-            prompt_ids = prompts[index // options.n]
+            prompt_ids = prompts[index // request.n]
             make = Choice if reading is None else partial(ReadChoice, reading=reading)
             choice = make(
                 state.tokenizer,
                 index=index,
                 prompt_ids=prompt_ids,
                 sampling=sampling,
-                stop=options.stop,
+                stop=request.stop,
                 eos_token_ids=state.routers.eos_token_ids,
                 times=self.times.copy(),
             )

@@ -1,25 +1,23 @@
-"""A request's fields -> the grammar that it asks for, not yet checked. Pure functions.
+"""What an answer must be, as it is asked for and not yet checked. Pure functions.
 
-Owns which fields these are: OpenAI's ``response_format``, vLLM's ``structured_outputs`` and its older
-``guided_*``. A field that would be ignored is refused by name.
+Owns how a schema, a regular expression, choices, a grammar and structural tags become one; each is given with
+the field that it came by. Which fields there are is an API's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from microserve.gateway.openai.schema import GenerationRequest, ResponseFormat, StructuredOutputs
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.grammar.bounds import check_bounds
 from microserve.protocol.grammar.compiled import OPTIONS
 from microserve.protocol.messages.sampling import Grammar
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True, omit_defaults=True):
     grammar: Grammar
     field: str
     """By which it was asked for, as the client wrote it."""
@@ -27,16 +25,8 @@ class Asked:
     """Nothing may be relaxed."""
 
 
-def asked_of(request: GenerationRequest) -> Asked | None:
-    """What the request wants its output to be; None: anything. Raises :class:`InvalidRequest`."""
-    wishes = [
-        *_of_response_format(request.response_format),
-        *_of_structured_outputs(request.structured_outputs),
-        *_of_schema("guided_json", request.guided_json),
-        *_of_text("regex", "guided_regex", request.guided_regex),
-        *_of_choice("guided_choice", request.guided_choice),
-        *_of_grammar("guided_grammar", request.guided_grammar),
-    ]
+def one_of(wishes: Sequence[Asked]) -> Asked | None:
+    """None: the answer may be anything. Raises :class:`InvalidRequest` for two."""
     if len(wishes) > 1:
         raise InvalidRequest(
             f"{wishes[0].field} and {wishes[1].field} exclude each other", field=wishes[1].field
@@ -44,88 +34,34 @@ def asked_of(request: GenerationRequest) -> Asked | None:
     return wishes[0] if wishes else None
 
 
-def _of_response_format(wish: ResponseFormat | None) -> list[Asked]:
-    if wish is None or wish.type == "text":
-        return []
-    field = "response_format"
-    match wish.type:
-        case "json_object":
-            return [Asked(Grammar(kind="json_object"), field)]
-        case "json_schema":
-            if wish.json_schema is None or wish.json_schema.schema is None:
-                raise InvalidRequest("response_format.json_schema.schema is missing", field=field)
-            where = f"{field}.json_schema.schema"
-            grammar = Grammar(kind="json_schema", text=_schema_text(where, wish.json_schema.schema))
-            return [Asked(grammar, field, bool(wish.json_schema.strict))]
-        case "structural_tag":
-            return [_structural_tag(field, {"structures": wish.structures, "triggers": wish.triggers})]
-    raise InvalidRequest(
-        f"response_format.type {wish.type[:64]!r} is not supported: text, json_object, json_schema and "
-        "structural_tag are",
-        field=field,
-    )
+def json_object(field: str) -> Asked:
+    return Asked(Grammar(kind="json_object"), field)
 
 
-def _of_structured_outputs(wish: StructuredOutputs | None) -> list[Asked]:
-    if wish is None:
-        return []
-    field = "structured_outputs"
-    found = [
-        *_of_schema(f"{field}.json", wish.json),
-        *_of_text("regex", f"{field}.regex", wish.regex),
-        *_of_choice(f"{field}.choice", wish.choice),
-        *_of_grammar(f"{field}.grammar", wish.grammar),
-    ]
-    if wish.json_object:
-        found.append(Asked(Grammar(kind="json_object"), f"{field}.json_object"))
-    if wish.structural_tag is not None:
-        tag = wish.structural_tag
-        found.append(
-            _structural_tag(f"{field}.structural_tag", _decoded(tag) if isinstance(tag, str) else tag)
-        )
-    if not found:
-        raise InvalidRequest("structured_outputs asks for nothing", field=field)
-    return found
+def json_schema(field: str, schema: Any, *, is_strict: bool = False) -> Asked:
+    """``schema``: an object, or its JSON, as vLLM takes it. Raises :class:`InvalidRequest`."""
+    return Asked(Grammar(kind="json_schema", text=_schema_text(field, schema)), field, is_strict)
 
 
-def _of_schema(field: str, schema: Any) -> list[Asked]:
-    if schema is None:
-        return []
-    return [Asked(Grammar(kind="json_schema", text=_schema_text(field, schema)), field)]
-
-
-def _schema_text(field: str, schema: Any) -> str:
-    if isinstance(schema, str):  # vLLM takes the text of one, too
-        schema = _decoded(schema)
-    if not isinstance(schema, dict):
-        raise InvalidRequest(f"{field} must be an object", field=field)
-    return msgspec.json.encode(schema).decode()
-
-
-def _of_text(kind: str, field: str, text: str | None) -> list[Asked]:
-    if text is None:
-        return []
-    if not text:
+def text(kind: str, field: str, written: str) -> Asked:
+    """Of the kinds ``regex`` and ``lark``; GBNF, as llama.cpp and xgrammar have it, becomes Lark when it is
+    checked. Raises :class:`InvalidRequest`."""
+    if not written:
         raise InvalidRequest(f"{field} is empty", field=field)
-    return [Asked(Grammar(kind=kind, text=text), field)]
+    return Asked(Grammar(kind=kind, text=written), field)
 
 
-def _of_choice(field: str, choices: list[str] | None) -> list[Asked]:
-    if choices is None:
-        return []
-    return [Asked(Grammar(kind="choice", text=msgspec.json.encode(choices).decode()), field)]
+def choice(field: str, choices: Sequence[str]) -> Asked:
+    return Asked(Grammar(kind="choice", text=msgspec.json.encode(choices).decode()), field)
 
 
-def _of_grammar(field: str, text: str | None) -> list[Asked]:
-    """Lark, or GBNF as llama.cpp and xgrammar have it, which becomes Lark in the helper."""
-    return _of_text("lark", field, text)
-
-
-def _structural_tag(field: str, tag: Any) -> Asked:
+def structural_tag(field: str, tag: Any) -> Asked:
+    """``tag``: vLLM's ``{"structures": [{"begin", "schema", "end"}], "triggers"}``, or its JSON. Raises
+    :class:`InvalidRequest`."""
     from llguidance import StructTag
 
     try:
-        tags = msgspec.convert(tag, _StructuralTag)
+        tags = msgspec.convert(_decoded(tag) if isinstance(tag, str) else tag, _StructuralTag)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"{field}: {error}", field=field) from None
     parts = []
@@ -157,6 +93,14 @@ class _StructuralTag(msgspec.Struct, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if not 0 < len(self.structures) <= 128:
             raise ValueError("there must be 1 to 128 structures")
+
+
+def _schema_text(field: str, schema: Any) -> str:
+    if isinstance(schema, str):
+        schema = _decoded(schema)
+    if not isinstance(schema, dict):
+        raise InvalidRequest(f"{field} must be an object", field=field)
+    return msgspec.json.encode(schema).decode()
 
 
 def _decoded(text: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -28,6 +28,7 @@ from microserve.gateway.helper.jobs import (
 )
 from microserve.gateway.helper.process import HelperDied, HelperProcess
 from microserve.gateway.helper.work import GRAMMAR_CPU_S, cpu_budget_s
+from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, error_for
 from microserve.protocol.messages.sampling import Grammar
@@ -43,9 +44,6 @@ GRAMMARS_MEMORY_MB = 1024
 WALL_S_PER_CPU_S = 5.0
 """On a machine that has other things to do."""
 START_S = 30.0
-_PROMPTS = {"chat": "messages", "completions": "prompt", "tokenize": "prompt", "detokenize": "tokens"}
-
-R = TypeVar("R", bound=msgspec.Struct)
 
 
 class Helpers:
@@ -105,11 +103,12 @@ class Helpers:
         return answer[0].text, answer[0].warnings
 
     async def prepare(
-        self, kind: str, request: type[R], body: bytes, limits: ModelLimits, is_wanted: Callable[[], bool]
-    ) -> tuple[R, list[Sequence[int]]] | None:
+        self, kind: str, body: bytes, limits: ModelLimits, *, field: str, is_wanted: Callable[[], bool]
+    ) -> tuple[GenerateRequest, list[Sequence[int]]] | None:
         """The request of a large body, without its prompt, and the ids of its prompts; None when its turn
-        came and nobody wanted it any more. Raises what parsing and tokenising it here would."""
-        answer = await self._prepare(kind, body, limits, is_wanted)
+        came and nobody wanted it any more. ``kind``: the name of its dialect; ``field``: of it, that becomes
+        the prompt. Raises what parsing and tokenising it here would."""
+        answer = await self._prepare(kind, body, limits, field, is_wanted)
         if answer is None:
             return None
         prepared, bulk = answer
@@ -122,22 +121,27 @@ class Helpers:
         for length in prepared.lengths:
             prompts.append(ids[begin : begin + length])
             begin += length
-        return msgspec.json.decode(prepared.request, type=request), prompts
+        return msgspec.json.decode(prepared.request, type=GenerateRequest), prompts
 
-    async def reply(self, kind: str, body: bytes, limits: ModelLimits) -> bytes:
+    async def reply(self, kind: str, body: bytes, limits: ModelLimits, *, field: str) -> bytes:
         """The whole reply to a large body for which no router is asked."""
-        answer = await self._prepare(kind, body, limits, None)
+        answer = await self._prepare(kind, body, limits, field, None)
         assert answer is not None
         if not isinstance(answer[0], Answered):
             raise InternalError("a helper gave another job's answer")
         return answer[1]
 
     async def _prepare(
-        self, kind: str, body: bytes, limits: ModelLimits, is_wanted: Callable[[], bool] | None
+        self,
+        kind: str,
+        body: bytes,
+        limits: ModelLimits,
+        field: str,
+        is_wanted: Callable[[], bool] | None,
     ) -> tuple[Result, bytes] | None:
         job = Prepare(kind, limits.max_model_len, limits.vocab_size)
         wall_s = START_S + WALL_S_PER_CPU_S * (self._setup.template_cpu_s + cpu_budget_s(len(body)))
-        return await _ask(self._bodies, job, body, wall_s, _PROMPTS[kind], is_wanted)
+        return await _ask(self._bodies, job, body, wall_s, field, is_wanted)
 
     def end(self, error: MeshError) -> None:
         """Nothing new from now on: what runs or waits raises ``error``."""

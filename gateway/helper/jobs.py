@@ -50,7 +50,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=2, array_like=True):
     """Bulk: a body. Parse it, check it, tokenise its prompts -> ``Prepared``, or ``Answered`` by itself."""
 
     kind: str
-    """Of ``work.KINDS``."""
+    """Of ``gateway/dialects.py``."""
     max_model_len: int
     """As ``vocab_size``: 0 while no router has said."""
     vocab_size: int

@@ -6,37 +6,24 @@ Owns the order of things in the helper; every step is the one that small bodies 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
-from microserve.gateway.grammar.asked import asked_of
+from microserve.gateway.api.parse import Shape, parse
+from microserve.gateway.dialects import COUNTINGS, DIALECTS
 from microserve.gateway.grammar.checker import check_asked
 from microserve.gateway.helper.jobs import Answered, Prepare, Prepared, Result, Setup
-from microserve.gateway.openai.attributes import FIELDS, METADATA
-from microserve.gateway.openai.chat import chat_prompts
-from microserve.gateway.openai.completions import completion_prompts
-from microserve.gateway.openai.parse import Shape, parse
-from microserve.gateway.openai.schema import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerationRequest,
-    Message,
-    TokenizeRequest,
-)
-from microserve.gateway.openai.tokens import detokenized, tokenized
+from microserve.gateway.request.prompts import prompts_of
+from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.tokenizer import Maps, ModelTokenizer
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import InternalError, InvalidRequest, ModelNotFound, NoEngines
 
-LABELS = (*FIELDS, METADATA, "prompt_cache_retention")
 MAX_LABEL_NBYTES = 64 << 10
 MAX_REST_NBYTES = 1 << 20
 """Of a request without its prompt, as it goes back to the gateway: read there in some milliseconds."""
-
-R = TypeVar("R", ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
 
 
 class Preparer:
@@ -56,29 +43,21 @@ class Preparer:
 
     async def prepare(self, job: Prepare, body: bytes) -> tuple[Result, bytes]:
         """The answer and its bulk. Raises what a small body of the kind would."""
-        match job.kind:
-            case "chat":
-                chat = self._parse(body, ChatRequest)
-                prompts = await chat_prompts(chat, self._tokenizer, _limits(job))
-                chat.messages = [Message(role="user", content="")]
-                return _prepared(chat, prompts)
-            case "completions":
-                completion = self._parse(body, CompletionRequest)
-                prompts = await completion_prompts(completion, self._tokenizer, _limits(job))
-                completion.prompt = ""
-                return _prepared(completion, prompts)
-            case "tokenize":
-                asked = self._parse(body, TokenizeRequest)
-                return Answered(), await tokenized(asked, self._tokenizer, job.max_model_len)
-            case "detokenize":
-                return Answered(), detokenized(self._parse(body, DetokenizeRequest), self._tokenizer)
+        if (dialect := DIALECTS.get(job.kind)) is not None:
+            request = dialect.into(self._parsed(body, dialect.body))
+            prompts = await prompts_of(request, self._tokenizer, _limits(job))
+            request.drop_prompt()
+            return _prepared(request, prompts)
+        if (counting := COUNTINGS.get(job.kind)) is not None:
+            asked = self._parsed(body, counting.body)
+            return Answered(), await counting.reply(asked, self._tokenizer, job.max_model_len)
         raise InternalError(f"no job is called {job.kind!r}")
 
-    def _parse(self, body: bytes, kind: type[R]) -> R:
-        request = parse(body, kind, self._shape)
-        if request.model not in (None, self._model):
-            raise ModelNotFound(f"the model {request.model!r} is not served here", field="model")
-        return request
+    def _parsed(self, body: bytes, kind: type[Any]) -> Any:
+        parsed = parse(body, kind, self._shape)
+        if parsed.model not in (None, self._model):
+            raise ModelNotFound(f"the model {parsed.model!r} is not served here", field="model")
+        return parsed
 
 
 def _limits(job: Prepare) -> ModelLimits:
@@ -88,18 +67,17 @@ def _limits(job: Prepare) -> ModelLimits:
     return limits
 
 
-def _prepared(request: GenerationRequest, prompts: Sequence[Sequence[int]]) -> tuple[Result, bytes]:
-    if (asked := asked_of(request)) is not None:
-        check_asked(asked)  # before it is anybody's work to look at a text of any size
-    for name in LABELS:  # may be as large as the body, which no attribute is
-        value = getattr(request, name)
-        if value is not None and len(msgspec.json.encode(value)) > MAX_LABEL_NBYTES:
-            setattr(request, name, None)
+def _prepared(request: GenerateRequest, prompts: Sequence[Sequence[int]]) -> tuple[Result, bytes]:
+    if request.grammar is not None:
+        check_asked(request.grammar)  # before it is anybody's work to look at a text of any size
+    for name, value in list(request.labels.items()):  # may be as large as the body, which no attribute is
+        if len(msgspec.json.encode(value)) > MAX_LABEL_NBYTES:
+            del request.labels[name]
     rest = msgspec.json.encode(request)
     if len(rest) > MAX_REST_NBYTES:  # the gateway reads it in its loop
+        prompt = request.name_of("prompt")
         raise InvalidRequest(
-            f"beside {request.prompt_field} a request may have {MAX_REST_NBYTES} bytes at most, this one has "
-            f"{len(rest)}"
+            f"beside {prompt} a request may have {MAX_REST_NBYTES} bytes at most, this one has {len(rest)}"
         )
     bulk = b"".join(map(encode_tokens, prompts))
     return Prepared(rest, list(map(len, prompts))), bulk

@@ -17,7 +17,14 @@ from typing import Any, Protocol
 import structlog
 from starlette.types import Message, Receive, Scope, Send
 
-from microserve.gateway.http.errors import BodyTimeout, BodyTooLarge, ClientGone, MethodNotAllowed, problem_of
+from microserve.gateway.http.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    ClientGone,
+    MethodNotAllowed,
+    Problem,
+    problem_of,
+)
 from microserve.gateway.keys.key import ANONYMOUS, ApiKey
 from microserve.gateway.keys.quota import Visit
 from microserve.protocol import log
@@ -128,6 +135,8 @@ class Exchange:
         """Whose request it is; set when its key has been checked."""
         self.visit: Visit | None = None
         """What it takes of its key's limits; only where it costs something."""
+        self.problem_of: Callable[[MeshError], Problem] = problem_of
+        """How errors are told: the API's whose path it is."""
         self.limits: Callable[[], Mapping[str, str]] = dict
         """Headers that tell of the key's limits, as of the moment that the answer begins."""
         given = self.text_header(b"x-request-id")
@@ -269,9 +278,9 @@ class Exchange:
     async def refuse(self, error: MeshError) -> None:
         """Answer with an error, if the answer has not begun and anybody is left to read it."""
         if self.started or isinstance(error, ClientGone):
-            self.status = self.status or problem_of(error).status
+            self.status = self.status or self.problem_of(error).status
             return
-        problem = problem_of(error)
+        problem = self.problem_of(error)
         headers = {} if problem.retry_after_s is None else {"retry-after": str(problem.retry_after_s)}
         if problem.status == 401:
             headers["www-authenticate"] = "Bearer"

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
 
-from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
+from microserve.gateway.api.format import Ending, FinishedChoice
+from microserve.gateway.openai.answer import OpenAIFormat, encode
+from microserve.gateway.openai.common import options_of, wish_of
+from microserve.gateway.openai.grammar import asked_of
 from microserve.gateway.openai.schema import ROLES, ChatRequest, ContentPart, Message, ToolCall
 from microserve.gateway.openai.tools import tool_use_of
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
-from microserve.gateway.parsing.parsers import ModelParsers, Wanted
-from microserve.gateway.parsing.typed import schemas_of
-from microserve.gateway.routers.link import ModelLimits
-from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.request.request import Call, Conversation, GenerateRequest, TemplateOption, Turn
 from microserve.gateway.text.choice import Piece
-from microserve.gateway.text.reading import Reading
-from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText
 from microserve.protocol.errors import InvalidRequest
 
@@ -27,61 +25,48 @@ RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue
 """Variables of a template that are not the client's to set."""
 
 
-async def chat_prompts(
-    request: ChatRequest, tokenizer: ModelTokenizer, limits: ModelLimits
-) -> Sequence[Sequence[int]]:
-    """The one prompt of a conversation. Raises :class:`InvalidRequest` naming the message or the field."""
-    messages = template_messages(request.messages)
-    use = tool_use_of(request)
-    tools = None if use is None else use.shown
-    options = template_options(request)
-    check_template(tokenizer.template, tools, options)
-    return [await tokenizer.encode_chat(messages, tools, options, max_tokens=limits.max_model_len)]
+def chat_request(body: ChatRequest) -> GenerateRequest:
+    """Raises :class:`InvalidRequest` naming the message or the field."""
+    newer = body.max_completion_tokens
+    names = {"prompt": "messages"}
+    if newer is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs", field="top_logprobs")
+    return GenerateRequest(
+        prompt=Conversation(turns_of(body.messages), template_options(body)),
+        sampling=wish_of(
+            body,
+            max_tokens=body.max_tokens if newer is None else newer,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        ),
+        grammar=asked_of(body),
+        tools=tool_use_of(body),
+        names=names,
+        **options_of(body),
+    )
 
 
-def chat_reading(request: ChatRequest, parsers: ModelParsers) -> Reading | None:
-    """How the answers are read; None where they are text and nothing else. Raises :class:`InvalidRequest`."""
-    use = tool_use_of(request)
-    if use is None:
-        return Reading(parsers, Wanted()) if parsers.thoughts is not None else None
-    if parsers.tools is None:
-        raise InvalidRequest(
-            "tools is not supported: it is not known how this model calls them (model.tool_parser)",
-            field="tools",
-        )
-    types = {name: schemas_of(function.parameters) for name, function in use.callable.items()}
-    return Reading(parsers, Wanted(types, use.one_only), use.mode == "named")
-
-
-def template_options(request: ChatRequest) -> dict[str, Any]:
+def template_options(request: ChatRequest) -> dict[str, TemplateOption]:
     """The request's values for variables of the template."""
-    options = dict(request.chat_template_kwargs or {})
-    for name in RESERVED:
-        if name in options:
-            field = f"chat_template_kwargs.{name}"
+    options: dict[str, TemplateOption] = {}
+    for name, value in (request.chat_template_kwargs or {}).items():
+        field = f"chat_template_kwargs.{name}"
+        if name in RESERVED:
             raise InvalidRequest(f"{field} is not for clients to set", field=field)
+        options[name] = TemplateOption(value, field)
     for name in OPTIONS:
         if (value := getattr(request, name)) is not None:
-            options[name] = value
+            options[name] = TemplateOption(value, name)
     return options
 
 
-def check_template(template: ChatTemplate | None, tools: object, options: Mapping[str, Any]) -> None:
-    """What a template does not look at would be dropped without a word. Raises :class:`InvalidRequest`."""
-    if template is None:
-        return  # which is said where it is rendered
-    for name in (*(["tools"] if tools else []), *options):
-        if not template.knows(name):
-            field = name if name in ("tools", *OPTIONS) else f"chat_template_kwargs.{name}"
-            raise InvalidRequest(f"the model's chat template has no place for {field}", field=field)
+def turns_of(messages: list[Message]) -> list[Turn]:
+    """Raises :class:`InvalidRequest` naming the message."""
+    return [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def template_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as templates expect them: ``role``, ``content`` (text) and what else the message has."""
-    return [_template_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-
-
-def _template_message(message: Message, where: str) -> dict[str, Any]:
+def _turn(message: Message, where: str) -> Turn:
     role = ROLES.get(message.role)
     if role is None:
         raise InvalidRequest(
@@ -95,37 +80,30 @@ def _template_message(message: Message, where: str) -> dict[str, Any]:
         raise InvalidRequest(f"{where}.content is missing", field=f"{where}.content")
     if isinstance(content, list):
         content = "\n".join(_text_of(part, f"{where}.content[{i}]") for i, part in enumerate(content))
-    rendered: dict[str, Any] = {"role": role, "content": content}
-    if message.name is not None:
-        rendered["name"] = message.name
-    if message.tool_call_id is not None:
-        rendered["tool_call_id"] = message.tool_call_id
+    if message.tool_calls and role != "assistant":
+        raise InvalidRequest(f"{where}.tool_calls: only of the assistant", field=f"{where}.tool_calls")
     thought = message.reasoning if message.reasoning_content is None else message.reasoning_content
-    if thought:
-        rendered["reasoning_content"] = thought
-    if message.tool_calls:
-        if role != "assistant":
-            raise InvalidRequest(f"{where}.tool_calls: only of the assistant", field=f"{where}.tool_calls")
-        rendered["tool_calls"] = [
-            _template_call(call, f"{where}.tool_calls[{at}].function.arguments")
-            for at, call in enumerate(message.tool_calls)
-        ]
-    return rendered
+    return Turn(
+        role=role,
+        content=content,
+        name=message.name,
+        tool_call_id=message.tool_call_id,
+        thought=thought or "",
+        calls=[
+            _call(call, f"{where}.tool_calls[{at}].function.arguments")
+            for at, call in enumerate(message.tool_calls or [])
+        ],
+    )
 
 
-def _template_call(call: ToolCall, where: str) -> dict[str, Any]:
-    """Templates write arguments themselves: they get the object, not its JSON."""
+def _call(call: ToolCall, where: str) -> Call:
     try:
         arguments = msgspec.json.decode(call.function.arguments or "{}")
     except (msgspec.MsgspecError, UnicodeError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise InvalidRequest(f"{where} must be the JSON of an object", field=where)
-    return {
-        "id": call.id,
-        "type": "function",
-        "function": {"name": call.function.name, "arguments": arguments},
-    }
+    return Call(call.id, call.function.name, arguments)
 
 
 def _text_of(part: ContentPart, where: str) -> str:
@@ -136,7 +114,7 @@ def _text_of(part: ContentPart, where: str) -> str:
     return part.text
 
 
-class ChatFormat(AnswerFormat):
+class ChatFormat(OpenAIFormat):
     id_prefix: ClassVar[str] = "chatcmpl"
     chunk_object: ClassVar[str] = "chat.completion.chunk"
     reply_object: ClassVar[str] = "chat.completion"
@@ -173,16 +151,16 @@ class ChatFormat(AnswerFormat):
             chunks.append(self._chunk(index, rest))
         return b"".join(chunks)
 
-    def finish(self, index: int, reason: str, promise: str) -> bytes:
-        rest = b'"delta":{},"logprobs":null,"finish_reason":"%b"' % reason.encode()
-        return self._last_chunk(index, rest, promise)
+    def finish(self, index: int, ending: Ending) -> bytes:
+        rest = b'"delta":{},"logprobs":null,"finish_reason":"%b"' % ending.reason.encode()
+        return self._last_chunk(index, rest, ending.promise)
 
     def choice(self, choice: FinishedChoice) -> dict[str, Any]:
         return {
             "index": choice.index,
             "message": _message(choice),
             "logprobs": _logprobs(choice.tokens) if self.with_logprobs else None,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": choice.ending.reason,
         }
 
 

@@ -2,50 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
-from microserve.gateway.openai.answer import AnswerFormat, FinishedChoice, encode
-from microserve.gateway.openai.schema import MAX_CHOICES, CompletionRequest
-from microserve.gateway.routers.link import ModelLimits
+from microserve.gateway.api.format import Ending, FinishedChoice
+from microserve.gateway.openai.answer import OpenAIFormat, encode
+from microserve.gateway.openai.common import options_of, wish_of
+from microserve.gateway.openai.grammar import asked_of
+from microserve.gateway.openai.schema import CompletionRequest
+from microserve.gateway.request.request import MAX_CHOICES, GenerateRequest, Ids, Texts
 from microserve.gateway.text.choice import Piece
-from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText
 from microserve.protocol.errors import InvalidRequest
 
-
-async def completion_prompts(
-    request: CompletionRequest, tokenizer: ModelTokenizer, limits: ModelLimits
-) -> Sequence[Sequence[int]]:
-    """Ids of every prompt, in order. Raises :class:`InvalidRequest` (field ``prompt``)."""
-    prompt = request.prompt
-    texts, ids_given = ([prompt], []) if isinstance(prompt, str) else _sorted_out(prompt)
-    given: Sequence[Sequence[int]] = ids_given
-    if len(texts) + len(given) > MAX_CHOICES:
-        raise InvalidRequest(f"prompt must have at most {MAX_CHOICES} entries", field="prompt")
-    for ids in given:
-        if ids and max(ids) >= limits.vocab_size:
-            raise InvalidRequest(f"prompt has ids outside 0 to {limits.vocab_size - 1}", field="prompt")
-    if texts:
-        given = await tokenizer.encode(texts, add_special_tokens=True, max_tokens=limits.max_model_len)
-    if not all(given):
-        raise InvalidRequest("prompt must have at least one token", field="prompt")
-    return given
+DEFAULT_MAX_TOKENS = 16
 
 
-def _sorted_out(prompt: list[str | int | list[int]]) -> tuple[list[str], list[list[int]]]:
-    """The list's texts, or its lists of ids; one of both is empty."""
+def completion_request(body: CompletionRequest) -> GenerateRequest:
+    """Raises :class:`InvalidRequest` naming the field."""
+    return GenerateRequest(
+        prompt=_prompts(body.prompt),
+        sampling=wish_of(
+            body,
+            max_tokens=body.max_tokens,
+            logprobs=body.logprobs,
+            default_max_tokens=DEFAULT_MAX_TOKENS,
+        ),
+        grammar=asked_of(body),
+        **options_of(body),
+    )
+
+
+def _prompts(prompt: str | list[str | int | list[int]]) -> Texts | Ids:
+    if isinstance(prompt, str):
+        return Texts([prompt])
     kinds = set(map(type, prompt))  # one pass at C's speed: the loop must not stand still for 100,000 ids
-    if kinds == {str}:
-        return cast(list[str], prompt), []
     if kinds == {int}:
-        return [], [cast(list[int], prompt)]
+        return Ids([cast(list[int], prompt)])
+    if len(prompt) > MAX_CHOICES:
+        raise InvalidRequest(f"prompt must have at most {MAX_CHOICES} entries", field="prompt")
+    if kinds == {str}:
+        return Texts(cast(list[str], prompt))
     if kinds == {list}:
-        return [], cast(list[list[int]], prompt)
+        return Ids(cast(list[list[int]], prompt))
     raise InvalidRequest("prompt must be a text, texts, ids or lists of ids, not a mixture", field="prompt")
 
 
-class CompletionFormat(AnswerFormat):
+class CompletionFormat(OpenAIFormat):
     id_prefix: ClassVar[str] = "cmpl"
     chunk_object: ClassVar[str] = "text_completion"
     reply_object: ClassVar[str] = "text_completion"
@@ -59,16 +61,16 @@ class CompletionFormat(AnswerFormat):
             index, b'"text":%b,"logprobs":%b,"finish_reason":null' % (encode(piece.text), logprobs)
         )
 
-    def finish(self, index: int, reason: str, promise: str) -> bytes:
-        rest = b'"text":"","logprobs":null,"finish_reason":"%b"' % reason.encode()
-        return self._last_chunk(index, rest, promise)
+    def finish(self, index: int, ending: Ending) -> bytes:
+        rest = b'"text":"","logprobs":null,"finish_reason":"%b"' % ending.reason.encode()
+        return self._last_chunk(index, rest, ending.promise)
 
     def choice(self, choice: FinishedChoice) -> dict[str, Any]:
         return {
             "index": choice.index,
             "text": choice.text,
             "logprobs": _logprobs(choice.tokens) if self.with_logprobs else None,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": choice.ending.reason,
         }
 
 

@@ -14,12 +14,12 @@ import msgspec
 
 from microserve.gateway.openai import replies
 from microserve.gateway.openai.schema import (
-    MAX_CHOICES,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
 )
+from microserve.gateway.request.request import MAX_CHOICES
 from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.messages.sampling import MAX_COUNT, MAX_TOKEN_ID
 

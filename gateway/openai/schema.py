@@ -1,8 +1,7 @@
 """Request bodies of the OpenAI API (and vLLM's extras): every field, with its bounds, in one place.
 
 Owns types: what they refuse is refused before anything is built, and ``/openapi.json`` is made of them. What
-depends on the model (context, vocabulary) or on settings (``gateway.max_n``) is in ``sampling.py``; how bytes
-become one of these is in ``parse.py``.
+depends on the model (context, vocabulary) or on settings (``gateway.max_n``) is ``gateway/request/``'s.
 """
 
 from __future__ import annotations
@@ -12,24 +11,31 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta
 
+from microserve.gateway.api.fields import (
+    MAX_DESCRIPTION_CHARS,
+    MAX_MESSAGES,
+    MAX_NAME_CHARS,
+    MAX_TOOLS,
+    FunctionName,
+    Ignored,
+    Label,
+    Name,
+    OnlyFalse,
+    OnlyTrue,
+    RequestBody,
+    StopString,
+    StopStrings,
+    Unsupported,
+    only,
+)
+from microserve.gateway.request.request import MAX_CHOICES, Role
 from microserve.protocol.messages import sampling as bounds
 from microserve.protocol.messages.sampling import TokenId
 
-MAX_CHOICES = 256
-"""Prompts times ``n`` of one HTTP request."""
-MAX_MESSAGES = 4096
-"""A template costs time for each; no conversation has so many."""
 MAX_TOKENIZE_TOKENS = 1 << 20
 """Beyond any context; bounds the work of one ``/tokenize`` or ``/detokenize``."""
-MAX_NAME_CHARS = 256
-MAX_STOP_STRINGS = 16
-MAX_TOOLS = 128
-MAX_DESCRIPTION_CHARS = 1 << 16
 MAX_TEMPLATE_OPTIONS = 64
 
-Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
-StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
-StopStrings = Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_TOKENIZE_TOKENS)]
 _KINDS = {"anyOf": [{"items": {"type": kind}} for kind in ("string", "integer", "array")]}
 Prompt = (
@@ -40,18 +46,6 @@ Prompt = (
     ]
 )
 """Text, texts, ids or lists of ids; mixtures are refused."""
-
-
-def only(*values: Any) -> Meta:
-    """Of a field that is not supported: null, and these values, ask for nothing and are let through."""
-    return Meta(extra_json_schema={"enum": [None, *values]})
-
-
-Unsupported = Annotated[Any, only()]
-OnlyFalse = Annotated[Any, only(False)]
-OnlyTrue = Annotated[Any, only(True)]
-Label = Annotated[Any, Meta(description="Changes no token: for strategies where gateway.attributes has it.")]
-Ignored = Annotated[Any, Meta(description="Changes no token: accepted and ignored.")]
 
 
 class StreamOptions(msgspec.Struct):
@@ -91,13 +85,11 @@ class StructuredOutputs(msgspec.Struct, forbid_unknown_fields=True):
     structural_tag: dict[str, Any] | str | None = None
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True):
+class GenerationRequest(RequestBody, kw_only=True):
     """What both kinds of completion share. ``None`` is the default everywhere, as clients send ``null``."""
 
-    prompt_field: ClassVar[str]
-    """The field that becomes the prompt."""
+    off_by: ClassVar[dict[str, str]] = {"functions": "function_call"}
 
-    model: Name
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
@@ -168,7 +160,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt_field: ClassVar[str] = "prompt"
+    off_by: ClassVar[dict[str, str]] = {"tools": "tool_choice", "functions": "function_call"}
 
     prompt: Prompt
     logprobs: bounds.Logprobs | None = None
@@ -185,7 +177,7 @@ class ContentPart(msgspec.Struct):
     text: str | None = None
 
 
-ROLES = {
+ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -193,8 +185,6 @@ ROLES = {
     "tool": "tool",
 }
 """Whom templates know; ``developer`` is OpenAI's newer name for ``system``."""
-
-FunctionName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
 
 
 class FunctionDefinition(msgspec.Struct):
@@ -282,8 +272,6 @@ Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class ChatRequest(GenerationRequest):
-    prompt_field: ClassVar[str] = "messages"
-
     messages: Messages
     max_completion_tokens: bounds.MaxTokens | None = None
     logprobs: bool | None = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from microserve.gateway.openai.answer import encode
-from microserve.gateway.openai.chat import check_template, template_messages
+from microserve.gateway.openai.chat import turns_of
 from microserve.gateway.openai.schema import MAX_TOKENIZE_TOKENS, DetokenizeRequest, TokenizeRequest
-from microserve.gateway.openai.tools import functions_of
+from microserve.gateway.openai.tools import names_of
+from microserve.gateway.request.prompts import encoded
+from microserve.gateway.request.request import Conversation
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
 
@@ -15,10 +17,9 @@ async def tokenized(request: TokenizeRequest, tokenizer: ModelTokenizer, max_mod
     limit = MAX_TOKENIZE_TOKENS
     try:
         if request.messages is not None:
-            messages = template_messages(request.messages)
-            functions_of(request.tools or [])
-            check_template(tokenizer.template, request.tools, {})
-            tokens = await tokenizer.encode_chat(messages, request.tools, max_tokens=limit)
+            conversation = Conversation(turns_of(request.messages))
+            names_of(request.tools or [])
+            tokens = await encoded(conversation, request.tools, tokenizer, max_tokens=limit, field="messages")
         elif request.prompt is not None:
             [tokens] = await tokenizer.encode(
                 [request.prompt], add_special_tokens=request.add_special_tokens, max_tokens=limit
@@ -30,7 +31,7 @@ async def tokenized(request: TokenizeRequest, tokenizer: ModelTokenizer, max_mod
     return encode({"count": len(tokens), "max_model_len": max_model_len or None, "tokens": list(tokens)})
 
 
-def detokenized(request: DetokenizeRequest, tokenizer: ModelTokenizer) -> bytes:
+async def detokenized(request: DetokenizeRequest, tokenizer: ModelTokenizer, max_model_len: int) -> bytes:
     """Raises :class:`InvalidRequest` for ids beyond the vocabulary."""
     if request.tokens and max(request.tokens) >= tokenizer.vocab_size:
         raise InvalidRequest(f"tokens must be between 0 and {tokenizer.vocab_size - 1}", field="tokens")

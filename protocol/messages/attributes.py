@@ -1,6 +1,6 @@
 """What is known of a request beside its prompt: who asks, from where, for what. Strategies choose by it.
 
-Owns the bounds (WIRE.md 5.1); where values come from is the gateway's (gateway/openai/attributes.py).
+Owns the bounds (WIRE.md 5.1); where values come from is the gateway's (gateway/request/attributes.py).
 """
 
 from __future__ import annotations

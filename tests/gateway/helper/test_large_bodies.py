@@ -71,8 +71,8 @@ MANY = b",".join(
 CHAT = b'{"model":"tiny","messages":[{"role":"user","content":"x"}],'
 NO_FORMAT = b'"prompt":"x","response_format":{"type":"text","structures":['
 KINDS |= {
-    "tools that are off": (lambda: CHAT + b'"tool_choice":"none","tools":[' + MANY + b"]}", "any"),
-    "a format that is none": (lambda: completion(NO_FORMAT + b"1," * 1_000_000 + b"1]}"), "any"),
+    "tools that are off": (lambda: CHAT + b'"tool_choice":"none","tools":[' + MANY + b"]}", None),
+    "a format that is none": (lambda: completion(NO_FORMAT + b"1," * 1_000_000 + b"1]}"), None),
 }
 
 DEAREST = (

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, processors
 
-from microserve.gateway.openai.chat import chat_prompts, template_messages
-from microserve.gateway.openai.completions import completion_prompts
-from microserve.gateway.openai.parse import parse
+from microserve.gateway.api.parse import parse
+from microserve.gateway.openai.chat import chat_request, turns_of
+from microserve.gateway.openai.completions import completion_request
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
+from microserve.gateway.request.prompts import prompts_of, template_messages
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.gateway.text.tokenizer import INLINE_CHARS, ModelTokenizer
@@ -28,7 +29,7 @@ def call(arguments: str) -> dict[str, Any]:
 
 def messages(*entries: dict[str, Any]) -> list[dict[str, Any]]:
     body = json.dumps({"model": "m", "messages": list(entries)}).encode()
-    return template_messages(parse(body, ChatRequest).messages)
+    return template_messages(turns_of(parse(body, ChatRequest).messages))
 
 
 def test_a_conversation_is_rendered_and_encoded(tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer) -> None:
@@ -39,7 +40,8 @@ def test_a_conversation_is_rendered_and_encoded(tokenizer: ModelTokenizer, raw_t
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         ],
     }
-    [ids] = run(chat_prompts(parse(json.dumps(body).encode(), ChatRequest), tokenizer, LIMITS))
+    request = chat_request(parse(json.dumps(body).encode(), ChatRequest))
+    [ids] = run(prompts_of(request, tokenizer, LIMITS))
     text = raw_tokenizer.decode(ids, skip_special_tokens=False)
     assert (
         text
@@ -149,7 +151,8 @@ def test_a_model_without_a_template_refuses_chats(raw_tokenizer: Tokenizer) -> N
 
 def prompts(tokenizer: ModelTokenizer, prompt: Any, limits: ModelLimits = LIMITS) -> list[list[int]]:
     body = json.dumps({"model": "m", "prompt": prompt}).encode()
-    return list(map(list, run(completion_prompts(parse(body, CompletionRequest), tokenizer, limits))))
+    request = completion_request(parse(body, CompletionRequest))
+    return list(map(list, run(prompts_of(request, tokenizer, limits))))
 
 
 def test_every_form_of_a_prompt(tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer) -> None:

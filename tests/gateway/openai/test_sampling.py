@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 
-from microserve.gateway.openai.parse import parse
-from microserve.gateway.openai.sampling import (
-    DEFAULT_COMPLETION_TOKENS,
-    options_of,
-    sampling_of,
-    seed_of,
-)
-from microserve.gateway.openai.schema import ChatRequest, CompletionRequest, GenerationRequest
+from microserve.gateway.api.parse import parse
+from microserve.gateway.openai.chat import chat_request
+from microserve.gateway.openai.completions import DEFAULT_MAX_TOKENS, completion_request
+from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
+from microserve.gateway.request.request import GenerateRequest
+from microserve.gateway.request.sampling import check_choices, sampling_of, seed_of
 from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
 from microserve.protocol.messages.sampling import SamplingParams
@@ -22,22 +20,23 @@ from microserve.protocol.messages.sampling import SamplingParams
 LIMITS = ModelLimits(max_model_len=100, vocab_size=50)
 
 
-def chat(**fields: Any) -> ChatRequest:
+def chat(**fields: Any) -> GenerateRequest:
     body = {"model": "m", "messages": [{"role": "user", "content": ""}], **fields}
-    return parse(json.dumps(body).encode(), ChatRequest)
+    return chat_request(parse(json.dumps(body).encode(), ChatRequest))
 
 
-def completion(**fields: Any) -> CompletionRequest:
-    return parse(json.dumps({"model": "m", "prompt": "", **fields}).encode(), CompletionRequest)
+def completion(**fields: Any) -> GenerateRequest:
+    body = {"model": "m", "prompt": "", **fields}
+    return completion_request(parse(json.dumps(body).encode(), CompletionRequest))
 
 
-def sampling(request: GenerationRequest, prompt: int = 10) -> SamplingParams:
+def sampling(request: GenerateRequest, prompt: int = 10) -> SamplingParams:
     return sampling_of(request, LIMITS, prompt)
 
 
 def test_default_length() -> None:
     assert sampling(chat()).max_tokens == 90
-    assert sampling(completion()).max_tokens == DEFAULT_COMPLETION_TOKENS
+    assert sampling(completion()).max_tokens == DEFAULT_MAX_TOKENS
     assert sampling(completion(), prompt=95).max_tokens == 5
 
 
@@ -134,7 +133,7 @@ def test_numbers_out_of_bounds_are_named(fields: dict[str, Any], where: str) -> 
 )
 def test_options_out_of_bounds_are_named(fields: dict[str, Any], where: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        options_of(chat(**fields), max_n=4)
+        check_choices(chat(**fields), max_n=4)
     assert caught.value.field == where
 
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from microserve.gateway.openai import parse as openai_parse
-from microserve.gateway.openai.parse import parse
+from microserve.gateway.api import parse as parsing
+from microserve.gateway.api.parse import parse
 from microserve.gateway.openai.schema import (
     ChatRequest,
     CompletionRequest,
@@ -148,7 +148,7 @@ def test_keys_of_logit_bias_are_numbers_in_text() -> None:
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
     """No field has been warned of yet."""
-    monkeypatch.setattr(openai_parse, "_warned", set())
+    monkeypatch.setattr(parsing, "_warned", set())
 
 
 @pytest.mark.usefixtures("forgetful")

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from microserve.gateway.openai.chat import check_template, template_options
-from microserve.gateway.openai.parse import parse
+from microserve.gateway.api.parse import parse
+from microserve.gateway.openai.chat import template_options
 from microserve.gateway.openai.schema import ChatRequest
-from microserve.gateway.openai.tools import ToolUse, tool_use_of
+from microserve.gateway.openai.tools import tool_use_of
+from microserve.gateway.request.prompts import check_template
+from microserve.gateway.request.request import ToolUse
 from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.protocol.errors import InvalidRequest
 

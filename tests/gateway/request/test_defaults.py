@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from microserve.gateway.openai.defaults import FILE, SamplingDefaults
+from microserve.gateway.request.defaults import FILE, SamplingDefaults
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.sampling import SamplingParams
 from tests.support.gateway.gateway_world import gateway_world, make_model, run

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from microserve.gateway.grammar.asked import asked_of
-from microserve.gateway.openai.parse import parse
+from microserve.gateway.api.parse import parse
+from microserve.gateway.openai.grammar import asked_of
 from microserve.gateway.openai.schema import CompletionRequest
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.grammar.compiled import WHITESPACE

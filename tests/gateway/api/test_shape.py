@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.gateway.openai import parse as openai_parse
-from microserve.gateway.openai.parse import Shape, check_shape, parse
+from microserve.gateway.api import parse as parsing
+from microserve.gateway.api.parse import Shape, check_shape, parse
 from microserve.gateway.openai.schema import CompletionRequest
 from microserve.protocol.errors import InvalidRequest
 
@@ -37,7 +37,7 @@ def test_values_and_depth_are_counted_exactly(value: Any, ascii_only: bool, slic
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     values, depth = shape_of(value)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openai_parse, "SLICE_NBYTES", slice_nbytes)
+        patch.setattr(parsing, "SLICE_NBYTES", slice_nbytes)
         check_shape(body, Shape(max(values, 0), max(depth, 0)))
         for tight in ([Shape(values - 1, depth)] if values else []) + (
             [Shape(values, depth - 1)] if depth else []

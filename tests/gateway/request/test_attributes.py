@@ -9,7 +9,8 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from microserve.gateway.openai.attributes import Attributes
+from microserve.gateway.request.attributes import Attributes
+from microserve.gateway.request.request import GenerateRequest, Texts
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, InvalidRequest
 from microserve.protocol.messages.attributes import MAX_ATTRIBUTES, MAX_VALUE_CHARS
@@ -128,12 +129,19 @@ def test_private_values_are_told_to_strategies_alone() -> None:
 
 def test_bounds_of_a_request_are_those_of_the_wire() -> None:
     with pytest.raises(InvalidRequest):
-        Attributes.of(["user"]).read(_Request(user="u" * (MAX_VALUE_CHARS + 1)), _NoHeaders())  # type: ignore[arg-type]
+        Attributes.of(["user"]).read(labelled(user="u" * (MAX_VALUE_CHARS + 1)), _NoHeaders())
 
 
-class _Request:
-    def __init__(self, user: str) -> None:
-        self.user = user
+def test_a_label_is_named_as_the_client_named_it() -> None:
+    request = labelled(user=7)
+    request.names["user"] = "metadata.user_id"
+    with pytest.raises(InvalidRequest, match=r"metadata\.user_id must be a text") as caught:
+        Attributes.of(["user"]).read(request, _NoHeaders())
+    assert caught.value.field == "metadata.user_id"
+
+
+def labelled(**labels: Any) -> GenerateRequest:
+    return GenerateRequest(model="m", prompt=Texts(["x"]), labels=labels)
 
 
 class _NoHeaders:

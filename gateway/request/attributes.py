@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from microserve.gateway.openai.schema import GenerationRequest
+from microserve.gateway.request.request import GenerateRequest
 from microserve.protocol.errors import ConfigError, InvalidRequest
 from microserve.protocol.messages.attributes import MAX_ATTRIBUTES, MAX_NAME_CHARS, MAX_VALUE_CHARS
 
 FIELDS = ("user", "prompt_cache_key", "safety_identifier", "service_tier")
-"""Of the body, that may be attributes."""
+"""Labels that may be attributes."""
 METADATA, HEADER = "metadata", "header"
 SECRET = frozenset(("authorization", "cookie", "proxy-authorization", "x-api-key"))
 """Headers that no strategy sees."""
@@ -72,14 +72,14 @@ class Attributes:
                 raise _wrong("private_attributes", name, "is not in gateway.attributes")
         return cls(tuple(fields), tuple(metadata), all_metadata, tuple(headers), frozenset(private))
 
-    def read(self, request: GenerationRequest, headers: Headers) -> dict[str, str]:
+    def read(self, request: GenerateRequest, headers: Headers) -> dict[str, str]:
         """Values by name, of those that the request has. Raises :class:`InvalidRequest` naming the field."""
         found: dict[str, str] = {}
-        for field in self.fields:
-            if (value := getattr(request, field)) is not None:
-                found[field] = _text(field, value)
+        for label in self.fields:
+            if (value := request.labels.get(label)) is not None:
+                found[label] = _text(request.name_of(label), value)
         if self.all_metadata or self.metadata:
-            given = _mapping(request.metadata)
+            given = _mapping(request.labels.get(METADATA))
             for key in given if self.all_metadata else self.metadata:
                 if (value := given.get(key)) is not None:
                     name = f"{METADATA}.{key}"

@@ -1,7 +1,7 @@
-"""Bytes -> a request of ``schema.py``, in one pass, or :class:`InvalidRequest` naming the field.
+"""Bytes -> a body of some API, in one pass, or :class:`InvalidRequest` naming the field.
 
 Owns how wrong bodies are told, the memory of unknown fields, and the bounds of a body's shape, which hold
-before anything is built. Knows no field by name but those of tools.
+before anything is built. Knows no field by name.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ _MAX_WARNED_CHARS = 64
 _warned: set[str] = set()
 _logger = structlog.get_logger()
 
+_NOTHING: dict[str, str] = {}
+
 R = TypeVar("R", bound=msgspec.Struct)
 _names = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_OFF_BY = {"tools": "tool_choice", "functions": "function_call"}
-"""What is let through if the other one is ``"none"``: then no answer could use it."""
-_WITH_TOOLS = ("ChatRequest", "TokenizeRequest")
 
 
 class Shape(NamedTuple):
@@ -68,9 +67,8 @@ def parse(body: bytes, kind: type[R], shape: Shape = Shape()) -> R:  # noqa: B00
         value = getattr(request, name)
         if value is not None and value not in allowed:
             raise InvalidRequest(f"{name} is not supported", field=name)
-    for name, switch in _OFF_BY.items():
-        is_known = name == "tools" and kind.__name__ in _WITH_TOOLS
-        if not is_known and getattr(request, name, None) and getattr(request, switch) != "none":
+    for name, switch in getattr(kind, "off_by", _NOTHING).items():
+        if getattr(request, name) and getattr(request, switch) != "none":
             raise InvalidRequest(f"{name} is not supported", field=name)
     return request
 
@@ -84,7 +82,7 @@ def _decoders(kind: type[R]) -> tuple[msgspec.json.Decoder[R], msgspec.json.Deco
 
 @cache
 def _limited(kind: type[msgspec.Struct]) -> dict[str, list[Any]]:
-    """Fields that are known and not supported, and the values that ask for nothing (``schema.only``)."""
+    """Fields that are known and not supported, and the values that ask for nothing (``fields.only``)."""
     found = {}
     for field in msgspec.structs.fields(kind):
         for each in get_args(field.type):

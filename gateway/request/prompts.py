@@ -1,0 +1,95 @@
+"""A request's prompts -> token ids, with the chat template's help; what cannot be one is named.
+
+Owns how turns look to a template, and what a template does not look at. Renders nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, assert_never
+
+from microserve.gateway.request.request import Conversation, GenerateRequest, Ids, TemplateOption, Texts, Turn
+from microserve.gateway.routers.link import ModelLimits
+from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.protocol.errors import InvalidRequest, RequestError
+
+
+async def prompts_of(
+    request: GenerateRequest, tokenizer: ModelTokenizer, limits: ModelLimits
+) -> Sequence[Sequence[int]]:
+    """Ids of every prompt, in order. Raises :class:`InvalidRequest` naming the field."""
+    prompt, field = request.prompt, request.name_of("prompt")
+    given: Sequence[Sequence[int]]
+    match prompt:
+        case Conversation():
+            shown = None if request.tools is None else request.tools.shown
+            return [await encoded(prompt, shown, tokenizer, max_tokens=limits.max_model_len, field=field)]
+        case Ids():
+            given = prompt.prompts
+            for ids in given:
+                if ids and max(ids) >= limits.vocab_size:
+                    raise InvalidRequest(f"{field} has ids outside 0 to {limits.vocab_size - 1}", field=field)
+        case Texts():
+            given = await tokenizer.encode(
+                prompt.texts, add_special_tokens=True, max_tokens=limits.max_model_len, field=field
+            )
+        case _:
+            assert_never(prompt)
+    if not all(given):
+        raise InvalidRequest(f"{field} must have at least one token", field=field)
+    return given
+
+
+async def encoded(
+    conversation: Conversation,
+    tools: Sequence[dict[str, Any]] | None,
+    tokenizer: ModelTokenizer,
+    *,
+    max_tokens: int,
+    field: str,
+) -> Sequence[int]:
+    """Ids of a conversation, ready for the assistant's answer. Raises :class:`InvalidRequest`."""
+    check_template(tokenizer.template, tools, conversation.options)
+    options = {name: option.value for name, option in conversation.options.items()}
+    try:
+        return await tokenizer.encode_chat(
+            template_messages(conversation.turns), tools, options, max_tokens=max_tokens
+        )
+    except RequestError as error:
+        if error.field == "messages":  # which is what templates call them
+            error.field = field
+        raise
+
+
+def check_template(
+    template: ChatTemplate | None, tools: object, options: Mapping[str, TemplateOption]
+) -> None:
+    """What a template does not look at would be dropped without a word. Raises :class:`InvalidRequest`."""
+    if template is None:
+        return  # which is said where it is rendered
+    wanted = {"tools": "tools"} if tools else {}
+    for name, field in (wanted | {name: option.field for name, option in options.items()}).items():
+        if not template.knows(name):
+            raise InvalidRequest(f"the model's chat template has no place for {field}", field=field)
+
+
+def template_messages(turns: Iterable[Turn]) -> list[dict[str, Any]]:
+    """Turns as published templates expect them."""
+    return [_template_message(turn) for turn in turns]
+
+
+def _template_message(turn: Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.name is not None:
+        message["name"] = turn.name
+    if turn.tool_call_id is not None:
+        message["tool_call_id"] = turn.tool_call_id
+    if turn.thought:
+        message["reasoning_content"] = turn.thought
+    if turn.calls:  # templates write arguments themselves: they get the object, not its JSON
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in turn.calls
+        ]
+    return message

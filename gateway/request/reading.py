@@ -1,0 +1,25 @@
+"""How the answers of a request are read: which calls of tools, and whether there are thoughts."""
+
+from __future__ import annotations
+
+from microserve.gateway.parsing.parsers import ModelParsers, Wanted
+from microserve.gateway.parsing.typed import schemas_of
+from microserve.gateway.request.request import Conversation, GenerateRequest
+from microserve.gateway.text.reading import Reading
+from microserve.protocol.errors import InvalidRequest
+
+
+def reading_of(request: GenerateRequest, parsers: ModelParsers) -> Reading | None:
+    """None where answers are text and nothing else. Raises :class:`InvalidRequest`."""
+    if not isinstance(request.prompt, Conversation):
+        return None
+    use = request.tools
+    if use is None:
+        return Reading(parsers, Wanted()) if parsers.thoughts is not None else None
+    if parsers.tools is None:
+        raise InvalidRequest(
+            "tools is not supported: it is not known how this model calls them (model.tool_parser)",
+            field="tools",
+        )
+    types = {name: schemas_of(function.parameters) for name, function in use.functions().items()}
+    return Reading(parsers, Wanted(types, use.one_only), use.mode == "named")

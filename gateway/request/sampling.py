@@ -1,0 +1,93 @@
+"""A request's wishes -> ``SamplingParams``, which engines are told.
+
+Owns the limits that depend on the model (context length, vocabulary) or on settings; those of one field are
+with the types of bodies. Pure functions.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TypeVar
+
+from microserve.gateway.request.defaults import SamplingDefaults
+from microserve.gateway.request.request import GenerateRequest
+from microserve.gateway.routers.link import ModelLimits
+from microserve.protocol.errors import InvalidRequest, PromptTooLong
+from microserve.protocol.messages.sampling import SamplingParams
+
+NO_DEFAULTS = SamplingDefaults()
+SEED_MODULUS = 1 << 63
+
+T = TypeVar("T")
+
+
+def check_choices(request: GenerateRequest, max_n: int) -> None:
+    """Raises :class:`InvalidRequest` naming the field."""
+    if request.n > max_n:
+        field = request.name_of("n")
+        raise InvalidRequest(f"{field} must be between 1 and {max_n}", field=field)
+
+
+def sampling_of(
+    request: GenerateRequest,
+    limits: ModelLimits,
+    longest_prompt: int,
+    defaults: SamplingDefaults = NO_DEFAULTS,
+) -> SamplingParams:
+    """Sampling of the request's first choice; ``longest_prompt`` in tokens.
+
+    Raises :class:`PromptTooLong`, or :class:`InvalidRequest` naming the field as the client wrote it.
+    """
+    context, room = limits.max_model_len, limits.max_model_len - longest_prompt
+    if room < 1:
+        raise PromptTooLong(
+            f"this model's maximum context length is {context} tokens; the prompt has {longest_prompt}, "
+            "and at least one must be left for output",
+            field=request.name_of("prompt"),
+        )
+    wish = request.sampling
+    max_tokens = wish.max_tokens
+    if max_tokens is None:
+        default = _or(wish.default_max_tokens, _or(defaults.max_new_tokens, room))
+        max_tokens = min(default, room)
+    elif max_tokens > room:
+        field = request.name_of("max_tokens")
+        raise PromptTooLong(
+            f"this model's maximum context length is {context} tokens; {field} is {max_tokens}, and the "
+            f"prompt's {longest_prompt} leave only {room}",
+            field=field,
+        )
+    top_k = _or(wish.top_k, _or(defaults.top_k, 0))
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=_or(wish.min_tokens, 0),
+        temperature=_or(wish.temperature, _or(defaults.temperature, 1.0)),
+        top_p=_or(wish.top_p, _or(defaults.top_p, 1.0)),
+        top_k=max(top_k, 0),  # vLLM's "off" is -1
+        min_p=_or(wish.min_p, _or(defaults.min_p, 0.0)),
+        repetition_penalty=_or(wish.repetition_penalty, _or(defaults.repetition_penalty, 1.0)),
+        presence_penalty=_or(wish.presence_penalty, 0.0),
+        frequency_penalty=_or(wish.frequency_penalty, 0.0),
+        logit_bias=wish.logit_bias or {},
+        seed=_seed(wish.seed),
+        logprobs=wish.logprobs,
+        stop_token_ids=tuple(wish.stop_token_ids),
+        ignore_eos=wish.ignore_eos,
+    )
+    sampling.validate(limits.vocab_size)
+    return sampling
+
+
+def seed_of(first: int, index: int) -> int:
+    """Seed of the choice ``index``: independent streams, and the same ones for the same request."""
+    return (first + index) % SEED_MODULUS
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _seed(seed: int | None) -> int:
+    if seed is None:
+        return secrets.randbits(63)
+    return seed % SEED_MODULUS
