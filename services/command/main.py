@@ -26,6 +26,7 @@ from microserve.services.command.flags import (
 from microserve.services.command.terminal import Failure, echo
 
 ELSEWHERE = {
+    "bench": "bench.command:bench",
     "engine": "serve:engine",
     "explain": "explain.command:explain",
     "gateway": "serve:gateway",
