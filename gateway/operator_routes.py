@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 
 from microserve.gateway.api.parse import parse
+from microserve.gateway.document import document
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.metrics import CONTENT_TYPE
-from microserve.gateway.openai.document import document
 from microserve.gateway.openai.schema import DetokenizeRequest, TokenizeRequest
 from microserve.gateway.openai.tokens import detokenized, tokenized
 from microserve.gateway.state import GatewayState

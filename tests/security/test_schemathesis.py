@@ -27,7 +27,7 @@ from schemathesis.checks import (
 from starlette.routing import Route
 
 from microserve.gateway.app import Application
-from microserve.gateway.openai.document import OPERATIONS
+from microserve.gateway.document import OPERATIONS
 from microserve.protocol.messages.engine import TokenLogprob
 from tests.support.gateway.gateway_world import MAX_MODEL_LEN, Served, gateway_world, make_model
 

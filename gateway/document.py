@@ -57,6 +57,7 @@ class Operation:
     is_open: bool = False
     """Also without a key."""
     is_503_a_reply: bool = False
+    error: type[msgspec.Struct] = replies.ErrorEnvelope
 
 
 OPERATIONS = (
@@ -85,7 +86,8 @@ def document(
     """The document as JSON. ``limits`` may be unknown: then the model's bounds are those of the wire.
     ``num_texts``: ids that have a text, which are not all of a model's, or more."""
     kinds = [kind for each in OPERATIONS for kind in (each.request, each.reply) if kind is not None]
-    _, schemas = msgspec.json.schema_components([*kinds, replies.ErrorEnvelope], ref_template=_SCHEMAS)
+    errors = dict.fromkeys(each.error for each in OPERATIONS)
+    _, schemas = msgspec.json.schema_components([*kinds, *errors], ref_template=_SCHEMAS)
     for kind, ids in (
         (ChatRequest, limits.vocab_size),
         (CompletionRequest, limits.vocab_size),
@@ -144,7 +146,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
         content[_SSE] = {
             "schema": {"description": "Each event's data is a chunk as JSON, the last one [DONE]."}
         }
-    error = {"description": "What is wrong.", "content": {_JSON: {"schema": _ref(replies.ErrorEnvelope)}}}
+    error = {"description": "What is wrong.", "content": {_JSON: {"schema": _ref(operation.error)}}}
     reply: dict[str, Any] = {"description": "The answer.", "content": content}
     if operation.streams:
         header = {"description": _PROMISE, "schema": {"type": "string"}}
