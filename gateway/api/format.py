@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from microserve.gateway.http.errors import Problem
-from microserve.gateway.http.sse import event
+from microserve.gateway.http.sse import PING, event
 from microserve.gateway.parsing.events import Event
 from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.text.choice import Piece
@@ -54,6 +54,8 @@ class Ending:
     """``stop``, ``length``, or ``tool_calls`` for calls that the model chose to make."""
     promise: str
     """As in the header ``x-microserve-exact``: in which numerics class the whole choice was made."""
+    stop: str | None = None
+    """The stop string that has ended it."""
 
 
 @dataclass(slots=True)
@@ -93,6 +95,10 @@ class AnswerFormat(ABC):
     def failed(self, problem: Problem) -> bytes:
         """Last events of a stream that did not."""
         return event(problem.envelope())
+
+    def ping(self) -> bytes:
+        """Of a stream, while there is nothing to say."""
+        return PING
 
     @abstractmethod
     def reply(self, choices: Iterable[FinishedChoice], counts: UsageCounts) -> bytes:

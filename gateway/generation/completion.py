@@ -114,7 +114,8 @@ class Completion(Generic[B]):
             prompts = await prompts_of(request, state.tokenizer, limits)
         sampling = sampling_of(request, limits, max(map(len, prompts)), state.defaults)
         reading = reading_of(request, state.parsers)
-        grammar, self._warnings = await constraint_of(state, request, reading, prompts[0], group.inbox)
+        grammar, relaxed = await constraint_of(state, request, reading, prompts[0], group.inbox)
+        self._warnings = (*request.warnings, *relaxed)
         if grammar is not None:
             sampling = msgspec.structs.replace(sampling, grammar=grammar)
         attributes = state.attributes.read(request, self._exchange)
@@ -175,7 +176,7 @@ class Completion(Generic[B]):
                 choice.index,
                 "".join(texts[choice.index]),
                 tokens[choice.index],
-                Ending(reason, choice.numerics.promise),
+                Ending(reason, choice.numerics.promise, choice.stop_string),
                 events[choice.index] if choice.is_read else None,
             )
             for choice in group.choices
@@ -208,7 +209,7 @@ class Completion(Generic[B]):
                     while not group.over:
                         ready = await inbox.wait()
                         if not ready:
-                            await stream.ping()
+                            await stream.ping(answer.ping())
                             continue
                         await self._stream_ready(answer, stream, ready)
                         group.raise_failure()
@@ -259,7 +260,8 @@ class Completion(Generic[B]):
             if piece.text or piece.tokens or piece.events:
                 events.append(answer.delta(choice.index, piece))
             if (reason := choice.told_reason) is not None:
-                events.append(answer.finish(choice.index, Ending(reason, choice.numerics.promise)))
+                ending = Ending(reason, choice.numerics.promise, choice.stop_string)
+                events.append(answer.finish(choice.index, ending))
                 finished.append(choice)
         if events:
             await stream.write(b"".join(events))

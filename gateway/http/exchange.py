@@ -144,6 +144,8 @@ class Exchange:
         self.request_id: str = given if given is not None and usable else secrets.token_hex(16)
         """Echoed as ``x-request-id``: the client's own if it is a sane one."""
         self.unique_id = unique(self.request_id) if usable else self.request_id
+        self.id_headers: tuple[bytes, ...] = (b"x-request-id",)
+        """By which the answer says its id."""
 
     def header(self, name: bytes) -> bytes | None:
         """First value of a header; ``name`` in lower case."""
@@ -206,7 +208,7 @@ class Exchange:
         self.started = True
         self.status = status
         encoded = [(name.encode(), _header_value(value)) for name, value in headers.items()]
-        encoded.append((b"x-request-id", self.request_id.encode()))
+        encoded += [(name, self.request_id.encode()) for name in self.id_headers]
         encoded += [(name.encode(), value.encode()) for name, value in self.limits().items()]
         await self._emit({"type": "http.response.start", "status": status, "headers": [*encoded, *extra]})
 

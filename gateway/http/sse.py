@@ -92,8 +92,8 @@ class EventStream:
         self._exchange.write_now(events)
         self._changed_at = self._loop.time()
 
-    async def ping(self) -> None:
-        await self._send(PING, more=True)
+    async def ping(self, events: bytes = PING) -> None:
+        await self._send(events, more=True)
 
     async def close(self, events: bytes = b"") -> None:
         """Send the last events and end the answer."""

@@ -18,12 +18,14 @@ from microserve.protocol.errors import InvalidRequest, RequestError
 async def prompts_of(
     request: GenerateRequest, tokenizer: ModelTokenizer, limits: ModelLimits
 ) -> Sequence[Sequence[int]]:
-    """Ids of every prompt, in order. Raises :class:`InvalidRequest` naming the field."""
+    """Ids of every prompt, in order; what a template does not look at is a warning of the request's. Raises
+    :class:`InvalidRequest` naming the field."""
     prompt, field = request.prompt, request.name_of("prompt")
     given: Sequence[Sequence[int]]
     match prompt:
         case Conversation():
             shown = None if request.tools is None else request.tools.shown
+            request.warnings = [*request.warnings, *unheard(prompt.options, tokenizer.template)]
             return [await encoded(prompt, shown, tokenizer, max_tokens=limits.max_model_len, field=field)]
         case Ids():
             given = prompt.prompts
@@ -50,11 +52,20 @@ async def encoded(
     field: str,
 ) -> Sequence[int]:
     """Ids of a conversation, ready for the assistant's answer. Raises :class:`InvalidRequest`."""
-    check_template(tokenizer.template, tools, conversation.options)
-    options = {name: option.value for name, option in conversation.options.items()}
+    template = tokenizer.template
+    check_template(template, tools, conversation.options)
+    options = {
+        name: option.value
+        for name, option in conversation.options.items()
+        if template is not None and template.knows(name)
+    }
     try:
         return await tokenizer.encode_chat(
-            template_messages(conversation.turns), tools, options, max_tokens=max_tokens
+            template_messages(conversation.turns),
+            tools,
+            options,
+            max_tokens=max_tokens,
+            continues=conversation.continues,
         )
     except RequestError as error:
         if error.field == "messages":  # which is what templates call them
@@ -69,9 +80,23 @@ def check_template(
     if template is None:
         return  # which is said where it is rendered
     wanted = {"tools": "tools"} if tools else {}
-    for name, field in (wanted | {name: option.field for name, option in options.items()}).items():
+    wanted |= {name: option.field for name, option in options.items() if not option.is_hint}
+    for name, field in wanted.items():
         if not template.knows(name):
-            raise InvalidRequest(f"the model's chat template has no place for {field}", field=field)
+            raise InvalidRequest(_no_place_for(field), field=field)
+
+
+def unheard(options: Mapping[str, TemplateOption], template: ChatTemplate | None) -> list[str]:
+    """Hints that a template does not look at, in words."""
+    return [
+        _no_place_for(option.field)
+        for name, option in options.items()
+        if option.is_hint and template is not None and not template.knows(name)
+    ]
+
+
+def _no_place_for(field: str) -> str:
+    return f"the model's chat template has no place for {field}"
 
 
 def template_messages(turns: Iterable[Turn]) -> list[dict[str, Any]]:

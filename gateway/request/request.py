@@ -47,6 +47,8 @@ class TemplateOption(msgspec.Struct):
     value: Any
     field: str
     """By which it was asked for."""
+    is_hint: bool = False
+    """Where the template does not look at it, the client is told, and not refused."""
 
 
 class Conversation(msgspec.Struct, tag="conversation", omit_defaults=True):
@@ -55,6 +57,8 @@ class Conversation(msgspec.Struct, tag="conversation", omit_defaults=True):
     turns: list[Turn]
     options: dict[str, TemplateOption] = {}
     """By the variable's name."""
+    continues: bool = False
+    """The answer goes on with the text of the last turn."""
 
 
 class Texts(msgspec.Struct, tag="texts"):
@@ -76,6 +80,8 @@ class SamplingWish(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How tokens are to be chosen; None: as the model's defaults say. Each is within its field's bounds."""
 
     max_tokens: int | None = None
+    is_max_cut: bool = False
+    """Of ``max_tokens`` that the context has no room for, there are as many as fit."""
     default_max_tokens: int | None = None
     """Where ``max_tokens`` is not said, and never too many for the context; None: as many as fit."""
     min_tokens: int | None = None
@@ -153,11 +159,15 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Of a stream: its tokens are told at the end."""
     grammar: Asked | None = None
     """What the answer's text must be; not yet checked."""
+    hides_thoughts: bool = False
+    """The client does not want to see what the model thinks."""
     tools: ToolUse | None = None
     salt: str = ""
     """Requests of others share no prefix cache with those of the same salt."""
     labels: dict[str, Any] = {}
     """``attributes.FIELDS`` and ``metadata``, as the client wrote them: they change no token."""
+    warnings: list[str] = []
+    """What was asked for and is not done as asked, in the client's words."""
     names: dict[str, str] = {}
     """Fields that its client calls otherwise than they are called here; ``prompt`` is what becomes it."""
 

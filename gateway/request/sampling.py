@@ -50,6 +50,8 @@ def sampling_of(
     if max_tokens is None:
         default = _or(wish.default_max_tokens, _or(defaults.max_new_tokens, room))
         max_tokens = min(default, room)
+    elif max_tokens > room and wish.is_max_cut:
+        max_tokens = room
     elif max_tokens > room:
         field = request.name_of("max_tokens")
         raise PromptTooLong(

@@ -1,0 +1,70 @@
+"""What a request may leave open: hints to a template, a bound that is cut to fit, a text to go on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from microserve.gateway.request.prompts import prompts_of
+from microserve.gateway.request.request import (
+    Conversation,
+    GenerateRequest,
+    SamplingWish,
+    TemplateOption,
+    Turn,
+)
+from microserve.gateway.request.sampling import sampling_of
+from microserve.gateway.routers.link import ModelLimits
+from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.protocol.errors import InvalidRequest, PromptTooLong
+from tests.support.gateway.gateway_world import run
+from tests.support.gateway.talking_model import make_talking_model, talking_tokenizer
+
+LIMITS = ModelLimits(max_model_len=1000, vocab_size=500)
+HI = Turn(role="user", content="hi")
+
+
+def prompt_of(request: GenerateRequest, tokenizer: ModelTokenizer, raw: Tokenizer) -> str:
+    [ids] = run(prompts_of(request, tokenizer, LIMITS))
+    return raw.decode(ids, skip_special_tokens=False)
+
+
+def request(*turns: Turn, continues: bool = False, **options: TemplateOption) -> GenerateRequest:
+    return GenerateRequest(model="m", prompt=Conversation(list(turns), options, continues=continues))
+
+
+def test_a_hint_that_a_template_does_not_look_at_is_a_warning(tmp_path: Path) -> None:
+    tokenizer = ModelTokenizer.load(make_talking_model(tmp_path / "talker"))
+    asked = request(
+        HI,
+        enable_thinking=TemplateOption(True, "thinking", is_hint=True),
+        budget=TemplateOption(3, "thinking.budget", is_hint=True),
+    )
+    asked.warnings.append("before")
+    assert prompt_of(asked, tokenizer, talking_tokenizer()).endswith("<|im_start|>assistant\n<think>\n")
+    assert asked.warnings == ["before", "the model's chat template has no place for thinking.budget"]
+    with pytest.raises(InvalidRequest) as error:
+        prompt_of(request(HI, budget=TemplateOption(3, "b")), tokenizer, talking_tokenizer())
+    assert error.value.field == "b"
+
+
+def test_an_answer_goes_on_with_the_last_turn(tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer) -> None:
+    begun = Turn(role="assistant", content="The answer is (")
+    shown = prompt_of(request(HI, begun, continues=True), tokenizer, raw_tokenizer)
+    assert shown == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nThe answer is ("
+    with pytest.raises(InvalidRequest):
+        prompt_of(request(HI, Turn(role="assistant", content=None), continues=True), tokenizer, raw_tokenizer)
+
+
+def test_a_bound_is_cut_to_fit_where_the_client_says_so() -> None:
+    def max_tokens(wish: SamplingWish) -> int:
+        return sampling_of(
+            GenerateRequest(model="m", prompt=Conversation([]), sampling=wish), LIMITS, 10
+        ).max_tokens
+
+    assert max_tokens(SamplingWish(max_tokens=5000, is_max_cut=True)) == 990
+    assert max_tokens(SamplingWish(max_tokens=50, is_max_cut=True)) == 50
+    with pytest.raises(PromptTooLong):
+        max_tokens(SamplingWish(max_tokens=5000))
