@@ -9,8 +9,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-
 from microserve.gateway.api.dialect import Dialect
 from microserve.gateway.openai.chat import ChatFormat, chat_request
 from microserve.gateway.openai.completions import CompletionFormat, completion_request
@@ -33,7 +31,8 @@ DIALECTS: Mapping[str, Dialect[Any]] = {each.name: each for each in (CHAT, COMPL
 class Counting:
     """A question that no router is asked."""
 
-    body: type[msgspec.Struct]
+    body: type[Any]
+    """Has a field ``model``, which may be None."""
     reply: Callable[[Any, ModelTokenizer, int], Awaitable[bytes]]
     """Of a body, by the model's tokenizer, which takes so many tokens (0: not known)."""
 

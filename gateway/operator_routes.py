@@ -6,13 +6,12 @@ from typing import Any
 
 import msgspec
 
-from microserve.gateway.api.parse import parse
+from microserve.gateway.api.parse import parsed
+from microserve.gateway.dialects import COUNTINGS
 from microserve.gateway.document import document
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
-from microserve.gateway.http.exchange import Exchange
+from microserve.gateway.http.exchange import Exchange, warning_header
 from microserve.gateway.metrics import CONTENT_TYPE
-from microserve.gateway.openai.schema import DetokenizeRequest, TokenizeRequest
-from microserve.gateway.openai.tokens import detokenized, tokenized
 from microserve.gateway.state import GatewayState
 
 
@@ -70,27 +69,25 @@ def _model_card(state: GatewayState) -> dict[str, Any]:
 
 async def tokenize(state: GatewayState, exchange: Exchange) -> None:
     """``{"prompt"}`` or ``{"messages"}`` -> ``{"count", "max_model_len", "tokens"}``."""
-    body = await exchange.read_body(state.bodies)
-    with state.bodies.hold(len(body)):
-        if len(body) > INLINE_BODY_NBYTES:
-            state.check_model(None, exchange.key)  # the name in it is the helper's to check
-            reply = await state.helpers.reply("tokenize", body, state.routers.known_limits, field="prompt")
-        else:
-            request = parse(body, TokenizeRequest, state.shape)
-            state.check_model(request.model, exchange.key)
-            reply = await tokenized(request, state.tokenizer, state.routers.max_model_len)
-    await exchange.reply(200, reply)
+    await _count(state, exchange, "tokenize", "prompt")
 
 
 async def detokenize(state: GatewayState, exchange: Exchange) -> None:
     """``{"tokens"}`` -> ``{"prompt"}``."""
+    await _count(state, exchange, "detokenize", "tokens")
+
+
+async def _count(state: GatewayState, exchange: Exchange, name: str, field: str) -> None:
+    """``field``: what takes the time of a large body."""
     body = await exchange.read_body(state.bodies)
     with state.bodies.hold(len(body)):
         if len(body) > INLINE_BODY_NBYTES:
-            state.check_model(None, exchange.key)
-            reply = await state.helpers.reply("detokenize", body, state.routers.known_limits, field="tokens")
+            state.check_model(None, exchange.key)  # the name in it is the helper's to check
+            reply, warnings = await state.helpers.reply(name, body, state.routers.known_limits, field=field)
         else:
-            request = parse(body, DetokenizeRequest, state.shape)
-            state.check_model(request.model, exchange.key)
-            reply = await detokenized(request, state.tokenizer, state.routers.max_model_len)
-    await exchange.reply(200, reply)
+            counting = COUNTINGS[name]
+            found = parsed(body, counting.body, state.shape)
+            state.check_model(found.body.model, exchange.key)
+            reply = await counting.reply(found.body, state.tokenizer, state.routers.max_model_len)
+            warnings = found.warnings
+    await exchange.reply(200, reply, warning_header(warnings))

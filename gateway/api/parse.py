@@ -1,7 +1,7 @@
 """Bytes -> a body of some API, in one pass, or :class:`InvalidRequest` naming the field.
 
-Owns how wrong bodies are told, the memory of unknown fields, and the bounds of a body's shape, which hold
-before anything is built. Knows no field by name.
+Owns how wrong bodies are told, which unknown fields were logged, and the bounds of a body's shape, which hold
+before anything is built. Knows no field by name; where unknown ones stand is ``unknown.py``'s.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 import msgspec
 import structlog
 from msgspec import Meta
 
+from microserve.gateway.api import unknown
 from microserve.protocol import log
 from microserve.protocol.errors import InvalidRequest, located
 
@@ -24,14 +25,12 @@ NAMED_NBYTES = 1 << 16
 
 # Names of unknown fields come from clients: the memory of them is bounded.
 _MAX_WARNED_FIELDS = 64
-_MAX_WARNED_CHARS = 64
 _warned: set[str] = set()
 _logger = structlog.get_logger()
 
 _NOTHING: dict[str, str] = {}
 
 R = TypeVar("R", bound=msgspec.Struct)
-_names = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 class Shape(NamedTuple):
@@ -43,10 +42,28 @@ class Shape(NamedTuple):
     """Lists and maps within each other (``gateway.max_body_depth``)."""
 
 
+class Parsed(NamedTuple, Generic[R]):
+    """A body, and what of it was ignored."""
+
+    body: R
+    ignored: list[str]
+    """Where unknown fields stand, as the client may be told."""
+
+    @property
+    def warnings(self) -> list[str]:
+        return [f"ignored, for nobody knows them: {', '.join(self.ignored)}"] if self.ignored else []
+
+
 def parse(body: bytes, kind: type[R], shape: Shape = Shape()) -> R:  # noqa: B008  (it is immutable)
+    """As :func:`parsed`, for who tells nobody what was ignored."""
+    return parsed(body, kind, shape).body
+
+
+def parsed(body: bytes, kind: type[R], shape: Shape = Shape()) -> Parsed[R]:  # noqa: B008
     """Decode and check one body. Raises :class:`InvalidRequest` naming the field, for any bytes at all."""
     check_shape(body, shape)
     strict, tolerant = _decoders(kind)
+    ignored: list[str] = []
     try:
         try:
             request: R = strict.decode(body)
@@ -54,7 +71,8 @@ def parse(body: bytes, kind: type[R], shape: Shape = Shape()) -> R:  # noqa: B00
             if "unknown field" not in str(error):
                 raise
             request = tolerant.decode(body)
-            _warn_of(_names.decode(body).keys() - set(kind.__struct_fields__))
+            ignored = unknown.told(body, kind)
+            _warn_of(ignored)
     except msgspec.ValidationError as error:
         raise _refused(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -70,14 +88,13 @@ def parse(body: bytes, kind: type[R], shape: Shape = Shape()) -> R:  # noqa: B00
     for name, switch in getattr(kind, "off_by", _NOTHING).items():
         if getattr(request, name) and getattr(request, switch) != "none":
             raise InvalidRequest(f"{name} is not supported", field=name)
-    return request
+    return Parsed(request, ignored)
 
 
 @cache
 def _decoders(kind: type[R]) -> tuple[msgspec.json.Decoder[R], msgspec.json.Decoder[R]]:
     """One that stops at a field that nobody knows, which is rare, and one that skips it."""
-    strict = msgspec.defstruct(kind.__name__, [], bases=(kind,), forbid_unknown_fields=True)
-    return msgspec.json.Decoder(strict), msgspec.json.Decoder(kind)
+    return msgspec.json.Decoder(unknown.strict(kind)), msgspec.json.Decoder(kind)
 
 
 @cache
@@ -91,11 +108,10 @@ def _limited(kind: type[msgspec.Struct]) -> dict[str, list[Any]]:
     return found
 
 
-def _warn_of(fields: set[str]) -> None:
-    for name in sorted(fields):
+def _warn_of(fields: list[str]) -> None:
+    for field in fields:
         if len(_warned) >= _MAX_WARNED_FIELDS:
             return
-        field = name[:_MAX_WARNED_CHARS]
         if field not in _warned:
             _warned.add(field)
             _logger.warning(log.HTTP_FIELD_IGNORED, field=field)

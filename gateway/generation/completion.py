@@ -16,13 +16,13 @@ import structlog
 from microserve.gateway.api.dialect import Dialect
 from microserve.gateway.api.fields import RequestBody
 from microserve.gateway.api.format import AnswerFormat, Answering, Ending, FinishedChoice
-from microserve.gateway.api.parse import parse
+from microserve.gateway.api.parse import parsed
 from microserve.gateway.generation.accounting import account, usage_of
 from microserve.gateway.generation.constraint import constraint_of
 from microserve.gateway.generation.group import ChoiceGroup
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.errors import ClientGone
-from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of
+from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of, warning_header
 from microserve.gateway.http.sse import EventStream
 from microserve.gateway.parsing.events import Event
 from microserve.gateway.request.prompts import prompts_of
@@ -39,9 +39,6 @@ from microserve.protocol.errors import InternalError, MeshError
 _logger = structlog.get_logger()
 
 B = TypeVar("B", bound=RequestBody)
-
-MAX_WARNING_CHARS = 1024
-"""Of a header."""
 
 
 class Completion(Generic[B]):
@@ -104,10 +101,11 @@ class Completion(Generic[B]):
             self._begin(request)
             limits = state.routers.limits
         else:
-            asked = parse(body, self._dialect.body, state.shape)
-            state.check_model(asked.model, self._exchange.key)
-            request = self._dialect.into(asked)
-            del asked
+            found = parsed(body, self._dialect.body, state.shape)
+            state.check_model(found.body.model, self._exchange.key)
+            request = self._dialect.into(found.body)
+            request.warnings += found.warnings
+            del found
             self._begin(request)
             limits = state.routers.limits
             group.times.tokenising = monotonic()
@@ -193,9 +191,7 @@ class Completion(Generic[B]):
             headers["x-microserve-strategy"] = served.strategy
             headers["x-microserve-strategy-version"] = str(served.strategy_version)
             headers["x-microserve-engines"] = ",".join(served.engines)
-        if self._warnings:
-            headers["x-microserve-warning"] = "; ".join(self._warnings)[:MAX_WARNING_CHARS]
-        return headers
+        return headers | warning_header(self._warnings)
 
     async def _stream_answer(self, answer: AnswerFormat) -> None:
         group, inbox = self._group, self._group.inbox

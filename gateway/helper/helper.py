@@ -123,13 +123,16 @@ class Helpers:
             begin += length
         return msgspec.json.decode(prepared.request, type=GenerateRequest), prompts
 
-    async def reply(self, kind: str, body: bytes, limits: ModelLimits, *, field: str) -> bytes:
-        """The whole reply to a large body for which no router is asked."""
+    async def reply(
+        self, kind: str, body: bytes, limits: ModelLimits, *, field: str
+    ) -> tuple[bytes, list[str]]:
+        """The whole reply to a large body for which no router is asked, and what its client is to be warned
+        of."""
         answer = await self._prepare(kind, body, limits, field, None)
         assert answer is not None
         if not isinstance(answer[0], Answered):
             raise InternalError("a helper gave another job's answer")
-        return answer[1]
+        return answer[1], answer[0].warnings
 
     async def _prepare(
         self,

@@ -80,6 +80,8 @@ class Prepared(msgspec.Struct, frozen=True, tag=2, array_like=True):
 class Answered(msgspec.Struct, frozen=True, tag=3, array_like=True):
     """Bulk: the reply's JSON."""
 
+    warnings: list[str]
+
 
 class Refused(msgspec.Struct, frozen=True, tag=4, array_like=True):
     code: str

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from microserve.gateway.api.parse import Shape, parse
+from microserve.gateway.api.parse import Parsed, Shape, parsed
 from microserve.gateway.dialects import COUNTINGS, DIALECTS
 from microserve.gateway.grammar.checker import check_asked
 from microserve.gateway.helper.jobs import Answered, Prepare, Prepared, Result, Setup
@@ -44,20 +44,23 @@ class Preparer:
     async def prepare(self, job: Prepare, body: bytes) -> tuple[Result, bytes]:
         """The answer and its bulk. Raises what a small body of the kind would."""
         if (dialect := DIALECTS.get(job.kind)) is not None:
-            request = dialect.into(self._parsed(body, dialect.body))
+            found = self._parsed(body, dialect.body)
+            request = dialect.into(found.body)
+            request.warnings += found.warnings
             prompts = await prompts_of(request, self._tokenizer, _limits(job))
             request.drop_prompt()
             return _prepared(request, prompts)
         if (counting := COUNTINGS.get(job.kind)) is not None:
-            asked = self._parsed(body, counting.body)
-            return Answered(), await counting.reply(asked, self._tokenizer, job.max_model_len)
+            found = self._parsed(body, counting.body)
+            reply = await counting.reply(found.body, self._tokenizer, job.max_model_len)
+            return Answered(found.warnings), reply
         raise InternalError(f"no job is called {job.kind!r}")
 
-    def _parsed(self, body: bytes, kind: type[Any]) -> Any:
-        parsed = parse(body, kind, self._shape)
-        if parsed.model not in (None, self._model):
-            raise ModelNotFound(f"the model {parsed.model!r} is not served here", field="model")
-        return parsed
+    def _parsed(self, body: bytes, kind: type[Any]) -> Parsed[Any]:
+        found = parsed(body, kind, self._shape)
+        if found.body.model not in (None, self._model):
+            raise ModelNotFound(f"the model {found.body.model!r} is not served here", field="model")
+        return found
 
 
 def _limits(job: Prepare) -> ModelLimits:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol
 
@@ -34,6 +34,8 @@ from microserve.protocol.request_id import unique
 BODY_TIMEOUT_S = 60.0
 MIN_TIMEOUT_S = 0.001
 """That a client may ask for."""
+MAX_WARNING_CHARS = 1024
+"""Of a header."""
 CONNECTION_EXTENSION = "microserve.connection"
 """ASGI extension of our server: what is under the request (:class:`Connection`)."""
 
@@ -310,6 +312,11 @@ def timeout_of(exchange: Exchange, longest_s: float) -> float:
             field="x-microserve-timeout-s",
         )
     return min(seconds, longest_s)
+
+
+def warning_header(warnings: Sequence[str]) -> dict[str, str]:
+    """What was asked for and is not done as asked, in one header; empty where there is nothing to tell."""
+    return {"x-microserve-warning": "; ".join(warnings)[:MAX_WARNING_CHARS]} if warnings else {}
 
 
 def strategy_of(exchange: Exchange) -> str | None:
