@@ -52,9 +52,9 @@ class BusSettings(_Section, frozen=True):
 
 class ModelSettings(_Section, frozen=True):
     path: str = ""
-    """Directory with config.json, tokenizer.json and safetensors."""
+    """Directory with config.json, tokenizer.json and safetensors; or ORG/NAME[@REVISION] at the Hub."""
     name: str = ""
-    """Name that clients use; default: the directory's name."""
+    """Name that clients use; default: the directory's name, or ORG/NAME."""
     dtype: str = "bfloat16"
     weights: str = "dtype"
     """``dtype``, or ``int8``: matrices rounded to 8 bits with a scale for each output, by the native CPU step

@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 failed, 2 a flag or a setting is wrong.
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import sys
 from difflib import get_close_matches
@@ -23,6 +22,7 @@ from microserve.services.command.flags import (
     directory_flag,
     settings_flags,
 )
+from microserve.services.command.model_flags import model_flags
 from microserve.services.command.terminal import Failure, echo
 
 ELSEWHERE = {
@@ -33,6 +33,7 @@ ELSEWHERE = {
     "index": "serve:index",
     "key": "key:key",
     "label": "label:label",
+    "model": "model:model",
     "router": "serve:router",
     "simulate": "simulate:simulate",
     "strategy": "strategy.group:strategy",
@@ -113,7 +114,7 @@ def drain(config: str | None, assignments: tuple[str, ...], engine_id: str, time
 
 
 @main.command()
-@click.option("--model", metavar="DIR", help="Model directory (model.path); default: the demo model.")
+@model_flags("Model directory, or its name at the Hub (model.path); default: the demo model.")
 @click.option("--engines", type=click.IntRange(min=1), help="Number of engines (mesh.engines).")
 @click.option("--port", type=int, help="Port of the gateway (gateway.port); 0: any free one.")
 @click.option("--strategy", help="Strategy of requests that name none (router.default_strategy).")
@@ -235,26 +236,6 @@ def tail(
         sys.exit(0)
     except Unreadable as error:
         raise Failure(str(error)) from None
-
-
-@main.group()
-def model() -> None:
-    """Models to try things with."""
-
-
-@model.command("fetch")
-def model_fetch() -> None:
-    """Make the demo model (SmolLM2-135M-Instruct) if it is not there; print its directory."""
-    from microserve.services.local.demo.model import FetchFailed, default_cache, fetch
-    from microserve.services.local.view import make_view
-
-    view = make_view(as_json=False, stderr=True)
-    try:
-        echo(fetch(default_cache(os.environ), view.progress))
-    except FetchFailed as error:
-        raise Failure(str(error)) from None
-    finally:
-        view.close()
 
 
 @main.command()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from microserve.services.command.flags import Flags, WrongFlag, directory_flag, settings_flags
+from microserve.services.command.model_flags import model_flags, with_model
 
 if TYPE_CHECKING:
     from microserve.protocol.process.run import Serve
@@ -31,6 +32,8 @@ def _run(
     settings: Settings | None = None,
 ) -> None:
     settings = settings or (flags.load_beside_mesh() if joins_mesh else flags.load())
+    if service in ("engine", "gateway"):
+        settings = with_model(settings, weights=service == "engine")
     from microserve.protocol.process.run import run_service
 
     code = run_service(service, settings, load, reload=flags.load)
@@ -42,7 +45,7 @@ def _run(
 
 
 @click.command()
-@click.option("--model", metavar="DIR", help="Model directory (model.path).")
+@model_flags("Model directory, or its name at the Hub (model.path).")
 @click.option("--id", "own_id", help="Name of this engine in the mesh (engine.id).")
 @click.option("--device", metavar="cpu|cuda:N", help="Where it computes (engine.device).")
 @click.option("--load-format", metavar="auto|random", help="Weights, or random ones (model.load_format).")

@@ -36,7 +36,7 @@ def check_room(settings: Settings) -> bool:
         return False
     weights_nbytes = sum(each.numel() * each.element_size() for each in sketch.module.parameters())
     room = _room(settings)
-    num_blocks_in(room, _pool(settings, sketch.spec), weights_nbytes=weights_nbytes)
+    num_blocks_in(room, pool_of(settings, sketch.spec), weights_nbytes=weights_nbytes)
     return weights_nbytes * TIGHT > room.nbytes
 
 
@@ -45,7 +45,7 @@ def choose_num_blocks(settings: Settings, spec: ModelSpec) -> int:
     :class:`ConfigError` with what would fit."""
     if settings.heap == nvshmem.KIND:
         return settings.kvcache.num_blocks or _num_blocks_in_world(settings, spec)
-    return num_blocks_in(_room(settings), _pool(settings, spec))
+    return num_blocks_in(_room(settings), pool_of(settings, spec))
 
 
 def layout_of(settings: Settings, spec: ModelSpec, num_blocks: int) -> KvLayout:
@@ -83,7 +83,8 @@ def _room(settings: Settings) -> Room:
     return Room(free, total, settings.engine.device)
 
 
-def _pool(settings: Settings, spec: ModelSpec) -> Pool:
+def pool_of(settings: Settings, spec: ModelSpec) -> Pool:
+    """What the settings want for such a model, whose weights may not be here. Raises :class:`ConfigError`."""
     layout, engine = layout_of(settings, spec, 1), settings.engine
     max_model_len = min(engine.max_model_len or spec.max_model_len, spec.max_model_len, MAX_PROMPT_TOKENS)
     on_host = engine.device == "cpu"

@@ -47,6 +47,12 @@ def assignment(path: str, value: Any) -> list[str]:
     return ["--set", f"{path}={json.dumps(value, ensure_ascii=False)}"]
 
 
+def model_assignments(settings: Settings) -> list[str]:
+    """All services have one directory, and one name for it: that of a model that was found by its name."""
+    named = assignment("model.name", settings.model.name) if settings.model.name else []
+    return [*assignment("model.path", settings.model.path), *named]
+
+
 def service_command(service: str) -> list[str]:
     """How this interpreter starts a service; ``-P`` keeps the current directory off the import path."""
     return [sys.executable, "-P", "-m", "microserve.services", service]
@@ -98,7 +104,7 @@ def compose(
         *assignment("index.address", index),
         *assignment("router.address", router),
         *assignment("gateway.port", port),
-        *assignment("model.path", settings.model.path),
+        *model_assignments(settings),
         *(assignment("bus.curve_dir", keys) if keys else []),
     ]
 

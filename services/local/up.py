@@ -31,14 +31,16 @@ from microserve.protocol.settings import Settings
 from microserve.services.local.composition import (
     Composition,
     PortTaken,
-    assignment,
     check_ports,
     compose,
     first_key,
+    model_assignments,
 )
 from microserve.services.local.demo.model import FetchFailed, default_cache, fetch
 from microserve.services.local.demo.request import PROMPT, DemoFailed, Gateway
 from microserve.services.local.directory import AlreadyRunning, ChildState, MeshDirectory, MeshState
+from microserve.services.local.hub.name import HubError
+from microserve.services.local.hub.resolve import resolve
 from microserve.services.local.supervisor import Child, MeshFailed, Supervisor
 from microserve.services.local.view import View
 
@@ -72,6 +74,8 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
             settings = msgspec.structs.replace(
                 settings, model=msgspec.structs.replace(settings.model, path=str(path))
             )
+        else:
+            settings = resolve(settings, os.environ, view.progress)
         if options.demo and settings.gateway.api_keys_file and not first_key(settings):
             if options.oneshot:
                 raise ConfigError(
@@ -95,7 +99,7 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
     except ConfigError as error:
         view.problem(f"Error: {error}")
         return EXIT_CONFIG
-    except (FetchFailed, AlreadyRunning, PortTaken, MeshFailed, DemoFailed, OSError) as error:
+    except (FetchFailed, HubError, AlreadyRunning, PortTaken, MeshFailed, DemoFailed, OSError) as error:
         view.problem(f"Error: {error}")
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -286,7 +290,7 @@ def _up_detached(settings: Settings, options: UpOptions, directory: MeshDirector
     directory.make()
     command = [sys.executable, "-P", "-m", "microserve.services", "up", "--no-demo"]
     command += ["--directory", str(directory.root), *options.flags]
-    command += assignment("model.path", settings.model.path)
+    command += model_assignments(settings)
     with open(directory.root / "up.out", "wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True

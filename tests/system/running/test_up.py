@@ -18,6 +18,7 @@ import pytest
 
 from microserve.services.local.demo.request import PROMPT, Answer, Gateway
 from microserve.services.local.directory import MeshDirectory
+from tests.support.hub.server import Hub, serving
 
 pytestmark = pytest.mark.system
 
@@ -207,3 +208,28 @@ def test_a_child_that_cannot_start_ends_the_mesh_and_says_why(tiny_model: Path, 
     assert "index ended with exit code 1: " in done.stderr
     assert "192.0.2.1:7100" in done.stderr
     assert "its log: " in done.stderr
+
+
+def test_a_model_by_its_name_comes_from_the_hub_once_and_then_needs_no_network(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All services have one snapshot of it, and clients its name."""
+    for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = [word for word in flags(tiny_model) if not word.startswith(("model.path", "model.name"))]
+    assignments = [word for word in words if word != "--set"]
+    rest = [word for each in assignments for word in ("--set", each)]
+    command = ["up", "--oneshot", "--json", "--engines", "1", "--model", "org/tiny", *rest]
+    hub = Hub()
+    hub.add("org/tiny", tiny_model)
+    with serving(hub):
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        first = run(*command, cwd=tmp_path)
+    for done in (first, run(*command, cwd=tmp_path)):  # the Hub is gone
+        assert done.returncode == 0, done.stdout + done.stderr
+        events = [json.loads(line) for line in done.stdout.splitlines()]
+        assert next(event for event in events if event["event"] == "answered")["num_tokens"] > 0
+        assert {event["model"] for event in events if event["event"] == "mesh"} == {"org/tiny"}
+    assert any("model.safetensors" in line for line in first.stdout.splitlines())

@@ -1,0 +1,43 @@
+"""From what ``model.path`` says to a directory: as it is, out of the cache, or from the Hub.
+
+A revision that is whole in the cache is taken as it is, and nobody is asked: a start needs no network, and a
+mesh that starts anew has the model that it had. ``microserve model fetch`` asks for what is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
+from microserve.protocol.settings import Settings
+from microserve.services.local.hub.fetch import Report, Wish, fetch
+from microserve.services.local.hub.name import NotReached, local_model, parse_name
+from microserve.services.local.hub.place import Place, usable, whole
+
+
+def resolve(
+    settings: Settings, environment: Mapping[str, str], report: Report, *, weights: bool = True
+) -> Settings:
+    """The same settings with a directory as ``model.path``, and a name; a path that is empty stays so.
+
+    weights: False for who needs the tokenizer alone. Raises :class:`HubError` for a name that cannot be had,
+    :class:`ConfigError` for what is here and is no model.
+    """
+    path = settings.model.path
+    if not path or local_model(path) is not None:
+        return settings
+    name, place = parse_name(path), Place.of(environment)
+    weights = weights and settings.model.load_format != "random"
+    found = whole(place, name, weights=weights)
+    if found is None:
+        wish = Wish(weights=weights, settings=settings if weights else None)
+        try:
+            found = fetch(place, name, wish, report)
+        except NotReached:
+            found = usable(place, name, weights=weights)
+            if found is None:
+                raise
+            report(f"{name} is taken as it is in {place.cache}: the Hub could not be asked", None)
+    model = replace(settings.model, path=str(found), name=settings.model.name or name.repo)
+    return replace(settings, model=model)
