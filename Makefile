@@ -24,7 +24,7 @@ make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11)
 MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '$(VENV)/installed')" = "$$(pwd -P)" ] || \
 	echo moved))
 
-.PHONY: moved install up quick test heavy check fmt bench bench-quick exactness simulate mutations chaos hurt swaps soak extras wheel hooks clean
+.PHONY: moved install up quick test heavy clients check fmt bench bench-quick exactness simulate mutations chaos hurt swaps soak extras wheel hooks clean
 
 up: $(VENV)/installed
 	@$(KERNELS)
@@ -37,12 +37,19 @@ quick: $(VENV)/dev
 # All but the endurance of `make heavy`, in less than nine minutes.
 test: $(VENV)/dev
 	@$(KERNELS)
-	$(PYTEST) -m "not heavy" $(ARGS)
+	$(PYTEST) -m "not heavy and not clients" $(ARGS)
 
 # The long ones: exactness of the demo model, freezes, chaos, hostile strategies, days of virtual time.
 heavy: $(VENV)/dev
 	@$(KERNELS)
 	$(PYTEST) -m heavy $(ARGS)
+
+# Other people's clients, unmodified, each in an environment of its own that is made once: docs/clients.md.
+# CLIENT=litellm for one of them.
+clients: $(VENV)/dev
+	@$(KERNELS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m clients --durations=0 '$(ONE_CLIENT)' $(ARGS)
+ONE_CLIENT = tests/clients$(if $(CLIENT),/test_clients.py::test_client[$(CLIENT)])
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -15,13 +15,13 @@ TESTS = Path(__file__).parent
 QUICK = (
     *("protocol", "kvcache/prefix", "kvcache/grant", "kvcache/test_block_pool.py", "kvcache/test_layout.py"),
     *("gateway", "services/router", "services/links", "services/index"),
-    *("test_recipes.py", "test_documents.py"),
+    *("test_recipes.py", "test_documents.py", "test_clients_page.py"),
     *("kernels/cpu/test_build.py", "kernels/cpu/test_objects.py"),
     *(f"services/engine/core/test_{name}.py" for name in ("core", "batch", "scheduler", "rates", "leaving")),
 )
 """What guards state and wire: rooms and files of ``-m quick``, the floor of every change. Files there about
 crowds, endurance or processes are marked ``slow``."""
-ROOMS = {"system": "system", "gpu": "gpu", "simulation": "simulation"}
+ROOMS = {"system": "system", "gpu": "gpu", "simulation": "simulation", "clients": "clients"}
 """Markers of all that lies in a room."""
 
 
