@@ -5,6 +5,6 @@ strategy/ and label.py) and of an engine's leaving (drain.py). Must not hold wha
 below imports this. Everything heavy is imported by the command that runs, so that ``--help`` is light.
 
 Start with main.py (every command, or where it is), then serve.py (the services) and flags.py (where settings
-come from; what they are: protocol/settings.py). strategy/ checks and publishes; bench/ is a client of a
-server, by client/; tail.py and settings_text.py print.
+come from; what they are: protocol/settings.py). strategy/ checks and publishes; chat/ and bench/ are clients
+of a server, by client/; tail.py and settings_text.py print.
 """

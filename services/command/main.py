@@ -27,6 +27,7 @@ from microserve.services.command.terminal import Failure, echo
 
 ELSEWHERE = {
     "bench": "bench.command:bench",
+    "chat": "chat.command:chat",
     "engine": "serve:engine",
     "explain": "explain.command:explain",
     "gateway": "serve:gateway",

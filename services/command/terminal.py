@@ -6,6 +6,10 @@ and from other machines; a control character among them is shown as an escape.
 
 from __future__ import annotations
 
+import os
+import sys
+from typing import Any
+
 import click
 
 
@@ -14,6 +18,31 @@ def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     from microserve.protocol.logging.printable import printable
 
     click.echo(printable(text, keep="\n\t"), err=err, nl=nl)
+
+
+STYLES: dict[str, dict[str, Any]] = {"dim": {"dim": True}, "call": {"fg": "cyan"}, "": {}}
+JOINERS = "\u200c\u200d"
+"""Zero width, and what an emoji of several, and Persian, are written with."""
+
+
+def write(text: str, *, style: str = "") -> None:
+    """A piece of a text as it comes, in a style of :data:`STYLES` on a terminal; no line is ended."""
+    from microserve.protocol.logging.printable import printable
+
+    plain = printable(text, keep=f"\n\t{JOINERS}")
+    styled = STYLES[style] and not os.environ.get("NO_COLOR")
+    click.echo(click.style(plain, **STYLES[style]) if styled else plain, nl=False)
+
+
+def markdown(text: str) -> None:
+    """Drawn for this terminal. Links are shown, not made: where they lead is to be read."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from microserve.protocol.logging.printable import printable
+
+    plain = printable(text, keep=f"\n\t{JOINERS}")
+    Console(file=sys.stdout).print(Markdown(plain, hyperlinks=False))
 
 
 class Failure(click.ClickException):

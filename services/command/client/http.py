@@ -7,6 +7,7 @@ queue and no task between the socket and who listens.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import Mapping
 from typing import Protocol, cast
@@ -148,8 +149,8 @@ class Client:
             if connection is None:
                 try:
                     connection = await self._connect()
-                except (OSError, TimeoutError) as error:
-                    reason = getattr(error, "strerror", None) or str(error) or "no answer"
+                except OSError as error:
+                    reason = _reason_of(error)
                     return listener.end(f"cannot connect to {self.endpoint.url}: {reason}")
             try:
                 answered = await connection.exchange(request, listener)
@@ -184,6 +185,11 @@ class Client:
                 lambda: _Connection(self._loop), self.endpoint.host, self.endpoint.port, ssl=self._tls
             )
         return connection
+
+
+def _reason_of(error: OSError) -> str:
+    number = error.errno or 0
+    return os.strerror(number) if number > 0 else error.strerror or str(error) or "no answer"
 
 
 class _Whole:
