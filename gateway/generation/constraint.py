@@ -13,6 +13,7 @@ import msgspec
 from microserve.gateway.grammar.asked import Asked
 from microserve.gateway.grammar.checker import Checked
 from microserve.gateway.parsing.required import lark_of
+from microserve.gateway.parsing.written.lark import Unwritable
 from microserve.gateway.request.request import GenerateRequest, ToolUse
 from microserve.gateway.routers.mailbox import Inbox
 from microserve.gateway.state import GatewayState
@@ -47,7 +48,9 @@ async def constraint_of(
     if asked is None:
         return None, ()
     checked = await _checked(state, asked, inbox)
-    after = () if reading is None else reading.thought_ends(state.tokenizer, prompt_ids)
+    after: tuple[int, ...] = ()
+    if reading is not None and not (use is not None and reading.grammar_has_thoughts):
+        after = reading.thought_ends(state.tokenizer, prompt_ids)
     return (
         msgspec.structs.replace(checked.grammar, after_token_ids=after),
         (*warnings, *checked.warnings),
@@ -92,5 +95,11 @@ async def _of_calls(
         checked = await _checked(state, wish, inbox)
         schemas[name] = msgspec.json.decode(checked.grammar.text)
         warnings += checked.warnings
-    text = lark_of(tools, schemas, marks, one_only=use.one_only, is_free=use.mode == "auto")
+    try:
+        text = lark_of(tools, schemas, marks, one_only=use.one_only, is_free=use.mode == "auto")
+    except Unwritable as error:
+        where = use.functions()[error.tool].field
+        raise InvalidRequest(
+            f"{where}: calls of this model ({parsers.tool_name}) cannot be held to {error}", field=where
+        ) from None
     return Asked(Grammar(kind="lark", text=text), field), tuple(warnings)

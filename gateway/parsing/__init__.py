@@ -8,4 +8,7 @@ Start with ``events.py`` (what comes out) and ``reader.py`` (one answer as it gr
 ``regions.py`` (where a marked text begins and ends; ``openness.py``: and where a marker is a part of a value)
 and ``calls.py`` (a marked text -> a call, whose values ``typed.py`` reads where their types are not written);
 ``parsers.py`` is what one model needs, found from its chat template.
+
+``required.py`` is the other way: the grammar of an answer in which calls are made, or fit; ``written/`` has
+those of its arguments that are no JSON.
 """

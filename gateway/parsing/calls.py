@@ -168,7 +168,7 @@ _FUNCTION = re.compile(r"(?:^|(?<=\n)|(?<=>))[ \t]*<function=")
 
 def qwen(text: str, types: Mapping[str, Types]) -> list[Call]:
     """JSON (Hermes), or ``<function=f>`` with a ``<parameter=p>`` for each argument."""
-    if "<function=" not in text:
+    if "<function=" not in text or text.lstrip().startswith(("{", "[")):
         return in_json(text, types)
     return [_qwen_call(part, types) for part in _FUNCTION.split(text)[1:]] or fail("no call")
 

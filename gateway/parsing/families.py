@@ -13,22 +13,7 @@ from microserve.gateway.parsing import calls
 from microserve.gateway.parsing.calls import Notation
 from microserve.gateway.parsing.openness import Openness, Value, Values
 from microserve.gateway.parsing.typed import Types
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """What a family writes around names and arguments, where calls are made to be."""
-
-    name: str
-    """Before a name; with what follows, these stand around one call."""
-    arguments: str
-    end: str = ""
-    between: str | None = None
-    """Between two calls; None: there is one call at most."""
-    before: str = ""
-    after: str = ""
-    needs: tuple[str, ...] = ()
-    """Tokens without which a model of the family does not write so."""
+from microserve.gateway.parsing.written.frame import Frame, Gemma, Parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +40,8 @@ class ToolFamily:
     """None: calls cannot be made to be."""
     each: tuple[str, ...] = ()
     """Ends of the calls of one region."""
+    messages: Messages | None = None
+    """Calls are messages of an answer that is made of these, thoughts too."""
 
     def openness(self, types: Mapping[str, Types]) -> Openness:
         """Of one call that is no JSON."""
@@ -104,6 +91,21 @@ TOOLS: Mapping[str, ToolFamily] = {
         ("</tool_call>",),
         ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
         values=(Value("<arg_value>", "</arg_value>", calls.glm_is_json),),
+        frame=Frame(
+            "<tool_call>",
+            ("\n", ""),
+            "</tool_call>",
+            ("\n", ""),
+            parameters=Parameters(
+                "<arg_key>",
+                ("</arg_key>\n<arg_value>", "</arg_key><arg_value>"),
+                ("</arg_key>\n<arg_value>", "</arg_key><arg_value>"),
+                "</arg_value>",
+                ("\n", ""),
+                banned="</arg_value>",
+                not_in_names="<>\n",
+            ),
+        ),
     ),
     "llama": ToolFamily(
         calls.in_python,
@@ -112,7 +114,7 @@ TOOLS: Mapping[str, ToolFamily] = {
         ("<|eom_id|>", "<|eot_id|>", "<|eom|>", "<|eot|>"),
         kept=("<|python_tag|>", "<|python_start|>"),
         bare="{[",
-        frame=Frame('{"name": "', '", "parameters": ', "}"),
+        frame=Frame('{"name": "', '", "parameters": ', "}", "; "),
     ),
     "mistral": ToolFamily(
         calls.named_json,
@@ -145,7 +147,29 @@ TOOLS: Mapping[str, ToolFamily] = {
             Value('string="true">', "</｜DSML｜"),
             Value('string="false">', "</｜DSML｜", is_json=True),
         ),
+        inner=("｜DSML｜",),
         each=("</｜DSML｜invoke>", "</｜DSML｜ invoke>"),
+        frame=Frame(
+            ('<｜DSML｜invoke name="', '<｜DSML｜ invoke name="'),
+            '">\n',
+            ("</｜DSML｜invoke>\n", "</｜DSML｜ invoke>\n"),
+            "",
+            tuple(
+                f"{lead}<｜DSML｜{name}>\n"
+                for lead in ("", "\n\n")
+                for name in ("function_calls", "tool_calls", " calls")
+            ),
+            tuple(f"</｜DSML｜{name}>" for name in ("function_calls", "tool_calls", " calls")),
+            parameters=Parameters(
+                ('<｜DSML｜parameter name="', '<｜DSML｜ parameter name="'),
+                '" string="true">',
+                '" string="false">',
+                ("</｜DSML｜parameter>", "</｜DSML｜ parameter>"),
+                "\n",
+                banned="</｜DSML｜",
+                not_in_names='"<>\n',
+            ),
+        ),
     ),
     "kimi": ToolFamily(
         calls.kimi,
@@ -155,10 +179,12 @@ TOOLS: Mapping[str, ToolFamily] = {
         ("<|tool_call_argument_begin|>",),
         frame=Frame(
             "<|tool_call_begin|>functions.",
-            ":0<|tool_call_argument_begin|>",
+            "<|tool_call_argument_begin|>",
             "<|tool_call_end|>",
+            "",
             before="<|tool_calls_section_begin|>",
             after="<|tool_calls_section_end|>",
+            numbered=":",
         ),
     ),
     "kimi_xtml": ToolFamily(
@@ -170,6 +196,27 @@ TOOLS: Mapping[str, ToolFamily] = {
             *("<|close|>message<|sep|>", "<|end_of_msg|>"),
         ),
         ("<|open|>", "<|close|>", "<|sep|>"),
+        frame=Frame(
+            '<|open|>call tool="',
+            '"<|sep|>',
+            "<|close|>call<|sep|>",
+            "",
+            "<|open|>tools<|sep|>",
+            ("<|close|>tools<|sep|>", "<|close|>tools<|sep|><|close|>message<|sep|>"),
+            numbered='" index="',
+            lead=("<|open|>response<|sep|>", ""),
+            tail="<|close|>response<|sep|>",
+            parameters=Parameters(
+                '<|open|>argument key="',
+                '" type="string"<|sep|>',
+                '" type="{kind}"<|sep|>',
+                "<|close|>argument<|sep|>",
+                "",
+                banned="<|close|>argument<|sep|>",
+                not_in_names="<>\n",
+                is_escaped=True,
+            ),
+        ),
         values=(
             Value('type="string"<|sep|>', "<|close|>argument<|sep|>"),
             *(
@@ -185,8 +232,9 @@ TOOLS: Mapping[str, ToolFamily] = {
         ("<tool_call|>", "<|tool_response>", "<turn|>"),
         ('<|"|>',),
         values=(Value('<|"|>', '<|"|>'),),
+        frame=Frame("<|tool_call>call:", "", "<tool_call|>", "", parameters=Gemma('<|"|>')),
     ),
-    "gpt_oss": ToolFamily(calls.in_json, ()),
+    "gpt_oss": ToolFamily(calls.in_json, (), frame=Frame("", ""), messages=HARMONY),
 }
 THOUGHTS: Mapping[str, Thoughts | Messages] = {
     "think": Thoughts(("<think>",), ("</think>",)),

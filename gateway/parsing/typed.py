@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import json
+import math
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -25,7 +27,13 @@ def fail(why: str) -> Any:
     raise ValueError(why)
 
 
-decoder = json.JSONDecoder(parse_constant=lambda name: fail(f"{name} is no JSON"))
+def _number(text: str) -> float:
+    """One that is too large is the largest there is: JSON has no infinity to hand on."""
+    value = float(text)
+    return value if math.isfinite(value) else math.copysign(sys.float_info.max, value)
+
+
+decoder = json.JSONDecoder(parse_constant=lambda name: fail(f"{name} is no JSON"), parse_float=_number)
 
 
 def loaded(text: str) -> Any:
@@ -45,10 +53,10 @@ def schemas_of(parameters: Mapping[str, Any] | None) -> Types:
     properties = root.get("properties")
     if not isinstance(properties, dict):
         return {}
-    return {name: _resolved(schema, root) for name, schema in properties.items()}
+    return {name: resolved(schema, root) for name, schema in properties.items()}
 
 
-def _resolved(schema: Any, root: Mapping[str, Any]) -> Any:
+def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
     """Branches of branches become branches; a schema without references is as it was."""
     if not isinstance(schema, dict) or not schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}:
         return schema
@@ -130,6 +138,15 @@ def _kinds(schema: Any) -> list[str]:
     for name in ("anyOf", "oneOf"):
         for each in schema.get(name) or []:
             found += _kinds(each)
-    if not found and isinstance(schema.get("enum"), list):
-        found = ["string"] if all(isinstance(each, str) for each in schema["enum"]) else []
+    if not found:
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        found = list(dict.fromkeys(map(kind_of, values if isinstance(values, list) else [])))
     return found
+
+
+def kind_of(value: Any) -> str:
+    """The type of JSON that a value is of."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "boolean"
+    names = {int: "integer", float: "number", list: "array", dict: "object"}
+    return names.get(type(value), "string")

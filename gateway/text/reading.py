@@ -42,6 +42,12 @@ class Reading:
         return tokenizer.ids_of(end) if end else ()
 
     @property
+    def grammar_has_thoughts(self) -> bool:
+        """Does a grammar of calls say what is thought before them, too?"""
+        tools = self.parsers.tools
+        return tools is not None and tools.messages is not None
+
+    @property
     def marks(self) -> Mapping[int, str]:
         """Tokens that come in as markers."""
         return self.parsers.mark_of_token(self.wanted)

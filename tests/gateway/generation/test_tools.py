@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 from openai.lib.streaming.chat import AsyncChatCompletionStreamManager
 from tokenizers import Tokenizer
 
@@ -107,7 +108,9 @@ def test_a_stream_is_what_clients_expect(talker: Path, tokens: Tokenizer) -> Non
 
 
 STRICT = {"type": "function", "function": {"name": "f", "strict": True}}
+UNWRITABLE = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a<b": {}}}}}
 UNFIT = {"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}
+MUST = {"tool_choice": "required"}
 ONE_ONLY = {"parallel_tool_calls": False}
 CASES: list[tuple[str, str, dict[str, Any], str, list[str], str]] = [
     # text, reason of the engine, what the client says, the answer's text, the calls, the reason
@@ -225,13 +228,10 @@ def test_what_the_template_may_be_told(talker: Path, tokens: Tokenizer) -> None:
     ("setting", "fields", "where"),
     [
         ("model.tool_parser=none", {"tools": TOOLS}, "tools"),
-        ("model.tool_parser=glm", {"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
-        ("model.tool_parser=glm", {"tools": [STRICT]}, "tools"),
-        (
-            "model.tool_parser=auto",
-            {"tools": [UNFIT], "tool_choice": "required"},
-            "tools[0].function.parameters",
-        ),
+        ("model.tool_parser=mistral", MUST | {"tools": TOOLS}, "tool_choice"),
+        ("model.tool_parser=mistral", {"tools": [STRICT]}, "tools"),
+        ("model.tool_parser=glm", MUST | {"tools": [UNWRITABLE]}, "tools[0].function.parameters"),
+        ("model.tool_parser=auto", MUST | {"tools": [UNFIT]}, "tools[0].function.parameters"),
         ("model.tool_parser=auto", {"chat_template_kwargs": {"none": 1}}, "chat_template_kwargs.none"),
     ],
 )
@@ -324,6 +324,38 @@ def test_a_call_that_must_be_made_goes_to_engines_as_a_grammar(
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("parser", "thoughts", "answer"),
+    [
+        ("glm", "none", "<tool_call>f<arg_key>a</arg_key><arg_value>x</arg_value></tool_call>"),
+        ("gemma", "none", '<|tool_call>call:f{a:<|"|>x<|"|>}<tool_call|>'),
+        (
+            "gpt_oss",
+            "gpt_oss",
+            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant to=functions.f<|channel|>commentary "
+            '<|constrain|>json<|message|>{"a": "x"}',
+        ),
+    ],
+)
+def test_calls_that_are_no_json_or_come_behind_thoughts(
+    talker: Path, tokens: Tokenizer, parser: str, thoughts: str, answer: str
+) -> None:
+    async def main() -> None:
+        settings = (f"model.tool_parser={parser}", f"model.reasoning_parser={thoughts}")
+        async with gateway_world(talker, *settings) as world, client_of(world) as client:
+            world.router.answer = saying(tokens, answer)
+            [choice] = (await both(client, tools=[STRICT], tool_choice="required")).choices
+            assert calls_of(choice) == [("f", {"a": "x"})]
+            for served in world.router.served.values():
+                grammar = served.message.sampling.grammar
+                assert grammar is not None and grammar.after_token_ids == ()
+                lark = LLMatcher.grammar_from_lark(grammar.text)
+                matcher = LLMatcher(LLTokenizer(tokens.to_str()), lark, log_level=0)
+                assert matcher.consume_tokens(tokens.encode(answer).ids) and matcher.is_accepting()
+
+    run(main())
+
+
 def test_a_strict_tool_needs_no_call_but_a_call_fits(talker: Path, tokens: Tokenizer) -> None:
     async def main() -> None:
         async with gateway_world(talker) as world, client_of(world) as client:
@@ -332,7 +364,7 @@ def test_a_strict_tool_needs_no_call_but_a_call_fits(talker: Path, tokens: Token
             assert (answer.message.content, calls_of(answer)) == ("so:", [("f", {})])
             for served in world.router.served.values():
                 grammar = served.message.sampling.grammar
-                assert grammar is not None and grammar.text.startswith("start: text (calls text)")
+                assert grammar is not None and "~(" in grammar.text  # text in which no call begins
 
     run(main())
 

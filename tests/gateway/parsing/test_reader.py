@@ -233,6 +233,7 @@ GLM_OPEN = "<arg_key>b</arg_key><arg_value>x</tool_call>"
         ("qwen", "<function=f><parameter=a>\n1\n\n</parameter><parameter=b>x</function>", {"a": 1, "b": "x"}),
         ("qwen", "<function=f>\n<parameter=a>\n</parameter>\n<parameter=b>\nx</function>", {"a": ""}),
         ("glm", "f<arg_key>a</arg_key>\n<arg_value>1</arg_value>" + GLM_OPEN, {"a": 1, "b": "x"}),
+        ("qwen", '\n{"name": "f", "arguments": {"t": "<function=g>"}}', {"t": "<function=g>"}),
         ("deepseek_dsml", '<｜DSML｜invoke name="f"/>', {}),
         ("deepseek_dsml", '<｜DSML｜ invoke name="f">{"a": 1}</｜DSML｜ invoke>', {"a": 1}),
     ],

@@ -28,6 +28,7 @@ def test_a_schema_of_many_kinds_reads_a_value_once(monkeypatch: pytest.MonkeyPat
         ("2.5", "integer", "2.5"),
         ("[1, 'a']", "array", [1, "a"]),
         ("True", "number", "True"),
+        ("-1e999", "number", -1.7976931348623157e308),
     ],
 )
 def test_it_is_read_as_its_kind(text: str, kind: str, value: object) -> None:
