@@ -120,12 +120,12 @@ REFUSED: dict[str, str] = {
 }
 
 
-def make_model(directory: Path, family: str) -> Path:
-    """Random weights in fp32, biases and norms too, without a tokenizer."""
+def make_model(directory: Path, family: str, **changed: Any) -> Path:
+    """Random weights in fp32, biases and norms too, without a tokenizer; ``changed``: of its config."""
     logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **{**_SHAPE, **SERVED[family]})
+        config = AutoConfig.for_model(family, **{**_SHAPE, **SERVED[family], **changed})
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)

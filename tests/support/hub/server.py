@@ -74,6 +74,8 @@ class Hub:
     """All that is asked is answered so."""
     expires: int = 0
     """So many answers of the store are 403, as of links that are old, after a part was sent."""
+    has_xet: bool = True
+    """Large files say that they are in Xet's store as well."""
     held: threading.Event | None = None
     """The store sends half of a file of weights (of 50 kB or more), and the rest when this is set."""
     reached: threading.Event = field(default_factory=threading.Event)
@@ -246,6 +248,9 @@ class _Endpoint(_Handler):
         if path.endswith(LARGE_SUFFIXES):
             headers |= {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
             headers |= {"ETag": f'"{hashlib.md5(content).hexdigest()}"'}
+            if self.hub.has_xet:
+                # As all models of the Hub are stored today; who does not speak its protocol gets the link.
+                headers |= {"X-Xet-Hash": digest, "X-Xet-Refresh-Route": f"{self.hub.endpoint}/xet-token"}
             self._answer(302, {**headers, "Location": f"{self.hub.store}/store/{digest}?signature=x"})
             return
         self.hub.sent[path] = self.hub.sent.get(path, 0) + len(content) * (self.command == "GET")

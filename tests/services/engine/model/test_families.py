@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from microserve.gateway.parsing.families import THOUGHTS, TOOLS
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.services.engine.model.attention.step import DeviceAttention, device_attention
 from microserve.services.engine.model.families import BY_TRANSFORMERS, MODEL_TYPES, NATIVE, refusal_of
@@ -22,6 +24,44 @@ from microserve.services.engine.native.packing import missing
 from tests.support.engine.families import REFUSED, SERVED, make_model
 from tests.support.engine.random_batches import World, random_prompt, serve
 
+VARIATIONS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"mlp_bias": True}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "rope_theta": 5e5,
+            }
+        },
+    ),
+    (
+        "qwen3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "rope_theta": 1e6,
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {"use_sliding_window": False, "tie_word_embeddings": True}),
+    ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": [1], "tie_word_embeddings": True}),
+    ("qwen2_moe", {"decoder_sparse_step": 2, "norm_topk_prob": True}),
+    ("phi3", {"partial_rotary_factor": 1.0, "sliding_window": None}),
+    ("cohere", {"use_qk_norm": False}),
+    ("glm4_moe", {"use_qk_norm": False, "attention_bias": True, "norm_topk_prob": False}),
+    ("granite", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
+]
+"""Of families, what published models of them differ in."""
 DOCUMENT = Path(__file__).parents[4] / "docs" / "models.md"
 
 
@@ -33,10 +73,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("family", MODEL_TYPES)
-def test_a_family_that_is_served_gives_the_tokens_of_transformers(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "changed"), [*((family, {}) for family in MODEL_TYPES), *VARIATIONS])
+def test_a_family_that_is_served_gives_the_tokens_of_transformers(
+    family: str, changed: dict[str, Any], tmp_path: Path
+) -> None:
     """By our attention for a CPU and by that for a device; the native step has tests of its own."""
-    directory = make_model(tmp_path / family, family)
+    directory = make_model(tmp_path / family, family, **changed)
     oracle: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     model = load_model(directory, dtype="float32")
     rng = random.Random(1)
@@ -45,7 +87,20 @@ def test_a_family_that_is_served_gives_the_tokens_of_transformers(family: str, t
     expected = [worlds[0].expected(prompt, 5) for prompt in prompts]
     for world in worlds:
         assert serve(world, prompts, 5, rng) == expected
-    assert (missing(model) is None) == (family in NATIVE)
+    assert (missing(model) is None) == (family in NATIVE and "mlp_bias" not in changed)
+
+
+@pytest.mark.parametrize("family", MODEL_TYPES)
+def test_the_size_of_a_family_is_known_before_its_weights_are_read(family: str, tmp_path: Path) -> None:
+    """What is asked of memory is asked of a sketch, and it is what is loaded."""
+    directory = make_model(tmp_path / family, family)
+    sketch, loaded = (
+        load_model(directory, dtype="bfloat16", device=device, load_format=load_format)
+        for device, load_format in (("meta", "random"), ("cpu", "auto"))
+    )
+    sizes = [sum(each.numel() for each in model.module.parameters()) for model in (sketch, loaded)]
+    assert sizes[0] == sizes[1] > 0
+    assert replace(sketch.spec, revision="") == replace(loaded.spec, revision="")
 
 
 @pytest.mark.parametrize("family", MODEL_TYPES)
@@ -133,6 +188,14 @@ def test_attention_that_is_asked_for_more_than_it_computes_says_so(name: str) ->
         AttentionInterface()[ATTENTION](
             torch.nn.Module(), empty, empty, empty, None, scaling=1.0, **{STEP: object(), name: empty}
         )
+
+
+def test_the_document_names_parsers_that_there_are() -> None:
+    rows = [line.split("|") for line in DOCUMENT.read_text().splitlines() if line.startswith("| tools of")]
+    assert len(rows) > 4
+    for row in rows:
+        assert set(re.findall(r"`(\w+)`", row[2])) <= set(TOOLS)
+        assert set(re.findall(r"`(\w+)`", row[3])) <= set(THOUGHTS)
 
 
 def test_the_document_names_every_family() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from microserve.protocol.settings import Settings
 from microserve.services.engine.room import unpromised_room
@@ -152,6 +153,27 @@ def test_a_store_that_is_gone_leaves_what_has_come(hub: Hub, place: Place) -> No
     assert "cannot be reached" in refusal(place) and "is kept" in refusal(place)
     hub.break_after = None
     fetch(place, NAME, Wish())
+
+
+def test_a_store_that_falls_silent_is_given_up_and_gone_on_with(
+    hub: Hub, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch(place, NAME, Wish(weights=False))
+    hub.held = threading.Event()
+    with monkeypatch.context() as hurried:
+        hurried.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05)
+        with pytest.raises(NotReached, match="cannot be reached"):
+            fetch(place, NAME, Wish())
+    assert hub.reached.wait(60)
+    hub.held.set()
+    assert (fetch(place, NAME, Wish()) / WEIGHTS).read_bytes() == FILES[WEIGHTS]
+
+
+@pytest.mark.parametrize("has_xet", [False, True])
+def test_a_file_comes_by_http_also_where_xet_is_spoken(hub: Hub, place: Place, has_xet: bool) -> None:
+    hub.has_xet = has_xet
+    assert (fetch(place, NAME, Wish()) / WEIGHTS).read_bytes() == FILES[WEIGHTS]
+    assert not any("xet" in line for line in hub.asked)
 
 
 @pytest.mark.parametrize("is_partial", [False, True])
