@@ -3,8 +3,8 @@
 Owns HTTP, text, and a client's stream for as long as it lasts. Must not know engines, KV, strategies or
 torch: it imports ``protocol`` and nothing else of ours.
 
-    app -> generation -> state -> helper -> dialects -> openai -> api -> request -> text -> parsing, routers
-                                        http -> routers (one error), keys          grammar
+    app -> generation -> state -> helper -> dialects -> openai, responses -> api -> request
+    request -> text -> parsing, routers;  grammar          http -> routers (one error), keys
 
 Start with ``app.py`` (paths) and ``dialects.py`` (APIs), then ``generation/completion.py`` (one request from
 its first byte to its last), then ``routers/client.py``. ``server.py`` is the order in which a process is made

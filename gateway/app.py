@@ -14,7 +14,7 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from microserve.gateway import operator_routes
-from microserve.gateway.dialects import CHAT, COMPLETIONS
+from microserve.gateway.dialects import CHAT, COMPLETIONS, RESPONSES
 from microserve.gateway.generation.completion import Completion
 from microserve.gateway.http.errors import (
     ClientGone,
@@ -34,7 +34,7 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 OPERATOR_PATHS = frozenset({"/metrics"})
 """What tells of all keys: for those of operators."""
 
-NUM_HOT = 2
+NUM_HOT = 3
 """Routes at the head of the table, without parameters."""
 
 _EXCHANGE = "microserve.exchange"
@@ -47,6 +47,10 @@ async def _chat(state: GatewayState, exchange: Exchange) -> None:
 
 async def _completions(state: GatewayState, exchange: Exchange) -> None:
     await Completion(state, exchange, COMPLETIONS).run()
+
+
+async def _responses(state: GatewayState, exchange: Exchange) -> None:
+    await Completion(state, exchange, RESPONSES).run()
 
 
 class _Endpoint:
@@ -86,6 +90,7 @@ class Application:
         table: list[tuple[str, tuple[str, ...], Handler]] = [
             ("/v1/chat/completions", post, _chat),
             ("/v1/completions", post, _completions),
+            ("/v1/responses", post, _responses),
             ("/v1/models", get, operator_routes.models),
             ("/v1/models/{model_id:path}", get, operator_routes.model),
             ("/health", get, operator_routes.health),

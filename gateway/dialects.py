@@ -19,12 +19,16 @@ from microserve.gateway.openai.schema import (
     TokenizeRequest,
 )
 from microserve.gateway.openai.tokens import detokenized, tokenized
+from microserve.gateway.responses.asking import responses_request
+from microserve.gateway.responses.format import ResponsesFormat
+from microserve.gateway.responses.schema import ResponsesRequest
 from microserve.gateway.text.tokenizer import ModelTokenizer
 
 CHAT = Dialect("chat", ChatRequest, chat_request, ChatFormat, "messages")
 COMPLETIONS = Dialect("completions", CompletionRequest, completion_request, CompletionFormat, "prompt")
+RESPONSES = Dialect("responses", ResponsesRequest, responses_request, ResponsesFormat, "input")
 
-DIALECTS: Mapping[str, Dialect[Any]] = {each.name: each for each in (CHAT, COMPLETIONS)}
+DIALECTS: Mapping[str, Dialect[Any]] = {each.name: each for each in (CHAT, COMPLETIONS, RESPONSES)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,15 @@ from microserve.gateway.openai.schema import (
     TokenizeRequest,
 )
 from microserve.gateway.request.request import MAX_CHOICES
+from microserve.gateway.responses.described import describe
+from microserve.gateway.responses.replies import ResponseReply
+from microserve.gateway.responses.schema import ResponsesRequest
 from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.messages.sampling import MAX_COUNT, MAX_TOKEN_ID
 
 _SCHEMAS = "#/components/schemas/{name}"
 _JSON, _SSE, _TEXT = "application/json", "text/event-stream", "text/plain; version=0.0.4"
-_CONTEXT_FIELDS = ("max_tokens", "max_completion_tokens", "min_tokens")
+_CONTEXT_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
 _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
     "x-request-id": ("Echoed, and found in every service's log.", {"type": "string"}),
     "x-microserve-timeout-s": (
@@ -65,6 +68,7 @@ OPERATIONS = (
     Operation(
         "/v1/completions", "Go on with a text.", replies.CompletionReply, CompletionRequest, streams=True
     ),
+    Operation("/v1/responses", "Answer items.", ResponseReply, ResponsesRequest, streams=True),
     Operation("/v1/models", "The models that are served.", replies.ModelList),
     Operation("/v1/models/{model_id}", "One of them.", replies.ModelCard),
     Operation("/tokenize", "Token ids of a prompt or of messages.", replies.TokenizeReply, TokenizeRequest),
@@ -91,10 +95,12 @@ def document(
     for kind, ids in (
         (ChatRequest, limits.vocab_size),
         (CompletionRequest, limits.vocab_size),
+        (ResponsesRequest, limits.vocab_size),
         (TokenizeRequest, 0),
         (DetokenizeRequest, num_texts),
     ):
         _fill_in(schemas[kind.__name__], model, max_n, ids, limits.max_model_len)
+    describe(schemas)
     schemas["Message"] = _message(schemas["Message"])
     schemas["ContentPart"]["properties"]["text"] = {"type": "string"}
     schemas["ContentPart"]["required"] = ["type", "text"]

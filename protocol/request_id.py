@@ -1,7 +1,7 @@
 """What one request is called: by its client, and on the bus, where a name is used once.
 
     CLIENT              what came in ``x-request-id`` (or was made up), echoed there
-    CLIENT.RANDOM       on this gateway, this time; in the body, behind ``cmpl-`` or ``chatcmpl-``
+    CLIENT.RANDOM       on this gateway, this time; in the body, behind ``cmpl-``, ``chatcmpl-`` or ``resp_``
     CLIENT.RANDOM-K     its choice K, on the bus
     CLIENT.RANDOM-K~N   the same at another router, after the N-th move
 
@@ -16,7 +16,7 @@ import secrets
 MAX_CLIENT_CHARS = 64
 """Of the client's own name, on the bus; the rest is room for what is put behind it."""
 
-_BODY = re.compile(r"(?:chat)?cmpl-")
+_BODY = re.compile(r"(?:chat)?cmpl-|resp_")
 _MOVE, _CHOICE, _RANDOM = re.compile(r"~\d+$"), re.compile(r"-\d+$"), re.compile(r"\.[0-9a-f]{8}$")
 
 

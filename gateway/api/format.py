@@ -6,7 +6,7 @@ Owns no bytes and no names of fields: those are an API's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from microserve.gateway.http.errors import Problem
@@ -68,6 +68,8 @@ class FinishedChoice:
     ending: Ending
     events: list[Event] | None = None
     """Instead of ``text``, of an answer that was read."""
+    pieces: Sequence[Piece] = ()
+    """All of it in the order of its growing."""
 
 
 class AnswerFormat(ABC):

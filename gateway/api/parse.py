@@ -81,14 +81,21 @@ def parsed(body: bytes, kind: type[R], shape: Shape = Shape()) -> Parsed[R]:  # 
         raise InvalidRequest(f"the body is not JSON{where}: {error}", field=field) from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
-    for name, allowed in _limited(kind).items():
-        value = getattr(request, name)
-        if value is not None and value not in allowed:
-            raise InvalidRequest(f"{name} is not supported", field=name)
+    check_supported(request)
     for name, switch in getattr(kind, "off_by", _NOTHING).items():
         if getattr(request, name) and getattr(request, switch) != "none":
             raise InvalidRequest(f"{name} is not supported", field=name)
     return Parsed(request, ignored)
+
+
+def check_supported(part: msgspec.Struct, where: str = "") -> None:
+    """Raises :class:`InvalidRequest` for a field that is known and not supported, of a body or of a part of
+    one (``where``, with a dot behind it)."""
+    for name, allowed in _limited(type(part)).items():
+        value = getattr(part, name)
+        if value is not None and value not in allowed:
+            field = f"{where}{name}"
+            raise InvalidRequest(f"{field} is not supported", field=field)
 
 
 @cache

@@ -24,15 +24,13 @@ from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.errors import ClientGone
 from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of, warning_header
 from microserve.gateway.http.sse import EventStream
-from microserve.gateway.parsing.events import Event
 from microserve.gateway.request.prompts import prompts_of
 from microserve.gateway.request.reading import reading_of
 from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.request.sampling import check_choices, sampling_of
 from microserve.gateway.routers.mailbox import Mailbox
 from microserve.gateway.state import GatewayState
-from microserve.gateway.text.choice import Choice
-from microserve.gateway.text.transcript import TokenText
+from microserve.gateway.text.choice import Choice, Piece
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError
 
@@ -158,25 +156,15 @@ class Completion(Generic[B]):
 
     async def _collect_answer(self, answer: AnswerFormat) -> None:
         group = self._group
-        texts: list[list[str]] = [[] for _ in group.choices]
-        tokens: list[list[TokenText]] = [[] for _ in group.choices]
-        events: list[list[Event]] = [[] for _ in group.choices]
+        pieces: list[list[Piece]] = [[] for _ in group.choices]
         while not group.over:
             for mailbox in await group.inbox.wait():
                 choice, piece = group.take(mailbox)
-                texts[choice.index].append(piece.text)
-                tokens[choice.index] += piece.tokens
-                events[choice.index] += piece.events
+                pieces[choice.index].append(piece)
             group.raise_failure()
         await group.settle()
         choices = [
-            FinishedChoice(
-                choice.index,
-                "".join(texts[choice.index]),
-                tokens[choice.index],
-                Ending(reason, choice.numerics.promise, choice.stop_string),
-                events[choice.index] if choice.is_read else None,
-            )
+            _finished(choice, pieces[choice.index], reason)
             for choice in group.choices
             if (reason := choice.told_reason) is not None
         ]
@@ -263,3 +251,14 @@ class Completion(Generic[B]):
             await stream.write(b"".join(events))
         for choice in finished:
             choice.times.ended = monotonic()
+
+
+def _finished(choice: Choice, pieces: list[Piece], reason: str) -> FinishedChoice:
+    return FinishedChoice(
+        choice.index,
+        "".join(piece.text for piece in pieces),
+        [token for piece in pieces for token in piece.tokens],
+        Ending(reason, choice.numerics.promise, choice.stop_string),
+        [event for piece in pieces for event in piece.events] if choice.is_read else None,
+        pieces,
+    )

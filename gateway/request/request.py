@@ -168,6 +168,8 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """``attributes.FIELDS`` and ``metadata``, as the client wrote them: they change no token."""
     warnings: list[str] = []
     """What was asked for and is not done as asked, in the client's words."""
+    echo: dict[str, Any] = {}
+    """What the API's own format is to tell again; nobody else looks at it."""
     names: dict[str, str] = {}
     """Fields that its client calls otherwise than they are called here; ``prompt`` is what becomes it."""
 

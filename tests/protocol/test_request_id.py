@@ -18,7 +18,7 @@ def test_every_name_of_a_request_is_known_as_one(client: str, index: int, num_mo
     choice = of_choice(own, index)
     last = moved(choice, num_moves) if num_moves else choice
     assert len(last) <= MAX_REQUEST_ID_CHARS
-    for wanted in (client, own, choice, last, f"cmpl-{own}", f"chatcmpl-{own}"):
+    for wanted in (client, own, choice, last, f"cmpl-{own}", f"chatcmpl-{own}", f"resp_{own}"):
         assert is_named(last, wanted), wanted
 
 

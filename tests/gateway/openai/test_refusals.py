@@ -22,7 +22,7 @@ ENVELOPES = [
     ("DELETE", "/health", 405, "method_not_allowed"),
     # A client repeats what a 5xx answers; what is not here will not be here the third time either.
     ("POST", "/v1/embeddings", 404, "not_found"),
-    ("POST", "/v1/responses", 404, "not_found"),
+    ("POST", "/v1/audio/speech", 404, "not_found"),
     ("POST", "/tokenize", 400, "invalid_request"),
     ("POST", "/detokenize", 400, "invalid_request"),
 ]
