@@ -3,18 +3,14 @@ is refused, and every answer is one that it describes."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import schemathesis
-import uvloop
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import (
@@ -29,7 +25,8 @@ from starlette.routing import Route
 from microserve.gateway.app import Application
 from microserve.gateway.document import OPERATIONS
 from microserve.protocol.messages.engine import TokenLogprob
-from tests.support.gateway.gateway_world import MAX_MODEL_LEN, Served, gateway_world, make_model
+from tests.support.gateway.gateway_world import MAX_MODEL_LEN, Served, make_model
+from tests.support.gateway.living import Living
 
 pytestmark = pytest.mark.slow
 
@@ -49,45 +46,10 @@ def answer(served: Served) -> None:
     served.send([65] * count, logprobs=logprobs, ended=served.ended("length"))
 
 
-class Living:
-    """A gateway and its router on a loop of their own: schemathesis waits for its answers."""
-
-    def __init__(self, directory: Path) -> None:
-        self.address = ""
-        self.tokens = 0
-        self._directory = directory
-        self._ready = threading.Event()
-        self._stop: asyncio.Event | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name="gateway")
-        self._thread.start()
-        assert self._ready.wait(60.0)
-
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._serve())
-
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        try:
-            async with gateway_world(self._directory, vocab_size=VOCAB_SIZE) as world:
-                world.router.answer = answer
-                self.address = world.address
-                self._ready.set()
-                await self._stop.wait()
-        finally:
-            self._ready.set()
-
-    def close(self) -> None:
-        assert self._loop is not None and self._stop is not None
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(60.0)
-        assert not self._thread.is_alive()
-
-
 @pytest.fixture(scope="module")
 def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
-    living = Living(make_model(tmp_path_factory.mktemp("model") / "tiny"))
+    directory = make_model(tmp_path_factory.mktemp("model") / "tiny")
+    living = Living(directory, answer=answer, vocab_size=VOCAB_SIZE)
     try:
         yield living
     finally:
