@@ -100,6 +100,7 @@ class Application:
             ("/openapi.json", get, operator_routes.openapi),
             ("/tokenize", post, operator_routes.tokenize),
             ("/detokenize", post, operator_routes.detokenize),
+            ("/tokenizer_info", get, operator_routes.tokenizer_info),
         ]
         return [Route(path, _Endpoint(self._state, methods, handler)) for path, methods, handler in table]
 

@@ -44,6 +44,7 @@ _PROMISE = (
     "The numerics class in which the whole answer was made, bit for bit as any engine of the class makes it; "
     "or none. Of a stream: its beginning's; each choice's last chunk has the choice's, as microserve.exact."
 )
+_WARNING = "What was asked for and is not done as asked: unknown fields by their places, what is relaxed."
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,9 @@ OPERATIONS = (
     Operation("/v1/models/{model_id}", "One of them.", replies.ModelCard),
     Operation("/tokenize", "Token ids of a prompt or of messages.", replies.TokenizeReply, TokenizeRequest),
     Operation("/detokenize", "Text of token ids.", replies.DetokenizeReply, DetokenizeRequest),
+    Operation(
+        "/tokenizer_info", "The tokenizer's special tokens and chat template.", replies.TokenizerInfoReply
+    ),
     Operation("/health", "The process answers.", is_open=True),
     Operation(
         "/ready", "A router with an engine is known.", replies.ReadyReply, is_open=True, is_503_a_reply=True
@@ -154,9 +158,12 @@ def _responses(operation: Operation) -> dict[str, Any]:
         }
     error = {"description": "What is wrong.", "content": {_JSON: {"schema": _ref(operation.error)}}}
     reply: dict[str, Any] = {"description": "The answer.", "content": content}
+    if operation.request is not None:
+        reply["headers"] = {
+            "x-microserve-warning": {"description": _WARNING, "schema": {"type": "string"}},
+        }
     if operation.streams:
-        header = {"description": _PROMISE, "schema": {"type": "string"}}
-        reply["headers"] = {"x-microserve-exact": header}
+        reply["headers"]["x-microserve-exact"] = {"description": _PROMISE, "schema": {"type": "string"}}
     found = {"200": reply, "4XX": error, "5XX": error}
     if operation.is_503_a_reply:
         found["503"] = {"description": "Not now.", "content": content}

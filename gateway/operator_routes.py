@@ -12,6 +12,7 @@ from microserve.gateway.document import document
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.exchange import Exchange, warning_header
 from microserve.gateway.metrics import CONTENT_TYPE
+from microserve.gateway.openai.models import model_card
 from microserve.gateway.state import GatewayState
 
 
@@ -57,14 +58,21 @@ async def model(state: GatewayState, exchange: Exchange) -> None:
 
 
 def _model_card(state: GatewayState) -> dict[str, Any]:
-    max_model_len = state.routers.max_model_len
-    return {
-        "id": state.model,
-        "object": "model",
-        "created": state.created,
-        "owned_by": "microserve",
-        "max_model_len": max_model_len or None,
-    }
+    return model_card(
+        state.model,
+        created=state.created,
+        max_model_len=state.routers.max_model_len,
+        parsers=state.parsers,
+        template=state.tokenizer.template,
+        dtype=state.dtype,
+        weights=state.weights,
+    )
+
+
+async def tokenizer_info(state: GatewayState, exchange: Exchange) -> None:
+    """What lm-eval asks of a tokenizer that it has not got itself."""
+    body = state.tokenizer.description | {"model_max_length": state.routers.max_model_len or None}
+    await exchange.reply(200, msgspec.json.encode(body))
 
 
 async def tokenize(state: GatewayState, exchange: Exchange) -> None:

@@ -256,6 +256,8 @@ def _make_state(
         defaults=defaults,
         shape=Shape(gateway.max_body_values, gateway.max_body_depth),
         metrics=GatewayMetrics(model, time.monotonic),
+        dtype=settings.model.dtype,
+        weights=settings.model.weights,
         max_n=gateway.max_n,
         max_choices=gateway.max_streams,
         request_timeout_s=gateway.request_timeout_s,

@@ -55,6 +55,10 @@ class GatewayState:
     shape: Shape
     defaults: SamplingDefaults
     metrics: GatewayMetrics
+    dtype: str
+    """Of what the model computes in, as its setting says."""
+    weights: str
+    """``dtype``, or how they are rounded."""
     max_n: int
     max_choices: int
     """Choices in flight (``gateway.max_streams``); beyond it requests are refused."""

@@ -30,6 +30,7 @@ OnlyFalse = Annotated[Any, only(False)]
 OnlyTrue = Annotated[Any, only(True)]
 Label = Annotated[Any, Meta(description="Changes no token: for strategies where gateway.attributes has it.")]
 Ignored = Annotated[Any, Meta(description="Changes no token: accepted and ignored.")]
+Told = Annotated[Any, Meta(description="Changes no token: ignored, and told in x-microserve-warning.")]
 
 
 class RequestBody(msgspec.Struct, kw_only=True):

@@ -21,6 +21,7 @@ from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Piece, Timeline
 from microserve.gateway.text.reading import ReadChoice, Reading
 from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
+from microserve.protocol.messages.attributes import MAX_PRIORITY
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.router import Ended, Served
 from microserve.protocol.messages.sampling import SamplingParams
@@ -99,6 +100,7 @@ class ChoiceGroup:
                 prompt_ids=prompt_ids,
                 sampling=sampling,
                 stop=request.stop,
+                text=request.text,
                 eos_token_ids=state.routers.eos_token_ids,
                 times=self.times.copy(),
             )
@@ -114,7 +116,7 @@ class ChoiceGroup:
                 strategy=strategy,
                 salt=salt,
                 tenant=exchange.key.name,
-                priority=exchange.key.priority,
+                priority=max(exchange.key.priority - request.gives_way, -MAX_PRIORITY),
                 attributes=attributes,
             )
         state.metrics.submitted(sum(map(len, prompts)))

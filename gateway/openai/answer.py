@@ -14,6 +14,7 @@ import msgspec
 
 from microserve.gateway.api.format import AnswerFormat, Answering, FinishedChoice, UsageCounts
 from microserve.gateway.http.sse import DONE, event
+from microserve.gateway.openai.common import FLEX
 
 encode = msgspec.json.Encoder().encode
 
@@ -35,6 +36,8 @@ class OpenAIFormat(AnswerFormat):
     id_prefix: ClassVar[str]
     chunk_object: ClassVar[str]
     reply_object: ClassVar[str]
+    tells_tier: ClassVar[bool] = False
+    """How the request was served, where it has asked for a way."""
 
     def __init__(self, answering: Answering) -> None:
         self.needs_usage = answering.request.shows_usage
@@ -46,6 +49,9 @@ class OpenAIFormat(AnswerFormat):
             "model": answering.model,
             "system_fingerprint": answering.fingerprint,
         }
+        tier = answering.request.labels.get("service_tier")
+        if self.tells_tier and tier is not None:
+            self._head["service_tier"] = FLEX if tier == FLEX else "default"
         opened = encode(self._head)[:-1] + b","
         self._chunk_head = b"data: " + opened + b'"choices":[{"index":'
         self._usage_member = b',"usage":null' if self.needs_usage else b""

@@ -11,7 +11,14 @@ from microserve.gateway.api.format import Ending, FinishedChoice
 from microserve.gateway.openai.answer import OpenAIFormat, encode
 from microserve.gateway.openai.common import options_of, wish_of
 from microserve.gateway.openai.grammar import asked_of
-from microserve.gateway.openai.schema import ROLES, ChatRequest, ContentPart, Message, ToolCall
+from microserve.gateway.openai.schema import (
+    ROLES,
+    ChatRequest,
+    ContentPart,
+    Message,
+    TokenizeRequest,
+    ToolCall,
+)
 from microserve.gateway.openai.tools import tool_use_of
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
 from microserve.gateway.request.request import Call, Conversation, GenerateRequest, TemplateOption, Turn
@@ -19,8 +26,10 @@ from microserve.gateway.text.choice import Piece
 from microserve.gateway.text.transcript import TokenText
 from microserve.protocol.errors import InvalidRequest
 
-OPTIONS = ("reasoning_effort", "enable_thinking")
+OPTIONS = ("reasoning_effort", "verbosity", "enable_thinking", "documents", "add_generation_prompt")
 """Variables of a template that have a field of their own."""
+ASKS_NOTHING = {"verbosity": "medium", "documents": [], "add_generation_prompt": True}
+"""What is so without being said."""
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 """Variables of a template that are not the client's to set."""
 
@@ -34,7 +43,7 @@ def chat_request(body: ChatRequest) -> GenerateRequest:
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs", field="top_logprobs")
     return GenerateRequest(
-        prompt=Conversation(turns_of(body.messages), template_options(body)),
+        prompt=conversation_of(body, body.messages),
         sampling=wish_of(
             body,
             max_tokens=body.max_tokens if newer is None else newer,
@@ -47,7 +56,18 @@ def chat_request(body: ChatRequest) -> GenerateRequest:
     )
 
 
-def template_options(request: ChatRequest) -> dict[str, TemplateOption]:
+def conversation_of(request: ChatRequest | TokenizeRequest, messages: list[Message]) -> Conversation:
+    """Raises :class:`InvalidRequest` naming the message or the field."""
+    if request.continue_final_message and request.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt exclude each other",
+            field="continue_final_message",
+        )
+    turns, options = turns_of(messages), _template_options(request)
+    return Conversation(turns, options, continues=bool(request.continue_final_message))
+
+
+def _template_options(request: ChatRequest | TokenizeRequest) -> dict[str, TemplateOption]:
     """The request's values for variables of the template."""
     options: dict[str, TemplateOption] = {}
     for name, value in (request.chat_template_kwargs or {}).items():
@@ -56,8 +76,10 @@ def template_options(request: ChatRequest) -> dict[str, TemplateOption]:
             raise InvalidRequest(f"{field} is not for clients to set", field=field)
         options[name] = TemplateOption(value, field)
     for name in OPTIONS:
-        if (value := getattr(request, name)) is not None:
+        if (value := getattr(request, name, None)) is not None and value != ASKS_NOTHING.get(name):
             options[name] = TemplateOption(value, name)
+    if request.continue_final_message:  # nothing is behind the last message, whatever the template does
+        options.pop("add_generation_prompt", None)
     return options
 
 
@@ -118,6 +140,7 @@ class ChatFormat(OpenAIFormat):
     id_prefix: ClassVar[str] = "chatcmpl"
     chunk_object: ClassVar[str] = "chat.completion.chunk"
     reply_object: ClassVar[str] = "chat.completion"
+    tells_tier: ClassVar[bool] = True
 
     def opening(self, index: int) -> bytes:
         return self._chunk(

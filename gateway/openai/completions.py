@@ -20,7 +20,7 @@ DEFAULT_MAX_TOKENS = 16
 def completion_request(body: CompletionRequest) -> GenerateRequest:
     """Raises :class:`InvalidRequest` naming the field."""
     return GenerateRequest(
-        prompt=_prompts(body.prompt),
+        prompt=_prompts(body.prompt, body.add_special_tokens is not False),
         sampling=wish_of(
             body,
             max_tokens=body.max_tokens,
@@ -32,16 +32,16 @@ def completion_request(body: CompletionRequest) -> GenerateRequest:
     )
 
 
-def _prompts(prompt: str | list[str | int | list[int]]) -> Texts | Ids:
+def _prompts(prompt: str | list[str | int | list[int]], add_special_tokens: bool) -> Texts | Ids:
     if isinstance(prompt, str):
-        return Texts([prompt])
+        return Texts([prompt], add_special_tokens)
     kinds = set(map(type, prompt))  # one pass at C's speed: the loop must not stand still for 100,000 ids
     if kinds == {int}:
         return Ids([cast(list[int], prompt)])
     if len(prompt) > MAX_CHOICES:
         raise InvalidRequest(f"prompt must have at most {MAX_CHOICES} entries", field="prompt")
     if kinds == {str}:
-        return Texts(cast(list[str], prompt))
+        return Texts(cast(list[str], prompt), add_special_tokens)
     if kinds == {list}:
         return Ids(cast(list[list[int]], prompt))
     raise InvalidRequest("prompt must be a text, texts, ids or lists of ids, not a mixture", field="prompt")

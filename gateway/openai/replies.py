@@ -83,6 +83,8 @@ class ChatReply(msgspec.Struct):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: UsageReply
+    service_tier: Literal["default", "flex"] | UnsetType = UNSET
+    """Where the request has asked for one."""
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -109,12 +111,37 @@ class CompletionReply(msgspec.Struct):
     usage: UsageReply
 
 
+class Capabilities(msgspec.Struct):
+    """What a request may ask for without being refused."""
+
+    chat: bool
+    completions: bool
+    tools: bool
+    required_tools: bool
+    """Calls may be required, named or strict."""
+    reasoning: bool
+    """Thoughts are told apart from the answer."""
+    reasoning_options: list[str]
+    """Fields that the chat template looks at."""
+    structured_output: bool
+    logprobs: bool
+
+
 class ModelCard(msgspec.Struct):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: None
     max_model_len: int | None
+    context_length: int | None
+    """As ``max_model_len``; null while no engine has told it."""
+    input_modalities: list[str]
+    output_modalities: list[str]
+    dtype: str
+    quantization: str | None
+    capabilities: Capabilities
 
 
 class ModelList(msgspec.Struct):
@@ -126,6 +153,20 @@ class TokenizeReply(msgspec.Struct):
     count: int
     max_model_len: int | None
     tokens: list[int]
+    token_strs: list[str] | None
+    """As the vocabulary has them, where they were asked for."""
+
+
+class TokenizerInfoReply(msgspec.Struct):
+    """The special tokens are those that the model has."""
+
+    tokenizer_class: str
+    chat_template: str | None
+    model_max_length: int | None
+    bos_token: str | UnsetType = UNSET
+    eos_token: str | UnsetType = UNSET
+    pad_token: str | UnsetType = UNSET
+    unk_token: str | UnsetType = UNSET
 
 
 class DetokenizeReply(msgspec.Struct):

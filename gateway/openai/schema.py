@@ -25,17 +25,22 @@ from microserve.gateway.api.fields import (
     RequestBody,
     StopString,
     StopStrings,
+    Told,
     Unsupported,
     only,
 )
 from microserve.gateway.request.request import MAX_CHOICES, Role
 from microserve.protocol.messages import sampling as bounds
+from microserve.protocol.messages.attributes import MAX_PRIORITY
 from microserve.protocol.messages.sampling import TokenId
 
 MAX_TOKENIZE_TOKENS = 1 << 20
 """Beyond any context; bounds the work of one ``/tokenize`` or ``/detokenize``."""
 MAX_TEMPLATE_OPTIONS = 64
 
+ServiceTier = Annotated[str, Meta(max_length=MAX_NAME_CHARS, description="For strategies, too, as a label.")]
+Documents = Annotated[list[dict[str, Any]], Meta(max_length=MAX_MESSAGES)]
+TemplateOptions = Annotated[dict[Name, Any], Meta(max_length=MAX_TEMPLATE_OPTIONS)]
 TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_TOKENIZE_TOKENS)]
 _KINDS = {"anyOf": [{"items": {"type": kind}} for kind in ("string", "integer", "array")]}
 Prompt = (
@@ -50,6 +55,9 @@ Prompt = (
 
 class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
+    include_obfuscation: Ignored = None
+    continuous_usage_stats: Told = None
+    """vLLM's; usage comes with the last chunk."""
 
 
 class JsonSchemaFormat(msgspec.Struct):
@@ -123,38 +131,45 @@ class GenerationRequest(RequestBody, kw_only=True):
     safety_identifier: Label = None
     prompt_cache_key: Label = None
     prompt_cache_retention: Ignored = None
-    service_tier: Label = None
+    prompt_cache_options: Ignored = None
+    service_tier: ServiceTier | None = None
+    """``flex`` gives way by one step of priority and is answered as such, all others as ``default``."""
+    prediction: Told = None
+    store: (
+        Annotated[bool, Meta(description="Nothing is stored, which is told where it was asked for.")] | None
+    ) = None
+    priority: Annotated[int, Meta(ge=0, le=2 * MAX_PRIORITY)] | None = None
+    """As in vLLM, more is later: so much below its key's own, never above."""
+    # How prompt and answer are text (vLLM's).
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
+    """The last so many tokens of a prompt; -1: as many as leave room for the output."""
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    """The stop string, or the text of the stop token, is a part of the answer."""
     # Known and not supported: refused by name, rather than dropped.
     audio: Unsupported = None
-    prediction: Unsupported = None
     web_search_options: Unsupported = None
+    moderation: Unsupported = None
     reasoning: Unsupported = None
-    verbosity: Unsupported = None
-    truncate_prompt_tokens: Unsupported = None
     prompt_logprobs: Unsupported = None
     prompt_embeds: Unsupported = None
     chat_template: Unsupported = None
-    documents: Unsupported = None
     guided_whitespace_pattern: Unsupported = None
     logits_processors: Unsupported = None
     allowed_token_ids: Unsupported = None
     mm_processor_kwargs: Unsupported = None
     kv_transfer_params: Unsupported = None
     modalities: Annotated[Any, only(["text"])] = None
-    store: OnlyFalse = None
     suffix: Annotated[Any, only("")] = None
     best_of: Annotated[Any, only(1)] = None
     echo: OnlyFalse = None
     use_beam_search: OnlyFalse = None
     length_penalty: Annotated[Any, only(1)] = None
     bad_words: Annotated[Any, only([])] = None
-    add_generation_prompt: OnlyTrue = None
-    continue_final_message: OnlyFalse = None
-    include_stop_str_in_output: OnlyFalse = None
-    skip_special_tokens: OnlyTrue = None
-    spaces_between_special_tokens: OnlyTrue = None
     return_tokens_as_token_ids: OnlyFalse = None
-    priority: Annotated[Any, only(0)] = None
+    return_token_ids: OnlyFalse = None
+    include_reasoning: OnlyTrue = None
     functions: Annotated[Any, Meta(description="Refused unless empty, or function_call is none.")] = None
     function_call: Annotated[Any, only("none")] = None
 
@@ -164,8 +179,13 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompt
     logprobs: bounds.Logprobs | None = None
+    add_special_tokens: bool | None = None
     # Of conversations.
     parallel_tool_calls: Ignored = None
+    add_generation_prompt: OnlyTrue = None
+    continue_final_message: OnlyFalse = None
+    documents: Unsupported = None
+    verbosity: Unsupported = None
     reasoning_effort: Unsupported = None
     chat_template_kwargs: Annotated[Any, only({})] = None
     tools: Annotated[Any, Meta(description="Refused unless empty, or tool_choice is none.")] = None
@@ -266,6 +286,11 @@ class Message(msgspec.Struct):
     reasoning_content: str | None = None
     """What the assistant thought; ``reasoning`` is another name for it."""
     reasoning: str | None = None
+    # Of answers that go back as they came.
+    refusal: str | None = None
+    annotations: Ignored = None
+    audio: None = None
+    function_call: None = None
 
 
 Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -281,16 +306,33 @@ class ChatRequest(GenerationRequest):
     parallel_tool_calls: bool | None = None
     # For the model's chat template, and refused where it knows nothing of them.
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """``medium`` is let through by all."""
     enable_thinking: bool | None = None
-    chat_template_kwargs: Annotated[dict[Name, Any], Meta(max_length=MAX_TEMPLATE_OPTIONS)] | None = None
+    documents: Documents | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    add_generation_prompt: bool | None = None
+    """False: the prompt ends behind the last message."""
+    continue_final_message: bool | None = None
+    """The answer goes on with the last message; without ``add_generation_prompt``."""
+    add_special_tokens: OnlyFalse = None
 
 
 class TokenizeRequest(msgspec.Struct):
     model: Name | None = None
     prompt: str | None = None
     messages: Messages | None = None
+    """Instead of ``prompt``, with what the template takes beside them."""
     tools: Tools | None = None
-    add_special_tokens: bool = True
+    documents: Documents | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    """Of ``prompt``; true if it is not said. Templates write their own."""
+    return_token_strs: bool | None = None
+    chat_template: Unsupported = None
+    mm_processor_kwargs: Unsupported = None
 
 
 class DetokenizeRequest(msgspec.Struct):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from microserve.gateway.openai.answer import encode
-from microserve.gateway.openai.chat import turns_of
+from microserve.gateway.openai.chat import conversation_of
 from microserve.gateway.openai.schema import MAX_TOKENIZE_TOKENS, DetokenizeRequest, TokenizeRequest
 from microserve.gateway.openai.tools import names_of
 from microserve.gateway.request.prompts import encoded
-from microserve.gateway.request.request import Conversation
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
 
@@ -17,18 +16,32 @@ async def tokenized(request: TokenizeRequest, tokenizer: ModelTokenizer, max_mod
     limit = MAX_TOKENIZE_TOKENS
     try:
         if request.messages is not None:
-            conversation = Conversation(turns_of(request.messages))
+            if request.add_special_tokens:
+                raise InvalidRequest(
+                    "add_special_tokens is not for messages: the template writes them",
+                    field="add_special_tokens",
+                )
+            conversation = conversation_of(request, request.messages)
             names_of(request.tools or [])
             tokens = await encoded(conversation, request.tools, tokenizer, max_tokens=limit, field="messages")
         elif request.prompt is not None:
             [tokens] = await tokenizer.encode(
-                [request.prompt], add_special_tokens=request.add_special_tokens, max_tokens=limit
+                [request.prompt],
+                add_special_tokens=request.add_special_tokens is not False,
+                max_tokens=limit,
             )
         else:
             raise InvalidRequest("prompt or messages is missing", field="prompt")
     except PromptTooLong as error:
         raise InvalidRequest(f"more than {limit} tokens are not counted here", field=error.field) from None
-    return encode({"count": len(tokens), "max_model_len": max_model_len or None, "tokens": list(tokens)})
+    return encode(
+        {
+            "count": len(tokens),
+            "max_model_len": max_model_len or None,
+            "tokens": list(tokens),
+            "token_strs": tokenizer.names(tokens) if request.return_token_strs else None,
+        }
+    )
 
 
 async def detokenized(request: DetokenizeRequest, tokenizer: ModelTokenizer, max_model_len: int) -> bytes:

@@ -14,6 +14,9 @@ from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest, RequestError
 
+MAX_CUT_TOKENS = 1 << 20
+"""A prompt that is to be cut may have so many before."""
+
 
 async def prompts_of(
     request: GenerateRequest, tokenizer: ModelTokenizer, limits: ModelLimits
@@ -21,12 +24,14 @@ async def prompts_of(
     """Ids of every prompt, in order; what a template does not look at is a warning of the request's. Raises
     :class:`InvalidRequest` naming the field."""
     prompt, field = request.prompt, request.name_of("prompt")
+    num_kept = _num_kept(request, limits.max_model_len)
+    most = limits.max_model_len if num_kept is None else MAX_CUT_TOKENS
     given: Sequence[Sequence[int]]
     match prompt:
         case Conversation():
             shown = None if request.tools is None else request.tools.shown
             request.warnings = [*request.warnings, *unheard(prompt.options, tokenizer.template)]
-            return [await encoded(prompt, shown, tokenizer, max_tokens=limits.max_model_len, field=field)]
+            given = [await encoded(prompt, shown, tokenizer, max_tokens=most, field=field)]
         case Ids():
             given = prompt.prompts
             for ids in given:
@@ -34,13 +39,26 @@ async def prompts_of(
                     raise InvalidRequest(f"{field} has ids outside 0 to {limits.vocab_size - 1}", field=field)
         case Texts():
             given = await tokenizer.encode(
-                prompt.texts, add_special_tokens=True, max_tokens=limits.max_model_len, field=field
+                prompt.texts, add_special_tokens=prompt.add_special_tokens, max_tokens=most, field=field
             )
         case _:
             assert_never(prompt)
     if not all(given):
         raise InvalidRequest(f"{field} must have at least one token", field=field)
-    return given
+    return given if num_kept is None else [ids[-num_kept:] for ids in given]
+
+
+def _num_kept(request: GenerateRequest, max_model_len: int) -> int | None:
+    """Tokens of a prompt that are kept, at least one; None: all of them, or it is refused."""
+    wish, field = request.truncate_prompt_tokens, "truncate_prompt_tokens"
+    if wish is None:
+        return None
+    if wish > max_model_len:
+        raise InvalidRequest(f"{field} must be at most {max_model_len}, the context's length", field=field)
+    if wish > 0:
+        return wish
+    sampling = request.sampling
+    return max(max_model_len - (sampling.max_tokens or sampling.default_max_tokens or 1), 1)
 
 
 async def encoded(

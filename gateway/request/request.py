@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from microserve.gateway.grammar.asked import Asked
+from microserve.gateway.text.options import SHOWN_BY_DEFAULT, TextOptions
 
 MAX_CHOICES = 256
 """Prompts times ``n`` of one HTTP request."""
@@ -61,10 +62,12 @@ class Conversation(msgspec.Struct, tag="conversation", omit_defaults=True):
     """The answer goes on with the text of the last turn."""
 
 
-class Texts(msgspec.Struct, tag="texts"):
+class Texts(msgspec.Struct, tag="texts", omit_defaults=True):
     """Prompts as they are."""
 
     texts: list[str]
+    add_special_tokens: bool = True
+    """Those that the tokenizer puts around a text."""
 
 
 class Ids(msgspec.Struct, tag="ids"):
@@ -157,6 +160,11 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     stream: bool = False
     shows_usage: bool = False
     """Of a stream: its tokens are told at the end."""
+    text: TextOptions = SHOWN_BY_DEFAULT
+    truncate_prompt_tokens: int | None = None
+    """Of longer prompts the last so many are kept; -1: as many as leave room for the output."""
+    gives_way: int = 0
+    """By so much less important than its key's requests are."""
     grammar: Asked | None = None
     """What the answer's text must be; not yet checked."""
     hides_thoughts: bool = False

@@ -66,16 +66,16 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        self._source = source
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._check()
 
     def _check(self) -> None:
         """What can be said without running anything of it."""
         try:
-            if len(self._source) > MAX_TEMPLATE_CHARS:
+            if len(self.source) > MAX_TEMPLATE_CHARS:
                 raise jinja2.TemplateError(f"it has more than {MAX_TEMPLATE_CHARS} characters")
-            parsed = self._environment.parse(self._source)
+            parsed = self._environment.parse(self.source)
             for kind, known in (
                 (jinja2.nodes.Filter, self._environment.filters),
                 (jinja2.nodes.Test, self._environment.tests),
@@ -93,11 +93,11 @@ class ChatTemplate:
     @property
     def sources(self) -> str:
         """All that it is made of."""
-        return self._source if self._with_tools is None else f"{self._source}\n{self._with_tools.sources}"
+        return self.source if self._with_tools is None else f"{self.source}\n{self._with_tools.sources}"
 
     @cached_property
     def _template(self) -> jinja2.Template:
-        return self._environment.from_string(self._source)
+        return self._environment.from_string(self.source)
 
     @classmethod
     def of_model(cls, directory: str | Path) -> ChatTemplate | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.chat_template import ChatTemplate, read_json, special_tokens
 from microserve.gateway.text.continued import Continued
 from microserve.gateway.text.control import ControlText
 from microserve.gateway.text.detokenizer import Detokenizer
@@ -67,6 +67,8 @@ class ModelTokenizer:
         """As answers are without a word to the contrary."""
         self._shown: dict[TextOptions, Vocabulary] = {}
         self._words = Words.of(tokenizer)
+        self.description: dict[str, Any] = {}
+        """As clients may be told: its class, its special tokens by their names, the chat template."""
         self._added = tokenizer.get_added_tokens_decoder().keys()
         self.template = template
         self._control = None if parse_control_tokens else ControlText(tokenizer)
@@ -93,7 +95,15 @@ class ModelTokenizer:
             raise ConfigError(f"{file}: {error}", field="model.path") from None
         template = ChatTemplate.of_model(root)
         renderer = None if template is None else renderer or _run_here(template)
-        return cls(tokenizer, renderer, template=template, parse_control_tokens=parse_control_tokens)
+        made = cls(tokenizer, renderer, template=template, parse_control_tokens=parse_control_tokens)
+        config = read_json(root / "tokenizer_config.json")
+        name = config.get("tokenizer_class")
+        made.description = {
+            "tokenizer_class": name if isinstance(name, str) else "PreTrainedTokenizerFast",
+            "chat_template": None if template is None else template.source,
+            **special_tokens(read_json(root / "special_tokens_map.json") | config),
+        }
+        return made
 
     @property
     def vocab_size(self) -> int:
@@ -196,6 +206,10 @@ class ModelTokenizer:
         return "".join(
             marks[token_id] if token_id in marks else detokenizer.step(token_id)[1] for token_id in tail
         )
+
+    def names(self, token_ids: Sequence[int]) -> list[str]:
+        """As the vocabulary has them; empty for an id that is none."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)

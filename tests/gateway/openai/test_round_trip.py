@@ -63,7 +63,12 @@ COMMON = {
     "cache_salt": TEXTS,
     "user": TEXTS,
     "metadata": OBJECTS,
-    "service_tier": VALUES,
+    "service_tier": TEXTS | st.just("flex"),
+    "priority": st.integers(0, 100),
+    "truncate_prompt_tokens": st.just(-1) | st.integers(1, 100),
+    "skip_special_tokens": st.booleans(),
+    "spaces_between_special_tokens": st.booleans(),
+    "include_stop_str_in_output": st.booleans(),
 }
 CALLS = st.builds(
     lambda id_, name, arguments: {

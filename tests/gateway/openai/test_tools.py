@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from microserve.gateway.api.parse import parse
-from microserve.gateway.openai.chat import template_options
+from microserve.gateway.openai.chat import conversation_of
 from microserve.gateway.openai.schema import ChatRequest
 from microserve.gateway.openai.tools import tool_use_of
 from microserve.gateway.request.prompts import check_template
-from microserve.gateway.request.request import ToolUse
+from microserve.gateway.request.request import TemplateOption, ToolUse
 from microserve.gateway.text.chat_template import ChatTemplate
 from microserve.protocol.errors import InvalidRequest
 
@@ -84,18 +84,22 @@ def test_what_is_wrong_is_named(fields: dict[str, Any], where: str) -> None:
     assert caught.value.field == where
 
 
+def options_of(body: ChatRequest) -> dict[str, TemplateOption]:
+    return conversation_of(body, body.messages).options
+
+
 LANGUAGE = "chat_template_kwargs.language"
 
 
 def test_a_template_that_does_not_look_at_something_refuses_it() -> None:
     """It would change nothing, without a word."""
     template = ChatTemplate("{{ messages }}{% if enable_thinking %}x{% endif %}", {})
-    options = template_options(request(enable_thinking=True))
+    options = options_of(request(enable_thinking=True))
     check_template(template, None, options)
     for tools, asked, field in (
         ([tool("f")], options, "tools"),
-        (None, template_options(request(reasoning_effort="low")), "reasoning_effort"),
-        (None, template_options(request(chat_template_kwargs={"language": "x"})), LANGUAGE),
+        (None, options_of(request(reasoning_effort="low")), "reasoning_effort"),
+        (None, options_of(request(chat_template_kwargs={"language": "x"})), LANGUAGE),
     ):
         with pytest.raises(InvalidRequest) as caught:
             check_template(template, tools, asked)
@@ -105,5 +109,5 @@ def test_a_template_that_does_not_look_at_something_refuses_it() -> None:
 @pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
 def test_variables_that_are_not_the_clients(name: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        template_options(request(chat_template_kwargs={name: 1}))
+        options_of(request(chat_template_kwargs={name: 1}))
     assert caught.value.field == f"chat_template_kwargs.{name}"

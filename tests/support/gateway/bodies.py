@@ -47,6 +47,11 @@ def _body(request: GenerateRequest) -> dict[str, Any]:
         request.name_of("max_tokens"): sampling.max_tokens,
         **{name: value for name in WISHES if (value := getattr(sampling, name)) is not None},
         **request.labels,
+        "priority": request.gives_way - (request.labels.get("service_tier") == "flex"),
+        "truncate_prompt_tokens": request.truncate_prompt_tokens,
+        "skip_special_tokens": request.text.skip_special_tokens,
+        "spaces_between_special_tokens": request.text.spaces_between_special_tokens,
+        "include_stop_str_in_output": request.text.include_stop,
         **({} if request.grammar is None else _grammar(request.grammar)),
     }
 
