@@ -34,6 +34,7 @@ from microserve.services.local.hub.files import (
 from microserve.services.local.hub.name import HubError, ModelName, NotReached
 from microserve.services.local.hub.place import Place, keep
 from microserve.services.local.hub.sizes import check_disk, check_memory, in_bytes, sizes_of
+from microserve.services.local.hub.streams import fetch_together
 
 Report = Callable[[str, float | None], None]
 """Called with what is being done and the part of it that is done, in [0, 1] (None: cannot be said)."""
@@ -77,20 +78,24 @@ class _Fetching:
         index = self._json(listing, WEIGHTS_INDEX) if wants_index(listing.files) else None
         needed = needed_of(name.repo, listing, index)
         wanted = needed.files if self._wish.weights else needed.small
-        if self._wish.verify:
-            self._throw_away_what_is_damaged(listing, wanted)
+        for file in wanted if self._wish.verify else ():
+            self._throw_away_if_damaged(listing, file)
         missing = {file.path: file.nbytes - self._here_nbytes(listing, file) for file in wanted}
         missing_nbytes = sum(missing.values())
         check_disk(str(name), missing_nbytes, place.free_nbytes, str(place.cache))
         if (settings := self._wish.settings) is not None:
             check_memory(str(name), config, needed.weights_nbytes, settings, unpromised_room())
         self._tell(listing, needed, config, missing_nbytes)
-        for file in wanted:
+        for file in needed.small:
             self._fetch(listing, file)
+        if self._wish.weights:
+            self._fetch_weights(listing, needed)
         keep(place, name, listing.commit, needed)
         return place.snapshot(name, listing.commit)
 
     def _json(self, listing: Listing, path: str) -> dict[str, Any]:
+        if self._wish.verify:
+            self._throw_away_if_damaged(listing, listing.files[path])
         file = self._client.fetch(listing.commit, listing.files[path], lambda _: None)
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -108,22 +113,33 @@ class _Fetching:
 
         self._client.fetch(listing.commit, file, tell)
 
+    def _fetch_weights(self, listing: Listing, needed: Needed) -> None:
+        if len(needed.weights) == 1:
+            self._fetch(listing, needed.weights[0])
+            return
+        total_nbytes = needed.weights_nbytes
+        what = f"Fetching {len(needed.weights)} files of weights ({in_bytes(total_nbytes)})"
+        fetch_together(
+            needed.weights,
+            lambda file, progress: self._client.fetch(listing.commit, file, progress),
+            lambda nbytes: self._report(what, min(1.0, nbytes / total_nbytes) if total_nbytes else None),
+        )
+
     def _here_nbytes(self, listing: Listing, file: RemoteFile) -> int:
         target = self._place.snapshot(self._name, listing.commit) / file.path
         if target.is_file() and target.stat().st_size == file.nbytes:
             return file.nbytes
         return self._client.partial_nbytes(file)
 
-    def _throw_away_what_is_damaged(self, listing: Listing, wanted: tuple[RemoteFile, ...]) -> None:
-        for file in wanted:
-            target = self._place.snapshot(self._name, listing.commit) / file.path
-            if not target.is_file():
-                continue
-            self._report(f"Checking {file.path} ({in_bytes(file.nbytes)})", None)
-            if target.stat().st_size != file.nbytes or digest_of(target, file.digest) != file.digest:
-                self._report(f"{file.path} is damaged", None)
-                target.resolve().unlink()
-                target.unlink(missing_ok=True)
+    def _throw_away_if_damaged(self, listing: Listing, file: RemoteFile) -> None:
+        target = self._place.snapshot(self._name, listing.commit) / file.path
+        if not target.is_file():
+            return
+        self._report(f"Checking {file.path} ({in_bytes(file.nbytes)})", None)
+        if target.stat().st_size != file.nbytes or digest_of(target, file.digest) != file.digest:
+            self._report(f"{file.path} is damaged", None)
+            target.resolve().unlink()
+            target.unlink(missing_ok=True)
 
     def _tell(self, listing: Listing, needed: Needed, config: dict[str, Any], missing_nbytes: int) -> None:
         settings = self._wish.settings or Settings()

@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from microserve.services.command.main import main
-from tests.services.local.hub.test_fetch import FILES, WEIGHTS
 from tests.support.hub.server import Hub, digest_of, serving
+from tests.support.hub.small_model import FILES, WEIGHTS
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from microserve.services.local.hub.files import (
     Listing,
@@ -58,6 +60,29 @@ def test_a_whole_file_goes_before_an_index_as_transformers_has_it() -> None:
     there = listing("config.json", "tokenizer.json", "model.safetensors.index.json", "model.safetensors")
     assert not wants_index(there.files)
     assert paths(needed_of("org/name", there, None))[-1] == "model.safetensors"
+
+
+NAMES = ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", *SHARDS]
+NAMES += ["model.safetensors.index.json", "pytorch_model.bin", "a.gguf", "original/model.safetensors", "x.py"]
+
+
+@given(names=st.sets(st.sampled_from(NAMES)), shards=st.lists(st.sampled_from([*SHARDS, "x.bin"])))
+def test_of_any_repository_one_whole_set_of_weights_or_a_refusal(names: set[str], shards: list[str]) -> None:
+    there = listing(*names)
+    index = {"weight_map": {str(n): shard for n, shard in enumerate(shards)}}
+    try:
+        require_config("org/name", there.files)
+        found = needed_of("org/name", there, index if wants_index(there.files) else None)
+    except HubError as error:
+        assert "\n" not in str(error)
+        return
+    taken = paths(found)
+    assert set(taken) <= names and len(set(taken)) == len(taken)
+    assert {"config.json", "tokenizer.json"} <= set(taken)
+    weights = [file.path for file in found.weights]
+    assert weights == (["model.safetensors"] if "model.safetensors" in names else sorted(set(shards)))
+    assert all(name.endswith(".safetensors") and "/" not in name for name in weights) and weights
+    assert not {"pytorch_model.bin", "a.gguf", "x.py"} & set(taken)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
 from microserve.services.local.hub.name import HubError, NotReached
 from microserve.services.local.hub.resolve import resolve
-from tests.services.local.hub.test_fetch import FILES, WEIGHTS
 from tests.support.hub.server import Hub, serving
+from tests.support.hub.small_model import FILES, WEIGHTS
 
 
 @pytest.fixture
