@@ -24,7 +24,7 @@ make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11)
 MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '$(VENV)/installed')" = "$$(pwd -P)" ] || \
 	echo moved))
 
-.PHONY: moved install up quick test heavy clients check fmt bench bench-quick exactness simulate mutations chaos hurt swaps soak extras wheel hooks clean
+.PHONY: moved install up quick test heavy clients check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
 
 up: $(VENV)/installed
 	@$(KERNELS)
@@ -67,6 +67,13 @@ fmt: $(VENV)/dev
 # ARGS="--requests 20 --strategies auto" for a cut of it.
 exactness: $(VENV)/dev
 	$(BIN)/python tests/support/process/exactness.py --model "$$($(BIN)/microserve model fetch)" --dtype $(DTYPE) $(ARGS)
+
+# JSON schemas of a checkout of MaskBench or the JSON Schema test suite (tests/conformance/corpora.py) through the gateway's
+# check and the engine's matcher: make conformance CORPUS=DIR ARGS="--strict --every 10"; without one, recorded tool calls only.
+CORPUS ?=
+conformance: $(VENV)/dev
+	$(BIN)/pytest -q -s -n 0 tests/gateway/parsing/test_recorded.py
+	@[ -z '$(CORPUS)' ] || $(BIN)/python tests/conformance/conformance.py '$(CORPUS)' $(ARGS)
 
 # A thousand simulated worlds full of faults; ARGS="--seeds 20000", or ARGS="--replay 17" for one of them.
 simulate: $(VENV)/dev

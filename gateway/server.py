@@ -36,12 +36,13 @@ from microserve.gateway.keys.reader import KeyReader
 from microserve.gateway.keys.ring import KeyRing
 from microserve.gateway.keys.usage import UsageBook
 from microserve.gateway.metrics import GatewayMetrics
-from microserve.gateway.parsing.parsers import ModelParsers
+from microserve.gateway.parsing.parsers import ModelParsers, signs_of
 from microserve.gateway.request.attributes import Attributes
 from microserve.gateway.request.defaults import SamplingDefaults
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.siblings import Siblings
 from microserve.gateway.state import GatewayState
+from microserve.gateway.text.chat_template import read_json
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.worker import share
 from microserve.protocol import log
@@ -240,12 +241,7 @@ def _make_state(
         version=version("microserve"),
         created=int(time.time()),
         tokenizer=tokenizer,
-        parsers=ModelParsers.of_model(
-            "" if tokenizer.template is None else tokenizer.template.sources,
-            settings.model.tool_parser,
-            settings.model.reasoning_parser,
-            tokenizer.added_id,
-        ),
+        parsers=_make_parsers(settings, tokenizer),
         helpers=helpers,
         grammars=GrammarChecker(helpers.check),
         bus=bus,
@@ -264,6 +260,20 @@ def _make_state(
         shared_prefix_cache=gateway.shared_prefix_cache,
         attributes=attributes,
     )
+
+
+def _make_parsers(settings: Settings, tokenizer: ModelTokenizer) -> ModelParsers:
+    template = "" if tokenizer.template is None else tokenizer.template.sources
+    shipped = read_json(Path(settings.model.path) / "tokenizer_config.json").get("response_template")
+    wanted, thoughts = settings.model.tool_parser, settings.model.reasoning_parser
+    parsers = ModelParsers.of_model(signs_of(template, shipped), wanted, thoughts, tokenizer.added_id)
+    if shipped is not None and wanted == "auto" and parsers.tools is None:
+        _logger.warning(
+            log.TEMPLATE_UNKNOWN,
+            detail="the model's response_template is of no family that is known here: calls stay text, and "
+            "tools are refused, unless model.tool_parser names one",
+        )
+    return parsers
 
 
 async def _drain(state: GatewayState, serving: asyncio.Task[None], drain_s: float) -> None:

@@ -6,6 +6,7 @@ vocabulary: each comes in as one character that no text has, so typed text is ne
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -143,6 +144,14 @@ ANCHOR_TOKENS = tuple(
     )
 )
 CHANNELS = ("<|channel>", "<channel|>")
+
+
+def signs_of(template: str, shipped: object) -> str:
+    """What a family is known by: the chat template, and the ``response_template`` of a model that has one, as
+    text. Its markers are the family's; it is not run (docs/decisions.md)."""
+    if not isinstance(shipped, dict | list):
+        return template
+    return f"{template}\n{json.dumps(shipped, ensure_ascii=False).replace(chr(92), '')}"
 
 
 def _named(setting: str, name: str, found: str | None, known: Mapping[str, Any]) -> str | None:

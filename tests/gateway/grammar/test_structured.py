@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from microserve.protocol.messages.sampling import Grammar
-from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world, run
+from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world, make_tokenizer, run
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +63,22 @@ def test_a_grammar_reaches_the_router_and_a_warning_the_client(model: Path) -> N
             assert reply.status_code == 200 and "x-microserve-warning" not in reply.headers
             last = list(world.router.served.values())[-1].message.sampling.grammar
             assert last == Grammar(kind="choice", text='["a","b"]')
+
+    run(main())
+
+
+def test_a_stop_string_cuts_a_schemas_answer_too(model: Path) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world:
+
+            def say(served: Served) -> None:
+                served.send(make_tokenizer().encode('{"a": {"b": 1}}').ids)
+                served.end("stop")
+
+            world.router.answer = say
+            reply = await ask(world, guided_json={"type": "object"}, stop="}", max_tokens=64)
+            [choice] = reply.json()["choices"]
+            assert (choice["text"], choice["finish_reason"]) == ('{"a": {"b": 1', "stop")
 
     run(main())
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from microserve.gateway.parsing.calls import BROKEN
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
 from microserve.gateway.parsing.families import THOUGHTS, TOOLS, Messages, thoughts_of, tool_family_of
-from microserve.gateway.parsing.parsers import ModelParsers, Wanted
+from microserve.gateway.parsing.parsers import ModelParsers, Wanted, signs_of
 from microserve.gateway.parsing.reader import MAX_CALLS
 from microserve.protocol.errors import ConfigError
 
@@ -288,6 +288,9 @@ def test_families_are_known_by_their_templates() -> None:
     assert tool_family_of("<tool_call> <arg_key>") == "glm"
     assert tool_family_of("{{ tools }}<|start_header_id|>") == "llama"
     assert tool_family_of("plain") is None
+    shipped = {"fields": {"tool_calls": {"open_pattern": r"<\|tool_call>call:", "close": "<tool_call|>"}}}
+    assert tool_family_of(signs_of("plain", shipped)) == "gemma"
+    assert tool_family_of(signs_of("plain", None)) is None
     assert (thoughts_of("</think>"), thoughts_of("plain")) == ("think", None)
     with pytest.raises(ConfigError, match=r"model\.tool_parser"):
         ModelParsers.of_model("", "hermes2", "auto", lambda text: None)

@@ -171,6 +171,18 @@ def test_a_grammar_wins_over_min_tokens_and_ignore_eos(guides: InlineGuides, tex
     assert len(alone(guides, many)) > 20
 
 
+def test_every_end_waits_until_the_grammar_may_end(guides: InlineGuides, tiny_model: Path) -> None:
+    """Several ends, and one of the request's own: none is legal within an object, all are behind it."""
+    params = msgspec.structs.replace(GUIDED, stop_token_ids=(7,))
+    whole = alone(guides, params)
+    guide = InlineGuides(compiler_for(tiny_model, VOCAB, EOS), VOCAB).prepare(params, [], EOS, print).guide
+    assert guide is not None
+    for k in range(len(whole)):
+        mask = guide.allowed(whole[:k])
+        assert [bool(mask[end // 32] >> end % 32 & 1) for end in (0, 7)] == [k == len(whole) - 1] * 2, k
+    assert {at for at in range(VOCAB) if mask[at // 32] >> at % 32 & 1} == {0, 7}  # and nothing else
+
+
 def test_a_grammar_may_begin_behind_given_tokens(guides: InlineGuides, text_of: Tokenizer) -> None:
     """What comes before is free, and cannot be the end; a failover in it changes nothing."""
     never = schema({"type": "boolean"}, after_token_ids=(9,) * 16)
