@@ -12,6 +12,7 @@ import msgspec
 
 from microserve.protocol.messages.grant import Grant
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
+from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.sampling import SamplingParams
 
 
@@ -281,6 +282,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprob] = []
     """As many as ``token_ids`` if the request asked for them, else none."""
     finished: Finished | None = None
+    prompt: PromptLogprobs | None = None
+    """If the request asked for them: the next ones, all of them before the first token or with it."""
 
 
 class Welcome(_Message, frozen=True, tag=1):

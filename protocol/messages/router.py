@@ -6,6 +6,7 @@ import msgspec
 
 from microserve.protocol.messages.engine import TokenLogprob, Usage
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
+from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.sampling import SamplingParams
 
 
@@ -125,6 +126,9 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     """As what its version served it: ``stable`` or ``canary``; empty: it was not admitted."""
     num_moves: int = 0
     """Times that it went to another engine in its midst, with its KV."""
+    alone: str = ""
+    """Why one engine alone served it, whatever its strategy says: ``prompt_logprobs``, or the code of what
+    went wrong. Empty: its strategy served it."""
 
 
 class Served(msgspec.Struct, frozen=True, array_like=True):
@@ -149,6 +153,8 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     another than before."""
     served: Served | None = None
     """With the first tokens from a router."""
+    prompt: PromptLogprobs | None = None
+    """As in ``actions.Delta``."""
 
 
 class RouterWelcome(_Message, frozen=True, tag=1):

@@ -29,6 +29,8 @@ MAX_TOKEN_ID = 0xFFFF_FFFF
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 """On the wire an id is 32 bits; the model's vocabulary bounds it further."""
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
+MaxTokensOrNone = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+"""0: the prompt alone."""
 MinTokens = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 Temperature = Annotated[float, Meta(ge=0.0, le=100.0)]
 TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
@@ -47,7 +49,7 @@ Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 class _Bounds(msgspec.Struct, frozen=True):
     """The fields of :class:`SamplingParams` that have bounds of their own."""
 
-    max_tokens: MaxTokens
+    max_tokens: MaxTokensOrNone
     min_tokens: MinTokens
     temperature: Temperature
     top_p: TopP
@@ -60,6 +62,7 @@ class _Bounds(msgspec.Struct, frozen=True):
     seed: Seed
     logprobs: Logprobs | None
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKEN_IDS)]
+    prompt_logprobs: Logprobs | None
 
 
 GRAMMAR_KINDS = ("json_schema", "json_object", "regex", "choice", "lark")
@@ -104,7 +107,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     """
 
     max_tokens: int = 16
-    """Most output tokens, including a stop token."""
+    """Most output tokens, including a stop token. 0: the prompt is computed, and nothing is generated."""
     min_tokens: int = 0
     """End-of-sequence and stop ids cannot be chosen before this many output tokens."""
     temperature: float = 1.0
@@ -127,6 +130,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ignore_eos: bool = False
     """Of no effect with a grammar, which says where the output may end."""
     grammar: Grammar | None = None
+    prompt_logprobs: int | None = None
+    """None: none. n >= 0: the log-probability of each prompt token and those of the n likeliest there."""
 
     def ends_by_eos(self) -> bool:
         """Does a token that is an end of sequence end it?"""

@@ -41,7 +41,7 @@ class Session:
     """What is kept of one peer that has said hello. It owns its requests."""
 
     queue: StreamQueue[wire.Delta, wire.Finished]
-    """A slow router costs memory bounded by its requests' own ``max_tokens``."""
+    """A slow router costs memory bounded by its requests' own prompts and ``max_tokens``."""
     is_reader: bool
     """It opened no window, so it generates nothing (WIRE.md 4.1): the index. Its own events tell of it."""
 
@@ -224,7 +224,8 @@ class ActionServer:
             session = self._sessions.find(peer)
             if session is not None:
                 session.value.queue.add(
-                    delta.request_id, delta.offset, delta.token_ids, delta.logprobs, delta.finished, delta
+                    *(delta.request_id, delta.offset, delta.token_ids, delta.logprobs, delta.finished, delta),
+                    prompt=delta.prompt,
                 )
 
     @property

@@ -25,6 +25,7 @@ from microserve.protocol.errors import MeshError, NotPermitted, ProtocolViolatio
 from microserve.protocol.messages import router as wire
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest, tick
@@ -50,7 +51,10 @@ class Outbox(StreamQueue[wire.Output, wire.Ended]):
         self._served: dict[str, wire.Served] = {}
 
     def emit(self, output: wire.Output) -> None:
-        self.add(output.request_id, output.offset, output.token_ids, output.logprobs, output.ended, output)
+        self.add(
+            *(output.request_id, output.offset, output.token_ids, output.logprobs, output.ended, output),
+            prompt=output.prompt,
+        )
 
     def _join(self, output: wire.Output) -> None:
         if output.numerics is not None:
@@ -65,10 +69,13 @@ class Outbox(StreamQueue[wire.Output, wire.Ended]):
         token_ids: list[int],
         logprobs: list[TokenLogprob],
         ended: wire.Ended | None,
+        /,
+        *,
+        prompt: PromptLogprobs | None = None,
     ) -> wire.Output:
         numerics = self._numerics.pop(request_id, None) if self._numerics else None
         served = self._served.pop(request_id, None) if self._served else None
-        return wire.Output(request_id, offset, token_ids, logprobs, ended, numerics, served)
+        return wire.Output(request_id, offset, token_ids, logprobs, ended, numerics, served, prompt)
 
 
 Gateway = Peer[bytes, Outbox]

@@ -20,8 +20,17 @@ import numpy.typing as npt
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InternalError
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
+from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprob, PromptLogprobs, packed
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.core.batch import Batch, Chunk, Sampled, SampleSpec, StepResult
+from microserve.services.engine.core.batch import (
+    Batch,
+    Chunk,
+    Sampled,
+    SampleSpec,
+    Scored,
+    ScoreSpec,
+    StepResult,
+)
 from microserve.services.simulation.toy_guides import toy_guide
 
 ROW_NBYTES = 8
@@ -90,7 +99,19 @@ class HashRunner:
             if on_layer is not None:
                 on_layer(layer)
             states = [self._attend(layer, c, s) for c, s in zip(batch.chunks, states, strict=True)]
-        return StepResult([self._sample(c, s[-1]) for c, s in zip(batch.chunks, states, strict=True)])
+        sampled = [self._sample(c, s[-1]) for c, s in zip(batch.chunks, states, strict=True)]
+        each = enumerate(zip(batch.chunks, states, strict=True))
+        return StepResult(sampled, {i: self._score(c.score, s) for i, (c, s) in each if c.score is not None})
+
+    def _score(self, spec: ScoreSpec, state: list[bytes]) -> Scored:
+        """Like a token's, of all rows up to the one that it is behind."""
+        rows = []
+        for hidden, target in zip(state[spec.first :], spec.targets, strict=False):
+            number = int.from_bytes(_digest(hidden[:ROW_NBYTES]), "little")
+            own = int.from_bytes(_digest(hidden[:ROW_NBYTES], b"%d" % target), "little") % 1000
+            top = [((number + place) % self._vocab_size, -0.25 * place) for place in range(spec.num_top)]
+            rows.append(PromptLogprob(-own / 8, 1 + own, tuple(top)))
+        return Scored(packed(FIRST_POSITION, spec.num_top, rows).rows, spec.num_top)
 
     def _write(self, layer: int, chunk: Chunk, state: list[bytes]) -> None:
         size, base, kv = self._layout.block_size, layer * self._layer_nbytes, self._kv
@@ -193,3 +214,24 @@ def expected_tokens(
         prompt, params, vocab_size=vocab_size, num_layers=num_layers, block_size=block_size
     )
     return [sampled.token_id for sampled in samples]
+
+
+def expected_rows(
+    prompt: Sequence[int],
+    num_top: int,
+    *,
+    vocab_size: int,
+    num_layers: int = 2,
+    block_size: int = 4,
+    make_runner: MakeRunner = plain,
+) -> PromptLogprobs:
+    """What any mesh must tell of a prompt's own tokens: all of it at once, alone, without a cache."""
+    layout = hash_layout(
+        num_blocks=-(-len(prompt) // block_size), num_layers=num_layers, block_size=block_size
+    )
+    runner = make_runner(np.zeros(layout.data_nbytes, np.uint8), layout, vocab_size)
+    if len(prompt) == 1:
+        return PromptLogprobs(FIRST_POSITION, num_top, b"")
+    spec = ScoreSpec(0, list(prompt[1:]), num_top)
+    chunk = Chunk(0, list(prompt), 0, list(range(layout.num_blocks)), 0, None, spec)
+    return PromptLogprobs(FIRST_POSITION, num_top, runner.execute(Batch([chunk])).scored[0].rows)

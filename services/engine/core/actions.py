@@ -117,6 +117,8 @@ class Actions:
             self._check_sampling(message.sampling)
             if end != num_tokens:
                 raise InvalidInterval("sampling needs end == len(prompt)", field="end")
+            if message.sampling.prompt_logprobs is not None and not message.num_output_tokens:
+                raise _not_alone()
             if not 0 <= message.num_output_tokens < min(num_tokens, message.sampling.max_tokens):
                 raise InvalidRequest("num_output_tokens leaves no token to sample", field="num_output_tokens")
         first = max(begin, grant.matched)
@@ -152,9 +154,15 @@ class Actions:
         num_prompt = num_tokens - message.num_output_tokens
         if not 0 < num_prompt <= num_tokens:
             raise InvalidRequest(f"num_output_tokens must be below {num_tokens}", field="num_output_tokens")
-        if message.num_output_tokens >= message.sampling.max_tokens:
+        if message.num_output_tokens and message.num_output_tokens >= message.sampling.max_tokens:
             raise InvalidRequest("max_tokens are out already", field="num_output_tokens")
-        self._check_fits(num_tokens)
+        if (
+            message.sampling.prompt_logprobs is not None
+            and not message.num_output_tokens
+            and message.grant_id
+        ):
+            raise _not_alone()
+        self._check_fits(num_tokens, more=min(1, message.sampling.max_tokens))
         received = record.received
         if message.grant_id is None:
             if begin != 0:
@@ -257,13 +265,13 @@ class Actions:
                 raise InvalidRequest(f"token id {max(token_ids)} is not below {limit}", field="tokens")
         return self._state.records.open(owner, request_id, token_ids, now)
 
-    def _check_fits(self, num_tokens: int) -> None:
-        """Could it ever run here? One more position is needed than the tokens known."""
+    def _check_fits(self, num_tokens: int, *, more: int = 1) -> None:
+        """Could it ever run here? ``more`` positions are needed than the tokens known."""
         limits = self._state.limits
-        room = min(limits.max_model_len, limits.num_blocks * self._state.memory.block_size) - 1
-        if num_tokens > room:
+        room = min(limits.max_model_len, limits.num_blocks * self._state.memory.block_size)
+        if num_tokens + more > room:
             raise PromptTooLong(
-                f"this engine's maximum context length is {room + 1} tokens; {num_tokens} and at least one "
+                f"this engine's maximum context length is {room} tokens; {num_tokens} and at least {more} "
                 "more were asked for",
                 field="tokens",
             )
@@ -339,3 +347,10 @@ class Actions:
 def _check_ttl(ttl_s: float) -> None:
     if not ttl_s > 0.0:
         raise InvalidRequest("ttl_s must be above 0", field="ttl_s")
+
+
+def _not_alone() -> InvalidRequest:
+    """Of a prefix that another engine computes there are no logits here."""
+    return InvalidRequest(
+        "prompt_logprobs needs an engine that computes all of the prompt", field="prompt_logprobs"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, overload
 
 from microserve.protocol.errors import InternalError, MeshError
@@ -52,6 +52,18 @@ class SampleSpec:
     """What it says of this position, once it was asked."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreSpec:
+    """Of which rows of a chunk the next token is known and its log-probability wanted."""
+
+    first: int
+    """Row in the chunk."""
+    targets: list[int]
+    """The token behind each row from there on; at least one."""
+    num_top: int
+    """Likeliest tokens that are told with each."""
+
+
 @dataclass(slots=True)
 class Chunk:
     """One sequence's share of a step: compute ``token_ids`` at positions ``[start, start + len)``."""
@@ -65,6 +77,7 @@ class Chunk:
     """KV of positions below it is not written: it stands in a shared block already."""
     sample: SampleSpec | None
     """Sample the next token from the last position's logits."""
+    score: ScoreSpec | None = None
 
 
 @dataclass(slots=True)
@@ -84,10 +97,23 @@ class Sampled:
     """Why there is no token, and ``token_id`` is -1: it ends its own sequence and no other."""
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What a chunk's ``score`` asked for."""
+
+    rows: bytes
+    """As in ``PromptLogprobs.rows``, one for each of the targets."""
+    num_top: int
+    error: MeshError | None = None
+    """Why there are no rows: it ends its own sequence and no other."""
+
+
 @dataclass(slots=True)
 class StepResult:
     sampled: list[Sampled | None]
     """One per chunk."""
+    scored: dict[int, Scored] = field(default_factory=dict)
+    """By place in the batch, of each chunk that asked."""
 
 
 def constrain(batch: Batch) -> dict[int, Sampled]:

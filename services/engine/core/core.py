@@ -40,6 +40,8 @@ EARLY_POLL_S = 0.0002
 """Pause between looks at an arrival counter while a step waits for a layer."""
 EARLY_LOOKS_A_PROBE = 50
 """Looks between two probes for a writer that failed or died."""
+SCORED_LOGITS_NBYTES = 1 << 27
+"""Most memory for logits that a step computes for prompts' sake: all of a long prompt's would take 20 GB."""
 
 
 class EarlyStartEnded(Exception):
@@ -109,6 +111,7 @@ class EngineCore:
             self.memory,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            max_num_scored=max(1, SCORED_LOGITS_NBYTES // (4 * limits.vocab_size)),
             eos_token_ids=limits.eos_token_ids,
             on_preempt=self._count_preemption,
         )

@@ -50,7 +50,7 @@ class KvMemory:
     def match(self, sequence: Sequence) -> None:
         """Start from what the prefix cache holds. The sequence has no blocks yet."""
         sequence.blocks = self.cache.acquire(
-            sequence.token_ids, sequence.num_tokens, sequence.salt, sequence.chain
+            sequence.token_ids, sequence.num_reusable, sequence.salt, sequence.chain
         )
         sequence.num_computed = sequence.num_cached = len(sequence.blocks) * self.block_size
         sequence.num_inserted = len(sequence.blocks)

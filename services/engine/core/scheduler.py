@@ -60,12 +60,15 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_num_scored: int,
         eos_token_ids: frozenset[int],
         on_preempt: Callable[[Sequence], None],
     ) -> None:
+        """``max_num_scored``: rows of a step whose logits are wanted for a prompt's sake, which take memory."""
         self._memory = memory
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_num_scored = max_num_scored
         self._eos_token_ids = eos_token_ids
         self._on_preempt = on_preempt
         self.waiting: deque[Sequence] = deque()
@@ -125,7 +128,7 @@ class Scheduler:
             head = self.waiting[0]
             if not head.blocks or head.is_send or head.num_uncomputed() > 1:
                 break
-            missing = self._memory.missing_blocks(head, head.num_tokens + 1)
+            missing = self._memory.missing_blocks(head, head.num_positions)
             chunk = -(-left // self._memory.block_size) + len(self.running)
             if not self._memory.pool.has(missing + chunk) or not self._admit(head, now):
                 break
@@ -180,7 +183,7 @@ class Scheduler:
         matched_here = not sequence.blocks
         if matched_here:
             self._memory.match(sequence)
-        missing = self._memory.missing_blocks(sequence, sequence.num_tokens + 1)
+        missing = self._memory.missing_blocks(sequence, sequence.num_positions)
         # One spare block per running sequence keeps an admission from causing a preemption at once.
         spare = len(self.running)
         if not self._memory.pool.has(missing + spare):
@@ -199,6 +202,8 @@ class Scheduler:
     def _place(self, step: Step, sequence: Sequence, budget: int) -> int:
         """Give the sequence its share of the step; the tokens that it takes from the budget."""
         start = sequence.num_computed
+        if not sequence.is_scored:
+            budget = min(budget, self._score_limit(step, sequence) - start)
         whole = start >= sequence.num_tokens
         if whole and sequence.needs_logits:
             # Everything is in the cache: run the last token again for its logits, write nothing.
@@ -220,7 +225,7 @@ class Scheduler:
         if not tokens:
             return 0
         spec = None
-        if sequence.params is not None and end == sequence.num_tokens:
+        if sequence.params is not None and sequence.samples and end == sequence.num_tokens:
             spec = SampleSpec(
                 sequence.params,
                 TokenView(sequence.token_ids, 0, sequence.num_prompt_tokens),
@@ -229,11 +234,19 @@ class Scheduler:
                 sequence.guide,
             )
         step.num_decodes += sequence.is_decoding()
+        score = None if sequence.is_scored else sequence.score_of(start, end)
         step.batch.chunks.append(
-            Chunk(sequence.sequence_id, tokens, start, list(sequence.blocks), write_from, spec)
+            Chunk(sequence.sequence_id, tokens, start, list(sequence.blocks), write_from, spec, score)
         )
         step.sequences.append(sequence)
         return len(tokens)
+
+    def _score_limit(self, step: Step, sequence: Sequence) -> int:
+        """How far a sequence that is not scored yet may be computed in this step."""
+        scores = (chunk.score for chunk in step.batch.chunks)
+        left = self._max_num_scored - sum(len(score.targets) for score in scores if score is not None)
+        limit = sequence.num_scored - 1 + left
+        return sequence.num_tokens if limit >= sequence.num_prompt_tokens - 1 else limit
 
     def _youngest(self, sequence: Sequence) -> Sequence:
         """Whom to preempt: the last admitted (which may be the one in need)."""

@@ -18,7 +18,9 @@ from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.sampling import SamplingParams
+from microserve.services.engine.core.batch import Scored, ScoreSpec
 from microserve.services.engine.core.received import ReceivedGrant
 from microserve.services.engine.guidance.guide import Guide, Guiding
 
@@ -81,6 +83,10 @@ class Sequence:
     """Output tokens already handed to the router (or known to it)."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of the output tokens not yet delivered."""
+    num_scored: int = field(init=False)
+    """Prompt tokens whose log-probabilities are settled: told, or not asked for. The first has none."""
+    scored: PromptLogprobs | None = None
+    """Of these, those not yet delivered."""
     transfer: Transfer | None = None
     guide: Guide | None = None
     """What its tokens are chosen by; None: all may be."""
@@ -105,6 +111,11 @@ class Sequence:
     started_at: float | None = None
     first_token_at: float | None = None
 
+    def __post_init__(self) -> None:
+        wanted = self.params is not None and self.params.prompt_logprobs is not None
+        # Who has output of it has the prompt's rows: they come before the first token.
+        self.num_scored = 1 if wanted and not self.num_output_tokens else self.num_prompt_tokens
+
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
@@ -119,8 +130,43 @@ class Sequence:
 
     @property
     def needs_logits(self) -> bool:
-        """Does it want a token sampled once all of ``token_ids`` is computed?"""
+        """Does it have to run once more where all of ``token_ids`` is computed already?"""
         return self.params is not None
+
+    @property
+    def samples(self) -> bool:
+        """Does it want a token sampled once all of ``token_ids`` is computed?"""
+        return self.params is not None and self.params.max_tokens > 0
+
+    @property
+    def num_positions(self) -> int:
+        """That it needs room for: those of its tokens, and that of the one that it samples."""
+        return len(self.token_ids) + (self.params is None or self.params.max_tokens > 0)
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens whose KV a cache may have for it: of a row that is computed elsewhere there are no logits,
+        which tell of the token behind it."""
+        return len(self.token_ids) if self.is_scored else self.num_scored - 1
+
+    @property
+    def is_scored(self) -> bool:
+        """No log-probability of its prompt is missing."""
+        return self.num_scored >= self.num_prompt_tokens
+
+    def score_of(self, start: int, end: int) -> ScoreSpec | None:
+        """What is still wanted of the rows ``[start, end)`` of its tokens, if they are computed."""
+        first, last = max(start, self.num_scored - 1), min(end, self.num_prompt_tokens - 1)
+        if first >= last or self.params is None:
+            return None
+        targets = self.token_ids[first + 1 : last + 1]
+        return ScoreSpec(first - start, targets, self.params.prompt_logprobs or 0)
+
+    def take_scored(self, scored: Scored) -> None:
+        """The next rows are in."""
+        rows = PromptLogprobs(self.num_scored, scored.num_top, scored.rows)
+        self.scored = rows if self.scored is None else self.scored.joined(rows)
+        self.num_scored = rows.end
 
     def num_uncomputed(self) -> int:
         """Tokens still to be run before the next token can be sampled (at least one if it samples)."""

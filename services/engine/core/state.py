@@ -130,6 +130,8 @@ class EngineState:
                     raise InternalError(f"{name} is {sequence.state.value} among the {state.value}")
                 if sequence.num_computed > len(sequence.blocks) * self.memory.block_size:
                     raise InternalError(f"{name} has {sequence.num_computed} tokens in too few blocks")
+                if not sequence.is_scored and sequence.num_computed >= sequence.num_scored:
+                    raise InternalError(f"{name} has KV of tokens whose log-probabilities are missing")
                 is_guided = sequence.params is not None and sequence.params.grammar is not None
                 if is_guided and self.guides is not None and not (sequence.guide or sequence.guiding):
                     raise InternalError(f"{name} has a grammar and no guide")
@@ -222,12 +224,17 @@ class EngineState:
             record.generate = None
 
     def emit(self, sequence: Sequence, new_tokens: int, finished: wire.Finished | None) -> None:
-        """Hand the newest ``new_tokens`` output tokens to the router."""
+        """Hand the newest ``new_tokens`` output tokens to the router, and what is known of its prompt."""
         tokens = sequence.token_ids[sequence.num_tokens - new_tokens :] if new_tokens else []
         delta = wire.Delta(
-            sequence.request_id, sequence.num_output_tokens - new_tokens, tokens, sequence.logprobs, finished
+            sequence.request_id,
+            sequence.num_output_tokens - new_tokens,
+            tokens,
+            sequence.logprobs,
+            finished,
+            sequence.scored,
         )
-        sequence.logprobs = []
+        sequence.logprobs, sequence.scored = [], None
         sequence.num_delivered = sequence.num_output_tokens
         self.outbox.deltas.append((sequence.owner, delta))
 

@@ -212,19 +212,25 @@ class Stepper:
             transfer = share.sequence.transfer
             if transfer is not None and transfer.error is None:
                 transfer.sent_until = share.hi
-        for sequence, chunk, sampled in zip(step.sequences, step.batch.chunks, result.sampled, strict=True):
-            if sampled is not None and sampled.error is not None:
+        each = zip(step.sequences, step.batch.chunks, result.sampled, strict=True)
+        for place, (sequence, chunk, sampled) in enumerate(each):
+            scored = result.scored.get(place)
+            error = (sampled and sampled.error) or (scored and scored.error)
+            if chunk.score is not None and scored is None:
+                error = InternalError("the runner has scored nothing")
+            if error:
                 # Nothing of its share counts: what broke its logits may stand in its KV.
                 state.count("sequences_failed")
-                state.finish(
-                    sequence, sequence.doomed or "error", now, error=sequence.doom_error or sampled.error
-                )
+                state.finish(sequence, sequence.doomed or "error", now, error=sequence.doom_error or error)
                 continue
             end = chunk.start + len(chunk.token_ids)
             if end > sequence.num_computed:
                 sequence.computed_tokens += end - sequence.num_computed
                 sequence.num_computed = end
             state.memory.insert(sequence)
+            if scored is not None:
+                sequence.take_scored(scored)
+                state.count("scored_tokens", len(chunk.score.targets) if chunk.score is not None else 0)
             self._advance(sequence, sampled, now)
         for share in step.sends:
             if share.sequence not in step.sequences:
@@ -253,6 +259,10 @@ class Stepper:
                 state.finish(sequence, reason, now, stop_token_id=stop, new_tokens=1)
             else:
                 state.emit(sequence, 1, None)
+        elif not sequence.samples and sequence.num_computed >= sequence.num_tokens:
+            state.finish(sequence, "length", now)
+        elif sequence.scored is not None:
+            state.emit(sequence, 0, None)
 
     def _append(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
         sequence.is_mixed |= sequence.has_foreign_kv

@@ -24,7 +24,7 @@ from torch import Tensor
 from microserve.kernels.attention.paged_attention import Span, Workspace
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.core.batch import Batch, Chunk, Runner, SampleSpec, StepResult
+from microserve.services.engine.core.batch import Batch, Chunk, Runner, SampleSpec, ScoreSpec, StepResult
 from microserve.services.engine.model.attention.step import (
     DeviceAttention,
     ExactAttention,
@@ -37,10 +37,12 @@ from microserve.services.engine.model.attention.step import (
 )
 from microserve.services.engine.model.device.decode_graphs import Capture, CudaCapture, DecodeGraphs
 from microserve.services.engine.model.device.device_sampler import sample_there
+from microserve.services.engine.model.device.device_scorer import score_there
 from microserve.services.engine.model.model import DTYPES, STEP, AttentionStep, LoadedModel
 from microserve.services.engine.model.numerics import transformers_numerics
 from microserve.services.engine.model.rows import result_of, rows_of
 from microserve.services.engine.model.sampler import sample
+from microserve.services.engine.model.scorer import score
 
 __all__ = ["ModelRunner", "Runner"]
 
@@ -76,14 +78,14 @@ class ModelRunner:
         self._stream: torch.cuda.Stream | None = None
         self._graphs: DecodeGraphs | None = None
         self._graph_attention: type[DeviceAttention] = DeviceAttention
-        self._sample = sample
+        self._sample, self._score = sample, score
         if model.numerics is not None:
             make_attention, self._graph_attention = exact_attention, ExactAttention
         if self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self._device)  # the weights came by another stream
             make_attention = make_attention or device_attention
-            self._sample = sample_there
+            self._sample, self._score = sample_there, score_there
         self._make_attention = make_attention or partial(HostAttention, workspace=Workspace())
 
     def capture_decodes(self, max_num_seqs: int, max_model_len: int, capture: Capture | None = None) -> None:
@@ -123,7 +125,8 @@ class ModelRunner:
         longest = min(self._num_blocks * self._block_size, self.spec.max_model_len)
         length = min(2 * self._block_size + 1, longest)
         table = list(range(-(-length // self._block_size)))
-        chunk = Chunk(0, [0] * length, 0, table, length, spec)
+        scores = ScoreSpec(0, [0] * (length - 1), 1) if length > 1 else None
+        chunk = Chunk(0, [0] * length, 0, table, length, spec, scores)
         decode = Chunk(1, [0], 0, table[:1], 1, spec)
         for chunks in ([chunk], [decode], [decode, chunk]):
             self.execute(Batch(chunks))
@@ -179,7 +182,7 @@ class ModelRunner:
         return list(data.view(-1)[:nbytes].view(dtype).view(spec.num_layers, *shape))
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
-        """Compute the chunks and sample where asked.
+        """Compute the chunks, sample and score where asked.
 
         ``on_layer(layer)`` comes once a layer, in order, when the batch's KV of that layer stands in the
         blocks (on a GPU: when its writing is enqueued in ``stream``) and before any is read; what it raises
@@ -194,8 +197,8 @@ class ModelRunner:
         with torch.inference_mode(), self._computing():
             if self._graphs is not None and not batch.is_layerwise and self._graphs.fits(spans):
                 logits = self._graphs.run(rows.tokens, rows.positions, rows.slots, spans)
-                if len(rows.sampled) < len(chunks):
-                    logits = logits[self._tensor(rows.sampled)]
+                if len(rows.wanted) < len(chunks):
+                    logits = logits[self._tensor(rows.wanted)]
                 if on_layer is not None:
                     for layer in range(self.spec.num_layers):
                         on_layer(layer)
@@ -203,10 +206,14 @@ class ModelRunner:
                 logits = self._forward(
                     self._make_attention(spans, rows.slots, self._layers[0]),
                     *(self._tensor(rows.tokens), self._tensor(rows.positions)),
-                    rows=self._tensor(rows.sampled),
+                    rows=self._tensor(rows.wanted),
                     on_layer=on_layer,
                 )
-            return result_of(chunks, self._sample(logits, rows.specs))
+            if not rows.has_scores:
+                return result_of(chunks, self._sample(logits, rows.specs))
+            scored = self._score(logits, rows.scored, rows.scores)
+            sampled = self._sample(logits[self._tensor(rows.sampled)], rows.specs)
+            return result_of(chunks, sampled, scored)
 
     def _tensor(self, values: npt.NDArray[np.int64]) -> Tensor:
         return upload(values, self._device)

@@ -116,14 +116,19 @@ def _sample_row(raw: npt.NDArray[np.float32], spec: SampleSpec) -> Sampled:
         token = _draw(scores, params, uniforms(params.seed, position, len(scores)))
     if params.logprobs is None:
         return Sampled(token, None, [])
-    logprobs = _log_softmax(raw)
-    likeliest = _largest(logprobs, params.logprobs)
-    likeliest = likeliest[np.argsort(-logprobs[likeliest], kind="stable")]
+    logprobs = log_softmax(raw)
+    likeliest = likeliest_of(logprobs, params.logprobs)
     top = [(int(other), float(logprobs[other])) for other in likeliest]
     return Sampled(token, float(logprobs[token]), top)
 
 
-def _log_softmax(raw: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def likeliest_of(logprobs: npt.NDArray[np.float32], count: int) -> _Ids:
+    """The likeliest tokens, likeliest first; of equals the lower id."""
+    found = _largest(logprobs, count)
+    return found[np.argsort(-logprobs[found], kind="stable")]
+
+
+def log_softmax(raw: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     shifted = raw - raw.max()
     return np.asarray(shifted - np.log(np.exp(shifted).sum()), dtype=np.float32)
 

@@ -20,6 +20,7 @@ from microserve.protocol.errors import ConfigError
 from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.model.rows import result_of, rows_of
 from microserve.services.engine.model.sampler import sample_rows
+from microserve.services.engine.model.scorer import score_rows
 from microserve.services.engine.native.kernels import Kernels
 from microserve.services.engine.native.packed_model import PackedModel
 
@@ -59,7 +60,7 @@ class NativeRunner:
         self.numerics = model.numerics(kernels.library, self.step.recipe)
 
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
-        """Compute the chunks and sample where asked.
+        """Compute the chunks, sample and score where asked.
 
         ``on_layer(layer)`` comes once a layer, in order, when the batch's KV of that layer stands in the
         blocks and before any is read; what it raises ends the step and is passed on. For a batch that is not
@@ -71,11 +72,14 @@ class NativeRunner:
             return StepResult([])
         rows = rows_of(chunks, self.spec, self._num_blocks, self._block_size)
         spans = [(len(c.token_ids), c.start + len(c.token_ids), c.block_table) for c in chunks]
-        given = (rows.tokens, rows.positions, rows.slots, spans, rows.sampled)
+        given = (rows.tokens, rows.positions, rows.slots, spans, rows.wanted)
         logits = self.step.run(*given, on_layer, batch.is_layerwise)
         if on_layer is not None and not batch.is_layerwise:
             on_layer(self.spec.num_layers - 1)
-        return result_of(chunks, sample_rows(logits, rows.specs))
+        if not rows.has_scores:
+            return result_of(chunks, sample_rows(logits, rows.specs))
+        scored = score_rows(logits, rows.scored, rows.scores)
+        return result_of(chunks, sample_rows(logits[rows.sampled], rows.specs), scored)
 
 
 Layers = list[npt.NDArray[Any]]

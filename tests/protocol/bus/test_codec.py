@@ -119,7 +119,7 @@ def test_frames_by_hand() -> None:
 
 
 def test_default_sampling_is_an_empty_map() -> None:
-    assert msgspec.msgpack.encode(SamplingParams()) == b"\x80"
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(SamplingParams())) == {}
 
 
 # --- evolution (WIRE.md 8) ---------------------------------------------------------------------------

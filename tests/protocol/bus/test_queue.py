@@ -16,6 +16,7 @@ from microserve.protocol.bus import queue as queue_module
 from microserve.protocol.bus.codec import ENGINE_REPLY, MAX_MESSAGE_NBYTES, ROUTER_REPLY
 from microserve.protocol.bus.queue import MAX_STREAM_TOKENS, StreamQueue
 from microserve.protocol.messages.engine import Delta, Deltas, Finished, Timings, TokenLogprob, Usage
+from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
 from microserve.protocol.messages.router import Ended, Output, Phases, Stream
 
 FINISHED = Finished("length", Usage(), Timings())
@@ -30,6 +31,13 @@ def end_of(item: Delta | Output) -> object:
 
 ROOM = 40
 """Tokens of one message here: what is split is split in the same way as at 16,384."""
+PROMPT_NBYTES = 100
+"""Likewise, of rows of prompts: each has 16."""
+
+
+def rows_from(begin: int, count: int) -> PromptLogprobs:
+    """Rows that say which position they are of."""
+    return packed(begin, 1, [PromptLogprob(-1.0, 1, ((p, -0.5),)) for p in range(begin, begin + count)])
 
 
 @dataclass
@@ -38,6 +46,10 @@ class Life:
 
     added: list[int] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
+    num_rows: int = 0
+    """Of its prompt, added; no token comes before the last of them."""
+    rows_taken: list[int] = field(default_factory=list)
+    """Their positions."""
     has_end: bool = False
     is_over: bool = False
 
@@ -53,7 +65,9 @@ class QueueMachine(RuleBasedStateMachine):
         super().__init__()
         self.item, self.end = KINDS[self.kind]
         self.room = mock.patch.object(queue_module, "MAX_STREAM_TOKENS", ROOM)
+        self.prompt_room = mock.patch.object(queue_module, "MAX_STREAM_PROMPT_NBYTES", PROMPT_NBYTES)
         self.room.start()
+        self.prompt_room.start()
         self.queue: StreamQueue[Any, Any] = StreamQueue(self.item, 0)
         self.lives: dict[str, Life] = {}
         self.credit = 0
@@ -78,6 +92,16 @@ class QueueMachine(RuleBasedStateMachine):
             self.queue.add(name, len(life.added), item.token_ids, item.logprobs, None, item)
             self.given.append((item, [*tokens]))
         life.added += tokens
+
+    @rule(name=names, count=st.sampled_from([1, 3, 20]), is_whole=st.booleans())
+    def add_rows(self, name: str, count: int, is_whole: bool) -> None:
+        life = self.lives.setdefault(name, Life())
+        if life.has_end or life.added:
+            return
+        rows = rows_from(1 + life.num_rows, count)
+        life.num_rows += count
+        item = self.item(name, 0, [], [], prompt=rows) if is_whole else None
+        self.queue.add(name, 0, [], [], None, item, prompt=rows)
 
     @rule(name=names)
     def add_end(self, name: str) -> None:
@@ -111,11 +135,18 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.credit >= 0
         assert len({item.request_id for item in items}) == len(items), "merged"
         assert sum(len(item.token_ids) for item in items) <= ROOM
+        assert sum(len(item.prompt.rows) for item in items if item.prompt is not None) <= PROMPT_NBYTES
         for item in items:
             life = self.lives[item.request_id]
             assert not life.is_over
             assert item.offset == len(life.taken)
             assert [TokenLogprob(-float(token)) for token in item.token_ids] == item.logprobs
+            if item.prompt is not None:
+                life.rows_taken += [row.top[0][0] for row in item.prompt]
+                assert item.prompt.end == 1 + len(life.rows_taken)
+            assert life.rows_taken == list(range(1, 1 + len(life.rows_taken)))
+            if item.token_ids or end_of(item) is not None:
+                assert len(life.rows_taken) == life.num_rows, "rows come before tokens, or with them"
             life.taken += item.token_ids
             if end_of(item) is not None:
                 assert life.taken == life.added, "the end comes with the last token"
@@ -124,7 +155,11 @@ class QueueMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_invented(self) -> None:
         assert all(life.taken == life.added[: len(life.taken)] for life in self.lives.values())
-        waiting = [x for x in self.lives.values() if x.taken != x.added or x.has_end != x.is_over]
+        waiting = [
+            x
+            for x in self.lives.values()
+            if x.taken != x.added or x.has_end != x.is_over or len(x.rows_taken) != x.num_rows
+        ]
         assert len(self.queue) >= len(waiting)
         assert all(item.token_ids == tokens for item, tokens in self.given), (
             "what is handed over is not written to"
@@ -137,7 +172,9 @@ class QueueMachine(RuleBasedStateMachine):
             self.take()
         for life in self.lives.values():
             assert life.taken == life.added and life.is_over == life.has_end, "merging loses nothing"
+            assert len(life.rows_taken) == life.num_rows
         self.room.stop()
+        self.prompt_room.stop()
 
 
 class OutputMachine(QueueMachine):
@@ -198,3 +235,24 @@ def test_a_message_fits_the_wire_however_long_the_wait(kind: tuple[Any, Any]) ->
         assert len(msgspec.msgpack.encode(items)) < MAX_MESSAGE_NBYTES
     assert sum(len(each.token_ids) for items in messages for each in items) == count + 1
     assert [end_of(each) is not None for items in messages for each in items] == [False, False, True, True]
+
+
+def test_rows_of_a_long_prompt_come_in_pieces_with_the_tokens_of_others_in_between() -> None:
+    queue: StreamQueue[Delta, Finished] = StreamQueue(Delta, 10)
+    count = 3 * queue_module.MAX_STREAM_PROMPT_NBYTES // 16
+    queue.add("long", 0, [], [], prompt=rows_from(1, count))
+    queue.add("long", 0, [7], [], FINISHED)
+    queue.add("short", 0, [8], [])
+    first = queue.take()
+    queue.add("short", 1, [9], [])
+    second = queue.take()
+
+    assert [item.request_id for item in first] == ["long", "short"]
+    assert [item.request_id for item in second] == ["long", "short"]
+    assert [len(ENGINE_REPLY.encode(Deltas(items))[1]) < (1 << 18) + 1000 for items in (first, second)] == [
+        True,
+        True,
+    ]
+    [last] = queue.take()
+    assert last.token_ids == [7] and last.finished is not None and last.prompt is not None
+    assert last.prompt.end == count + 1

@@ -14,9 +14,18 @@ import pytest
 
 from microserve.protocol import errors
 from microserve.protocol import types as protocol_types
-from microserve.protocol.bus import codec, credit, numbered, peers
+from microserve.protocol.bus import codec, credit, numbered, peers, queue
 from microserve.protocol.bus import sockets as sockets_module
-from microserve.protocol.messages import control, decisions, grant, kv_events, numerics, sampling, scores
+from microserve.protocol.messages import (
+    control,
+    decisions,
+    grant,
+    kv_events,
+    numerics,
+    prompt_logprobs,
+    sampling,
+    scores,
+)
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
@@ -49,6 +58,7 @@ STRUCTURES = [
     actions.Usage,
     actions.Finished,
     actions.Delta,
+    prompt_logprobs.PromptLogprobs,
     serving.Phases,
     serving.Ended,
     serving.Served,
@@ -204,6 +214,7 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_REQUEST_FRAME_NBYTES", protocol_types.MAX_REQUEST_FRAME_NBYTES),
         ("MAX_BULK_FRAMES", codec.MAX_BULK_FRAMES),
         ("MAX_CREDIT", credit.MAX_CREDIT),
+        ("MAX_STREAM_PROMPT_NBYTES", queue.MAX_STREAM_PROMPT_NBYTES),
         ("MAX_FRAMES_PER_TURN", sockets_module.MAX_FRAMES_PER_TURN),
         ("MAX_NUMBERED_PEERS", numbered.MAX_NUMBERED_PEERS),
         ("MAX_NEXT_S", peers.MAX_NEXT_S),

@@ -7,6 +7,7 @@ from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.grant import Grant, HeapAddress
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.messages.prompt_logprobs import PromptLogprob, packed
 from microserve.protocol.messages.sampling import Grammar, SamplingParams
 
 HEAP = HeapAddress(kind="shm", host="boot", pid=70_000, fd=9, nbytes=1 << 33, incarnation=1 << 61)
@@ -41,6 +42,7 @@ SAMPLING = SamplingParams(
     stop_token_ids=(2, 9),
     ignore_eos=True,
     grammar=Grammar(kind="regex", text="[ab]+", after_token_ids=(7, 8)),
+    prompt_logprobs=5,
 )
 INFO = actions.EngineInfo(
     engine_id="e1",
@@ -82,6 +84,7 @@ LOAD = actions.EngineLoad(
     prefill_share=0.375,
     max_num_batched_tokens=512,
 )
+PROMPT = packed(3, 1, [PromptLogprob(-0.5, 2, ((11, -0.25),)), PromptLogprob(-1.5, 1, ((12, -1.5),))])
 LOGPROB = actions.TokenLogprob(logprob=-0.5, top=[(11, -0.25), (12, -1.5)])
 TIMINGS = actions.Timings(queued_s=0.5, arrival_s=1.5, prefill_s=2.5, decode_s=3.5, transfer_s=4.5)
 USAGE = actions.Usage(
@@ -97,7 +100,12 @@ FINISHED = actions.Finished(
     numerics=Numerics("n3", is_exact=True),
 )
 DELTA = actions.Delta(
-    request_id="r1", offset=4, token_ids=[11, 49_151], logprobs=[LOGPROB], finished=FINISHED
+    request_id="r1",
+    offset=4,
+    token_ids=[11, 49_151],
+    logprobs=[LOGPROB],
+    finished=FINISHED,
+    prompt=PROMPT,
 )
 PHASES = serving.Phases(
     total_s=36.0,
@@ -126,6 +134,7 @@ ENDED = serving.Ended(
     capped_to=9,
     share="canary",
     num_moves=2,
+    alone="a",
 )
 OUTPUT = serving.Output(
     request_id="r1",
@@ -135,6 +144,7 @@ OUTPUT = serving.Output(
     ended=ENDED,
     numerics=Numerics("n5", is_exact=True),
     served=serving.Served(strategy="balanced", strategy_version=3, engines=["e1"]),
+    prompt=PROMPT,
 )
 MEMBER = membership.Member(info=INFO, load=LOAD)
 LIFE = 1 << 60

@@ -15,6 +15,7 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import MAX_LANES
+from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.core.core import EngineCore
@@ -63,6 +64,8 @@ class Engine:
         self.tokens: dict[str, list[int]] = {}
         self.logprobs: dict[str, list[wire.TokenLogprob]] = {}
         self.finished: dict[str, wire.Finished] = {}
+        self.rows: dict[str, PromptLogprobs] = {}
+        """Of prompts; joining says where one is missing or comes twice."""
 
     def collect(self) -> None:
         outbox, _ = self.core.take_output()
@@ -75,6 +78,10 @@ class Engine:
             if not have and delta.offset:
                 have.extend([-1] * delta.offset)  # tokens that reached the router another way
             assert delta.offset == len(have), "gap or duplicate"
+            if delta.prompt is not None:
+                assert not have, "a token came before its prompt's rows"
+                rows = self.rows.get(delta.request_id, PromptLogprobs(1, delta.prompt.num_top, b""))
+                self.rows[delta.request_id] = rows.joined(delta.prompt)
             have.extend(delta.token_ids)
             self.logprobs.setdefault(delta.request_id, []).extend(delta.logprobs)
             if delta.finished is not None:

@@ -55,7 +55,7 @@ def sample_there(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Sampled]:
         tokens[there], found[there, _PEAK] = _choose(raw[there], chosen)
     found[:, _TOKEN] = tokens.double()
     for there, _ in _groups(specs, raw.device, lambda spec: spec.params.logprobs is not None):
-        found[there, _OWN:] = _logprobs(raw[there], tokens[there], num_top)
+        found[there, _OWN:], _ = logprobs_of(raw[there], tokens[there], num_top)
     return _sampled(found.cpu().numpy(), specs, num_top)
 
 
@@ -208,16 +208,18 @@ def _in_units(weights: Tensor) -> Tensor:
     return (weights.double() * UNIT).round().long()
 
 
-def _logprobs(raw: Tensor, tokens: Tensor, num_top: int) -> Tensor:
-    """[M, 1 + 2 * num_top] float64: the tokens' own, ids of the likeliest, theirs; of the raw logits."""
+def logprobs_of(raw: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
+    """[M, 1 + 2 * num_top] float64: the tokens' own, ids of the likeliest, theirs; of the raw logits. And the
+    tokens' ranks [M], of which 1 is the likeliest's."""
     shifted = raw - raw.max(dim=1, keepdim=True).values
     total = _in_units(shifted.exp()).sum(dim=1, keepdim=True).double() / UNIT
     logprobs = shifted - total.log().float()
-    parts = [logprobs.gather(1, tokens[:, None]).double()]
+    own = logprobs.gather(1, tokens[:, None])
+    parts = [own.double()]
     if num_top:
         values, ids = logprobs.sort(dim=1, descending=True, stable=True)
         parts += [ids[:, :num_top].double(), values[:, :num_top].double()]
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1), 1 + (logprobs > own).sum(dim=1)
 
 
 def _sampled(found: npt.NDArray[np.float64], specs: Sequence[SampleSpec], num_top: int) -> list[Sampled]:

@@ -11,11 +11,12 @@ from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.messages.sampling import SamplingParams
+from microserve.services.engine.core.batch import Scored
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.scheduler import Scheduler, Step
 from microserve.services.engine.core.sequence import Sequence
 
-BLOCK_SIZE, BUDGET = 16, 32
+BLOCK_SIZE, BUDGET, NUM_SCORED = 16, 32, 10
 
 
 class World:
@@ -31,12 +32,15 @@ class World:
             self.memory,
             max_num_seqs=8,
             max_num_batched_tokens=BUDGET,
+            max_num_scored=NUM_SCORED,
             eos_token_ids=frozenset(),
             on_preempt=self.preempted.append,
         )
         self._number = 0
 
-    def sequence(self, num_tokens: int, num_prompt_tokens: int | None = None) -> Sequence:
+    def sequence(
+        self, num_tokens: int, num_prompt_tokens: int | None = None, *, prompt_logprobs: int | None = None
+    ) -> Sequence:
         self._number += 1
         return Sequence(
             sequence_id=self._number,
@@ -45,7 +49,7 @@ class World:
             call_id=self._number,
             token_ids=[self._number] * num_tokens,
             num_prompt_tokens=num_tokens if num_prompt_tokens is None else num_prompt_tokens,
-            params=SamplingParams(max_tokens=100),
+            params=SamplingParams(max_tokens=100, prompt_logprobs=prompt_logprobs),
             deadline=1e9,
             arrived_at=0.0,
             chain=HashChain(b"", BLOCK_SIZE),
@@ -64,6 +68,8 @@ class World:
         assert step is not None
         for sequence, chunk in zip(step.sequences, step.batch.chunks, strict=True):
             sequence.num_computed = chunk.start + len(chunk.token_ids)
+            if chunk.score is not None:
+                sequence.take_scored(Scored(bytes(8 * len(chunk.score.targets)), 0))
         return step
 
 
@@ -119,3 +125,43 @@ def test_a_received_sequence_without_room_to_go_on_preempts_nobody(world: World)
     assert world.preempted == []
     assert prefill.sequence_id in shares(step)
     assert received.sequence_id not in shares(step)
+
+
+def test_a_step_scores_no_more_rows_than_it_may_and_others_have_the_rest_of_it(world: World) -> None:
+    scored = [world.sequence(18, prompt_logprobs=0) for _ in range(2)]
+    for sequence in scored:
+        world.scheduler.add(sequence)
+    world.scheduler.add(other := world.sequence(40))
+    steps = [world.step() for _ in range(4)]
+
+    first, second = scored
+    assert [shares(step)[first.sequence_id] for step in steps] == [10, 8, 1, 1]
+    assert [shares(step).get(second.sequence_id) for step in steps] == [None, 3, 10, 5]
+    assert [shares(step).get(other.sequence_id) for step in steps[:2]] == [22, 18]
+    for step in steps:
+        rows = [len(chunk.score.targets) for chunk in step.batch.chunks if chunk.score is not None]
+        assert sum(rows) <= NUM_SCORED
+    assert first.is_scored and second.is_scored
+    assert first.scored is not None and first.scored.end == 18
+
+
+def test_rows_that_are_told_are_not_scored_again_and_their_kv_may_come_from_the_cache(world: World) -> None:
+    warm = world.sequence(40)
+    warm.chain = world.memory.new_chain("")
+    world.scheduler.add(warm)
+    while warm.num_computed < 40:
+        world.step()
+        world.memory.insert(warm)
+    sequence = world.sequence(40, prompt_logprobs=0)
+    sequence.token_ids, sequence.chain = list(warm.token_ids), world.memory.new_chain("")
+    world.scheduler.add(sequence)
+    for _ in range(2):
+        step = world.step()
+
+    assert (sequence.num_cached, sequence.num_computed, sequence.num_scored) == (0, 20, 21)
+    world.scheduler.preempt(sequence, step)
+    for _ in range(2):
+        world.step()
+
+    assert sequence.num_cached == 16, "of 20 tokens whose rows were told, a block"
+    assert (sequence.num_computed, sequence.num_scored) == (40, 40)
