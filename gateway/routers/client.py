@@ -230,6 +230,7 @@ class RouterClient:
             index,
             max_tokens=sampling.max_tokens,
             with_logprobs=sampling.logprobs is not None,
+            num_scored=0 if sampling.prompt_logprobs is None else len(tokens),
             cancel=cancel,
         )
         message = Generate(

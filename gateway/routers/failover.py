@@ -131,8 +131,8 @@ class Moves:
             request_id=request_id,
             ttl_s=max(kept.deadline - now, 0.001),
             num_output_tokens=len(mailbox.output),
-            revision=mailbox.revision if mailbox.output else "",
-            numerics=mailbox.numerics if mailbox.output else UNKNOWN,
+            revision=mailbox.revision if mailbox.has_begun else "",
+            numerics=mailbox.numerics if mailbox.has_begun else UNKNOWN,
         )
         if not link.send(message, kept.prompt + output):
             return False

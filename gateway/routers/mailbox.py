@@ -1,8 +1,8 @@
 """Where the bus leaves tokens for HTTP handlers; delivering never waits, taking merges what has come.
 
 One ``Mailbox`` a request on the bus, one ``Inbox`` for those of one HTTP request. A slow reader costs
-merging: a mailbox holds at most ``max_tokens`` tokens, whatever the client does. Knows neither sockets nor
-HTTP.
+merging: a mailbox holds at most ``max_tokens`` tokens and its prompt's rows, whatever the client does. Knows
+neither sockets nor HTTP.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import UNKNOWN
+from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprobs
 from microserve.protocol.messages.router import Ended, Output, Served
 
 MAX_TOKEN_ID = 0xFFFF_FFFF
@@ -28,6 +29,8 @@ class TokenBatch:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """As many as ``token_ids`` if the request asked for them, else none."""
     ended: Ended | None = None
+    prompt: PromptLogprobs | None = None
+    """The next ones of the prompt's own tokens, if the request asked for them."""
 
 
 class Mailbox:
@@ -41,9 +44,11 @@ class Mailbox:
         *,
         max_tokens: int,
         with_logprobs: bool,
+        num_scored: int = 0,
         cancel: Callable[[], None],
     ) -> None:
-        """``cancel`` asks the router to stop; it is called at most once, and never after the end."""
+        """``num_scored``: prompt tokens whose log-probabilities come before the first token. ``cancel``
+        asks the router to stop; it is called at most once, and never after the end."""
         self.request_id = request_id
         """As the router knows it."""
         self.index = index
@@ -64,6 +69,8 @@ class Mailbox:
         self._inbox = inbox
         self._max_tokens = max_tokens
         self._with_logprobs = with_logprobs
+        self._next_row, self._end_row = FIRST_POSITION, num_scored
+        """Positions in the prompt: of the row that comes next, and behind the last."""
         self._cancel = cancel
         self._cancelled = False
         self._is_class_told = False
@@ -75,6 +82,16 @@ class Mailbox:
     def over(self) -> bool:
         """Nothing more will come."""
         return self.ended is not None or self.failed is not None
+
+    @property
+    def has_begun(self) -> bool:
+        """Some of its answer is here."""
+        return bool(self.output) or self._next_row > FIRST_POSITION
+
+    @property
+    def is_scored(self) -> bool:
+        """All that was to come of its prompt is here."""
+        return self._next_row >= self._end_row
 
     @property
     def num_waiting(self) -> int:
@@ -94,7 +111,7 @@ class Mailbox:
             self.first_at = now
         if output.numerics is not None:
             self.numerics, self._is_class_told = output.numerics, True
-        elif output.token_ids and not self._is_class_told:
+        elif (output.token_ids or output.prompt) and not self._is_class_told:
             self.numerics = UNKNOWN
         if self.served is None:
             self.served = output.served
@@ -104,7 +121,28 @@ class Mailbox:
                 self.numerics = output.ended.numerics
         self._inbox.notify(self)
 
+    def _append_rows(self, prompt: PromptLogprobs) -> None:
+        """A repeated row brings nothing new."""
+        last = self._batch.prompt
+        is_fit = prompt.is_whole and prompt.end <= max(self._end_row, FIRST_POSITION)
+        if not is_fit or prompt.begin > self._next_row or (last and last.num_top != prompt.num_top):
+            raise ProtocolViolation(
+                f"{self.request_id}: rows [{prompt.begin}, {prompt.end}) of the prompt came, expected "
+                f"[{self._next_row}, {self._end_row})"
+            )
+        fresh = prompt.behind(self._next_row)
+        if len(fresh):
+            self._next_row = fresh.end
+            self._batch.prompt = fresh if last is None else last.joined(fresh)
+
     def _append(self, output: Output) -> None:
+        if output.prompt is not None:
+            self._append_rows(output.prompt)
+        is_whole = output.ended is not None and output.ended.reason in ("stop", "length")
+        if (output.token_ids or is_whole) and not self.is_scored:
+            raise ProtocolViolation(
+                f"{self.request_id}: rows of the prompt from {self._next_row} on are missing"
+            )
         duplicates = len(self.output) - output.offset
         if duplicates < 0:
             raise ProtocolViolation(

@@ -14,6 +14,7 @@ import msgspec
 
 from microserve.protocol.errors import MeshError, PeerError, error_for
 from microserve.protocol.messages.engine import Delta, Finished, TokenLogprob
+from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprobs
 
 
 class Tokens(msgspec.Struct, frozen=True):
@@ -27,6 +28,9 @@ class Tokens(msgspec.Struct, frozen=True):
     """As many as ``token_ids``, or none."""
     finished: Finished | None = None
     """Set on the last chunk, which may be without tokens."""
+    prompt: PromptLogprobs | None = None
+    """The next log-probabilities of the prompt's own tokens, if they were asked for; they come before tokens,
+    or with the first."""
 
 
 class TokenStream:
@@ -44,6 +48,9 @@ class TokenStream:
         """Offset of the first waiting token."""
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+        self._prompt: PromptLogprobs | None = None
+        self._next_row = FIRST_POSITION
+        """Position in the prompt of the next row that a delta may bring."""
         self._finished: Finished | None = None
         self._error: MeshError | None = None
         self._wake = asyncio.Event()
@@ -67,7 +74,7 @@ class TokenStream:
     def is_ready(self) -> bool | None:
         """:meth:`next` would bring something at once; False: would raise at once; None: would wait."""
         is_whole = self._finished is not None and self._finished.reason in ("stop", "length")
-        if not self._awaits_first and (self._token_ids or is_whole):
+        if not self._awaits_first and (self._token_ids or self._prompt or is_whole):
             return True
         has_failed = self._error is not None or (self._finished is not None and not is_whole)
         return False if has_failed else None
@@ -92,16 +99,36 @@ class TokenStream:
         if delta.offset < 0 or (delta.logprobs and len(delta.logprobs) != len(delta.token_ids)):
             self.fail(PeerError(f"{self.engine_id} sent a malformed delta of {self.request_id}"))
             return
+        rows = None if delta.prompt is None else self._fresh_rows(delta.prompt)
+        if self._error is not None:
+            return
         fresh = delta.token_ids[-missing:]
         self._next += len(fresh)
         self._token_ids += fresh
         self._logprobs += delta.logprobs[-missing:]
         self._finished = delta.finished
         if self._tell is not None and delta.finished is None and not self._awaits_first:
-            if fresh:
+            if fresh or rows:
                 self._tell(self._take(None))
-        elif fresh or delta.finished:
+        elif fresh or rows or delta.finished:
             self._rouse()
+
+    def _fresh_rows(self, prompt: PromptLogprobs) -> PromptLogprobs | None:
+        """What of them is new, which waits from now on."""
+        last = self._prompt
+        if not prompt.is_whole or (last is not None and last.num_top != prompt.num_top):
+            self.fail(PeerError(f"{self.engine_id} sent malformed log-probabilities of {self.request_id}"))
+            return None
+        if prompt.begin > self._next_row:
+            lost = f"[{self._next_row}, {prompt.begin})"
+            self.fail(PeerError(f"{self.engine_id} lost log-probabilities {lost} of {self.request_id}"))
+            return None
+        fresh = prompt.behind(self._next_row)
+        if not len(fresh):
+            return None
+        self._next_row = fresh.end
+        self._prompt = fresh if last is None else last.joined(fresh)
+        return fresh
 
     def tell(self, tell: Callable[[Tokens], None]) -> None:
         """From now on tokens are handed to ``tell`` as they come, and wake nobody; :meth:`next` waits for the
@@ -125,13 +152,13 @@ class TokenStream:
             self._rouse()
 
     async def next(self) -> Tokens:
-        """All tokens that wait, at least one, or the end. For one reader.
+        """All that waits, at least a token or a row of the prompt, or the end. For one reader.
 
         Raises what :meth:`fail` was given, or the engine's error, once no token is left. An engine's own
         ``abort`` (nobody here asked for it) is a :class:`PeerError`.
         """
         while True:
-            if self._token_ids and not self._awaits_first:
+            if (self._token_ids or self._prompt) and not self._awaits_first:
                 failed = self._finished is not None and self._finished.reason not in ("stop", "length")
                 return self._take(None if failed else self._finished)
             if self._finished is not None:
@@ -149,9 +176,9 @@ class TokenStream:
             await self._wake.wait()
 
     def _take(self, finished: Finished | None) -> Tokens:
-        chunk = Tokens(self._offset, self._token_ids, self._logprobs, finished)
+        chunk = Tokens(self._offset, self._token_ids, self._logprobs, finished, self._prompt)
         self._offset += len(self._token_ids)
-        self._token_ids, self._logprobs = [], []
+        self._token_ids, self._logprobs, self._prompt = [], [], None
         return chunk
 
 

@@ -21,6 +21,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
+from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.router import Ended
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings
@@ -40,6 +41,8 @@ class Answer:
     submitted_at: float
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    rows: PromptLogprobs | None = None
+    """Of the prompt's own tokens."""
     outcome: str = ""
     """Empty until there is one: ``stop``, ``length``, ``abort``, an error's code, or ``gateway_lost``."""
     detail: str = ""
@@ -179,6 +182,8 @@ class SimGateway:
             answer.first_token_at = self._loop.now
         answer.token_ids += batch.token_ids
         answer.logprobs += batch.logprobs
+        if batch.prompt is not None:
+            answer.rows = batch.prompt if answer.rows is None else answer.rows.joined(batch.prompt)
         answer.numerics = mailbox.numerics
         if answer.token_ids and answer.numerics.is_exact:
             answer.promises[answer.numerics.name] = len(answer.token_ids)

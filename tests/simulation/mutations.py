@@ -20,6 +20,7 @@ from typing import Any
 import tests.simulation.gateway_mutations
 import tests.simulation.guided_mutations
 import tests.simulation.numerics_mutations
+import tests.simulation.scored_mutations
 import tests.simulation.subtle_mutations  # noqa: F401  (as well)
 from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.grant.table import Discharged, GrantEvent, GrantTable
@@ -43,8 +44,10 @@ from microserve.services.router.serving.failover import Failover
 from microserve.services.simulation.faults.campaign import run_seed
 from microserve.services.simulation.faults.guided import guided
 from microserve.services.simulation.faults.scenario import draw
+from microserve.services.simulation.faults.scored import scored
 from tests.simulation.guided_mutations import GUIDED
 from tests.simulation.planting import MUTATIONS, mutation, replace
+from tests.simulation.scored_mutations import SCORED
 
 LIMIT_SEEDS = 2000
 
@@ -326,7 +329,11 @@ def planted(name: str) -> Iterator[None]:
 
 def _run(name: str, seed: int) -> list[str]:
     scenario = draw(seed)
-    return run_seed(seed, scenario=guided(scenario) if name in GUIDED else scenario).violations
+    if name in GUIDED:
+        scenario = guided(scenario)
+    elif name in SCORED:
+        scenario = scored(scenario)
+    return run_seed(seed, scenario=scenario).violations
 
 
 def hunt(name: str, limit: int = LIMIT_SEEDS) -> Catch:

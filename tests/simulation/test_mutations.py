@@ -28,6 +28,9 @@ QUICK = [
     "A request that goes on at another router does not say in which class it began",
     "A grammar does not follow the tokens that another engine has delivered",
     "A row is given the mask of the row beside it",
+    "A prompt that is computed again by another engine is told of once more from its first token",
+    "A prompt is told of the token behind the wrong row where it is cut into chunks",
+    "A request that must be computed by one engine is served as its strategy says",
 ]
 
 

@@ -64,7 +64,7 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         on_preempt: Callable[[Sequence], None],
     ) -> None:
-        """``max_num_scored``: rows of a step whose logits are wanted for a prompt's sake, which take memory."""
+        """``max_num_scored``: rows of a step whose logits a prompt is told of. They take memory."""
         self._memory = memory
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens

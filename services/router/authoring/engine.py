@@ -201,6 +201,8 @@ class Engine(EngineFacts):
         decision.engine_id, decision.begin = self.id, position
         decision.awaits_first = first_from is not None
         cached = position if grant_id else self._cached(self.id)
+        if scope.sampling.prompt_logprobs is not None and not request.num_output_tokens:
+            cached = 0  # the engine needs the logits of all of it
         scope.account.reserve_sequence(self.id)
         scope.account.reserve_prefill(self.id, STREAM, request.num_tokens - cached)
         if grant is not None:

@@ -48,6 +48,7 @@ class Generating:
         )
         self._ended = False
         self._num_chunks = 0
+        """With output in them."""
         bulk = scope.prompt(connection)
         scope.hold(connection, STREAM)
         connection.streams.add(self._stream)
@@ -85,10 +86,11 @@ class Generating:
             raise
         finally:
             self._scope.disengage()
-        if self._num_chunks == 0:
+        is_output = bool(chunk.token_ids) or chunk.finished is not None
+        if self._num_chunks == 0 and is_output:
             self._scope.clock.first_token(self._scope.now)
             self._scope.account.release_prefill(self._connection.engine_id, STREAM)
-        self._num_chunks += 1
+        self._num_chunks += is_output
         self._scope.give(chunk)
         if chunk.finished is not None:
             self._end()
@@ -146,7 +148,8 @@ class Generating:
         chunk = await self.__anext__()
         while chunk.finished is None:
             tell(chunk)
-            self._stream.tell(tell)
+            if self._num_chunks:  # the first token is looked at here
+                self._stream.tell(tell)
             chunk = await self.__anext__()
         return chunk
 

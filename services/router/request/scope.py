@@ -110,7 +110,8 @@ class RequestScope:
 
     def check_unfinished(self) -> None:
         """There are tokens left to come. Raises :class:`AnswerWhole`."""
-        if self.request.num_output_tokens >= self.sampling.max_tokens:
+        num_output_tokens = self.request.num_output_tokens
+        if num_output_tokens and num_output_tokens >= self.sampling.max_tokens:
             raise AnswerWhole(f"{self.sampling.max_tokens} tokens have been delivered")
 
     # --- what engines give ---------------------------------------------------------------------------

@@ -121,12 +121,14 @@ class Admission:
         except ProtocolViolation as error:
             raise InvalidRequest(error.detail, field="tokens") from None
         self._check_tokens(request, served.vocab_size)
-        prompt = hash((request.token_frame, request.salt))
+        # Who wants to be told of the prompt's own tokens shares no computed prefix.
+        is_alone = request.sampling.prompt_logprobs is not None
+        prompt = hash((request.token_frame, request.salt, request.request_id if is_alone else ""))
         share, num_unheld = self._strategies.share_of(strategy), self._num_unheld(name, request)
         if request.num_output_tokens:  # it runs already, elsewhere: too late to refuse it
             return Admitted(strategy, request, request.num_tokens, prompt, share=share, num_unheld=num_unheld)
         num_uncached = self._check_time(request, prompt, self._turnstile.tokens_ahead(message.tenant))
-        shadow = self._strategies.shadow(name, message.request_id, attributes)
+        shadow = None if is_alone else self._strategies.shadow(name, message.request_id, attributes)
         return Admitted(strategy, request, num_uncached, prompt, shadow, share, num_unheld)
 
     def _num_unheld(self, name: str, request: Request) -> int:
@@ -179,7 +181,8 @@ class Admission:
         # Without a bound nearly everything is far within its time even if nothing of it is cached.
         best_s, num_uncached = best({}) if not bound_s else (math.inf, 0)
         if best_s > allowed_s:
-            best_s, num_uncached = best(self._lookup(request.tokens, request.salt))
+            is_alone = request.sampling.prompt_logprobs is not None
+            best_s, num_uncached = best({} if is_alone else self._lookup(request.tokens, request.salt))
         if best_s > allowed_s:
             raise QueueFull(
                 f"the first token is predicted in {best_s:.1f} s, {why} {allowed_s:.1f} s",

@@ -178,15 +178,19 @@ class Attempts:
 def _take(live: LiveRequest, scope: RequestScope, chunk: Tokens) -> None:
     """A chunk is delivered; the last one goes out with the end."""
     live.delivered += chunk.token_ids
+    rows = None if chunk.prompt is None else live.fresh_rows(chunk.prompt)
     served: Served | None = None
-    if chunk.token_ids and not live.is_class_told:
+    if (chunk.token_ids or rows) and not live.is_class_told:
         served = Served(live.strategy, live.version, [*live.engines, *scope.engines])
-    numerics = live.made_in(scope.numerics) if chunk.token_ids else None
+    numerics = live.made_in(scope.numerics) if chunk.token_ids or rows else None
     if chunk.finished is None:
-        live.sink(
-            Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, None, numerics, served)
-        )
-    elif chunk.finished.numerics.name:  # the engine may know of what the router does not
+        output = (chunk.offset, chunk.token_ids, chunk.logprobs)
+        live.sink(Output(live.request_id, *output, None, numerics, served, rows))
+    elif rows is not None:
+        live.sink(Output(live.request_id, chunk.offset, [], [], None, numerics, served, rows))
+    if (
+        chunk.finished is not None and chunk.finished.numerics.name
+    ):  # the engine may know of what the router does not
         live.made_in(chunk.finished.numerics)
 
 

@@ -42,6 +42,8 @@ _logger = structlog.get_logger()
 
 MAX_ATTEMPTS = 4
 """Runs of the strategy for one request, the first included, while engines fail under it."""
+ALONE = "prompt_logprobs"
+"""Those are of logits that only who computes all of the prompt has: one engine serves such a request."""
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.02, 1.0
 
 
@@ -66,7 +68,9 @@ class Failover:
     def __init__(self, request: Request, *, patience_s: float) -> None:
         """After a failure, engines that are full or absent are waited for ``patience_s`` in all."""
         self.original = request
-        self.terms = Terms()
+        self.alone = ALONE if request.sampling.prompt_logprobs is not None else ""
+        """Why ``terms`` are plain; empty: they are not."""
+        self.terms = Terms(is_plain=bool(self.alone))
         self._full: set[str] = set()
         """Engines that had no room; each is asked once before the request is refused."""
         self._patience_s = patience_s
@@ -88,6 +92,8 @@ class Failover:
         terms = self._next(error, engines, now)
         if terms is not None:
             self.terms = terms
+            if terms.is_plain:
+                self.alone = self.alone or error.code
         return terms
 
     def _next(self, error: MeshError, engines: Collection[str], now: float) -> Terms | None:

@@ -19,6 +19,7 @@ from microserve.protocol.errors import Draining, EngineLost, MeshError
 from microserve.protocol.messages.attributes import TENANT
 from microserve.protocol.messages.engine import Finished, Usage
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
+from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprobs
 from microserve.protocol.messages.router import Ended, Output, Phases
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.stream import Tokens
@@ -56,9 +57,15 @@ class LiveRequest:
     delivered: list[int] = field(default_factory=list)
     """Output tokens handed to the gateway, by this router or one before it."""
     revision: str = ""
-    """Of the model that made ``delivered``."""
+    """Of the model that made what was delivered."""
     numerics: Numerics | None = None
-    """In which class ``delivered`` was made; None: there is none."""
+    """In which class that was made; None: nothing was."""
+    next_row: int = FIRST_POSITION
+    """Of the prompt's log-probabilities, the position of the first that the gateway has not been handed."""
+    is_continued: bool = False
+    """The gateway has some of the answer from another router."""
+    alone: str = ""
+    """Why one engine alone serves it, whatever its strategy says."""
     engines: list[str] = field(default_factory=list)
     """Those of attempts that have failed."""
     last: Tokens | None = None
@@ -102,6 +109,14 @@ class LiveRequest:
         self.is_class_told = True
         return self.numerics
 
+    def fresh_rows(self, prompt: PromptLogprobs) -> PromptLogprobs | None:
+        """Of what an attempt brings of the prompt, what none before it has brought; that is delivered now."""
+        fresh = prompt.behind(self.next_row)
+        if not len(fresh):
+            return None
+        self.next_row = fresh.end
+        return fresh
+
     def keep_caps(self, scope: RequestScope) -> None:
         """What the strategy has capped in an attempt holds for the next ones."""
         if scope.sampling is not scope.request.sampling:
@@ -111,7 +126,8 @@ class LiveRequest:
 
     def replaced_by(self, revision: str) -> MeshError | None:
         """This model is served now: what the answer ends with, where it was not the one that began it."""
-        if self.delivered and self.revision not in ("", revision):
+        has_begun = bool(self.delivered) or self.next_row > FIRST_POSITION or self.is_continued
+        if has_begun and self.revision not in ("", revision):
             return EngineLost(
                 f"the model was replaced: {self.revision} had begun the answer, {revision} is here"
             )
@@ -152,6 +168,7 @@ def finished_well(live: LiveRequest, finished: Finished, phases: Phases, engines
         capped_to=live.capped_to,
         share=live.share,
         num_moves=live.num_moves,
+        alone=live.alone,
     )
 
 
@@ -171,6 +188,7 @@ def cut_short(
         capped_to=live.capped_to,
         share=live.share,
         num_moves=live.num_moves,
+        alone=live.alone,
     )
     if error is None:
         return ended
@@ -205,6 +223,7 @@ def write_line(request_id: str, ended: Ended) -> None:
         strategy_version=ended.strategy_version,
         share=ended.share,
         moves=ended.num_moves,
+        alone=ended.alone,
         engines=ended.engines,
         numerics=ended.numerics.name,
         exact=ended.numerics.is_exact,

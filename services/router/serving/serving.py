@@ -139,7 +139,8 @@ class Serving:
         live.delivered = list(request.tokens[live.num_prompt_tokens :])
         live.served_by = strategy
         live.version, live.revision = strategy.version, message.revision
-        live.numerics = message.numerics if live.delivered else None
+        live.is_continued = bool(live.delivered or message.revision or message.numerics.name)
+        live.numerics = message.numerics if live.is_continued else None
         if shadow is not None:
             live.rehearsal = self.shadows.begin(shadow, request)
         self._live[live.request_id] = live
@@ -239,7 +240,7 @@ class Serving:
             if error is not None:
                 break
             mesh, num_known = self._mesh(live, scope, failover, strategy), len(live.delivered)
-            live.author = None
+            live.author, live.alone = None, failover.alone
             if source is not None:
                 self._record(live, scope, MOVE, 0)
                 generator = move(mesh, scope.request, source, wanted)
@@ -386,5 +387,5 @@ class Serving:
             hearing.append((self.shadows.plans, live.rehearsal.shadow))
         for plans, strategy in hearing:
             if strategy is not None and strategy.on_end is not None:
-                outcome = outcome_of(ended, is_own=not (live.is_blamed or live.engines))
+                outcome = outcome_of(ended, is_own=not (live.is_blamed or live.engines or live.alone))
                 plans.ended(strategy, request.begun(), outcome)

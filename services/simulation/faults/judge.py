@@ -22,13 +22,14 @@ from microserve.protocol.errors import (
     StrategyError,
     StrategyNotFound,
 )
+from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprobs
 from microserve.protocol.messages.sampling import Grammar, SamplingParams
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
 from microserve.services.simulation.engine import VOCAB_SIZE, SimEngine
 from microserve.services.simulation.faults.scenario import CALM, STORM, Scenario
 from microserve.services.simulation.gateway import Answer, SimGateway
-from microserve.services.simulation.hash_runner import HASH, expected_samples, plain
+from microserve.services.simulation.hash_runner import HASH, expected_rows, expected_samples, plain
 from microserve.services.simulation.marked_runner import marked
 from microserve.services.simulation.mesh import INDEX, SimulatedMesh
 
@@ -74,6 +75,12 @@ def _oracle(
     return tuple(s.token_id for s in samples), tuple(s.logprob or 0.0 for s in samples)
 
 
+@cache
+def _rows(prompt: tuple[int, ...], num_top: int, is_marked: bool) -> PromptLogprobs:
+    make_runner = marked if is_marked else plain
+    return expected_rows(prompt, num_top, vocab_size=VOCAB_SIZE, make_runner=make_runner)
+
+
 def expected(
     prompt: Sequence[int], params: SamplingParams, *, is_marked: bool = False
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -95,7 +102,7 @@ def judge_answer(answer: Answer, *, is_marked: bool = False) -> list[str]:
     if answer.is_complete and have != tokens:
         wrong.append(f"wrong tokens: {name}: {list(have)}, expected {list(tokens)}")
     elif answer.is_complete and answer.outcome != (
-        "stop" if tokens[-1] in params.stop_token_ids else "length"
+        "stop" if tokens and tokens[-1] in params.stop_token_ids else "length"
     ):
         wrong.append(f"wrong end: {name}: {answer.outcome}")
     elif have != tokens[: len(have)]:
@@ -104,7 +111,18 @@ def judge_answer(answer: Answer, *, is_marked: bool = False) -> list[str]:
         told = tuple(logprob.logprob for logprob in answer.logprobs)
         if told != logprobs[: len(told)] or len(told) != len(have):
             wrong.append(f"wrong logprobs: {name}")
-    return wrong
+    return wrong + _judge_rows(answer, name, is_marked=is_marked)
+
+
+def _judge_rows(answer: Answer, name: str, *, is_marked: bool) -> list[str]:
+    """Of the prompt's own tokens: all before the first token, the first of them of one that was cut short."""
+    if answer.params.prompt_logprobs is None:
+        return [] if answer.rows is None else [f"log-probabilities of the prompt: {name} asked for none"]
+    rows = _rows(tuple(answer.prompt), answer.params.prompt_logprobs, is_marked)
+    told = answer.rows or rows.until(FIRST_POSITION)
+    if told != rows.until(told.end) or (len(told) < len(rows) and (answer.is_complete or answer.token_ids)):
+        return [f"wrong log-probabilities of the prompt: {name}: {len(told)} of {len(rows)}"]
+    return []
 
 
 def judge_promises(mesh: SimulatedMesh, answers: Sequence[Answer]) -> list[str]:

@@ -13,13 +13,16 @@ from microserve.gateway.routers.link import RouterLost
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.protocol.errors import DeadlineExceeded, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob, Usage
+from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
 from microserve.protocol.messages.router import Ended, Output, Phases
 from tests.support.gateway.gateway_world import run
 
 ENDED = Ended("length", Usage(), Phases(), "auto", [])
 
 
-def make(max_tokens: int = 100, *, with_logprobs: bool = False) -> tuple[Inbox, Mailbox, list[str]]:
+def make(
+    max_tokens: int = 100, *, with_logprobs: bool = False, num_scored: int = 0
+) -> tuple[Inbox, Mailbox, list[str]]:
     inbox, cancels = Inbox(), list[str]()
     mailbox = Mailbox(
         inbox,
@@ -27,6 +30,7 @@ def make(max_tokens: int = 100, *, with_logprobs: bool = False) -> tuple[Inbox, 
         0,
         max_tokens=max_tokens,
         with_logprobs=with_logprobs,
+        num_scored=num_scored,
         cancel=lambda: cancels.append("r"),
     )
     return inbox, mailbox, cancels
@@ -204,3 +208,51 @@ def test_tokens_are_taken_at_once_while_somebody_waits_and_everything_else_wakes
         assert (batch.token_ids, batch.ended) == ([4], ENDED)
 
     run(main())
+
+
+def rows(begin: int, end: int) -> PromptLogprobs:
+    return packed(begin, 0, [PromptLogprob(-float(at), 1, ()) for at in range(begin, end)])
+
+
+@given(deliveries=st.lists(st.tuples(st.integers(0, 8), st.integers(0, 5), st.booleans()), max_size=20))
+def test_repeated_rows_of_the_prompt_bring_each_once(deliveries: list[tuple[int, int, bool]]) -> None:
+    _, mailbox, _ = make(num_scored=200)
+    known, taken = 1, rows(1, 1)
+    for early, new, at_once in deliveries:
+        begin = max(1, known - early)
+        mailbox.deliver(Output("r", 0, [], prompt=rows(begin, known + new)), 0.0)
+        known += new
+        assert mailbox.has_begun == (known > 1) and not mailbox.is_scored
+        if at_once and (prompt := mailbox.take().prompt) is not None:
+            taken = taken.joined(prompt)
+    mailbox.deliver(Output("r", 0, [7], ended=ENDED, prompt=rows(1, 200)), 0.0)
+    batch = mailbox.take()
+
+    assert mailbox.failed is None and mailbox.is_scored and batch.prompt is not None
+    assert (taken.joined(batch.prompt), batch.token_ids) == (rows(1, 200), [7])
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        pytest.param(Output("r", 0, [], prompt=rows(5, 7)), id="gap"),
+        pytest.param(Output("r", 0, [], prompt=rows(3, 9)), id="behind the prompt"),
+        pytest.param(Output("r", 0, [], prompt=PromptLogprobs(3, 0, b"torn")), id="torn"),
+        pytest.param(Output("r", 0, [], prompt=PromptLogprobs(3, 1, bytes(16))), id="another width"),
+        pytest.param(Output("r", 0, [7], prompt=rows(3, 7)), id="a token before the last"),
+        pytest.param(Output("r", 0, [], ended=ENDED), id="the end before the last"),
+    ],
+)
+def test_rows_that_are_missing_or_wrong_are_a_violation(output: Output) -> None:
+    _, mailbox, cancels = make(num_scored=8)
+    mailbox.deliver(Output("r", 0, [], prompt=rows(1, 4)), 0.0)
+    mailbox.deliver(output, 0.0)
+
+    assert isinstance(mailbox.failed, ProtocolViolation) and cancels == ["r"]
+
+
+def test_rows_that_nobody_asked_for_are_a_violation() -> None:
+    _, mailbox, _ = make()
+    mailbox.deliver(Output("r", 0, [], prompt=rows(1, 2)), 0.0)
+
+    assert isinstance(mailbox.failed, ProtocolViolation)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, TransferFailed
 from microserve.protocol.messages.engine import Delta, Finished, Timings, TokenLogprob, Usage
+from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
 from microserve.services.links.stream import Tokens, TokenStream
 from tests.support.router.router_world import in_loop
 
@@ -144,3 +145,62 @@ async def test_nothing_comes_after_the_end_or_a_failure() -> None:
     chunk = await stream.next()
     assert chunk.token_ids == OUTPUT[:1]
     assert chunk.finished is not None
+
+
+# --- rows of the prompt ------------------------------------------------------------------------------
+
+
+def rows(begin: int, end: int) -> PromptLogprobs:
+    return packed(begin, 0, [PromptLogprob(-float(at), 1, ()) for at in range(begin, end)])
+
+
+@given(
+    pieces=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20), st.booleans()), max_size=12),
+    is_told=st.booleans(),
+)
+def test_rows_come_once_and_in_order_however_they_are_repeated_and_merged(
+    pieces: list[tuple[int, int, bool]], is_told: bool
+) -> None:
+    """A piece begins so many rows too early, brings so many, and is taken at once or later."""
+
+    async def main() -> None:
+        stream, taken = TokenStream("r", "e"), rows(1, 1)
+        told: list[Tokens] = []
+        if is_told:
+            stream.tell(told.append)
+        known = 1
+        for early, count, at_once in pieces:
+            begin = max(1, known - early)
+            stream.push(Delta("r", 0, [], prompt=rows(begin, begin + count)))
+            known = max(known, begin + count)
+            if at_once and stream.is_ready:
+                told.append(await stream.next())
+        stream.push(Delta("r", 0, [7], prompt=rows(known, known + 1)))
+        stream.push(Delta("r", 1, [], [], Finished("length", Usage(), Timings())))
+        while not told or told[-1].finished is None:
+            told.append(await stream.next())
+        for chunk in told:
+            taken = taken if chunk.prompt is None else taken.joined(chunk.prompt)
+            assert chunk.prompt is None or chunk.offset == 0, "before tokens, or with the first"
+        assert taken == rows(1, known + 1)
+
+    in_loop(main)()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (rows(6, 8), "lost log-probabilities"),
+        (PromptLogprobs(5, 0, b"torn"), "malformed"),
+        (PromptLogprobs(5, 1, bytes(16)), "malformed"),
+        (PromptLogprobs(0, 0, bytes(8)), "malformed"),
+    ],
+)
+@in_loop
+async def test_rows_that_are_lost_or_torn_end_the_stream(prompt: PromptLogprobs, said: str) -> None:
+    stream = TokenStream("r", "e")
+    stream.push(Delta("r", 0, [], prompt=rows(1, 5)))
+    stream.push(Delta("r", 0, [], prompt=prompt))
+    assert (await stream.next()).prompt == rows(1, 5)
+    with pytest.raises(PeerError, match=said):
+        await stream.next()

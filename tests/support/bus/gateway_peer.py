@@ -15,6 +15,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
+from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.sampling import SamplingParams
 
 
@@ -25,6 +26,8 @@ class Answer:
     request_id: str
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    rows: PromptLogprobs | None = None
+    """Of its prompt; joining says where one is missing or comes twice."""
     num_outputs: int = 0
     numerics: list[Numerics] = field(default_factory=list)
     """All that it was told of its class, in order."""
@@ -192,6 +195,9 @@ class GatewayPeer:
         assert output.offset == len(answer.token_ids), "outputs follow each other"
         answer.token_ids += output.token_ids
         answer.logprobs += output.logprobs or []
+        if output.prompt is not None:
+            assert not answer.token_ids or output.token_ids, "the prompt's rows come before tokens"
+            answer.rows = output.prompt if answer.rows is None else answer.rows.joined(output.prompt)
         answer.num_outputs += 1
         if output.numerics is not None:
             answer.numerics.append(output.numerics)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.core.batch import Batch, Chunk, Runner, SampleSpec, Scored, ScoreSpec
+from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, SampleSpec, Scored, ScoreSpec
 from microserve.services.engine.model.device.device_sampler import sample_there
 from microserve.services.engine.model.device.device_scorer import score_there
 from microserve.services.engine.model.model import load_model
@@ -186,7 +186,8 @@ def test_the_native_step_tells_of_a_token_the_same_whether_it_is_sampled_or_in_a
     nbytes = spec.num_layers * NUM_BLOCKS * 2 * BLOCK_SIZE * spec.num_kv_heads * spec.head_dim * 4
     runner = native_runner(model, np.zeros(nbytes, np.uint8), NUM_BLOCKS, BLOCK_SIZE, threads=1, max_rows=64)
     rng = random.Random(7)
-    tokens, said = [rng.randrange(500) for _ in range(9)], []
+    tokens = [rng.randrange(500) for _ in range(9)]
+    said: list[Sampled] = []
     params = SamplingParams(temperature=0.0, logprobs=2)
     while len(tokens) < 40:
         start = 0 if not said else len(tokens) - 1

@@ -136,3 +136,15 @@ def test_a_mistake_of_the_strategy_leads_to_plain_service_once() -> None:
     assert terms is not None
     assert terms.is_plain
     assert decider.decide(told(StrategyError), ENGINES, 1.0) is None
+
+
+def test_who_wants_to_be_told_of_the_prompt_is_served_by_one_engine_alone_from_the_first() -> None:
+    scored = SamplingParams(max_tokens=8, prompt_logprobs=0)
+    decider = Failover(Request("r", [1, 2, 3], scored, DEADLINE, 16), patience_s=PATIENCE_S)
+    assert decider.terms.is_plain and decider.alone == "prompt_logprobs"
+    assert decider.decide(told(EngineLost, suspect="a"), ["a"], 1.0) is not None
+    assert decider.terms.is_plain and decider.alone == "prompt_logprobs"
+    other = failover()
+    assert other.alone == ""
+    other.decide(told(StrategyError), [], 1.0)
+    assert other.alone == "strategy_error"
