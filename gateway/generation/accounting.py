@@ -99,6 +99,7 @@ def account(
                 strategy_version=0 if ended is None else ended.strategy_version,
                 share="" if ended is None else ended.share,
                 moves=0 if ended is None else ended.num_moves,
+                alone="" if ended is None else ended.alone,
                 engines=[] if ended is None else ended.engines,
                 why="" if ended is None else ended.why,
                 capped_to=0 if ended is None else ended.capped_to,

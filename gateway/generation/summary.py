@@ -81,6 +81,8 @@ class Summary:
     share: str = ""
     """As what the version served it: ``stable`` or ``canary``."""
     moves: int = 0
+    alone: str = ""
+    """Why one engine alone served it, whatever the strategy says."""
     engines: list[str] = field(default_factory=list)
     numerics: Numerics = UNKNOWN
     finish_reason: str = ""
@@ -119,6 +121,7 @@ def write_line(summary: Summary) -> None:
         strategy_version=summary.strategy_version,
         share=summary.share,
         moves=summary.moves,
+        alone=summary.alone,
         engines=summary.engines,
         why=summary.why,
         numerics=summary.numerics.name,
