@@ -6,7 +6,7 @@ Owns no bytes and no names of fields: those are an API's.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from microserve.gateway.http.errors import Problem
@@ -14,7 +14,9 @@ from microserve.gateway.http.sse import PING, event
 from microserve.gateway.parsing.events import Event
 from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.text.choice import Piece
+from microserve.gateway.text.scored import ScoredPrompt
 from microserve.gateway.text.transcript import TokenText
+from microserve.gateway.text.vocabulary import Vocabulary
 from microserve.protocol.messages.sampling import SamplingParams
 
 
@@ -33,6 +35,8 @@ class Answering:
     fingerprint: str
     num_prompt_tokens: int
     """Of all prompts."""
+    vocabulary: Vocabulary
+    """By which tokens are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,13 @@ class FinishedChoice:
     """Instead of ``text``, of an answer that was read."""
     pieces: Sequence[Piece] = ()
     """All of it in the order of its growing."""
+    scored: ScoredPrompt | None = None
+    """Its prompt, if what is told of that is asked for."""
+
+    @property
+    def num_told(self) -> int:
+        """Tokens that are told of one by one."""
+        return len(self.tokens) + (0 if self.scored is None else len(self.scored.token_ids))
 
 
 class AnswerFormat(ABC):
@@ -103,5 +114,5 @@ class AnswerFormat(ABC):
         return PING
 
     @abstractmethod
-    def reply(self, choices: Iterable[FinishedChoice], counts: UsageCounts) -> bytes:
+    def reply(self, choices: Sequence[FinishedChoice], counts: UsageCounts) -> bytes:
         """The whole answer of a request that is not streamed, as JSON."""

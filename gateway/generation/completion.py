@@ -6,6 +6,7 @@ answer, and the end whatever happened: cancelled on the bus, counted, one canoni
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from time import monotonic, time
 from typing import Generic, TypeVar
@@ -27,7 +28,7 @@ from microserve.gateway.http.sse import EventStream
 from microserve.gateway.request.prompts import prompts_of
 from microserve.gateway.request.reading import reading_of
 from microserve.gateway.request.request import GenerateRequest
-from microserve.gateway.request.sampling import check_choices, sampling_of
+from microserve.gateway.request.sampling import check_choices, check_prompts, sampling_of
 from microserve.gateway.routers.mailbox import Mailbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Piece
@@ -38,6 +39,9 @@ _logger = structlog.get_logger()
 
 B = TypeVar("B", bound=RequestBody)
 
+INLINE_TOLD_TOKENS = 2048
+"""The reply of an answer with more tokens beside its text is written in a thread."""
+
 
 class Completion(Generic[B]):
     """One HTTP request of any API; ``run`` once."""
@@ -47,7 +51,8 @@ class Completion(Generic[B]):
         self._exchange = exchange
         self._dialect = dialect
         self._group = ChoiceGroup(state, exchange)
-        self._n = 1
+        self._n = self._num_told = 1
+        """Choices of each prompt that are generated, and that the client gets."""
         self._stream = False
         self._warnings: Sequence[str] = ()
         """What was asked for and is not done as asked."""
@@ -109,6 +114,7 @@ class Completion(Generic[B]):
             group.times.tokenising = monotonic()
             prompts = await prompts_of(request, state.tokenizer, limits)
         sampling = sampling_of(request, limits, max(map(len, prompts)), state.defaults)
+        check_prompts(request, sampling, prompts)
         reading = reading_of(request, state.parsers)
         grammar, relaxed = await constraint_of(state, request, reading, prompts[0], group.inbox)
         self._warnings = (*request.warnings, *relaxed)
@@ -132,6 +138,7 @@ class Completion(Generic[B]):
             model=state.model,
             fingerprint=f"microserve-{state.version}",
             num_prompt_tokens=sum(map(len, prompts)),
+            vocabulary=state.tokenizer.vocabulary,
         )
         return self._dialect.format(answering)
 
@@ -152,7 +159,8 @@ class Completion(Generic[B]):
 
     def _begin(self, request: GenerateRequest) -> None:
         check_choices(request, self._state.max_n)
-        self._n, self._stream = request.n, request.stream
+        self._n, self._stream = request.num_generated, request.stream
+        self._num_told = request.n
 
     async def _collect_answer(self, answer: AnswerFormat) -> None:
         group = self._group
@@ -164,11 +172,15 @@ class Completion(Generic[B]):
             group.raise_failure()
         await group.settle()
         choices = [
-            _finished(choice, pieces[choice.index], reason)
-            for choice in group.choices
+            _finished(place, choice, pieces[choice.index], reason)
+            for place, choice in enumerate(group.told(self._num_told, self._n))
             if (reason := choice.told_reason) is not None
         ]
-        body = answer.reply(choices, usage_of(group.choices, self._n))
+        counts = usage_of(group.choices, self._n)
+        if sum(choice.num_told for choice in choices) > INLINE_TOLD_TOKENS:
+            body = await asyncio.to_thread(answer.reply, choices, counts)
+        else:
+            body = answer.reply(choices, counts)
         await self._exchange.reply(200, body, self._mesh_headers())
 
     def _mesh_headers(self) -> dict[str, str]:
@@ -253,12 +265,13 @@ class Completion(Generic[B]):
             choice.times.ended = monotonic()
 
 
-def _finished(choice: Choice, pieces: list[Piece], reason: str) -> FinishedChoice:
+def _finished(place: int, choice: Choice, pieces: list[Piece], reason: str) -> FinishedChoice:
     return FinishedChoice(
-        choice.index,
+        place,
         "".join(piece.text for piece in pieces),
         [token for piece in pieces for token in piece.tokens],
         Ending(reason, choice.numerics.promise, choice.stop_string),
         [event for piece in pieces for event in piece.events] if choice.is_read else None,
         pieces,
+        choice.scored,
     )

@@ -16,10 +16,11 @@ from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.keys.salt import cache_salt
 from microserve.gateway.request.request import MAX_CHOICES, GenerateRequest
 from microserve.gateway.request.sampling import seed_of
-from microserve.gateway.routers.mailbox import Inbox, Mailbox
+from microserve.gateway.routers.mailbox import Inbox, Mailbox, TokenBatch
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Piece, Timeline
 from microserve.gateway.text.reading import ReadChoice, Reading
+from microserve.gateway.text.scored import ScoredPrompt
 from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
 from microserve.protocol.messages.attributes import MAX_PRIORITY
 from microserve.protocol.messages.numerics import Numerics
@@ -59,8 +60,8 @@ class ChoiceGroup:
         attributes: Mapping[str, str],
         reading: Reading | None = None,
     ) -> None:
-        """Send ``request.n`` choices a prompt to one router, where they share its prefix. ``reading``: None
-        where an answer is nothing but text.
+        """Send the choices of each prompt to one router, where they share its prefix; the first of them asks
+        for what is told of the prompt's own tokens. ``reading``: None where an answer is nothing but text.
 
         ``ttl_s`` counts from the request's arrival. Raises :class:`InvalidRequest`, ``QueueFull``,
         ``RateLimited``, ``BudgetSpent``, ``NoEngines``, ``Draining``, :class:`DeadlineExceeded`, or what has
@@ -68,9 +69,11 @@ class ChoiceGroup:
         """
         state, exchange, inbox = self._state, self._exchange, self.inbox
         self.attributes = attributes
-        count = len(prompts) * request.n
+        each = request.num_generated
+        count = len(prompts) * each
         if count > MAX_CHOICES:
-            raise InvalidRequest(f"prompts times n must be at most {MAX_CHOICES}", field="n")
+            name = "n" if request.best_of is None else "best_of"
+            raise InvalidRequest(f"prompts times {name} must be at most {MAX_CHOICES}", field=name)
         state.check_open()
         if inbox.error is not None:  # the client went while its prompt was tokenised
             raise inbox.error
@@ -91,8 +94,15 @@ class ChoiceGroup:
             ttl_s,
         )
         salt = cache_salt(exchange.key, request.salt, shared=state.shared_prefix_cache)
+        is_scored = sampling.prompt_logprobs is not None
+        scored = [ScoredPrompt(prompt_ids) if is_scored else None for prompt_ids in prompts]
         for index in range(count):
-            prompt_ids = prompts[index // request.n]
+            prompt_ids = prompts[index // each]
+            asked = msgspec.structs.replace(
+                sampling,
+                seed=seed_of(sampling.seed, index),
+                prompt_logprobs=None if index % each else sampling.prompt_logprobs,
+            )
             make = Choice if reading is None else partial(ReadChoice, reading=reading)
             choice = make(
                 state.tokenizer,
@@ -103,6 +113,8 @@ class ChoiceGroup:
                 text=request.text,
                 eos_token_ids=state.routers.eos_token_ids,
                 times=self.times.copy(),
+                echo=request.shows_prompt,
+                scored=scored[index // each],
             )
             self.choices.append(choice)
             choice.mailbox = state.routers.generate(
@@ -111,7 +123,7 @@ class ChoiceGroup:
                 request_id=of_choice(exchange.unique_id, index),
                 index=index,
                 tokens=prompt_ids,
-                sampling=msgspec.structs.replace(sampling, seed=seed_of(sampling.seed, index)),
+                sampling=asked,
                 ttl_s=remaining_s,
                 strategy=strategy,
                 salt=salt,
@@ -131,7 +143,7 @@ class ChoiceGroup:
     @property
     def numerics(self) -> Numerics | None:
         """In which class all output so far was made; None: there is none."""
-        classes = [mailbox.numerics for mailbox in self.inbox.mailboxes if mailbox.output]
+        classes = [mailbox.numerics for mailbox in self.inbox.mailboxes if mailbox.has_begun]
         return reduce(Numerics.joined, classes) if classes else None
 
     @property
@@ -150,6 +162,16 @@ class ChoiceGroup:
         A deadline is no failure once there is some output: who waited so long gets what there is.
         """
         choice = self.choices[mailbox.index]
+        if choice.scored is not None and (rows := mailbox.take_rows()) is not None:
+            choice.scored.add(rows)
+            for other in self.choices:
+                if other.scored is choice.scored and other is not choice and other.mailbox is not None:
+                    self.inbox.notify(other.mailbox)
+        if choice.lacks_prompt and not mailbox.has_failed:
+            piece = choice.push(TokenBatch()) if choice.has_prompt else Piece()
+            if choice.has_prompt or not choice.lacks_prompt:
+                self.inbox.notify_later(mailbox)
+            return choice, piece
         batch = mailbox.take()
         if batch.token_ids and not choice.over:
             times, now = choice.times, monotonic()
@@ -162,11 +184,24 @@ class ChoiceGroup:
         piece = choice.push(batch)
         if not choice.over:
             choice.error = mailbox.failed
-        if isinstance(choice.error, DeadlineExceeded) and any(each.output for each in self.inbox.mailboxes):
+        has_output = any(each.output for each in self.inbox.mailboxes) and not choice.lacks_prompt
+        if isinstance(choice.error, DeadlineExceeded) and has_output:
             choice.cut_short(piece)
         if choice.finish_reason is not None:
             mailbox.cancel()  # a stop string ended it; the engine does not know yet
         return choice, piece
+
+    def told(self, count: int, generated: int) -> list[Choice]:
+        """Of the ``generated`` choices of each prompt the ``count`` likeliest, by the mean of their tokens'
+        log-probabilities, the likeliest first; all in their order where that is all."""
+        if count == generated:
+            return self.choices
+        prompts = range(0, len(self.choices), generated)
+        ranked = (
+            sorted(self.choices[at : at + generated], key=lambda choice: -choice.mean_logprob)
+            for at in prompts
+        )
+        return [choice for choices in ranked for choice in choices[:count]]
 
     def raise_failure(self) -> None:
         """One failed choice fails the request: half an answer would look like a whole one."""

@@ -7,7 +7,7 @@ Owns bytes only. A chunk is a constant prefix, the text as JSON and a constant s
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -15,8 +15,14 @@ import msgspec
 from microserve.gateway.api.format import AnswerFormat, Answering, FinishedChoice, UsageCounts
 from microserve.gateway.http.sse import DONE, event
 from microserve.gateway.openai.common import FLEX
+from microserve.gateway.text.transcript import TokenText
 
 encode = msgspec.json.Encoder().encode
+
+
+def name_of(token: TokenText, *, by_id: bool) -> str:
+    """As it stands among log-probabilities."""
+    return f"token_id:{token.token_id}" if by_id else token.text
 
 
 def usage_json(counts: UsageCounts) -> dict[str, Any]:
@@ -41,7 +47,11 @@ class OpenAIFormat(AnswerFormat):
 
     def __init__(self, answering: Answering) -> None:
         self.needs_usage = answering.request.shows_usage
-        self.with_logprobs = answering.sampling.logprobs is not None
+        wish = answering.request.sampling
+        self.with_logprobs = wish.logprobs is not None
+        self.by_id = answering.request.names_by_id
+        self._prompt_logprobs = wish.prompt_logprobs
+        self._vocabulary = answering.vocabulary
         self._head: dict[str, Any] = {
             "id": f"{self.id_prefix}-{answering.unique_id}",
             "object": self.chunk_object,
@@ -72,14 +82,38 @@ class OpenAIFormat(AnswerFormat):
             return DONE
         return event(self._usage_head + b'"choices":[],"usage":' + encode(usage_json(counts)) + b"}") + DONE
 
-    def reply(self, choices: Iterable[FinishedChoice], counts: UsageCounts) -> bytes:
+    def reply(self, choices: Sequence[FinishedChoice], counts: UsageCounts) -> bytes:
         answer = {
             **self._head,
             "object": self.reply_object,
             "choices": [self.choice(choice) for choice in choices],
             "usage": usage_json(counts),
+            **self.members(choices),
         }
         return encode(answer)
+
+    def members(self, choices: Sequence[FinishedChoice]) -> dict[str, Any]:
+        """Of a reply, beside its choices."""
+        return {}
+
+    def prompt_member(self, choice: FinishedChoice) -> dict[str, Any]:
+        """vLLM's ``prompt_logprobs``, if they are asked for: of each token of the prompt, by id."""
+        scored, num_top = choice.scored, self._prompt_logprobs
+        if scored is None or num_top is None:
+            return {}
+        told = [
+            ranked
+            and {
+                str(token.token_id): {
+                    "logprob": token.logprob,
+                    "rank": token.rank,
+                    "decoded_token": token.text,
+                }
+                for token in ranked
+            }
+            for ranked in scored.ranked(self._vocabulary, num_top)
+        ]
+        return {"prompt_logprobs": told}
 
     @abstractmethod
     def choice(self, choice: FinishedChoice) -> dict[str, Any]:

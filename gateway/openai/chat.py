@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from microserve.gateway.api.format import Ending, FinishedChoice
-from microserve.gateway.openai.answer import OpenAIFormat, encode
+from microserve.gateway.openai.answer import OpenAIFormat, encode, name_of
 from microserve.gateway.openai.common import options_of, wish_of
 from microserve.gateway.openai.grammar import asked_of
 from microserve.gateway.openai.schema import (
@@ -148,7 +148,7 @@ class ChatFormat(OpenAIFormat):
         )
 
     def delta(self, index: int, piece: Piece) -> bytes:
-        logprobs = encode(_logprobs(piece.tokens)) if self.with_logprobs else b"null"
+        logprobs = encode(_logprobs(piece.tokens, by_id=self.by_id)) if self.with_logprobs else b"null"
         if piece.events or not piece.text:
             return self._deltas(index, piece.events, logprobs if piece.tokens else b"null")
         return self._chunk(
@@ -182,9 +182,12 @@ class ChatFormat(OpenAIFormat):
         return {
             "index": choice.index,
             "message": _message(choice),
-            "logprobs": _logprobs(choice.tokens) if self.with_logprobs else None,
+            "logprobs": _logprobs(choice.tokens, by_id=self.by_id) if self.with_logprobs else None,
             "finish_reason": choice.ending.reason,
         }
+
+    def members(self, choices: Sequence[FinishedChoice]) -> dict[str, Any]:
+        return self.prompt_member(choices[0])
 
 
 def event_delta(event: Event) -> dict[str, Any]:
@@ -224,10 +227,14 @@ def _message(choice: FinishedChoice) -> dict[str, Any]:
     return message
 
 
-def _logprobs(tokens: list[TokenText]) -> dict[str, Any]:
-    content = [_entry(token) | {"top_logprobs": [_entry(other) for other in token.top]} for token in tokens]
+def _logprobs(tokens: list[TokenText], *, by_id: bool) -> dict[str, Any]:
+    content = [
+        _entry(token, by_id=by_id) | {"top_logprobs": [_entry(other, by_id=by_id) for other in token.top]}
+        for token in tokens
+    ]
     return {"content": content, "refusal": None}
 
 
-def _entry(token: TokenText) -> dict[str, Any]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.data)}
+def _entry(token: TokenText, *, by_id: bool) -> dict[str, Any]:
+    name = name_of(token, by_id=by_id)
+    return {"token": name, "logprob": token.logprob, "bytes": list(token.data)}

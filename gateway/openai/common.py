@@ -20,6 +20,8 @@ def options_of(request: GenerationRequest) -> dict[str, Any]:
         raise InvalidRequest("stream_options needs stream", field="stream_options")
     if request.truncate_prompt_tokens == 0:
         raise InvalidRequest("truncate_prompt_tokens leaves nothing", field="truncate_prompt_tokens")
+    if request.prompt_logprobs is not None and request.stream:
+        raise InvalidRequest("prompt_logprobs are not told of a stream", field="prompt_logprobs")
     labels = {name: value for name in (*FIELDS, METADATA) if (value := getattr(request, name)) is not None}
     return {
         "model": request.model,
@@ -28,6 +30,7 @@ def options_of(request: GenerationRequest) -> dict[str, Any]:
         "stream": bool(request.stream),
         "shows_usage": bool(request.stream_options and request.stream_options.include_usage),
         "salt": request.cache_salt or "",
+        "names_by_id": bool(request.return_tokens_as_token_ids),
         "labels": labels,
         "text": _text_options(request),
         "truncate_prompt_tokens": request.truncate_prompt_tokens,
@@ -77,6 +80,7 @@ def wish_of(
         logit_bias=request.logit_bias,
         seed=request.seed,
         logprobs=logprobs,
+        prompt_logprobs=request.prompt_logprobs,
         stop_token_ids=request.stop_token_ids or [],
         ignore_eos=bool(request.ignore_eos),
     )

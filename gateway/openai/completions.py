@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 from microserve.gateway.api.format import Ending, FinishedChoice
-from microserve.gateway.openai.answer import OpenAIFormat, encode
+from microserve.gateway.openai.answer import OpenAIFormat, encode, name_of
 from microserve.gateway.openai.common import options_of, wish_of
 from microserve.gateway.openai.grammar import asked_of
 from microserve.gateway.openai.schema import CompletionRequest
@@ -19,6 +19,15 @@ DEFAULT_MAX_TOKENS = 16
 
 def completion_request(body: CompletionRequest) -> GenerateRequest:
     """Raises :class:`InvalidRequest` naming the field."""
+    if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+        raise InvalidRequest(
+            "max_tokens must be at least 1 without echo or prompt_logprobs", field="max_tokens"
+        )
+    n, best_of = 1 if body.n is None else body.n, body.best_of
+    if best_of is not None and best_of < n:
+        raise InvalidRequest(f"best_of must be at least n, which is {n}", field="best_of")
+    if best_of is not None and best_of > n and body.stream:
+        raise InvalidRequest("of a stream best_of must be n: the best are known at the end", field="best_of")
     return GenerateRequest(
         prompt=_prompts(body.prompt, body.add_special_tokens is not False),
         sampling=wish_of(
@@ -28,6 +37,8 @@ def completion_request(body: CompletionRequest) -> GenerateRequest:
             default_max_tokens=DEFAULT_MAX_TOKENS,
         ),
         grammar=asked_of(body),
+        shows_prompt=bool(body.echo),
+        best_of=best_of if best_of != n else None,
         **options_of(body),
     )
 
@@ -56,7 +67,7 @@ class CompletionFormat(OpenAIFormat):
         return b""
 
     def delta(self, index: int, piece: Piece) -> bytes:
-        logprobs = encode(_logprobs(piece.tokens)) if self.with_logprobs else b"null"
+        logprobs = encode(_logprobs(piece.tokens, by_id=self.by_id)) if self.with_logprobs else b"null"
         return self._chunk(
             index, b'"text":%b,"logprobs":%b,"finish_reason":null' % (encode(piece.text), logprobs)
         )
@@ -69,20 +80,29 @@ class CompletionFormat(OpenAIFormat):
         return {
             "index": choice.index,
             "text": choice.text,
-            "logprobs": _logprobs(choice.tokens) if self.with_logprobs else None,
+            "logprobs": _logprobs(choice.tokens, by_id=self.by_id) if self.with_logprobs else None,
             "finish_reason": choice.ending.reason,
+            **self.prompt_member(choice),
         }
 
 
-def _logprobs(tokens: list[TokenText]) -> dict[str, Any]:
+def _logprobs(tokens: list[TokenText], *, by_id: bool) -> dict[str, Any]:
     return {
-        "tokens": [token.text for token in tokens],
+        "tokens": [name_of(token, by_id=by_id) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        # The chosen token is always among them, as OpenAI has it.
-        "top_logprobs": [
-            # Of two with one text the likelier: they come in that order.
-            {other.text: other.logprob for other in reversed(token.top)} | {token.text: token.logprob}
-            for token in tokens
-        ],
+        "top_logprobs": [_top(token, by_id=by_id) for token in tokens],
         "text_offset": [token.offset for token in tokens],
     }
+
+
+def _top(token: TokenText, *, by_id: bool) -> dict[str, float | None] | None:
+    """The chosen token is always among them, as OpenAI has it. Of two others with one text the likelier; one
+    with the text of the chosen token goes by its id, for what is likeliest is not lost."""
+    if token.logprob is None:
+        return None
+    own = name_of(token, by_id=by_id)
+    top: dict[str, float | None] = {}
+    for other in token.top:
+        name = name_of(other, by_id=by_id or (other.text == own and other.token_id != token.token_id))
+        top.setdefault(name, other.logprob)
+    return top | {own: token.logprob}

@@ -75,6 +75,16 @@ class ChatChoice(msgspec.Struct):
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 
+class RankedLogprob(msgspec.Struct):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, RankedLogprob] | None]
+"""vLLM's: of each token of the prompt, by id; null of the first."""
+
+
 class ChatReply(msgspec.Struct):
     id: str
     object: Literal["chat.completion"]
@@ -85,12 +95,15 @@ class ChatReply(msgspec.Struct):
     usage: UsageReply
     service_tier: Literal["default", "flex"] | UnsetType = UNSET
     """Where the request has asked for one."""
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    """Where they are asked for."""
 
 
 class CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """null: of an echoed prompt's first token."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -99,6 +112,8 @@ class CompletionChoice(msgspec.Struct):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    """Where they are asked for."""
 
 
 class CompletionReply(msgspec.Struct):

@@ -118,6 +118,9 @@ class GenerationRequest(RequestBody, kw_only=True):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=bounds.MAX_STOP_TOKEN_IDS)] | None = None
     cache_salt: Name | None = None
+    prompt_logprobs: bounds.Logprobs | None = None
+    """Of the prompt's own tokens, and so many of the likeliest; not of a stream."""
+    return_tokens_as_token_ids: bool | None = None
     # What the output may be (gateway/grammar/): one of these.
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -152,7 +155,6 @@ class GenerationRequest(RequestBody, kw_only=True):
     web_search_options: Unsupported = None
     moderation: Unsupported = None
     reasoning: Unsupported = None
-    prompt_logprobs: Unsupported = None
     prompt_embeds: Unsupported = None
     chat_template: Unsupported = None
     guided_whitespace_pattern: Unsupported = None
@@ -162,24 +164,26 @@ class GenerationRequest(RequestBody, kw_only=True):
     kv_transfer_params: Unsupported = None
     modalities: Annotated[Any, only(["text"])] = None
     suffix: Annotated[Any, only("")] = None
-    best_of: Annotated[Any, only(1)] = None
-    echo: OnlyFalse = None
     use_beam_search: OnlyFalse = None
     length_penalty: Annotated[Any, only(1)] = None
     bad_words: Annotated[Any, only([])] = None
-    return_tokens_as_token_ids: OnlyFalse = None
     return_token_ids: OnlyFalse = None
     include_reasoning: OnlyTrue = None
     functions: Annotated[Any, Meta(description="Refused unless empty, or function_call is none.")] = None
     function_call: Annotated[Any, only("none")] = None
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(GenerationRequest, kw_only=True):
     off_by: ClassVar[dict[str, str]] = {"tools": "tool_choice", "functions": "function_call"}
 
     prompt: Prompt
+    max_tokens: bounds.MaxTokensOrNone | None = None
+    """0 with ``echo`` or ``prompt_logprobs`` only."""
     logprobs: bounds.Logprobs | None = None
     add_special_tokens: bool | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    """Not of a stream."""
     # Of conversations.
     parallel_tool_calls: Ignored = None
     add_generation_prompt: OnlyTrue = None
@@ -301,6 +305,8 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: bounds.MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: bounds.Logprobs | None = None
+    echo: OnlyFalse = None
+    best_of: Annotated[Any, only(1)] = None
     tools: Tools | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None

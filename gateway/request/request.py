@@ -101,6 +101,8 @@ class SamplingWish(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Any 64 bits, signed."""
     logprobs: int | None = None
     """None: none; else beside each token's own those of so many others."""
+    prompt_logprobs: int | None = None
+    """Likewise, of the prompt's own tokens."""
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
 
@@ -156,6 +158,12 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     sampling: SamplingWish = msgspec.field(default_factory=SamplingWish)
     n: int = 1
     """Choices of each prompt."""
+    best_of: int | None = None
+    """So many are generated, and the ``n`` likeliest are told; None: as many as are told."""
+    shows_prompt: bool = False
+    """Every choice begins with its prompt, and so do its tokens' log-probabilities."""
+    names_by_id: bool = False
+    """Beside log-probabilities a token is told by its id, not by its text."""
     stop: list[str] = []
     stream: bool = False
     shows_usage: bool = False
@@ -180,6 +188,11 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What the API's own format is to tell again; nobody else looks at it."""
     names: dict[str, str] = {}
     """Fields that its client calls otherwise than they are called here; ``prompt`` is what becomes it."""
+
+    @property
+    def num_generated(self) -> int:
+        """Choices of each prompt, told or not."""
+        return self.best_of or self.n
 
     def name_of(self, field: str) -> str:
         """The client's name of it."""

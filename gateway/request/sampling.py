@@ -7,6 +7,7 @@ with the types of bodies. Pure functions.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import TypeVar
 
 from microserve.gateway.request.defaults import SamplingDefaults
@@ -16,6 +17,8 @@ from microserve.protocol.errors import InvalidRequest, PromptTooLong
 from microserve.protocol.messages.sampling import SamplingParams
 
 NO_DEFAULTS = SamplingDefaults()
+MAX_PROMPT_PAIRS = 1 << 20
+"""Tokens with a log-probability beside prompts of one HTTP request: each is an object until it is written."""
 SEED_MODULUS = 1 << 63
 
 T = TypeVar("T")
@@ -23,9 +26,23 @@ T = TypeVar("T")
 
 def check_choices(request: GenerateRequest, max_n: int) -> None:
     """Raises :class:`InvalidRequest` naming the field."""
-    if request.n > max_n:
-        field = request.name_of("n")
-        raise InvalidRequest(f"{field} must be between 1 and {max_n}", field=field)
+    for name, count in (("n", request.n), ("best_of", request.best_of or 1)):
+        if count > max_n:
+            field = request.name_of(name)
+            raise InvalidRequest(f"{field} must be between 1 and {max_n}", field=field)
+
+
+def check_prompts(
+    request: GenerateRequest, sampling: SamplingParams, prompts: Sequence[Sequence[int]]
+) -> None:
+    """Raises :class:`InvalidRequest` for more log-probabilities of prompts than are told at a time."""
+    if sampling.prompt_logprobs is not None:
+        num_pairs = (1 + sampling.prompt_logprobs) * sum(map(len, prompts))
+        if num_pairs > MAX_PROMPT_PAIRS:
+            raise InvalidRequest(
+                f"{num_pairs} log-probabilities of prompts are asked for, at most {MAX_PROMPT_PAIRS} told",
+                field="logprobs" if request.sampling.prompt_logprobs is None else "prompt_logprobs",
+            )
 
 
 def sampling_of(
@@ -39,13 +56,13 @@ def sampling_of(
     Raises :class:`PromptTooLong`, or :class:`InvalidRequest` naming the field as the client wrote it.
     """
     context, room = limits.max_model_len, limits.max_model_len - longest_prompt
-    if room < 1:
+    wish = request.sampling
+    if room < 1 and (room < 0 or wish.max_tokens != 0):
         raise PromptTooLong(
             f"this model's maximum context length is {context} tokens; the prompt has {longest_prompt}, "
             "and at least one must be left for output",
             field=request.name_of("prompt"),
         )
-    wish = request.sampling
     max_tokens = wish.max_tokens
     if max_tokens is None:
         default = _or(wish.default_max_tokens, _or(defaults.max_new_tokens, room))
@@ -72,9 +89,10 @@ def sampling_of(
         frequency_penalty=_or(wish.frequency_penalty, 0.0),
         logit_bias=wish.logit_bias or {},
         seed=_seed(wish.seed),
-        logprobs=wish.logprobs,
+        logprobs=_logprobs(request),
         stop_token_ids=tuple(wish.stop_token_ids),
         ignore_eos=wish.ignore_eos,
+        prompt_logprobs=_prompt_logprobs(request),
     )
     sampling.validate(limits.vocab_size)
     return sampling
@@ -83,6 +101,17 @@ def sampling_of(
 def seed_of(first: int, index: int) -> int:
     """Seed of the choice ``index``: independent streams, and the same ones for the same request."""
     return (first + index) % SEED_MODULUS
+
+
+def _logprobs(request: GenerateRequest) -> int | None:
+    """Which of several choices is likely is known by them."""
+    return _or(request.sampling.logprobs, None if request.num_generated == request.n else 0)
+
+
+def _prompt_logprobs(request: GenerateRequest) -> int | None:
+    """For those that the client asks for, and those of an echo."""
+    asked = [request.sampling.prompt_logprobs, request.sampling.logprobs if request.shows_prompt else None]
+    return max((count for count in asked if count is not None), default=None)
 
 
 def _or(value: T | None, default: T) -> T:

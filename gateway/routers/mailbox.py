@@ -177,6 +177,17 @@ class Mailbox:
         batch, self._batch = self._batch, TokenBatch()
         return batch
 
+    def take_rows(self) -> PromptLogprobs | None:
+        """What has come of the prompt's own tokens; the rest stays."""
+        rows, self._batch.prompt = self._batch.prompt, None
+        return rows
+
+    @property
+    def has_failed(self) -> bool:
+        """It has ended, and not as answers do."""
+        is_well = self.ended is not None and self.ended.reason in ("stop", "length")
+        return self.over and not is_well
+
     @property
     def is_cancelled(self) -> bool:
         return self._cancelled
@@ -203,6 +214,7 @@ class Inbox:
         """Asked while the handler waits: takes all that has come for a mailbox, without waiting and without
         raising; False: wake the handler. A token need not cost a task's turn."""
         self._ready: dict[Mailbox, None] = {}
+        self._lets_others = False
         self._waiter: asyncio.Future[None] | None = None
 
     def add(self, mailbox: Mailbox) -> None:
@@ -214,6 +226,11 @@ class Inbox:
             return
         self._ready[mailbox] = None
         self.poke()
+
+    def notify_later(self, mailbox: Mailbox) -> None:
+        """There is more of it, after a turn of the others."""
+        self._ready[mailbox] = None
+        self._lets_others = True
 
     @property
     def _is_awaited(self) -> bool:
@@ -240,6 +257,9 @@ class Inbox:
 
         Raises what ``fail`` was given, without handing out what came before it.
         """
+        if self._lets_others:
+            self._lets_others = False
+            await asyncio.sleep(0)
         if not self._ready and self.error is None:
             await self._sleep()
         if self.error is not None:

@@ -12,7 +12,9 @@ from typing import ClassVar
 
 from microserve.gateway.parsing.events import Event
 from microserve.gateway.routers.mailbox import Mailbox, TokenBatch
+from microserve.gateway.text.echo import Echo
 from microserve.gateway.text.options import SHOWN_BY_DEFAULT, TextOptions
+from microserve.gateway.text.scored import ScoredPrompt
 from microserve.gateway.text.stop import StopMatcher
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.text.transcript import TokenText, Transcript
@@ -75,9 +77,12 @@ class Choice:
         stop: Sequence[str],
         times: Timeline,
         text: TextOptions = SHOWN_BY_DEFAULT,
+        echo: bool = False,
+        scored: ScoredPrompt | None = None,
         eos_token_ids: Callable[[], Collection[int]] = tuple,
     ) -> None:
-        """``eos_token_ids``: the model's, asked when the first token is here: who brings it knows them."""
+        """``echo``: it begins with its prompt. ``scored``: what comes of the prompt's own tokens, if that is
+        told. ``eos_token_ids``: the model's, asked when the first token is here: who brings it knows them."""
         vocabulary = tokenizer.vocabulary_for(text)
         self.index = index
         self.num_prompt_tokens = len(prompt_ids)
@@ -89,11 +94,19 @@ class Choice:
         self.last_tokens_at = 0.0
         self.opened = False
         """Its first event has been sent."""
-        self._detokenizer = tokenizer.detokenizer(prompt_ids, vocabulary)
+        self.scored = scored
+        self._sum_logprobs = 0.0
+        self._detokenizer = tokenizer.detokenizer(() if echo else prompt_ids, vocabulary)
         self._include_stop = text.include_stop
         self._matcher = StopMatcher(stop, include=text.include_stop) if stop else None
         self._min_tokens = sampling.min_tokens
         self._transcript = Transcript(vocabulary) if sampling.logprobs is not None else None
+        self._tells_end = echo
+        """The token that ends it is among those that are told of: as many as there are."""
+        self._echo: Echo | None = None
+        if echo:
+            num_top = sampling.logprobs or 0
+            self._echo = Echo(prompt_ids, self._detokenizer, self._transcript, scored, num_top)
         self._eos_token_ids: Callable[[], Collection[int]] = (
             eos_token_ids if sampling.ends_by_eos() else tuple
         )
@@ -110,7 +123,33 @@ class Choice:
     @property
     def is_plain(self) -> bool:
         """Its tokens are text and nothing else, and only the router says when it ends."""
-        return self._matcher is None and self._transcript is None and not self.is_read
+        return (
+            self._matcher is None
+            and self._transcript is None
+            and self.scored is None
+            and not self.is_read
+            and not self.awaits_prompt
+        )
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its own tokens."""
+        return self._sum_logprobs / max(1, self.num_output_tokens)
+
+    @property
+    def awaits_prompt(self) -> bool:
+        """What it begins with has not all been shown: its tokens have to wait."""
+        return self._echo is not None and not self._echo.is_over
+
+    @property
+    def lacks_prompt(self) -> bool:
+        """What is to be told of its prompt has not all come, or not all been shown."""
+        return self.scored is not None and (self.awaits_prompt or not self.scored.is_whole)
+
+    @property
+    def has_prompt(self) -> bool:
+        """Of that there is more to show now."""
+        return self._echo is not None and self._echo.has_more
 
     @property
     def told_reason(self) -> str | None:
@@ -133,10 +172,13 @@ class Choice:
         return UNKNOWN if self.mailbox is None else self.mailbox.numerics
 
     def push(self, batch: TokenBatch) -> Piece:
-        """Take new tokens and perhaps the end. What comes after the end is ignored."""
+        """Take new tokens and perhaps the end. What comes after the end is ignored. While it awaits its
+        prompt, what it brings is more of that."""
         piece = Piece()
         if self.over:
             return piece
+        if self._echo is not None and not self._echo.is_over:
+            piece.text, piece.tokens = self._echo.show()
         if self._stop_ids is None:
             self._stop_ids = frozenset((*self._stop_token_ids, *self._eos_token_ids()))
         stop_ids = self._stop_ids
@@ -150,7 +192,7 @@ class Choice:
             and stop_ids.isdisjoint(batch.token_ids)
         ):
             self.num_output_tokens += len(batch.token_ids)
-            piece.text = self._detokenizer.push(batch.token_ids)
+            piece.text += self._detokenizer.push(batch.token_ids)
         else:
             self._push_one_by_one(batch, stop_ids, piece)
         if batch.ended is not None and not self.over:
@@ -166,6 +208,7 @@ class Choice:
             if self.over:
                 return
             self.num_output_tokens += 1
+            self._sum_logprobs += 0.0 if logprob is None else logprob.logprob
             if token_id in stop_ids:
                 self._held = (token_id, logprob)
             else:
@@ -210,6 +253,10 @@ class Choice:
         else:
             if ended.reason != "stop" or self._include_stop:
                 self._show_held(piece)
+            elif self._tells_end and self._held is not None and self._transcript is not None:
+                token_id, logprob = self._held
+                if logprob is not None:
+                    self._transcript.add_end(token_id, logprob, previous=self._detokenizer.previous)
             if not self.over:
                 self._reveal(self._detokenizer.flush(), piece)
             if not self.over:

@@ -26,10 +26,12 @@ class TokenText:
     """Of the token by itself; the name of a special one, ``bytes:\\xe4`` of a part of a character."""
     data: bytes
     """Its share of the answer's text."""
-    logprob: float
+    logprob: float | None
+    """None: of a prompt's first token, which nothing stands before."""
     top: list[TokenText] = field(default_factory=list)
     offset: int = 0
     """Whole characters of the answer before it."""
+    token_id: int = -1
 
 
 class Transcript:
@@ -50,7 +52,7 @@ class Transcript:
         token_id: int,
         share: bytes,
         text: str,
-        logprob: TokenLogprob,
+        logprob: TokenLogprob | None,
         *,
         previous: int | None,
         pending: bytes,
@@ -64,12 +66,37 @@ class Transcript:
             offset += len(broken)
         self._num_chars += len(text)
         self._pending = pending
-        top = []
-        for other, value in logprob.top:
+        name = vocabulary.name(token_id, share)
+        self._waiting.append(
+            (
+                self._told(token_id, name, share, logprob, offset, previous=previous),
+                self._num_chars + bool(pending),
+            )
+        )
+
+    def add_end(self, token_id: int, logprob: TokenLogprob, *, previous: int | None) -> None:
+        """The token that ended the answer, of which nothing is shown."""
+        vocabulary = self._vocabulary
+        name = vocabulary.name(token_id, vocabulary.share(token_id, previous))
+        told = self._told(token_id, name, b"", logprob, self._num_chars, previous=previous)
+        self._waiting.append((told, self._num_chars))
+
+    def _told(
+        self,
+        token_id: int,
+        name: str,
+        share: bytes,
+        logprob: TokenLogprob | None,
+        offset: int,
+        *,
+        previous: int | None,
+    ) -> TokenText:
+        vocabulary, top = self._vocabulary, []
+        for other, value in () if logprob is None else logprob.top:
             data = vocabulary.share(other, previous)
-            top.append(TokenText(vocabulary.name(other, data), data, _finite(value)))
-        token = TokenText(vocabulary.name(token_id, share), share, _finite(logprob.logprob), top, offset)
-        self._waiting.append((token, self._num_chars + bool(pending)))
+            top.append(TokenText(vocabulary.name(other, data), data, finite(value), token_id=other))
+        own = None if logprob is None else finite(logprob.logprob)
+        return TokenText(name, share, own, top, offset, token_id)
 
     def reveal(self, num_chars: int, *, is_over: bool) -> list[TokenText]:
         """So many more characters are visible: the tokens of them. ``is_over``: no more will be, and the last
@@ -98,5 +125,6 @@ def _continues(byte: int) -> bool:
     return byte & 0xC0 == 0x80
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """As JSON can say it."""
     return max(logprob, LOWEST_LOGPROB) if not math.isnan(logprob) else LOWEST_LOGPROB
