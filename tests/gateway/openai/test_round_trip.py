@@ -41,6 +41,7 @@ NUMBERS = {
     "stop_token_ids": st.lists(TOKEN_IDS, max_size=3),
     "ignore_eos": st.booleans(),
     "max_tokens": st.integers(1, 1000),
+    "prompt_logprobs": st.integers(0, 20),
 }
 SCHEMAS: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {"type": st.just("object")}, optional={"properties": st.just({"a": {}})}
@@ -69,6 +70,7 @@ COMMON = {
     "skip_special_tokens": st.booleans(),
     "spaces_between_special_tokens": st.booleans(),
     "include_stop_str_in_output": st.booleans(),
+    "return_tokens_as_token_ids": st.booleans(),
 }
 CALLS = st.builds(
     lambda id_, name, arguments: {
@@ -135,13 +137,24 @@ def chats(draw: st.DrawFn) -> dict[str, Any]:
 def completions(draw: st.DrawFn) -> dict[str, Any]:
     ids = st.lists(TOKEN_IDS, min_size=1, max_size=3)
     prompt = TEXTS | st.lists(TEXTS, min_size=1, max_size=3) | ids | st.lists(ids, min_size=1, max_size=3)
-    optional = {**COMMON, "logprobs": st.integers(0, 20)}
+    optional = {
+        **COMMON,
+        "logprobs": st.integers(0, 20),
+        "echo": st.booleans(),
+        "best_of": st.integers(1, 256),
+    }
     body = draw(st.fixed_dictionaries({"model": TEXTS, "prompt": prompt}, optional=optional))
+    if body.get("echo"):
+        body["max_tokens"] = draw(st.integers(0, 1000))
+    if "best_of" in body:
+        body["best_of"] = max(body["best_of"], body.get("n", 1))
     return _with_usage(draw, body | draw(GRAMMARS))
 
 
 def _with_usage(draw: st.DrawFn, body: dict[str, Any]) -> dict[str, Any]:
     if body.get("stream"):
+        body.pop("prompt_logprobs", None)  # told at the end
+        body.pop("best_of", None)
         body["stream_options"] = draw(st.none() | st.fixed_dictionaries({"include_usage": st.booleans()}))
     return body
 

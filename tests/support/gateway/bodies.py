@@ -12,7 +12,7 @@ from microserve.gateway.request.request import Conversation, GenerateRequest, Te
 
 WISHES = (
     *("min_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "logit_bias", "seed", "stop_token_ids", "ignore_eos"),
+    *("frequency_penalty", "logit_bias", "seed", "stop_token_ids", "ignore_eos", "prompt_logprobs"),
 )
 
 
@@ -32,7 +32,8 @@ def completion_body(request: GenerateRequest) -> dict[str, Any]:
     prompt = request.prompt
     assert not isinstance(prompt, Conversation)
     given: list[Any] = prompt.texts if isinstance(prompt, Texts) else prompt.prompts
-    return _body(request) | {"prompt": given, "logprobs": request.sampling.logprobs}
+    of_its_own = {"logprobs": request.sampling.logprobs, "echo": request.shows_prompt, "best_of": request.best_of}
+    return _body(request) | {"prompt": given, **of_its_own}
 
 
 def _body(request: GenerateRequest) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def _body(request: GenerateRequest) -> dict[str, Any]:
         "stream": request.stream,
         "stream_options": {"include_usage": request.shows_usage} if request.stream else None,
         "cache_salt": request.salt,
+        "return_tokens_as_token_ids": request.names_by_id,
         request.name_of("max_tokens"): sampling.max_tokens,
         **{name: value for name in WISHES if (value := getattr(sampling, name)) is not None},
         **request.labels,
