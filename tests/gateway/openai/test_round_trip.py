@@ -143,7 +143,7 @@ def completions(draw: st.DrawFn) -> dict[str, Any]:
         "echo": st.booleans(),
         "best_of": st.integers(1, 256),
     }
-    body = draw(st.fixed_dictionaries({"model": TEXTS, "prompt": prompt}, optional=optional))
+    body: dict[str, Any] = draw(st.fixed_dictionaries({"model": TEXTS, "prompt": prompt}, optional=optional))
     if body.get("echo"):
         body["max_tokens"] = draw(st.integers(0, 1000))
     if "best_of" in body:

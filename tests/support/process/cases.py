@@ -118,12 +118,27 @@ def times_n(cases: Sequence[Case], n: int = 3) -> list[Case]:
     ]
 
 
+def with_prompts_told(cases: Sequence[Case], count: int = 2) -> list[Case]:
+    """The same, and the prompt's own tokens are told of; every second one wants nothing else."""
+    return [
+        replace(
+            case,
+            params=msgspec.structs.replace(
+                case.params,
+                prompt_logprobs=count,
+                max_tokens=0 if number % 2 else case.params.max_tokens,
+            ),
+        )
+        for number, case in enumerate(cases)
+    ]
+
+
 def all_kinds(plain: Sequence[Case], vocab_size: int) -> list[Case]:
-    """Plain ones, and a quarter as many with grammars, with calls of tools, and of n = 3 (grammars, too); all
-    tell log-probabilities."""
+    """Plain ones, and a quarter as many with grammars, with calls of tools, of n = 3 (grammars, too), and
+    that are told of their prompts; all tell log-probabilities."""
     some = plain[-(len(plain) // 4) :]
-    constrained = [*with_grammars(some), *with_calls(some, vocab_size // 2)]
-    return with_logprobs([*plain, *constrained, *times_n([*some[::2], *with_grammars(some[1::2])])])
+    others = [*with_grammars(some), *with_calls(some, vocab_size // 2), *with_prompts_told(some)]
+    return with_logprobs([*plain, *others, *times_n([*some[::2], *with_grammars(some[1::2])])])
 
 
 def with_logprobs(cases: Sequence[Case], count: int = 2) -> list[Case]:

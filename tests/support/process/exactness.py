@@ -5,11 +5,11 @@
 Sends the same mixed requests under every strategy: prompts of 1 to 2,000 tokens with shared prefixes, 16 in
 flight, greedy and seeded sampling. Engines of an exact numerics class are held to bits (bitwise.py): tokens
 and log-probabilities of every request are those of the request alone on one engine, also when an engine is
-killed or drained under load; beside plain requests a quarter as many with grammars, with calls of tools, and
-with n = 3 (cases.py). In fp32 greedy tokens of plain ones must be those of
-``transformers`` ``generate`` too; engines that promise no bits, as on a GPU (``--device cuda:0``), are held
-to that alone, and sampled answers to those of the first strategy. Prints one line a strategy; exits 1 on
-any mismatch, 2 where nothing is promised.
+killed or drained under load; beside plain requests a quarter as many with grammars, with calls of tools,
+with n = 3 and with log-probabilities of their prompts (cases.py). In fp32 greedy tokens of plain ones must be
+those of ``transformers`` ``generate`` too; engines that promise no bits, as on a GPU (``--device cuda:0``),
+are held to that alone, and sampled answers to those of the first strategy. Prints a line a strategy; exits 1
+on any mismatch, 2 where nothing is promised.
 """
 
 from __future__ import annotations
