@@ -139,7 +139,8 @@ class Serving:
         live.delivered = list(request.tokens[live.num_prompt_tokens :])
         live.served_by = strategy
         live.version, live.revision = strategy.version, message.revision
-        live.is_continued = bool(live.delivered or message.revision or message.numerics.name)
+        has_rows = message.sampling.prompt_logprobs is not None and bool(message.revision)
+        live.is_continued = bool(live.delivered) or has_rows
         live.numerics = message.numerics if live.is_continued else None
         if shadow is not None:
             live.rehearsal = self.shadows.begin(shadow, request)

@@ -150,13 +150,16 @@ def differences(cases: Sequence[Case], expected: Sequence[Answer], got: Sequence
         elif bits_of(have.logprobs) != bits_of(want.logprobs):
             at = _first(*([bits_of([each]) for each in side.logprobs] for side in (want, have)))
             lines.append(f"{where}: another log-probability at output {at}")
-        elif have.rows != want.rows or (case.params.prompt_logprobs is not None) != (
-            have.rows is not None or len(case.prompt) == 1
-        ):
+        elif have.rows != want.rows or (have.rows is None) == _is_told(case):
             lines.append(f"{where}: its prompt is told of in other bits, or not at all")
         elif promise_of([have]) is None:
             lines.append(f"{where}: the same bits, but {have.result.numerics} promises none")
     return lines
+
+
+def _is_told(case: Case) -> bool:
+    """Of its prompt, but for the first token."""
+    return case.params.prompt_logprobs is not None and len(case.prompt) > 1
 
 
 def bits_of(logprobs: Sequence[TokenLogprob]) -> list[tuple[bytes, tuple[tuple[int, bytes], ...]]]:

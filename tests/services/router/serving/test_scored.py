@@ -122,3 +122,21 @@ async def test_a_prompt_alone_ends_without_a_token() -> None:
 
         assert (answer.reason, answer.token_ids, answer.rows) == ("length", [], rows(1, 50))
         assert answer.numerics
+
+
+@pytest.mark.parametrize(("said", "code"), [("old", "engine_lost"), ("new", "")])
+@in_loop
+async def test_rows_that_another_router_has_brought(said: str, code: str) -> None:
+    """They come again from the first, of the model that made them or not at all."""
+    async with router_world() as world:
+        a = world.add_engine("a", revision="new")
+        await world.list_engines()
+        a.manual = True
+        answer = world.gateway.start(PROMPT, prompt_logprobs=0, max_tokens=0, revision=said)
+        if not code:
+            await a.saw(wire.StartGenerate)
+            tell(a, answer.request_id, 1, 50)
+            a.finish(answer.request_id, 0)
+        ended = await answer.wait()
+
+        assert ended.code == code and answer.rows == (None if code else rows(1, 50))

@@ -24,7 +24,7 @@ PROMPT = list(range(50))
         ([1, VOCAB_SIZE], {}, "invalid_request", "tokens"),
         ([1] * (MAX_MODEL_LEN - 3), {"max_tokens": 4}, "prompt_too_long", "tokens"),
         ([1], {"temperature": -1.0}, "invalid_request", "temperature"),
-        ([1], {"max_tokens": 0}, "invalid_request", "max_tokens"),
+        ([1], {"max_tokens": -1}, "invalid_request", "max_tokens"),
         ([1], {"stop_token_ids": (VOCAB_SIZE,)}, "invalid_request", "stop_token_ids"),
         ([1], {"strategy": "fastest"}, "strategy_not_found", "strategy"),
         ([1], {"model": "another"}, "model_not_found", "model"),
