@@ -16,7 +16,6 @@ from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.text.choice import Piece
 from microserve.gateway.text.scored import ScoredPrompt
 from microserve.gateway.text.transcript import TokenText
-from microserve.gateway.text.vocabulary import Vocabulary
 from microserve.protocol.messages.sampling import SamplingParams
 
 
@@ -35,8 +34,6 @@ class Answering:
     fingerprint: str
     num_prompt_tokens: int
     """Of all prompts."""
-    vocabulary: Vocabulary
-    """By which tokens are named."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,6 @@ class Completion(Generic[B]):
             model=state.model,
             fingerprint=f"microserve-{state.version}",
             num_prompt_tokens=sum(map(len, prompts)),
-            vocabulary=state.tokenizer.vocabulary,
         )
         return self._dialect.format(answering)
 

@@ -95,7 +95,8 @@ class ChoiceGroup:
         )
         salt = cache_salt(exchange.key, request.salt, shared=state.shared_prefix_cache)
         is_scored = sampling.prompt_logprobs is not None
-        scored = [ScoredPrompt(prompt_ids) if is_scored else None for prompt_ids in prompts]
+        names = state.tokenizer.vocabulary
+        scored = [ScoredPrompt(prompt_ids, names) if is_scored else None for prompt_ids in prompts]
         for index in range(count):
             prompt_ids = prompts[index // each]
             asked = msgspec.structs.replace(

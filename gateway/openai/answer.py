@@ -51,7 +51,6 @@ class OpenAIFormat(AnswerFormat):
         self.with_logprobs = wish.logprobs is not None
         self.by_id = answering.request.names_by_id
         self._prompt_logprobs = wish.prompt_logprobs
-        self._vocabulary = answering.vocabulary
         self._head: dict[str, Any] = {
             "id": f"{self.id_prefix}-{answering.unique_id}",
             "object": self.chunk_object,
@@ -111,7 +110,7 @@ class OpenAIFormat(AnswerFormat):
                 }
                 for token in ranked
             }
-            for ranked in scored.ranked(self._vocabulary, num_top)
+            for ranked in scored.ranked(num_top)
         ]
         return {"prompt_logprobs": told}
 

@@ -28,8 +28,10 @@ class RankedToken:
 class ScoredPrompt:
     """``add`` rows as they come, each once and in order."""
 
-    def __init__(self, token_ids: Sequence[int]) -> None:
+    def __init__(self, token_ids: Sequence[int], vocabulary: Vocabulary) -> None:
+        """``vocabulary``: by which tokens are named."""
         self.token_ids = token_ids
+        self._vocabulary = vocabulary
         self._pieces: list[PromptLogprobs] = []
         self._num_known = FIRST_POSITION
         """Tokens of which all is known; the first has nothing before it."""
@@ -53,9 +55,9 @@ class ScoredPrompt:
         for row in self._rows(begin, end):
             yield TokenLogprob(row.logprob, list(row.top[:num_top]))
 
-    def ranked(self, vocabulary: Vocabulary, num_top: int) -> Iterator[list[RankedToken] | None]:
+    def ranked(self, num_top: int) -> Iterator[list[RankedToken] | None]:
         """Of every token: itself, then so many of the likeliest; None of the first."""
-        previous = self.token_ids[0]
+        vocabulary, previous = self._vocabulary, self.token_ids[0]
         shown = None if vocabulary.is_hidden(previous) else previous
         yield None
         for token_id, row in zip(self.token_ids[1:], self._rows(1, len(self.token_ids)), strict=True):

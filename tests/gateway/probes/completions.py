@@ -53,14 +53,20 @@ def suffix(bench: Bench) -> None:
     bench.complete(suffix="end")
 
 
-@probe("`echo=True`", refused=400, param="echo")
+@probe("`echo=True`")
 def echo(bench: Bench) -> None:
-    bench.complete(echo=True)
+    assert bench.complete(echo=True).choices[0].text == "once" + SAYS
 
 
-@probe("`best_of=2`", refused=400, param="best_of")
+@probe("`best_of=2`")
 def best_of(bench: Bench) -> None:
-    bench.complete(best_of=2)
+    assert [choice.text for choice in bench.complete(best_of=2).choices] == [SAYS]
+    assert len(bench.living.served()) >= 2
+
+
+@probe("`best_of=2` of a stream", refused=400, param="best_of")
+def best_of_a_stream(bench: Bench) -> None:
+    bench.complete(best_of=2, stream=True)
 
 
 @probe("tools of a completion", refused=400, param="tools")

@@ -50,7 +50,7 @@ def make(
         stop=stop,
         times=Timeline(0.0),
         echo=True,
-        scored=None if logprobs is None else ScoredPrompt(prompt),
+        scored=None if logprobs is None else ScoredPrompt(prompt, tokenizer.vocabulary),
         eos_token_ids=lambda: [special_id(tokenizer._tokenizer, END)],
     )
 
@@ -138,10 +138,10 @@ def test_a_stop_string_counts_in_the_output_alone() -> None:
 def test_what_vllm_tells_of_a_prompt() -> None:
     tokenizer = make_tokenizer()
     prompt = ids_of(tokenizer, "Hello")
-    scored = ScoredPrompt(prompt)
+    scored = ScoredPrompt(prompt, tokenizer.vocabulary)
     scored.add(rows_of(prompt, 1, 2))
     scored.add(rows_of(prompt, 2, len(prompt)))
-    first, *rest = scored.ranked(tokenizer.vocabulary, 1)
+    first, *rest = scored.ranked(1)
 
     assert first is None and scored.is_whole
     for at, ranked in enumerate(rest, start=1):

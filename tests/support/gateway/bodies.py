@@ -32,8 +32,8 @@ def completion_body(request: GenerateRequest) -> dict[str, Any]:
     prompt = request.prompt
     assert not isinstance(prompt, Conversation)
     given: list[Any] = prompt.texts if isinstance(prompt, Texts) else prompt.prompts
-    of_its_own = {"logprobs": request.sampling.logprobs, "echo": request.shows_prompt, "best_of": request.best_of}
-    return _body(request) | {"prompt": given, **of_its_own}
+    of_its_own = {"echo": request.shows_prompt, "best_of": request.best_of}
+    return _body(request) | {"prompt": given, "logprobs": request.sampling.logprobs, **of_its_own}
 
 
 def _body(request: GenerateRequest) -> dict[str, Any]:
