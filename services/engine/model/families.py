@@ -75,7 +75,7 @@ def refusal_of(config: Mapping[str, Any]) -> str | None:
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         why = _WHY.get(model_type) if isinstance(model_type, str) else None
-        return f"model_type {model_type!r} is not one of {list(MODEL_TYPES)}: {why or _guess(config)}"
+        return f"model_type {_short(model_type)} is not served: {why or _guess(config)}"
     for name in _names(config.get("architectures")):
         if not name.endswith("ForCausalLM"):
             return f"architecture {name} is not a causal language model"
@@ -118,7 +118,7 @@ def _guess(config: Mapping[str, Any]) -> str:
         return _LATENT
     if "linear_attention" in _names(config.get("layer_types")):
         return _LINEAR
-    return "nobody has tried it here"
+    return f"nobody has tried it here; those that are: {', '.join(MODEL_TYPES)}"
 
 
 def _names(value: object) -> list[str]:

@@ -6,12 +6,17 @@ mesh that starts anew has the model that it had. ``microserve model fetch`` asks
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from msgspec.structs import replace
 
+from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
+from microserve.services.engine.model.families import refusal_of
 from microserve.services.local.hub.fetch import Report, Wish, fetch
+from microserve.services.local.hub.files import CONFIG
 from microserve.services.local.hub.name import NotReached, local_model, parse_name
 from microserve.services.local.hub.place import Place, usable, whole
 
@@ -25,7 +30,10 @@ def resolve(
     :class:`ConfigError` for what is here and is no model.
     """
     path = settings.model.path
-    if not path or local_model(path) is not None:
+    if not path:
+        return settings
+    if (directory := local_model(path)) is not None:
+        _require_family(directory)
         return settings
     name, place = parse_name(path), Place.of(environment)
     weights = weights and settings.model.load_format != "random"
@@ -41,3 +49,13 @@ def resolve(
             report(f"{name} is taken as it is in {place.cache}: the Hub could not be asked", None)
     model = replace(settings.model, path=str(found), name=settings.model.name or name.repo)
     return replace(settings, model=model)
+
+
+def _require_family(directory: Path) -> None:
+    """Before a whole mesh is started for it; of a config.json that cannot be read an engine says more."""
+    try:
+        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(config, dict) and (why := refusal_of(config)):
+        raise ConfigError(f"model {directory} cannot be served: {why}", field="model.path")

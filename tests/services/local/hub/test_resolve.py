@@ -105,9 +105,20 @@ def test_a_directory_is_itself_and_nobody_is_asked(
     hub: Hub, environment: dict[str, str], tmp_path: Path
 ) -> None:
     for path in ("", str(tmp_path)):
-        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
         assert resolve(settings(path), environment, quiet) == settings(path)
     assert hub.asked == []
+
+
+def test_a_directory_of_a_family_that_is_not_served_is_refused_before_a_mesh_is_started(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt_oss"}')
+    with pytest.raises(ConfigError, match="cannot be served: model_type 'gpt_oss' is not served: it has"):
+        resolve(settings(str(tmp_path)), environment, quiet)
+    for unreadable in ("{", "[]"):
+        (tmp_path / "config.json").write_text(unreadable)
+        assert resolve(settings(str(tmp_path)), environment, quiet) == settings(str(tmp_path))
 
 
 def test_nothing_heavy_is_imported_for_what_is_here(environment: dict[str, str]) -> None:
