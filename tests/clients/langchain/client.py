@@ -91,6 +91,22 @@ def structured() -> None:
     assert isinstance(free, dict)
 
 
+@check("the Responses API: invoke, stream, bind_tools, with_structured_output")
+def responses() -> None:
+    options: Any = {"api_key": "none", "max_retries": 0, "use_responses_api": True}
+    saying = ChatOpenAI(base_url=f"{TALKER}/v1", model=TALKER_MODEL, **options)
+    assert saying.invoke("say: Hello.").text == "Hello."
+    assert "".join(part.text for part in saying.stream("say: Hello.")) == "Hello."
+    meshed = ChatOpenAI(base_url=f"{MESH}/v1", model=MESH_MODEL, **options)
+    bound = meshed.bind_tools([weather], tool_choice="weather", parallel_tool_calls=False)
+    for answer in (bound.invoke("hi"), sum_of(bound.stream("hi"))):
+        assert [(each["name"], set(each["args"])) for each in answer.tool_calls] == [("weather", {"city"})]
+    assert isinstance(meshed.with_structured_output(Person, method="json_schema").invoke("hi"), Person)
+    built: Any = create_agent(saying, [weather])
+    state = built.invoke({"messages": [HumanMessage(f"say: {call_text('weather', city='Rome')}")]})
+    assert state["messages"][-1].text == "The tool said 12 in Rome."
+
+
 @check("an agent: calls, results, an answer")
 def agent() -> None:
     built: Any = create_agent(talker, [weather])

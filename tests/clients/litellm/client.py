@@ -73,6 +73,14 @@ def thoughts() -> None:
     assert (message.content, message.reasoning_content) == ("Yes.", "hm")
 
 
+@check("responses, whole and streamed")
+def responses() -> None:
+    answer: Any = litellm.responses(**ON_TALKER, input="say: Hello.")
+    assert answer.output[0].content[0].text == "Hello."
+    events: Any = litellm.responses(**ON_TALKER, input="say: Hello.", stream=True)
+    assert "".join(each.delta for each in events if each.type == "response.output_text.delta") == "Hello."
+
+
 @check("text_completion")
 def text_completion() -> None:
     on: Any = {**ON_MESH, "model": f"text-completion-openai/{MESH_MODEL}"}

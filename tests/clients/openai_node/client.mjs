@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import OpenAI from "openai";
-import { zodFunction, zodResponseFormat } from "openai/helpers/zod";
+import { zodFunction, zodResponseFormat, zodResponsesFunction, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
 import { callText, check, main, MESH, TALKER } from "./checks.mjs";
 
@@ -98,6 +98,26 @@ check("completions, streamed", async () => {
     reason = chunk.choices[0].finish_reason ?? reason;
   }
   assert.ok(["length", "stop"].includes(reason));
+});
+
+check("responses: whole and streamed", async () => {
+  const asked = { model: TALKER.model, input: "say: 12 °C. 日本 😀" };
+  assert.equal((await talker.responses.create(asked)).output_text, "12 °C. 日本 😀");
+  const final = await talker.responses.stream(asked).finalResponse();
+  assert.equal(final.output_text, "12 °C. 日本 😀");
+});
+
+check("responses: parse, a zod schema, a tool that is required", async () => {
+  const text = { format: zodTextFormat(Person, "person") };
+  Person.parse((await mesh.responses.parse({ model: MESH.model, input: "hi", text })).output_parsed);
+  const answer = await mesh.responses.parse({
+    model: MESH.model,
+    input: "hi",
+    tools: [zodResponsesFunction({ name: "weather", parameters: City })],
+    tool_choice: "required",
+    parallel_tool_calls: false,
+  });
+  City.parse(answer.output[0].parsed_arguments);
 });
 
 check("errors of its own classes", async () => {

@@ -153,6 +153,72 @@ def completions() -> None:
     assert texts == [choice.text for choice in whole.choices]
 
 
+@check("responses: whole and streamed, instructions, thoughts")
+def responses() -> None:
+    asked: Any = dict(model=TALKER_MODEL, input="say: 12 °C. 日本 😀", instructions="Be brief.")
+    whole = talker.responses.create(**asked)
+    assert (whole.output_text, whole.status) == ("12 °C. 日本 😀", "completed")
+    assert whole.usage and whole.usage.output_tokens > 0
+    with talker.responses.stream(**asked) as stream:
+        events = list(stream)
+        assert stream.get_final_response().output_text == whole.output_text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert (
+        "".join(each.delta for each in events if each.type == "response.output_text.delta")
+        == whole.output_text
+    )
+    thought, text = talker.responses.create(model=TALKER_MODEL, input="say: <think>hm</think>Yes.").output
+    assert thought.type == "reasoning" and thought.content and thought.content[0].text == "hm"
+    assert text.type == "message"
+
+
+@check("responses: parse, whole and streamed; tools that are required")
+def responses_parsed() -> None:
+    asked: Any = dict(model=MESH_MODEL, input="hello", text_format=Person)
+    assert isinstance(mesh.responses.parse(**asked).output_parsed, Person)
+    with mesh.responses.stream(**asked) as stream:
+        for _ in stream:
+            pass
+        assert isinstance(stream.get_final_response().output_parsed, Person)
+    tool = {**WEATHER["function"], "type": "function"}
+    named: Any = {"type": "function", "name": "Weather"}
+    for wish in ("required", named):
+        answer = mesh.responses.parse(
+            model=MESH_MODEL, input="hello", tools=[tool], tool_choice=wish, parallel_tool_calls=False
+        )
+        [call] = answer.output
+        assert call.type == "function_call" and Weather.model_validate_json(call.arguments)
+
+
+@check("responses: calls, results, an answer, in a loop")
+def responses_loop() -> None:
+    tool: Any = {**WEATHER["function"], "type": "function"}
+    for streamed in (False, True):
+        items: Any = [
+            {"role": "user", "content": f"say: I look.{call_text('Weather', city='Rome', unit='C')}"}
+        ]
+        for _ in range(2):
+            asked: Any = dict(model=TALKER_MODEL, input=items, tools=[tool], store=False)
+            if streamed:
+                with talker.responses.stream(**asked) as stream:
+                    for _event in stream:
+                        pass
+                    answer: Any = stream.get_final_response()
+            else:
+                answer = talker.responses.create(**asked)
+            items += answer.output
+            for call in answer.output:
+                if call.type == "function_call":
+                    city = json.loads(call.arguments)["city"]
+                    output = {
+                        "type": "function_call_output",
+                        "call_id": call.call_id,
+                        "output": f"12 in {city}",
+                    }
+                    items.append(output)
+        assert answer.output_text == "The tool said 12 in Rome."
+
+
 @check("errors of its own classes")
 def errors() -> None:
     for wrong, kind, field in (

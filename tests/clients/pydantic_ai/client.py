@@ -7,7 +7,7 @@ from typing import Any, Literal
 from checks import MESH, MESH_MODEL, TALKER, TALKER_MODEL, call_text, check, main
 from pydantic import BaseModel
 from pydantic_ai import Agent, NativeOutput, PromptedOutput, ToolOutput
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 
@@ -49,6 +49,28 @@ async def tools() -> None:
     assert (await agent.run(asked)).output == "The tool said 12 in Rome."
     async with agent.run_stream(f"say: {call_text('weather', city='Rome')}") as stream:
         assert await stream.get_output() == "The tool said 12 in Rome."
+
+
+@check("the Responses API: text, tools, NativeOutput, ToolOutput, streamed")
+async def responses() -> None:
+    saying = OpenAIResponsesModel(
+        TALKER_MODEL, provider=OpenAIProvider(base_url=f"{TALKER}/v1", api_key="none")
+    )
+    agent = Agent(saying)
+
+    @agent.tool_plain
+    def weather(city: str) -> str:
+        """The weather in a city."""
+        return f"12 in {city}"
+
+    asked = f"say: I look.{call_text('weather', city='Rome')}"
+    assert (await agent.run(asked)).output == "The tool said 12 in Rome."
+    meshed = OpenAIResponsesModel(MESH_MODEL, provider=OpenAIProvider(base_url=f"{MESH}/v1", api_key="none"))
+    for kind in (ToolOutput(Person), NativeOutput(Person, strict=True)):
+        typed: Agent[None, Any] = Agent(meshed, output_type=kind, retries=0)
+        assert isinstance((await typed.run("hi")).output, Person)
+        async with typed.run_stream("hi") as stream:
+            assert isinstance(await stream.get_output(), Person)
 
 
 @check("output: ToolOutput, NativeOutput, PromptedOutput, streamed")

@@ -1,4 +1,4 @@
-// The Vercel AI SDK, by its provider for compatible servers and by its provider for OpenAI.
+// The Vercel AI SDK, by its provider for compatible servers and by its provider for OpenAI, chat and responses.
 
 import assert from "node:assert/strict";
 import { createOpenAI } from "@ai-sdk/openai";
@@ -11,10 +11,15 @@ globalThis.AI_SDK_LOG_WARNINGS = false;
 
 const compatible = ({ url, model }, more = {}) =>
   createOpenAICompatible({ name: "microserve", baseURL: `${url}/v1`, apiKey: "none", ...more })(model);
-const asOpenAI = ({ url, model }) => createOpenAI({ baseURL: `${url}/v1`, apiKey: "none" }).chat(model);
+const openai = ({ url }) => createOpenAI({ baseURL: `${url}/v1`, apiKey: "none" });
+const all = (server) => [
+  compatible(server, structured),
+  openai(server).chat(server.model),
+  openai(server).responses(server.model),
+];
 const structured = { supportsStructuredOutputs: true, includeUsage: true };
-const meshes = [compatible(MESH, structured), asOpenAI(MESH)];
-const talkers = [compatible(TALKER, structured), asOpenAI(TALKER)];
+const meshes = all(MESH);
+const talkers = all(TALKER);
 const Person = z.object({ name: z.string(), kind: z.enum(["child", "adult"]) });
 const weather = tool({
   description: "The weather in a city",
@@ -44,6 +49,7 @@ check("tools: calls, results, an answer, whole and streamed", async () => {
       prompt: `say: I look.${callText("weather", { city: "Rome" })}`,
       tools: { weather },
       stopWhen: stepCountIs(3),
+      providerOptions: { openai: { store: false } },
       ...once,
     };
     const whole = await generateText(asked);
