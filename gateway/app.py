@@ -14,7 +14,7 @@ from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
 from microserve.gateway import operator_routes
-from microserve.gateway.dialects import CHAT, COMPLETIONS, RESPONSES
+from microserve.gateway.dialects import CHAT, COMPLETIONS, MESSAGES, RESPONSES, manners_of
 from microserve.gateway.generation.completion import Completion
 from microserve.gateway.http.errors import (
     ClientGone,
@@ -34,7 +34,7 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 OPERATOR_PATHS = frozenset({"/metrics"})
 """What tells of all keys: for those of operators."""
 
-NUM_HOT = 3
+NUM_HOT = 4
 """Routes at the head of the table, without parameters."""
 
 _EXCHANGE = "microserve.exchange"
@@ -51,6 +51,10 @@ async def _completions(state: GatewayState, exchange: Exchange) -> None:
 
 async def _responses(state: GatewayState, exchange: Exchange) -> None:
     await Completion(state, exchange, RESPONSES).run()
+
+
+async def _messages(state: GatewayState, exchange: Exchange) -> None:
+    await Completion(state, exchange, MESSAGES).run()
 
 
 class _Endpoint:
@@ -91,6 +95,8 @@ class Application:
             ("/v1/chat/completions", post, _chat),
             ("/v1/completions", post, _completions),
             ("/v1/responses", post, _responses),
+            ("/v1/messages", post, _messages),
+            ("/v1/messages/count_tokens", post, operator_routes.count_tokens),
             ("/v1/models", get, operator_routes.models),
             ("/v1/models/{model_id:path}", get, operator_routes.model),
             ("/health", get, operator_routes.health),
@@ -133,6 +139,8 @@ class Application:
         if scope["type"] != "http":
             raise RuntimeError(f"unexpected ASGI scope {scope['type']!r}")
         exchange = Exchange(scope, receive, send, time.monotonic())
+        manners = manners_of(exchange.path)
+        exchange.problem_of, exchange.id_headers = manners.problem_of, manners.id_headers
         scope[_EXCHANGE] = exchange
 
         failure = await exchange.answer(lambda: self._handle(exchange, scope, receive, send))

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from microserve.gateway.anthropic.replies import CountReply, MessageReply, MessagesErrorEnvelope
+from microserve.gateway.anthropic.schema import CountTokensRequest, MessagesRequest
 from microserve.gateway.openai import replies
 from microserve.gateway.openai.schema import (
     ChatRequest,
@@ -70,6 +72,21 @@ OPERATIONS = (
         "/v1/completions", "Go on with a text.", replies.CompletionReply, CompletionRequest, streams=True
     ),
     Operation("/v1/responses", "Answer items.", ResponseReply, ResponsesRequest, streams=True),
+    Operation(
+        "/v1/messages",
+        "Answer a conversation, as Anthropic has it.",
+        MessageReply,
+        MessagesRequest,
+        streams=True,
+        error=MessagesErrorEnvelope,
+    ),
+    Operation(
+        "/v1/messages/count_tokens",
+        "How long its prompt is.",
+        CountReply,
+        CountTokensRequest,
+        error=MessagesErrorEnvelope,
+    ),
     Operation("/v1/models", "The models that are served.", replies.ModelList),
     Operation("/v1/models/{model_id}", "One of them.", replies.ModelCard),
     Operation("/tokenize", "Token ids of a prompt or of messages.", replies.TokenizeReply, TokenizeRequest),
@@ -102,8 +119,11 @@ def document(
         (ResponsesRequest, limits.vocab_size),
         (TokenizeRequest, 0),
         (DetokenizeRequest, num_texts),
+        (MessagesRequest, 0),
+        (CountTokensRequest, 0),
     ):
-        _fill_in(schemas[kind.__name__], model, max_n, ids, limits.max_model_len)
+        is_cut = kind is MessagesRequest  # what the context has no room for is no mistake there
+        _fill_in(schemas[kind.__name__], model, max_n, ids, 0 if is_cut else limits.max_model_len)
     describe(schemas)
     schemas["Message"] = _message(schemas["Message"])
     schemas["ContentPart"]["properties"]["text"] = {"type": "string"}
@@ -113,7 +133,7 @@ def document(
         "info": {
             "title": "MicroServe",
             "version": version,
-            "description": "OpenAI's API. Fields that are not listed are ignored; bodies are JSON.",
+            "description": "The APIs of OpenAI and Anthropic. Unlisted fields are ignored; bodies are JSON.",
         },
         "paths": {each.path: _path(each) for each in OPERATIONS},
         "components": {"schemas": schemas},

@@ -85,6 +85,11 @@ async def detokenize(state: GatewayState, exchange: Exchange) -> None:
     await _count(state, exchange, "detokenize", "tokens")
 
 
+async def count_tokens(state: GatewayState, exchange: Exchange) -> None:
+    """As for ``/v1/messages`` -> ``{"input_tokens"}``."""
+    await _count(state, exchange, "count_tokens", "messages")
+
+
 async def _count(state: GatewayState, exchange: Exchange, name: str, field: str) -> None:
     """``field``: what takes the time of a large body."""
     body = await exchange.read_body(state.bodies)

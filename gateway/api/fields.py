@@ -13,6 +13,8 @@ MAX_NAME_CHARS = 256
 MAX_STOP_STRINGS = 16
 MAX_TOOLS = 128
 MAX_DESCRIPTION_CHARS = 1 << 16
+MAX_COUNTED_TOKENS = 1 << 20
+"""Beyond any context; bounds the work of a question that counts tokens."""
 
 Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]

@@ -23,6 +23,9 @@ SLICE_NBYTES = 1 << 20
 NAMED_NBYTES = 1 << 16
 """Behind the begin of a slice that is too much: its member is looked for so far. Looking is slow."""
 
+MAX_NAMED_CHARS = 128
+"""Of a client's own word, in what it is told."""
+
 # Names of unknown fields come from clients: the memory of them is bounded.
 _MAX_WARNED_FIELDS = 64
 _warned: set[str] = set()
@@ -93,7 +96,8 @@ def check_supported(part: msgspec.Struct, where: str = "") -> None:
     one (``where``, with a dot behind it)."""
     for name, allowed in _limited(type(part)).items():
         value = getattr(part, name)
-        if value is not None and value not in allowed:
+        # In Python zero is false; in JSON it is not.
+        if not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed):
             field = f"{where}{name}"
             raise InvalidRequest(f"{field} is not supported", field=field)
 
@@ -197,6 +201,12 @@ def _member_at(body: bytes, offset: int) -> str | None:
         return None
 
 
+_UNKNOWN_VALUE = re.compile(r"Invalid (?:enum )?value (.*)", re.DOTALL)
+"""As msgspec says it of a word that is none of those that a field, or the type of an object, may have."""
+
+
 def _refused(error: msgspec.ValidationError) -> InvalidRequest:
     path, message = located(error)
+    if found := _UNKNOWN_VALUE.fullmatch(message):
+        message = f"{found[1][:MAX_NAMED_CHARS]} is not supported"
     return InvalidRequest(f"{path}: {message}" if path else message, field=path or None)

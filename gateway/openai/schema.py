@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from microserve.gateway.api.fields import (
+    MAX_COUNTED_TOKENS,
     MAX_DESCRIPTION_CHARS,
     MAX_MESSAGES,
     MAX_NAME_CHARS,
@@ -34,20 +35,18 @@ from microserve.protocol.messages import sampling as bounds
 from microserve.protocol.messages.attributes import MAX_PRIORITY
 from microserve.protocol.messages.sampling import TokenId
 
-MAX_TOKENIZE_TOKENS = 1 << 20
-"""Beyond any context; bounds the work of one ``/tokenize`` or ``/detokenize``."""
 MAX_TEMPLATE_OPTIONS = 64
 
 ServiceTier = Annotated[str, Meta(max_length=MAX_NAME_CHARS, description="For strategies, too, as a label.")]
 Documents = Annotated[list[dict[str, Any]], Meta(max_length=MAX_MESSAGES)]
 TemplateOptions = Annotated[dict[Name, Any], Meta(max_length=MAX_TEMPLATE_OPTIONS)]
-TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_TOKENIZE_TOKENS)]
+TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_COUNTED_TOKENS)]
 _KINDS = {"anyOf": [{"items": {"type": kind}} for kind in ("string", "integer", "array")]}
 Prompt = (
     str
     | Annotated[
         list[str | TokenId | TokenIds],
-        Meta(min_length=1, max_length=MAX_TOKENIZE_TOKENS, extra_json_schema=_KINDS),
+        Meta(min_length=1, max_length=MAX_COUNTED_TOKENS, extra_json_schema=_KINDS),
     ]
 )
 """Text, texts, ids or lists of ids; mixtures are refused."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from microserve.gateway.api.fields import MAX_COUNTED_TOKENS
 from microserve.gateway.openai.answer import encode
 from microserve.gateway.openai.chat import conversation_of
-from microserve.gateway.openai.schema import MAX_TOKENIZE_TOKENS, DetokenizeRequest, TokenizeRequest
+from microserve.gateway.openai.schema import DetokenizeRequest, TokenizeRequest
 from microserve.gateway.openai.tools import names_of
 from microserve.gateway.request.prompts import encoded
 from microserve.gateway.text.tokenizer import ModelTokenizer
@@ -13,7 +14,7 @@ from microserve.protocol.errors import InvalidRequest, PromptTooLong
 
 async def tokenized(request: TokenizeRequest, tokenizer: ModelTokenizer, max_model_len: int) -> bytes:
     """``max_model_len``: 0 while it is not known. Raises :class:`InvalidRequest` naming the field."""
-    limit = MAX_TOKENIZE_TOKENS
+    limit = MAX_COUNTED_TOKENS
     try:
         if request.messages is not None:
             if request.add_special_tokens:

@@ -15,6 +15,7 @@ import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from microserve.gateway.anthropic.schema import MessagesRequest
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
 from tests.support.gateway.gateway_world import connect, gateway_world
 
@@ -34,11 +35,18 @@ PLAUSIBLE = st.one_of(
         max_size=3,
     ),
 )  # fmt: skip
+KINDS = (ChatRequest, CompletionRequest, MessagesRequest)
 NAMES = st.sampled_from(
-    sorted({*ChatRequest.__struct_fields__, *CompletionRequest.__struct_fields__, "tools", "echo", "zzz"})
+    sorted({name for kind in KINDS for name in kind.__struct_fields__} | {"tools", "echo", "zzz"})
 )
+WHOLE = {"model": "tiny", "max_tokens": 5}
 REQUEST = st.dictionaries(NAMES, PLAUSIBLE | JSON, max_size=6)
-PATHS = st.sampled_from(["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+PATHS = st.sampled_from(
+    [
+        *("/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"),
+        *("/tokenize", "/detokenize"),
+    ]
+)
 
 
 class Live:
@@ -87,11 +95,13 @@ def live(model: Path) -> Iterator[Live]:
 def is_well_formed(reply: httpx.Response) -> bool:
     """A result, or an envelope of the caller's fault."""
     if reply.headers["content-type"].startswith("text/event-stream"):
-        return reply.status_code == 200 and reply.text.endswith("data: [DONE]\n\n")
+        ends = ("data: [DONE]\n\n", 'data: {"type":"message_stop"}\n\n')
+        return reply.status_code == 200 and reply.text.endswith(ends)
     body = reply.json()
     if reply.status_code == 200:
         return "error" not in body
     error: dict[str, Any] = body["error"]
+    assert set(body) == ({"type", "error"} if "/v1/messages" in str(reply.url) else {"error"})
     return reply.status_code in (400, 404, 413) and set(error) == {"message", "type", "param", "code"}
 
 
@@ -107,7 +117,7 @@ def test_any_bytes(live: Live, path: str, content: bytes) -> None:
 @given(path=PATHS, body=REQUEST)
 @live_settings
 def test_any_fields(live: Live, path: str, body: dict[str, Any]) -> None:
-    whole: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "prompt": "x"}
+    whole: dict[str, Any] = WHOLE | {"messages": [{"role": "user", "content": "x"}], "prompt": "x"}
     content = json.dumps(whole | body).encode("utf-8", "surrogatepass")
     assert is_well_formed(live.post(path, content))
 
@@ -115,7 +125,7 @@ def test_any_fields(live: Live, path: str, body: dict[str, Any]) -> None:
 @given(path=PATHS, body=REQUEST, position=st.integers(0, 200), byte=st.integers(0, 255))
 @live_settings
 def test_a_bent_byte(live: Live, path: str, body: dict[str, Any], position: int, byte: int) -> None:
-    whole: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "é"}], "prompt": "é"}
+    whole: dict[str, Any] = WHOLE | {"messages": [{"role": "user", "content": "é"}], "prompt": "é"}
     content = bytearray(json.dumps(whole | body, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     content[position % len(content)] = byte
     assert is_well_formed(live.post(path, bytes(content)))

@@ -108,6 +108,7 @@ def test_what_is_no_json_object(body: bytes) -> None:
         ({"audio": {}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"echo": True}, "echo"),
+        ({"echo": 0}, "echo"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"),
     ],
