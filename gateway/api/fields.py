@@ -24,7 +24,8 @@ FunctionName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
 
 def only(*values: Any) -> Meta:
     """Of a field that is not supported: null, and these values, ask for nothing and are let through."""
-    return Meta(extra_json_schema={"enum": [None, *values]})
+    # By equality alone, which is what typing keeps annotations by, 1 would be true and 0 false.
+    return Meta(extra_json_schema={"enum": [None, *values]}, extra={"only": repr(values)})
 
 
 Unsupported = Annotated[Any, only()]
