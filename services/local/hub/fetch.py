@@ -32,7 +32,7 @@ from microserve.services.local.hub.files import (
     wants_index,
 )
 from microserve.services.local.hub.name import HubError, ModelName, NotReached
-from microserve.services.local.hub.place import Place, keep
+from microserve.services.local.hub.place import Place, forget, keep
 from microserve.services.local.hub.sizes import check_disk, check_memory, in_bytes, sizes_of
 from microserve.services.local.hub.streams import fetch_together
 
@@ -70,6 +70,24 @@ class _Fetching:
 
     def run(self) -> Path:
         place, name = self._place, self._name
+        was_here = place.repo(name).exists()
+        try:
+            listing, needed = self._look()
+        except HubError:
+            is_ours = not was_here and not (place.repo(name) / "refs").exists()
+            if is_ours:  # what was looked at is of no use
+                forget(place, name)
+            raise
+        for file in needed.small:
+            self._fetch(listing, file)
+        if self._wish.weights:
+            self._fetch_weights(listing, needed)
+        keep(place, name, listing.commit, needed)
+        return place.snapshot(name, listing.commit)
+
+    def _look(self) -> tuple[Listing, Needed]:
+        """What is to be fetched. Raises :class:`HubError` for what is not served, or has no room here."""
+        place, name = self._place, self._name
         listing = self._client.listing()
         require_config(name.repo, listing.files)
         config = self._json(listing, CONFIG)
@@ -80,18 +98,12 @@ class _Fetching:
         wanted = needed.files if self._wish.weights else needed.small
         for file in wanted if self._wish.verify else ():
             self._throw_away_if_damaged(listing, file)
-        missing = {file.path: file.nbytes - self._here_nbytes(listing, file) for file in wanted}
-        missing_nbytes = sum(missing.values())
+        missing_nbytes = sum(file.nbytes - self._here_nbytes(listing, file) for file in wanted)
         check_disk(str(name), missing_nbytes, place.free_nbytes, str(place.cache))
         if (settings := self._wish.settings) is not None:
             check_memory(str(name), config, needed.weights_nbytes, settings, unpromised_room())
         self._tell(listing, needed, config, missing_nbytes)
-        for file in needed.small:
-            self._fetch(listing, file)
-        if self._wish.weights:
-            self._fetch_weights(listing, needed)
-        keep(place, name, listing.commit, needed)
-        return place.snapshot(name, listing.commit)
+        return listing, needed
 
     def _json(self, listing: Listing, path: str) -> dict[str, Any]:
         if self._wish.verify:

@@ -174,10 +174,16 @@ def remove(place: Place, name: ModelName) -> int:
         file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink()
     )
     shutil.rmtree(folder)
+    forget(place, name)
+    return nbytes
+
+
+def forget(place: Place, name: ModelName) -> None:
+    """Nothing of a repository is left, as far as that can be done."""
+    shutil.rmtree(place.repo(name), ignore_errors=True)
     shutil.rmtree(place.cache / ".locks" / name.folder, ignore_errors=True)
     for record in place.records.glob(f"{name.folder}@*.json"):
         record.unlink(missing_ok=True)
-    return nbytes
 
 
 def _has_weights(snapshot: Path) -> bool:

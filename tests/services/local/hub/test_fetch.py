@@ -115,6 +115,7 @@ def test_a_family_that_is_not_served_is_refused_before_its_weights_come(hub: Hub
     config = {**CONFIG, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
     hub.add("org/tiny", {**FILES, "config.json": json.dumps(config).encode()})
     assert "latent instead of K and V (MLA)" in refusal(place)
+    assert not place.repo(NAME).exists(), "nothing is left of it"
     assert all(path.endswith("config.json") for path in hub.fetched())
 
 
