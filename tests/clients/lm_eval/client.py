@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
-from checks import TALKER, TALKER_MODEL, check, main
+from checks import MESH, MESH_MODEL, MODEL_DIR, TALKER, TALKER_MODEL, check, main
 from lm_eval.tasks import TaskManager
 
 TASKS = Path(__file__).with_name("tasks")
@@ -29,6 +29,26 @@ def chat() -> None:
     arguments = {"model": TALKER_MODEL, "base_url": f"{TALKER}/v1/chat/completions", "num_concurrent": 2}
     figures = evaluate("local-chat-completions", "said", arguments, apply_chat_template=True)
     assert figures["exact_match,none"] == 1.0, figures
+
+
+def on_mesh(**more: Any) -> dict[str, Any]:
+    return {"model": MESH_MODEL, "base_url": f"{MESH}/v1/completions", "tokenizer": MODEL_DIR, **more}
+
+
+@check("local-completions: a loglikelihood task, alone and in batches")
+def loglikelihood() -> None:
+    alone, together = [
+        evaluate("local-completions", "likely", on_mesh(tokenizer_backend="huggingface"), batch_size=size)
+        for size in (1, 3)
+    ]
+    assert alone["perplexity,none"] == together["perplexity,none"] > 1.0, (alone, together)
+    assert 0.0 <= alone["acc,none"] < 1.0
+
+
+@check("local-completions: a multiple-choice task")
+def multiple_choice() -> None:
+    figures = evaluate("local-completions", "chosen", on_mesh(num_concurrent=3))
+    assert figures["acc,none"] == 1.0, figures
 
 
 if __name__ == "__main__":
