@@ -69,11 +69,14 @@ exactness: $(VENV)/dev
 	$(BIN)/python tests/support/process/exactness.py --model "$$($(BIN)/microserve model fetch)" --dtype $(DTYPE) $(ARGS)
 
 # JSON schemas of a checkout of MaskBench or the JSON Schema test suite (tests/conformance/corpora.py) through the gateway's
-# check and the engine's matcher: make conformance CORPUS=DIR ARGS="--strict --every 10"; without one, recorded tool calls only.
+# check and the engine's matcher: make conformance CORPUS=DIR ARGS="--strict --every 10"; chat templates of a directory beside
+# transformers': TEMPLATES=DIR. Recorded tool calls always.
 CORPUS ?=
+TEMPLATES ?=
 conformance: $(VENV)/dev
 	$(BIN)/pytest -q -s -n 0 tests/gateway/parsing/test_recorded.py
 	@[ -z '$(CORPUS)' ] || $(BIN)/python tests/conformance/conformance.py '$(CORPUS)' $(ARGS)
+	@[ -z '$(TEMPLATES)' ] || $(BIN)/python tests/conformance/templates.py '$(TEMPLATES)'
 
 # A thousand simulated worlds full of faults; ARGS="--seeds 20000", or ARGS="--replay 17" for one of them.
 simulate: $(VENV)/dev
