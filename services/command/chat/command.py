@@ -70,14 +70,15 @@ def chat(
     text = " ".join(question)
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if text == "-" or (not text and not is_terminal):
-        text = sys.stdin.read().strip()
+        text = sys.stdin.buffer.read().decode(errors="surrogateescape").strip()
         if not text:
             raise WrongFlag("there is no question")
-    from microserve.services.command.chat.session import NoServer
+    from microserve.services.command.chat.session import NoServer, typed
 
+    wishes.system = typed(wishes.system)
     try:
         if text:
-            sys.exit(_ask_once(endpoint, wishes, text, draws))
+            sys.exit(_ask_once(endpoint, wishes, typed(text), draws))
         _talk(endpoint, wishes, draws, with_history=not no_history)
     except NoServer as error:
         raise Failure(str(error)) from None

@@ -97,7 +97,7 @@ class Session:
         self._screen.note(f"{wishes.model} at {self._server.endpoint.url}; /help; Ctrl-D ends")
         while True:
             try:
-                text = self._editor.read()
+                text = typed(self._editor.read())
                 if not text.strip():
                     continue
                 self._editor.keep(text)
@@ -116,6 +116,10 @@ class Session:
                 return
             except KeyboardInterrupt:
                 echo()
+            except UnicodeDecodeError:
+                self._screen.problem("what was typed is not text in this terminal's encoding")
+            except (NoServer, ConfigError) as error:
+                self._screen.problem(str(error))
 
     def _talk(self, question: Message | None) -> None:
         """A question, and the results of what is called meanwhile."""
@@ -131,7 +135,7 @@ class Session:
         """False: there is none."""
         try:
             for call in answer.calls.values():
-                result = self._editor.read(f"{_prompt(call.name)}= ")
+                result = typed(self._editor.read(f"{_prompt(call.name)}= "))
                 self._conversation.tool_result(call.id, result)
         except (EOFError, KeyboardInterrupt):
             echo()
@@ -145,7 +149,7 @@ class Session:
             "help": lambda _: echo("\n".join(help_lines())),
             "model": self._model,
             "system": lambda text: self._wish("system", text, str),
-            "strategy": lambda text: self._wish("strategy", text, str),
+            "strategy": lambda text: self._wish("strategy", text, _strategy),
             "temperature": lambda text: self._wish("temperature", text, _temperature),
             "max_tokens": lambda text: self._wish("max_tokens", text, _max_tokens),
             "clear": self._clear,
@@ -159,8 +163,6 @@ class Session:
         assert doing.keys() | {"quit"} == ORDERS.keys()
         try:
             doing[order.name](order.argument)
-        except (NoServer, ConfigError) as error:
-            self._screen.problem(str(error))
         except OSError as error:
             self._screen.problem(f"{order.argument}: {error.strerror}")
 
@@ -225,6 +227,17 @@ class Session:
         self._screen.note(
             f"answers are {'drawn block by block' if self._screen.draws else 'shown as they come'}"
         )
+
+
+def typed(text: str) -> str:
+    """As it can be sent: what was no character is the sign for that."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _strategy(text: str) -> str:
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise ConfigError(f"{text!r} is not the name of a strategy")
+    return text
 
 
 def _temperature(text: str) -> float:

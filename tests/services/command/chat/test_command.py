@@ -104,6 +104,16 @@ def test_wrong_words(words: list[str], code: int, told: str) -> None:
     assert len(done.stderr.strip().splitlines()[-1:]) == 1
 
 
+def test_what_is_no_text_is_sent_as_far_as_it_is() -> None:
+    with served_aside(hello) as server:
+        flags = ["chat", "--url", server.endpoint.url, "--system", "s\udcff"]
+        for question, stdin in (("-", b"a\xff b"), ("a\udcff b", b"")):
+            done = CliRunner().invoke(main, [*flags, question], input=stdin)
+            assert (done.exit_code, done.stdout) == (0, "good day\n"), done.output
+            said = [each["content"] for each in server.asked[-1].body["messages"]]
+            assert said == ["s\ufffd", "a\ufffd b"]
+
+
 def test_no_server() -> None:
     done = chat("q", "--url", "http://127.0.0.1:9")
     assert (done.exit_code, done.stderr) == (

@@ -166,6 +166,7 @@ def test_orders(tmp_path: Path) -> None:
                 ("/temperature 3", "a number from 0 to 2"),
                 ("/temperature 0.5", "temperature: 0.5"),
                 ("/max_tokens 9", "max_tokens: 9"),
+                ("/strategy two words", "'two words' is not the name of a strategy"),
                 ("/strategy nope", "strategy: nope"),
                 ("/undo", "(nothing to take back)"),
                 ("/retry", "(nothing to ask again)"),
