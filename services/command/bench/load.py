@@ -144,6 +144,8 @@ async def send_share(
 
     await asyncio.sleep(max(0.0, start_s - CLOCK()))
     pulse = Pulse()
+    free_s = 0.0
+    """When the last request that had to wait for a place had one: till then nobody could be sent."""
     try:
         for planned in _share_of(plan(load), share):
             planned_s = start_s + (planned.at_s or 0.0)
@@ -151,12 +153,13 @@ async def send_share(
                 break
             # A turn of the loop for each request, so that a crowd of them is read while it is sent.
             await asyncio.sleep(max(0.0, planned_s - CLOCK()))
-            held_s = 0.0
-            if places is not None:
-                came_s = CLOCK()
+            if places is not None and places.locked():
                 await places.acquire()
-                held_s = CLOCK() - came_s
-            due_s = CLOCK() if planned.at_s is None else planned_s + held_s
+                free_s = CLOCK()
+            elif places is not None:
+                await places.acquire()
+            due_s = CLOCK() if planned.at_s is None else max(planned_s, free_s)
+            held_s = 0.0 if planned.at_s is None else due_s - planned_s
             if is_over(due_s):
                 break
             task = asyncio.create_task(one(planned, due_s, held_s))

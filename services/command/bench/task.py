@@ -73,7 +73,7 @@ class Outcome(msgspec.Struct):
     end_s: float = 0.0
     """The last chunk of the answer."""
     held_s: float = 0.0
-    """How long ``concurrency`` held it back."""
+    """How long ``concurrency`` held it back from its planned time."""
     gaps_s: list[float] = []
     """Between chunks that say something."""
     input_tokens: int = 0

@@ -160,7 +160,7 @@ def test_who_waits_for_a_place_is_held_and_not_late() -> None:
             output_len=2,
             rate=1e6,
             arrival="constant",
-            num_requests=2,
+            num_requests=3,
             concurrency=1,
         )
         first_came, release = asyncio.Event(), asyncio.Event()
@@ -177,9 +177,10 @@ def test_who_waits_for_a_place_is_held_and_not_late() -> None:
             asyncio.get_running_loop().call_later(0.05, release.set)
             await release.wait()
             held_s = CLOCK() - held_since
-            first, second = sorted((await sending).outcomes, key=lambda each: each.number)
+            first, second, third = sorted((await sending).outcomes, key=lambda each: each.number)
         assert second.held_s >= held_s > first.held_s
         assert second.due_s >= first.due_s + held_s
+        assert third.due_s >= second.end_s, "also of one that waits behind one that waits"
 
     bounded(main())
 
