@@ -116,7 +116,7 @@ async def warm_up(endpoint: Endpoint, load: Load, words: Words, count: int, salt
         chosen = [each for _, each in zip(range(count), plan(load, salt), strict=False)]
         return list(await asyncio.gather(*(sender.send(each, CLOCK()) for each in chosen)))
     finally:
-        client.close()
+        await client.close()
 
 
 async def send_share(
@@ -171,7 +171,7 @@ async def send_share(
         health = pulse.stop()
         for task in tasks:
             task.cancel()
-        client.close()
+        await client.close()
     return Result(outcomes, health)
 
 

@@ -82,7 +82,7 @@ async def _ask(endpoint: Endpoint, load: Load) -> tuple[Load, Words]:
     except (ValueError, KeyError, TypeError):
         raise NotServed(f"{endpoint.url}/v1/models does not list models") from None
     finally:
-        client.close()
+        await client.close()
 
 
 async def _words(client: Client, load: Load) -> Words:

@@ -96,4 +96,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (KeyboardInterrupt, WorkerLost, BrokenPipeError):
+        sys.exit(130)  # whoever asked has ended, and says so

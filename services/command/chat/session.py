@@ -43,7 +43,7 @@ class Server:
         return Client(self.endpoint)
 
     def close(self) -> None:
-        self._client.close()
+        self._runner.run(self._client.close())
         self._runner.close()
 
     def models(self) -> list[str]:

@@ -43,6 +43,7 @@ class _Connection(asyncio.Protocol):
         self._heard = False
         self._in_body = False
         self.is_open = False
+        self.lost: asyncio.Future[None] = loop.create_future()
 
     async def exchange(self, request: bytes, listener: Listener) -> bool:
         """False: it had been closed, and not a byte came back."""
@@ -80,6 +81,8 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_open = False
+        if not self.lost.done():
+            self.lost.set_result(None)
         if self._over is not None and not self._over.done() and not self._heard:
             self._listener = None
             self._over.set_result(False)
@@ -130,11 +133,16 @@ class Client:
         self._tls: ssl.SSLContext | None = endpoint.tls()
         self._loop = asyncio.get_running_loop()
         self._connect_timeout_s = connect_timeout_s
+        self._all: set[_Connection] = set()
         self._kept: list[_Connection] = []
 
-    def close(self) -> None:
-        for connection in self._kept:
+    async def close(self) -> None:
+        """Returns when they are closed: a loop of libuv that ends before a TLS connection does hangs."""
+        for connection in [*self._all]:
             connection.close()
+        if self._all:
+            await asyncio.wait([connection.lost for connection in self._all])
+        self._all.clear()
         self._kept.clear()
 
     async def exchange(self, request: bytes, listener: Listener) -> None:
@@ -184,11 +192,15 @@ class Client:
             _, connection = await self._loop.create_connection(
                 lambda: _Connection(self._loop), self.endpoint.host, self.endpoint.port, ssl=self._tls
             )
+        self._all.add(connection)
+        connection.lost.add_done_callback(lambda _: self._all.discard(connection))
         return connection
 
 
 def _reason_of(error: OSError) -> str:
-    number = error.errno or 0
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"certificate verify failed: {error.verify_message}"
+    number = 0 if isinstance(error, ssl.SSLError) else error.errno or 0  # theirs are numbers of their own
     return os.strerror(number) if number > 0 else error.strerror or str(error) or "no answer"
 
 

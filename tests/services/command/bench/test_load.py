@@ -74,7 +74,7 @@ def test_tokens_at_known_instants_are_measured_exactly() -> None:
         async with scripted_server(answer) as server:
             client = Client(server.endpoint)
             outcome = await Sender(client, load, WORDS, clock).send(next(plan(load)), 50.0)
-            client.close()
+            await client.close()
         assert outcome.fault == ""
         assert ttft_s(outcome) == pytest.approx(0.4)
         assert outcome.gaps_s == pytest.approx([0.05, 0.06, 0.07])

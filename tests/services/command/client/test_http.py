@@ -56,7 +56,7 @@ def test_a_connection_is_used_again() -> None:
                 heard = await ask(client)
                 assert (heard.status, heard.faults) == (200, [""])
                 assert heard.content.endswith(b"data: [DONE]\n\n")
-            client.close()
+            await client.close()
             assert server.num_connections == 1
 
     run(main())
@@ -78,7 +78,7 @@ def test_a_connection_that_the_server_has_closed_is_replaced() -> None:
                 heard = await ask(client)
                 assert (heard.status, heard.content, heard.faults) == (200, b"{}", [""])
                 await closed.wait()
-            client.close()
+            await client.close()
             assert server.num_connections == 2
 
     run(main())
@@ -154,7 +154,7 @@ def test_who_gives_up_closes_the_connection() -> None:
             await asyncio.gather(asking, return_exceptions=True)
             assert asking.cancelled()
             await gone.wait()
-            client.close()
+            await client.close()
 
     run(main())
 
