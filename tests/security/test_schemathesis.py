@@ -1,9 +1,14 @@
 """The gateway against its own OpenAPI document, by schemathesis: what it says is valid is taken, what is not
-is refused, and every answer is one that it describes."""
+is refused, and every answer is one that it describes.
+
+``MICROSERVE_FUZZ_S``: seconds for all of it, and figures of what came; otherwise a few examples of each.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import (
     content_type_conformance,
@@ -25,13 +31,22 @@ from starlette.routing import Route
 from microserve.gateway.app import Application
 from microserve.gateway.document import OPERATIONS
 from microserve.protocol.messages.engine import TokenLogprob
-from tests.support.gateway.gateway_world import MAX_MODEL_LEN, Served, make_model
+from tests.support.gateway.gateway_world import MAX_MODEL_LEN, Served
 from tests.support.gateway.living import Living
+from tests.support.gateway.talking_model import make_talking_model
+from tests.support.security import wishes
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = 40
 VOCAB_SIZE = 300
+FUZZ_S = float(os.environ.get("MICROSERVE_FUZZ_S", "0"))
+WISHES = {
+    "/v1/chat/completions": wishes.of_chat,
+    "/v1/completions": wishes.of_completions,
+    "/v1/responses": wishes.of_responses,
+}
+"""What is put into bodies that are valid."""
 CHECKS = [
     *(not_a_server_error, status_code_conformance, content_type_conformance),
     *(response_schema_conformance, negative_data_rejection),
@@ -48,7 +63,7 @@ def answer(served: Served) -> None:
 
 @pytest.fixture(scope="module")
 def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Living]:
-    directory = make_model(tmp_path_factory.mktemp("model") / "tiny")
+    directory = make_talking_model(tmp_path_factory.mktemp("model") / "talker")
     living = Living(directory, answer=answer, vocab_size=VOCAB_SIZE)
     try:
         yield living
@@ -83,6 +98,14 @@ def outcome_of(reply: Any) -> str:
     return f"{reply.status_code} {error['param']}: {error['message'][:60]}"
 
 
+def share_of(method: str, path: str) -> float:
+    """Of the time: what reads a body takes nearly all of it."""
+    weights = [4.0 if each.path in WISHES else 1.0 for each in OPERATIONS if each.request is not None]
+    if method != "post":
+        return 0.0
+    return (4.0 if path in WISHES else 1.0) / (2 * sum(weights))
+
+
 MODES = [(each.path, GenerationMode.POSITIVE) for each in OPERATIONS] + [
     (each.path, GenerationMode.NEGATIVE) for each in OPERATIONS if each.request is not None
 ]
@@ -97,16 +120,35 @@ def test_every_operation_is_as_it_is_described(
     operation = schema[path][method.upper()]
     examples = EXAMPLES if method == "post" else EXAMPLES // 10
     outcomes: Counter[str] = Counter()
+    is_valid = mode is GenerationMode.POSITIVE
+    wish = WISHES[path]() if is_valid and path in WISHES else st.just({})
+    phases = list(Phase) if FUZZ_S == 0 else [Phase.generate, Phase.shrink]
 
-    @given(case=operation.as_strategy(generation_mode=mode))
-    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    def call(case: Any) -> None:
-        if mode is GenerationMode.POSITIVE:  # a millisecond is a valid time, and mostly too short
+    @given(case=operation.as_strategy(generation_mode=mode), more=wish)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=phases,
+    )
+    def call(case: Any, more: dict[str, Any]) -> None:
+        if is_valid:  # a millisecond is a valid time, and mostly too short
             case.headers.pop("x-microserve-timeout-s", None)
-        reply = case.call(base_url=living.address, timeout=30.0)
+        if more:
+            case.body = {**case.body, **more}
+        reply = case.call(base_url=living.address, timeout=60.0)
         outcomes[outcome_of(reply)] += 1
         case.validate_response(reply, checks=CHECKS)
 
+    end = time.monotonic() + FUZZ_S * share_of(method, path)
     call()
+    while time.monotonic() < end:
+        call()
+    if FUZZ_S:
+        print(
+            f"\n{path} {mode.value}: {outcomes.total()} requests, {outcomes['200']} served, "
+            f"{len(outcomes)} outcomes: {outcomes.most_common(12)}"
+        )
     if mode is GenerationMode.POSITIVE and "{" not in path:
         assert outcomes["200"], f"nothing that was valid was served: {outcomes}"
