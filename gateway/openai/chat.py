@@ -11,14 +11,8 @@ from microserve.gateway.api.format import Ending, FinishedChoice
 from microserve.gateway.openai.answer import OpenAIFormat, encode, name_of
 from microserve.gateway.openai.common import options_of, wish_of
 from microserve.gateway.openai.grammar import asked_of
-from microserve.gateway.openai.schema import (
-    ROLES,
-    ChatRequest,
-    ContentPart,
-    Message,
-    TokenizeRequest,
-    ToolCall,
-)
+from microserve.gateway.openai.messages import ROLES, ContentPart, Message, ToolCall
+from microserve.gateway.openai.schema import ChatRequest, TokenizeRequest
 from microserve.gateway.openai.tools import tool_use_of
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
 from microserve.gateway.request.request import Call, Conversation, GenerateRequest, TemplateOption, Turn

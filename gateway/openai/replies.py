@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from microserve.gateway.openai.schema import ToolCall
+from microserve.gateway.openai.messages import ToolCall
 
 
 class Error(msgspec.Struct):

@@ -13,11 +13,8 @@ from msgspec import Meta
 
 from microserve.gateway.api.fields import (
     MAX_COUNTED_TOKENS,
-    MAX_DESCRIPTION_CHARS,
     MAX_MESSAGES,
     MAX_NAME_CHARS,
-    MAX_TOOLS,
-    FunctionName,
     Ignored,
     Label,
     Name,
@@ -30,7 +27,8 @@ from microserve.gateway.api.fields import (
     Unsupported,
     only,
 )
-from microserve.gateway.request.request import MAX_CHOICES, Role
+from microserve.gateway.openai.messages import Messages, ToolChoice, Tools
+from microserve.gateway.request.request import MAX_CHOICES
 from microserve.protocol.messages import sampling as bounds
 from microserve.protocol.messages.attributes import MAX_PRIORITY
 from microserve.protocol.messages.sampling import TokenId
@@ -99,15 +97,22 @@ class GenerationRequest(RequestBody, kw_only=True):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    """Needs ``stream``."""
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    """At most ``gateway.max_n``."""
     max_tokens: bounds.MaxTokens | None = None
+    """Of a conversation as many as fit, or as the model's defaults say."""
     temperature: bounds.Temperature | None = None
+    """OpenAI's ends at 2."""
     top_p: bounds.TopP | None = None
     stop: StopString | StopStrings | None = None
+    """OpenAI takes 4."""
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    """The same tokens for the same request, within one exact numerics class; OpenAI does not promise it."""
     presence_penalty: bounds.Penalty | None = None
     frequency_penalty: bounds.Penalty | None = None
     logit_bias: bounds.LogitBias | None = None
+    """-100 to 100 by token id."""
     # vLLM's extras, sent by clients as ``extra_body``.
     top_k: Annotated[int, Meta(ge=-1, le=bounds.MAX_COUNT)] | None = None
     """-1 and 0 are both "off"."""
@@ -117,11 +122,13 @@ class GenerationRequest(RequestBody, kw_only=True):
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=bounds.MAX_STOP_TOKEN_IDS)] | None = None
     cache_salt: Name | None = None
+    """Only requests of the same salt share a prefix cache."""
     prompt_logprobs: bounds.Logprobs | None = None
     """Of the prompt's own tokens, and so many of the likeliest; not of a stream."""
     return_tokens_as_token_ids: bool | None = None
     # What the output may be (gateway/grammar/): one of these.
     response_format: ResponseFormat | None = None
+    """Not together with ``tools``, unless ``tool_choice`` is none."""
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
@@ -137,16 +144,17 @@ class GenerationRequest(RequestBody, kw_only=True):
     service_tier: ServiceTier | None = None
     """``flex`` gives way by one step of priority and is answered as such, all others as ``default``."""
     prediction: Told = None
-    store: (
-        Annotated[bool, Meta(description="Nothing is stored, which is told where it was asked for.")] | None
-    ) = None
+    store: bool | None = None
+    """Nothing is stored, which is told where it was asked for."""
     priority: Annotated[int, Meta(ge=0, le=2 * MAX_PRIORITY)] | None = None
     """As in vLLM, more is later: so much below its key's own, never above."""
     # How prompt and answer are text (vLLM's).
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
     """The last so many tokens of a prompt; -1: as many as leave room for the output."""
     skip_special_tokens: bool | None = None
+    """False: special tokens are shown, but the one that was the end."""
     spaces_between_special_tokens: bool | None = None
+    """Of decoders that join tokens with spaces."""
     include_stop_str_in_output: bool | None = None
     """The stop string, or the text of the stop token, is a part of the answer."""
     # Known and not supported: refused by name, rather than dropped.
@@ -176,8 +184,9 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     off_by: ClassVar[dict[str, str]] = {"tools": "tool_choice", "functions": "function_call"}
 
     prompt: Prompt
+    """Text, texts, ids or lists of ids; mixtures are refused."""
     max_tokens: bounds.MaxTokensOrNone | None = None
-    """0 with ``echo`` or ``prompt_logprobs`` only."""
+    """16 unless it is said; 0 with ``echo`` or ``prompt_logprobs`` only."""
     logprobs: bounds.Logprobs | None = None
     add_special_tokens: bool | None = None
     echo: bool | None = None
@@ -195,115 +204,13 @@ class CompletionRequest(GenerationRequest, kw_only=True):
     tool_choice: Annotated[Any, only("none")] = None
 
 
-class ContentPart(msgspec.Struct):
-    type: Annotated[str, Meta(max_length=MAX_NAME_CHARS, extra_json_schema={"enum": ["text"]})]
-    text: str | None = None
-
-
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
-}
-"""Whom templates know; ``developer`` is OpenAI's newer name for ``system``."""
-
-
-class FunctionDefinition(msgspec.Struct):
-    name: FunctionName
-    description: Annotated[str, Meta(max_length=MAX_DESCRIPTION_CHARS)] | None = None
-    parameters: dict[str, Any] | None = None
-    """JSON Schema of its arguments, an object."""
-    strict: bool | None = None
-
-
-class Tool(msgspec.Struct):
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-_TOOL = {
-    "type": "object",
-    "required": ["type", "function"],
-    "properties": {
-        "type": {"const": "function"},
-        "function": {
-            "type": "object",
-            "required": ["name"],
-            "properties": {
-                "name": {"type": "string", "pattern": "^[A-Za-z0-9_.\\-]{1,128}$"},
-                "description": {"type": ["string", "null"], "maxLength": MAX_DESCRIPTION_CHARS},
-                "parameters": {"type": ["object", "null"]},
-                "strict": {"type": ["boolean", "null"]},
-            },
-        },
-    },
-}
-Tools = Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS, extra_json_schema={"items": _TOOL})]
-"""As the client wrote them, for that is what a template shows; each is a :class:`Tool` (``tools.py``)."""
-
-
-class NamedFunction(msgspec.Struct):
-    name: FunctionName
-
-
-class NamedTool(msgspec.Struct):
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class AllowedTools(msgspec.Struct):
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=MAX_TOOLS)]
-
-
-class ToolChoice(msgspec.Struct):
-    """One of both, as ``type`` says."""
-
-    type: Literal["function", "allowed_tools"]
-    function: NamedFunction | None = None
-    allowed_tools: AllowedTools | None = None
-
-
-class CalledFunction(msgspec.Struct):
-    name: FunctionName
-    arguments: str
-    """JSON of an object."""
-
-
-class ToolCall(msgspec.Struct):
-    id: Name
-    function: CalledFunction
-    type: Literal["function"] = "function"
-
-
-class Message(msgspec.Struct):
-    role: Annotated[str, Meta(max_length=MAX_NAME_CHARS, extra_json_schema={"enum": sorted(ROLES)})]
-    content: str | list[ContentPart] | None = None
-    name: Name | None = None
-    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_TOOLS)] | None = None
-    """Of the assistant."""
-    tool_call_id: Name | None = None
-    """Of a tool: the call that this is the result of."""
-    reasoning_content: str | None = None
-    """What the assistant thought; ``reasoning`` is another name for it."""
-    reasoning: str | None = None
-    # Of answers that go back as they came.
-    refusal: str | None = None
-    annotations: Ignored = None
-    audio: None = None
-    function_call: None = None
-
-
-Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
-
-
 class ChatRequest(GenerationRequest):
     messages: Messages
     max_completion_tokens: bounds.MaxTokens | None = None
+    """Goes before ``max_tokens``."""
     logprobs: bool | None = None
     top_logprobs: bounds.Logprobs | None = None
+    """Needs ``logprobs``."""
     echo: OnlyFalse = None
     best_of: Annotated[Any, only(1)] = None
     tools: Tools | None = None

@@ -10,7 +10,8 @@ from typing import Any
 
 import msgspec
 
-from microserve.gateway.openai.schema import ChatRequest, Tool, ToolChoice
+from microserve.gateway.openai.messages import Tool, ToolChoice
+from microserve.gateway.openai.schema import ChatRequest
 from microserve.gateway.request.request import Mode, ToolUse
 from microserve.protocol.errors import InvalidRequest, located
 
