@@ -55,16 +55,17 @@ class Rates:
             taken = 1.0 - math.exp(-elapsed / SHARE_S)
             self._prefill_share, self._shared_at = self.prefill_share(now) + taken, now
         if prefill > step.num_decodes and step.early is None:
-            self._measure_prefill(prefill, prefill / elapsed, now)
+            self._measure_prefill(prefill, prefill / elapsed, now, is_scored=step.is_scored)
         elif prefill == 0:
             known = self.decode_step_s
             self.decode_step_s = smoothed(known, min(elapsed, known * MAX_DECODE_JUMP or elapsed))
 
-    def _measure_prefill(self, num_tokens: int, rate: float, now: float) -> None:
+    def _measure_prefill(self, num_tokens: int, rate: float, now: float, *, is_scored: bool) -> None:
         """A step has a fixed cost beside its tokens, so a nearly empty one says only that a full one is no
-        slower: it may raise the rate, never lower it. A step much fuller than any before begins anew."""
+        slower: it may raise the rate, never lower it. So it is with one that makes logits for its prompts. A
+        step much fuller than any before begins anew."""
         known, largest = self.prefill_tokens_per_s, self._largest_prefill
-        if 2 * num_tokens < largest and rate <= known:
+        if (2 * num_tokens < largest or (is_scored and known)) and rate <= known:
             return
         self.prefill_tokens_per_s = rate if num_tokens > 2 * largest else smoothed(known, rate)
         self._prefill_measured_at = now

@@ -47,6 +47,11 @@ class Step:
     started_at: float = 0.0
 
     @property
+    def is_scored(self) -> bool:
+        """It makes logits for its prompts' sake."""
+        return any(chunk.score is not None for chunk in self.batch.chunks)
+
+    @property
     def num_tokens(self) -> int:
         return sum(len(chunk.token_ids) for chunk in self.batch.chunks)
 

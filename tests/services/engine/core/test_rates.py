@@ -10,17 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.engine.core.batch import Batch, Chunk, StepResult
+from microserve.services.engine.core.batch import Batch, Chunk, ScoreSpec, StepResult
 from microserve.services.engine.core.rates import MAX_DECODE_JUMP, SHARE_S, Rates
 from microserve.services.engine.core.scheduler import Step
 from tests.support.engine.core_mesh import Mesh, generate, prompt_of
 
 
-def step(rates: Rates, now: float, elapsed_s: float, *, prefill: int = 0, decodes: int = 0) -> float:
+def step(
+    rates: Rates,
+    now: float,
+    elapsed_s: float,
+    *,
+    prefill: int = 0,
+    decodes: int = 0,
+    score: ScoreSpec | None = None,
+) -> float:
     """One step of so many tokens; when it ends."""
     chunks = [Chunk(0, [1], 0, [0], 0, None) for _ in range(decodes)]
     if prefill:
-        chunks.append(Chunk(1, [1] * prefill, 0, [0], 0, None))
+        chunks.append(Chunk(1, [1] * prefill, 0, [0], 0, None, score))
     step = Step(Batch(chunks), [], num_decodes=decodes, started_at=now)
     rates.measure(step, now + elapsed_s)
     return now + elapsed_s
@@ -39,6 +47,18 @@ def test_the_first_sample_is_taken_whole() -> None:
     now = step(rates, now, 0.02, decodes=4)
     assert rates.decode_step_s == pytest.approx(0.02)
     assert rates.prefill_rate_age_s(now + 1.0) == pytest.approx(1.02)
+
+
+def test_steps_that_make_logits_for_their_prompts_do_not_pull_the_rate_down() -> None:
+    """They say how fast a prompt is at least; the first one is better than nothing."""
+    rates = Rates()
+    now = step(rates, 100.0, 1.0, prefill=500, score=ScoreSpec(0, [1], 5))
+    assert rates.prefill_tokens_per_s == pytest.approx(500.0)
+    now = step(rates, now, 0.25, prefill=500)
+    known = rates.prefill_tokens_per_s
+    assert known > 500.0
+    step(rates, now, 1.0, prefill=500, score=ScoreSpec(0, [1], 5))
+    assert rates.prefill_tokens_per_s == known
 
 
 def test_decode_tokens_are_no_prefill() -> None:
