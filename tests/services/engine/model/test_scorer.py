@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, SampleSpec, Scored, ScoreSpec
+from microserve.services.engine.model import sampler
 from microserve.services.engine.model.device.device_sampler import sample_there
 from microserve.services.engine.model.device.device_scorer import score_there
 from microserve.services.engine.model.model import load_model
@@ -200,3 +201,17 @@ def test_the_native_step_tells_of_a_token_the_same_whether_it_is_sampled_or_in_a
     rows = rows_of(Scored(scored_by(runner, tokens, 2, rng, [7]), 2))[8:]
 
     assert [(row.logprob, list(row.top), row.rank) for row in rows] == [(s.logprob, s.top, 1) for s in said]
+
+
+@given(
+    values=st.lists(st.sampled_from([0.0, -1.0, -1.5, -2.0, float("-inf")]), min_size=1, max_size=120),
+    count=st.integers(1, 8),
+)
+def test_the_likeliest_of_a_large_vocabulary_are_found_by_blocks(values: list[float], count: int) -> None:
+    """With blocks of 4 tokens instead of 256; many are equal, of which the lower ids count."""
+    count = min(count, len(values))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "BLOCK", 4)
+        found = sampler.likeliest_of(np.array(values, dtype=np.float32), count)
+
+    assert found.tolist() == sorted(range(len(values)), key=lambda at: (-values[at], at))[:count]
