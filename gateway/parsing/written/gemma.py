@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from microserve.gateway.parsing.written.frame import Gemma
-from microserve.gateway.parsing.written.lark import Rules, Unwritable, quoted
+from microserve.gateway.parsing.written.lark import NoValue, Rules, Unwritable, quoted
 from microserve.gateway.parsing.written.members import ANY_NAME, any_number, in_row, members_of
 from microserve.gateway.parsing.written.schema import json_term, of_kind, parts_of, text_term
 
@@ -42,15 +42,21 @@ class GemmaWriter:
                     raise Unwritable(f"the name {each.name!r}")
                 try:
                     value = self._value(each.schema)
+                except NoValue:
+                    if each.is_required:
+                        raise
+                    continue
                 except Unwritable as error:
                     raise Unwritable(f"{error} (of {each.name!r})") from None
                 written.append((self._rules.rule(f"{quoted(each.name + ':')} {value}"), each.is_required))
+            if not written:
+                return '"{" "}"'
             return f'"{{" ({in_row(self._rules, written, COMMA)}) "}}"'
         if members.others is False:
             return '"{" "}"'
         name = self._rules.terminal(ANY_NAME)
         pair = self._rules.rule(f'{name} ":" {self._value(members.others)}')
-        return f'"{{" {any_number(self._rules, pair, COMMA)} "}}"'
+        return f'"{{" {any_number(pair, COMMA)} "}}"'
 
     def _value(self, schema: Any) -> str:
         """A rule's name."""
@@ -80,7 +86,7 @@ class GemmaWriter:
         options += [self._array(each) for each in of_kind(parts.others, "array")]
         options += [self._object(each) for each in of_kind(parts.others, "object")]
         if not options:
-            raise Unwritable("a schema without a value")
+            raise NoValue("a schema without a value")
         return " | ".join(options)
 
     def _array(self, schema: dict[str, Any]) -> str:
@@ -91,10 +97,7 @@ class GemmaWriter:
         if most == 0:
             return '"[" "]"'
         item = self._value(schema.get("items", True))
-        if not least:
-            return f'"[" {any_number(self._rules, item, COMMA, most)} "]"'
-        upper = "" if most is None else most - 1
-        return f'"[" {item} ({COMMA} {item}){{{least - 1},{upper}}} "]"'
+        return f'"[" {any_number(item, COMMA, least, most)} "]"'
 
     def _anything(self) -> str:
         if self._any is None:
@@ -106,10 +109,8 @@ class GemmaWriter:
                 )
                 plain = json_term([{"type": ["null", "boolean", "number"]}], {})
                 key = self._rules.terminal(ANY_NAME)
-                pairs = any_number(self._rules, f'{key} ":" {name}', COMMA)
-                return (
-                    f'{text} | {plain} | "[" {any_number(self._rules, name, COMMA)} "]" | "{{" {pairs} "}}"'
-                )
+                pairs = any_number(f'{key} ":" {name}', COMMA)
+                return f'{text} | {plain} | "[" {any_number(name, COMMA)} "]" | "{{" {pairs} "}}"'
 
             self._rules.recursive(make)
         assert self._any is not None

@@ -20,6 +20,10 @@ class Unwritable(ValueError):
     """Whose schema it is."""
 
 
+class NoValue(Unwritable):
+    """Nothing fits it."""
+
+
 class Rules:
     """Each text of a rule is there once."""
 

@@ -72,9 +72,10 @@ def in_row(rules: Rules, members: Sequence[tuple[str, bool]], comma: str = "") -
     return head
 
 
-def any_number(rules: Rules, term: str, comma: str = "", most: int | None = None) -> str:
-    """Of members that are alike; up to ``most``."""
-    if not comma:
-        return f"({term})*" if most is None else f"({term}){{0,{most}}}"
-    more = "*" if most is None else f"{{0,{most - 1}}}"
-    return f"({term} ({comma} {term}){more})?"
+def any_number(term: str, comma: str = "", least: int = 0, most: int | None = None) -> str:
+    """Of what is alike, with ``comma`` between two."""
+    if most == 0:
+        return ""
+    first = max(least - 1, 0)
+    more = "" if most == 1 else f" ({comma} {term}){{{first},{'' if most is None else most - 1}}}"
+    return f"{term}{more}" if least else f"({term}{more})?"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from html import escape
 from typing import Any
 
 from microserve.gateway.parsing.typed import is_text, resolved, typed
 from microserve.gateway.parsing.written.frame import Parameters, Text
-from microserve.gateway.parsing.written.lark import Rules, Unwritable
+from microserve.gateway.parsing.written.lark import NoValue, Rules, Unwritable
 from microserve.gateway.parsing.written.members import ANY_NAME, Member, any_number, in_row, members_of
 from microserve.gateway.parsing.written.schema import (
     Parts,
@@ -32,12 +33,15 @@ def parameters_term(rules: Rules, how: Parameters, schema: Mapping[str, Any]) ->
     """Terms of all arguments. Raises :class:`Unwritable`."""
     members = members_of(schema, schema)
     if members.named:
-        written = [(_parameter(rules, how, each, schema), each.is_required) for each in members.named]
+        written = list[tuple[str, bool]]()
+        for member in members.named:
+            with suppress(NoValue) if not member.is_required else nullcontext():
+                written.append((_parameter(rules, how, member, schema), member.is_required))
         return in_row(rules, written)
     if members.others is False:
         return ""
     each = _written(rules, how, rules.terminal(ANY_NAME), "", members.others, schema)
-    return any_number(rules, rules.rule(each), most=MAX_OTHERS)
+    return any_number(rules.rule(each), most=MAX_OTHERS)
 
 
 def _parameter(rules: Rules, how: Parameters, member: Member, root: Mapping[str, Any]) -> str:
@@ -46,6 +50,8 @@ def _parameter(rules: Rules, how: Parameters, member: Member, root: Mapping[str,
         raise Unwritable(f"the name {member.name!r}")
     try:
         return rules.rule(_written(rules, how, "", name, member.schema, root))
+    except NoValue:
+        raise
     except Unwritable as error:
         raise Unwritable(f"{error} (of {member.name!r})") from None
 
@@ -76,11 +82,14 @@ def _written(
         kinds = kinds_in(parts.others)
         kinds = [each for each in kinds if each != "integer"] + ["number"] * ("integer" in kinds)
         for kind in dict.fromkeys(kinds):
-            value = json_term(of_kind(parts.others, kind), root)
+            found = of_kind(parts.others, kind)
+            if not found:
+                continue
+            value = json_term(found, root)
             behind = tuple(each.format(kind=kind) for each in _each(how.json))
             options.append(f"{begun(behind)} {value} {rules.terms(how.end)} {gap}".rstrip())
     if not options:
-        raise Unwritable("a schema without a value")
+        raise NoValue("a schema without a value")
     return options[0] if len(options) == 1 else " | ".join(options)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from microserve.gateway.parsing.typed import MAX_BRANCHES, REFERENCES, kind_of, referred
 from microserve.gateway.parsing.written.formats import FORMATS
-from microserve.gateway.parsing.written.lark import ANY, Unwritable, quoted, regex
+from microserve.gateway.parsing.written.lark import ANY, NoValue, Unwritable, quoted, regex
 from microserve.protocol.grammar.bounds import schemas_in
 from microserve.protocol.grammar.compiled import ANNOTATIONS, json_of
 
@@ -125,18 +125,23 @@ def of_kind(schemas: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     wanted = ("integer", "number") if kind == "number" else (kind,)
     found = []
     for each in schemas:
-        kinds = each.get("type", [])
-        kinds = [one for one in ([kinds] if isinstance(kinds, str) else kinds) if one in wanted]
-        values = [one for one in each.get("enum", [each.get("const")]) if kind_of(one) in wanted]
-        if "type" in each and kinds:
-            found.append({**each, "type": kinds if len(kinds) > 1 else kinds[0]})
-        elif "type" not in each and values:
-            found.append({"enum": values})
+        asked = each.get("type", wanted)
+        kinds = [one for one in ([asked] if isinstance(asked, str) else asked) if one in wanted]
+        rest = {**each, "type": kinds if len(kinds) > 1 else kinds[0]} if kinds else {}
+        if "const" in each or "enum" in each:
+            values = [each["const"]] if "const" in each else each["enum"]
+            values = [one for one in values if kind_of(one) in wanted]
+            rest = {**rest, "enum": values} if kinds and values else {}
+            rest.pop("const", None)
+        if rest:
+            found.append(rest)
     return found
 
 
 def json_term(schemas: list[dict[str, Any]], root: Mapping[str, Any]) -> str:
     """A value of one of these, in JSON."""
+    if not schemas:
+        raise NoValue("a schema without a value")
     schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     if any("$ref" in each for _, each in schemas_in(schema)):
         reachable: dict[str, dict[str, Any]] = {}
@@ -182,6 +187,10 @@ def text_term(schema: dict[str, Any], banned: str) -> tuple[str, bool]:
     return " & ".join([*(parts or [ANY]), f"~({ANY} {quoted(banned)} {ANY})"]), may_be_empty
 
 
+_ASCII = {"d": "0-9", "w": "A-Za-z0-9_"}
+_PART = re.compile(r"\\.|[\[\].]", re.DOTALL)
+
+
 def whole(pattern: str) -> str:
     """A terminal's body for texts in which a pattern of JSON Schema is found."""
     try:
@@ -193,9 +202,32 @@ def whole(pattern: str) -> str:
     inner = body[begins : len(body) - ends]
     if "^" in inner or "$" in inner or ((begins or ends) and _alternates(inner)):
         raise Unwritable(f"pattern {pattern[:64]!r}: ^ and $ within it")
-    bare = pattern[begins : len(pattern) - ends]
+    bare = _as_ecma(pattern[begins : len(pattern) - ends])
     before, after = "" if begins else f"{ANY} ", "" if ends else f" {ANY}"
     return f"({before}{regex(f'(?:{bare})')}{after})" if bare else ANY if not (begins and ends) else '""'
+
+
+def _as_ecma(pattern: str) -> str:
+    """With classes of ASCII only, and a dot that is no end of a line, as JSON Schema has them: those of Lark
+    know all of Unicode."""
+    in_class = False
+
+    def written(found: re.Match[str]) -> str:
+        nonlocal in_class
+        part = found[0]
+        name = part[1:]
+        if part in ("[", "]"):
+            in_class = part == "["
+        elif part == "." and not in_class:
+            return r"[^\n\r\u2028\u2029]"
+        elif name.lower() in _ASCII:
+            inner = _ASCII[name.lower()]
+            if in_class and name.isupper():
+                raise Unwritable(f"pattern {pattern[:64]!r}: {part} within a class")
+            return inner if in_class else f"[{'^' if name.isupper() else ''}{inner}]"
+        return part
+
+    return _PART.sub(written, pattern)
 
 
 def _alternates(body: str) -> bool:

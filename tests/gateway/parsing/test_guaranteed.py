@@ -4,6 +4,7 @@ grammar lets through is read as calls that fit."""
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator
 
+from microserve.gateway.parsing.written.lark import Unwritable
 from tests.support.parsing.schemas import arguments
 from tests.support.parsing.written import WRITTEN, World, typed
 
@@ -72,3 +74,33 @@ def walk(world: World, chance: random.Random) -> list[int] | None:
         ids.append(chance.choice(some))
         assert matcher.consume_token(ids[-1])
     return None
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "a kind without a value of it": ({"type": ["object", "boolean"], "enum": [True]}, ""),
+    "nothing that fits": ({"type": "object", "enum": ["x"]}, ""),
+    "one thing at most": ({"type": "array", "maxItems": 1, "items": {"type": "integer"}}, ""),
+    "none at all": ({"type": "array", "maxItems": 0}, ""),
+    "digits of ECMA": ({"type": "string", "pattern": r"^\d[\w-]*$"}, ""),
+    "classes that are inverted": ({"type": "string", "pattern": r"^[\D]$"}, "pattern"),
+    "a format that is not known here": ({"type": "string", "format": "ipv6"}, "format 'ipv6'"),
+    "a reference elsewhere": ({"$ref": "#/properties/q"}, "$ref"),
+    "two schemas at once": ({"allOf": [{"minLength": 1}, {"maxLength": 2}]}, "allOf"),
+}
+
+
+@pytest.mark.parametrize("family", ["glm", "deepseek_dsml", "kimi_xtml", "gemma"])
+@pytest.mark.parametrize("name", ODD)
+def test_what_is_odd_compiles_or_is_refused_by_name(family: str, name: str) -> None:
+    schema, says = ODD[name]
+    world = World(family, {"f": {"properties": {"p": schema, "q": {"type": "integer"}}}})
+    if says:
+        with pytest.raises(Unwritable, match=re.escape(says)) as refused:
+            assert world.lark
+        assert refused.value.tool == "f"
+        return
+    style = next(each for each in WRITTEN if each.split()[0] == family)
+    assert world.admits(WRITTEN[style]([("f", {"q": 1})]))
+    if name == "digits of ECMA":
+        assert world.admits(WRITTEN[style]([("f", {"p": "1a-"})]))
+        assert not world.admits(WRITTEN[style]([("f", {"p": "\u0663"})]))
