@@ -113,6 +113,7 @@ class HubClient:
 
         fruitless = 0
         with _Partial(_incomplete(blob), file, progress) as partial:
+            progress(partial.nbytes)  # which may raise, as at any piece
             while partial.nbytes < file.nbytes:
                 before = partial.nbytes
                 try:
@@ -220,7 +221,6 @@ class _Partial:
             self.begin_anew()
 
     def __enter__(self) -> _Partial:
-        self._progress(self.nbytes)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -47,6 +48,17 @@ def test_a_fetch_that_was_ended_is_gone_on_with_by_the_next(hub: Hub, place: Pla
     assert [line for line in hub.asked if "/store/" in line and line.startswith("GET")] == [
         f"GET /store/{digest} bytes={here}-"
     ]
+
+
+def test_a_fetch_that_is_ended_before_its_first_piece_leaves_no_file_open(hub: Hub, place: Place) -> None:
+    def stop(what: str, part: float | None) -> None:
+        if what.startswith(f"Fetching {WEIGHTS}"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(place, NAME, Wish(), stop)
+    open_files = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir() if file.exists()]
+    assert not [file for file in open_files if file.endswith(".incomplete")]
 
 
 def test_a_server_that_does_not_go_on_begins_anew(hub: Hub, place: Place) -> None:
