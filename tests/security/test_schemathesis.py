@@ -45,6 +45,7 @@ WISHES = {
     "/v1/chat/completions": wishes.of_chat,
     "/v1/completions": wishes.of_completions,
     "/v1/responses": wishes.of_responses,
+    "/v1/messages": wishes.of_messages,
 }
 """What is put into bodies that are valid."""
 CHECKS = [

@@ -112,3 +112,19 @@ def of_responses() -> st.SearchStrategy[dict[str, Any]]:
         st.fixed_dictionaries({"tools": tools}, optional={"tool_choice": _CHOICES | named}),
         formats.map(lambda each: {"text": {"format": each}}),
     )
+
+
+def of_messages() -> st.SearchStrategy[dict[str, Any]]:
+    """Of ``/v1/messages``."""
+    tools = _FUNCTIONS.map(
+        lambda each: [
+            {"name": one["name"], "input_schema": one.get("parameters") or {"type": "object"}} for one in each
+        ]
+    )
+    named = NAMES.map(lambda name: {"type": "tool", "name": name})
+    choices = st.sampled_from([{"type": "auto"}, {"type": "any"}, {"type": "none"}]) | named
+    return st.one_of(
+        st.just({}),
+        st.fixed_dictionaries({"tools": tools}, optional={"tool_choice": choices}),
+        SCHEMAS.map(lambda each: {"output_config": {"format": {"type": "json_schema", "schema": each}}}),
+    )
