@@ -33,6 +33,7 @@ ROOMS = {
     "tools": "Tools",
     "structured": "Structured output",
     "completions": "Completions",
+    "responses": "Responses",
     "elsewhere": "The client, models, and what there is not",
 }
 REF = "#/$defs/{name}"

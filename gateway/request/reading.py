@@ -13,13 +13,13 @@ def reading_of(request: GenerateRequest, parsers: ModelParsers) -> Reading | Non
     """None where answers are text and nothing else. Raises :class:`InvalidRequest`."""
     if not isinstance(request.prompt, Conversation):
         return None
-    use = request.tools
+    use, is_continued = request.tools, request.prompt.continues
     if use is None:
-        return Reading(parsers, Wanted()) if parsers.thoughts is not None else None
+        return Reading(parsers, Wanted(), is_continued) if parsers.thoughts is not None else None
     if parsers.tools is None:
         raise InvalidRequest(
             "tools is not supported: it is not known how this model calls them (model.tool_parser)",
             field="tools",
         )
     types = {name: schemas_of(function.parameters) for name, function in use.functions().items()}
-    return Reading(parsers, Wanted(types, use.one_only), use.mode == "named")
+    return Reading(parsers, Wanted(types, use.one_only), is_continued, use.mode == "named")

@@ -200,4 +200,8 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     def drop_prompt(self) -> None:
         """What is as large as a body has done its work; of which kind it was, stays."""
-        self.prompt = Conversation([]) if isinstance(self.prompt, Conversation) else Ids([])
+        prompt = self.prompt
+        if isinstance(prompt, Conversation):
+            self.prompt = Conversation([], continues=prompt.continues)
+        else:
+            self.prompt = Ids([])

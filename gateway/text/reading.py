@@ -26,6 +26,8 @@ class Reading:
 
     parsers: ModelParsers
     wanted: Wanted
+    is_continued: bool = False
+    """The answer goes on with a text that the prompt ends with, of any length."""
     is_named: bool = False
     """The call is the client's own choice: it is no reason to finish that needs telling."""
     _tails: list[tuple[Sequence[int], str]] = field(default_factory=list, repr=False, compare=False)
@@ -33,7 +35,9 @@ class Reading:
 
     def reader(self, tokenizer: ModelTokenizer, prompt_ids: Sequence[int]) -> AnswerReader:
         if not self._tails or self._tails[0][0] is not prompt_ids:
-            self._tails[:] = [(prompt_ids, tokenizer.tail(prompt_ids, self.marks))]
+            self._tails[:] = [
+                (prompt_ids, tokenizer.tail(prompt_ids, self.marks, all_of_it=self.is_continued))
+            ]
         return self.parsers.reader(self.wanted, self._tails[0][1])
 
     def thought_ends(self, tokenizer: ModelTokenizer, prompt_ids: Sequence[int]) -> tuple[int, ...]:

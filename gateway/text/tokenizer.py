@@ -199,10 +199,11 @@ class ModelTokenizer:
         """Of a short text that has markers."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def tail(self, token_ids: Sequence[int], marks: Mapping[int, str]) -> str:
+    def tail(self, token_ids: Sequence[int], marks: Mapping[int, str], *, all_of_it: bool = False) -> str:
         """The text of the last tokens, some of which are ``marks``."""
-        tail = token_ids[-TAIL_TOKENS:]
-        detokenizer = self.detokenizer(token_ids[:-TAIL_TOKENS])
+        begin = 0 if all_of_it else max(len(token_ids) - TAIL_TOKENS, 0)
+        tail = token_ids[begin:]
+        detokenizer = self.detokenizer(token_ids[:begin])
         return "".join(
             marks[token_id] if token_id in marks else detokenizer.step(token_id)[1] for token_id in tail
         )

@@ -311,6 +311,15 @@ def go_on(bench: Bench) -> None:
     assert bench.prompt().endswith(f"{HEAD}Well, ")
 
 
+@probe("an answer that goes on with a thought that was begun", says=" then\n</think>\n\nyes")
+def go_on_thinking(bench: Bench) -> None:
+    for begun in ("<think>\nso", "<think>\n" + "so " * 150):
+        messages = [*USER, {"role": "assistant", "content": begun}]
+        reply = bench.chat(messages=messages, extra_body={"continue_final_message": True})
+        message = reply.choices[0].message
+        assert (message.content, message.model_extra["reasoning"]) == ("yes", " then")
+
+
 @probe("`continue_final_message` with `add_generation_prompt`", refused=400, param="continue_final_message")
 def go_on_and_begin(bench: Bench) -> None:
     bench.chat(extra_body={"continue_final_message": True, "add_generation_prompt": True})

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from microserve.protocol.messages.engine import TokenLogprob
-from tests.gateway.probes import chat, completions, elsewhere, structured, tools
+from tests.gateway.probes import chat, completions, elsewhere, responses, structured, tools
 from tests.gateway.probes.probe import KEY, PROBES, Bench, Probe
 from tests.support.gateway.gateway_world import Served, special_id
 from tests.support.gateway.living import Living
@@ -17,7 +17,7 @@ from tests.support.gateway.talking_model import make_talking_model, talking_toke
 
 pytestmark = pytest.mark.slow
 
-ROOMS = (chat, completions, elsewhere, structured, tools)
+ROOMS = (chat, completions, elsewhere, responses, structured, tools)
 LEAST = 52
 
 
