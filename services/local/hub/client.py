@@ -126,7 +126,8 @@ class HubClient:
                     if fruitless > 1:
                         raise
                     metadata = get_hf_file_metadata(url, token=self._token, endpoint=self._place.endpoint)
-                except _transport_error():
+                # huggingface_hub closes the client that all threads share where one of them cannot connect.
+                except (_transport_error(), RuntimeError):
                     fruitless = fruitless + 1 if partial.nbytes == before else 0
                     if fruitless > NUM_RETRIES:
                         raise

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import close_session, constants
 
 from microserve.services.local.hub import client
 from microserve.services.local.hub.fetch import Wish, fetch
@@ -48,6 +48,19 @@ def test_a_fetch_that_was_ended_is_gone_on_with_by_the_next(hub: Hub, place: Pla
     assert [line for line in hub.asked if "/store/" in line and line.startswith("GET")] == [
         f"GET /store/{digest} bytes={here}-"
     ]
+
+
+def test_a_client_that_another_thread_has_closed_is_made_anew(hub: Hub, place: Place) -> None:
+    """As huggingface_hub does where a thread cannot connect."""
+    closed: list[float] = []
+
+    def report(what: str, part: float | None) -> None:
+        if what.startswith(f"Fetching {WEIGHTS}") and part is not None and part > 0.5 and not closed:
+            closed.append(part)
+            close_session()
+
+    assert (fetch(place, NAME, Wish(), report) / WEIGHTS).read_bytes() == FILES[WEIGHTS]
+    assert closed
 
 
 def test_a_fetch_that_is_ended_before_its_first_piece_leaves_no_file_open(hub: Hub, place: Place) -> None:
