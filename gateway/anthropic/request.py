@@ -47,7 +47,9 @@ def into_counted(body: CountTokensRequest) -> GenerateRequest:
     thinking, turns = body.thinking, turns_of(body.system, body.messages)
     request = GenerateRequest(
         model=body.model,
-        prompt=Conversation(turns, _options(body), continues=turns[-1].role == "assistant"),
+        prompt=Conversation(
+            turns, _options(body), continues=turns[-1].role == "assistant", folds_system=True
+        ),
         grammar=_grammar(body),
         tools=tool_use_of(body),
         names=NAMES,

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, assert_never
 
+import msgspec
+
 from microserve.gateway.request.request import Conversation, GenerateRequest, Ids, TemplateOption, Texts, Turn
 from microserve.gateway.routers.link import ModelLimits
-from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.chat_template import REFUSED, ChatTemplate
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest, RequestError
 
@@ -86,9 +88,29 @@ async def encoded(
             continues=conversation.continues,
         )
     except RequestError as error:
+        if conversation.folds_system and error.detail.startswith(REFUSED):
+            folded = msgspec.structs.replace(
+                conversation, turns=without_late_system(conversation.turns), folds_system=False
+            )
+            if folded.turns != conversation.turns:
+                return await encoded(folded, tools, tokenizer, max_tokens=max_tokens, field=field)
         if error.field == "messages":  # which is what templates call them
             error.field = field
         raise
+
+
+def without_late_system(turns: Sequence[Turn]) -> list[Turn]:
+    """Instructions in the midst of a conversation as words of the user's, whose turns in a row are one."""
+    found: list[Turn] = []
+    for turn in turns:
+        said = turn
+        if turn.role == "system" and found:
+            said = Turn(role="user", content=turn.content)
+        if found and found[-1].role == said.role == "user":
+            content = "\n".join(filter(None, (found[-1].content, said.content)))
+            said = msgspec.structs.replace(found.pop(), content=content)
+        found.append(said)
+    return found
 
 
 def check_template(

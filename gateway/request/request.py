@@ -60,6 +60,8 @@ class Conversation(msgspec.Struct, tag="conversation", omit_defaults=True):
     """By the variable's name."""
     continues: bool = False
     """The answer goes on with the text of the last turn."""
+    folds_system: bool = False
+    """Where a template takes no ``system`` but the first turn, later ones are the user's."""
 
 
 class Texts(msgspec.Struct, tag="texts", omit_defaults=True):

@@ -25,6 +25,8 @@ from microserve.protocol.errors import ConfigError, InvalidRequest
 
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_TEMPLATE_CHARS = 1 << 20
+REFUSED = "the model's chat template refused the messages"
+"""How it begins what is said of such messages."""
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -141,9 +143,7 @@ class ChatTemplate:
         try:
             return self._template.render(variables)
         except Exception as error:  # a template is a program: it may raise anything
-            raise InvalidRequest(
-                f"the model's chat template refused the messages: {error}", field="messages"
-            ) from None
+            raise InvalidRequest(f"{REFUSED}: {error}", field="messages") from None
 
 
 def read_json(file: Path) -> dict[str, Any]:

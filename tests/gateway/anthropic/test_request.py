@@ -73,6 +73,7 @@ def test_a_body_with_everything() -> None:
                 "enable_thinking": TemplateOption(True, "thinking", is_hint=True),
                 "reasoning_effort": TemplateOption("high", "output_config.effort", is_hint=True),
             },
+            folds_system=True,
         ),
         sampling=SamplingWish(max_tokens=5, is_max_cut=True, temperature=0.5, top_p=0.9, top_k=4),
         stop=["END", "\n\n"],

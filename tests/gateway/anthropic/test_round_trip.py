@@ -85,7 +85,9 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
     grammars = st.builds(lambda field, schema: json_schema(field, schema, is_strict=True), fields, OBJECTS)
     return GenerateRequest(
         model=draw(WORDS),
-        prompt=Conversation(conversation, options, continues=conversation[-1].role == "assistant"),
+        prompt=Conversation(
+            conversation, options, continues=conversation[-1].role == "assistant", folds_system=True
+        ),
         sampling=SamplingWish(
             max_tokens=draw(st.integers(1, 99)),
             is_max_cut=True,

@@ -19,7 +19,7 @@ from microserve.gateway.request.sampling import sampling_of
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
-from tests.support.gateway.gateway_world import run
+from tests.support.gateway.gateway_world import make_model, run
 from tests.support.gateway.talking_model import make_talking_model, talking_tokenizer
 
 LIMITS = ModelLimits(max_model_len=1000, vocab_size=500)
@@ -56,6 +56,50 @@ def test_an_answer_goes_on_with_the_last_turn(tokenizer: ModelTokenizer, raw_tok
     assert shown == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nThe answer is ("
     with pytest.raises(InvalidRequest):
         prompt_of(request(HI, Turn(role="assistant", content=None), continues=True), tokenizer, raw_tokenizer)
+
+
+STRICT = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('not here') }}"
+    "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_late_instructions_are_the_users_where_a_template_takes_none(
+    tmp_path: Path, tokenizer: ModelTokenizer, raw_tokenizer: Tokenizer
+) -> None:
+    model = make_model(tmp_path / "strict")
+    (model / "chat_template.jinja").write_text(STRICT)
+    strict = ModelTokenizer.load(model)
+    turns = [
+        Turn(role="system", content="Be."),
+        HI,
+        Turn(role="system", content="Be brief."),
+        Turn(role="assistant", content="yes"),
+        Turn(role="system", content="Now."),
+    ]
+    for used, role, between in ((strict, "user", "\n"), (tokenizer, "system", None)):
+        asked = GenerateRequest(model="m", prompt=Conversation(turns, folds_system=True))
+        border = between or "<|im_end|>\n<|im_start|>system\n"
+        assert prompt_of(asked, used, raw_tokenizer) == (
+            f"<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nhi{border}Be brief.<|im_end|>\n"
+            f"<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>{role}\nNow.<|im_end|>\n<|im_start|>assistant\n"
+        )
+    asked = GenerateRequest(model="m", prompt=Conversation(turns), names={"prompt": "input"})
+    with pytest.raises(InvalidRequest) as error:
+        prompt_of(asked, strict, raw_tokenizer)
+    assert error.value.field == "input"
+
+
+def test_a_template_that_refuses_without_late_instructions_has_its_say(
+    tmp_path: Path, raw_tokenizer: Tokenizer
+) -> None:
+    model = make_model(tmp_path / "strict")
+    (model / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    for turns in ([HI], [HI, Turn(role="system", content="Be."), HI]):
+        asked = GenerateRequest(model="m", prompt=Conversation(turns, folds_system=True))
+        with pytest.raises(InvalidRequest, match="never"):
+            prompt_of(asked, ModelTokenizer.load(model), raw_tokenizer)
 
 
 def test_a_bound_is_cut_to_fit_where_the_client_says_so() -> None:
