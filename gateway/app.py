@@ -13,7 +13,7 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from microserve.gateway import operator_routes
+from microserve.gateway import operator_routes, response_routes
 from microserve.gateway.dialects import CHAT, COMPLETIONS, MESSAGES, RESPONSES, manners_of
 from microserve.gateway.generation.completion import Completion
 from microserve.gateway.http.errors import (
@@ -95,6 +95,8 @@ class Application:
             ("/v1/chat/completions", post, _chat),
             ("/v1/completions", post, _completions),
             ("/v1/responses", post, _responses),
+            ("/v1/responses/{response_id}", (*get, "DELETE"), response_routes.response),
+            ("/v1/responses/{response_id}/input_items", get, response_routes.input_items),
             ("/v1/messages", post, _messages),
             ("/v1/messages/count_tokens", post, operator_routes.count_tokens),
             ("/v1/models", get, operator_routes.models),

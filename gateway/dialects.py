@@ -14,7 +14,7 @@ from microserve.gateway.anthropic.counting import counted
 from microserve.gateway.anthropic.errors import messages_problem_of
 from microserve.gateway.anthropic.request import into_request
 from microserve.gateway.anthropic.schema import CountTokensRequest, MessagesRequest
-from microserve.gateway.api.dialect import Dialect
+from microserve.gateway.api.dialect import Dialect, Recall
 from microserve.gateway.http.errors import Problem, problem_of
 from microserve.gateway.openai.chat import ChatFormat, chat_request
 from microserve.gateway.openai.completions import CompletionFormat, completion_request
@@ -27,13 +27,17 @@ from microserve.gateway.openai.schema import (
 from microserve.gateway.openai.tokens import detokenized, tokenized
 from microserve.gateway.responses.asking import responses_request
 from microserve.gateway.responses.format import ResponsesFormat
+from microserve.gateway.responses.keeping import names_of
 from microserve.gateway.responses.schema import ResponsesRequest
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import MeshError
 
 CHAT = Dialect("chat", ChatRequest, chat_request, ChatFormat, "messages")
 COMPLETIONS = Dialect("completions", CompletionRequest, completion_request, CompletionFormat, "prompt")
-RESPONSES = Dialect("responses", ResponsesRequest, responses_request, ResponsesFormat, "input")
+RESPONSES = Dialect(
+    *("responses", ResponsesRequest, responses_request, ResponsesFormat, "input"),
+    recall=Recall(names_of, responses_request),
+)
 MESSAGES = Dialect("messages", MessagesRequest, into_request, MessageFormat, "messages")
 
 DIALECTS: Mapping[str, Dialect[Any]] = {each.name: each for each in (CHAT, COMPLETIONS, RESPONSES, MESSAGES)}

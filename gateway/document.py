@@ -23,7 +23,7 @@ from microserve.gateway.openai.schema import (
 )
 from microserve.gateway.request.request import MAX_CHOICES
 from microserve.gateway.responses.described import describe
-from microserve.gateway.responses.replies import ResponseReply
+from microserve.gateway.responses.replies import DeletedResponse, InputItemList, ResponseReply
 from microserve.gateway.responses.schema import ResponsesRequest
 from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.messages.sampling import MAX_COUNT, MAX_TOKEN_ID
@@ -51,7 +51,7 @@ _WARNING = "What was asked for and is not done as asked: unknown fields by their
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What one path does with its one method."""
+    """What one path does with one method."""
 
     path: str
     summary: str
@@ -63,6 +63,9 @@ class Operation:
     is_open: bool = False
     """Also without a key."""
     is_503_a_reply: bool = False
+    deletes: bool = False
+    query: tuple[str, ...] = ()
+    """Names of what may stand behind the path."""
     error: type[msgspec.Struct] = replies.ErrorEnvelope
 
 
@@ -72,6 +75,14 @@ OPERATIONS = (
         "/v1/completions", "Go on with a text.", replies.CompletionReply, CompletionRequest, streams=True
     ),
     Operation("/v1/responses", "Answer items.", ResponseReply, ResponsesRequest, streams=True),
+    Operation("/v1/responses/{response_id}", "A response that is kept.", ResponseReply),
+    Operation("/v1/responses/{response_id}", "Throw it away.", DeletedResponse, deletes=True),
+    Operation(
+        "/v1/responses/{response_id}/input_items",
+        "What it was made of.",
+        InputItemList,
+        query=("order", "limit", "after"),
+    ),
     Operation(
         "/v1/messages",
         "Answer a conversation, as Anthropic has it.",
@@ -135,7 +146,7 @@ def document(
             "version": version,
             "description": "The APIs of OpenAI and Anthropic. Unlisted fields are ignored; bodies are JSON.",
         },
-        "paths": {each.path: _path(each) for each in OPERATIONS},
+        "paths": _paths(),
         "components": {"schemas": schemas},
     }
     if needs_key:
@@ -144,13 +155,21 @@ def document(
     return msgspec.json.encode(whole)
 
 
+def _paths() -> dict[str, Any]:
+    paths: dict[str, Any] = {}
+    for each in OPERATIONS:
+        paths.setdefault(each.path, {}).update(_path(each))
+    return paths
+
+
 def _path(operation: Operation) -> dict[str, Any]:
     described: dict[str, Any] = {"summary": operation.summary, "responses": _responses(operation)}
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in ("model_id",)
+        for name in ("model_id", "response_id")
         if f"{{{name}}}" in operation.path
     ]
+    parameters += [{"name": name, "in": "query", "schema": {"type": "string"}} for name in operation.query]
     if operation.streams:
         parameters += [
             {"name": name, "in": "header", "description": text, "schema": schema}
@@ -161,7 +180,7 @@ def _path(operation: Operation) -> dict[str, Any]:
     if operation.is_open:
         described["security"] = []
     if operation.request is None:
-        return {"get": described}
+        return {"delete" if operation.deletes else "get": described}
     described["requestBody"] = {"required": True, "content": {_JSON: {"schema": _ref(operation.request)}}}
     return {"post": described}
 

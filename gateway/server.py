@@ -29,12 +29,14 @@ from microserve.gateway.http.cors import with_cors
 from microserve.gateway.http.exchange import BodyBudget
 from microserve.gateway.http.server import address_of, bind, make_server
 from microserve.gateway.http.tls import Certificate
+from microserve.gateway.kept.shelf import Bounds
+from microserve.gateway.kept.store import Store
 from microserve.gateway.keys.key import ApiKey, plain_keys
 from microserve.gateway.keys.ledger import Ledger
 from microserve.gateway.keys.quota import Quotas
 from microserve.gateway.keys.reader import KeyReader
 from microserve.gateway.keys.ring import KeyRing
-from microserve.gateway.keys.usage import UsageBook
+from microserve.gateway.keys.usage import DAY_S, UsageBook
 from microserve.gateway.metrics import GatewayMetrics
 from microserve.gateway.parsing.parsers import ModelParsers, signs_of
 from microserve.gateway.request.attributes import Attributes
@@ -157,6 +159,12 @@ async def _serve(
             stack.push_async_callback(siblings.close)
         stack.push_async_callback(state.routers.close)
         stack.enter_context(_server_log())
+        if gateway.responses_path:
+            bounds = Bounds(
+                gateway.responses_mb << 20, gateway.responses_count, gateway.responses_days * DAY_S
+            )
+            state.store = Store(gateway.responses_path, bounds, time.time)
+            stack.push_async_callback(state.store.close)
         if gateway.usage_path:
             # Only keys of a file have budgets.
             ledger = Ledger(gateway.usage_path, state.quotas.book, time.time, asks_others=reader is not None)

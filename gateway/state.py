@@ -16,6 +16,7 @@ from microserve.gateway.grammar.checker import GrammarChecker
 from microserve.gateway.helper.helper import Helpers
 from microserve.gateway.http.errors import Forbidden
 from microserve.gateway.http.exchange import BodyBudget
+from microserve.gateway.kept.store import Store
 from microserve.gateway.keys.key import ANONYMOUS, ApiKey
 from microserve.gateway.keys.quota import Quotas
 from microserve.gateway.keys.ring import KeyRing
@@ -68,6 +69,8 @@ class GatewayState:
     """What strategies may be told of a request."""
     num_choices: int = 0
     """In flight; changed by :meth:`reserve` and :meth:`give_back` only."""
+    store: Store | None = None
+    """Of answers that clients may go on from; None: nothing is kept."""
     siblings: Siblings | None = None
     """Of a gateway of several workers."""
     draining: bool = False

@@ -13,16 +13,18 @@ from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.world import MAX_WORLD_RANKS, fault_of_world
-from microserve.protocol.settings_bounds import fault_of_number
+from microserve.protocol.settings_bounds import (
+    Count,
+    CountOrZero,
+    Positive,
+    PositiveOrZero,
+    Section,
+    fault_of_number,
+)
+from microserve.protocol.settings_gateway import GatewaySettings
 
 SECRET_FIELDS = ("gateway.api_keys",)
 """Never printed, not even when they are wrong."""
-
-Count = Annotated[int, Meta(gt=0)]
-CountOrZero = Annotated[int, Meta(ge=0)]
-Positive = Annotated[float, Meta(gt=0)]
-PositiveOrZero = Annotated[float, Meta(ge=0)]
-"""Bounds are said at the field, here and by ``Meta``. Floats are finite."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 CPU_KERNELS = ("auto", "transformers", "portable", "avx2", "avx512", "avx512bf16", "amx")
@@ -30,11 +32,7 @@ _OLD_LEVELS = {"warn": "warning", "fatal": "critical", "notset": "debug"}
 _ADDRESS = re.compile(r"tcp://(\[[^]\s]+\]|[^][:/\s]+):(?P<port>\d{1,5})|ipc://\S+|inproc://\S+")
 
 
-class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    pass
-
-
-class BusSettings(_Section, frozen=True):
+class BusSettings(Section, frozen=True):
     heartbeat_interval_s: Positive = 0.25
     liveness: Count = 6
     """Missed intervals after which a peer is lost."""
@@ -50,7 +48,7 @@ class BusSettings(_Section, frozen=True):
     """Run without keys: whoever reaches a service may read prompts, publish code and be an engine."""
 
 
-class ModelSettings(_Section, frozen=True):
+class ModelSettings(Section, frozen=True):
     path: str = ""
     """Directory with config.json, tokenizer.json and safetensors; or ORG/NAME[@REVISION] at the Hub."""
     name: str = ""
@@ -72,13 +70,13 @@ class ModelSettings(_Section, frozen=True):
     map them, and start from them. 0: each engine packs its own."""
 
 
-class EngineSettings(_Section, frozen=True):
+class EngineSettings(Section, frozen=True):
     id: str = ""
     """Default: made up at start."""
     address: str = "tcp://127.0.0.1:0"
     events_address: str = "tcp://127.0.0.1:0"
     replay_address: str = "tcp://127.0.0.1:0"
-    labels: list[str] = []
+    labels: list[str] = msgspec.field(default_factory=list)
     threads: Count = 1
     device: str = "cpu"
     """``cpu`` or ``cuda:N``."""
@@ -110,7 +108,7 @@ class EngineSettings(_Section, frozen=True):
     drain_s: PositiveOrZero = 30.0
 
 
-class KvCacheSettings(_Section, frozen=True):
+class KvCacheSettings(Section, frozen=True):
     heap: str = "auto"
     """``shm`` on a CPU; memory of a GPU: ``cuda_ipc``, or ``nvshmem``, which has a section of its own.
     ``auto``: ``shm`` or ``cuda_ipc``, as the device is. Only engines with the same exchange KV."""
@@ -125,7 +123,7 @@ class KvCacheSettings(_Section, frozen=True):
     """Verify every received block by checksum before first use."""
 
 
-class NvshmemSettings(_Section, frozen=True):
+class NvshmemSettings(Section, frozen=True):
     """Which world an engine joins, as which rank; for ``kvcache.heap = "nvshmem"``."""
 
     world: str = ""
@@ -164,20 +162,20 @@ class NvshmemSettings(_Section, frozen=True):
             )
 
 
-class IndexSettings(_Section, frozen=True):
+class IndexSettings(Section, frozen=True):
     address: str = "tcp://127.0.0.1:7100"
     max_mb: Count = 256
     control_path: str = ""
     """File (SQLite) of the control log; empty: in memory, published strategies end with the index."""
 
 
-class RouterSettings(_Section, frozen=True):
+class RouterSettings(Section, frozen=True):
     id: str = ""
     address: str = "tcp://127.0.0.1:7101"
     default_strategy: str = "auto"
-    strategies: dict[str, dict[str, Any]] = {}
+    strategies: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
     """Parameters by strategy, e.g. ``[router.strategies.balanced] ratio = 0.2``."""
-    strategy_files: list[str] = []
+    strategy_files: list[str] = msgspec.field(default_factory=list)
     """Python files with strategies of your own."""
     max_requests: Count = 1024
     headroom: Annotated[float, Meta(ge=0, le=1)] = 0.5
@@ -203,57 +201,7 @@ class RouterSettings(_Section, frozen=True):
     away from that version; empty: it does not."""
 
 
-class GatewaySettings(_Section, frozen=True):
-    id: str = ""
-    """Default: made up at start."""
-    host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
-    workers: Annotated[int, Meta(gt=0, le=64)] = 1
-    """Processes that share the port. ``max_streams`` and ``max_connections`` are of all of them together."""
-    routers: list[str] = []
-    """Router addresses; default: ``router.address``."""
-    router_keys: list[str] = []
-    """For each of them, NAME of NAME.key in ``bus.curve_dir``; default: ``router`` for all."""
-    api_keys: list[str] = []
-    """The operator's own, without limits. Without any here or in ``api_keys_file``, none is needed."""
-    api_keys_file: str = ""
-    """TOML with named keys and their limits (``microserve key new``); read anew when it changes."""
-    allow_no_keys: bool = False
-    """Listen off loopback without API keys: everybody who can reach the address may use the mesh."""
-    usage_path: str = ""
-    """File (SQLite) of what each key has used; empty: in memory, daily budgets begin anew at a restart."""
-    attributes: list[str] = msgspec.field(default_factory=lambda: ["user", "prompt_cache_key"])
-    """What strategies may see of a request beside its prompt, tenant and priority: ``user``,
-    ``prompt_cache_key``, ``safety_identifier``, ``service_tier``, ``metadata`` or ``metadata.KEY``,
-    ``header.NAME``."""
-    private_attributes: list[str] = msgspec.field(default_factory=lambda: ["user", "prompt_cache_key"])
-    """Of these, those whose values stand in no log."""
-    shared_prefix_cache: bool = False
-    """All keys have one prefix cache: faster, and each can tell whether a prompt was asked before."""
-    tls_cert: str = ""
-    """PEM file of the certificate and its chain; with ``tls_key``: HTTPS."""
-    tls_key: str = ""
-    cors_origins: list[str] = []
-    """Whose pages may ask from a browser, e.g. ``https://chat.example.org``; ``*``: everybody's."""
-    max_body_mb: Count = 32
-    max_body_values: Count = 1_048_576
-    """Values that one body may have, of all its lists and maps together."""
-    max_body_depth: Count = 64
-    """Lists and maps within each other."""
-    parse_control_tokens: bool = False
-    """What a message says in the form of a control token (``<|im_end|>``) is one; else it is text."""
-    template_cpu_s: Positive = 2.0
-    """CPU time that the model's chat template may take for one conversation; beyond it: 400."""
-    request_timeout_s: Positive = 600.0
-    generation_config: bool = True
-    """Sampling that a request leaves open is as the model's ``generation_config.json`` says."""
-    max_n: Count = 16
-    max_streams: Count = 20_000
-    max_connections: CountOrZero = 0
-    """Open at a time; 0: as many as descriptors allow. The others wait until there is room."""
-
-
-class LogSettings(_Section, frozen=True):
+class LogSettings(Section, frozen=True):
     level: str = "info"
     dir: str = ""
     """Directory of one JSON-lines file a service; empty: stderr."""
@@ -268,7 +216,7 @@ class LogSettings(_Section, frozen=True):
     ``log.sampled``."""
 
 
-class MeshSettings(_Section, frozen=True):
+class MeshSettings(Section, frozen=True):
     """What ``microserve up`` starts."""
 
     engines: Count = 2
@@ -281,7 +229,7 @@ class MeshSettings(_Section, frozen=True):
     again; 0: none is."""
 
 
-class Settings(_Section, frozen=True):
+class Settings(Section, frozen=True):
     bus: BusSettings = BusSettings()
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()

@@ -1,4 +1,5 @@
-"""Bounds of numbers as their types say them (``Annotated[float, Meta(gt=0)]``): kept or not, and in words.
+"""What settings are made of: sections, and numbers whose types say their bounds (``Annotated[float,
+Meta(gt=0)]``): kept or not, and in words.
 
 Knows no setting by name.
 """
@@ -6,11 +7,22 @@ Knows no setting by name.
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
+import msgspec
 from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError
+
+Count = Annotated[int, Meta(gt=0)]
+CountOrZero = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+PositiveOrZero = Annotated[float, Meta(ge=0)]
+"""Bounds are said at the field, here and by ``Meta``. Floats are finite."""
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
 
 
 def fault_of_number(path: str, kind: Any, value: Any) -> ConfigError | None:

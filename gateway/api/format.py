@@ -34,6 +34,8 @@ class Answering:
     fingerprint: str
     num_prompt_tokens: int
     """Of all prompts."""
+    keeps: bool = False
+    """What :attr:`AnswerFormat.kept` says is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,9 @@ class AnswerFormat(ABC):
 
     needs_usage: bool = False
     """The end of a stream tells of tokens: :meth:`end` gets the counts."""
+
+    kept: tuple[str, bytes] | None = None
+    """Name and content of what is to be kept, known before the last bytes are sent."""
 
     @abstractmethod
     def opening(self, index: int) -> bytes:

@@ -7,7 +7,7 @@ answer, and the end whatever happened: cancelled on the bus, counted, one canoni
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import monotonic, time
 from typing import Generic, TypeVar
 
@@ -22,7 +22,7 @@ from microserve.gateway.generation.accounting import account, usage_of
 from microserve.gateway.generation.constraint import constraint_of
 from microserve.gateway.generation.group import ChoiceGroup
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
-from microserve.gateway.http.errors import ClientGone
+from microserve.gateway.http.errors import ClientGone, NotKept
 from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of, warning_header
 from microserve.gateway.http.sse import EventStream
 from microserve.gateway.request.prompts import prompts_of
@@ -106,13 +106,20 @@ class Completion(Generic[B]):
         else:
             found = parsed(body, self._dialect.body, state.shape)
             state.check_model(found.body.model, self._exchange.key)
-            request = self._dialect.into(found.body)
-            request.warnings += found.warnings
-            del found
-            self._begin(request)
-            limits = state.routers.limits
-            group.times.tokenising = monotonic()
-            prompts = await prompts_of(request, state.tokenizer, limits)
+            needed = self._dialect.needs(found.body)
+            kept = await self._find(needed) if needed else {}
+            if len(body) + sum(map(len, kept.values())) > INLINE_BODY_NBYTES:
+                request, prompts = await self._prepare_large(body, kept)
+                self._begin(request)
+                limits = state.routers.limits
+            else:
+                request = self._dialect.request(found.body, kept)
+                request.warnings += found.warnings
+                self._begin(request)
+                limits = state.routers.limits
+                group.times.tokenising = monotonic()
+                prompts = await prompts_of(request, state.tokenizer, limits)
+            del found, kept
         sampling = sampling_of(request, limits, max(map(len, prompts)), state.defaults)
         check_prompts(request, sampling, prompts)
         reading = reading_of(request, state.parsers)
@@ -138,10 +145,13 @@ class Completion(Generic[B]):
             model=state.model,
             fingerprint=f"microserve-{state.version}",
             num_prompt_tokens=sum(map(len, prompts)),
+            keeps=state.store is not None,
         )
         return self._dialect.format(answering)
 
-    async def _prepare_large(self, body: bytes) -> tuple[GenerateRequest, Sequence[Sequence[int]]]:
+    async def _prepare_large(
+        self, body: bytes, kept: Mapping[str, bytes] | None = None
+    ) -> tuple[GenerateRequest, Sequence[Sequence[int]]]:
         """By a helper: its request and its prompts' ids. Raises what has ended the inbox meanwhile."""
         state, inbox = self._state, self._group.inbox
         state.check_model(None, self._exchange.key)  # the name in it comes later
@@ -150,11 +160,29 @@ class Completion(Generic[B]):
             *(self._dialect.name, body, state.routers.known_limits),
             field=self._dialect.prompt_field,
             is_wanted=lambda: inbox.error is None,
+            find=self._find,
+            kept=kept,
         )
         if prepared is None:
             assert inbox.error is not None
             raise inbox.error
         return prepared
+
+    async def _find(self, names: Mapping[str, str]) -> Mapping[str, bytes]:
+        """What was kept for this client under these names, which came by these fields."""
+        store, owner = self._state.store, self._exchange.key.name
+        found = {}
+        for name, field in names.items():
+            data = None if store is None else await store.get(owner, name)
+            if data is None:
+                raise NotKept(f"{field}: no response {name[:128]!r} is kept here", field=field)
+            found[name] = data
+        return found
+
+    async def _keep(self, answer: AnswerFormat) -> None:
+        """Before its client hears of the end, who may go on from it at once."""
+        if self._state.store is not None and answer.kept is not None:
+            await self._state.store.put(self._exchange.key.name, *answer.kept)
 
     def _begin(self, request: GenerateRequest) -> None:
         check_choices(request, self._state.max_n)
@@ -180,6 +208,7 @@ class Completion(Generic[B]):
             body = await asyncio.to_thread(answer.reply, choices, counts)
         else:
             body = answer.reply(choices, counts)
+        await self._keep(answer)
         await self._exchange.reply(200, body, self._mesh_headers())
 
     def _mesh_headers(self) -> dict[str, str]:
@@ -214,7 +243,9 @@ class Completion(Generic[B]):
                 if answer.needs_usage:
                     await group.settle()
                     counts = usage_of(group.choices, self._n)
-                await stream.close(answer.end(counts))
+                last = answer.end(counts)
+                await self._keep(answer)
+                await stream.close(last)
             except MeshError as error:
                 if self._exchange.started and not isinstance(error, ClientGone):
                     inbox.cancel()

@@ -7,7 +7,7 @@ grammars have one of their own.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -25,6 +25,7 @@ from microserve.gateway.helper.jobs import (
     Rendered,
     Result,
     Setup,
+    Wanting,
 )
 from microserve.gateway.helper.process import HelperDied, HelperProcess
 from microserve.gateway.helper.work import GRAMMAR_CPU_S, cpu_budget_s
@@ -44,6 +45,9 @@ GRAMMARS_MEMORY_MB = 1024
 WALL_S_PER_CPU_S = 5.0
 """On a machine that has other things to do."""
 START_S = 30.0
+
+Find = Callable[[Mapping[str, str]], Awaitable[Mapping[str, bytes]]]
+"""What was kept under these names, which came by these fields. Raises what says that there is none."""
 
 
 class Helpers:
@@ -103,25 +107,40 @@ class Helpers:
         return answer[0].text, answer[0].warnings
 
     async def prepare(
-        self, kind: str, body: bytes, limits: ModelLimits, *, field: str, is_wanted: Callable[[], bool]
+        self,
+        kind: str,
+        body: bytes,
+        limits: ModelLimits,
+        *,
+        field: str,
+        is_wanted: Callable[[], bool],
+        find: Find,
+        kept: Mapping[str, bytes] | None = None,
     ) -> tuple[GenerateRequest, list[Sequence[int]]] | None:
         """The request of a large body, without its prompt, and the ids of its prompts; None when its turn
         came and nobody wanted it any more. ``kind``: the name of its dialect; ``field``: of it, that becomes
-        the prompt. Raises what parsing and tokenising it here would."""
-        answer = await self._prepare(kind, body, limits, field, is_wanted)
+        the prompt; ``find``: brings what the body needs, where that is not in ``kept``. Raises what parsing
+        and tokenising it here would."""
+        answer = await self._prepare(kind, body, limits, field, is_wanted, kept)
+        if answer is not None and isinstance(answer[0], Wanting):
+            kept = await find(answer[0].names)
+            answer = await self._prepare(kind, body, limits, field, is_wanted, kept)
         if answer is None:
             return None
         prepared, bulk = answer
         if not isinstance(prepared, Prepared):
             raise InternalError("a helper gave another job's answer")
+        num_ids = sum(prepared.lengths)
         ids = array("I")
-        ids.frombytes(bulk)
+        ids.frombytes(memoryview(bulk)[: num_ids * ids.itemsize])
         prompts: list[Sequence[int]] = []
         begin = 0
         for length in prepared.lengths:
             prompts.append(ids[begin : begin + length])
             begin += length
-        return msgspec.json.decode(prepared.request, type=GenerateRequest), prompts
+        request = msgspec.json.decode(prepared.request, type=GenerateRequest)
+        request.context = bulk[num_ids * ids.itemsize :]
+        return request, prompts
 
     async def reply(
         self, kind: str, body: bytes, limits: ModelLimits, *, field: str
@@ -141,8 +160,12 @@ class Helpers:
         limits: ModelLimits,
         field: str,
         is_wanted: Callable[[], bool] | None,
+        kept: Mapping[str, bytes] | None = None,
     ) -> tuple[Result, bytes] | None:
-        job = Prepare(kind, limits.max_model_len, limits.vocab_size)
+        sizes = {name: len(data) for name, data in (kept or {}).items()}
+        job = Prepare(kind, limits.max_model_len, limits.vocab_size, sizes, kept is not None)
+        if kept:
+            body = b"".join([body, *kept.values()])
         wall_s = START_S + WALL_S_PER_CPU_S * (self._setup.template_cpu_s + cpu_budget_s(len(body)))
         return await _ask(self._bodies, job, body, wall_s, field, is_wanted)
 

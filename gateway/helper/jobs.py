@@ -47,13 +47,18 @@ class Render(msgspec.Struct, frozen=True, tag=1, array_like=True):
 
 
 class Prepare(msgspec.Struct, frozen=True, tag=2, array_like=True):
-    """Bulk: a body. Parse it, check it, tokenise its prompts -> ``Prepared``, or ``Answered`` by itself."""
+    """Bulk: a body, and what it needs. Parse it, check it, tokenise its prompts -> ``Prepared``, or
+    ``Answered`` by itself, or ``Wanting``."""
 
     kind: str
     """Of ``gateway/dialects.py``."""
     max_model_len: int
     """As ``vocab_size``: 0 while no router has said."""
     vocab_size: int
+    kept: dict[str, int] = {}
+    """What was kept under these names stands behind the body: so many bytes of each."""
+    has_kept: bool = False
+    """All that the body needs is there."""
 
 
 class CheckGrammar(msgspec.Struct, frozen=True, tag=3, array_like=True):
@@ -69,7 +74,7 @@ class Rendered(msgspec.Struct, frozen=True, tag=1, array_like=True):
 
 
 class Prepared(msgspec.Struct, frozen=True, tag=2, array_like=True):
-    """Bulk: the prompts' ids, u32 little-endian, one prompt behind the other."""
+    """Bulk: the prompts' ids, u32 little-endian, one prompt behind the other, and the request's context."""
 
     request: bytes
     """JSON of the request without its prompt."""
@@ -97,8 +102,15 @@ class CheckedGrammar(msgspec.Struct, frozen=True, tag=5, array_like=True):
     warnings: list[str]
 
 
+class Wanting(msgspec.Struct, frozen=True, tag=6, array_like=True):
+    """The body needs what was kept under these names; asked again with it, it will be prepared."""
+
+    names: dict[str, str]
+    """With the field that says so."""
+
+
 Job = Render | Prepare | CheckGrammar
-Result = Rendered | Prepared | Answered | Refused | CheckedGrammar
+Result = Rendered | Prepared | Answered | Refused | CheckedGrammar | Wanting
 
 encode = msgspec.msgpack.Encoder().encode
 JOBS: msgspec.msgpack.Decoder[Job] = msgspec.msgpack.Decoder(Job)

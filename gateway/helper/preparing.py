@@ -13,7 +13,7 @@ import msgspec
 from microserve.gateway.api.parse import Parsed, Shape, parsed
 from microserve.gateway.dialects import COUNTINGS, DIALECTS
 from microserve.gateway.grammar.checker import check_asked
-from microserve.gateway.helper.jobs import Answered, Prepare, Prepared, Result, Setup
+from microserve.gateway.helper.jobs import Answered, Prepare, Prepared, Result, Setup, Wanting
 from microserve.gateway.request.prompts import prompts_of
 from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.routers.link import ModelLimits
@@ -44,8 +44,11 @@ class Preparer:
     async def prepare(self, job: Prepare, body: bytes) -> tuple[Result, bytes]:
         """The answer and its bulk. Raises what a small body of the kind would."""
         if (dialect := DIALECTS.get(job.kind)) is not None:
+            body, kept = _apart(body, job.kept)
             found = self._parsed(body, dialect.body)
-            request = dialect.into(found.body)
+            if not job.has_kept and (needed := dialect.needs(found.body)):
+                return Wanting(dict(needed)), b""
+            request = dialect.request(found.body, kept)
             request.warnings += found.warnings
             prompts = await prompts_of(request, self._tokenizer, _limits(job))
             request.drop_prompt()
@@ -63,6 +66,16 @@ class Preparer:
         return found
 
 
+def _apart(bulk: bytes, sizes: Mapping[str, int]) -> tuple[bytes, dict[str, bytes]]:
+    """The body, and what was kept under these names."""
+    begin = len(bulk) - sum(sizes.values())
+    body, kept = bulk[:begin], {}
+    for name, size in sizes.items():
+        kept[name] = bulk[begin : begin + size]
+        begin += size
+    return body, kept
+
+
 def _limits(job: Prepare) -> ModelLimits:
     limits = ModelLimits(job.max_model_len, job.vocab_size)
     if not limits.are_known:
@@ -76,11 +89,12 @@ def _prepared(request: GenerateRequest, prompts: Sequence[Sequence[int]]) -> tup
     for name, value in list(request.labels.items()):  # may be as large as the body, which no attribute is
         if len(msgspec.json.encode(value)) > MAX_LABEL_NBYTES:
             del request.labels[name]
+    context, request.context = request.context, b""
     rest = msgspec.json.encode(request)
     if len(rest) > MAX_REST_NBYTES:  # the gateway reads it in its loop
         prompt = request.name_of("prompt")
         raise InvalidRequest(
             f"beside {prompt} a request may have {MAX_REST_NBYTES} bytes at most, this one has {len(rest)}"
         )
-    bulk = b"".join(map(encode_tokens, prompts))
+    bulk = b"".join([*map(encode_tokens, prompts), context])
     return Prepared(rest, list(map(len, prompts))), bulk

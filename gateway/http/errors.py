@@ -28,6 +28,12 @@ class PathNotFound(RequestError):
     code = "not_found"
 
 
+class NotKept(RequestError):
+    """No answer of this name is kept, or it is another key's."""
+
+    code = "response_not_found"
+
+
 class MethodNotAllowed(RequestError):
     """The path exists, the method does not; ``allow`` names those that do."""
 
@@ -103,6 +109,7 @@ _ROWS: dict[type[MeshError], _Row] = {
     Unauthorized: _Row(401, "authentication_error"),
     Forbidden: _Row(403, "permission_error"),
     PathNotFound: _Row(404, _INVALID),
+    NotKept: _Row(404, _INVALID),
     MethodNotAllowed: _Row(405, _INVALID),
     BodyTooLarge: _Row(413, _INVALID),
     BodyTimeout: _Row(408, _INVALID),

@@ -188,6 +188,8 @@ class GenerateRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What was asked for and is not done as asked, in the client's words."""
     echo: dict[str, Any] = {}
     """What the API's own format is to tell again; nobody else looks at it."""
+    context: bytes = b""
+    """Of an API that keeps answers: what is kept of the question, in the API's own form."""
     names: dict[str, str] = {}
     """Fields that its client calls otherwise than they are called here; ``prompt`` is what becomes it."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -18,29 +18,28 @@ from microserve.gateway.request.request import (
     TemplateOption,
 )
 from microserve.gateway.responses.items import turns_of
-from microserve.gateway.responses.schema import InputItem, ResponsesRequest
+from microserve.gateway.responses.keeping import history_of, items_of
+from microserve.gateway.responses.schema import ResponsesRequest
 from microserve.gateway.responses.tools import tool_use_of
 from microserve.protocol.errors import InvalidRequest
 
 LOGPROBS, ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
+NOTHING: Mapping[str, bytes] = {}
 NAMES = {"prompt": "input", "max_tokens": "max_output_tokens"}
 
 
-def responses_request(body: ResponsesRequest) -> GenerateRequest:
-    """Raises :class:`InvalidRequest` naming the item or the field."""
+def responses_request(body: ResponsesRequest, kept: Mapping[str, bytes] = NOTHING) -> GenerateRequest:
+    """``kept``: as :func:`names_of` says. Raises :class:`InvalidRequest` naming the item or the field."""
     if body.stream_options is not None:
         check_supported(body.stream_options, "stream_options.")
         if not body.stream:
             raise InvalidRequest("stream_options needs stream", field="stream_options")
-    if body.previous_response_id is not None:
-        field = "previous_response_id"
-        raise InvalidRequest(f"{field}: no responses are stored here", field=field)
-    items = items_of(body)
-    if not items:
+    history, items = history_of(body, kept), items_of(body, kept)
+    if not history and not items:
         raise InvalidRequest("input is missing", field="input")
     return GenerateRequest(
         model=body.model,
-        prompt=Conversation(turns_of(body.instructions, [], items), _options(body)),
+        prompt=Conversation(turns_of(body.instructions, history, items), _options(body)),
         sampling=_sampling(body),
         stop=[body.stop] if isinstance(body.stop, str) else body.stop or [],
         stream=bool(body.stream),
@@ -49,15 +48,9 @@ def responses_request(body: ResponsesRequest) -> GenerateRequest:
         salt=body.cache_salt or "",
         labels={name: each for name in (*FIELDS, METADATA) if (each := getattr(body, name)) is not None},
         echo={"response": told_again(body), "encrypts": ENCRYPTED in (body.include or [])},
+        context=b"" if body.store is False else msgspec.json.encode([*history, *items]),
         names=NAMES,
     )
-
-
-def items_of(body: ResponsesRequest) -> Sequence[InputItem]:
-    """A text is the user's message."""
-    if isinstance(body.input, str):
-        return [InputItem(type="message", role="user", content=body.input)]
-    return body.input or []
 
 
 def _sampling(body: ResponsesRequest) -> SamplingWish:
@@ -136,7 +129,7 @@ def told_again(body: ResponsesRequest) -> dict[str, Any]:
         "max_tool_calls": body.max_tool_calls,
         "truncation": "disabled",
         "background": False,
-        "store": False,
+        "store": body.store is not False,
         "service_tier": "default",
         "metadata": body.metadata or {},
         "safety_identifier": body.safety_identifier,

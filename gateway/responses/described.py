@@ -24,8 +24,16 @@ def describe(schemas: dict[str, Any]) -> None:
     schemas["InputItem"] = {
         "title": "InputItem",
         "anyOf": [
-            _kind("message", fields, role={"enum": list(ROLES)}, content=content)
-            | {"required": ["role", "content"]},
+            {
+                "type": "object",
+                "properties": {
+                    "type": {"enum": [None, "message"]},
+                    "id": fields["id"],
+                    "role": {"enum": list(ROLES)},
+                    "content": content,
+                },
+                "required": ["role", "content"],
+            },
             _kind(
                 "function_call",
                 fields,

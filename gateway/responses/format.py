@@ -14,6 +14,7 @@ import msgspec
 from microserve.gateway.api.format import AnswerFormat, Answering, Ending, FinishedChoice, UsageCounts
 from microserve.gateway.http.errors import Problem
 from microserve.gateway.responses.ids import response_id, unique_of
+from microserve.gateway.responses.keeping import MAX_CONTEXT_NBYTES, entry
 from microserve.gateway.responses.output import Output, Told
 from microserve.gateway.text.choice import Piece
 
@@ -25,6 +26,8 @@ class ResponsesFormat(AnswerFormat):
 
     def __init__(self, answering: Answering) -> None:
         sampling, echo = answering.sampling, answering.request.echo
+        self._context = answering.request.context
+        is_kept = answering.keeps and 0 < len(self._context) <= MAX_CONTEXT_NBYTES
         unique = unique_of(answering.unique_id)
         self._output = Output(unique, encrypts=echo["encrypts"])
         self._response: dict[str, Any] = {
@@ -43,6 +46,7 @@ class ResponsesFormat(AnswerFormat):
             "presence_penalty": sampling.presence_penalty,
             "frequency_penalty": sampling.frequency_penalty,
             **echo["response"],
+            "store": is_kept,
         }
         self._num_events = 0
         self._ending: Ending | None = None
@@ -61,6 +65,7 @@ class ResponsesFormat(AnswerFormat):
     def end(self, counts: UsageCounts | None) -> bytes:
         assert counts is not None and self._ending is not None
         response = self._concluded(self._ending, counts)
+        self._keep(encode(response))
         told = {"response": response, "microserve": {"exact": self._ending.promise}}
         return self._events([(f"response.{response['status']}", told)])
 
@@ -80,7 +85,13 @@ class ResponsesFormat(AnswerFormat):
         for piece in choice.pieces:
             self._output.take(piece)
         self._output.close(is_cut=choice.ending.reason == "length")
-        return encode(self._concluded(choice.ending, counts))
+        response = encode(self._concluded(choice.ending, counts))
+        self._keep(response)
+        return response
+
+    def _keep(self, response: bytes) -> None:
+        if self._response["store"]:
+            self.kept = (self._response["id"], entry(self._context, response))
 
     def _concluded(self, ending: Ending, counts: UsageCounts) -> dict[str, Any]:
         is_cut = ending.reason == "length"

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from microserve.gateway.responses.schema import InputItem
+
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -54,6 +56,20 @@ class FunctionCallItem(msgspec.Struct, tag_field="type", tag="function_call"):
     arguments: str
     """JSON of an object."""
     status: Status
+
+
+class DeletedResponse(msgspec.Struct):
+    id: str
+    object: Literal["response"]
+    deleted: Literal[True]
+
+
+class InputItemList(msgspec.Struct):
+    object: Literal["list"]
+    data: list[InputItem]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class InputTokensDetails(msgspec.Struct):

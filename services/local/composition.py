@@ -21,6 +21,7 @@ from microserve.services.local.demo.request import Gateway
 from microserve.services.local.supervisor import Child
 
 USAGE = "usage.db"
+RESPONSES = "responses.db"
 """In the directory of a mesh: what each API key has used, if the settings name no other file."""
 GATEWAY_STOPS, ROUTER_STOPS, ENGINES_STOP, INDEX_STOPS = range(4)
 """Callers before those whom they call, so that nobody calls into the void."""
@@ -123,13 +124,16 @@ def compose(
         return child("engine", f"engine-e{number}", ENGINES_STOP, *own, stop_s=drain_s)
 
     engines = [engine(number) for number in range(settings.mesh.engines)]
-    usage = assignment("gateway.usage_path", str(control.with_name(USAGE)))
-    if settings.gateway.usage_path:
-        usage = []
+    kept = [
+        assignment(f"gateway.{name}", str(control.with_name(file)))
+        for name, file in (("usage_path", USAGE), ("responses_path", RESPONSES))
+        if not getattr(settings.gateway, name)
+    ]
+    files = [word for words in kept for word in words]
     num_workers = settings.gateway.workers
-    gateways = [child("gateway", "gateway", GATEWAY_STOPS, *usage)]
+    gateways = [child("gateway", "gateway", GATEWAY_STOPS, *files)]
     if num_workers > 1:
-        own = [*usage, *assignment("gateway.id", settings.gateway.id or "g0")]
+        own = [*files, *assignment("gateway.id", settings.gateway.id or "g0")]
         gateways = [
             child("gateway", f"gateway-{number}", GATEWAY_STOPS, *own, *worker_flag(number))
             for number in range(num_workers)

@@ -386,7 +386,8 @@ def test_operator_routes(model: Path, raw_tokenizer: Tokenizer) -> None:
             assert (await http.get("/openapi.json")).json()["openapi"] == "3.1.0"
             tokens = raw_tokenizer.encode("Hello world").ids
             said = await http.post("/tokenize", json={"prompt": "Hello world"})
-            assert said.json() == {"count": len(tokens), "max_model_len": 512, "tokens": tokens}
+            told = {"count": len(tokens), "max_model_len": 512, "tokens": tokens, "token_strs": None}
+            assert said.json() == told
             assert (await http.post("/tokenize", json={"messages": USER})).json()["count"] > 2
             back = await http.post("/detokenize", json={"tokens": tokens})
             assert back.json() == {"prompt": "Hello world"}

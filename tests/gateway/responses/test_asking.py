@@ -181,7 +181,6 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"truncation": "auto"}, "truncation"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
@@ -338,4 +337,4 @@ def test_a_body_is_what_its_request_says(body: dict[str, Any]) -> None:
 
 def told_alike(asked: GenerateRequest) -> GenerateRequest:
     """Without what a response only tells again, in the client's own words."""
-    return msgspec.structs.replace(asked, echo={})
+    return msgspec.structs.replace(asked, echo={}, context=b"")

@@ -161,7 +161,7 @@ def test_a_response_tells_the_request_again() -> None:
     fields: dict[str, Any] = {
         "instructions": "i", "tools": tools, "tool_choice": {"type": "function", "name": "f"},
         "metadata": {"a": "b"}, "max_output_tokens": 9, "user": "u", "safety_identifier": "s",
-        "prompt_cache_key": "k", "parallel_tool_calls": False, "top_logprobs": 2, "store": False,
+        "prompt_cache_key": "k", "parallel_tool_calls": False, "top_logprobs": 2,
         "reasoning": {"effort": "low"}, "text": {"verbosity": "low"},
     }  # fmt: skip
     whole = FinishedChoice(0, "", [], Ending("stop", "cpu1"))

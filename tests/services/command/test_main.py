@@ -14,7 +14,8 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from microserve.protocol.settings import GatewaySettings, Settings
+from microserve.protocol.settings import Settings
+from microserve.protocol.settings_gateway import GatewaySettings
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.command.flags import Flags
 from microserve.services.command.main import main

@@ -167,6 +167,7 @@ def test_a_mesh_keeps_what_keys_have_used_in_its_directory(model: str, tmp_path:
     settings = load_settings(overrides=[f"model.path={model}"])
     gateway = compose(settings, [], tmp_path, tmp_path / "control.db").children[-1]
     assert child_settings(gateway).gateway.usage_path == str(tmp_path / "usage.db")
+    assert child_settings(gateway).gateway.responses_path == str(tmp_path / "responses.db")
     flags = ["--set", "gateway.usage_path=/elsewhere/used.db"]
     settings = load_settings(overrides=[f"model.path={model}", flags[1]])
     gateway = compose(settings, flags, tmp_path, tmp_path / "control.db").children[-1]

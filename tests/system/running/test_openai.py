@@ -21,7 +21,10 @@ QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What 
 @pytest.fixture(scope="module")
 def mesh(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MeshProcesses]:
     directory = tmp_path_factory.mktemp("openai")
-    settings = [f"model.name={MODEL}", "kvcache.num_blocks=1024", "bus.stuck_s=60"]
+    settings = [
+        *(f"model.name={MODEL}", "kvcache.num_blocks=1024", "bus.stuck_s=60"),
+        f"gateway.responses_path={directory / 'responses.db'}",
+    ]
     with MeshProcesses(demo_model, directory, gateway=True, settings=settings) as mesh:
         url = f"http://127.0.0.1:{mesh.gateway_port}/ready"
         for _ in range(600):
@@ -65,6 +68,26 @@ def test_a_streamed_answer_is_the_same_under_every_strategy(client: openai.OpenA
     assert text.startswith("The capital of France is Paris.")
     assert reason in ("stop", "length")
     assert usage is not None and usage.prompt_tokens > 30 and 0 < usage.completion_tokens <= 12
+
+
+def test_a_conversation_by_responses(client: openai.OpenAI) -> None:
+    """Streamed, kept, and gone on from."""
+    asked = "What is the capital of France?"
+    with client.responses.stream(model=MODEL, input=asked, temperature=0.0, max_output_tokens=12) as stream:
+        events = list(stream)
+    last = events[-1]
+    assert last.type in ("response.completed", "response.incomplete")
+    assert last.response.output_text.startswith("The capital of France is Paris.")
+    again = client.responses.create(
+        model=MODEL,
+        input="Thanks.",
+        previous_response_id=last.response.id,
+        temperature=0.0,
+        max_output_tokens=4,
+    )
+    assert last.response.usage is not None and again.usage is not None
+    assert again.usage.input_tokens > last.response.usage.total_tokens
+    assert client.responses.retrieve(again.id).output == again.output
 
 
 def test_a_whole_answer_with_logprobs_and_choices(client: openai.OpenAI) -> None:
