@@ -42,28 +42,24 @@ def _suite(path: Path) -> Iterator[Case]:
 
 
 def in_order(value: Any, schema: Any) -> Any:
-    """With names in the order in which the schema's text first has them, and whole numbers as integers: a
-    grammar takes one order, and one way to write a number."""
-    places: dict[str, int] = {}
-    waiting = [schema]
-    while waiting:
-        each = waiting.pop(0)
-        if isinstance(each, dict):
-            for keyword in ("properties", "const"):
-                for name in each[keyword] if isinstance(each.get(keyword), dict) else ():
-                    places.setdefault(name, len(places))
-            waiting += each.values()
-        elif isinstance(each, list):
-            waiting += each
-    return _ordered(value, places)
-
-
-def _ordered(value: Any, places: dict[str, int]) -> Any:
+    """With names in the order of the schema: a grammar takes one order. What it does not name comes last,
+    and what it says by reference keeps its own order."""
+    known = schema if isinstance(schema, dict) else {}
     if isinstance(value, list):
-        return [_ordered(each, places) for each in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
+        return [in_order(each, known.get("items")) for each in value]
     if not isinstance(value, dict):
         return value
-    names = sorted(value, key=lambda name: places.get(name, len(places)))
-    return {name: _ordered(value[name], places) for name in names}
+    named = known.get("properties")
+    named = named if isinstance(named, dict) else known.get("const")
+    named = named if isinstance(named, dict) else {}
+    names = [*(name for name in named if name in value), *(name for name in value if name not in named)]
+    return {name: in_order(value[name], named.get(name)) for name in names}
+
+
+def in_integers(value: Any) -> Any:
+    """With whole numbers as integers: a grammar has one way to write an integer."""
+    if isinstance(value, list):
+        return list(map(in_integers, value))
+    if isinstance(value, dict):
+        return {name: in_integers(each) for name, each in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
