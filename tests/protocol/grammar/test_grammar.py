@@ -108,6 +108,9 @@ def test_what_cannot_be_enforced_is_refused_by_name(model: Path, kind: str, text
         (Grammar(kind="choice", text='["a/b\\"", "日本"]'), 'a/b"', "a/c"),
         (Grammar(kind="regex", text="a/b\\d+"), "a/b12", "a/bx"),
         (Grammar(kind="lark", text='start: "x"+'), "xx", "xy"),
+        (Grammar(kind="json_schema", text='{"type":"string","pattern":"^\\\\d$"}'), '"1"', '"\u0663"'),
+        (Grammar(kind="json_schema", text='{"type":"string","pattern":"^\\\\W$"}'), '"\u00e9"', '"e"'),
+        (Grammar(kind="regex", text="\\d"), "\u0663", "x"),
         (
             Grammar(kind="json_schema", text='{"oneOf":[{"type":"string"},{"type":"integer"}]}'),
             "12",
