@@ -271,6 +271,7 @@ def _show_where(view: View, gateway: Gateway, model: str, logs: Path) -> None:
     view.note(
         f"\ntry:      curl -N {gateway.url}/v1/chat/completions -H 'content-type: application/json'{key} "
         f"-d {shlex.quote(json.dumps(body))}\n"
+        "talk:     microserve chat\n"
         f"logs:     {logs}   (microserve tail --follow)\n"
         f"metrics:  {gateway.url}/metrics"
     )

@@ -16,6 +16,11 @@ from pathlib import Path
 
 CONTROL_C, CONTROL_D = "\x03", "\x04"
 WAIT_S = 60.0
+AGAIN_S = 3.0
+
+
+class NotShown(AssertionError):
+    """What was expected did not come."""
 
 
 class Terminal:
@@ -49,20 +54,29 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    async def expect(self, text: str) -> bytes:
-        """Until ``text`` is shown behind what was expected before; all up to it."""
+    async def interrupt(self, text: str) -> None:
+        """Ctrl-C at a prompt, until ``text`` is shown: readline takes none in the moment between its looking
+        for signals and its waiting for a key."""
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                self.type(CONTROL_C)
+                try:
+                    return await self.expect(text, wait_s=AGAIN_S)
+                except NotShown:
+                    continue
+
+    async def expect(self, text: str, *, wait_s: float = WAIT_S) -> None:
+        """Until ``text`` is shown behind what was expected before."""
         wanted = text.encode()
         try:
-            async with asyncio.timeout(WAIT_S):
+            async with asyncio.timeout(wait_s):
                 while (at := self.shown.find(wanted, self._seen)) < 0:
                     assert not self.is_closed, f"ended without {text!r}: {self.shown!r}"
                     self._more.clear()
                     await self._more.wait()
         except TimeoutError:
-            raise AssertionError(f"no {text!r} in {self.shown[self._seen :]!r}") from None
-        before = self.shown[self._seen : at]
+            raise NotShown(f"no {text!r} in {self.shown[self._seen :]!r}") from None
         self._seen = at + len(wanted)
-        return before
 
     async def end(self) -> int:
         """Its exit code, when it has ended."""

@@ -60,6 +60,7 @@ def background(tiny_model: Path, tmp_path: Path) -> Iterator[MeshDirectory]:
     try:
         assert started.returncode == 0, started.stdout + started.stderr
         assert "microserve down" in started.stdout
+        assert "microserve chat" in started.stdout
         yield mesh
     finally:
         if pid := mesh.supervisor():

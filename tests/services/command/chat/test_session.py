@@ -119,8 +119,7 @@ def test_control_c_stops_the_answer_and_not_the_chat(tmp_path: Path) -> None:
             assert "assistant\none two<|im_end|>" in prompt_of(served), "what came stays"
             terminal.type("half a li")
             await terminal.expect("half a li")
-            terminal.type(CONTROL_C)
-            await terminal.expect("> ")
+            await terminal.interrupt("> ")
             served = await answered(world, terminal, "whole", "four")
             assert "half" not in prompt_of(served)
             terminal.type(CONTROL_D)
@@ -261,8 +260,7 @@ def test_thoughts_are_dim_and_tools_are_answered_by_hand(tmp_path: Path) -> None
             served.send(tokenizer.encode(call("now")).ids)
             served.end("stop")
             await terminal.expect("now= ")
-            terminal.type(CONTROL_C)
-            await terminal.expect("the question is taken back")
+            await terminal.interrupt("the question is taken back")
 
     run(main(), timeout_s=TIMEOUT_S)
 
