@@ -20,10 +20,13 @@ from microserve.gateway.openai.schema import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from microserve.gateway.responses.schema import ResponsesRequest
+from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprob, packed
 from tests.support.gateway.gateway_world import (
     Connection,
     GatewayWorld,
     ScriptedRouter,
+    Served,
     connect,
     gateway_world,
     run,
@@ -33,6 +36,7 @@ MESSAGES = '[{"role":"user","content":"x"}]'
 PATHS: dict[str, tuple[type[msgspec.Struct], dict[str, str]]] = {
     "/v1/chat/completions": (ChatRequest, {"model": '"tiny"', "messages": MESSAGES}),
     "/v1/completions": (CompletionRequest, {"model": '"tiny"', "prompt": '"x"'}),
+    "/v1/responses": (ResponsesRequest, {"model": '"tiny"', "input": '"x"'}),
     "/tokenize": (TokenizeRequest, {"prompt": '"x"'}),
     "/detokenize": (DetokenizeRequest, {"tokens": "[1]"}),
 }
@@ -124,7 +128,7 @@ async def post(client: Connection, path: str, body: bytes) -> tuple[int, dict[st
 def fault_of(field: str, status: int, headers: dict[str, str], content: bytes, *, away: bool) -> str | None:
     """Why an answer is none that may be given to a request whose ``field`` is odd."""
     if status == 200:
-        return None if b'"error"' not in content else "an error as an answer"
+        return None if b'"error":{' not in content else "an error as an answer"
     error = json.loads(content)["error"]
     if away and status == 503 and "retry-after" in headers:
         return None
@@ -132,6 +136,15 @@ def fault_of(field: str, status: int, headers: dict[str, str], content: bytes, *
         return f"{status} {error}"
     named = error["param"] or ""
     return None if named.split("[")[0].split(".")[0] == field else f"names {named!r}: {error['message'][:99]}"
+
+
+def answer(served: Served) -> None:
+    """No token, and the prompt's own where these are asked for."""
+    num_top = served.message.sampling.prompt_logprobs
+    if num_top is not None:
+        row = PromptLogprob(-0.5, 1, ((0, -0.5),) * num_top)
+        served.send(prompt=packed(FIRST_POSITION, num_top, [row] * (len(served.tokens) - FIRST_POSITION)))
+    served.end("length")
 
 
 async def try_all(world: GatewayWorld, *, away: bool) -> list[str]:
@@ -149,7 +162,7 @@ async def try_all(world: GatewayWorld, *, away: bool) -> list[str]:
 def test_with_a_router(model: Path) -> None:
     async def main() -> None:
         async with gateway_world(model) as world:
-            world.router.answer = lambda served: served.end("length")
+            world.router.answer = answer
             assert await try_all(world, away=False) == []
             for served in world.router.served.values():  # nothing goes out that an engine could not take
                 served.message.sampling.validate(world.router.vocab_size)
@@ -175,7 +188,7 @@ def test_while_the_router_restarts(model: Path) -> None:
         async with gateway_world(model) as world:
             first = world.router
             address = first.address
-            first.answer = lambda served: served.end("length")
+            first.answer = answer
             numbers = [each for each in cases() if each[0].startswith("/v1/")]
             numbers = [
                 each
@@ -197,7 +210,7 @@ def test_while_the_router_restarts(model: Path) -> None:
                 await asyncio.sleep(0.02)
             second = ScriptedRouter(world.bus, address=address)
             world.routers[0] = second
-            second.answer = lambda served: served.end("length")
+            second.answer = answer
             assert [fault for fault in await asyncio.gather(*tasks) if fault] == []
             assert second.served  # some did wait, and were served
 
