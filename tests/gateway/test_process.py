@@ -80,7 +80,7 @@ def test_a_life(model: Path, tmp_path: Path) -> None:
     ("overrides", "detail"),
     [
         (["model.path="], "model.path is not set"),
-        (["model.path=/nonexistent"], "no tokenizer.json"),
+        (["model.path=/nonexistent"], "no directory with a config.json"),
         (["gateway.prot=1"], "gateway.prot"),
         (["gateway.max_n=0"], "gateway.max_n"),
     ],

@@ -105,7 +105,7 @@ def _no_model(directory: Path) -> str:
     has_weights = any(name.endswith(".safetensors") and not name.startswith("adapter_") for name in names)
     if adapter.is_file() and not ("config.json" in names and has_weights):
         return f"it is an adapter{_base_of(adapter)}: adapters are not served, merge it into its model first"
-    if (directory / "config.json").is_file():
+    if "config.json" in names or "tokenizer.json" in names:  # the latter is all that a gateway needs
         return ""
     if any(name.endswith(".gguf") for name in names):
         return "it holds GGUF files, which are not served, and no config.json: safetensors are wanted"

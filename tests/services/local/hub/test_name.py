@@ -72,6 +72,10 @@ def test_a_model_s_directory_is_itself(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert local_model(str(tmp_path)) == tmp_path
     assert local_model(str(tmp_path / "absent")) is None
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    assert local_model(str(tokenizer)) == tokenizer  # which is all that a gateway reads
     assert local_model("org/name") is None
 
 
