@@ -137,6 +137,7 @@ def document(
         _fill_in(schemas[kind.__name__], model, max_n, ids, 0 if is_cut else limits.max_model_len)
     describe(schemas)
     schemas["Message"] = _message(schemas["Message"])
+    schemas["TokenizeRequest"]["anyOf"] = [{"required": [each]} for each in ("prompt", "messages")]
     schemas["ContentPart"]["properties"]["text"] = {"type": "string"}
     schemas["ContentPart"]["required"] = ["type", "text"]
     whole: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.errors import InvalidRequest, located
 from microserve.protocol.grammar.bounds import check_bounds
 from microserve.protocol.grammar.compiled import OPTIONS
 from microserve.protocol.messages.sampling import Grammar
@@ -63,7 +63,9 @@ def structural_tag(field: str, tag: Any) -> Asked:
     try:
         tags = msgspec.convert(_decoded(tag) if isinstance(tag, str) else tag, _StructuralTag)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"{field}: {error}", field=field) from None
+        path, message = located(error)
+        where = f"{field}.{path}" if path else field
+        raise InvalidRequest(f"{where}: {message}", field=field) from None
     parts = []
     for each in tags.structures:
         trigger = next((one for one in tags.triggers if one and each.begin.startswith(one)), None)

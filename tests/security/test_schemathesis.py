@@ -31,6 +31,7 @@ from starlette.routing import Route
 from microserve.gateway.app import Application
 from microserve.gateway.document import OPERATIONS
 from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.prompt_logprobs import PromptLogprob, packed
 from tests.support.gateway.gateway_world import MAX_MODEL_LEN, Served
 from tests.support.gateway.living import Living
 from tests.support.gateway.talking_model import make_talking_model
@@ -56,7 +57,11 @@ CHECKS = [
 
 
 def answer(served: Served) -> None:
-    """Two tokens, as many log-probabilities as were asked for."""
+    """Two tokens, as many log-probabilities as were asked for, of the prompt too."""
+    num_top, num_rows = served.message.sampling.prompt_logprobs, len(served.tokens) - 1
+    if num_top is not None and num_rows:
+        row = PromptLogprob(-0.5, 1, tuple((each, -0.5 - each) for each in range(num_top)))
+        served.send(prompt=packed(1, num_top, [row] * num_rows))
     wanted, count = served.message.sampling.logprobs, min(2, served.message.sampling.max_tokens)
     logprobs = [] if wanted is None else [TokenLogprob(-0.5, [(65, -0.5)][:wanted])] * count
     served.send([65] * count, logprobs=logprobs, ended=served.ended("length"))
