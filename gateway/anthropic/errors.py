@@ -5,6 +5,8 @@ Owns words. Which error is which problem is ``http/errors.py``'s.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from microserve.gateway.http.errors import Problem, problem_of
@@ -26,13 +28,24 @@ LIMITS_OF_KEYS = frozenset(("rate_limit_exceeded", "insufficient_quota"))
 TOO_LONG = "prompt is too long: "
 """The words by which agents know that it is time to compact a conversation."""
 
+THREAD = "thread"
+UNTHREADED = {"error_code": "thread_unsupported_request", "unsupported": [THREAD]}
+"""Details by which Anthropic's tool runner, which asks for a thread first, knows to go on without."""
+
 
 class MessagesProblem(Problem, frozen=True):
     """``param`` and ``code``, which Anthropic does not have, are those of the other APIs."""
 
     def envelope(self) -> bytes:
         """``{"type": "error", "error": {type, message, param, code}}`` as JSON."""
-        error = {"type": self.type, "message": self.message, "param": self.param, "code": self.code}
+        error: dict[str, Any] = {
+            "type": self.type,
+            "message": self.message,
+            "param": self.param,
+            "code": self.code,
+        }
+        if self.param == THREAD:
+            error["details"] = UNTHREADED
         return msgspec.json.encode({"type": "error", "error": error})
 
 

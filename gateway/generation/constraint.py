@@ -19,10 +19,13 @@ from microserve.gateway.routers.mailbox import Inbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.reading import Reading
 from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.grammar.compiled import json_of
 from microserve.protocol.messages.sampling import MAX_GRAMMAR_NBYTES, Grammar
 
 _ANY = {"type": "object"}
 """Arguments of a function that says nothing of them."""
+JSON_KINDS = ("json_schema", "json_object")
+"""Of grammars that a text may have beside tools."""
 MAX_SCHEMAS_CHARS = 2 * MAX_GRAMMAR_NBYTES
 """Of tools whose calls must match, with what does not constrain (descriptions)."""
 
@@ -41,10 +44,10 @@ async def constraint_of(
     """
     asked, use = request.grammar, request.tools
     warnings: tuple[str, ...] = ()
-    if use is not None and asked is not None:
-        raise InvalidRequest(f"{asked.field} together with tools is not supported", field=asked.field)
-    if use is not None and reading is not None and use.must_match:
-        asked, warnings = await _of_calls(state, use, reading, inbox)
+    if use is not None and reading is not None and (use.must_match or asked is not None):
+        answer, told = ("", ()) if asked is None else await _of_answer(state, asked, use, reading, inbox)
+        asked, warnings = await _of_calls(state, use, reading, inbox, answer)
+        warnings += told
     if asked is None:
         return None, ()
     checked = await _checked(state, asked, inbox)
@@ -65,10 +68,30 @@ async def _checked(state: GatewayState, asked: Asked, inbox: Inbox) -> Checked:
     return checked
 
 
+async def _of_answer(
+    state: GatewayState, asked: Asked, use: ToolUse, reading: Reading, inbox: Inbox
+) -> tuple[str, tuple[str, ...]]:
+    """What the answer must be where no tool is called, as a term of Lark, and what is relaxed of it."""
+    tools = reading.parsers.tools
+    # Calls that are JSON from their first character on cannot be told from an answer that is.
+    is_bare = use.mode == "auto" and tools is not None and bool(tools.bare)
+    if asked.grammar.kind not in JSON_KINDS or is_bare:
+        of_model = f" of this model ({reading.parsers.tool_name})" if is_bare else ""
+        raise InvalidRequest(
+            f"{asked.field} together with tools{of_model} is not supported", field=asked.field
+        )
+    checked = await _checked(state, asked, inbox)
+    schema = msgspec.json.decode(checked.grammar.text) if checked.grammar.kind == "json_schema" else _ANY
+    return json_of(schema), checked.warnings
+
+
 async def _of_calls(
-    state: GatewayState, use: ToolUse, reading: Reading, inbox: Inbox
+    state: GatewayState, use: ToolUse, reading: Reading, inbox: Inbox, answer: str
 ) -> tuple[Asked, tuple[str, ...]]:
-    """Calls that must be made, or match: as their schemas say, relaxed where the client does not insist."""
+    """Calls that must be made, or match: as their schemas say, relaxed where the client does not insist.
+
+    ``answer``: what may come in the place of calls that need not be made; empty for any text.
+    """
     parsers = reading.parsers
     tools = parsers.tools
     marks = {text: token for text, (token, _) in parsers.marks(reading.wanted).items()}
@@ -96,7 +119,9 @@ async def _of_calls(
         schemas[name] = msgspec.json.decode(checked.grammar.text)
         warnings += checked.warnings
     try:
-        text = lark_of(tools, schemas, marks, one_only=use.one_only, is_free=use.mode == "auto")
+        text = lark_of(
+            tools, schemas, marks, one_only=use.one_only, is_free=use.mode == "auto", answer=answer
+        )
     except Unwritable as error:
         where = use.functions()[error.tool].field
         raise InvalidRequest(

@@ -128,7 +128,7 @@ class GenerationRequest(RequestBody, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     # What the output may be (gateway/grammar/): one of these.
     response_format: ResponseFormat | None = None
-    """Not together with ``tools``, unless ``tool_choice`` is none."""
+    """With ``tools`` a kind of JSON only: the answer is that, or calls."""
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None

@@ -40,6 +40,8 @@ class Wanted:
     types: Mapping[str, Types] = field(default_factory=dict)
     """Of the tools that may be called; without any, calls are text."""
     one_only: bool = False
+    is_json: bool = False
+    """The text, where it is no call, is JSON: a marker in a string of it is a part of the string."""
 
 
 class ModelParsers:
@@ -115,6 +117,7 @@ class ModelParsers:
             marks={mark: text for text, (_, mark) in marks.items()},
             types=wanted.types,
             one_only=wanted.one_only,
+            is_json=wanted.is_json,
         )
 
     def answer_begins(self, reader: AnswerReader) -> str:

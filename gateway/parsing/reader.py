@@ -90,9 +90,10 @@ class AnswerReader:
         marks: Mapping[str, str],
         types: Mapping[str, Types],
         one_only: bool = False,
+        is_json: bool = False,
     ) -> None:
         """``prefix``: what a template has written of the answer. ``marks``: each marker that comes
-        as one character, by it. ``types``: of the tools that may be called."""
+        as one character, by it. ``types``: of the tools that may be called. ``is_json``: of the text."""
         self.num_unread = 0
         """Calls that could not be read."""
         self.num_calls = 0
@@ -102,6 +103,7 @@ class AnswerReader:
         self._is_harmony = isinstance(thoughts, Messages)
         self._marks = {ord(mark): text for mark, text in marks.items()}
         self._no_marks: dict[int, str] = dict.fromkeys(self._marks, "")
+        self._json = Strings() if is_json else None
         self._types = types
         self._one_only = one_only
         self._content, self._thought = Spoken(True), Spoken(False)
@@ -161,6 +163,8 @@ class AnswerReader:
 
     def _is_open(self, region: str) -> bool:
         """Is a marker a part of the value at hand?"""
+        if region == SINK and self._json is not None and self._json.is_open:
+            return True
         if self._value is None or region not in ("call", SINK):
             return False
         return self._value.is_open
@@ -193,6 +197,8 @@ class AnswerReader:
 
     def _on_content(self, text: str) -> None:
         """Perhaps all of it is calls, as its first character says."""
+        if self._json is not None:
+            self._json.feed(text.translate(self._marks))
         if self._bare is None or self._tools is None:
             return self._say(text)
         text, self._lead = self._lead + text, ""
@@ -291,7 +297,8 @@ class AnswerReader:
 
     def _say(self, text: str) -> None:
         self._has_content = self._has_content or bool(text.strip())
-        self._show("content", self._content.push(text.translate(self._no_marks)))
+        marks = self._marks if self._json is not None else self._no_marks
+        self._show("content", self._content.push(text.translate(marks)))
 
     def _show(self, kind: Kind, text: str) -> None:
         if text and not self.enough:

@@ -31,18 +31,23 @@ def lark_of(
     *,
     one_only: bool,
     is_free: bool = False,
+    answer: str = "",
 ) -> str:
     """``schemas``: of the arguments, by the tool's name; ``marks``: ids of markers that are tokens.
     ``is_free``: there may be text as well, and no call at all; but what begins as a call is one.
+    ``answer``: a term that all of the text must be then, and it comes in the place of calls, not beside them.
 
     Raises :class:`Unwritable`, which says of which tool, for a schema that calls of this family cannot keep.
     """
     rules = Rules(marks)
     frame = tools.frame
-    assert frame is not None
+    assert frame is not None and not (answer and is_free and tools.bare)
     arguments = {name: _arguments(rules, frame, name, schema) for name, schema in schemas.items()}
     if tools.messages is not None:
-        start = _messages(rules, tools.messages, arguments, is_free=is_free)
+        start = _messages(rules, tools.messages, arguments, is_free=is_free, answer=answer)
+    elif is_free and answer:
+        tail = f"({rules.terms(frame.tail)} |)" if frame.tail else ""
+        start = f"{rules.terms(frame.lead)} {answer} {tail} | {_framed(rules, frame, arguments, one_only)}"
     elif not is_free:
         start = _framed(rules, frame, arguments, one_only)
     elif tools.bare:
@@ -124,7 +129,9 @@ def _beside_text(
     return f"{unit}{{0,{1 if one_only else MAX_CALLS}}} ({some} |)"
 
 
-def _messages(rules: Rules, how: Messages, arguments: Mapping[str, str], *, is_free: bool) -> str:
+def _messages(
+    rules: Rules, how: Messages, arguments: Mapping[str, str], *, is_free: bool, answer: str
+) -> str:
     """Thoughts and what is told before a call, then the call: or, where that is free, the answer."""
     channel, begin = how.opens[1], how.close
     markers = (*how.opens, how.close, *how.ends, *how.inner)
@@ -144,8 +151,8 @@ def _messages(rules: Rules, how: Messages, arguments: Mapping[str, str], *, is_f
         )
         options.append(rules.rule(f"{rules.terms(heads)} {written}"))
     if is_free:
-        some = rules.terminal(f"({text}) & {SOME}")
-        options.append(rules.rule(f"{rules.terms(how.final)} ({some} |)"))
+        said_last = answer or f"({rules.terminal(f'({text}) & {SOME}')} |)"
+        options.append(rules.rule(f"{rules.terms(how.final)} {said_last}"))
     return f"{before}{{0,{MAX_MESSAGES}}} {rules.rule(' | '.join(options))}"
 
 

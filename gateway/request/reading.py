@@ -22,4 +22,5 @@ def reading_of(request: GenerateRequest, parsers: ModelParsers) -> Reading | Non
             field="tools",
         )
     types = {name: schemas_of(function.parameters) for name, function in use.functions().items()}
-    return Reading(parsers, Wanted(types, use.one_only), is_continued, use.mode == "named")
+    wanted = Wanted(types, use.one_only, is_json=request.grammar is not None)
+    return Reading(parsers, wanted, is_continued, use.mode == "named")

@@ -97,6 +97,21 @@ def loop() -> None:
         assert message.content[0].text == "The tool said 12 in Rome."
 
 
+@anthropic.beta_tool
+def weather(city: str) -> str:
+    """The weather in a city."""
+    return f"12 in {city}"
+
+
+@check("tool_runner: whole conversations, where there are no threads")
+def runner() -> None:
+    asked: Any = dict(model=TALKER_MODEL, max_tokens=500, tools=[weather])
+    for stream in (False, True):
+        messages = said(call_text("weather", city="Rome"))
+        run = talker.beta.messages.tool_runner(**asked, messages=messages, stream=stream)
+        assert run.until_done().content[0].text == "The tool said 12 in Rome."
+
+
 @check("tool_choice: any and a named one, strict, whole and streamed")
 def required() -> None:
     for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "weather"}):

@@ -62,6 +62,13 @@ def json_object() -> None:
     assert person.model_dump() == ADA
 
 
+@check("RESPONSES_TOOLS")
+def responses() -> None:
+    client = on(MESH, instructor.Mode.RESPONSES_TOOLS)
+    person = client.responses.create(model=MESH_MODEL, input="hi", response_model=Person, max_retries=0)
+    assert isinstance(person, Person)
+
+
 @check("PARALLEL_TOOLS")
 def parallel() -> None:
     calls = call_text("Person", **ADA)

@@ -73,6 +73,21 @@ async def responses() -> None:
             assert isinstance(await stream.get_output(), Person)
 
 
+@check("tools together with NativeOutput, chat and responses")
+async def both() -> None:
+    provider = OpenAIProvider(base_url=f"{TALKER}/v1", api_key="none")
+    for model in (talker(), OpenAIResponsesModel(TALKER_MODEL, provider=provider)):
+        agent = Agent(model, output_type=NativeOutput(Person), retries=0)
+
+        @agent.tool_plain
+        def weather(city: str) -> str:
+            """The weather in a city."""
+            return f"12 in {city}"
+
+        answer = await agent.run('say: {"name": "Ada", "kind": "adult"}')
+        assert answer.output == Person(name="Ada", kind="adult")
+
+
 @check("output: ToolOutput, NativeOutput, PromptedOutput, streamed")
 async def output() -> None:
     kinds: list[Any] = [Person, ToolOutput(Person), ToolOutput(Person, strict=True), NativeOutput(Person)]

@@ -81,3 +81,10 @@ def test_a_conversation_that_is_too_long_is_told_in_the_words_that_agents_look_f
     assert problem.message == "prompt is too long: this model's maximum context length is 8 tokens"
     assert (problem.status, problem.type) == (400, "invalid_request_error")
     assert messages_problem_of(errors.InvalidRequest("x", field="messages")).message == "x"
+
+
+def test_who_asks_for_a_thread_is_told_so_that_it_goes_on_without() -> None:
+    """The words are the SDK's: its tool runner then sends the whole conversation each time."""
+    error = errors.InvalidRequest("thread is not supported", field="thread")
+    told = json.loads(messages_problem_of(error).envelope())["error"]
+    assert told["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from microserve.gateway.parsing.families import TOOLS
-from tests.support.parsing.written import ONE_ONLY, WRITTEN, World, typed
+from tests.support.parsing.written import ONE_ONLY, TYPED, WRITTEN, World, typed
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "f": {
@@ -56,3 +57,37 @@ def test_what_it_lets_through_is_read(style: str, one_only: bool, is_free: bool,
             assert not admits(said=sly)
     if family != "llama":  # whose calls are the whole of an answer
         assert admits(("f", ONE), said="so: ") is is_free
+
+
+ANSWER = {
+    "type": "object",
+    "properties": {"said": {"type": "string"}},
+    "required": ["said"],
+    "additionalProperties": False,
+}
+FRAMES = {"kimi_xtml": "<|open|>response<|sep|>", "gpt_oss": "<|channel|>final<|message|>"}
+"""Before an answer that is no call."""
+
+
+@pytest.mark.parametrize("style", [each for each in WRITTEN if not TOOLS[each.split()[0]].bare])
+@pytest.mark.parametrize("with_markers", [True, False])
+def test_an_answer_is_json_or_calls(style: str, with_markers: bool) -> None:
+    """A marker in a string of it is a part of the string, typed or not."""
+    family = style.split(maxsplit=1)[0]
+    world = World(family, SCHEMAS, is_free=True, with_markers=with_markers, answer=ANSWER)
+    frame = FRAMES.get(family, "")
+    tools = TOOLS[family]
+    for said in ("so", "é", *(typed(each) for each in tools.opens), *tools.opens, *tools.closes):
+        text = json.dumps({"said": said}, ensure_ascii=False)
+        plain = text.translate(dict.fromkeys(map(ord, TYPED)))
+        if world.admits(f"{frame}{text}"):
+            assert world.read(world.ids(f"{frame}{text}")) == (plain, [])
+        else:  # a token that is special to a template is no text
+            assert said not in ("so", "é")
+    assert world.admits(f'{frame}{{"said": "so"}}')
+    written = WRITTEN[style]([("f", typed(ONE))])
+    assert world.admits(written)
+    assert world.read(world.ids(written)) == ("", [("f", ONE)])
+    assert not world.admits(f"{frame}so")
+    assert not world.admits(f'{frame}{{"said": 1}}')
+    assert not world.admits(f'{frame}{{"said": "so"}}{written}')

@@ -23,6 +23,7 @@ from microserve.gateway.parsing.written.frame import Gemma, Parameters
 from microserve.gateway.parsing.written.gemma import NOT_IN_NAMES
 from microserve.gateway.parsing.written.lark import Unwritable
 from microserve.gateway.parsing.written.schema import parts_of
+from microserve.protocol.grammar.compiled import json_of
 from tests.support.gateway.gateway_world import make_tokenizer, special_id
 from tests.support.parsing.schemas import DEFS
 
@@ -192,13 +193,16 @@ class World:
     one_only: bool = False
     is_free: bool = False
     with_markers: bool = True
+    answer: Mapping[str, Any] | None = None
+    """Schema of the text, where nothing is called."""
     tokens: Tokenizer = field(init=False)
     vocabulary: LLTokenizer = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens, self.vocabulary = _vocabulary(self.family, self.with_markers)
         self.parsers = ModelParsers(self.family, THOUGHTS.get(self.family), self._token_id)
-        self.wanted = Wanted({name: schemas_of(each) for name, each in self.schemas.items()}, self.one_only)
+        types = {name: schemas_of(each) for name, each in self.schemas.items()}
+        self.wanted = Wanted(types, self.one_only, is_json=self.answer is not None)
         self.marks = {text: token for text, (token, _) in self.parsers.marks(self.wanted).items()}
 
     def _token_id(self, text: str) -> int | None:
@@ -208,7 +212,12 @@ class World:
     def lark(self) -> str:
         """Raises ``Unwritable``."""
         return lark_of(
-            TOOLS[self.family], self.schemas, self.marks, one_only=self.one_only, is_free=self.is_free
+            TOOLS[self.family],
+            self.schemas,
+            self.marks,
+            one_only=self.one_only,
+            is_free=self.is_free,
+            answer="" if self.answer is None else json_of(self.answer),
         )
 
     @property
