@@ -19,7 +19,8 @@ MAX_COUNTED_TOKENS = 1 << 20
 Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 StopStrings = Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS)]
-FunctionName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,128}$")]
+FunctionName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,128}$(?!\n)")]
+"""In Python a ``$`` matches before a last line break, too."""
 
 
 def only(*values: Any) -> Meta:

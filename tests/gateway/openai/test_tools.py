@@ -71,6 +71,7 @@ def test_none_may_be_called(fields: dict[str, Any]) -> None:
         ({"tools": [], "tool_choice": "auto"}, "tool_choice"),
         ({"tools": [{"type": "custom"}]}, "tools[0].type"),
         ({"tools": [tool("f"), tool("no spaces")]}, "tools[1].function.name"),
+        ({"tools": [tool("f\n")]}, "tools[0].function.name"),
         ({"tools": [tool("f"), tool("f")]}, "tools[1].function.name"),
         ({"tools": [tool("f", parameters=[])]}, "tools[0].function.parameters"),
         ({"tool_choice": {"type": "function", "function": {"name": "h"}}}, "tool_choice"),
