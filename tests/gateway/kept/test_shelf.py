@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from microserve.gateway.kept.shelf import Bounds, Shelf
@@ -49,7 +49,7 @@ class Naive:
         return data if at > now - BOUNDS.max_age_s else None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps=STEPS)
 def test_a_shelf_is_what_a_naive_one_is(steps: list[tuple[str, str, str, bytes | None]]) -> None:
     now = 1000.0

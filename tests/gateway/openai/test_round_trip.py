@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import msgspec
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from microserve.gateway.api.parse import parse
@@ -16,6 +16,9 @@ from microserve.gateway.openai.completions import completion_request
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
 from microserve.gateway.request.request import GenerateRequest
 from tests.support.gateway.bodies import chat_body, completion_body
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A machine may have other things to do."""
 
 NAMES = st.from_regex(r"[a-z_.\-]{1,8}", fullmatch=True)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -159,6 +162,7 @@ def _with_usage(draw: st.DrawFn, body: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
+@UNHURRIED
 @given(body=chats())
 def test_a_conversation_is_what_its_request_says(body: dict[str, Any]) -> None:
     request = chat_request(parse(json.dumps(body).encode(), ChatRequest))
@@ -167,6 +171,7 @@ def test_a_conversation_is_what_its_request_says(body: dict[str, Any]) -> None:
     assert piped(request) == request
 
 
+@UNHURRIED
 @given(body=completions())
 def test_a_completion_is_what_its_request_says(body: dict[str, Any]) -> None:
     request = completion_request(parse(json.dumps(body).encode(), CompletionRequest))

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from microserve.gateway.api.parse import parse
@@ -18,6 +18,9 @@ from microserve.gateway.responses.schema import ResponsesRequest
 from microserve.gateway.responses.thought import sealed
 from microserve.protocol.errors import InvalidRequest
 from tests.support.gateway.responses_bodies import responses_body
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A machine may have other things to do."""
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 NAMES = st.from_regex(r"[a-z_.\-]{1,8}", fullmatch=True)
@@ -326,6 +329,7 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     return body
 
 
+@UNHURRIED
 @given(body=bodies())
 def test_a_body_is_what_its_request_says(body: dict[str, Any]) -> None:
     asked = responses_request(parse(json.dumps(body).encode(), ResponsesRequest))

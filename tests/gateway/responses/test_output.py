@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import msgspec
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from microserve.gateway.api.format import Answering, Ending, FinishedChoice, UsageCounts
@@ -23,6 +23,9 @@ from microserve.protocol.errors import EngineLost
 from microserve.protocol.messages.sampling import SamplingParams
 from tests.gateway.responses.test_asking import request as asked
 from tests.support.gateway.responses_bodies import folded
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""A machine may have other things to do."""
 
 TEXTS = st.just("x") | st.text(max_size=4)
 SAID = st.builds(Said, st.sampled_from(["content", "reasoning"]), TEXTS)
@@ -82,6 +85,7 @@ def streamed(answer: ResponsesFormat, pieces: list[Piece], reason: str) -> list[
     return events
 
 
+@UNHURRIED
 @given(pieces=PIECES, reason=st.sampled_from(["stop", "length", "tool_calls"]), encrypts=st.booleans())
 def test_events_add_up_to_the_answer_that_is_not_streamed(
     pieces: list[Piece], reason: str, encrypts: bool
@@ -100,6 +104,7 @@ def test_events_add_up_to_the_answer_that_is_not_streamed(
         msgspec.convert(response, ResponseReply)
 
 
+@UNHURRIED
 @given(pieces=PIECES)
 def test_what_is_said_is_all_there(pieces: list[Piece]) -> None:
     last = streamed(format_of(include=["reasoning.encrypted_content"]), pieces, "stop")[-1]
@@ -141,6 +146,7 @@ def test_an_answer_that_was_cut_is_incomplete_and_so_is_its_last_item() -> None:
     assert [item["status"] for item in response["output"]] == ["completed", "incomplete"]
 
 
+@UNHURRIED
 @given(pieces=PIECES, is_opened=st.booleans())
 def test_a_stream_that_breaks_says_so_behind_its_beginning(pieces: list[Piece], is_opened: bool) -> None:
     answer = format_of()
