@@ -37,7 +37,8 @@ def check_prompts(
 ) -> None:
     """Raises :class:`InvalidRequest` for more log-probabilities of prompts than are told at a time."""
     if sampling.prompt_logprobs is not None:
-        num_pairs = (1 + sampling.prompt_logprobs) * sum(map(len, prompts))
+        # Each choice tells of its prompt anew.
+        num_pairs = (1 + sampling.prompt_logprobs) * sum(map(len, prompts)) * request.num_generated
         if num_pairs > MAX_PROMPT_PAIRS:
             raise InvalidRequest(
                 f"{num_pairs} log-probabilities of prompts are asked for, at most {MAX_PROMPT_PAIRS} told",

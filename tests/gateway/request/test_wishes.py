@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer
 
@@ -13,9 +14,10 @@ from microserve.gateway.request.request import (
     GenerateRequest,
     SamplingWish,
     TemplateOption,
+    Texts,
     Turn,
 )
-from microserve.gateway.request.sampling import sampling_of
+from microserve.gateway.request.sampling import MAX_PROMPT_PAIRS, check_prompts, sampling_of
 from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
@@ -112,3 +114,21 @@ def test_a_bound_is_cut_to_fit_where_the_client_says_so() -> None:
     assert max_tokens(SamplingWish(max_tokens=50, is_max_cut=True)) == 50
     with pytest.raises(PromptTooLong):
         max_tokens(SamplingWish(max_tokens=5000))
+
+
+@pytest.mark.parametrize("counts", [{"n": 2}, {"best_of": 2}, {"n": 2, "shows_prompt": True}])
+def test_what_is_told_of_a_prompt_is_bounded_for_all_choices_together(counts: dict[str, int]) -> None:
+    """Each tells of it anew: as many objects, as many bytes of an answer."""
+    limits = ModelLimits(max_model_len=MAX_PROMPT_PAIRS, vocab_size=500)
+    prompts = [[1] * (MAX_PROMPT_PAIRS // 4)]
+    wish = SamplingWish(max_tokens=1, prompt_logprobs=1)
+
+    def check(**fields: int) -> None:
+        asked = msgspec.structs.replace(
+            GenerateRequest(model="m", prompt=Texts([""]), sampling=wish), **fields
+        )
+        check_prompts(asked, sampling_of(asked, limits, len(prompts[0])), prompts)
+
+    check(**counts)
+    with pytest.raises(InvalidRequest, match=f"{3 * MAX_PROMPT_PAIRS // 2} log-probabilities"):
+        check(**{name: count if count is True else count + 1 for name, count in counts.items()})
