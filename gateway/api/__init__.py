@@ -5,5 +5,5 @@ Here is how bytes become a body, types that bodies share, and what an answer is 
 API; nor do they know each other.
 
 Start with ``dialect.py`` (what an API's room gives), then ``parse.py`` (bytes to a body; ``fields.py``: types
-of its fields) and ``format.py`` (what an answer is made of).
+of its fields, ``arguments.py``: JSON within one) and ``format.py`` (what an answer is made of).
 """

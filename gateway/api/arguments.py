@@ -24,7 +24,7 @@ def arguments_of(text: str, field: str) -> dict[str, Any]:
         check_shape(data, SHAPE)
     except InvalidRequest:
         raise InvalidRequest(
-            f"{field} may have {SHAPE.max_depth} lists and maps within each other and {SHAPE.max_values} values",
+            f"{field} may be nested {SHAPE.max_depth} deep at most, and have {SHAPE.max_values} values",
             field=field,
         ) from None
     try:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import msgspec
-
+from microserve.gateway.api.arguments import arguments_of
 from microserve.gateway.api.format import Ending, FinishedChoice
 from microserve.gateway.openai.answer import OpenAIFormat, encode, name_of
 from microserve.gateway.openai.common import options_of, wish_of
@@ -113,13 +112,7 @@ def _turn(message: Message, where: str) -> Turn:
 
 
 def _call(call: ToolCall, where: str) -> Call:
-    try:
-        arguments = msgspec.json.decode(call.function.arguments or "{}")
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise InvalidRequest(f"{where} must be the JSON of an object", field=where)
-    return Call(call.id, call.function.name, arguments)
+    return Call(call.id, call.function.name, arguments_of(call.function.arguments, where))
 
 
 def _text_of(part: ContentPart, where: str) -> str:

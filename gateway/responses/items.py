@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
+from microserve.gateway.api.arguments import arguments_of
 from microserve.gateway.request.request import Call, Role, Turn
 from microserve.gateway.responses.schema import Content, InputItem, ItemPart
 from microserve.gateway.responses.thought import opened
@@ -77,12 +76,7 @@ class Turns:
     def _call(self, item: InputItem, where: str) -> None:
         call_id, name = _given(item.call_id, f"{where}.call_id"), _given(item.name, f"{where}.name")
         field = f"{where}.arguments"
-        try:
-            arguments = msgspec.json.decode(_given(item.arguments, field) or "{}")
-        except (msgspec.MsgspecError, UnicodeError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise InvalidRequest(f"{field} must be the JSON of an object", field=field)
+        arguments = arguments_of(_given(item.arguments, field), field)
         turn = self._assistant()
         turn.calls = [*turn.calls, Call(call_id, name, arguments)]
         self._called[call_id] = name

@@ -23,6 +23,10 @@ from tests.support.gateway.gateway_world import TEMPLATE, make_model, run, speci
 LIMITS = ModelLimits(max_model_len=10_000, vocab_size=300)
 
 
+DEEP = '{"a":' * 480 + "{}" + "}" * 480
+"""Not too deep to be read, but for whatever goes through it in Python."""
+
+
 def call(arguments: str) -> dict[str, Any]:
     return {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": arguments}}
 
@@ -58,6 +62,7 @@ def test_a_conversation_is_rendered_and_encoded(tokenizer: ModelTokenizer, raw_t
         ({"role": "user"}, "messages[0].content"),
         ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls[0].id"),
         ({"role": "assistant", "tool_calls": [call("[1]")]}, "messages[0].tool_calls[0].function.arguments"),
+        ({"role": "assistant", "tool_calls": [call(DEEP)]}, "messages[0].tool_calls[0].function.arguments"),
         ({"role": "user", "content": "x", "tool_calls": [call("{}")]}, "messages[0].tool_calls"),
         ({"role": "user", "content": [{"type": "image_url", "text": "x"}]}, "messages[0].content[0].type"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0].text"),

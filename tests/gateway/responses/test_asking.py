@@ -139,6 +139,7 @@ IMAGE = [{"type": "input_image", "image_url": "data:,"}]
         ({"type": "function_call", "call_id": "c", "name": "f"}, "input[0].arguments"),
         (fc("c", arguments="[1]"), "input[0].arguments"),
         (fc("c", arguments="{"), "input[0].arguments"),
+        (fc("c", arguments='{"a":' * 480 + "{}" + "}" * 480), "input[0].arguments"),
         (fc("c", name="no spaces"), "input[0].name"),
         (result("c"), "input[0].call_id"),
         ({"type": "reasoning", "encrypted_content": "gAAAA"}, "input[0].encrypted_content"),
