@@ -41,7 +41,7 @@ class Turns:
             case None | "message":
                 self._message(item, where)
             case "reasoning":
-                self._assistant().thought = _joined(self._assistant().thought, _thought(item, where))
+                self._think(_thought(item, where))
             case "function_call":
                 self._call(item, where)
             case "function_call_output":
@@ -56,6 +56,13 @@ class Turns:
                     "function_call_output, reasoning and item_reference are",
                     field=f"{where}.type",
                 )
+
+    def _think(self, thought: str) -> None:
+        """Behind a text and no call, it is of another turn."""
+        if thought and self._open is not None and self._open.content is not None and not self._open.calls:
+            self._open = None
+        turn = self._assistant()
+        turn.thought = _joined(turn.thought, thought)
 
     def _message(self, item: InputItem, where: str) -> None:
         role = ROLES.get(_given(item.role, f"{where}.role"))

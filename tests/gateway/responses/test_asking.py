@@ -116,6 +116,11 @@ def test_two_messages_of_the_assistant_are_two_turns_and_a_thought_alone_is_one(
         Turn(role="assistant", content="a"),
         Turn(role="assistant", content="b"),
     ]
+    again = {"type": "reasoning", "summary": [], "encrypted_content": sealed("hm")}
+    assert turns(message("assistant", "a"), again, fc("c")) == [
+        Turn(role="assistant", content="a"),
+        Turn(role="assistant", content=None, thought="hm", calls=[Call("c", "f", {})]),
+    ]
     assert turns({"type": "reasoning", "summary": []}) == [Turn(role="assistant", content="")]
 
 
