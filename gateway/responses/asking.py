@@ -63,6 +63,8 @@ def _sampling(body: ResponsesRequest) -> SamplingWish:
         top_p=body.top_p,
         top_k=body.top_k,
         min_p=body.min_p,
+        min_tokens=body.min_tokens,
+        ignore_eos=bool(body.ignore_eos),
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,

@@ -194,6 +194,8 @@ class ResponsesRequest(RequestBody, kw_only=True):
     repetition_penalty: bounds.RepetitionPenalty | None = None
     top_k: Annotated[int, Meta(ge=-1, le=bounds.MAX_COUNT)] | None = None
     min_p: bounds.MinP | None = None
+    min_tokens: bounds.MinTokens | None = None
+    ignore_eos: bool | None = None
     seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
     stop: StopString | StopStrings | None = None
     cache_salt: Name | None = None

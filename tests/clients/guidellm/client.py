@@ -42,6 +42,11 @@ def chat() -> None:
     is_right(measure("/v1/chat/completions"))
 
 
+@check("/v1/responses, streamed")
+def responses() -> None:
+    is_right(measure("/v1/responses"))
+
+
 @check("/v1/completions, streamed")
 def completions() -> None:
     is_right(measure("/v1/completions"))

@@ -219,6 +219,21 @@ def responses_loop() -> None:
         assert answer.output_text == "The tool said 12 in Rome."
 
 
+@check("responses: kept, gone on from, deleted")
+def responses_kept() -> None:
+    first = talker.responses.create(model=TALKER_MODEL, input="say: One.")
+    more = talker.responses.create(model=TALKER_MODEL, input="say: Two.", previous_response_id=first.id)
+    assert more.output_text == "Two." and more.usage and first.usage
+    assert more.usage.input_tokens > first.usage.input_tokens + first.usage.output_tokens
+    assert talker.responses.retrieve(first.id).output_text == "One."
+    talker.responses.delete(first.id)
+    try:
+        talker.responses.retrieve(first.id)
+    except openai.NotFoundError:
+        return
+    raise AssertionError("it is still there")
+
+
 @check("errors of its own classes")
 def errors() -> None:
     for wrong, kind, field in (

@@ -49,7 +49,6 @@ check("tools: calls, results, an answer, whole and streamed", async () => {
       prompt: `say: I look.${callText("weather", { city: "Rome" })}`,
       tools: { weather },
       stopWhen: stepCountIs(3),
-      providerOptions: { openai: { store: false } },
       ...once,
     };
     const whole = await generateText(asked);

@@ -303,6 +303,8 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
         "top_k": st.integers(-1, 100),
         "seed": st.integers(-(1 << 63), (1 << 63) - 1),
         "presence_penalty": st.floats(-2, 2),
+        "min_tokens": st.integers(0, 9),
+        "ignore_eos": st.booleans(),
         "top_logprobs": st.integers(0, 20),
         "include": st.lists(
             st.sampled_from(["message.output_text.logprobs", "reasoning.encrypted_content"]), max_size=2

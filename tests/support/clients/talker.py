@@ -1,6 +1,6 @@
 """A gateway whose engine says given tokens, as a process of its own: what a user asks it to say, it says.
 
-    python tests/support/clients/talker.py DIR     prints its address; ends with its input
+    python tests/support/clients/talker.py DIR FILE     prints its address; ends with its input
 
 Behind a real gateway stands a router that answers by one rule. A user's last message ``... say: TEXT`` is
 answered by TEXT, with the model's markers as tokens; the result of a tool by ``The tool said RESULT.``. So a
@@ -51,9 +51,10 @@ def answering(tokenizer: Tokenizer) -> Callable[[Served], None]:
     return answer
 
 
-async def serve(directory: Path, told: TextIO) -> None:
+async def serve(directory: Path, kept: Path, told: TextIO) -> None:
+    """``kept``: file of responses."""
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    settings = (f"model.name={NAME}", "bus.insecure=true")
+    settings = (f"model.name={NAME}", "bus.insecure=true", f"gateway.responses_path={kept}")
     async with gateway_world(
         directory, *settings, model=NAME, max_model_len=CONTEXT, vocab_size=tokenizer.get_vocab_size()
     ) as world:
@@ -66,7 +67,7 @@ async def serve(directory: Path, told: TextIO) -> None:
 def talker(directory: Path, log: Path) -> Iterator[str]:
     """Its base address."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-P", "-m", __name__, str(directory)]
+    command = [sys.executable, "-P", "-m", __name__, str(directory), str(log.with_suffix(".sqlite"))]
     with (
         log.open("w") as sink,
         subprocess.Popen(
@@ -84,4 +85,4 @@ if __name__ == "__main__":
     address = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what else is printed is its log
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(Path(sys.argv[1]), address))
+        runner.run(serve(Path(sys.argv[1]), Path(sys.argv[2]), address))

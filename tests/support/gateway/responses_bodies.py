@@ -12,8 +12,8 @@ from microserve.gateway.grammar.asked import Asked
 from microserve.gateway.request.request import Conversation, GenerateRequest, ToolUse, Turn
 
 WISHES = (
-    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "seed"),
+    *("temperature", "top_p", "top_k", "min_p", "min_tokens", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "seed", "ignore_eos"),
 )
 
 
