@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from urllib.parse import parse_qs
 
 import msgspec
 
+from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.errors import NotKept
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.kept.store import Store
-from microserve.gateway.responses.keeping import listed, opened
+from microserve.gateway.responses.keeping import page_of, response_of
 from microserve.gateway.state import GatewayState
 from microserve.protocol.errors import InvalidRequest
 
@@ -27,8 +30,7 @@ async def response(state: GatewayState, exchange: Exchange) -> None:
         return
     if _query(exchange).get("stream", "false") != "false":
         raise InvalidRequest("stream: what is kept is not streamed again", field="stream")
-    _, body = opened(await _found(state, exchange, name))
-    await exchange.reply(200, body)
+    await exchange.reply(200, response_of(await _found(state, exchange, name)))
 
 
 async def input_items(state: GatewayState, exchange: Exchange) -> None:
@@ -40,10 +42,10 @@ async def input_items(state: GatewayState, exchange: Exchange) -> None:
     limit = query.get("limit", str(DEFAULT_LISTED))
     if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= MAX_LISTED):
         raise InvalidRequest(f"limit must be between 1 and {MAX_LISTED}", field="limit")
-    items, _ = opened(await _found(state, exchange, exchange.path_params["response_id"]))
-    if order == "desc":
-        items.reverse()
-    await exchange.reply(200, listed(items, after=after, limit=int(limit)))
+    data = await _found(state, exchange, exchange.path_params["response_id"])
+    page = partial(page_of, data, newest_first=order == "desc", after=after, limit=int(limit))
+    is_long = len(data) > INLINE_BODY_NBYTES
+    await exchange.reply(200, await asyncio.to_thread(page) if is_long else page())
 
 
 async def _found(state: GatewayState, exchange: Exchange, name: str) -> bytes:

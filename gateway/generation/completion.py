@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from time import monotonic, time
 from typing import Generic, TypeVar
 
@@ -33,7 +34,7 @@ from microserve.gateway.routers.mailbox import Mailbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.choice import Choice, Piece
 from microserve.protocol import log
-from microserve.protocol.errors import InternalError, MeshError
+from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
 
 _logger = structlog.get_logger()
 
@@ -56,6 +57,10 @@ class Completion(Generic[B]):
         self._stream = False
         self._warnings: Sequence[str] = ()
         """What was asked for and is not done as asked."""
+        self._recalled = ExitStack()
+        """Counts what was kept and is needed until the prompt is made, as the body is counted."""
+        self._num_held = 0
+        """Bytes that are to be kept with the answer."""
 
     async def run(self) -> None:
         """Answer the request, then account for it, whatever happened."""
@@ -67,6 +72,8 @@ class Completion(Generic[B]):
             await group.settle()
         finally:
             group.release()
+            if self._num_held and self._state.store is not None:
+                self._state.store.give_back(self._num_held)
             group.stamp_end()
             account(
                 self._state,
@@ -87,7 +94,7 @@ class Completion(Generic[B]):
             strategy = state.strategy_for(strategy_of(exchange), exchange.key)
             body = await exchange.read_body(state.bodies)
             with exchange.watch(inbox.fail):
-                with state.bodies.hold(len(body)):
+                with state.bodies.hold(len(body)), self._recalled:
                     answer = await self._submit(body, ttl_s, strategy)
                 del body  # a long prompt must not stay for as long as its answer takes
                 await (self._stream_answer(answer) if self._stream else self._collect_answer(answer))
@@ -145,9 +152,18 @@ class Completion(Generic[B]):
             model=state.model,
             fingerprint=f"microserve-{state.version}",
             num_prompt_tokens=sum(map(len, prompts)),
-            keeps=state.store is not None,
+            keeps=self._holds(request),
         )
         return self._dialect.format(answering)
+
+    def _holds(self, request: GenerateRequest) -> bool:
+        """Whether there is room for what is to be kept with the answer until that is there."""
+        nbytes, store = len(request.context), self._state.store
+        if nbytes and store is not None and store.hold(nbytes):
+            self._num_held = nbytes
+            return True
+        request.context = b""  # as long as a body, it would stay for as long as the answer takes
+        return False
 
     async def _prepare_large(
         self, body: bytes, kept: Mapping[str, bytes] | None = None
@@ -170,12 +186,19 @@ class Completion(Generic[B]):
 
     async def _find(self, names: Mapping[str, str]) -> Mapping[str, bytes]:
         """What was kept for this client under these names, which came by these fields."""
-        store, owner = self._state.store, self._exchange.key.name
-        found = {}
+        store, owner, bodies = self._state.store, self._exchange.key.name, self._state.bodies
+        found: dict[str, bytes] = {}
+        num_left = bodies.max_body_nbytes
         for name, field in names.items():
             data = None if store is None else await store.get(owner, name)
             if data is None:
                 raise NotKept(f"{field}: no response {name[:128]!r} is kept here", field=field)
+            num_left -= len(data)
+            if num_left < 0:
+                raise InvalidRequest(
+                    f"{field}: what is referred to has more than {bodies.max_body_nbytes} bytes", field=field
+                )
+            self._recalled.enter_context(bodies.hold(len(data)))
             found[name] = data
         return found
 

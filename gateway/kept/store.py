@@ -24,6 +24,8 @@ WAIT_S = 3.0
 MAX_WAITING = 256
 MAX_WAITING_NBYTES = 64 << 20
 """Of what is still to be put, where the disk is slow: beyond it nothing more is taken."""
+MAX_HELD_NBYTES = 256 << 20
+"""Of what is to be kept with answers that are being made."""
 
 T = TypeVar("T")
 _logger = structlog.get_logger()
@@ -41,7 +43,18 @@ class Store:
         self._shelf: Shelf | None = None
         self._waiting = 0
         self._waiting_nbytes = 0
+        self._held_nbytes = 0
         self._is_failing = False
+
+    def hold(self, nbytes: int) -> bool:
+        """Whether there is room for so much more, until :meth:`give_back`; else its answer is not kept."""
+        if self._held_nbytes + nbytes > MAX_HELD_NBYTES:
+            return False
+        self._held_nbytes += nbytes
+        return True
+
+    def give_back(self, nbytes: int) -> None:
+        self._held_nbytes -= nbytes
 
     async def put(self, owner: str, name: str, data: bytes) -> bool:
         """Whether it is kept now."""

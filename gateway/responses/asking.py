@@ -18,7 +18,7 @@ from microserve.gateway.request.request import (
     TemplateOption,
 )
 from microserve.gateway.responses.items import turns_of
-from microserve.gateway.responses.keeping import history_of, items_of
+from microserve.gateway.responses.keeping import context_of, history_of, items_of
 from microserve.gateway.responses.schema import ResponsesRequest
 from microserve.gateway.responses.tools import tool_use_of
 from microserve.protocol.errors import InvalidRequest
@@ -48,7 +48,7 @@ def responses_request(body: ResponsesRequest, kept: Mapping[str, bytes] = NOTHIN
         salt=body.cache_salt or "",
         labels={name: each for name in (*FIELDS, METADATA) if (each := getattr(body, name)) is not None},
         echo={"response": told_again(body), "encrypts": ENCRYPTED in (body.include or [])},
-        context=b"" if body.store is False else msgspec.json.encode([*history, *items]),
+        context=b"" if body.store is False else context_of([*history, *items]),
         names=NAMES,
     )
 

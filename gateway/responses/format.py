@@ -14,7 +14,7 @@ import msgspec
 from microserve.gateway.api.format import AnswerFormat, Answering, Ending, FinishedChoice, UsageCounts
 from microserve.gateway.http.errors import Problem
 from microserve.gateway.responses.ids import response_id, unique_of
-from microserve.gateway.responses.keeping import MAX_CONTEXT_NBYTES, entry
+from microserve.gateway.responses.keeping import entry
 from microserve.gateway.responses.output import Output, Told
 from microserve.gateway.text.choice import Piece
 
@@ -27,7 +27,6 @@ class ResponsesFormat(AnswerFormat):
     def __init__(self, answering: Answering) -> None:
         sampling, echo = answering.sampling, answering.request.echo
         self._context = answering.request.context
-        is_kept = answering.keeps and 0 < len(self._context) <= MAX_CONTEXT_NBYTES
         unique = unique_of(answering.unique_id)
         self._output = Output(unique, encrypts=echo["encrypts"])
         self._response: dict[str, Any] = {
@@ -46,7 +45,7 @@ class ResponsesFormat(AnswerFormat):
             "presence_penalty": sampling.presence_penalty,
             "frequency_penalty": sampling.frequency_penalty,
             **echo["response"],
-            "store": is_kept,
+            "store": answering.keeps,
         }
         self._num_events = 0
         self._ending: Ending | None = None

@@ -25,9 +25,20 @@ class Entry(msgspec.Struct):
     response: msgspec.Raw
 
 
+class _Answered(msgspec.Struct):
+    response: msgspec.Raw
+    """What it was made of may be long, and is not looked at."""
+
+
 class _Output(msgspec.Struct):
     id: str
     output: list[InputItem]
+
+
+def context_of(items: Sequence[InputItem]) -> bytes:
+    """As :func:`entry` takes it; empty for what is too large to be kept."""
+    context = msgspec.json.encode(items)
+    return context if len(context) <= MAX_CONTEXT_NBYTES else b""
 
 
 def entry(context: bytes, response: bytes) -> bytes:
@@ -40,6 +51,11 @@ def opened(data: bytes) -> tuple[list[InputItem], bytes]:
     found = msgspec.json.decode(data, type=Entry)
     unique = msgspec.json.decode(found.response, type=_Output).id.partition("_")[2]
     return [_named(item, unique, at) for at, item in enumerate(found.input)], bytes(found.response)
+
+
+def response_of(data: bytes) -> bytes:
+    """The JSON of an entry's response."""
+    return bytes(msgspec.json.decode(data, type=_Answered).response)
 
 
 def names_of(body: ResponsesRequest) -> Mapping[str, str]:
@@ -95,8 +111,12 @@ def _named(item: InputItem, unique: str, at: int) -> InputItem:
     )
 
 
-def listed(items: Sequence[InputItem], *, after: str | None, limit: int) -> bytes:
-    """A page of them as JSON. Raises :class:`InvalidRequest` for an ``after`` that is none of them."""
+def page_of(data: bytes, *, newest_first: bool, after: str | None, limit: int) -> bytes:
+    """Some of an entry's input items as JSON. Raises :class:`InvalidRequest` for an ``after`` that is none of
+    them."""
+    items, _ = opened(data)
+    if newest_first:
+        items.reverse()
     begin = 0
     if after is not None:
         begin = next((at + 1 for at, item in enumerate(items) if item.id == after), 0)

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from microserve.gateway.kept import store as stores
 from microserve.gateway.kept.shelf import Bounds, Shelf
-from microserve.gateway.kept.store import Store
+from microserve.gateway.kept.store import MAX_HELD_NBYTES, Store
 from microserve.protocol import log
 from microserve.protocol.errors import CapacityError
 from tests.support.gateway.gateway_world import run
@@ -79,6 +79,18 @@ def test_a_disk_that_stands_is_not_waited_for(tmp_path: Path, monkeypatch: pytes
         monkeypatch.setattr(stores, "MAX_WAITING", 9)
         assert await store.get("b", "x") is None
         assert store._waiting == 0
+        await store.close()
+
+    run(main())
+
+
+def test_what_waits_for_its_answer_is_bounded(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = Store(str(tmp_path / "kept.db"), BOUNDS, clock)
+        assert store.hold(MAX_HELD_NBYTES - 1) and store.hold(1)
+        assert not store.hold(1)
+        store.give_back(1)
+        assert store.hold(1)
         await store.close()
 
     run(main())

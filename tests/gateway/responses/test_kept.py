@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
+from microserve.gateway.kept.store import Store
 from microserve.gateway.keys.key import digest_of
 from microserve.gateway.responses.keeping import names_of
 from microserve.gateway.responses.schema import InputItem, ResponsesRequest
@@ -274,6 +275,36 @@ def test_large_bodies_and_histories_go_on_too(
             assert texts == [said, "Hello", "b"]
             body["previous_response_id"] = NOBODY
             assert (await http.post("/v1/responses", json=body)).status_code == 404
+
+    run(main())
+
+
+def test_what_is_referred_to_is_bounded_as_a_body_is(talker: Path, tokens: Tokenizer, tmp_path: Path) -> None:
+    """A few hundred bytes may refer to the most that is kept, many times over; no template looks at some of
+    it. Nothing is held of what is over."""
+    thought = {"type": "reasoning", "summary": [], "encrypted_content": "", "phase": "x" * 400_000}
+
+    async def main() -> None:
+        settings = [*kept_at(tmp_path), "gateway.max_body_mb=1"]
+        async with (
+            gateway_world(talker, *settings, max_model_len=2048) as world,
+            httpx.AsyncClient(base_url=world.address, timeout=20.0) as http,
+        ):
+            world.router.answer = saying(tokens, "Hello")
+
+            async def ask(*items: Any) -> httpx.Response:
+                return await http.post("/v1/responses", json={"model": "tiny", "input": list(items)})
+
+            said = {"role": "user", "content": "hi"}
+            made = [(await ask(said, thought)).json() for _ in range(3)]
+            assert all(each["store"] for each in made)
+            named = [{"type": "item_reference", "id": each["output"][0]["id"]} for each in made]
+            assert (await ask(*named[:2], said)).status_code == 200
+            refused = await ask(*named, said)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input[2].id")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Store, "hold", lambda store, nbytes: False)
+                assert (await ask(said)).json()["store"] is False
 
     run(main())
 
