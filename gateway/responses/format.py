@@ -71,10 +71,13 @@ class ResponsesFormat(AnswerFormat):
     def failed(self, problem: Problem) -> bytes:
         opening = b"" if self._num_events else self.opening(0)
         code = "server_error" if problem.status >= 500 else problem.code
+        if self._output.items:  # what was said stands
+            self._output.close(is_cut=True)
         response = self._response | {
             "status": "failed",
             "error": {"code": code, "message": problem.message},
             "output": self._output.items,
+            "store": False,
         }
         error = {"code": problem.code, "message": problem.message, "param": problem.param}
         return opening + self._events([("error", error), ("response.failed", {"response": response})])

@@ -160,6 +160,13 @@ def test_a_stream_that_breaks_says_so_behind_its_beginning(pieces: list[Piece], 
     assert failed["type"] == "response.failed"
     assert failed["response"]["error"] == {"code": "server_error", "message": "e0 is gone"}
     msgspec.convert(failed["response"], ResponseReply)
+    said = "".join(event["delta"] for event in events if event["type"].endswith(".delta"))
+    parts_of = [
+        item.get("content", [{"text": item.get("arguments")}]) for item in failed["response"]["output"]
+    ]
+    assert "".join(part["text"] for content in parts_of for part in content) == said
+    assert all(item["status"] != "in_progress" for item in failed["response"]["output"])
+    assert failed["response"]["store"] is False
 
 
 def test_a_response_tells_the_request_again() -> None:
