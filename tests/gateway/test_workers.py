@@ -234,7 +234,8 @@ def test_a_wrong_setting_of_a_worker_is_the_gateways(tmp_path: Path) -> None:
     async def main() -> None:
         bus = ZmqBus(linger_s=0.0)
         router = ScriptedRouter(bus)
-        async with gateway(tmp_path / "nowhere", router) as made:
+        (tmp_path / "config.json").write_text("{}")
+        async with gateway(tmp_path, router) as made:  # by its parent it is a model's directory
             assert await made.process.wait() == 2
             errors = [each["error"] for each in made.events if each["event"] == log.SERVICE_FAILED]
             assert any("no tokenizer.json" in error for error in errors)
