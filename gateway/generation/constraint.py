@@ -5,7 +5,9 @@ Owns how a schema, thoughts and tools go together in one answer. Knows no family
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -26,6 +28,8 @@ _ANY = {"type": "object"}
 """Arguments of a function that says nothing of them."""
 JSON_KINDS = ("json_schema", "json_object")
 """Of grammars that a text may have beside tools."""
+INLINE_SCHEMAS_CHARS = 8192
+"""The grammar of more is written in a thread: patterns are read one by one, in Python."""
 MAX_SCHEMAS_CHARS = 2 * MAX_GRAMMAR_NBYTES
 """Of tools whose calls must match, with what does not constrain (descriptions)."""
 
@@ -118,10 +122,11 @@ async def _of_calls(
         checked = await _checked(state, wish, inbox)
         schemas[name] = msgspec.json.decode(checked.grammar.text)
         warnings += checked.warnings
+    write = partial(lark_of, one_only=use.one_only, is_free=use.mode == "auto", answer=answer)
+    is_long = num_chars > INLINE_SCHEMAS_CHARS
     try:
-        text = lark_of(
-            tools, schemas, marks, one_only=use.one_only, is_free=use.mode == "auto", answer=answer
-        )
+        written = (tools, schemas, marks)
+        text = await asyncio.to_thread(write, *written) if is_long else write(*written)
     except Unwritable as error:
         where = use.functions()[error.tool].field
         raise InvalidRequest(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from microserve.gateway.parsing.typed import MAX_BRANCHES, REFERENCES, kind_of, referred
@@ -178,7 +179,7 @@ def text_term(schema: dict[str, Any], banned: str) -> tuple[str, bool]:
     if "pattern" in schema:
         body = whole(schema["pattern"])
         parts.append(body)
-        may_be_empty = may_be_empty and re.search(schema["pattern"], "") is not None
+        may_be_empty = may_be_empty and least_chars(schema["pattern"]) == 0
     if "format" in schema:
         if schema["format"] not in FORMATS:
             raise Unwritable(f"format {schema['format']!r}")
@@ -187,16 +188,23 @@ def text_term(schema: dict[str, Any], banned: str) -> tuple[str, bool]:
     return " & ".join([*(parts or [ANY]), f"~({ANY} {quoted(banned)} {ANY})"]), may_be_empty
 
 
+def least_chars(pattern: str) -> int:
+    """Of a text in which it is found, as it is written. None is tried: that may take any time, in which the
+    whole process stands still."""
+    try:
+        least: int = _parser.parse(pattern).getwidth()[0]
+    except (re.error, RecursionError, OverflowError):
+        raise Unwritable(f"pattern {pattern[:64]!r}") from None
+    return least
+
+
 _ASCII = {"d": "0-9", "w": "A-Za-z0-9_"}
 _PART = re.compile(r"\\.|[\[\].]", re.DOTALL)
 
 
 def whole(pattern: str) -> str:
     """A terminal's body for texts in which a pattern of JSON Schema is found."""
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        raise Unwritable(f"pattern {pattern[:64]!r}") from None
+    least_chars(pattern)
     body = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]", lambda found: "x" * len(found[0]), pattern, flags=re.DOTALL)
     begins, ends = body.startswith("^"), body.endswith("$")
     inner = body[begins : len(body) - ends]
