@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cache, reduce
 from operator import or_
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, cast, get_args, get_origin
 
 import msgspec
 
@@ -72,7 +72,7 @@ def told(body: bytes, kind: type[msgspec.Struct]) -> list[str]:
     """Where the unknown fields of a body stand that ``kind`` has taken: ``messages[].colour``, once for all
     messages."""
     names: list[str] = []
-    for path in _unknown(msgspec.json.decode(body), kind, ""):
+    for path in _unknown(msgspec.json.decode(body), _within(kind), ""):
         name = _UNPRINTABLE.sub("?", path)
         if name in names:
             continue
@@ -82,25 +82,74 @@ def told(body: bytes, kind: type[msgspec.Struct]) -> list[str]:
     return names
 
 
-def _unknown(value: Any, kind: Any, path: str) -> Iterator[str]:
-    """Paths of fields in ``value`` that ``kind`` does not know."""
-    origin = get_origin(kind)
+class _Within(NamedTuple):
+    """What a type has in it that may have fields: one of these objects, or a list of such."""
+
+    structs: tuple[type[msgspec.Struct], ...] = ()
+    items: _Within | None = None
+
+
+_NOTHING = _Within()
+
+
+def _within(kind: Any) -> _Within:
+    origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        yield from _unknown(value, get_args(kind)[0], path)
-    elif origin in (Union, UnionType):
-        for each in get_args(kind):
-            yield from _unknown(value, each, path)
-    elif origin is list and isinstance(value, list):
-        for each in value:
-            yield from _unknown(each, get_args(kind)[0], f"{path}[]")
-    elif isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        config = kind.__struct_config__
-        if config.tag is not None and value.get(config.tag_field) != config.tag:
-            return  # another one of a union
-        fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
-        for name, each in value.items():
-            where = f"{path}.{name[:MAX_NAME_CHARS]}" if path else name[:MAX_NAME_CHARS]
-            if name in fields:
-                yield from _unknown(each, fields[name], where)
-            elif name != config.tag_field or config.tag is None:
-                yield where
+        return _within(arguments[0])
+    if origin in (Union, UnionType):
+        return reduce(_either, map(_within, arguments))
+    if origin is list:
+        items = _within(arguments[0])
+        return _NOTHING if items is _NOTHING else _Within(items=items)
+    return _Within((kind,)) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else _NOTHING
+
+
+def _either(one: _Within, other: _Within) -> _Within:
+    if _NOTHING in (one, other):
+        return one if other is _NOTHING else other
+    items = one.items or other.items
+    if one.items and other.items:
+        items = _either(one.items, other.items)
+    return _Within(one.structs + other.structs, items)
+
+
+class _Known(NamedTuple):
+    """The fields of one type."""
+
+    tag_field: str | None
+    tag: str | int | None
+    fields: dict[str, _Within]
+
+
+@cache
+def _known(kind: type[msgspec.Struct]) -> _Known:
+    """Once for each type: a body may have thousands of its objects."""
+    config = kind.__struct_config__
+    fields = {field.encode_name: _within(field.type) for field in msgspec.structs.fields(kind)}
+    return _Known(config.tag_field, config.tag, fields)
+
+
+def _unknown(value: Any, within: _Within, path: str) -> Iterator[str]:
+    """Paths of fields in ``value`` that ``within`` does not know."""
+    if isinstance(value, list):
+        if within.items is not None:
+            where = f"{path}[]"
+            for each in value:
+                yield from _unknown(each, within.items, where)
+    elif isinstance(value, dict):
+        for kind in within.structs:
+            yield from _unknown_of(value, _known(kind), path)
+
+
+def _unknown_of(value: dict[str, Any], known: _Known, path: str) -> Iterator[str]:
+    if known.tag is not None and value.get(known.tag_field or "") != known.tag:
+        return  # another one of a union
+    for name, each in value.items():
+        within = known.fields.get(name)
+        if within is _NOTHING:
+            continue
+        where = f"{path}.{name[:MAX_NAME_CHARS]}" if path else name[:MAX_NAME_CHARS]
+        if within is not None:
+            yield from _unknown(each, within, where)
+        elif name != known.tag_field or known.tag is None:
+            yield where
