@@ -6,6 +6,7 @@ nothing of JSON or HTTP.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -133,8 +134,8 @@ class Choice:
 
     @property
     def mean_logprob(self) -> float:
-        """Of its own tokens."""
-        return self._sum_logprobs / max(1, self.num_output_tokens)
+        """Of its own tokens; without any it is less likely than whatever has some."""
+        return self._sum_logprobs / self.num_output_tokens if self.num_output_tokens else -math.inf
 
     @property
     def awaits_prompt(self) -> bool:

@@ -285,6 +285,25 @@ def test_the_best_of_several(model: Path, raw_tokenizer: Tokenizer) -> None:
     run(main())
 
 
+def test_of_several_that_ran_out_of_time_the_best_is_one_that_has_begun(
+    model: Path, raw_tokenizer: Tokenizer
+) -> None:
+    async def main() -> None:
+        async with gateway_world(model) as world:
+
+            def answer(served: Served) -> None:
+                if len(world.router.served) == 2:
+                    ids = raw_tokenizer.encode("one").ids
+                    served.send(ids, logprobs=[TokenLogprob(-1.0, []) for _ in ids])
+                served.end("error", code="deadline_exceeded", detail="late")
+
+            world.router.answer = answer
+            reply = await ask(world, best_of=3, n=2)
+            assert [choice["text"] for choice in reply["choices"]] == ["one", ""]
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
