@@ -62,7 +62,7 @@ def bind_tools() -> None:
             bound = mesh.bind_tools([weather], tool_choice=wish, strict=strict, parallel_tool_calls=False)
             for answer in (bound.invoke("hi"), sum_of(bound.stream("hi"))):
                 [call] = answer.tool_calls
-                assert call["name"] == "weather" and set(call["args"]) == {"city"}
+                assert call["name"] == "weather" and "city" in call["args"]
                 assert not answer.invalid_tool_calls
 
 
@@ -100,7 +100,8 @@ def responses() -> None:
     meshed = ChatOpenAI(base_url=f"{MESH}/v1", model=MESH_MODEL, **options)
     bound = meshed.bind_tools([weather], tool_choice="weather", parallel_tool_calls=False)
     for answer in (bound.invoke("hi"), sum_of(bound.stream("hi"))):
-        assert [(each["name"], set(each["args"])) for each in answer.tool_calls] == [("weather", {"city"})]
+        [call] = answer.tool_calls
+        assert call["name"] == "weather" and "city" in call["args"]
     assert isinstance(meshed.with_structured_output(Person, method="json_schema").invoke("hi"), Person)
     built: Any = create_agent(saying, [weather])
     state = built.invoke({"messages": [HumanMessage(f"say: {call_text('weather', city='Rome')}")]})

@@ -56,7 +56,7 @@ def tools() -> None:
         ]
         assert len({each.id for each in calls}) == 2
     answer = litellm.completion(**ON_MESH, messages=USER, tools=[WEATHER], tool_choice="required")
-    assert set(json.loads(answer.choices[0].message.tool_calls[0].function.arguments)) == {"city"}
+    assert "city" in json.loads(answer.choices[0].message.tool_calls[0].function.arguments)
 
 
 @check("response_format: a pydantic model")

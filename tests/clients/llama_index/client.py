@@ -57,7 +57,7 @@ def calling() -> None:
     [call] = mesh.get_tool_calls_from_response(
         mesh.chat_with_tools([WEATHER], user_msg="hi", tool_required=True, allow_parallel_tool_calls=False)
     )
-    assert call.tool_name == "weather" and set(call.tool_kwargs) == {"city"}
+    assert call.tool_name == "weather" and "city" in call.tool_kwargs
 
 
 @check("structured output: by a call, by a schema")
