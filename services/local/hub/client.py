@@ -161,6 +161,8 @@ class HubClient:
                 partial.begin_anew()
             for chunk in response.iter_bytes(CHUNK_NBYTES):
                 partial.write(chunk)
+                if partial.is_over:  # whatever else comes, it is not this file
+                    return
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -215,10 +217,10 @@ class _Partial:
     """The beginning of a file, which grows."""
 
     def __init__(self, path: Path, file: RemoteFile, progress: Progress) -> None:
-        self._progress = progress
+        self._progress, self._end_nbytes = progress, file.nbytes
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed in __exit__)
         self.nbytes = self._file.tell()
-        if self.nbytes > file.nbytes:
+        if self.is_over:
             self.begin_anew()
 
     def __enter__(self) -> _Partial:
@@ -226,6 +228,11 @@ class _Partial:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    @property
+    def is_over(self) -> bool:
+        """More has come than there is of the file."""
+        return self.nbytes > self._end_nbytes
 
     def write(self, chunk: bytes) -> None:
         rest = memoryview(chunk)

@@ -70,6 +70,8 @@ class Hub:
     ignores_range: bool = False
     damages: bool = False
     """The store changes a byte."""
+    flood_nbytes: int = 0
+    """So much comes behind a whole file of the store."""
     status: int | None = None
     """All that is asked is answered so."""
     expires: int = 0
@@ -281,6 +283,8 @@ class _Store(_Handler):
                 "Content-Length": str(len(content) - begin),
                 "Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}",
             }
+        if hub.flood_nbytes:
+            headers = {"Connection": "close"}
         self.send_response(206 if begin else 200)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -297,13 +301,17 @@ class _Store(_Handler):
             hub.reached.set()
             held.wait()
             self._write(path, rest[half:])
+        for _ in range(0, hub.flood_nbytes, 1 << 20):
+            if not self._write(path, bytes(1 << 20)):
+                break
         if hub.break_after is not None:
             self.close_connection = True
 
-    def _write(self, path: str, content: bytes) -> None:
+    def _write(self, path: str, content: bytes) -> bool:
         try:
             self.wfile.write(content)
         except OSError:  # the client has gone
             self.close_connection = True
-            return
+            return False
         self.hub.sent[path] = self.hub.sent.get(path, 0) + len(content)
+        return True

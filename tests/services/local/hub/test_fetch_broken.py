@@ -14,7 +14,7 @@ from huggingface_hub import close_session, constants
 
 from microserve.services.local.hub import client
 from microserve.services.local.hub.fetch import Wish, fetch
-from microserve.services.local.hub.name import NotReached
+from microserve.services.local.hub.name import HubError, NotReached
 from microserve.services.local.hub.place import Place, usable, whole
 from tests.support.hub.server import Hub, digest_of
 from tests.support.hub.small_model import FILES, NAME, WEIGHTS, blob, refusal
@@ -128,6 +128,17 @@ def test_damaged_content_is_seen_and_thrown_away(hub: Hub, place: Place, is_part
         told = refusal(place)
         hub.damages = False
     assert "came damaged" in told and "ask again" in told
+    assert (fetch(place, NAME, Wish()) / WEIGHTS).read_bytes() == FILES[WEIGHTS]
+
+
+def test_a_store_that_does_not_end_fills_no_disk(hub: Hub, place: Place) -> None:
+    fetch(place, NAME, Wish(weights=False))
+    hub.flood_nbytes = 64 << 20
+    with pytest.raises(HubError, match="came damaged"):
+        fetch(place, NAME, Wish())
+    digest = digest_of(WEIGHTS, FILES[WEIGHTS])
+    assert hub.sent.get(f"/store/{digest}", 0) < hub.flood_nbytes
+    hub.flood_nbytes = 0
     assert (fetch(place, NAME, Wish()) / WEIGHTS).read_bytes() == FILES[WEIGHTS]
 
 
