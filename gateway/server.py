@@ -277,7 +277,7 @@ def _make_parsers(settings: Settings, tokenizer: ModelTokenizer) -> ModelParsers
     parsers = ModelParsers.of_model(signs_of(template, shipped), wanted, thoughts, tokenizer.added_id)
     if shipped is not None and wanted == "auto" and parsers.tools is None:
         _logger.warning(
-            log.TEMPLATE_UNKNOWN,
+            log.MODEL_RESPONSE_TEMPLATE_UNKNOWN,
             detail="the model's response_template is of no family that is known here: calls stay text, and "
             "tools are refused, unless model.tool_parser names one",
         )
