@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import httpx
 import pytest
 import yaml
@@ -86,7 +87,9 @@ def test_everybody_shares_the_pods_namespaces_and_only_the_gateway_is_published(
 def test_each_command_and_setting_exists(name: str) -> None:
     service = SERVICES[name]
     command, *words = service["command"]
-    flags = {flag for parameter in main.commands[command].params for flag in parameter.opts}
+    found = main.get_command(click.Context(main), command)
+    assert found is not None
+    flags = {flag for parameter in found.params for flag in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= flags
     assigned = [after for word, after in itertools.pairwise(words) if word == "--set"]
     settings = load_settings(environment=service["environment"], overrides=assigned)
