@@ -24,7 +24,7 @@ async def response(state: GatewayState, exchange: Exchange) -> None:
     """``GET`` and ``DELETE``."""
     name: str = exchange.path_params["response_id"]
     if exchange.method == "DELETE":
-        if not await _store(state, name).delete(exchange.key.name, name):
+        if not await _store(state, name).delete(exchange.key.owner, name):
             raise _not_kept(name)
         await exchange.reply(200, msgspec.json.encode({"id": name, "object": "response", "deleted": True}))
         return
@@ -49,7 +49,7 @@ async def input_items(state: GatewayState, exchange: Exchange) -> None:
 
 
 async def _found(state: GatewayState, exchange: Exchange, name: str) -> bytes:
-    data = await _store(state, name).get(exchange.key.name, name)
+    data = await _store(state, name).get(exchange.key.owner, name)
     if data is None:
         raise _not_kept(name)
     return data

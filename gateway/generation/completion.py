@@ -186,7 +186,7 @@ class Completion(Generic[B]):
 
     async def _find(self, names: Mapping[str, str]) -> Mapping[str, bytes]:
         """What was kept for this client under these names, which came by these fields."""
-        store, owner, bodies = self._state.store, self._exchange.key.name, self._state.bodies
+        store, owner, bodies = self._state.store, self._exchange.key.owner, self._state.bodies
         found: dict[str, bytes] = {}
         num_left = bodies.max_body_nbytes
         for name, field in names.items():
@@ -205,7 +205,7 @@ class Completion(Generic[B]):
     async def _keep(self, answer: AnswerFormat) -> None:
         """Before its client hears of the end, who may go on from it at once."""
         if self._state.store is not None and answer.kept is not None:
-            await self._state.store.put(self._exchange.key.name, *answer.kept)
+            await self._state.store.put(self._exchange.key.owner, *answer.kept)
 
     def _begin(self, request: GenerateRequest) -> None:
         check_choices(request, self._state.max_n)

@@ -22,6 +22,7 @@ _SCHEMA = """
         PRIMARY KEY (owner, name)
     );
     CREATE INDEX IF NOT EXISTS entry_at ON entry (at, nbytes);
+    CREATE INDEX IF NOT EXISTS entry_owner ON entry (owner, name, nbytes);
     CREATE TABLE IF NOT EXISTS total (count INTEGER NOT NULL, nbytes INTEGER NOT NULL);
     INSERT INTO total SELECT 0, 0 WHERE NOT EXISTS (SELECT * FROM total);
     CREATE TRIGGER IF NOT EXISTS put AFTER INSERT ON entry BEGIN
@@ -31,6 +32,12 @@ _SCHEMA = """
         UPDATE total SET count = count - 1, nbytes = nbytes - OLD.nbytes;
     END;
 """
+_GO = """DELETE FROM entry WHERE rowid = (
+    SELECT rowid FROM entry WHERE owner = (
+        SELECT owner FROM entry WHERE NOT (owner = ? AND name = ?)
+        GROUP BY owner ORDER BY {much} DESC, MIN(rowid) LIMIT 1
+    ) AND NOT (owner = ? AND name = ?) ORDER BY at, rowid LIMIT 1
+)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +74,19 @@ class Shelf:
             entry = (name, owner, now, len(data), data)
             self._database.execute("INSERT INTO entry VALUES (?, ?, ?, ?, ?)", entry)
             self._database.execute("DELETE FROM entry WHERE at <= ?", (now - self._bounds.max_age_s,))
-            self._make_room()
+            self._make_room(owner, name)
 
-    def _make_room(self) -> None:
-        """The oldest go, down to what may be."""
+    def _make_room(self, owner: str, name: str) -> None:
+        """Down to what may be: the oldest go of whoever has most, so that nobody pushes others' out; what has
+        just been put does not."""
         while True:
             [(count, nbytes)] = self._database.execute("SELECT count, nbytes FROM total").fetchall()
-            if count <= self._bounds.max_count and nbytes <= self._bounds.max_nbytes:
+            if nbytes > self._bounds.max_nbytes:
+                self._database.execute(_GO.format(much="SUM(nbytes)"), (owner, name) * 2)
+            elif count > self._bounds.max_count:
+                self._database.execute(_GO.format(much="COUNT(*)"), (owner, name) * 2)
+            else:
                 return
-            self._database.execute(
-                "DELETE FROM entry WHERE rowid = (SELECT rowid FROM entry ORDER BY at, rowid LIMIT 1)"
-            )
 
     def get(self, owner: str, name: str, now: float) -> bytes | None:
         found = self._database.execute(

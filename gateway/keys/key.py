@@ -55,6 +55,12 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     operator: bool = False
     """May read ``/metrics``, which has the use of all keys."""
 
+    @property
+    def owner(self) -> str:
+        """Whose is what is kept: a key without a name is known by itself, for its place may be another's one
+        day."""
+        return f"sha256:{self.sha256[0]}" if self.name.startswith(PLAIN) else self.name
+
 
 ANONYMOUS = ApiKey(operator=True)
 """Everybody, where no key is asked for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,8 +38,19 @@ class Naive:
         for key, (at, _) in list(self.entries.items()):
             if at <= now - BOUNDS.max_age_s:
                 del self.entries[key]
-        while len(self.entries) > BOUNDS.max_count or self.nbytes > BOUNDS.max_nbytes:
-            self.entries.popitem(last=False)
+        while self.nbytes > BOUNDS.max_nbytes:
+            self.let_go((owner, name), len)
+        while len(self.entries) > BOUNDS.max_count:
+            self.let_go((owner, name), lambda data: 1)
+
+    def let_go(self, newest: tuple[str, str], weight: Callable[[bytes], int]) -> None:
+        """The oldest of whoever has most beside the newest; of equals, of who has the oldest."""
+        others = [key for key in self.entries if key != newest]
+        owners = list(dict.fromkeys(owner for owner, _ in others))
+        most = max(
+            owners, key=lambda one: sum(weight(self.entries[key][1]) for key in others if key[0] == one)
+        )
+        del self.entries[next(key for key in others if key[0] == most)]
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +82,15 @@ def test_a_shelf_is_what_a_naive_one_is(steps: list[tuple[str, str, str, bytes |
             with closing(sqlite3.connect(path)) as database:
                 [total] = database.execute("SELECT count, nbytes FROM total")
                 assert total == (len(naive.entries), naive.nbytes)
+
+
+def test_one_owner_does_not_push_out_what_others_have(tmp_path: Path) -> None:
+    with closing(Shelf(tmp_path / "kept.db", BOUNDS)) as shelf:
+        shelf.put("a", "x", b"...", 1000.0)
+        for number in range(20):
+            shelf.put("b", f"{number}", b"......", 1001.0 + number / 100)
+        assert shelf.get("a", "x", 1002.0) == b"..."
+        assert shelf.get("b", "19", 1002.0) == b"......"
 
 
 def test_what_is_larger_than_all_may_be_is_not_put(tmp_path: Path) -> None:

@@ -126,6 +126,9 @@ def test_a_key_is_new_each_time_and_known_by_its_hash() -> None:
 def test_keys_of_the_settings_are_the_operators() -> None:
     found = plain_keys(["x", "ü"])
     assert [(key.name, key.operator) for key in found] == [("api_keys.0", True), ("api_keys.1", True)]
+    moved = plain_keys(["another", "x", "ü"])
+    assert {key.owner for key in found} == {key.owner for key in moved[1:]}  # what is kept is still theirs
+    assert moved[0].owner not in {key.owner for key in found}
     assert KeyRing(found).check("Bearer ü".encode()).name == "api_keys.1"
     for empty in ("", " "):
         with pytest.raises(ConfigError):
