@@ -144,7 +144,7 @@ async def served(
         client.send([b"hello"])
         friend = buses[2].client(server.address, again)
         friend.send([b"hello"])
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while num_answers < num_rounds and not answered.is_set():
                 await asyncio.sleep(0.005)
         return answered.is_set()
@@ -197,7 +197,7 @@ def test_events_are_for_trusted_subscribers_only(tmp_path: Path) -> None:
             key = engine.public.decode()
             buses[2].subscriber(publisher.address, overheard.append, server_key=key)
             buses[1].subscriber(publisher.address, lambda frames: heard.set(), server_key=key)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while not heard.is_set():
                     publisher.send([b"event"])
                     await asyncio.sleep(0.005)

@@ -312,7 +312,7 @@ def test_an_ipv6_address_is_one_like_others() -> None:
         publisher = bus.publisher("tcp://[::1]:0")
         bus.subscriber(publisher.address, lambda frames: answered.append(frames[0]))
         await until(lambda: b"six" in answered)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while b"event" not in answered:
                 publisher.send([b"event"])
                 await asyncio.sleep(0.005)

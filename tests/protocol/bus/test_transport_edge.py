@@ -96,7 +96,7 @@ def test_edge_trigger_when_sends_come_from_outside_the_handlers(loop: str) -> No
         client = bus.client(server.address, answers.put_nowait)
         for i in range(3000):
             client.send([b"%d" % i])
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 assert await answers.get() == [b"%d" % i]
 
     on_bus(test, loop=loop)

@@ -36,7 +36,7 @@ def change(kind: str = "publish", strategy: str = "mine", **fields: Any) -> Chan
 
 
 async def reported(peer: Peer, condition: Callable[[ControlReport], bool]) -> ControlReport:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             report = await peer.ask(ControlReport, ControlStatus(1))
             if condition(report):

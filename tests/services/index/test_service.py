@@ -36,7 +36,7 @@ PROMPT = list(range(100, 100 + 4 * BLOCK_SIZE))
 
 async def reported(peer: Peer, condition: Callable[[IndexReport], bool]) -> None:
     """Wait until the index reports what is expected."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             if condition(await peer.ask(IndexReport, IndexStats(1))):
                 return
@@ -49,7 +49,7 @@ async def register(peer: Peer, info: EngineInfo) -> Registered:
 
 async def indexed(world: World, peer: Peer, tokens: list[int], expected: dict[str, int]) -> None:
     """Wait until a lookup of ``tokens`` says what is expected."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             matches = await peer.ask(Matches, Lookup(9), encode_tokens(tokens))
             if matches.matched == expected:
@@ -83,7 +83,7 @@ def test_watcher_hears_at_each_change_and_whenever_it_says_that_it_watches() -> 
         await register(peer, e2.info)
         await world.until(lambda: watcher.sees("e1", "e2"))
         peer.send(Beat("e1", 11, EngineLoad(free_blocks=7)))
-        async with asyncio.timeout(10):  # loads are no change
+        async with asyncio.timeout(30):  # loads are no change
             while (await watcher.ask(Members, Watch("w"))).members[0].load.free_blocks != 7:
                 await asyncio.sleep(0.005)
         peer.send(Deregister("e2", 12))
@@ -160,7 +160,7 @@ def test_silent_engine_is_lost_with_what_it_held() -> None:
         with structlog.testing.capture_logs() as events:
             await register(peer, engine.info)
             await world.until(lambda: watcher.sees("e1"))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while not watcher.sees():
                     watcher.send(Watch("w"))
                     await asyncio.sleep(0.02)

@@ -19,7 +19,7 @@ async def test_ready_names_the_address_and_cancelling_ends_it_cleanly() -> None:
     lifecycle = Lifecycle()
     with structlog.testing.capture_logs() as logs:
         running = asyncio.create_task(run_router(make_settings("tcp://127.0.0.1:1"), bus, lifecycle))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             address = await lifecycle.wait_ready()
         running.cancel()
         await asyncio.wait([running])

@@ -85,7 +85,7 @@ class EngineWorld:
             self.members = list(message.members)
 
     async def ended(self) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await asyncio.wait([self.task])
         await eventually(lambda: not self.members, "the engine has left the index")
 

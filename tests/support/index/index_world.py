@@ -157,7 +157,7 @@ class LossyBus(ZmqBus):
         return super().subscriber(address, lossy, server_key=server_key)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Let the loop run until the condition holds."""
     async with asyncio.timeout(timeout_s):
         while not condition():

@@ -53,7 +53,7 @@ def in_loop(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
     return run
 
 
-async def eventually(condition: Callable[[], object], what: str = "", timeout_s: float = 10.0) -> None:
+async def eventually(condition: Callable[[], object], what: str = "", timeout_s: float = 30.0) -> None:
     """Wait until a condition holds; fails with ``what`` after ``timeout_s``."""
     try:
         async with asyncio.timeout(timeout_s):

@@ -168,7 +168,7 @@ class ScriptedEngine:
 
     async def saw(self, kind: type, count: int = 1) -> Any:
         """Wait until ``count`` actions of a kind have come; the last of them."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(self.of(kind)) < count:
                 self._seen.clear()
                 await self._seen.wait()

@@ -118,7 +118,7 @@ def test_a_step_that_fails_ends_a_draining_engine_as_any_other(how: str) -> None
 
             one.core.stepper.next_step = broken  # type: ignore[method-assign,assignment]
             one.gate.set()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await asyncio.wait([one.task])
             assert not one.task.cancelled()
             error = one.task.exception()

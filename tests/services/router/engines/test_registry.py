@@ -29,7 +29,7 @@ def joined(world: World) -> dict[str, int]:
 
 async def reopened_index(world: World, address: str) -> ScriptedIndex:
     """ZeroMQ gives an address free a moment after its socket was closed."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             try:
                 return ScriptedIndex(world.bus, incarnation=2, address=address)

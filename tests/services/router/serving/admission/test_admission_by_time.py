@@ -129,7 +129,7 @@ async def test_admission_opens_when_a_busy_report_is_the_last_word(monkeypatch: 
         assert (await world.gateway.generate(PROMPT)).result.code == "queue_full"
         monkeypatch.setattr(prediction, "REPORT_MAX_AGE_S", 0.3)
         monkeypatch.setattr(prediction, "RATE_MAX_AGE_S", 0.3)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (await world.gateway.generate(PROMPT)).result.code == "queue_full":
                 await asyncio.sleep(0.05)
 
