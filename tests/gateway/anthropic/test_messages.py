@@ -22,6 +22,8 @@ from tests.support.gateway.messages_world import (
 )
 from tests.support.gateway.talking_model import call, saying
 
+pytestmark = pytest.mark.slow  # a gateway with its helpers, each time
+
 
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_thought_text_and_two_calls(talker: Path, tokens: Tokenizer, at_once: bool) -> None:

@@ -23,6 +23,8 @@ from tests.support.gateway.messages_world import (
 )
 from tests.support.gateway.talking_model import call, saying
 
+pytestmark = pytest.mark.slow  # a gateway with its helpers, each time
+
 
 def test_what_was_cached_is_no_input_and_the_sum_is_what_is_counted(talker: Path, tokens: Tokenizer) -> None:
     async def main() -> None:

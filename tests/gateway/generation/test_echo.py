@@ -19,6 +19,8 @@ from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLo
 from tests.gateway.test_api import events_of, http_of
 from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world, run, special_id
 
+pytestmark = pytest.mark.slow  # a gateway with its helpers, each time
+
 PATH = "/v1/completions"
 
 

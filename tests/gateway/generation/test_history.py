@@ -14,6 +14,8 @@ from tests.gateway.generation.test_tools import USER, client_of
 from tests.support.gateway.gateway_world import gateway_world, run
 from tests.support.gateway.talking_model import make_talking_model, saying, talking_tokenizer
 
+pytestmark = pytest.mark.slow  # a gateway with its helpers, each time
+
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 from tests.support.gateway.gateway_world import GatewayWorld, gateway_world, run, special_id
 from tests.support.gateway.talking_model import TOOLS, call, make_talking_model, saying, talking_tokenizer
 
+pytestmark = pytest.mark.slow  # a gateway with its helpers, each time
+
 USER: list[Any] = [{"role": "user", "content": "hi"}]
 CITY = "Z\u00fcrich \u65e5\u672c \U0001f600"
 WEATHER = call("weather", city=CITY)

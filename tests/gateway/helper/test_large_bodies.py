@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from tests.support.gateway.gateway_world import GatewayWorld, Served, connect, gateway_world, run
 
+pytestmark = pytest.mark.slow  # a gateway with its helpers, each time
+
 FULL = 31 << 20
 LONGEST_STAND_S = 0.75
 """Of work: half the silence after which a router gives a gateway up, by default. Measured: 0.01 to 0.03 s."""

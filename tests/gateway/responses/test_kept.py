@@ -21,6 +21,8 @@ from microserve.protocol.errors import InvalidRequest
 from tests.support.gateway.gateway_world import GatewayWorld, gateway_world, run
 from tests.support.gateway.talking_model import TOOLS, call, make_talking_model, saying, talking_tokenizer
 
+pytestmark = pytest.mark.slow  # a gateway with its helpers, each time
+
 FLAT: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
 NOBODY = "resp_" + "0" * 32
 

@@ -16,6 +16,8 @@ from microserve.protocol.messages.engine import TokenLogprob
 from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world, run
 from tests.support.gateway.talking_model import TOOLS, call, make_talking_model, saying, talking_tokenizer
 
+pytestmark = pytest.mark.slow  # a gateway with its helpers, each time
+
 THOUGHT = "<think>\nhm, now\n</think>\n\n"
 FLAT: list[Any] = [{"type": "function", **tool["function"]} for tool in TOOLS]
 """The same tools, as this API has them."""
