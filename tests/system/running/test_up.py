@@ -211,6 +211,7 @@ def test_a_child_that_cannot_start_ends_the_mesh_and_says_why(tiny_model: Path, 
     assert "its log: " in done.stderr
 
 
+@pytest.mark.heavy
 def test_a_model_by_its_name_comes_from_the_hub_once_and_then_needs_no_network(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
