@@ -24,6 +24,8 @@ from microserve.protocol.settings import Settings
 from microserve.protocol.settings_gateway import GatewaySettings
 from tests.support.gateway.gateway_world import GatewayWorld, Served, connect, gateway_world, run
 
+pytestmark = pytest.mark.slow  # a gateway with its helpers, each time
+
 BODY = {"model": "tiny", "prompt": "a b", "max_tokens": 4}
 COMPLETIONS = "/v1/completions"
 
