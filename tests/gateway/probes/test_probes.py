@@ -49,7 +49,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     said = Said()
     directory = make_talking_model(tmp_path_factory.mktemp("model") / "talker")
     settings = (f'gateway.api_keys=["{KEY}"]', 'gateway.attributes=["user"]')
-    with contextlib.closing(Living(directory, *settings, answer=said)) as living:
+    with contextlib.closing(Living(directory, *settings, answer=said, eos_token_ids=[said.stop])) as living:
         client = openai.OpenAI(base_url=f"{living.address}/v1", api_key=KEY, max_retries=0, timeout=60.0)
         with client:
             yield Bench(client, living, said.tokenizer, said.fails)
