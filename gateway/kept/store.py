@@ -83,7 +83,6 @@ class Store:
             async with asyncio.timeout(WAIT_S):
                 found = await asyncio.shield(done)
         except TimeoutError:
-            done.add_done_callback(_seen)
             raise self._failed(f"the disk takes longer than {WAIT_S:.0f} s") from None
         except (OSError, sqlite3.Error) as error:
             raise self._failed(str(error)) from None
@@ -120,9 +119,3 @@ class Store:
         last = asyncio.get_running_loop().run_in_executor(self._thread, self._close)
         await asyncio.wait([last], timeout=WAIT_S)
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-def _seen(done: asyncio.Future[T]) -> None:
-    """Nobody waits for it any more: how it has failed is known."""
-    if not done.cancelled():
-        done.exception()

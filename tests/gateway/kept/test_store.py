@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import threading
 from pathlib import Path
 
@@ -53,6 +55,24 @@ def test_a_disk_that_fails_is_told_once_and_comes_back(tmp_path: Path) -> None:
         assert await store.put("a", "x", b"1")
         assert await store.get("a", "x") == b"1"
         await store.close()
+
+    run(main())
+
+
+def test_who_is_gone_while_a_disk_fails_leaves_no_complaint(tmp_path: Path) -> None:
+    async def main() -> None:
+        complaints: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        store = Store(str(tmp_path / "later" / "kept.db"), BOUNDS, clock)
+        asking = asyncio.create_task(store.put("a", "x", b"1"))
+        await asyncio.sleep(0)  # it has been handed to the thread
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await store.close()
+        del asking
+        gc.collect()
+        assert (complaints, store._waiting) == ([], 0)
 
     run(main())
 
