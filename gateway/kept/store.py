@@ -79,6 +79,7 @@ class Store:
         self._waiting_nbytes += nbytes
         done = asyncio.get_running_loop().run_in_executor(self._thread, self._do, work)
         done.add_done_callback(lambda _: self._over(nbytes))
+        done.add_done_callback(_seen)  # whoever waits may be cancelled
         try:
             async with asyncio.timeout(WAIT_S):
                 found = await asyncio.shield(done)
@@ -119,3 +120,9 @@ class Store:
         last = asyncio.get_running_loop().run_in_executor(self._thread, self._close)
         await asyncio.wait([last], timeout=WAIT_S)
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _seen(done: asyncio.Future[T]) -> None:
+    """Where nobody waits for it any more, how it has failed is no news."""
+    if not done.cancelled():
+        done.exception()
