@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +58,25 @@ class Shelf:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self._database = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
         try:
-            self._database.execute("PRAGMA journal_mode = WAL")
+            self._share()
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute("PRAGMA secure_delete = ON")
             self._database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} COMMIT;")
         except BaseException:
             self._database.close()
             raise
+
+    def _share(self) -> None:
+        """Readers beside a writer. Of several who open a new file at once SQLite refuses some at once."""
+        ends_at = time.monotonic() + BUSY_S
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError:
+                if time.monotonic() > ends_at:
+                    raise
+            time.sleep(0.01)
 
     def put(self, owner: str, name: str, data: bytes, now: float) -> None:
         """An entry that is larger than all may be is none."""
