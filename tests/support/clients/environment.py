@@ -111,12 +111,15 @@ class Client:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not self._is_made():
                 self._make()
+            if (self.folder / "with-our-torch").exists():
+                self._lend_torch()
             fcntl.flock(lock, fcntl.LOCK_SH)
             yield
 
     def _is_made(self) -> bool:
         stamp = self.home / "made-of"
-        return stamp.exists() and stamp.read_text() == self.digest()
+        python = self.home / "bin/python"  # a link to one that may have gone since
+        return stamp.exists() and stamp.read_text() == self.digest() and python.exists()
 
     def _make(self) -> None:
         shutil.rmtree(self.home, ignore_errors=True)
@@ -124,18 +127,20 @@ class Client:
         python = str(self.home / "bin/python")
         lock = str(self.folder / "requirements.txt")
         uv("pip", "install", "--quiet", "--python", python, "--no-deps", "--requirements", lock)
-        if (self.folder / "with-our-torch").exists():
-            self._lend_torch()
         if self.is_node:
             self._make_node()
         (self.home / "made-of").write_text(self.digest())
 
     def _lend_torch(self) -> None:
-        """Gigabytes, of a build for this machine: not once more."""
+        """Gigabytes, of a build for this machine: not once more. Each time anew: the environment outlives the
+        checkout that lent its own before."""
         spec = importlib.util.find_spec("torch")
         assert spec is not None and spec.origin is not None
         ours = Path(spec.origin).parents[1]
         [theirs] = self.home.glob("lib/python*/site-packages")
+        for path in theirs.iterdir():
+            if path.is_symlink():
+                path.unlink()
         for name in LENT:
             for path in ours.glob(name):
                 (theirs / path.name).symlink_to(path)
