@@ -1,0 +1,136 @@
+"""One engine as a process of its own: started by a command and settings, known by its address alone.
+
+Owns the process: start, end, freeze, thaw. What it is told stands in :class:`Launch`; what it says of itself
+comes from its socket (wire_client.py). Knows no backend.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from microserve.protocol.bus.curve import keys_of_role, peer_key
+from tests.support.process.nursery import Process
+from tests.support.process.processes import LEASH, free_port, start_process
+
+READY_S = 300.0
+"""An engine may compile before it serves."""
+STOP_S = 40.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How engines of a run are started: ``COMMAND engine --config FILE --set SECTION.FIELD=VALUE ...``."""
+
+    model: Path
+    keys: Path
+    """Of a mesh: a directory for each role."""
+    command: str = ""
+    """Of an engine of another environment; empty: this one's ``microserve``."""
+    config: str = ""
+    """File of settings, which ours go before."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """As TOML values, by ``section.field``."""
+
+
+@dataclass
+class EngineProcess:
+    """A process and what is needed to talk to it."""
+
+    name: str
+    address: str
+    server_key: str
+    process: Process
+    log: Path
+
+    @classmethod
+    def start(cls, launch: Launch, name: str, directory: Path, **settings: str) -> EngineProcess:
+        """``settings`` of this engine alone: ``section__field``. Returns at once."""
+        address = f"tcp://127.0.0.1:{free_port()}"
+        said = {
+            "model.path": str(launch.model),
+            "engine.id": name,
+            "engine.address": address,
+            "bus.curve_dir": str(launch.keys),
+            # Nobody is there: an engine serves all the same.
+            "index.address": f"tcp://127.0.0.1:{free_port()}",
+            **launch.settings,
+            **{key.replace("__", "."): value for key, value in settings.items()},
+        }
+        arguments = ["engine", *(["--config", launch.config] if launch.config else [])]
+        for key, value in said.items():
+            arguments += ["--set", f"{key}={value}"]
+        log = directory / f"{name}.log"
+        if launch.command:
+            process: Process = _run(shlex.split(launch.command) + arguments, log)
+        else:
+            process = start_process("engine", arguments, log)
+        server_key = peer_key(keys_of_role(launch.keys, "engine"), "service")
+        return cls(name, address, server_key, process, log)
+
+    def require_alive(self) -> None:
+        if (code := self.process.poll()) is not None:
+            raise AssertionError(f"{self.name} has ended with {code}:\n{self.log.read_text()[-4000:]}")
+
+    def kill(self) -> None:
+        """As by ``kill -9`` of the process that was started; what it has started is its own to end."""
+        self.process.kill()
+        self.process.wait(STOP_S)
+
+    def stop(self) -> None:
+        """By SIGTERM, as an operator would."""
+        if self.process.poll() is None:
+            self.thaw()
+            self.process.terminate()
+            try:
+                self.process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise
+
+    def freeze(self) -> None:
+        """Stop all of it where it stands, children first asked last."""
+        for pid in self._family():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        for pid in self._family():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def _family(self) -> list[int]:
+        """The process and all that descend from it."""
+        parents = dict(_parents())
+        family = [self.process.pid]
+        for pid in family:
+            family += [child for child, parent in parents.items() if parent == pid]
+        return family
+
+    async def ended(self, timeout_s: float = STOP_S) -> int:
+        """Its exit code, once it has ended by itself."""
+        return await asyncio.to_thread(self.process.wait, timeout_s)
+
+
+def _run(command: list[str], log: Path) -> Process:
+    """On the leash: it dies with the test run."""
+    leash = [sys.executable, "-S", "-E", str(LEASH), str(os.getpid())]
+    with log.open("w") as sink:
+        return subprocess.Popen(leash + command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    """Every process of the machine and its parent."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                # Behind the last bracket: a name may have brackets of its own.
+                yield int(entry.name), int(entry.joinpath("stat").read_text().rpartition(")")[2].split()[1])
