@@ -24,7 +24,7 @@ make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11)
 MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '$(VENV)/installed')" = "$$(pwd -P)" ] || \
 	echo moved))
 
-.PHONY: moved install up quick test heavy clients check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
+.PHONY: moved install up quick test heavy clients hosts check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
 
 up: $(VENV)/installed
 	@$(KERNELS)
@@ -37,7 +37,7 @@ quick: $(VENV)/dev
 # All but the endurance of `make heavy`, in less than nine minutes.
 test: $(VENV)/dev
 	@$(KERNELS)
-	$(PYTEST) -m "not heavy and not clients" $(ARGS)
+	$(PYTEST) -m "not heavy and not clients and not hosts" $(ARGS)
 
 # The long ones: exactness of the demo model, freezes, chaos, hostile strategies, days of virtual time.
 heavy: $(VENV)/dev
@@ -50,6 +50,13 @@ clients: $(VENV)/dev
 	@$(KERNELS)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m clients --durations=0 '$(ONE_CLIENT)' $(ARGS)
 ONE_CLIENT = tests/clients$(if $(CLIENT),/test_clients.py::test_client[$(CLIENT)])
+
+# A mesh between hosts, which are namespaces of this machine, with cables that are slow, cut and deaf: as root.
+# ARGS='-m "hosts and not slow"' for a short form of it. Nothing that it makes has a name, or outlives it.
+hosts: $(VENV)/dev
+	@$(BIN)/python -m tests.support.hosts.namespaces
+	@$(KERNELS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal -m hosts --durations=5 tests/hosts $(ARGS)
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ QUICK = (
 )
 """What guards state and wire: rooms and files of ``-m quick``, the floor of every change. Files there about
 crowds, endurance or processes are marked ``slow``."""
-ROOMS = {"system": "system", "gpu": "gpu", "simulation": "simulation", "clients": "clients"}
+ROOMS = {"system": "system", "gpu": "gpu", "simulation": "simulation", "clients": "clients", "hosts": "hosts"}
 """Markers of all that lies in a room."""
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 from microserve.services.local import leash
 from tests.support.process.nursery import Process, nursery
@@ -77,13 +78,13 @@ class MeshProcesses:
     """Where routers find the index, if not where it is."""
 
     def __post_init__(self) -> None:
-        self.index_address = f"tcp://127.0.0.1:{self.make_port()}"
+        self.index_address = f"tcp://{self.host_of('index')}:{self.make_port()}"
         names = ["router", *(f"router-{number}" for number in range(1, self.num_routers))]
-        self.router_addresses = {name: f"tcp://127.0.0.1:{self.make_port()}" for name in names}
+        self.router_addresses = {name: f"tcp://{self.host_of(name)}:{self.make_port()}" for name in names}
         self.router_address = self.router_addresses["router"]
         self.gateway_port = self.gateway_ports["gateway"] = self.make_port()
 
-    def __enter__(self) -> MeshProcesses:
+    def __enter__(self) -> Self:
         try:
             self.start("index")
             for number in range(self.num_engines):
@@ -106,6 +107,16 @@ class MeshProcesses:
         for name in order:
             self.stop(name)
 
+    def host_of(self, name: str) -> str:
+        """Where a service is reached."""
+        return "127.0.0.1"
+
+    def own_settings_of(self, name: str) -> list[str]:
+        return self.own_settings.get(name, [])
+
+    def spawn(self, name: str, arguments: list[str], log: Path) -> Process:
+        return start_process(arguments[0], arguments, log)
+
     def start(self, name: str, *, wait: bool = True) -> Service:
         kind, _, number = name.partition("-")
         if kind == "gateway" and name not in self.gateway_ports:
@@ -119,17 +130,18 @@ class MeshProcesses:
             "kvcache.checksums=true",
             *self.settings,
         ]
-        if not any("bus.curve_dir=" in each for each in [*self.settings, *self.own_settings.get(name, [])]):
+        own = self.own_settings_of(name)
+        if not any("bus.curve_dir=" in each for each in [*self.settings, *own]):
             overrides.append("bus.insecure=true")  # tests talk to the services themselves
         if kind == "engine":
             overrides += [f"engine.id={name}", *self.engine_settings.get(int(number), [])]
         if kind == "router":
             overrides += [f"router.id={name}", f"index.address={self.router_index or self.index_address}"]
         arguments = [kind]
-        for override in overrides + self.own_settings.get(name, []):
+        for override in overrides + own:
             arguments += ["--set", override]
         log = self.directory / f"{name}.{len(list(self.directory.glob(f'{name}.*')))}.log"
-        process = start_process(kind, arguments, log)
+        process = self.spawn(name, arguments, log)
         service = self.services[name] = Service(name, process, log)
         self.history.append(service)
         if wait:

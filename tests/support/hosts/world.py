@@ -1,0 +1,191 @@
+"""Hosts on one machine, with a network between them that can be slow, cut, deaf on one side, or healed.
+
+    front, e0, e1 ...      a host each: namespaces (namespaces.py), a boot id, a name, /dev/shm, and of /etc,
+                           /srv and /var what settings, state and logs need
+    switch                 a bridge that all of them are plugged into
+
+    slow    a token bucket at both ends of a host's cable (tbf; where there is no netem there is no latency
+            but that of a full bucket)
+    cut     the plug is pulled on the switch's side: nobody is told, as by a cable or a switch that broke
+    lose    frames of one host for another go to a card that nobody has: lost without a word, one way
+    vanish  the plug is pulled, then everything that runs on the host is killed: no FIN and no RST comes out
+
+Owns hosts, addresses and cables. Does not know what runs on hosts.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.hosts.namespaces import Namespaces, require_main_thread, why_not
+
+SUBNET = "10.77.0"
+NOWHERE = "02:00:00:00:00:fe"
+"""The address of no card."""
+CARD = "eth0"
+DISKS = ("etc", "srv", "var/lib", "var/log")
+"""Each host has its own: what is written there is in its memory, over what the machine has."""
+BURST_NBYTES = 64 << 10
+QUEUE_MS = 100
+"""Of a shaped cable: what is beyond it is dropped, as a switch would."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of a host's card, since it was plugged in; frames with all their headers."""
+
+    sent_nbytes: int
+    received_nbytes: int
+
+
+class Host:
+    """One of a :class:`World`. ``number`` is the last part of its address."""
+
+    def __init__(self, name: str, number: int, directory: Path, boot_id: str) -> None:
+        """``boot_id``: empty for the machine's own, as two containers of one machine have it."""
+        self.name = name
+        self.address = f"{SUBNET}.{number}"
+        self.card = f"02:00:00:00:00:{number:02x}"
+        """Of its card, in every life."""
+        self.plug = f"to-{name}"
+        """The switch's end of its cable."""
+        self.directory = directory
+        self._boot_id = boot_id
+        self.inside = self._make()
+
+    def _make(self) -> Namespaces:
+        inside = Namespaces()
+        try:
+            script = [
+                "set -e",
+                f"hostname {self.name}",
+                "mount -t tmpfs tmpfs /dev/shm",
+                "mount -t tmpfs tmpfs /mnt",
+                *(
+                    f"mkdir -p /mnt/{disk}/up /mnt/{disk}/work && mount -t overlay overlay "
+                    f"-o lowerdir=/{disk},upperdir=/mnt/{disk}/up,workdir=/mnt/{disk}/work /{disk}"
+                    for disk in DISKS
+                ),
+                "ip link set lo up",
+            ]
+            if self._boot_id:
+                (self.directory / "boot_id").write_text(f"{self._boot_id}\n")
+                script.append(f"mount --bind {self.directory}/boot_id /proc/sys/kernel/random/boot_id")
+            inside.do("sh", "-c", "\n".join(script))
+        except BaseException:
+            inside.end()
+            raise
+        return inside
+
+    def restart(self) -> None:
+        """After :meth:`World.vanish`: a new life, as after a loss of power, not yet plugged in."""
+        self._boot_id = self._boot_id and str(uuid.uuid4())
+        self.inside = self._make()
+
+    def traffic(self) -> Traffic:
+        for line in self.inside.do("cat", "/proc/net/dev").splitlines():
+            card, _, counts = line.partition(":")
+            if card.strip() == CARD:
+                numbers = [int(each) for each in counts.split()]
+                return Traffic(sent_nbytes=numbers[8], received_nbytes=numbers[0])
+        raise RuntimeError(f"{self.name} has no {CARD}")
+
+
+class World:
+    """A context manager; the first host is the front, where who asks a mesh stands. Main thread only."""
+
+    def __init__(
+        self, directory: Path, names: Sequence[str] = ("front", "e0", "e1"), *, one_kernel: bool = False
+    ) -> None:
+        """``one_kernel``: hosts have one boot id, as containers of one machine. Raises ``RuntimeError`` where
+        no hosts can be made."""
+        require_main_thread()
+        if reason := why_not():
+            raise RuntimeError(reason)
+        self.hosts: dict[str, Host] = {}
+        self._switch = Namespaces()
+        try:
+            self._switch.do("ip", "link", "add", "name", "trunk", "type", "bridge")
+            self._switch.do("ip", "link", "set", "dev", "trunk", "up")
+            for number, name in enumerate(names, 1):
+                own = directory / f"host-{name}"
+                own.mkdir(parents=True)
+                boot_id = "" if one_kernel else str(uuid.uuid4())
+                self.hosts[name] = Host(name, number, own, boot_id)
+                self._plug_in(self.hosts[name])
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __getitem__(self, name: str) -> Host:
+        return self.hosts[name]
+
+    @property
+    def front(self) -> Host:
+        return next(iter(self.hosts.values()))
+
+    def close(self) -> None:
+        for host in self.hosts.values():
+            host.inside.end()
+        self._switch.end()
+
+    def _plug_in(self, host: Host) -> None:
+        """A cable: one end is made in the host's network, the other one is the switch's."""
+        command = ["ip", "link", "add", "name", host.plug, "type", "veth", "peer", "name", CARD]
+        with self._switch.joined():  # the network alone: the other one is found by a pid of ours
+            subprocess.run([*command, "netns", str(host.inside.first)], check=True)
+        self._switch.do("ip", "link", "set", "dev", host.plug, "master", "trunk", "up")
+        host.inside.do("ip", "address", "add", f"{host.address}/24", "dev", CARD)
+        host.inside.do("ip", "link", "set", "dev", CARD, "address", host.card, "up")
+
+    # --- what happens to cables ----------------------------------------------------------------------
+
+    def slow(self, name: str, mbit_s: float) -> None:
+        """Both directions of a host's cable; 0: as fast as it can be."""
+        host = self.hosts[name]
+        for inside, device in ((host.inside, CARD), (self._switch, host.plug)):
+            if not mbit_s:
+                inside.run("tc", "qdisc", "del", "dev", device, "root")
+                continue
+            burst = max(BURST_NBYTES, int(mbit_s * 1e6 / 8 / 250))  # a tick of the kernel's clock
+            rate = ["rate", f"{mbit_s:g}mbit", "burst", str(burst), "latency", f"{QUEUE_MS}ms"]
+            inside.do("tc", "qdisc", "replace", "dev", device, "root", "tbf", *rate)
+
+    def cut(self, name: str) -> None:
+        self._switch.do("ip", "link", "set", "dev", self.hosts[name].plug, "down")
+
+    def lose(self, source: str, target: str) -> None:
+        """What ``source`` sends to ``target``; the other way stays."""
+        nowhere = ["lladdr", NOWHERE, "dev", CARD, "nud", "permanent"]
+        self.hosts[source].inside.do("ip", "neigh", "replace", self.hosts[target].address, *nowhere)
+
+    def heal(self) -> None:
+        """Of every host that is there: plugged in, heard and hearing. Rates stay."""
+        for host in self.hosts.values():
+            if host.inside.has_ended:
+                continue
+            self._switch.do("ip", "link", "set", "dev", host.plug, "up")
+            host.inside.do("ip", "neigh", "flush", "dev", CARD, "nud", "permanent")
+            host.inside.do("ip", "neigh", "flush", "dev", CARD)
+
+    def vanish(self, name: str) -> None:
+        """A loss of power."""
+        self.cut(name)
+        self.hosts[name].inside.end()
+
+    def come_back(self, name: str) -> None:
+        """A host that has vanished starts anew, under its address, with nothing that runs on it."""
+        host = self.hosts[name]
+        self._switch.run("ip", "link", "del", "dev", host.plug)  # the kernel's own time is later
+        host.restart()
+        self._plug_in(host)
