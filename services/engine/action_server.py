@@ -26,9 +26,9 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv_events import KVEvent, KVEventBatch, encode_batch
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance
-from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.core.state import failed
+from microserve.services.engine.door import Core
 
 _NO_WORK = (wire.Ping, wire.Credit, wire.Stats, wire.Snapshot)
 """Messages that leave a step nothing more to do than before."""
@@ -51,7 +51,7 @@ class ActionServer:
         self,
         bus: Bus,
         address: str,
-        core: EngineCore,
+        core: Core,
         *,
         incarnation: int,
         interval_s: float,
@@ -130,12 +130,11 @@ class ActionServer:
             try:
                 match message:
                     case wire.PrepRecv():
-                        return (actions.prep_recv(peer, message, tokens, now),)
+                        return _at_once(actions.prep_recv(peer, message, tokens, now))
                     case wire.RemoteSend():
-                        sent = actions.remote_send(peer, message, tokens, now)
-                        return None if sent is None else (sent,)
+                        return _at_once(actions.remote_send(peer, message, tokens, now))
                     case wire.StartGenerate():
-                        return (actions.start_generate(peer, message, tokens, now),)
+                        return _at_once(actions.start_generate(peer, message, tokens, now))
                     case wire.Commit():
                         actions.commit(peer, message, now)
                     case wire.Abort():
@@ -196,7 +195,7 @@ class ActionServer:
         self._core.state.outbox.deltas.extend(outbox.deltas)
         if events:
             self._publish(list(events))
-        blocks = self._core.memory.cache.snapshot()
+        blocks = self._core.cached_blocks()
         reply = wire.SnapshotReply(call_id, self._incarnation, self._next_seq())
         batch = KVEventBatch(time.time(), list(blocks), None, self._incarnation)
         return reply, encode_batch(batch)
@@ -283,3 +282,8 @@ class ActionServer:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _at_once(answer: wire.EngineReply | None) -> tuple[wire.EngineReply] | None:
+    """None: it follows through the core's outbox."""
+    return None if answer is None else (answer,)

@@ -7,6 +7,7 @@ import asyncio
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from microserve.services.engine.native.runner import NativeRunner
 from microserve.services.engine.pool_size import choose_num_blocks, layout_of
 from microserve.services.engine.room import require_margin, turn
 from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.step_thread import StepThread
 from microserve.services.engine.world import World, join_world
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
             core = await loop.run_in_executor(
                 pool, make_core, settings, model, engine_id, heap, data, attention
             )
-        engine = EngineShell(settings, bus, lifecycle, core)
+        engine = EngineShell(settings, bus, lifecycle, core, partial(StepThread, core))
         undo.pop_all()
     try:
         if world is None:

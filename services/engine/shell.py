@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import structlog
 
@@ -26,12 +24,10 @@ from microserve.protocol.process.tick import at_rest, between_signs, until_tick
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.engine.action_server import ActionServer
-from microserve.services.engine.core.core import EngineCore
+from microserve.services.engine.door import Core, MakeSteps
 from microserve.services.engine.index_client import IndexClient
 from microserve.services.engine.kv_publisher import KvPublisher
 
-IDLE_WAIT_S = 0.05
-"""Idle wake-up of the step thread, for leases and deadlines; work wakes it at once."""
 STOP_STEP_S = 10.0
 """A running step gets this long to end at shutdown."""
 LEAVE_POLL_S = 0.05
@@ -40,69 +36,21 @@ LEAVE_POLL_S = 0.05
 _logger = structlog.get_logger()
 
 
-class Steps(Protocol):
-    """What runs ``core.step()`` until it is stopped."""
-
-    def start(self) -> None: ...
-    def stop(self, timeout_s: float) -> bool: ...
-
-
-MakeSteps = Callable[[EngineCore, Callable[[], None], Callable[[], None]], Steps]
-"""From the core, ``on_output`` and ``on_crash``, which may be called from another thread."""
-
-
-class StepThread:
-    """Runs ``core.step()`` until stopped, off the event loop, so that a long step never delays an answer or a
-    heartbeat; calls ``on_output`` (from this thread) after every step."""
-
-    def __init__(self, core: EngineCore, on_output: Callable[[], None], on_crash: Callable[[], None]) -> None:
-        self._core = core
-        self._on_output = on_output
-        self._on_crash = on_crash
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="step", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self, timeout_s: float) -> bool:
-        """Ask it to end and wait; False if a step is still running after ``timeout_s``."""
-        self._stopping.set()
-        with self._core.lock:
-            self._core.wake()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        """However this ends but by :meth:`stop`, it is told: an engine without its step thread serves
-        nobody."""
-        try:
-            while not self._stopping.is_set():
-                stepped = self._core.step()
-                self._on_output()
-                if not stepped and not self._stopping.is_set():
-                    self._core.wait_for_work(IDLE_WAIT_S)
-        except BaseException:
-            # The state may be damaged: nothing may be served from it. The service ends, and with it the
-            # incarnation; its peers see an engine that died.
-            self._on_crash()
-            _logger.exception(log.STEP_FAILED)
-
-
 class EngineShell:
-    """One core, its sockets, its step thread; closes all of them."""
+    """One core, what runs it, its sockets; closes all of them."""
 
     def __init__(
         self,
         settings: Settings,
         bus: Bus,
         lifecycle: Lifecycle,
-        core: EngineCore,
+        core: Core,
+        make_steps: MakeSteps,
         *,
-        make_steps: MakeSteps = StepThread,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Raises ``OSError`` for a taken address, :class:`ConfigError` for one exposed without keys."""
+        """``make_steps``: called here, once, for what runs ``core``. Raises ``OSError`` for a taken address,
+        :class:`ConfigError` for one exposed without keys."""
         self._settings = settings
         self._lifecycle = lifecycle
         self._loop = asyncio.get_running_loop()
@@ -171,7 +119,7 @@ class EngineShell:
             pace=self._pace,
             on_refused=self._on_refused,
         )
-        self._steps = make_steps(core, self._on_output, self._on_crash)
+        self._steps = make_steps(self._on_output, self._on_crash)
         self._flush_scheduled = False
         self._stirred = asyncio.Event()
         """Something was said to somebody since the last beat."""
@@ -322,7 +270,7 @@ class EngineShell:
             self._loop.call_soon_threadsafe(self._crashed.set)
 
     def close(self) -> None:
-        """Stop the step thread, tell the index, close every socket and the heap."""
+        """Stop what runs the core, tell the index, close every socket and the heap."""
         stopped = self._steps.stop(STOP_STEP_S)
         self._index.close()
         self._server.close()

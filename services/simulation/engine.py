@@ -190,7 +190,7 @@ class SimEngine:
             self._bus,
             Lifecycle(),
             self.core,
-            make_steps=partial(VirtualSteps, self.pacer),
+            partial(VirtualSteps, self.pacer, self.core),
             wall_clock=lambda: self._loop.now,
         )
         try:

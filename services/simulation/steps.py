@@ -16,7 +16,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.shell import IDLE_WAIT_S
+from microserve.services.engine.step_thread import IDLE_WAIT_S
 from microserve.services.simulation.loop import Process, VirtualHandle, VirtualLoop
 
 IDLE_LOOK_S = 0.2

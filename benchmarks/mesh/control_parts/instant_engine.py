@@ -11,6 +11,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
@@ -24,6 +25,7 @@ from microserve.services.engine.core.batch import Batch, Sampled, StepResult
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
 from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.step_thread import StepThread
 
 NUM_LAYERS = 2
 MAX_MODEL_LEN = 8192
@@ -96,7 +98,8 @@ def main() -> int:
     step_s, settings = float(sys.argv[1]), load_settings(None, environment={}, overrides=sys.argv[2:])
 
     async def serve(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None:
-        engine = EngineShell(settings, bus, lifecycle, make_core(settings, step_s))
+        core = make_core(settings, step_s)
+        engine = EngineShell(settings, bus, lifecycle, core, partial(StepThread, core))
         try:
             await engine.run()
         finally:

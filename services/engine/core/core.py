@@ -21,7 +21,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.protocol.errors import InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.kv_events import KVEvent
+from microserve.protocol.messages.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import fault_of_numerics
 from microserve.services.engine.core.actions import Actions
 from microserve.services.engine.core.batch import Runner, StepResult, constrain
@@ -294,6 +294,10 @@ class EngineCore:
         """With the lock held."""
         outbox = self.state.outbox
         return bool(outbox.replies or outbox.deltas or self.memory.cache.has_events)
+
+    def cached_blocks(self) -> list[BlockStored]:
+        """Events that build the prefix cache as it is now; take the output first. With the lock held."""
+        return self.memory.cache.snapshot()
 
     def load(self) -> wire.EngineLoad:
         """With the lock held."""

@@ -25,7 +25,7 @@ from microserve.protocol.messages.grant import HeapAddress
 from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, StepResult
-from microserve.services.engine.shell import IDLE_WAIT_S
+from microserve.services.engine.step_thread import IDLE_WAIT_S
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.simulation.bus import SimBus
 from microserve.services.simulation.engine import SimEngine

@@ -10,7 +10,7 @@ import pytest
 import structlog
 
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.shell import StepThread
+from microserve.services.engine.step_thread import StepThread
 
 TIMEOUT_S = 20.0
 

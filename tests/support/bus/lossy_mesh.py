@@ -9,6 +9,7 @@ import asyncio
 import gc
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.transport import ZmqBus
@@ -24,6 +25,7 @@ from microserve.protocol.settings import (
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
 from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.step_thread import StepThread
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
@@ -65,7 +67,8 @@ class LossyMesh:
             engine_id: _core(engine_id, number, registry) for number, engine_id in enumerate(engine_ids, 1)
         }
         self._engines = [
-            EngineShell(self.settings, self.from_engines, Lifecycle(), core) for core in self.cores.values()
+            EngineShell(self.settings, self.from_engines, Lifecycle(), core, partial(StepThread, core))
+            for core in self.cores.values()
         ]
         self.router = Router(self.settings, self.to_engines, seed=1)
         self._running = [

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
@@ -20,6 +21,7 @@ from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Clock, Limits
 from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.step_thread import StepThread
 from microserve.services.index.service import run_index
 from microserve.services.simulation.hash_runner import HashRunner, hash_layout
 from tests.support.router.router_world import eventually
@@ -61,7 +63,7 @@ class EngineWorld:
             clock=clock,
         )
         self.lifecycle = Lifecycle()
-        self.service = EngineShell(settings, bus, self.lifecycle, self.core)
+        self.service = EngineShell(settings, bus, self.lifecycle, self.core, partial(StepThread, self.core))
         self.task = asyncio.create_task(self._run())
         self.members: list[membership.Member] = []
         self._index = bus.client(settings.index.address, self._take)

@@ -14,7 +14,7 @@ from microserve.protocol.errors import CacheFull
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
-from microserve.services.engine.shell import StepThread
+from microserve.services.engine.step_thread import StepThread
 from tests.support.engine.core_mesh import ROUTER, Engine, expect, grant_for, prompt_of, receive, send
 from tests.support.engine.device.device_mesh import DeviceMesh, StreamRunner
 from tests.support.engine.device.host_driver import HostDriver
