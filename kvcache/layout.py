@@ -3,6 +3,10 @@
     data   [layer][block][K | V][row][head][dim]      row = token % block_size
 
 K and V of one block are neighbours, so a whole block of one layer is one copy; a part of a block is two.
+That is the order ``rows``. Of an engine whose blocks are somebody else's we know only that a block of one
+layer is so many bytes at one place: its ``order`` is a name, equal for equal insides, and only whole blocks
+are copied.
+
 Owns this arithmetic, and the rule when two engines may exchange KV (``layout_hash``). Knows no memory,
 no grants and no tensors; the control words are in words.py.
 """
@@ -18,6 +22,8 @@ import msgspec
 
 from microserve.protocol.errors import ConfigError
 
+ROWS = "rows"
+"""The order inside a block that is known here."""
 K, V = 0, 1
 """Which half of a block: ``offset(layer, block, K, row)``."""
 
@@ -38,6 +44,8 @@ class KvLayout(msgspec.Struct, frozen=True):
     """``float32``, ``bfloat16`` or ``float16``."""
     revision: str = ""
     """Digest of the model that was loaded: what the name stands for; empty where nobody says."""
+    order: str = ROWS
+    """What lies where inside a block of one layer: ``rows``, as above, or the name of another order."""
 
     MAX_TOKENS: ClassVar[int] = 1 << 31
     """Token counts share a word with a generation (words.py)."""
@@ -48,8 +56,15 @@ class KvLayout(msgspec.Struct, frozen=True):
                 raise ConfigError(f"{field} is {getattr(self, field)}, at least 1", field=field)
         if self.dtype not in _DTYPE_NBYTES:
             raise ConfigError(f"dtype is {self.dtype!r}, one of {sorted(_DTYPE_NBYTES)}", field="dtype")
+        if not self.order:
+            raise ConfigError("order is empty", field="order")
         if self.num_blocks * self.block_size >= self.MAX_TOKENS:
             raise ConfigError(f"num_blocks * block_size is not below {self.MAX_TOKENS}", field="num_blocks")
+
+    @property
+    def has_rows(self) -> bool:
+        """A token's K and V are rows that can be copied alone; else whole blocks only."""
+        return self.order == ROWS
 
     @property
     def row_nbytes(self) -> int:
@@ -80,7 +95,8 @@ class KvLayout(msgspec.Struct, frozen=True):
         return _layout_hash(self)
 
     def offset(self, layer: int, block: int, kv: int, row: int) -> int:
-        """Bytes from the start of the data region to a row. The caller keeps to the bounds."""
+        """Bytes from the start of the data region to a row, or (K, row 0) to a block. The caller keeps to the
+        bounds, and to blocks where there are no rows."""
         return (
             layer * self.layer_nbytes
             + block * self.block_nbytes
@@ -97,7 +113,8 @@ class KvLayout(msgspec.Struct, frozen=True):
 def _layout_hash(layout: KvLayout) -> str:
     """Asked for with every grant and every send."""
     geometry = (layout.num_layers, layout.block_size, layout.num_kv_heads, layout.head_dim, layout.dtype)
-    parts = ("kv-layout-2", layout.model, layout.revision, *geometry)
+    order = () if layout.has_rows else (layout.order,)  # what hashed rows before hashes them still
+    parts = ("kv-layout-2", layout.model, layout.revision, *geometry, *order)
     return hashlib.sha256(msgspec.msgpack.encode(parts)).hexdigest()[:16]
 
 

@@ -17,11 +17,16 @@ def extend_checksum(
 ) -> int:
     """``checksum`` (0 at first) carried on over more rows of one layer: crc32 of K << 32 | crc32 of V.
 
-    ``spans`` are ``(block, first row, number of rows)`` in token order, as ``block_spans`` gives them.
+    ``spans`` are ``(block, first row, number of rows)`` in token order, as ``block_spans`` gives them. Where
+    blocks have no rows, all of a block counts as its K.
     """
     layout = heap.layout
     keys, values = checksum >> 32, checksum & 0xFFFFFFFF
     for block, row, num_rows in spans:
+        if not layout.has_rows:
+            start = layout.offset(layer, block, K, 0)
+            keys = zlib.crc32(heap.read_data(start, layout.block_nbytes).data, keys)
+            continue
         start = layout.offset(layer, block, K, row)
         keys = zlib.crc32(heap.read_data(start, num_rows * layout.row_nbytes).data, keys)
         start = layout.offset(layer, block, V, row)

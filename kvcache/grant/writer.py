@@ -50,6 +50,8 @@ class TransferPlan:
                 f"[{begin}, {end}) is not within the grant's [0, {grant.end})",
                 field="end" if 0 <= begin <= end else "begin",
             )
+        if not source.has_rows:
+            _check_whole_blocks(source, grant, begin, end)
         self.begin = min(max(begin, grant.matched), end)
         self.end = end
         self._source = source
@@ -58,7 +60,8 @@ class TransferPlan:
     def copies(self, source_blocks: Sequence[int], lo: int, hi: int) -> Copies:
         """Layer 0 of tokens ``[lo, hi)``, within ``[begin, end)``; other layers are shifted by whole layers.
 
-        ``source_blocks`` is the block table of tokens ``[0, hi)`` in the sender's pool.
+        ``source_blocks`` is the block table of tokens ``[0, hi)`` in the sender's pool. Where blocks have no
+        rows, what lies behind ``hi`` in its block goes along.
         """
         source = self._source
         needed = source_blocks[lo // source.block_size : source.num_blocks_for(hi)]
@@ -79,13 +82,22 @@ class TransferPlan:
         ):
             # Row for row: both tables start at a multiple of the block size.
             start, target_start = block * block_nbytes, target_block * block_nbytes
-            if num_rows == source.block_size:
+            if num_rows == source.block_size or not source.has_rows:
                 copies.append(Copy(start, target_start, block_nbytes))
                 continue
             for half in (0, source.half_nbytes):
                 at = half + row * row_nbytes
                 copies.append(Copy(start + at, target_start + at, num_rows * row_nbytes))
         return Copies(copies)
+
+    def cut(self, lo: int, hi: int) -> tuple[int, int]:
+        """The part of ``[lo, hi)`` that can be put now: within ``[begin, end)``, and where blocks have no
+        rows without a block that is not whole yet. Empty is ``lo == hi``."""
+        lo, hi = max(lo, self.begin), min(hi, self.end)
+        if lo < hi and not self._source.has_rows:
+            size = self._source.block_size
+            lo, hi = lo // size * size, hi if hi == self.end else hi // size * size
+        return lo, max(lo, hi)
 
     def target_spans(self, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
         """``(block, first row, number of rows)`` of tokens ``[lo, hi)`` in the receiver's pool."""
@@ -165,11 +177,11 @@ class LaneWriter:
         """Put the part of tokens ``[lo, hi)`` that this lane carries, and signal it; returns its bytes.
 
         ``source_blocks`` is the sender's block table of tokens ``[0, hi)``. Ranges of one layer follow
-        each other. :class:`TransferFailed`, with nothing written, if the grant has been closed: call
-        ``fail`` then.
+        each other; a block that has to be whole first (``TransferPlan.cut``) goes with a later one.
+        :class:`TransferFailed`, with nothing written, if the grant has been closed: call ``fail`` then.
         """
         self._require_writable("put_layer")
-        lo, hi = max(lo, self.plan.begin), min(hi, self.plan.end)
+        lo, hi = self.plan.cut(lo, hi)
         if lo >= hi:
             return 0
         if lo != self._next[layer]:
@@ -236,6 +248,17 @@ class LaneWriter:
     def _require_writable(self, name: str) -> None:
         if not self._is_claimed or self._is_over:
             raise InternalError(f"{name}: the lane is not claimed, or its writer is done")
+
+
+def _check_whole_blocks(layout: KvLayout, grant: Grant, begin: int, end: int) -> None:
+    """Where blocks are only copied whole, two writers that met inside one would undo each other's rows."""
+    for name, bound in (("begin", begin), ("end", end)):
+        if bound % layout.block_size and bound != grant.end:
+            raise InvalidInterval(
+                f"{name} is {bound}: blocks of {layout.order!r} are sent whole, so a multiple of "
+                f"{layout.block_size} or the grant's end",
+                field=name,
+            )
 
 
 def _check_blocks(grant: Grant, target: KvLayout) -> None:

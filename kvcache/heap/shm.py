@@ -33,7 +33,42 @@ BACK_NBYTES = 16 << 20
 _logger = structlog.get_logger()
 
 
-class ShmHeap(MappedHeap):
+class ShmView(MappedHeap):
+    """An owner's view from another process of the same engine: it reads and stores what is the owner's, and
+    its end is not the owner's end. One of them at a time stores a word."""
+
+    def __init__(self, file: HeapFile, address: HeapAddress) -> None:
+        span_copier()  # built now if ever, and not by the first put
+        self._is_closed = False
+        self._file = file
+        super().__init__(file.header.layout, file.words, address, file.word_region, file.tail)
+
+    @classmethod
+    def open(cls, address: HeapAddress, layout: KvLayout) -> ShmView:
+        """Errors as :meth:`attach`."""
+        return ShmView(HeapFile.open(address, KIND, layout), address)
+
+    def is_held(self, slot: int, lane: int) -> bool:
+        byte = lane_byte(slot, lane)
+        try:
+            if not self._file.lock(byte):
+                return True
+            self._file.unlock(byte)
+        except OSError:  # no memory for a lock: we cannot know
+            return True
+        return False
+
+    def attach(self, address: HeapAddress) -> ShmPeerHeap:
+        return ShmPeerHeap(self.layout, self._file.tail, address)
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._drop()
+            self._file.close()
+
+
+class ShmHeap(ShmView):
     def __init__(
         self,
         layout: KvLayout,
@@ -46,10 +81,9 @@ class ShmHeap(MappedHeap):
 
         :class:`ConfigError` on a machine that is not x86-64 Linux, or without memory for the words.
         """
-        self._is_closed = self._is_short = False
-        span_copier()  # built now if ever, and not by the first put
+        self._is_short = False
         self._may_take = may_take
-        self._file = HeapFile.create(
+        file = HeapFile.create(
             KIND,
             layout,
             incarnation=incarnation,
@@ -57,9 +91,7 @@ class ShmHeap(MappedHeap):
             tail_nbytes=layout.data_nbytes,
             tail_has_memory=False,
         )
-        super().__init__(
-            layout, self._file.words, self._file.address, self._file.word_region, self._file.tail
-        )
+        super().__init__(file, file.address)
 
     def back(self, first: int, count: int) -> int:
         """Some MiB at a time, for which a step waits some milliseconds, and no put of a peer does."""
@@ -79,26 +111,10 @@ class ShmHeap(MappedHeap):
         self._is_short = False
         return end
 
-    def is_held(self, slot: int, lane: int) -> bool:
-        byte = lane_byte(slot, lane)
-        try:
-            if not self._file.lock(byte):
-                return True
-            self._file.unlock(byte)
-        except OSError:  # no memory for a lock: we cannot know
-            return True
-        return False
-
-    def attach(self, address: HeapAddress) -> ShmPeerHeap:
-        return ShmPeerHeap(self.layout, self._file.tail, address)
-
     def close(self) -> None:
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._file.unlock(OWNER)
-        self._drop()
-        self._file.close()
+        if not self._is_closed:
+            self._file.unlock(OWNER)
+        super().close()
 
 
 class ShmPeerHeap(MappedPeerHeap):

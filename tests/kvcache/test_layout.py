@@ -62,6 +62,7 @@ def test_pools_of_different_size_may_exchange_kv() -> None:
         {"head_dim": 16},
         {"dtype": "bfloat16"},
         {"revision": "other weights"},
+        {"order": "another"},
     ],
 )
 def test_anything_else_changes_the_hash(change: dict[str, object]) -> None:
@@ -77,6 +78,7 @@ def test_anything_else_changes_the_hash(change: dict[str, object]) -> None:
         {"num_kv_heads": 0},
         {"head_dim": -1},
         {"dtype": "int8"},
+        {"order": ""},
         {"num_blocks": 1 << 30},
     ],
 )

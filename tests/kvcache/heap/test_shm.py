@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from microserve.kvcache.heap import shm
-from microserve.kvcache.heap.shm import ShmHeap
+from microserve.kvcache.heap.shm import ShmHeap, ShmView
 from microserve.kvcache.layout import K, KvLayout
 from microserve.protocol.errors import ConfigError, TransferFailed
 from tests.support.kvcache.kv_samples import make_layout
@@ -130,3 +130,28 @@ def test_blocks_that_get_memory_keep_what_others_have(monkeypatch: pytest.Monkey
             for layer in range(layout.num_layers):
                 found = heap.read_data(layout.offset(layer, block, K, 0), layout.block_nbytes)
                 assert set(found) == {block + layer + 1}
+
+
+def test_a_view_of_our_own_heap_reads_stores_and_asks_as_its_owner_does() -> None:
+    """Two processes of one engine: one computes in the heap, the other keeps its words."""
+    layout = make_layout()
+    with ShmHeap(layout, incarnation=1) as owner, ShmHeap(layout, incarnation=2) as writer:
+        owner.back(0, layout.num_blocks)
+        view = ShmView.open(owner.address, layout)
+        view.store(3, 1 << 62)
+        view.write_data(8, np.arange(4, dtype=np.uint8))
+        assert owner.load(3) == 1 << 62
+        assert owner.read_data(8, 4).tolist() == [0, 1, 2, 3]
+        assert view.address == owner.address
+        with writer.attach(view.address) as peer:
+            assert peer.hold(2, 1)
+            assert view.is_held(2, 1) and owner.is_held(2, 1)
+            peer.let_go(2, 1)
+            assert not view.is_held(2, 1)
+            view.close()
+            view.close()
+            assert not peer.owner_is_dead(), "the owner is who made it"
+            owner.close()
+            assert peer.owner_is_dead()
+        with pytest.raises(TransferFailed, match="gone"):
+            ShmView.open(owner.address, layout)
