@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import Flags, WrongFlag, directory_flag, settings_flags
+from microserve.services.command.backend import RUNS, enter_environment, load_engine
+from microserve.services.command.flags import (
+    Flags,
+    WrongFlag,
+    directory_at_hand,
+    directory_flag,
+    settings_flags,
+)
 from microserve.services.command.model_flags import model_flags, with_model
 
 if TYPE_CHECKING:
@@ -28,12 +35,12 @@ def _run(
     flags: Flags,
     load: Callable[[], Serve],
     *,
-    joins_mesh: bool = False,
     settings: Settings | None = None,
 ) -> None:
-    settings = settings or (flags.load_beside_mesh() if joins_mesh else flags.load())
+    settings = settings or flags.load()
     if service in ("engine", "gateway"):
-        settings = with_model(settings, weights=service == "engine")
+        computes = service == "engine" and settings.engine.backend != "vllm-serve"
+        settings = with_model(settings, weights=computes)
     from microserve.protocol.process.run import run_service
 
     code = run_service(service, settings, load, reload=flags.load)
@@ -47,6 +54,9 @@ def _run(
 @click.command()
 @model_flags("Model directory, or its name at the Hub (model.path).")
 @click.option("--id", "own_id", help="Name of this engine in the mesh (engine.id).")
+@click.option(
+    "--backend", type=click.Choice(list(RUNS)), help="What computes (engine.backend).  [default: native]"
+)
 @click.option("--device", metavar="cpu|cuda:N", help="Where it computes (engine.device).")
 @click.option("--load-format", metavar="auto|random", help="Weights, or random ones (model.load_format).")
 @directory_flag
@@ -56,6 +66,7 @@ def engine(
     assignments: tuple[str, ...],
     model: str | None,
     own_id: str | None,
+    backend: str | None,
     device: str | None,
     load_format: str | None,
 ) -> None:
@@ -66,15 +77,13 @@ def engine(
     flags = Flags(config, assignments)
     flags.set("model.path", model)
     flags.set("engine.id", own_id)
+    flags.set("engine.backend", backend)
     flags.set("engine.device", device)
     flags.set("model.load_format", load_format)
-
-    def load() -> Serve:
-        from microserve.services.engine.service import run_engine
-
-        return run_engine
-
-    _run("engine", flags, load, joins_mesh=True)
+    settings = flags.load_beside_mesh()
+    directory = ["--directory", str(directory_at_hand())]
+    enter_environment(settings, ["engine", *flags.as_arguments(), *directory])
+    _run("engine", flags, functools.partial(load_engine, settings.engine.backend), settings=settings)
 
 
 @click.command()

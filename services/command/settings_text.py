@@ -22,9 +22,14 @@ def as_toml(settings: Settings) -> str:
         lines.append(f"[{section}]")
         for name, value in fields.items():
             secret = f"{section}.{name}" in SECRET_FIELDS
-            lines.append(f"{name} = {_value([MASK for _ in value] if secret else value)}")
+            lines.append(f"{name} = {_value(_masked(value) if secret else value)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _masked(value: Any) -> Any:
+    """Of a text that is empty it is seen that it is."""
+    return [MASK for _ in value] if isinstance(value, list) else value and MASK
 
 
 def _value(value: Any) -> str:

@@ -91,6 +91,14 @@ def test_values_read_as_toml_or_as_text(override: str, expected: object) -> None
         ("engine.attention=flash", "engine.attention", "'triton' or 'flashinfer', is 'flash'"),
         ("engine.attention=flashinfer", "engine.attention", "on engine.device 'cpu', is 'flashinfer'"),
         ("engine.attention=triton", "engine.attention", "on engine.device 'cpu', is 'triton'"),
+        ("engine.backend=llama", "engine.backend", "'native', 'vllm' or 'vllm-serve', is 'llama'"),
+        ("engine.backend=vllm-serve", "vllm.url", "must be set for engine.backend 'vllm-serve'"),
+        ("vllm.url=127.0.0.1:80", "vllm.url", "must be http://HOST:PORT, is '127.0.0.1:80'"),
+        ("vllm.url=http://u:p@host/?q", "vllm.url", "must be http://HOST:PORT"),
+        ("vllm.arguments.block_size=32", "vllm.arguments.block_size", "is set by kvcache.block_size"),
+        ("vllm.arguments.kv_transfer_config={}", "vllm.arguments.kv_transfer_config", "MicroServe's own"),
+        ("vllm.lora_modules={a = ''}", "vllm.lora_modules", "a name and a directory"),
+        ("vllm.lora_modules={a = 1}", "vllm.lora_modules", "must be a table"),
     ],
 )
 def test_wrong_setting_is_named_by_its_path(override: str, field: str, reason: str) -> None:
@@ -107,6 +115,21 @@ def test_an_engine_on_a_gpu_keeps_its_kv_there() -> None:
     error = refused(overrides=["engine.device=cuda:1", "kvcache.heap=shm"])
     assert error.field == "kvcache.heap"
     assert "'cuda_ipc' or 'nvshmem' on engine.device 'cuda:1'" in error.detail
+
+
+def test_an_engine_of_vllms_takes_what_vllm_takes() -> None:
+    overrides = [
+        "engine.backend=vllm",
+        "vllm.arguments={tensor_parallel_size = 2}",
+        "vllm.python=/opt/v/bin/python",
+    ]
+    settings = load_settings(overrides=overrides)
+    assert settings.vllm.arguments == {"tensor_parallel_size": 2}
+    error = refused(overrides=[*overrides, "model.weights=int8"])
+    assert error.field == "model.weights"
+    assert "for engine.backend 'vllm', is 'int8'" in error.detail
+    serve = load_settings(overrides=["engine.backend=vllm-serve", "vllm.url=https://[::1]:8001/v"])
+    assert serve.vllm.url == "https://[::1]:8001/v"
 
 
 def test_flashinfer_is_refused_for_the_dtype_that_it_does_not_do() -> None:
@@ -207,6 +230,7 @@ MAY_BE_ZERO = {
     "nvshmem.rank": "the first",
     "nvshmem.num_ranks": "no world; refused where there is to be one",
     "nvshmem.memory_mb": "the same",
+    "vllm.kv_cache_mb": "a part of the machine's memory",
     "model.packed_cache_mb": "each engine packs its own",
     "mesh.max_restarts": "never restart",
     "mesh.watchdog_s": "nobody is killed",

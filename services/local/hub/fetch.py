@@ -47,6 +47,8 @@ class Wish:
     weights: bool = True
     settings: Settings | None = None
     """Of who is to serve it here: it must fit. None: it need not."""
+    any_family: bool = False
+    """Also of a family that our own model code does not know."""
     verify: bool = False
     """Read what is there already, too, and fetch anew what is damaged."""
 
@@ -91,7 +93,7 @@ class _Fetching:
         listing = self._client.listing()
         require_config(name.repo, listing.files)
         config = self._json(listing, CONFIG)
-        if why := refusal_of(config):
+        if not self._wish.any_family and (why := refusal_of(config)):
             raise HubError(f"{name} cannot be served: {why}")
         index = self._json(listing, WEIGHTS_INDEX) if wants_index(listing.files) else None
         needed = needed_of(name.repo, listing, index)

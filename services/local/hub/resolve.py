@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
+from microserve.protocol.settings_engine import NATIVE
 from microserve.services.engine.model.families import refusal_of
 from microserve.services.local.hub.fetch import Report, Wish, fetch
 from microserve.services.local.hub.files import CONFIG
@@ -32,14 +33,17 @@ def resolve(
     path = settings.model.path
     if not path:
         return settings
+    any_family = settings.engine.backend != NATIVE  # what vLLM serves is vLLM's to say
     if (directory := local_model(path)) is not None:
-        _require_family(directory)
+        if not any_family:
+            _require_family(directory)
         return settings
     name, place = parse_name(path), Place.of(environment)
     weights = weights and settings.model.load_format != "random"
     found = whole(place, name, weights=weights)
     if found is None:
-        wish = Wish(weights=weights, settings=settings if weights else None)
+        fits = settings if weights and not any_family else None
+        wish = Wish(weights=weights, settings=fits, any_family=any_family)
         try:
             found = fetch(place, name, wish, report)
         except NotReached:

@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 from microserve.protocol.settings import Settings
 from microserve.protocol.settings_gateway import GatewaySettings
 from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings_vllm import VllmSettings
 from microserve.services.command.flags import Flags
 from microserve.services.command.main import main
 from microserve.services.command.settings_text import MASK, as_toml
@@ -108,9 +109,13 @@ def test_settings_print_as_toml_that_reads_back() -> None:
 
 
 def test_secrets_are_masked() -> None:
-    text = as_toml(Settings(gateway=GatewaySettings(api_keys=["sk-secret"])))
+    text = as_toml(
+        Settings(gateway=GatewaySettings(api_keys=["sk-secret"]), vllm=VllmSettings(api_key="sk-secret"))
+    )
     assert "sk-secret" not in text
     assert f'api_keys = ["{MASK}"]' in text
+    assert f'api_key = "{MASK}"' in text
+    assert 'api_key = ""' in as_toml(Settings())
 
 
 def test_keys_are_made_once(tmp_path: Path) -> None:

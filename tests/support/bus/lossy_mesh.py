@@ -15,13 +15,8 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import (
-    BusSettings,
-    EngineSettings,
-    IndexSettings,
-    RouterSettings,
-    Settings,
-)
+from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
+from microserve.protocol.settings_engine import EngineSettings
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Limits
 from microserve.services.engine.shell import EngineShell
