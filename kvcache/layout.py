@@ -21,6 +21,7 @@ from typing import ClassVar
 import msgspec
 
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.messages.geometry import Geometry
 
 ROWS = "rows"
 """The order inside a block that is known here."""
@@ -46,6 +47,8 @@ class KvLayout(msgspec.Struct, frozen=True):
     """Digest of the model that was loaded: what the name stands for; empty where nobody says."""
     order: str = ROWS
     """What lies where inside a block of one layer: ``rows``, as above, or the name of another order."""
+    rope: str = ""
+    """The model's RoPE in words; empty where nobody says."""
 
     MAX_TOKENS: ClassVar[int] = 1 << 31
     """Token counts share a word with a generation (words.py)."""
@@ -93,6 +96,19 @@ class KvLayout(msgspec.Struct, frozen=True):
     def layout_hash(self) -> str:
         """Equal for two engines that may exchange KV: everything but the size of the pool."""
         return _layout_hash(self)
+
+    @property
+    def geometry(self) -> Geometry:
+        """What another engine's must equal, field by field; model and revision are not in it."""
+        return Geometry(
+            dtype=self.dtype,
+            order=self.order,
+            block_size=self.block_size,
+            num_layers=self.num_layers,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            rope=self.rope,
+        )
 
     def offset(self, layer: int, block: int, kv: int, row: int) -> int:
         """Bytes from the start of the data region to a row, or (K, row 0) to a block. The caller keeps to the

@@ -20,6 +20,7 @@ MeshError
 │   ├── TransferFailed        KV did not arrive whole
 │   └── DeadlineExceeded      the time allowed was used up
 ├── StrategyError         the strategy's own fault: the author gets the detail
+│   └── UnsupportedAction     it asked an engine for what that does not do
 ├── ProtocolViolation     a peer broke WIRE.md: log, drop, never crash
 ├── ConfigError           a setting is wrong (names its path)
 └── InternalError         our fault
@@ -166,6 +167,12 @@ class StrategyError(MeshError):
     code = "strategy_error"
     at = ""
     """``FILE:LINE`` of its source, where no traceback says it; not on the wire."""
+
+
+class UnsupportedAction(StrategyError):
+    """An engine was asked for what it does not do (``EngineInfo.can``); the detail names both."""
+
+    code = "unsupported_action"
 
 
 class ProtocolViolation(MeshError):

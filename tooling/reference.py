@@ -43,7 +43,8 @@ CHAPTERS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         (f"{AUTHORING}/generating.py", ("Generating", "Chunks")),
         (f"{AUTHORING}/race.py", ("Entrant",)),
         ("services/links/stream.py", ("Tokens",)),
-        ("protocol/messages/engine.py", ("EngineInfo", "EngineLoad", "Finished")),
+        ("protocol/messages/engine_info.py", ("EngineInfo",)),
+        ("protocol/messages/engine.py", ("EngineLoad", "Finished")),
         ("protocol/messages/numerics.py", ("Numerics",)),
     ],
     "Errors": [
@@ -64,7 +65,7 @@ ROUTERS_OWN = {
     "Sending": {"start", "listen", "name", "numerics"},
     "Generating": {"depends_on", "is_of", "watch", "leave", "give_up", "pass_on", "offset", "is_answered"},
     "EngineInfo": {"incarnation", "address", "events_address", "replay_address", "layout_hash", "heap",
-                   "wire_version", "curve_key"},
+                   "wire_version", "curve_key", "geometry", "heaps", "all_heaps", "exchanges_kv"},
     "EngineLoad": {"progress", "is_busy"},
 }  # fmt: skip
 """Public, and not for authors."""

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.heap.heap import Heap
+from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import CLOSED, MAX_GENERATION, OPEN, pack_state
 from microserve.protocol.errors import GrantsFull, InternalError, TransferFailed, UnknownRequest
 from microserve.protocol.messages.grant import MAX_LANES, Grant
@@ -127,6 +128,11 @@ class GrantTable:
         """Complete layers whose tags or checksums were not their writers' (:meth:`verify`)."""
 
     @property
+    def layout(self) -> KvLayout:
+        """Of the heap that grants are of."""
+        return self._heap.layout
+
+    @property
     def num_slots(self) -> int:
         """Grants that can be open, sealed or in quarantine at a time."""
         return self._heap.words.num_slots
@@ -176,6 +182,7 @@ class GrantTable:
             heap=self._heap.address,
             lease_s=self._lease_s,
             numerics=self._numerics,
+            geometry=layout.geometry,
         )
         arrival = Arrival(self._heap, grant, verify_checksums=self._verify_checksums)
         self._entries[grant.grant_id] = _Entry(grant, arrival, request_id, owner, list(matched_blocks), now)

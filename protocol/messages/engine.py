@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
+from microserve.protocol.messages.engine_info import EngineInfo as EngineInfo  # noqa: PLC0414 - a message's part
 from microserve.protocol.messages.grant import Grant
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
@@ -162,35 +163,6 @@ EngineRequest = (
 # --- engine -> router ------------------------------------------------------------------------------
 
 
-class EngineInfo(msgspec.Struct, frozen=True):
-    """What an engine is; fixed for its life. Compared at the door: a mismatch is a clear refusal."""
-
-    engine_id: str
-    incarnation: int
-    address: str
-    """ZeroMQ address of its action socket."""
-    events_address: str
-    replay_address: str
-    model: str
-    labels: list[str]
-    """Operator's labels (``prefill``, ``decode``, ...); an engine without any serves every label."""
-    block_size: int
-    num_blocks: int
-    num_layers: int
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: list[int]
-    layout_hash: str
-    heap: str
-    wire_version: int
-    curve_key: str = ""
-    """Public CURVE key of its sockets, Z85; empty without CURVE."""
-    revision: str = ""
-    """Digest of the model that it has loaded: what the name stands for. Empty of an engine that says none."""
-    numerics: Numerics = UNKNOWN
-    """In which class it computes; empty of an engine that says none."""
-
-
 class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
     """What an engine is doing now; travels in heartbeats and stats."""
 
@@ -314,6 +286,8 @@ class Sent(_Message, frozen=True, tag=3):
     timings: Timings
     first_token: int | None = None
     first_logprob: TokenLogprob | None = None
+    heap: str = ""
+    """Kind of the heap that it was put through, as in ``HeapAddress.kind``; empty: nothing was put."""
 
 
 class Accepted(_Message, frozen=True, tag=4):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import msgspec
 
+from microserve.protocol.messages.geometry import UNSAID, Geometry
+
 MAX_LANES = 4
 """Writers that may share one grant, each in a lane of its own: 0 to 3."""
 
@@ -15,7 +17,7 @@ class HeapAddress(msgspec.Struct, frozen=True, array_like=True):
     """Where a heap is; enough for a process on ``host`` to attach it."""
 
     kind: str
-    """``shm``, ``cuda_ipc`` or ``nvshmem``, later ``nixl``."""
+    """``shm``, ``cuda_ipc`` or ``nvshmem``; of a door ``tcp`` or ``nixl``."""
     host: str
     """Kernel boot id: two processes with the same one share a kernel, so they can share memory. Of
     ``nvshmem`` the name of its world."""
@@ -27,6 +29,8 @@ class HeapAddress(msgspec.Struct, frozen=True, array_like=True):
     """Of the memfd, or of a rank's symmetric memory."""
     incarnation: int
     """Incarnation of the owner; also in the heap's header, so a reused pid cannot be mistaken for it."""
+    door: bytes = b""
+    """Of a way in over the network: where and how it is entered, opaque to everybody but its kind."""
 
 
 class Grant(msgspec.Struct, frozen=True, array_like=True):
@@ -52,3 +56,7 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     """The receiver closes the grant by itself after this long without ``StartGenerate`` or ``Commit``."""
     numerics: str = ""
     """Name of the receiver's class; empty: not said."""
+    geometry: Geometry = UNSAID
+    """Of the blocks: what must be the sender's too."""
+    doors: list[HeapAddress] = []
+    """Other ways into the same heap, best first; ``heap`` is tried before them."""

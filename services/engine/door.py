@@ -17,6 +17,7 @@ from microserve.protocol.messages.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.core.state import Clock, Limits
+from microserve.services.engine.kind import EngineKind
 
 
 class Steps(Protocol):
@@ -89,6 +90,8 @@ class Core(Protocol):
     numerics: Numerics
     kernels: str
     """What computes, in a word for people."""
+    kind: EngineKind
+    """What it can, for its hello."""
     layout: KvLayout
     clock: Clock
     """What every ``now`` that is handed to ``actions`` and ``state`` is read from."""

@@ -61,6 +61,7 @@ def layout_of(settings: Settings, spec: ModelSpec, num_blocks: int) -> KvLayout:
             head_dim=spec.head_dim,
             dtype=spec.dtype,
             revision=spec.revision,
+            rope=spec.rope,
         )
     except ConfigError as error:
         if error.field not in ("num_blocks", "block_size"):

@@ -108,6 +108,13 @@ class EngineShell:
             curve_key=bus.public_key,
             revision=core.layout.revision,
             numerics=core.numerics,
+            backend=core.kind.backend,
+            backend_version=core.kind.backend_version,
+            can=[*core.kind.can],
+            geometry=core.layout.geometry,
+            heaps=[settings.heap],
+            split_tokens=core.kind.split_tokens,
+            recompute_tokens=core.kind.recompute_tokens,
         )
         self._index = IndexClient(
             bus,

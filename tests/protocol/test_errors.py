@@ -47,6 +47,7 @@ def test_codes_are_stable() -> None:
         "TransferFailed": "transfer_failed",
         "DeadlineExceeded": "deadline_exceeded",
         "StrategyError": "strategy_error",
+        "UnsupportedAction": "unsupported_action",
         "ProtocolViolation": "protocol_violation",
         "ConfigError": "config_error",
         "InternalError": "internal",

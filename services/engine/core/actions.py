@@ -19,10 +19,12 @@ from microserve.protocol.errors import (
     MeshError,
     PromptTooLong,
     QueueFull,
+    TransferFailed,
     UnknownRequest,
 )
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import MAX_LANES
+from microserve.protocol.messages.geometry import difference
+from microserve.protocol.messages.grant import MAX_LANES, Grant
 from microserve.protocol.messages.interval import bound
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
@@ -108,6 +110,7 @@ class Actions:
             raise InvalidInterval(f"[{begin}, {end}) is not inside the grant's [0, {grant.end})", field="end")
         if not 0 <= message.lane < MAX_LANES:
             raise InvalidRequest(f"lane is {message.lane}, 0 to {MAX_LANES - 1}", field="lane")
+        self._check_same_kv(grant)
         key = (grant.grant_id, message.lane)
         if key in record.sent:
             return msgspec.structs.replace(record.sent[key], call_id=message.call_id)
@@ -275,6 +278,15 @@ class Actions:
                 "more were asked for",
                 field="tokens",
             )
+
+    def _check_same_kv(self, grant: Grant) -> None:
+        """Before anything is computed: could the receiver read what we would put there?"""
+        layout = self._state.memory.grants.layout
+        different = difference(layout.geometry, grant.geometry)
+        if not different and layout.layout_hash != grant.layout_hash:
+            different = f"layout_hash: {layout.layout_hash} here, {grant.layout_hash} there"
+        if different:
+            raise TransferFailed(f"KV of engine {grant.engine_id} is another one: {different}")
 
     def _check_queue(self) -> None:
         state = self._state

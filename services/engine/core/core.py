@@ -33,6 +33,7 @@ from microserve.services.engine.core.sequence import Sequence, Transfer
 from microserve.services.engine.core.state import PURGE_INTERVAL_S, Clock, EngineState, Limits
 from microserve.services.engine.core.stepper import Stepper
 from microserve.services.engine.guidance.guide import Guides
+from microserve.services.engine.kind import native_kind
 
 ARRIVAL_POLL_S = 0.001
 """Pause between looks at arrival counters while nothing else is to be done."""
@@ -91,6 +92,7 @@ class EngineCore:
         self.numerics = runner.numerics
         self.kernels = kernels
         """What computes, in a word for people."""
+        self.kind = native_kind(has_guides=guides is not None)
         if fault := fault_of_numerics(self.numerics):
             raise InternalError(fault)
         self.engine_id, self.incarnation, self.model = engine_id, incarnation, model

@@ -277,6 +277,7 @@ class EngineState:
             ),
             first_token=sequence.token_ids[-1] if sampled else None,
             first_logprob=sequence.logprobs[-1] if sampled and sequence.logprobs else None,
+            heap=transfer.peer.address.kind if transfer.peer is not None else "",
         )
         if record is not None:
             record.sent[(transfer.grant.grant_id, transfer.lane)] = sent

@@ -6,8 +6,11 @@ Imports neither torch nor transformers: whoever is about to download gigabytes a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
+
+from microserve.protocol.messages.geometry import MAX_ROPE_CHARS
 
 NATIVE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """By the native CPU step, where it can be had; by transformers' modules as well."""
@@ -107,6 +110,30 @@ def foreign_rope(parameters: object) -> str | None:
         if kind not in ROPE_TYPES:
             return f"rope_type {kind!r} is not one of {sorted(ROPE_TYPES)}"
     return None
+
+
+def rope_of(config: Mapping[str, Any]) -> str:
+    """RoPE of a config.json in words, the same in its older form: ``default theta=10000``. Of what is
+    too long its digest; where kinds of layers have parameters of their own, all of them."""
+    given = config.get("rope_parameters") or config.get("rope_scaling")
+    parameters: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if config.get(name) is not None:
+            parameters.setdefault(name, config[name])
+    older = parameters.pop("type", None)
+    kind = parameters.pop("rope_type", older or "default")
+    words = [f"{name.removeprefix('rope_')}={_in_words(parameters[name])}" for name in sorted(parameters)]
+    text = " ".join([kind, *words])
+    if len(text) <= MAX_ROPE_CHARS:
+        return text
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _in_words(value: object) -> str:
+    """10000 and 10000.0 are one number."""
+    if isinstance(value, Mapping):
+        return "{" + " ".join(f"{name}={_in_words(value[name])}" for name in sorted(value)) + "}"
+    return f"{value:.17g}" if isinstance(value, int | float) else str(value)
 
 
 def _guess(config: Mapping[str, Any]) -> str:

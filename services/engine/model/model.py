@@ -24,7 +24,7 @@ from microserve.protocol.errors import ConfigError, InternalError
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.model.attention.step import StepAttention
 from microserve.services.engine.model.end_tokens import eos_of
-from microserve.services.engine.model.families import foreign_layers, foreign_rope, refusal_of
+from microserve.services.engine.model.families import foreign_layers, foreign_rope, refusal_of, rope_of
 from microserve.services.engine.model.model_files import read_json
 from microserve.services.engine.model.revision import own_memory, revision_of
 from microserve.services.engine.model.spec import ModelSpec
@@ -103,12 +103,20 @@ def load_model(
     # Behind all copying: of what is computed with, whatever becomes of the files.
     revision = revision_of(config, module)
     return LoadedModel(
-        _spec(directory, config, dtype, eos_of(directory, raw, tells=device != "meta"), revision), module
+        _spec(
+            directory,
+            config,
+            dtype,
+            eos_of(directory, raw, tells=device != "meta"),
+            revision,
+            rope_of(raw),
+        ),
+        module,
     )
 
 
 def _spec(
-    directory: Path, config: Any, dtype: str, eos_token_ids: frozenset[int], revision: str
+    directory: Path, config: Any, dtype: str, eos_token_ids: frozenset[int], revision: str, rope: str
 ) -> ModelSpec:
     num_heads = config.num_attention_heads
     return ModelSpec(
@@ -123,6 +131,7 @@ def _spec(
         dtype=dtype,
         sliding_windows=_sliding_windows(config),
         revision=revision,
+        rope=rope,
     )
 
 

@@ -25,3 +25,5 @@ class ModelSpec:
     """Of its layers; None: of layers that see everything."""
     revision: str = ""
     """Digest of what was loaded (revision.py)."""
+    rope: str = ""
+    """Of its config, in words (families.py)."""

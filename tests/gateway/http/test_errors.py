@@ -60,6 +60,7 @@ from microserve.protocol.errors import MeshError
         (errors.ProtocolViolation("x"), 502, "server_error", "protocol_violation", None, None),
         (errors.StrategyError("x"), 500, "server_error", "strategy_error", None, None),
         (errors.UnknownRequest("x"), 500, "server_error", "unknown_request", None, None),
+        (errors.UnsupportedAction("x"), 500, "server_error", "unsupported_action", None, None),
         (errors.InternalError("x"), 500, "server_error", "internal", None, None),
     ],
 )

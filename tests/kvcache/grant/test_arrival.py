@@ -36,6 +36,7 @@ def test_a_grant_says_all_that_a_sender_needs(receiver: Receiver) -> None:
         layout_hash=receiver.heap.layout.layout_hash,
         heap=receiver.heap.address,
         lease_s=LEASE_S,
+        geometry=receiver.heap.layout.geometry,
     )
     assert receiver.table.grant(grant.grant_id) == grant
     assert receiver.table.block_table(grant.grant_id) == [0, 1, 2, 3]

@@ -19,6 +19,8 @@ from microserve.protocol.bus import sockets as sockets_module
 from microserve.protocol.messages import (
     control,
     decisions,
+    engine_info,
+    geometry,
     grant,
     kv_events,
     numerics,
@@ -51,7 +53,8 @@ STRUCTURES = [
     sampling.SamplingParams,
     sampling.Grammar,
     numerics.Numerics,
-    actions.EngineInfo,
+    geometry.Geometry,
+    engine_info.EngineInfo,
     actions.EngineLoad,
     actions.TokenLogprob,
     actions.Timings,
@@ -146,8 +149,8 @@ def wire_default(field: msgspec.structs.FieldInfo) -> str:
     value = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
     if isinstance(value, msgspec.Struct):
         return msgspec.json.encode(value).decode()
-    spelled = {None: "nil", False: "false", True: "true", "": '""', (): "[]"}
-    return spelled[value] if isinstance(value, bool | str | tuple | None) else str(value)
+    spelled = {None: "nil", False: "false", True: "true", "": '""', b"": '""', (): "[]"}
+    return spelled[value] if isinstance(value, bool | str | bytes | tuple | None) else str(value)
 
 
 def declared(struct: type[msgspec.Struct]) -> list[tuple[str, str, str]]:
@@ -196,6 +199,12 @@ def test_every_error_code_is_listed() -> None:
     }
 
     assert sorted(listed) == sorted(declared_codes)
+
+
+def test_every_ability_is_listed() -> None:
+    listed = re.findall(r"^\| `([a-z_]+)` \|", section_of("4.6"), re.M)
+
+    assert listed == [*engine_info.ABILITIES]
 
 
 def test_channels_are_numbered_as_in_the_code() -> None:
@@ -250,6 +259,7 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_AFTER_TOKEN_IDS", sampling.MAX_AFTER_TOKEN_IDS),
         ("MAX_LOGIT_BIAS", sampling.MAX_LOGIT_BIAS),
         ("MAX_NUMERICS_CHARS", numerics.MAX_NUMERICS_CHARS),
+        ("MAX_ROPE_CHARS", geometry.MAX_ROPE_CHARS),
         ("bus.heartbeat_interval_s", BusSettings().heartbeat_interval_s),
         ("bus.liveness", BusSettings().liveness),
         ("bus.stuck_s", BusSettings().stuck_s),

@@ -5,12 +5,15 @@ from __future__ import annotations
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.geometry import Geometry
 from microserve.protocol.messages.grant import Grant, HeapAddress
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.prompt_logprobs import PromptLogprob, packed
 from microserve.protocol.messages.sampling import Grammar, SamplingParams
 
 HEAP = HeapAddress(kind="shm", host="boot", pid=70_000, fd=9, nbytes=1 << 33, incarnation=1 << 61)
+DOOR = HeapAddress(kind="tcp", host="b", pid=71_000, fd=0, nbytes=7, incarnation=1 << 60, door=b"tcp://a:4")
+GEOMETRY = Geometry("bfloat16", "o1", 16, 30, 3, 64, "fp8", "default theta=10000", "d1")
 GRANT = Grant(
     grant_id="g1",
     engine_id="e1",
@@ -25,6 +28,8 @@ GRANT = Grant(
     heap=HEAP,
     lease_s=30.5,
     numerics="n1",
+    geometry=GEOMETRY,
+    doors=[DOOR],
 )
 SAMPLING = SamplingParams(
     max_tokens=17,
@@ -64,6 +69,13 @@ INFO = actions.EngineInfo(
     curve_key="k",
     revision="r1",
     numerics=Numerics("n2", is_exact=True),
+    backend="native",
+    backend_version="0.2",
+    can=["prep_recv", "commit"],
+    geometry=GEOMETRY,
+    heaps=["shm", "tcp"],
+    split_tokens=8,
+    recompute_tokens=2,
 )
 LOAD = actions.EngineLoad(
     progress=1 << 34,

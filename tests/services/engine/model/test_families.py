@@ -18,7 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from microserve.gateway.parsing.families import THOUGHTS, TOOLS
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.services.engine.model.attention.step import DeviceAttention, device_attention
-from microserve.services.engine.model.families import BY_TRANSFORMERS, MODEL_TYPES, NATIVE, refusal_of
+from microserve.services.engine.model.families import (
+    BY_TRANSFORMERS,
+    MODEL_TYPES,
+    NATIVE,
+    refusal_of,
+    rope_of,
+)
 from microserve.services.engine.model.model import ATTENTION, STEP, load_model
 from microserve.services.engine.native.packing import missing
 from tests.support.engine.families import REFUSED, SERVED, make_model
@@ -208,3 +214,41 @@ def test_the_document_names_every_family() -> None:
     step = {model_type: rows.get(model_type, "||").split("|")[2].strip() for model_type in MODEL_TYPES}
     assert step == {each: "native" if each in NATIVE else "transformers" for each in MODEL_TYPES}
     assert {each for each in REFUSED if "refused" not in rows.get(each, "")} == set()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "default"),
+        ({"rope_theta": 10000}, "default theta=10000"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, "default theta=10000"),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "linear factor=2 theta=500000",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2, "rope_theta": 500000}},
+            "linear factor=2 theta=500000",
+        ),
+        ({"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "default partial_rotary_factor=0.5 theta=10000"),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e6},
+                    "sliding_attention": {"rope_theta": 1e4},
+                }
+            },
+            "default full_attention={rope_theta=1000000} sliding_attention={rope_theta=10000}",
+        ),
+    ],
+)
+def test_rope_in_words_is_the_same_for_both_forms_of_a_config(config: dict[str, Any], words: str) -> None:
+    assert rope_of(config) == words
+
+
+def test_rope_of_many_parameters_is_their_digest() -> None:
+    long = {"rope_parameters": {"rope_type": "yarn", "long_factor": [1.5] * 64}}
+    other = {"rope_parameters": {"rope_type": "yarn", "long_factor": [1.5] * 63}}
+
+    assert rope_of(long).startswith("sha256:")
+    assert rope_of(long) != rope_of(other)

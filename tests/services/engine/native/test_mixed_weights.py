@@ -8,6 +8,7 @@ from microserve.kernels.cpu.library import library
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.local import MemoryHeap
 from microserve.kvcache.layout import KvLayout
+from microserve.protocol.errors import TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.native.packing import native_runner, pack_model
@@ -48,8 +49,15 @@ def test_kv_of_other_weights_is_refused(weights: tuple[str, str], is_taken: bool
     assert (mesh.a.core.memory.cache.revision == mesh.b.core.memory.cache.revision) is is_taken
     granted = grant_for(mesh.b, "r", PROMPT, 12)
     receive(mesh.b, "r", granted, 12, GREEDY)
-    call = send(mesh.a, "r", PROMPT, granted, 0, 12)
-    mesh.run()
-    assert isinstance(mesh.a.replies[call], wire.Sent if is_taken else wire.Failed)
-    assert ("r" in mesh.b.finished and mesh.b.finished["r"].reason == "length") is is_taken
+    if is_taken:
+        call = send(mesh.a, "r", PROMPT, granted, 0, 12)
+        mesh.run()
+        assert isinstance(mesh.a.replies[call], wire.Sent)
+        assert mesh.b.finished["r"].reason == "length"
+    else:
+        with pytest.raises(TransferFailed, match=r"layout_hash: \w+ here, \w+ there"):
+            send(mesh.a, "r", PROMPT, granted, 0, 12)
+        mesh.run()
+        assert "r" not in mesh.b.finished
+        assert mesh.a.core.progress == 0  # nothing was computed for it
     mesh.close()

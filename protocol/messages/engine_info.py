@@ -1,0 +1,80 @@
+"""What an engine says of itself in its hello, to routers and to the index (WIRE.md 4.3).
+
+Plain data. What it does besides the plain ``StartGenerate`` is said here and nowhere assumed of a backend.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from microserve.protocol.messages.geometry import UNSAID, Geometry
+from microserve.protocol.messages.numerics import UNKNOWN, Numerics
+
+PREP_RECV: Final = "prep_recv"
+REMOTE_SEND: Final = "remote_send"
+COMMIT: Final = "commit"
+FIRST_TOKEN: Final = "first_token"
+EARLY_START: Final = "early_start"
+PROMPT_LOGPROBS: Final = "prompt_logprobs"
+GRAMMAR: Final = "grammar"
+LORA: Final = "lora"
+ABILITIES: Final = (PREP_RECV, REMOTE_SEND, COMMIT, FIRST_TOKEN, EARLY_START, PROMPT_LOGPROBS, GRAMMAR, LORA)
+"""Names in ``EngineInfo.can``: what an engine may have besides ``StartGenerate`` without a grant."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What an engine is; fixed for its life. Compared at the door: a mismatch is a clear refusal."""
+
+    engine_id: str
+    incarnation: int
+    address: str
+    """ZeroMQ address of its action socket."""
+    events_address: str
+    replay_address: str
+    model: str
+    labels: list[str]
+    """Operator's labels (``prefill``, ``decode``, ...); an engine without any serves every label."""
+    block_size: int
+    num_blocks: int
+    num_layers: int
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    layout_hash: str
+    heap: str
+    wire_version: int
+    curve_key: str = ""
+    """Public CURVE key of its sockets, Z85; empty without CURVE."""
+    revision: str = ""
+    """Digest of the model that it has loaded: what the name stands for. Empty of an engine that says none."""
+    numerics: Numerics = UNKNOWN
+    """In which class it computes; empty of an engine that says none."""
+    backend: str = ""
+    """What computes: ``native``, ``vllm``, ``vllm-serve``; for people. Empty: not said."""
+    backend_version: str = ""
+    can: list[str] | None = None
+    """Names of ``ABILITIES`` that it has; None, of an older engine: all of them. Unknown ones are fine."""
+    geometry: Geometry = UNSAID
+    """Of its KV: what must be equal before a byte moves."""
+    heaps: list[str] = []
+    """Kinds of heap through which it can be written to, best first; empty: ``heap`` alone."""
+    split_tokens: int = 1
+    """Sends from it meet at multiples of so many tokens; the last one ends where the grant does."""
+    recompute_tokens: int = 0
+    """At most so many of the last tokens of a received prefix are computed again by it."""
+
+    def does(self, ability: str) -> bool:
+        """Has it this one of ``ABILITIES``?"""
+        return self.can is None or ability in self.can
+
+    @property
+    def exchanges_kv(self) -> bool:
+        """Does KV ever go there, or come from there?"""
+        return self.does(PREP_RECV) or self.does(REMOTE_SEND)
+
+    @property
+    def all_heaps(self) -> list[str]:
+        """Kinds through which it can be written to, best first; none of one that receives nothing."""
+        return self.heaps or ([self.heap] if self.heap else [])

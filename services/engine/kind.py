@@ -1,0 +1,37 @@
+"""What kind of engine a core is: what its hello says of it beside model, pool and class (WIRE.md 4.3).
+
+Plain data. A core has one; the shell says it, and routers and the conformance suite go by it, not by names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from microserve.protocol.messages.engine_info import ABILITIES, GRAMMAR, LORA
+
+NATIVE = "native"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """Fields of the same names in ``EngineInfo`` say what they mean."""
+
+    backend: str
+    backend_version: str
+    can: tuple[str, ...]
+    split_tokens: int = 1
+    recompute_tokens: int = 0
+
+
+def native_kind(*, has_guides: bool) -> EngineKind:
+    """Ours: everything but adapters, and grammars where there is what enforces them."""
+    missing = {LORA} if has_guides else {LORA, GRAMMAR}
+    return EngineKind(NATIVE, _own_version(), tuple(each for each in ABILITIES if each not in missing))
+
+
+def _own_version() -> str:
+    try:
+        return version("microserve")
+    except PackageNotFoundError:  # run from a checkout that nobody has installed
+        return ""
