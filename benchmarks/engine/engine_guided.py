@@ -26,8 +26,8 @@ from engine_parts.steps import BLOCK_SIZE, NUM_BLOCKS, Engine, demo_model
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.core.state import Limits
 from microserve.services.engine.guidance.pool import GuidePool, compiler_of
 from microserve.services.engine.native.packing import native_runner
 

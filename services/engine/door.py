@@ -15,8 +15,9 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import Numerics
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.record import Outbox
-from microserve.services.engine.core.state import Clock, Limits
+from microserve.services.engine.core.state import Clock
 from microserve.services.engine.kind import EngineKind
 
 

@@ -20,8 +20,8 @@ from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.core.state import Limits
 from microserve.services.engine.guidance.guide import Guides
 from microserve.services.engine.guidance.pool import GuidePool, compiler_of
 from microserve.services.engine.loading import Loading, make_runner

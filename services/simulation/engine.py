@@ -15,8 +15,8 @@ from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, StepResult
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.core.state import Limits
 from microserve.services.engine.shell import EngineShell
 from microserve.services.simulation.hash_runner import HASH, HashRunner, hash_layout
 from microserve.services.simulation.heap import FaultyHeap, WriteFaults

@@ -31,8 +31,8 @@ from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.settings import LogSettings
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, StepResult
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.core.state import Limits
 
 INCARNATION = 2
 TIMEOUT_S = 120.0

@@ -22,8 +22,8 @@ from microserve.protocol.process.run import run_service
 from microserve.protocol.settings import Settings
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, Sampled, StepResult
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.core.state import Limits
 from microserve.services.engine.shell import EngineShell
 from microserve.services.engine.step_thread import StepThread
 

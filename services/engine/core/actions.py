@@ -19,15 +19,22 @@ from microserve.protocol.errors import (
     MeshError,
     PromptTooLong,
     QueueFull,
-    TransferFailed,
     UnknownRequest,
 )
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.geometry import difference
-from microserve.protocol.messages.grant import MAX_LANES, Grant
 from microserve.protocol.messages.interval import bound
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.protocol.types import MAX_REQUEST_ID_CHARS
+from microserve.services.engine.core.checks import (
+    check_builds_on,
+    check_first,
+    check_fits,
+    check_request,
+    check_same_kv,
+    check_sampling,
+    check_ttl,
+    generate_bounds,
+    send_bounds,
+)
 from microserve.services.engine.core.record import CommitJob, Record
 from microserve.services.engine.core.sequence import Sequence, SequenceState, Transfer
 from microserve.services.engine.core.state import EngineState
@@ -105,25 +112,15 @@ class Actions:
     def _remote_send(self, message: wire.RemoteSend, record: Record, now: float) -> wire.Sent | None:
         grant = message.grant
         num_tokens = len(record.token_ids)
-        begin, end = bound("begin", message.begin, num_tokens), bound("end", message.end, num_tokens)
-        if not begin <= end <= grant.end:
-            raise InvalidInterval(f"[{begin}, {end}) is not inside the grant's [0, {grant.end})", field="end")
-        if not 0 <= message.lane < MAX_LANES:
-            raise InvalidRequest(f"lane is {message.lane}, 0 to {MAX_LANES - 1}", field="lane")
-        self._check_same_kv(grant)
+        begin, end = send_bounds(message, num_tokens)
+        check_same_kv(self._state.memory.grants.layout, grant)
         key = (grant.grant_id, message.lane)
         if key in record.sent:
             return msgspec.structs.replace(record.sent[key], call_id=message.call_id)
         if key in record.sends:
             raise InvalidRequest(f"lane {message.lane} of {grant.grant_id} is in use", field="lane")
-        if message.sampling is not None:
-            self._check_sampling(message.sampling)
-            if end != num_tokens:
-                raise InvalidInterval("sampling needs end == len(prompt)", field="end")
-            if message.sampling.prompt_logprobs is not None and not message.num_output_tokens:
-                raise _not_alone()
-            if not 0 <= message.num_output_tokens < min(num_tokens, message.sampling.max_tokens):
-                raise InvalidRequest("num_output_tokens leaves no token to sample", field="num_output_tokens")
+        check_first(message, end, num_tokens, self._state.limits)
+        self._check_grammar(message.sampling)
         first = max(begin, grant.matched)
         if first >= end and message.sampling is None:
             return wire.Sent(message.call_id, message.request_id, 0, 0, 0, 0, wire.Timings())
@@ -149,40 +146,16 @@ class Actions:
 
     def _start_generate(self, message: wire.StartGenerate, record: Record, now: float) -> wire.Accepted:
         state = self._state
-        self._check_sampling(message.sampling)
+        check_sampling(message.sampling, state.limits)
+        self._check_grammar(message.sampling)
         if record.generate is not None:
             return wire.Accepted(message.call_id)
         num_tokens = len(record.token_ids)
-        begin = bound("begin", message.begin, num_tokens)
-        num_prompt = num_tokens - message.num_output_tokens
-        if not 0 < num_prompt <= num_tokens:
-            raise InvalidRequest(f"num_output_tokens must be below {num_tokens}", field="num_output_tokens")
-        if message.num_output_tokens and message.num_output_tokens >= message.sampling.max_tokens:
-            raise InvalidRequest("max_tokens are out already", field="num_output_tokens")
-        if (
-            message.sampling.prompt_logprobs is not None
-            and not message.num_output_tokens
-            and message.grant_id
-        ):
-            raise _not_alone()
+        begin, num_prompt = generate_bounds(message, num_tokens)
         self._check_fits(num_tokens, more=min(1, message.sampling.max_tokens))
         received = record.received
-        if message.grant_id is None:
-            if begin != 0:
-                raise InvalidInterval(f"begin must be 0 without a grant, is {begin}", field="begin")
-        else:
-            if received is None or received.grant_id != message.grant_id:
-                raise UnknownRequest(f"no open grant {message.grant_id!r}", field="grant_id")
-            if record.commit is not None:
-                raise InvalidRequest("a commit of this grant is under way", field="grant_id")
-            if begin != received.grant.end:
-                raise InvalidInterval(
-                    f"begin must be the grant's end {received.grant.end}, is {begin}", field="begin"
-                )
-            if message.await_first and (begin != num_tokens or received.grant.matched == begin):
-                raise InvalidInterval(
-                    "await_first needs a send that ends at begin == len(prompt)", field="await_first"
-                )
+        grant = received.grant if received is not None else None
+        check_builds_on(message, begin, num_tokens, grant, commits=record.commit is not None)
         self._check_queue()
         sequence = self._sequence(
             record,
@@ -213,7 +186,7 @@ class Actions:
             raise UnknownRequest(f"no open grant {message.grant_id!r}", field="grant_id")
         if record.commit is not None:
             raise InvalidRequest("a commit of this grant is under way", field="grant_id")
-        _check_ttl(message.ttl_s)
+        check_ttl(message.ttl_s)
         record.last_used = now
         record.commit = CommitJob(message.call_id, now + min(message.ttl_s, MAX_TTL_S))
         self._state.committing.append(record)
@@ -255,38 +228,11 @@ class Actions:
         is_unknown = known is None or known.aborted or known.is_idle
         if self._state.draining and is_new_work and is_unknown:
             raise Draining("this engine takes no new work", retry_after_s=1.0)
-        if not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:
-            raise InvalidRequest(
-                f"request_id must have 1 to {MAX_REQUEST_ID_CHARS} characters", field="request_id"
-            )
-        _check_ttl(ttl_s)
-        if token_ids is not None:
-            limit = self._state.limits.vocab_size
-            if not token_ids:
-                raise InvalidRequest("the prompt is empty", field="tokens")
-            if max(token_ids) >= limit:
-                raise InvalidRequest(f"token id {max(token_ids)} is not below {limit}", field="tokens")
+        check_request(request_id, token_ids, ttl_s, self._state.limits)
         return self._state.records.open(owner, request_id, token_ids, now)
 
     def _check_fits(self, num_tokens: int, *, more: int = 1) -> None:
-        """Could it ever run here? ``more`` positions are needed than the tokens known."""
-        limits = self._state.limits
-        room = min(limits.max_model_len, limits.num_blocks * self._state.memory.block_size)
-        if num_tokens + more > room:
-            raise PromptTooLong(
-                f"this engine's maximum context length is {room} tokens; {num_tokens} and at least {more} "
-                "more were asked for",
-                field="tokens",
-            )
-
-    def _check_same_kv(self, grant: Grant) -> None:
-        """Before anything is computed: could the receiver read what we would put there?"""
-        layout = self._state.memory.grants.layout
-        different = difference(layout.geometry, grant.geometry)
-        if not different and layout.layout_hash != grant.layout_hash:
-            different = f"layout_hash: {layout.layout_hash} here, {grant.layout_hash} there"
-        if different:
-            raise TransferFailed(f"KV of engine {grant.engine_id} is another one: {different}")
+        check_fits(num_tokens, self._state.limits.room(self._state.memory.block_size), more=more)
 
     def _check_queue(self) -> None:
         state = self._state
@@ -315,14 +261,9 @@ class Actions:
         sequence.state = SequenceState.COMPILING
         self._state.compiling.append(sequence)
 
-    def _check_sampling(self, params: SamplingParams) -> None:
-        limits = self._state.limits
-        params.validate(limits.vocab_size)
-        if params.grammar is not None and self._state.guides is None:
+    def _check_grammar(self, params: SamplingParams | None) -> None:
+        if params is not None and params.grammar is not None and self._state.guides is None:
             raise InvalidRequest("this engine constrains no output", field="grammar")
-        forbidden = limits.eos_token_ids.union(params.stop_token_ids)
-        if params.min_tokens and len(forbidden) >= limits.vocab_size:
-            raise InvalidRequest("min_tokens leaves no token that may be chosen", field="min_tokens")
 
     def _drop_if_idle(self, record: Record) -> None:
         if record.is_idle:
@@ -354,15 +295,3 @@ class Actions:
             chain=state.memory.new_chain(salt),
             salt=salt,
         )
-
-
-def _check_ttl(ttl_s: float) -> None:
-    if not ttl_s > 0.0:
-        raise InvalidRequest("ttl_s must be above 0", field="ttl_s")
-
-
-def _not_alone() -> InvalidRequest:
-    """Of a prefix that another engine computes there are no logits here."""
-    return InvalidRequest(
-        "prompt_logprobs needs an engine that computes all of the prompt", field="prompt_logprobs"
-    )

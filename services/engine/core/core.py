@@ -25,12 +25,13 @@ from microserve.protocol.messages.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import fault_of_numerics
 from microserve.services.engine.core.actions import Actions
 from microserve.services.engine.core.batch import Runner, StepResult, constrain
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.peers import Peers
 from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.core.scheduler import Scheduler, Step
 from microserve.services.engine.core.sequence import Sequence, Transfer
-from microserve.services.engine.core.state import PURGE_INTERVAL_S, Clock, EngineState, Limits
+from microserve.services.engine.core.state import PURGE_INTERVAL_S, Clock, EngineState
 from microserve.services.engine.core.stepper import Stepper
 from microserve.services.engine.guidance.guide import Guides
 from microserve.services.engine.kind import native_kind

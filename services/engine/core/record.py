@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from microserve.protocol.errors import InvalidRequest, UnknownRequest
 from microserve.protocol.messages.engine import Delta, EngineReply, Sent
@@ -20,6 +21,9 @@ IDLE_RECORD_S = 10.0
 
 Key = tuple[bytes, str]
 """Router's routing id, request id."""
+
+Part = TypeVar("Part")
+"""What computes for a request: a ``Sequence`` of ours, or a request of another engine's."""
 
 
 @dataclass(slots=True)
@@ -33,7 +37,7 @@ class CommitJob:
 
 
 @dataclass(slots=True, eq=False)
-class Record:
+class RecordOf(Generic[Part]):
     owner: bytes
     request_id: str
     token_ids: list[int]
@@ -41,8 +45,8 @@ class Record:
     received: ReceivedGrant | None = None
     """The open grant, until a sequence adopts it, ``Commit`` takes it, or it is closed."""
     commit: CommitJob | None = None
-    generate: Sequence | None = None
-    sends: dict[tuple[str, int], Sequence] = field(default_factory=dict)
+    generate: Part | None = None
+    sends: dict[tuple[str, int], Part] = field(default_factory=dict)
     """By grant id and lane."""
     sent: dict[tuple[str, int], Sent] = field(default_factory=dict)
     """Answers of sends that have ended, so that a repeated call gets the same one."""
@@ -53,33 +57,36 @@ class Record:
     def is_idle(self) -> bool:
         return self.received is None and self.generate is None and not self.sends
 
-    def holds(self, sequence: Sequence) -> bool:
-        return sequence is self.generate or any(sequence is send for send in self.sends.values())
+    def holds(self, part: Part) -> bool:
+        return part is self.generate or any(part is send for send in self.sends.values())
 
 
-class Records:
+Record = RecordOf[Sequence]
+
+
+class Records(Generic[Part]):
     """Records by owner and request id."""
 
     def __init__(self) -> None:
-        self._records: dict[Key, Record] = {}
+        self._records: dict[Key, RecordOf[Part]] = {}
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __iter__(self) -> Iterator[Record]:
+    def __iter__(self) -> Iterator[RecordOf[Part]]:
         return iter(list(self._records.values()))
 
-    def find(self, owner: bytes, request_id: str) -> Record | None:
+    def find(self, owner: bytes, request_id: str) -> RecordOf[Part] | None:
         return self._records.get((owner, request_id))
 
-    def open(self, owner: bytes, request_id: str, token_ids: list[int] | None, now: float) -> Record:
+    def open(self, owner: bytes, request_id: str, token_ids: list[int] | None, now: float) -> RecordOf[Part]:
         """The record, made from the tokens if they came along. Raises :class:`UnknownRequest` without, and
         :class:`InvalidRequest` for tokens that differ from those that work here."""
         record = self._records.get((owner, request_id))
         if record is None or record.aborted:
             if token_ids is None:
                 raise UnknownRequest(f"no tokens here for request {request_id!r}", field="request_id")
-            record = self._records[(owner, request_id)] = Record(owner, request_id, token_ids, now)
+            record = self._records[(owner, request_id)] = RecordOf(owner, request_id, token_ids, now)
         elif token_ids is not None and record.is_idle:
             record.token_ids = token_ids
         elif token_ids is not None and token_ids != record.token_ids:
@@ -87,12 +94,12 @@ class Records:
         record.last_used = now
         return record
 
-    def drop(self, record: Record) -> None:
+    def drop(self, record: RecordOf[Part]) -> None:
         key = (record.owner, record.request_id)
         if self._records.get(key) is record:
             del self._records[key]
 
-    def of(self, owner: bytes) -> list[Record]:
+    def of(self, owner: bytes) -> list[RecordOf[Part]]:
         return [record for key, record in self._records.items() if key[0] == owner]
 
     def purge(self, now: float) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 import structlog
@@ -19,6 +18,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import MIXED, Numerics
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.record import Key, Outbox, Record, Records
 from microserve.services.engine.core.scheduler import Scheduler
@@ -31,17 +31,6 @@ Clock = Callable[[], float]
 """Seconds that only grow, from any zero. An engine has one (``EngineCore.clock``)."""
 
 _logger = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What may be asked of this engine."""
-
-    max_model_len: int
-    vocab_size: int
-    num_blocks: int
-    max_waiting: int
-    eos_token_ids: frozenset[int]
 
 
 class EngineState:
@@ -59,7 +48,7 @@ class EngineState:
         self.memory = memory
         self.scheduler = scheduler
         self.limits = limits
-        self.records = Records()
+        self.records: Records[Sequence] = Records()
         self.outbox = Outbox()
         self.compiling: list[Sequence] = []
         """Sequences that wait for nothing but their guide."""

@@ -15,7 +15,7 @@ from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.batch import Sampled, StepResult
 from microserve.services.engine.core.rates import Rates
 from microserve.services.engine.core.received import ReceivedGrant
-from microserve.services.engine.core.record import CommitJob, Record
+from microserve.services.engine.core.record import CommitJob, Record, RecordOf
 from microserve.services.engine.core.scheduler import Step
 from microserve.services.engine.core.sequence import Sequence, SequenceState
 from microserve.services.engine.core.state import EngineState
@@ -150,8 +150,8 @@ class Stepper:
         if isinstance(holder, Sequence):
             state.memory.received.forget(received)
             return
-        job = holder.commit if isinstance(holder, Record) else None
-        if not isinstance(holder, Record) or job is None or job.sealed_blocks is None:
+        job = holder.commit if isinstance(holder, RecordOf) else None
+        if not isinstance(holder, RecordOf) or job is None or job.sealed_blocks is None:
             raise InternalError(f"grant {received.grant_id} has settled, and its holder has not sealed it")
         num_tokens = state.memory.commit(received, job.sealed_blocks)
         state.count("commits_of_another_class", received.is_foreign)
@@ -280,7 +280,7 @@ class Stepper:
             return "stop", token_id
         if token_id in params.stop_token_ids:
             return "stop", token_id
-        room = min(limits.max_model_len, limits.num_blocks * self._state.memory.block_size)
+        room = limits.room(self._state.memory.block_size)
         if sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= room:
             return "length", None
         return None, None

@@ -15,8 +15,8 @@ from microserve.protocol.messages.grant import MAX_LANES, Grant, HeapAddress
 from microserve.protocol.messages.kv_events import KVEvent, decode_batch
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.action_server import ActionServer
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.core.state import Limits
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
 from tests.support.bus.direct_bus import DirectBus
 from tests.support.bus.junk import junk

@@ -17,8 +17,8 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
 from microserve.protocol.settings_engine import EngineSettings
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.core.state import Limits
 from microserve.services.engine.shell import EngineShell
 from microserve.services.engine.step_thread import StepThread
 from microserve.services.index.service import IndexService

@@ -18,8 +18,8 @@ from microserve.protocol.messages.grant import MAX_LANES
 from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.core.state import Limits
 from microserve.services.engine.guidance.guide import Guides
 from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
 

@@ -18,8 +18,9 @@ from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, StepResult
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.core.state import Clock, Limits
+from microserve.services.engine.core.state import Clock
 from microserve.services.engine.shell import EngineShell
 from microserve.services.engine.step_thread import StepThread
 from microserve.services.index.service import run_index

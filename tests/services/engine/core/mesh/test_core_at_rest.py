@@ -8,10 +8,11 @@ from typing import Any
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.grant import MAX_LANES
+from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import ARRIVAL_POLL_S, EngineCore
 from microserve.services.engine.core.peers import DEAD_LOOK_S
 from microserve.services.engine.core.record import IDLE_RECORD_S
-from microserve.services.engine.core.state import PURGE_INTERVAL_S, Limits
+from microserve.services.engine.core.state import PURGE_INTERVAL_S
 from microserve.services.simulation.hash_runner import HashRunner, hash_layout
 from tests.support.engine.core_mesh import ROUTER, Mesh, generate, grant_for, prompt_of, receive, send
 
