@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,18 +85,8 @@ class Pair:
 
     async def settled(self, client: WireClient) -> EngineLoad:
         """Nothing runs, waits, is granted or in quarantine there, and every block is free again."""
-        load = EngineLoad()
-        try:
-            async with asyncio.timeout(SETTLED_S):
-                while True:
-                    load = (await client.stats()).load
-                    if is_idle(load) and load.free_blocks == self.free_blocks[client.info.engine_id]:
-                        return load
-                    await asyncio.sleep(0.02)
-        except TimeoutError:
-            raise AssertionError(
-                f"{client.info.engine_id} does not come back to {self.free_blocks} free blocks: {load}"
-            ) from None
+        free = self.free_blocks[client.info.engine_id]
+        return await until_load(client, lambda load: is_idle(load) and load.free_blocks == free)
 
     async def _await(self, *engines: EngineProcess) -> None:
         async with self.bus() as bus, asyncio.TaskGroup() as tasks:
@@ -122,6 +112,18 @@ class Pair:
                 client.close()
                 self.free_blocks[engine.name] = welcome.load.free_blocks
                 return welcome.info
+
+
+async def until_load(client: WireClient, is_so: Callable[[EngineLoad], bool]) -> EngineLoad:
+    """Ask the engine what it does until that is so."""
+    load = EngineLoad()
+    try:
+        async with asyncio.timeout(SETTLED_S):
+            while not is_so(load := (await client.stats()).load):
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"{client.info.engine_id} stays as it is: {load}") from None
+    return load
 
 
 def is_idle(load: EngineLoad) -> bool:

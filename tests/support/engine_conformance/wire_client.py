@@ -236,6 +236,10 @@ class WireClient:
                 await self._news.wait()
         self._raise_broken()
 
+    def stir(self) -> None:
+        """Something else has come that ``until`` may wait for."""
+        self._news.set()
+
     async def finished(self, request_id: str, timeout_s: float = ANSWER_S) -> Stream:
         """The whole stream of a request."""
         stream = self.streams.setdefault(request_id, Stream())
