@@ -1,0 +1,82 @@
+"""The worker's side: the heap that vLLM's KV cache is, what a step puts, and what it reports.
+
+Owns the order of a step's calls. vLLM's objects come as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from microserve.kvcache.heap.shm import ShmHeap
+from microserve.kvcache.layout import KvLayout
+from microserve.services.engine.vllm.connector.limits import layer_names, layout_of
+from microserve.services.engine.vllm.connector.orders import Orders
+from microserve.services.engine.vllm.connector.placement import Placement
+from microserve.services.engine.vllm.connector.putting import Putting
+from microserve.services.engine.vllm.connector.receives import Reports
+from microserve.services.engine.vllm.link import Ready
+from microserve.services.engine.vllm.link_ends import End
+
+
+class WorkerSide:
+    def __init__(self, link: End, vllm_config: Any, kv_cache_config: Any) -> None:
+        self._link = link
+        self._config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._names = layer_names(kv_cache_config)
+        self._layers = {name: layer for layer, name in enumerate(self._names)}
+        self.placement = Placement(
+            self._make_layout,
+            incarnation=link.address.incarnation,
+            num_slots=link.address.grant_slots,
+        )
+        self._reports = Reports(link.page.fate)
+        self._putting: Putting | None = None
+        self._orders: Orders | None = None
+
+    def _make_layout(self) -> KvLayout:
+        """K lies in a block as the chosen instructions want it, so their name is the order's."""
+        layers = self._config.compilation_config.static_forward_context
+        kinds = sorted({str(getattr(layers[name], "isa", "")) for name in self._names})
+        return layout_of(self._kv_cache_config, self._link.address, f"vllm-cpu-{'+'.join(kinds)}")
+
+    def placed(self, views: dict[str, Any]) -> None:
+        """vLLM has its KV cache."""
+        self.placement.require_placed(self._names, views)
+        heap: ShmHeap = self.placement.heap
+        self._putting = Putting(heap, self._link, time.monotonic)
+        self._link.tell(Ready(heap.address, heap.layout, heap.layout.num_blocks))
+
+    def before_blocks_change(self, orders: Orders) -> None:
+        if orders.is_preempting and self._putting is not None:
+            self._putting.wait()
+
+    def begin_step(self, orders: Orders) -> None:
+        self._orders = orders
+        if self._putting is not None:
+            self._putting.end(orders.ended)
+            self._putting.begin_step(orders.parts)
+
+    def layer_computed(self, name: str) -> None:
+        self._link.page.count_layer()
+        if self._putting is not None and name in self._layers:
+            self._putting.put_layer(self._layers[name])
+
+    def end_step(self) -> None:
+        if self._putting is not None:
+            self._putting.end_step()
+
+    def finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose blocks nobody reads or keeps any more, and those that are received or given up."""
+        orders, putting = self._orders or Orders(), self._putting
+        drained = putting.drained() if putting is not None else set()
+        self._link.flush()
+        return drained | set(orders.releases), self._reports.due(orders.watched)
+
+    def close(self) -> None:
+        if self._putting is not None:
+            self._putting.close()
+            self._putting = None
+            self.placement.heap.close()
+        self._link.close()
