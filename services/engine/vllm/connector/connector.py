@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     import torch
 
 
-class StepOrders(Orders, KVConnectorMetadata):
+class StepOrders(Orders, KVConnectorMetadata):  # type: ignore[misc]
     """As vLLM wants its type."""
 
 
-class MicroserveConnector(KVConnectorBase_V1, SupportsHMA):
+class MicroserveConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         end_with_parent()

@@ -1,0 +1,251 @@
+"""Sends from both sides of the connector, between two heaps, in any chunks; without vLLM."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+
+from microserve.kvcache.block_pool import BlockPool
+from microserve.kvcache.grant.table import GrantTable
+from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
+from microserve.kvcache.layout import KvLayout
+from microserve.protocol.messages.grant import Grant
+from microserve.services.engine.vllm.connector.putting import Putting
+from microserve.services.engine.vllm.connector.sends import Sends
+from microserve.services.engine.vllm.link import Notice, Send, SendFailed, Sent
+from microserve.services.engine.vllm.link_ends import End, Front
+from tests.support.kvcache.kv_samples import make_layout
+
+SIZE = make_layout().block_size
+
+
+def layout_of(num_blocks: int) -> KvLayout:
+    return msgspec.structs.replace(make_layout(num_blocks=num_blocks), order="somebody's")
+
+
+@dataclass
+class World:
+    front: Front
+    sender: MemoryHeap
+    receiver: MemoryHeap
+    putting: Putting
+    pool: BlockPool = field(default_factory=lambda: BlockPool(8))
+    heard: list[Notice] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.table = GrantTable(
+            *(self.receiver, self.pool), engine_id="e", incarnation=2, lease_s=1.0, verify_checksums=True
+        )
+        self.sends = Sends(self.heard.append)
+        self.source = random.Random(1).sample(range(12), 8)
+
+    def grant(self, end: int) -> Grant:
+        blocks = self.pool.allocate(self.receiver.layout.num_blocks_for(end))
+        return self.table.open("r", "router", [], 0, blocks, end, now=0.0)
+
+    def send(self, grant: Grant, begin: int = 0, *, send: int = 1, lane: int = 0, first: bool = False) -> str:
+        packed = msgspec.msgpack.encode(grant)
+        self.sends.add(f"s{send}", Send(send, begin, grant.end, lane, packed, first))
+        return f"s{send}"
+
+    def step(self, request_id: str, computed: int, scheduled: int, layers: int = 2) -> None:
+        """vLLM computes so many tokens; hooks come for the first ``layers`` layers."""
+        part = self.sends.part(request_id, computed, scheduled, self.source)
+        self.putting.end(self.sends.take_ended())
+        self.putting.begin_step([part] if part is not None else [])
+        for layer in range(layers):
+            self.putting.put_layer(layer)
+        self.putting.end_step()
+        self.sends.drained(self.putting.drained())
+
+    def hear(self) -> list[Notice]:
+        heard = self.heard + self.front.read()
+        self.heard.clear()
+        return heard
+
+
+def make_world() -> Iterator[World]:
+    registry = MemoryRegistry()
+    front = Front(incarnation=1, model="m", revision="r", num_receives=4, grant_slots=4, checksums=True)
+    with (
+        End(front.address, "worker") as link,
+        MemoryHeap(layout_of(12), incarnation=1, registry=registry) as sender,
+        MemoryHeap(layout_of(8), incarnation=2, registry=registry) as receiver,
+    ):
+        sender.data[:] = np.random.default_rng(1).integers(0, 256, sender.data.size, np.uint8)
+        putting = Putting(sender, link, lambda: 0.0)
+        yield World(front, sender, receiver, putting)
+        putting.close()
+    front.close()
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    yield from make_world()
+
+
+def assert_arrived(world: World, grant: Grant) -> None:
+    assert world.table.is_complete(grant.grant_id)
+    for layer in range(world.sender.layout.num_layers):
+        world.table.verify(grant.grant_id, layer)
+        for mine, theirs in zip(world.source, grant.blocks, strict=False):
+            nbytes = world.sender.layout.block_nbytes
+            start = layer * world.sender.layout.layer_nbytes + mine * nbytes
+            there = layer * world.receiver.layout.layer_nbytes + theirs * nbytes
+            assert np.array_equal(
+                world.sender.read_data(start, nbytes), world.receiver.read_data(there, nbytes)
+            )
+
+
+@given(
+    end=st.integers(1, 8 * SIZE),
+    cuts=st.sets(st.integers(1, 8 * SIZE), max_size=4),
+    hit=st.integers(0, 3),
+    hooks=st.integers(0, 2),
+)
+def test_whatever_vllm_schedules_all_arrives(end: int, cuts: set[int], hit: int, hooks: int) -> None:
+    """Any chunks, any hit in vLLM's own cache, and layers whose hook does not come."""
+    for world in make_world():
+        grant = world.grant(end)
+        request_id = world.send(grant)
+        computed = min(hit * SIZE, (end - 1) // SIZE * SIZE)
+        for cut in sorted({each for each in cuts if computed < each < end} | {end}):
+            world.step(request_id, computed, cut - computed, hooks)
+            computed = cut
+        num_blocks = world.sender.layout.num_blocks_for(end)
+        nbytes = num_blocks * world.sender.layout.block_nbytes * 2
+        assert world.hear() == [Sent(1, nbytes, 0.0)]
+        assert_arrived(world, grant)
+        assert not world.receiver.is_held(grant.slot, 0)
+
+
+def test_its_blocks_are_vllms_again_when_its_request_has_ended_and_nothing_is_on_its_way(
+    world: World,
+) -> None:
+    grant = world.grant(9)
+    request_id = world.send(grant)
+    world.step(request_id, 0, 9)
+    assert world.putting.drained() == set()
+    assert world.sends.finished(request_id, 17)
+    world.putting.end(world.sends.take_ended())
+    assert world.putting.drained() == {request_id}
+    assert world.putting.drained() == set()
+
+
+def test_the_first_token_is_in_the_lane_before_it_is_let_go(world: World) -> None:
+    grant = world.grant(9)
+    request_id = world.send(grant, first=True)
+    world.step(request_id, 0, 9)
+    assert world.receiver.is_held(grant.slot, 0)
+    assert world.hear() == []
+    world.sends.finished(request_id, 17)
+    world.putting.end(world.sends.take_ended())
+    assert world.table.first_token(grant.grant_id) == 17
+    assert not world.receiver.is_held(grant.slot, 0)
+    assert [type(notice) for notice in world.hear()] == [Sent]
+
+
+@pytest.mark.parametrize("computed", [4, 9])
+def test_an_abort_tells_the_receiver_and_lets_go(world: World, computed: int) -> None:
+    """In the middle, or when only the first token is missing."""
+    grant = world.grant(9)
+    request_id = world.send(grant, first=True)
+    world.step(request_id, 0, computed)
+    assert world.sends.finished(request_id, None)
+    world.putting.end(world.sends.take_ended())
+    assert world.putting.drained() == {request_id}
+    assert "gave up" in (world.table.poisoned(grant.grant_id) or "")
+    assert not world.receiver.is_held(grant.slot, 0)
+    assert [type(notice) for notice in world.hear()] == [SendFailed]
+
+
+def test_an_abort_before_the_first_step(world: World) -> None:
+    request_id = world.send(world.grant(9))
+    assert not world.sends.finished(request_id, None)
+    assert world.sends.take_ended() == []
+    assert [type(notice) for notice in world.hear()] == [SendFailed]
+
+
+def test_a_receivers_refusal_ends_the_send_and_not_the_step(world: World) -> None:
+    open_grant, closed = world.grant(9), world.grant(9)
+    one, other = world.send(closed, send=1), world.send(open_grant, send=2)
+    world.step(one, 0, 5)
+    world.table.close(closed.grant_id, 0.0)
+    parts = [world.sends.part(one, 5, 4, world.source), world.sends.part(other, 0, 9, world.source)]
+    world.putting.begin_step([part for part in parts if part is not None])
+    for layer in range(2):
+        world.putting.put_layer(layer)
+    world.putting.end_step()
+    failed, sent = world.hear()
+    assert isinstance(failed, SendFailed) and (failed.id, failed.code) == (1, "transfer_failed")
+    assert isinstance(sent, Sent) and sent.id == 2
+    assert_arrived(world, open_grant)
+    assert not world.receiver.is_held(closed.slot, 0)
+    # Its request goes on until it is aborted, and that is no second failure.
+    assert world.sends.finished(one, None)
+    world.putting.end(world.sends.take_ended())
+    assert world.putting.drained() == {one}
+    assert world.hear() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"layout_hash": "other"}, "transfer_failed"),
+        ({"slot": 9999}, "invalid_request"),
+        ({"blocks": [0, 0, 1]}, "invalid_request"),
+    ],
+)
+def test_a_grant_that_does_not_fit_is_refused_before_a_byte_moves(
+    world: World, change: dict[str, object], code: str
+) -> None:
+    grant = world.grant(9)
+    before = world.receiver.data.copy()
+    request_id = world.send(msgspec.structs.replace(grant, **change))
+    world.step(request_id, 0, 9)
+    (notice,) = world.hear()
+    assert isinstance(notice, SendFailed) and notice.code == code
+    assert np.array_equal(world.receiver.data, before)
+
+
+def test_a_grant_that_does_not_decode_and_one_whose_owner_is_gone(world: World) -> None:
+    world.sends.add("x", Send(1, 0, 9, 0, b"\xc1"))
+    world.step("x", 0, 9)
+    grant = world.grant(9)
+    gone = msgspec.structs.replace(grant, heap=msgspec.structs.replace(grant.heap, incarnation=55))
+    world.step(world.send(gone, send=2), 0, 9)
+    codes = [notice.code for notice in world.hear() if isinstance(notice, SendFailed)]
+    assert codes == ["invalid_request", "transfer_failed"]
+
+
+def test_two_senders_of_one_lane(world: World) -> None:
+    grant = world.grant(9)
+    one, other = world.send(grant, send=1), world.send(grant, send=2)
+    world.step(one, 0, 5)
+    world.step(other, 0, 9)
+    world.step(one, 5, 4)
+    failed, sent = world.hear()
+    assert isinstance(failed, SendFailed) and "held" in failed.detail and failed.id == 2
+    assert isinstance(sent, Sent)
+    assert_arrived(world, grant)
+
+
+def test_a_preempted_send_goes_on_where_it_was(world: World) -> None:
+    grant = world.grant(20)
+    request_id = world.send(grant)
+    world.step(request_id, 0, 10)
+    assert not world.sends.is_preempted(request_id, 0)
+    assert world.sends.is_preempted(request_id, 1)
+    assert not world.sends.is_preempted(request_id, 1)
+    for computed in (0, 6):
+        world.step(request_id, computed, 6)
+    world.step(request_id, 12, 8)
+    assert [type(notice) for notice in world.hear()] == [Sent]
+    assert_arrived(world, grant)
