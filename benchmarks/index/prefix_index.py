@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator
 
 from microserve.kvcache.prefix.hash import block_hashes, root_hash
 from microserve.kvcache.prefix.index import PrefixIndex
+from microserve.protocol.messages.kv_decoding import decode_batch
 from microserve.protocol.messages.kv_events import (
     BlockRemoved,
     BlockStored,
     KVEvent,
     KVEventBatch,
     WireHash,
-    decode_batch,
     encode_batch,
 )
 

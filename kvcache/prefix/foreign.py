@@ -28,8 +28,9 @@ class EventCounters:
     evicted_blocks: int = 0
     """Forgotten for want of room."""
     ignored_blocks: int = 0
-    """Not a prefix on the device in our block size: another block size, an offload tier, a secondary cache
-    group, a nameless adapter, a hash that depends on more than tokens, adapter and salt."""
+    """Not a prefix on the engine's device in our block size: another block size, an offload tier, another
+    engine's memory, a cache group that keeps no whole prefixes, a nameless adapter, a hash that depends on
+    more than tokens, adapter and salt."""
     orphaned_blocks: int = 0
     """Stored by a foreign engine under a parent that is not known, so that they cannot be placed."""
     malformed_blocks: int = 0
@@ -109,9 +110,14 @@ class ForeignBlocks:
         return root_hash(
             self._model,
             adapter=event.lora_name or "",
-            salt=salt_of(event, 0) or "",
+            salt=root_salt(event),
             revision=self._revision,
         )
+
+
+def root_salt(event: BlockStored) -> str:
+    """Of the sequence that the event begins: SGLang says it in a field of its own."""
+    return event.cache_salt or salt_of(event, 0) or ""
 
 
 def salt_of(event: BlockStored, i: int) -> str | None:

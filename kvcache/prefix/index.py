@@ -13,7 +13,7 @@ from typing import cast
 
 from microserve.kvcache.prefix.blocks import Blocks
 from microserve.kvcache.prefix.extension import extension
-from microserve.kvcache.prefix.foreign import EventCounters, ForeignBlocks, salt_of
+from microserve.kvcache.prefix.foreign import EventCounters, ForeignBlocks, root_salt
 from microserve.kvcache.prefix.hash import (
     BLOCK_HASH_NBYTES,
     BlockHash,
@@ -26,6 +26,7 @@ from microserve.kvcache.prefix.python_blocks import PythonBlocks
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.protocol.messages.kv_events import (
     DEVICE_MEDIUMS,
+    PREFIX_KINDS,
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
@@ -36,6 +37,7 @@ from microserve.protocol.messages.kv_events import (
 _MAX_TABLE_NBYTES_PER_ENTRY = 160
 _MIN_TABLE_NBYTES = 4096
 
+_MAX_GROUPS = 64
 _MAX_PROMPTS_NBYTES = 2 << 20
 _CHECK_EVERY_BLOCKS = 1024
 _MAX_NBYTES_PER_NEW_BLOCK = 512
@@ -47,7 +49,7 @@ MIN_MAX_NBYTES = 1 << 20
 class _Engine:
     """One engine's place in the index."""
 
-    __slots__ = ("foreign", "foreign_nbytes", "holds_blocks", "is_known_kind", "number")
+    __slots__ = ("foreign", "foreign_nbytes", "groups", "holds_blocks", "is_known_kind", "number")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -56,6 +58,17 @@ class _Engine:
         """Whether it is ours or foreign shows when its first block is stored."""
         self.foreign: ForeignBlocks | None = None
         self.foreign_nbytes = 0
+        self.groups: dict[int, bool] = {}
+        """Of cache groups whose kind was said: whether they keep whole prefixes. Removals do not say it."""
+
+    def is_prefix(self, event: BlockStored | BlockRemoved) -> bool:
+        """Whether it is about blocks of whole prefixes, on this engine's own device."""
+        group = event.group_idx or 0
+        kind = event.kv_cache_spec_kind if isinstance(event, BlockStored) else None
+        if kind not in (None, "unknown") and (group in self.groups or len(self.groups) < _MAX_GROUPS):
+            self.groups[group] = kind in PREFIX_KINDS
+        is_here = event.medium in DEVICE_MEDIUMS and event.locality in (None, "LOCAL")
+        return is_here and self.groups.get(group, group == 0)
 
 
 class PrefixIndex:
@@ -126,6 +139,7 @@ class PrefixIndex:
         if engine is not None:
             self._forget_blocks(engine)
             engine.is_known_kind = False  # a restart may have changed what runs there
+            engine.groups.clear()
         self.apply(engine_id, events)
 
     def remove_engine(self, engine_id: str) -> None:
@@ -186,8 +200,7 @@ class PrefixIndex:
             return
         if (
             event.block_size != self.block_size
-            or event.medium not in DEVICE_MEDIUMS
-            or event.group_idx
+            or not engine.is_prefix(event)
             or (event.lora_id and event.lora_name is None)
         ):
             self.counters.ignored_blocks += len(names)
@@ -213,7 +226,7 @@ class PrefixIndex:
             parent = root_hash(
                 self.model,
                 adapter=event.lora_name or "",
-                salt=salt_of(event, 0) or "",
+                salt=root_salt(event),
                 revision=self.revision,
             )
         packed = pack_tokens(event.token_ids[: self.block_size])
@@ -223,8 +236,7 @@ class PrefixIndex:
         return ForeignBlocks(self.block_size, self.model, self.counters, revision=self.revision)
 
     def _remove_event(self, engine: _Engine, event: BlockRemoved) -> None:
-        # What leaves an offload tier or a secondary group was never stored here.
-        if event.medium not in DEVICE_MEDIUMS or event.group_idx:
+        if not engine.is_prefix(event):  # then it was never stored here
             return
         names = event.block_hashes
         hashes = cast("list[bytes]", names) if engine.foreign is None else engine.foreign.remove(names)

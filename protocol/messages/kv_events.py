@@ -3,20 +3,23 @@
     PUB      [topic][seq u64 BE][payload]
     request  [""][start seq u64 BE]                          a DEALER to the replay ROUTER
     answer   [identity][""][topic][seq u64 BE][payload] ...  then the end marker: seq ff*8, empty payload
-    payload  msgpack array [ts, [event, ...], data_parallel_rank, epoch]
+    payload  msgpack array [ts, [event, ...], data_parallel_rank]
     event    msgpack map, key "type" = BlockStored | BlockRemoved | AllBlocksCleared
 
-We send this form only. We read it and what others send: the batch as a map (newer vLLM), events as
-positional arrays (vLLM before June 2026, SGLang), replay answers without a topic. ``epoch`` is ours: the
-incarnation of the engine, so that a restart cannot be taken for a continuation.
+We send this form only; ``kv_decoding.py`` reads it and what others send. Other people's readers take three
+items and names of 64 bits and no others, but skip keys that they do not know. So what is ours stands in such
+keys: the incarnation of the engine in a batch's first event (``epoch``), so that a restart cannot be taken
+for a continuation; and of each name of 16 bytes the first 8 (``name_heads``), while the last 8 go as an int.
+Our own readers put both halves together: a name is as wide for them as it ever was.
 
 Owns bytes and frames. Does not know what a hash means (kvcache/prefix/index.py) nor any socket.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import msgspec
 
@@ -24,7 +27,8 @@ from microserve.protocol.errors import InternalError, ProtocolViolation
 from microserve.protocol.types import MAX_BULK_NBYTES, Buffer
 
 WireHash = int | Annotated[bytes, msgspec.Meta(max_length=64)]
-"""16 bytes from our engines (kvcache/prefix/hash.py); 64-bit ints or digests from others: opaque names."""
+"""16 bytes from our engines (kvcache/prefix/hash.py), once they are read; 64-bit ints or digests from others:
+opaque names."""
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF_FFFF)]
 ExtraKeys = list[tuple[Any, ...] | None]
@@ -32,8 +36,13 @@ ExtraKeys = list[tuple[Any, ...] | None]
 DEVICE_MEDIUMS = (None, "GPU")
 """Media whose blocks an engine can attend to at once; others are offload tiers."""
 
+PREFIX_KINDS = ("full_attention", "mla_attention", "sink_full_attention")
+"""Kinds of cache groups that keep whole prefixes: a sliding window or a state of a recurrence is none."""
+
 MAX_PAYLOAD_NBYTES = MAX_BULK_NBYTES
 MAX_SEQ = 2**63 - 1
+NAME_NBYTES = 16
+"""Of a name that is ours: on the wire two u64, big-endian, the first in ``name_heads``."""
 _SEQ_NBYTES = 8
 _END_SEQ = b"\xff" * _SEQ_NBYTES
 
@@ -43,7 +52,8 @@ def _null() -> None:
 
 
 class _Event(msgspec.Struct, tag_field="type", omit_defaults=True, gc=False):
-    pass
+    """``epoch`` and ``name_heads`` are there on the wire only: a batch that was read has them in its own
+    ``epoch`` and in the names."""
 
 
 class BlockStored(_Event, tag="BlockStored", gc=False):
@@ -65,6 +75,10 @@ class BlockStored(_Event, tag="BlockStored", gc=False):
     kv_cache_spec_kind: str | None = None
     kv_cache_spec_sliding_window: int | None = None
     locality: str | None = None
+    cache_salt: str | None = None
+    """SGLang's: the salt of the whole sequence, in each of its events."""
+    name_heads: bytes | None = None
+    epoch: int | None = None
 
 
 class BlockRemoved(_Event, tag="BlockRemoved", gc=False):
@@ -72,116 +86,76 @@ class BlockRemoved(_Event, tag="BlockRemoved", gc=False):
     medium: str | None = msgspec.field(default_factory=_null)
     group_idx: int | None = None
     locality: str | None = None
+    name_heads: bytes | None = None
+    epoch: int | None = None
 
 
 class AllBlocksCleared(_Event, tag="AllBlocksCleared", gc=False):
     """Everything that was stored is gone."""
 
+    epoch: int | None = None
+
 
 KVEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 
-class KVEventBatch(msgspec.Struct, array_like=True, gc=False):
+class WireBatch(msgspec.Struct, array_like=True, gc=False):
+    """``KVEventBatch`` of vLLM and SGLang, as it is on the wire."""
+
     ts: float
     """Wall clock of the sender in seconds; for people, never for order."""
     events: list[KVEvent]
     data_parallel_rank: int | None = None
-    epoch: int | None = None
-    """Incarnation of the engine; None from engines that are not ours."""
 
 
-# --- other people's forms, read only -----------------------------------------------------------------
+class KVEventBatch(msgspec.Struct, gc=False):
+    """A batch as it is to be sent, or as it was read."""
 
-
-class _MapBatch(msgspec.Struct):
     ts: float
     events: list[KVEvent]
     data_parallel_rank: int | None = None
-    attn_dp_rank: int | None = None
     epoch: int | None = None
-
-
-class _StoredArray(msgspec.Struct, array_like=True, tag="BlockStored", gc=False):
-    block_hashes: list[WireHash]
-    parent_block_hash: WireHash | None
-    token_ids: list[TokenId]
-    block_size: int
-    lora_id: int | None = None
-    medium: str | None = None
-    lora_name: str | None = None
-    extra_keys: ExtraKeys | None = None
-    group_idx: int | None = None
-    kv_cache_spec_kind: str | None = None
-    kv_cache_spec_sliding_window: int | None = None
-    locality: str | None = None
-
-    def event(self) -> BlockStored:
-        return BlockStored(**msgspec.structs.asdict(self))
-
-
-class _RemovedArray(msgspec.Struct, array_like=True, tag="BlockRemoved", gc=False):
-    block_hashes: list[WireHash]
-    medium: str | None = None
-    group_idx: int | None = None
-    locality: str | None = None
-
-    def event(self) -> BlockRemoved:
-        return BlockRemoved(**msgspec.structs.asdict(self))
-
-
-class _ClearedArray(msgspec.Struct, array_like=True, tag="AllBlocksCleared", gc=False):
-    def event(self) -> AllBlocksCleared:
-        return AllBlocksCleared()
-
-
-class _BatchOfArrays(msgspec.Struct, array_like=True):
-    """The third item is ``data_parallel_rank`` in vLLM and ``attn_dp_rank`` in SGLang."""
-
-    ts: float
-    events: list[_StoredArray | _RemovedArray | _ClearedArray]
-    data_parallel_rank: int | None = None
+    """Incarnation of the engine; None from engines that are not ours. Travels in the first event."""
+    num_skipped: int = 0
+    """Events that were read and are none of ours: of an unknown type."""
 
 
 _ENCODER = msgspec.msgpack.Encoder()
-_BATCH = msgspec.msgpack.Decoder(KVEventBatch)
-_MAP_BATCH = msgspec.msgpack.Decoder(_MapBatch)
-_BATCH_OF_ARRAYS = msgspec.msgpack.Decoder(_BatchOfArrays)
 
 
 def encode_batch(batch: KVEventBatch) -> bytes:
-    return _ENCODER.encode(batch)
+    """The payload; every name of 16 bytes as an int and its head."""
+    events = [_on_wire(event) for event in batch.events]
+    if events and batch.epoch is not None:
+        events[0] = msgspec.structs.replace(events[0], epoch=batch.epoch)
+    return _ENCODER.encode(WireBatch(batch.ts, events, batch.data_parallel_rank))
 
 
-def decode_batch(data: Buffer) -> KVEventBatch:
-    """A payload in any of the forms above. Raises :class:`ProtocolViolation` for anything else.
-
-    Tokens are u32. Whether the number of tokens fits the number of blocks is left to the reader: some
-    engines announce offloaded blocks without tokens."""
-    if not 0 < len(data) <= MAX_PAYLOAD_NBYTES:
-        raise ProtocolViolation(f"KV events of {len(data)} bytes, expected 1 to {MAX_PAYLOAD_NBYTES}")
-    try:
-        if _is_map(data[0]):
-            batch = _MAP_BATCH.decode(data)
-            rank = batch.attn_dp_rank if batch.data_parallel_rank is None else batch.data_parallel_rank
-            return KVEventBatch(batch.ts, batch.events, rank, batch.epoch)
-        try:
-            return _BATCH.decode(data)
-        except msgspec.ValidationError as error:
-            return _decode_arrays(data, error)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise ProtocolViolation(f"KV events: {error}") from None
+def _on_wire(event: KVEvent) -> KVEvent:
+    if isinstance(event, AllBlocksCleared):
+        return event
+    names = named_by(event)
+    if not names or not all(type(name) is bytes and len(name) == NAME_NBYTES for name in names):
+        return event
+    halves = struct.unpack(f">{2 * len(names)}Q", b"".join(cast("list[bytes]", names)))
+    heads = struct.pack(f">{len(names)}Q", *halves[::2])
+    return renamed(event, list(halves[1::2]), heads)
 
 
-def _decode_arrays(data: Buffer, not_maps: msgspec.ValidationError) -> KVEventBatch:
-    try:
-        batch = _BATCH_OF_ARRAYS.decode(data)
-    except msgspec.ValidationError as not_arrays:
-        raise ProtocolViolation(f"KV events: as maps: {not_maps}; as arrays: {not_arrays}") from None
-    return KVEventBatch(batch.ts, [event.event() for event in batch.events], batch.data_parallel_rank)
+def named_by(event: BlockStored | BlockRemoved) -> list[WireHash]:
+    """Every name in it, that of the parent first if there is one."""
+    if isinstance(event, BlockStored) and event.parent_block_hash is not None:
+        return [event.parent_block_hash, *event.block_hashes]
+    return event.block_hashes
 
 
-def _is_map(first: int) -> bool:
-    return 0x80 <= first <= 0x8F or first in (0xDE, 0xDF)  # fixmap, map 16, map 32
+def renamed(event: KVEvent, names: list[WireHash], heads: bytes | None) -> KVEvent:
+    """A copy with these names, as many as :func:`named_by` gives."""
+    if not isinstance(event, BlockStored):
+        return msgspec.structs.replace(event, block_hashes=names, name_heads=heads)
+    parent = None if event.parent_block_hash is None else names[0]
+    hashes = names if parent is None else names[1:]
+    return msgspec.structs.replace(event, block_hashes=hashes, parent_block_hash=parent, name_heads=heads)
 
 
 # --- frames ------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """An engine's KV events, published and kept for those who missed some (WIRE.md 7).
 
 Owns the sequence, the PUB socket, the replay ROUTER and the ring of past batches. Does not know what the
-events mean. The sequence starts at 0 in every life of the engine and ``epoch`` names the life, so a restart
-is never taken for a continuation.
+events mean. The sequence starts at 0 in every life of the engine, with a batch that clears what readers know
+of the life before, and ``epoch`` names the life: a restart is never taken for a continuation.
 
-A PUB socket drops at its high-water mark. Nothing is lost for good by it: the next batch, at the latest the
-empty one of the next heartbeat, shows the gap.
+A PUB socket drops at its high-water mark. Nothing is lost for good by it: the next batch shows the gap, and a
+heartbeat is the last batch once more, under its number, for holding a block is a fact and no count. So a
+heartbeat takes neither a number nor a place in the ring, however long an engine idles.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages.kv_events import (
+    AllBlocksCleared,
+    BlockRemoved,
     KVEvent,
     KVEventBatch,
     encode_batch,
@@ -35,11 +38,17 @@ MAX_RING_BATCHES = 10_000
 MAX_RING_NBYTES = 64 << 20
 MAX_REPLAYS = 64
 """Peers answered at a time; a request beyond it is dropped and counted."""
+REPLAY_INTERVAL_S = 1.0
+"""Between the beginnings of two answers to one peer, and of more than ``MAX_REPLAYS`` to all: who asks sooner
+waits. A reader that cannot read us asks for everything, again and again."""
 REPLAY_BATCHES_PER_TURN = 256
 """Batches replayed before the loop gets its turn again."""
 REPLAY_RETRY_S = 0.05
 MAX_REPLAY_REFUSALS = 100
 """Retries without one batch taken (5 s) after which a peer that asked for a replay is given up."""
+
+MAX_REPEATED_NBYTES = 4096
+"""A heartbeat behind a longer batch is a short one that says nothing; from then on that one is repeated."""
 
 _logger = structlog.get_logger()
 
@@ -49,6 +58,9 @@ class _Replay:
     """One peer's answer on its way."""
 
     next_seq: int
+    begins_at: float
+    """No sooner; or goes on, if the peer did not take it."""
+    has_begun: bool = False
     refusals: int = 0
 
 
@@ -57,8 +69,10 @@ class PublisherCounters:
     """What happened so far; every number only grows."""
 
     batches: int = 0
+    repeated: int = 0
+    """Heartbeats that were the last batch once more."""
     unsent: int = 0
-    """Batches that the PUB socket refused; their readers see a gap."""
+    """Batches, repeated ones too, that the PUB socket refused; their readers see a gap."""
     replays: int = 0
     replays_given_up: int = 0
     requests_rejected: int = 0
@@ -93,6 +107,8 @@ class KvPublisher:
         self._ring_nbytes = 0
         self._quiet = True
         self._replays: dict[bytes, _Replay] = {}
+        self._began: dict[bytes, float] = {}
+        """When the last answer to a peer began, if that was within ``REPLAY_INTERVAL_S``."""
         self._turn: asyncio.Handle | None = None
         self._loop = asyncio.get_running_loop()
         self._events = bus.publisher(events_address, Entrance.EVENTS)
@@ -101,6 +117,7 @@ class KvPublisher:
         except BaseException:
             self._events.close()
             raise
+        self._send([AllBlocksCleared()])
 
     @property
     def address(self) -> str:
@@ -117,9 +134,13 @@ class KvPublisher:
             self._quiet = False
 
     def beat(self) -> None:
-        """Call every heartbeat interval: a stream that was quiet since the last call sends an empty batch."""
+        """Call every heartbeat interval: a stream that was quiet since then says its last word again."""
         if self._quiet:
-            self._send(())
+            if not self._ring or len(self._ring[-1]) > MAX_REPEATED_NBYTES:
+                self._send([BlockRemoved([])])
+            else:
+                self.counters.repeated += 1
+                self._put_on_air(self.next_seq - 1, self._ring[-1])
         self._quiet = True
 
     def close(self) -> None:
@@ -135,9 +156,12 @@ class KvPublisher:
         while len(self._ring) > MAX_RING_BATCHES or self._ring_nbytes > self._max_ring_nbytes:
             self._ring_nbytes -= len(self._ring.popleft())
         self.counters.batches += 1
-        if not self._events.send(publish_frames(self._topic, self.next_seq, payload)):
-            self.counters.unsent += 1
+        self._put_on_air(self.next_seq, payload)
         self.next_seq += 1
+
+    def _put_on_air(self, seq: int, payload: bytes) -> None:
+        if not self._events.send(publish_frames(self._topic, seq, payload)):
+            self.counters.unsent += 1
 
     def _on_request(self, peer: bytes, frames: list[bytes]) -> None:
         try:
@@ -149,15 +173,29 @@ class KvPublisher:
             _logger.warning(log.FRAME_REJECTED, socket="replay", error=violation.detail)
             return
         self.counters.replays += 1
-        self._replays[peer] = _Replay(start_seq)
-        if self._turn is None:
-            self._schedule(taken=True)
+        self._replays[peer] = _Replay(start_seq, self._may_begin_at(peer))
+        self._schedule()
+
+    def _may_begin_at(self, peer: bytes) -> float:
+        now = self._loop.time()
+        self._began = {peer: at for peer, at in self._began.items() if at > now - REPLAY_INTERVAL_S}
+        if peer in self._began:
+            return self._began[peer] + REPLAY_INTERVAL_S
+        if len(self._began) >= MAX_REPLAYS:
+            return min(self._began.values()) + REPLAY_INTERVAL_S
+        return now
 
     def _pump(self) -> None:
         """Send a turn's worth to the peer that waits longest; what it does not take is sent later."""
         self._turn = None
-        peer = next(iter(self._replays))
+        now = self._loop.time()
+        peer = next((peer for peer, replay in self._replays.items() if replay.begins_at <= now), None)
+        if peer is None:
+            return self._schedule()
         replay = self._replays.pop(peer)
+        if not replay.has_begun:
+            replay.has_begun = True
+            self._began[peer] = now
         taken = 0
         while taken < REPLAY_BATCHES_PER_TURN:
             oldest = self.next_seq - len(self._ring)
@@ -169,18 +207,23 @@ class KvPublisher:
             if not self._replay.send(peer, answer[1:]):  # the ROUTER puts the identity in front itself
                 break
             if seq == self.next_seq:
-                return self._schedule(taken=True)
+                return self._schedule()
             replay.next_seq = seq + 1
             taken += 1
         replay.refusals = 0 if taken else replay.refusals + 1
+        if not taken:
+            replay.begins_at = now + REPLAY_RETRY_S  # never a busy loop
         if replay.refusals <= MAX_REPLAY_REFUSALS:
             self._replays[peer] = replay
         else:
             self.counters.replays_given_up += 1
-        self._schedule(taken=taken > 0)
+        self._schedule()
 
-    def _schedule(self, *, taken: bool) -> None:
-        """The next turn, after a pause if nothing was taken: a replay is never worth a busy loop."""
+    def _schedule(self) -> None:
+        """The next turn, when the first of the replays may go on."""
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
         if self._replays:
-            delay_s = 0.0 if taken else REPLAY_RETRY_S
-            self._turn = self._loop.call_later(delay_s, self._pump)
+            begins_at = min(replay.begins_at for replay in self._replays.values())
+            self._turn = self._loop.call_at(max(begins_at, self._loop.time()), self._pump)

@@ -18,7 +18,8 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import EngineInfo, SnapshotReply
-from microserve.protocol.messages.kv_events import KVEvent, decode_batch, parse_published
+from microserve.protocol.messages.kv_decoding import decode_batch
+from microserve.protocol.messages.kv_events import KVEvent, parse_published
 from microserve.protocol.process.surviving import surviving
 from microserve.services.links.feed_state import (
     Apply,

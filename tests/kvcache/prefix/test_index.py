@@ -16,6 +16,7 @@ from microserve.kvcache.prefix.hash import block_hashes, root_hash
 from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
 from microserve.kvcache.prefix.python_blocks import PythonBlocks
 from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest
+from microserve.protocol.messages.kv_decoding import decode_batch
 from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
@@ -23,7 +24,6 @@ from microserve.protocol.messages.kv_events import (
     KVEvent,
     KVEventBatch,
     WireHash,
-    decode_batch,
     encode_batch,
 )
 from tests.support.kvcache.prefix_indexes import FORMS, new_index

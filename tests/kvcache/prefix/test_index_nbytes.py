@@ -11,13 +11,13 @@ import pytest
 from microserve.kvcache.prefix.hash import block_hashes, root_hash
 from microserve.kvcache.prefix.index import MIN_MAX_NBYTES
 from microserve.kvcache.prefix.python_blocks import PythonBlocks
+from microserve.protocol.messages.kv_decoding import decode_batch
 from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     KVEventBatch,
     WireHash,
-    decode_batch,
     encode_batch,
 )
 from tests.support.kvcache.prefix_indexes import FORMS, new_index

@@ -89,7 +89,7 @@ STRUCTURES = [
     decisions.Scored,
     decisions.Note,
     decisions.SendSeen,
-    kv_events.KVEventBatch,
+    kv_events.WireBatch,
 ]
 MESSAGES = [(section, t) for section, union in CHANNELS.items() for t in get_args(union)]
 

@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
+from microserve.protocol.messages.kv_decoding import decode_batch
 from microserve.protocol.messages.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     Published,
-    decode_batch,
     encode_batch,
     parse_published,
     parse_replay_answer,
@@ -74,7 +74,7 @@ async def replay(world: World, publisher: KvPublisher, start_seq: int) -> list[P
 def test_sequence_starts_at_zero_and_every_batch_names_topic_epoch_and_time() -> None:
     async def test(world: World) -> None:
         publisher = make_publisher(world)
-        assert publisher.next_seq == 0
+        assert publisher.next_seq == 1
         subscriber = Subscriber(world, publisher)
         await subscriber.join()
         first = publisher.next_seq
@@ -88,25 +88,69 @@ def test_sequence_starts_at_zero_and_every_batch_names_topic_epoch_and_time() ->
         batch = decode_batch(subscriber.received[0].payload)
         assert (batch.ts, batch.data_parallel_rank, batch.epoch) == (12.5, None, EPOCH)
         assert batch.events == [BlockRemoved([1]), AllBlocksCleared()]
-        assert (await replay(world, publisher, 0))[0].seq == 0
 
     in_world(test)
 
 
-def test_idle_engine_sends_an_empty_batch_every_interval_and_a_busy_one_none() -> None:
+def test_a_life_begins_with_a_batch_that_clears_what_was_known_of_the_one_before() -> None:
     async def test(world: World) -> None:
         publisher = make_publisher(world)
-        publisher.beat()
-        publisher.beat()
-        assert publisher.next_seq == 2
+
+        [answer] = await replay(world, publisher, 0)
+
+        batch = decode_batch(answer.payload)
+        assert (answer.seq, batch.epoch, batch.events) == (0, EPOCH, [AllBlocksCleared()])
+
+    in_world(test)
+
+
+def test_a_heartbeat_is_the_last_batch_once_more_and_a_busy_engine_sends_none() -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        subscriber = Subscriber(world, publisher)
+        await subscriber.join()
         publisher.publish([BlockRemoved([1])])
         publisher.beat()
-        assert publisher.next_seq == 3
+        await world.until(lambda: len(subscriber.received) == 1)
         publisher.beat()
-        assert publisher.next_seq == 4
+        publisher.beat()
+        await world.until(lambda: len(subscriber.received) == 3)
 
-        answers = await replay(world, publisher, 0)
-        assert [len(decode_batch(a.payload).events) for a in answers] == [0, 0, 1, 0]
+        assert subscriber.received == [subscriber.received[0]] * 3
+        assert publisher.counters.repeated == 2
+
+    in_world(test)
+
+
+def test_an_engine_that_idles_for_a_day_keeps_its_events() -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        publisher.publish([BlockRemoved([1])])
+        for _ in range(module.MAX_RING_BATCHES + 20):
+            publisher.beat()
+
+        assert [a.seq for a in await replay(world, publisher, 0)] == [0, 1]
+
+    in_world(test)
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_heartbeat_behind_a_long_batch_is_short(is_kept: bool) -> None:
+    async def test(world: World) -> None:
+        publisher = make_publisher(world, **({} if is_kept else {"max_ring_nbytes": 5000}))
+        subscriber = Subscriber(world, publisher)
+        await subscriber.join()
+        publisher.publish([BlockRemoved([b"x" * 64] * 100)])
+        for _ in range(4):
+            publisher.beat()
+        await world.until(lambda: len(subscriber.received) == 4)
+
+        long, *short = subscriber.received
+        assert len(long.payload) > 5000 > len(short[0].payload)
+        assert short == [short[0]] * 3
+        assert short[0].seq == long.seq + 1
+        batch = decode_batch(short[0].payload)
+        assert (batch.events, batch.epoch) == ([BlockRemoved([])], EPOCH)
 
     in_world(test)
 
@@ -115,7 +159,7 @@ def test_nothing_to_say_is_not_said() -> None:
     async def test(world: World) -> None:
         publisher = make_publisher(world)
         publisher.publish([])
-        assert publisher.next_seq == 0
+        assert publisher.next_seq == 1
 
     in_world(test)
 
@@ -124,14 +168,15 @@ def test_nothing_to_say_is_not_said() -> None:
 def test_replay_from_a_sequence_to_the_end(start: int, expected: list[int]) -> None:
     async def test(world: World) -> None:
         publisher = make_publisher(world)
-        for i in range(5):
+        for i in range(1, 5):
             publisher.publish([BlockRemoved([i])])
 
         answers = await replay(world, publisher, start)
 
         assert [a.seq for a in answers] == expected
         assert {a.topic for a in answers} <= {"kv@e1"}
-        assert [decode_batch(a.payload).events for a in answers] == [[BlockRemoved([i])] for i in expected]
+        said = [[AllBlocksCleared()], *([BlockRemoved([i])] for i in range(1, 5))]
+        assert [decode_batch(a.payload).events for a in answers] == [said[i] for i in expected]
 
     in_world(test)
 
@@ -139,7 +184,6 @@ def test_replay_from_a_sequence_to_the_end(start: int, expected: list[int]) -> N
 def test_frames_of_a_replay_are_vllms() -> None:
     async def test(world: World) -> None:
         publisher = make_publisher(world)
-        publisher.publish([BlockRemoved([9])])
         received: list[list[bytes]] = []
         client = world.bus.client(publisher.replay_address, received.append)
         client.send([b"", (0).to_bytes(8, "big")])
@@ -158,7 +202,7 @@ def test_ring_is_bounded_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         publisher = make_publisher(world)
         for i in range(10):
             publisher.publish([BlockRemoved([i])])
-        assert [a.seq for a in await replay(world, publisher, 0)] == [7, 8, 9]
+        assert [a.seq for a in await replay(world, publisher, 0)] == [8, 9, 10]
 
     in_world(test)
 
@@ -168,11 +212,11 @@ def test_ring_is_bounded_in_bytes_down_to_nothing() -> None:
         publisher = make_publisher(world, max_ring_nbytes=2500)
         for _ in range(4):
             publisher.publish([BlockRemoved([b"x" * 1000])])
-        assert [a.seq for a in await replay(world, publisher, 0)] == [2, 3]
+        assert [a.seq for a in await replay(world, publisher, 0)] == [3, 4]
 
         publisher.publish([BlockRemoved([b"x" * 5000])])
         assert await replay(world, publisher, 0) == []
-        assert publisher.next_seq == 5
+        assert publisher.next_seq == 6
 
     in_world(test)
 
@@ -188,7 +232,7 @@ def test_long_replay_is_answered_whole_while_publishing_goes_on() -> None:
             publisher.publish([BlockRemoved([i])])
         answers = await answering
 
-        assert [a.seq for a in answers] == list(range(3005))
+        assert [a.seq for a in answers] == list(range(3006))
 
     in_world(test)
 
@@ -199,7 +243,6 @@ def test_long_replay_is_answered_whole_while_publishing_goes_on() -> None:
 def test_malformed_request_is_dropped_and_counted(junk: list[bytes]) -> None:
     async def test(world: World) -> None:
         publisher = make_publisher(world)
-        publisher.publish([BlockRemoved([1])])
         client = world.bus.client(publisher.replay_address, lambda frames: None)
         client.send(junk or [b"not a request"])
         await world.until(lambda: publisher.counters.requests_rejected == 1)
@@ -216,7 +259,6 @@ def test_peer_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) ->
 
     async def test(world: World) -> None:
         publisher = make_publisher(world)
-        publisher.publish([BlockRemoved([1])])
         publisher._on_request(b"never connected", replay_request(0))
         await world.until(lambda: publisher.counters.replays_given_up == 1)
 
@@ -235,6 +277,47 @@ def test_number_of_replays_at_a_time_is_bounded(monkeypatch: pytest.MonkeyPatch)
 
         assert publisher.counters.replays == 3
         assert publisher.counters.requests_rejected == 1
+
+    in_world(test)
+
+
+def test_a_peer_that_asks_again_at_once_waits_and_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REPLAY_INTERVAL_S", 0.05)
+
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        began: list[float] = []
+        loop = asyncio.get_running_loop()
+
+        def take(frames: list[bytes]) -> None:
+            if parse_replay_answer(frames) is None:
+                began.append(loop.time())
+                client.send(replay_request(0))
+
+        client = world.bus.client(publisher.replay_address, take)
+        client.send(replay_request(0))
+        await world.until(lambda: len(began) == 4)
+
+        times = list(publisher._began.values())
+        assert len(times) == 1  # of one peer, the last
+        assert began[3] - began[0] >= 2 * 0.05
+
+    in_world(test)
+
+
+def test_answers_of_a_second_are_bounded_for_all_peers_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REPLAYS", 2)
+    monkeypatch.setattr(module, "REPLAY_INTERVAL_S", 60.0)
+
+    async def test(world: World) -> None:
+        publisher = make_publisher(world)
+        await replay(world, publisher, 0)
+        await replay(world, publisher, 0)
+        publisher._on_request(b"third", replay_request(0))
+        await asyncio.sleep(0)
+
+        [waiting] = publisher._replays.values()
+        assert waiting.begins_at > asyncio.get_running_loop().time()
 
     in_world(test)
 
@@ -258,8 +341,8 @@ def test_address_that_is_taken_leaves_nothing_open() -> None:
 def test_payload_is_a_kv_event_batch() -> None:
     async def test(world: World) -> None:
         publisher = make_publisher(world)
-        publisher.publish([AllBlocksCleared()])
-        [answer] = await replay(world, publisher, 0)
+        publisher.publish([BlockRemoved([bytes(range(16)), bytes(16)]), AllBlocksCleared()])
+        [_, answer] = await replay(world, publisher, 0)
         assert encode_batch(decode_batch(answer.payload)) == answer.payload
 
     in_world(test)

@@ -9,7 +9,7 @@ import msgspec
 from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.errors import EngineLost
 from microserve.protocol.messages.engine import SnapshotReply
-from microserve.protocol.messages.kv_events import KVEventBatch, encode_batch, publish_frames
+from microserve.protocol.messages.kv_events import BlockRemoved, KVEventBatch, encode_batch, publish_frames
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.engine import RouterIdentity
 from microserve.services.links.feed import KvFeed
@@ -76,7 +76,7 @@ async def live_reader(world: World, engine: Engine) -> Reader:
     reader = Reader(world, engine)
 
     def joined() -> bool:
-        engine.publisher.beat()
+        engine.publisher.publish([BlockRemoved([])])
         return reader.feed.lag.live and reader.feed.counters.applied > 2
 
     await world.until(joined)
@@ -134,7 +134,7 @@ def test_junk_is_counted_and_costs_no_more_than_a_snapshot() -> None:
             return SnapshotReply(1, info.incarnation, seq), batch()
 
         def batch() -> bytes:
-            return encode_batch(KVEventBatch(0.0, [], None, info.incarnation))
+            return encode_batch(KVEventBatch(0.0, [BlockRemoved([])], None, info.incarnation))
 
         info = msgspec.structs.replace(engine.info, events_address=publisher.address)
         feed = KvFeed(world.bus, info, index, snapshot)

@@ -20,7 +20,7 @@ from microserve.protocol.messages.engine import (
     Hello,
     SnapshotReply,
 )
-from microserve.protocol.messages.kv_events import decode_batch
+from microserve.protocol.messages.kv_decoding import decode_batch
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.engine import RouterIdentity
 from microserve.services.links.snapshot import read_snapshot
@@ -47,7 +47,7 @@ def test_snapshot_holds_what_the_engine_holds() -> None:
 
         reply, bulk = await read(world.bus, engine.info)
 
-        assert (reply.epoch, reply.seq) == (engine.info.incarnation, 1)
+        assert (reply.epoch, reply.seq) == (engine.info.incarnation, 2)
         [stored] = decode_batch(bulk).events
         assert getattr(stored, "token_ids", None) == PROMPT
         assert engine.pings == []
