@@ -24,11 +24,19 @@ make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11)
 MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '$(VENV)/installed')" = "$$(pwd -P)" ] || \
 	echo moved))
 
-.PHONY: moved install up quick test heavy clients hosts check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
+.PHONY: moved install up vllm quick test heavy clients hosts test-vllm check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
 
 up: $(VENV)/installed
 	@$(KERNELS)
 	$(BIN)/microserve up $(ARGS)
+
+# The same with two engines of vLLM's, in an environment of their own that is made once (docs/engines.md).
+VLLM ?= .vllm
+vllm: $(VENV)/installed
+	@$(KERNELS)
+	@$(BIN)/python tooling/vllm_environment.py --venv '$(VLLM)'
+	$(BIN)/microserve up --strategy balanced --set engine.backend=vllm --set 'vllm.python=$(abspath $(VLLM))/bin/python' \
+		--set kvcache.block_size=32 --set vllm.kv_cache_mb=512 --set vllm.enforce_eager=true --set mesh.ready_timeout_s=600 $(ARGS)
 
 # State and wire, in less than a minute: before every commit. QUICK_WORKERS=0 for a debugger.
 quick: $(VENV)/dev
@@ -37,7 +45,7 @@ quick: $(VENV)/dev
 # All but the endurance of `make heavy`, in less than nine minutes.
 test: $(VENV)/dev
 	@$(KERNELS)
-	$(PYTEST) -m "not heavy and not clients and not hosts" $(ARGS)
+	$(PYTEST) -m "not heavy and not clients and not hosts and not vllm" $(ARGS)
 
 # The long ones: exactness of the demo model, freezes, chaos, hostile strategies, days of virtual time.
 heavy: $(VENV)/dev
@@ -50,6 +58,12 @@ clients: $(VENV)/dev
 	@$(KERNELS)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m clients --durations=0 '$(ONE_CLIENT)' $(ARGS)
 ONE_CLIENT = tests/clients$(if $(CLIENT),/test_clients.py::test_client[$(CLIENT)])
+
+# vLLM's own engines: what needs its environment. ARGS="tests/services/engine/vllm" for a part of it.
+test-vllm: $(VENV)/dev
+	@$(KERNELS)
+	@$(BIN)/python tooling/vllm_environment.py --venv '$(VLLM)'
+	MICROSERVE_TEST_VLLM_PYTHON='$(abspath $(VLLM))/bin/python' PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m vllm --durations=10 $(ARGS)
 
 # A mesh between hosts, which are namespaces of this machine, with cables that are slow, cut and deaf: as root.
 # ARGS='-m "hosts and not slow"' for a short form of it. Nothing that it makes has a name, or outlives it.
@@ -144,7 +158,7 @@ bench-quick: $(VENV)/dev
 # A mesh that runs here is stopped first: without its directory nothing would find it any more.
 clean:
 	[ ! -e .microserve/mesh.pid ] || $(BIN)/microserve down
-	rm -rf $(VENV) .microserve .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf $(VENV) $(VLLM) .microserve .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # --- what they need ---------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.path.relative_to(TESTS)
         if marker := ROOMS.get(path.parts[0]):
             item.add_marker(marker)
-        is_long = any(item.get_closest_marker(each) for each in ("slow", "heavy"))
+        is_long = any(item.get_closest_marker(each) for each in ("slow", "heavy", "vllm"))
         if not is_long and any(path.is_relative_to(each) for each in QUICK):
             item.add_marker("quick")
     items.sort(key=lambda item: item.get_closest_marker("system") is None)
@@ -64,6 +64,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.engine.tiny_model import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> Path:
+    """Of vLLM's environment, in which this checkout's ``microserve`` is found."""
+    named = os.environ.get("MICROSERVE_TEST_VLLM_PYTHON")
+    if not named:
+        pytest.skip("needs vLLM's environment: make test-vllm")
+    return Path(named)
 
 
 @pytest.fixture(scope="session")
