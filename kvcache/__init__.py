@@ -2,6 +2,7 @@
 
 Owns the pool and its quarantine (block_pool.py), where a token's KV lies (layout.py), the control words
 beside it (words.py), and three rooms: prefix/ (identity and reuse), grant/ (the right to write into another
-engine), heap/ (memory that others write into). All of it decides and does no I/O but mapping memory: must not
-know sockets, asyncio, requests' routes or a model. Start at block_pool.py, then grant/table.py.
+engine), heap/ (memory that others write into). All of it decides and does no I/O but mapping memory, and at
+the doors of heaps (heap/doors/) alone it has sockets and threads: must not know asyncio, ZeroMQ, requests'
+routes or a model. Start at block_pool.py, then grant/table.py.
 """

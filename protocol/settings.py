@@ -40,6 +40,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _OLD_LEVELS = {"warn": "warning", "fatal": "critical", "notset": "debug"}
 _ADDRESS = re.compile(r"tcp://(\[[^]\s]+\]|[^][:/\s]+):(?P<port>\d{1,5})|ipc://\S+|inproc://\S+")
 
+_ADDRESSES = ("address", "events_address", "replay_address", "routers", "door_address")
+
 
 class BusSettings(Section, frozen=True):
     heartbeat_interval_s: Positive = 0.25
@@ -175,6 +177,11 @@ class Settings(Section, frozen=True):
             return self.kvcache.heap
         return "shm" if self.engine.device == "cpu" else "cuda_ipc"
 
+    @property
+    def heaps(self) -> list[str]:
+        """Kinds of heap and door through which an engine can be written to, best first."""
+        return [*([self.heap] if self.kvcache.share_memory else []), *self.kvcache.doors]
+
     def _check_words(self) -> None:
         level = self.log.level.lower()
         for field, value, words in (
@@ -196,7 +203,7 @@ class Settings(Section, frozen=True):
     def _check_addresses(self) -> None:
         for section in msgspec.structs.fields(self):
             for field in msgspec.structs.fields(section.type):
-                if field.name not in ("address", "events_address", "replay_address", "routers"):
+                if field.name not in _ADDRESSES:
                     continue
                 value = getattr(getattr(self, section.name), field.name)
                 for address in [value] if isinstance(value, str) else value:
@@ -230,6 +237,7 @@ class Settings(Section, frozen=True):
             )
         if heap == "nvshmem":
             self.nvshmem.check(curve_dir=self.bus.curve_dir)
+        self.kvcache.check_doors(heap, is_guarded=bool(self.bus.curve_dir or self.bus.insecure))
 
     def _check_attention(self) -> None:
         attention, problem = self.engine.attention, None

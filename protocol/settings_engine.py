@@ -5,6 +5,7 @@ What must hold between them is settings.py's.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import msgspec
@@ -14,6 +15,8 @@ from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.world import MAX_WORLD_RANKS, fault_of_world
 from microserve.protocol.settings_bounds import Count, CountOrZero, Positive, PositiveOrZero, Section
 
+DOOR_KINDS = ("tcp",)
+_LOOPBACK = re.compile(r"tcp://(127(\.\d{1,3}){3}|localhost|\[::1\]):")
 CPU_KERNELS = ("auto", "transformers", "portable", "avx2", "avx512", "avx512bf16", "amx")
 NATIVE, VLLM, VLLM_SERVE = BACKENDS = ("native", "vllm", "vllm-serve")
 
@@ -94,6 +97,37 @@ class KvCacheSettings(Section, frozen=True):
     lease_s: Positive = 30.0
     checksums: bool = False
     """Verify every received block by checksum before first use."""
+    doors: list[str] = msgspec.field(default_factory=list)
+    """``tcp``: through what engines of other hosts put KV into this one, best first. Empty: only those of
+    this host do."""
+    door_address: str = "tcp://127.0.0.1:0"
+    """Where a door is, as other hosts reach it; port 0: any."""
+    door_silence_s: Positive = 10.0
+    """A writer on another host that says nothing for so long is torn down, and its blocks are free."""
+    share_memory: bool = True
+    """Engines of one host put KV into each other's memory; false: through doors, like those of others."""
+
+    def check_doors(self, heap: str, *, is_guarded: bool) -> None:
+        """``heap``: its kind; ``is_guarded``: grants are told to nobody else. Raises :class:`ConfigError`."""
+        fault, field = "", "kvcache.doors"
+        if unknown := [kind for kind in self.doors if kind not in DOOR_KINDS]:
+            fault = f"must be of {', '.join(map(repr, DOOR_KINDS))}, has {unknown[0]!r}"
+        elif self.doors and heap != "shm":
+            fault = f"must be empty for kvcache.heap {heap!r}: doors lead into a host's memory"
+        elif len(set(self.doors)) < len(self.doors):
+            fault = "must name each kind once"
+        elif not self.doors and not self.share_memory:
+            fault = "must name a door where kvcache.share_memory is false"
+        elif not self.door_address.startswith("tcp://"):
+            fault, field = f"must be tcp://HOST:PORT, is {self.door_address!r}", "kvcache.door_address"
+        elif self.doors and not is_guarded and not _LOOPBACK.match(self.door_address):
+            field = "kvcache.door_address"
+            fault = (
+                "is reachable from other machines, and its secret travels in grants: set bus.curve_dir (or "
+            )
+            fault += "say bus.insecure = true)"
+        if fault:
+            raise ConfigError(f"{field} {fault}", field=field)
 
 
 class NvshmemSettings(Section, frozen=True):

@@ -183,6 +183,7 @@ class GrantTable:
             lease_s=self._lease_s,
             numerics=self._numerics,
             geometry=layout.geometry,
+            doors=list(self._heap.doors),
         )
         arrival = Arrival(self._heap, grant, verify_checksums=self._verify_checksums)
         self._entries[grant.grant_id] = _Entry(grant, arrival, request_id, owner, list(matched_blocks), now)

@@ -16,9 +16,9 @@ import structlog
 from microserve.kvcache.heap.cuda_driver import LibCuda
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.device import BlockPut
+from microserve.kvcache.heap.doors.host import HostHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.memfd import MayTake
-from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
@@ -44,7 +44,19 @@ def make_heap(
     num_slots = settings.kvcache.grant_slots
     try:
         if settings.heap == "shm":
-            heap = ShmHeap(layout, incarnation=incarnation, num_slots=num_slots, may_take=may_take)
+            cache = settings.kvcache
+            host, _, port = cache.door_address.removeprefix("tcp://").rpartition(":")
+            heap = HostHeap(
+                layout,
+                incarnation=incarnation,
+                num_slots=num_slots,
+                may_take=may_take,
+                doors=cache.doors,
+                host=host.strip("[]"),
+                port=int(port),
+                silence_s=cache.door_silence_s,
+                shares_memory=cache.share_memory,
+            )
             return heap, heap.data
         import torch  # an engine on a CPU does without
 
@@ -55,8 +67,9 @@ def make_heap(
         )
     except ConfigError as error:
         # Heaps and drivers name what is wrong by their own parameters; people by settings.
-        paths = {"num_blocks": "kvcache.num_blocks", "heap": "kvcache.heap", "device": "engine.device"}
-        path = paths.get(error.field or "")
+        section = "engine" if error.field == "device" else "kvcache"
+        is_known = error.field in ("num_blocks", "heap", "device", "doors", "door_address")
+        path = f"{section}.{error.field}" if is_known else None
         if path is None:
             raise
         raise ConfigError(f"{path}: {error.detail}", field=path) from error

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import WordLayout
-from microserve.protocol.errors import InternalError
+from microserve.protocol.errors import InternalError, TransferFailed
 from microserve.protocol.messages.grant import HeapAddress
 
 
@@ -102,6 +102,8 @@ class Heap(ABC):
     words: WordLayout
     address: HeapAddress
     """For others to ``attach``; its incarnation is the owner's."""
+    doors: tuple[HeapAddress, ...] = ()
+    """Other ways into it, best first."""
 
     def back(self, first: int, count: int) -> int:
         """Memory for blocks from ``first`` on, for ``count`` of them or more; returns the end of those that
@@ -156,6 +158,19 @@ class Heap(ABC):
         if its KV is laid out differently.
         """
 
+    def reach(self, address: HeapAddress, doors: Iterable[HeapAddress] = ()) -> PeerHeap:
+        """Attach by the first of a heap's addresses that is in reach from here; which, its ``address`` says.
+
+        :class:`TransferFailed` says of each why not."""
+        # Words, and not the errors: their tracebacks would keep what they refer to, mappings among it.
+        faults: list[str] = []
+        for each in (address, *doors):
+            try:
+                return self.attach(each)
+            except TransferFailed as fault:
+                faults.append(fault.detail)
+        raise TransferFailed("; ".join(faults))
+
     @abstractmethod
     def close(self) -> None:
         """Leave: peers see the owner as dead. Idempotent. Close the PeerHeaps first.
@@ -185,6 +200,12 @@ class PeerHeap(ABC):
     is_late: ClassVar[bool] = True
     """Puts may go on after their calls have returned: somebody has to :meth:`poll`."""
 
+    @property
+    def is_lost(self) -> bool:
+        """Nothing can be put through it any more, whatever its owner does: of a connection that is broken.
+        It holds no lane; attach anew."""
+        return False
+
     @abstractmethod
     def follow(self, stream: int) -> None:
         """Later puts read our data region after all that is enqueued in this CUDA stream by now: the one
@@ -195,7 +216,8 @@ class PeerHeap(ABC):
         """Copy from our data region to the peer's, each side shifted by so many bytes.
 
         The source may be read until ``holds`` of the lane is False. :class:`InternalError`, and nothing
-        written, if a copy leaves either region.
+        written, if a copy leaves either region; :class:`TransferFailed` if it is lost. What else is told a
+        lost heap, ``hold`` and ``read`` apart, does nothing.
         """
 
     @abstractmethod

@@ -18,6 +18,7 @@ from __future__ import annotations
 import structlog
 
 from microserve.kernels.scatter.host_copy import span_copier
+from microserve.kvcache.heap.heap import PeerHeap
 from microserve.kvcache.heap.mapped import MappedHeap, MappedPeerHeap
 from microserve.kvcache.heap.memfd import OWNER, HeapFile, MayTake, lane_byte
 from microserve.kvcache.layout import K, KvLayout
@@ -58,7 +59,7 @@ class ShmView(MappedHeap):
             return True
         return False
 
-    def attach(self, address: HeapAddress) -> ShmPeerHeap:
+    def attach(self, address: HeapAddress) -> PeerHeap:
         return ShmPeerHeap(self.layout, self._file.tail, address)
 
     def close(self) -> None:

@@ -112,7 +112,7 @@ class EngineShell:
             backend_version=core.kind.backend_version,
             can=[*core.kind.can],
             geometry=core.layout.geometry,
-            heaps=[settings.heap],
+            heaps=settings.heaps,
             split_tokens=core.kind.split_tokens,
             recompute_tokens=core.kind.recompute_tokens,
         )

@@ -108,6 +108,45 @@ def test_wrong_setting_is_named_by_its_path(override: str, field: str, reason: s
     assert reason in error.detail
 
 
+@pytest.mark.parametrize(
+    ("overrides", "field", "reason"),
+    [
+        (["kvcache.doors=['window']"], "kvcache.doors", "must be of 'tcp', has 'window'"),
+        (["kvcache.doors=['tcp','tcp']"], "kvcache.doors", "must name each kind once"),
+        (["kvcache.share_memory=false"], "kvcache.doors", "must name a door where kvcache.share_memory"),
+        (["kvcache.door_address=tcp://host"], "kvcache.door_address", "must be tcp://HOST:PORT"),
+        (["kvcache.door_address=ipc:///tmp/d"], "kvcache.door_address", "must be tcp://HOST:PORT, is 'ipc"),
+        (
+            ["kvcache.doors=['tcp']", "kvcache.door_address=tcp://10.0.0.2:0"],
+            "kvcache.door_address",
+            "reachable from other machines",
+        ),
+        (
+            ["kvcache.doors=['tcp']", "engine.device=cuda:0", "kvcache.heap=cuda_ipc"],
+            "kvcache.doors",
+            "must be empty for kvcache.heap 'cuda_ipc'",
+        ),
+    ],
+)
+def test_a_door_that_leads_nowhere_or_to_everybody_is_refused(
+    overrides: list[str], field: str, reason: str
+) -> None:
+    error = refused(overrides=overrides)
+
+    assert error.field == field
+    assert reason in error.detail
+
+
+def test_ways_into_an_engine_are_named_best_first() -> None:
+    doors = ["kvcache.doors=['tcp']"]
+    assert load_settings(overrides=[]).heaps == ["shm"]
+    assert load_settings(overrides=doors).heaps == ["shm", "tcp"]
+    assert load_settings(overrides=[*doors, "kvcache.share_memory=false"]).heaps == ["tcp"]
+    far = [*doors, "kvcache.door_address=tcp://10.0.0.2:0"]
+    assert load_settings(overrides=[*far, "bus.curve_dir=/keys"]).heaps == ["shm", "tcp"]
+    assert load_settings(overrides=[*far, "bus.insecure=true"]).heaps == ["shm", "tcp"]
+
+
 def test_an_engine_on_a_gpu_keeps_its_kv_there() -> None:
     assert load_settings(overrides=[]).heap == "shm"
     for more in ([], ["kvcache.heap=cuda_ipc"]):

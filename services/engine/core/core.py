@@ -234,7 +234,7 @@ class EngineCore:
         transfer.put_s += self.clock() - started
 
     def _open_writer(self, transfer: Transfer) -> LaneWriter:
-        peer = transfer.peer = self._peers.open(transfer.grant.heap)
+        peer = transfer.peer = self._peers.open(transfer.grant)
         if peer.holds(transfer.grant.slot, transfer.lane):
             # Ours: a claim under the slot's last grant came too late, and leaves behind other puts.
             peer.poll(wait=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 
 from microserve.kvcache.heap.heap import Heap, PeerHeap
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.grant import Grant
 from microserve.services.engine.core.state import Clock
 
 DEAD_LOOK_S = 1.0
@@ -23,12 +23,16 @@ class Peers:
         """By incarnation."""
         self._looked_at = clock()
 
-    def open(self, address: HeapAddress) -> PeerHeap:
-        """:class:`TransferFailed` if the owner is gone, out of reach of our heap, or has other KV."""
-        peer = self._open.get(address.incarnation)
+    def open(self, grant: Grant) -> PeerHeap:
+        """By the first of the grant's addresses that reaches. :class:`TransferFailed` if the owner is gone,
+        out of reach of our heap, or has other KV."""
+        peer = self._open.get(grant.heap.incarnation)
+        if peer is not None and peer.is_lost:
+            self._open.pop(grant.heap.incarnation).close()
+            peer = None
         if peer is None:
             self._leave_dead()
-            peer = self._open[address.incarnation] = self._heap.attach(address)
+            peer = self._open[grant.heap.incarnation] = self._heap.reach(grant.heap, grant.doors)
         return peer
 
     @property
@@ -46,7 +50,9 @@ class Peers:
 
     def _leave_dead(self) -> None:
         self._looked_at = self._clock()
-        gone = [i for i, peer in self._open.items() if peer.is_idle and peer.owner_is_dead()]
+        gone = [
+            i for i, peer in self._open.items() if peer.is_lost or (peer.is_idle and peer.owner_is_dead())
+        ]
         for incarnation in gone:
             with contextlib.suppress(OSError):
                 self._open.pop(incarnation).close()

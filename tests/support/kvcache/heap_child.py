@@ -75,6 +75,10 @@ class Child:
         self.signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
 
+    def ended(self) -> int:
+        """Its exit code, once it has ended by itself."""
+        return self._process.wait(TIMEOUT_S)
+
     def kill(self) -> None:
         """SIGKILL, and reap it."""
         self._process.kill()

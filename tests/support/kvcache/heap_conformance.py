@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.protocol.errors import InternalError, TransferFailed
 from microserve.protocol.messages.grant import MAX_LANES
+from tests.support.kvcache.heap_child import wait_until
 from tests.support.kvcache.heap_factories import MINE, NUM_SLOTS, OTHERS, THEIRS, HeapFactory
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data, settle
 
@@ -193,21 +194,35 @@ class HeapConformance:
 
     # --- life
 
-    def test_a_living_owner_is_not_dead(self, theirs: Heap, peer: PeerHeap) -> None:
+    def test_a_living_owner_is_not_dead(self, factory: HeapFactory, theirs: Heap, peer: PeerHeap) -> None:
         assert not peer.owner_is_dead()
 
         theirs.close()
 
+        if factory.is_remote:
+            wait_until(peer.owner_is_dead, "the end of the connection")
         assert peer.owner_is_dead()
 
-    def test_writing_to_a_dead_owner_harms_nobody(self, mine: Heap, theirs: Heap, peer: PeerHeap) -> None:
+    def test_writing_to_a_dead_owner_harms_nobody(
+        self, factory: HeapFactory, theirs: Heap, peer: PeerHeap
+    ) -> None:
         theirs.close()
 
-        peer.put(Copies([Copy(0, 0, 64)]))
+        if factory.is_remote:
+            wait_until(lambda: peer.is_lost, "the end of the connection")
+            for call in (lambda: peer.put(Copies([Copy(0, 0, 64)])), lambda: peer.hold(0, 0)):
+                with pytest.raises(TransferFailed, match="lost"):
+                    call()
+        else:
+            peer.put(Copies([Copy(0, 0, 64)]))
         peer.signal(0, 1)
         peer.poll(wait=True)
 
-        assert peer.read(0) == 1
+        if factory.is_remote:
+            with pytest.raises(TransferFailed, match="lost"):
+                peer.read(0)
+        else:
+            assert peer.read(0) == 1
 
     def test_a_closed_peer_refuses_everything(self, mine: Heap, theirs: Heap) -> None:
         peer = mine.attach(theirs.address)

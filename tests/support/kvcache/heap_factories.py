@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from microserve.kvcache.heap.cuda_driver import LibCuda
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.heap.doors.host import HostHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
@@ -25,6 +26,8 @@ MINE, THEIRS, OTHERS = 11, 22, 33
 class HeapFactory(ABC):
     crosses_processes: ClassVar[bool]
     num_race_rounds: ClassVar[int] = 4000
+    is_remote: ClassVar[bool] = False
+    """Over a network: what became of a peer comes with the next packet, and a frozen one answers nothing."""
 
     @abstractmethod
     def create(self, layout: KvLayout, incarnation: int) -> Heap: ...
@@ -45,6 +48,32 @@ class ShmFactory(HeapFactory):
 
     def create(self, layout: KvLayout, incarnation: int) -> Heap:
         return ShmHeap(layout, incarnation=incarnation, num_slots=NUM_SLOTS)
+
+
+class TcpFactory(HeapFactory):
+    """A heap that shares no memory: all goes through its door."""
+
+    crosses_processes = True
+    num_race_rounds = 400
+    is_remote = True
+    silence_s: ClassVar[float] = 60.0
+
+    def create(self, layout: KvLayout, incarnation: int) -> Heap:
+        return HostHeap(
+            layout,
+            incarnation=incarnation,
+            num_slots=NUM_SLOTS,
+            doors=["tcp"],
+            host=os.environ.get(DOOR_HOST, "127.0.0.1"),
+            silence_s=self.silence_s,
+            shares_memory=False,
+        )
+
+
+class ImpatientTcpFactory(TcpFactory):
+    """Whoever says nothing for a moment is given up, at both ends of its door."""
+
+    silence_s = 0.4
 
 
 class CudaIpcFactory(HeapFactory):
@@ -113,14 +142,18 @@ class LaunchFactory(HeapFactory):
 
 
 LIBCUDA = "MICROSERVE_TEST_LIBCUDA"
+DOOR_HOST = "MICROSERVE_TEST_DOOR_HOST"
+"""Where doors are; by default on loopback."""
 FACTORIES: dict[str, Callable[[], HeapFactory]] = {
     "memory": MemoryFactory,
     "shm": ShmFactory,
+    "tcp": TcpFactory,
+    "tcp_impatient": ImpatientTcpFactory,
     "cuda_ipc": CudaIpcFactory,
     "nvshmem": NvshmemFactory,
     "libcuda": LibCudaFactory,
     "libcuda_launch": LaunchFactory,
 }
-EVERYWHERE = ["memory", "shm", "cuda_ipc", "nvshmem"]
+EVERYWHERE = ["memory", "shm", "tcp", "cuda_ipc", "nvshmem"]
 """Need nothing that a machine may lack."""
 CROSSING = [name for name in EVERYWHERE if FACTORIES[name]().crosses_processes]

@@ -136,7 +136,7 @@ class Putting:
         sending = _Sending(send)
         try:
             grant = _grant_of(send)
-            sending.peer = self._peers.open(grant.heap)
+            sending.peer = self._peers.open(grant)
             writer = LaneWriter(
                 *(self._heap, sending.peer, grant, send.lane, send.begin, send.end),
                 checksums=self._link.address.checksums,

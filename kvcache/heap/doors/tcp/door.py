@@ -1,0 +1,279 @@
+"""The owner's end of a door of TCP: one thread that takes connections, and puts what they bring into the
+heap.
+
+The fence. Bytes of a put reach the heap in one way only: this thread calls ``recvmsg_into`` on the
+connection's socket. Tearing a connection down is closing that socket, by this very thread, so between two
+such calls. What the writer had sent, or sends later, stays in the kernel, which throws it away: a writer
+that was frozen, or on the other side of a cut network, meets a closed socket when it wakes. Only then are
+its lanes given back. No timer takes part in that proof; time only decides when to tear down.
+
+A writer that has died closes its end: what it had sent before is applied, in order, and then its lanes are
+free. One that is frozen or cut off says nothing for ``silence_s``. Strangers have as long to say who they
+are (greeting.py), cost a socket and 56 bytes each, and are at most ``MAX_STRANGERS``.
+
+Owns sockets and the order of their turns. The bytes are inbound.py's, the lanes ``DoorLanes``'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+import time
+from typing import Final
+
+import msgspec
+import structlog
+
+from microserve.kvcache.heap.doors.door import SILENCE_S, Door, DoorLanes, Entrance, new_secret
+from microserve.kvcache.heap.doors.tcp import frames
+from microserve.kvcache.heap.doors.tcp.greeting import HELLO_NBYTES, OwnerGreeting, Terms
+from microserve.kvcache.heap.doors.tcp.inbound import Frame, Inbound, SignalEach
+from microserve.kvcache.heap.memfd import HeapFile
+from microserve.kvcache.heap.shm import KIND as SHM
+from microserve.kvcache.layout import KvLayout
+from microserve.protocol import log
+from microserve.protocol.errors import ConfigError, ProtocolViolation
+from microserve.protocol.messages.grant import MAX_LANES, HeapAddress
+
+KIND: Final = "tcp"
+MAX_WRITERS: Final = 256
+MAX_STRANGERS: Final = 64
+_MAX_UNREAD_NBYTES: Final = 1 << 16
+"""Answers that a writer leaves unread; each is to a question of its own."""
+_TURNS: Final = 16
+"""Reads from one connection before the others have theirs."""
+
+_logger = structlog.get_logger()
+
+
+class _Caller:
+    """One connection."""
+
+    def __init__(self, connection: socket.socket, peer: str, greeting: OwnerGreeting, now: float) -> None:
+        self.socket = connection
+        self.peer = peer
+        self.greeting = greeting
+        self.hello = bytearray()
+        self.inbound: Inbound | None = None
+        """None of a stranger."""
+        self.out = bytearray()
+        self.heard_at = now
+        self.told: dict[int, int] = {}
+        """By slot in which it holds a lane: the STATE that it knows."""
+
+
+class TcpDoor(Door):
+    def __init__(
+        self,
+        heap: HeapAddress,
+        layout: KvLayout,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        silence_s: float = SILENCE_S,
+    ) -> None:
+        """``heap``: of kind ``shm``, on this host; ``host`` is what other hosts reach this one by. Port 0:
+        any.
+
+        :class:`ConfigError` of field ``door_address`` if nothing can listen there."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            self._listening = socket.create_server((host, port), family=family, backlog=MAX_STRANGERS)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host} port {port}: {error}", field="door_address"
+            ) from error
+        port = self._listening.getsockname()[1]
+        try:
+            self._lanes = DoorLanes(HeapFile.open(heap, SHM, layout))
+        except BaseException:
+            self._listening.close()
+            raise
+        self._secret = new_secret()
+        where = f"[{host}]:{port}" if family == socket.AF_INET6 else f"{host}:{port}"
+        entrance = msgspec.msgpack.encode(Entrance(self._secret, where.encode()))
+        self.address = msgspec.structs.replace(heap, kind=KIND, fd=port, door=entrance)
+        self._terms = Terms(self._lanes.layout, self._lanes.words.num_slots, silence_s)
+        self._silence_s = silence_s
+        self._callers: set[_Caller] = set()
+        self._listening.setblocking(False)
+        self._stop = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="door-tcp", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        os.close(self._stop)
+
+    # --- the thread --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        selector = selectors.DefaultSelector()
+        try:
+            selector.register(self._listening, selectors.EVENT_READ, None)
+            selector.register(self._stop, selectors.EVENT_READ, self)
+            while not self._is_closed:
+                ready = selector.select(self._silence_s / 4)
+                for key, events in ready:
+                    if key.data is None:
+                        self._accept(selector)
+                    elif isinstance(key.data, _Caller):
+                        self._serve(selector, key.data, events)
+                # After everything that was there to be read has been read: we may have been frozen ourselves.
+                self._tear_down_silent(selector, time.monotonic())
+        except Exception as error:
+            _logger.exception(log.DOOR_FAILED, kind=KIND, error=repr(error))
+        finally:
+            for caller in list(self._callers):
+                self._tear_down(selector, caller, frames.LEFT)
+            selector.close()
+            self._listening.close()
+            self._lanes.close()
+
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        try:
+            connection, peer = self._listening.accept()
+        except OSError:  # it is gone again, or there is no descriptor for it: the backlog keeps the others
+            return
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        strangers = [caller for caller in self._callers if caller.inbound is None]
+        if len(strangers) >= MAX_STRANGERS:
+            self._tear_down(selector, min(strangers, key=lambda caller: caller.heard_at))
+        caller = _Caller(
+            connection, f"{peer[0]}:{peer[1]}", OwnerGreeting(self.address, self._secret), time.monotonic()
+        )
+        self._callers.add(caller)
+        selector.register(connection, selectors.EVENT_READ, caller)
+        self._say(selector, caller, caller.greeting.greeting)
+
+    def _serve(self, selector: selectors.BaseSelector, caller: _Caller, events: int) -> None:
+        try:
+            if events & selectors.EVENT_WRITE:
+                self._say(selector, caller, b"")
+            if events & selectors.EVENT_READ:
+                for _ in range(_TURNS):
+                    if not self._read(selector, caller):
+                        break
+                self._tell_states(selector, caller)
+        except ProtocolViolation as error:
+            _logger.warning(log.DOOR_REFUSED, kind=KIND, peer=caller.peer, detail=error.detail)
+            self._tear_down(selector, caller, frames.FAULT)
+        except OSError:
+            self._tear_down(selector, caller)
+
+    def _read(self, selector: selectors.BaseSelector, caller: _Caller) -> bool:
+        """Take what is there; False when that is all."""
+        inbound = caller.inbound
+        try:
+            if inbound is None:
+                some = caller.socket.recv(HELLO_NBYTES - len(caller.hello))
+                nbytes = len(some)
+                caller.hello += some
+            else:
+                nbytes = caller.socket.recvmsg_into(inbound.buffers())[0]
+        except BlockingIOError:
+            return False
+        if not nbytes:  # all that it sent before it left or died has been applied
+            self._tear_down(selector, caller)
+            return False
+        if inbound is None:
+            if len(caller.hello) == HELLO_NBYTES:
+                self._welcome(selector, caller)
+            return caller in self._callers
+        caller.heard_at = time.monotonic()
+        for frame in inbound.received(nbytes):
+            self._apply(selector, caller, frame)
+            if caller not in self._callers:
+                return False
+        return True
+
+    def _welcome(self, selector: selectors.BaseSelector, caller: _Caller) -> None:
+        welcome = caller.greeting.welcome(bytes(caller.hello), self._terms)
+        if sum(each.inbound is not None for each in self._callers) >= MAX_WRITERS:
+            raise ProtocolViolation(f"{MAX_WRITERS} writers are here already")
+        caller.inbound = Inbound(self._lanes.data, self._lanes.words.num_words, self._lanes.num_lanes)
+        caller.heard_at = time.monotonic()
+        self._say(selector, caller, welcome)
+
+    def _apply(self, selector: selectors.BaseSelector, caller: _Caller, frame: Frame | SignalEach) -> None:
+        lanes, words = self._lanes, self._lanes.words
+        if isinstance(frame, SignalEach):
+            lanes.store_each(frame.words, frame.value)
+            return
+        kind, small, large = frame
+        if kind == frames.SIGNAL:
+            lanes.store(small, large)
+            return
+        slot, lane = divmod(small, MAX_LANES)
+        if kind == frames.HOLD:
+            if lanes.hold(caller, slot, lane):
+                caller.told[slot] = lanes.load(words.state(slot))
+                answer = frames.head(frames.HELD, small, caller.told[slot])
+            else:
+                answer = frames.head(frames.BUSY, small)
+        elif kind == frames.LET_GO:
+            lanes.let_go(caller, slot, lane)
+            if not any(held == slot for held, _ in lanes.held_by(caller)):
+                caller.told.pop(slot, None)
+            answer = frames.head(frames.FREE, small)
+        elif kind == frames.READ:
+            answer = frames.head(frames.VALUE, small, lanes.load(small))
+        elif kind == frames.SYNC:
+            answer = frames.head(frames.SYNCED, small)
+        else:
+            answer = frames.head(frames.BEAT)
+        self._say(selector, caller, answer)
+
+    def _tell_states(self, selector: selectors.BaseSelector, caller: _Caller) -> None:
+        """A writer that is told of a closed grant stops sending."""
+        for slot, known in caller.told.items():
+            state = self._lanes.load(self._lanes.words.state(slot))
+            if state != known and caller in self._callers:
+                caller.told[slot] = state
+                self._say(selector, caller, frames.head(frames.STATE, slot, state))
+
+    def _say(self, selector: selectors.BaseSelector, caller: _Caller, some: bytes) -> None:
+        caller.out += some
+        try:
+            sent = caller.socket.send(caller.out) if caller.out else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._tear_down(selector, caller)
+            return
+        del caller.out[:sent]
+        if len(caller.out) > _MAX_UNREAD_NBYTES:
+            raise ProtocolViolation(f"{len(caller.out)} bytes of answers are not read")
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if caller.out else 0)
+        if selector.get_key(caller.socket).events != wanted:
+            selector.modify(caller.socket, wanted, caller)
+
+    def _tear_down_silent(self, selector: selectors.BaseSelector, now: float) -> None:
+        for caller in list(self._callers):
+            if now - caller.heard_at > self._silence_s:
+                self._tear_down(selector, caller, frames.SILENT)
+
+    def _tear_down(self, selector: selectors.BaseSelector, caller: _Caller, why: int = 0) -> None:
+        """The fence: see the module. ``why``: what it is told, if it can be told anything."""
+        if caller not in self._callers:
+            return
+        self._callers.remove(caller)
+        selector.unregister(caller.socket)
+        if why and caller.inbound is not None:
+            with contextlib.suppress(OSError):
+                caller.socket.send(frames.head(frames.TORN, why))
+        caller.socket.close()
+        if caller.inbound is not None:
+            caller.inbound.drop()
+        if lanes := self._lanes.let_go_all(caller):
+            reason = {frames.LEFT: "left", frames.SILENT: "silent", frames.FAULT: "fault"}.get(why, "gone")
+            _logger.warning(log.DOOR_TORN, kind=KIND, peer=caller.peer, reason=reason, lanes=lanes)

@@ -1,0 +1,173 @@
+"""One connection from the writer's end: what is to go out, what has come back, and whether it still lives;
+sans-I/O.
+
+Frames about lanes and questions go before puts and signals that wait: a lane of one grant need not wait for
+the KV of another. What gives a lane back stays behind the puts. KV is sent from where it lies.
+
+For whoever holds the lock of post.py. Knows neither sockets nor threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable
+from enum import Enum
+from typing import Final
+
+from microserve.kvcache.heap.doors.tcp import frames
+from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.messages.grant import MAX_LANES
+
+MAX_PARTS: Final = 1000
+"""Of one call of ``sendmsg``: the kernel takes 1,024."""
+
+
+class End(Enum):
+    """Why nothing goes through a line any more."""
+
+    LEFT = "its owner has left"
+    CLOSED = "its owner has closed the connection"
+    RESET = "the connection is broken"
+    TORN = "its owner heard nothing for too long"
+    FAULT = "its owner understood nothing"
+    SILENT = "nothing was heard for too long"
+    OURS = "it was closed here"
+
+
+_TORN: Final = {frames.LEFT: End.LEFT, frames.SILENT: End.TORN, frames.FAULT: End.FAULT}
+
+
+class Line:
+    def __init__(self, silence_s: float, now: float) -> None:
+        self.silence_s = silence_s
+        self.end: End | None = None
+        self.told: dict[int, int] = {}
+        """STATE, by slot in which we hold a lane."""
+        self.lanes: dict[int, bool] = {}
+        """By index, those that are ours: True; let go, and not yet said to be free: False."""
+        self.answer: tuple[int, int, int] | None = None
+        """To the one question that is asked at a time."""
+        self._asked: tuple[int, int] | None = None
+        self.given_up: set[int] = set()
+        """Lanes of whose ``HOLD`` we did not await the answer; not to be asked for until it is here."""
+        self._puts: deque[memoryview] = deque()
+        self._urgent: deque[memoryview] = deque()
+        self._begun: deque[memoryview] = deque()
+        """Whole frames that go out now, less the bytes that have."""
+        self._frame_parts: deque[int] = deque()
+        """How many parts each frame of ``_puts`` has."""
+        self._incoming = bytearray()
+        self._heard_at = self._beat_at = now
+
+    # --- what goes out -----------------------------------------------------------------------------
+
+    def put(self, frame: Iterable[bytes | memoryview]) -> None:
+        """In order with all that was put before."""
+        parts = [memoryview(part) for part in frame]
+        self._puts.extend(parts)
+        self._frame_parts.append(len(parts))
+
+    def ask(self, kind: int, small: int, answers: int) -> None:
+        """``answers``: its kind, or one of ``HELD`` and ``BUSY`` for a ``HOLD``; it will be ``answer``. One
+        at a time."""
+        self.answer, self._asked = None, (answers, small)
+        frame = memoryview(frames.head(kind, small))
+        if kind == frames.HOLD:
+            self._urgent.append(frame)
+        else:
+            self.put([frame])
+
+    def give_up(self) -> None:
+        """Nobody awaits the answer any more; a lane that is granted all the same is let go."""
+        if self._asked is not None and self._asked[0] == frames.HELD:
+            self.given_up.add(self._asked[1])
+        self._asked = None
+
+    def let_go(self, index: int) -> None:
+        self.lanes[index] = False
+        self.put([frames.head(frames.LET_GO, index)])
+
+    @property
+    def has_parts(self) -> bool:
+        return bool(self._begun or self._urgent or self._puts)
+
+    def parts(self) -> list[memoryview]:
+        """What goes out next, in this order."""
+        if not self._begun:
+            if self._urgent:
+                self._begun, self._urgent = self._urgent, deque()
+            nbytes = 0
+            while self._frame_parts and nbytes < frames.MAX_PUT_NBYTES:
+                if self._begun and len(self._begun) + self._frame_parts[0] > MAX_PARTS:
+                    break
+                for _ in range(self._frame_parts.popleft()):
+                    part = self._puts.popleft()
+                    nbytes += len(part)
+                    self._begun.append(part)
+        return list(itertools.islice(self._begun, MAX_PARTS))
+
+    def sent(self, nbytes: int) -> None:
+        """Of the last ``parts``."""
+        while nbytes and self._begun:
+            part = self._begun[0]
+            if nbytes < len(part):
+                self._begun[0] = part[nbytes:]
+                return
+            nbytes -= len(part)
+            self._begun.popleft()
+
+    # --- what comes --------------------------------------------------------------------------------
+
+    def received(self, some: bytes, now: float) -> None:
+        """:class:`ProtocolViolation`: whoever is there does not keep to the protocol."""
+        self._heard_at = now
+        self._incoming += some
+        size = frames.HEAD.size
+        whole = len(self._incoming) // size * size
+        for frame in frames.HEAD.iter_unpack(bytes(self._incoming[:whole])):
+            self._take(*frame)
+        del self._incoming[:whole]
+
+    def _take(self, kind: int, small: int, large: int) -> None:
+        if kind == frames.TORN:
+            self.lose(_TORN.get(small, End.CLOSED))
+        elif kind == frames.STATE:
+            self.told[small] = large
+        elif kind == frames.FREE:
+            if self.lanes.get(small) is False:
+                del self.lanes[small]
+                if not any(index // MAX_LANES == small // MAX_LANES for index in self.lanes):
+                    self.told.pop(small // MAX_LANES, None)
+        elif kind == frames.HELD and small in self.given_up:
+            self.given_up.discard(small)
+            self.let_go(small)
+        elif kind == frames.BUSY and small in self.given_up:
+            self.given_up.discard(small)
+        elif self._asked is not None and self._asked == (frames.HELD if kind == frames.BUSY else kind, small):
+            if kind == frames.HELD:
+                self.lanes[small] = True
+                self.told[small // MAX_LANES] = large
+            self.answer, self._asked = (kind, small, large), None
+        elif kind not in (frames.BEAT, frames.VALUE, frames.SYNCED):
+            raise ProtocolViolation(f"frame {kind} of {small}, which nobody asked for")
+
+    # --- life --------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """A quarter of ``silence_s`` has passed, or less. After everything that came has been read."""
+        if self.end is not None:
+            return
+        if now - self._heard_at > self.silence_s:
+            self.lose(End.SILENT)
+        elif now - self._beat_at >= self.silence_s / 4:
+            self._beat_at = now
+            self._urgent.append(memoryview(frames.head(frames.BEAT)))
+
+    def lose(self, end: End) -> None:
+        """Nothing more goes out, and no lane is ours; the socket is closed by whoever has it."""
+        self.end = self.end or end
+        for waiting in (self._begun, self._urgent, self._puts):
+            waiting.clear()
+        self._frame_parts.clear()
+        self.lanes, self.told, self._asked = {}, {}, None
