@@ -61,7 +61,7 @@ ROUTERS_OWN = {
     "Request": {"from_frame", "begun", "continued", "token_frame"},
     "Mesh": {"departing"},
     "GrantHandle": {"sendings", "is_used", "take_lane", "check_open", "interval", "sampler", "check_free",
-                    "check_covered", "numerics", "grant"},
+                    "check_covered", "check_splits", "has_first", "numerics", "grant"},
     "Sending": {"start", "listen", "name", "numerics"},
     "Generating": {"depends_on", "is_of", "watch", "leave", "give_up", "pass_on", "offset", "is_answered"},
     "EngineInfo": {"incarnation", "address", "events_address", "replay_address", "layout_hash", "heap",

@@ -100,6 +100,7 @@ def account(
                 share="" if ended is None else ended.share,
                 moves=0 if ended is None else ended.num_moves,
                 alone="" if ended is None else ended.alone,
+                heaps=[] if ended is None else ended.heaps,
                 engines=[] if ended is None else ended.engines,
                 why="" if ended is None else ended.why,
                 capped_to=0 if ended is None else ended.capped_to,

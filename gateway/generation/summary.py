@@ -83,6 +83,8 @@ class Summary:
     moves: int = 0
     alone: str = ""
     """Why one engine alone served it, whatever the strategy says."""
+    heaps: list[str] = field(default_factory=list)
+    """Kinds of heap that its KV was sent through."""
     engines: list[str] = field(default_factory=list)
     numerics: Numerics = UNKNOWN
     finish_reason: str = ""
@@ -123,6 +125,7 @@ def write_line(summary: Summary) -> None:
         moves=summary.moves,
         alone=summary.alone,
         engines=summary.engines,
+        heaps=summary.heaps,
         why=summary.why,
         numerics=summary.numerics.name,
         exact=summary.numerics.is_exact,

@@ -5,11 +5,11 @@ Plain data. What it does besides the plain ``StartGenerate`` is said here and no
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
-from microserve.protocol.messages.geometry import UNSAID, Geometry
+from microserve.protocol.messages.geometry import UNSAID, Geometry, differing_field
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 
 PREP_RECV: Final = "prep_recv"
@@ -78,3 +78,26 @@ class EngineInfo(msgspec.Struct, frozen=True):
     def all_heaps(self) -> list[str]:
         """Kinds through which it can be written to, best first; none of one that receives nothing."""
         return self.heaps or ([self.heap] if self.heap else [])
+
+
+class Disagreement(NamedTuple):
+    """In what two engines of one model should agree and do not."""
+
+    field: str
+    mine: object
+    theirs: object
+
+
+def disagreement(mine: EngineInfo, theirs: EngineInfo) -> Disagreement | None:
+    """Why these two cannot serve one model together; None: they can. Engines between which no KV ever goes
+    need not have the same blocks, and one of the two need not say a revision."""
+    exchange = mine.exchanges_kv and theirs.exchanges_kv
+    # Geometry first: another dtype is another revision as well, and says more.
+    if exchange and (field := differing_field(mine.geometry, theirs.geometry)):
+        return Disagreement(field, getattr(mine.geometry, field), getattr(theirs.geometry, field))
+    fields = ["revision"] if exchange or (mine.revision and theirs.revision) else []
+    fields += ["block_size", "layout_hash"] if exchange else []
+    for field in (*fields, "vocab_size", "eos_token_ids"):
+        if (own := getattr(mine, field)) != (other := getattr(theirs, field)):
+            return Disagreement(field, own, other)
+    return None

@@ -42,14 +42,21 @@ UNSAID = Geometry()
 _MAY_BE_UNSAID = ("rope", "layers")
 
 
+def differing_field(one: Geometry, other: Geometry) -> str:
+    """The first field in which they differ; empty: none, or one of the two says nothing."""
+    if one is other or not (one.is_said and other.is_said):
+        return ""
+    for field in Geometry.__struct_fields__:
+        mine, theirs = getattr(one, field), getattr(other, field)
+        if mine != theirs and ((mine and theirs) or field not in _MAY_BE_UNSAID):
+            return field
+    return ""
+
+
 def difference(here: Geometry, there: Geometry, *, ours: str = "here", theirs: str = "there") -> str:
     """The first field in which two engines differ, with both values: ``dtype: bfloat16 here, float32 there``.
     Empty: they may exchange KV, or one of them does not say."""
-    if not (here.is_said and there.is_said):
+    field = differing_field(here, there)
+    if not field:
         return ""
-    for field in Geometry.__struct_fields__:
-        own, other = getattr(here, field), getattr(there, field)
-        if own == other or (field in _MAY_BE_UNSAID and not (own and other)):
-            continue
-        return f"{field}: {own or 'none'} {ours}, {other or 'none'} {theirs}"
-    return ""
+    return f"{field}: {getattr(here, field) or 'none'} {ours}, {getattr(there, field) or 'none'} {theirs}"

@@ -129,6 +129,8 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     alone: str = ""
     """Why one engine alone served it, whatever its strategy says: ``prompt_logprobs``, or the code of what
     went wrong. Empty: its strategy served it."""
+    heaps: list[str] = []
+    """Kinds of heap and door that its KV was sent through, in order of first use."""
 
 
 class Served(msgspec.Struct, frozen=True, array_like=True):

@@ -20,6 +20,7 @@ import msgspec
 from microserve.protocol.bus.peers import Loss, Peers
 from microserve.protocol.errors import EngineLost, InvalidRequest, QueueFull
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.messages.engine_info import disagreement
 from microserve.protocol.messages.index import Member
 from microserve.protocol.messages.numerics import fault_of_numerics
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS, WIRE_VERSION
@@ -201,9 +202,8 @@ class Membership:
             other = peer.value.info
             if other.model != info.model or other.engine_id == info.engine_id:
                 continue
-            for field in ("revision", "block_size", "layout_hash", "vocab_size", "eos_token_ids"):
-                if getattr(info, field) != getattr(other, field):
-                    raise refuse(field, getattr(info, field), getattr(other, field), other.engine_id)
+            if found := disagreement(info, other):
+                raise refuse(*found, other.engine_id)
 
     def check_integrity(self) -> None:
         """Assert what must hold between any two events (tests call it after each)."""
@@ -213,7 +213,8 @@ class Membership:
             assert (peer.key, peer.incarnation) == (info.engine_id, info.incarnation)
             assert peer.key not in self._absent, "a member is not absent"
             assert peer.incarnation not in self._retired.get(peer.key, ()), "a retired life is no member"
-        layouts = {(m.info.model, (m.info.revision, m.info.layout_hash)) for m in self.members()}
+        exchanging = [m.info for m in self.members() if m.info.exchanges_kv]
+        layouts = {(info.model, (info.revision, info.layout_hash)) for info in exchanging}
         assert len(layouts) == len({model for model, _ in layouts}), "one revision in one layout a model"
 
 

@@ -17,8 +17,19 @@ from microserve.protocol.errors import (
     MeshError,
     PeerError,
     StrategyError,
+    TransferFailed,
+    UnsupportedAction,
 )
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.engine_info import (
+    COMMIT,
+    FIRST_TOKEN,
+    GRAMMAR,
+    PREP_RECV,
+    PROMPT_LOGPROBS,
+    REMOTE_SEND,
+)
+from microserve.protocol.messages.geometry import difference
 from microserve.services.router.authoring.generating import STREAM, Generating
 from microserve.services.router.authoring.grant import GrantHandle, Sending
 from microserve.services.router.authoring.view import EngineFacts, OwnLabels
@@ -51,7 +62,8 @@ class Engine(EngineFacts):
         """Make room for KV of ``tokens[:end]``; None is the whole prompt, negative counts from its end.
 
         An engine without room says when to ask again; asking goes on for ``router.call_timeout_s``. Raises
-        ``InvalidInterval``, ``CacheFull`` when there is no room for so long, or a ``PeerError``.
+        ``InvalidInterval``, ``CacheFull`` when there is no room for so long, ``UnsupportedAction`` of an
+        engine that receives nothing, or a ``PeerError``.
         """
         gives_up_at = self._scope.now + self._scope.call_timeout_s
         pause_s = 0.0
@@ -69,9 +81,10 @@ class Engine(EngineFacts):
         """Ask once."""
         scope, connection = self._scope, self._connection
         scope.check(request)
+        self._require(PREP_RECV)
         stop = request.bound("end", end)
         if stop == 0:
-            return GrantHandle(self.id, None)
+            return GrantHandle(self.id, None, has_first=self.can(FIRST_TOKEN))
         bulk = scope.prompt(connection)
         scope.hold(connection, PREP)
         scope.account.reserve_sequence(self.id)
@@ -96,7 +109,7 @@ class Engine(EngineFacts):
             raise StrategyError("a request has one open grant on an engine")
         scope.unused[grant.grant_id] = self.id
         scope.clock.granted(scope.now)
-        return GrantHandle(self.id, grant)
+        return GrantHandle(self.id, grant, has_first=self.can(FIRST_TOKEN))
 
     def remote_send(
         self,
@@ -110,20 +123,31 @@ class Engine(EngineFacts):
         """Compute KV of ``tokens[:end]`` here and put ``[begin, end)`` into ``grant``; starts at once.
 
         ``begin`` None is where the receiver's match ends, and nothing below that is sent. ``first_token``
-        None: sampled here exactly when ``end`` is the prompt's end. Nothing left to send: settled at once.
-        Raises ``InvalidInterval`` outside the grant or on an overlap, ``EngineLost``.
+        None: sampled here exactly when ``end`` is the prompt's end, and both engines can. Nothing left to
+        send: settled at once. Raises ``InvalidInterval`` outside the grant, on an overlap, or where this
+        engine cannot split (:meth:`split_at`), ``TransferFailed`` where KV of the two differs in shape,
+        ``UnsupportedAction``, ``EngineLost``.
         """
         scope = self._scope
         scope.check(request)
+        self._require(REMOTE_SEND)
         start, stop = grant.interval(request, begin, end)
-        samples = stop == request.num_tokens if first_token is None else first_token
+        has_first = grant.has_first and self.can(FIRST_TOKEN)
+        samples = stop == request.num_tokens and has_first if first_token is None else first_token
+        if samples and not has_first:
+            self._require(FIRST_TOKEN)
+            raise UnsupportedAction(f"engine {grant.engine_id} awaits no first token of another one")
         if samples and stop != request.num_tokens:
             raise InvalidInterval("the first token can be sampled only at the prompt's end", field="end")
         if samples:
             scope.check_unfinished()
         if grant.grant is None or start >= stop:
             return Sending(request.request_id, grant, start, start, first_token=False)
+        grant.check_splits(self.id, start, stop, self.info.split_tokens)
         grant.check_free(start, stop)
+        here, there = f"at {self.id}", f"at {grant.engine_id}"
+        if different := difference(self.info.geometry, grant.grant.geometry, ours=here, theirs=there):
+            raise TransferFailed(f"KV of these engines differs: {different}")
         sending = Sending(
             request.request_id, grant, start, stop, first_token=samples, numerics=self.info.numerics
         )
@@ -166,6 +190,10 @@ class Engine(EngineFacts):
         if scope.is_generating:
             raise StrategyError("a request generates once")
         scope.check_unfinished()
+        if scope.sampling.grammar is not None:
+            self._require(GRAMMAR)
+        if scope.sampling.prompt_logprobs is not None and not request.num_output_tokens:
+            self._require(PROMPT_LOGPROBS)
         if after is not None and grant is not None and after.grant is not grant:
             raise StrategyError("'after' sends into another grant")
         grant = after.grant if grant is None and after is not None else grant
@@ -178,7 +206,8 @@ class Engine(EngineFacts):
             grant.check_open(self.id)
             grant.check_covered()
             if position == request.num_tokens and not grant.is_complete:
-                first_from = grant.sampler()
+                # Who computes the last tokens again needs nobody to sample what follows them.
+                first_from = grant.sampler(is_needed=not self.info.recompute_tokens)
         grant_id = grant.grant_id if grant is not None else ""
         received = grant.numerics if grant is not None else None
         ttl_s = scope.remaining_s
@@ -221,6 +250,7 @@ class Engine(EngineFacts):
         scope.check(request)
         if grant.grant is None:
             return 0
+        self._require(COMMIT)
         grant.check_open(self.id)
         grant.check_covered()
         self._use(grant)
@@ -266,6 +296,12 @@ class Engine(EngineFacts):
         self._scope.check(request)
         self._scope.abort(self._connection)
         self._scope.account.release_sequence(self.id)
+
+    def _require(self, ability: str) -> None:
+        """Raises :class:`UnsupportedAction`, before anything is sent."""
+        if not self.can(ability):
+            kind = f" ({self.info.backend})" if self.info.backend else ""
+            raise UnsupportedAction(f"engine {self.id}{kind} does no {ability}")
 
     def _use(self, grant: GrantHandle) -> None:
         grant.is_used = True

@@ -26,9 +26,11 @@ class GrantHandle:
     An empty interval (``end == 0``) needs no grant: ``grant`` is None and nothing is to be sent.
     """
 
-    def __init__(self, engine_id: str, grant: Grant | None) -> None:
+    def __init__(self, engine_id: str, grant: Grant | None, *, has_first: bool = True) -> None:
+        """``has_first``: the receiver awaits a first token that its sender samples."""
         self.engine_id = engine_id
         """The receiver's."""
+        self.has_first = has_first
         self.grant = grant
         self.sendings: list[Sending] = []
         self.is_used = grant is None
@@ -87,15 +89,28 @@ class GrantHandle:
             raise InvalidInterval(f"[{start}, {stop}) is not inside the grant's [0, {self.end})", field="end")
         return max(start, self.matched), stop
 
-    def sampler(self) -> Sending:
+    def sampler(self, *, is_needed: bool = True) -> Sending | None:
         """The send that reaches the grant's end and samples there; call after :meth:`check_covered`.
 
-        Raises :class:`StrategyError` when it does not sample.
+        Raises :class:`StrategyError` when it does not sample, or None where that is not needed.
         """
         last = max(self.sendings, key=lambda sending: sending.end)
         if not last.first_token:
+            if not is_needed:
+                return None
             raise StrategyError("begin is the prompt's end, but no sender samples the first token")
         return last
+
+    def check_splits(self, engine_id: str, begin: int, end: int, split_tokens: int) -> None:
+        """A send of that engine can begin and end there. Raises :class:`InvalidInterval`: a bound that was
+        moved would have tokens sent twice, or by nobody."""
+        for name, bound, is_edge in (("begin", begin, begin <= self.matched), ("end", end, end == self.end)):
+            if bound % split_tokens and not is_edge:
+                raise InvalidInterval(
+                    f"{name} is {bound}: engine {engine_id} splits at multiples of {split_tokens} tokens "
+                    "(Engine.split_at)",
+                    field=name,
+                )
 
     def check_free(self, begin: int, end: int) -> None:
         """Raises :class:`InvalidInterval` when another send writes into ``[begin, end)``."""
@@ -181,6 +196,7 @@ class Sending:
                 self.sent = sent
                 scope.account.end_transfer(name, sent)
                 scope.clock.sent(begun, scope.now, sent.timings)
+                scope.sent_through(sent.heap)
                 scope.drop(connection, name)
             self._settled.set()
             for listener in self._listeners:

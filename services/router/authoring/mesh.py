@@ -8,9 +8,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from microserve.protocol.errors import NoEngines, StrategyError
+from microserve.protocol.errors import InvalidRequest, NoEngines, StrategyError, UnsupportedAction
 from microserve.protocol.messages.control import Scalar
 from microserve.protocol.messages.decisions import MAX_NOTE_CHARS, MAX_NOTE_VALUES
+from microserve.protocol.messages.engine_info import GRAMMAR, PREP_RECV, PROMPT_LOGPROBS, REMOTE_SEND
 from microserve.services.router.authoring.choice import Scores, combined, softmax_choice
 from microserve.services.router.authoring.engine import Engine
 from microserve.services.router.authoring.generating import Generating
@@ -27,6 +28,11 @@ from microserve.services.router.request.trail import Trail
 
 READS_ONLY = ("Mesh.",)
 """Where a strategy that hangs may be broken off (../oversight/cut.py)."""
+
+_ROLES = {"prefill": REMOTE_SEND, "decode": PREP_RECV}
+"""What a label is about, where an author does not say what he wants of an engine."""
+_NEEDS = {"grammar": GRAMMAR, "prompt_logprobs": PROMPT_LOGPROBS}
+"""By field of ``SamplingParams``, what a request that has it cannot do without."""
 
 Scorer = Callable[["Mesh", Engine, Request], float]
 """What speaks for an engine; more is better (scoring.py)."""
@@ -79,6 +85,7 @@ class Mesh(MeshView):
         *,
         exclude: Collection[Engine] = (),
         strict: bool = False,
+        can: Collection[str] | None = None,
         prefix: bool = False,
         cost: Callable[[Engine], float] | None = None,
         scorers: Mapping[Scorer, float] | None = None,
@@ -92,7 +99,10 @@ class Mesh(MeshView):
         ``exclude`` yields when nobody else is left, so a mesh of one engine serves every strategy; others of
         its numerics class come before any measure, and so do those of the class in which the answer began.
         With ``strict`` neither yields: an engine that bears the label and is not excluded, or nobody.
-        Raises :class:`NoEngines`, and ``StrategyError`` for scores that are no numbers.
+        ``can``: what it must do (:meth:`Engine.can`). Not given, ``prefill`` is for engines that send KV and
+        ``decode`` for those that receive it, where there are such. What the request needs, as a grammar, each
+        engine has that is picked. Raises :class:`NoEngines`, ``UnsupportedAction`` where nobody can, and
+        ``StrategyError`` for scores that are no numbers.
         """
         self._scope.check(request)
         if cost is not None and scorers is not None:
@@ -106,10 +116,11 @@ class Mesh(MeshView):
             def cost(engine: Engine) -> float:
                 return -matched.get(engine.id, 0)
 
-        labelled = self.engines(label, strict=strict)
+        able = self._able(request, label, can)
+        labelled = [self._engine(connection) for connection in self._labelled(able, label, strict)]
         candidates = [e for e in labelled if e not in exclude]
         if not candidates and not strict:
-            candidates = [e for e in self.engines() if e not in exclude] or labelled
+            candidates = [e for e in map(self._engine, able) if e not in exclude] or labelled
         if not candidates:
             raise NoEngines(_nobody(label, strict), retry_after_s=RETRY_AFTER_S)
         names = {self._numerics} if self._numerics else {e.info.numerics.name for e in exclude}
@@ -143,6 +154,24 @@ class Mesh(MeshView):
                 label, by, temperature, ids, costs, loads, chosen.id, excluded, narrowed_to, scored, now
             )
         return chosen
+
+    def _able(self, request: Request, label: str | None, can: Collection[str] | None) -> Sequence[Connection]:
+        """Engines that do what is to be asked of them."""
+        everyone, sampling = self._connections(), self._scope.sampling
+        for field, ability in _NEEDS.items():
+            if getattr(sampling, field) is None or (ability == PROMPT_LOGPROBS and request.num_output_tokens):
+                continue
+            able = [c for c in everyone if c.info.does(ability)]
+            if everyone and not able:
+                raise InvalidRequest(f"no engine here does {ability}", field=field)
+            everyone = able
+        if can is None:
+            role = _ROLES.get(label or "")
+            return everyone if role is None else [c for c in everyone if c.info.does(role)] or everyone
+        able = [c for c in everyone if all(map(c.info.does, can))]
+        if everyone and not able:
+            raise UnsupportedAction(f"no engine does {' and '.join(can)}")
+        return able
 
     def note(self, text: str, **values: Scalar) -> None:
         """Say why, for whoever asks later (``microserve explain``): words, and values with their names.

@@ -12,6 +12,7 @@ import math
 from bisect import bisect_left
 from typing import NamedTuple
 
+from microserve.protocol.messages.engine_info import PREP_RECV, REMOTE_SEND
 from microserve.services.router.authoring.engine import Engine
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
@@ -47,7 +48,8 @@ def cheapest_split(mesh: Mesh, request: Request, *, reserve: float = 0.0) -> Spl
         return mesh.decode_cost_s(engine) if _coming(mesh, engine) <= most else math.inf
 
     decode = mesh.pick("decode", request, exclude=[prefill], cost=decode_s)
-    if prefill == decode or _coming(mesh, decode) > most:
+    is_pair = prefill.can(REMOTE_SEND) and decode.can(PREP_RECV)
+    if prefill == decode or not is_pair or _coming(mesh, decode) > most:
         return Split(prefill, decode, request.num_tokens, math.inf)
     ends = request.num_tokens, even_split(mesh, request, prefill, decode, reserve)
     splits = [Split(prefill, decode, end, split_s(mesh, request, prefill, decode, end)) for end in ends]

@@ -13,6 +13,8 @@ from typing import Any
 from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.control import fault_of_labels
+from microserve.protocol.messages.engine_info import PREP_RECV, REMOTE_SEND
+from microserve.protocol.messages.geometry import difference
 from microserve.services.router.authoring.holding import Queues
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
@@ -68,10 +70,24 @@ class EngineFacts:
         """Seconds since that came."""
         return asyncio.get_running_loop().time() - self._connection.load_at
 
+    def can(self, *abilities: str) -> bool:
+        """Does it all of these? ``prep_recv``, ``remote_send``, ``commit``, ``first_token``, ``early_start``,
+        ``prompt_logprobs``, ``grammar``, ``lora``: engines of one mesh may differ in them (docs/engines.md).
+        """
+        return all(map(self.info.does, abilities))
+
     def keeps_kv_of(self, source: EngineFacts) -> bool:
-        """Would KV of ``source`` become prefix cache here? An exact numerics class keeps no other's."""
-        own = self.info.numerics
-        return not own.is_exact or own == source.info.numerics
+        """Would KV of ``source`` become prefix cache here? Not where one of the two exchanges none, or where
+        theirs differ in shape; and an exact numerics class keeps no other's."""
+        own, other = self.info, source.info
+        if not (own.does(PREP_RECV) and other.does(REMOTE_SEND)) or difference(own.geometry, other.geometry):
+            return False
+        return not own.numerics.is_exact or own.numerics == other.numerics
+
+    def split_at(self, position: int) -> int:
+        """The last place up to ``position`` where a send from here may begin, or one may end before the
+        grant's end: of engines that send whole blocks only, a block's edge."""
+        return position - position % self.info.split_tokens
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, EngineFacts) and other.id == self.id
@@ -152,7 +168,11 @@ class MeshView:
         return predicted_ttft_s(engine_view(engine._connection, self._book, now), num_tokens)
 
     def _fit(self, label: str | None, strict: bool = False) -> Sequence[Connection]:
-        everyone = self._connections()
+        return self._labelled(self._connections(), label, strict)
+
+    def _labelled(
+        self, everyone: Sequence[Connection], label: str | None, strict: bool
+    ) -> Sequence[Connection]:
         if label is None:
             return everyone
         own = self.state.labels

@@ -43,7 +43,13 @@ class PrefixReplica:
         info = connection.info
         index = self._index
         what = (info.block_size, info.model, info.revision)
-        if index is None or (index.block_size, index.model, index.revision) != what:
+        if index is not None and (index.block_size, index.model, index.revision) != what:
+            if not info.exchanges_kv:
+                return  # its blocks are of another size than those of the mesh
+            index = None
+            for other in [c for c, _ in self._feeds.values() if not c.info.exchanges_kv]:
+                self.ended(other)
+        if index is None:
             index = self._index = PrefixIndex(
                 info.block_size, info.model, self._max_nbytes, revision=info.revision
             )

@@ -18,6 +18,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import Draining, EngineLost, MeshError
 from microserve.protocol.messages.control import EngineLabels
 from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.engine_info import Disagreement, disagreement
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest
@@ -26,14 +27,11 @@ from microserve.services.links.engine import EngineConnection, RouterIdentity
 
 _logger = structlog.get_logger()
 
-_COMMON = ("model", "revision", "block_size", "vocab_size", "layout_hash", "eos_token_ids", "wire_version")
-"""In what all engines of a mesh agree."""
-
 OnConnection = Callable[[EngineConnection], None]
 
 
 class Registry:
-    """Connections by engine id. All of them serve one model in one layout."""
+    """Connections by engine id. All of them serve one model, those that exchange KV in one layout."""
 
     def __init__(
         self,
@@ -178,15 +176,17 @@ class Registry:
     def _mismatch(self, info: EngineInfo) -> EngineLost | None:
         """Where an engine first differs from those that are here."""
         others = [c.info for c in self.joined() if c.engine_id != info.engine_id]
-        for field in _COMMON:
-            theirs = getattr(info, field)
-            for other in others:
-                if (ours := getattr(other, field)) != theirs:
-                    return EngineLost(
-                        f"engine {info.engine_id} has another {field} than the mesh: {theirs!r}, "
-                        f"{other.engine_id} has {ours!r}",
-                        field=field,
-                    )
+        for other in others:
+            found = disagreement(info, other)
+            for field in ("wire_version", "model"):
+                if (theirs := getattr(info, field)) != (ours := getattr(other, field)):
+                    found = Disagreement(field, theirs, ours)
+            if found is not None:
+                return EngineLost(
+                    f"engine {info.engine_id} has another {found.field} than the mesh: {found.mine!r}, "
+                    f"{other.engine_id} has {found.theirs!r}",
+                    field=found.field,
+                )
         return None
 
     def _check(self, info: EngineInfo) -> None:
@@ -218,7 +218,8 @@ class Registry:
             self._refuse(connection.info, error.detail)
             self._loop.call_later(self._settings.heartbeat_interval_s, self._return_to, engine_id)
             return
-        self.served = connection.info
+        if connection.info.exchanges_kv or not any(c.info.exchanges_kv for c in self.joined()):
+            self.served = connection.info  # blocks of one that exchanges no KV are its own affair
         self._refused.pop(engine_id, None)
         _logger.info(
             log.ENGINE_JOINED,

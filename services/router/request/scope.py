@@ -36,6 +36,8 @@ class RequestScope:
         self.clock = clock
         self.engines: list[str] = []
         """Engines that took part, in order of first use."""
+        self.heaps: list[str] = []
+        """Kinds of heap that KV was sent through, likewise."""
         self.unused: dict[str, str] = {}
         """Grants taken and neither generated from, committed nor released: engine id by grant id."""
         self.decision = Decision()
@@ -113,6 +115,11 @@ class RequestScope:
         num_output_tokens = self.request.num_output_tokens
         if num_output_tokens and num_output_tokens >= self.sampling.max_tokens:
             raise AnswerWhole(f"{self.sampling.max_tokens} tokens have been delivered")
+
+    def sent_through(self, heap: str) -> None:
+        """KV was put through a heap of this kind; empty: it is not known, or nothing was."""
+        if heap and heap not in self.heaps:
+            self.heaps.append(heap)
 
     # --- what engines give ---------------------------------------------------------------------------
 

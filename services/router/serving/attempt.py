@@ -50,7 +50,7 @@ class Attempts:
                     live.last = await self._drive(live, scope, generator)
                 finally:
                     watch.stop()
-                    live.keep_caps(scope)
+                    live.keep(scope)
         except asyncio.CancelledError:
             if live.interrupt is None and not _is_cancelled():
                 return self.blame(live, StrategyError("the strategy cancelled itself"))

@@ -30,6 +30,7 @@ from microserve.protocol.errors import (
     UnknownRequest,
 )
 from microserve.protocol.messages.engine import EngineInfo, Finished, Timings, Usage
+from microserve.protocol.messages.engine_info import PREP_RECV
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.grant import Sending
@@ -198,7 +199,7 @@ async def move(
     try:
         chosen = [engine for engine in mesh.engines() if engine.id == wanted != source.engine_id]
         others = [] if chosen else [engine for engine in mesh.engines() if engine.id == source.engine_id]
-        target = chosen[0] if chosen else mesh.pick("decode", request, exclude=others)
+        target = chosen[0] if chosen else mesh.pick("decode", request, exclude=others, can=[PREP_RECV])
         # The newest token has no KV yet: its block is left to the target.
         end = (request.num_tokens - 1) // request.block_size * request.block_size
         async with asyncio.timeout(GRANT_S):

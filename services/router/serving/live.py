@@ -68,6 +68,8 @@ class LiveRequest:
     """Why one engine alone serves it, whatever its strategy says."""
     engines: list[str] = field(default_factory=list)
     """Those of attempts that have failed."""
+    heaps: list[str] = field(default_factory=list)
+    """Kinds of heap that KV was sent through, in all attempts."""
     last: Tokens | None = None
     """The chunk that ends the stream."""
     interrupt: Interrupt | None = None
@@ -117,8 +119,9 @@ class LiveRequest:
         self.next_row = fresh.end
         return fresh
 
-    def keep_caps(self, scope: RequestScope) -> None:
-        """What the strategy has capped in an attempt holds for the next ones."""
+    def keep(self, scope: RequestScope) -> None:
+        """What an attempt leaves: what its strategy has capped holds for the next ones."""
+        self.heaps += [heap for heap in scope.heaps if heap not in self.heaps]
         if scope.sampling is not scope.request.sampling:
             self.capped = scope.sampling
             if scope.sampling.max_tokens < scope.request.sampling.max_tokens:
@@ -169,6 +172,7 @@ def finished_well(live: LiveRequest, finished: Finished, phases: Phases, engines
         share=live.share,
         num_moves=live.num_moves,
         alone=live.alone,
+        heaps=live.heaps,
     )
 
 
@@ -189,6 +193,7 @@ def cut_short(
         share=live.share,
         num_moves=live.num_moves,
         alone=live.alone,
+        heaps=live.heaps,
     )
     if error is None:
         return ended
@@ -225,6 +230,7 @@ def write_line(request_id: str, ended: Ended) -> None:
         moves=ended.num_moves,
         alone=ended.alone,
         engines=ended.engines,
+        heaps=ended.heaps,
         numerics=ended.numerics.name,
         exact=ended.numerics.is_exact,
         reason=ended.reason,

@@ -42,7 +42,7 @@ async def auto(
         is_warm = uncached <= request.num_tokens * (1 - affinity) and waiting <= tau
         return -1 if is_warm else waiting + uncached
 
-    one = mesh.pick("decode", request, cost=cost)
+    one = mesh.pick("decode", request, can=(), cost=cost)
     if mesh.load(one).prefill_tokens_per_s > 0.0:  # then labels are for splits: alone, any may be cheapest
         one = mesh.pick(None, request, cost=cost)
     two = cheapest_split(mesh, request)

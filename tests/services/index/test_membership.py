@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -12,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from microserve.protocol.bus.peers import Loss
 from microserve.protocol.errors import EngineLost, InvalidRequest, MeshError, QueueFull
 from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.geometry import Geometry
 from microserve.protocol.messages.index import Member
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.index import membership
@@ -157,6 +159,31 @@ def test_same_model_with_another_revision_or_layout_is_refused_naming_both(
     for part in ("e1", "e2", repr(theirs), repr(getattr(make_info(), field))):
         assert part in refused.value.detail
     assert members.register(make_info("e2", model="other", **{field: theirs}), 0.0) is Admission.JOINED
+
+
+@pytest.mark.parametrize("other", [{"block_size": 32}, {"layout_hash": "x"}, {"revision": ""}])
+def test_an_engine_that_exchanges_no_kv_may_have_other_blocks(members: Membership, other: Any) -> None:
+    members.register(make_info("e1", revision="r"), 0.0)
+
+    assert members.register(make_info("e2", **{"can": [], "revision": "r", **other}), 0.0) is Admission.JOINED
+    members.check_integrity()
+    with pytest.raises(InvalidRequest) as refused:
+        members.register(make_info("e3", can=[], revision="other"), 0.0)
+    assert refused.value.field == "revision"
+    with pytest.raises(InvalidRequest) as refused:
+        members.register(make_info("e3", can=[], revision="r", vocab_size=9), 0.0)
+    assert refused.value.field == "vocab_size"
+
+
+def test_kv_of_another_shape_is_refused_by_the_field_that_differs(members: Membership) -> None:
+    shape = Geometry("bfloat16", "rows", 16, 2, 1, 64)
+    members.register(make_info("e1", geometry=shape), 0.0)
+
+    with pytest.raises(InvalidRequest) as refused:
+        other = msgspec.structs.replace(shape, dtype="float32")
+        members.register(make_info("e2", geometry=other, revision="of float32", layout_hash="x"), 0.0)
+    assert refused.value.field == "dtype"
+    assert refused.value.detail == "e2 has dtype 'float32', e1 has 'bfloat16'; they must agree"
 
 
 def test_only_engine_of_a_model_may_return_with_another_layout(members: Membership) -> None:

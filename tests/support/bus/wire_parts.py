@@ -147,6 +147,7 @@ ENDED = serving.Ended(
     share="canary",
     num_moves=2,
     alone="a",
+    heaps=["shm"],
 )
 OUTPUT = serving.Output(
     request_id="r1",

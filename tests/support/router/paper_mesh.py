@@ -15,6 +15,7 @@ from typing import Any, cast
 import msgspec
 
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad, Sent, Timings
+from microserve.protocol.messages.geometry import UNSAID
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.view import StrategyState
@@ -37,6 +38,8 @@ class PaperEngine:
     labels: list[str] = field(default_factory=list)
     num_blocks: int = 1000
     load_at: float = 0.0
+    said: dict[str, Any] = field(default_factory=dict)
+    """Of its ``EngineInfo``, what is not as of an engine that says nothing."""
 
     @property
     def info(self) -> EngineInfo:
@@ -46,6 +49,7 @@ class PaperEngine:
             labels=self.labels,
             num_blocks=self.num_blocks,
             block_size=BLOCK_SIZE,
+            **{"can": None, "geometry": UNSAID, "split_tokens": 1, "recompute_tokens": 0, **self.said},
         )
 
 

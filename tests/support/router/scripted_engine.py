@@ -334,7 +334,7 @@ class ScriptedEngine:
         count = message.end - message.begin
         timings = wire.Timings(queued_s=0.001, prefill_s=0.002, transfer_s=0.001)
         return wire.Sent(
-            message.call_id, message.request_id, count, 0, count, count * 64, timings, first_token=first
+            message.call_id, message.request_id, count, 0, count, count * 64, timings, first, None, "shm"
         )
 
     def _start_generate(self, message: wire.StartGenerate) -> wire.Accepted:

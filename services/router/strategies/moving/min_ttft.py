@@ -35,7 +35,7 @@ async def min_ttft(
         transfer_s = mesh.transfer_s(source, engine, have - own)
         return transfer_s + mesh.predicted_ttft_s(engine, request.num_tokens - have)
 
-    prefill = mesh.pick("prefill", request, cost=ttft_s)
+    prefill = mesh.pick("prefill", request, can=(), cost=ttft_s)
     late_s = ttft_s(prefill) - slo_s
     if late_s > 0.0 and not request.num_output_tokens:  # what has begun is not refused
         raise QueueFull(f"no first token within {slo_s:g} s", retry_after_s=min(max(late_s, 0.5), 60.0))

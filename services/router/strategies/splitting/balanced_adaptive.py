@@ -32,7 +32,7 @@ async def balanced_adaptive(
     """Send ``min_share`` tokens or more, the share ``worth`` of those computed for it or more, where that
     saves the share ``margin`` of what the request costs all who are served; or nothing."""
     two = cheapest_split(mesh, request, reserve=reserve)
-    one = mesh.pick("decode", request, cost=lambda e: alone_s(mesh, request, e))
+    one = mesh.pick("decode", request, can=(), cost=lambda e: alone_s(mesh, request, e))
     spared, computed = (two.end - mesh.prefix(request).get(e.id, 0) for e in (two.decode, two.prefill))
     is_cheaper = two.cost_s < (1 - margin) * alone_s(mesh, request, one)
     is_worth_it = is_cheaper and spared >= max(min_share, worth * computed)

@@ -19,6 +19,7 @@ from tests.support.router.router_world import (
     in_loop,
     router_world,
 )
+from tests.support.router.scripted_engine import BLOCK_SIZE
 
 PROMPT = list(range(50))
 
@@ -192,6 +193,17 @@ async def test_an_engine_that_does_not_fit_the_mesh_is_refused_and_said_once() -
         assert "another block_size" in refused["d"]
         assert refused["f"] == "engine f has another revision than the mesh: 'other weights', a has ''"
         assert world.engines["b"].hellos == []
+
+
+@in_loop
+async def test_an_engine_that_exchanges_no_kv_joins_whatever_its_blocks() -> None:
+    async with router_world("a") as world:
+        world.add_engine("plain", can=[], block_size=32, layout_hash="another", revision="")
+        await world.list_engines()
+        assert joined(world) == {"a": 1, "plain": 1}
+        served, index = world.router.registry.served, world.router.prefixes.index
+        assert served is not None and (served.engine_id, served.block_size) == ("a", BLOCK_SIZE)
+        assert index is not None and index.block_size == BLOCK_SIZE
 
 
 @in_loop
