@@ -6,7 +6,8 @@ Owns readiness, the health question and the status line of one process; does not
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 
 import structlog
 
@@ -30,15 +31,16 @@ class Lifecycle:
         """The process is to end as soon as its log is written: a library in it could wait for other processes
         in a handler or a thread, for ever."""
 
-    def ready(self, address: str, *, about: str = "") -> None:
+    def ready(self, address: str, *, about: str = "", facts: Mapping[str, str] | None = None) -> None:
         """The service answers at ``address``: logged as ``service.ready``, told to systemd, once. ``about``:
-        what else ``ps`` is to show of it, in a few words."""
+        what else ``ps`` is to show of it, in a few words; ``facts``: the same by name, for ``ps --json``."""
         if self._ready.is_set():
             return
         self.address = address
         _logger.info(log.SERVICE_READY, address=address, **({"about": about} if about else {}))
         status = f"STATUS=ready at {address}" + (f", {about}" if about else "")
-        more = (f"X_ABOUT={about}",) if about else ()
+        more = [f"X_ABOUT={about}"] if about else []
+        more += [f"X_FACTS={json.dumps(dict(facts))}"] if facts else []
         self._notifier.send("READY=1", status, f"X_ADDRESS={address}", *more)
         self._ready.set()
 

@@ -149,7 +149,7 @@ class EngineShell:
                 tasks.create_task(self._index.run()),
                 tasks.create_task(self._watch_crash()),
             ]
-            self._lifecycle.ready(self._server.address, about=self._about)
+            self._lifecycle.ready(self._server.address, about=self._about, facts=self._facts)
             try:
                 await self._leave()
             except asyncio.CancelledError:
@@ -163,11 +163,25 @@ class EngineShell:
 
     @property
     def _about(self) -> str:
-        """What it computes by, with how many threads, and in which class."""
+        """What computes, by what kernels and with how many threads, who reaches its heap, and its class."""
         numerics, kernels, threads = self._core.numerics, self._core.kernels, self._settings.engine.threads
         kind = "exact" if numerics.is_exact else "not exact"
         said = [kernels, f"{threads} {'thread' if threads == 1 else 'threads'}"] if kernels else []
+        what = f"{self._info.backend} {self._info.backend_version}".strip()
+        heaps = " ".join(self._info.all_heaps)
+        said = [what, *said, *([f"heap {heaps}"] if heaps else [])]
         return ", ".join(said + ([f"{kind} in {numerics.name}"] if numerics.name else []))
+
+    @property
+    def _facts(self) -> dict[str, str]:
+        info = self._info
+        return {
+            "backend": info.backend,
+            "backend_version": info.backend_version,
+            "heaps": " ".join(info.all_heaps),
+            "numerics": info.numerics.name,
+            "exact": str(info.numerics.is_exact).lower(),
+        }
 
     def drain(self) -> None:
         """Take no new work, and tell the routers at once: they move what runs here elsewhere, and :meth:`run`

@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -41,7 +41,9 @@ class ChildState(msgspec.Struct, frozen=True):
     detail: str
     log: str
     about: str = ""
-    """What it says of itself: of an engine, its numerics class."""
+    """What it says of itself, in words."""
+    facts: Mapping[str, str] = {}
+    """By name, of an engine: ``backend``, ``backend_version``, ``heaps``, ``numerics``, ``exact``."""
 
     @classmethod
     def of(cls, child: Child) -> ChildState:
@@ -54,6 +56,7 @@ class ChildState(msgspec.Struct, frozen=True):
             child.detail,
             str(child.log),
             child.about,
+            child.facts,
         )
 
 

@@ -12,6 +12,8 @@ import socket
 import struct
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 MAX_NBYTES = 4096
 _CREDENTIALS = struct.Struct("3i")
 """struct ucred: pid, uid, gid."""
@@ -53,6 +55,14 @@ class NoticeSocket:
     def close(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
+
+
+def facts_of(text: str) -> Mapping[str, str]:
+    """``X_FACTS`` of a child: names and values; of what is none, none."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, str]) if text else {}
+    except msgspec.DecodeError:
+        return {}
 
 
 class Silence:

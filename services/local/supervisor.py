@@ -31,7 +31,7 @@ import structlog
 from microserve.protocol import log
 from microserve.services.local.event_log import last_error
 from microserve.services.local.exit import wait_exit
-from microserve.services.local.notice import NoticeSocket, Silence
+from microserve.services.local.notice import NoticeSocket, Silence, facts_of
 
 SPAWN_RETRY_S = 1.0
 """Before a child is started again for which there was no descriptor, no memory or no process."""
@@ -78,6 +78,8 @@ class Child:
     address: str = ""
     about: str = ""
     """What it says of itself beside its address."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """The same by name."""
     restarts: int = 0
     exit_code: int | None = None
     """Of its last life (-N: signal N); None: it has not ended yet."""
@@ -295,7 +297,7 @@ class Supervisor:
             self._silence.hear(pid, now)
         if fields.get("READY") == "1" and not child.became_ready.is_set():
             child.address, child.was_ready = fields.get("X_ADDRESS", ""), True
-            child.about = fields.get("X_ABOUT", "")
+            child.about, child.facts = fields.get("X_ABOUT", ""), facts_of(fields.get("X_FACTS", ""))
             child.became_ready.set()
             self._silence.expect(pid, child.watchdog_s, now)
             if child.state is not ChildState.STOPPING:

@@ -94,9 +94,10 @@ def test_ready_is_told_once_with_the_address(listener: tuple[socket.socket, str]
 def test_ready_tells_what_else_there_is_to_show(listener: tuple[socket.socket, str]) -> None:
     listening, address = listener
     with closing(Notifier(address)) as notifier:
-        Lifecycle(notifier).ready("tcp://a:1", about="exact in c1")
+        Lifecycle(notifier).ready("tcp://a:1", about="exact in c1", facts={"exact": "true"})
     assert listening.recv(200) == (
-        b"READY=1\nSTATUS=ready at tcp://a:1, exact in c1\nX_ADDRESS=tcp://a:1\nX_ABOUT=exact in c1"
+        b"READY=1\nSTATUS=ready at tcp://a:1, exact in c1\nX_ADDRESS=tcp://a:1\nX_ABOUT=exact in c1\n"
+        b'X_FACTS={"exact": "true"}'
     )
 
 

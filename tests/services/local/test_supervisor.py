@@ -107,7 +107,8 @@ def test_what_a_child_says_of_itself_is_shown(tmp_path: Path) -> None:
 
 
 def test_what_a_child_is_ready_with_is_shown(tmp_path: Path) -> None:
-    about = READY.replace("tcp://here", "tcp://here\\nX_ABOUT=exact in c1") + "signal.pause()"
+    said = "tcp://here\\nX_ABOUT=exact in c1\\nX_FACTS={\\x22exact\\x22: \\x22true\\x22}"
+    about = READY.replace("tcp://here", said) + "signal.pause()"
 
     async def test() -> None:
         watched = Watched([child(tmp_path, "engine-0", about)])
@@ -115,6 +116,7 @@ def test_what_a_child_is_ready_with_is_shown(tmp_path: Path) -> None:
             await watched.supervisor.ready()
             state = DirectoryChild.of(watched.children[0])
             assert (state.address, state.about) == ("tcp://here", "exact in c1")
+            assert state.facts == {"exact": "true"}
             assert describe(state).endswith("tcp://here exact in c1")
 
     run(test())
