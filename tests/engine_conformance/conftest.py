@@ -79,10 +79,10 @@ def pair(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
     yield from _running(launch, tmp_path_factory.mktemp("pair"))
 
 
-@pytest.fixture
-def mortal_pair(launch: Launch, tmp_path: Path) -> Iterator[Pair]:
-    """A test's own."""
-    yield from _running(launch, tmp_path)
+@pytest.fixture(scope="module")
+def mortal_pair(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """For tests that end engines; each starts anew what it has ended."""
+    yield from _running(launch, tmp_path_factory.mktemp("mortal"))
 
 
 def _running(launch: Launch, directory: Path) -> Iterator[Pair]:

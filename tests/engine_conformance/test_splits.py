@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.engine_info import EngineInfo
 from tests.support.engine_conformance.answers import GREEDY, Answer, alone, make_prompt
 from tests.support.engine_conformance.pair import Pair
 from tests.support.engine_conformance.relay import check_relay, fresh, relay

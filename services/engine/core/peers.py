@@ -30,7 +30,8 @@ class Peers:
         if peer is not None and peer.is_lost:
             self._open.pop(grant.heap.incarnation).close()
             peer = None
-        if peer is None:
+        # What an open heap of a dead owner takes is read by nobody: no send may be told that it is done.
+        if peer is None or (peer.is_idle and peer.owner_is_dead()):
             self._leave_dead()
             peer = self._open[grant.heap.incarnation] = self._heap.reach(grant.heap, grant.doors)
         return peer

@@ -11,7 +11,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from microserve.protocol.messages.engine import EngineInfo, TokenLogprob
+from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.engine_info import EngineInfo
 from microserve.protocol.messages.sampling import SamplingParams
 from tests.support.engine_conformance.wire_client import Stream, WireClient
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from microserve.protocol.bus.curve import CurveKeys, keys_of_role
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.engine_info import EngineInfo
 from tests.support.engine_conformance.engine_process import READY_S, EngineProcess, Launch
 from tests.support.engine_conformance.wire_client import RefusedError, WireClient
 

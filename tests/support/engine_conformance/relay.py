@@ -6,10 +6,11 @@ import itertools
 from dataclasses import dataclass
 
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.engine_info import FIRST_TOKEN
 from microserve.protocol.messages.grant import Grant
 from microserve.protocol.messages.sampling import SamplingParams
 from tests.support.engine_conformance.answers import GREEDY, Answer, alone, require_equal, warm
-from tests.support.engine_conformance.declared import does, recompute_tokens, splits
+from tests.support.engine_conformance.declared import splits
 from tests.support.engine_conformance.wire_client import WireClient
 
 _numbers = itertools.count()
@@ -115,13 +116,13 @@ async def check_relay(
 ) -> Relayed:
     """As :func:`relay`, against one engine alone; and what grant, answers and usage have to say of it."""
     block, length = receiver.info.block_size, len(tokens)
-    first_token = first_token and does(sender.info, "first_token") and does(receiver.info, "first_token")
+    can = sender.info.does(FIRST_TOKEN) and receiver.info.does(FIRST_TOKEN)
     relayed = await relay(
         *(sender, receiver, tokens, end),
         there=there,
         here=here,
         num_lanes=num_lanes,
-        first_token=first_token,
+        first_token=first_token and can,
         generate_first=generate_first,
     )
     case = f"end {end} of {length}, {there} there, {here} here"
@@ -135,9 +136,9 @@ async def check_relay(
     usage = relayed.finished.usage
     assert usage.prompt_tokens == length, (case, usage)
     known = usage.cached_tokens + usage.received_tokens
-    assert end - recompute_tokens(receiver.info) <= known <= max(end, 0), (case, usage)
+    assert end - receiver.info.recompute_tokens <= known <= max(end, 0), (case, usage)
     # Who samples the first token has computed the last row of the prompt in one go with those before it.
-    cached = {there, here} | (set() if first_token else {end})
+    cached = {there, here} | (set() if first_token and can else {end})
     expected = await alone(receiver, fresh("oracle"), tokens, cached=sorted(cached - {0}))
     require_equal(relayed.answer, expected, receiver.info, case)
     return relayed
