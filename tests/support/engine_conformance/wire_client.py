@@ -251,8 +251,8 @@ class WireClient:
             raise self._broken
 
     async def _ping(self) -> None:
-        while True:
-            self.send(wire.Ping(self.incarnation))
+        # Not taken: the bus is closed.
+        while self._socket.send(ENGINE_REQUEST.encode(wire.Ping(self.incarnation))):
             await asyncio.sleep(PING_S)
 
     def _receive(self, frames: list[bytes]) -> None:
