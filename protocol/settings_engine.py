@@ -49,6 +49,12 @@ class EngineSettings(Section, frozen=True):
     address: str = "tcp://127.0.0.1:0"
     events_address: str = "tcp://127.0.0.1:0"
     replay_address: str = "tcp://127.0.0.1:0"
+    """These two with a port: of the first engine of ``mesh.engines``, one higher for each further one."""
+    events_topic: str = "kv@{id}@{model}"
+    """Of KV events, as other people's readers want it; ``{id}`` and ``{model}`` are put in. May be empty."""
+    events_open: bool = False
+    """KV events and their replay without CURVE, also off loopback: other people's readers have no keys. Who
+    reaches the two sockets reads the tokens of every prompt."""
     labels: list[str] = msgspec.field(default_factory=list)
     backend: str = "native"
     """What computes: ``native`` (ours), ``vllm`` (vLLM in an environment of its own, behind the three

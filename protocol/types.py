@@ -22,6 +22,9 @@ GrantId = NewType("GrantId", str)
 WIRE_VERSION = 1
 """The first byte of every header frame; a peer with another version is refused (WIRE.md 2)."""
 
+NO_KEY = "none"
+"""In the place of a server's public key: it speaks without CURVE, whatever keys we have."""
+
 MAX_REQUEST_ID_CHARS = 128
 """Longer ids are refused: an id is a key in every table of the mesh."""
 

@@ -17,6 +17,23 @@ def host_of(address: str) -> str:
     return endpoint.rpartition(":")[0].strip("[]") if scheme == "tcp" else ""
 
 
+def port_of(address: str) -> int:
+    """The port of a TCP address; 0 if it names none, or any free one."""
+    scheme, _, endpoint = address.partition("://")
+    port = endpoint.rpartition(":")[2]
+    return int(port) if scheme == "tcp" and port.isdecimal() else 0
+
+
+def shifted(address: str, by: int) -> str:
+    """The address with a port so much higher; as it is if it names none. Raises ``ValueError``."""
+    port = port_of(address)
+    if not port:
+        return address
+    if not 0 < port + by <= 65535:
+        raise ValueError(f"{address} has no port {by} higher")
+    return f"{address.removesuffix(str(port))}{port + by}"
+
+
 def is_ipv6(address: str) -> bool:
     """Whether a socket needs IPv6 for it. A name does only if it has no IPv4 address: with IPv6 on, libzmq
     would take the other one of a name that has both, and miss who is bound to the first."""

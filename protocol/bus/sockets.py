@@ -28,7 +28,7 @@ from microserve.protocol.security.connections import Gate
 from microserve.protocol.security.guard import Guard
 from microserve.protocol.security.rights import EVERYBODY, NOBODY, Entrance, Roles
 from microserve.protocol.security.trust import Trust
-from microserve.protocol.types import MAX_BULK_NBYTES
+from microserve.protocol.types import MAX_BULK_NBYTES, NO_KEY
 
 MAX_FRAMES_PER_TURN = 256
 """Messages drained before the loop gets its turn again."""
@@ -121,10 +121,11 @@ class _Socket:
 
     def bind(self, address: str, entrance: Entrance) -> None:
         with self._closed_on_failure(f"cannot bind {address}"):
-            if not self._bus.insecure:
-                check_exposure(address, self._bus.keys)
-            if self._bus.keys is not None:
-                self._bus.keys.apply_to_server(self._socket)
+            if entrance is not Entrance.OPEN:
+                if not self._bus.insecure:
+                    check_exposure(address, self._bus.keys)
+                if self._bus.keys is not None:
+                    self._bus.keys.apply_to_server(self._socket)
             self._socket.setsockopt(zmq.IPV6, is_ipv6(address))
             self._gate = self._bus.guard.watch(self._socket, entrance)
             self._socket.bind(address)
@@ -133,7 +134,7 @@ class _Socket:
 
     def connect(self, address: str, server_key: str) -> None:
         with self._closed_on_failure(f"cannot connect to {address}"):
-            if self._bus.keys is not None:
+            if self._bus.keys is not None and server_key != NO_KEY:
                 self._bus.keys.apply_to_client(self._socket, address, server_key)
             self._socket.setsockopt(zmq.IPV6, is_ipv6(address))
             self._socket.connect(address)
@@ -238,7 +239,8 @@ class Server(_Socket):
     def __init__(self, bus: Wiring, address: str, handler: PeerHandler, entrance: Entrance) -> None:
         super().__init__(bus, zmq.ROUTER, lambda frames: handler(frames[0], frames[1:]))
         self.sender_key = ""
-        self.sender_roles = EVERYBODY if bus.keys is None else NOBODY
+        self._asks_for_keys = bus.keys is not None and entrance is not Entrance.OPEN
+        self.sender_roles = NOBODY if self._asks_for_keys else EVERYBODY
         self._has_descriptors = address.startswith("tcp://")
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -257,7 +259,7 @@ class Server(_Socket):
         handed = self._bus.guard.handed
         nbytes = sum(map(len, frames)) + len(frames) * FRAMING_NBYTES
         handed[descriptor] = handed.get(descriptor, 0) + nbytes
-        if self._bus.keys is not None:
+        if self._asks_for_keys:
             # The guard's answer (ZAP, RFC 27) names the key of the connection that a message came by.
             self.sender_key = key = str(last.get("User-Id"))
             self.sender_roles = self._bus.roles(key)

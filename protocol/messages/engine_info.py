@@ -11,6 +11,7 @@ import msgspec
 
 from microserve.protocol.messages.geometry import UNSAID, Geometry, differing_field
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
+from microserve.protocol.types import NO_KEY
 
 PREP_RECV: Final = "prep_recv"
 REMOTE_SEND: Final = "remote_send"
@@ -20,7 +21,18 @@ EARLY_START: Final = "early_start"
 PROMPT_LOGPROBS: Final = "prompt_logprobs"
 GRAMMAR: Final = "grammar"
 LORA: Final = "lora"
-ABILITIES: Final = (PREP_RECV, REMOTE_SEND, COMMIT, FIRST_TOKEN, EARLY_START, PROMPT_LOGPROBS, GRAMMAR, LORA)
+SNAPSHOT: Final = "snapshot"
+ABILITIES: Final = (
+    PREP_RECV,
+    REMOTE_SEND,
+    COMMIT,
+    FIRST_TOKEN,
+    EARLY_START,
+    PROMPT_LOGPROBS,
+    GRAMMAR,
+    LORA,
+    SNAPSHOT,
+)
 """Names in ``EngineInfo.can``: what an engine may have besides ``StartGenerate`` without a grant."""
 
 
@@ -30,7 +42,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     engine_id: str
     incarnation: int
     address: str
-    """ZeroMQ address of its action socket."""
+    """ZeroMQ address of its action socket; empty of one that only publishes KV events."""
     events_address: str
     replay_address: str
     model: str
@@ -64,10 +76,22 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Sends from it meet at multiples of so many tokens; the last one ends where the grant does."""
     recompute_tokens: int = 0
     """At most so many of the last tokens of a received prefix are computed again by it."""
+    events_open: bool = False
+    """Its KV events and their replay are without keys, whatever its other sockets have."""
 
     def does(self, ability: str) -> bool:
         """Has it this one of ``ABILITIES``?"""
         return self.can is None or ability in self.can
+
+    @property
+    def only_publishes(self) -> bool:
+        """Nothing can be asked of it: other people's engine, whose KV events are followed and no more."""
+        return not self.address
+
+    @property
+    def events_key(self) -> str:
+        """Public key that its KV events and their replay are to have."""
+        return NO_KEY if self.events_open else self.curve_key
 
     @property
     def exchanges_kv(self) -> bool:

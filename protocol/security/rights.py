@@ -38,6 +38,8 @@ class Entrance(StrEnum):
     REPLAY = "replay"
     ROUTER = "router"
     INDEX = "index"
+    OPEN = "open"
+    """KV events and replay of an engine that says so (``engine.events_open``): no keys, everybody enters."""
     ANY = "any"
     """Of no service: tests and tools."""
 

@@ -78,6 +78,11 @@ class PublisherCounters:
     requests_rejected: int = 0
 
 
+def topic_of(pattern: str, engine_id: str, model: str) -> str:
+    """The topic that ``engine.events_topic`` means."""
+    return pattern.replace("{id}", engine_id).replace("{model}", model)
+
+
 class KvPublisher:
     """Publishes one engine's KV events. Everything runs in the loop that made it."""
 
@@ -90,9 +95,11 @@ class KvPublisher:
         topic: str,
         epoch: int,
         clock: Callable[[], float],
+        open_to_all: bool = False,
         max_ring_nbytes: int = MAX_RING_NBYTES,
     ) -> None:
-        """``epoch``: the engine's incarnation. ``clock``: wall-clock seconds, for people.
+        """``epoch``: the engine's incarnation. ``clock``: wall-clock seconds, for people. ``open_to_all``:
+        both sockets without keys, wherever they are bound.
 
         Raises ``OSError`` when an address is taken and :class:`ConfigError` when it is exposed without keys.
         """
@@ -111,9 +118,10 @@ class KvPublisher:
         """When the last answer to a peer began, if that was within ``REPLAY_INTERVAL_S``."""
         self._turn: asyncio.Handle | None = None
         self._loop = asyncio.get_running_loop()
-        self._events = bus.publisher(events_address, Entrance.EVENTS)
+        self._events = bus.publisher(events_address, Entrance.OPEN if open_to_all else Entrance.EVENTS)
         try:
-            self._replay = bus.server(replay_address, self._on_request, Entrance.REPLAY)
+            entrance = Entrance.OPEN if open_to_all else Entrance.REPLAY
+            self._replay = bus.server(replay_address, self._on_request, entrance)
         except BaseException:
             self._events.close()
             raise

@@ -26,7 +26,7 @@ from microserve.protocol.types import WIRE_VERSION
 from microserve.services.engine.action_server import ActionServer
 from microserve.services.engine.door import Core, MakeSteps
 from microserve.services.engine.index_client import IndexClient
-from microserve.services.engine.kv_publisher import KvPublisher
+from microserve.services.engine.kv_publisher import KvPublisher, topic_of
 
 STOP_STEP_S = 10.0
 """A running step gets this long to end at shutdown."""
@@ -71,7 +71,8 @@ class EngineShell:
             bus,
             events_address=settings.engine.events_address,
             replay_address=settings.engine.replay_address,
-            topic=f"kv@{core.engine_id}",
+            topic=topic_of(settings.engine.events_topic, core.engine_id, core.model),
+            open_to_all=settings.engine.events_open,
             epoch=core.incarnation,
             clock=wall_clock,
         )
@@ -108,6 +109,7 @@ class EngineShell:
             curve_key=bus.public_key,
             revision=core.layout.revision,
             numerics=core.numerics,
+            events_open=settings.engine.events_open,
             backend=core.kind.backend,
             backend_version=core.kind.backend_version,
             can=[*core.kind.can],

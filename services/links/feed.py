@@ -93,7 +93,7 @@ class KvFeed:
 
     def _subscribe(self) -> None:
         info = self._info
-        self._socket = self._bus.subscriber(info.events_address, self._on_frames, server_key=info.curve_key)
+        self._socket = self._bus.subscriber(info.events_address, self._on_frames, server_key=info.events_key)
         self._obey(self._state.start(self._loop.time()))
 
     async def _run(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
 from microserve.services.local.demo.request import Gateway
+from microserve.services.local.event_ports import check_event_ports, event_ports
 from microserve.services.local.supervisor import Child
 
 USAGE = "usage.db"
@@ -81,13 +82,13 @@ def compose(
             field="model.path",
         )
     if settings.mesh.engines > 1:
-        for name in ("address", "events_address", "replay_address"):
-            address = getattr(settings.engine, name)
-            if address.startswith("tcp://") and not address.endswith(":0"):
-                raise ConfigError(
-                    f"engine.{name} {address} cannot serve {settings.mesh.engines} engines; use port 0",
-                    field=f"engine.{name}",
-                )
+        address = settings.engine.address
+        if address.startswith("tcp://") and not address.endswith(":0"):
+            raise ConfigError(
+                f"engine.address {address} cannot serve {settings.mesh.engines} engines; use port 0",
+                field="engine.address",
+            )
+        check_event_ports(settings)
     first_rank, num_ranks = settings.nvshmem.rank, settings.nvshmem.num_ranks
     if settings.heap == "nvshmem" and first_rank + settings.mesh.engines > num_ranks:
         raise ConfigError(
@@ -119,6 +120,8 @@ def compose(
 
     def engine(number: int) -> Child:
         own = assignment("engine.id", f"e{number}")
+        for path, address in event_ports(settings, number).items():
+            own += assignment(path, address)
         if settings.heap == "nvshmem":
             own += assignment("nvshmem.rank", first_rank + number)
         return child("engine", f"engine-e{number}", ENGINES_STOP, *own, stop_s=drain_s)

@@ -116,7 +116,7 @@ async def test_numbers_have_no_gap_and_a_replay_tells_the_same(pair: Pair) -> No
             answers.append(parse_replay_answer(frames))
             b.stir()
 
-        replay = bus.client(b.info.replay_address, take, server_key=b.info.curve_key)
+        replay = bus.client(b.info.replay_address, take, server_key=b.info.events_key)
         replay.send(replay_request(first))
         await b.until(lambda: bool(answers) and answers[-1] is None)
         numbers = [each.seq for each in answers if each is not None]

@@ -18,6 +18,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.curve import create_keys
 from microserve.protocol.bus.transport import ServerSocket, ZmqBus
 from microserve.protocol.security.rights import EVERYBODY, Entrance, Role
+from microserve.protocol.types import NO_KEY
 from tests.support.bus.socket_world import ANY, until
 from tests.support.security.flood import READY, greeting
 
@@ -234,5 +235,40 @@ def test_a_bus_closes_also_when_strangers_hold_connections(tmp_path: Path) -> No
             await pair.asks(b"x")
         for each in strangers:
             each.close()
+
+    asyncio.run(test())
+
+
+def test_a_socket_that_is_open_asks_nobody_for_a_key_though_its_service_has_them(tmp_path: Path) -> None:
+    """Off loopback too, and our own readers have to be told: a server's key that it does not have is none."""
+
+    async def test() -> None:
+        buses = [ZmqBus(keys=create_keys(tmp_path / "engine"), linger_s=0), ZmqBus(linger_s=0)]
+        buses.append(ZmqBus(keys=create_keys(tmp_path / "router"), linger_s=0))
+        heard: set[int] = set()
+        try:
+            publisher = buses[0].publisher("tcp://0.0.0.0:0", Entrance.OPEN)
+            replay = buses[0].server(
+                "tcp://0.0.0.0:0", lambda peer, _: replay.send(peer, [b"x"]), Entrance.OPEN
+            )
+            clients = []
+            for number, bus in enumerate(buses[1:]):
+                for place, connect in enumerate((bus.subscriber, bus.client)):
+                    address = (publisher, replay)[place].address.replace("0.0.0.0", "127.0.0.1")
+                    client = connect(
+                        address,
+                        lambda _, which=2 * number + place: heard.add(which),  # type: ignore[misc]
+                        server_key=NO_KEY,
+                    )
+                    clients += [client] if place else []
+            async with asyncio.timeout(60):
+                while len(heard) < 4:
+                    publisher.send([b"x"])
+                    for client in clients:
+                        client.send([b"x"])
+                    await asyncio.sleep(0.01)
+        finally:
+            for bus in buses:
+                bus.close()
 
     asyncio.run(test())

@@ -114,11 +114,42 @@ def test_configured_addresses_stay(model: str, tmp_path: Path) -> None:
 
 
 def test_engines_cannot_share_a_port(model: str, tmp_path: Path) -> None:
-    overrides = ["engine.events_address=tcp://127.0.0.1:7200", f"model.path={model}"]
+    overrides = ["engine.address=tcp://127.0.0.1:7200", f"model.path={model}"]
     settings = load_settings(overrides=overrides)
     with pytest.raises(ConfigError, match="cannot serve 2 engines") as caught:
         compose(settings, [], tmp_path, tmp_path / "control.db")
-    assert caught.value.field == "engine.events_address"
+    assert caught.value.field == "engine.address"
+
+
+def test_each_engine_publishes_at_a_port_of_its_own(model: str, tmp_path: Path) -> None:
+    overrides = [
+        "engine.events_address=tcp://127.0.0.1:7200",
+        "engine.replay_address=tcp://[::1]:7300",
+        f"model.path={model}",
+    ]
+    composition = compose(load_settings(overrides=overrides), [], tmp_path, tmp_path / "control.db")
+    engines = [child_settings(child).engine for child in composition.children if "engine-" in child.name]
+    assert [engine.events_address for engine in engines] == [
+        "tcp://127.0.0.1:7200",
+        "tcp://127.0.0.1:7201",
+    ]
+    assert [engine.replay_address for engine in engines] == ["tcp://[::1]:7300", "tcp://[::1]:7301"]
+
+
+@pytest.mark.parametrize(
+    ("events", "replay", "problem", "field"),
+    [
+        ("tcp://127.0.0.1:65535", "tcp://127.0.0.1:0", "leaves no ports for 2", "engine.events_address"),
+        ("tcp://127.0.0.1:7200", "tcp://127.0.0.1:7201", "has 7201", "engine.replay_address"),
+    ],
+)
+def test_ports_of_events_that_would_meet_are_refused(
+    model: str, tmp_path: Path, events: str, replay: str, problem: str, field: str
+) -> None:
+    overrides = [f"engine.events_address={events}", f"engine.replay_address={replay}", f"model.path={model}"]
+    with pytest.raises(ConfigError, match=problem) as caught:
+        compose(load_settings(overrides=overrides), [], tmp_path, tmp_path / "control.db")
+    assert caught.value.field == field
 
 
 def test_a_model_that_is_not_there_is_a_wrong_setting(tmp_path: Path) -> None:

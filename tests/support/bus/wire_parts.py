@@ -76,6 +76,7 @@ INFO = actions.EngineInfo(
     heaps=["shm", "tcp"],
     split_tokens=8,
     recompute_tokens=2,
+    events_open=True,
 )
 LOAD = actions.EngineLoad(
     progress=1 << 34,

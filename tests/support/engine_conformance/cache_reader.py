@@ -80,7 +80,7 @@ class CacheReader:
         self.book = Book(client.info.block_size)
         self.num_events: Counter[str] = Counter()
         self.subscription = bus.subscriber(
-            client.info.events_address, self._take, server_key=client.info.curve_key
+            client.info.events_address, self._take, server_key=client.info.events_key
         )
 
     def _take(self, frames: list[bytes]) -> None:
@@ -112,7 +112,7 @@ class CacheReader:
     def _advance(self, until: int) -> bool:
         while self._came and self._next < until:
             published = self._came.pop(0)
-            assert published.topic == f"kv@{self._info.engine_id}"
+            assert published.topic == f"kv@{self._info.engine_id}@{self._info.model}"
             if published.seq < self._next:  # a heartbeat: the last batch once more
                 continue
             assert published.seq == self._next, f"batch {published.seq} came, {self._next} was next"
