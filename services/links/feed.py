@@ -1,13 +1,14 @@
 """One engine's KV events, kept true in one prefix index: the I/O around ``feed_state.py`` (WIRE.md 7).
 
-Owns the SUB socket and the task that asks for snapshots. The index service and every router run one for each
-engine; they differ only in how they ask.
+Owns the SUB socket, and the task that asks for snapshots; ``follow.py`` is the same for engines without any.
+The index service and every router run one for each engine; they differ only in how they ask.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import EngineInfo, SnapshotReply
 from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import KVEvent, parse_published
+from microserve.protocol.messages.kv_events import KVEvent, KVEventBatch, Published, parse_published
 from microserve.protocol.process.surviving import surviving
 from microserve.services.links.feed_state import (
     Apply,
@@ -54,35 +55,47 @@ class FeedLag:
     """Since the last batch or snapshot; an engine sends something every heartbeat interval."""
 
 
-class KvFeed:
+class Feed(ABC):
     """Feeds ``index`` with what ``info``'s engine holds, from ``start`` to ``close``."""
 
-    def __init__(self, bus: Bus, info: EngineInfo, index: PrefixIndex, snapshot: AskEngine) -> None:
+    def __init__(self, bus: Bus, info: EngineInfo, index: PrefixIndex) -> None:
         self.num_rejected = 0
-        """Messages that were no KV events; the gap that they leave brings a snapshot."""
+        """Messages that were no KV events; the gap that they leave is repaired."""
+        self.num_skipped = 0
+        """Events of types that nobody here knows."""
         self._bus = bus
         self._info = info
         self._index = index
-        self._snapshot = snapshot
-        self._state: FeedState[Events] = FeedState()
         self._loop = asyncio.get_running_loop()
         self._heard_at = self._loop.time()
-        self._asks: asyncio.Queue[AskSnapshot] = asyncio.Queue()  # one at most: FeedState asks one by one
         self._socket: ClientSocket | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
-    def counters(self) -> FeedCounters:
-        return self._state.counters
+    @abstractmethod
+    def counters(self) -> FeedCounters: ...
 
     @property
-    def lag(self) -> FeedLag:
-        silent_s = self._loop.time() - self._heard_at
-        return FeedLag(self._state.live, self._state.num_buffered, silent_s)
+    @abstractmethod
+    def lag(self) -> FeedLag: ...
+
+    @abstractmethod
+    def _subscribed(self) -> None:
+        """Once, behind the subscription: whatever it misses, the answer to what is asked now holds."""
+
+    @abstractmethod
+    def _on_batch(self, published: Published, batch: KVEventBatch) -> None: ...
+
+    @abstractmethod
+    async def _ask_for_ever(self) -> None: ...
+
+    @abstractmethod
+    def _on_unreadable(self, published: Published) -> None:
+        """A numbered message whose payload is no batch."""
 
     def start(self) -> None:
-        """Subscribe, then ask for the first snapshot: no batch falls between the two. Without a descriptor
-        for it, as soon as there is one. Raises ``OSError`` for an address that cannot be one."""
+        """Subscribe, then ask for the state: no batch falls between the two. Without a descriptor for it, as
+        soon as there is one. Raises ``OSError`` for an address that cannot be one."""
         try:
             self._subscribe()
         except OSError as error:
@@ -94,14 +107,14 @@ class KvFeed:
     def _subscribe(self) -> None:
         info = self._info
         self._socket = self._bus.subscriber(info.events_address, self._on_frames, server_key=info.events_key)
-        self._obey(self._state.start(self._loop.time()))
+        self._subscribed()
 
     async def _run(self) -> None:
         while self._socket is None:
             await asyncio.sleep(SUBSCRIBE_RETRY_S)
             with surviving("subscription to KV events", engine_id=self._info.engine_id):
                 self._subscribe()
-        await self._ask_for_snapshots()
+        await self._ask_for_ever()
 
     def close(self) -> None:
         """Stop. What the index knows of the engine stays; see ``PrefixIndex.remove_engine``."""
@@ -111,17 +124,49 @@ class KvFeed:
             self._task.cancel()
 
     def _on_frames(self, frames: list[bytes]) -> None:
+        published = None
         try:
             published = parse_published(frames)
             batch = decode_batch(published.payload)
         except ProtocolViolation as violation:
             self.num_rejected += 1
             _logger.warning(log.FRAME_REJECTED, engine_id=self._info.engine_id, error=violation.detail)
+            if published is not None:
+                self._on_unreadable(published)
             return
-        now = self._heard_at = self._loop.time()
+        self._heard_at = self._loop.time()
+        self.num_skipped += batch.num_skipped
+        self._on_batch(published, batch)
+
+
+class KvFeed(Feed):
+    """Of an engine that says what it holds as a whole: by snapshots."""
+
+    def __init__(self, bus: Bus, info: EngineInfo, index: PrefixIndex, snapshot: AskEngine) -> None:
+        super().__init__(bus, info, index)
+        self._snapshot = snapshot
+        self._state: FeedState[Events] = FeedState()
+        self._asks: asyncio.Queue[AskSnapshot] = asyncio.Queue()  # one at most: FeedState asks one by one
+
+    @property
+    def counters(self) -> FeedCounters:
+        return self._state.counters
+
+    @property
+    def lag(self) -> FeedLag:
+        silent_s = self._loop.time() - self._heard_at
+        return FeedLag(self._state.live, self._state.num_buffered, silent_s)
+
+    def _subscribed(self) -> None:
+        self._obey(self._state.start(self._loop.time()))
+
+    def _on_batch(self, published: Published, batch: KVEventBatch) -> None:
         # An engine that is not ours names no epoch: it has the one life that registered.
         epoch = self._info.incarnation if batch.epoch is None else batch.epoch
-        self._obey(self._state.receive(EventBatch(epoch, published.seq, batch.events), now))
+        self._obey(self._state.receive(EventBatch(epoch, published.seq, batch.events), self._heard_at))
+
+    def _on_unreadable(self, published: Published) -> None:
+        """A snapshot will hold what it said."""
 
     def _obey(self, instructions: list[Instruction[Events]]) -> None:
         for instruction in instructions:
@@ -134,7 +179,7 @@ class KvFeed:
                 case AskSnapshot():
                     self._asks.put_nowait(instruction)
 
-    async def _ask_for_snapshots(self) -> None:
+    async def _ask_for_ever(self) -> None:
         while True:
             ask = await self._asks.get()
             await asyncio.sleep(ask.delay_s)
