@@ -64,6 +64,9 @@ class IndexSettings(Section, frozen=True):
     max_mb: Count = 256
     control_path: str = ""
     """File (SQLite) of the control log; empty: in memory, published strategies end with the index."""
+    foreign: list[str] = msgspec.field(default_factory=list)
+    """Other people's engines whose KV events are followed: ``ID model=NAME events=ADDRESS replay=ADDRESS
+    block_size=TOKENS rank=N``, of which ``replay`` and ``rank`` may be left out."""
 
 
 class RouterSettings(Section, frozen=True):

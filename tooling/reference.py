@@ -65,7 +65,8 @@ ROUTERS_OWN = {
     "Sending": {"start", "listen", "name", "numerics"},
     "Generating": {"depends_on", "is_of", "watch", "leave", "give_up", "pass_on", "offset", "is_answered"},
     "EngineInfo": {"incarnation", "address", "events_address", "replay_address", "layout_hash", "heap",
-                   "wire_version", "curve_key", "geometry", "heaps", "all_heaps", "exchanges_kv"},
+                   "wire_version", "curve_key", "geometry", "heaps", "all_heaps", "exchanges_kv",
+                   "events_open", "events_key", "only_publishes"},
     "EngineLoad": {"progress", "is_busy"},
 }  # fmt: skip
 """Public, and not for authors."""

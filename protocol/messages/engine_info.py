@@ -86,7 +86,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     @property
     def only_publishes(self) -> bool:
         """Nothing can be asked of it: other people's engine, whose KV events are followed and no more."""
-        return not self.address
+        return not self.address and self.can == []
 
     @property
     def events_key(self) -> str:

@@ -108,6 +108,10 @@ class Membership:
         """All members, so they say."""
         return self._members.are_idle
 
+    def vouch(self, engine_id: str, now: float) -> None:
+        """For a member that cannot beat."""
+        self._members.heard(engine_id, now)
+
     def beat(
         self, engine_id: str, incarnation: int, load: EngineLoad, now: float, next_s: float = 0.0
     ) -> bool:
@@ -180,10 +184,11 @@ class Membership:
         nbytes = len(msgspec.msgpack.encode(info))
         if nbytes > MAX_INFO_NBYTES:
             raise InvalidRequest(f"info must be at most {MAX_INFO_NBYTES} bytes, is {nbytes}", field="info")
-        for field in ("incarnation", "block_size", "num_blocks", "vocab_size"):
+        is_asked = not info.only_publishes
+        for field in ("incarnation", "block_size", *(("num_blocks", "vocab_size") if is_asked else ())):
             if getattr(info, field) < 1:
                 raise InvalidRequest(f"{field} must be at least 1, is {getattr(info, field)}", field=field)
-        for field in ("model", "address", "events_address"):
+        for field in ("model", *(("address",) if is_asked else ()), "events_address"):
             if not getattr(info, field):
                 raise InvalidRequest(f"{field} must not be empty", field=field)
         if fault := fault_of_numerics(info.numerics):
@@ -202,6 +207,8 @@ class Membership:
             other = peer.value.info
             if other.model != info.model or other.engine_id == info.engine_id:
                 continue
+            if info.only_publishes or other.only_publishes:
+                continue  # no KV is exchanged with it, and no request goes there
             if found := disagreement(info, other):
                 raise refuse(*found, other.engine_id)
 

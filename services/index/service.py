@@ -9,18 +9,16 @@ and serving goes on without one.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import secrets
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import assert_never
 
 import structlog
 
 from microserve.kvcache.prefix.extension import extension
-from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
+from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, decode_tokens
 from microserve.protocol.bus.curve import is_operator, keys_of_role
@@ -49,11 +47,14 @@ from microserve.protocol.security.rights import Entrance, Role
 from microserve.protocol.settings import BusSettings, Settings
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
+from microserve.services.index.foreign import foreign_engines
 from microserve.services.index.membership import Admission, Membership
+from microserve.services.index.prefixes import PrefixIndexes
 from microserve.services.index.questions import QuestionDesk
 from microserve.services.index.worlds import WorldDesk
 from microserve.services.links.engine import RouterIdentity
-from microserve.services.links.feed import EXHAUSTED, KvFeed
+from microserve.services.links.feed import EXHAUSTED, Feed
+from microserve.services.links.follow import feed_of
 from microserve.services.links.snapshot import read_snapshot, reader_of
 
 MAX_WATCHERS = 1024
@@ -63,14 +64,6 @@ MAX_REFUSED = 1024
 """Engines whose refusal is remembered, so that it is said once."""
 
 _logger = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class _Engine:
-    """What the index keeps open for one life of one engine."""
-
-    model: str
-    feed: KvFeed
 
 
 class IndexService:
@@ -86,9 +79,11 @@ class IndexService:
         incarnation: int,
         control_log: ControlLog | None = None,
         may_publish: Callable[[str], bool] | None = None,
+        foreign: Sequence[EngineInfo] = (),
     ) -> None:
         """``max_nbytes`` is the hard limit of all prefix indexes together. ``control_log`` becomes ours;
-        None: one in memory. ``may_publish`` is asked with a sender's key; None: everybody may.
+        None: one in memory. ``may_publish`` is asked with a sender's key; None: everybody may. ``foreign``:
+        engines that are members though they know nothing of us.
 
         Raises ``OSError`` when the address is taken and :class:`ConfigError` when it is exposed without keys.
         """
@@ -100,15 +95,15 @@ class IndexService:
         self._loop = asyncio.get_running_loop()
         self._silence_s = settings.heartbeat_interval_s * settings.liveness
         interval_s = at_rest(settings.heartbeat_interval_s, settings.liveness)
-        self._max_nbytes = max_nbytes
         self._membership = Membership(
             interval_s=interval_s, silence_s=self._silence_s, stuck_s=settings.stuck_s
         )
-        self._engines: dict[str, _Engine] = {}
+        self._feeds: dict[str, Feed] = {}
+        """By engine id: what is open for the life that is in."""
         self._refused: dict[str, tuple[int, str]] = {}
         """Life and reason, by engine id: of those that the log has."""
-        self._indexes: dict[str, PrefixIndex] = {}
-        """By model."""
+        self._foreign = {info.engine_id: info for info in foreign}
+        self._prefixes = PrefixIndexes(max_nbytes)
         self._watchers: Peers[bytes, None] = Peers(interval_s=interval_s, silence_s=self._silence_s)
         """By routing id."""
         self.worlds = WorldDesk(
@@ -131,8 +126,8 @@ class IndexService:
         return self._socket.address
 
     def prefix_index(self, model: str) -> PrefixIndex | None:
-        """None while no engine serves the model."""
-        return self._indexes.get(model)
+        """The first of the model's; None while no engine serves it."""
+        return self._prefixes.of_model(model)
 
     def _is_busy(self) -> bool:
         desks_are_idle = self.worlds.is_idle and self.control.is_idle
@@ -141,6 +136,13 @@ class IndexService:
     def tick(self, next_s: float = 0.0) -> None:
         """Call every heartbeat interval, or in ``next_s`` if that is not 0."""
         now = self._loop.time()
+        for info in self._foreign.values():
+            self._membership.vouch(info.engine_id, now)
+            if info.engine_id not in self._feeds:
+                try:
+                    self._admit(info, now)
+                except MeshError as error:
+                    self._tell_refusal(info, error)
         lost = self._membership.expire(now, next_s)
         for info, loss in lost:
             self.counters[f"lost_{loss.value}"] += 1
@@ -154,7 +156,7 @@ class IndexService:
         self.control.look(now)
 
     def close(self) -> None:
-        for engine_id in list(self._engines):
+        for engine_id in list(self._feeds):
             self._forget(engine_id)
         self._socket.close()
         self.control.close()
@@ -228,13 +230,19 @@ class IndexService:
         try:
             if self._bus.public_key and info.curve_key != self._socket.sender_key:
                 raise NotPermitted("an engine registers the key that it speaks with", field="curve_key")
-            room = self._max_nbytes // MIN_MAX_NBYTES
-            if info.model not in self._indexes and len(self._indexes) >= room:
-                raise QueueFull(f"index.max_mb has room for {room} models, {info.model} would be one more")
-            admission = self._membership.register(info, now)
+            if info.engine_id in self._foreign:
+                raise InvalidRequest(
+                    f"{info.engine_id} is the id of an engine in index.foreign", field="engine_id"
+                )
+            self._admit(info, now)
         except MeshError as error:
             self._tell_refusal(info, error)
             raise
+
+    def _admit(self, info: EngineInfo, now: float) -> None:
+        """A member from now on, whose events are followed. Raises a :class:`MeshError`."""
+        self._prefixes.check_room(info)
+        admission = self._membership.register(info, now)
         self._refused.pop(info.engine_id, None)
         if admission is Admission.RENEWED:
             return
@@ -267,34 +275,20 @@ class IndexService:
     def _follow(self, info: EngineInfo) -> None:
         """Open what an engine's events need. Raises ``OSError`` for an address that cannot be one."""
         who, settings = self._identity, self._settings
-        reader_of(self._bus, info, who, settings).end(EngineLost("only its address was to be tried"))
-        index = self._indexes.get(info.model)
-        if index is None:
-            index = self._indexes[info.model] = PrefixIndex(
-                info.block_size, info.model, MIN_MAX_NBYTES, revision=info.revision
-            )
-            self._share_room()
-        feed = KvFeed(self._bus, info, index, lambda: read_snapshot(self._bus, info, who, settings))
-        self._engines[info.engine_id] = _Engine(info.model, feed)
+        if not info.only_publishes:
+            reader_of(self._bus, info, who, settings).end(EngineLost("only its address was to be tried"))
+        index = self._prefixes.join(info)
+        feed = feed_of(self._bus, info, index, lambda: read_snapshot(self._bus, info, who, settings))
+        self._feeds[info.engine_id] = feed
         feed.start()
 
     def _forget(self, engine_id: str) -> None:
         """Close what an engine needed, and forget what it held. Unknown ids are fine."""
-        engine = self._engines.pop(engine_id, None)
-        if engine is None:
-            return
-        engine.feed.close()
-        self.counters["resyncs"] += engine.feed.counters.snapshots
-        self.counters["gaps"] += engine.feed.counters.gaps
-        self._indexes[engine.model].remove_engine(engine_id)
-        if not any(other.model == engine.model for other in self._engines.values()):
-            del self._indexes[engine.model]
-            self._share_room()
-
-    def _share_room(self) -> None:
-        """Every model has the same share; an index that holds more forgets with its next event."""
-        for index in self._indexes.values():
-            index.max_nbytes = self._max_nbytes // len(self._indexes)
+        feed = self._feeds.pop(engine_id, None)
+        if feed is not None:
+            feed.close()
+            self.counters.update(_counted(feed))
+        self._prefixes.leave(engine_id)
 
     def _watch(self, peer: bytes, now: float, next_s: float) -> None:
         if self._watchers.heard(peer, now, next_s=next_s) is None:
@@ -329,40 +323,47 @@ class IndexService:
             raise ProtocolViolation(f"Lookup with {len(bulk)} bulk frames, expected the prompt's tokens")
         tokens = decode_tokens(bulk[0])
         self.counters["lookups"] += 1
-        matched: dict[str, int] = {}
-        for index in self._indexes.values():
-            matched |= index.lookup(tokens, salt)
-        return matched
+        return self._prefixes.lookup(tokens, salt)
 
     def _report(self, call_id: int) -> wire.IndexReport:
         counters = Counter(self.counters)
-        for engine in self._engines.values():
-            counters["resyncs"] += engine.feed.counters.snapshots
-            counters["gaps"] += engine.feed.counters.gaps
-        for index in self._indexes.values():
-            counters.update(dataclasses.asdict(index.counters))
+        for feed in self._feeds.values():
+            counters.update(_counted(feed))
+        counters.update(self._prefixes.counters)
         return wire.IndexReport(
             call_id,
             num_engines=len(self._membership),
-            num_blocks=sum(index.num_blocks for index in self._indexes.values()),
-            nbytes=sum(index.nbytes for index in self._indexes.values()),
+            num_blocks=self._prefixes.num_blocks,
+            nbytes=self._prefixes.nbytes,
             counters=dict(counters) | {"watchers": len(self._watchers)},
         )
+
+
+def _counted(feed: Feed) -> dict[str, int]:
+    counters = feed.counters
+    return {
+        "resyncs": counters.snapshots,
+        "gaps": counters.gaps,
+        "skipped_events": feed.num_skipped,
+    }
 
 
 async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = None) -> None:
     """Serve until cancelled."""
     keys = keys_of_role(settings.bus.curve_dir, Role.INDEX) if settings.bus.curve_dir else None
     extension()  # built now if ever, and not when the first engine has come
+    incarnation = secrets.randbits(62) | 1
+    foreign = foreign_engines(settings.index.foreign, incarnation)
     control_log = await _open_control_log(settings.index.control_path)
     service = IndexService(
         bus,
         address=settings.index.address,
         settings=settings.bus,
         max_nbytes=settings.index.max_mb << 20,
-        incarnation=secrets.randbits(62) | 1,
+        incarnation=incarnation,
         control_log=control_log,
         may_publish=partial(is_operator, keys) if keys else None,
+        foreign=foreign,
     )
     try:
         (lifecycle or Lifecycle()).ready(service.address)

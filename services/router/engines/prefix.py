@@ -15,7 +15,8 @@ from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.services.links.engine import EngineConnection
-from microserve.services.links.feed import KvFeed
+from microserve.services.links.feed import Feed
+from microserve.services.links.follow import feed_of
 
 Lookup = Callable[[Sequence[int], str], dict[str, int]]
 """Tokens and salt -> tokens of them that an engine holds from the start, by its id."""
@@ -31,7 +32,7 @@ class PrefixReplica:
         self._bus = bus
         self._max_nbytes = max_nbytes
         self._index: PrefixIndex | None = None
-        self._feeds: dict[str, tuple[EngineConnection, KvFeed]] = {}
+        self._feeds: dict[str, tuple[EngineConnection, Feed]] = {}
 
     @property
     def index(self) -> PrefixIndex | None:
@@ -55,7 +56,7 @@ class PrefixReplica:
             )
         if info.engine_id in self._feeds:
             self.ended(self._feeds[info.engine_id][0])
-        feed = KvFeed(self._bus, info, index, connection.snapshot)
+        feed = feed_of(self._bus, info, index, connection.snapshot)
         self._feeds[info.engine_id] = (connection, feed)
         try:
             feed.start()

@@ -122,6 +122,7 @@ class Registry:
             return
         if is_first:
             self._listed.clear()
+        infos = [info for info in infos if not info.only_publishes]  # nothing can be asked of those
         present = {info.engine_id: info for info in infos}
         for engine_id in [engine_id for engine_id in self._listed if engine_id not in present]:
             connection = self._connections.get(engine_id)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import pytest
@@ -50,10 +51,17 @@ class Index:
     """A running index service."""
 
     def __init__(
-        self, world: World, address: str = ANY, *, interval_s: float = 0.05, liveness: int = 100
+        self,
+        world: World,
+        address: str = ANY,
+        *,
+        interval_s: float = 0.05,
+        liveness: int = 100,
+        foreign: Sequence[str] = (),
     ) -> None:
         settings = load_settings(
             overrides=[
+                f"index.foreign={json.dumps([*foreign])}",
                 f"index.address={address}",
                 f"bus.heartbeat_interval_s={interval_s}",
                 f"bus.liveness={liveness}",

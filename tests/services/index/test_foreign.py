@@ -1,0 +1,101 @@
+"""Other people's engines as members that only publish."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from microserve.protocol.bus.codec import encode_tokens
+from microserve.protocol.errors import ConfigError
+from microserve.protocol.messages.index import IndexFailed, Lookup, Matches, Register, Watch
+from microserve.protocol.messages.kv_events import BlockStored, WireBatch
+from microserve.services.index.foreign import foreign_engines
+from tests.support.index.foreign_engine import ForeignEngine
+from tests.support.index.index_service import Index
+from tests.support.index.index_world import BLOCK_SIZE, World, in_world, make_info
+
+LINE = "v0 model=org/m events=tcp://10.0.0.7:5557 replay=tcp://10.0.0.7:5558 block_size=16"
+
+
+def test_a_line_says_all_that_there_is_to_say() -> None:
+    [info] = foreign_engines([LINE], 7)
+    assert (info.engine_id, info.incarnation, info.model, info.block_size) == ("v0", 7, "org/m", 16)
+    assert (info.events_address, info.replay_address) == ("tcp://10.0.0.7:5557", "tcp://10.0.0.7:5558")
+    assert info.only_publishes and not info.exchanges_kv and info.can == []
+    [second] = foreign_engines([f"{LINE} rank=3"], 7)
+    assert (second.events_address, second.replay_address) == ("tcp://10.0.0.7:5560", "tcp://10.0.0.7:5561")
+    [blind] = foreign_engines(["v0 model=m events=ipc:///run/v block_size=1"], 7)
+    assert (blind.events_address, blind.replay_address) == ("ipc:///run/v", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("", "begins with the engine's id"),
+        ("model=m events=tcp://a:1 block_size=1", "begins with the engine's id"),
+        ("v0 events=tcp://a:1 block_size=1", "model= is missing"),
+        ("v0 model=m block_size=1", "events= is missing"),
+        ("v0 model=m events=tcp://a:1", "block_size= is missing"),
+        ("v0 model=m events=tcp://a:1 block_size=0", "a number from 1 to"),
+        ("v0 model=m events=tcp://a:1 block_size=x", "a number from 1 to"),
+        ("v0 model=m events=a:1 block_size=1", "events is tcp://HOST:PORT"),
+        ("v0 model=m events=tcp://a:0 block_size=1", "events is tcp://HOST:PORT"),
+        ("v0 model=m events=tcp://a:65535 block_size=1 rank=1", "no port 1 higher"),
+        ("v0 model=m model=n events=tcp://a:1 block_size=1", "'model=n' is none of"),
+        ("v0 colour=red model=m events=tcp://a:1 block_size=1", "'colour=red' is none of"),
+    ],
+)
+def test_a_line_that_is_wrong_is_quoted(line: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem) as caught:
+        foreign_engines([line], 1)
+    assert caught.value.field == "index.foreign"
+
+
+def test_no_engine_is_named_twice() -> None:
+    with pytest.raises(ConfigError, match="names v0 twice"):
+        foreign_engines([LINE, LINE], 1)
+
+
+def test_a_foreign_engine_is_a_member_beside_ours_with_blocks_of_its_own() -> None:
+    async def test(world: World) -> None:
+        foreign = ForeignEngine(world.bus)
+        world.at_end(foreign.close)
+        tokens = list(range(2 * BLOCK_SIZE * 2))
+        event = BlockStored([1, 2], None, tokens, 2 * BLOCK_SIZE, medium="GPU")
+        foreign.publish(msgspec.msgpack.encode(WireBatch(1.0, [event], 0)))
+        index = await Index(world, foreign=[foreign.line("v0", "m", 2 * BLOCK_SIZE)]).ready()
+        try:
+            peer = index.peer()
+            ours = world.engine()
+            ours.compute(tokens[: 3 * BLOCK_SIZE])
+            peer.send(Register(1, ours.info))
+            peer.send(Watch("test"))
+            await world.until(lambda: peer.sees("e1", "v0"))
+            matched: dict[str, int] = {}
+            while matched != {"e1": 3 * BLOCK_SIZE, "v0": len(tokens)}:
+                matched = (await peer.ask(Matches, Lookup(2), encode_tokens(tokens))).matched
+            [member] = [each for each in peer.latest().members if each.info.engine_id == "v0"]
+            assert (member.info.address, member.info.backend) == ("", "events")
+
+            failed = await peer.ask(IndexFailed, Register(3, make_info("v0")))
+            assert (failed.code, failed.field) == ("invalid_request", "engine_id")
+        finally:
+            await index.stop()
+
+    in_world(test)
+
+
+def test_a_foreign_engine_stays_though_it_says_nothing() -> None:
+    async def test(world: World) -> None:
+        index = await Index(world, liveness=3, foreign=[LINE]).ready()
+        try:
+            peer = index.peer()
+            for _ in range(20):
+                peer.send(Watch("test"))
+                seen = len(peer.replies)
+                await world.until(lambda seen=seen: len(peer.replies) > seen)  # type: ignore[misc]
+            await world.until(lambda: peer.sees("v0"))
+        finally:
+            await index.stop()
+
+    in_world(test)
