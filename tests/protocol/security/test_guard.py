@@ -248,9 +248,11 @@ def test_a_socket_that_is_open_asks_nobody_for_a_key_though_its_service_has_them
         heard: set[int] = set()
         try:
             publisher = buses[0].publisher("tcp://0.0.0.0:0", Entrance.OPEN)
-            replay = buses[0].server(
-                "tcp://0.0.0.0:0", lambda peer, _: replay.send(peer, [b"x"]), Entrance.OPEN
-            )
+
+            def answer(peer: bytes, frames: list[bytes]) -> None:
+                replay.send(peer, frames)
+
+            replay = buses[0].server("tcp://0.0.0.0:0", answer, Entrance.OPEN)
             clients = []
             for number, bus in enumerate(buses[1:]):
                 for place, connect in enumerate((bus.subscriber, bus.client)):

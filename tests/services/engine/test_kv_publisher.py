@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from tests.support.index.index_world import ANY, World, in_world
 EPOCH = 77
 
 
-def make_publisher(world: World, **limits: int) -> KvPublisher:
+def make_publisher(world: World, **limits: Any) -> KvPublisher:
     publisher = KvPublisher(
         world.bus,
         events_address=ANY,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
 from microserve.kvcache.prefix.index import PrefixIndex
+from microserve.protocol.messages.engine import SnapshotReply
 from microserve.protocol.messages.engine_info import ABILITIES, SNAPSHOT
 from microserve.protocol.messages.kv_events import AllBlocksCleared, BlockStored, KVEvent, WireBatch
 from microserve.services.index.foreign import foreign_engines
@@ -44,7 +47,7 @@ class Reader:
         return self.index.lookup(tokens) == {"v0": len(tokens)}
 
 
-async def _never() -> tuple[object, bytes]:
+async def _never() -> tuple[SnapshotReply, bytes]:
     raise AssertionError("it has no snapshot")
 
 
@@ -156,9 +159,9 @@ def test_without_a_replay_only_what_is_heard_is_known() -> None:
 
 def test_who_has_snapshots_is_asked_for_them() -> None:
     async def test(world: World) -> None:
-        def kind(**changes: object) -> type[Feed]:
+        def kind(**changes: Any) -> type[Feed]:
             info = make_info(**changes)
-            return type(feed_of(world.bus, info, PrefixIndex(BLOCK_SIZE, "m", 1 << 20), _never))  # type: ignore[arg-type]
+            return type(feed_of(world.bus, info, PrefixIndex(BLOCK_SIZE, "m", 1 << 20), _never))
 
         assert kind() is kind(can=[*ABILITIES]) is KvFeed
         assert kind(can=[each for each in ABILITIES if each != SNAPSHOT]) is KvFollower
