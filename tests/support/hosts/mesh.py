@@ -34,6 +34,8 @@ class HostMesh(MeshProcesses):
     """As any other mesh, but for addresses, keys and places."""
 
     world: World = field(kw_only=True)
+    places: dict[str, str] = field(default_factory=dict)
+    """Hosts of services that stand elsewhere, by their names."""
     make_port: Callable[[], int] = field(default_factory=lambda: itertools.count(FRONT_PORT).__next__)
 
     def __post_init__(self) -> None:
@@ -41,15 +43,21 @@ class HostMesh(MeshProcesses):
         self.keys = self.world.front.directory / "keys"
         if not self.keys.exists():
             self.world.front.inside.do(*MICROSERVE, "keys", "--mesh", str(self.keys))
-            for host in self.engine_hosts:
-                shutil.copytree(self.keys / "engine", self.world[host].directory / "keys" / "engine")
+            for host in list(self.world.hosts)[1:]:
+                for role in {"engine", *(name.partition("-")[0] for name in self._others_on(host))}:
+                    shutil.copytree(self.keys / role, self.world[host].directory / "keys" / role)
 
     @property
     def engine_hosts(self) -> list[str]:
-        return list(self.world.hosts)[1:]
+        return [name for name in self.world.hosts if name.startswith("e")]
+
+    def _others_on(self, host: str) -> list[str]:
+        return [name for name, place in self.places.items() if place == host]
 
     def place_of(self, name: str) -> str:
         """The host on which a service stands."""
+        if name in self.places:
+            return self.places[name]
         kind, _, number = name.partition("-")
         hosts = self.engine_hosts
         return hosts[int(number) % len(hosts)] if kind == "engine" else self.world.front.name
