@@ -218,6 +218,8 @@ class Settings(Section, frozen=True):
                             field=path,
                         )
 
+        self.engine.check_advertise()
+
     def _check_heap(self) -> None:
         heap, device = self.heap, self.engine.device
         if heap not in ("shm", "cuda_ipc", "nvshmem"):

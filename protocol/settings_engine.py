@@ -17,6 +17,8 @@ from microserve.protocol.settings_bounds import Count, CountOrZero, Positive, Po
 
 DOOR_KINDS = ("tcp",)
 _LOOPBACK = re.compile(r"tcp://(127(\.\d{1,3}){3}|localhost|\[::1\]):")
+_HOST = re.compile(r"\[[0-9a-fA-F:.]+\]|[0-9a-fA-F]*:[0-9a-fA-F:.]+|[^][:/\s]+")
+_EVERYWHERE = ("*", "0.0.0.0", "::")
 CPU_KERNELS = ("auto", "transformers", "portable", "avx2", "avx512", "avx512bf16", "amx")
 NATIVE, VLLM, VLLM_SERVE = BACKENDS = ("native", "vllm", "vllm-serve")
 
@@ -55,6 +57,9 @@ class EngineSettings(Section, frozen=True):
     events_open: bool = False
     """KV events and their replay without CURVE, also off loopback: other people's readers have no keys. Who
     reaches the two sockets reads the tokens of every prompt."""
+    advertise: str = ""
+    """Host, by name or number, by which others reach these sockets. Empty: as they are bound; where that is
+    every interface (``tcp://0.0.0.0:PORT``), the address by which this host reaches the index."""
     labels: list[str] = msgspec.field(default_factory=list)
     backend: str = "native"
     """What computes: ``native`` (ours), ``vllm`` (vLLM in an environment of its own, behind the three
@@ -88,6 +93,16 @@ class EngineSettings(Section, frozen=True):
     grammar_timeout_s: Positive = 2.0
     """A grammar that takes longer to compile is refused."""
     drain_s: PositiveOrZero = 30.0
+
+    def check_advertise(self) -> None:
+        """Raises :class:`ConfigError` for what nobody can connect to."""
+        host = self.advertise
+        if host and (not _HOST.fullmatch(host) or host.strip("[]") in _EVERYWHERE):
+            raise ConfigError(
+                "engine.advertise must be a host, by name or number, without a port, that others can connect "
+                f"to, is {host!r}",
+                field="engine.advertise",
+            )
 
 
 class KvCacheSettings(Section, frozen=True):

@@ -1,7 +1,8 @@
 """Addresses of sockets, as ZeroMQ writes them: ``tcp://10.0.0.1:7100``, ``tcp://[::1]:7100``,
 ``ipc:///run/x``.
 
-Owns what can be read in one. Does not decide who may bind where (``curve.py``).
+Owns what can be read in one, and what others are told of one that is bound. Does not decide who may bind
+where (``curve.py``).
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ from __future__ import annotations
 import ipaddress
 import socket
 from functools import lru_cache
+
+EVERYWHERE = ("*", "0.0.0.0", "::")
+"""Hosts of a socket that takes connections by every interface: an address of nobody."""
+LOOPBACK = "127.0.0.1"
 
 
 def host_of(address: str) -> str:
@@ -42,6 +47,58 @@ def is_ipv6(address: str) -> bool:
         return isinstance(ipaddress.ip_address(host), ipaddress.IPv6Address)
     except ValueError:
         return bool(host) and host != "*" and _has_ipv6_only(host)
+
+
+def announced(bound: str, advertise: str, towards: str) -> str:
+    """What others are told of a socket that is ``bound``: ``advertise`` as its host if there is one; of one
+    that takes connections by every interface the address by which this host reaches ``towards``, so one that
+    it can be reached by from there. Else what is bound, which is all of an address that is not TCP.
+
+    Raises ``OSError`` if no way leads to ``towards``."""
+    host = host_of(bound)
+    if not host or not (advertise or host in EVERYWHERE):
+        return bound
+    host = (advertise or own_host_towards(towards)).strip("[]")
+    port = bound.rpartition(":")[2]
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def own_host_towards(address: str) -> str:
+    """The address of this host on its way to another one; nothing is sent. Raises ``OSError`` if there is no
+    way."""
+    return _way_to(address)[0]
+
+
+def is_out_of_reach(address: str, towards: str) -> bool:
+    """Whether only this host reaches ``address``, while ``towards`` is on another one. False when unsure: a
+    name may not be known yet."""
+    try:
+        return _is_loopback(host_of(address)) and (way := _way_to(towards))[0] != way[1]
+    except OSError:
+        return False
+
+
+def _way_to(address: str) -> tuple[str, str]:
+    """Our host, and the other one, as numbers; one host for what is not TCP."""
+    host = host_of(address)
+    if not host or host in EVERYWHERE:
+        return LOOPBACK, LOOPBACK
+    family = socket.AF_INET6 if is_ipv6(address) else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(address.rpartition(":")[2]) or 1))  # of a datagram: a look at the routes
+        return str(probe.getsockname()[0]), str(probe.getpeername()[0])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        pass
+    try:
+        found = {str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except (OSError, UnicodeError):
+        return False
+    return bool(found) and all(ipaddress.ip_address(each).is_loopback for each in found)
 
 
 @lru_cache(256)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from microserve.protocol.bus.curve import CurveKeys, keys_of_role, peer_key
+from microserve.protocol.bus.sockets import GIVE_UP_S
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.security.rights import Role
@@ -24,6 +25,8 @@ def open_bus(settings: Settings, role: str) -> ZmqBus:
     return ZmqBus(
         high_water_mark=settings.bus.high_water_mark,
         linger_s=settings.bus.linger_s,
+        # Not before a peer is lost for its silence: who is to be patient keeps his connections.
+        give_up_s=max(GIVE_UP_S, settings.bus.heartbeat_interval_s * settings.bus.liveness),
         keys=keys,
         insecure=settings.bus.insecure,
     )

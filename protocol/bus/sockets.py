@@ -35,6 +35,14 @@ MAX_FRAMES_PER_TURN = 256
 _NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 """For ``Plain``: pyzmq's own methods make flags of numbers, and ask after every frame for the next: more than
 half of what a message costs here."""
+GIVE_UP_S = 5.0
+"""A TCP connection on which nothing is acknowledged for so long is given up, at both ends. The kernel's own
+patience is a quarter of an hour, and hours where nothing is sent; and the longer it has been in vain, the
+longer it waits to try again, also where the network is well by then."""
+CONNECT_S = 2.0
+"""So long for one attempt to connect, for the same reason; the next one follows."""
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_COUNT = 5, 1, 5
+"""The kernel asks a silent peer's kernel: a process that is stopped or busy has one that answers."""
 FRAMING_NBYTES = 42
 """What ZMTP and CURVE add to a frame, at most."""
 
@@ -56,10 +64,12 @@ class Wiring:
         *,
         high_water_mark: int,
         linger_s: float,
+        give_up_s: float,
         keys: CurveKeys | None,
         insecure: bool,
     ) -> None:
         self.context = context
+        self.give_up_ms = int(give_up_s * 1000)
         self.high_water_mark = high_water_mark
         self.linger_ms = int(linger_s * 1000)
         self.keys = keys
@@ -109,10 +119,18 @@ class _Socket:
         self._socket = bus.make_socket(kind)
         self._socket.set_hwm(bus.high_water_mark)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_BULK_NBYTES)
-        self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._bound_silence(bus.give_up_ms)
         self._closed = False
         self._drain_due = False
         self.address = ""
+
+    def _bound_silence(self, give_up_ms: int) -> None:
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_IDLE_S)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_INTERVAL_S)
+        self._socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_COUNT)
+        self._socket.setsockopt(zmq.TCP_MAXRT, give_up_ms)
+        self._socket.setsockopt(zmq.CONNECT_TIMEOUT, int(CONNECT_S * 1000))
 
     def _start(self) -> None:
         if self._handler is not None:

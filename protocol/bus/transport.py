@@ -21,6 +21,7 @@ import zmq
 from microserve.protocol import log
 from microserve.protocol.bus.curve import CurveKeys
 from microserve.protocol.bus.sockets import (
+    GIVE_UP_S,
     Client,
     DisconnectHandler,
     FramesHandler,
@@ -122,14 +123,21 @@ class ZmqBus(Wiring):
         *,
         high_water_mark: int = 10_000,
         linger_s: float = 1.0,
+        give_up_s: float = GIVE_UP_S,
         keys: CurveKeys | None = None,
         insecure: bool = False,
     ) -> None:
-        """``insecure``: bind without keys where other machines reach us, too. Raises :class:`ConfigError`."""
+        """``insecure``: bind without keys where other machines reach us, too. ``give_up_s``: a connection on
+        which the other kernel acknowledges nothing for so long is closed. Raises :class:`ConfigError`."""
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         context.set(zmq.MAX_SOCKETS, min(MAX_SOCKETS, int(context.get(zmq.SOCKET_LIMIT))))
         super().__init__(
-            context, high_water_mark=high_water_mark, linger_s=linger_s, keys=keys, insecure=insecure
+            context,
+            high_water_mark=high_water_mark,
+            linger_s=linger_s,
+            give_up_s=give_up_s,
+            keys=keys,
+            insecure=insecure,
         )
 
     @property

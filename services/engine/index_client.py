@@ -15,10 +15,11 @@ from collections.abc import Callable
 import structlog
 
 from microserve.protocol import log
+from microserve.protocol.bus.address import is_out_of_reach, own_host_towards
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.bus.peers import SIGNS
 from microserve.protocol.bus.transport import Bus, ClientSocket
-from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.errors import ConfigError, ProtocolViolation
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.messages.index import (
     Beat,
@@ -32,8 +33,25 @@ from microserve.protocol.messages.index import (
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import between_signs
+from microserve.protocol.settings import Settings
 
 _logger = structlog.get_logger()
+
+
+def require_reach(settings: Settings) -> None:
+    """An engine whose sockets are on loopback is of no use to an index, and to routers, of another host.
+    Raises :class:`ConfigError`."""
+    if settings.engine.advertise:
+        return
+    for name in ("address", "events_address", "replay_address"):
+        address = getattr(settings.engine, name)
+        if is_out_of_reach(address, settings.index.address):
+            raise ConfigError(
+                f"engine.{name} is {address}, which only this host reaches, and the index at "
+                f"{settings.index.address} is on another one; bind it to this host's address "
+                f"(tcp://{own_host_towards(settings.index.address)}:0), or to every interface (tcp://0.0.0.0:0)",
+                field=f"engine.{name}",
+            )
 
 
 class IndexClient:

@@ -24,6 +24,7 @@ from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.guidance.guide import Guides
 from microserve.services.engine.guidance.pool import GuidePool, compiler_of
+from microserve.services.engine.index_client import require_reach
 from microserve.services.engine.loading import Loading, make_runner
 from microserve.services.engine.native.packed_model import PackedModel
 from microserve.services.engine.native.runner import NativeRunner
@@ -43,6 +44,7 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
     if not settings.model.path:
         raise ConfigError("model.path is not set", field="model.path")
     settings.check()
+    require_reach(settings)
     loop = asyncio.get_running_loop()
     engine_id = settings.engine.id or f"engine-{secrets.token_hex(4)}"
     incarnation = secrets.randbits(62) | 1

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import structlog
 
 from microserve.protocol import log
+from microserve.protocol.bus.address import announced
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.process.lifecycle import Lifecycle
@@ -92,9 +93,9 @@ class EngineShell:
         self._info = EngineInfo(
             engine_id=core.engine_id,
             incarnation=core.incarnation,
-            address=self._server.address,
-            events_address=self._publisher.address,
-            replay_address=self._publisher.replay_address,
+            address=self._announced(self._server.address),
+            events_address=self._announced(self._publisher.address),
+            replay_address=self._announced(self._publisher.replay_address),
             model=core.model,
             labels=settings.engine.labels,
             block_size=core.layout.block_size,
@@ -151,7 +152,7 @@ class EngineShell:
                 tasks.create_task(self._index.run()),
                 tasks.create_task(self._watch_crash()),
             ]
-            self._lifecycle.ready(self._server.address, about=self._about, facts=self._facts)
+            self._lifecycle.ready(self._info.address, about=self._about, facts=self._facts)
             try:
                 await self._leave()
             except asyncio.CancelledError:
@@ -162,6 +163,9 @@ class EngineShell:
                 raise
             for task in background:
                 task.cancel()
+
+    def _announced(self, bound: str) -> str:
+        return announced(bound, self._settings.engine.advertise, self._settings.index.address)
 
     @property
     def _about(self) -> str:
