@@ -24,8 +24,8 @@ import enum
 from collections import deque
 from dataclasses import dataclass, field
 
-from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant.arrival import Arrival
+from microserve.kvcache.grant.pool import GrantPool
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import CLOSED, MAX_GENERATION, OPEN, pack_state
@@ -103,7 +103,7 @@ class GrantTable:
     def __init__(
         self,
         heap: Heap,
-        pool: BlockPool,
+        pool: GrantPool,
         *,
         engine_id: str,
         incarnation: int,

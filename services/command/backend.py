@@ -31,7 +31,7 @@ ASK_TIMEOUT_S = 120.0
 _ASK = """
 import importlib.util, sys
 missing = [name for name in ("microserve", "vllm") if importlib.util.find_spec(name) is None]
-sys.exit(" and ".join(missing))
+sys.exit(" and ".join(missing) or None)
 """
 
 

@@ -96,8 +96,11 @@ class Core(Protocol):
     layout: KvLayout
     clock: Clock
     """What every ``now`` that is handed to ``actions`` and ``state`` is read from."""
-    progress: int
-    """Grows while something is computed or sent; a busy core's must."""
+
+    @property
+    def progress(self) -> int:
+        """Grows while something is computed or sent; a busy core's must."""
+        ...
 
     @property
     def actions(self) -> CoreActions: ...

@@ -44,6 +44,8 @@ class RecordOf(Generic[Part]):
     last_used: float
     received: ReceivedGrant | None = None
     """The open grant, until a sequence adopts it, ``Commit`` takes it, or it is closed."""
+    asked: Part | None = None
+    """What waits for blocks to receive into; an engine that owns its blocks has them at once."""
     commit: CommitJob | None = None
     generate: Part | None = None
     sends: dict[tuple[str, int], Part] = field(default_factory=dict)
@@ -55,10 +57,10 @@ class RecordOf(Generic[Part]):
 
     @property
     def is_idle(self) -> bool:
-        return self.received is None and self.generate is None and not self.sends
+        return self.received is None and self.asked is None and self.generate is None and not self.sends
 
     def holds(self, part: Part) -> bool:
-        return part is self.generate or any(part is send for send in self.sends.values())
+        return any(part is each for each in (self.generate, self.asked, *self.sends.values()))
 
 
 Record = RecordOf[Sequence]

@@ -1,0 +1,41 @@
+"""How fast vLLM computes, as far as its outputs tell; for routers (``EngineLoad``)."""
+
+from __future__ import annotations
+
+from microserve.services.engine.vllm.front.running import Running
+
+SHARE = 0.2
+"""Of a new measurement in a mean."""
+MIN_PREFILL_TOKENS = 16
+"""Fewer say more about a step than about tokens."""
+
+
+class Rates:
+    def __init__(self) -> None:
+        self.prefill_tokens_per_s = 0.0
+        self.decode_step_s = 0.0
+        self.mean_output_tokens = 0.0
+        self._measured_at: float | None = None
+
+    def prefill_rate_age_s(self, now: float) -> float:
+        return 0.0 if self._measured_at is None else now - self._measured_at
+
+    def measure(self, running: Running, num_tokens: int, now: float) -> None:
+        """New tokens of a request have come; keeps when."""
+        if running.first_token_at is None:
+            running.first_token_at = now
+            computed = len(running.token_ids) - running.cached_tokens - running.received_tokens
+            took_s = now - (running.ready_at or running.arrived_at)
+            if computed >= MIN_PREFILL_TOKENS and took_s > 0:
+                self.prefill_tokens_per_s = _mean(self.prefill_tokens_per_s, computed / took_s)
+                self._measured_at = now
+        elif running.last_token_at is not None and now > running.last_token_at:
+            self.decode_step_s = _mean(self.decode_step_s, (now - running.last_token_at) / num_tokens)
+        running.last_token_at = now
+
+    def ended(self, num_output_tokens: int) -> None:
+        self.mean_output_tokens = _mean(self.mean_output_tokens, float(num_output_tokens))
+
+
+def _mean(before: float, new: float) -> float:
+    return new if not before else before + SHARE * (new - before)

@@ -1,0 +1,82 @@
+"""One request at vLLM, for one action: it generates, sends, or is parked to receive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from microserve.protocol.messages.engine import TokenLogprob
+from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.sampling import SamplingParams
+from microserve.services.engine.core.received import ReceivedGrant
+from microserve.services.engine.core.record import RecordOf
+from microserve.services.engine.vllm.link import Ask, Receive
+
+
+@dataclass(slots=True)
+class Transfer:
+    """What a sending request owes to its receiver, and what of it has come so far."""
+
+    grant: Grant
+    lane: int
+    begin: int
+    end: int
+    first_token: int | None = None
+    first_logprob: TokenLogprob | None = None
+    is_computed: bool = False
+    """vLLM has said its token, which nobody may want."""
+    nbytes: int | None = None
+    """None until all is put."""
+    put_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    owner: bytes
+    request_id: str
+    call_ids: list[int]
+    """Calls that wait for an answer."""
+    token_ids: list[int]
+    """What vLLM is given as its prompt."""
+    num_prompt_tokens: int
+    """Of these; the rest is output of before."""
+    params: SamplingParams | None
+    """None: nobody wants its token."""
+    sampling: dict[str, Any]
+    """In vLLM's words (sampling.py)."""
+    salt: str
+    arrived_at: float
+    deadline: float
+    ask: Ask | None = None
+    """Of the connector."""
+    transfer: Transfer | None = None
+    received: ReceivedGrant | None = None
+    """What it builds on, until that has settled."""
+    await_first: bool = False
+    first_token: int | None = None
+    """The sender's, once it is here."""
+    receive_id: int | None = None
+    """Of what it builds on: pinned at vLLM until this one has taken it, or ends."""
+    received_tokens: int = 0
+    cached_tokens: int = 0
+    num_delivered: int = 0
+    """Output tokens that the router has, or gets from another engine."""
+    is_over: bool = False
+    is_foreign: bool = False
+    """It builds on KV of another numerics class."""
+    is_mixed: bool = False
+    """A token has been made from such KV."""
+    ready_at: float = 0.0
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    cancel: Callable[[], None] = field(default=lambda: None)
+    """Take it from vLLM."""
+
+    @property
+    def is_parked(self) -> bool:
+        """It is there for its blocks."""
+        return isinstance(self.ask, Receive)
+
+
+RunningRecord = RecordOf[Running]

@@ -1,0 +1,195 @@
+"""One engine process whose core is vLLM's ``AsyncLLM``: starts it, takes its KV cache as heap, runs a shell.
+
+    digest of the model ─> link, feed ─> vLLM, whose processes open the link ─> Ready ─> heap ─> shell
+
+Three processes, one life: vLLM's end with this one (connector/lifeline.py), and this one ends when one of
+vLLM's is gone; a supervisor starts all anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from microserve.kvcache.heap.shm import ShmView
+from microserve.protocol.bus.transport import Bus
+from microserve.protocol.errors import ConfigError, InternalError
+from microserve.protocol.messages.engine_info import (
+    COMMIT,
+    FIRST_TOKEN,
+    GRAMMAR,
+    PREP_RECV,
+    PROMPT_LOGPROBS,
+    REMOTE_SEND,
+)
+from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.settings import Settings
+from microserve.protocol.types import MAX_PROMPT_TOKENS
+from microserve.services.engine.core.checks import Limits
+from microserve.services.engine.kind import EngineKind
+from microserve.services.engine.model.end_tokens import eos_of
+from microserve.services.engine.model.model_files import read_json
+from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.vllm.arguments import config_of
+from microserve.services.engine.vllm.feed import Feed
+from microserve.services.engine.vllm.front.asyncllm import AsyncVllm, warm_up
+from microserve.services.engine.vllm.front.core import VllmCore, VllmSteps
+from microserve.services.engine.vllm.link import Ready, Refused
+from microserve.services.engine.vllm.link_ends import Front
+from microserve.services.engine.vllm.mirror import Mirror
+from microserve.services.engine.vllm.weights import revision_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+CONNECTOR = "MicroserveConnector"
+CONNECTOR_MODULE = "microserve.services.engine.vllm.connector.connector"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json")
+SHUTDOWN_S = 5.0
+"""What vLLM's processes get to end by themselves."""
+
+
+async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None:
+    """Serve until cancelled. Raises :class:`ConfigError` when model or settings cannot work."""
+    if not settings.model.path:
+        raise ConfigError("model.path is not set", field="model.path")
+    settings.check()
+    import vllm
+
+    loop = asyncio.get_running_loop()
+    with ExitStack() as undo:
+        # vLLM's processes are killed when the thread that started them ends: it lives as long as they do.
+        starter = ThreadPoolExecutor(1, "vllm")
+        undo.callback(starter.shutdown)
+        directory = Path(settings.model.path)
+        revision = await loop.run_in_executor(
+            starter,
+            partial(
+                revision_of,
+                directory,
+                load_format=settings.model.load_format,
+                arguments=settings.vllm.arguments,
+                version=vllm.__version__,
+            ),
+        )
+        incarnation = secrets.randbits(62) | 1
+        front = Front(
+            incarnation=incarnation,
+            model=settings.model.name or directory.name,
+            revision=revision,
+            num_receives=settings.kvcache.grant_slots,
+            grant_slots=settings.kvcache.grant_slots,
+            checksums=settings.kvcache.checksums,
+        )
+        undo.callback(front.close)
+        mirror = Mirror(settings.kvcache.block_size, front.address.model, revision)
+        feed = Feed(mirror.take)
+        undo.callback(feed.close)
+        engine, config, ready = await loop.run_in_executor(starter, _start, settings, front, feed)
+        undo.callback(engine.shutdown, SHUTDOWN_S)
+        heap = ShmView.open(ready.heap, ready.layout)
+        undo.callback(heap.close)
+        core = VllmCore(
+            AsyncVllm(engine, shutdown_s=SHUTDOWN_S),
+            front,
+            heap,
+            mirror,
+            engine_id=settings.engine.id or f"engine-{secrets.token_hex(4)}",
+            incarnation=incarnation,
+            kind=kind_of(vllm.__version__, ready.layout.block_size, has_tokenizer=_has_tokenizer(directory)),
+            numerics=numerics_of(vllm.__version__, ready.layout.dtype, revision),
+            # vLLM keeps one block for itself.
+            limits=_limits(settings, config, directory, ready.num_blocks - 1),
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            lease_s=settings.kvcache.lease_s,
+            checksums=settings.kvcache.checksums,
+            kernels=f"vLLM {vllm.__version__}",
+        )
+        shell = EngineShell(settings, bus, lifecycle, core, partial(VllmSteps, core))
+        undo.pop_all()
+        with ExitStack() as closing:
+            closing.callback(starter.shutdown)
+            closing.callback(shell.close)
+            closing.callback(feed.close)
+            feed.open(core.on_output)
+            await warm_up(core.llm)
+            await engine.reset_prefix_cache()
+            await shell.run()
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    """vLLM needs it for grammars alone: text is the gateway's."""
+    return any((directory / name).is_file() for name in _TOKENIZERS)
+
+
+def kind_of(version: str, block_size: int, *, has_tokenizer: bool) -> EngineKind:
+    """What it says of itself. A whole block is computed again where a receive ends with one: vLLM must have
+    the logits of the last token."""
+    can = [PREP_RECV, REMOTE_SEND, COMMIT, FIRST_TOKEN, PROMPT_LOGPROBS]
+    if has_tokenizer:
+        can.append(GRAMMAR)
+    return EngineKind("vllm", version, tuple(can), split_tokens=block_size, recompute_tokens=block_size)
+
+
+def numerics_of(version: str, dtype: str, revision: str) -> Numerics:
+    """A row's bits depend on its batch, so it is not exact."""
+    return Numerics(f"vllm-{version}-{dtype}-{revision[:12]}", is_exact=False)
+
+
+def _limits(settings: Settings, config: VllmConfig, directory: Path, num_blocks: int) -> Limits:
+    return Limits(
+        max_model_len=min(config.model_config.max_model_len, MAX_PROMPT_TOKENS),
+        vocab_size=config.model_config.get_vocab_size(),
+        num_blocks=num_blocks,
+        max_waiting=settings.engine.max_waiting,
+        eos_token_ids=eos_of(directory, read_json(directory / "config.json")),
+    )
+
+
+def _start(settings: Settings, front: Front, feed: Feed) -> tuple[AsyncLLM, VllmConfig, Ready]:
+    """Takes from seconds to minutes. Raises :class:`ConfigError` for what vLLM or the connector refuses."""
+    from vllm.config import KVTransferConfig
+    from vllm.config.kv_events import KVEventsConfig
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    config = config_of(
+        settings,
+        skip_tokenizer_init=not _has_tokenizer(Path(settings.model.path)),
+        kv_transfer_config=KVTransferConfig(
+            kv_connector=CONNECTOR,
+            kv_connector_module_path=CONNECTOR_MODULE,
+            kv_role="kv_both",
+            kv_connector_extra_config=front.extra_config,
+        ),
+        kv_events_config=KVEventsConfig(
+            enable_kv_cache_events=True,
+            publisher="zmq",
+            endpoint=feed.endpoint,
+            replay_endpoint=feed.replay_endpoint,
+        ),
+    )
+    try:
+        engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    except Exception as error:
+        refused = _first(front, Refused)
+        if refused is not None:
+            path = f"vllm.arguments.{refused.field}"
+            raise ConfigError(f"{path}: {refused.detail}", field=path) from error
+        raise
+    ready = _first(front, Ready)
+    if ready is None:
+        engine.shutdown(timeout=SHUTDOWN_S)
+        raise InternalError("vLLM has started, and its worker has not said where its KV cache is")
+    return engine, config, ready
+
+
+def _first(front: Front, kind: type[Any]) -> Any:
+    return next((notice for notice in front.read() if isinstance(notice, kind)), None)

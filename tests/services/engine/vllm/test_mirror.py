@@ -1,0 +1,128 @@
+"""The mirror of vLLM's prefix cache: what it tells is what vLLM would find, whatever goes first."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from microserve.kvcache.prefix.hash import block_hashes, root_hash
+from microserve.protocol.messages.kv_events import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    KVEvent,
+    KVEventBatch,
+)
+from microserve.services.engine.vllm.mirror import Mirror
+
+pytestmark = pytest.mark.slow
+
+SIZE = 2
+Path = tuple[int, ...]
+"""A block by its tokens from the sequence's start, a token a block."""
+
+
+def name_of(path: Path) -> bytes:
+    return b"vllm" + bytes(path)
+
+
+def stored(path: Path, salt: str = "", **more: object) -> BlockStored:
+    parent = name_of(path[:-1]) if path[:-1] else None
+    keys = [(salt,)] if salt and parent is None else None
+    return BlockStored([name_of(path)], parent, [path[-1]] * SIZE, SIZE, None, "GPU", None, keys, **more)  # type: ignore[arg-type]
+
+
+def hash_of(path: Path, salt: str = "") -> bytes:
+    tokens = [token for token in path for _ in range(SIZE)]
+    return block_hashes(tokens, SIZE, root_hash("m", salt=salt, revision="r"))[-1]
+
+
+def fed(*events: KVEvent) -> Mirror:
+    mirror = Mirror(SIZE, "m", "r")
+    for event in events:
+        mirror.take(KVEventBatch(0.0, [event]))
+    return mirror
+
+
+class Reader:
+    """What somebody who follows the mirror's events knows."""
+
+    def __init__(self) -> None:
+        self.known: set[int | bytes] = set()
+
+    def read(self, events: list[KVEvent] | list[BlockStored]) -> None:
+        for event in events:
+            match event:
+                case BlockStored(hashes, parent):
+                    assert parent is None or parent in self.known, "a parent is told of before its children"
+                    assert not self.known.intersection(hashes), "a block is told of once"
+                    self.known.update(hashes)
+                case BlockRemoved(hashes):
+                    assert self.known.issuperset(hashes)
+                    self.known.difference_update(hashes)
+                case AllBlocksCleared():
+                    self.known.clear()
+
+
+def test_a_run_is_told_of_under_our_hashes() -> None:
+    run = BlockStored([name_of((1,)), name_of((1, 2))], None, [1, 1, 2, 2], SIZE, None, "GPU")
+    (event,) = fed(run).take_events()
+    assert isinstance(event, BlockStored)
+    assert event.block_hashes == [hash_of((1,)), hash_of((1, 2))] and event.parent_block_hash is None
+
+
+def test_a_salt_is_part_of_the_hash_and_of_the_event() -> None:
+    (event,) = fed(stored((1,), "tenant")).take_events()
+    assert isinstance(event, BlockStored)
+    assert event.block_hashes == [hash_of((1,), "tenant")] and event.extra_keys == [("tenant",)]
+
+
+def test_what_nobody_could_ask_for_is_left_out() -> None:
+    images = BlockStored([name_of((1,))], None, [1, 1], SIZE, None, "GPU", None, [("image", 3)])
+    offloaded = BlockStored([name_of((2,))], None, [2, 2], SIZE, None, "CPU")
+    mirror = fed(images, offloaded, stored((3,), group_idx=1), stored((1, 2)))
+    assert not mirror.has_events and mirror.num_blocks == 0
+
+
+def test_a_block_waits_for_its_parent_to_come_back() -> None:
+    mirror, reader = fed(stored((1,)), stored((1, 2)), BlockRemoved([name_of((1,))])), Reader()
+    reader.read(mirror.take_events())
+    assert reader.known == set() and mirror.num_blocks == 0
+    mirror.take(KVEventBatch(0.0, [stored((1,))]))
+    reader.read(mirror.take_events())
+    assert reader.known == {hash_of((1,)), hash_of((1, 2))}
+
+
+STEPS = st.lists(
+    st.tuples(st.booleans(), st.lists(st.integers(1, 2), min_size=1, max_size=4).map(tuple)), max_size=60
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(STEPS, st.integers(1, 5))
+def test_it_tells_of_what_can_be_reached(steps: list[tuple[bool, Path]], every: int) -> None:
+    """vLLM's rules: a block is stored when its parent is there; any copy may go at any time."""
+    mirror, reader = Mirror(SIZE, "m", "r"), Reader()
+    copies: dict[Path, int] = {}
+    for number, (stores, path) in enumerate(steps):
+        if stores and (len(path) == 1 or copies.get(path[:-1])):
+            copies[path] = copies.get(path, 0) + 1
+            mirror.take(KVEventBatch(0.0, [stored(path)]))
+        elif not stores and copies.get(path):
+            copies[path] -= 1
+            mirror.take(KVEventBatch(0.0, [BlockRemoved([name_of(path)], "GPU")]))
+        if number % every == 0:
+            reader.read(mirror.take_events())
+    reader.read(mirror.take_events())
+    found = {path for path in copies if all(copies.get(path[:n], 0) for n in range(1, len(path) + 1))}
+    assert reader.known == {hash_of(path) for path in found}
+    assert mirror.num_blocks == len(found)
+    fresh = Reader()
+    fresh.read(mirror.snapshot())
+    assert fresh.known == reader.known
+
+
+def test_cleared() -> None:
+    mirror = fed(stored((1,)), AllBlocksCleared())
+    assert mirror.take_events() == [AllBlocksCleared()] and mirror.snapshot() == []
