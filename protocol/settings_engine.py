@@ -15,7 +15,7 @@ from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.world import MAX_WORLD_RANKS, fault_of_world
 from microserve.protocol.settings_bounds import Count, CountOrZero, Positive, PositiveOrZero, Section
 
-DOOR_KINDS = ("tcp",)
+DOOR_KINDS = ("tcp", "nixl")
 _LOOPBACK = re.compile(r"tcp://(127(\.\d{1,3}){3}|localhost|\[::1\]):")
 _HOST = re.compile(r"\[[0-9a-fA-F:.]+\]|[0-9a-fA-F]*:[0-9a-fA-F:.]+|[^][:/\s]+")
 _EVERYWHERE = ("*", "0.0.0.0", "::")
@@ -119,8 +119,8 @@ class KvCacheSettings(Section, frozen=True):
     checksums: bool = False
     """Verify every received block by checksum before first use."""
     doors: list[str] = msgspec.field(default_factory=list)
-    """``tcp``: through what engines of other hosts put KV into this one, best first. Empty: only those of
-    this host do."""
+    """``tcp``, ``nixl``: through what engines of other hosts put KV into this one, best first. Empty: only
+    those of this host do."""
     door_address: str = "tcp://127.0.0.1:0"
     """Where a door is, as other hosts reach it; port 0: any."""
     door_silence_s: Positive = 10.0

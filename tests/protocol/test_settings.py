@@ -115,7 +115,7 @@ def test_wrong_setting_is_named_by_its_path(override: str, field: str, reason: s
 @pytest.mark.parametrize(
     ("overrides", "field", "reason"),
     [
-        (["kvcache.doors=['window']"], "kvcache.doors", "must be of 'tcp', has 'window'"),
+        (["kvcache.doors=['window']"], "kvcache.doors", "must be of 'tcp', 'nixl', has 'window'"),
         (["kvcache.doors=['tcp','tcp']"], "kvcache.doors", "must name each kind once"),
         (["kvcache.share_memory=false"], "kvcache.doors", "must name a door where kvcache.share_memory"),
         (["kvcache.door_address=tcp://host"], "kvcache.door_address", "must be tcp://HOST:PORT"),

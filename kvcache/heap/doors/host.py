@@ -12,10 +12,15 @@ goes to others through theirs. Owns that choice. Does not know settings.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Final
 
 from microserve.kvcache.heap.doors.door import Door
+from microserve.kvcache.heap.doors.nixl import door as nixl
+from microserve.kvcache.heap.doors.nixl.agent import Agent
+from microserve.kvcache.heap.doors.nixl.peer import attach as attach_nixl
 from microserve.kvcache.heap.doors.tcp import door as tcp
 from microserve.kvcache.heap.doors.tcp.peer import attach as attach_tcp
 from microserve.kvcache.heap.doors.tcp.post import Post
@@ -28,7 +33,7 @@ from microserve.kvcache.words import DEFAULT_NUM_SLOTS
 from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.messages.grant import HeapAddress
 
-DOOR_KINDS = (tcp.KIND,)
+_KINDS: Final = {tcp.KIND: tcp.TcpDoor, nixl.KIND: nixl.NixlDoor}
 
 
 class HostHeap(ShmHeap):
@@ -53,21 +58,25 @@ class HostHeap(ShmHeap):
         :class:`ConfigError` as :class:`ShmHeap`; of field ``doors`` or ``door_address`` for a door that
         cannot be opened."""
         for kind in doors:
-            if kind not in DOOR_KINDS:
-                raise ConfigError(f"no door is of kind {kind!r}, of {', '.join(DOOR_KINDS)}", field="doors")
+            if kind not in _KINDS:
+                raise ConfigError(f"no door is of kind {kind!r}, of {', '.join(_KINDS)}", field="doors")
         if not shares_memory and not doors:
             raise ConfigError("a heap that shares no memory needs a door", field="doors")
         super().__init__(layout, incarnation=incarnation, num_slots=num_slots, may_take=may_take)
         self._shares_memory = shares_memory
         self._post: Post | None = None
+        self._agent: Agent | None = None
         with ExitStack() as undo:
             undo.callback(super().close)
             self._doors: list[Door] = []
-            for _ in doors:
-                self._doors.append(
-                    tcp.TcpDoor(self.address, layout, host=host, port=port, silence_s=silence_s)
-                )
-                undo.callback(self._doors[-1].close)
+            for kind in doors:
+                its_port = port if kind == doors[0] else 0
+                door = _KINDS[kind](self.address, layout, host=host, port=its_port, silence_s=silence_s)
+                self._doors.append(door)
+                undo.callback(door.close)
+            if nixl.KIND in doors:
+                name = f"heap-{incarnation:x}-{os.getpid()}"
+                self._agent = Agent(name, self.data.ctypes.data, self.data.nbytes)
             undo.pop_all()
         ways = [door.address for door in self._doors]
         if shares_memory:
@@ -79,6 +88,10 @@ class HostHeap(ShmHeap):
             if self._post is None:
                 self._post = Post()
             return attach_tcp(self._post, self.layout, self._file.tail, address)
+        if address.kind == nixl.KIND and self._agent is not None:
+            if self._post is None:
+                self._post = Post()
+            return attach_nixl(self._post, self._agent, self.layout, self._file.tail, address)
         if address.kind == SHM and not self._shares_memory:
             raise TransferFailed("this engine shares no memory: a shm heap is out of reach")
         return super().attach(address)
@@ -90,4 +103,6 @@ class HostHeap(ShmHeap):
             self._post.close()
         for door in self._doors:
             door.close()
+        if self._agent is not None:
+            self._agent.destroy()
         super().close()

@@ -4,13 +4,13 @@ import pytest
 
 from microserve.kvcache.heap.mapped import MappedHeap
 from tests.support.kvcache.heap_conformance import HeapConformance
-from tests.support.kvcache.heap_factories import CROSSING, EVERYWHERE, FACTORIES, OTHERS, HeapFactory
+from tests.support.kvcache.heap_factories import CROSSING, FACTORIES, INSTALLED, OTHERS, HeapFactory
 from tests.support.kvcache.heap_process_conformance import HeapProcessConformance
 from tests.support.kvcache.kv_samples import make_layout
 
 
 class TestHeap(HeapConformance):
-    @pytest.fixture(params=EVERYWHERE)
+    @pytest.fixture(params=INSTALLED)
     def factory(self, request: pytest.FixtureRequest) -> HeapFactory:
         return FACTORIES[request.param]()
 

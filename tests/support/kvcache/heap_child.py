@@ -24,6 +24,10 @@ PYTHONPATH = os.pathsep.join((str(ROOT / ".src"), *filter(None, sys.path)))
 """What this process imports from, for its children."""
 
 
+_CARDS = 'mount -t sysfs sysfs /sys && exec "$@"'
+"""Where UCX looks for cards."""
+
+
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
@@ -36,13 +40,19 @@ class Child:
     """A process with a heap of its own, that does what it is told over its pipes."""
 
     def __init__(self, factory: str, incarnation: int, num_blocks: int = 8) -> None:
+        environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
+        enter: list[str] = []
+        if other := os.environ.get("MICROSERVE_TEST_OTHER"):  # networks.sh
+            environment["MICROSERVE_TEST_DOOR_HOST"] = os.environ["MICROSERVE_TEST_OTHER_HOST"]
+            enter = ["nsenter", "--target", other, "--net", "unshare", "--mount", "sh", "-c", _CARDS, "sh"]
         self._process = subprocess.Popen(
             [
+                *enter,
                 *(sys.executable, "-m", "tests.support.kvcache.heap_process"),
                 *(factory, str(incarnation), str(num_blocks)),
             ],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": PYTHONPATH},
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

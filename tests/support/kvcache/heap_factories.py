@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import ClassVar
 
 from microserve.kvcache.heap.cuda_driver import LibCuda
@@ -57,17 +58,25 @@ class TcpFactory(HeapFactory):
     num_race_rounds = 400
     is_remote = True
     silence_s: ClassVar[float] = 60.0
+    kind: ClassVar[str] = "tcp"
 
     def create(self, layout: KvLayout, incarnation: int) -> Heap:
         return HostHeap(
             layout,
             incarnation=incarnation,
             num_slots=NUM_SLOTS,
-            doors=["tcp"],
+            doors=[self.kind],
             host=os.environ.get(DOOR_HOST, "127.0.0.1"),
             silence_s=self.silence_s,
             shares_memory=False,
         )
+
+
+class NixlFactory(TcpFactory):
+    """Needs the extra ``nixl``."""
+
+    num_race_rounds = 200
+    kind = "nixl"
 
 
 class ImpatientTcpFactory(TcpFactory):
@@ -148,6 +157,7 @@ FACTORIES: dict[str, Callable[[], HeapFactory]] = {
     "memory": MemoryFactory,
     "shm": ShmFactory,
     "tcp": TcpFactory,
+    "nixl": NixlFactory,
     "tcp_impatient": ImpatientTcpFactory,
     "cuda_ipc": CudaIpcFactory,
     "nvshmem": NvshmemFactory,
@@ -156,4 +166,6 @@ FACTORIES: dict[str, Callable[[], HeapFactory]] = {
 }
 EVERYWHERE = ["memory", "shm", "tcp", "cuda_ipc", "nvshmem"]
 """Need nothing that a machine may lack."""
-CROSSING = [name for name in EVERYWHERE if FACTORIES[name]().crosses_processes]
+INSTALLED = [*EVERYWHERE, *(["nixl"] if find_spec("nixl") is not None else [])]
+"""And what is here by an extra."""
+CROSSING = [name for name in INSTALLED if FACTORIES[name]().crosses_processes]

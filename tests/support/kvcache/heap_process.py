@@ -82,6 +82,17 @@ class Commands:
             self.peer.put(everything)
             self.peer.signal(word, number)
 
+    def paint_for_ever(self, word: int) -> None:
+        """Each round another value everywhere, once the one before is there."""
+        everything = self._everything()
+        number = 0
+        while True:
+            number += 1
+            set_data(self._heap, number % 251)
+            self.peer.put(everything)
+            self.peer.signal(word, number)
+            self.peer.poll(wait=True)
+
     def fill(self, num_tokens: int, seed: int) -> str:
         """The KV that the following transfers send."""
         fill(self._heap, self._blocks(num_tokens), num_tokens, seed)

@@ -42,6 +42,11 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
     num_slots: int
     silence_s: float
     """Nothing heard for so long: torn down, by either end."""
+    agent: bytes = b""
+    """Where KV goes by another way than this connection: metadata of an agent of NIXL, for this writer
+    alone."""
+    base: int = 0
+    """Address of the data region, as that agent knows it."""
 
 
 class OwnerGreeting:
@@ -50,20 +55,24 @@ class OwnerGreeting:
     def __init__(self, address: HeapAddress, secret: bytes) -> None:
         self._identity, self._secret = _identity(address), secret
         self._nonce = secrets.token_bytes(NONCE_NBYTES)
+        self._nonces = b""
 
     @property
     def greeting(self) -> bytes:
         return MAGIC + self._nonce
 
-    def welcome(self, hello: bytes, terms: Terms) -> bytes:
-        """The answer to ``HELLO_NBYTES`` bytes. :class:`ProtocolViolation` for a stranger: close."""
+    def check(self, hello: bytes) -> None:
+        """``HELLO_NBYTES`` bytes. :class:`ProtocolViolation` for a stranger: close."""
         magic, nonce, proof = hello[:8], hello[8 : 8 + NONCE_NBYTES], hello[8 + NONCE_NBYTES :]
-        nonces = self._nonce + nonce
-        is_known = hmac.compare_digest(_proof(self._secret, b"writer", nonces, self._identity), proof)
+        self._nonces = self._nonce + nonce
+        is_known = hmac.compare_digest(_proof(self._secret, b"writer", self._nonces, self._identity), proof)
         if magic != MAGIC or not is_known:
             raise ProtocolViolation("a stranger at the door")
+
+    def welcome(self, terms: Terms) -> bytes:
+        """The answer to one who is known."""
         packed = msgspec.msgpack.encode(terms)
-        mine = _proof(self._secret, b"owner", nonces, self._identity)
+        mine = _proof(self._secret, b"owner", self._nonces, self._identity)
         return mine + _LENGTH.pack(len(packed)) + packed
 
 

@@ -13,7 +13,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable
 from enum import Enum
-from typing import Final
+from typing import Final, Protocol
 
 from microserve.kvcache.heap.doors.tcp import frames
 from microserve.protocol.errors import ProtocolViolation
@@ -38,6 +38,16 @@ class End(Enum):
 _TORN: Final = {frames.LEFT: End.LEFT, frames.SILENT: End.TORN, frames.FAULT: End.FAULT}
 
 
+class Flight(Protocol):
+    """A put that goes by another way."""
+
+    def is_over(self) -> bool:
+        """All of it is there. :class:`TransferFailed` if it will never be."""
+
+    def drop(self) -> None:
+        """Nobody asks any more."""
+
+
 class Line:
     def __init__(self, silence_s: float, now: float) -> None:
         self.silence_s = silence_s
@@ -56,7 +66,8 @@ class Line:
         self._begun: deque[memoryview] = deque()
         """Whole frames that go out now, less the bytes that have."""
         self._frame_parts: deque[int] = deque()
-        """How many parts each frame of ``_puts`` has."""
+        """How many parts each frame of ``_puts`` has; 0: the next of ``_flights`` must be over."""
+        self._flights: deque[Flight] = deque()
         self._incoming = bytearray()
         self._heard_at = self._beat_at = now
 
@@ -67,6 +78,11 @@ class Line:
         parts = [memoryview(part) for part in frame]
         self._puts.extend(parts)
         self._frame_parts.append(len(parts))
+
+    def fly(self, flight: Flight) -> None:
+        """What is put after it goes out when it is over."""
+        self._flights.append(flight)
+        self._frame_parts.append(0)
 
     def ask(self, kind: int, small: int, answers: int) -> None:
         """``answers``: its kind, or one of ``HELD`` and ``BUSY`` for a ``HOLD``; it will be ``answer``. One
@@ -90,10 +106,15 @@ class Line:
 
     @property
     def has_parts(self) -> bool:
-        return bool(self._begun or self._urgent or self._puts)
+        return bool(self._begun or self._urgent or (self._frame_parts and self._frame_parts[0]))
+
+    @property
+    def awaits_flight(self) -> bool:
+        """Look again soon."""
+        return bool(self._flights) and not self.has_parts
 
     def parts(self) -> list[memoryview]:
-        """What goes out next, in this order."""
+        """What goes out next, in this order. :class:`TransferFailed` of a flight."""
         if not self._begun:
             if self._urgent:
                 self._begun, self._urgent = self._urgent, deque()
@@ -101,6 +122,10 @@ class Line:
             while self._frame_parts and nbytes < frames.MAX_PUT_NBYTES:
                 if self._begun and len(self._begun) + self._frame_parts[0] > MAX_PARTS:
                     break
+                if not self._frame_parts[0]:
+                    if not self._flights[0].is_over():
+                        break
+                    self._flights.popleft()
                 for _ in range(self._frame_parts.popleft()):
                     part = self._puts.popleft()
                     nbytes += len(part)
@@ -169,5 +194,8 @@ class Line:
         self.end = self.end or end
         for waiting in (self._begun, self._urgent, self._puts):
             waiting.clear()
+        for flight in self._flights:
+            flight.drop()
+        self._flights.clear()
         self._frame_parts.clear()
         self.lanes, self.told, self._asked = {}, {}, None

@@ -40,6 +40,13 @@ _PROBE_S: Final = 0.25
 def attach(post: Post, mine: KvLayout, source: memoryview, address: HeapAddress) -> TcpPeerHeap:
     """:class:`TransferFailed` if its owner is gone, out of reach or another one, or if its KV is laid out
     differently."""
+    connection, line, terms = connect(mine, address)
+    post.add(line, connection)
+    return TcpPeerHeap(post, line, terms, address, source)
+
+
+def connect(mine: KvLayout, address: HeapAddress) -> tuple[socket.socket, Line, Terms]:
+    """A connection whose ends know each other; errors as :func:`attach`."""
     host, port, entrance = _where(address)
     deadline = time.monotonic() + ATTACH_S
     try:
@@ -59,9 +66,7 @@ def attach(post: Post, mine: KvLayout, source: memoryview, address: HeapAddress)
     except BaseException:
         connection.close()
         raise
-    line = Line(terms.silence_s, time.monotonic())
-    post.add(line, connection)
-    return TcpPeerHeap(post, line, terms, address, source)
+    return connection, Line(terms.silence_s, time.monotonic()), terms
 
 
 class TcpPeerHeap(PeerHeap):

@@ -28,11 +28,13 @@ import structlog
 from microserve.kvcache.heap.doors.door import SILENCE_S
 from microserve.kvcache.heap.doors.tcp.line import End, Line
 from microserve.protocol import log
-from microserve.protocol.errors import ProtocolViolation
+from microserve.protocol.errors import ProtocolViolation, TransferFailed
 
 _UNSENT_NBYTES: Final = 1 << 18
 """What the kernel takes beyond what the network does: it stands before what is urgent."""
 _RECEIVE_NBYTES: Final = 1 << 14
+_FLIGHT_S: Final = 0.0002
+"""Pause between looks at a put that goes by another way."""
 
 _logger = structlog.get_logger()
 
@@ -60,13 +62,18 @@ class Post:
             self._tick_s = min(self._tick_s, line.silence_s / 8)
         os.eventfd_write(self._wake, 1)
 
+    @property
+    def calling(self) -> threading.Condition:
+        """Held around calls of what lines use as well."""
+        return self._changed
+
     @contextmanager
     def using(self, line: Line) -> Iterator[None]:
         """The line's state is ours; what was put into it goes out after."""
         with self._changed:
             yield
-            has_parts = line.has_parts
-        if has_parts:
+            has_some = line.has_parts or line.awaits_flight
+        if has_some:
             os.eventfd_write(self._wake, 1)
 
     def wait(self, line: Line, until: Callable[[], bool], timeout_s: float | None = None) -> bool:
@@ -97,10 +104,11 @@ class Post:
 
     def _run(self) -> None:
         selector = selectors.DefaultSelector()
+        is_flying = False
         try:
             selector.register(self._wake, selectors.EVENT_READ)
             while not self._is_closed:
-                ready = selector.select(self._tick_s)
+                ready = selector.select(_FLIGHT_S if is_flying else self._tick_s)
                 now = time.monotonic()
                 for key, events in ready:
                     if key.data is None:
@@ -109,8 +117,10 @@ class Post:
                         self._receive(key.data, now)
                 with self._changed:
                     lines = list(self._lines.items())
+                is_flying = False
                 for line, connection in lines:
                     self._send(line, connection, now)
+                    is_flying |= line.awaits_flight
                     with self._changed:
                         self._watch(selector, line, connection)
                         self._changed.notify_all()
@@ -150,8 +160,7 @@ class Post:
     def _send(self, line: Line, connection: socket.socket, now: float) -> None:
         with self._changed:
             line.tick(now)
-            parts = line.parts()
-        while parts:
+        while parts := self._parts(line):
             try:
                 sent = connection.sendmsg(parts)
             except BlockingIOError:
@@ -162,7 +171,14 @@ class Post:
                 return
             with self._changed:
                 line.sent(sent)
-                parts = line.parts()
+
+    def _parts(self, line: Line) -> list[memoryview]:
+        with self._changed:
+            try:
+                return line.parts()
+            except TransferFailed:
+                line.lose(End.RESET)
+                return []
 
     def _watch(self, selector: selectors.BaseSelector, line: Line, connection: socket.socket) -> None:
         """Look for what it can do next, or for nothing if it has ended."""

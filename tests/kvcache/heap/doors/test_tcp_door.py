@@ -167,7 +167,7 @@ def test_strangers_who_say_nothing_keep_nobody_out(
 def test_no_more_writers_than_there_is_room_for(
     heap: HostHeap, writer: HostHeap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "MAX_WRITERS", 2)
+    monkeypatch.setattr(door.TcpDoor, "max_writers", 2)
     with writer.attach(door_of(heap)), writer.attach(door_of(heap)) as second:
         with pytest.raises(TransferFailed):
             writer.attach(door_of(heap))
@@ -219,7 +219,7 @@ def test_a_writer_at_fault_is_torn_down_and_its_lanes_are_free(
     known.sendall(hostile)
 
     assert is_closed(known)
-    assert not heap.is_held(1, 1)
+    wait_until(lambda: not heap.is_held(1, 1), "the end of its lane")
     assert (data_of(heap) == POISON_BYTE).all()
 
 
