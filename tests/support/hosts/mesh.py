@@ -71,6 +71,7 @@ class HostMesh(MeshProcesses):
         if name.startswith("engine"):
             sockets = ("address", "events_address", "replay_address")
             own += [f"engine.{each}=tcp://{host.address}:0" for each in sockets]
+            own += ['kvcache.doors=["tcp"]', f"kvcache.door_address=tcp://{host.address}:0"]
         if name.startswith("gateway"):
             own += [f"gateway.host={host.address}", "gateway.allow_no_keys=true"]
         return own + super().own_settings_of(name)
