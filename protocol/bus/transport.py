@@ -144,6 +144,11 @@ class ZmqBus(Wiring):
     def public_key(self) -> str:
         return self.keys.public.decode() if self.keys is not None else ""
 
+    @property
+    def refused_keys(self) -> dict[str, float]:
+        """Public keys that our sockets have turned away, and the seconds since it was last."""
+        return self.guard.refused_keys()
+
     def server(self, address: str, handler: PeerHandler, entrance: Entrance = Entrance.ANY) -> ServerSocket:
         """Bind a ROUTER socket. Raises ``OSError`` when the address is taken, ``ConfigError`` if exposed."""
         return self._keep(Server(self, address, handler, entrance))

@@ -12,6 +12,7 @@ import msgspec
 
 from microserve.protocol.messages.engine_info import EngineInfo as EngineInfo  # noqa: PLC0414 - a message's part
 from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.host import UNSAID_HOST, HostFacts
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.sampling import SamplingParams
@@ -314,6 +315,8 @@ class EngineStats(_Message, frozen=True, tag=8):
     call_id: int
     load: EngineLoad
     counters: dict[str, int]
+    host: HostFacts = UNSAID_HOST
+    """Of the engine's process and machine."""
 
 
 class SnapshotReply(_Message, frozen=True, tag=9):

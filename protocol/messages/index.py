@@ -7,6 +7,7 @@ import msgspec
 from microserve.protocol.messages import control, decisions
 from microserve.protocol.messages import world as worlds
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.messages.host import UNSAID_HOST, HostFacts
 from microserve.protocol.messages.scores import Trial
 
 
@@ -133,12 +134,34 @@ class Matches(_Message, frozen=True, tag=4):
     """Engine id -> tokens of the prompt that it holds, from the start."""
 
 
+class MissingEngine(msgspec.Struct, frozen=True, array_like=True):
+    """An engine that asks to be a member and is refused, or that was one and was lost."""
+
+    engine_id: str
+    incarnation: int
+    address: str
+    """Of its actions, as it says."""
+    code: str
+    """Error code of the refusal; ``engine_lost`` without a field: it was lost."""
+    field: str = ""
+    """What does not fit."""
+    detail: str = ""
+    age_s: float = 0.0
+    """Since it was last refused, or was lost."""
+
+
 class IndexReport(_Message, frozen=True, tag=5):
     call_id: int
     num_engines: int
     num_blocks: int
     nbytes: int
     counters: dict[str, int]
+    missing: list[MissingEngine] = []
+    """The refused of the last minute and the lost of the last hour."""
+    refused_keys: dict[str, float] = {}
+    """Public keys (Z85) that were turned away at the door, and the seconds since."""
+    host: HostFacts = UNSAID_HOST
+    """Of the index's process and machine."""
 
 
 class IndexFailed(_Message, frozen=True, tag=6):

@@ -50,6 +50,7 @@ HANDSHAKE_MS: Final = 3000
 LOG_EACH_S: Final = 10.0
 """One line a key, or a reason, in so many seconds, with the count so far."""
 MAX_LOGGED: Final = 256
+MAX_REFUSED_KEYS: Final = 32
 
 _SMALL = Limits(frame_nbytes=4 * KIB, first_nbytes=MIB, unfinished_nbytes=MIB, queued_nbytes=MIB)
 """Of sockets to which nobody has much to say. Who says nothing at all may be reading, and be kept alive by
@@ -91,6 +92,8 @@ class Guard:
         self._received: dict[int, int] = {}
         """Readings of the last look."""
         self._logged: dict[str, tuple[float, int]] = {}
+        self._refused: dict[str, float] = {}
+        """When a key was last turned away; written by our thread alone."""
         self._poller = zmq.Poller()
         self._poller.register(self._wake, zmq.POLLIN)
         self._zap: zmq.Socket[bytes] | None = None
@@ -204,6 +207,11 @@ class Guard:
         for verdict in self._connections.of(gate):
             self._connections.closed(verdict.descriptor)
 
+    def refused_keys(self) -> dict[str, float]:
+        """Seconds since each was last turned away. From any thread."""
+        now = time.monotonic()
+        return {key: now - at for key, at in self._refused.copy().items()}
+
     # --- who is let in -----------------------------------------------------------------------------
 
     def _answer(self, request: list[bytes]) -> None:
@@ -228,6 +236,10 @@ class Guard:
         roles = self._trust.roles(key)
         if roles and may_enter(roles, Entrance(entrance)):
             return True
+        self._refused.pop(key, None)
+        if len(self._refused) >= MAX_REFUSED_KEYS:
+            del self._refused[next(iter(self._refused))]
+        self._refused[key] = now
         self._tell(key, log.PEER_REFUSED, key=key, socket=entrance, roles=sorted(roles))
         return False
 

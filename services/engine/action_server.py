@@ -24,6 +24,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, ProtocolViolation
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv_events import KVEvent, KVEventBatch, encode_batch
+from microserve.protocol.process.host import host_facts
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance
 from microserve.services.engine.core.record import Outbox
@@ -60,6 +61,7 @@ class ActionServer:
         next_seq: Callable[[], int],
         on_drain: Callable[[], None] = lambda: None,
         stir: Callable[[], None] = lambda: None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """``interval_s``: of :meth:`beat`. ``on_drain`` is called, under the core's lock, when a peer asks
         the engine to leave; ``stir`` with every message of who is not idle."""
@@ -70,6 +72,7 @@ class ActionServer:
         self._next_seq = next_seq
         self._on_drain = on_drain
         self._stir = stir
+        self._wall_clock = wall_clock
         self._sessions: Peers[bytes, Session] = Peers(interval_s=interval_s, silence_s=silence_s)
         """By routing id."""
         self._info: wire.EngineInfo | None = None
@@ -186,7 +189,7 @@ class ActionServer:
         counters["frames_rejected"] = self.rejected
         counters["records"] = len(self._core.state.records)
         counters["routers"] = len(self._sessions)
-        return wire.EngineStats(call_id, self._core.load(), counters)
+        return wire.EngineStats(call_id, self._core.load(), counters, host_facts(self._wall_clock))
 
     def _snapshot(self, call_id: int) -> tuple[wire.EngineReply, bytes]:
         """Cache contents and the sequence number of the first batch that is not in them, as one cut."""

@@ -88,6 +88,7 @@ class EngineShell:
             next_seq=lambda: self._publisher.next_seq,
             on_drain=self.drain,
             stir=self._pace.stir,
+            wall_clock=wall_clock,
         )
         limits = core.state.limits
         self._info = EngineInfo(

@@ -49,6 +49,7 @@ from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
 from microserve.services.index.foreign import foreign_engines
 from microserve.services.index.membership import Admission, Membership
+from microserve.services.index.missing import Missing
 from microserve.services.index.prefixes import PrefixIndexes
 from microserve.services.index.questions import QuestionDesk
 from microserve.services.index.worlds import WorldDesk
@@ -101,6 +102,7 @@ class IndexService:
         self._feeds: dict[str, Feed] = {}
         """By engine id: what is open for the life that is in."""
         self._refused: dict[str, tuple[int, str]] = {}
+        self._missing = Missing()
         """Life and reason, by engine id: of those that the log has."""
         self._foreign = {info.engine_id: info for info in foreign}
         self._prefixes = PrefixIndexes(max_nbytes)
@@ -146,6 +148,7 @@ class IndexService:
         lost = self._membership.expire(now, next_s)
         for info, loss in lost:
             self.counters[f"lost_{loss.value}"] += 1
+            self._missing.lost(info, loss, now)
             _logger.warning(log.ENGINE_LOST, engine_id=info.engine_id, reason=loss.value)
             self._forget(info.engine_id)
         if lost:
@@ -244,6 +247,7 @@ class IndexService:
         self._prefixes.check_room(info)
         admission = self._membership.register(info, now)
         self._refused.pop(info.engine_id, None)
+        self._missing.present(info)
         if admission is Admission.RENEWED:
             return
         self.counters["joined"] += 1
@@ -265,6 +269,7 @@ class IndexService:
 
     def _tell_refusal(self, info: EngineInfo, error: MeshError) -> None:
         """Once: a refused engine asks for ever, and may be let in one day."""
+        self._missing.refused(info, error, self._loop.time())
         if self._refused.get(info.engine_id) == (info.incarnation, error.detail):
             return
         if len(self._refused) >= MAX_REFUSED:
@@ -330,13 +335,14 @@ class IndexService:
         for feed in self._feeds.values():
             counters.update(_counted(feed))
         counters.update(self._prefixes.counters)
-        return wire.IndexReport(
+        report = wire.IndexReport(
             call_id,
             num_engines=len(self._membership),
             num_blocks=self._prefixes.num_blocks,
             nbytes=self._prefixes.nbytes,
             counters=dict(counters) | {"watchers": len(self._watchers)},
         )
+        return self._missing.told_in(report, self._bus, self._loop.time())
 
 
 def _counted(feed: Feed) -> dict[str, int]:

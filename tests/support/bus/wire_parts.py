@@ -7,6 +7,7 @@ from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.geometry import Geometry
 from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.host import HostFacts
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.prompt_logprobs import PromptLogprob, packed
 from microserve.protocol.messages.sampling import Grammar, SamplingParams
@@ -78,6 +79,7 @@ INFO = actions.EngineInfo(
     recompute_tokens=2,
     events_open=True,
 )
+HOST = HostFacts(1.5e9, 12, 1024, 65_536, 1 << 26, 1 << 25)
 LOAD = actions.EngineLoad(
     progress=1 << 34,
     num_steps=2,

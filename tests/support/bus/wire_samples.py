@@ -24,6 +24,7 @@ from microserve.protocol.messages.numerics import Numerics
 from tests.support.bus.wire_parts import (
     DELTA,
     GRANT,
+    HOST,
     INFO,
     LIFE,
     LOAD,
@@ -98,7 +99,7 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
     (ENGINE_REPLY, actions.Deltas(deltas=[DELTA])),
     (ENGINE_REPLY, actions.Committed(call_id=5, num_tokens=32)),
     (ENGINE_REPLY, actions.Done(call_id=6)),
-    (ENGINE_REPLY, actions.EngineStats(call_id=9, load=LOAD, counters={"steps": 7})),
+    (ENGINE_REPLY, actions.EngineStats(call_id=9, load=LOAD, counters={"steps": 7}, host=HOST)),
     (ENGINE_REPLY, actions.SnapshotReply(call_id=10, epoch=LIFE, seq=77)),
     (ENGINE_REPLY, actions.Heartbeat(incarnation=LIFE, load=LOAD, next_s=2.5)),
     (
@@ -185,7 +186,14 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
     (
         INDEX_REPLY,
         membership.IndexReport(
-            call_id=6, num_engines=2, num_blocks=300, nbytes=30_000, counters={"joined": 2}
+            call_id=6,
+            num_engines=2,
+            num_blocks=300,
+            nbytes=30_000,
+            counters={"joined": 2},
+            missing=[membership.MissingEngine("e9", 1 << 59, "tcp://a:9", "c", "incarnation", "d", 2.5)],
+            refused_keys={"k": 1.5},
+            host=HOST,
         ),
     ),
     (INDEX_REPLY, membership.IndexFailed(call_id=7, code="invalid_request", detail="d", field="f")),
@@ -259,8 +267,9 @@ GOLDEN: dict[str, str] = {
     "ENGINE_TO_ROUTER.Committed": "93060520",
     "ENGINE_TO_ROUTER.Done": "920706",
     "ENGINE_TO_ROUTER.EngineStats": (
-        "940809dc0011cf00000004000000000203040506070809cb4025000000000000cb3fc0000000000000c340cb3fe800000000"
-        "0000cb4034800000000000cb3fd8000000000000cd020081a5737465707307"
+        "950809dc0011cf00000004000000000203040506070809cb4025000000000000cb3fc0000000000000c340cb3fe800000000"
+        "0000cb4034800000000000cb3fd8000000000000cd020081a573746570730796cb41d65a0bc00000000ccd0400ce00010000"
+        "ce04000000ce02000000"
     ),
     "ENGINE_TO_ROUTER.SnapshotReply": "94090acf10000000000000004d",
     "ENGINE_TO_ROUTER.Heartbeat": (
@@ -339,7 +348,11 @@ GOLDEN: dict[str, str] = {
         "40cb3fe8000000000000cb4034800000000000cb3fd8000000000000cd0200c3"
     ),
     "FROM_INDEX.Matches": "93040581a2653120",
-    "FROM_INDEX.IndexReport": "96050602cd012ccd753081a66a6f696e656402",
+    "FROM_INDEX.IndexReport": (
+        "99050602cd012ccd753081a66a6f696e6564029197a26539cf0800000000000000a97463703a2f2f613a39a163ab696e6361"
+        "726e6174696f6ea164cb400400000000000081a16bcb3ff800000000000096cb41d65a0bc00000000ccd0400ce00010000ce"
+        "04000000ce02000000"
+    ),
     "FROM_INDEX.IndexFailed": "950607af696e76616c69645f72657175657374a164a166",
 }
 GOLDEN |= control_samples.GOLDEN | world_samples.GOLDEN | question_samples.GOLDEN
