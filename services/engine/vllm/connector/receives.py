@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from microserve.services.engine.vllm.link import (
     DROP,
@@ -46,6 +46,7 @@ class _Entry:
     id: int
     end: int
     state: _State = _State.NEW
+    granted: list[int] = field(default_factory=list)
     is_used: bool = False
     """Somebody has generated from it."""
 
@@ -58,6 +59,8 @@ class Watched:
     id: int
     request_id: str
     is_aborted: bool
+    blocks: list[int]
+    """Of an aborted one, those that were granted."""
 
 
 class Receives:
@@ -105,7 +108,8 @@ class Receives:
                 return
             entry.state = _State.PARKED
             matched = entry.end - num_external
-            self._tell(Allocated(entry.id, matched, blocks[matched // self._block_size :]))
+            entry.granted = blocks[matched // self._block_size :]
+            self._tell(Allocated(entry.id, matched, entry.granted))
             return
         used = self._entries.get(self._request_ids.get(self._generates.get(request_id, -1), ""))
         if used is not None:
@@ -128,11 +132,13 @@ class Receives:
 
     def watched(self) -> list[Watched]:
         """For this step's metadata."""
-        return [
-            Watched(entry.id, request_id, entry.state is _State.ABANDONED)
-            for request_id, entry in self._entries.items()
-            if entry.state in (_State.PARKED, _State.ABANDONED)
-        ]
+        watched = []
+        for request_id, entry in self._entries.items():
+            if entry.state is _State.PARKED:
+                watched.append(Watched(entry.id, request_id, False, []))
+            elif entry.state is _State.ABANDONED:
+                watched.append(Watched(entry.id, request_id, True, entry.granted))
+        return watched
 
     def releases(self) -> list[str]:
         """Ended requests whose blocks nobody needs any more, each once: the worker is to say so."""
@@ -175,15 +181,11 @@ class Reports:
         self._fate = fate
         self._reported: set[str] = set()
 
-    def due(self, watched: list[Watched]) -> set[str]:
+    def due(self, watched: list[Watched]) -> list[Watched]:
         """A step may be made before the last one's reports are read, and watch what is reported already."""
         self._reported &= {each.request_id for each in watched}
-        due = {
-            each.request_id
-            for each in watched
-            if each.request_id not in self._reported and self._is_due(each)
-        }
-        self._reported |= due
+        due = [each for each in watched if each.request_id not in self._reported and self._is_due(each)]
+        self._reported.update(each.request_id for each in due)
         return due
 
     def _is_due(self, watched: Watched) -> bool:

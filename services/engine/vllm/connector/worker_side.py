@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from microserve.kvcache.heap.shm import ShmHeap
-from microserve.kvcache.layout import KvLayout
+from microserve.kvcache.layout import K, KvLayout
 from microserve.services.engine.vllm.connector.limits import layer_names, layout_of
 from microserve.services.engine.vllm.connector.orders import Orders
 from microserve.services.engine.vllm.connector.placement import Placement
@@ -71,8 +71,21 @@ class WorkerSide:
         """Requests whose blocks nobody reads or keeps any more, and those that are received or given up."""
         orders, putting = self._orders or Orders(), self._putting
         drained = putting.drained() if putting is not None else set()
+        due = self._reports.due(orders.watched)
+        for each in due:
+            self._clear(each.blocks)
         self._link.flush()
-        return drained | set(orders.releases), self._reports.due(orders.watched)
+        return drained | set(orders.releases), {each.request_id for each in due}
+
+    def _clear(self, blocks: list[int]) -> None:
+        """Of a receive that was given up: vLLM gives its blocks to others as they are, whose attention adds
+        0 times what lies behind their last token. That is not 0 if a writer left NaN there."""
+        heap = self.placement.heap
+        layout = heap.layout
+        for layer in range(layout.num_layers):
+            for block in blocks:
+                start = layout.offset(layer, block, K, 0)
+                heap.data[start : start + layout.block_nbytes] = 0
 
     def close(self) -> None:
         if self._putting is not None:

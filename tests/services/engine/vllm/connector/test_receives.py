@@ -40,7 +40,7 @@ class World:
 
     def step(self) -> set[str]:
         """A step whose reports are read at once."""
-        due = self.reports.due(self.receives.watched())
+        due = {each.request_id for each in self.reports.due(self.receives.watched())}
         self.receives.reported(due)
         return due
 
@@ -85,6 +85,7 @@ def test_an_aborted_one_keeps_its_blocks_until_its_word_says_that_no_writer_is_l
     world = World()
     world.park("a", 5, 70)
     assert world.receives.finished("a")
+    assert world.receives.watched() == [Watched(5, "a", True, [10, 11, 12])]
     assert world.step() == set()
     assert world.receives.num_external("g", 0) == (0, False)
     world.words[5] = DROP
@@ -136,11 +137,11 @@ def test_one_that_vllm_does_not_let_wait_is_given_up() -> None:
 
 def test_the_worker_reports_once_though_steps_overlap() -> None:
     world = World()
-    watched = [Watched(5, "a", False)]
+    watched = [Watched(5, "a", False, [])]
     world.words[5] = TAKE
-    assert world.reports.due(watched) == {"a"}
-    assert world.reports.due(watched) == set(), "made before the report was read"
-    assert world.reports.due([]) == set()
+    assert world.reports.due(watched) == watched
+    assert world.reports.due(watched) == [], "made before the report was read"
+    assert world.reports.due([]) == []
 
 
 class VllmRules(RuleBasedStateMachine):
@@ -210,7 +211,7 @@ class VllmRules(RuleBasedStateMachine):
 
     @rule()
     def a_step(self) -> None:
-        due = self.world.reports.due(self.world.receives.watched())
+        due = {each.request_id for each in self.world.reports.due(self.world.receives.watched())}
         self.in_flight.append((due, set(self.world.receives.releases())))
         if len(self.in_flight) > 2:
             self.its_output_is_read()
