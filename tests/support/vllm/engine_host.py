@@ -83,7 +83,7 @@ class Host:
         return not self.scheduler.has_requests()
 
     def free_blocks(self) -> int:
-        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        return int(self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
 
     def num_requests(self) -> int:
         """That vLLM holds, ended ones whose blocks are kept too."""
@@ -98,7 +98,7 @@ class Host:
         return self.preemptions
 
     def forget_prefixes(self) -> bool:
-        return self.engine.reset_prefix_cache()
+        return bool(self.engine.reset_prefix_cache())
 
     def die_at_layer(self, count: int) -> None:
         """Be killed behind that many more layers, before they are put."""
@@ -126,7 +126,7 @@ def main() -> None:
         except EOFError:
             return
         try:
-            answer = getattr(host, name)(*args), None
+            answer: tuple[Any, str | None] = getattr(host, name)(*args), None
         except Exception as error:
             traceback.print_exc()
             answer = None, f"{type(error).__name__}: {error}"

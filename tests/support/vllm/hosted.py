@@ -31,8 +31,11 @@ from microserve.services.engine.vllm.link import (
     Notice,
     Ready,
     Receive,
+    Received,
     Refused,
     Send,
+    SendFailed,
+    Sent,
     params_of,
 )
 from microserve.services.engine.vllm.link_ends import Front
@@ -40,7 +43,7 @@ from microserve.services.engine.vllm.link_ends import Front
 ROOT = Path(__file__).parents[3]
 BLOCK_SIZE = 32
 MAX_STEPS = 2000
-N = TypeVar("N", bound=Notice)
+N = TypeVar("N", Ready, Refused, Allocated, Received, Freed, Sent, SendFailed)
 ARGUMENTS: dict[str, Any] = {
     "dtype": "bfloat16",
     "enforce_eager": True,
@@ -163,7 +166,7 @@ class Hosted:
     def notices(self, kind: type[N]) -> list[N]:
         """All of a kind that were told and not yet taken."""
         self._listen()
-        found = [notice for notice in self.heard if isinstance(notice, kind)]
+        found: list[N] = [notice for notice in self.heard if isinstance(notice, kind)]
         self.heard = [notice for notice in self.heard if not isinstance(notice, kind)]
         return found
 

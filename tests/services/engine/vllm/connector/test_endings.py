@@ -22,8 +22,10 @@ from microserve.services.engine.vllm.link import (
     SendFailed,
     Sent,
 )
-from tests.support.vllm.hosted import ROOT, HostDied, Hosted, Peer, kv_of
-from tests.vllm.test_transfer import assert_equal, fetch, prompt_of
+from tests.support.vllm.exchange import assert_equal, fetch, kv_of, prompt_of
+from tests.support.vllm.hosted import ROOT, HostDied, Hosted, Peer
+
+pytestmark = pytest.mark.vllm
 
 
 def test_abort_before_blocks_are_allocated(vllm: Hosted) -> None:
