@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-from microserve.kvcache.heap.shm import ShmHeap
+from microserve.kvcache.heap.doors.host import HostHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
 
@@ -30,17 +30,18 @@ class Placement(TorchFunctionMode):
         self._make_layout = make_layout
         self._incarnation = incarnation
         self._num_slots = num_slots
-        self._heap: ShmHeap | None = None
+        self._heap: HostHeap | None = None
 
     @property
-    def heap(self) -> ShmHeap:
+    def heap(self) -> HostHeap:
+        """It reaches peers on other hosts through their doors; its own, if any, are the front's."""
         if self._heap is None:
             raise ConfigError("vLLM has allocated its KV cache without asking for our memory", field="vllm")
         return self._heap
 
     def __enter__(self) -> Placement:
         layout = self._make_layout()
-        self._heap = ShmHeap(layout, incarnation=self._incarnation, num_slots=self._num_slots)
+        self._heap = HostHeap(layout, incarnation=self._incarnation, num_slots=self._num_slots)
         # All of it now: a peer's put, or a step, would wait for every page that it touches first.
         if self._heap.back(0, layout.num_blocks) < layout.num_blocks:
             raise ConfigError(

@@ -13,6 +13,7 @@ Owns the writers. Knows parts (sends.py), not vLLM.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
@@ -45,8 +46,13 @@ class _Sending:
     """Once its request has ended."""
 
     @property
+    def is_lost(self) -> bool:
+        """The way to its peer is gone, with all that was on it."""
+        return self.peer is not None and self.peer.is_lost
+
+    @property
     def is_drained(self) -> bool:
-        return self.writer is None or self.writer.is_drained
+        return self.writer is None or self.is_lost or self.writer.is_drained
 
 
 class Putting:
@@ -84,7 +90,7 @@ class Putting:
             if part is not None and part.hi == sending.send.end and not sending.is_told:
                 sending.is_whole = True
                 if sending.writer is not None and not sending.send.leave_first:
-                    sending.writer.finish()
+                    _let_go(sending.writer)
         self._active = []
         self._peers.poll()
         for sending in self._sendings.values():
@@ -108,7 +114,7 @@ class Putting:
                     writer.set_first_token(each.first_token)
                 except MeshError as error:
                     self._fail(sending, error)
-                writer.finish()
+                _let_go(writer)
             self._tell_if_sent(sending)
 
     def drained(self) -> set[str]:
@@ -123,12 +129,13 @@ class Putting:
         """Until nothing that was put is on its way: blocks are about to be overwritten."""
         for sending in self._sendings.values():
             if sending.peer is not None and sending.peer.is_late and not sending.is_drained:
-                sending.peer.poll(wait=True)
+                with suppress(MeshError, OSError):  # lost while we wait: nothing of it is on its way
+                    sending.peer.poll(wait=True)
 
     def close(self) -> None:
         for sending in self._sendings.values():
             if sending.writer is not None:
-                sending.writer.fail()
+                _give_up(sending.writer)
         self._sendings.clear()
         self._peers.close()
 
@@ -136,14 +143,17 @@ class Putting:
         sending = _Sending(send)
         try:
             grant = _grant_of(send)
-            sending.peer = self._peers.open(grant)
+            peer = self._peers.open(grant)
+            if peer.holds(grant.slot, send.lane):
+                # Ours: a claim under the slot's last grant came too late, and leaves behind other puts.
+                peer.poll(wait=True)
             writer = LaneWriter(
-                *(self._heap, sending.peer, grant, send.lane, send.begin, send.end),
+                *(self._heap, peer, grant, send.lane, send.begin, send.end),
                 checksums=self._link.address.checksums,
             )
             writer.claim()
-            sending.writer = writer
-        except (MeshError, OSError) as error:
+            sending.peer, sending.writer = peer, writer
+        except (MeshError, OSError, MemoryError) as error:
             self._fail(sending, error)
         return sending
 
@@ -155,22 +165,36 @@ class Putting:
         since = self._clock()
         try:
             sending.nbytes += writer.put_layer(layer, part.blocks, part.lo, part.hi)
-        except (MeshError, OSError) as error:
+        except (MeshError, OSError, MemoryError) as error:
             self._fail(sending, error)
         sending.put_s += self._clock() - since
 
     def _fail(self, sending: _Sending, error: Exception) -> None:
         sending.is_told = True
         if sending.writer is not None:
-            sending.writer.fail()
+            _give_up(sending.writer)
         code = error.code if isinstance(error, MeshError) else TransferFailed.code
-        self._link.tell(SendFailed(sending.send.id, code, str(error)))
+        self._link.tell(SendFailed(sending.send.id, code, str(error) or type(error).__name__))
 
     def _tell_if_sent(self, sending: _Sending) -> None:
-        writer = sending.writer
-        if sending.is_whole and not sending.is_told and writer is not None and writer.is_drained:
+        if not sending.is_whole or sending.is_told:
+            return
+        if sending.is_lost:
+            self._fail(sending, TransferFailed("the way to the receiver was lost before all of it was there"))
+        elif sending.writer is not None and sending.writer.is_drained:
             sending.is_told = True
             self._link.tell(Sent(sending.send.id, sending.nbytes, sending.put_s))
+
+
+def _let_go(writer: LaneWriter) -> None:
+    with suppress(MeshError, OSError):
+        writer.finish()
+
+
+def _give_up(writer: LaneWriter) -> None:
+    """A peer that cannot be told (its door is lost) sees the lane let go all the same."""
+    with suppress(MeshError, OSError):
+        writer.fail()
 
 
 def _grant_of(send: Send) -> Grant:

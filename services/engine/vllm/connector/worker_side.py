@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import K, KvLayout
 from microserve.services.engine.vllm.connector.limits import layer_names, layout_of
 from microserve.services.engine.vllm.connector.orders import Orders
@@ -44,7 +43,7 @@ class WorkerSide:
     def placed(self, views: dict[str, Any]) -> None:
         """vLLM has its KV cache."""
         self.placement.require_placed(self._names, views)
-        heap: ShmHeap = self.placement.heap
+        heap = self.placement.heap
         self._putting = Putting(heap, self._link, time.monotonic)
         self._link.tell(Ready(heap.address, heap.layout, heap.layout.num_blocks))
 

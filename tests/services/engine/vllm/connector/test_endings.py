@@ -25,7 +25,7 @@ from microserve.services.engine.vllm.link import (
 from tests.support.vllm.exchange import assert_equal, fetch, kv_of, prompt_of
 from tests.support.vllm.hosted import ROOT, HostDied, Hosted, Peer
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]  # vLLM starts slowly on a busy machine
 
 
 def test_abort_before_blocks_are_allocated(vllm: Hosted) -> None:

@@ -123,6 +123,7 @@ def test_a_cache_of_other_bytes_is_refused(field: str) -> None:
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(900)
 def test_a_refusal_reaches_the_front_before_vllm_fails(vllm_python: Path, model: Path) -> None:
     hosted = Hosted(vllm_python, model, enable_prefix_caching=False)
     try:
@@ -134,6 +135,7 @@ def test_a_refusal_reaches_the_front_before_vllm_fails(vllm_python: Path, model:
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(900)
 def test_vllms_processes_end_with_a_front_that_is_killed(vllm_python: Path, model: Path) -> None:
     environment = {
         **os.environ,

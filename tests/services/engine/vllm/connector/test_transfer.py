@@ -11,7 +11,7 @@ from microserve.services.engine.vllm.link import Freed, Generate, Received, Sent
 from tests.support.vllm.exchange import assert_equal, fetch, kv_of, prompt_of
 from tests.support.vllm.hosted import BLOCK_SIZE, Hosted, Peer
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]  # vLLM starts slowly on a busy machine
 EDGES = [1, 31, 32, 33, 63, 64, 65, 96, 127, 128, 200]
 
 
