@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
+import json
+from pathlib import Path
+
 import msgspec
 import pytest
 
+from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.index import IndexFailed, Lookup, Matches, Register, Watch
+from microserve.protocol.messages.index import (
+    IndexFailed,
+    IndexReport,
+    IndexStats,
+    Lookup,
+    Matches,
+    Register,
+    Watch,
+)
+from microserve.protocol.messages.kv_decoding import decode_batch
 from microserve.protocol.messages.kv_events import BlockStored, WireBatch
 from microserve.services.index.foreign import foreign_engines
 from tests.support.index.foreign_engine import ForeignEngine
 from tests.support.index.index_service import Index
 from tests.support.index.index_world import BLOCK_SIZE, World, in_world, make_info
 
+VLLM_EVENTS = Path(__file__).parents[2] / "data/vllm_events.json.gz"
 LINE = "v0 model=org/m events=tcp://10.0.0.7:5557 replay=tcp://10.0.0.7:5558 block_size=16"
 
 
@@ -79,6 +95,45 @@ def test_a_foreign_engine_is_a_member_beside_ours_with_blocks_of_its_own() -> No
 
             failed = await peer.ask(IndexFailed, Register(3, make_info("v0")))
             assert (failed.code, failed.field) == ("invalid_request", "engine_id")
+        finally:
+            await index.stop()
+
+    in_world(test)
+
+
+def test_a_stock_vllm_is_followed_as_it_was_recorded() -> None:
+    """Half of it before anybody listens, the rest live, and of that every third batch is lost. What the whole
+    stream says is held against vLLM itself in tests/kvcache/prefix/test_vllm_stream.py."""
+    recorded = json.loads(gzip.decompress(VLLM_EVENTS.read_bytes()))
+    size, payloads = recorded["block_size"], [bytes.fromhex(each) for each in recorded["batches"]]
+    truth = PrefixIndex(size, "m", 1 << 24)
+    for payload in payloads:
+        truth.apply("v0", decode_batch(payload).events)
+
+    async def test(world: World) -> None:
+        foreign = ForeignEngine(world.bus)
+        world.at_end(foreign.close)
+        half = len(payloads) // 2
+        for payload in payloads[:half]:
+            foreign.publish(payload)
+        index = await Index(world, foreign=[foreign.line("v0", "m", size)]).ready()
+        try:
+            peer = index.peer()
+            await world.until(lambda: foreign.num_replays > 0)
+            for number, payload in enumerate(payloads[half:]):
+                foreign.publish(payload, is_lost=number % 3 == 0)
+                await asyncio.sleep(0)
+            expected = [truth.lookup(each["tokens"], each["salt"]) for each in recorded["requests"]]
+            found: list[dict[str, int]] = []
+            async with asyncio.timeout(60):
+                while found != expected:
+                    questions = [(each["tokens"], each["salt"]) for each in recorded["requests"]]
+                    found = [
+                        (await peer.ask(Matches, Lookup(2, salt), encode_tokens(tokens))).matched
+                        for tokens, salt in questions
+                    ]
+            report = await peer.ask(IndexReport, IndexStats(1))
+            assert report.num_blocks == truth.num_blocks
         finally:
             await index.stop()
 
