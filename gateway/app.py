@@ -13,7 +13,7 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from microserve.gateway import operator_routes, response_routes
+from microserve.gateway import operator_routes, response_routes, worker_routes
 from microserve.gateway.dialects import CHAT, COMPLETIONS, MESSAGES, RESPONSES, manners_of
 from microserve.gateway.generation.completion import Completion
 from microserve.gateway.http.errors import (
@@ -109,6 +109,11 @@ class Application:
             ("/tokenize", post, operator_routes.tokenize),
             ("/detokenize", post, operator_routes.detokenize),
             ("/tokenizer_info", get, operator_routes.tokenizer_info),
+            ("/server_info", get, worker_routes.server_info),
+            ("/get_server_info", get, worker_routes.server_info),
+            ("/model_info", get, worker_routes.model_info),
+            ("/get_model_info", get, worker_routes.model_info),
+            ("/flush_cache", (*get, "POST"), worker_routes.flush_cache),
         ]
         return [Route(path, _Endpoint(self._state, methods, handler)) for path, methods, handler in table]
 

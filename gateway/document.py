@@ -111,6 +111,11 @@ OPERATIONS = (
     ),
     Operation("/metrics", "Prometheus metrics; ?names=vllm.", reply_type=_TEXT),
     Operation("/version", "The version.", replies.VersionReply),
+    Operation("/server_info", "For SGLang's router.", replies.ServerInfoReply),
+    Operation("/get_server_info", "The same.", replies.ServerInfoReply),
+    Operation("/model_info", "For SGLang's router.", replies.ModelInfoReply),
+    Operation("/get_model_info", "The same.", replies.ModelInfoReply),
+    Operation("/flush_cache", "Not offered: 404, code not_offered."),
     Operation("/openapi.json", "This document."),
 )
 

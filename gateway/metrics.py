@@ -41,6 +41,9 @@ VLLM_NAMES = {
     "microserve_prompt_tokens": "vllm:prompt_tokens",
     "microserve_generation_tokens": "vllm:generation_tokens",
     "microserve_request_success": "vllm:request_success",
+    "microserve_engine_requests_running": "vllm:num_requests_running",
+    "microserve_engine_requests_waiting": "vllm:num_requests_waiting",
+    "microserve_kv_cache_usage": "vllm:kv_cache_usage_perc",
 }
 """Ours -> vLLM's, where both mean the same; counters without ``_total``."""
 
@@ -60,6 +63,10 @@ class Levels:
     log_dropped: Mapping[str, int] = field(default_factory=dict)
     """Lines that could not be written, by reason."""
     log_left_out: int = 0
+    engines_running: int = 0
+    """Of all engines together, as the router that knows of most said last."""
+    engines_waiting: int = 0
+    kv_usage: float = 0.0
 
 
 class GatewayMetrics:
@@ -168,6 +175,14 @@ def _level_families(model: str, levels: Levels) -> Iterator[Metric]:
     )
     running.add_metric([model], levels.num_choices)
     yield running
+    for name, text, value in (
+        ("engine_requests_running", "Sequences in the batches of all engines.", levels.engines_running),
+        ("engine_requests_waiting", "Requests that wait at engines.", levels.engines_waiting),
+        ("kv_cache_usage", "Blocks of all engines in use, 0 to 1.", levels.kv_usage),
+    ):
+        family = GaugeMetricFamily(f"microserve_{name}", text, labels=["model_name"])
+        family.add_metric([model], value)
+        yield family
     yield GaugeMetricFamily("microserve_mailbox_tokens", "Tokens without a reader.", levels.mailbox_tokens)
     yield GaugeMetricFamily("microserve_routers_alive", "Routers that answer.", levels.routers_alive)
     yield CounterMetricFamily("microserve_bus_dropped", "Messages a full queue refused.", levels.bus_dropped)

@@ -136,6 +136,7 @@ class GatewayState:
 
     def levels(self) -> Levels:
         lines = current()
+        load = self.routers.engines_load
         return Levels(
             num_choices=self.num_choices,
             mailbox_tokens=self.routers.num_waiting_tokens,
@@ -146,4 +147,7 @@ class GatewayState:
             key_streams=self.quotas.streams(),
             log_dropped={} if lines is None else dict(lines.dropped) or {"none": 0},
             log_left_out=0 if lines is None else lines.left_out,
+            engines_running=load.num_running,
+            engines_waiting=load.num_waiting,
+            kv_usage=load.kv_usage,
         )

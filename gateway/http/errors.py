@@ -44,6 +44,12 @@ class MethodNotAllowed(RequestError):
         self.allow = allow
 
 
+class NotOffered(RequestError):
+    """Others have such a path; what it does there is not done here."""
+
+    code = "not_offered"
+
+
 class BodyTooLarge(RequestError):
     """More bytes than ``gateway.max_body_mb``."""
 
@@ -111,6 +117,7 @@ _ROWS: dict[type[MeshError], _Row] = {
     PathNotFound: _Row(404, _INVALID),
     NotKept: _Row(404, _INVALID),
     MethodNotAllowed: _Row(405, _INVALID),
+    NotOffered: _Row(404, _INVALID),
     BodyTooLarge: _Row(413, _INVALID),
     BodyTimeout: _Row(408, _INVALID),
     errors.CapacityError: _Row(503, _SERVER, retry=True),

@@ -192,6 +192,28 @@ class VersionReply(msgspec.Struct):
     version: str
 
 
+class ServerInfoReply(msgspec.Struct):
+    """As SGLang has it, for its router."""
+
+    model_path: str
+    """The name that clients use."""
+    served_model_name: str
+    version: str
+    max_total_num_tokens: int
+    """Of one request: the model's context."""
+    max_running_requests: int
+    tp_size: int = 1
+    dp_size: int = 1
+
+
+class ModelInfoReply(msgspec.Struct):
+    """As SGLang has it, for its router."""
+
+    model_path: str
+    tokenizer_path: str
+    is_generation: bool = True
+
+
 class RouterStatus(msgspec.Struct):
     address: str
     alive: bool

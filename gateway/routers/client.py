@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from microserve.gateway.routers.failover import Moves
-from microserve.gateway.routers.link import ModelLimits, RouterLink
+from microserve.gateway.routers.link import NO_LOAD, EnginesLoad, ModelLimits, RouterLink
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.bus.peers import Peers
@@ -149,6 +149,12 @@ class RouterClient:
     def max_model_len(self) -> int:
         """Tokens of the model's context; 0 while no router is known."""
         return max((link.limits.max_model_len for link in self.links if self.is_usable(link)), default=0)
+
+    @property
+    def engines_load(self) -> EnginesLoad:
+        """Of all engines together, as the busiest of the usable routers sees them: all see the same ones."""
+        loads = (link.engines_load for link in self.links if self.is_usable(link))
+        return max(loads, key=lambda load: load.num_running + load.num_waiting, default=NO_LOAD)
 
     def choose(self) -> RouterLink:
         """The usable router with the fewest of our requests. Raises :class:`NoEngines`."""

@@ -59,6 +59,19 @@ class ModelLimits:
         return self.max_model_len > 0 and self.vocab_size > 0
 
 
+@dataclass(frozen=True, slots=True)
+class EnginesLoad:
+    """Of all engines together, as a router says."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    """0 to 1."""
+
+
+NO_LOAD = EnginesLoad(0, 0, 0.0)
+
+
 class RouterLink:
     """One router as this gateway knows it."""
 
@@ -87,6 +100,7 @@ class RouterLink:
         """Of the model that it serves."""
         self.num_engines = 0
         self.num_requests = 0
+        self.engines_load = NO_LOAD
         self.max_requests = 0
         self.mailboxes: dict[str, Mailbox] = {}
         self.is_paced = False
@@ -262,6 +276,7 @@ class RouterLink:
             return
         self.num_requests = heartbeat.num_requests
         self.max_requests = heartbeat.max_requests
+        self.engines_load = EnginesLoad(heartbeat.num_running, heartbeat.num_waiting, heartbeat.kv_usage)
         self._set_model(heartbeat)
 
     def _set_model(self, message: RouterWelcome | RouterHeartbeat) -> None:

@@ -198,6 +198,11 @@ class RouterHeartbeat(_Message, frozen=True, tag=3):
     """Both as in ``RouterWelcome``."""
     next_s: float = 0.0
     """The next one comes in so long, for nothing is under way; 0: in an interval."""
+    num_running: int = 0
+    """Sequences in the engines' batches, all routers' together, and those that wait there."""
+    num_waiting: int = 0
+    kv_usage: float = 0.0
+    """Of all the engines' blocks, what is in use: 0 to 1."""
 
 
 class RouterFailed(_Message, frozen=True, tag=4):

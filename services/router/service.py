@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import structlog
 
@@ -239,7 +239,19 @@ class Router:
             served.eos_token_ids if served else [],
             served.revision if served else "",
             next_s,
+            *_load_of(self.registry.joined()),
         )
+
+
+def _load_of(engines: Sequence[EngineConnection]) -> tuple[int, int, float]:
+    """Sequences that run and requests that wait, and the share of blocks in use, of all of them together."""
+    num_blocks = sum(each.info.num_blocks for each in engines)
+    num_used = num_blocks - sum(min(each.load.free_blocks, each.info.num_blocks) for each in engines)
+    return (
+        sum(each.load.num_running for each in engines),
+        sum(each.load.num_waiting for each in engines),
+        num_used / num_blocks if num_blocks else 0.0,
+    )
 
 
 async def run_router(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = None) -> None:

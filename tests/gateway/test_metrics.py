@@ -17,6 +17,9 @@ LEVELS = Levels(
     routers_alive=2,
     log_dropped={"ENOSPC": 8},
     log_left_out=9,
+    engines_running=10,
+    engines_waiting=11,
+    kv_usage=0.5,
 )
 
 
@@ -67,6 +70,9 @@ def test_everything_is_counted() -> None:
     assert value(text, "microserve_log_dropped_total", reason="ENOSPC") == 8
     assert value(text, "microserve_log_left_out_total") == 9
     assert value(text, "microserve_routers_alive") == 2
+    assert value(text, "microserve_engine_requests_running", model_name="m") == 10
+    assert value(text, "microserve_engine_requests_waiting", model_name="m") == 11
+    assert value(text, "microserve_kv_cache_usage", model_name="m") == 0.5
     bucket = "microserve_time_to_first_token_seconds_bucket"
     assert value(text, bucket, model_name="m", le="0.02") == 0
     assert value(text, bucket, model_name="m", le="0.04") == 1
@@ -87,6 +93,8 @@ def test_vllm_names_are_the_same_numbers() -> None:
     }
     names = {name for name, _ in theirs}
     assert {"vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_bucket"} <= names
+    # What load balancers scrape.
+    assert {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"} <= names
     assert "microserve_requests_running" in names  # vLLM's counts only what its engine runs
     assert not any(name.endswith("_created") for name in names)
 

@@ -23,6 +23,9 @@ ENVELOPES = [
     # A client repeats what a 5xx answers; what is not here will not be here the third time either.
     ("POST", "/v1/embeddings", 404, "not_found"),
     ("POST", "/v1/audio/speech", 404, "not_found"),
+    ("POST", "/flush_cache", 404, "not_offered"),
+    ("GET", "/flush_cache", 404, "not_offered"),
+    ("POST", "/server_info", 405, "method_not_allowed"),
     ("POST", "/tokenize", 400, "invalid_request"),
     ("POST", "/detokenize", 400, "invalid_request"),
 ]

@@ -47,11 +47,14 @@ async def test_welcome_and_heartbeats_tell_what_the_mesh_is() -> None:
         assert (first.model, first.num_engines, first.max_model_len, first.vocab_size) == ("", 0, 0, 0)
         assert first.strategies == world.router.strategies.names
         assert first.default_strategy == "auto"
-        world.add_engine("a")
-        world.add_engine("b", max_model_len=1000)
+        a = world.add_engine("a", num_blocks=100)
+        a.load = wire.EngineLoad(num_running=3, num_waiting=1, free_blocks=40)
+        b = world.add_engine("b", max_model_len=1000, num_blocks=300)
+        b.load = wire.EngineLoad(num_running=2, free_blocks=300)
         await world.list_engines()
-        await eventually(lambda: [b for b in world.gateway.heartbeats if b.num_engines == 2], "told")
+        await eventually(lambda: [b for b in world.gateway.heartbeats if b.num_running == 5], "told")
         beat = world.gateway.heartbeats[-1]
+        assert (beat.num_engines, beat.num_waiting, beat.kv_usage) == (2, 1, 60 / 400)
         assert (beat.model, beat.max_model_len, beat.vocab_size) == ("scripted", 1000, 1000)
         assert (beat.num_requests, beat.max_requests) == (0, 1024)
         assert beat.incarnation == first.incarnation == world.router.identity.incarnation

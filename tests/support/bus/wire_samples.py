@@ -157,6 +157,9 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
             eos_token_ids=[0, 2],
             revision="r1",
             next_s=2.5,
+            num_running=4,
+            num_waiting=1,
+            kv_usage=0.25,
         ),
     ),
     (ROUTER_REPLY, serving.RouterFailed(code="protocol_violation", detail="d")),
@@ -304,7 +307,7 @@ GOLDEN: dict[str, str] = {
         "0000c0bf"
     ),
     "ROUTER_TO_GATEWAY.RouterHeartbeat": (
-        "9b03cf10000000000000000203cd0400a16dcd2000cdc000920002a27231cb4004000000000000"
+        "9e03cf10000000000000000203cd0400a16dcd2000cdc000920002a27231cb40040000000000000401cb3fd0000000000000"
     ),
     "ROUTER_TO_GATEWAY.RouterFailed": "9304b270726f746f636f6c5f76696f6c6174696f6ea164",
     "TO_INDEX.Register": (

@@ -161,7 +161,7 @@ class ScriptedRouter:
         self.num_engines = num_engines
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
-        self.eos_token_ids, self.revision = list(eos_token_ids), "r1"
+        self.eos_token_ids, self.revision, self.engines_load = list(eos_token_ids), "r1", (0, 0, 0.0)
         self.incarnation = secrets.randbits(62) | 1
         self.confirm_cancels = confirm_cancels
         self.silent = silent
@@ -261,8 +261,8 @@ class ScriptedRouter:
         while True:
             if not self.silent:
                 beat = RouterHeartbeat(
-                    self.incarnation, self.num_engines, len(self.served), 100, self.model,
-                    self.max_model_len, self.vocab_size, self.eos_token_ids, self.revision,
+                    self.incarnation, self.num_engines, len(self.served), 100, self.model, self.max_model_len,
+                    self.vocab_size, self.eos_token_ids, self.revision, 0.0, *self.engines_load,
                 )  # fmt: skip
                 for peer in list(self.windows):
                     self._reply(peer, beat)
