@@ -99,10 +99,16 @@ class World:
     """A context manager; the first host is the front, where who asks a mesh stands. Main thread only."""
 
     def __init__(
-        self, directory: Path, names: Sequence[str] = ("front", "e0", "e1"), *, one_kernel: bool = False
+        self,
+        directory: Path,
+        names: Sequence[str] = ("front", "e0", "e1"),
+        *,
+        one_kernel: bool = False,
+        mtu_nbytes: int = 1500,
     ) -> None:
         """``one_kernel``: hosts have one boot id, as containers of one machine. Raises ``RuntimeError`` where
         no hosts can be made."""
+        self._mtu = ["mtu", str(mtu_nbytes)]
         require_main_thread()
         if reason := why_not():
             raise RuntimeError(reason)
@@ -141,7 +147,8 @@ class World:
 
     def _plug_in(self, host: Host) -> None:
         """A cable: one end is made in the host's network, the other one is the switch's."""
-        command = ["ip", "link", "add", "name", host.plug, "type", "veth", "peer", "name", CARD]
+        command = ["ip", "link", "add", "name", host.plug, *self._mtu, "type", "veth"]
+        command += ["peer", "name", CARD, *self._mtu]
         with self._switch.joined():  # the network alone: the other one is found by a pid of ours
             subprocess.run([*command, "netns", str(host.inside.first)], check=True)
         self._switch.do("ip", "link", "set", "dev", host.plug, "master", "trunk", "up")
