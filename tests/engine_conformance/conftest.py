@@ -1,11 +1,13 @@
 """What any engine must do on the wire: two of them as processes, asked over their sockets (docs/engines.md).
 
     pytest tests/engine_conformance                                  our native engine
+    pytest -m vllm tests/engine_conformance                          vLLM behind our shell (make test-vllm)
     pytest tests/engine_conformance --engine-settings FILE           an engine that FILE describes
     MICROSERVE_ENGINE_SETTINGS=FILE MICROSERVE_ENGINE_COMMAND=...    the same, started by another command
 
 Tests are coroutines and see a pair of engines; each leaves both as it found them. What an engine may do
-differently it says in its hello, and nothing here asks for its backend.
+differently it says in its hello, and nothing here asks for its backend; this file alone knows how
+one is started.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,24 +23,41 @@ from pathlib import Path
 import pytest
 
 from microserve.protocol.bus.curve import create_mesh_keys
-from tests.support.engine_conformance.engine_process import Launch
+from tests.support.engine_conformance.engine_process import EngineProcess, Launch
 from tests.support.engine_conformance.pair import Pair
 
 SETTINGS_VARIABLE, COMMAND_VARIABLE = "MICROSERVE_ENGINE_SETTINGS", "MICROSERVE_ENGINE_COMMAND"
 PATIENCE = {"bus.liveness": "20"}
 """A router is lost after five seconds, not after one and a half: the machine that tests may be busy."""
 SMALL = {
-    "kvcache.num_blocks": "128",
-    "kvcache.checksums": "true",
     "model.dtype": "float32",
-    "engine.max_num_batched_tokens": "64",
     "engine.max_num_seqs": "8",
+    "kvcache.checksums": "true",
 }
-"""Of engines that no file describes: a pool that tests can fill, short steps, the numbers of transformers."""
+"""Of engines that no file describes: pools that tests can fill, short steps, the numbers of transformers."""
+NATIVE = {"kvcache.num_blocks": "128", "engine.max_num_batched_tokens": "64"}
+VLLM = {
+    "engine.backend": "vllm",
+    "engine.max_model_len": "1024",
+    "engine.max_num_batched_tokens": "128",
+    "kvcache.block_size": "32",
+    "vllm.kv_cache_mb": "16",
+    "vllm.enforce_eager": "true",
+}
+"""A block of its CPU kernels is 32 tokens at least."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engine-settings", default="", help="settings of the engines to be tested (TOML)")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each test for each kind of engine, or for those that a file describes."""
+    if "launch" in metafunc.fixturenames:
+        kinds = ["native", pytest.param("vllm", marks=pytest.mark.vllm)]
+        metafunc.parametrize(
+            "launch", ["file"] if _settings_file(metafunc.config) else kinds, indirect=True, scope="session"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -56,21 +76,26 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-@pytest.fixture(scope="session")
-def settings_file(request: pytest.FixtureRequest) -> str:
-    """Of the engines; empty: ours, as they come."""
-    named = request.config.getoption("--engine-settings", default="") or os.environ.get(SETTINGS_VARIABLE, "")
+def _settings_file(config: pytest.Config) -> str:
+    named = config.getoption("--engine-settings", default="") or os.environ.get(SETTINGS_VARIABLE, "")
     return str(Path(named).resolve()) if named else ""
 
 
 @pytest.fixture(scope="session")
-def launch(settings_file: str, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def launch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """How the engines of this run are started."""
-    said = tomllib.loads(Path(settings_file).read_text()) if settings_file else {}
-    model = Path(said.get("model", {}).get("path") or _random_model(tmp_path_factory))
     keys = create_mesh_keys(tmp_path_factory.mktemp("keys"))
-    settings = {**PATIENCE, **({} if settings_file else SMALL)}
-    return Launch(model, keys, os.environ.get(COMMAND_VARIABLE, ""), settings_file, settings)
+    command = os.environ.get(COMMAND_VARIABLE, "")
+    if request.param == "file":
+        config = _settings_file(request.config)
+        path = tomllib.loads(Path(config).read_text()).get("model", {}).get("path")
+        model = Path(path) if path else request.getfixturevalue("random_model")
+        return Launch(model, keys, command, config, PATIENCE)
+    settings = {**PATIENCE, **SMALL, **(VLLM if request.param == "vllm" else NATIVE)}
+    if request.param == "vllm":
+        settings["vllm.python"] = str(request.getfixturevalue("vllm_python"))
+        command = command or f"{sys.executable} -m microserve.services.command.main"
+    return Launch(request.getfixturevalue("random_model"), keys, command, "", settings, oracle="float32")
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +110,14 @@ def mortal_pair(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Ite
     yield from _running(launch, tmp_path_factory.mktemp("mortal"))
 
 
+@pytest.fixture(scope="module")
+def third(pair: Pair) -> Iterator[EngineProcess]:
+    """One more engine beside the pair."""
+    engine = pair.start_another("engine-c")
+    yield engine
+    engine.stop()
+
+
 def _running(launch: Launch, directory: Path) -> Iterator[Pair]:
     pair = Pair(launch, directory)
     pair.start()
@@ -92,7 +125,8 @@ def _running(launch: Launch, directory: Path) -> Iterator[Pair]:
     pair.stop()
 
 
-def _random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small, and of sizes that any engine has kernels for."""
     from tests.support.engine.tiny_model import make_tiny_model
 

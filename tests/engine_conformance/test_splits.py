@@ -105,11 +105,11 @@ async def test_the_same_prompt_again_finds_what_was_received(pair: Pair) -> None
         assert first.answer.token_ids == second.answer.token_ids == third.answer.token_ids
 
 
-async def test_tokens_are_those_of_transformers(pair: Pair, settings_file: str) -> None:
+async def test_tokens_are_those_of_transformers(pair: Pair) -> None:
     """An oracle that shares no code with the engines, for a random model in fp32."""
     from tests.support.process.exactness import oracle
 
-    if settings_file:
+    if not pair.launch.oracle:
         pytest.skip("the engines that a file describes may have any model, in any dtype")
     async with pair.connect() as (a, b):
         tokens = make_prompt(a.info, 3 * a.info.block_size + 5, "transformers")

@@ -39,6 +39,8 @@ class Launch:
     """File of settings, which ours go before."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """As TOML values, by ``section.field``."""
+    oracle: str = ""
+    """Transformers computes as these engines do, in this dtype; empty: that is not known."""
 
 
 @dataclass

@@ -41,6 +41,16 @@ class Pair:
             self.stop()
             raise
 
+    def start_another(self, name: str) -> EngineProcess:
+        """One more; whoever asks stops it."""
+        engine = EngineProcess.start(self.launch, name, self.directory)
+        try:
+            asyncio.run(self._await(engine))
+        except BaseException:
+            engine.stop()
+            raise
+        return engine
+
     async def restart(self, engine: EngineProcess) -> EngineProcess:
         """Another life of an engine that has ended, under its name."""
         assert engine.process.poll() is not None
