@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, Self
 import msgspec
 
 from microserve.protocol.errors import ConfigError
-from microserve.services.engine.vllm.link import KEY, Notice, Page
+from microserve.services.engine.vllm.link import KEY, Notice, Page, Refused
 
 Side = Literal["scheduler", "worker"]
 _LENGTH: Final = struct.Struct("<I")
@@ -141,6 +141,10 @@ class End:
         packed = msgspec.msgpack.encode(notice)
         self._unwritten += _LENGTH.pack(len(packed)) + packed
         self.flush()
+
+    def refuse(self, error: ConfigError) -> None:
+        """Before vLLM fails by it, with words of its own."""
+        self.tell(Refused(error.field or "", error.detail))
 
     def flush(self) -> None:
         with contextlib.suppress(

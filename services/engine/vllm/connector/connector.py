@@ -27,7 +27,6 @@ from microserve.services.engine.vllm.connector.limits import PHYSICAL_LAYOUT, re
 from microserve.services.engine.vllm.connector.orders import Orders
 from microserve.services.engine.vllm.connector.scheduler_side import SchedulerSide
 from microserve.services.engine.vllm.connector.worker_side import WorkerSide
-from microserve.services.engine.vllm.link import Refused
 from microserve.services.engine.vllm.link_ends import End, address_of
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ class MicroserveConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         try:
             require_supported(vllm_config, kv_cache_config)
         except ConfigError as error:
-            link.tell(Refused(error.field or "", error.detail))
+            link.refuse(error)
             raise
         if is_scheduler:
             block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
@@ -98,7 +97,11 @@ class MicroserveConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         return self.worker_side.placement
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self.worker_side.placed(kv_caches)
+        try:
+            self.worker_side.placed(kv_caches)
+        except ConfigError as error:
+            self.worker_side.link.refuse(error)
+            raise
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         self.worker_side.before_blocks_change(kv_connector_metadata)

@@ -14,12 +14,20 @@ from microserve.services.engine.vllm.link_ends import LinkAddress
 
 PHYSICAL_LAYOUT: Final = "LBHNC"
 """Layers, then blocks: a block of one layer is one run of bytes."""
+PARALLEL: Final = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+    "decode_context_parallel_size",
+)
+"""Each more than 1 is more than one worker."""
 
 
 def require_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     """:class:`ConfigError` names the first setting that we cannot serve, and what would do."""
     parallel = vllm_config.parallel_config
-    for field in ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"):
+    for field in PARALLEL:
         size = getattr(parallel, field)
         _require(size == 1, field, f"is {size}: KV of one rank only is sent and received, so 1")
     device = vllm_config.device_config.device_type

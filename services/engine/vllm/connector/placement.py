@@ -24,13 +24,26 @@ from microserve.protocol.errors import ConfigError
 class Placement(TorchFunctionMode):
     """The context of vLLM's allocation."""
 
-    def __init__(self, make_layout: Callable[[], KvLayout], *, incarnation: int, num_slots: int) -> None:
-        """``make_layout`` is called as the allocation begins: only then vLLM has chosen its kernels."""
+    def __init__(
+        self,
+        make_layout: Callable[[], KvLayout],
+        *,
+        incarnation: int,
+        num_slots: int,
+        refuse: Callable[[ConfigError], None],
+    ) -> None:
+        """``make_layout`` is called as the allocation begins: only then vLLM has chosen its kernels.
+        ``refuse`` hears what is then raised."""
         super().__init__()
+        self._refuse = refuse
         self._make_layout = make_layout
         self._incarnation = incarnation
         self._num_slots = num_slots
         self._heap: HostHeap | None = None
+
+    @property
+    def is_entered(self) -> bool:
+        return self._heap is not None
 
     @property
     def heap(self) -> HostHeap:
@@ -40,16 +53,25 @@ class Placement(TorchFunctionMode):
         return self._heap
 
     def __enter__(self) -> Placement:
+        try:
+            self._heap = self._make_heap()
+        except ConfigError as error:
+            self._refuse(error)
+            raise
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def _make_heap(self) -> HostHeap:
         layout = self._make_layout()
-        self._heap = HostHeap(layout, incarnation=self._incarnation, num_slots=self._num_slots)
+        heap = HostHeap(layout, incarnation=self._incarnation, num_slots=self._num_slots)
         # All of it now: a peer's put, or a step, would wait for every page that it touches first.
-        if self._heap.back(0, layout.num_blocks) < layout.num_blocks:
+        if heap.back(0, layout.num_blocks) < layout.num_blocks:
+            heap.close()
             raise ConfigError(
                 f"kv_cache_memory_bytes: there is no shared memory for {layout.data_nbytes} bytes",
                 field="kv_cache_memory_bytes",
             )
-        super().__enter__()  # type: ignore[no-untyped-call]
-        return self
+        return heap
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

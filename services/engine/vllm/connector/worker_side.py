@@ -20,7 +20,7 @@ from microserve.services.engine.vllm.link_ends import End
 
 class WorkerSide:
     def __init__(self, link: End, vllm_config: Any, kv_cache_config: Any) -> None:
-        self._link = link
+        self.link = link
         self._config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._names = layer_names(kv_cache_config)
@@ -29,6 +29,7 @@ class WorkerSide:
             self._make_layout,
             incarnation=link.address.incarnation,
             num_slots=link.address.grant_slots,
+            refuse=link.refuse,
         )
         self._reports = Reports(link.page.fate)
         self._putting: Putting | None = None
@@ -38,14 +39,14 @@ class WorkerSide:
         """K lies in a block as the chosen instructions want it, so their name is the order's."""
         layers = self._config.compilation_config.static_forward_context
         kinds = sorted({str(getattr(layers[name], "isa", "")) for name in self._names})
-        return layout_of(self._kv_cache_config, self._link.address, f"vllm-cpu-{'+'.join(kinds)}")
+        return layout_of(self._kv_cache_config, self.link.address, f"vllm-cpu-{'+'.join(kinds)}")
 
     def placed(self, views: dict[str, Any]) -> None:
         """vLLM has its KV cache."""
         self.placement.require_placed(self._names, views)
         heap = self.placement.heap
-        self._putting = Putting(heap, self._link, time.monotonic)
-        self._link.tell(Ready(heap.address, heap.layout, heap.layout.num_blocks))
+        self._putting = Putting(heap, self.link, time.monotonic)
+        self.link.tell(Ready(heap.address, heap.layout, heap.layout.num_blocks))
 
     def before_blocks_change(self, orders: Orders) -> None:
         if orders.is_preempting and self._putting is not None:
@@ -58,7 +59,7 @@ class WorkerSide:
             self._putting.begin_step(orders.parts)
 
     def layer_computed(self, name: str) -> None:
-        self._link.page.count_layer()
+        self.link.page.count_layer()
         if self._putting is not None and name in self._layers:
             self._putting.put_layer(self._layers[name])
 
@@ -73,7 +74,7 @@ class WorkerSide:
         due = self._reports.due(orders.watched)
         for each in due:
             self._clear(each.blocks)
-        self._link.flush()
+        self.link.flush()
         return drained | set(orders.releases), {each.request_id for each in due}
 
     def _clear(self, blocks: list[int]) -> None:
@@ -90,5 +91,6 @@ class WorkerSide:
         if self._putting is not None:
             self._putting.close()
             self._putting = None
+        if self.placement.is_entered:
             self.placement.heap.close()
-        self._link.close()
+        self.link.close()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from microserve.protocol.errors import ConfigError
-from microserve.services.engine.vllm.connector.limits import layout_of, require_supported
+from microserve.services.engine.vllm.connector.limits import PARALLEL, layout_of, require_supported
 from microserve.services.engine.vllm.link_ends import LinkAddress
 from tests.support.vllm.hosted import ROOT, Hosted, refusal_of
 
@@ -22,9 +22,7 @@ from tests.support.vllm.hosted import ROOT, Hosted, refusal_of
 def vllms_config(**change: Any) -> tuple[Any, Any]:
     """As much of vLLM's settings as is looked at, as they are served; a name with dots is changed."""
     fields: dict[str, Any] = {
-        "parallel_config.tensor_parallel_size": 1,
-        "parallel_config.pipeline_parallel_size": 1,
-        "parallel_config.decode_context_parallel_size": 1,
+        **{f"parallel_config.{field}": 1 for field in PARALLEL},
         "device_config.device_type": "cpu",
         "cache_config.enable_prefix_caching": True,
         "kv_transfer_config.kv_role": "kv_both",
@@ -84,9 +82,7 @@ def test_what_is_served() -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("parallel_config.tensor_parallel_size", 2),
-        ("parallel_config.pipeline_parallel_size", 2),
-        ("parallel_config.decode_context_parallel_size", 2),
+        *((f"parallel_config.{field}", 2) for field in PARALLEL),
         ("device_config.device_type", "cuda"),
         ("cache_config.enable_prefix_caching", False),
         ("kv_transfer_config.kv_role", "kv_producer"),
