@@ -137,7 +137,7 @@ def test_what_goes_over_the_wire_is_kv(
 ) -> None:
     """And what Ethernet, IP and TCP put around it: 66 bytes a frame, 4.6 % of frames of 1,500 bytes."""
     with (
-        World(tmp_path, mtu_nbytes=mtu_nbytes) as world,
+        World(tmp_path, mtu_nbytes=mtu_nbytes, real_frames=True) as world,
         HostMesh(wide_model, logs, world=world, settings=SMALL) as mesh,
     ):
 

@@ -105,9 +105,12 @@ class World:
         *,
         one_kernel: bool = False,
         mtu_nbytes: int = 1500,
+        real_frames: bool = False,
     ) -> None:
-        """``one_kernel``: hosts have one boot id, as containers of one machine. Raises ``RuntimeError`` where
+        """``one_kernel``: hosts have one boot id, as containers of one machine. ``real_frames``: of the MTU;
+        else the kernel leaves pieces of up to 64 KiB whole between namespaces. Raises ``RuntimeError`` where
         no hosts can be made."""
+        self._real_frames = real_frames
         self._mtu = ["mtu", str(mtu_nbytes)]
         require_main_thread()
         if reason := why_not():
@@ -152,6 +155,8 @@ class World:
         with self._switch.joined():  # the network alone: the other one is found by a pid of ours
             subprocess.run([*command, "netns", str(host.inside.first)], check=True)
         self._switch.do("ip", "link", "set", "dev", host.plug, "master", "trunk", "up")
+        if self._real_frames:
+            host.inside.do("ip", "link", "set", "dev", CARD, "gso_max_segs", "1", "gso_max_size", "1500")
         host.inside.do("ip", "address", "add", f"{host.address}/24", "dev", CARD)
         host.inside.do("ip", "link", "set", "dev", CARD, "address", host.card, "up")
 
