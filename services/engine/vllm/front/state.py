@@ -16,7 +16,7 @@ import msgspec
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.errors import DeadlineExceeded, MeshError, TransferFailed
+from microserve.protocol.errors import DeadlineExceeded, MeshError, TransferFailed, UnknownRequest
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import MIXED, Numerics
 from microserve.services.engine.core.checks import Limits
@@ -265,8 +265,10 @@ class VllmState:
         for running in list(record.sends.values()):
             self.fail(running, TransferFailed("the send ended: abort"), now)
         if record.generate is not None:
-            record.generate.call_ids.clear()
-            self.finish(record.generate, "abort", now)
+            if record.generate.call_ids:  # vLLM has not said yet whether it takes it
+                self.fail(record.generate, UnknownRequest("it was aborted", field="request_id"), now)
+            else:
+                self.finish(record.generate, "abort", now)
         key = (record.owner, record.request_id)
         self.outbox.deltas = [(o, d) for o, d in self.outbox.deltas if (o, d.request_id) != key]
         if record.is_idle:

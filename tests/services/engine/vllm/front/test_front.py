@@ -97,6 +97,15 @@ def test_an_abort_ends_without_a_word(rig: FrontRig) -> None:
     rig.check_idle()
 
 
+def test_an_abort_answers_a_call_that_waits_for_vllm(rig: FrontRig) -> None:
+    rig.generate("r", PROMPT)
+    rig.abort("r")
+    assert sorted(type(each).__name__ for each in rig.replies) == ["Done", "Failed"]
+    rig.accept(rig.launched[0])
+    assert not rig.take() and rig.cancelled == rig.launched
+    rig.check_idle()
+
+
 def test_a_draining_engine_takes_no_new_work(rig: FrontRig) -> None:
     rig.state.draining = True
     with pytest.raises(Draining):
