@@ -10,9 +10,11 @@ start and at each gap. Both sockets are of a directory that only this user may e
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -32,7 +34,18 @@ from microserve.protocol.messages.kv_events import (
 ASK_AGAIN_S = 0.5
 """A replay that is not answered is asked for again."""
 
+_PREFIX = "microserve-events-"
+
 _logger = structlog.get_logger()
+
+
+def _sweep() -> None:
+    """Directories of engines that were killed: of processes that are no more, and of this user."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = directory.name.removeprefix(_PREFIX).partition("-")[0]
+        with suppress(OSError):
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists() and directory.stat().st_uid == os.getuid():
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 class Feed:
@@ -40,7 +53,8 @@ class Feed:
 
     def __init__(self, take: Callable[[KVEventBatch], None]) -> None:
         """``take``: each batch, in order."""
-        self._directory = Path(tempfile.mkdtemp(prefix="microserve-events-"))
+        _sweep()
+        self._directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self.endpoint = f"ipc://{self._directory}/events"
         self.replay_endpoint = f"ipc://{self._directory}/replay"
         self._take = take

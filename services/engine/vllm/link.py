@@ -49,7 +49,10 @@ class Receive(msgspec.Struct, frozen=True, tag="receive", tag_field="op"):
 class Generate(msgspec.Struct, frozen=True, tag="generate", tag_field="op"):
     """An ordinary request that waits until that receive is in the prefix cache; at once if there is none."""
 
-    after: int
+    after: int = -1
+    output: int = 0
+    """The last so many tokens of its prompt are output already: its grammar, if it has one, goes on behind
+    them."""
 
 
 class Send(msgspec.Struct, frozen=True, tag="send", tag_field="op"):
@@ -64,6 +67,8 @@ class Send(msgspec.Struct, frozen=True, tag="send", tag_field="op"):
     """A :class:`Grant` in msgpack."""
     leave_first: bool = False
     """Leave the sampled token in the lane, before it is let go."""
+    output: int = 0
+    """As of :class:`Generate`."""
 
 
 Ask: TypeAlias = Receive | Generate | Send

@@ -160,8 +160,11 @@ def _start(settings: Settings, front: Front, feed: Feed) -> tuple[AsyncLLM, Vllm
     from vllm.config.kv_events import KVEventsConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    # The library that our grammars are written for, unless somebody wants another.
+    structured = settings.vllm.arguments.get("structured_outputs_config", {"backend": "guidance"})
     config = config_of(
         settings,
+        structured_outputs_config=structured,
         skip_tokenizer_init=not _has_tokenizer(Path(settings.model.path)),
         kv_transfer_config=KVTransferConfig(
             kv_connector=CONNECTOR,

@@ -70,7 +70,7 @@ class MicroserveConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         self.scheduler_side.new_request(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        return self.scheduler_side.receives.num_external(request.request_id, num_computed_tokens)
+        return self.scheduler_side.matched(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         self.scheduler_side.allocated(request, blocks, num_external_tokens)

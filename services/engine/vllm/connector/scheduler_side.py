@@ -13,7 +13,7 @@ from microserve.protocol.errors import InvalidRequest
 from microserve.services.engine.vllm.connector.orders import Orders
 from microserve.services.engine.vllm.connector.receives import Receives
 from microserve.services.engine.vllm.connector.sends import Sends
-from microserve.services.engine.vllm.link import Generate, Receive, ask_of
+from microserve.services.engine.vllm.link import Generate, Receive, Send, ask_of
 from microserve.services.engine.vllm.link_ends import End
 
 _logger = structlog.get_logger()
@@ -28,6 +28,8 @@ class SchedulerSide:
         self.sends = Sends(link.tell)
         self._requests: dict[str, Any] = {}
         """Of sends."""
+        self._outputs: dict[str, int] = {}
+        """Of requests whose grammar has to go on behind so many of their prompt's last tokens."""
         self._num_requests = 0
 
     def new_request(self, request: Any) -> None:
@@ -45,8 +47,27 @@ class SchedulerSide:
         elif ask is not None:
             self.sends.add(request_id, ask)
             self._requests[request_id] = request
+        if isinstance(ask, Generate | Send) and ask.output:
+            self._outputs[request_id] = ask.output
         if problem is not None:
             _logger.error(ORDINARY, request_id=request_id, detail=problem)
+
+    def matched(self, request: Any, num_local: int) -> tuple[int | None, bool]:
+        """Asked any number of times, of a request whose grammar is compiled if it has one."""
+        if num_output := self._outputs.pop(request.request_id, 0):
+            self._go_on(request, num_output)
+        return self.receives.num_external(request.request_id, num_local)
+
+    @staticmethod
+    def _go_on(request: Any, num_output: int) -> None:
+        """vLLM begins a grammar at the first token that it samples: here it has begun before."""
+        structured = request.structured_output_request
+        if structured is not None:
+            output = list(request.prompt_token_ids[-num_output:])
+            if not structured.grammar.accept_tokens(request.request_id, output):
+                _logger.error(
+                    ORDINARY, request_id=request.request_id, detail="its output is not of its grammar"
+                )
 
     def allocated(self, request: Any, blocks: Any, num_external: int) -> None:
         self.receives.allocated(request.request_id, list(blocks.get_block_ids()[0]), num_external)
@@ -55,6 +76,7 @@ class SchedulerSide:
         """Whether its blocks are kept until the worker says otherwise."""
         self._num_requests -= 1
         self._requests.pop(request.request_id, None)
+        self._outputs.pop(request.request_id, None)
         tokens = request.output_token_ids
         # Both are asked: each lets go of what it knows of the request.
         is_kept = self.sends.finished(request.request_id, tokens[0] if len(tokens) else None)

@@ -193,6 +193,7 @@ class VllmActions:
             message.lane,
             msgspec.msgpack.encode(grant),
             leave_first=message.sampling is not None,
+            output=message.num_output_tokens if message.sampling is not None else 0,
         )
         running = Running(
             owner=record.owner,
@@ -230,11 +231,6 @@ class VllmActions:
         grant = received.grant if received is not None else None
         check_builds_on(message, begin, num_tokens, grant, commits=record.commit is not None)
         self._check_queue()
-        if message.await_first and params.grammar is not None:
-            raise InvalidRequest(
-                "this engine (vLLM) cannot go on with a grammar behind another one's first token",
-                field="grammar",
-            )
         running = Running(
             owner=record.owner,
             request_id=record.request_id,
@@ -254,8 +250,7 @@ class VllmActions:
         record.generate = running
         if message.grant_id is not None and received is not None:
             self._receives.adopt(running, received, message.numerics)
-            if running.receive_id is not None:
-                running.ask = Generate(running.receive_id)
+        running.ask = _ask_of(running)
         if message.await_first:
             # What vLLM computes begins behind a token that is not here yet.
             running.call_ids.clear()
@@ -281,6 +276,7 @@ class VllmActions:
         ):
             self._state.finish(running, "length", now)
         else:
+            running.ask = _ask_of(running)
             running.sampling = sampling_of(
                 params, limits.eos_token_ids, num_output_tokens=running.num_delivered
             )
@@ -308,3 +304,12 @@ class VllmActions:
         if self._state.num_requests >= self._max_live:
             waiting = self._state.limits.max_waiting
             raise QueueFull(f"{waiting} requests wait already", retry_after_s=1.0)
+
+
+def _ask_of(running: Running) -> Generate | None:
+    """What a generation asks of the connector, if anything."""
+    has_grammar = running.params is not None and running.params.grammar is not None
+    output = running.num_delivered if has_grammar else 0
+    if running.receive_id is None and not output:
+        return None
+    return Generate(-1 if running.receive_id is None else running.receive_id, output)

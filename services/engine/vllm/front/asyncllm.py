@@ -78,7 +78,8 @@ class AsyncVllm:
         except EngineDeadError as error:
             raise EngineLost("vLLM's engine is dead") from error
         except (VLLMClientError, ValueError, TypeError) as error:
-            raise InvalidRequest(str(error), field=getattr(error, "parameter", None)) from error
+            field = "grammar" if STRUCTURED in running.sampling else None
+            raise InvalidRequest(str(error), field=getattr(error, "parameter", None) or field) from error
         except Exception as error:
             raise _other(error) from error
         return _Stream(self._engine, collector)

@@ -3,6 +3,8 @@
 Pure: names and numbers for vLLM's ``SamplingParams``, which asyncllm.py makes of them. What vLLM itself
 refuses (a temperature above 2, a schema that its matcher does not know) it says when the request is added.
 
+A grammar goes on behind output that is part of the prompt: the connector is told so (link.py).
+
 Differences that stay: a continued stream's earlier output counts as prompt for presence and frequency
 penalties, and a seed begins its row of random numbers anew.
 """
@@ -27,11 +29,6 @@ def sampling_of(
     """``ends``: the model's ends of sequence. ``num_output_tokens``: how many of the prompt's last tokens are
     output already. Raises :class:`InvalidRequest` with the name of the field."""
     grammar = params.grammar
-    if grammar is not None and num_output_tokens:
-        raise InvalidRequest(
-            "this engine (vLLM) begins a grammar at the first token of the output, and cannot go on with one",
-            field="grammar",
-        )
     stops = set(params.stop_token_ids)
     if params.ends_by_eos():
         stops |= ends
@@ -78,7 +75,8 @@ def probe_of() -> dict[str, Any]:
 def structured_of(grammar: Grammar) -> dict[str, Any]:
     if grammar.after_token_ids:
         raise InvalidRequest(
-            "this engine (vLLM) begins a grammar at the first token of the output", field="grammar"
+            "this engine (vLLM) begins a grammar at the first token of the output",
+            field="grammar",
         )
     if grammar.kind == "json_object":
         return {"json_object": True}

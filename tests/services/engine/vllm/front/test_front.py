@@ -199,11 +199,22 @@ def test_a_first_token_that_is_the_last_one_needs_no_vllm(
     rig.check_idle()
 
 
-def test_a_grammar_cannot_go_on_behind_a_first_token(rig: FrontRig) -> None:
+GUIDED = SamplingParams(max_tokens=8, grammar=Grammar(kind="regex", text="a+"))
+
+
+def test_a_grammar_goes_on_behind_a_first_token(rig: FrontRig) -> None:
     grant = rig.granted("r", PROMPT, 14)
-    sampling = SamplingParams(grammar=Grammar(kind="regex", text="a+"))
-    with pytest.raises(InvalidRequest, match="grammar"):
-        rig.generate("r", PROMPT, begin=14, grant_id=grant.grant_id, await_first=True, sampling=sampling)
+    receive = rig.launched[0].receive_id
+    assert receive is not None
+    rig.generate("r", PROMPT, begin=14, grant_id=grant.grant_id, await_first=True, sampling=GUIDED)
+    rig.send(grant, first_token=42)
+    rig.poll()
+    assert rig.launched[1].ask == Generate(receive, output=1)
+
+
+def test_a_grammar_goes_on_with_a_continued_stream(rig: FrontRig) -> None:
+    rig.generate("r", PROMPT, sampling=GUIDED, num_output_tokens=3)
+    assert rig.launched[0].ask == Generate(-1, output=3)
 
 
 def test_a_commit_is_answered_when_vllm_has_cached_it(rig: FrontRig) -> None:
