@@ -16,12 +16,13 @@ import structlog
 from microserve.kvcache.heap.cuda_driver import LibCuda
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.device import BlockPut
-from microserve.kvcache.heap.doors.host import HostHeap
+from microserve.kvcache.heap.doors.host import HostHeap, HostView, Opening
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.memfd import MayTake
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.messages.grant import HeapAddress
 from microserve.protocol.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,18 +45,12 @@ def make_heap(
     num_slots = settings.kvcache.grant_slots
     try:
         if settings.heap == "shm":
-            cache = settings.kvcache
-            host, _, port = cache.door_address.removeprefix("tcp://").rpartition(":")
             heap = HostHeap(
                 layout,
                 incarnation=incarnation,
                 num_slots=num_slots,
                 may_take=may_take,
-                doors=cache.doors,
-                host=host.strip("[]"),
-                port=int(port),
-                silence_s=cache.door_silence_s,
-                shares_memory=cache.share_memory,
+                opening=_opening(settings),
             )
             return heap, heap.data
         import torch  # an engine on a CPU does without
@@ -66,14 +61,32 @@ def make_heap(
             layout, incarnation=incarnation, driver=driver, num_slots=num_slots, block_put=block_put
         )
     except ConfigError as error:
-        # Heaps and drivers name what is wrong by their own parameters; people by settings.
-        section = "engine" if error.field == "device" else "kvcache"
-        is_known = error.field in ("num_blocks", "heap", "device", "doors", "door_address")
-        path = f"{section}.{error.field}" if is_known else None
-        if path is None:
-            raise
-        raise ConfigError(f"{path}: {error.detail}", field=path) from error
+        raise _by_setting(error) from error
     return device_heap, torch.as_tensor(device_heap.data, device=device)
+
+
+def view_heap(settings: Settings, address: HeapAddress, layout: KvLayout) -> Heap:
+    """The view of a heap whose owner is another process of this engine; the doors that the settings ask for
+    are this one's. Raises :class:`ConfigError` for a door that cannot be opened, :class:`TransferFailed`
+    without the heap."""
+    try:
+        return HostView(address, layout, _opening(settings))
+    except ConfigError as error:
+        raise _by_setting(error) from error
+
+
+def _opening(settings: Settings) -> Opening:
+    cache = settings.kvcache
+    host, _, port = cache.door_address.removeprefix("tcp://").rpartition(":")
+    return Opening(cache.doors, host.strip("[]"), int(port), cache.door_silence_s, cache.share_memory)
+
+
+def _by_setting(error: ConfigError) -> ConfigError:
+    """Heaps, doors and drivers name what is wrong by their own parameters; people by settings."""
+    if error.field not in ("num_blocks", "heap", "device", "doors", "door_address"):
+        return error
+    path = f"{'engine' if error.field == 'device' else 'kvcache'}.{error.field}"
+    return ConfigError(f"{path}: {error.detail}", field=path)
 
 
 def choose_put(device: torch.device) -> BlockPut | None:

@@ -254,6 +254,15 @@ class PeerHeap(ABC):
         With ``wait`` it blocks until all that we put and signalled is there.
         """
 
+    def leave_source(self) -> None:
+        """When this returns, nothing that was put is read from our data region any more; blocks meanwhile."""
+        self.poll(wait=True)
+
+    def network_s(self, nbytes: int) -> float:
+        """Seconds that so many bytes take on their way, by what was measured; 0 where no network is behind
+        it, or none that was ever full."""
+        return 0.0
+
     @property
     @abstractmethod
     def is_idle(self) -> bool:

@@ -36,7 +36,7 @@ def run_between_networks(file: str, chosen: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_promises_of_heaps(kind: str) -> None:
-    run_between_networks(HEAPS, f"TestHeapProcess and {kind} and not impatient and not 3000 and not 500")
+    run_between_networks(HEAPS, f"TestHeapProcess and {kind} and not 3000 and not 500")
 
 
 @pytest.mark.parametrize("kind", KINDS)

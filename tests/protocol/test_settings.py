@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.protocol.errors import ConfigError
@@ -300,6 +300,7 @@ def test_every_number_has_a_lower_bound_at_its_field() -> None:
         assert (bounds[0].ge, bounds[0].gt) == ((0, None) if path in MAY_BE_ZERO else (None, 0)), path
 
 
+@settings(deadline=None)
 @given(st.sampled_from(sorted(numbers())), st.integers(1, 1 << 40))
 def test_a_number_out_of_its_bound_is_refused_by_name(path: str, amount: int) -> None:
     kind = numbers()[path]

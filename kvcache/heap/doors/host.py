@@ -6,7 +6,7 @@ with every grant; the sender tries them in order and takes the first that reache
     shm    the same kernel, and ``/proc/<pid>/fd/<fd>`` of the owner can be opened
     door   everything else: another host, another container, another user
 
-Where an engine shares no memory (``shares_memory=False``) its heap is entered through doors alone, and it
+Where an engine shares no memory (``Opening.shares_memory``) its heap is entered through doors alone, and it
 goes to others through theirs. Owns that choice. Does not know settings.
 """
 
@@ -15,9 +15,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Final
+from typing import Final, NamedTuple
 
-from microserve.kvcache.heap.doors.door import Door
+from microserve.kvcache.heap.doors.door import SILENCE_S, Door
 from microserve.kvcache.heap.doors.nixl import door as nixl
 from microserve.kvcache.heap.doors.nixl.agent import Agent
 from microserve.kvcache.heap.doors.nixl.peer import attach as attach_nixl
@@ -25,15 +25,54 @@ from microserve.kvcache.heap.doors.tcp import door as tcp
 from microserve.kvcache.heap.doors.tcp.peer import attach as attach_tcp
 from microserve.kvcache.heap.doors.tcp.post import Post
 from microserve.kvcache.heap.heap import PeerHeap
-from microserve.kvcache.heap.memfd import MayTake
+from microserve.kvcache.heap.memfd import HeapFile, MayTake
 from microserve.kvcache.heap.shm import KIND as SHM
-from microserve.kvcache.heap.shm import ShmHeap
+from microserve.kvcache.heap.shm import ShmHeap, ShmView
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS
 from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.messages.grant import HeapAddress
 
 _KINDS: Final = {tcp.KIND: tcp.TcpDoor, nixl.KIND: nixl.NixlDoor}
+
+
+class Opening(NamedTuple):
+    """Which doors an engine opens, and where."""
+
+    kinds: Sequence[str] = ()
+    """Best first."""
+    host: str = "127.0.0.1"
+    """What other hosts reach this one by."""
+    port: int = 0
+    """Of the first of them; 0, and for the others: any."""
+    silence_s: float = SILENCE_S
+    shares_memory: bool = True
+    """Other engines of this host need no door, nor does this one to them."""
+
+    def check(self) -> None:
+        """Raises :class:`ConfigError` of field ``doors``."""
+        for kind in self.kinds:
+            if kind not in _KINDS:
+                raise ConfigError(f"no door is of kind {kind!r}, of {', '.join(_KINDS)}", field="doors")
+        if not self.shares_memory and not self.kinds:
+            raise ConfigError("a heap that shares no memory needs a door", field="doors")
+
+    def open(self, heap: HeapAddress, layout: KvLayout) -> list[Door]:
+        """``heap``: the file that they lead to, of this host. :class:`ConfigError` of field ``doors`` or
+        ``door_address`` for a door that cannot be opened; the others are closed."""
+        with ExitStack() as undo:
+            doors: list[Door] = []
+            for kind in self.kinds:
+                port = 0 if doors else self.port
+                make = _KINDS[kind]
+                doors.append(make(heap, layout, host=self.host, port=port, silence_s=self.silence_s))
+                undo.callback(doors[-1].close)
+            undo.pop_all()
+        return doors
+
+    def ways(self, heap: HeapAddress, doors: Sequence[Door]) -> list[HeapAddress]:
+        """Into the heap, best first."""
+        return [*([heap] if self.shares_memory else []), *(door.address for door in doors)]
 
 
 class HostHeap(ShmHeap):
@@ -46,55 +85,40 @@ class HostHeap(ShmHeap):
         incarnation: int,
         num_slots: int = DEFAULT_NUM_SLOTS,
         may_take: MayTake = lambda nbytes: None,
-        doors: Sequence[str] = (),
-        host: str = "127.0.0.1",
-        port: int = 0,
-        silence_s: float = 10.0,
-        shares_memory: bool = True,
+        opening: Opening = Opening(),  # noqa: B008 - it does not change
     ) -> None:
-        """``doors``: kinds, best first; ``host``: what other hosts reach this one by; ``port``: of ``tcp``,
-        0: any. Without ``shares_memory`` there must be a door.
-
-        :class:`ConfigError` as :class:`ShmHeap`; of field ``doors`` or ``door_address`` for a door that
-        cannot be opened."""
-        for kind in doors:
-            if kind not in _KINDS:
-                raise ConfigError(f"no door is of kind {kind!r}, of {', '.join(_KINDS)}", field="doors")
-        if not shares_memory and not doors:
-            raise ConfigError("a heap that shares no memory needs a door", field="doors")
+        """:class:`ConfigError` as :class:`ShmHeap` and :class:`Opening`."""
+        opening.check()
         super().__init__(layout, incarnation=incarnation, num_slots=num_slots, may_take=may_take)
-        self._shares_memory = shares_memory
+        self._shares_memory = opening.shares_memory
         self._post: Post | None = None
         self._agent: Agent | None = None
-        with ExitStack() as undo:
-            undo.callback(super().close)
-            self._doors: list[Door] = []
-            for kind in doors:
-                its_port = port if kind == doors[0] else 0
-                door = _KINDS[kind](self.address, layout, host=host, port=its_port, silence_s=silence_s)
-                self._doors.append(door)
-                undo.callback(door.close)
-            if nixl.KIND in doors:
+        self._doors: list[Door] = []
+        try:
+            self._doors = opening.open(self.address, layout)
+            if nixl.KIND in opening.kinds:
                 name = f"heap-{incarnation:x}-{os.getpid()}"
                 self._agent = Agent(name, self.data.ctypes.data, self.data.nbytes)
-            undo.pop_all()
-        ways = [door.address for door in self._doors]
-        if shares_memory:
-            ways.insert(0, self.address)
-        self.address, self.doors = ways[0], tuple(ways[1:])
+        except BaseException:
+            self.close()
+            raise
+        self.address, *others = opening.ways(self.address, self._doors)
+        self.doors = tuple(others)
 
     def attach(self, address: HeapAddress) -> PeerHeap:
+        """Through a door of ``nixl`` where this heap has one itself."""
         if address.kind == tcp.KIND:
-            if self._post is None:
-                self._post = Post()
-            return attach_tcp(self._post, self.layout, self._file.tail, address)
+            return attach_tcp(self._its_post(), self.layout, self._file.tail, address)
         if address.kind == nixl.KIND and self._agent is not None:
-            if self._post is None:
-                self._post = Post()
-            return attach_nixl(self._post, self._agent, self.layout, self._file.tail, address)
+            return attach_nixl(self._its_post(), self._agent, self.layout, self._file.tail, address)
         if address.kind == SHM and not self._shares_memory:
             raise TransferFailed("this engine shares no memory: a shm heap is out of reach")
         return super().attach(address)
+
+    def _its_post(self) -> Post:
+        if self._post is None:
+            self._post = Post()
+        return self._post
 
     def close(self) -> None:
         if self._is_closed:
@@ -105,4 +129,28 @@ class HostHeap(ShmHeap):
             door.close()
         if self._agent is not None:
             self._agent.destroy()
+        super().close()
+
+
+class HostView(ShmView):
+    """The owner's view from another process of the same engine, which opens the doors for it: who has the
+    words is who gives grants, and says in them which ways there are."""
+
+    def __init__(self, address: HeapAddress, layout: KvLayout, opening: Opening) -> None:
+        """Errors as :class:`ShmView` and :class:`Opening`."""
+        opening.check()
+        super().__init__(HeapFile.open(address, SHM, layout), address)
+        self._doors: list[Door] = []
+        try:
+            self._doors = opening.open(address, layout)
+        except BaseException:
+            self.close()
+            raise
+        self.address, *others = opening.ways(address, self._doors)
+        self.doors = tuple(others)
+
+    def close(self) -> None:
+        if not self._is_closed:
+            for door in self._doors:
+                door.close()
         super().close()

@@ -114,7 +114,7 @@ class KvMemory:
             self._departing.append((transfer.writer, blocks))
             return True
         if transfer.is_put and transfer.peer is not None:
-            transfer.peer.poll(wait=True)
+            transfer.peer.leave_source()
             transfer.is_put = False
         return False
 

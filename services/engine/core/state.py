@@ -262,7 +262,10 @@ class EngineState:
             timings=wire.Timings(
                 queued_s=started - sequence.arrived_at,
                 prefill_s=max(0.0, now - started - transfer.put_s),
-                transfer_s=transfer.put_s,
+                transfer_s=max(
+                    transfer.put_s,
+                    transfer.peer.network_s(transfer.nbytes) if transfer.peer is not None else 0.0,
+                ),
             ),
             first_token=sequence.token_ids[-1] if sampled else None,
             first_logprob=sequence.logprobs[-1] if sampled and sequence.logprobs else None,

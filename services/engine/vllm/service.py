@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from microserve.kvcache.heap.shm import ShmView
+from microserve.kvcache.heap.factory import view_heap
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.protocol.messages.engine_info import (
@@ -94,7 +94,7 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
         undo.callback(feed.close)
         engine, config, ready = await loop.run_in_executor(starter, _start, settings, front, feed)
         undo.callback(engine.shutdown, SHUTDOWN_S)
-        heap = ShmView.open(ready.heap, ready.layout)
+        heap = view_heap(settings, ready.heap, ready.layout)
         undo.callback(heap.close)
         core = VllmCore(
             AsyncVllm(engine, shutdown_s=SHUTDOWN_S),

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from microserve.kvcache.heap.cuda_driver import LibCuda
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
-from microserve.kvcache.heap.doors.host import HostHeap
+from microserve.kvcache.heap.doors.host import HostHeap, Opening
+from microserve.kvcache.heap.doors.tcp.door import TcpDoor
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
@@ -57,19 +58,20 @@ class TcpFactory(HeapFactory):
     crosses_processes = True
     num_race_rounds = 400
     is_remote = True
-    silence_s: ClassVar[float] = 60.0
     kind: ClassVar[str] = "tcp"
 
     def create(self, layout: KvLayout, incarnation: int) -> Heap:
-        return HostHeap(
-            layout,
-            incarnation=incarnation,
-            num_slots=NUM_SLOTS,
-            doors=[self.kind],
-            host=os.environ.get(DOOR_HOST, "127.0.0.1"),
-            silence_s=self.silence_s,
-            shares_memory=False,
-        )
+        host = os.environ.get(DOOR_HOST, "127.0.0.1")
+        opening = Opening([self.kind], host, silence_s=60.0, shares_memory=False)
+        return HostHeap(layout, incarnation=incarnation, num_slots=NUM_SLOTS, opening=opening)
+
+
+def lose_patience(heap: HostHeap) -> None:
+    """From now on its doors take a moment for a silence; until then a machine may be as busy as it likes."""
+    for door in heap._doors:
+        assert isinstance(door, TcpDoor)
+        door._silence_s = 0.2
+        os.eventfd_write(door._wake, 1)
 
 
 class NixlFactory(TcpFactory):
@@ -77,12 +79,6 @@ class NixlFactory(TcpFactory):
 
     num_race_rounds = 200
     kind = "nixl"
-
-
-class ImpatientTcpFactory(TcpFactory):
-    """Whoever says nothing for a moment is given up, at both ends of its door."""
-
-    silence_s = 0.4
 
 
 class CudaIpcFactory(HeapFactory):
@@ -158,7 +154,6 @@ FACTORIES: dict[str, Callable[[], HeapFactory]] = {
     "shm": ShmFactory,
     "tcp": TcpFactory,
     "nixl": NixlFactory,
-    "tcp_impatient": ImpatientTcpFactory,
     "cuda_ipc": CudaIpcFactory,
     "nvshmem": NvshmemFactory,
     "libcuda": LibCudaFactory,

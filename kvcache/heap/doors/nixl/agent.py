@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
@@ -78,7 +79,7 @@ class Agent:
         """``(source, target, nbytes)``, targets from ``base`` on. :class:`TransferFailed` if it cannot
         begin."""
         agent = self._agent
-        local, remote = [], []
+        local, remote, began = [], [], time.monotonic()
         for source, target, nbytes in spans:
             local.append((self.address + source, nbytes, 0))
             remote.append((base + target, nbytes, 0))
@@ -93,7 +94,7 @@ class Agent:
             state = agent.transfer(handle)
         except Exception as error:
             raise TransferFailed(f"NIXL puts nothing: {error!r}") from error
-        return Flight(agent, handle, state)
+        return Flight(agent, handle, state, sum(nbytes for _, nbytes, _ in local), began)
 
     def destroy(self) -> None:
         """Every socket and queue of its is closed when this returns, whatever becomes of the others."""
@@ -106,8 +107,9 @@ class Agent:
 class Flight:
     """A put that is on its way."""
 
-    def __init__(self, agent: Any, handle: Any, state: str) -> None:
+    def __init__(self, agent: Any, handle: Any, state: str, nbytes: int, began: float) -> None:
         self._agent, self._handle, self._state = agent, handle, state
+        self.nbytes, self.seconds, self._began = nbytes, 0.0, began
 
     def is_over(self) -> bool:
         """All of it is there. :class:`TransferFailed` if it will never be."""
@@ -120,6 +122,7 @@ class Flight:
             return False
         if self._state != "DONE":
             raise TransferFailed(f"a put of NIXL ended as {self._state}")
+        self.seconds = time.monotonic() - self._began
         self.drop()
         return True
 

@@ -53,6 +53,9 @@ class NixlPeerHeap(TcpPeerHeap):
             if self._line.end is None:
                 self._line.fly(self.agent.put(shifted, self.name, self.base))
 
+    def leave_source(self) -> None:
+        self.poll(wait=True)
+
     def close(self) -> None:
         if not self._is_closed:
             super().close()

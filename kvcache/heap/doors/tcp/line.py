@@ -18,7 +18,9 @@ from typing import Final, Protocol
 from microserve.kvcache.heap.doors.tcp import frames
 from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages.grant import MAX_LANES
+from microserve.protocol.smoothing import smoothed
 
+_MIN_MEASURED_NBYTES: Final = 1 << 17
 MAX_PARTS: Final = 1000
 """Of one call of ``sendmsg``: the kernel takes 1,024."""
 
@@ -40,6 +42,10 @@ _TORN: Final = {frames.LEFT: End.LEFT, frames.SILENT: End.TORN, frames.FAULT: En
 
 class Flight(Protocol):
     """A put that goes by another way."""
+
+    nbytes: int
+    seconds: float
+    """That it took, once it is over."""
 
     def is_over(self) -> bool:
         """All of it is there. :class:`TransferFailed` if it will never be."""
@@ -70,6 +76,11 @@ class Line:
         self._flights: deque[Flight] = deque()
         self._incoming = bytearray()
         self._heard_at = self._beat_at = now
+        self.nbytes_per_s = 0.0
+        """Of the network, while it was all that anybody waited for; 0: never yet."""
+        self._full_at: float | None = None
+        """Since when the socket takes no more than the network does."""
+        self._full_nbytes = 0
 
     # --- what goes out -----------------------------------------------------------------------------
 
@@ -80,7 +91,7 @@ class Line:
         self._frame_parts.append(len(parts))
 
     def fly(self, flight: Flight) -> None:
-        """What is put after it goes out when it is over."""
+        """What is put after it goes out when it is over; what it reads, it reads until then."""
         self._flights.append(flight)
         self._frame_parts.append(0)
 
@@ -125,15 +136,22 @@ class Line:
                 if not self._frame_parts[0]:
                     if not self._flights[0].is_over():
                         break
-                    self._flights.popleft()
+                    flight = self._flights.popleft()
+                    self.measured(flight.nbytes, flight.seconds)
                 for _ in range(self._frame_parts.popleft()):
                     part = self._puts.popleft()
                     nbytes += len(part)
                     self._begun.append(part)
         return list(itertools.islice(self._begun, MAX_PARTS))
 
-    def sent(self, nbytes: int) -> None:
+    def full(self, now: float) -> None:
+        """The socket takes nothing now."""
+        if self._full_at is None:
+            self._full_at, self._full_nbytes = now, 0
+
+    def sent(self, nbytes: int, now: float) -> None:
         """Of the last ``parts``."""
+        self._full_nbytes += nbytes
         while nbytes and self._begun:
             part = self._begun[0]
             if nbytes < len(part):
@@ -141,6 +159,20 @@ class Line:
                 return
             nbytes -= len(part)
             self._begun.popleft()
+        if self._full_at is not None and not self._begun and not self._frame_parts:
+            self.measured(self._full_nbytes, now - self._full_at)
+            self._full_at = None
+
+    def measured(self, nbytes: int, seconds: float) -> None:
+        """So many bytes took so long, with nothing else in the way."""
+        if nbytes >= _MIN_MEASURED_NBYTES and seconds > 0.0:
+            self.nbytes_per_s = smoothed(self.nbytes_per_s, nbytes / seconds)
+
+    def copy_waiting(self) -> None:
+        """What waits to go out is read from where it lies no more. Not of a flight."""
+        for waiting in (self._begun, self._puts):
+            for place, part in enumerate(waiting):
+                waiting[place] = memoryview(bytes(part))
 
     # --- what comes --------------------------------------------------------------------------------
 

@@ -149,6 +149,14 @@ class TcpPeerHeap(PeerHeap):
             except TransferFailed:
                 return  # nothing of ours is on its way any more
 
+    def leave_source(self) -> None:
+        self._require_open()
+        self._post.leave_source(self._line)
+
+    def network_s(self, nbytes: int) -> float:
+        rate = self._line.nbytes_per_s
+        return nbytes / rate if rate else 0.0
+
     @property
     def is_idle(self) -> bool:
         return not self._line.lanes

@@ -45,6 +45,8 @@ class Post:
         self._lines: dict[Line, socket.socket] = {}
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._is_closed = False
+        self._reading: Line | None = None
+        """Whose parts are being sent, without the lock."""
         self._tick_s = SILENCE_S / 8
         self._thread = threading.Thread(target=self._run, name="door-post", daemon=True)
         self._thread.start()
@@ -82,6 +84,12 @@ class Post:
         with self._changed:
             self._changed.wait_for(lambda: line.end is not None or until(), timeout_s)
             return until()
+
+    def leave_source(self, line: Line) -> None:
+        """What waits is copied."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._reading is not line)
+            line.copy_waiting()
 
     def remove(self, line: Line) -> None:
         """When this returns, nothing is read for it any more, and its socket is closed."""
@@ -164,18 +172,26 @@ class Post:
             try:
                 sent = connection.sendmsg(parts)
             except BlockingIOError:
+                with self._changed:
+                    line.full(now)
                 return
             except OSError:
                 with self._changed:
                     line.lose(End.RESET)
                 return
+            finally:
+                with self._changed:
+                    self._reading = None
+                    self._changed.notify_all()
             with self._changed:
-                line.sent(sent)
+                line.sent(sent, time.monotonic())
 
     def _parts(self, line: Line) -> list[memoryview]:
         with self._changed:
             try:
-                return line.parts()
+                parts = line.parts()
+                self._reading = line if parts else None
+                return parts
             except TransferFailed:
                 line.lose(End.RESET)
                 return []

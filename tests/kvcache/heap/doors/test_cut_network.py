@@ -11,9 +11,9 @@ from importlib.util import find_spec
 
 import pytest
 
-from microserve.kvcache.heap.doors.host import HostHeap
+from microserve.kvcache.heap.doors.host import HostHeap, Opening
 from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_factories import DOOR_HOST, MINE, NUM_SLOTS, THEIRS
+from tests.support.kvcache.heap_factories import DOOR_HOST, MINE, NUM_SLOTS, THEIRS, lose_patience
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data
 
 OTHER = os.environ.get("MICROSERVE_TEST_OTHER", "")
@@ -48,10 +48,7 @@ def test_what_was_cut_off_changes_no_byte_when_it_is_heard_again(kind: str, ways
         make_layout(num_blocks=NUM_BLOCKS),
         incarnation=MINE,
         num_slots=NUM_SLOTS,
-        doors=[kind],
-        host=here,
-        silence_s=1.5,
-        shares_memory=False,
+        opening=Opening([kind], here, silence_s=60.0, shares_memory=False),
     )
     progress = heap.words.begin(0, 0)
     with heap, Child(kind, THEIRS, NUM_BLOCKS) as child:
@@ -66,6 +63,7 @@ def test_what_was_cut_off_changes_no_byte_when_it_is_heard_again(kind: str, ways
                 lose("there", here)
             assert heap.is_held(1, 1), "until it has been silent for long enough"
 
+            lose_patience(heap)
             wait_until(lambda: not heap.is_held(1, 1), "the end of a writer that is cut off")
             words = [heap.load(word) for word in range(64)]
             set_data(heap, POISON_BYTE)
@@ -90,7 +88,5 @@ def heap_of(kind: str, host: str) -> HostHeap:
         make_layout(),
         incarnation=MINE,
         num_slots=NUM_SLOTS,
-        doors=[kind],
-        host=host,
-        shares_memory=False,
+        opening=Opening([kind], host, shares_memory=False),
     )

@@ -11,11 +11,11 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
-from microserve.kvcache.heap.doors.host import HostHeap
+from microserve.kvcache.heap.doors.host import HostHeap, Opening
 from microserve.kvcache.heap.doors.nixl.agent import Agent
 from microserve.protocol.errors import ConfigError
 from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_factories import MINE, NUM_SLOTS, OTHERS, THEIRS
+from tests.support.kvcache.heap_factories import MINE, NUM_SLOTS, OTHERS, THEIRS, lose_patience
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data
 
 pytestmark = [
@@ -24,21 +24,19 @@ pytestmark = [
 ]
 
 
-def make_heap(incarnation: int, *, silence_s: float = 60.0, num_blocks: int = 8) -> HostHeap:
+def make_heap(incarnation: int, *, num_blocks: int = 8) -> HostHeap:
     return HostHeap(
         make_layout(num_blocks=num_blocks),
         incarnation=incarnation,
         num_slots=NUM_SLOTS,
-        doors=["nixl"],
-        silence_s=silence_s,
-        shares_memory=False,
+        opening=Opening(["nixl"], silence_s=60.0, shares_memory=False),
     )
 
 
 @pytest.fixture
 def large() -> Iterator[HostHeap]:
     """Of 32 MiB: puts of all of it take long enough to be met in the middle."""
-    with make_heap(MINE, silence_s=2.0, num_blocks=1 << 18) as heap:
+    with make_heap(MINE, num_blocks=1 << 18) as heap:
         yield heap
 
 
@@ -58,6 +56,7 @@ def test_a_writer_frozen_in_the_middle_of_a_put_changes_no_byte_when_it_wakes(
         child.stop()
         assert heap.is_held(1, 1)
 
+        lose_patience(heap)
         wait_until(lambda: not heap.is_held(1, 1), "the end of a silent writer")
         words = [heap.load(word) for word in range(64)]
         set_data(heap, POISON_BYTE)

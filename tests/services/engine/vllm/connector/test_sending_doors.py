@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from microserve.kvcache.heap.doors.host import HostHeap
+from microserve.kvcache.heap.doors.host import HostHeap, Opening
 from microserve.services.engine.vllm.connector.putting import Putting
 from microserve.services.engine.vllm.link import SendFailed, Sent
 from microserve.services.engine.vllm.link_ends import End, Front
@@ -19,7 +19,7 @@ def test_a_send_through_a_door_of_another_host() -> None:
     with (
         End(front.address, "worker") as link,
         HostHeap(layout_of(12), incarnation=1) as sender,
-        HostHeap(layout_of(8), incarnation=2, doors=("tcp",), shares_memory=False) as receiver,
+        HostHeap(layout_of(8), incarnation=2, opening=Opening(["tcp"], shares_memory=False)) as receiver,
     ):
         sender.back(0, 12)
         receiver.back(0, 8)
@@ -48,7 +48,7 @@ def test_a_door_that_is_lost_fails_the_send_and_frees_its_blocks() -> None:
     with (
         End(front.address, "worker") as link,
         HostHeap(layout_of(12), incarnation=1) as sender,
-        HostHeap(layout_of(8), incarnation=2, doors=("tcp",), shares_memory=False) as receiver,
+        HostHeap(layout_of(8), incarnation=2, opening=Opening(["tcp"], shares_memory=False)) as receiver,
     ):
         sender.back(0, 12)
         receiver.back(0, 8)
