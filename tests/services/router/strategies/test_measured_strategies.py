@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -323,8 +324,10 @@ async def test_replicate_hot_copies_what_many_requests_begin_with() -> None:
         prefix = list(range(32))
         await stored(world, prefix, a=32)
         b = world.engines["b"]
-        for number in range(3):
-            assert await engines_of(world, [*prefix, number], "replicate_hot") == ["a"]
+        while not b.of(wire.PrepRecv):  # a period that ends between two requests forgets half of them
+            await asyncio.gather(
+                *(engines_of(world, [*prefix, number], "replicate_hot") for number in range(3))
+            )
         await b.saw(wire.Commit)
         await eventually(lambda: world.router.serving.book.is_zero, "the copy is made")
         assert intervals(world) == [("a", 0, 32)]
