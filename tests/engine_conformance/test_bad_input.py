@@ -186,12 +186,12 @@ async def test_what_an_engine_does_not_declare_it_refuses(pair: Pair) -> None:
 
 
 async def test_a_key_without_the_right_is_refused(pair: Pair) -> None:
-    """An operator may look and drain; what computes is a router's to ask for."""
-    async with pair.connect(), pair.bus("operator") as operators:
-        operator = pair.client(operators, pair.b)
-        await operator.hello(credit=0)
-        await operator.stats()
-        await operator.snapshot()
+    """An index may look; what computes is not its to ask for."""
+    async with pair.connect(), pair.bus("index") as readers:
+        reader = pair.client(readers, pair.b)
+        await reader.hello(credit=0)
+        await reader.stats()
+        await reader.snapshot()
         for build in (
             prep(),
             start(),
@@ -199,5 +199,5 @@ async def test_a_key_without_the_right_is_refused(pair: Pair) -> None:
             CASES["commit: nothing there"].build,
         ):
             with pytest.raises(RefusedError) as refused:
-                await operator.ask(object, build, WORDS)
+                await reader.ask(object, build, WORDS)
             assert refused.value.code == "not_permitted"

@@ -8,6 +8,7 @@ import pytest
 
 from microserve.protocol.messages.engine_info import EngineInfo
 from tests.support.engine_conformance.answers import GREEDY, Answer, alone, make_prompt
+from tests.support.engine_conformance.declared import matches
 from tests.support.engine_conformance.pair import Pair
 from tests.support.engine_conformance.relay import check_relay, fresh, relay
 from tests.support.process.cases import Case
@@ -45,7 +46,8 @@ async def test_a_full_hit_moves_nothing(pair: Pair) -> None:
     async with pair.connect() as (a, b):
         tokens = make_prompt(a.info, 2 * a.info.block_size, "full hit")
         relayed = await check_relay(a, b, tokens, len(tokens), here=len(tokens))
-        assert relayed.grant.blocks == [] and relayed.sent == []
+        if b.info.recompute_tokens == 0:
+            assert relayed.grant.blocks == [] and relayed.sent == []
 
 
 async def test_negative_bounds_count_from_the_prompt_s_end(pair: Pair) -> None:
@@ -99,9 +101,10 @@ async def test_the_same_prompt_again_finds_what_was_received(pair: Pair) -> None
         tokens, salt = make_prompt(a.info, 3 * block + 1, "again"), fresh("again")
         first = await relay(a, b, tokens, 3 * block, salt=salt)
         second = await relay(b, a, tokens, 3 * block, salt=salt)
-        assert second.grant.matched == 3 * block, "the sender of the first has it cached"
+        full = matches(b.info, 3 * block, 3 * block)
+        assert second.grant.matched in full, "the sender of the first has it cached"
         third = await relay(a, b, tokens, 3 * block, salt=salt)
-        assert third.grant.matched == 3 * block
+        assert third.grant.matched in full
         assert first.answer.token_ids == second.answer.token_ids == third.answer.token_ids
 
 
