@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,11 +21,13 @@ from pathlib import Path
 
 from microserve.protocol.bus.curve import keys_of_role, peer_key
 from tests.support.process.nursery import Process
-from tests.support.process.processes import LEASH, free_port, start_process
+from tests.support.process.processes import LEASH, start_process
 
 READY_S = 300.0
 """An engine may compile before it serves."""
 STOP_S = 40.0
+PORTS = range(20_000, 32_000)
+"""Below those that connections take, and ``bind`` to port 0: between our look and the engine nobody does."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,13 @@ class EngineProcess:
     @classmethod
     def start(cls, launch: Launch, name: str, directory: Path, **settings: str) -> EngineProcess:
         """``settings`` of this engine alone: ``section__field``. Returns at once."""
-        address = f"tcp://127.0.0.1:{free_port()}"
+        address = f"tcp://127.0.0.1:{_port()}"
         said = {
             "model.path": str(launch.model),
             "engine.id": name,
             "engine.address": address,
             "bus.curve_dir": str(launch.keys),
-            # Nobody is there: an engine serves all the same.
-            "index.address": f"tcp://127.0.0.1:{free_port()}",
+            "index.address": "tcp://127.0.0.1:1",  # nobody is there: an engine serves all the same
             **launch.settings,
             **{key.replace("__", "."): value for key, value in settings.items()},
         }
@@ -120,6 +123,14 @@ class EngineProcess:
     async def ended(self, timeout_s: float = STOP_S) -> int:
         """Its exit code, once it has ended by itself."""
         return await asyncio.to_thread(self.process.wait, timeout_s)
+
+
+def _port() -> int:
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _run(command: list[str], log: Path) -> Process:
