@@ -175,7 +175,9 @@ class Settings(Section, frozen=True):
 
     @property
     def heap(self) -> str:
-        """``kvcache.heap``, with ``auto`` decided."""
+        """``kvcache.heap``, with ``auto`` decided; empty of an engine that has no KV of its own."""
+        if self.engine.backend == VLLM_SERVE:
+            return ""
         if self.kvcache.heap != "auto":
             return self.kvcache.heap
         return "shm" if self.engine.device == "cpu" else "cuda_ipc"
@@ -183,6 +185,8 @@ class Settings(Section, frozen=True):
     @property
     def heaps(self) -> list[str]:
         """Kinds of heap and door through which an engine can be written to, best first."""
+        if not self.heap:
+            return []
         return [*([self.heap] if self.kvcache.share_memory else []), *self.kvcache.doors]
 
     def _check_words(self) -> None:
@@ -222,6 +226,8 @@ class Settings(Section, frozen=True):
 
     def _check_heap(self) -> None:
         heap, device = self.heap, self.engine.device
+        if self.engine.backend == VLLM_SERVE:
+            return
         if heap not in ("shm", "cuda_ipc", "nvshmem"):
             raise ConfigError(
                 f"kvcache.heap must be 'auto', 'shm', 'cuda_ipc' or 'nvshmem', is {heap!r}",

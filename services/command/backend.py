@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RUNS = {
     "native": "service:run_engine",
     "vllm": "vllm.service:run_vllm_engine",
-    "vllm-serve": "proxy.service:run_proxy_engine",
+    "vllm-serve": "vllm.serve.service:run_serve_engine",
 }
 """Module and function of each backend."""
 ASK_TIMEOUT_S = 120.0
