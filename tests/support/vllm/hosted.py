@@ -191,10 +191,13 @@ class Hosted:
     def run(self, *request_ids: str) -> list[dict[str, Any]]:
         """Until these have ended; their last outputs."""
         for _ in range(MAX_STEPS):
-            if all(self.outputs.get(each, {"finished": False})["finished"] for each in request_ids):
+            if all(self.has_ended(each) for each in request_ids):
                 return [self.outputs[each] for each in request_ids]
             self.step()
         raise AssertionError(f"{request_ids} have not ended in {MAX_STEPS} steps: {self.outputs}")
+
+    def has_ended(self, request_id: str) -> bool:
+        return bool(self.outputs.get(request_id, {}).get("finished"))
 
     def settle(self) -> None:
         """Until nothing makes vLLM step any more."""
@@ -225,16 +228,18 @@ class Hosted:
         request_id, receive = self.begin_receive(prompt)
         allocated = self.hear(Allocated)
         assert allocated.id == receive
-        grant = self.table.open(
+        return request_id, receive, self.grant_of(request_id, allocated, len(prompt), now)
+
+    def grant_of(self, request_id: str, allocated: Allocated, end: int, now: float = 0.0) -> Grant:
+        return self.table.open(
             request_id,
             "router",
             [0] * (allocated.matched // BLOCK_SIZE),  # vLLM pins them
             allocated.matched,
             allocated.blocks,
-            len(prompt),
+            end,
             now,
         )
-        return request_id, receive, grant
 
     def send(
         self, prompt: list[int], grant: Grant, begin: int = 0, *, lane: int = 0, first: bool = False
