@@ -130,11 +130,14 @@ class Freed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Sent(msgspec.Struct, frozen=True, tag=True):
-    """Worker: all of the send is there and its lane is let go. ``put_s``: time spent in puts."""
+    """Worker: all of the send is there and its lane is let go."""
 
     id: int
     nbytes: int
     put_s: float
+    """Time spent in puts, or on the network's way where that is longer."""
+    heap: str = ""
+    """Kind of the heap that it went through, as in ``HeapAddress.kind``."""
 
 
 class SendFailed(msgspec.Struct, frozen=True, tag=True):

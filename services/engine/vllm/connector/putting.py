@@ -50,6 +50,12 @@ class _Sending:
         """The way to its peer is gone, with all that was on it."""
         return self.peer is not None and self.peer.is_lost
 
+    def sent(self) -> Sent:
+        if self.peer is None:
+            return Sent(self.send.id, self.nbytes, self.put_s)
+        put_s = max(self.put_s, self.peer.network_s(self.nbytes))
+        return Sent(self.send.id, self.nbytes, put_s, self.peer.address.kind)
+
     @property
     def is_drained(self) -> bool:
         return self.writer is None or self.is_lost or self.writer.is_drained
@@ -126,11 +132,11 @@ class Putting:
         return {sending.request_id for sending in over}
 
     def wait(self) -> None:
-        """Until nothing that was put is on its way: blocks are about to be overwritten."""
+        """Until nothing that was put is read from our blocks any more: they are about to be overwritten."""
         for sending in self._sendings.values():
             if sending.peer is not None and sending.peer.is_late and not sending.is_drained:
                 with suppress(MeshError, OSError):  # lost while we wait: nothing of it is on its way
-                    sending.peer.poll(wait=True)
+                    sending.peer.leave_source()
 
     def close(self) -> None:
         for sending in self._sendings.values():
@@ -183,7 +189,7 @@ class Putting:
             self._fail(sending, TransferFailed("the way to the receiver was lost before all of it was there"))
         elif sending.writer is not None and sending.writer.is_drained:
             sending.is_told = True
-            self._link.tell(Sent(sending.send.id, sending.nbytes, sending.put_s))
+            self._link.tell(sending.sent())
 
 
 def _let_go(writer: LaneWriter) -> None:

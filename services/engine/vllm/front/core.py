@@ -230,6 +230,7 @@ class VllmCore:
                     running = self.actions.send_of(notice.id)
                     if running is not None and running.transfer is not None:
                         running.transfer.nbytes, running.transfer.put_s = notice.nbytes, notice.put_s
+                        running.transfer.heap = notice.heap
                         self.state.end_send(running, now)
                     self.actions.forget_send(notice.id)
                 case SendFailed():

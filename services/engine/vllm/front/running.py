@@ -29,6 +29,8 @@ class Transfer:
     nbytes: int | None = None
     """None until all is put."""
     put_s: float = 0.0
+    heap: str = ""
+    """Kind of the heap that it went through."""
 
 
 @dataclass(slots=True, eq=False)

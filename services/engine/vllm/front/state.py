@@ -156,7 +156,7 @@ class VllmState:
             ),
             first_token=transfer.first_token,
             first_logprob=transfer.first_logprob,
-            heap=grant.heap.kind,
+            heap=transfer.heap,
         )
         record = self._record_of(running)
         if record is not None:

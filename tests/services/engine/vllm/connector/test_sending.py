@@ -54,7 +54,7 @@ def test_whatever_vllm_schedules_all_arrives(end: int, cuts: set[int], hit: int,
             computed = cut
         num_blocks = world.sender.layout.num_blocks_for(end)
         nbytes = num_blocks * world.sender.layout.block_nbytes * 2
-        assert world.hear() == [Sent(1, nbytes, 0.0)]
+        assert world.hear() == [Sent(1, nbytes, 0.0, "memory")]
         assert_arrived(world, grant)
         assert not world.receiver.is_held(grant.slot, 0)
 
