@@ -37,7 +37,7 @@ def test_every_strategy_gives_the_bits_of_a_request_alone(
                 for strategy in STRATEGIES:
                     got = await crowd(client, strategy, cases, salt=strategy)
                     wrong += [f"{strategy}: {each}" for each in differences(cases, reference, got)]
-            await mesh.wait_whole()
+            await mesh.wait_until_whole()
             return wrong
 
         assert asyncio.run(ask_all()) == []

@@ -103,7 +103,7 @@ def test_an_engine_out_of_reach_costs_nothing_and_comes_back(
                 await has_engines(client, 2)
                 assert await ended(start_all(client, "after")) == expected
                 await is_used(client, "engine-0")
-            await mesh.wait_whole()
+            await mesh.wait_until_whole()
 
         asyncio.run(go_through())
         assert all(service.process.poll() is None for service in mesh.services.values())
@@ -124,7 +124,7 @@ def test_engines_that_do_not_see_each_other_serve_alone(tiny_model: Path, logs: 
                 assert client.num_engines == 2
                 world.heal()
                 assert await ended(start_all(client, "after")) == expected
-            await mesh.wait_whole()
+            await mesh.wait_until_whole()
 
         asyncio.run(go_through())
 
@@ -143,14 +143,14 @@ def test_a_host_that_vanishes_is_not_missed_and_a_new_one_takes_its_place(
                 assert any(not answer.done.is_set() for answer in during)
                 assert await ended(during) == expected
                 assert await ended(start_all(client, "without it")) == expected
-            await mesh.wait_whole("engine-1")
+            await mesh.wait_until_whole("engine-1")
             return expected
 
         async def use_it(expected: list[list[int]]) -> None:
             async with mesh.client() as client:
                 assert await ended(start_all(client, "after")) == expected
                 await is_used(client, "engine-0")
-            await mesh.wait_whole()
+            await mesh.wait_until_whole()
 
         expected = asyncio.run(lose_it())
         world.come_back("e0")

@@ -75,7 +75,7 @@ def test_a_slow_link_costs_time_and_nothing_else(
                         for seed in range(2)
                     ]
                 assert [task.result() for _, task in asked] == [expected[seed] for seed, _ in asked]
-            await mesh.wait_whole()
+            await mesh.wait_until_whole()
 
         asyncio.run(go_through())
         assert sent_nbytes(mesh) > PROMPT * TOKEN_NBYTES
@@ -125,7 +125,7 @@ def test_a_transfer_that_breaks_off_leaves_nothing(
                 harm(world, source, target)
                 assert await asked == expected[0]
                 assert await ask(client, 1, "disaggregated", "apart") == expected[1], "others are served"
-            await mesh.wait_whole()  # while it is still broken: by proof, not by healing
+            await mesh.wait_until_whole()  # while it is still broken: by proof, not by healing
             world.heal()
 
         asyncio.run(go_through())

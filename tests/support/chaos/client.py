@@ -190,9 +190,8 @@ async def open_doors(bus: Bus, mesh: MeshProcesses, settings: BusSettings) -> As
     )
     routers.start()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
-    base = f"http://127.0.0.1:{mesh.gateway_port}"
     try:
-        async with httpx.AsyncClient(base_url=base, timeout=None, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=mesh.gateway_url, timeout=None, limits=limits) as http:
             yield Doors(routers, list(mesh.router_addresses), http, model)
     finally:
         await routers.close()

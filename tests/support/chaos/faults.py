@@ -10,12 +10,15 @@ import asyncio
 import random
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.support.chaos.mesh import ChaosMesh
 
 MIN_ENGINES = 1
+FOUND_S = 5.0
+"""A host that is heard again counts as away for so long: connections are tried again every two seconds."""
 REJOIN_S = 1.0
 """A service that is back counts as down for so long: its peers have to find it again."""
 
@@ -36,6 +39,16 @@ WEIGHTS = {
     ("cut", ""): 6,
 }
 """``freeze`` outlives liveness and lease, ``blink`` neither; ``cut`` closes any one connection."""
+BETWEEN_HOSTS = {
+    **{(kind, target): weight for (kind, target), weight in WEIGHTS.items() if kind != "cut"},
+    ("unplug", "engine"): 6,
+    ("deafen", "engine"): 4,
+    ("mute", "engine"): 4,
+    ("vanish", "engine"): 4,
+}
+"""And what befalls an engine's host: its cable pulled, what it is told or what it says lost on the way, its
+power gone."""
+LINKS = ("unplug", "deafen", "mute")
 
 
 @dataclass(frozen=True)
@@ -69,14 +82,19 @@ class Fault:
         return {"fault": self.kind, "of": self.victims, "at": round(self.at - origin, 3), "until": until_s}
 
 
-def plan_faults(seconds: float, rate: float, seed: int) -> list[PlannedFault]:
+Weights = Mapping[tuple[str, str], int]
+
+
+def plan_faults(seconds: float, rate: float, seed: int, weights: Weights = WEIGHTS) -> list[PlannedFault]:
     """``rate``: faults a second, on average."""
     rng = random.Random(f"faults {seed}")
     plans = []
     at_s = rng.expovariate(rate)
     while at_s < seconds:
-        kind, target = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+        kind, target = rng.choices(list(weights), list(weights.values()))[0]
         duration_s = rng.uniform(4.0, 8.0) if kind == "freeze" else rng.uniform(0.2, 1.0)
+        if kind in LINKS:  # shorter than liveness, or longer than TCP's patience
+            duration_s = rng.uniform(0.5, 8.0)
         plans.append(PlannedFault(at_s, kind, target, rng.randrange(1 << 30), duration_s))
         at_s += rng.expovariate(rate)
     return plans
@@ -119,6 +137,14 @@ class Faults:
                     if code != 0:
                         self.broken.append(f"{victim}: exit code {code} after SIGTERM")
                     await self._back(victim, plan.duration_s)
+                case "vanish":
+                    self.mesh.harm(plan.kind, victim)
+                    await self._back(victim, plan.duration_s)
+                case "unplug" | "deafen" | "mute":
+                    self.mesh.harm(plan.kind, victim)
+                    await asyncio.sleep(plan.duration_s)
+                    self.mesh.heal(victim)
+                    await asyncio.sleep(FOUND_S)
                 case _:
                     self.mesh.send_signal(victim, signal.SIGSTOP)
                     await asyncio.sleep(plan.duration_s)

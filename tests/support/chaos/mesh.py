@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import random
 import signal
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from microserve.protocol.bus.transport import Bus
+from microserve.protocol.bus.transport import Bus, ZmqBus
 from microserve.protocol.settings import BusSettings
 from microserve.services.engine.core.record import IDLE_RECORD_S
 from microserve.services.engine.core.state import PURGE_INTERVAL_S
@@ -58,6 +60,15 @@ class ChaosMesh(MeshProcesses):
     down: set[str] = field(default_factory=set)
     """Services that a fault has at this moment."""
 
+    @contextlib.contextmanager
+    def buses(self) -> Iterator[tuple[Bus, Bus]]:
+        """Within a running loop: of who asks routers, and of who asks engines."""
+        bus = ZmqBus(linger_s=0.1)
+        try:
+            yield bus, bus
+        finally:
+            bus.close()
+
     def alive(self, kind: str) -> list[str]:
         return [name for name in self.services if name.startswith(kind) and name not in self.down]
 
@@ -88,6 +99,13 @@ class ChaosMesh(MeshProcesses):
                     raise RuntimeError(f"{name} exited {service.process.returncode}: see {service.log}")
                 await asyncio.sleep(0.05)
         self.wait_ready(name, 1.0)
+
+    def harm(self, kind: str, name: str) -> None:
+        """To the host of a service; hosts.py has such."""
+        raise NotImplementedError(f"{kind}: {name} has no host of its own")
+
+    def heal(self, name: str) -> None:
+        raise NotImplementedError(f"{name} has no host of its own")
 
     def cut(self, rng: random.Random) -> tuple[str, str] | None:
         """Close one TCP connection under its owner's feet; who had it, and with whom ("client": us)."""
@@ -163,13 +181,17 @@ def chaos_mesh(model: Path, directory: Path, bus: BusSettings) -> ChaosMesh:
         num_routers=2,
         gateway=True,
         make_port=quiet_port,
-        settings=[
-            "model.dtype=float32",  # as the oracle
-            f"kvcache.num_blocks={NUM_BLOCKS}",
-            f"kvcache.lease_s={LEASE_S}",
-            f"bus.heartbeat_interval_s={bus.heartbeat_interval_s}",
-            f"bus.liveness={bus.liveness}",
-            "engine.drain_s=10",
-            "router.call_timeout_s=10",
-        ],
+        settings=chaos_settings(bus),
     )
+
+
+def chaos_settings(bus: BusSettings) -> list[str]:
+    return [
+        "model.dtype=float32",  # as the oracle
+        f"kvcache.num_blocks={NUM_BLOCKS}",
+        f"kvcache.lease_s={LEASE_S}",
+        f"bus.heartbeat_interval_s={bus.heartbeat_interval_s}",
+        f"bus.liveness={bus.liveness}",
+        "engine.drain_s=10",
+        "router.call_timeout_s=10",
+    ]

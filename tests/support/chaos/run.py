@@ -1,6 +1,6 @@
 """One chaos run from start to verdict: the mesh, the oracle, load and faults together, the checks at the end.
 
-python tests/chaos/chaos.py --seconds 60 --seed 1 [--rate 4] [--faults 0.5] [--model DIR] [--out FILE]
+python tests/chaos/chaos.py --seconds 60 --seed 1 [--rate 4] [--faults 0.5] [--hosts]
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ import json
 import os
 import statistics
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.settings import BusSettings
 from tests.support.chaos.cases import Question, ask_oracle, keep_stable, make_pool
 from tests.support.chaos.client import Attempt, open_doors
-from tests.support.chaos.faults import Fault, Faults, plan_faults
+from tests.support.chaos.faults import BETWEEN_HOSTS, WEIGHTS, Fault, Faults, plan_faults
+from tests.support.chaos.hosts import HOSTS, host_chaos_mesh
 from tests.support.chaos.judge import Judge, Verdict
 from tests.support.chaos.load import Load, Outcome, plan_load
 from tests.support.chaos.mesh import ChaosMesh, chaos_mesh
 from tests.support.chaos.watch import Logs, Watch, read_logs
+from tests.support.hosts.world import World
 
 POOL = 60
 """Questions made; those with a near-tie are left out."""
@@ -42,6 +44,8 @@ class Chaos:
     fault_rate: float = 0.5
     max_prompt: int = 400
     max_output: int = 300
+    hosts: bool = False
+    """Each engine on a host of its own, and faults of hosts and links too. Needs root."""
     bus: BusSettings = field(default_factory=lambda: BusSettings(liveness=12))
     """More patient than usual: everything shares a few cores with what is being restarted."""
 
@@ -88,8 +92,14 @@ class Report:
 def run_chaos(chaos: Chaos, directory: Path, out: Path | None = None) -> Report:
     """Start, disturb, stop and judge. Call in the main thread: services are tied to it (leash.py)."""
     before = _in_shared_memory()
-    mesh = chaos_mesh(chaos.model, directory, chaos.bus)
-    with mesh:
+    with ExitStack() as stack:
+        if chaos.hosts:
+            world = stack.enter_context(World(directory, HOSTS))
+            mesh: ChaosMesh = host_chaos_mesh(chaos.model, directory, chaos.bus, world)
+            stack.enter_context(mesh)
+            stack.enter_context(world.front.inside.joined())
+        else:
+            mesh = stack.enter_context(chaos_mesh(chaos.model, directory, chaos.bus))
         questions, load, faults, watch, left = asyncio.run(_disturb(chaos, mesh))
     logs = read_logs(mesh)
     judge = Judge(
@@ -121,9 +131,8 @@ async def _disturb(chaos: Chaos, mesh: ChaosMesh) -> tuple[list[Question], Load,
         max_output=chaos.max_output,
         seed=chaos.seed,
     )
-    bus = ZmqBus(linger_s=0.1)
-    try:
-        questions = await ask_oracle(bus, mesh.services["engine-0"].address, cases, chaos.model)
+    with mesh.buses() as (bus, engines_bus):
+        questions = await ask_oracle(engines_bus, mesh.services["engine-0"].address, cases, chaos.model)
         questions = keep_stable(questions, chaos.model)
         if len(questions) < MIN_QUESTIONS:
             raise RuntimeError(f"only {len(questions)} of {POOL} questions have no near-tie")
@@ -135,7 +144,8 @@ async def _disturb(chaos: Chaos, mesh: ChaosMesh) -> tuple[list[Question], Load,
             await _until_ready(mesh)
             watching = asyncio.create_task(watch.run())
             # Faults end a little before the load does, so that some of it sees the mesh come back.
-            fault_plan = plan_faults(chaos.seconds, chaos.fault_rate, chaos.seed)
+            weights = BETWEEN_HOSTS if chaos.hosts else WEIGHTS
+            fault_plan = plan_faults(chaos.seconds, chaos.fault_rate, chaos.seed, weights)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(
                     load.run(plan_load(chaos.seconds, chaos.rate, chaos.seed, len(questions), routers))
@@ -143,17 +153,15 @@ async def _disturb(chaos: Chaos, mesh: ChaosMesh) -> tuple[list[Question], Load,
                 tasks.create_task(faults.run(fault_plan))
             left = []
             for name in mesh.alive("engine"):
-                missing = await mesh.wait_whole(bus, name)
+                missing = await mesh.wait_whole(engines_bus, name)
                 if missing:
                     left.append(f"leaked: {name} still has {missing}")
             watching.cancel()
         return questions, load, faults, watch, left
-    finally:
-        bus.close()
 
 
 async def _until_ready(mesh: ChaosMesh) -> None:
-    url = f"http://127.0.0.1:{mesh.gateway_port}/ready"
+    url = f"{mesh.gateway_url}/ready"
     async with asyncio.timeout(60), httpx.AsyncClient() as http:
         while (await http.get(url)).status_code != httpx.codes.OK:
             await asyncio.sleep(0.05)

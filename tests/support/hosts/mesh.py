@@ -83,22 +83,15 @@ class HostMesh(MeshProcesses):
                 [*MICROSERVE, *arguments], sink=sink, environment=environment
             )
 
-    @property
-    def gateway_url(self) -> str:
-        return f"http://{self.host_of('gateway')}:{self.gateway_port}"
-
     # --- who asks it, from the front -----------------------------------------------------------------
 
     @contextlib.contextmanager
     def bus(self, role: str = "gateway") -> Iterator[ZmqBus]:
         """Within a running loop: a bus that stands on the front, with the keys of ``role``."""
         own = self.keys / role
-        servers = {address: peer_key(own, "router") for address in self.router_addresses.values()}
-        servers[self.index_address] = peer_key(own, "index")
-        servers = {address: key for address, key in servers.items() if key}
-        for name, service in self.services.items():
-            if name.startswith("engine") and service.address:
-                servers[service.address] = peer_key(self.keys / "engine", "service")
+        servers = _OrAnEngines(peer_key(self.keys / "engine", "service"))
+        servers |= dict.fromkeys(self.router_addresses.values(), peer_key(self.keys / "router", "service"))
+        servers[self.index_address] = peer_key(self.keys / "index", "service")
         with self.world.front.inside.joined():
             bus = ZmqBus(linger_s=0.1, keys=CurveKeys.load(own, servers))
             try:
@@ -114,7 +107,7 @@ class HostMesh(MeshProcesses):
                 await client.wait_engines(self.num_engines)
                 yield client
 
-    async def wait_whole(self, *names: str, timeout_s: float = 60.0) -> None:
+    async def wait_until_whole(self, *names: str, timeout_s: float = 60.0) -> None:
         """Until these engines (all that run, if none is named) hold nothing and have every block back."""
         running = [name for name, each in self.services.items() if each.process.poll() is None]
         engines = names or [name for name in running if name.startswith("engine")]
@@ -122,6 +115,20 @@ class HostMesh(MeshProcesses):
             for name in engines:
                 left = await _held(bus, self.services[name].address, timeout_s)
                 assert not left, f"{name} still has {left}"
+
+
+class _OrAnEngines(dict[str, str]):
+    """Keys by address; whoever is at another one is an engine: it may come back with any port."""
+
+    def __init__(self, engine_key: str) -> None:
+        super().__init__()
+        self._engine_key = engine_key
+
+    def __missing__(self, address: str) -> str:
+        return self._engine_key
+
+    def get(self, address: str, default: str = "") -> str:  # type: ignore[override]
+        return self[address]
 
 
 async def _held(bus: Bus, address: str, timeout_s: float) -> str:

@@ -181,14 +181,15 @@ class World:
         nowhere = ["lladdr", NOWHERE, "dev", CARD, "nud", "permanent"]
         self.hosts[source].inside.do("ip", "neigh", "replace", self.hosts[target].address, *nowhere)
 
-    def heal(self) -> None:
-        """Of every host that is there: plugged in, heard and hearing. Rates stay."""
-        for host in self.hosts.values():
-            if host.inside.has_ended:
-                continue
+    def heal(self, *names: str) -> None:
+        """Plugged in, heard and hearing: every host that is there, or these alone. Rates stay."""
+        there = [host for host in self.hosts.values() if not host.inside.has_ended]
+        healed = [host for host in there if not names or host.name in names]
+        for host in healed:
             self._switch.do("ip", "link", "set", "dev", host.plug, "up")
-            host.inside.do("ip", "neigh", "flush", "dev", CARD, "nud", "permanent")
-            host.inside.do("ip", "neigh", "flush", "dev", CARD)
+        for host in there:
+            for other in there if host in healed else healed:
+                host.inside.run("ip", "neigh", "del", other.address, "dev", CARD)
 
     def vanish(self, name: str) -> None:
         """A loss of power."""

@@ -111,6 +111,10 @@ class MeshProcesses:
         """Where a service is reached."""
         return "127.0.0.1"
 
+    @property
+    def gateway_url(self) -> str:
+        return f"http://{self.host_of('gateway')}:{self.gateway_port}"
+
     def own_settings_of(self, name: str) -> list[str]:
         return self.own_settings.get(name, [])
 
