@@ -16,7 +16,7 @@ from microserve.protocol.settings_bounds import CountOrZero, Section
 OURS = {
     "block_size": "kvcache.block_size",
     "dtype": "model.dtype",
-    "enable_lora": "vllm.lora_modules",
+    "enable_lora": "",
     "enable_prefix_caching": "",
     "enforce_eager": "vllm.enforce_eager",
     "kv_cache_memory_bytes": "vllm.kv_cache_mb",
@@ -46,8 +46,6 @@ class VllmSettings(Section, frozen=True):
     """Nothing is compiled: the start takes seconds instead of a minute, and steps are slower."""
     arguments: dict[str, Any] = msgspec.field(default_factory=dict)
     """More of vLLM's engine arguments by their names in Python, e.g. ``{tensor_parallel_size = 2}``."""
-    lora_modules: dict[str, str] = msgspec.field(default_factory=dict)
-    """Directories of LoRA adapters by the names that clients use for ``model``."""
     url: str = ""
     """Of the ``vllm serve`` for which an engine of ``vllm-serve`` stands: ``http://HOST:PORT``."""
     api_key: str = ""
@@ -60,11 +58,5 @@ class VllmSettings(Section, frozen=True):
                 instead = f"is set by {ours}" if ours else "is MicroServe's own to set"
                 path = f"vllm.arguments.{name}"
                 raise ConfigError(f"{path} {instead}", field=path)
-        for name, path in self.lora_modules.items():
-            if not name or not path:
-                raise ConfigError(
-                    "vllm.lora_modules must give each adapter a name and a directory",
-                    field="vllm.lora_modules",
-                )
         if self.url and not _URL.fullmatch(self.url):
             raise ConfigError(f"vllm.url must be http://HOST:PORT, is {self.url!r}", field="vllm.url")

@@ -101,8 +101,6 @@ def test_values_read_as_toml_or_as_text(override: str, expected: object) -> None
         ("vllm.url=http://u:p@host/?q", "vllm.url", "must be http://HOST:PORT"),
         ("vllm.arguments.block_size=32", "vllm.arguments.block_size", "is set by kvcache.block_size"),
         ("vllm.arguments.kv_transfer_config={}", "vllm.arguments.kv_transfer_config", "MicroServe's own"),
-        ("vllm.lora_modules={a = ''}", "vllm.lora_modules", "a name and a directory"),
-        ("vllm.lora_modules={a = 1}", "vllm.lora_modules", "must be a table"),
     ],
 )
 def test_wrong_setting_is_named_by_its_path(override: str, field: str, reason: str) -> None:

@@ -57,11 +57,6 @@ def arguments_of(settings: Settings, room: Room | None) -> dict[str, Any]:
     }
     if engine.max_model_len:
         arguments["max_model_len"] = engine.max_model_len
-    if vllm.lora_modules:
-        arguments |= {
-            "enable_lora": True,
-            "max_loras": vllm.arguments.get("max_loras", len(vllm.lora_modules)),
-        }
     if vllm.kv_cache_mb:
         arguments["kv_cache_memory_bytes"] = vllm.kv_cache_mb << 20
     elif on_cpu and room is not None:

@@ -26,9 +26,9 @@ USES: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "engine/arg_utils.py": {
         "AsyncEngineArgs": (),
         "EngineArgs": (
-            *("block_size", "disable_log_stats", "dtype", "enable_lora", "enable_prefix_caching"),
+            *("block_size", "disable_log_stats", "dtype", "enable_prefix_caching"),
             *("enforce_eager", "kv_cache_memory_bytes", "kv_events_config", "kv_transfer_config"),
-            *("load_format", "max_loras", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "model"),
+            *("load_format", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "model"),
             *("num_gpu_blocks_override", "scheduling_policy", "served_model_name", "tokenizer"),
             "create_engine_config",
         ),
@@ -80,11 +80,17 @@ USES: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "KVCacheGroupSpec": ("kv_cache_spec",),
     },
     "distributed/kv_events.py": {
-        "BlockStored": ("block_hashes", "block_size", "lora_id", "medium", "parent_block_hash", "token_ids"),
+        "BlockStored": (
+            "block_hashes",
+            "block_size",
+            "lora_name",
+            "medium",
+            "parent_block_hash",
+            "token_ids",
+        ),
         "BlockRemoved": ("block_hashes", "medium"),
         "AllBlocksCleared": (),
     },
-    "lora/request.py": {"LoRARequest": ("lora_int_id", "lora_name", "lora_path")},
     "entrypoints/scale_out/token_in_token_out/protocol.py": {
         "GenerateRequest": (
             *("cache_salt", "model", "priority", "request_id", "sampling_params", "stream", "token_ids"),

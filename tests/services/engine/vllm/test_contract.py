@@ -105,7 +105,6 @@ def test_our_arguments_are_vllms(minor: str) -> None:
     settings = load_settings(
         overrides=[
             "kvcache.block_size=32",
-            "vllm.lora_modules={a = '/a'}",
             "vllm.kv_cache_mb=1",
             "engine.max_model_len=9",
         ]
