@@ -28,6 +28,7 @@ from microserve.services.command.terminal import Failure, echo
 ELSEWHERE = {
     "bench": "bench.command:bench",
     "chat": "chat.command:chat",
+    "doctor": "doctor.command:doctor",
     "engine": "serve:engine",
     "explain": "explain.command:explain",
     "gateway": "serve:gateway",

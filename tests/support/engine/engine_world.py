@@ -44,7 +44,9 @@ class Gated(HashRunner):
 class EngineWorld:
     """One engine service, and a watcher of the index."""
 
-    def __init__(self, bus: ZmqBus, settings: Settings, clock: Clock) -> None:
+    def __init__(
+        self, bus: ZmqBus, settings: Settings, clock: Clock, wall_clock: Callable[[], float] = time.time
+    ) -> None:
         self.bus, self.settings = bus, settings
         layout = hash_layout(num_blocks=64)
         heap = MemoryHeap(layout, incarnation=INCARNATION, registry=MemoryRegistry(), num_slots=8)
@@ -64,7 +66,9 @@ class EngineWorld:
             clock=clock,
         )
         self.lifecycle = Lifecycle()
-        self.service = EngineShell(settings, bus, self.lifecycle, self.core, partial(StepThread, self.core))
+        self.service = EngineShell(
+            settings, bus, self.lifecycle, self.core, partial(StepThread, self.core), wall_clock=wall_clock
+        )
         self.task = asyncio.create_task(self._run())
         self.members: list[membership.Member] = []
         self._index = bus.client(settings.index.address, self._take)
@@ -115,13 +119,17 @@ def make_settings(index_address: str, drain_s: float = 20.0, curve_dir: str = ""
 
 @asynccontextmanager
 async def engine_world(
-    *, drain_s: float = 20.0, curve_dir: str = "", clock: Clock = time.monotonic
+    *,
+    drain_s: float = 20.0,
+    curve_dir: str = "",
+    clock: Clock = time.monotonic,
+    wall_clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[EngineWorld]:
     bus = ZmqBus(linger_s=0.1, keys=CurveKeys.load(curve_dir) if curve_dir else None)
     lifecycle = Lifecycle()
     index = asyncio.create_task(run_index(make_settings("tcp://127.0.0.1:0"), bus, lifecycle))
     settings = make_settings(await lifecycle.wait_ready(), drain_s, curve_dir)
-    world = EngineWorld(bus, settings, clock)
+    world = EngineWorld(bus, settings, clock, wall_clock)
     try:
         await eventually(lambda: world.members, "the engine is a member")
         yield world
