@@ -21,7 +21,9 @@ import msgspec
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant.table import GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
-from microserve.kvcache.heap.shm import ShmHeap, ShmView
+from microserve.kvcache.heap.doors.host import HostHeap, Opening
+from microserve.kvcache.heap.heap import PeerHeap
+from microserve.kvcache.heap.shm import ShmView
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.grant import Grant
 from microserve.services.engine.vllm.link import (
@@ -269,9 +271,13 @@ class Hosted:
 class Peer:
     """Another engine's heap, of the same layout: it takes what vLLM sends, and sends it back."""
 
-    def __init__(self, layout: KvLayout, num_blocks: int = 32) -> None:
+    def __init__(self, layout: KvLayout, num_blocks: int = 32, opening: Opening | None = None) -> None:
         incarnation = next(_incarnations)  # vLLM keeps the heaps that it has opened, by this
-        self.heap = ShmHeap(msgspec.structs.replace(layout, num_blocks=num_blocks), incarnation=incarnation)
+        self.heap = HostHeap(
+            msgspec.structs.replace(layout, num_blocks=num_blocks),
+            incarnation=incarnation,
+            opening=opening or Opening(),
+        )
         self.heap.back(0, num_blocks)
         self.pool = BlockPool(num_blocks)
         self.table = GrantTable(
@@ -296,13 +302,14 @@ class Peer:
         self.table.poll(0.0)
 
     def writer(self, owner: Hosted, grant: Grant, begin: int, end: int, lane: int = 0) -> LaneWriter:
-        return LaneWriter(
-            *(self.heap, self.heap.attach(owner.heap.address), grant, lane, begin, end), checksums=True
-        )
+        return self.writer_through(self.heap.attach(owner.heap.address), grant, begin, end, lane)
 
-    def put(self, owner: Hosted, grant: Grant, blocks: list[int]) -> None:
+    def writer_through(self, way: PeerHeap, grant: Grant, begin: int, end: int, lane: int = 0) -> LaneWriter:
+        return LaneWriter(*(self.heap, way, grant, lane, begin, end), checksums=True)
+
+    def put(self, owner: Hosted, grant: Grant, blocks: list[int], way: PeerHeap | None = None) -> None:
         """KV of ``[0, grant.end)``, from blocks of ours, into vLLM's."""
-        writer = self.writer(owner, grant, 0, grant.end)
+        writer = self.writer_through(way or self.heap.attach(owner.heap.address), grant, 0, grant.end)
         writer.claim()
         for layer in range(self.heap.layout.num_layers):
             writer.put_layer(layer, blocks, 0, grant.end)

@@ -59,7 +59,7 @@ class World:
         for layer in range(layers):
             self.putting.put_layer(layer)
         self.putting.end_step()
-        self.sends.drained(self.putting.drained())
+        assert self.putting.drained() == set(), "its request goes on"
 
     def hear(self) -> list[Notice]:
         heard = self.heard + self.front.read()

@@ -117,7 +117,6 @@ class SchedulerSide:
         """What the worker has reported of earlier steps."""
         self.receives.reported(received)
         self.receives.released(sent)
-        self.sends.drained(sent)
 
     def close(self) -> None:
         self._link.close()

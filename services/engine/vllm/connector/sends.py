@@ -48,18 +48,9 @@ class Sends:
         self._tell = tell
         self._entries: dict[str, _Entry] = {}
         self._ended: list[Ended] = []
-        self._draining: set[str] = set()
 
     def add(self, request_id: str, send: Send) -> None:
         self._entries[request_id] = _Entry(send)
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._entries
-
-    @property
-    def request_ids(self) -> list[str]:
-        """Of sends whose requests have not ended."""
-        return list(self._entries)
 
     def part(self, request_id: str, num_computed: int, num_scheduled: int, blocks: list[int]) -> Part | None:
         """A step computes ``[num_computed, num_computed + num_scheduled)`` of that request."""
@@ -85,14 +76,9 @@ class Sends:
             self._tell(SendFailed(entry.send.id, "transfer_failed", "ended before any of it was computed"))
             return False
         self._ended.append(Ended(entry.send.id, request_id, first_token))
-        self._draining.add(request_id)
         return True
 
     def take_ended(self) -> list[Ended]:
         """Since the last call, each once."""
         ended, self._ended = self._ended, []
         return ended
-
-    def drained(self, request_ids: set[str]) -> None:
-        """The worker has said so."""
-        self._draining -= request_ids

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import msgspec
@@ -12,7 +14,8 @@ from hypothesis import given
 
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.services.engine.vllm.connector.putting import Putting
-from microserve.services.engine.vllm.link import Send, SendFailed, Sent
+from microserve.services.engine.vllm.connector.scheduler_side import SchedulerSide
+from microserve.services.engine.vllm.link import Send, SendFailed, Sent, params_of
 from microserve.services.engine.vllm.link_ends import End, Front
 from tests.support.vllm.sending_world import SIZE, World, assert_arrived, layout_of
 
@@ -182,3 +185,41 @@ def test_a_preempted_send_goes_on_where_it_was(world: World) -> None:
     world.step(request_id, 12, 8)
     assert [type(notice) for notice in world.hear()] == [Sent]
     assert_arrived(world, grant)
+
+
+def test_orders_of_the_scheduler_from_vllms_requests(world: World) -> None:
+    """What vLLM's scheduler has of a request becomes parts, an end, and the words of the page."""
+    grant = world.grant(20)
+    with End(world.front.address, "scheduler") as link:
+        side = SchedulerSide(link, SIZE)
+        request = VllmRequest("a", params_of(Send(7, 0, 20, 0, msgspec.msgpack.encode(grant))))
+        side.new_request(request)
+        cache = SimpleNamespace(
+            get_block_ids=lambda request_id: (world.source,),
+            block_pool=SimpleNamespace(get_num_free_blocks=lambda: 3),
+        )
+        request.num_computed_tokens = 8  # found in vLLM's own cache
+        (part,) = side.orders({"a": 5, "stranger": 1}, cache).parts
+        assert (part.send.id, part.lo, part.hi, part.blocks) == (7, 0, 13, world.source)
+        request.num_computed_tokens, request.num_preemptions = 0, 1
+        orders = side.orders({}, cache)
+        assert orders.is_preempting and orders.parts == []
+        (part,) = side.orders({"a": 20}, cache).parts
+        assert (part.lo, part.hi) == (13, 20)
+        request.output_token_ids = [41]
+        assert side.finished(request)
+        assert [(each.id, each.first_token) for each in side.orders({}, cache).ended] == [(7, 41)]
+        assert side.orders({}, cache).ended == []
+        assert world.front.page.progress() == (5, 0, 3, 0, 0)
+
+
+@dataclass
+class VllmRequest:
+    """As much of vLLM's as is looked at."""
+
+    request_id: str
+    kv_transfer_params: dict[str, object]
+    num_prompt_tokens: int = 20
+    num_computed_tokens: int = 0
+    num_preemptions: int = 0
+    output_token_ids: list[int] = field(default_factory=list)
