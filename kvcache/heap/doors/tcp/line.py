@@ -21,6 +21,7 @@ from microserve.protocol.messages.grant import MAX_LANES
 from microserve.protocol.smoothing import smoothed
 
 _MIN_MEASURED_NBYTES: Final = 1 << 17
+_MAX_UNSENT_NBYTES: Final = 1 << 22
 MAX_PARTS: Final = 1000
 """Of one call of ``sendmsg``: the kernel takes 1,024."""
 
@@ -149,19 +150,27 @@ class Line:
         if self._full_at is None:
             self._full_at, self._full_nbytes = now, 0
 
-    def sent(self, nbytes: int, now: float) -> None:
-        """Of the last ``parts``."""
+    @property
+    def unsent_nbytes(self) -> int:
+        """That may wait in the kernel: of a quarter of a second, for what is urgent comes behind them."""
+        most, least = _MAX_UNSENT_NBYTES, _MAX_UNSENT_NBYTES >> 4
+        return max(least, min(most, int(self.nbytes_per_s / 4))) if self.nbytes_per_s else most
+
+    def sent(self, nbytes: int, now: float) -> bool:
+        """Of the last ``parts``; True where the network has been measured anew."""
         self._full_nbytes += nbytes
         while nbytes and self._begun:
             part = self._begun[0]
             if nbytes < len(part):
                 self._begun[0] = part[nbytes:]
-                return
+                return False
             nbytes -= len(part)
             self._begun.popleft()
         if self._full_at is not None and not self._begun and not self._frame_parts:
             self.measured(self._full_nbytes, now - self._full_at)
             self._full_at = None
+            return True
+        return False
 
     def measured(self, nbytes: int, seconds: float) -> None:
         """So many bytes took so long, with nothing else in the way."""

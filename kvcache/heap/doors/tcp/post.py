@@ -30,8 +30,6 @@ from microserve.kvcache.heap.doors.tcp.line import End, Line
 from microserve.protocol import log
 from microserve.protocol.errors import ProtocolViolation, TransferFailed
 
-_UNSENT_NBYTES: Final = 1 << 18
-"""What the kernel takes beyond what the network does: it stands before what is urgent."""
 _RECEIVE_NBYTES: Final = 1 << 14
 _FLIGHT_S: Final = 0.0002
 """Pause between looks at a put that goes by another way."""
@@ -57,8 +55,7 @@ class Post:
         """``connection``: greeted. It is the post's from here."""
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with contextlib.suppress(OSError):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_NBYTES)
+        _bound(connection, line)
         with self._changed:
             self._lines[line] = connection
             self._tick_s = min(self._tick_s, line.silence_s / 8)
@@ -184,7 +181,8 @@ class Post:
                     self._reading = None
                     self._changed.notify_all()
             with self._changed:
-                line.sent(sent, time.monotonic())
+                if line.sent(sent, time.monotonic()):
+                    _bound(connection, line)
 
     def _parts(self, line: Line) -> list[memoryview]:
         with self._changed:
@@ -210,3 +208,9 @@ class Post:
             selector.register(connection, wanted, line)
         elif known.events != wanted:
             selector.modify(connection, wanted, line)
+
+
+def _bound(connection: socket.socket, line: Line) -> None:
+    """What the kernel takes beyond what the network does: it stands before what is urgent."""
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, line.unsent_nbytes)

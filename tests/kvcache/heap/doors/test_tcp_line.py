@@ -184,6 +184,7 @@ def test_what_follows_a_flight_waits_for_it() -> None:
 def test_a_network_is_measured_while_it_is_full() -> None:
     """What the socket took before tells nothing of the network."""
     line, source = Line(SILENCE_S, 0.0), memoryview(bytes(1 << 20))
+    assert line.unsent_nbytes == 1 << 22
     for frame in frames.put_frames([(0, 0, len(source))], source):
         line.put(frame)
     assert line.nbytes_per_s == 0
@@ -197,6 +198,7 @@ def test_a_network_is_measured_while_it_is_full() -> None:
         line.full(now)
     assert total + after > 1 << 20
     assert line.nbytes_per_s == pytest.approx(after / (now - 1.0))
+    assert line.unsent_nbytes == 1 << 18, "a slow network, and little that waits in the kernel"
 
 
 def test_what_waits_can_be_copied() -> None:
