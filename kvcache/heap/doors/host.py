@@ -13,8 +13,9 @@ goes to others through theirs. Owns that choice. Does not know settings.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
 from microserve.kvcache.heap.doors.door import SILENCE_S, Door
@@ -33,6 +34,8 @@ from microserve.kvcache.words import DEFAULT_NUM_SLOTS
 from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.messages.grant import HeapAddress
 
+_LONG_S: Final = 1.0
+_REST_S: Final = 10.0
 _KINDS: Final = {tcp.KIND: tcp.TcpDoor, nixl.KIND: nixl.NixlDoor}
 
 
@@ -94,6 +97,8 @@ class HostHeap(ShmHeap):
         self._post: Post | None = None
         self._agent: Agent | None = None
         self._doors: list[Door] = []
+        self._silent: dict[int, float] = {}
+        """Until when nobody knocks there again, by incarnation."""
         try:
             self._doors = opening.open(self.address, layout)
             if nixl.KIND in opening.kinds:
@@ -107,13 +112,34 @@ class HostHeap(ShmHeap):
 
     def attach(self, address: HeapAddress) -> PeerHeap:
         """Through a door of ``nixl`` where this heap has one itself."""
+        agent, source = self._agent, self._file.tail
         if address.kind == tcp.KIND:
-            return attach_tcp(self._its_post(), self.layout, self._file.tail, address)
-        if address.kind == nixl.KIND and self._agent is not None:
-            return attach_nixl(self._its_post(), self._agent, self.layout, self._file.tail, address)
+            with self._knocking(address):
+                return attach_tcp(self._its_post(), self.layout, source, address)
+        if address.kind == nixl.KIND and agent is not None:
+            with self._knocking(address):
+                return attach_nixl(self._its_post(), agent, self.layout, source, address)
         if address.kind == SHM and not self._shares_memory:
             raise TransferFailed("this engine shares no memory: a shm heap is out of reach")
         return super().attach(address)
+
+    @contextmanager
+    def _knocking(self, address: HeapAddress) -> Iterator[None]:
+        """Whoever asks at a door where nobody answers waits for seconds; those who come next do not."""
+        began = time.monotonic()
+        if began < self._silent.get(address.incarnation, 0.0):
+            raise TransferFailed(
+                f"the door of {address.incarnation:#x} is out of reach: it gave no answer lately"
+            )
+        try:
+            yield
+        except TransferFailed as fault:
+            ended, cause = time.monotonic(), fault.__cause__
+            is_silence = isinstance(cause, OSError) and not isinstance(cause, ConnectionError)
+            if is_silence and ended - began > _LONG_S:
+                self._silent = {each: until for each, until in self._silent.items() if until > ended}
+                self._silent[address.incarnation] = ended + _REST_S
+            raise
 
     def _its_post(self) -> Post:
         if self._post is None:

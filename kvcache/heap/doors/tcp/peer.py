@@ -125,8 +125,10 @@ class TcpPeerHeap(PeerHeap):
         self._require_open()
         index = slot * MAX_LANES + lane
         with self._post.using(self._line):
-            if index in self._line.lanes or index in self._line.given_up:
+            if index in self._line.lanes:
                 return False
+            if self._line.given_up:  # who waited for the last one has waited for all
+                raise TransferFailed(f"the door of {self.address.incarnation:#x} still does not answer")
         kind, _, _ = self._ask(frames.HOLD, index, frames.HELD, HOLD_S)
         return kind == frames.HELD
 

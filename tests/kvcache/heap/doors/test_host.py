@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
 
+from microserve.kvcache.heap.doors import host as host_module
 from microserve.kvcache.heap.doors.host import HostHeap, HostView, Opening
+from microserve.kvcache.heap.doors.tcp import peer as peer_module
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.messages.grant import HeapAddress
-from tests.support.kvcache.heap_child import wait_until
+from tests.support.kvcache.heap_child import Child, wait_until
 from tests.support.kvcache.heap_factories import MINE, OTHERS, THEIRS
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data, settle
 
@@ -103,6 +106,27 @@ def test_a_source_is_left_at_once_whatever_the_network_does(heap: HostHeap, writ
         settle(peer, heap)
         assert heap.load(5) == 199
         assert (data_of(heap) == 199).all()
+
+
+def test_one_who_has_waited_for_a_door_has_waited_for_all(
+    heap: HostHeap, writer: HostHeap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that has vanished costs a step some seconds once, and not with every send."""
+    monkeypatch.setattr(peer_module, "ATTACH_S", 0.1)
+    monkeypatch.setattr(host_module, "_LONG_S", 0.05)
+    with Child("tcp", OTHERS) as child:
+        child.stop()
+        with pytest.raises(TransferFailed):
+            writer.attach(child.address)
+        monkeypatch.setattr(peer_module, "ATTACH_S", 30.0)
+        with pytest.raises(TransferFailed, match="lately"):
+            writer.attach(child.address)
+        with writer.attach(door_of(heap)) as other:
+            assert other.hold(0, 0)
+            other.let_go(0, 0)
+        child.signal(signal.SIGCONT)
+        writer._silent.clear()
+        writer.attach(child.address).close()
 
 
 def test_doors_that_cannot_be_opened_are_said() -> None:
