@@ -113,6 +113,9 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
             checksums=settings.kvcache.checksums,
             kernels=f"vLLM {vllm.__version__}",
         )
+        # Before there is a socket: who says hello to one is to be served.
+        await warm_up(core.llm)
+        await engine.reset_prefix_cache()
         shell = EngineShell(settings, bus, lifecycle, core, partial(VllmSteps, core))
         undo.pop_all()
         with ExitStack() as closing:
@@ -120,8 +123,6 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
             closing.callback(shell.close)
             closing.callback(feed.close)
             feed.open(core.on_output)
-            await warm_up(core.llm)
-            await engine.reset_prefix_cache()
             await shell.run()
 
 

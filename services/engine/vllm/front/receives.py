@@ -38,7 +38,7 @@ from microserve.services.engine.vllm.front.sampling import probe_of
 from microserve.services.engine.vllm.front.state import VllmState
 from microserve.services.engine.vllm.link import Allocated, Freed, Page, Receive, Received
 
-ALLOCATE_S = 3.0
+ALLOCATE_S = 8.0
 """A parked request that has no blocks by then is given up: its caller tries elsewhere."""
 RETRY_AFTER_S = 0.1
 
