@@ -59,6 +59,9 @@ class _Receive:
     commit: CommitJob | None = None
     """What waits for its being cached."""
     is_taken: bool = False
+    is_cached: bool = False
+    is_unwanted: bool = False
+    """To be dropped as soon as it is cached."""
     is_closed: bool = False
     """Its grant was closed before it was taken."""
     is_dropped: bool = False
@@ -188,12 +191,16 @@ class Receives:
     def cached(self, notice: Received) -> None:
         """Its blocks are in vLLM's prefix cache."""
         receive = self._receives.get(notice.id)
-        if receive is None or receive.commit is None:
+        if receive is None:
             return
-        job, receive.commit = receive.commit, None
-        block_size = self._layout.block_size
-        self._committed(receive.record, job, receive.end // block_size * block_size)
-        self._drop(receive)
+        receive.is_cached = True
+        if receive.commit is not None:
+            job, receive.commit = receive.commit, None
+            block_size = self._layout.block_size
+            self._committed(receive.record, job, receive.end // block_size * block_size)
+            receive.is_unwanted = True
+        if receive.is_unwanted:
+            self._drop(receive)
 
     def freed(self, notice: Freed, now: float) -> None:
         receive = self._receives.pop(notice.id, None)
@@ -335,8 +342,13 @@ class Receives:
             self._drop(receive)
 
     def _drop(self, receive: _Receive) -> None:
-        """No write into its blocks can come, and nobody needs them any more."""
-        if not receive.is_dropped:
+        """No write into its blocks can come, and nobody needs them any more.
+
+        One that is taken is cached first: a word that is another one before the worker has looked would leave
+        its request parked for ever."""
+        if receive.is_taken and not receive.is_cached:
+            receive.is_unwanted = True
+        elif not receive.is_dropped:
             receive.is_dropped = True
             self._page.drop(receive.id)
 

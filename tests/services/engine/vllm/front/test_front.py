@@ -192,9 +192,12 @@ def test_a_first_token_that_is_the_last_one_needs_no_vllm(
     rig.send(grant, first_token=token)
     rig.poll()
     rig.take()
-    assert len(rig.launched) == 1 and rig.fate(receive) == DROP
+    assert len(rig.launched) == 1 and rig.fate(receive) == TAKE
     finished = rig.deltas[-1].finished
     assert finished is not None and finished.reason == reason
+    rig.received(receive)
+    assert rig.fate(receive) == DROP, "what came is cached, and pinned for nobody"
+    rig.say(rig.launched[0], 9, finish="length")
     rig.freed(receive)
     rig.check_idle()
 
@@ -272,6 +275,22 @@ def test_a_writer_that_dies_frees_them_and_fails_the_stream(rig: FrontRig) -> No
     finished = rig.deltas[-1].finished
     assert finished is not None and finished.code == "transfer_failed"
     assert rig.fate(receive) == DROP and set(rig.cancelled) == set(rig.launched)
+    rig.freed(receive)
+    rig.check_idle()
+
+
+def test_a_receive_that_is_taken_stays_so_until_the_worker_has_seen_it(rig: FrontRig) -> None:
+    grant = rig.granted("r", PROMPT, 14)
+    receive = rig.launched[0].receive_id
+    assert receive is not None
+    rig.generate("r", PROMPT, begin=14, grant_id=grant.grant_id)
+    rig.send(grant)
+    rig.poll()
+    rig.abort("r")
+    assert rig.fate(receive) == TAKE, "or its request would be parked for ever"
+    rig.received(receive)
+    assert rig.fate(receive) == DROP
+    rig.say(rig.launched[0], 9, finish="length")
     rig.freed(receive)
     rig.check_idle()
 
