@@ -171,8 +171,8 @@ def test_refused_engine_keeps_beating_and_asks_again_later() -> None:
         index.refuse = True
         with structlog.testing.capture_logs() as events:
             member = Member(world, index.address)
-            await world.until(lambda: index.count(Beat) >= 4)
-            assert index.count(Register) == 1
+            # It asks again after as long as silence would last, however late beats come on a busy machine.
+            await world.until(lambda: index.count(Beat) >= 4 and index.count(Register) < index.count(Beat))
             assert not member.client.registered
             index.refuse = False
             await world.until(lambda: member.client.registered)
