@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,33 +22,38 @@ SETTINGS = {
     "bus.liveness": "20",
     "kvcache.num_blocks": "128",
     "kvcache.checksums": "true",
-    "kvcache.doors": '["tcp"]',
     "kvcache.share_memory": "false",
     "model.dtype": "float32",
     "engine.max_num_batched_tokens": "64",
 }
 
 
+@pytest.fixture(params=["tcp", *(["nixl"] if find_spec("nixl") is not None else [])])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def pair(tiny_model: Path, tmp_path: Path) -> Iterator[Pair]:
+def pair(kind: str, tiny_model: Path, tmp_path: Path) -> Iterator[Pair]:
     keys = create_mesh_keys(tmp_path / "keys")
-    pair = Pair(Launch(tiny_model, keys, settings=SETTINGS), tmp_path)
+    settings = {**SETTINGS, "kvcache.doors": f'["{kind}"]'}
+    pair = Pair(Launch(tiny_model, keys, settings=settings), tmp_path)
     pair.start()
     yield pair
     pair.stop()
 
 
-def test_splits_through_a_door(pair: Pair) -> None:
+def test_splits_through_a_door(kind: str, pair: Pair) -> None:
     async def relays() -> None:
         async with pair.connect() as (a, b):
-            assert a.info.all_heaps == ["tcp"]
+            assert a.info.all_heaps == [kind]
             block = a.info.block_size
             tokens = make_prompt(a.info, 5 * block + 3, "doors")
             for end in (1, block - 1, block, 2 * block + 1, len(tokens) - 1, len(tokens)):
                 relayed = await check_relay(a, b, tokens, end)
-                assert [each.heap for each in relayed.sent] == ["tcp"]
+                assert [each.heap for each in relayed.sent] == [kind]
             relayed = await check_relay(b, a, tokens, len(tokens), num_lanes=2)
-            assert [each.heap for each in relayed.sent] == ["tcp", "tcp"]
+            assert [each.heap for each in relayed.sent] == [kind, kind]
             await check_relay(a, b, tokens, len(tokens), generate_first=True, first_token=True)
 
     asyncio.run(relays())
