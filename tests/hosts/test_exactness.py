@@ -46,7 +46,11 @@ def test_every_strategy_gives_the_bits_of_a_request_alone(
         assert [event for event in events if event["event"] == log.KV_SEND_FAILED] == []
 
 
-@pytest.mark.parametrize("one_kernel", [False, True], ids=["two machines", "two containers"])
+@pytest.mark.parametrize(
+    "one_kernel",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+    ids=["two machines", "two containers"],
+)
 def test_shared_memory_is_not_tried_between_hosts(
     one_kernel: bool, tiny_model: Path, logs: Path, tmp_path: Path
 ) -> None:

@@ -83,7 +83,15 @@ async def is_used(client: BusClient, engine: str) -> None:
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.parametrize("harm", [cut, lose_both_ways, lose_what_it_says, lose_what_it_is_told])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        cut,
+        pytest.param(lose_both_ways, marks=pytest.mark.slow),
+        lose_what_it_says,
+        pytest.param(lose_what_it_is_told, marks=pytest.mark.slow),
+    ],
+)
 def test_an_engine_out_of_reach_costs_nothing_and_comes_back(
     harm: Harm, tiny_model: Path, logs: Path, world: World
 ) -> None:

@@ -55,7 +55,7 @@ def sent_nbytes(mesh: HostMesh) -> int:
     return sum(int(str(event["nbytes"])) for event in events if event["event"] == log.KV_SENT)
 
 
-@pytest.mark.parametrize("mbit_s", [10, 100, 1000])
+@pytest.mark.parametrize("mbit_s", [pytest.param(10, marks=pytest.mark.slow), 100, 1000])
 def test_a_slow_link_costs_time_and_nothing_else(
     mbit_s: int, wide_model: Path, logs: Path, world: World
 ) -> None:
@@ -101,7 +101,15 @@ def vanish_owner(world: World, source: str, target: str) -> None:
     world.vanish(target)
 
 
-@pytest.mark.parametrize("harm", [break_link, deafen, vanish_writer, vanish_owner])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        break_link,
+        pytest.param(deafen, marks=pytest.mark.slow),
+        vanish_writer,
+        pytest.param(vanish_owner, marks=pytest.mark.slow),
+    ],
+)
 def test_a_transfer_that_breaks_off_leaves_nothing(
     harm: Callable[[World, str, str], None], wide_model: Path, logs: Path, world: World
 ) -> None:
@@ -131,6 +139,7 @@ def test_a_transfer_that_breaks_off_leaves_nothing(
         asyncio.run(go_through())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mtu_nbytes", [1500, 9000])
 def test_what_goes_over_the_wire_is_kv(
     mtu_nbytes: int, wide_model: Path, logs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

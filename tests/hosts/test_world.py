@@ -109,6 +109,7 @@ def test_one_way_is_lost_and_the_other_is_not(world: World) -> None:
         assert speaks.recv(16) == b"again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mbit_s", [10, 100])
 def test_a_slow_cable_is_as_slow_as_it_is_told(world: World, mbit_s: int) -> None:
     """Never faster; how much slower is this machine's business."""

@@ -125,6 +125,16 @@ class Namespaces:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout.strip()}")
         return done.stdout
 
+    def ip(self, *lines: str) -> None:
+        """``ip`` commands on their interfaces, in one process: who asks may have peers that wait for him.
+        Raises ``RuntimeError`` if one failed."""
+        with self.joined():
+            done = subprocess.run(
+                ["ip", "-batch", "-"], input="\n".join(lines), capture_output=True, text=True, check=False
+            )
+        if done.returncode:
+            raise RuntimeError(f"ip {'; '.join(lines)}: {done.stderr.strip()}")
+
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
         """Sockets that this thread opens meanwhile, or threads that it starts, are theirs, and stay so."""

@@ -111,6 +111,7 @@ class World:
         else the kernel leaves pieces of up to 64 KiB whole between namespaces. Raises ``RuntimeError`` where
         no hosts can be made."""
         self._real_frames = real_frames
+        self._lost: set[tuple[str, str]] = set()
         self._mtu = ["mtu", str(mtu_nbytes)]
         require_main_thread()
         if reason := why_not():
@@ -118,8 +119,7 @@ class World:
         self.hosts: dict[str, Host] = {}
         self._switch = Namespaces()
         try:
-            self._switch.do("ip", "link", "add", "name", "trunk", "type", "bridge")
-            self._switch.do("ip", "link", "set", "dev", "trunk", "up")
+            self._switch.ip("link add name trunk type bridge", "link set dev trunk up")
             for number, name in enumerate(names, 1):
                 own = directory / f"host-{name}"
                 own.mkdir(parents=True)
@@ -154,11 +154,12 @@ class World:
         command += ["peer", "name", CARD, *self._mtu]
         with self._switch.joined():  # the network alone: the other one is found by a pid of ours
             subprocess.run([*command, "netns", str(host.inside.first)], check=True)
-        self._switch.do("ip", "link", "set", "dev", host.plug, "master", "trunk", "up")
+        self._switch.ip(f"link set dev {host.plug} master trunk up")
         if self._real_frames:
-            host.inside.do("ip", "link", "set", "dev", CARD, "gso_max_segs", "1", "gso_max_size", "1500")
-        host.inside.do("ip", "address", "add", f"{host.address}/24", "dev", CARD)
-        host.inside.do("ip", "link", "set", "dev", CARD, "address", host.card, "up")
+            host.inside.ip(f"link set dev {CARD} gso_max_segs 1 gso_max_size 1500")
+        host.inside.ip(
+            f"address add {host.address}/24 dev {CARD}", f"link set dev {CARD} address {host.card} up"
+        )
 
     # --- what happens to cables ----------------------------------------------------------------------
 
@@ -174,22 +175,22 @@ class World:
             inside.do("tc", "qdisc", "replace", "dev", device, "root", "tbf", *rate)
 
     def cut(self, name: str) -> None:
-        self._switch.do("ip", "link", "set", "dev", self.hosts[name].plug, "down")
+        self._switch.ip(f"link set dev {self.hosts[name].plug} down")
 
     def lose(self, source: str, target: str) -> None:
         """What ``source`` sends to ``target``; the other way stays."""
-        nowhere = ["lladdr", NOWHERE, "dev", CARD, "nud", "permanent"]
-        self.hosts[source].inside.do("ip", "neigh", "replace", self.hosts[target].address, *nowhere)
+        self._lost.add((source, target))
+        address = self.hosts[target].address
+        self.hosts[source].inside.ip(f"neigh replace {address} lladdr {NOWHERE} dev {CARD} nud permanent")
 
     def heal(self, *names: str) -> None:
         """Plugged in, heard and hearing: every host that is there, or these alone. Rates stay."""
-        there = [host for host in self.hosts.values() if not host.inside.has_ended]
-        healed = [host for host in there if not names or host.name in names]
-        for host in healed:
-            self._switch.do("ip", "link", "set", "dev", host.plug, "up")
-        for host in there:
-            for other in there if host in healed else healed:
-                host.inside.run("ip", "neigh", "del", other.address, "dev", CARD)
+        healed = [name for name in names or self.hosts if not self.hosts[name].inside.has_ended]
+        self._switch.ip(*(f"link set dev {self.hosts[name].plug} up" for name in healed))
+        for source, target in [pair for pair in self._lost if {*pair} & {*healed}]:
+            self._lost.remove((source, target))
+            if not self.hosts[source].inside.has_ended:
+                self.hosts[source].inside.ip(f"neigh del {self.hosts[target].address} dev {CARD}")
 
     def vanish(self, name: str) -> None:
         """A loss of power."""
@@ -200,5 +201,6 @@ class World:
         """A host that has vanished starts anew, under its address, with nothing that runs on it."""
         host = self.hosts[name]
         self._switch.run("ip", "link", "del", "dev", host.plug)  # the kernel's own time is later
+        self._lost = {pair for pair in self._lost if pair[0] != name}
         host.restart()
         self._plug_in(host)
