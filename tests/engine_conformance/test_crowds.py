@@ -20,7 +20,7 @@ from tests.support.engine_conformance.answers import (
 from tests.support.engine_conformance.declared import splits
 from tests.support.engine_conformance.engine_process import EngineProcess
 from tests.support.engine_conformance.pair import Pair
-from tests.support.engine_conformance.relay import fresh, relay
+from tests.support.engine_conformance.relay import check_relay, fresh, relay
 from tests.support.engine_conformance.wire_client import RefusedError, WireClient
 
 FULL = ("grants_full", "cache_full", "queue_full")
@@ -194,3 +194,23 @@ async def abandoned(
     except RefusedError as refused:
         assert refused.code in (*FULL, "unknown_request")
     await asyncio.gather(receiver.abort(request_id), sender.abort(request_id))
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1_800)
+async def test_five_hundred_splits(pair: Pair) -> None:
+    """Any prompt, any split, any hits, any way: each against one engine with the same prefix in its cache."""
+    async with pair.connect() as (a, b):
+        rng, block = random.Random(500), a.info.block_size
+        longest = min(6 * block, a.info.max_model_len - 8)
+        for number in range(500):
+            tokens = make_prompt(a.info, rng.randrange(1, longest), f"five hundred {number}")
+            end = rng.choice([rng.randrange(len(tokens) + 1), len(tokens), len(tokens) // block * block])
+            await check_relay(
+                *(a, b, tokens, end),
+                there=rng.randrange(len(tokens) // block + 1) * block,
+                here=rng.randrange(len(tokens) // block + 1) * block,
+                num_lanes=rng.randrange(1, 4),
+                first_token=end == len(tokens) and rng.random() < 0.5,
+                generate_first=rng.random() < 0.5,
+            )

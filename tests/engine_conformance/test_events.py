@@ -23,9 +23,9 @@ async def reading(pair: Pair) -> AsyncIterator[tuple[WireClient, WireClient, Cac
 
 
 async def matched(client: WireClient, tokens: list[int], salt: str) -> int:
-    """What the engine itself says of a prompt."""
+    """What the engine itself says of a prompt. It is asked for one token more: it may need the last block."""
     request_id = fresh("asks")
-    grant = await client.prep_recv(request_id, len(tokens), tokens, salt=salt)
+    grant = await client.prep_recv(request_id, len(tokens) + 1, [*tokens, 19], salt=salt)
     await client.release(request_id, grant)
     return grant.matched
 
