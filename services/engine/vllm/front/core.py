@@ -18,7 +18,7 @@ import structlog
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
-from microserve.protocol.errors import EngineLost, MeshError, TransferFailed, error_for
+from microserve.protocol.errors import EngineLost, InternalError, MeshError, TransferFailed, error_for
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import Numerics
@@ -207,6 +207,10 @@ class VllmCore:
                     break
         except EngineLost:
             self.on_lost()
+        except Exception:  # whoever waits for the stream is told
+            _logger.exception(log.TASK_FAILED, task="what vLLM says of a request")
+            state.fail(running, InternalError("see the engine's log"), self.clock())
+            self.on_output()
 
     async def _abort(self, stream: Stream) -> None:
         try:

@@ -107,7 +107,7 @@ class VllmState:
         token_ids = list(output.token_ids) if params.max_tokens else []
         rows = token_logprobs(token_ids, output.logprobs, params.logprobs) if token_ids else []
         scored = None
-        if output.prompt_logprobs is not None and params.prompt_logprobs is not None:
+        if output.prompt_logprobs and params.prompt_logprobs is not None:  # none behind the first output
             prompt = running.token_ids[: running.num_prompt_tokens]
             scored = prompt_rows(prompt, output.prompt_logprobs, params.prompt_logprobs)
         if token_ids:
