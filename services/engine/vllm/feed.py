@@ -51,13 +51,12 @@ def _sweep() -> None:
 class Feed:
     """Made in the loop before vLLM starts; ``open`` when it has."""
 
-    def __init__(self, take: Callable[[KVEventBatch], None]) -> None:
-        """``take``: each batch, in order."""
+    def __init__(self) -> None:
         _sweep()
         self._directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self.endpoint = f"ipc://{self._directory}/events"
         self.replay_endpoint = f"ipc://{self._directory}/replay"
-        self._take = take
+        self._take: Callable[[KVEventBatch], None] = lambda batch: None
         self._on_change: Callable[[], None] = lambda: None
         self._next_seq = 0
         self._early: dict[int, bytes] = {}
@@ -66,9 +65,9 @@ class Feed:
         self._bus = ZmqBus(linger_s=0.0)
         self._asking: asyncio.TimerHandle | None = None
 
-    def open(self, on_change: Callable[[], None]) -> None:
-        """``on_change`` is called after some."""
-        self._on_change = on_change
+    def open(self, take: Callable[[KVEventBatch], None], on_change: Callable[[], None]) -> None:
+        """``take`` is called with each batch, in order; ``on_change`` after some."""
+        self._take, self._on_change = take, on_change
         self._events = self._bus.subscriber(self.endpoint, self._on_published)
         self._replays = self._bus.client(self.replay_endpoint, self._on_replayed)
         self._ask()

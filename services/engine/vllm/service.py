@@ -89,8 +89,7 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
             checksums=settings.kvcache.checksums,
         )
         undo.callback(front.close)
-        mirror = Mirror(settings.kvcache.block_size, front.address.model, revision)
-        feed = Feed(mirror.take)
+        feed = Feed()
         undo.callback(feed.close)
         engine, config, ready = await loop.run_in_executor(starter, _start, settings, front, feed)
         undo.callback(engine.shutdown, SHUTDOWN_S)
@@ -100,7 +99,7 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
             AsyncVllm(engine, shutdown_s=SHUTDOWN_S),
             front,
             heap,
-            mirror,
+            Mirror(ready.layout.block_size, ready.layout.model, revision),
             engine_id=settings.engine.id or f"engine-{secrets.token_hex(4)}",
             incarnation=incarnation,
             kind=kind_of(vllm.__version__, ready.layout.block_size, has_tokenizer=_has_tokenizer(directory)),
@@ -122,7 +121,7 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
             closing.callback(starter.shutdown)
             closing.callback(shell.close)
             closing.callback(feed.close)
-            feed.open(core.on_output)
+            feed.open(core.mirror.take, core.on_output)
             await shell.run()
 
 
