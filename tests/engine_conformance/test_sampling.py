@@ -60,7 +60,7 @@ async def test_what_leaves_one_token_is_greedy(pair: Pair, narrow: dict[str, flo
 
 async def test_top_k_keeps_the_likeliest(pair: Pair) -> None:
     async with pair.connect() as (_, b):
-        sampling = changed(WARM, temperature=3.0, top_k=4, logprobs=4, seed=3, max_tokens=40)
+        sampling = changed(WARM, temperature=2.0, top_k=4, logprobs=4, seed=3, max_tokens=40)
         stream = await say(b, prompt_of(b.info, "top_k"), sampling)
         likeliest = [[token for token, _ in each.top] for each in stream.logprobs]
         places = [top.index(token) for token, top in zip(stream.token_ids, likeliest, strict=True)]
