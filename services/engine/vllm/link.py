@@ -209,7 +209,8 @@ class Page:
         self._set(receive, TAKE)
 
     def drop(self, receive: int) -> None:
-        """No writer is left, and nobody wants it any more. Before ``take``: its request is aborted too."""
+        """No writer is left, and nobody wants it any more. Before ``take``: its request is aborted too. After
+        it only behind :class:`Received`: a word that nobody has read would be lost."""
         self._set(receive, DROP)
 
     def retire(self, receive: int) -> None:
