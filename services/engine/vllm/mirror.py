@@ -18,7 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from microserve.kvcache.prefix.foreign import salt_of
-from microserve.kvcache.prefix.hash import TOKEN_NBYTES, BlockHash, chain_hash, pack_tokens, root_hash
+from microserve.kvcache.prefix.hash import (
+    TOKEN_NBYTES,
+    BlockHash,
+    block_hashes,
+    chain_hash,
+    pack_tokens,
+    root_hash,
+)
 from microserve.protocol.bus.codec import decode_tokens
 from microserve.protocol.messages.kv_events import (
     DEVICE_MEDIUMS,
@@ -85,6 +92,13 @@ class Mirror:
                             self._remove(name)
                 case AllBlocksCleared():
                     self._clear()
+
+    def holds(self, tokens: list[int], salt: str) -> bool:
+        """Is the last of these whole blocks told of? True of none."""
+        root = root_hash(self._model, salt=salt, revision=self._revision)
+        hashes = block_hashes(tokens, self._block_size, root)
+        block = self._by_hash.get(hashes[-1]) if hashes else None
+        return not hashes or (block is not None and block.is_told)
 
     def snapshot(self) -> list[BlockStored]:
         """Events that build what is told of from nothing, parents before children. Take the events first."""

@@ -151,7 +151,7 @@ class FrontRig:
         return self.front.page.fate(receive)
 
     def received(self, receive: int) -> None:
-        self.receives.cached(Received(receive))
+        self.receives.cached(Received(receive), self.now)
 
     def freed(self, receive: int) -> None:
         self.free_blocks.update(self.parked.pop(receive, []))

@@ -29,7 +29,8 @@ class Arrivals:
     @property
     def is_watching(self) -> bool:
         """Somebody waits for KV, or for the last writer's end."""
-        return bool(self._receives.waiting or self._receives.committing)
+        receives = self._receives
+        return bool(receives.waiting or receives.committing or receives.announcing)
 
     def poll(self, now: float) -> None:
         receives = self._receives
@@ -52,6 +53,7 @@ class Arrivals:
                     )
                 case Settled():
                     receives.settled(receives.book.get(event.grant_id), now)
+        receives.announce(now)
         receives.give_up_late(now)
         for record in list(receives.committing):
             if record.commit is not None and record.commit.deadline <= now:

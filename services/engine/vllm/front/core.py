@@ -92,6 +92,7 @@ class VllmCore:
             lease_s=lease_s,
             checksums=checksums,
         )
+        self.receives.is_told = mirror.holds
         self.arrivals = Arrivals(self.state, self.receives, heap.layout.num_layers)
         self.actions = VllmActions(self.state, self.receives, heap.layout, max_num_seqs=max_num_seqs)
         self.llm = llm
@@ -227,7 +228,7 @@ class VllmCore:
                 case Allocated():
                     self.receives.allocated(notice, now)
                 case Received():
-                    self.receives.cached(notice)
+                    self.receives.cached(notice, now)
                 case Freed():
                     self.receives.freed(notice, now)
                 case Sent():

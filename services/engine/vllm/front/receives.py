@@ -41,6 +41,8 @@ from microserve.services.engine.vllm.link import Allocated, Freed, Page, Receive
 ALLOCATE_S = 8.0
 """A parked request that has no blocks by then is given up: its caller tries elsewhere."""
 RETRY_AFTER_S = 0.1
+ANNOUNCED_S = 1.0
+"""Longest wait for vLLM's events to tell of what is cached."""
 
 _logger = structlog.get_logger()
 
@@ -98,6 +100,10 @@ class Receives:
         self.committing: list[RunningRecord] = []
         self.on_first: Callable[[Running, int, float], None] = lambda running, token, now: None
         """Called when the sender's first token, and all KV, are in."""
+        self.is_told: Callable[[list[int], str], bool] = lambda tokens, salt: True
+        """Do our events tell of these tokens' last block? In whole blocks, under that salt."""
+        self.announcing: dict[int, float] = {}
+        """Committed receives that are cached and not told of, by id: until when they are waited for."""
         self._layout: KvLayout = heap.layout
         self._state = state
         self._page = page
@@ -188,24 +194,37 @@ class Receives:
         self._state.counters["grants_opened"] += 1
         self._state.answer(parked, wire.Granted(0, grant))
 
-    def cached(self, notice: Received) -> None:
+    def cached(self, notice: Received, now: float) -> None:
         """Its blocks are in vLLM's prefix cache."""
         receive = self._receives.get(notice.id)
         if receive is None:
             return
         receive.is_cached = True
         if receive.commit is not None:
-            job, receive.commit = receive.commit, None
+            self.announcing[receive.id] = now + ANNOUNCED_S
+            self.announce(now)
+        elif receive.is_unwanted:
+            self._drop(receive)
+
+    def announce(self, now: float) -> None:
+        """Answer commits whose blocks our events tell of: vLLM's come by a way of their own."""
+        for receive_id, until in list(self.announcing.items()):
+            receive = self._receives[receive_id]
             block_size = self._layout.block_size
-            self._committed(receive.record, job, receive.end // block_size * block_size)
-            receive.is_unwanted = True
-        if receive.is_unwanted:
+            num_tokens = receive.end // block_size * block_size
+            if now < until and not self.is_told(receive.parked.token_ids[:num_tokens], receive.salt):
+                continue
+            del self.announcing[receive_id]
+            if receive.commit is not None:
+                job, receive.commit = receive.commit, None
+                self._committed(receive.record, job, num_tokens)
             self._drop(receive)
 
     def freed(self, notice: Freed, now: float) -> None:
         receive = self._receives.pop(notice.id, None)
         if receive is None:
             return
+        self.announcing.pop(receive.id, None)
         self._page.retire(receive.id)
         error = TransferFailed("vLLM has given up the blocks")
         if receive.commit is not None:

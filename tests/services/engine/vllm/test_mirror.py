@@ -118,6 +118,9 @@ def test_it_tells_of_what_can_be_reached(steps: list[tuple[bool, Path]], every: 
     found = {path for path in copies if all(copies.get(path[:n], 0) for n in range(1, len(path) + 1))}
     assert reader.known == {hash_of(path) for path in found}
     assert mirror.num_blocks == len(found)
+    for path in copies:
+        tokens = [token for token in path for _ in range(SIZE)]
+        assert mirror.holds(tokens, "") == (path in found)
     fresh = Reader()
     fresh.read(mirror.snapshot())
     assert fresh.known == reader.known
