@@ -141,6 +141,9 @@ class KvCacheSettings(Section, frozen=True):
             fault = "must name a door where kvcache.share_memory is false"
         elif not self.door_address.startswith("tcp://"):
             fault, field = f"must be tcp://HOST:PORT, is {self.door_address!r}", "kvcache.door_address"
+        elif self.door_address.removeprefix("tcp://").rpartition(":")[0].strip("[]") in _EVERYWHERE:
+            field = "kvcache.door_address"
+            fault = f"must be the address by which other hosts reach this one, is {self.door_address!r}"
         elif self.doors and not is_guarded and not _LOOPBACK.match(self.door_address):
             field = "kvcache.door_address"
             fault = (

@@ -117,6 +117,8 @@ def test_wrong_setting_is_named_by_its_path(override: str, field: str, reason: s
         (["kvcache.doors=['tcp','tcp']"], "kvcache.doors", "must name each kind once"),
         (["kvcache.share_memory=false"], "kvcache.doors", "must name a door where kvcache.share_memory"),
         (["kvcache.door_address=tcp://host"], "kvcache.door_address", "must be tcp://HOST:PORT"),
+        (["kvcache.door_address=tcp://0.0.0.0:0"], "kvcache.door_address", "by which other hosts reach"),
+        (["kvcache.door_address=tcp://[::]:0"], "kvcache.door_address", "reach this one, is 'tcp://[::]:0'"),
         (["kvcache.door_address=ipc:///tmp/d"], "kvcache.door_address", "must be tcp://HOST:PORT, is 'ipc"),
         (
             ["kvcache.doors=['tcp']", "kvcache.door_address=tcp://10.0.0.2:0"],
