@@ -101,7 +101,8 @@ class _Client(asyncio.Protocol):
         body = {"model": "bench", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0.0}
         body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
         content = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(content)}\r\n\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(content)}\r\n\r\n"
         self._transport.write(head.encode() + content)
 
     def data_received(self, data: bytes) -> None:
