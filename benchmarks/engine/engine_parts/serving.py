@@ -107,7 +107,7 @@ class _Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._parts.append((time.perf_counter(), data))
-        if data.endswith(b"\r\n0\r\n\r\n"):
+        if b"".join(part for _, part in self._parts[-2:]).endswith(b"\r\n0\r\n\r\n"):
             self._over.set_result(None)
             self._transport.close()
 
