@@ -54,6 +54,9 @@ class EngineSettings(Section, frozen=True):
     """These two with a port: of the first engine of ``mesh.engines``, one higher for each further one."""
     events_topic: str = "kv@{id}@{model}"
     """Of KV events, as other people's readers want it; ``{id}`` and ``{model}`` are put in. May be empty."""
+    events_strict: bool = False
+    """KV events in vLLM's keys alone, for readers that refuse others (vllm-router). Our own then know blocks
+    by names of 64 bits, which costs them memory, and a restart by its numbers alone."""
     events_open: bool = False
     """KV events and their replay without CURVE, also off loopback: other people's readers have no keys. Who
     reaches the two sockets reads the tokens of every prompt."""

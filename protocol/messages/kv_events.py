@@ -123,22 +123,23 @@ class KVEventBatch(msgspec.Struct, gc=False):
 _ENCODER = msgspec.msgpack.Encoder()
 
 
-def encode_batch(batch: KVEventBatch) -> bytes:
-    """The payload; every name of 16 bytes as an int and its head."""
-    events = [_on_wire(event) for event in batch.events]
-    if events and batch.epoch is not None:
+def encode_batch(batch: KVEventBatch, *, strict: bool = False) -> bytes:
+    """The payload; every name of 16 bytes as an int and its head. ``strict``: without heads and epoch, in
+    vLLM's keys alone, for readers that refuse others."""
+    events = [_on_wire(event, strict=strict) for event in batch.events]
+    if events and batch.epoch is not None and not strict:
         events[0] = msgspec.structs.replace(events[0], epoch=batch.epoch)
     return _ENCODER.encode(WireBatch(batch.ts, events, batch.data_parallel_rank))
 
 
-def _on_wire(event: KVEvent) -> KVEvent:
+def _on_wire(event: KVEvent, *, strict: bool) -> KVEvent:
     if isinstance(event, AllBlocksCleared):
         return event
     names = named_by(event)
     if not names or not all(type(name) is bytes and len(name) == NAME_NBYTES for name in names):
         return event
     halves = struct.unpack(f">{2 * len(names)}Q", b"".join(cast("list[bytes]", names)))
-    heads = struct.pack(f">{len(names)}Q", *halves[::2])
+    heads = None if strict else struct.pack(f">{len(names)}Q", *halves[::2])
     return renamed(event, list(halves[1::2]), heads)
 
 

@@ -61,6 +61,7 @@ class ActionServer:
         next_seq: Callable[[], int],
         on_drain: Callable[[], None] = lambda: None,
         stir: Callable[[], None] = lambda: None,
+        strict_events: bool = False,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """``interval_s``: of :meth:`beat`. ``on_drain`` is called, under the core's lock, when a peer asks
@@ -72,6 +73,7 @@ class ActionServer:
         self._next_seq = next_seq
         self._on_drain = on_drain
         self._stir = stir
+        self._strict_events = strict_events
         self._wall_clock = wall_clock
         self._sessions: Peers[bytes, Session] = Peers(interval_s=interval_s, silence_s=silence_s)
         """By routing id."""
@@ -201,7 +203,7 @@ class ActionServer:
         blocks = self._core.cached_blocks()
         reply = wire.SnapshotReply(call_id, self._incarnation, self._next_seq())
         batch = KVEventBatch(time.time(), list(blocks), None, self._incarnation)
-        return reply, encode_batch(batch)
+        return reply, encode_batch(batch, strict=self._strict_events)
 
     # --- out ---------------------------------------------------------------------------------------
 

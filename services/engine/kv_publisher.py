@@ -96,10 +96,11 @@ class KvPublisher:
         epoch: int,
         clock: Callable[[], float],
         open_to_all: bool = False,
+        strict: bool = False,
         max_ring_nbytes: int = MAX_RING_NBYTES,
     ) -> None:
         """``epoch``: the engine's incarnation. ``clock``: wall-clock seconds, for people. ``open_to_all``:
-        both sockets without keys, wherever they are bound.
+        both sockets without keys, wherever they are bound. ``strict``: in vLLM's keys alone.
 
         Raises ``OSError`` when an address is taken and :class:`ConfigError` when it is exposed without keys.
         """
@@ -108,6 +109,7 @@ class KvPublisher:
         self.counters = PublisherCounters()
         self._topic = topic
         self._epoch = epoch
+        self._strict = strict
         self._clock = clock
         self._max_ring_nbytes = max_ring_nbytes
         self._ring: deque[bytes] = deque()
@@ -158,7 +160,8 @@ class KvPublisher:
         self._replay.close()
 
     def _send(self, events: Sequence[KVEvent]) -> None:
-        payload = encode_batch(KVEventBatch(self._clock(), list(events), None, self._epoch))
+        batch = KVEventBatch(self._clock(), list(events), None, self._epoch)
+        payload = encode_batch(batch, strict=self._strict)
         self._ring.append(payload)
         self._ring_nbytes += len(payload)
         while len(self._ring) > MAX_RING_BATCHES or self._ring_nbytes > self._max_ring_nbytes:

@@ -74,6 +74,7 @@ class EngineShell:
             replay_address=settings.engine.replay_address,
             topic=topic_of(settings.engine.events_topic, core.engine_id, core.model),
             open_to_all=settings.engine.events_open,
+            strict=settings.engine.events_strict,
             epoch=core.incarnation,
             clock=wall_clock,
         )
@@ -89,6 +90,7 @@ class EngineShell:
             on_drain=self.drain,
             stir=self._pace.stir,
             wall_clock=wall_clock,
+            strict_events=settings.engine.events_strict,
         )
         limits = core.state.limits
         self._info = EngineInfo(

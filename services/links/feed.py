@@ -146,6 +146,8 @@ class KvFeed(Feed):
         super().__init__(bus, info, index)
         self._snapshot = snapshot
         self._state: FeedState[Events] = FeedState()
+        self._last_seq = 0
+        """Of a batch that names no epoch."""
         self._asks: asyncio.Queue[AskSnapshot] = asyncio.Queue()  # one at most: FeedState asks one by one
 
     @property
@@ -161,8 +163,12 @@ class KvFeed(Feed):
         self._obey(self._state.start(self._loop.time()))
 
     def _on_batch(self, published: Published, batch: KVEventBatch) -> None:
-        # An engine that is not ours names no epoch: it has the one life that registered.
-        epoch = self._info.incarnation if batch.epoch is None else batch.epoch
+        epoch = batch.epoch
+        if epoch is None:  # it has the life that the last snapshot was of, as long as its numbers only grow
+            epoch = self._info.incarnation if self._state.epoch is None else self._state.epoch
+            if published.seq < self._last_seq:
+                self._obey(self._state.doubt(self._heard_at))
+            self._last_seq = published.seq
         self._obey(self._state.receive(EventBatch(epoch, published.seq, batch.events), self._heard_at))
 
     def _on_unreadable(self, published: Published) -> None:

@@ -175,6 +175,10 @@ class FeedState(Generic[B]):
         if self._asked is not None and self._asked.ticket == ticket:
             self._asked.heard = set(self._heard)
 
+    def doubt(self, now: float) -> list[Instruction[B]]:
+        """The stream may be another life's, which does not say so."""
+        return self._resync(now)
+
     def check_integrity(self) -> None:
         """Assert what must hold between any two events (tests call it after each)."""
         assert self.live == (self._asked is None), "a stream is live or a snapshot is on its way"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import msgspec
 
@@ -213,6 +214,55 @@ def test_engine_that_is_restarted_in_place_is_read_afresh() -> None:
         await world.until(read)
         assert index.lookup(PROMPT) == {}
         assert feed.counters.epochs == 1
+
+    in_world(test)
+
+
+def test_engine_in_vllms_keys_alone_is_followed_and_its_next_life_is_known_by_its_numbers() -> None:
+    async def test(world: World) -> None:
+        address = world.place()
+        engine = world.engine(incarnation=11, events_address=address, strict=True)
+        lives = [engine]
+
+        async def snapshot() -> tuple[SnapshotReply, bytes]:
+            life = lives[-1]
+            blocks = life.snapshot_events()
+            return SnapshotReply(1, life.info.incarnation, life.publisher.next_seq), blocks
+
+        index = PrefixIndex(BLOCK_SIZE, "m", 1 << 20)
+        feed = KvFeed(world.bus, engine.info, index, snapshot)
+        world.at_end(feed.close)
+        feed.start()
+
+        def heard(tokens: list[int]) -> Callable[[], bool]:
+            def is_heard() -> bool:
+                lives[-1].publisher.publish([BlockRemoved([])])
+                return index.lookup(tokens) == {"e1": len(tokens)}
+
+            return is_heard
+
+        engine.compute(PROMPT)
+        await world.until(heard(PROMPT))
+        for _ in range(2000):
+            engine.publisher.publish([BlockRemoved([])])
+
+        def is_far() -> bool:
+            engine.publisher.publish([BlockRemoved([])])
+            return feed._last_seq > 2000
+
+        await world.until(is_far)
+        engine.close()
+        lives.append(world.engine(incarnation=3, events_address=address, strict=True))
+        lives[-1].compute(OTHER)
+        await world.until(heard(OTHER))
+        assert index.lookup(PROMPT) == {}
+        lives[-1].clear()
+
+        def is_cleared() -> bool:
+            lives[-1].publisher.beat()
+            return index.lookup(OTHER) == {}
+
+        await world.until(is_cleared)
 
     in_world(test)
 

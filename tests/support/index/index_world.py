@@ -67,13 +67,15 @@ class Engine:
         model: str = "m",
         address: str = ANY,
         events_address: str = ANY,
+        topic: str | None = None,
+        strict: bool = False,
         **changes: Any,
     ) -> None:
         self.num_snapshots = 0
         self.pings: list[int] = []
         self.refuse_snapshots = False
         self.load = EngineLoad()
-        self._incarnation = incarnation
+        self._incarnation, self._strict = incarnation, strict
         self._known: set[bytes] = set()
         self._pool = BlockPool(64)
         self._cache = PrefixCache(self._pool, BLOCK_SIZE, model)
@@ -81,9 +83,10 @@ class Engine:
             bus,
             events_address=events_address,
             replay_address=ANY,
-            topic=f"kv@{engine_id}",
+            topic=f"kv@{engine_id}@{model}" if topic is None else topic,
             epoch=incarnation,
             clock=lambda: 0.0,
+            strict=strict,
         )
         self._socket = NumberedServer(bus, address, self._on_frames, lambda peer: None)
         self.info = make_info(
@@ -109,7 +112,8 @@ class Engine:
         self.publisher.publish(self._cache.take_events())
 
     def snapshot_events(self) -> bytes:
-        return encode_batch(KVEventBatch(0.0, [*self._cache.snapshot()], None, self._incarnation))
+        batch = KVEventBatch(0.0, [*self._cache.snapshot()], None, self._incarnation)
+        return encode_batch(batch, strict=self._strict)
 
     def forget_peers(self) -> None:
         self._known.clear()
@@ -181,6 +185,8 @@ class World:
         model: str = "m",
         address: str = ANY,
         events_address: str = ANY,
+        topic: str | None = None,
+        strict: bool = False,
         **changes: Any,
     ) -> Engine:
         """``changes``: fields of its ``EngineInfo``."""
@@ -191,6 +197,8 @@ class World:
             model=model,
             address=address,
             events_address=events_address,
+            topic=topic,
+            strict=strict,
             **changes,
         )
         self._closers.append(engine.close)
