@@ -24,7 +24,7 @@ make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11)
 MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '$(VENV)/installed')" = "$$(pwd -P)" ] || \
 	echo moved))
 
-.PHONY: moved install up vllm quick test heavy clients hosts test-vllm check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
+.PHONY: moved install up vllm quick test heavy clients peers hosts test-vllm check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
 
 up: $(VENV)/installed
 	@$(KERNELS)
@@ -45,7 +45,7 @@ quick: $(VENV)/dev
 # All but the endurance of `make heavy`, in less than nine minutes.
 test: $(VENV)/dev
 	@$(KERNELS)
-	$(PYTEST) -m "not heavy and not clients and not hosts and not vllm" $(ARGS)
+	$(PYTEST) -m "not heavy and not clients and not peers and not hosts and not vllm" $(ARGS)
 
 # The long ones: exactness of the demo model, freezes, chaos, hostile strategies, days of virtual time.
 heavy: $(VENV)/dev
@@ -58,6 +58,11 @@ clients: $(VENV)/dev
 	@$(KERNELS)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m clients --durations=0 '$(ONE_CLIENT)' $(ARGS)
 ONE_CLIENT = tests/clients$(if $(CLIENT),/test_clients.py::test_client[$(CLIENT)])
+
+# Other people's indexers and routers on our KV events and our gateway, likewise: docs/engines.md.
+peers: $(VENV)/dev
+	@$(KERNELS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m "peers and not vllm" --durations=0 $(ARGS)
 
 # vLLM's own engines: what needs its environment. ARGS="tests/services/engine/vllm" for a part of it.
 test-vllm: $(VENV)/dev

@@ -26,8 +26,8 @@ QUICK = (
 )
 """What guards state and wire: rooms and files of ``-m quick``, the floor of every change. Files there about
 crowds, endurance or processes are marked ``slow``."""
-ROOMS = {"system": "system", "gpu": "gpu", "simulation": "simulation", "clients": "clients", "hosts": "hosts"}
-"""Markers of all that lies in a room."""
+ROOMS = ("system", "gpu", "simulation", "clients", "hosts", "peers")
+"""All that lies in such a room is marked with its name."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -44,8 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Meshes come first: one worker has them one by one, the other takes what is small from the end."""
     for item in items:
         path = item.path.relative_to(TESTS)
-        if marker := ROOMS.get(path.parts[0]):
-            item.add_marker(marker)
+        if path.parts[0] in ROOMS:
+            item.add_marker(path.parts[0])
         is_long = any(item.get_closest_marker(each) for each in ("slow", "heavy", "vllm"))
         if not is_long and any(path.is_relative_to(each) for each in QUICK):
             item.add_marker("quick")

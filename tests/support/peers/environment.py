@@ -1,8 +1,8 @@
 """An environment for each program that reads our KV events or sends requests to our gateway: as clients have
 theirs (tests/support/clients/environment.py).
 
-    python tests/support/peers/environment.py [PEER ...]           makes them
-    python tests/support/peers/environment.py --lock [PEER ...]    resolves requirements.in anew
+    python -m tests.support.peers.environment [PEER ...]           makes them
+    python -m tests.support.peers.environment --lock [PEER ...]    resolves requirements.in anew
 
 A peer is a folder of tests/peers with a ``requirements.txt``; without ``requirements.in`` that one is written
 by hand, because what the whole package requires is not needed for the part that is tried.
@@ -11,11 +11,8 @@ by hand, because what the whole package requires is not needed for the part that
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[3])]
 
 from tests.support.clients.environment import ROOT, Client, cache
 
