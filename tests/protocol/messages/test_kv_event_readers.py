@@ -14,13 +14,14 @@ from microserve.protocol.messages.kv_events import (
     BlockRemoved,
     BlockStored,
     KVEventBatch,
+    WireHash,
     encode_batch,
 )
 from microserve.services.engine.kv_publisher import topic_of
 
 STORED = ("block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name")
 FIELDS = {"BlockStored": STORED, "BlockRemoved": ("block_hashes", "medium"), "AllBlocksCleared": ()}
-NAMES = [bytes(range(first, first + 16)) for first in (0, 100, 240)]
+NAMES: list[WireHash] = [bytes(range(first, first + 16)) for first in (0, 100, 240)]
 BATCH = KVEventBatch(
     1.5,
     [
@@ -56,7 +57,7 @@ def pod_and_model(topic: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_llm_d_reads_every_field_of_ours(strict: bool) -> None:
-    first, second, third = (int.from_bytes(name[8:], "big") for name in NAMES)
+    first, second, third = (known(name) for name in NAMES)
     assert read(encode_batch(BATCH, strict=strict)) == [
         ["BlockStored", [first, second], None, [1, 2, 3, 4], 2, None, None, None],
         ["BlockStored", [third], second, [5, 6], 2, None, None, None],
