@@ -1,6 +1,6 @@
 """llm-d's reader of KV events, by its rules: a Go struct of three items, events as maps whose known keys are
 taken by name and whose other keys are not looked at, names as u64 or the last 8 bytes, a topic of three
-parts. The program itself cannot run here."""
+parts. The program itself cannot run here. And vllm-router's, which refuses keys that vLLM does not send."""
 
 from __future__ import annotations
 
@@ -74,3 +74,27 @@ def test_llm_d_refuses_a_fourth_item() -> None:
 def test_the_default_topic_names_pod_and_model() -> None:
     assert pod_and_model(topic_of("kv@{id}@{model}", "e0", "org/m")) == ("e0", "org/m")
     assert topic_of("", "e0", "m") == ""
+
+
+VLLM_KEYS = {
+    "BlockStored": {
+        *STORED,
+        "extra_keys",
+        "group_idx",
+        "kv_cache_spec_kind",
+        "kv_cache_spec_sliding_window",
+        "locality",
+    },
+    "BlockRemoved": {"block_hashes", "medium", "group_idx", "locality"},
+    "AllBlocksCleared": set(),
+}
+
+
+def keys_unknown_to_vllm(payload: bytes) -> set[str]:
+    _, events, _ = msgspec.msgpack.decode(payload)
+    return {key for event in events for key in event.keys() - {"type"} - VLLM_KEYS[event["type"]]}
+
+
+def test_a_strict_batch_has_vllms_keys_and_no_others() -> None:
+    assert keys_unknown_to_vllm(encode_batch(BATCH, strict=True)) == set()
+    assert keys_unknown_to_vllm(encode_batch(BATCH)) == {"epoch", "name_heads"}

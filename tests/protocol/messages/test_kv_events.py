@@ -112,36 +112,6 @@ def u64(name: bytes) -> int:
     return int.from_bytes(name[8:], "big")
 
 
-class OnlyVllmStored(VllmStored, tag="BlockStored", forbid_unknown_fields=True):
-    pass
-
-
-class OnlyVllmRemoved(VllmRemoved, tag="BlockRemoved", forbid_unknown_fields=True):
-    pass
-
-
-class OnlyVllmCleared(VllmEvent, tag="AllBlocksCleared", forbid_unknown_fields=True):
-    pass
-
-
-class OnlyVllmBatch(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """vllm-router refuses any key that it does not know."""
-
-    ts: float
-    events: list[OnlyVllmStored | OnlyVllmRemoved | OnlyVllmCleared]
-    data_parallel_rank: int | None = None
-
-
-def test_a_strict_batch_has_vllms_keys_and_no_others() -> None:
-    strict = encode_batch(BATCH, strict=True)
-    stored, removed, cleared = msgspec.msgpack.decode(strict, type=OnlyVllmBatch).events
-    assert stored.block_hashes == [u64(HASH), u64(NEXT)]  # type: ignore[union-attr]
-    assert removed.block_hashes == [u64(HASH)]  # type: ignore[union-attr]
-    assert isinstance(cleared, OnlyVllmCleared)
-    with pytest.raises(msgspec.ValidationError, match="unknown field"):
-        msgspec.msgpack.decode(GOLDEN, type=OnlyVllmBatch)
-
-
 def test_a_vllm_reader_takes_ours() -> None:
     batch = msgspec.msgpack.decode(GOLDEN, type=VllmBatch)
     assert batch.events == [
