@@ -18,6 +18,8 @@ from microserve.services.links.follow import KvFollower, feed_of
 from tests.support.index.foreign_engine import ForeignEngine
 from tests.support.index.index_world import BLOCK_SIZE, World, in_world, make_info
 
+pytestmark = pytest.mark.slow  # sockets, each time, and peers that do not answer
+
 A, B, C = ([number] * BLOCK_SIZE for number in (1, 2, 3))
 
 

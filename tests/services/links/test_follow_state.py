@@ -4,11 +4,14 @@ not, and all that its replay still tells of is known."""
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from microserve.services.links.feed_state import BACKOFF_MAX_S, Apply, Replace
 from microserve.services.links.follow_state import MAX_FAILURES, AskReplay, FollowState, MarkedBatch, Step
+
+pytestmark = pytest.mark.slow
 
 Change = tuple[str, int]
 Changes = tuple[Change, ...]
