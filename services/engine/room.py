@@ -114,7 +114,7 @@ def _promised_nbytes(proc: Path) -> int:
     """Of the heaps of this user's engines (another one's cannot be seen): their size, less what they have.
     And their mapped weights, which the kernel would count as pages that could go."""
     promised: dict[int, int] = {}
-    for link in proc.glob("[0-9]*/fd/*"):
+    for link in _open_files(proc):
         with suppress(OSError):
             target = os.readlink(link)
             if target.startswith(f"/memfd:{HEAP_NAME} "):
@@ -124,6 +124,15 @@ def _promised_nbytes(proc: Path) -> int:
                 stat = link.stat()
                 promised[stat.st_ino] = stat.st_size
     return sum(promised.values())
+
+
+def _open_files(proc: Path) -> Iterator[Path]:
+    """``/proc/<pid>/fd/<fd>`` of all processes. One may end while it is looked at: a glob does not bear that."""
+    for process in os.listdir(proc):
+        if process.isdigit():
+            with suppress(OSError):
+                directory = proc / process / "fd"
+                yield from [directory / name for name in os.listdir(directory)]
 
 
 def host_room(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Room:

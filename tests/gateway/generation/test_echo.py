@@ -294,10 +294,13 @@ def test_of_several_that_ran_out_of_time_the_best_is_one_that_has_begun(
         async with gateway_world(model) as world:
 
             def answer(served: Served) -> None:
-                if len(world.router.served) == 2:
-                    ids = raw_tokenizer.encode("one").ids
-                    served.send(ids, logprobs=[TokenLogprob(-1.0, []) for _ in ids])
-                served.end("error", code="deadline_exceeded", detail="late")
+                if len(world.router.served) < 3:
+                    return  # the first one's end, known before the second has begun, would be that of all
+                ids = raw_tokenizer.encode("one").ids
+                first, second, third = world.router.served.values()
+                second.send(ids, logprobs=[TokenLogprob(-1.0, []) for _ in ids])
+                for each in (first, second, third):
+                    each.end("error", code="deadline_exceeded", detail="late")
 
             world.router.answer = answer
             reply = await ask(world, best_of=3, n=2)

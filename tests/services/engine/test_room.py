@@ -259,6 +259,12 @@ def test_what_heaps_have_been_promised_is_no_room_for_others(tmp_path: Path) -> 
         assert promised_nbytes() - others == pytest.approx(0, abs=1 << 20)
 
 
+def test_a_process_that_ends_while_it_is_looked_at_has_been_promised_nothing(tmp_path: Path) -> None:
+    available = machine(tmp_path, 20, {}, "0::/").nbytes
+    (tmp_path / "proc" / "7").mkdir()  # its list of open files is gone already
+    assert unpromised_room(tmp_path / "proc", tmp_path / "cgroup").nbytes == available
+
+
 def test_two_do_not_look_at_the_same_time() -> None:
     order: list[str] = []
 
