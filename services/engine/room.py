@@ -127,7 +127,7 @@ def _promised_nbytes(proc: Path) -> int:
 
 
 def _open_files(proc: Path) -> Iterator[Path]:
-    """``/proc/<pid>/fd/<fd>`` of all processes. One may end while it is looked at: a glob does not bear that."""
+    """``/proc/<pid>/fd/<fd>`` of all processes. One that ends meanwhile is left out; a glob would raise."""
     for process in os.listdir(proc):
         if process.isdigit():
             with suppress(OSError):
