@@ -54,7 +54,9 @@ CALLS = {
         "cap": "mesh.cap(request, max_tokens=1_000_000)",
     },
     Engine: {
+        "can": "engine.can('prep_recv', 'grammar')",
         "keeps_kv_of": "engine.keeps_kv_of(other)",
+        "split_at": "engine.split_at(100)",
         "id": "engine.id",
         "labels": "engine.labels",
         "shared_labels": "engine.shared_labels",
