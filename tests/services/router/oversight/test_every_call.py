@@ -81,6 +81,7 @@ CALLS = {
         "interval": "grant.interval(request, 0, None)",
         "sampler": "grant.sampler()",
         "check_free": "grant.check_free(0, 1)",
+        "check_splits": "grant.check_splits(other.id, 0, 16, 16)",
         "check_covered": "grant.check_covered()",
     },
     Sending: {
