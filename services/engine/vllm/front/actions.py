@@ -38,7 +38,7 @@ from microserve.services.engine.vllm.front.receives import Receives
 from microserve.services.engine.vllm.front.running import Running, RunningRecord, Transfer
 from microserve.services.engine.vllm.front.sampling import first_of, probe_of, sampling_of
 from microserve.services.engine.vllm.front.state import VllmState
-from microserve.services.engine.vllm.link import Generate, Send
+from microserve.services.engine.vllm.link import Freed, Generate, Receive, Send
 
 
 class VllmActions:
@@ -60,6 +60,14 @@ class VllmActions:
 
     def forget_send(self, send_id: int) -> None:
         self._sends.pop(send_id, None)
+
+    def refused(self, running: Running, error: MeshError, now: float) -> None:
+        """vLLM has not taken it. The connector never hears of it, and will not say that it is over."""
+        self._state.fail(running, error, now)
+        if isinstance(running.ask, Receive):
+            self._receives.freed(Freed(running.ask.id), now)
+        elif isinstance(running.ask, Send):
+            self.forget_send(running.ask.id)
 
     # --- the actions ---------------------------------------------------------------------------------
 

@@ -189,7 +189,7 @@ class VllmCore:
             self.on_lost()
             return
         except MeshError as error:
-            state.fail(running, error, self.clock())
+            self.actions.refused(running, error, self.clock())
             self.on_output()
             return
         running.cancel = lambda: self._spawn(self._abort(stream))

@@ -31,8 +31,8 @@ _logger = structlog.get_logger()
 
 class VllmState:
     def __init__(self, limits: Limits, numerics: Numerics, launch: Callable[[Running], None]) -> None:
-        """``launch``: give a request to vLLM; what becomes of it is told by ``accepted``, ``refused``,
-        ``take_output`` and ``fail``."""
+        """``launch``: give a request to vLLM; what becomes of it is told by ``accepted``, ``take_output`` and
+        ``fail``."""
         self.limits = limits
         self.numerics = numerics
         self.records: Records[Running] = Records()
@@ -80,7 +80,7 @@ class VllmState:
             self.answer(running, wire.Accepted(0))
 
     def fail(self, running: Running, error: MeshError, now: float) -> None:
-        """vLLM has refused it, or something that it waits for cannot come."""
+        """vLLM has refused it (actions.py: ``refused``), or something that it waits for cannot come."""
         if running.is_over:
             return
         if running.transfer is not None or running.is_parked or running.call_ids:
