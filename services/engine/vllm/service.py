@@ -43,6 +43,7 @@ from microserve.services.engine.vllm.front.core import VllmCore, VllmSteps
 from microserve.services.engine.vllm.link import Ready, Refused
 from microserve.services.engine.vllm.link_ends import Front
 from microserve.services.engine.vllm.mirror import Mirror
+from microserve.services.engine.vllm.tracker import start_tracker
 from microserve.services.engine.vllm.weights import revision_of
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ def _start(settings: Settings, front: Front, feed: Feed) -> tuple[AsyncLLM, Vllm
     from vllm.config.kv_events import KVEventsConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    start_tracker()
     # The library that our grammars are written for, unless somebody wants another.
     structured = settings.vllm.arguments.get("structured_outputs_config", {"backend": "guidance"})
     config = config_of(
