@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 
 from microserve.kvcache.heap.heap import Heap, PeerHeap
+from microserve.protocol.errors import TransferFailed
 from microserve.protocol.messages.grant import Grant
 from microserve.services.engine.core.state import Clock
 
@@ -30,10 +31,14 @@ class Peers:
         if peer is not None and peer.is_lost:
             self._open.pop(grant.heap.incarnation).close()
             peer = None
-        # What an open heap of a dead owner takes is read by nobody: no send may be told that it is done.
-        if peer is None or (peer.is_idle and peer.owner_is_dead()):
+        if peer is None:
             self._leave_dead()
             peer = self._open[grant.heap.incarnation] = self._heap.reach(grant.heap, grant.doors)
+        elif peer.owner_is_dead():
+            # What its open heap takes is read by nobody: no send may be told that it is done. One that was
+            # begun before holds a lane there, and the heap open.
+            self._leave_dead()
+            raise TransferFailed(f"the owner {grant.heap.incarnation:#x} is gone")
         return peer
 
     @property
