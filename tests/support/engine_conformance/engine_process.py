@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import os
 import random
+import select
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,9 +88,16 @@ class EngineProcess:
             raise AssertionError(f"{self.name} has ended with {code}:\n{self.log.read_text()[-4000:]}")
 
     def kill(self) -> None:
-        """As by ``kill -9`` of the process that was started; what it has started is its own to end."""
-        self.process.kill()
-        self.process.wait(STOP_S)
+        """As by ``kill -9`` of the process that was started. What it has started is its own to end, and has
+        ended when this returns: which of them peers know it by is its own business, too."""
+        with contextlib.ExitStack() as closing:
+            others = _handles(self._family()[1:], closing)
+            self.process.kill()
+            self.process.wait(STOP_S)
+            until = time.monotonic() + STOP_S
+            for pid, handle in others.items():
+                ended, _, _ = select.select([handle], [], [], max(0.0, until - time.monotonic()))
+                assert ended, f"process {pid}, which {self.name} had started, outlives it"
 
     def stop(self) -> None:
         """By SIGTERM, as an operator would."""
@@ -138,6 +147,16 @@ def _run(command: list[str], log: Path) -> Process:
     leash = [sys.executable, "-S", "-E", str(LEASH), str(os.getpid())]
     with log.open("w") as sink:
         return subprocess.Popen(leash + command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
+
+
+def _handles(pids: list[int], closing: contextlib.ExitStack) -> dict[int, int]:
+    """A descriptor of each process that still is; readable when that has ended, whoever gets its pid."""
+    handles = {}
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            handles[pid] = os.pidfd_open(pid)
+            closing.callback(os.close, handles[pid])
+    return handles
 
 
 def _parents() -> Iterator[tuple[int, int]]:
