@@ -33,6 +33,8 @@ def try_place(what: str, address: str, keys: CurveKeys | None, server_key: str, 
             sockets.create_connection((host, port), timeout=timeout_s).close()
         except sockets.gaierror as error:
             return Place(what, address, Reach.NO_ADDRESS, f"{host} is nobody's name here ({error.strerror})")
+        except UnicodeError as error:  # no name can be so
+            return Place(what, address, Reach.NO_ADDRESS, str(error))
         except ConnectionRefusedError:
             return Place(what, address, Reach.REFUSED)
         except OSError as error:

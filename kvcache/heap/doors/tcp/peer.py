@@ -245,6 +245,7 @@ def _where(address: HeapAddress) -> tuple[str, int, Entrance]:
         entrance = msgspec.msgpack.decode(address.door, type=Entrance)
         host, _, port = entrance.where.decode().rpartition(":")
         where = host.removeprefix("[").removesuffix("]"), int(port)
+        where[0].encode("idna")  # as who looks the name up does, with an error that is no OSError
     except (msgspec.MsgspecError, ValueError) as error:
         raise TransferFailed(f"the address of a tcp door does not decode: {error}") from error
     if where[1] != address.fd:

@@ -132,7 +132,14 @@ def test_an_impostor_gets_nothing(heap: HostHeap, writer: HostHeap) -> None:
 
 
 @pytest.mark.parametrize(
-    "packed", [b"", b"\xc1", msgspec.msgpack.encode(["a"]), msgspec.msgpack.encode([b"s", b"x"])]
+    "packed",
+    [
+        b"",
+        b"\xc1",
+        msgspec.msgpack.encode(["a"]),
+        msgspec.msgpack.encode([b"s", b"x"]),
+        msgspec.msgpack.encode([b"s", b"no..name:1"]),
+    ],
 )
 def test_an_address_that_does_not_decode_is_refused(heap: HostHeap, writer: HostHeap, packed: bytes) -> None:
     with pytest.raises(TransferFailed, match="does not decode"):

@@ -50,8 +50,9 @@ async def test_an_index_that_is_away_is_found() -> None:
 
 @in_loop
 async def test_a_name_that_means_nothing_is_found() -> None:
-    place = try_place("actions", "tcp://no-such-host.invalid:1", None, "", 5.0)
-    assert place.reach is Reach.NO_ADDRESS
+    for name in ("no-such-host.invalid", "no..name", "n" * 64):
+        place = try_place("actions", f"tcp://{name}:1", None, "", 5.0)
+        assert place.reach is Reach.NO_ADDRESS
 
 
 @in_loop
