@@ -52,11 +52,15 @@ class Post:
     # --- for the threads that write ----------------------------------------------------------------
 
     def add(self, line: Line, connection: socket.socket) -> None:
-        """``connection``: greeted. It is the post's from here."""
+        """``connection``: greeted. It is the post's from here. :class:`TransferFailed` if the thread has
+        ended: nobody would carry what waits, nor find that the line is silent."""
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _bound(connection, line)
         with self._changed:
+            if self._is_closed:
+                connection.close()
+                raise TransferFailed("what carries KV to doors has failed here; the log says why")
             self._lines[line] = connection
             self._tick_s = min(self._tick_s, line.silence_s / 8)
         os.eventfd_write(self._wake, 1)

@@ -13,6 +13,7 @@ import pytest
 from microserve.kvcache.heap.doors import host as host_module
 from microserve.kvcache.heap.doors.host import HostHeap, HostView, Opening
 from microserve.kvcache.heap.doors.tcp import peer as peer_module
+from microserve.kvcache.heap.doors.tcp.line import Line
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.protocol.errors import ConfigError, TransferFailed
@@ -145,3 +146,19 @@ def test_doors_that_cannot_be_opened_are_said() -> None:
         assert caught.value.field == "doors"
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_a_post_that_has_failed_keeps_nobody_waiting(
+    heap: HostHeap, writer: HostHeap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    address = door_of(heap)
+    with writer.attach(address) as peer:
+        monkeypatch.setattr(Line, "tick", fail)
+        with pytest.raises(TransferFailed, match="is lost"):
+            peer.hold(0, 0)
+        assert peer.is_lost
+    with pytest.raises(TransferFailed, match="has failed here"):
+        writer.attach(address)
