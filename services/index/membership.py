@@ -185,7 +185,8 @@ class Membership:
         if nbytes > MAX_INFO_NBYTES:
             raise InvalidRequest(f"info must be at most {MAX_INFO_NBYTES} bytes, is {nbytes}", field="info")
         is_asked = not info.only_publishes
-        for field in ("incarnation", "block_size", *(("num_blocks", "vocab_size") if is_asked else ())):
+        counts = ("incarnation", "block_size", "split_tokens", "num_blocks", "vocab_size")
+        for field in counts if is_asked else counts[:3]:
             if getattr(info, field) < 1:
                 raise InvalidRequest(f"{field} must be at least 1, is {getattr(info, field)}", field=field)
         for field in ("model", *(("address",) if is_asked else ()), "events_address"):

@@ -221,6 +221,7 @@ def test_other_wire_version_is_refused_naming_both(members: Membership) -> None:
         ("block_size", 0),
         ("num_blocks", 0),
         ("vocab_size", -1),
+        ("split_tokens", 0),
         ("model", ""),
         ("address", ""),
         ("events_address", ""),
