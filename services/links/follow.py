@@ -34,6 +34,8 @@ POLL_S = 2.0
 REPLAY_TIMEOUT_S = 5.0
 """Without a word of an answer."""
 MAX_REPLAYED_NBYTES = 256 << 20
+_BATCH_NBYTES = 512
+"""What a batch takes here beside its payload, about."""
 
 _logger = structlog.get_logger()
 
@@ -159,7 +161,7 @@ class KvFollower(Feed):
             answer.is_whole = True
             answer.ended.set()
             return
-        answer.nbytes += len(published.payload)
+        answer.nbytes += len(published.payload) + _BATCH_NBYTES
         if answer.nbytes > MAX_REPLAYED_NBYTES:
             answer.ended.set()
             return

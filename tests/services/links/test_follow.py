@@ -143,6 +143,21 @@ def test_what_cannot_be_read_costs_what_was_known_and_no_more() -> None:
     in_world(test)
 
 
+def test_a_replay_of_countless_small_batches_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REPLAYED_NBYTES", 64 << 10)
+
+    async def test(world: World) -> None:
+        engine = ForeignEngine(world.bus)
+        world.at_end(engine.close)
+        for _ in range(200):
+            engine.publish(batch(AllBlocksCleared()))
+        reader = Reader(world, engine.line("v0", "m", BLOCK_SIZE))
+        await world.until(lambda: reader.feed.counters.snapshot_failures > 0)
+        assert reader.feed.counters.snapshots == 0
+
+    in_world(test)
+
+
 def test_without_a_replay_only_what_is_heard_is_known() -> None:
     async def test(world: World) -> None:
         engine = ForeignEngine(world.bus)
