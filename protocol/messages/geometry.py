@@ -44,7 +44,7 @@ _MAY_BE_UNSAID = ("rope", "layers")
 
 def differing_field(one: Geometry, other: Geometry) -> str:
     """The first field in which they differ; empty: none, or one of the two says nothing."""
-    if one is other or not (one.is_said and other.is_said):
+    if one == other or not (one.is_said and other.is_said):
         return ""
     for field in Geometry.__struct_fields__:
         mine, theirs = getattr(one, field), getattr(other, field)

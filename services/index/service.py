@@ -102,8 +102,8 @@ class IndexService:
         self._feeds: dict[str, Feed] = {}
         """By engine id: what is open for the life that is in."""
         self._refused: dict[str, tuple[int, str]] = {}
-        self._missing = Missing()
         """Life and reason, by engine id: of those that the log has."""
+        self._missing = Missing()
         self._foreign = {info.engine_id: info for info in foreign}
         self._prefixes = PrefixIndexes(max_nbytes)
         self._watchers: Peers[bytes, None] = Peers(interval_s=interval_s, silence_s=self._silence_s)
