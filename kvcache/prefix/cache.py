@@ -30,9 +30,10 @@ from microserve.kvcache.prefix.hash import (
     pack_tokens,
     root_hash,
 )
+from microserve.kvcache.prefix.own_events import append_removed, stored_event
 from microserve.protocol.bus.codec import decode_tokens
 from microserve.protocol.errors import InternalError, InvalidInterval
-from microserve.protocol.messages.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEvent
+from microserve.protocol.messages.kv_events import AllBlocksCleared, BlockStored, KVEvent
 
 _ROOT_BLOCK = -1
 
@@ -286,7 +287,7 @@ class PrefixCache:
         for node in dropped:
             del self._by_block[node.block], self._by_hash[node.hash]
             node.parent = None
-        self._emit_removed([node.hash for node in dropped])
+        append_removed(self._events, [node.hash for node in dropped])
 
     @staticmethod
     def _below(top: _Node) -> Iterator[_Node]:
@@ -307,18 +308,5 @@ class PrefixCache:
         parent = first.parent
         if parent is None:
             raise InternalError(f"block {first.block} has no parent")
-        starts = parent.block == _ROOT_BLOCK
-        return BlockStored(
-            block_hashes=[node.hash for node in run],
-            parent_block_hash=None if starts else parent.hash,
-            token_ids=tokens,
-            block_size=self.block_size,
-            extra_keys=[(first.salt,), *[None] * (len(run) - 1)] if starts and first.salt else None,
-        )
-
-    def _emit_removed(self, hashes: list[BlockHash]) -> None:
-        last = self._events[-1] if self._events else None
-        if isinstance(last, BlockRemoved):
-            last.block_hashes.extend(hashes)
-        else:
-            self._events.append(BlockRemoved([*hashes]))
+        above = None if parent.block == _ROOT_BLOCK else parent.hash
+        return stored_event([node.hash for node in run], above, tokens, self.block_size, first.salt)

@@ -26,6 +26,7 @@ from microserve.kvcache.prefix.hash import (
     pack_tokens,
     root_hash,
 )
+from microserve.kvcache.prefix.own_events import append_removed, stored_event
 from microserve.protocol.bus.codec import decode_tokens
 from microserve.protocol.messages.kv_events import (
     DEVICE_MEDIUMS,
@@ -186,7 +187,7 @@ class Mirror:
             for each in (block, *lost):
                 each.is_told = False
             self._num_told -= 1 + len(lost)
-            self._emit_removed([*(each.hash for each in reversed(lost)), block.hash])
+            append_removed(self._events, [*(each.hash for each in reversed(lost)), block.hash])
 
     def _clear(self) -> None:
         self._names.clear()
@@ -217,18 +218,6 @@ class Mirror:
 
     def _stored(self, run: list[_Block]) -> BlockStored:
         first = run[0]
-        starts = first.parent is None
-        return BlockStored(
-            block_hashes=[block.hash for block in run],
-            parent_block_hash=first.parent,
-            token_ids=decode_tokens(b"".join(block.packed for block in run)),
-            block_size=self._block_size,
-            extra_keys=[(first.salt,), *[None] * (len(run) - 1)] if starts and first.salt else None,
-        )
-
-    def _emit_removed(self, hashes: list[BlockHash]) -> None:
-        last = self._events[-1] if self._events else None
-        if isinstance(last, BlockRemoved):
-            last.block_hashes.extend(hashes)
-        else:
-            self._events.append(BlockRemoved([*hashes]))
+        tokens = decode_tokens(b"".join(block.packed for block in run))
+        hashes = [block.hash for block in run]
+        return stored_event(hashes, first.parent, tokens, self._block_size, first.salt)
