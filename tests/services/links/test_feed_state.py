@@ -19,21 +19,7 @@ from microserve.services.links.feed_state import (
     Instruction,
     Replace,
 )
-
-Change = tuple[str, int]
-"""``store`` or ``remove`` a block, or ``clear`` all."""
-Changes = tuple[Change, ...]
-
-
-def apply_changes(held: set[int], changes: Changes) -> None:
-    for kind, block in changes:
-        match kind:
-            case "store":
-                held.add(block)
-            case "remove":
-                held.discard(block)
-            case "clear":
-                held.clear()
+from tests.support.index.block_changes import Changes, apply_changes
 
 
 class Engine:

@@ -10,28 +10,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from microserve.services.links.feed_state import BACKOFF_MAX_S, Apply, Replace
 from microserve.services.links.follow_state import MAX_FAILURES, AskReplay, FollowState, MarkedBatch, Step
+from tests.support.index.block_changes import Change, Changes, apply_changes
 
 pytestmark = pytest.mark.slow
 
-Change = tuple[str, int]
-Changes = tuple[Change, ...]
 CHANGES = st.lists(
     st.tuples(st.sampled_from(["store", "store", "remove", "clear"]), st.integers(0, 5)),
     min_size=1,
     max_size=3,
 ).map(tuple)
 RING = 4
-
-
-def apply_changes(held: set[int], changes: Changes) -> None:
-    for kind, block in changes:
-        match kind:
-            case "store":
-                held.add(block)
-            case "remove":
-                held.discard(block)
-            case "clear":
-                held.clear()
 
 
 class Engine:

@@ -19,7 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,21 +165,22 @@ def clients() -> list[Client]:
     return [Client(path.parent.name) for path in sorted(CLIENTS.glob("*/requirements.in"))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="CLIENT", help="all, if none is named")
+def make_or_lock(about: str | None, known: Sequence[Client]) -> None:
+    """What the command line asks for, of these."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all, if none is named")
     parser.add_argument("--lock", action="store_true")
     arguments = parser.parse_args()
-    for client in clients():
-        if arguments.names and client.name not in arguments.names:
+    for each in known:
+        if arguments.names and each.name not in arguments.names:
             continue
-        print(client.name, flush=True)
-        if arguments.lock:
-            client.lock()
-        else:
-            with client.environment():
+        print(each.name, flush=True)
+        if not arguments.lock:
+            with each.environment():
                 pass
+        elif (each.folder / "requirements.in").exists():
+            each.lock()
 
 
 if __name__ == "__main__":
-    main()
+    make_or_lock(__doc__, clients())

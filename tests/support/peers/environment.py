@@ -10,11 +10,10 @@ by hand, because what the whole package requires is not needed for the part that
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.clients.environment import ROOT, Client, cache
+from tests.support.clients.environment import ROOT, Client, cache, make_or_lock
 
 PEERS = ROOT / "tests/peers"
 
@@ -38,21 +37,5 @@ def peers() -> list[Peer]:
     return [Peer(path.parent.name) for path in sorted(PEERS.glob("*/requirements.txt"))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="PEER", help="all, if none is named")
-    parser.add_argument("--lock", action="store_true")
-    arguments = parser.parse_args()
-    for peer in peers():
-        if arguments.names and peer.name not in arguments.names:
-            continue
-        print(peer.name, flush=True)
-        if not arguments.lock:
-            with peer.environment():
-                pass
-        elif (peer.folder / "requirements.in").exists():
-            peer.lock()
-
-
 if __name__ == "__main__":
-    main()
+    make_or_lock(__doc__, peers())

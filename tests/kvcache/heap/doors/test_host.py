@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -18,33 +18,12 @@ from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.messages.grant import HeapAddress
+from tests.support.kvcache.door_heaps import door_of, make_heap
 from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_factories import MINE, OTHERS, THEIRS
+from tests.support.kvcache.heap_factories import MINE, OTHERS
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data, settle
 
 pytestmark = pytest.mark.slow
-
-
-def make_heap(incarnation: int, *, shares_memory: bool = True) -> HostHeap:
-    opening = Opening(["tcp"], silence_s=60.0, shares_memory=shares_memory)
-    return HostHeap(make_layout(), incarnation=incarnation, num_slots=3, opening=opening)
-
-
-@pytest.fixture
-def heap() -> Iterator[HostHeap]:
-    with make_heap(MINE) as heap:
-        yield heap
-
-
-@pytest.fixture
-def writer() -> Iterator[HostHeap]:
-    with make_heap(THEIRS) as writer:
-        yield writer
-
-
-def door_of(heap: HostHeap) -> HeapAddress:
-    [address] = [each for each in (heap.address, *heap.doors) if each.kind == "tcp"]
-    return address
 
 
 def test_memory_comes_first_and_the_door_where_memory_is_out_of_reach(

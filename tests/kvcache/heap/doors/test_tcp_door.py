@@ -12,40 +12,18 @@ import msgspec
 import pytest
 
 from microserve.kvcache.heap.doors.door import Entrance
-from microserve.kvcache.heap.doors.host import HostHeap, Opening
+from microserve.kvcache.heap.doors.host import HostHeap
 from microserve.kvcache.heap.doors.tcp import door, frames, greeting
 from microserve.kvcache.heap.doors.tcp import peer as peer_module
 from microserve.kvcache.heap.doors.tcp.peer import TcpPeerHeap
 from microserve.kvcache.heap.heap import Copies, Copy, PeerHeap
 from microserve.protocol.errors import TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from tests.support.kvcache.door_heaps import door_of
 from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_factories import MINE, OTHERS, THEIRS, lose_patience
-from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data, settle
+from tests.support.kvcache.heap_factories import OTHERS, THEIRS, lose_patience
+from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, set_data, settle
 
 pytestmark = pytest.mark.slow
-
-
-def make_heap(incarnation: int, *, shares_memory: bool = True) -> HostHeap:
-    opening = Opening(["tcp"], silence_s=60.0, shares_memory=shares_memory)
-    return HostHeap(make_layout(), incarnation=incarnation, num_slots=3, opening=opening)
-
-
-@pytest.fixture
-def heap() -> Iterator[HostHeap]:
-    with make_heap(MINE) as heap:
-        yield heap
-
-
-@pytest.fixture
-def writer() -> Iterator[HostHeap]:
-    with make_heap(THEIRS) as writer:
-        yield writer
-
-
-def door_of(heap: HostHeap) -> HeapAddress:
-    [address] = [each for each in (heap.address, *heap.doors) if each.kind == "tcp"]
-    return address
 
 
 def connect(heap: HostHeap) -> socket.socket:
