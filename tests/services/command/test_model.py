@@ -17,6 +17,12 @@ from microserve.services.command.main import main
 from tests.support.hub.server import Hub, digest_of, serving
 from tests.support.hub.small_model import FILES, WEIGHTS
 
+FREE_PORTS = (
+    *("--port", "0", "--set", "index.address=tcp://127.0.0.1:0"),
+    *("--set", "router.address=tcp://127.0.0.1:0"),
+)
+"""A mesh may be running here."""
+
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
@@ -70,7 +76,7 @@ def test_what_cannot_be_had_is_one_line_and_an_exit_code(
     hub: Hub, tmp_path: Path, command: tuple[str, ...], name: str, code: int, told: str
 ) -> None:
     rest = ["--directory", str(tmp_path / "mesh")] if command[0] != "model" else []
-    rest += ["--port", "0"] if command[0] == "up" else []
+    rest += FREE_PORTS if command[0] == "up" else []
     done = run(*command, name, *rest)
     assert done.exit_code == code, done.output
     last = done.stderr.strip().splitlines()[-1]
@@ -85,7 +91,7 @@ def test_a_gguf_file_an_adapter_and_an_empty_directory_are_told_apart(tmp_path: 
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     for name, told in (("empty", "no config.json"), ("adapter", "an adapter"), ("tiny.gguf", "a GGUF file")):
         for command in ("engine", "up"):
-            port = ("--port", "0") if command == "up" else ()
+            port = FREE_PORTS if command == "up" else ()
             done = run(command, "--model", str(tmp_path / name), "--directory", str(tmp_path / "mesh"), *port)
             assert done.exit_code == 2 and told in done.stderr
 
