@@ -28,6 +28,7 @@ FREE_PORTS = (
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     hub = Hub()
     hub.add("org/tiny", dict(FILES))
+    monkeypatch.chdir(tmp_path)  # what stands for no file may be one, seen from a checkout
     with serving(hub):
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
             monkeypatch.delenv(name, raising=False)
