@@ -44,7 +44,7 @@ from microserve.gateway.request.defaults import SamplingDefaults
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.siblings import Siblings
 from microserve.gateway.state import GatewayState
-from microserve.gateway.text.chat_template import read_json
+from microserve.gateway.text.prompt.chat_template import read_json
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.gateway.worker import share
 from microserve.protocol import log

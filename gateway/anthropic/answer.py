@@ -12,7 +12,7 @@ from microserve.gateway.anthropic.blocks import BlockStream, encode, sse, whole_
 from microserve.gateway.api.format import AnswerFormat, Answering, Ending, FinishedChoice, UsageCounts
 from microserve.gateway.http.errors import Problem
 from microserve.gateway.parsing.events import CallBegun, Event, Said
-from microserve.gateway.text.choice import Piece
+from microserve.gateway.text.answer.choice import Piece
 
 PING = sse("ping", {})
 

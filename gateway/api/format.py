@@ -13,9 +13,9 @@ from microserve.gateway.http.errors import Problem
 from microserve.gateway.http.sse import PING, event
 from microserve.gateway.parsing.events import Event
 from microserve.gateway.request.request import GenerateRequest
-from microserve.gateway.text.choice import Piece
-from microserve.gateway.text.scored import ScoredPrompt
-from microserve.gateway.text.transcript import TokenText
+from microserve.gateway.text.answer.choice import Piece
+from microserve.gateway.text.answer.scored import ScoredPrompt
+from microserve.gateway.text.answer.transcript import TokenText
 from microserve.protocol.messages.sampling import SamplingParams
 
 

@@ -13,7 +13,7 @@ from microserve.gateway.http.errors import ClientGone
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.keys.usage import Counts
 from microserve.gateway.state import GatewayState
-from microserve.gateway.text.choice import Choice, Timeline
+from microserve.gateway.text.answer.choice import Choice, Timeline
 from microserve.protocol.errors import MeshError
 from microserve.protocol.request_id import of_choice
 

@@ -32,7 +32,7 @@ from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.request.sampling import check_choices, check_prompts, sampling_of
 from microserve.gateway.routers.mailbox import Mailbox
 from microserve.gateway.state import GatewayState
-from microserve.gateway.text.choice import Choice, Piece
+from microserve.gateway.text.answer.choice import Choice, Piece
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
 

@@ -19,7 +19,7 @@ from microserve.gateway.parsing.written.lark import Unwritable
 from microserve.gateway.request.request import GenerateRequest, ToolUse
 from microserve.gateway.routers.mailbox import Inbox
 from microserve.gateway.state import GatewayState
-from microserve.gateway.text.reading import Reading
+from microserve.gateway.text.answer.reading import Reading
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.grammar.compiled import json_of
 from microserve.protocol.messages.sampling import MAX_GRAMMAR_NBYTES, Grammar

@@ -18,9 +18,9 @@ from microserve.gateway.request.request import MAX_CHOICES, GenerateRequest
 from microserve.gateway.request.sampling import seed_of
 from microserve.gateway.routers.mailbox import Inbox, Mailbox, TokenBatch
 from microserve.gateway.state import GatewayState
-from microserve.gateway.text.choice import Choice, Piece, Timeline
-from microserve.gateway.text.reading import ReadChoice, Reading
-from microserve.gateway.text.scored import ScoredPrompt
+from microserve.gateway.text.answer.choice import Choice, Piece, Timeline
+from microserve.gateway.text.answer.reading import ReadChoice, Reading
+from microserve.gateway.text.answer.scored import ScoredPrompt
 from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
 from microserve.protocol.messages.attributes import MAX_PRIORITY
 from microserve.protocol.messages.numerics import Numerics

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from microserve.gateway.text.choice import Timeline
+from microserve.gateway.text.answer.choice import Timeline
 from microserve.protocol import log
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.router import PHASES, ROUTER_PHASES, Phases

@@ -27,7 +27,7 @@ from microserve.gateway.helper.jobs import (
     Result,
     Setup,
 )
-from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.prompt.chat_template import ChatTemplate
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
 from microserve.protocol.messages.sampling import Grammar
 

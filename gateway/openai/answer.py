@@ -15,7 +15,7 @@ import msgspec
 from microserve.gateway.api.format import AnswerFormat, Answering, FinishedChoice, UsageCounts
 from microserve.gateway.http.sse import DONE, event
 from microserve.gateway.openai.common import FLEX
-from microserve.gateway.text.transcript import TokenText
+from microserve.gateway.text.answer.transcript import TokenText
 
 encode = msgspec.json.Encoder().encode
 

@@ -15,8 +15,8 @@ from microserve.gateway.openai.schema import ChatRequest, TokenizeRequest
 from microserve.gateway.openai.tools import tool_use_of
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
 from microserve.gateway.request.request import Call, Conversation, GenerateRequest, TemplateOption, Turn
-from microserve.gateway.text.choice import Piece
-from microserve.gateway.text.transcript import TokenText
+from microserve.gateway.text.answer.choice import Piece
+from microserve.gateway.text.answer.transcript import TokenText
 from microserve.protocol.errors import InvalidRequest
 
 OPTIONS = ("reasoning_effort", "verbosity", "enable_thinking", "documents", "add_generation_prompt")

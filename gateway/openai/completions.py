@@ -10,8 +10,8 @@ from microserve.gateway.openai.common import options_of, wish_of
 from microserve.gateway.openai.grammar import asked_of
 from microserve.gateway.openai.schema import CompletionRequest
 from microserve.gateway.request.request import MAX_CHOICES, GenerateRequest, Ids, Texts
-from microserve.gateway.text.choice import Piece
-from microserve.gateway.text.transcript import TokenText
+from microserve.gateway.text.answer.choice import Piece
+from microserve.gateway.text.answer.transcript import TokenText
 from microserve.protocol.errors import InvalidRequest
 
 DEFAULT_MAX_TOKENS = 16

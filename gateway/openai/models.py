@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from microserve.gateway.parsing.parsers import ModelParsers
-from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.prompt.chat_template import ChatTemplate
 
 REASONING_OPTIONS = ("reasoning_effort", "enable_thinking")
 

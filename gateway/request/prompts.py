@@ -12,7 +12,7 @@ import msgspec
 
 from microserve.gateway.request.request import Conversation, GenerateRequest, Ids, TemplateOption, Texts, Turn
 from microserve.gateway.routers.link import ModelLimits
-from microserve.gateway.text.chat_template import REFUSED, ChatTemplate
+from microserve.gateway.text.prompt.chat_template import REFUSED, ChatTemplate
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest, RequestError
 

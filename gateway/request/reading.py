@@ -5,7 +5,7 @@ from __future__ import annotations
 from microserve.gateway.parsing.parsers import ModelParsers, Wanted
 from microserve.gateway.parsing.typed import schemas_of
 from microserve.gateway.request.request import Conversation, GenerateRequest
-from microserve.gateway.text.reading import Reading
+from microserve.gateway.text.answer.reading import Reading
 from microserve.protocol.errors import InvalidRequest
 
 

@@ -16,7 +16,7 @@ from microserve.gateway.http.errors import Problem
 from microserve.gateway.responses.ids import response_id, unique_of
 from microserve.gateway.responses.keeping import entry
 from microserve.gateway.responses.output import Output, Told
-from microserve.gateway.text.choice import Piece
+from microserve.gateway.text.answer.choice import Piece
 
 encode = msgspec.json.Encoder().encode
 

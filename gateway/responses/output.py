@@ -12,8 +12,8 @@ from typing import Any
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
 from microserve.gateway.responses.ids import item_id
 from microserve.gateway.responses.thought import sealed
-from microserve.gateway.text.choice import Piece
-from microserve.gateway.text.transcript import TokenText
+from microserve.gateway.text.answer.choice import Piece
+from microserve.gateway.text.answer.transcript import TokenText
 
 Told = tuple[str, dict[str, Any]]
 """An event's type, and its members but the number."""

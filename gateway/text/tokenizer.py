@@ -1,8 +1,8 @@
 """The model's tokenizer: text <-> ids, and the chat prompt.
 
 Owns ``tokenizer.json`` and its neighbours in the model's directory, and the threads that encode long texts
-(``encode`` holds the GIL; the batch calls release it). Which words came before is ``words.py``'s. Knows no
-requests.
+(``encode`` holds the GIL; the batch calls release it). Which words came before is ``prompt/words.py``'s.
+Knows no requests.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from microserve.gateway.text.chat_template import ChatTemplate, read_json, special_tokens
-from microserve.gateway.text.continued import Continued
-from microserve.gateway.text.control import ControlText
 from microserve.gateway.text.detokenizer import Detokenizer
 from microserve.gateway.text.options import TextOptions
+from microserve.gateway.text.prompt.chat_template import ChatTemplate, read_json, special_tokens
+from microserve.gateway.text.prompt.continued import Continued
+from microserve.gateway.text.prompt.control import ControlText
+from microserve.gateway.text.prompt.words import Words, split
 from microserve.gateway.text.vocabulary import Vocabulary
-from microserve.gateway.text.words import Words, split
 from microserve.protocol.errors import ConfigError, InvalidRequest, PromptTooLong
 
 INLINE_CHARS = 2048

@@ -14,7 +14,7 @@ from microserve.gateway.anthropic.errors import messages_problem_of
 from microserve.gateway.api.format import Answering, Ending, FinishedChoice, UsageCounts
 from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
 from microserve.gateway.request.request import Conversation, GenerateRequest, SamplingWish
-from microserve.gateway.text.choice import Piece
+from microserve.gateway.text.answer.choice import Piece
 from microserve.protocol.errors import EngineLost
 from microserve.protocol.messages.sampling import SamplingParams
 from tests.support.gateway.anthropic_stream import events_of, message_of

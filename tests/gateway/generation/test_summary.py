@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.gateway.generation.summary import phase_durations
-from microserve.gateway.text.choice import Timeline
+from microserve.gateway.text.answer.choice import Timeline
 from microserve.protocol.messages.router import PHASES, Phases
 
 SECONDS = st.floats(0.0, 100.0) | st.sampled_from([float("nan"), float("inf"), -1.0])

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from microserve.gateway.helper.helper import Helpers
 from microserve.gateway.helper.jobs import Setup
-from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.prompt.chat_template import ChatTemplate
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol import log
 from microserve.protocol.errors import CapacityError, Draining, InvalidRequest, MeshError

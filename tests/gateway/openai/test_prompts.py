@@ -15,7 +15,7 @@ from microserve.gateway.openai.completions import completion_request
 from microserve.gateway.openai.schema import ChatRequest, CompletionRequest
 from microserve.gateway.request.prompts import prompts_of, template_messages
 from microserve.gateway.routers.link import ModelLimits
-from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.prompt.chat_template import ChatTemplate
 from microserve.gateway.text.tokenizer import INLINE_CHARS, ModelTokenizer
 from microserve.protocol.errors import ConfigError, InvalidRequest, PromptTooLong
 from tests.support.gateway.gateway_world import TEMPLATE, make_model, run, special_id

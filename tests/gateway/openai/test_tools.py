@@ -13,7 +13,7 @@ from microserve.gateway.openai.schema import ChatRequest
 from microserve.gateway.openai.tools import tool_use_of
 from microserve.gateway.request.prompts import check_template
 from microserve.gateway.request.request import TemplateOption, ToolUse
-from microserve.gateway.text.chat_template import ChatTemplate
+from microserve.gateway.text.prompt.chat_template import ChatTemplate
 from microserve.protocol.errors import InvalidRequest
 
 

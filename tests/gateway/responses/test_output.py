@@ -17,8 +17,8 @@ from microserve.gateway.request.request import Conversation, GenerateRequest
 from microserve.gateway.responses.format import ResponsesFormat
 from microserve.gateway.responses.replies import ResponseReply
 from microserve.gateway.responses.thought import opened
-from microserve.gateway.text.choice import Piece
-from microserve.gateway.text.transcript import TokenText
+from microserve.gateway.text.answer.choice import Piece
+from microserve.gateway.text.answer.transcript import TokenText
 from microserve.protocol.errors import EngineLost
 from microserve.protocol.messages.sampling import SamplingParams
 from tests.gateway.responses.test_asking import request as asked

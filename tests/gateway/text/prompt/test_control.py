@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from microserve.gateway.text.control import ControlText
+from microserve.gateway.text.prompt.control import ControlText
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from tests.support.gateway.gateway_world import make_model, run, special_id
 

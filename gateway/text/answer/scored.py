@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from microserve.gateway.text.transcript import finite
+from microserve.gateway.text.answer.transcript import finite
 from microserve.gateway.text.vocabulary import Vocabulary
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprob, PromptLogprobs

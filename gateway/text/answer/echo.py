@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from microserve.gateway.text.answer.scored import ScoredPrompt
+from microserve.gateway.text.answer.transcript import TokenText, Transcript
 from microserve.gateway.text.detokenizer import Detokenizer
-from microserve.gateway.text.scored import ScoredPrompt
-from microserve.gateway.text.transcript import TokenText, Transcript
 
 MAX_TOKENS_AT_ONCE = 512
 """A long prompt is shown in several goes: others' tokens have to come through in between."""

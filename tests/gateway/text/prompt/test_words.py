@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.pre_tokenizers import PreTokenizer
 from tokenizers.processors import TemplateProcessing
 
-from microserve.gateway.text import words as memory
+from microserve.gateway.text.prompt import words as memory
+from microserve.gateway.text.prompt.words import Words, split
 from microserve.gateway.text.tokenizer import ModelTokenizer
-from microserve.gateway.text.words import Words, split
 from tests.support.gateway.tokenizers import KINDS
 
 LLAMA_3 = (

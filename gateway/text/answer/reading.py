@@ -14,8 +14,8 @@ from microserve.gateway.parsing.events import Event, Said
 from microserve.gateway.parsing.parsers import NO_MARKS, ModelParsers, Wanted
 from microserve.gateway.parsing.reader import AnswerReader
 from microserve.gateway.routers.mailbox import TokenBatch
-from microserve.gateway.text.choice import Choice, Piece
-from microserve.gateway.text.stop import StopMatcher
+from microserve.gateway.text.answer.choice import Choice, Piece
+from microserve.gateway.text.answer.stop import StopMatcher
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.messages.engine import TokenLogprob
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.gateway.routers.mailbox import TokenBatch
-from microserve.gateway.text import echo as echo_module
-from microserve.gateway.text.choice import Choice, Timeline
-from microserve.gateway.text.scored import ScoredPrompt
+from microserve.gateway.text.answer import echo as echo_module
+from microserve.gateway.text.answer.choice import Choice, Timeline
+from microserve.gateway.text.answer.scored import ScoredPrompt
+from microserve.gateway.text.answer.transcript import TokenText
 from microserve.gateway.text.tokenizer import ModelTokenizer
-from microserve.gateway.text.transcript import TokenText
 from microserve.protocol.messages.engine import TokenLogprob, Usage
 from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
 from microserve.protocol.messages.router import Ended, Phases

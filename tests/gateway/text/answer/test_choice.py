@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from microserve.gateway.routers.mailbox import TokenBatch
-from microserve.gateway.text.choice import Choice, Piece, Timeline
+from microserve.gateway.text.answer.choice import Choice, Piece, Timeline
+from microserve.gateway.text.answer.transcript import LOWEST_LOGPROB, TokenText
 from microserve.gateway.text.options import SHOWN_BY_DEFAULT, TextOptions
 from microserve.gateway.text.tokenizer import ModelTokenizer
-from microserve.gateway.text.transcript import LOWEST_LOGPROB, TokenText
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob, Usage
 from microserve.protocol.messages.router import Ended, Phases

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from microserve.gateway.text.chat_template import ChatTemplate
-from microserve.gateway.text.continued import Continued
+from microserve.gateway.text.prompt.chat_template import ChatTemplate
+from microserve.gateway.text.prompt.continued import Continued
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest
 from tests.support.gateway.gateway_world import make_model, run, special_id

@@ -13,12 +13,12 @@ from typing import ClassVar
 
 from microserve.gateway.parsing.events import Event
 from microserve.gateway.routers.mailbox import Mailbox, TokenBatch
-from microserve.gateway.text.echo import Echo
+from microserve.gateway.text.answer.echo import Echo
+from microserve.gateway.text.answer.scored import ScoredPrompt
+from microserve.gateway.text.answer.stop import StopMatcher
+from microserve.gateway.text.answer.transcript import TokenText, Transcript
 from microserve.gateway.text.options import SHOWN_BY_DEFAULT, TextOptions
-from microserve.gateway.text.scored import ScoredPrompt
-from microserve.gateway.text.stop import StopMatcher
 from microserve.gateway.text.tokenizer import ModelTokenizer
-from microserve.gateway.text.transcript import TokenText, Transcript
 from microserve.protocol.errors import MeshError, PeerError, ProtocolViolation, error_for
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics

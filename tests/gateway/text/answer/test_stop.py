@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.gateway.text.stop import StopMatcher
+from microserve.gateway.text.answer.stop import StopMatcher
 
 LETTERS = st.sampled_from("ab😀")
 STOPS = st.lists(st.text(LETTERS, min_size=1, max_size=4), min_size=1, max_size=4)
