@@ -1,4 +1,4 @@
-"""Much at once: two senders, pools that are too small, what is evicted in between, and random schedules."""
+"""Much at once: two senders, what is evicted in between, and random schedules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import random
 
 import pytest
 
-from microserve.protocol.messages.sampling import SamplingParams
 from tests.support.engine_conformance.answers import (
     GREEDY,
     Answer,
@@ -88,24 +87,6 @@ async def test_what_the_sender_had_cached_is_evicted_before_the_send(pair: Pair)
         )
         got = Answer.of(await b.finished(request_id))
         require_equal(got, await alone(b, fresh("alone"), tokens, cached=[len(tokens)]), b.info)
-
-
-async def test_streams_that_outgrow_the_pool_are_each_served(pair: Pair) -> None:
-    """Together they need more blocks than there are: some lose theirs and are computed again."""
-    async with pair.connect() as (_, b):
-        info, free = b.info, pair.free_blocks[b.info.engine_id]
-        num = min(6, (await b.stats()).load.max_num_seqs)
-        share = min(free * info.block_size * 3 // (2 * num), info.max_model_len - 20)
-        sampling = SamplingParams(max_tokens=share - 16, temperature=0.0, ignore_eos=True)
-        names = [fresh("outgrows") for _ in range(num)]
-        prompts = [make_prompt(info, 16, name) for name in names]
-        for name, tokens in zip(names, prompts, strict=True):
-            await b.start_generate(name, 0, sampling, tokens)
-        ends = [await b.finished(name, 180.0) for name in names]
-        assert all(len(each.token_ids) == sampling.max_tokens for each in ends)
-        if info.numerics.is_exact:
-            again = await alone(b, fresh("alone"), prompts[0], sampling)
-            require_equal(Answer.of(ends[0]), again, info)
 
 
 async def test_a_grant_is_given_or_refused_while_prompts_are_computed(pair: Pair) -> None:

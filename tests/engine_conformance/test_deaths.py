@@ -21,6 +21,8 @@ from tests.support.engine_conformance.pair import Pair, until_load
 from tests.support.engine_conformance.relay import check_relay, fresh
 from tests.support.engine_conformance.wire_client import RefusedError, WireClient
 
+pytestmark = pytest.mark.slow
+"""Each test starts engines anew."""
 ENDLESS = SamplingParams(max_tokens=1_000, ignore_eos=True)
 LOST = ("transfer_failed", "engine_lost")
 

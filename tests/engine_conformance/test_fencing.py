@@ -65,32 +65,36 @@ async def test_a_send_behind_the_close_writes_nothing(pair: Pair) -> None:
         await unharmed(b, canaries)
 
 
-async def test_a_sender_that_froze_in_its_send_writes_nothing_when_it_thaws(pair: Pair) -> None:
+@pytest.mark.parametrize("over", ["by abort", "by lease"])
+async def test_a_sender_that_froze_in_its_send_writes_nothing_when_it_thaws(pair: Pair, over: str) -> None:
     """It is stopped between two layers, somewhere; until it lives again what it holds is nobody's."""
-    async with pair.connect() as (a, b):
+    async with pair.connect() as (one, two):
+        # The first one's leases are short.
+        a, b, sender = (one, two, pair.a) if over == "by abort" else (two, one, pair.b)
         length = min(
             40 * a.info.block_size, b.info.num_blocks * b.info.block_size // 3, a.info.max_model_len - 8
         )
         free = pair.free_blocks[b.info.engine_id]
         for attempt in range(ATTEMPTS):
-            tokens, request_id = make_prompt(a.info, length, f"frozen {attempt}"), fresh("frozen")
+            tokens, request_id = make_prompt(a.info, length, f"frozen {over} {attempt}"), fresh("frozen")
             grant = await b.prep_recv(request_id, length, tokens)
             before = (await a.stats()).load.progress
             sending = a.begin_send(request_id, 0, length, grant, tokens)
             await until_load(a, lambda load: load.progress > before)  # noqa: B023
-            pair.a.freeze()
+            sender.freeze()
             try:
-                await b.abort(request_id)
+                if over == "by abort":
+                    await b.abort(request_id)
                 load = await until_load(
                     b,
                     lambda load: load.num_grants == 0 and load.free_blocks + load.quarantined_blocks == free,
                 )
                 assert load.quarantined_blocks in (0, len(grant.blocks))
-                canaries = await fill(b, f"frozen {attempt}", load.free_blocks)
+                canaries = await fill(b, f"frozen {over} {attempt}", load.free_blocks)
                 held = (await b.stats()).load.quarantined_blocks
                 assert held == load.quarantined_blocks, "nobody has proven that no write can come"
             finally:
-                pair.a.thaw()
+                sender.thaw()
             await a.until(sending.done)
             was_caught = sending.exception() is not None
             if was_caught:

@@ -25,9 +25,9 @@ from microserve.protocol.bus.curve import keys_of_role, peer_key
 from tests.support.process.nursery import Process
 from tests.support.process.processes import LEASH, start_process
 
-READY_S = 300.0
+READY_S = 900.0
 """An engine may compile before it serves."""
-STOP_S = 40.0
+STOP_S = 120.0
 PORTS = range(20_000, 32_000)
 """Below those that connections take, and ``bind`` to port 0: between our look and the engine nobody does."""
 
@@ -100,15 +100,16 @@ class EngineProcess:
                 assert ended, f"process {pid}, which {self.name} had started, outlives it"
 
     def stop(self) -> None:
-        """By SIGTERM, as an operator would."""
+        """By SIGTERM, as an operator would: an engine that serves ends by itself, and well."""
         if self.process.poll() is None:
             self.thaw()
             self.process.terminate()
             try:
-                self.process.wait(STOP_S)
+                code = self.process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 self.kill()
                 raise
+            assert code == 0, f"{self.name} ended with {code}:\n{self.log.read_text()[-4000:]}"
 
     def freeze(self) -> None:
         """Stop all of it where it stands, children first asked last."""

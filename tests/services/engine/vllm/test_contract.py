@@ -200,6 +200,7 @@ def test_the_installed_vllm_is_as_its_file_says(vllm_python: Path, tool: ModuleT
 
 
 @pytest.mark.vllm
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_wheel_of_the_next_version_is_as_its_file_says(tool: ModuleType) -> None:
     """Of a build for GPUs, which this machine could not run; from the package index, once."""

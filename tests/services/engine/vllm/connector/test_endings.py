@@ -294,6 +294,7 @@ def test_preempted_senders_and_receivers_finish(vllm: Hosted, peer: Peer) -> Non
     assert vllm.call("num_preemptions") > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 5])
 def test_a_vllm_that_is_killed_while_it_sends(
     vllm_python: Path, model: Path, tmp_path: Path, layers: int

@@ -20,7 +20,7 @@ from tests.support.engine.tiny_model import EOS, make_tiny_model
 from tests.support.engine_conformance.engine_process import READY_S, EngineProcess, Launch
 from tests.support.engine_conformance.wire_client import WireClient
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1_800)]
 
 SETTINGS = {
     "bus.liveness": "20",
@@ -112,7 +112,7 @@ def alone(model: Path, vllm_python: Path) -> dict[str, Any]:
         input=json.dumps(asked),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1_200,
         check=False,
     )
     answers = [line.removeprefix("ANSWER ") for line in ran.stdout.splitlines() if line.startswith("ANSWER ")]

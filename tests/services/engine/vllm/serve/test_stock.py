@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 from tests.support.engine.tiny_model import make_tiny_model
 from tests.support.process.processes import MeshProcesses, free_port
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1_200)]
 
-READY_S = 400.0
+READY_S = 900.0
 PROMPT = list(range(40, 110))
 
 
