@@ -156,7 +156,7 @@ class LaneWriter:
         if not peer.hold(slot, lane):
             raise TransferFailed(f"lane {lane} of grant {self._grant.grant_id} is held by another writer")
         try:
-            self._require_grant_open()
+            self.require_grant_open()
             # Counts only grow: what another writer left in this lane under this grant cannot be continued.
             if peer.read(words.claim(slot, lane)) >> 8 == self._grant.generation:
                 raise TransferFailed(
@@ -186,7 +186,7 @@ class LaneWriter:
             return 0
         if lo != self._next[layer]:
             raise InternalError(f"put_layer: [{lo}, {hi}) does not follow {self._next[layer]}, layer {layer}")
-        self._require_grant_open()
+        self.require_grant_open()
         self._prepare(source_blocks, lo, hi)
         peer, words, slot, lane = self._peer, self._peer.words, self._grant.slot, self._lane
         mine = self._heap.layout
@@ -240,7 +240,8 @@ class LaneWriter:
             )
             self._chunk = chunk
 
-    def _require_grant_open(self) -> None:
+    def require_grant_open(self) -> None:
+        """:class:`TransferFailed` if it has been closed: nothing more may be put."""
         state = self._peer.read(self._peer.words.state(self._grant.slot))
         if state != pack_state(self._grant.generation, OPEN):
             raise TransferFailed(f"grant {self._grant.grant_id} is closed")

@@ -171,6 +171,11 @@ class Heap(ABC):
                 faults.append(fault.detail)
         raise TransferFailed("; ".join(faults))
 
+    def may_be_far(self, address: HeapAddress, doors: Iterable[HeapAddress] = ()) -> bool:
+        """``reach`` may wait for a network. It may then be called from another thread than everything else,
+        beside it."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Leave: peers see the owner as dead. Idempotent. Close the PeerHeaps first.
@@ -199,6 +204,9 @@ class PeerHeap(ABC):
     address: HeapAddress
     is_late: ClassVar[bool] = True
     """Puts may go on after their calls have returned: somebody has to :meth:`poll`."""
+    is_far: ClassVar[bool] = False
+    """``hold``, and ``read`` of all but STATE of a lane that is held, wait for a network. One thread may then
+    take lanes while another one does everything else."""
 
     @property
     def is_lost(self) -> bool:

@@ -47,7 +47,7 @@ def _any_open_grant_will_do(stack: ExitStack) -> None:
         if self._peer.read(self._peer.words.state(self._grant.slot)) & 0xFF != OPEN:
             raise TransferFailed(f"grant {self._grant.grant_id} is closed")
 
-    replace(stack, LaneWriter, "_require_grant_open", require_open)
+    replace(stack, LaneWriter, "require_grant_open", require_open)
 
 
 @mutation

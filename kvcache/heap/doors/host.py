@@ -13,8 +13,9 @@ goes to others through theirs. Owns that choice. Does not know settings.
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
@@ -94,6 +95,8 @@ class HostHeap(ShmHeap):
         opening.check()
         super().__init__(layout, incarnation=incarnation, num_slots=num_slots, may_take=may_take)
         self._shares_memory = opening.shares_memory
+        self._lock = threading.Lock()
+        """Of what threads share that knock at doors."""
         self._post: Post | None = None
         self._agent: Agent | None = None
         self._doors: list[Door] = []
@@ -109,6 +112,9 @@ class HostHeap(ShmHeap):
             raise
         self.address, *others = opening.ways(self.address, self._doors)
         self.doors = tuple(others)
+
+    def may_be_far(self, address: HeapAddress, doors: Iterable[HeapAddress] = ()) -> bool:
+        return any(each.kind in _KINDS for each in (address, *doors))
 
     def attach(self, address: HeapAddress) -> PeerHeap:
         """Through a door of ``nixl`` where this heap has one itself."""
@@ -137,14 +143,16 @@ class HostHeap(ShmHeap):
             ended, cause = time.monotonic(), fault.__cause__
             is_silence = isinstance(cause, OSError) and not isinstance(cause, ConnectionError)
             if is_silence and ended - began > _LONG_S:
-                self._silent = {each: until for each, until in self._silent.items() if until > ended}
-                self._silent[address.incarnation] = ended + _REST_S
+                with self._lock:
+                    self._silent = {each: until for each, until in self._silent.items() if until > ended}
+                    self._silent[address.incarnation] = ended + _REST_S
             raise
 
     def _its_post(self) -> Post:
-        if self._post is None:
-            self._post = Post()
-        return self._post
+        with self._lock:
+            if self._post is None:
+                self._post = Post()
+            return self._post
 
     def close(self) -> None:
         if self._is_closed:

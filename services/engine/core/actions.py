@@ -245,7 +245,7 @@ class Actions:
         if params is None or params.grammar is None or state.guides is None:
             return
         output = sequence.token_ids[sequence.num_prompt_tokens :]
-        guiding = state.guides.prepare(params, output, state.limits.eos_token_ids, state.on_guide)
+        guiding = state.guides.prepare(params, output, state.limits.eos_token_ids, state.on_settled)
         if not guiding.is_done:  # looked at once: it may be done a moment later
             sequence.guiding = guiding
             return
@@ -254,9 +254,9 @@ class Actions:
         sequence.guide = guiding.guide
 
     def _let_wait(self, sequence: Sequence) -> None:
-        """For its guide, else for its turn."""
+        """For its guide, else for its lane, else for its turn."""
         if sequence.guiding is None:
-            self._state.scheduler.add(sequence)
+            self._state.let_wait(sequence)
             return
         sequence.state = SequenceState.COMPILING
         self._state.compiling.append(sequence)

@@ -16,7 +16,6 @@ from typing import Protocol
 
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant.table import GrantTable
-from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.protocol.errors import InternalError, MeshError, TransferFailed
@@ -26,11 +25,12 @@ from microserve.protocol.messages.numerics import fault_of_numerics
 from microserve.services.engine.core.actions import Actions
 from microserve.services.engine.core.batch import Runner, StepResult, constrain
 from microserve.services.engine.core.checks import Limits
+from microserve.services.engine.core.claims import Claims, unsendable
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.peers import Peers
 from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.core.scheduler import Scheduler, Step
-from microserve.services.engine.core.sequence import Sequence, Transfer
+from microserve.services.engine.core.sequence import Sequence
 from microserve.services.engine.core.state import PURGE_INTERVAL_S, Clock, EngineState
 from microserve.services.engine.core.stepper import Stepper
 from microserve.services.engine.guidance.guide import Guides
@@ -118,7 +118,9 @@ class EngineCore:
             eos_token_ids=limits.eos_token_ids,
             on_preempt=self._count_preemption,
         )
-        self.state = EngineState(self.memory, scheduler, limits, guides, self._wake_up)
+        self._peers = Peers(heap, clock)
+        self._claims = Claims(heap, self._peers, checksums=checksums)
+        self.state = EngineState(self.memory, scheduler, limits, guides, self._claims.begin, self._wake_up)
         self.actions = Actions(self.state)
         self.stepper = Stepper(self.state, layout.num_layers)
         self.progress = 0
@@ -126,14 +128,12 @@ class EngineCore:
         self._changed: Changed = changed or threading.Condition()
         self._heap = heap
         self._runner = runner
-        self._checksums = checksums
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self.clock = clock
         """What every ``now`` that is handed to ``actions`` and ``state`` is read from."""
         self._pause = pause
         self._compute_stream = compute_stream
-        self._peers = Peers(heap, clock)
         self._closed = False
         self._woken = False
 
@@ -222,33 +222,17 @@ class EngineCore:
         started = self.clock()
         try:
             if transfer.writer is None:
-                transfer.writer = self._open_writer(transfer)
+                self._claims.take(transfer)
             if self._compute_stream is not None and transfer.peer is not None:
                 transfer.peer.follow(self._compute_stream)
             transfer.is_put = True
-            transfer.nbytes += transfer.writer.put_layer(layer, sequence.blocks, lo, hi)
+            if transfer.writer is not None:
+                transfer.nbytes += transfer.writer.put_layer(layer, sequence.blocks, lo, hi)
         except MeshError as error:
             transfer.error = error
-        except (OSError, MemoryError) as error:  # no descriptor, no memory for a peer's heap: this send's end
-            transfer.error = TransferFailed(f"it cannot be sent: {error or type(error).__name__}")
+        except (OSError, MemoryError) as error:
+            transfer.error = unsendable(error)
         transfer.put_s += self.clock() - started
-
-    def _open_writer(self, transfer: Transfer) -> LaneWriter:
-        peer = transfer.peer = self._peers.open(transfer.grant)
-        if peer.holds(transfer.grant.slot, transfer.lane):
-            # Ours: a claim under the slot's last grant came too late, and leaves behind other puts.
-            peer.poll(wait=True)
-        writer = LaneWriter(
-            self._heap,
-            peer,
-            transfer.grant,
-            transfer.lane,
-            transfer.begin,
-            transfer.end,
-            checksums=self._checksums,
-        )
-        writer.claim()
-        return writer
 
     def _await_layer(self, sequence: Sequence, layer: int) -> None:
         """Hold the step until a layer's KV is in, or until others want to run.
@@ -273,18 +257,20 @@ class EngineCore:
                         raise TransferFailed(reason)
             if sequence.doomed is not None:
                 raise EarlyStartEnded
-            if self.state.scheduler.waiting or self._has_guides(now):
+            if self.state.scheduler.waiting or self._has_settled(now):
                 raise EarlyStartEnded
             if now > sequence.deadline or self._closed:
                 raise EarlyStartEnded
             self._pause(EARLY_POLL_S)
         grants.verify(grant_id, layer)
 
-    def _has_guides(self, now: float) -> bool:
-        """Somebody's grammar is compiled, or takes too long: only the next step goes on with it."""
+    def _has_settled(self, now: float) -> bool:
+        """Somebody's grammar is compiled, or takes too long, or somebody's lane is taken: only the next step
+        goes on with it."""
         with self._changed:
             making = [each.guiding for each in self.state.compiling if each.guiding is not None]
-        return any(guiding.is_done or guiding.is_overdue(now) for guiding in making)
+            is_claimed = self.state.has_claimed
+        return is_claimed or any(guiding.is_done or guiding.is_overdue(now) for guiding in making)
 
     # --- what the shell reads ----------------------------------------------------------------------
 
@@ -345,6 +331,8 @@ class EngineCore:
             for record in self.state.records:
                 # Lanes that it holds are let go, and said to be given up.
                 self.state.abort(record, self.clock())
+        self._claims.close()
+        with self._changed:
             self._peers.close()
             self.memory.free_drained()
         if self.state.guides is not None:

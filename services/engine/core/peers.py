@@ -1,11 +1,13 @@
 """Heaps of other engines that this one writes into: opened at the first send, left when the owner is gone.
 
-For the step thread. Owns the open :class:`PeerHeap`s; knows neither requests nor blocks.
+For the step thread, but :meth:`Peers.open`, which others may call that wait for a network in its stead
+(claims.py). Owns the open :class:`PeerHeap`s; knows neither requests nor blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 
 from microserve.kvcache.heap.heap import Heap, PeerHeap
 from microserve.protocol.errors import TransferFailed
@@ -20,20 +22,33 @@ class Peers:
     def __init__(self, heap: Heap, clock: Clock) -> None:
         self._heap = heap
         self._clock = clock
+        self._lock = threading.Lock()
         self._open: dict[int, PeerHeap] = {}
-        """By incarnation."""
+        """By incarnation. Under the lock."""
         self._looked_at = clock()
+
+    def may_be_far(self, grant: Grant) -> bool:
+        """Who opens it, or takes a lane there, may wait for a network."""
+        peer = self._find(grant.heap.incarnation)
+        if peer is not None and not peer.is_lost:
+            return peer.is_far
+        return self._heap.may_be_far(grant.heap, grant.doors)
 
     def open(self, grant: Grant) -> PeerHeap:
         """By the first of the grant's addresses that reaches. :class:`TransferFailed` if the owner is gone,
         out of reach of our heap, or has other KV."""
-        peer = self._open.get(grant.heap.incarnation)
+        incarnation = grant.heap.incarnation
+        peer = self._find(incarnation)
         if peer is not None and peer.is_lost:
-            self._open.pop(grant.heap.incarnation).close()
+            self._leave(incarnation)
             peer = None
         if peer is None:
             self._leave_dead()
-            peer = self._open[grant.heap.incarnation] = self._heap.reach(grant.heap, grant.doors)
+            reached = self._heap.reach(grant.heap, grant.doors)
+            with self._lock:
+                peer = self._open.setdefault(incarnation, reached)
+            if peer is not reached:
+                reached.close()
         elif peer.owner_is_dead():
             # What its open heap takes is read by nobody: no send may be told that it is done. One that was
             # begun before holds a lane there, and the heap open.
@@ -48,20 +63,31 @@ class Peers:
 
     def poll(self) -> None:
         """Free the lanes whose puts are done; once a step, and on idle ticks. Never waits for a put."""
-        for peer in self._open.values():
-            if peer.is_late:
-                peer.poll()
+        with self._lock:
+            late = [peer for peer in self._open.values() if peer.is_late]
+        for peer in late:
+            peer.poll()
         if self._clock() - self._looked_at >= DEAD_LOOK_S:
             self._leave_dead()
 
     def _leave_dead(self) -> None:
         self._looked_at = self._clock()
-        gone = [
-            i for i, peer in self._open.items() if peer.is_lost or (peer.is_idle and peer.owner_is_dead())
-        ]
-        for incarnation in gone:
+        with self._lock:
+            peers = list(self._open.items())
+        for incarnation, peer in peers:
+            if peer.is_lost or (peer.is_idle and peer.owner_is_dead()):
+                self._leave(incarnation)
+
+    def _find(self, incarnation: int) -> PeerHeap | None:
+        with self._lock:
+            return self._open.get(incarnation)
+
+    def _leave(self, incarnation: int) -> None:
+        with self._lock:
+            peer = self._open.pop(incarnation, None)
+        if peer is not None:
             with contextlib.suppress(OSError):
-                self._open.pop(incarnation).close()
+                peer.close()
 
     def close(self) -> None:
         """Leave all of them, once what was put is there. No lane may be held that was not let go."""

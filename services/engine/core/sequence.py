@@ -9,8 +9,10 @@ Plain state; the scheduler moves it, ``KvMemory`` owns what its blocks mean.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import PeerHeap
@@ -28,11 +30,25 @@ from microserve.services.engine.guidance.guide import Guide, Guiding
 class SequenceState(Enum):
     COMPILING = "compiling"
     """Its grammar is compiled."""
+    CLAIMING = "claiming"
+    """Its lane is taken, behind a network."""
     RECEIVING = "receiving"
     """KV is on its way from another engine."""
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+class Claim(Protocol):
+    """A lane that is being taken (claims.py)."""
+
+    @property
+    def is_done(self) -> bool: ...
+    def take_into(self, transfer: Transfer) -> None:
+        """Once it is done. Raises :class:`MeshError`: why it could not be taken."""
+
+    def cancel(self) -> None:
+        """Nobody wants it: it is let go, now or when it is there."""
 
 
 @dataclass(slots=True)
@@ -46,7 +62,10 @@ class Transfer:
     sent_until: int
     """Rows below it have been put in every layer; starts at ``max(begin, grant.matched)``."""
     writer: LaneWriter | None = None
-    """None until the first step that sends: an unclaimed lane can be closed at no cost."""
+    """None until the first step that sends, where its receiver is near: an unclaimed lane can be closed at no
+    cost."""
+    claim: Claim | None = None
+    """Its lane in the taking, where that waits for a network."""
     peer: PeerHeap | None = None
     """What the writer writes into."""
     is_put: bool = False
@@ -54,6 +73,11 @@ class Transfer:
     error: MeshError | None = None
     nbytes: int = 0
     put_s: float = 0.0
+
+
+ClaimLane = Callable[[Transfer, Callable[[], None]], Claim | None]
+"""Begins to take the lane of a send; what is called, by another thread, when it is taken or cannot be. None:
+whoever sends takes it at once."""
 
 
 @dataclass(slots=True, eq=False)

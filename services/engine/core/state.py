@@ -22,7 +22,7 @@ from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.record import Key, Outbox, Record, Records
 from microserve.services.engine.core.scheduler import Scheduler
-from microserve.services.engine.core.sequence import Sequence, SequenceState
+from microserve.services.engine.core.sequence import ClaimLane, Sequence, SequenceState
 from microserve.services.engine.guidance.guide import Guides
 
 PURGE_INTERVAL_S = 1.0
@@ -40,11 +40,14 @@ class EngineState:
         scheduler: Scheduler,
         limits: Limits,
         guides: Guides | None = None,
-        on_guide: Callable[[], None] = lambda: None,
+        claim: ClaimLane = lambda transfer, on_done: None,
+        on_settled: Callable[[], None] = lambda: None,
     ) -> None:
-        """``on_guide`` is called, from another thread and without the engine's lock, when a guide is made."""
+        """``claim`` begins to take a send's lane; None where nobody waits for that. ``on_settled`` is called,
+        from another thread and without the engine's lock, when a guide is made or a lane taken."""
         self.guides = guides
-        self.on_guide = on_guide
+        self._claim = claim
+        self.on_settled = on_settled
         self.memory = memory
         self.scheduler = scheduler
         self.limits = limits
@@ -52,6 +55,8 @@ class EngineState:
         self.outbox = Outbox()
         self.compiling: list[Sequence] = []
         """Sequences that wait for nothing but their guide."""
+        self.claiming: list[Sequence] = []
+        """Sends that wait for nothing but their lane."""
         self.receiving: list[Sequence] = []
         """Accepted generating sequences whose KV is not all in."""
         self.inflight: list[Sequence] = []
@@ -78,7 +83,14 @@ class EngineState:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.scheduler.waiting) + len(self.receiving) + len(self.compiling)
+        return sum(map(len, (self.scheduler.waiting, self.receiving, self.compiling, self.claiming)))
+
+    @property
+    def has_claimed(self) -> bool:
+        """A lane that was waited for is taken, or cannot be."""
+        return any(
+            each.transfer and each.transfer.claim and each.transfer.claim.is_done for each in self.claiming
+        )
 
     @property
     def may_expire_soon(self) -> bool:
@@ -108,6 +120,7 @@ class EngineState:
         raises :class:`InternalError`. The books of blocks are the memory's own to check."""
         queues = (
             (SequenceState.COMPILING, self.compiling),
+            (SequenceState.CLAIMING, self.claiming),
             (SequenceState.RECEIVING, self.receiving),
             (SequenceState.WAITING, self.scheduler.waiting),
             (SequenceState.RUNNING, self.scheduler.running),
@@ -126,8 +139,22 @@ class EngineState:
                     raise InternalError(f"{name} has a grammar and no guide")
                 if state is SequenceState.COMPILING and (sequence.blocks or sequence.guiding is None):
                     raise InternalError(f"{name} waits for a guide that is not in the making")
+                is_claiming = sequence.transfer is not None and sequence.transfer.claim is not None
+                if (state is SequenceState.CLAIMING) is not is_claiming or (is_claiming and sequence.blocks):
+                    raise InternalError(f"{name} is {state.value}, and its lane is {is_claiming=}")
                 if state is SequenceState.RECEIVING and (sequence.num_computed or not sequence.received):
                     raise InternalError(f"{name} receives, and counts {sequence.num_computed} tokens already")
+
+    def let_wait(self, sequence: Sequence) -> None:
+        """For its lane, where that is behind a network; else for its turn."""
+        transfer = sequence.transfer
+        if transfer is not None:
+            transfer.claim = self._claim(transfer, self.on_settled)
+            if transfer.claim is not None:
+                sequence.state = SequenceState.CLAIMING
+                self.claiming.append(sequence)
+                return
+        self.scheduler.add(sequence)
 
     # --- endings -----------------------------------------------------------------------------------
 
@@ -143,7 +170,7 @@ class EngineState:
     ) -> None:
         """End a sequence: answer its router, free its blocks. Not while a step has it in hand."""
         self.scheduler.remove(sequence)
-        for queue in (self.receiving, self.compiling):
+        for queue in (self.receiving, self.compiling, self.claiming):
             if sequence in queue:
                 queue.remove(sequence)
         if sequence.guiding is not None:
@@ -238,6 +265,9 @@ class EngineState:
             failure = TransferFailed(f"the send ended: {reason}")
         if record is not None:
             record.sends.pop((transfer.grant.grant_id, transfer.lane), None)
+        if transfer.claim is not None:
+            transfer.claim.cancel()
+            transfer.claim = None
         if transfer.writer is not None:
             if failure is None:
                 transfer.writer.finish()
@@ -334,7 +364,8 @@ class EngineState:
 
     def expire(self, now: float) -> None:
         """End what has passed its deadline."""
-        queues = (self.scheduler.waiting, self.scheduler.running, self.receiving, self.compiling)
+        waiting = self.receiving, self.compiling, self.claiming
+        queues = (self.scheduler.waiting, self.scheduler.running, *waiting)
         for sequence in [s for queue in queues for s in queue if s.deadline <= now]:
             self.doom(
                 sequence, "error", now, DeadlineExceeded("the request's time was used up on this engine")

@@ -39,6 +39,7 @@ class Stepper:
         """Take in what has arrived and choose the next step; None when nothing can run now."""
         state = self._state
         self.take_guides(now)
+        self.take_claims(now)
         self.take_arrivals(now)
         state.expire(now)
         step = state.scheduler.schedule(now) or self._early_step(now)
@@ -60,11 +61,41 @@ class Stepper:
                 sequence.guide, sequence.guiding = guiding.guide, None
                 if sequence.state is SequenceState.COMPILING:
                     state.compiling.remove(sequence)
-                    state.scheduler.add(sequence)
+                    state.let_wait(sequence)
             elif is_done or guiding.is_overdue(now):
                 late = InvalidRequest("the grammar takes too long to compile", field="grammar")
                 state.count("grammars_refused")
                 state.finish(sequence, "error", now, error=guiding.error or late)
+
+    def take_claims(self, now: float) -> None:
+        """Let sends on whose lane is taken, and end those whose lane cannot be, or whose grant was closed
+        while they wait for their turn: until then its blocks are kept for them."""
+        state = self._state
+        for sequence in list(state.claiming):
+            transfer = sequence.transfer
+            if transfer is None or transfer.claim is None or not transfer.claim.is_done:
+                continue
+            claim, transfer.claim = transfer.claim, None
+            try:
+                claim.take_into(transfer)
+            except MeshError as error:
+                state.finish(sequence, "error", now, error=error)
+                continue
+            state.claiming.remove(sequence)
+            state.scheduler.add(sequence)
+        for sequence in list(state.scheduler.waiting):
+            transfer = sequence.transfer
+            if (
+                transfer is None
+                or transfer.writer is None
+                or transfer.peer is None
+                or not transfer.peer.is_far
+            ):
+                continue
+            try:
+                transfer.writer.require_grant_open()
+            except MeshError as error:
+                state.finish(sequence, "error", now, error=error)
 
     def take_arrivals(self, now: float) -> None:
         """Move received KV on: to running sequences, to commits, to the end of quarantine."""

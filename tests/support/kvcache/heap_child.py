@@ -19,6 +19,8 @@ import msgspec
 from microserve.protocol.messages.grant import HeapAddress
 
 TIMEOUT_S = 30.0
+START_S = 120.0
+"""NIXL alone takes a second on an idle machine before it has an agent, and twenty on a busy one."""
 ROOT = Path(__file__).parents[3]
 PYTHONPATH = os.pathsep.join((str(ROOT / ".src"), *filter(None, sys.path)))
 """What this process imports from, for its children."""
@@ -57,7 +59,7 @@ class Child:
             stdout=subprocess.PIPE,
         )
         self.pid = self._process.pid
-        self.address = msgspec.convert(self.receive(), HeapAddress)
+        self.address = msgspec.convert(self.receive(START_S), HeapAddress)
 
     def send(self, do: str, **arguments: Any) -> None:
         assert self._process.stdin is not None

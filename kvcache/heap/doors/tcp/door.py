@@ -44,6 +44,8 @@ MAX_STRANGERS: Final = 64
 _MAX_UNREAD_NBYTES: Final = 1 << 16
 """Answers that a writer leaves unread; each is to a question of its own."""
 _NO_DESCRIPTOR_S: Final = 0.01
+_LOOK_S: Final = 0.05
+"""How long a writer that sends nothing may not know that its grant is closed."""
 _TURNS: Final = 16
 """Reads from one connection before the others have theirs."""
 
@@ -140,7 +142,8 @@ class TcpDoor(Door):
             selector.register(self._listening, selectors.EVENT_READ, None)
             selector.register(self._wake, selectors.EVENT_READ, self)
             while not self._is_closed:
-                ready = selector.select(self._silence_s / 4)
+                is_told = any(caller.told for caller in self._callers)
+                ready = selector.select(_LOOK_S if is_told else self._silence_s / 4)
                 for key, events in ready:
                     if key.data is None:
                         self._accept()
@@ -149,6 +152,8 @@ class TcpDoor(Door):
                     else:
                         os.eventfd_read(self._wake)
                         self.on_wake()
+                for caller in [caller for caller in self._callers if caller.told]:
+                    self._tell_states(caller)
                 # After everything that was there to be read has been read: we may have been frozen ourselves.
                 self._tear_down_silent(time.monotonic())
         except Exception as error:
@@ -189,12 +194,14 @@ class TcpDoor(Door):
                 for _ in range(_TURNS):
                     if not self._read(caller):
                         break
-                self._tell_states(caller)
         except ProtocolViolation as error:
-            _logger.warning(log.DOOR_REFUSED, kind=self.kind, peer=caller.peer, detail=error.detail)
-            self._tear_down(caller, frames.FAULT)
+            self._refuse(caller, error)
         except OSError:
             self._tear_down(caller)
+
+    def _refuse(self, caller: Caller, error: ProtocolViolation) -> None:
+        _logger.warning(log.DOOR_REFUSED, kind=self.kind, peer=caller.peer, detail=error.detail)
+        self._tear_down(caller, frames.FAULT)
 
     def _read(self, caller: Caller) -> bool:
         """Take what is there; False when that is all."""
@@ -288,11 +295,14 @@ class TcpDoor(Door):
 
     def _tell_states(self, caller: Caller) -> None:
         """A writer that is told of a closed grant stops sending."""
-        for slot, known in caller.told.items():
-            state = self._lanes.load(self._lanes.words.state(slot))
-            if state != known and caller in self._callers:
-                caller.told[slot] = state
-                self._say(caller, frames.head(frames.STATE, slot, state))
+        try:
+            for slot, known in caller.told.items():
+                state = self._lanes.load(self._lanes.words.state(slot))
+                if state != known and caller in self._callers:
+                    caller.told[slot] = state
+                    self._say(caller, frames.head(frames.STATE, slot, state))
+        except ProtocolViolation as error:
+            self._refuse(caller, error)
 
     def _say(self, caller: Caller, some: bytes) -> None:
         caller.out += some

@@ -41,6 +41,14 @@ class End(Enum):
 _TORN: Final = {frames.LEFT: End.LEFT, frames.SILENT: End.TORN, frames.FAULT: End.FAULT}
 
 
+class Question:
+    """That somebody waits for the answer to."""
+
+    def __init__(self, answers: int, small: int) -> None:
+        self.key = answers, small
+        self.answer: tuple[int, int, int] | None = None
+
+
 class Flight(Protocol):
     """A put that goes by another way."""
 
@@ -63,9 +71,8 @@ class Line:
         """STATE, by slot in which we hold a lane."""
         self.lanes: dict[int, bool] = {}
         """By index, those that are ours: True; let go, and not yet said to be free: False."""
-        self.answer: tuple[int, int, int] | None = None
-        """To the one question that is asked at a time."""
-        self._asked: tuple[int, int] | None = None
+        self._asked: list[Question] = []
+        """And not yet answered, in order."""
         self.given_up: set[int] = set()
         """Lanes of whose ``HOLD`` we did not await the answer; not to be asked for until it is here."""
         self._puts: deque[memoryview] = deque()
@@ -96,21 +103,25 @@ class Line:
         self._flights.append(flight)
         self._frame_parts.append(0)
 
-    def ask(self, kind: int, small: int, answers: int) -> None:
-        """``answers``: its kind, or one of ``HELD`` and ``BUSY`` for a ``HOLD``; it will be ``answer``. One
-        at a time."""
-        self.answer, self._asked = None, (answers, small)
+    def ask(self, kind: int, small: int, answers: int) -> Question:
+        """``answers``: its kind, or one of ``HELD`` and ``BUSY`` for a ``HOLD``."""
+        question = Question(answers, small)
+        self._asked.append(question)
         frame = memoryview(frames.head(kind, small))
         if kind == frames.HOLD:
             self._urgent.append(frame)
         else:
             self.put([frame])
+        return question
 
-    def give_up(self) -> None:
+    def give_up(self, question: Question) -> None:
         """Nobody awaits the answer any more; a lane that is granted all the same is let go."""
-        if self._asked is not None and self._asked[0] == frames.HELD:
-            self.given_up.add(self._asked[1])
-        self._asked = None
+        if question not in self._asked:
+            return
+        self._asked.remove(question)
+        kind, small = question.key
+        if kind == frames.HELD:
+            self.given_up.add(small)
 
     def let_go(self, index: int) -> None:
         self.lanes[index] = False
@@ -210,13 +221,17 @@ class Line:
             self.let_go(small)
         elif kind == frames.BUSY and small in self.given_up:
             self.given_up.discard(small)
-        elif self._asked is not None and self._asked == (frames.HELD if kind == frames.BUSY else kind, small):
+        elif question := self._question(frames.HELD if kind == frames.BUSY else kind, small):
             if kind == frames.HELD:
                 self.lanes[small] = True
                 self.told[small // MAX_LANES] = large
-            self.answer, self._asked = (kind, small, large), None
+            question.answer = kind, small, large
+            self._asked.remove(question)
         elif kind not in (frames.BEAT, frames.VALUE, frames.SYNCED):
             raise ProtocolViolation(f"frame {kind} of {small}, which nobody asked for")
+
+    def _question(self, *key: int) -> Question | None:
+        return next((question for question in self._asked if question.key == key), None)
 
     # --- life --------------------------------------------------------------------------------------
 
@@ -239,4 +254,4 @@ class Line:
             flight.drop()
         self._flights.clear()
         self._frame_parts.clear()
-        self.lanes, self.told, self._asked = {}, {}, None
+        self.lanes, self.told, self._asked = {}, {}, []

@@ -4,13 +4,15 @@ A put is on its way when its call returns: post.py sends it from where it lies. 
 and the lane is free, and the source read no more, when the door has said so.
 
 What takes an answer takes as long as the network does: ``attach``, ``hold``, ``read`` of what is not STATE
-of a lane that is held, ``poll(wait=True)``. The first two have a deadline. A connection that is lost holds
-no lane: its puts raise, its signals and what lets go do nothing, and ``is_lost`` says that another one is
-to be made.
+of a lane that is held, ``poll(wait=True)``. The first two have a deadline. Threads may ask at the same
+time, each about lanes of its own: one takes a lane while another one puts through those it holds. A
+connection that is lost holds no lane: its puts raise, its signals and what lets go do nothing, also when it
+has been closed, and ``is_lost`` says that another one is to be made.
 """
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
 from typing import Final
@@ -33,7 +35,7 @@ from microserve.protocol.messages.grant import MAX_LANES, HeapAddress
 
 ATTACH_S: Final = 5.0
 HOLD_S: Final = 5.0
-"""Longest waits for a door: a step waits with them."""
+"""Longest waits for a door."""
 _PROBE_S: Final = 0.25
 
 
@@ -70,6 +72,8 @@ def connect(mine: KvLayout, address: HeapAddress) -> tuple[socket.socket, Line, 
 
 
 class TcpPeerHeap(PeerHeap):
+    is_far = True
+
     def __init__(
         self, post: Post, line: Line, terms: Terms, address: HeapAddress, source: memoryview
     ) -> None:
@@ -80,7 +84,7 @@ class TcpPeerHeap(PeerHeap):
         self._line = line
         self._source = source
         self._is_closed = False
-        self._num_syncs = 0
+        self._syncs = itertools.count(1)
 
     @property
     def is_lost(self) -> bool:
@@ -145,9 +149,8 @@ class TcpPeerHeap(PeerHeap):
     def poll(self, *, wait: bool = False) -> None:
         self._require_open()
         if wait and self._line.end is None:
-            self._num_syncs += 1
             try:
-                self._ask(frames.SYNC, self._num_syncs & 0xFFFFFFFF, frames.SYNCED)
+                self._ask(frames.SYNC, next(self._syncs) & 0xFFFFFFFF, frames.SYNCED)
             except TransferFailed:
                 return  # nothing of ours is on its way any more
 
@@ -202,16 +205,16 @@ class TcpPeerHeap(PeerHeap):
         line = self._line
         with self._post.using(line):
             self._require_line()
-            line.ask(kind, small, answers)
-        if not self._post.wait(line, lambda: line.answer is not None, timeout_s):
+            question = line.ask(kind, small, answers)
+        self._post.wait(line, lambda: question.answer is not None, timeout_s)
+        if question.answer is None:
             with self._post.using(line):
-                line.give_up()
+                line.give_up(question)
             self._require_line()
             raise TransferFailed(
                 f"the door of {self.address.incarnation:#x} does not answer for {timeout_s} s"
             )
-        assert line.answer is not None
-        return line.answer
+        return question.answer
 
     def _require_line(self) -> None:
         if self._line.end is not None:
@@ -219,7 +222,7 @@ class TcpPeerHeap(PeerHeap):
             raise TransferFailed(f"the connection to {owner} is lost: {self._line.end.value}")
 
     def _require_open(self) -> None:
-        if self._is_closed:
+        if self._is_closed and self._line.end is End.OURS:
             raise InternalError(f"the peer heap of {self.address.incarnation:#x} is closed")
 
 

@@ -62,8 +62,7 @@ def test_puts_and_signals_go_out_in_order_and_questions_between_frames(seed: int
             line.put([signal := frames.head(frames.SIGNAL, number, 7)])
             expected += signal
         else:
-            line.ask(frames.HOLD, number, frames.HELD)
-            line.give_up()
+            line.give_up(line.ask(frames.HOLD, number, frames.HELD))
             asked += 1
         while chance.random() < 0.7:
             out += take(line, chance.randrange(1, 3_000))
@@ -94,11 +93,11 @@ def test_a_question_does_not_wait_for_puts() -> None:
 
 def test_a_lane_is_ours_from_its_answer_until_it_is_said_to_be_free() -> None:
     line = Line(SILENCE_S, 0.0)
-    line.ask(frames.HOLD, 5, frames.HELD)
+    question = line.ask(frames.HOLD, 5, frames.HELD)
     line.received(frames.head(frames.HELD, 5, 77)[:7], 1.0)
-    assert line.answer is None
+    assert question.answer is None
     line.received(frames.head(frames.HELD, 5, 77)[7:], 1.0)
-    assert line.answer == (frames.HELD, 5, 77)
+    assert question.answer == (frames.HELD, 5, 77)
     assert (line.lanes, line.told) == ({5: True}, {1: 77})
     line.received(frames.head(frames.STATE, 1, 78), 1.0)
     assert line.told == {1: 78}
@@ -108,17 +107,28 @@ def test_a_lane_is_ours_from_its_answer_until_it_is_said_to_be_free() -> None:
     assert (line.lanes, line.told) == ({}, {})
 
 
+def test_each_question_has_its_own_answer_whoever_asks_meanwhile() -> None:
+    line = Line(SILENCE_S, 0.0)
+    taken, refused = (line.ask(frames.HOLD, index, frames.HELD) for index in (3, 4))
+    value = line.ask(frames.READ, 3, frames.VALUE)
+    line.received(frames.head(frames.VALUE, 3, 9) + frames.head(frames.BUSY, 4), 1.0)
+    assert (taken.answer, refused.answer, value.answer) == (None, (frames.BUSY, 4, 0), (frames.VALUE, 3, 9))
+    line.give_up(refused)
+    assert line.given_up == set(), "it has been answered"
+    line.received(frames.head(frames.HELD, 3, 1), 1.0)
+    assert taken.answer == (frames.HELD, 3, 1)
+    assert line.lanes == {3: True}
+
+
 def test_an_answer_that_comes_too_late_is_let_go() -> None:
     line = Line(SILENCE_S, 0.0)
-    line.ask(frames.HOLD, 2, frames.HELD)
-    line.give_up()
+    line.give_up(line.ask(frames.HOLD, 2, frames.HELD))
     assert line.given_up == {2}
     drain(line)
     line.received(frames.head(frames.HELD, 2, 1), 1.0)
     assert (line.given_up, line.lanes) == (set(), {2: False})
     assert drain(line) == frames.head(frames.LET_GO, 2)
-    line.ask(frames.HOLD, 2, frames.HELD)
-    line.give_up()
+    line.give_up(line.ask(frames.HOLD, 2, frames.HELD))
     line.received(frames.head(frames.BUSY, 2), 1.0)
     assert line.given_up == set()
 

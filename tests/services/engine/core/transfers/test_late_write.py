@@ -164,7 +164,7 @@ def test_a_quarantine_that_ends_by_a_timer_is_found(monkeypatch: pytest.MonkeyPa
 
 def test_a_sender_that_does_not_read_the_state_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it did not hold the lane yet: the one point at which nothing else protects the blocks."""
-    monkeypatch.setattr(LaneWriter, "_require_grant_open", lambda writer: None)
+    monkeypatch.setattr(LaneWriter, "require_grant_open", lambda writer: None)
     found = outcomes(WHOLE, "goes on")
 
     assert wrong_points(found) == points_of(found, "hold")
@@ -172,7 +172,7 @@ def test_a_sender_that_does_not_read_the_state_is_found(monkeypatch: pytest.Monk
 
 def test_with_neither_state_nor_quarantine_every_point_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GrantTable, "_let_go_drained", lambda table, entry: True)
-    monkeypatch.setattr(LaneWriter, "_require_grant_open", lambda writer: None)
+    monkeypatch.setattr(LaneWriter, "require_grant_open", lambda writer: None)
     found = outcomes(WHOLE, "goes on")
 
     assert wrong_points(found) == set(range(max(points_of(found, "put")) + 1))
