@@ -3,7 +3,8 @@
     pytest tests/engine_conformance                                  our native engine
     pytest -m vllm tests/engine_conformance                          vLLM behind our shell (make test-vllm)
     pytest tests/engine_conformance --engine-settings FILE           an engine that FILE describes
-    MICROSERVE_ENGINE_SETTINGS=FILE MICROSERVE_ENGINE_COMMAND=...    the same, started by another command
+    MICROSERVE_TEST_ENGINE_SETTINGS=FILE pytest ...                  the same
+    MICROSERVE_TEST_ENGINE_COMMAND=...                               by another command than our microserve
 
 Tests are coroutines and see a pair of engines; each leaves both as it found them. What an engine may do
 differently it says in its hello, and nothing here asks for its backend; this file alone knows how
@@ -26,7 +27,7 @@ from microserve.protocol.bus.curve import create_mesh_keys
 from tests.support.engine_conformance.engine_process import EngineProcess, Launch
 from tests.support.engine_conformance.pair import Pair
 
-SETTINGS_VARIABLE, COMMAND_VARIABLE = "MICROSERVE_ENGINE_SETTINGS", "MICROSERVE_ENGINE_COMMAND"
+SETTINGS_VARIABLE, COMMAND_VARIABLE = "MICROSERVE_TEST_ENGINE_SETTINGS", "MICROSERVE_TEST_ENGINE_COMMAND"
 PATIENCE = {"bus.liveness": "20"}
 """A router is lost after five seconds, not after one and a half: the machine that tests may be busy."""
 SMALL = {
