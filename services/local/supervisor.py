@@ -29,6 +29,7 @@ from pathlib import Path
 import structlog
 
 from microserve.protocol import log
+from microserve.protocol.process.scratch import sweep
 from microserve.services.local.event_log import last_error
 from microserve.services.local.exit import wait_exit
 from microserve.services.local.notice import NoticeSocket, Silence, facts_of
@@ -243,6 +244,7 @@ class Supervisor:
             code = child.exit_code = process.wait()
             self._silence.forget(process.pid)
             child.pid = 0
+            sweep()
             child.exited.set()
         said = (last_error(path, offset) for path, offset in offsets)
         child.detail = child.detail or (next(filter(None, said), "") if code else "")

@@ -4,17 +4,13 @@
                <─ ROUTER: replay from a sequence number ──
 
 A PUB socket drops what was published before its reader had joined: what is missing is asked for again, at the
-start and at each gap. Both sockets are of a directory that only this user may enter; its sockets go with it.
+start and at each gap. Both sockets are in a directory that only this user may enter.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -34,28 +30,16 @@ from microserve.protocol.messages.kv_events import (
 ASK_AGAIN_S = 0.5
 """A replay that is not answered is asked for again."""
 
-_PREFIX = "microserve-events-"
-
 _logger = structlog.get_logger()
-
-
-def _sweep() -> None:
-    """Directories of engines that were killed: of processes that are no more, and of this user."""
-    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
-        pid = directory.name.removeprefix(_PREFIX).partition("-")[0]
-        with suppress(OSError):
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists() and directory.stat().st_uid == os.getuid():
-                shutil.rmtree(directory, ignore_errors=True)
 
 
 class Feed:
     """Made in the loop before vLLM starts; ``open`` when it has."""
 
-    def __init__(self) -> None:
-        _sweep()
-        self._directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-        self.endpoint = f"ipc://{self._directory}/events"
-        self.replay_endpoint = f"ipc://{self._directory}/replay"
+    def __init__(self, directory: Path) -> None:
+        """``directory``: for the two sockets, and removed by whom it is of."""
+        self.endpoint = f"ipc://{directory}/events"
+        self.replay_endpoint = f"ipc://{directory}/replay"
         self._take: Callable[[KVEventBatch], None] = lambda batch: None
         self._on_change: Callable[[], None] = lambda: None
         self._next_seq = 0
@@ -117,4 +101,3 @@ class Feed:
         if self._asking is not None:
             self._asking.cancel()
         self._bus.close()
-        shutil.rmtree(self._directory, ignore_errors=True)

@@ -3,13 +3,18 @@
     digest of the model ─> link, feed ─> vLLM, whose processes open the link ─> Ready ─> heap ─> shell
 
 Three processes, one life: vLLM's end with this one (connector/lifeline.py), and this one ends when one of
-vLLM's is gone; a supervisor starts all anew.
+vLLM's is gone; a supervisor starts all anew. A start that fails, or is told to stop, takes along what it has
+started (descendants.py). Sockets that have names are in one directory (protocol/process/scratch.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import getpass
+import os
 import secrets
+import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -29,6 +34,7 @@ from microserve.protocol.messages.engine_info import (
 )
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.process.lifecycle import Lifecycle
+from microserve.protocol.process.scratch import Scratch
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
 from microserve.services.engine.core.checks import Limits
@@ -37,13 +43,14 @@ from microserve.services.engine.model.end_tokens import eos_of
 from microserve.services.engine.model.model_files import read_json
 from microserve.services.engine.shell import EngineShell
 from microserve.services.engine.vllm.arguments import config_of
+from microserve.services.engine.vllm.descendants import adopt_orphans, kill_descendants
 from microserve.services.engine.vllm.feed import Feed
 from microserve.services.engine.vllm.front.asyncllm import AsyncVllm, warm_up
 from microserve.services.engine.vllm.front.core import VllmCore, VllmSteps
 from microserve.services.engine.vllm.link import Ready, Refused
 from microserve.services.engine.vllm.link_ends import Front
 from microserve.services.engine.vllm.mirror import Mirror
-from microserve.services.engine.vllm.tracker import start_tracker
+from microserve.services.engine.vllm.tracker import start_tracker, tracker_pids
 from microserve.services.engine.vllm.weights import revision_of
 
 if TYPE_CHECKING:
@@ -55,6 +62,8 @@ CONNECTOR_MODULE = "microserve.services.engine.vllm.connector.connector"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "tekken.json")
 SHUTDOWN_S = 5.0
 """What vLLM's processes get to end by themselves."""
+GIVE_UP_S = 5.0
+"""... and what they get to be gone when their start is given up."""
 
 
 async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None:
@@ -62,13 +71,15 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
     if not settings.model.path:
         raise ConfigError("model.path is not set", field="model.path")
     settings.check()
-    import vllm
-
     loop = asyncio.get_running_loop()
     with ExitStack() as undo:
-        # vLLM's processes are killed when the thread that started them ends: it lives as long as they do.
-        starter = ThreadPoolExecutor(1, "vllm")
-        undo.callback(starter.shutdown)
+        scratch = Scratch()
+        undo.callback(scratch.close)
+        use_scratch(scratch.path)
+        start = Start()
+        undo.callback(start.give_up)
+        starter = start.thread
+        version = await loop.run_in_executor(starter, _import_vllm)
         directory = Path(settings.model.path)
         revision = await loop.run_in_executor(
             starter,
@@ -77,7 +88,7 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
                 directory,
                 load_format=settings.model.load_format,
                 arguments=settings.vllm.arguments,
-                version=vllm.__version__,
+                version=version,
             ),
         )
         incarnation = secrets.randbits(62) | 1
@@ -90,10 +101,10 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
             checksums=settings.kvcache.checksums,
         )
         undo.callback(front.close)
-        feed = Feed()
+        feed = Feed(scratch.path)
         undo.callback(feed.close)
-        engine, config, ready = await loop.run_in_executor(starter, _start, settings, front, feed)
-        undo.callback(engine.shutdown, SHUTDOWN_S)
+        undo.callback(start.give_up)  # before what they have open is closed
+        engine, config, ready = await loop.run_in_executor(starter, _start, settings, front, feed, start)
         heap = view_heap(settings, ready.heap, ready.layout)
         undo.callback(heap.close)
         core = VllmCore(
@@ -103,15 +114,15 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
             Mirror(ready.layout.block_size, ready.layout.model, revision),
             engine_id=settings.engine.id or f"engine-{secrets.token_hex(4)}",
             incarnation=incarnation,
-            kind=kind_of(vllm.__version__, ready.layout.block_size, has_tokenizer=_has_tokenizer(directory)),
-            numerics=numerics_of(vllm.__version__, ready.layout.dtype, revision),
+            kind=kind_of(version, ready.layout.block_size, has_tokenizer=_has_tokenizer(directory)),
+            numerics=numerics_of(version, ready.layout.dtype, revision),
             # vLLM keeps one block for itself.
             limits=_limits(settings, config, directory, ready.num_blocks - 1),
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
             lease_s=settings.kvcache.lease_s,
             checksums=settings.kvcache.checksums,
-            kernels=f"vLLM {vllm.__version__}",
+            kernels=f"vLLM {version}",
         )
         # Before there is a socket: who says hello to one is to be served.
         await warm_up(core.llm)
@@ -119,11 +130,50 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
         shell = EngineShell(settings, bus, lifecycle, core, partial(VllmSteps, core))
         undo.pop_all()
         with ExitStack() as closing:
+            closing.callback(scratch.close)
             closing.callback(starter.shutdown)
             closing.callback(shell.close)
             closing.callback(feed.close)
             feed.open(core.mirror.take, core.on_output)
             await shell.run()
+
+
+class Start:
+    """A start of vLLM, which takes from seconds to minutes, and what ends it before it has ended."""
+
+    def __init__(self) -> None:
+        adopt_orphans()
+        # vLLM's processes are killed when the thread that started them ends: it lives as long as they do.
+        self.thread = ThreadPoolExecutor(1, "vllm")
+        self._is_over = threading.Event()
+
+    def give_up(self) -> None:
+        """Whatever vLLM is doing: none of its processes is left, and the thread starts no other one. It is
+        not waited for, since it may be reading weights."""
+        self._is_over.set()
+        kill_descendants(tracker_pids(), timeout_s=GIVE_UP_S)
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
+    def check(self) -> None:
+        """In the thread, before a process is started."""
+        if self._is_over.is_set():
+            raise InternalError("the start of vLLM was given up")
+
+
+def use_scratch(directory: Path) -> None:
+    """All that vLLM's processes make by a name in the temporary directory goes with us: its sockets, where
+    its ranks meet. What torch has compiled stays where it is, for the next start."""
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+    os.environ["TMPDIR"] = os.environ["VLLM_RPC_BASE_PATH"] = str(directory)
+    tempfile.tempdir = None  # asked for anew
+
+
+def _import_vllm() -> str:
+    """Its version. Many seconds, on a machine that is busy."""
+    import vllm
+
+    return str(vllm.__version__)
 
 
 def _has_tokenizer(directory: Path) -> bool:
@@ -155,12 +205,13 @@ def _limits(settings: Settings, config: VllmConfig, directory: Path, num_blocks:
     )
 
 
-def _start(settings: Settings, front: Front, feed: Feed) -> tuple[AsyncLLM, VllmConfig, Ready]:
+def _start(settings: Settings, front: Front, feed: Feed, start: Start) -> tuple[AsyncLLM, VllmConfig, Ready]:
     """Takes from seconds to minutes. Raises :class:`ConfigError` for what vLLM or the connector refuses."""
     from vllm.config import KVTransferConfig
     from vllm.config.kv_events import KVEventsConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    start.check()
     start_tracker()
     # The library that our grammars are written for, unless somebody wants another.
     structured = settings.vllm.arguments.get("structured_outputs_config", {"backend": "guidance"})
@@ -181,6 +232,7 @@ def _start(settings: Settings, front: Front, feed: Feed) -> tuple[AsyncLLM, Vllm
             replay_endpoint=feed.replay_endpoint,
         ),
     )
+    start.check()
     try:
         engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     except Exception as error:

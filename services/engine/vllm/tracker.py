@@ -28,6 +28,11 @@ def start_tracker() -> None:
         util.spawnv_passfds = theirs
 
 
+def tracker_pids() -> list[int]:
+    """Of the one that we have started, if we have."""
+    return [tracker.pid for tracker in _started]
+
+
 def _spawn(path: bytes, args: Sequence[Any], passfds: Sequence[int]) -> int:
     """As ``multiprocessing.util`` starts it, but as the leader of a session."""
     tracker = subprocess.Popen(args, executable=path, pass_fds=passfds, start_new_session=True)

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,30 @@ def test_what_a_child_has_started_goes_with_it(tmp_path: Path) -> None:
             await watched.supervisor.ready()
             grandchild = psutil.Process(int((tmp_path / "a.out").read_text().split()[0]))
         grandchild.wait(TIMEOUT_S)
+
+    run(test())
+
+
+def test_what_a_killed_child_had_in_the_temporary_directory_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    owner = "from microserve.protocol.process.scratch import Scratch; scratch = Scratch()\n" + SERVE
+
+    async def test() -> None:
+        watched = Watched([child(tmp_path, "a", owner), child(tmp_path, "b", owner)])
+        async with watched.supervisor:
+            await watched.supervisor.ready()
+            killed, staying = watched.children
+            before = set(temporary.iterdir())
+            os.kill(killed.pid, signal.SIGKILL)
+            await watched.until(lambda: killed.restarts == 1 and killed.state is ChildState.READY)
+            after = set(temporary.iterdir())
+            assert (len(before), len(after), len(before & after), staying.restarts) == (2, 2, 1, 0)
+        assert not list(temporary.iterdir())
 
     run(test())
 
