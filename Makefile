@@ -110,7 +110,7 @@ simulate: $(VENV)/dev
 
 # Bugs planted on purpose, and how many worlds it takes to catch each.
 mutations: $(VENV)/dev
-	$(BIN)/python tests/simulation/mutations.py $(ARGS)
+	$(BIN)/python tests/simulation/mutation/mutations.py $(ARGS)
 
 # Real processes killed, frozen and drained at random: make chaos ARGS="--seconds 1800 --seed 1"
 chaos: $(VENV)/dev

@@ -25,9 +25,9 @@ from microserve.services.router.authoring import Chunks, Mesh, Request, strategy
 from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.service import Router
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.simulation.engine import VOCAB_SIZE
+from microserve.services.simulation.engine.engine import VOCAB_SIZE
+from microserve.services.simulation.engine.hash_runner import expected_tokens
 from microserve.services.simulation.gateway import Answer as SimulatedAnswer
-from microserve.services.simulation.hash_runner import expected_tokens
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.mesh import Seat, Shape, SimulatedMesh, until

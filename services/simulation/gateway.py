@@ -25,7 +25,7 @@ from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.router import Ended
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings
-from microserve.services.simulation.engine import MODEL
+from microserve.services.simulation.engine.engine import MODEL
 from microserve.services.simulation.loop import Process, VirtualLoop
 
 _logger = structlog.get_logger()

@@ -26,13 +26,13 @@ from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.service import Router
 from microserve.services.simulation.bus import Addresses, SimBus
-from microserve.services.simulation.engine import SimEngine
+from microserve.services.simulation.engine.engine import SimEngine
+from microserve.services.simulation.engine.hash_runner import HASH
+from microserve.services.simulation.engine.witness import Witness
 from microserve.services.simulation.gateway import SimGateway
-from microserve.services.simulation.hash_runner import HASH
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.network import Network
-from microserve.services.simulation.witness import Witness
 
 INDEX = "index"
 LOOK_S = 0.25

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from microserve.services.command.bench.plan import plan
-from microserve.services.command.bench.prompts import Planned, Writer
 from microserve.services.command.bench.recorder import Recorder
 from microserve.services.command.bench.task import CHAT, Health, Load, Outcome, Result, Share, Words
+from microserve.services.command.bench.workload.plan import plan
+from microserve.services.command.bench.workload.prompts import Planned, Writer
 from microserve.services.command.client.endpoint import Endpoint
 from microserve.services.command.client.http import Client
 

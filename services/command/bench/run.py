@@ -15,11 +15,11 @@ from microserve.protocol.errors import ConfigError
 from microserve.protocol.logging.printable import printable_json
 from microserve.services.command.bench.health import Limits, Verdict, judge
 from microserve.services.command.bench.load import CLOCK, prepared, run, send_share, warm_up
-from microserve.services.command.bench.plan import plan
-from microserve.services.command.bench.prompts import WORDS
 from microserve.services.command.bench.report import Figures, as_json, summarise, table
 from microserve.services.command.bench.task import Load, Outcome, Result, Share, Words
 from microserve.services.command.bench.worker import WorkerLost, run_workers
+from microserve.services.command.bench.workload.plan import plan
+from microserve.services.command.bench.workload.prompts import WORDS
 from microserve.services.command.client.chunk import error_in
 from microserve.services.command.client.endpoint import Endpoint
 from microserve.services.command.client.http import Client

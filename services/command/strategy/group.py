@@ -6,10 +6,10 @@ import click
 
 from microserve.services.command.strategy.change import promote, retire, rollback, set_
 from microserve.services.command.strategy.check import check
-from microserve.services.command.strategy.compare import compare
-from microserve.services.command.strategy.look import history, list_, show
 from microserve.services.command.strategy.new import new
 from microserve.services.command.strategy.publish import publish
+from microserve.services.command.strategy.view.compare import compare
+from microserve.services.command.strategy.view.look import history, list_, show
 
 
 @click.group()

@@ -3,10 +3,10 @@
     from microserve.services.router.authoring import Mesh, Request, strategy
 
 Owns the programming model (docs/strategies.md): what a strategy is (definition.py), what it sees (mesh.py,
-view.py), what it can do (engine.py, grant.py, generating.py), what it keeps between requests (plan.py), and
-how the router runs its code (driver.py; ../oversight bounds it). Must not know who asks, which version is
-published, or what a failed attempt leads to. The shipped strategies (../strategies) use this door and nothing
-else; what is not named here is the router's own and may change. Start at mesh.py, then engine.py.
+view.py), what it can do (action/), what it keeps between requests (plan.py), and how the router runs its
+code (driver.py; ../oversight bounds it). Must not know who asks, which version is published, or what a failed
+attempt leads to. The shipped strategies (../strategies) use this door and nothing else; what is not named
+here is the router's own and may change. Start at mesh.py, then action/engine.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from microserve.protocol.errors import CapacityError, InvalidRequest, NoEngines,
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring import scoring as scorer
+from microserve.services.router.authoring.action.engine import Engine
+from microserve.services.router.authoring.action.generating import Chunks, Generating
+from microserve.services.router.authoring.action.grant import GrantHandle, Sending
+from microserve.services.router.authoring.action.race import Entrant
 from microserve.services.router.authoring.definition import strategy
-from microserve.services.router.authoring.engine import Engine
-from microserve.services.router.authoring.generating import Chunks, Generating
-from microserve.services.router.authoring.grant import GrantHandle, Sending
 from microserve.services.router.authoring.mesh import Mesh, Scorer
 from microserve.services.router.authoring.plan import PlanMesh
-from microserve.services.router.authoring.race import Entrant
 from microserve.services.router.authoring.splitting import Split, alone_s, cheapest_split
 from microserve.services.router.authoring.view import EngineFacts, MeshView
 from microserve.services.router.engines.load import Load

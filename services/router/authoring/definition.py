@@ -22,7 +22,7 @@ import msgspec
 
 from microserve.protocol.errors import ConfigError, StrategyError
 from microserve.protocol.settings_faults import did_you_mean, wrong_value
-from microserve.services.router.authoring.generating import Chunks
+from microserve.services.router.authoring.action.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.view import MeshView
 from microserve.services.router.request.outcome import Outcome

@@ -16,8 +16,8 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import StrategyError
 from microserve.services.links.stream import Tokens
+from microserve.services.router.authoring.action.generating import Chunks, Generating
 from microserve.services.router.authoring.definition import Strategy, StrategyFunction
-from microserve.services.router.authoring.generating import Chunks, Generating
 from microserve.services.router.authoring.view import MeshView
 from microserve.services.router.oversight.author import AUTHOR, Author, Verdict, keep_tasks
 from microserve.services.router.oversight.cut import BrokenOff

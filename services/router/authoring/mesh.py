@@ -12,10 +12,10 @@ from microserve.protocol.errors import InvalidRequest, NoEngines, StrategyError,
 from microserve.protocol.messages.control import Scalar
 from microserve.protocol.messages.decisions import MAX_NOTE_CHARS, MAX_NOTE_VALUES
 from microserve.protocol.messages.engine_info import GRAMMAR, PREP_RECV, PROMPT_LOGPROBS, REMOTE_SEND
+from microserve.services.router.authoring.action.engine import Engine
+from microserve.services.router.authoring.action.generating import Generating
+from microserve.services.router.authoring.action.race import Entrant, race
 from microserve.services.router.authoring.choice import Scores, combined, softmax_choice
-from microserve.services.router.authoring.engine import Engine
-from microserve.services.router.authoring.generating import Generating
-from microserve.services.router.authoring.race import Entrant, race
 from microserve.services.router.authoring.view import MeshView, StrategyState
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.action.engine import Engine
 from microserve.services.router.authoring.mesh import Mesh, Scorer
 from microserve.services.router.request.request import Request
 

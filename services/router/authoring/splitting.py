@@ -13,7 +13,7 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 from microserve.protocol.messages.engine_info import PREP_RECV, REMOTE_SEND
-from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.action.engine import Engine
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
 

@@ -1,6 +1,6 @@
 """The mesh without a request: who is there, how busy, how fast. What a plan reads, and a strategy too.
 
-Owns no state of its own and sends nothing; actions belong to a request (engine.py).
+Owns no state of its own and sends nothing; actions belong to a request (action/engine.py).
 """
 
 from __future__ import annotations

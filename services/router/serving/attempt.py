@@ -17,8 +17,8 @@ from microserve.protocol import log
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages.router import Output, Served
 from microserve.services.links.stream import Tokens
+from microserve.services.router.authoring.action.generating import Chunks, Generating
 from microserve.services.router.authoring.driver import Driver, ending, line_of, tell_slow
-from microserve.services.router.authoring.generating import Chunks, Generating
 from microserve.services.router.oversight.mistake import place_of
 from microserve.services.router.oversight.overseer import Condemned, StrategyHung
 from microserve.services.router.request.scope import RequestScope, out_of_time

@@ -33,7 +33,7 @@ from microserve.protocol.messages.engine import EngineInfo, Finished, Timings, U
 from microserve.protocol.messages.engine_info import PREP_RECV
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.grant import Sending
+from microserve.services.router.authoring.action.grant import Sending
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.engines.connection import Connection, EngineLeaving
 from microserve.services.router.request.cap import AnswerWhole

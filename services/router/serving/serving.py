@@ -29,9 +29,9 @@ from microserve.protocol.messages.router import Ended, Generate, Output
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.settings import RouterSettings
 from microserve.services.links.stream import Tokens
+from microserve.services.router.authoring.action.generating import Chunks
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.driver import Driver
-from microserve.services.router.authoring.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh, Plans, borrowed
 from microserve.services.router.authoring.view import StrategyState

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from microserve.services.simulation.engine import SimEngine
+from microserve.services.simulation.engine.engine import SimEngine
+from microserve.services.simulation.engine.witness import Lane, Moment
 from microserve.services.simulation.faults.fates import Fault
 from microserve.services.simulation.mesh import Seat, SimulatedMesh
-from microserve.services.simulation.witness import Lane, Moment
 
 STOP_S = 1e-6
 """A step that is to stand where it is waits so long; its process is frozen or dead by then."""

@@ -10,10 +10,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from microserve.services.simulation.heap import WriteWeather
+from microserve.services.simulation.engine.heap import WriteWeather
+from microserve.services.simulation.engine.witness import Moment
 from microserve.services.simulation.mesh import INDEX, Shape
 from microserve.services.simulation.network import Weather
-from microserve.services.simulation.witness import Moment
 
 MAX_FAULT_S = 0.8
 """Most faults are over by then; who is silent for 0.6 s is missed (scenario.py)."""

@@ -7,10 +7,10 @@ from collections import Counter
 from functools import partial
 
 from microserve.protocol import log
-from microserve.services.simulation.engine import SimEngine
+from microserve.services.simulation.engine.engine import SimEngine
+from microserve.services.simulation.engine.heap import WriteWeather
 from microserve.services.simulation.faults.ambush import Ambushes
 from microserve.services.simulation.faults.fates import Fault
-from microserve.services.simulation.heap import WriteWeather
 from microserve.services.simulation.mesh import SimulatedMesh
 from microserve.services.simulation.network import Weather
 

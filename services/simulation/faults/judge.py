@@ -26,11 +26,16 @@ from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptL
 from microserve.protocol.messages.sampling import Grammar, SamplingParams
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
-from microserve.services.simulation.engine import VOCAB_SIZE, SimEngine
+from microserve.services.simulation.engine.engine import VOCAB_SIZE, SimEngine
+from microserve.services.simulation.engine.hash_runner import (
+    HASH,
+    expected_rows,
+    expected_samples,
+    plain,
+)
+from microserve.services.simulation.engine.marked_runner import marked
 from microserve.services.simulation.faults.scenario import CALM, STORM, Scenario
 from microserve.services.simulation.gateway import Answer, SimGateway
-from microserve.services.simulation.hash_runner import HASH, expected_rows, expected_samples, plain
-from microserve.services.simulation.marked_runner import marked
 from microserve.services.simulation.mesh import INDEX, SimulatedMesh
 
 GONE_S = 0.4

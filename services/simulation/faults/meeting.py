@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from microserve.protocol import log
 from microserve.protocol.messages.numerics import MIXED
+from microserve.services.simulation.engine.witness import Meeting
 from microserve.services.simulation.faults.judge import expected
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.mesh import SimulatedMesh
-from microserve.services.simulation.witness import Meeting
 
 COUNTED = {
     "early_starts": "an early start",

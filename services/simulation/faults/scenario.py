@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
-from microserve.services.simulation.engine import VOCAB_SIZE
+from microserve.services.simulation.engine.engine import VOCAB_SIZE
 from microserve.services.simulation.faults.fates import Fault, draw_faults, draw_single, draw_slow_network
 from microserve.services.simulation.faults.strategies import PROVOKING
 from microserve.services.simulation.mesh import Shape

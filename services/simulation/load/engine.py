@@ -28,16 +28,16 @@ from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled,
 from microserve.services.engine.step_thread import IDLE_WAIT_S
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.simulation.bus import SimBus
-from microserve.services.simulation.engine import SimEngine
-from microserve.services.simulation.hash_runner import ROW_NBYTES, hash_layout
+from microserve.services.simulation.engine.engine import SimEngine
+from microserve.services.simulation.engine.hash_runner import ROW_NBYTES, hash_layout
+from microserve.services.simulation.engine.steps import Pacer
+from microserve.services.simulation.engine.witness import Witness
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.load.timing import Profile
 from microserve.services.simulation.load.work import CountedRunner, Work
 from microserve.services.simulation.loop import Process, VirtualLoop
 from microserve.services.simulation.mesh import Shape, SimulatedMesh
 from microserve.services.simulation.network import CalmNetwork, Network
-from microserve.services.simulation.steps import Pacer
-from microserve.services.simulation.witness import Witness
 
 NUM_LAYERS = 4
 """Of the simulated model; each stands for its share of the real one's. More would cost time and change what

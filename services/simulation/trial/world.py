@@ -18,7 +18,7 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.index.service import IndexService
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.service import Router
-from microserve.services.simulation.engine import VOCAB_SIZE
+from microserve.services.simulation.engine.engine import VOCAB_SIZE
 from microserve.services.simulation.faults.scenario import draw
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal

@@ -18,7 +18,7 @@ from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.action_server import ActionServer
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
+from microserve.services.simulation.engine.hash_runner import HashRunner, expected_tokens, hash_layout
 from tests.support.bus.direct_bus import DirectBus
 from tests.support.bus.junk import junk
 

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from microserve.services.simulation.engine.witness import Meeting
 from microserve.services.simulation.faults.campaign import run_seed
 from microserve.services.simulation.faults.meeting import (
     AT_ITS_END,
@@ -16,7 +17,6 @@ from microserve.services.simulation.faults.meeting import (
     MIXED_UP,
     SITUATIONS,
 )
-from microserve.services.simulation.witness import Meeting
 
 NUM_WORLDS = 300
 AT_LEAST = {

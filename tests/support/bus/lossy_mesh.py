@@ -23,7 +23,7 @@ from microserve.services.engine.shell import EngineShell
 from microserve.services.engine.step_thread import StepThread
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
-from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
+from microserve.services.simulation.engine.hash_runner import HashRunner, expected_tokens, hash_layout
 from tests.support.bus.gateway_peer import GatewayPeer
 from tests.support.bus.lossy_bus import LossyBus
 from tests.support.router.router_world import eventually

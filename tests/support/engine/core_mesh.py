@@ -21,7 +21,7 @@ from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.guidance.guide import Guides
-from microserve.services.simulation.hash_runner import HashRunner, expected_tokens, hash_layout
+from microserve.services.simulation.engine.hash_runner import HashRunner, expected_tokens, hash_layout
 
 VOCAB = 500
 ROUTER = b"router"

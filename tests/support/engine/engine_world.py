@@ -24,7 +24,7 @@ from microserve.services.engine.core.state import Clock
 from microserve.services.engine.shell import EngineShell
 from microserve.services.engine.step_thread import StepThread
 from microserve.services.index.service import run_index
-from microserve.services.simulation.hash_runner import HashRunner, hash_layout
+from microserve.services.simulation.engine.hash_runner import HashRunner, hash_layout
 from tests.support.router.router_world import eventually
 
 VOCAB = 500

@@ -17,8 +17,8 @@ from microserve.protocol.messages.control import ControlState, VersionFault
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
+from microserve.services.router.authoring.action.generating import Chunks
 from microserve.services.router.authoring.definition import Strategy
-from microserve.services.router.authoring.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.request.request import Request

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import pytest
 
 from microserve.services.command.bench.load import CLOCK, Sender, run, send_share
-from microserve.services.command.bench.plan import plan
 from microserve.services.command.bench.report import e2el_s, tpot_s, ttft_s
 from microserve.services.command.bench.task import COMPLETIONS, Load, Result, Share, Words
+from microserve.services.command.bench.workload.plan import plan
 from microserve.services.command.client.http import Client
 from tests.support.command.scripted_server import Asked, ScriptedServer, say_all, scripted_server
 

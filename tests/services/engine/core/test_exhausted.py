@@ -19,7 +19,7 @@ from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.batch import Runner
-from microserve.services.simulation.hash_runner import HashRunner
+from microserve.services.simulation.engine.hash_runner import HashRunner
 from tests.support.engine import core_mesh
 from tests.support.engine.core_mesh import VOCAB, expect, generate, grant_for, prompt_of, receive, send
 from tests.support.process.descriptors import no_descriptors

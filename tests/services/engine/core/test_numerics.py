@@ -13,7 +13,7 @@ from microserve.protocol.errors import InternalError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import MIXED, Numerics
 from microserve.services.engine.core.batch import Runner
-from microserve.services.simulation.hash_runner import HashRunner
+from microserve.services.simulation.engine.hash_runner import HashRunner
 from tests.support.engine.core_mesh import (
     GREEDY,
     ROUTER,

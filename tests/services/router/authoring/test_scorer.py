@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.authoring import choice, scorer
-from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.action.engine import Engine
 from microserve.services.router.authoring.mesh import Mesh, Scorer
 from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.request.request import Request

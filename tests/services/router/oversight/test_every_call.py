@@ -12,9 +12,9 @@ import structlog
 from microserve.protocol import log
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring import Load, scorer
-from microserve.services.router.authoring.engine import Engine
-from microserve.services.router.authoring.generating import Generating
-from microserve.services.router.authoring.grant import GrantHandle, Sending
+from microserve.services.router.authoring.action.engine import Engine
+from microserve.services.router.authoring.action.generating import Generating
+from microserve.services.router.authoring.action.grant import GrantHandle, Sending
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh
 from microserve.services.router.authoring.view import OwnLabels, StrategyState

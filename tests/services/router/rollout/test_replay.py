@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from microserve.protocol.messages.decisions import Explanation
+from microserve.services.router.authoring.action.generating import Chunks
 from microserve.services.router.authoring.definition import Strategy
-from microserve.services.router.authoring.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
 from microserve.services.router.rollout.replay import Replayed, replay

@@ -13,7 +13,7 @@ from microserve.protocol.errors import CacheFull, MeshError, StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine import Finished, Timings, Usage
 from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.action.engine import Engine
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
 from tests.support.router.router_world import (

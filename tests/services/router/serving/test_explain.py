@@ -10,7 +10,7 @@ from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages.control import ControlState, EngineLabels
 from microserve.protocol.messages.decisions import MAX_NOTE_CHARS, MAX_NOTE_VALUES, Explanation, Question
 from microserve.services.router.authoring import scorer
-from microserve.services.router.authoring.generating import Chunks
+from microserve.services.router.authoring.action.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
 from tests.support.router.router_world import World, eventually, in_loop, router_world, serve_with, start_with

@@ -10,7 +10,7 @@ from microserve.protocol.errors import EngineLost
 from microserve.protocol.messages import engine as wire
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring import Chunks, Mesh, Request
-from microserve.services.router.authoring.generating import Generating
+from microserve.services.router.authoring.action.generating import Generating
 from tests.support.router.router_world import (
     eventually,
     expected_output,

@@ -16,7 +16,7 @@ from microserve.kvcache.heap.device import DeviceHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.services.engine.core.batch import Batch, Runner, StepResult
-from microserve.services.simulation.hash_runner import HashRunner, _digest
+from microserve.services.simulation.engine.hash_runner import HashRunner, _digest
 from tests.support.engine.core_mesh import VOCAB, Engine, Mesh
 from tests.support.engine.device.host_driver import HostDriver
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from microserve.protocol.errors import CacheFull
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.sampling import SamplingParams
-from microserve.services.simulation.hash_runner import expected_tokens
+from microserve.services.simulation.engine.hash_runner import expected_tokens
 from tests.support.engine.core_mesh import ROUTER, VOCAB, Engine, Mesh, prompt_of
 
 BLOCK_SIZE = 4

@@ -13,7 +13,7 @@ from microserve.services.engine.core.core import ARRIVAL_POLL_S, EngineCore
 from microserve.services.engine.core.peers import DEAD_LOOK_S
 from microserve.services.engine.core.record import IDLE_RECORD_S
 from microserve.services.engine.core.state import PURGE_INTERVAL_S
-from microserve.services.simulation.hash_runner import HashRunner, hash_layout
+from microserve.services.simulation.engine.hash_runner import HashRunner, hash_layout
 from tests.support.engine.core_mesh import ROUTER, Mesh, generate, grant_for, prompt_of, receive, send
 
 LOOK_S = 0.05

@@ -9,7 +9,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.local import MemoryHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.services.engine.core.batch import Batch, Runner, StepResult
-from microserve.services.simulation.hash_runner import HashRunner
+from microserve.services.simulation.engine.hash_runner import HashRunner
 from tests.support.engine.core_mesh import VOCAB, Mesh, expect, generate, grant_for, prompt_of, receive, send
 
 TIMEOUT_S = 30.0

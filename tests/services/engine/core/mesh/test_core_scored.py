@@ -15,7 +15,7 @@ from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core import core as core_module
 from microserve.services.engine.core.batch import Batch, Scored, StepResult
-from microserve.services.simulation.hash_runner import expected_rows
+from microserve.services.simulation.engine.hash_runner import expected_rows
 from tests.support.engine.core_mesh import (
     GREEDY,
     ROUTER,

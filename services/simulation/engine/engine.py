@@ -18,13 +18,13 @@ from microserve.services.engine.core.batch import Batch, Chunk, Runner, StepResu
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.shell import EngineShell
-from microserve.services.simulation.hash_runner import HASH, HashRunner, hash_layout
-from microserve.services.simulation.heap import FaultyHeap, WriteFaults
+from microserve.services.simulation.engine.hash_runner import HASH, HashRunner, hash_layout
+from microserve.services.simulation.engine.heap import FaultyHeap, WriteFaults
+from microserve.services.simulation.engine.marked_runner import MarkedRunner
+from microserve.services.simulation.engine.steps import Pacer, VirtualCondition, VirtualSteps
+from microserve.services.simulation.engine.toy_guides import ToyGuides
+from microserve.services.simulation.engine.witness import Witness
 from microserve.services.simulation.loop import Process, VirtualLoop
-from microserve.services.simulation.marked_runner import MarkedRunner
-from microserve.services.simulation.steps import Pacer, VirtualCondition, VirtualSteps
-from microserve.services.simulation.toy_guides import ToyGuides
-from microserve.services.simulation.witness import Witness
 
 MODEL = "hash"
 VOCAB_SIZE = 500

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from microserve.protocol.errors import MeshError, PeerError
 from microserve.protocol.messages import engine as wire
 from microserve.services.links.stream import Tokens, TokenStream
-from microserve.services.router.authoring.grant import Sending
+from microserve.services.router.authoring.action.grant import Sending
 from microserve.services.router.engines.connection import Connection, EngineLeaving
 from microserve.services.router.request.scope import RequestScope
 

@@ -1,7 +1,7 @@
 """Bugs that plain storms miss: the situation in which each shows is rare.
 
 Found since the dice are aimed at those situations (services/simulation/faults: ambush.py, strategies.py) and
-writes are watched as they happen (services/simulation/witness.py).
+writes are watched as they happen (services/simulation/engine/witness.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from microserve.services.engine.core.scheduler import Step
 from microserve.services.engine.core.stepper import Stepper
 from microserve.services.router.engines.load import Account
 from microserve.services.router.serving.failover import Failover
-from tests.simulation.planting import mutation, replace
+from tests.simulation.mutation.planting import mutation, replace
 
 
 @mutation

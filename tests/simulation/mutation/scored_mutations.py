@@ -9,7 +9,7 @@ from microserve.services.engine.core.sequence import Sequence
 from microserve.services.router.request.request import Request
 from microserve.services.router.serving.failover import Failover
 from microserve.services.router.serving.live import LiveRequest
-from tests.simulation.planting import mutation, replace
+from tests.simulation.mutation.planting import mutation, replace
 
 TOLD_TWICE = "A prompt that is computed again by another engine is told of once more from its first token"
 STEPPED_OVER = "A prompt is told of the token behind the wrong row where it is cut into chunks"

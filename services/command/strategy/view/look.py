@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from microserve.services.command.flags import index_flags, talk_to_index
-from microserve.services.command.strategy.table import entry_lines, ramp_line, score_lines, strategy_lines
+from microserve.services.command.strategy.view.table import (
+    entry_lines,
+    ramp_line,
+    score_lines,
+    strategy_lines,
+)
 from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
@@ -47,7 +52,7 @@ def list_(config: str | None, index: str | None) -> None:
 @index_flags
 def show(name: str, config: str | None, index: str | None) -> None:
     """The versions of NAME in force, how they and a shadow fare, and their sources."""
-    from microserve.services.command.strategy.score_table import board_lines
+    from microserve.services.command.strategy.view.score_table import board_lines
 
     async def talk(client: ControlClient) -> tuple[ControlReport, Asked, list[Explained]]:
         return await client.report(), *(await client.scores(name))

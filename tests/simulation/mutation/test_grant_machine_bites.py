@@ -8,7 +8,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from microserve.protocol.errors import MeshError
 from tests.kvcache.grant.test_grant_machine import GrantMachine, TestGrants
-from tests.simulation.mutations import planted
+from tests.simulation.mutation.mutations import planted
 
 BUGS = [
     "Skip quarantine: a closed grant's blocks are free at once",

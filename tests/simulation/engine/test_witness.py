@@ -13,10 +13,10 @@ from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.local import MemoryRegistry
 from microserve.protocol.errors import TransferFailed
 from microserve.protocol.messages.grant import Grant
-from microserve.services.simulation.hash_runner import hash_layout
-from microserve.services.simulation.heap import FaultyHeap, WriteFaults
-from microserve.services.simulation.witness import Lane, Meeting, Moment, Witness
-from tests.simulation.mutations import planted
+from microserve.services.simulation.engine.hash_runner import hash_layout
+from microserve.services.simulation.engine.heap import FaultyHeap, WriteFaults
+from microserve.services.simulation.engine.witness import Lane, Meeting, Moment, Witness
+from tests.simulation.mutation.mutations import planted
 
 RECEIVER, SENDER, OTHER = 1, 2, 3
 NUM_BLOCKS, NUM_TOKENS = 8, 8

@@ -13,9 +13,9 @@ from microserve.protocol.messages.router import Generate
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.received import ReceivedGrant
 from microserve.services.engine.core.sequence import Sequence
-from microserve.services.router.authoring.grant import GrantHandle
+from microserve.services.router.authoring.action.grant import GrantHandle
 from microserve.services.router.serving.live import LiveRequest
-from tests.simulation.planting import mutation, replace
+from tests.simulation.mutation.planting import mutation, replace
 
 
 @mutation

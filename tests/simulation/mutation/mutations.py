@@ -1,6 +1,6 @@
 """Bugs planted on purpose: each must be caught by the simulation, or the simulation proves nothing.
 
-    python tests/simulation/mutations.py            bug, seeds and seconds until it was caught, what was seen
+    python tests/simulation/mutation/mutations.py    bug, seeds and seconds until it was caught, what was seen
 
 Every mutation is one small lie told to one function, undone afterwards. Several are bugs that systems of this
 kind have shipped.
@@ -17,11 +17,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import tests.simulation.gateway_mutations
-import tests.simulation.guided_mutations
-import tests.simulation.numerics_mutations
-import tests.simulation.scored_mutations
-import tests.simulation.subtle_mutations  # noqa: F401  (as well)
+import tests.simulation.mutation.gateway_mutations
+import tests.simulation.mutation.guided_mutations
+import tests.simulation.mutation.numerics_mutations
+import tests.simulation.mutation.scored_mutations
+import tests.simulation.mutation.subtle_mutations  # noqa: F401  (as well)
 from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.grant.table import Discharged, GrantEvent, GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
@@ -45,9 +45,9 @@ from microserve.services.simulation.faults.campaign import run_seed
 from microserve.services.simulation.faults.guided import guided
 from microserve.services.simulation.faults.scenario import draw
 from microserve.services.simulation.faults.scored import scored
-from tests.simulation.guided_mutations import GUIDED
-from tests.simulation.planting import MUTATIONS, mutation, replace
-from tests.simulation.scored_mutations import SCORED
+from tests.simulation.mutation.guided_mutations import GUIDED
+from tests.simulation.mutation.planting import MUTATIONS, mutation, replace
+from tests.simulation.mutation.scored_mutations import SCORED
 
 LIMIT_SEEDS = 2000
 

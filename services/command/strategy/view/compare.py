@@ -46,7 +46,7 @@ def compare(config: str | None, index: str | None, one: str, other: str | None, 
 
     Look as often as you like: of comparisons of equals at most 5 % ever say better or worse in anything."""
     from microserve.protocol.logging.printable import printable_json
-    from microserve.services.command.strategy.score_table import comparison_lines, more_of
+    from microserve.services.command.strategy.view.score_table import comparison_lines, more_of
     from microserve.services.index.trial.judging import ALPHA, judge
 
     async def talk(client: ControlClient) -> tuple[ControlReport, list[Explained]]:

@@ -23,7 +23,7 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegi
 from microserve.kvcache.heap.mapped import require_same_kv
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.grant import HeapAddress
-from microserve.services.simulation.witness import Lane, Witness
+from microserve.services.simulation.engine.witness import Lane, Witness
 
 
 @dataclass

@@ -31,7 +31,7 @@ from microserve.services.engine.core.batch import (
     ScoreSpec,
     StepResult,
 )
-from microserve.services.simulation.toy_guides import toy_guide
+from microserve.services.simulation.engine.toy_guides import toy_guide
 
 ROW_NBYTES = 8
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.simulation.mutations import hunt
-from tests.simulation.planting import MUTATIONS
+from tests.simulation.mutation.mutations import hunt
+from tests.simulation.mutation.planting import MUTATIONS
 
 QUICK = [
     "Skip quarantine: a closed grant's blocks are free at once",

@@ -11,7 +11,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages import engine as wire
 from microserve.services.links.stream import Tokens
-from microserve.services.router.authoring.engine import Engine
+from microserve.services.router.authoring.action.engine import Engine
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request
 from tests.support.router.router_world import World, expected_output, in_loop, router_world, serve_with

@@ -22,8 +22,8 @@ from microserve.protocol.errors import DeadlineExceeded, InvalidInterval, MeshEr
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.links.engine import Answer
-from microserve.services.router.authoring.engine import Engine
-from microserve.services.router.authoring.generating import Generating
+from microserve.services.router.authoring.action.engine import Engine
+from microserve.services.router.authoring.action.generating import Generating
 from microserve.services.router.request.request import Request
 from microserve.services.router.request.scope import RequestScope
 

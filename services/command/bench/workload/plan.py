@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from itertools import count, islice, repeat
 
 from microserve.protocol.errors import ConfigError
-from microserve.services.command.bench.draw import arrivals, lengths
-from microserve.services.command.bench.prompts import Part, Planned
 from microserve.services.command.bench.task import COMPLETIONS, Load
-from microserve.services.command.bench.traces import read_prompts, read_requests
+from microserve.services.command.bench.workload.draw import arrivals, lengths
+from microserve.services.command.bench.workload.prompts import Part, Planned
+from microserve.services.command.bench.workload.traces import read_prompts, read_requests
 from microserve.services.simulation.load import trace
 from microserve.services.simulation.load.trace import HASH_TOKENS, TraceRequest
 

@@ -30,8 +30,8 @@ from microserve.protocol.messages.engine_info import (
     REMOTE_SEND,
 )
 from microserve.protocol.messages.geometry import difference
-from microserve.services.router.authoring.generating import STREAM, Generating
-from microserve.services.router.authoring.grant import GrantHandle, Sending
+from microserve.services.router.authoring.action.generating import STREAM, Generating
+from microserve.services.router.authoring.action.grant import GrantHandle, Sending
 from microserve.services.router.authoring.view import EngineFacts, OwnLabels
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.request.decision import Send

@@ -10,7 +10,7 @@ import msgspec
 from microserve.gateway.routers.failover import Moves
 from microserve.gateway.routers.link import RouterLink
 from microserve.protocol.messages.router import Generate, StreamCredit
-from tests.simulation.planting import mutation, replace
+from tests.simulation.mutation.planting import mutation, replace
 
 
 @mutation

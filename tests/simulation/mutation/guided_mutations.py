@@ -9,8 +9,8 @@ from unittest import mock
 from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.engine.core import batch, core
 from microserve.services.engine.core.batch import Batch, Sampled
-from microserve.services.simulation.toy_guides import ToyGuides, ToyGuiding
-from tests.simulation.planting import mutation, replace
+from microserve.services.simulation.engine.toy_guides import ToyGuides, ToyGuiding
+from tests.simulation.mutation.planting import mutation, replace
 
 NOT_REPLAYED = "A grammar does not follow the tokens that another engine has delivered"
 NEIGHBOUR = "A row is given the mask of the row beside it"

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.protocol.errors import ConfigError
-from microserve.services.command.bench.plan import plan
-from microserve.services.command.bench.prompts import NUM_SPELT, Writer
 from microserve.services.command.bench.task import CHAT, COMPLETIONS, Load, Words
+from microserve.services.command.bench.workload.plan import plan
+from microserve.services.command.bench.workload.prompts import NUM_SPELT, Writer
 
 IDS = Words(ids=list(range(100, 400)), tokens_per_word=1.5, is_measured=True)
 

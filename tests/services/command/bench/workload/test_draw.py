@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microserve.services.command.bench.draw import LONGEST, SHORTEST, arrivals, lengths
 from microserve.services.command.bench.task import Load
+from microserve.services.command.bench.workload.draw import LONGEST, SHORTEST, arrivals, lengths
 
 NUM = 4000
 rates = st.floats(0.01, 1e4)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.core.batch import Chunk, Sampled
-from microserve.services.simulation.hash_runner import HASH, ROW_NBYTES, HashRunner, _digest
+from microserve.services.simulation.engine.hash_runner import HASH, ROW_NBYTES, HashRunner, _digest
 
 OnSampled = Callable[[Chunk, int], None]
 """Told a chunk that is sampled from, and the mark of its token."""
