@@ -17,9 +17,9 @@ from pathlib import Path
 
 from canary_traffic import Comparison, Traffic
 
-from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
 from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.router import Ended, Phases
+from microserve.protocol.messages.strategy.control import ControlEntry, ControlState, StrategyVersion
 from microserve.services.index.trial.comparison import NOT_YET
 from microserve.services.index.trial.judging import judge
 from microserve.services.router.rollout.book import StrategyBook

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from microserve.protocol.messages.engine import Usage
-from microserve.protocol.messages.scores import Side
+from microserve.protocol.messages.strategy.scores import Side
 from microserve.services.router.rollout.sums import Sums, Timing
 
 

@@ -37,7 +37,7 @@ import numpy as np
 from microserve.kvcache.heap.doors.host import HostHeap, Opening
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.layout import K, KvLayout
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ROOT / "tests/support/kvcache/networks.sh"

@@ -31,7 +31,7 @@ from microserve.kvcache.grant.writer import LaneWriter, TransferPlan
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 
 POOL_NBYTES = 1 << 29
 NUM_LAYERS = 16

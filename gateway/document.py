@@ -26,7 +26,7 @@ from microserve.gateway.responses.described import describe
 from microserve.gateway.responses.replies import DeletedResponse, InputItemList, ResponseReply
 from microserve.gateway.responses.schema import ResponsesRequest
 from microserve.gateway.routers.link import ModelLimits
-from microserve.protocol.messages.sampling import MAX_COUNT, MAX_TOKEN_ID
+from microserve.protocol.messages.request.sampling import MAX_COUNT, MAX_TOKEN_ID
 
 _SCHEMAS = "#/components/schemas/{name}"
 _JSON, _SSE, _TEXT = "application/json", "text/event-stream", "text/plain; version=0.0.4"

@@ -21,7 +21,7 @@ from typing import ClassVar
 import msgspec
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.geometry import Geometry
+from microserve.protocol.messages.kv.geometry import Geometry
 
 ROWS = "rows"
 """The order inside a block that is known here."""

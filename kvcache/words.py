@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.grant import MAX_LANES
+from microserve.protocol.messages.kv.grant import MAX_LANES
 
 MAX_GENERATION = (1 << 30) - 1
 """A slot is not used more often: bit 62 of a word is POISON."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from microserve.protocol.messages.control import Scalar
-from microserve.protocol.messages.decisions import Explanation
+from microserve.protocol.messages.strategy.control import Scalar
+from microserve.protocol.messages.strategy.decisions import Explanation
 from microserve.services.simulation.gateway import Answer as SimulatedAnswer
 
 

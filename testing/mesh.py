@@ -18,8 +18,8 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.control import Scalar
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
+from microserve.protocol.messages.strategy.control import Scalar
 from microserve.protocol.settings import Settings
 from microserve.services.router.authoring import Chunks, Mesh, Request, strategy
 from microserve.services.router.authoring.definition import Strategy, load_file

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from microserve.protocol.messages.control import Scalar
+from microserve.protocol.messages.strategy.control import Scalar
 from microserve.services.router.authoring.definition import Strategy
 from microserve.testing.mesh import Engine, MeshInMemory
 

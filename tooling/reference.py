@@ -22,7 +22,7 @@ CHAPTERS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "A strategy, and what it is given": [
         (f"{AUTHORING}/definition.py", ("strategy",)),
         ("services/router/request/request.py", ("Request",)),
-        ("protocol/messages/sampling.py", ("SamplingParams",)),
+        ("protocol/messages/request/sampling.py", ("SamplingParams",)),
         ("services/router/request/outcome.py", ("Outcome",)),
     ],
     "The mesh": [

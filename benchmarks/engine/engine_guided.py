@@ -25,7 +25,7 @@ from engine_parts.steps import BLOCK_SIZE, NUM_BLOCKS, Engine, demo_model
 
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.guidance.pool import GuidePool, compiler_of

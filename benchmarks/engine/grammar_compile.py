@@ -22,7 +22,7 @@ from engine_parts.steps import demo_model
 from microserve.gateway.grammar.checking import checked
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.grammar.compiled import load_tokenizer
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 from microserve.services.engine.guidance.pool import compiler_of
 
 

@@ -29,7 +29,7 @@ from engine_parts.steps import BLOCK_SIZE, NUM_BLOCKS, Engine
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
 
 PREFILLS = [(n, start) for n in (2, 8, 32, 128, 512) for start in (0, 1024, 4096)]

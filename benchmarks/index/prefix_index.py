@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 
 from microserve.kvcache.prefix.hash import block_hashes, root_hash
 from microserve.kvcache.prefix.index import PrefixIndex
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import (
     BlockRemoved,
     BlockStored,
     KVEvent,

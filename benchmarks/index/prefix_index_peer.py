@@ -29,8 +29,8 @@ from typing import Any
 from microserve.kvcache.prefix.hash import BlockHash, block_hashes, root_hash
 from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.bus.codec import decode_tokens, encode_tokens
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import BlockStored, KVEventBatch, encode_batch
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import BlockStored, KVEventBatch, encode_batch
 from microserve.services.simulation.load.trace import HASH_TOKENS, TraceRequest, read_trace
 
 BLOCK_SIZE = 16

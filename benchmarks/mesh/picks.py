@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.view import StrategyState

@@ -24,7 +24,7 @@ from microserve.gateway.api.fields import (
     Unsupported,
     only,
 )
-from microserve.protocol.messages import sampling as bounds
+from microserve.protocol.messages.request import sampling as bounds
 
 MAX_BLOCKS = 4096
 """Of one message."""

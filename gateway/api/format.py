@@ -16,7 +16,7 @@ from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.text.answer.choice import Piece
 from microserve.gateway.text.answer.scored import ScoredPrompt
 from microserve.gateway.text.answer.transcript import TokenText
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from microserve.gateway.state import GatewayState
 from microserve.gateway.text.answer.reading import Reading
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.grammar.compiled import json_of
-from microserve.protocol.messages.sampling import MAX_GRAMMAR_NBYTES, Grammar
+from microserve.protocol.messages.request.sampling import MAX_GRAMMAR_NBYTES, Grammar
 
 _ANY = {"type": "object"}
 """Arguments of a function that says nothing of them."""

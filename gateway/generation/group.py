@@ -22,10 +22,10 @@ from microserve.gateway.text.answer.choice import Choice, Piece, Timeline
 from microserve.gateway.text.answer.reading import ReadChoice, Reading
 from microserve.gateway.text.answer.scored import ScoredPrompt
 from microserve.protocol.errors import DeadlineExceeded, InvalidRequest
-from microserve.protocol.messages.attributes import MAX_PRIORITY
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.messages.request.attributes import MAX_PRIORITY
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.messages.router import Ended, Served
-from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.request_id import of_choice
 
 DEADLINE_GRACE_S = 2.0

@@ -14,7 +14,7 @@ import msgspec
 from microserve.protocol.errors import InvalidRequest, located
 from microserve.protocol.grammar.bounds import check_bounds
 from microserve.protocol.grammar.compiled import OPTIONS
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 
 
 class Asked(msgspec.Struct, frozen=True, omit_defaults=True):

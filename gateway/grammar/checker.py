@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from microserve.gateway.grammar.asked import Asked
 from microserve.protocol.errors import InvalidRequest, QueueFull
 from microserve.protocol.grammar.bounds import check_bounds
-from microserve.protocol.messages.sampling import MAX_GRAMMAR_NBYTES, Grammar
+from microserve.protocol.messages.request.sampling import MAX_GRAMMAR_NBYTES, Grammar
 
 MAX_KEPT = 512
 MAX_KEPT_NBYTES = 8 << 20

@@ -32,7 +32,7 @@ from microserve.gateway.helper.work import GRAMMAR_CPU_S, cpu_budget_s
 from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, error_for
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 
 INLINE_BODY_NBYTES = 64 << 10
 """Smaller bodies are parsed in the loop: within a millisecond, whatever is in them."""

@@ -29,7 +29,7 @@ from microserve.gateway.helper.jobs import (
 )
 from microserve.gateway.text.prompt.chat_template import ChatTemplate
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

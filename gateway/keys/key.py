@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.attributes import MAX_PRIORITY
+from microserve.protocol.messages.request.attributes import MAX_PRIORITY
 from microserve.protocol.settings_faults import did_you_mean, printable, wrong_value
 
 PREFIX = "ms-"

@@ -29,9 +29,9 @@ from microserve.gateway.api.fields import (
 )
 from microserve.gateway.openai.messages import Messages, ToolChoice, Tools
 from microserve.gateway.request.request import MAX_CHOICES
-from microserve.protocol.messages import sampling as bounds
-from microserve.protocol.messages.attributes import MAX_PRIORITY
-from microserve.protocol.messages.sampling import TokenId
+from microserve.protocol.messages.request import sampling as bounds
+from microserve.protocol.messages.request.attributes import MAX_PRIORITY
+from microserve.protocol.messages.request.sampling import TokenId
 
 MAX_TEMPLATE_OPTIONS = 64
 

@@ -1,7 +1,8 @@
 """Which facts about a request the operator lets strategies see, and their values in one HTTP request.
 
 Owns the allow-list (``gateway.attributes``) and which of it is for strategies alone (``private_attributes``).
-What comes is bounded as protocol/messages/attributes.py says. Knows nothing of what strategies do with it.
+What comes is bounded as protocol/messages/request/attributes.py says. Knows nothing of what strategies do
+with it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 from microserve.gateway.request.request import GenerateRequest
 from microserve.protocol.errors import ConfigError, InvalidRequest
-from microserve.protocol.messages.attributes import MAX_ATTRIBUTES, MAX_NAME_CHARS, MAX_VALUE_CHARS
+from microserve.protocol.messages.request.attributes import MAX_ATTRIBUTES, MAX_NAME_CHARS, MAX_VALUE_CHARS
 
 FIELDS = ("user", "prompt_cache_key", "safety_identifier", "service_tier")
 """Labels that may be attributes."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from microserve.protocol.errors import ConfigError, located
-from microserve.protocol.messages import sampling as bounds
+from microserve.protocol.messages.request import sampling as bounds
 
 FILE = "generation_config.json"
 

@@ -14,7 +14,7 @@ from microserve.gateway.request.defaults import SamplingDefaults
 from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 
 NO_DEFAULTS = SamplingDefaults()
 MAX_PROMPT_PAIRS = 1 << 20

@@ -27,7 +27,7 @@ from microserve.gateway.api.fields import (
     Unsupported,
     only,
 )
-from microserve.protocol.messages import sampling as bounds
+from microserve.protocol.messages.request import sampling as bounds
 
 MAX_METADATA = 16
 ItemType = Annotated[

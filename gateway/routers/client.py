@@ -17,8 +17,8 @@ from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.bus.peers import Peers
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, MeshError, NoEngines, QueueFull
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.messages.router import Generate
-from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest

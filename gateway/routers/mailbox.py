@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import UNKNOWN
-from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprobs
+from microserve.protocol.messages.request.prompt_logprobs import FIRST_POSITION, PromptLogprobs
 from microserve.protocol.messages.router import Ended, Output, Served
 
 MAX_TOKEN_ID = 0xFFFF_FFFF

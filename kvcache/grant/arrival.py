@@ -16,7 +16,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import block_spans
 from microserve.kvcache.words import CHECKSUMMED, POISON, count_of, grant_tag
 from microserve.protocol.errors import InternalError, TransferFailed
-from microserve.protocol.messages.grant import MAX_LANES, Grant
+from microserve.protocol.messages.kv.grant import MAX_LANES, Grant
 
 
 class Arrival:

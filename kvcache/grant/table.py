@@ -30,7 +30,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import CLOSED, MAX_GENERATION, OPEN, pack_state
 from microserve.protocol.errors import GrantsFull, InternalError, TransferFailed, UnknownRequest
-from microserve.protocol.messages.grant import MAX_LANES, Grant
+from microserve.protocol.messages.kv.grant import MAX_LANES, Grant
 
 RETRY_AFTER_S = 0.1
 """Hint when every slot is in use: about the time in which some transfer ends."""

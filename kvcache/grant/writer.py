@@ -27,7 +27,7 @@ from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.kvcache.layout import KvLayout, block_spans
 from microserve.kvcache.words import CHECKSUMMED, CLAIMED, OPEN, POISON, grant_tag, pack_count, pack_state
 from microserve.protocol.errors import InternalError, InvalidInterval, InvalidRequest, TransferFailed
-from microserve.protocol.messages.grant import MAX_LANES, Grant
+from microserve.protocol.messages.kv.grant import MAX_LANES, Grant
 
 
 class TransferPlan:

@@ -47,7 +47,7 @@ from microserve.kvcache.heap.process import is_gone, this_process
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS, POISON, WORD_NBYTES
 from microserve.protocol.errors import TransferFailed
-from microserve.protocol.messages.grant import MAX_LANES, HeapAddress
+from microserve.protocol.messages.kv.grant import MAX_LANES, HeapAddress
 
 KIND = "cuda_ipc"
 

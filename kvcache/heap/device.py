@@ -29,7 +29,7 @@ from microserve.kvcache.heap.mapped import require_inside
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import WordLayout
 from microserve.protocol.errors import InternalError
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 MIN_RUNS_OF_A_LAUNCH: Final = 4
 """Fewer runs of blocks than that are left to the copy engines, which take no multiprocessor."""

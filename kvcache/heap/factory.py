@@ -22,7 +22,7 @@ from microserve.kvcache.heap.memfd import MayTake
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 from microserve.protocol.settings import Settings
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import WordLayout
 from microserve.protocol.errors import InternalError, TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 
 class Copy(NamedTuple):

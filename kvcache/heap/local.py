@@ -10,7 +10,7 @@ from microserve.kvcache.heap.mapped import MappedHeap, MappedPeerHeap, require_s
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS, WORD_NBYTES, WordLayout
 from microserve.protocol.errors import InternalError, TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 
 class MemoryRegistry:

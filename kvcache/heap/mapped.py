@@ -22,7 +22,7 @@ from microserve.kvcache.heap.heap import Copies, Heap, PeerHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import WordLayout
 from microserve.protocol.errors import InternalError, TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 
 class MappedWords(Heap):

@@ -45,7 +45,7 @@ from microserve.kvcache.heap.mapped import require_same_kv
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import WORD_NBYTES, WordLayout
 from microserve.protocol.errors import ConfigError, TransferFailed
-from microserve.protocol.messages.grant import MAX_LANES, HeapAddress
+from microserve.protocol.messages.kv.grant import MAX_LANES, HeapAddress
 
 HEAP_NAME: Final = "microserve-kv"
 _MAGIC: Final = b"MSERVKV1"

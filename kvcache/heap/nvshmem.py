@@ -72,7 +72,7 @@ from microserve.kvcache.heap.nvshmem_world import SymmetricMemory
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS, POISON, WORD_NBYTES
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 KIND: Final = "nvshmem"
 _MAX_TRIES: Final = 100

@@ -21,7 +21,7 @@ from microserve.kvcache.heap.cuda_driver import CudaDriver
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import WORD_NBYTES, WordLayout
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.grant import MAX_LANES
+from microserve.protocol.messages.kv.grant import MAX_LANES
 
 PAGE: Final = mmap.PAGESIZE
 ALIVE: Final = PAGE - WORD_NBYTES

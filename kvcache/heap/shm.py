@@ -25,7 +25,7 @@ from microserve.kvcache.layout import K, KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 KIND = "shm"
 BACK_NBYTES = 16 << 20

@@ -33,7 +33,7 @@ from microserve.kvcache.prefix.hash import (
 from microserve.kvcache.prefix.own_events import append_removed, stored_event
 from microserve.protocol.bus.codec import decode_tokens
 from microserve.protocol.errors import InternalError, InvalidInterval
-from microserve.protocol.messages.kv_events import AllBlocksCleared, BlockStored, KVEvent
+from microserve.protocol.messages.kv.kv_events import AllBlocksCleared, BlockStored, KVEvent
 
 _ROOT_BLOCK = -1
 

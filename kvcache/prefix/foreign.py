@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from microserve.kvcache.prefix.hash import TOKEN_NBYTES, BlockHash, chain_hash, pack_tokens, root_hash
-from microserve.protocol.messages.kv_events import BlockStored, WireHash
+from microserve.protocol.messages.kv.kv_events import BlockStored, WireHash
 
 _HASH_OBJECT_NBYTES = 64
 _INT_OBJECT_NBYTES = 48

@@ -24,7 +24,7 @@ from microserve.kvcache.prefix.hash import (
 )
 from microserve.kvcache.prefix.python_blocks import PythonBlocks
 from microserve.protocol.errors import ConfigError, InternalError
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_events import (
     DEVICE_MEDIUMS,
     PREFIX_KINDS,
     AllBlocksCleared,

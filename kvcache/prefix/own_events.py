@@ -6,7 +6,7 @@ Owns their form: where the salt stands (foreign.py:salt_of reads it), and remova
 from __future__ import annotations
 
 from microserve.kvcache.prefix.hash import BlockHash
-from microserve.protocol.messages.kv_events import BlockRemoved, BlockStored, KVEvent
+from microserve.protocol.messages.kv.kv_events import BlockRemoved, BlockStored, KVEvent
 
 
 def stored_event(

@@ -12,7 +12,7 @@ import msgspec
 
 from microserve.protocol.bus.credit import CreditWindow
 from microserve.protocol.messages.engine import TokenLogprob
-from microserve.protocol.messages.prompt_logprobs import PromptLogprobs, row_nbytes
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs, row_nbytes
 
 MAX_STREAM_TOKENS = 16_384
 """In one message: with 20 log-probabilities each they stay below ``codec.MAX_MESSAGE_NBYTES``."""

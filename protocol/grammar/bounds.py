@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 
 MAX_SCHEMA_NBYTES = 64 << 10
 MAX_SCHEMA_DEPTH = 64

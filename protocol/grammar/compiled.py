@@ -16,7 +16,7 @@ import msgspec
 
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.grammar.bounds import check_bounds, choices_of, schema_of, schemas_in
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

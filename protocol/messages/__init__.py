@@ -4,6 +4,7 @@ Owns shapes, bounds and defaults; positional structures only grow at their end (
 frames, sockets or what anybody does with a message: ``bus/codec.py`` puts them into frames.
 
 Start with ``engine.py`` (router and engine: the three actions), then ``router.py`` (gateway and router),
-``index.py`` (everybody and the index); ``grant.py``, ``sampling.py``, ``control.py`` and ``world.py`` are
-parts of these, ``interval.py`` says what bounds in an action mean, ``kv_events.py`` has frames of its own.
+``index.py`` (everybody and the index). Parts of these: ``request/`` travels with a request, ``kv/`` is
+about KV (its events have frames of their own), ``strategy/`` about what decides; ``engine_info.py``,
+``numerics.py`` and ``host.py`` are what a service says of itself, ``world.py`` how engines of one meet.
 """

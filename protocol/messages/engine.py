@@ -11,11 +11,11 @@ from __future__ import annotations
 import msgspec
 
 from microserve.protocol.messages.engine_info import EngineInfo as EngineInfo  # noqa: PLC0414 - a message's part
-from microserve.protocol.messages.grant import Grant
 from microserve.protocol.messages.host import UNSAID_HOST, HostFacts
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
-from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
+from microserve.protocol.messages.request.sampling import SamplingParams
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, omit_defaults=False):
@@ -126,7 +126,7 @@ class Stats(_Message, frozen=True, tag=9):
 
 
 class Snapshot(_Message, frozen=True, tag=10):
-    """The prefix cache as events would have built it -> ``SnapshotReply`` and bulk (kv_events.py)."""
+    """The prefix cache as events would have built it -> ``SnapshotReply`` and bulk (kv/kv_events.py)."""
 
     call_id: int
 

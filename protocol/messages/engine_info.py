@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from microserve.protocol.messages.geometry import UNSAID, Geometry, differing_field
+from microserve.protocol.messages.kv.geometry import UNSAID, Geometry, differing_field
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.types import NO_KEY
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
-from microserve.protocol.messages import control, decisions
 from microserve.protocol.messages import world as worlds
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.messages.host import UNSAID_HOST, HostFacts
-from microserve.protocol.messages.scores import Trial
+from microserve.protocol.messages.strategy import control, decisions
+from microserve.protocol.messages.strategy.scores import Trial
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True):

@@ -6,8 +6,8 @@ import msgspec
 
 from microserve.protocol.messages.engine import TokenLogprob, Usage
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
-from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
+from microserve.protocol.messages.request.sampling import SamplingParams
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True):
@@ -48,7 +48,7 @@ class Generate(_Message, frozen=True, tag=2):
     numerics: Numerics = UNKNOWN
     """In which class this output was made."""
     attributes: dict[str, str] = {}
-    """By name (attributes.py): whatever the gateway lets strategies know of who asks."""
+    """By name (request/attributes.py): whatever the gateway lets strategies know of who asks."""
 
 
 class Cancel(_Message, frozen=True, tag=3):

@@ -13,7 +13,8 @@ from types import MappingProxyType
 from typing import Any, Final, get_args
 
 from microserve.protocol.errors import NotPermitted
-from microserve.protocol.messages import control, decisions, engine, index, router, world
+from microserve.protocol.messages import engine, index, router, world
+from microserve.protocol.messages.strategy import control, decisions
 
 
 class Role(StrEnum):

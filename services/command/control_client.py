@@ -18,7 +18,9 @@ from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.bus.open import open_bus
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import DeadlineExceeded, MeshError, ProtocolViolation, error_for
-from microserve.protocol.messages.control import (
+from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.index import IndexFailed, IndexReply, IndexRequest, Members, Watch
+from microserve.protocol.messages.strategy.control import (
     KINDS,
     RAMP,
     ROLLBACK,
@@ -32,10 +34,8 @@ from microserve.protocol.messages.control import (
     RouterControl,
     Scalar,
 )
-from microserve.protocol.messages.decisions import Asked, Explain, Explained
-from microserve.protocol.messages.engine import EngineInfo
-from microserve.protocol.messages.index import IndexFailed, IndexReply, IndexRequest, Members, Watch
-from microserve.protocol.messages.scores import Ramp
+from microserve.protocol.messages.strategy.decisions import Asked, Explain, Explained
+from microserve.protocol.messages.strategy.scores import Ramp
 from microserve.protocol.security.rights import Role
 from microserve.protocol.settings import Settings
 

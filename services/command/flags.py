@@ -16,7 +16,7 @@ import click
 from microserve.services.command.terminal import Failure
 
 if TYPE_CHECKING:
-    from microserve.protocol.messages.control import Scalar
+    from microserve.protocol.messages.strategy.control import Scalar
     from microserve.protocol.settings import Settings
     from microserve.services.command.control_client import ControlClient
 

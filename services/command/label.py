@@ -18,8 +18,8 @@ from microserve.services.command.strategy.change import tell
 from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
-    from microserve.protocol.messages.control import EngineLabels
     from microserve.protocol.messages.engine import EngineInfo
+    from microserve.protocol.messages.strategy.control import EngineLabels
     from microserve.services.command.control_client import ControlClient
 
 
@@ -56,7 +56,7 @@ def label(
     chosen = _chosen(labels)
 
     async def talk(client: ControlClient) -> int:
-        from microserve.protocol.messages.control import ANY, LABEL, UNLABEL
+        from microserve.protocol.messages.strategy.control import ANY, LABEL, UNLABEL
 
         if not reset and not force:
             await _check_member(client, engine)
@@ -75,7 +75,7 @@ def label(
 
 
 def _chosen(labels: Sequence[str]) -> list[str]:
-    from microserve.protocol.messages.control import ANY, fault_of_labels
+    from microserve.protocol.messages.strategy.control import ANY, fault_of_labels
 
     chosen = [] if list(labels) == [ANY] else list(labels)
     if fault := fault_of_labels(chosen):
@@ -103,7 +103,7 @@ async def _table(client: ControlClient) -> list[str]:
 
 def rows(present: Sequence[EngineInfo], chosen: Sequence[EngineLabels]) -> list[str]:
     """A line for each engine that is in the mesh or whose labels are set."""
-    from microserve.protocol.messages.control import ANY
+    from microserve.protocol.messages.strategy.control import ANY
 
     def text(labels: Sequence[str] | None) -> str:
         return "-" if labels is None else " ".join(labels) or ANY

@@ -16,7 +16,7 @@ from microserve.services.command.flags import WrongFlag, parameter
 from microserve.services.command.terminal import Failure
 
 if TYPE_CHECKING:
-    from microserve.protocol.messages.control import Scalar
+    from microserve.protocol.messages.strategy.control import Scalar
 
 MODULE = "microserve.services.simulation.load.planner"
 

@@ -23,7 +23,7 @@ from microserve.protocol.bus.queue import StreamQueue
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, ProtocolViolation
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.kv_events import KVEvent, KVEventBatch, encode_batch
+from microserve.protocol.messages.kv.kv_events import KVEvent, KVEventBatch, encode_batch
 from microserve.protocol.process.host import host_facts
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance

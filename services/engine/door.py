@@ -13,7 +13,7 @@ from typing import Protocol
 
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.kv_events import BlockStored, KVEvent
+from microserve.protocol.messages.kv.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.record import Outbox

@@ -21,7 +21,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     KVEvent,

@@ -13,7 +13,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import MeshError, NotPermitted
 from microserve.protocol.messages import index as wire
-from microserve.protocol.messages.control import (
+from microserve.protocol.messages.strategy.control import (
     LABEL_KINDS,
     RAMP,
     ROLLBACK,

@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 
 from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest, MeshError
-from microserve.protocol.messages.control import MAX_CONTROL_ENTRIES, Change, ControlRecord, Scalar
-from microserve.protocol.messages.scores import Ramp
+from microserve.protocol.messages.strategy.control import MAX_CONTROL_ENTRIES, Change, ControlRecord, Scalar
+from microserve.protocol.messages.strategy.scores import Ramp
 from microserve.services.index.control_state import Fold, digest_of
 
 MAX_VERSION = 1 << 62

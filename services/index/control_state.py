@@ -16,8 +16,8 @@ from types import MappingProxyType
 import msgspec
 
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.messages.attributes import MAX_NAME_CHARS as MAX_ATTRIBUTE_NAME_CHARS
-from microserve.protocol.messages.control import (
+from microserve.protocol.messages.request.attributes import MAX_NAME_CHARS as MAX_ATTRIBUTE_NAME_CHARS
+from microserve.protocol.messages.strategy.control import (
     KINDS,
     LABEL,
     LABEL_KINDS,
@@ -38,7 +38,7 @@ from microserve.protocol.messages.control import (
     StrategyVersion,
     fault_of_labels,
 )
-from microserve.protocol.messages.scores import Ramp, fault_of_ramp
+from microserve.protocol.messages.strategy.scores import Ramp, fault_of_ramp
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 
 MAX_NAME_CHARS = 64

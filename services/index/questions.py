@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from microserve.protocol.messages import index as wire
-from microserve.protocol.messages.decisions import Answer, Asked, Explain, Explained, Question
+from microserve.protocol.messages.strategy.decisions import Answer, Asked, Explain, Explained, Question
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 
 MAX_OPEN = 256

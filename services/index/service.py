@@ -34,9 +34,9 @@ from microserve.protocol.errors import (
     QueueFull,
 )
 from microserve.protocol.messages import index as wire
-from microserve.protocol.messages.control import Change, ControlHistory, ControlStatus
-from microserve.protocol.messages.decisions import Answer, Explain
 from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.strategy.control import Change, ControlHistory, ControlStatus
+from microserve.protocol.messages.strategy.decisions import Answer, Explain
 from microserve.protocol.messages.world import JoinWorld
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.pace import Pace

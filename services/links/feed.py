@@ -19,8 +19,8 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import EngineInfo, SnapshotReply
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import KVEvent, KVEventBatch, Published, parse_published
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import KVEvent, KVEventBatch, Published, parse_published
 from microserve.protocol.process.surviving import surviving
 from microserve.services.links.feed_state import (
     Apply,

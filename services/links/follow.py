@@ -17,8 +17,8 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages.engine_info import SNAPSHOT, EngineInfo
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import (
     AllBlocksCleared,
     KVEventBatch,
     Published,

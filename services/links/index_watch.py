@@ -18,8 +18,9 @@ from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.bus.peers import SIGNS
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.messages import control, decisions, index, world
+from microserve.protocol.messages import index, world
 from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.strategy import control, decisions
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest, between_signs

@@ -14,7 +14,7 @@ import msgspec
 
 from microserve.protocol.errors import MeshError, PeerError, error_for
 from microserve.protocol.messages.engine import Delta, Finished, TokenLogprob
-from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprobs
+from microserve.protocol.messages.request.prompt_logprobs import FIRST_POSITION, PromptLogprobs
 
 
 class Tokens(msgspec.Struct, frozen=True):

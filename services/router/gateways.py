@@ -25,7 +25,7 @@ from microserve.protocol.errors import MeshError, NotPermitted, ProtocolViolatio
 from microserve.protocol.messages import router as wire
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import Numerics
-from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest, tick

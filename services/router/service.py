@@ -12,11 +12,11 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, StrategyNotFound
-from microserve.protocol.messages.control import ControlState
-from microserve.protocol.messages.decisions import Answer, Question
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.index import Watch
 from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
+from microserve.protocol.messages.strategy.control import ControlState
+from microserve.protocol.messages.strategy.decisions import Answer, Question
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.tick import at_rest

@@ -21,9 +21,9 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import MeshError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
-from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.messages.router import Ended
-from microserve.protocol.messages.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings
 from microserve.services.simulation.engine.engine import MODEL
 from microserve.services.simulation.loop import Process, VirtualLoop

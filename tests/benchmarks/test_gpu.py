@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InternalError
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner

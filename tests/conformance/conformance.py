@@ -24,7 +24,7 @@ from microserve.gateway.grammar.checking import checked
 from microserve.gateway.helper.work import GRAMMAR_CPU_S
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.grammar.compiled import load_tokenizer
-from microserve.protocol.messages.sampling import MAX_GRAMMAR_NBYTES, Grammar
+from microserve.protocol.messages.request.sampling import MAX_GRAMMAR_NBYTES, Grammar
 from microserve.services.engine.guidance.matching import GrammarCompiler, GrammarMatcher
 from tests.conformance.corpora import Case, cases_of, in_integers, in_order
 from tests.support.gateway.gateway_world import make_tokenizer

@@ -10,8 +10,8 @@ import pytest
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine_info import COMMIT, FIRST_TOKEN, PREP_RECV, REMOTE_SEND
-from microserve.protocol.messages.grant import Grant
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.grant import Grant
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.engine_conformance.answers import GREEDY, make_prompt
 from tests.support.engine_conformance.pair import Pair
 from tests.support.engine_conformance.relay import check_relay, fresh

@@ -8,7 +8,7 @@ import asyncio
 import pytest
 
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.engine_conformance.answers import (
     GREEDY,
     Answer,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from microserve.protocol.messages.kv_events import Published, parse_replay_answer, replay_request
+from microserve.protocol.messages.kv.kv_events import Published, parse_replay_answer, replay_request
 from tests.support.engine_conformance.answers import generate, make_prompt
 from tests.support.engine_conformance.cache_reader import CacheReader
 from tests.support.engine_conformance.pair import Pair

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import MAX_LANES, Grant
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.grant import MAX_LANES, Grant
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.engine_conformance.answers import (
     GREEDY,
     Answer,

@@ -9,9 +9,9 @@ import pytest
 
 from microserve.protocol.bus.codec import ENGINE_REQUEST
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from microserve.protocol.messages.numerics import fault_of_numerics
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.types import WIRE_VERSION
 from tests.support.engine_conformance.answers import GREEDY, generate, make_prompt
 from tests.support.engine_conformance.pair import Pair, is_idle

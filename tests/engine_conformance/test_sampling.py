@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from microserve.protocol.messages.engine_info import GRAMMAR, PROMPT_LOGPROBS, EngineInfo
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 from tests.support.engine_conformance.answers import Answer, alone, generate, make_prompt, require_equal
 from tests.support.engine_conformance.pair import Pair
 from tests.support.engine_conformance.relay import fresh, relay

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.engine_conformance.answers import Answer, alone, generate, make_prompt, require_equal
 from tests.support.engine_conformance.pair import Pair, until_load
 from tests.support.engine_conformance.relay import fresh

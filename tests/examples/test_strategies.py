@@ -17,8 +17,8 @@ import pytest
 
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.control import Scalar
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
+from microserve.protocol.messages.strategy.control import Scalar
 from microserve.services.simulation.load.planner import points_of
 from microserve.services.simulation.load.point import run_point
 from microserve.services.simulation.load.task import SimulateTask

@@ -21,7 +21,7 @@ from microserve.gateway.openai.schema import (
     TokenizeRequest,
 )
 from microserve.gateway.responses.schema import ResponsesRequest
-from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprob, packed
+from microserve.protocol.messages.request.prompt_logprobs import FIRST_POSITION, PromptLogprob, packed
 from tests.support.gateway.gateway_world import (
     Connection,
     GatewayWorld,

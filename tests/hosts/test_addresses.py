@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.hosts.mesh import MICROSERVE, HostMesh
 from tests.support.hosts.world import World
 

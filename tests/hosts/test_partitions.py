@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.hosts.mesh import HostMesh
 from tests.support.hosts.world import World

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from microserve.protocol import log
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import BusClient
 from tests.support.engine.tiny_model import make_tiny_model
 from tests.support.hosts.mesh import HostMesh

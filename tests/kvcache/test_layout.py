@@ -21,7 +21,7 @@ from microserve.kvcache.words import (
     pack_state,
 )
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.grant import MAX_LANES
+from microserve.protocol.messages.kv.grant import MAX_LANES
 
 LAYOUT = KvLayout("m", 3, 5, 4, 2, 8, "float16")
 

@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 from microserve.kvcache.prefix.index import PrefixIndex
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import BlockRemoved, BlockStored
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import BlockRemoved, BlockStored
 from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world
 from tests.support.index.index_world import BLOCK_SIZE, Engine, World, in_world
 from tests.support.peers.environment import Peer

@@ -16,7 +16,7 @@ from microserve.kvcache.heap.memfd import HeapFile
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.bus.curve import create_keys
 from microserve.protocol.errors import TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 from tests.support.security.intruder import Targets, as_user, attempts, look_around, try_all
 from tests.support.security.up_mesh import UpMesh, up_mesh
 

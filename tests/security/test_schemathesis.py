@@ -31,7 +31,7 @@ from starlette.routing import Route
 from microserve.gateway.app import Application
 from microserve.gateway.document import OPERATIONS
 from microserve.protocol.messages.engine import TokenLogprob
-from microserve.protocol.messages.prompt_logprobs import PromptLogprob, packed
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprob, packed
 from tests.support.gateway.gateway_world import MAX_MODEL_LEN, Served
 from tests.support.gateway.living import Living
 from tests.support.gateway.talking_model import make_talking_model

@@ -28,7 +28,7 @@ from microserve.protocol.logging import writer
 from microserve.protocol.logging.setup import Log, configure
 from microserve.protocol.logging.sink import FileSink
 from microserve.protocol.logging.writer import Writer
-from microserve.protocol.messages.control import PUBLISH, Change
+from microserve.protocol.messages.strategy.control import PUBLISH, Change
 from microserve.protocol.settings import LogSettings
 from microserve.services.index.control_log import ControlLog
 from tests.services.test_lost_messages import ask, serve

@@ -9,7 +9,7 @@ import pytest
 
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.routers.mailbox import Inbox
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.lossy_bus import LossyBus
 from tests.support.bus.lossy_mesh import LossyMesh, lossy_mesh, oracle
 from tests.support.router.router_world import eventually, in_loop

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from microserve.protocol import log
-from microserve.protocol.messages.control import PUBLISH, Change, Changed
+from microserve.protocol.messages.strategy.control import PUBLISH, Change, Changed
 from microserve.services.simulation.faults.judge import judge_answer, judge_rest
 from microserve.services.simulation.faults.scenario import draw
 from microserve.services.simulation.gateway import Answer

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
-from microserve.protocol.messages.control import LABEL, UNLABEL, Change, Changed
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
+from microserve.protocol.messages.strategy.control import LABEL, UNLABEL, Change, Changed
 from microserve.services.router.service import Router
 from microserve.services.simulation.faults.judge import judge_answer, judge_rest
 from microserve.services.simulation.faults.scenario import draw

@@ -12,8 +12,8 @@ import pytest
 
 from microserve.protocol import log
 from microserve.protocol.bus.codec import ROUTER_REQUEST
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.messages.router import GatewayHello, GatewayPing
-from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.router.service import Router
 from microserve.services.simulation.bus import SimBus
 from microserve.services.simulation.faults.judge import judge_answer, judge_rest

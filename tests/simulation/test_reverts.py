@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from microserve.protocol.messages.control import (
+from microserve.protocol.messages.strategy.control import (
     PUBLISH,
     Change,
     Changed,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner

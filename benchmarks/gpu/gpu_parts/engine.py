@@ -19,8 +19,8 @@ from microserve.kvcache.heap.factory import make_heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InternalError
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import Grant
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.grant import Grant
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, Runner, StepResult
 from microserve.services.engine.model.attention_choice import EXACT, choose_attention

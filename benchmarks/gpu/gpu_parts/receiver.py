@@ -26,7 +26,7 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InternalError
 from microserve.protocol.logging.setup import configure
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.settings import LogSettings
 from microserve.protocol.settings_sources import load_settings

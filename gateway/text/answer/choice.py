@@ -22,8 +22,8 @@ from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import MeshError, PeerError, ProtocolViolation, error_for
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.messages.router import Ended
-from microserve.protocol.messages.sampling import SamplingParams
 
 
 @dataclass(slots=True)

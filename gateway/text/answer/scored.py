@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from microserve.gateway.text.answer.transcript import finite
 from microserve.gateway.text.vocabulary import Vocabulary
 from microserve.protocol.messages.engine import TokenLogprob
-from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprob, PromptLogprobs
+from microserve.protocol.messages.request.prompt_logprobs import FIRST_POSITION, PromptLogprob, PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from microserve.kvcache.heap.memfd import HeapFile, lane_byte
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.grant import MAX_LANES, HeapAddress
+from microserve.protocol.messages.kv.grant import MAX_LANES, HeapAddress
 
 SECRET_NBYTES: Final = 32
 SILENCE_S: Final = 10.0

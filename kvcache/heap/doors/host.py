@@ -33,7 +33,7 @@ from microserve.kvcache.heap.shm import ShmHeap, ShmView
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import DEFAULT_NUM_SLOTS
 from microserve.protocol.errors import ConfigError, TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 _LONG_S: Final = 1.0
 _REST_S: Final = 10.0

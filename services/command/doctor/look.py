@@ -19,7 +19,6 @@ from microserve.protocol.bus.curve import CurveKeys
 from microserve.protocol.bus.open import load_keys, open_bus
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import EngineLost, MeshError, ProtocolViolation
-from microserve.protocol.messages.control import ControlReport, ControlStatus
 from microserve.protocol.messages.engine import EngineInfo, EngineStats, Stats
 from microserve.protocol.messages.host import HostFacts
 from microserve.protocol.messages.index import (
@@ -31,6 +30,7 @@ from microserve.protocol.messages.index import (
     Members,
     Watch,
 )
+from microserve.protocol.messages.strategy.control import ControlReport, ControlStatus
 from microserve.protocol.process.host import host_facts
 from microserve.protocol.security.rights import Role
 from microserve.protocol.settings import Settings

@@ -14,8 +14,8 @@ from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine_info import PREP_RECV, REMOTE_SEND
-from microserve.protocol.messages.grant import Grant
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.grant import Grant
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.command.doctor.observation import AnswerSeen, CacheSeen, LinkSeen
 from microserve.services.links.engine import EngineConnection
 from microserve.services.links.stream import TokenStream

@@ -15,8 +15,13 @@ from microserve.services.command.flags import WrongFlag, index_flags, parameter,
 from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
-    from microserve.protocol.messages.control import ControlEntry, ControlReport, Scalar, StrategyVersion
-    from microserve.protocol.messages.decisions import Asked, Explained
+    from microserve.protocol.messages.strategy.control import (
+        ControlEntry,
+        ControlReport,
+        Scalar,
+        StrategyVersion,
+    )
+    from microserve.protocol.messages.strategy.decisions import Asked, Explained
     from microserve.services.command.control_client import ControlClient
     from microserve.services.router.authoring.definition import Strategy
     from microserve.services.router.rollout.replay import Replayed

@@ -11,7 +11,14 @@ from typing import Any
 
 import msgspec
 
-from microserve.protocol.messages.decisions import Attempt, EngineSeen, Explained, Explanation, Note, Pick
+from microserve.protocol.messages.strategy.decisions import (
+    Attempt,
+    EngineSeen,
+    Explained,
+    Explanation,
+    Note,
+    Pick,
+)
 from microserve.services.router.rollout.replay import Replayed
 
 Replays = Mapping[str, Sequence[Replayed]]

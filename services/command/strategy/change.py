@@ -17,7 +17,7 @@ from microserve.services.command.strategy.ramp import ramp_flags, ramp_of, share
 from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
-    from microserve.protocol.messages.scores import Ramp
+    from microserve.protocol.messages.strategy.scores import Ramp
     from microserve.services.command.control_client import Applied, ControlClient
 
 

@@ -17,7 +17,7 @@ from microserve.services.command.flags import WrongFlag, index_flags, parameter,
 from microserve.services.command.terminal import echo
 
 if TYPE_CHECKING:
-    from microserve.protocol.messages.control import Scalar
+    from microserve.protocol.messages.strategy.control import Scalar
     from microserve.services.command.strategy.task import Finding
     from microserve.services.simulation.trial.mistake import Found
 

@@ -11,7 +11,7 @@ import click
 from microserve.services.command.flags import WrongFlag
 
 if TYPE_CHECKING:
-    from microserve.protocol.messages.scores import Ramp
+    from microserve.protocol.messages.strategy.scores import Ramp
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -75,7 +75,7 @@ def ramp_of(
     ramp_text: str | None, every: str | None, min_requests: int, promote_after: str | None
 ) -> Ramp | None:
     """What the flags say; None: nothing. Raises :class:`WrongFlag`."""
-    from microserve.protocol.messages.scores import BETTER, NOT_WORSE, Ramp, fault_of_ramp
+    from microserve.protocol.messages.strategy.scores import BETTER, NOT_WORSE, Ramp, fault_of_ramp
 
     until = {"better": BETTER, "not-worse": NOT_WORSE}.get(promote_after or "", "")
     if ramp_text is not None:

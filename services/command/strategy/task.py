@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from microserve.protocol.messages.control import Scalar
+from microserve.protocol.messages.strategy.control import Scalar
 from microserve.services.simulation.trial.mistake import Found
 
 

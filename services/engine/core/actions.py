@@ -22,8 +22,8 @@ from microserve.protocol.errors import (
     UnknownRequest,
 )
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.interval import bound
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.interval import bound
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.checks import (
     check_builds_on,
     check_first,

@@ -8,7 +8,7 @@ from typing import Protocol, overload
 
 from microserve.protocol.errors import InternalError, MeshError
 from microserve.protocol.messages.numerics import Numerics
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.guidance.guide import Guide, Mask
 
 

@@ -16,10 +16,10 @@ from microserve.protocol.errors import (
     UnknownRequest,
 )
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.geometry import difference
-from microserve.protocol.messages.grant import MAX_LANES, Grant
-from microserve.protocol.messages.interval import bound
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.geometry import difference
+from microserve.protocol.messages.kv.grant import MAX_LANES, Grant
+from microserve.protocol.messages.request.interval import bound
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS
 
 

@@ -20,7 +20,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.protocol.errors import InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.kv_events import BlockStored, KVEvent
+from microserve.protocol.messages.kv.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import fault_of_numerics
 from microserve.services.engine.core.actions import Actions
 from microserve.services.engine.core.batch import Runner, StepResult, constrain

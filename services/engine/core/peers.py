@@ -11,7 +11,7 @@ import threading
 
 from microserve.kvcache.heap.heap import Heap, PeerHeap
 from microserve.protocol.errors import TransferFailed
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.core.state import Clock
 
 DEAD_LOOK_S = 1.0

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from microserve.protocol.errors import InternalError
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 
 
 class Holder(Protocol):

@@ -19,9 +19,9 @@ from microserve.kvcache.heap.heap import PeerHeap
 from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.engine import TokenLogprob
-from microserve.protocol.messages.grant import Grant
-from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.grant import Grant
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Scored, ScoreSpec
 from microserve.services.engine.core.received import ReceivedGrant
 from microserve.services.engine.guidance.guide import Guide, Guiding

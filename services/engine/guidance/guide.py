@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 
 Mask = npt.NDArray[np.uint32]
 """[ceil(vocab_size / 32)]: token t may be chosen if bit t % 32 of word t // 32 is set."""

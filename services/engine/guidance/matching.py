@@ -9,7 +9,7 @@ import numpy as np
 
 from microserve.protocol.errors import InternalError, InvalidRequest
 from microserve.protocol.grammar.compiled import compile_grammar, fault_of, load_tokenizer
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 from microserve.services.engine.guidance.guide import Mask, bits_of
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from microserve.protocol.errors import InternalError, MeshError, QueueFull
 from microserve.protocol.grammar.bounds import check_bounds
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 from microserve.services.engine.guidance.guide import Guide, Matcher
 
 MAX_CACHED = 256

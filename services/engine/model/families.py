@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from microserve.protocol.messages.geometry import MAX_ROPE_CHARS
+from microserve.protocol.messages.kv.geometry import MAX_ROPE_CHARS
 
 NATIVE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 """By the native CPU step, where it can be had; by transformers' modules as well."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from microserve.kernels.attention.paged_attention import Span, Workspace
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, SampleSpec, ScoreSpec, StepResult
 from microserve.services.engine.model.attention.step import (
     DeviceAttention,

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from microserve.kernels.philox import uniforms
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Sampled, SampleSpec
 from microserve.services.engine.guidance.guide import Mask
 

@@ -18,8 +18,8 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import (
     KVEventBatch,
     Published,
     parse_published,

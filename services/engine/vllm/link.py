@@ -29,7 +29,7 @@ import numpy as np
 
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 KEY: Final = "microserve"
 """Of ``kv_transfer_params`` and of ``kv_connector_extra_config``: all that is ours is below it."""

@@ -28,7 +28,7 @@ from microserve.kvcache.prefix.hash import (
 )
 from microserve.kvcache.prefix.own_events import append_removed, stored_event
 from microserve.protocol.bus.codec import decode_tokens
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_events import (
     DEVICE_MEDIUMS,
     AllBlocksCleared,
     BlockRemoved,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from microserve.protocol.messages.scores import NUM_SUMS
+from microserve.protocol.messages.strategy.scores import NUM_SUMS
 
 BETTER, WORSE, NOT_YET = "better", "worse", "not yet"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from microserve.protocol.messages.scores import Side
+from microserve.protocol.messages.strategy.scores import Side
 from microserve.services.index.trial.comparison import BETTER, WORSE, Result, compare_times
 from microserve.services.index.trial.failures import compare_failures
 

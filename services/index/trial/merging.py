@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from functools import reduce
 from itertools import zip_longest
 
-from microserve.protocol.messages.control import ControlEntry
-from microserve.protocol.messages.scores import Score, Side, Times, Trial, bucket_start_s
+from microserve.protocol.messages.strategy.control import ControlEntry
+from microserve.protocol.messages.strategy.scores import Score, Side, Times, Trial, bucket_start_s
 
 
 def added_sides(sides: Iterable[Side]) -> Side:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from microserve.protocol.messages.control import (
+from microserve.protocol.messages.strategy.control import (
     PROMOTE,
     ROLLBACK,
     SHARE,
@@ -22,7 +22,7 @@ from microserve.protocol.messages.control import (
     ControlEntry,
     RouterControl,
 )
-from microserve.protocol.messages.scores import BETTER, NOT_WORSE, Ramp, RampState, Trial
+from microserve.protocol.messages.strategy.scores import BETTER, NOT_WORSE, Ramp, RampState, Trial
 from microserve.services.index.control_state import MAX_REASON_CHARS, Fold, Rollout
 from microserve.services.index.trial.merging import trial_of
 

@@ -16,7 +16,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from microserve.protocol.errors import CapacityError, InvalidRequest, NoEngines, PeerError, QueueFull
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring import scoring as scorer
 from microserve.services.router.authoring.action.engine import Engine

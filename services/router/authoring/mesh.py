@@ -9,9 +9,9 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from microserve.protocol.errors import InvalidRequest, NoEngines, StrategyError, UnsupportedAction
-from microserve.protocol.messages.control import Scalar
-from microserve.protocol.messages.decisions import MAX_NOTE_CHARS, MAX_NOTE_VALUES
 from microserve.protocol.messages.engine_info import GRAMMAR, PREP_RECV, PROMPT_LOGPROBS, REMOTE_SEND
+from microserve.protocol.messages.strategy.control import Scalar
+from microserve.protocol.messages.strategy.decisions import MAX_NOTE_CHARS, MAX_NOTE_VALUES
 from microserve.services.router.authoring.action.engine import Engine
 from microserve.services.router.authoring.action.generating import Generating
 from microserve.services.router.authoring.action.race import Entrant, race

@@ -20,7 +20,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import CapacityError, NoEngines, PeerError
 from microserve.protocol.messages.engine import EngineInfo
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.router.authoring.definition import Strategy, StrategyFunction
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.view import MeshView, StrategyState

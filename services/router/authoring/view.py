@@ -12,9 +12,9 @@ from typing import Any
 
 from microserve.protocol.errors import StrategyError
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.control import fault_of_labels
 from microserve.protocol.messages.engine_info import PREP_RECV, REMOTE_SEND
-from microserve.protocol.messages.geometry import difference
+from microserve.protocol.messages.kv.geometry import difference
+from microserve.protocol.messages.strategy.control import fault_of_labels
 from microserve.services.router.authoring.holding import Queues
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook

@@ -16,9 +16,9 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import Draining, EngineLost, MeshError
-from microserve.protocol.messages.control import EngineLabels
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.engine_info import Disagreement, disagreement
+from microserve.protocol.messages.strategy.control import EngineLabels
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest

@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from microserve.protocol.errors import MeshError, StrategyError
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 
 
 class AnswerWhole(MeshError):

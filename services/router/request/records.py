@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from microserve.protocol.messages.decisions import MAX_ATTEMPTS, MAX_EXPLAINED_NBYTES, Explanation
+from microserve.protocol.messages.strategy.decisions import MAX_ATTEMPTS, MAX_EXPLAINED_NBYTES, Explanation
 from microserve.protocol.request_id import MAX_CLIENT_CHARS, is_named, without_body_mark
 from microserve.services.router.request.sight import Own, Sight, Sights
 from microserve.services.router.request.trail import Trail

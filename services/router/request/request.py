@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from microserve.protocol.bus.codec import decode_tokens, encode_tokens
-from microserve.protocol.messages.interval import bound
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.interval import bound
+from microserve.protocol.messages.request.sampling import SamplingParams
 
 NO_ATTRIBUTES: Mapping[str, str] = MappingProxyType({})
 READS_ONLY = ("Request.",)

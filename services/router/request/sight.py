@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from microserve.protocol.messages.decisions import EngineSeen
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.messages.strategy.decisions import EngineSeen
 from microserve.services.router.engines.connection import Connection
 
 Own = tuple[Sequence[int], Sequence[int], Sequence[int]]

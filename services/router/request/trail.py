@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from microserve.protocol.messages.control import Scalar
-from microserve.protocol.messages.decisions import MAX_NOTES, MAX_PICKS
+from microserve.protocol.messages.strategy.control import Scalar
+from microserve.protocol.messages.strategy.decisions import MAX_NOTES, MAX_PICKS
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.request.decision import Decision

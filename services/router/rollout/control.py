@@ -16,8 +16,13 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, MeshError
-from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion, VersionFault
 from microserve.protocol.messages.router import Ended
+from microserve.protocol.messages.strategy.control import (
+    ControlEntry,
+    ControlState,
+    StrategyVersion,
+    VersionFault,
+)
 from microserve.protocol.strategy_source import TOP, unpacked
 from microserve.services.router.authoring.definition import Strategy, strategies_in
 from microserve.services.router.rollout.book import Published, StrategyBook

@@ -16,10 +16,10 @@ from functools import partial
 import msgspec
 
 from microserve.protocol.errors import StrategyError
-from microserve.protocol.messages.attributes import PRIORITY
-from microserve.protocol.messages.decisions import Attempt, EngineSeen, Explanation, SendSeen
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.attributes import PRIORITY
+from microserve.protocol.messages.request.sampling import SamplingParams
+from microserve.protocol.messages.strategy.decisions import Attempt, EngineSeen, Explanation, SendSeen
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.driver import Driver

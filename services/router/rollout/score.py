@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from microserve.protocol.messages.control import ShadowScore
+from microserve.protocol.messages.strategy.control import ShadowScore
 from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s
 from microserve.services.router.request.decision import Decision
 

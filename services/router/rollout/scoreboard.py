@@ -12,10 +12,10 @@ import math
 from array import array
 from collections import Counter
 
-from microserve.protocol.messages.control import MAX_CONTROL_ENTRIES
-from microserve.protocol.messages.decisions import MAX_SCORES
 from microserve.protocol.messages.router import Ended
-from microserve.protocol.messages.scores import (
+from microserve.protocol.messages.strategy.control import MAX_CONTROL_ENTRIES
+from microserve.protocol.messages.strategy.decisions import MAX_SCORES
+from microserve.protocol.messages.strategy.scores import (
     BUCKETS_PER_DOUBLING,
     FIRST_BUCKET_S,
     NUM_BUCKETS,

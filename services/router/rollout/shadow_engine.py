@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar, assert_never
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine import Delta, EngineInfo, EngineLoad, Finished, Timings, Usage
-from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from microserve.services.links.engine import Answer
 from microserve.services.links.stream import TokenStreams
 from microserve.services.router.engines.connection import Action

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.router import Ended
-from microserve.protocol.messages.scores import FIRST_BUCKET_S, NUM_SUMS, Side
+from microserve.protocol.messages.strategy.scores import FIRST_BUCKET_S, NUM_SUMS, Side
 
 
 class Timing(NamedTuple):

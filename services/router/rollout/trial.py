@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from microserve.protocol.messages.router import Ended
-from microserve.protocol.messages.scores import Trial
+from microserve.protocol.messages.strategy.scores import Trial
 from microserve.services.router.rollout.book import Published
 from microserve.services.router.rollout.sums import Sums, Timing
 

@@ -20,7 +20,7 @@ from microserve.protocol.errors import (
     ProtocolViolation,
     QueueFull,
 )
-from microserve.protocol.messages.attributes import PRIORITY, TENANT, fault_of_attributes
+from microserve.protocol.messages.request.attributes import PRIORITY, TENANT, fault_of_attributes
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.settings import RouterSettings
 from microserve.services.router.authoring.definition import Strategy

@@ -31,7 +31,7 @@ from microserve.protocol.errors import (
 )
 from microserve.protocol.messages.engine import EngineInfo, Finished, Timings, Usage
 from microserve.protocol.messages.engine_info import PREP_RECV
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.action.grant import Sending
 from microserve.services.router.authoring.mesh import Mesh

@@ -16,12 +16,12 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import Draining, EngineLost, MeshError
-from microserve.protocol.messages.attributes import TENANT
 from microserve.protocol.messages.engine import Finished, Usage
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
-from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprobs
+from microserve.protocol.messages.request.attributes import TENANT
+from microserve.protocol.messages.request.prompt_logprobs import FIRST_POSITION, PromptLogprobs
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.messages.router import Ended, Output, Phases
-from microserve.protocol.messages.sampling import SamplingParams
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.oversight.author import Author

@@ -22,10 +22,10 @@ from microserve.protocol.errors import (
     MeshError,
     StrategyError,
 )
-from microserve.protocol.messages.decisions import Explanation
 from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.messages.router import Ended, Generate, Output
+from microserve.protocol.messages.strategy.decisions import Explanation
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.settings import RouterSettings
 from microserve.services.links.stream import Tokens

@@ -20,8 +20,13 @@ import numpy.typing as npt
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InternalError
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
-from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprob, PromptLogprobs, packed
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.prompt_logprobs import (
+    FIRST_POSITION,
+    PromptLogprob,
+    PromptLogprobs,
+    packed,
+)
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import (
     Batch,
     Chunk,

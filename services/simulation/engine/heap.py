@@ -22,7 +22,7 @@ from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.kvcache.heap.mapped import require_same_kv
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 from microserve.services.simulation.engine.witness import Lane, Witness
 
 

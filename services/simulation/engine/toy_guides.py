@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from microserve.protocol.errors import InternalError, MeshError
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 from microserve.services.engine.guidance.guide import Guide, Mask, full
 
 COMPILE_S = 0.003

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from microserve.kvcache.grant.table import GrantTable
 from microserve.kvcache.words import OPEN, POISON, WordLayout, grant_tag
-from microserve.protocol.messages.grant import MAX_LANES
+from microserve.protocol.messages.kv.grant import MAX_LANES
 
 AT_ONCE_S = 0.05
 """A slot that is used again so soon may meet the writers of its last use."""

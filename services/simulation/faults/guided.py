@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import msgspec
 
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 from microserve.services.simulation.faults.scenario import Arrival, Scenario
 
 TEXTS = ("a", "bb", "ccc", "dddd")

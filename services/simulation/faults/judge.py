@@ -22,8 +22,8 @@ from microserve.protocol.errors import (
     StrategyError,
     StrategyNotFound,
 )
-from microserve.protocol.messages.prompt_logprobs import FIRST_POSITION, PromptLogprobs
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.prompt_logprobs import FIRST_POSITION, PromptLogprobs
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router
 from microserve.services.simulation.engine.engine import VOCAB_SIZE, SimEngine

@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 
 from microserve.protocol.messages.numerics import Numerics
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.engine.engine import VOCAB_SIZE
 from microserve.services.simulation.faults.fates import Fault, draw_faults, draw_single, draw_slow_network

@@ -21,7 +21,7 @@ import msgspec
 from microserve.kvcache.heap.heap import Copies
 from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.kvcache.heap.mapped import require_same_kv
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, StepResult

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from microserve.protocol.messages.control import Scalar
+from microserve.protocol.messages.strategy.control import Scalar
 from microserve.services.simulation.load.timing import Profile
 from microserve.services.simulation.load.trace import TraceRequest
 from microserve.services.simulation.load.trouble import NO_TROUBLE, Trouble

@@ -24,7 +24,7 @@ from typing import Annotated
 import msgspec
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.attributes import MAX_NAME_CHARS, MAX_PRIORITY, fault_of_attributes
+from microserve.protocol.messages.request.attributes import MAX_NAME_CHARS, MAX_PRIORITY, fault_of_attributes
 
 HASH_TOKENS = 512
 """Tokens that one of a trace's hash ids names."""

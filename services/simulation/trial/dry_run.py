@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from microserve.protocol.errors import ConfigError, InternalError, MeshError, NoEngines, QueueFull
-from microserve.protocol.messages.control import Scalar
+from microserve.protocol.messages.strategy.control import Scalar
 from microserve.protocol.strategy_source import unpacked
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.rollout.window import MIN_ERRORS

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from microserve.protocol.errors import InternalError
-from microserve.protocol.messages.control import PUBLISH, Change, Changed, Scalar
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
+from microserve.protocol.messages.strategy.control import PUBLISH, Change, Changed, Scalar
 from microserve.services.index.service import IndexService
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.service import Router

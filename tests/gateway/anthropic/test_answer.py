@@ -16,7 +16,7 @@ from microserve.gateway.parsing.events import Arguments, CallBegun, Event, Said
 from microserve.gateway.request.request import Conversation, GenerateRequest, SamplingWish
 from microserve.gateway.text.answer.choice import Piece
 from microserve.protocol.errors import EngineLost
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.gateway.anthropic_stream import events_of, message_of
 
 REQUEST = GenerateRequest(model="m", prompt=Conversation([]), sampling=SamplingWish(max_tokens=20))

@@ -21,7 +21,7 @@ from microserve.gateway.request.request import (
     Turn,
 )
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 
 BODY: dict[str, Any] = {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}}

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from microserve.gateway.openai.replies import ChatReply, CompletionReply
 from microserve.gateway.text.answer import echo as echo_module
 from microserve.protocol.messages.engine import TokenLogprob
-from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
 from tests.gateway.test_api import events_of, http_of
 from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world, run, special_id
 

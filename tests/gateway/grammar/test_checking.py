@@ -15,7 +15,7 @@ from microserve.gateway.grammar.checker import MAX_ASKED, MAX_KEPT, GrammarCheck
 from microserve.gateway.grammar.checking import checked
 from microserve.protocol.errors import InvalidRequest, QueueFull
 from microserve.protocol.grammar.compiled import load_tokenizer
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 from tests.support.gateway.gateway_world import make_tokenizer
 
 OVERLAPPING = {"oneOf": [{"type": "string"}, {"type": "string", "minLength": 2}]}

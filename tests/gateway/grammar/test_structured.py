@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world, make_tokenizer, run
 
 pytestmark = pytest.mark.slow

@@ -19,7 +19,7 @@ from microserve.gateway.routers.link import ModelLimits
 from microserve.gateway.text.options import TextOptions
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.messages.attributes import MAX_PRIORITY
+from microserve.protocol.messages.request.attributes import MAX_PRIORITY
 from tests.support.gateway.gateway_world import MAX_MODEL_LEN, gateway_world, run
 from tests.support.gateway.talking_model import make_talking_model
 

@@ -12,7 +12,7 @@ from microserve.gateway.openai.grammar import asked_of
 from microserve.gateway.openai.schema import CompletionRequest
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.grammar.compiled import WHITESPACE
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.request.sampling import Grammar
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}}
 TEXT = json.dumps(SCHEMA, separators=(",", ":"))

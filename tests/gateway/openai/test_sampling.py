@@ -15,7 +15,7 @@ from microserve.gateway.request.request import GenerateRequest
 from microserve.gateway.request.sampling import check_choices, sampling_of, seed_of
 from microserve.gateway.routers.link import ModelLimits
 from microserve.protocol.errors import InvalidRequest, PromptTooLong
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 
 LIMITS = ModelLimits(max_model_len=100, vocab_size=50)
 

@@ -11,7 +11,7 @@ import pytest
 
 from microserve.gateway.request.defaults import FILE, SamplingDefaults
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.gateway.gateway_world import gateway_world, make_model, run
 
 # As published ones are: much of it is no matter of sampling.

@@ -20,7 +20,7 @@ from microserve.gateway.responses.thought import opened
 from microserve.gateway.text.answer.choice import Piece
 from microserve.gateway.text.answer.transcript import TokenText
 from microserve.protocol.errors import EngineLost
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.gateway.responses.test_asking import request as asked
 from tests.support.gateway.responses_bodies import folded
 

@@ -13,7 +13,7 @@ from microserve.gateway.routers.link import RouterLost
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
 from microserve.protocol.errors import DeadlineExceeded, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob, Usage
-from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
 from microserve.protocol.messages.router import Ended, Output, Phases
 from tests.support.gateway.gateway_world import run
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from microserve.kvcache.heap.factory import make_heap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.settings import Settings
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from microserve.kernels.philox import uniform_rows, uniforms
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import SampleSpec
 from microserve.services.engine.model import sampler
 from microserve.services.engine.model.device.device_sampler import sample_there

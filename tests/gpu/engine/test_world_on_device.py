@@ -11,7 +11,7 @@ import torch
 from microserve.protocol import log
 from microserve.protocol.bus.curve import CurveKeys, create_keys
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.gpu.heap.test_nvshmem_on_device import ENVIRONMENT
 from tests.support.bus.gateway_peer import BusClient
 from tests.support.engine.tiny_model import make_tiny_model

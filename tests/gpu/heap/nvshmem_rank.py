@@ -13,7 +13,7 @@ import msgspec
 from microserve.kvcache.heap.cuda_driver import LibCuda
 from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.kvcache.heap.nvshmem_world import NvshmemWorld, new_unique_id
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 from tests.support.kvcache.heap_child import wait_until
 from tests.support.kvcache.heap_stress import receive_random, send_random
 from tests.support.kvcache.kv_samples import make_layout

@@ -8,7 +8,7 @@ from microserve.kvcache.grant.table import Settled
 from microserve.kvcache.layout import K
 from microserve.kvcache.words import OPEN, pack_state
 from microserve.protocol.errors import InternalError, TransferFailed
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from tests.support.kvcache.grant_world import LEASE_S, NUM_SLOTS, RECEIVER, SEED, Receiver
 from tests.support.kvcache.kv_samples import mismatches
 

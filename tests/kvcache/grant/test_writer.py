@@ -20,7 +20,7 @@ from microserve.protocol.errors import (
     MeshError,
     TransferFailed,
 )
-from microserve.protocol.messages.grant import MAX_LANES, Grant, HeapAddress
+from microserve.protocol.messages.kv.grant import MAX_LANES, Grant, HeapAddress
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, fill, make_layout, mismatches
 
 SENDER, RECEIVER = 1, 2

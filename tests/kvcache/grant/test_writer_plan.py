@@ -22,7 +22,7 @@ from microserve.protocol.errors import (
     MeshError,
     TransferFailed,
 )
-from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from tests.support.kvcache.kv_samples import POISON_BYTE, fill, make_layout, row
 
 SENDER, RECEIVER = 1, 2

@@ -16,7 +16,7 @@ from microserve.kvcache.grant.writer import LaneWriter, TransferPlan
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InvalidInterval, TransferFailed
-from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from tests.support.kvcache.kv_samples import make_layout
 
 SIZE = make_layout().block_size

@@ -19,7 +19,7 @@ from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.memfd import lane_byte
 from microserve.kvcache.words import POISON
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
-from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from tests.support.engine.device.host_driver import FREED_BYTE, HostDriver
 from tests.support.kvcache.device_schedules import LAYOUT, MakeHeap, play, schedules
 from tests.support.kvcache.heap_child import Child, wait_until

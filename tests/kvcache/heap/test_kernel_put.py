@@ -25,7 +25,7 @@ from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.kernel_put import KernelPut
 from microserve.kvcache.words import OPEN, pack_state
 from microserve.protocol.errors import InternalError, MeshError
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from tests.support.engine.device.host_driver import HostDriver, host_address
 from tests.support.engine.device.host_world import HostWorld
 from tests.support.engine.device.kernel_cases import declared, emulate

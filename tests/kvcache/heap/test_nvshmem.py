@@ -11,7 +11,7 @@ from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.words import pack_state
 from microserve.protocol.errors import ConfigError, TransferFailed
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from tests.support.engine.device.host_driver import HostDriver
 from tests.support.engine.device.host_world import HostWorld
 from tests.support.kvcache.kv_samples import fill, make_layout, mismatches

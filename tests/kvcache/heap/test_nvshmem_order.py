@@ -12,7 +12,7 @@ from hypothesis import find, given, settings
 from numpy.typing import NDArray
 
 from microserve.kvcache.heap.nvshmem import NvshmemHeap, NvshmemPeerHeap
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 from tests.support.engine.device.host_driver import HostDriver
 from tests.support.engine.device.host_world import HostWorld
 from tests.support.kvcache.device_schedules import LAYOUT, MakeHeap, play, schedules

@@ -12,7 +12,7 @@ from microserve.kvcache.prefix import hash as block_hash
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import block_hashes, root_hash
 from microserve.protocol.errors import InternalError, InvalidInterval
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,

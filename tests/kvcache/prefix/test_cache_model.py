@@ -15,8 +15,8 @@ from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain, block_hashes, root_hash
 from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.errors import CacheFull
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import (
     BlockRemoved,
     BlockStored,
     KVEventBatch,

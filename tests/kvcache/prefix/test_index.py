@@ -16,8 +16,8 @@ from microserve.kvcache.prefix.hash import block_hashes, root_hash
 from microserve.kvcache.prefix.index import MIN_MAX_NBYTES, PrefixIndex
 from microserve.kvcache.prefix.python_blocks import PythonBlocks
 from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,

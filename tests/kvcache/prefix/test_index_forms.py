@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from microserve.kvcache.prefix.index import PrefixIndex
-from microserve.protocol.messages.kv_events import BlockRemoved, BlockStored
+from microserve.protocol.messages.kv.kv_events import BlockRemoved, BlockStored
 
 BLOCK_SIZE = 2
 

@@ -7,7 +7,7 @@ import pytest
 from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import block_hashes, root_hash
-from microserve.protocol.messages.kv_events import BlockStored
+from microserve.protocol.messages.kv.kv_events import BlockStored
 from tests.support.kvcache.prefix_indexes import FORMS, new_index
 
 BLOCK_SIZE = 2

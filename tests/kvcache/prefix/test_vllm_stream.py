@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from tests.support.kvcache.prefix_indexes import FORMS, new_index
 
 RECORDED = Path(__file__).parents[2] / "data/vllm_events.json.gz"

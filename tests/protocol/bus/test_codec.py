@@ -30,7 +30,7 @@ from microserve.protocol.errors import InternalError, PromptTooLong, ProtocolVio
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.types import MAX_PROMPT_TOKENS, WIRE_VERSION
 from tests.support.bus.junk import junk
 from tests.support.bus.wire_parts import GRANT, SAMPLING

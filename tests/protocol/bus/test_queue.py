@@ -16,7 +16,7 @@ from microserve.protocol.bus import queue as queue_module
 from microserve.protocol.bus.codec import ENGINE_REPLY, MAX_MESSAGE_NBYTES, ROUTER_REPLY
 from microserve.protocol.bus.queue import MAX_STREAM_TOKENS, StreamQueue
 from microserve.protocol.messages.engine import Delta, Deltas, Finished, Timings, TokenLogprob, Usage
-from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
 from microserve.protocol.messages.router import Ended, Output, Phases, Stream
 
 FINISHED = Finished("length", Usage(), Timings())

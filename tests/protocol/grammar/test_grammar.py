@@ -12,7 +12,7 @@ import pytest
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.grammar.bounds import MAX_SCHEMA_ITEMS, check_bounds, pointer, schemas_in
 from microserve.protocol.grammar.compiled import compile_grammar, load_tokenizer
-from microserve.protocol.messages.sampling import MAX_GRAMMAR_NBYTES, Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import MAX_GRAMMAR_NBYTES, Grammar, SamplingParams
 from tests.support.gateway.gateway_world import make_tokenizer, special_id
 
 

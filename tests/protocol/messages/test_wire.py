@@ -16,23 +16,14 @@ from microserve.protocol import errors
 from microserve.protocol import types as protocol_types
 from microserve.protocol.bus import codec, credit, numbered, peers, queue
 from microserve.protocol.bus import sockets as sockets_module
-from microserve.protocol.messages import (
-    control,
-    decisions,
-    engine_info,
-    geometry,
-    grant,
-    host,
-    kv_events,
-    numerics,
-    prompt_logprobs,
-    sampling,
-    scores,
-)
 from microserve.protocol.messages import engine as actions
+from microserve.protocol.messages import engine_info, host, numerics
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages import world as worlds
+from microserve.protocol.messages.kv import geometry, grant, kv_events
+from microserve.protocol.messages.request import prompt_logprobs, sampling
+from microserve.protocol.messages.strategy import control, decisions, scores
 from microserve.protocol.settings import BusSettings
 
 PROTOCOL = Path(codec.__file__).parents[1]

@@ -8,7 +8,8 @@ from typing import Any, get_args
 import pytest
 
 from microserve.protocol.errors import NotPermitted, error_for
-from microserve.protocol.messages import control, engine, index, router
+from microserve.protocol.messages import engine, index, router
+from microserve.protocol.messages.strategy import control
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import RIGHTS, Entrance, Role
 from tests.test_packaging import ROOT

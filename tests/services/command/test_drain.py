@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from microserve.protocol.bus.curve import create_keys
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.command.drain import DrainFailed, drain
 from microserve.services.command.main import main
 from tests.support.engine.engine_client import EngineClient

@@ -8,8 +8,8 @@ import pytest
 import structlog
 from click.testing import CliRunner, Result
 
-from microserve.protocol.messages.control import ControlState, EngineLabels
 from microserve.protocol.messages.index import Register, Registered, Watch
+from microserve.protocol.messages.strategy.control import ControlState, EngineLabels
 from microserve.services.command.control_client import ControlClient
 from microserve.services.command.label import rows
 from microserve.services.command.main import main

@@ -11,10 +11,10 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, encode_tokens
 from microserve.protocol.bus.numbered import Outgoing
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import MAX_LANES, Grant, HeapAddress
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import KVEvent
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.grant import MAX_LANES, Grant, HeapAddress
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import KVEvent
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.action_server import ActionServer
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.errors import Draining
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.actions import MOVE_S
 from tests.support.engine.core_mesh import (
     GREEDY,

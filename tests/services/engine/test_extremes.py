@@ -9,7 +9,7 @@ import pytest
 
 from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, encode_tokens
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.simulation.engine.hash_runner import expected_tokens
 from tests.services.engine.test_action_server import PARAMS, PROMPT, VOCAB, Rig, tokens_of
 from tests.support.bus.extremes import extremes

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     Published,

@@ -12,7 +12,7 @@ import pytest
 
 from microserve.protocol.errors import DeadlineExceeded, UnknownRequest
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.actions import MOVE_S
 from tests.support.engine.engine_client import EngineClient
 from tests.support.engine.engine_world import EngineWorld, engine_world

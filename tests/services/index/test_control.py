@@ -10,7 +10,8 @@ from typing import Any
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.messages.control import (
+from microserve.protocol.messages.index import IndexFailed, Members, Watch
+from microserve.protocol.messages.strategy.control import (
     Change,
     Changed,
     ControlHistory,
@@ -20,8 +21,7 @@ from microserve.protocol.messages.control import (
     ControlStatus,
     VersionFault,
 )
-from microserve.protocol.messages.index import IndexFailed, Members, Watch
-from microserve.protocol.messages.scores import Ramp
+from microserve.protocol.messages.strategy.scores import Ramp
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
 from tests.support.index.index_service import Index, Peer, with_index

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest
-from microserve.protocol.messages.control import Change, ControlRecord
-from microserve.protocol.messages.scores import Ramp
+from microserve.protocol.messages.strategy.control import Change, ControlRecord
+from microserve.protocol.messages.strategy.scores import Ramp
 from microserve.services.index.control_log import ControlLog
 from microserve.services.index.control_state import Fold, digest_of
 
@@ -146,7 +146,7 @@ def test_a_disk_that_takes_nothing_leaves_what_was() -> None:
 
 CHILD = """
 import sys
-from microserve.protocol.messages.control import Change
+from microserve.protocol.messages.strategy.control import Change
 from microserve.services.index.control_log import ControlLog
 log = ControlLog(sys.argv[1])
 for number in range(int(sys.argv[2])):

@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from microserve.protocol import log
-from microserve.protocol.messages.control import PUBLISH, Change
+from microserve.protocol.messages.strategy.control import PUBLISH, Change
 from microserve.services.index import service
 from microserve.services.index.control_log import ControlLog
 from tests.support.process.descriptors import no_descriptors

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from microserve.protocol.bus.codec import INDEX_REPLY, MAX_MESSAGE_NBYTES
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.messages.control import (
+from microserve.protocol.messages.strategy.control import (
     KINDS,
     MAX_CONTROL_ENTRIES,
     MAX_SOURCE_NBYTES,
@@ -20,7 +20,7 @@ from microserve.protocol.messages.control import (
     ControlEntry,
     StrategyVersion,
 )
-from microserve.protocol.messages.scores import Ramp
+from microserve.protocol.messages.strategy.scores import Ramp
 from microserve.services.index.control_state import MAX_BEFORE, Fold, digest_of
 
 

@@ -22,8 +22,8 @@ from microserve.protocol.messages.index import (
     Register,
     Watch,
 )
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import BlockStored, WireBatch
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import BlockStored, WireBatch
 from microserve.services.index.foreign import foreign_engines
 from tests.support.index.foreign_engine import ForeignEngine
 from tests.support.index.index_service import Index

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, MAX_MESSAGE_NBYTES
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.messages.control import (
+from microserve.protocol.messages.index import Members, Watch
+from microserve.protocol.messages.strategy.control import (
     LABEL,
     MAX_CONTROL_NBYTES,
     MAX_LABEL_CHARS,
@@ -30,7 +31,6 @@ from microserve.protocol.messages.control import (
     ControlState,
     EngineLabels,
 )
-from microserve.protocol.messages.index import Members, Watch
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog
 from microserve.services.index.control_state import Fold

@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from microserve.protocol.bus.peers import Loss
 from microserve.protocol.errors import EngineLost, InvalidRequest, MeshError, QueueFull
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.protocol.messages.geometry import Geometry
 from microserve.protocol.messages.index import Member
+from microserve.protocol.messages.kv.geometry import Geometry
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.index import membership
 from microserve.services.index.membership import Admission, Membership

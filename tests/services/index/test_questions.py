@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from microserve.protocol.messages.decisions import Answer, Asked, Explain, Explained, Question
 from microserve.protocol.messages.index import IndexReply, Watch
+from microserve.protocol.messages.strategy.decisions import Answer, Asked, Explain, Explained, Question
 from microserve.services.index.questions import MAX_OPEN, QuestionDesk
 
 

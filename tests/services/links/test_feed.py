@@ -10,7 +10,7 @@ import msgspec
 from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.errors import EngineLost
 from microserve.protocol.messages.engine import SnapshotReply
-from microserve.protocol.messages.kv_events import BlockRemoved, KVEventBatch, encode_batch, publish_frames
+from microserve.protocol.messages.kv.kv_events import BlockRemoved, KVEventBatch, encode_batch, publish_frames
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.engine import RouterIdentity
 from microserve.services.links.feed import KvFeed

@@ -10,7 +10,7 @@ import pytest
 from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.messages.engine import SnapshotReply
 from microserve.protocol.messages.engine_info import ABILITIES, SNAPSHOT
-from microserve.protocol.messages.kv_events import AllBlocksCleared, BlockStored, KVEvent, WireBatch
+from microserve.protocol.messages.kv.kv_events import AllBlocksCleared, BlockStored, KVEvent, WireBatch
 from microserve.services.index.foreign import foreign_engines
 from microserve.services.links import follow as module
 from microserve.services.links.feed import Feed, KvFeed

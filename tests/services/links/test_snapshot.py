@@ -20,7 +20,7 @@ from microserve.protocol.messages.engine import (
     Hello,
     SnapshotReply,
 )
-from microserve.protocol.messages.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
 from microserve.protocol.settings import BusSettings
 from microserve.services.links.engine import RouterIdentity
 from microserve.services.links.snapshot import read_snapshot

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, TransferFailed
 from microserve.protocol.messages.engine import Delta, Finished, Timings, TokenLogprob, Usage
-from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
 from microserve.services.links.stream import Tokens, TokenStream
 from tests.support.router.router_world import in_loop
 

@@ -9,7 +9,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.codec import ROUTER_REQUEST, encode_tokens
 from microserve.protocol.messages import router as wire
 from microserve.protocol.messages.engine import StartGenerate
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.extremes import extremes
 from tests.support.bus.wire_samples import MESSAGES
 from tests.support.router.router_world import expected_output, in_loop, router_world

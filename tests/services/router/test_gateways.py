@@ -20,7 +20,7 @@ from microserve.protocol.bus.transport import (
 )
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages import router as serving
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.router.service import Router

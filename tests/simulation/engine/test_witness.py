@@ -12,7 +12,7 @@ from microserve.kvcache.grant.table import GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.local import MemoryRegistry
 from microserve.protocol.errors import TransferFailed
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.simulation.engine.hash_runner import hash_layout
 from microserve.services.simulation.engine.heap import FaultyHeap, WriteFaults
 from microserve.services.simulation.engine.witness import Lane, Meeting, Moment, Witness

@@ -16,7 +16,7 @@ from microserve.gateway.keys.key import ANONYMOUS, ApiKey
 from microserve.gateway.keys.quota import Quotas
 from microserve.gateway.keys.usage import Counts, UsageBook
 from microserve.protocol.errors import CapacityError
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.settings import RouterSettings, Settings
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from unittest import mock
 
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core import batch, core
 from microserve.services.engine.core.batch import Batch, Sampled
 from microserve.services.simulation.engine.toy_guides import ToyGuides, ToyGuiding

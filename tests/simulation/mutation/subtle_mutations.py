@@ -14,7 +14,7 @@ from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.words import OPEN, count_of
 from microserve.protocol.errors import TransferFailed
 from microserve.protocol.messages.engine import Sent
-from microserve.protocol.messages.grant import MAX_LANES
+from microserve.protocol.messages.kv.grant import MAX_LANES
 from microserve.services.engine.core.scheduler import Step
 from microserve.services.engine.core.stepper import Stepper
 from microserve.services.router.engines.load import Account

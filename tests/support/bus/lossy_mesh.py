@@ -13,7 +13,7 @@ from functools import partial
 
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
 from microserve.protocol.settings_engine import EngineSettings

@@ -5,12 +5,12 @@ from __future__ import annotations
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
-from microserve.protocol.messages.geometry import Geometry
-from microserve.protocol.messages.grant import Grant, HeapAddress
 from microserve.protocol.messages.host import HostFacts
+from microserve.protocol.messages.kv.geometry import Geometry
+from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from microserve.protocol.messages.numerics import Numerics
-from microserve.protocol.messages.prompt_logprobs import PromptLogprob, packed
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprob, packed
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 
 HEAP = HeapAddress(kind="shm", host="boot", pid=70_000, fd=9, nbytes=1 << 33, incarnation=1 << 61)
 DOOR = HeapAddress(kind="tcp", host="b", pid=71_000, fd=0, nbytes=7, incarnation=1 << 60, door=b"tcp://a:4")

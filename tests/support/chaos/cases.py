@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import SampleSpec
 from microserve.services.engine.model.sampler import sample
 from tests.support.engine.engine_client import EngineClient

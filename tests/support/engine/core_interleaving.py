@@ -6,7 +6,7 @@ import random
 
 from microserve.protocol.errors import CacheFull, PromptTooLong, QueueFull
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.engine.core_mesh import (
     ROUTER,
     Engine,

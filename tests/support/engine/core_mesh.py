@@ -14,9 +14,9 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import MAX_LANES
-from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.grant import MAX_LANES
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore

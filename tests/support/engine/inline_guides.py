@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from microserve.protocol.errors import MeshError
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 from microserve.services.engine.guidance.guide import Guide
 from microserve.services.engine.guidance.matching import GrammarCompiler, GrammarMatcher
 from tests.support.engine.core_mesh import Mesh

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors.torch import load_file, save_file
 
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, SampleSpec
 from microserve.services.engine.model.spec import ModelSpec
 from tests.support.engine.tiny_model import make_tiny_model

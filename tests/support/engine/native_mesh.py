@@ -17,7 +17,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.local import MemoryHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.engine import TokenLogprob
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.spec import ModelSpec

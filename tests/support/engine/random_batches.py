@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.model.attention.step import MakeAttention
 from microserve.services.engine.model.model import LoadedModel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.engine.core_mesh import GREEDY, Mesh, expect, generate, grant_for, receive, send
 
 ONE = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)

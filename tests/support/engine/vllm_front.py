@@ -13,9 +13,9 @@ from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.protocol.messages.numerics import Numerics
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.vllm.front.actions import VllmActions
 from microserve.services.engine.vllm.front.arrivals import Arrivals

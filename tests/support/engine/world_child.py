@@ -26,7 +26,7 @@ from microserve.kvcache.heap.nvshmem_world import UNIQUE_ID_NBYTES, SymmetricMem
 from microserve.kvcache.words import OPEN, pack_state
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.logging import setup as logging
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.run import run_service
 from microserve.protocol.settings import Settings

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.engine_info import EngineInfo
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.engine_conformance.wire_client import Stream, WireClient
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True, logprobs=2)

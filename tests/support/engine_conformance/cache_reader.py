@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable
 
 from microserve.protocol.bus.transport import Bus
-from microserve.protocol.messages.kv_decoding import decode_batch
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_decoding import decode_batch
+from microserve.protocol.messages.kv.kv_events import (
     BlockRemoved,
     BlockStored,
     KVEvent,

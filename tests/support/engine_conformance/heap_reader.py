@@ -12,7 +12,7 @@ from microserve.kvcache.heap.shm import KIND, ShmView
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import TransferFailed
 from microserve.protocol.messages.engine_info import EngineInfo
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 
 
 def layout_of(info: EngineInfo) -> KvLayout:

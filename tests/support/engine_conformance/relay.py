@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine_info import FIRST_TOKEN
-from microserve.protocol.messages.grant import Grant
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.grant import Grant
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.engine_conformance.answers import GREEDY, Answer, alone, require_equal, warm
 from tests.support.engine_conformance.declared import matches, splits
 from tests.support.engine_conformance.wire_client import WireClient

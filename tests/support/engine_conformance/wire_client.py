@@ -15,8 +15,8 @@ from typing import TypeVar
 from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, Frames, encode_tokens
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import Grant
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.grant import Grant
+from microserve.protocol.messages.request.sampling import SamplingParams
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 
 from microserve.protocol.bus.transport import Bus
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_events import (
     parse_replay_request,
     publish_frames,
     replay_answer,

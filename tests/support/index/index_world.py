@@ -25,7 +25,7 @@ from microserve.protocol.messages.engine import (
     SnapshotReply,
     Welcome,
 )
-from microserve.protocol.messages.kv_events import KVEventBatch, encode_batch
+from microserve.protocol.messages.kv.kv_events import KVEventBatch, encode_batch
 from microserve.protocol.types import WIRE_VERSION
 from microserve.services.engine.kv_publisher import KvPublisher
 

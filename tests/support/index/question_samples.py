@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, Codec
-from microserve.protocol.messages import decisions
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.messages.strategy import decisions
 from tests.support.bus.wire_parts import LOAD
 from tests.support.router.control_samples import FARES
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from microserve.kvcache.heap.doors.host import HostHeap, Opening
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 from tests.support.kvcache.kv_samples import make_layout
 
 

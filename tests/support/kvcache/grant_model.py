@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import Copies, PeerHeap
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 
 NUM_BLOCKS = 10
 NUM_SLOTS = 3

@@ -9,7 +9,7 @@ from microserve.kvcache.grant.table import GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from tests.support.kvcache.kv_samples import fill, make_layout
 
 RECEIVER = 9

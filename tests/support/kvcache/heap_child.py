@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import msgspec
 
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 TIMEOUT_S = 30.0
 START_S = 120.0

@@ -17,7 +17,7 @@ from microserve.kvcache.heap.cuda_ipc import CudaIpcPeerHeap
 from microserve.kvcache.heap.device import MIN_RUNS_OF_A_LAUNCH
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.protocol.errors import MeshError
-from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from tests.support.kvcache.heap_factories import FACTORIES
 from tests.support.kvcache.heap_stress import cut, send_random
 from tests.support.kvcache.kv_samples import fill, make_layout, set_data

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from microserve.protocol.bus.codec import INDEX_REPLY
 from microserve.protocol.bus.transport import Bus, ClientSocket
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.messages.control import ControlState
+from microserve.protocol.messages.strategy.control import ControlState
 
 DOUBLED, LATE = 0.3, 0.3
 """Shares of the states that come twice, and that come later than what follows them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, Codec
-from microserve.protocol.messages import control, scores
+from microserve.protocol.messages.strategy import control, scores
 
 VERSION = control.StrategyVersion(
     version=3,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from microserve.protocol.messages.control import ControlEntry, ControlState, Scalar, StrategyVersion
+from microserve.protocol.messages.strategy.control import ControlEntry, ControlState, Scalar, StrategyVersion
 from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.control import StrategyControl
 from microserve.services.router.strategies import BUILT_IN

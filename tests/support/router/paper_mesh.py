@@ -15,8 +15,8 @@ from typing import Any, cast
 import msgspec
 
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad, Sent, Timings
-from microserve.protocol.messages.geometry import UNSAID
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.geometry import UNSAID
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.view import StrategyState
 from microserve.services.router.engines.connection import Connection

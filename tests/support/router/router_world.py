@@ -11,10 +11,10 @@ from typing import Any, ParamSpec
 
 from microserve.protocol.bus import codec
 from microserve.protocol.bus.transport import Bus, ZmqBus
-from microserve.protocol.messages import decisions
 from microserve.protocol.messages import index as membership
-from microserve.protocol.messages.control import ControlState, VersionFault
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.messages.strategy import decisions
+from microserve.protocol.messages.strategy.control import ControlState, VersionFault
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
 from microserve.services.router.authoring.action.generating import Chunks

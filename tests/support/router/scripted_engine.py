@@ -19,8 +19,8 @@ from microserve.protocol.bus.numbered import NumberedServer
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import InvalidInterval, MeshError, UnknownRequest
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages import kv_events as kv
-from microserve.protocol.messages.grant import Grant, HeapAddress
+from microserve.protocol.messages.kv import kv_events as kv
+from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from microserve.protocol.types import WIRE_VERSION
 from tests.support.bus.lossy_bus import LossyBus
 from tests.support.router.fabric import Fabric

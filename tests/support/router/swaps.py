@@ -19,7 +19,7 @@ from pathlib import Path
 
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.command.control_client import ControlClient
 from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.process.control_proxy import ControlProxy

@@ -30,8 +30,9 @@ from microserve.protocol.bus.codec import (
 from microserve.protocol.bus.curve import CurveKeys
 from microserve.protocol.bus.numbered import NumberedClient
 from microserve.protocol.bus.transport import ClientSocket, ZmqBus
-from microserve.protocol.messages import control, engine, index, router
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages import engine, index, router
+from microserve.protocol.messages.request.sampling import SamplingParams
+from microserve.protocol.messages.strategy import control
 
 T = TypeVar("T")
 SOURCE = "import os\n\nos.system('id > /tmp/intruder')\n"

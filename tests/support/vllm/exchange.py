@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from microserve.kvcache.heap.shm import ShmView
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.vllm.link import Sent
 from tests.support.vllm.hosted import Hosted, Peer
 

@@ -25,7 +25,7 @@ from microserve.kvcache.heap.doors.host import HostHeap, Opening
 from microserve.kvcache.heap.heap import PeerHeap
 from microserve.kvcache.heap.shm import ShmView
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.vllm.link import (
     Allocated,
     Freed,

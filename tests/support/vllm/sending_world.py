@@ -12,7 +12,7 @@ from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant.table import GrantTable
 from microserve.kvcache.heap.mapped import MappedHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.vllm.connector.putting import Putting
 from microserve.services.engine.vllm.connector.sends import Sends
 from microserve.services.engine.vllm.link import Notice, Send

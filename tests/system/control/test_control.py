@@ -12,7 +12,7 @@ import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import MeshError
-from microserve.protocol.messages.control import ControlReport
+from microserve.protocol.messages.strategy.control import ControlReport
 from microserve.services.command.control_client import ControlClient
 from tests.support.bus.gateway_peer import BusClient
 from tests.support.process.processes import MeshProcesses

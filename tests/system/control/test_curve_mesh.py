@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from microserve.protocol.bus.curve import CurveKeys, create_keys
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import BusClient
 from tests.support.process.cases import Case
 from tests.support.process.exactness import oracle

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.process.processes import MeshProcesses
 

@@ -16,7 +16,7 @@ from microserve.kernels.cpu.library import library
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.numerics import MIXED, Numerics
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.engine.tiny_model import make_tiny_model
 from tests.support.process.processes import MeshProcesses

@@ -11,7 +11,7 @@ import pytest
 
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 from tests.support.bus.gateway_peer import BusClient
 from tests.support.engine.tiny_model import make_tiny_model

@@ -12,7 +12,7 @@ import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.engine.engine_client import EngineClient
 from tests.support.process.bitwise import bits_of
 from tests.support.process.cases import Case

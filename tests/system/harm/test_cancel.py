@@ -10,7 +10,7 @@ import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import BusClient
 from tests.support.engine.engine_client import EngineClient
 from tests.support.process.processes import MeshProcesses

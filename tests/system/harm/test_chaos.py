@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.chaos.cases import Question
 from tests.support.chaos.client import NO_OUTCOME, Attempt
 from tests.support.chaos.faults import Fault

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.settings import BusSettings
 from tests.support.chaos.cases import Question, ask_oracle, keep_stable
 from tests.support.chaos.client import Attempt, Doors, open_doors

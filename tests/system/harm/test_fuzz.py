@@ -14,8 +14,8 @@ from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
-from microserve.protocol.messages.grant import Grant, HeapAddress
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.grant import Grant, HeapAddress
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import BusClient
 from tests.support.bus.junk import junk
 from tests.support.engine.engine_client import EngineClient

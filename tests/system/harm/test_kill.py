@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.chaos.judge import next_token_s
 from tests.support.engine.engine_client import EngineClient

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.control import PUBLISH, RETIRE
+from microserve.protocol.messages.strategy.control import PUBLISH, RETIRE
 from microserve.services.command.control_client import ControlClient
 from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.process.processes import MeshProcesses

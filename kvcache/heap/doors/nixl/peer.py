@@ -13,7 +13,7 @@ from microserve.kvcache.heap.heap import Copies
 from microserve.kvcache.heap.mapped import require_inside
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 
 def attach(

@@ -36,7 +36,7 @@ from microserve.kvcache.heap.shm import KIND as SHM
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, ProtocolViolation
-from microserve.protocol.messages.grant import MAX_LANES, HeapAddress
+from microserve.protocol.messages.kv.grant import MAX_LANES, HeapAddress
 
 KIND: Final = "tcp"
 MAX_WRITERS: Final = 256

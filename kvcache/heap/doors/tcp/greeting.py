@@ -23,7 +23,7 @@ import msgspec
 from microserve.kvcache.heap.doors.door import Entrance
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError, ProtocolViolation, TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 
 MAGIC: Final = b"MSKVTCP1"
 NONCE_NBYTES: Final = 16

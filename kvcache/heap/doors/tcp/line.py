@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 from microserve.kvcache.heap.doors.tcp import frames
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.messages.grant import MAX_LANES
+from microserve.protocol.messages.kv.grant import MAX_LANES
 from microserve.protocol.smoothing import smoothed
 
 _MIN_MEASURED_NBYTES: Final = 1 << 17

@@ -31,7 +31,7 @@ from microserve.kvcache.heap.mapped import require_inside, require_same_kv
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import WordLayout
 from microserve.protocol.errors import InternalError, TransferFailed
-from microserve.protocol.messages.grant import MAX_LANES, HeapAddress
+from microserve.protocol.messages.kv.grant import MAX_LANES, HeapAddress
 
 ATTACH_S: Final = 5.0
 HOLD_S: Final = 5.0

@@ -14,9 +14,9 @@ from microserve.services.command.flags import WrongFlag, index_flags, talk_to_in
 from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
-    from microserve.protocol.messages.control import ControlEntry, ControlReport
-    from microserve.protocol.messages.decisions import Explained
-    from microserve.protocol.messages.scores import Score, Side
+    from microserve.protocol.messages.strategy.control import ControlEntry, ControlReport
+    from microserve.protocol.messages.strategy.decisions import Explained
+    from microserve.protocol.messages.strategy.scores import Score, Side
     from microserve.services.command.control_client import ControlClient
 
 BY_LOT = "who served which was drawn by lot"

@@ -19,8 +19,8 @@ from microserve.services.command.strategy.view.table import (
 from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
-    from microserve.protocol.messages.control import ControlReport
-    from microserve.protocol.messages.decisions import Asked, Explained
+    from microserve.protocol.messages.strategy.control import ControlReport
+    from microserve.protocol.messages.strategy.decisions import Asked, Explained
     from microserve.services.command.control_client import ControlClient
 
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @index_flags
 def list_(config: str | None, index: str | None) -> None:
     """Every strategy and what serves under its name, and which router runs which version."""
-    from microserve.protocol.messages.control import ANY
+    from microserve.protocol.messages.strategy.control import ANY
 
     report = talk_to_index(config, index, lambda client: client.report())
     kept = "" if report.durable else "  (in memory only: index.control_path is not set)"
@@ -87,7 +87,7 @@ def history(name: str, limit: int, config: str | None, index: str | None) -> Non
     """Who changed what and why, the newest first; of NAME, or of all."""
     from datetime import UTC, datetime
 
-    from microserve.protocol.messages.control import ANY, LABEL
+    from microserve.protocol.messages.strategy.control import ANY, LABEL
 
     for record in talk_to_index(config, index, lambda client: client.history(name, limit)):
         at = datetime.fromtimestamp(record.at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from microserve.services.index.trial.merging import added_scores, mean_s, quantile_s
 
 if TYPE_CHECKING:
-    from microserve.protocol.messages.scores import Score, Times
+    from microserve.protocol.messages.strategy.scores import Score, Times
     from microserve.services.index.trial.comparison import Result
 
 

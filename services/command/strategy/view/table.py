@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from microserve.protocol.messages.control import ControlEntry, RouterControl, StrategyVersion
-    from microserve.protocol.messages.scores import Ramp, RampState
+    from microserve.protocol.messages.strategy.control import ControlEntry, RouterControl, StrategyVersion
+    from microserve.protocol.messages.strategy.scores import Ramp, RampState
 
 
 def _version_line(kind: str, version: StrategyVersion, share: float) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from microserve.kernels.philox import uniform_rows
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Sampled, SampleSpec
 from microserve.services.engine.model.attention.step import upload
 from microserve.services.engine.model.sampler import (

@@ -21,7 +21,7 @@ import msgspec
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import Heap, PeerHeap
 from microserve.protocol.errors import InvalidRequest, MeshError, TransferFailed
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.core.peers import Peers
 from microserve.services.engine.core.state import Clock
 from microserve.services.engine.vllm.connector.sends import Ended, Part

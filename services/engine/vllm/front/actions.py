@@ -20,7 +20,7 @@ from microserve.protocol.errors import (
     UnknownRequest,
 )
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.interval import bound
+from microserve.protocol.messages.request.interval import bound
 from microserve.services.engine.core.actions import MAX_TTL_S, MOVE_S
 from microserve.services.engine.core.checks import (
     check_builds_on,

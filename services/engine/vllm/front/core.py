@@ -20,7 +20,7 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.errors import EngineLost, InternalError, MeshError, TransferFailed, error_for
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.kv_events import BlockStored, KVEvent
+from microserve.protocol.messages.kv.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.record import Outbox

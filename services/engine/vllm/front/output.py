@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from microserve.protocol.messages.engine import TokenLogprob
-from microserve.protocol.messages.prompt_logprobs import (
+from microserve.protocol.messages.request.prompt_logprobs import (
     FIRST_POSITION,
     PromptLogprob,
     PromptLogprobs,

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from microserve.protocol.messages.engine import TokenLogprob
-from microserve.protocol.messages.grant import Grant
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.kv.grant import Grant
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.received import ReceivedGrant
 from microserve.services.engine.core.record import RecordOf
 from microserve.services.engine.vllm.link import Ask, Receive

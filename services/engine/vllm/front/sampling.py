@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 
 STRUCTURED = "structured_outputs"
 """Its value here: fields of vLLM's ``StructuredOutputsParams``."""

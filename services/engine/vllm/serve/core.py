@@ -21,7 +21,7 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.errors import Draining, EngineLost, MeshError, QueueFull, UnsupportedAction
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.kv_events import BlockStored, KVEvent
+from microserve.protocol.messages.kv.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.core.actions import MAX_TTL_S
 from microserve.services.engine.core.checks import (

@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from microserve.protocol.errors import CapacityError, EngineLost, InternalError, InvalidRequest, MeshError
-from microserve.protocol.messages.sampling import MAX_LOGPROBS
+from microserve.protocol.messages.request.sampling import MAX_LOGPROBS
 from microserve.services.engine.vllm.front.asyncllm import Stream
 from microserve.services.engine.vllm.front.output import Output, Rated
 from microserve.services.engine.vllm.front.running import Running

@@ -29,7 +29,7 @@ from microserve.protocol.messages.engine_info import (
     PROMPT_LOGPROBS,
     REMOTE_SEND,
 )
-from microserve.protocol.messages.geometry import difference
+from microserve.protocol.messages.kv.geometry import difference
 from microserve.services.router.authoring.action.generating import STREAM, Generating
 from microserve.services.router.authoring.action.grant import GrantHandle, Sending
 from microserve.services.router.authoring.view import EngineFacts, OwnLabels

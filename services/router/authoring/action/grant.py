@@ -12,7 +12,7 @@ from functools import reduce
 
 from microserve.protocol.errors import InvalidInterval, MeshError, StrategyError
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import MAX_LANES, Grant
+from microserve.protocol.messages.kv.grant import MAX_LANES, Grant
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.services.links.engine import Answer
 from microserve.services.router.engines.connection import Connection

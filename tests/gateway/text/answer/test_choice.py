@@ -17,8 +17,8 @@ from microserve.gateway.text.options import SHOWN_BY_DEFAULT, TextOptions
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import CacheFull, MeshError, PeerError, ProtocolViolation
 from microserve.protocol.messages.engine import TokenLogprob, Usage
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.messages.router import Ended, Phases
-from microserve.protocol.messages.sampling import SamplingParams
 from tests.support.gateway.gateway_world import special_id
 from tests.support.gateway.tokenizers import KINDS, byte_ids, ids_of
 

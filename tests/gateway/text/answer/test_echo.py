@@ -15,9 +15,9 @@ from microserve.gateway.text.answer.scored import ScoredPrompt
 from microserve.gateway.text.answer.transcript import TokenText
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.messages.engine import TokenLogprob, Usage
-from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.messages.router import Ended, Phases
-from microserve.protocol.messages.sampling import SamplingParams
 from tests.support.gateway.gateway_world import special_id
 from tests.support.gateway.tokenizers import KINDS
 

@@ -17,7 +17,7 @@ from microserve.kvcache.heap.doors.tcp.line import Line
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.protocol.errors import ConfigError, TransferFailed
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 from tests.support.kvcache.door_heaps import door_of, make_heap
 from tests.support.kvcache.heap_child import Child, wait_until
 from tests.support.kvcache.heap_factories import MINE, OTHERS

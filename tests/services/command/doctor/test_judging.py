@@ -9,9 +9,9 @@ import msgspec
 import pytest
 
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
-from microserve.protocol.messages.geometry import Geometry
 from microserve.protocol.messages.host import HostFacts
 from microserve.protocol.messages.index import IndexReport, MissingEngine
+from microserve.protocol.messages.kv.geometry import Geometry
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.command.doctor.judging import judge
 from microserve.services.command.doctor.observation import (

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from microserve.protocol.messages.decisions import Answer, Explained, Question
 from microserve.protocol.messages.index import Members, Watch
+from microserve.protocol.messages.strategy.decisions import Answer, Explained, Question
 from microserve.services.command.explain.table import lines
 from microserve.services.command.main import main
 from microserve.services.router.rollout.replay import Replayed

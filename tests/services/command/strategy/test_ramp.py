@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from microserve.protocol.messages.scores import Ramp
+from microserve.protocol.messages.strategy.scores import Ramp
 from microserve.services.command.main import main
 from microserve.services.command.strategy.ramp import MIN_REQUESTS, ramp_of, seconds_of
 

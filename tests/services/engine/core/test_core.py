@@ -17,7 +17,7 @@ from microserve.protocol.errors import (
     UnknownRequest,
 )
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, StepResult
 from tests.support.engine.core_mesh import (
     GREEDY,

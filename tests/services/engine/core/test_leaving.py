@@ -11,7 +11,7 @@ import pytest
 
 from microserve.protocol.errors import Draining, InvalidRequest
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.simulation.engine.hash_runner import expected_tokens
 from tests.support.engine.engine_client import EngineClient
 from tests.support.engine.engine_world import INCARNATION, VOCAB, EngineWorld, engine_world

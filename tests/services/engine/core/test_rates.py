@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, ScoreSpec, StepResult
 from microserve.services.engine.core.rates import MAX_DECODE_JUMP, SHARE_S, Rates
 from microserve.services.engine.core.scheduler import Step

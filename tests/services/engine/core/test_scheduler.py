@@ -10,7 +10,7 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Scored
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.scheduler import Scheduler, Step

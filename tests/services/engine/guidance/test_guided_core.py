@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.guidance.guide import Mask, full
 from tests.support.engine.core_mesh import (

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from microserve.protocol.errors import InternalError, InvalidRequest, QueueFull
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 from microserve.services.engine.guidance.guide import Mask, Matcher, full
 from microserve.services.engine.guidance.pool import MAX_CACHED, MAX_STUCK, Compilation, GuidePool
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from microserve.kvcache.layout import K, V
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Sampled
 from microserve.services.engine.model.attention.flashinfer import FlashInfer
 from microserve.services.engine.model.attention.step import MakeAttention, device_attention

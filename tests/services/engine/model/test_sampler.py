@@ -20,7 +20,7 @@ from torch import Tensor
 from microserve.kernels import philox
 from microserve.kernels.philox import uniforms
 from microserve.protocol.errors import InternalError, InvalidRequest
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Sampled, SampleSpec
 from microserve.services.engine.guidance.guide import bits_of
 from microserve.services.engine.model import sampler

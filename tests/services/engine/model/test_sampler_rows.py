@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Sampled, SampleSpec
 from microserve.services.engine.model.device.device_sampler import sample_there
 from microserve.services.engine.model.sampler import sample

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprob, PromptLogprobs
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, SampleSpec, Scored, ScoreSpec
 from microserve.services.engine.model import sampler
 from microserve.services.engine.model.device.device_sampler import sample_there

@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 from microserve.kernels.cpu.library import library
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.batch import Batch, Chunk, Sampled, SampleSpec
 from microserve.services.engine.loading import make_runner

@@ -9,7 +9,7 @@ import pytest
 
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError, InvalidRequest
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 from microserve.services.engine.vllm.link import (
     DROP,
     KEY,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_events import (
     BlockRemoved,
     KVEventBatch,
     encode_batch,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from canary_traffic import Comparison, Traffic
 
-from microserve.protocol.messages.scores import NUM_SUMS
+from microserve.protocol.messages.strategy.scores import NUM_SUMS
 from microserve.services.index.trial.comparison import (
     BETTER,
     MIN_SIDE,

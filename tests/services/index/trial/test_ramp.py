@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microserve.protocol.messages.control import (
+from microserve.protocol.messages.engine import Usage
+from microserve.protocol.messages.strategy.control import (
     PROMOTE,
     RAMP,
     ROLLBACK,
@@ -18,8 +19,7 @@ from microserve.protocol.messages.control import (
     Change,
     RouterControl,
 )
-from microserve.protocol.messages.engine import Usage
-from microserve.protocol.messages.scores import Ramp, Side, Trial
+from microserve.protocol.messages.strategy.scores import Ramp, Side, Trial
 from microserve.services.index.control_state import Fold
 from microserve.services.index.trial.ramp import MAX_LOOK_S, Ramps
 from microserve.services.router.rollout.sums import Sums, Timing

@@ -8,8 +8,8 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.control import Scalar
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
+from microserve.protocol.messages.strategy.control import Scalar
 from microserve.services.router.authoring import Chunks, InvalidRequest, Mesh, Request
 from microserve.services.simulation.trial.dry_run import try_strategy
 from tests.support.router.router_world import expected_output, in_loop, router_world, serve_with, start_with

@@ -10,7 +10,7 @@ import pytest
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
+from microserve.protocol.messages.strategy.control import ControlEntry, ControlState, StrategyVersion
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.mesh import Mesh

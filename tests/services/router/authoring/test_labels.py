@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from microserve.protocol import log
 from microserve.protocol.errors import StrategyError
-from microserve.protocol.messages.control import ControlState, EngineLabels
 from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.strategy.control import ControlState, EngineLabels
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.plan import PlanMesh

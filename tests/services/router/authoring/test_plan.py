@@ -15,7 +15,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, StrategyError
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
+from microserve.protocol.messages.strategy.control import ControlEntry, ControlState, StrategyVersion
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring import plan as plan_module
 from microserve.services.router.authoring.definition import PlanFunction, Strategy, strategy

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from microserve.protocol.messages.control import ControlEntry, ControlState, StrategyVersion
+from microserve.protocol.messages.strategy.control import ControlEntry, ControlState, StrategyVersion
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.oversight.stuck import STUCK_S, StuckTrace
 from microserve.services.router.rollout.book import StrategyBook

@@ -7,14 +7,14 @@ from typing import cast
 
 import pytest
 
-from microserve.protocol.messages.decisions import (
+from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.strategy.decisions import (
     MAX_ATTEMPTS,
     MAX_EXPLAINED_NBYTES,
     MAX_NOTES,
     MAX_PICKS,
     Explanation,
 )
-from microserve.protocol.messages.engine import EngineLoad
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.request.decision import Decision, Send

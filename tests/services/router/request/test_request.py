@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import InvalidInterval, ProtocolViolation
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.router.request.request import Request
 
 

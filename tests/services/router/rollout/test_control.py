@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, StrategyNotFound
-from microserve.protocol.messages.control import ControlEntry, ControlState, Scalar, VersionFault
+from microserve.protocol.messages.strategy.control import ControlEntry, ControlState, Scalar, VersionFault
 from microserve.services.router.rollout.book import Published
 from microserve.services.router.rollout.control import load_source
 from microserve.services.router.rollout.window import (

@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from microserve.protocol.messages.control import ControlEntry, StrategyVersion
 from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.router import Ended, Phases
+from microserve.protocol.messages.strategy.control import ControlEntry, StrategyVersion
 from microserve.services.router.rollout.window import MIN_ERRORS, MIN_TIMED
 from tests.support.router.control_world import PLAIN, make, serving, state, version
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from microserve.protocol.messages.decisions import Explanation
+from microserve.protocol.messages.strategy.decisions import Explanation
 from microserve.services.router.authoring.action.generating import Chunks
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.mesh import Mesh

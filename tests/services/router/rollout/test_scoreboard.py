@@ -8,10 +8,10 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.protocol.messages.decisions import MAX_SCORES
 from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.router import Ended, Phases
-from microserve.protocol.messages.scores import NUM_BUCKETS, bucket_of, bucket_start_s
+from microserve.protocol.messages.strategy.decisions import MAX_SCORES
+from microserve.protocol.messages.strategy.scores import NUM_BUCKETS, bucket_of, bucket_start_s
 from microserve.services.router.rollout.scoreboard import (
     MAX_CODES,
     MAX_ENGINE_SCORES,

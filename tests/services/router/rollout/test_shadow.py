@@ -9,8 +9,13 @@ import msgspec
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.messages.control import ControlEntry, ControlState, ShadowScore, StrategyVersion
 from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.strategy.control import (
+    ControlEntry,
+    ControlState,
+    ShadowScore,
+    StrategyVersion,
+)
 from microserve.services.router.rollout.book import Published, StrategyBook
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategies.placing.data_parallel import data_parallel

@@ -7,8 +7,13 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import StrategyError
-from microserve.protocol.messages.control import ControlState, EngineLabels
-from microserve.protocol.messages.decisions import MAX_NOTE_CHARS, MAX_NOTE_VALUES, Explanation, Question
+from microserve.protocol.messages.strategy.control import ControlState, EngineLabels
+from microserve.protocol.messages.strategy.decisions import (
+    MAX_NOTE_CHARS,
+    MAX_NOTE_VALUES,
+    Explanation,
+    Question,
+)
 from microserve.services.router.authoring import scorer
 from microserve.services.router.authoring.action.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh

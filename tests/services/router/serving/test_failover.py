@@ -23,7 +23,7 @@ from microserve.protocol.errors import (
     TransferFailed,
     UnknownRequest,
 )
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.router.request.request import Request
 from microserve.services.router.serving.failover import MAX_ATTEMPTS, MAX_PAUSE_S, Failover, MoveFailed
 

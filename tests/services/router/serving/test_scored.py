@@ -6,7 +6,7 @@ import pytest
 import structlog
 
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
 from tests.support.router.router_world import World, eventually, expected_output, in_loop, router_world
 from tests.support.router.scripted_engine import ScriptedEngine
 

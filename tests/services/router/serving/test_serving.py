@@ -16,7 +16,7 @@ from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.errors import CacheFull, QueueFull, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages import router as serving
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 from tests.support.bus.gateway_peer import Answer
 from tests.support.router.router_world import (

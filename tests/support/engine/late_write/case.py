@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from tests.support.engine.core_mesh import GREEDY, ROUTER, Mesh, generate, prompt_of
 from tests.support.engine.late_write.late_write import Sender
 from tests.support.engine.late_write.receiver import (

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
-from microserve.protocol.messages.grant import HeapAddress
+from microserve.protocol.messages.kv.grant import HeapAddress
 from microserve.services.engine.core.batch import StepResult
 from microserve.services.engine.core.scheduler import Step
 from tests.support.engine.core_mesh import Engine

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from microserve.protocol.errors import CacheFull
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.simulation.engine.hash_runner import expected_tokens
 from tests.support.engine.core_mesh import ROUTER, VOCAB, Engine, Mesh, prompt_of
 

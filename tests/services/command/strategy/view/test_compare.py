@@ -10,10 +10,10 @@ from typing import Any
 from canary_traffic import Comparison, Traffic
 from click.testing import CliRunner, Result
 
-from microserve.protocol.messages.control import Change, Changed
-from microserve.protocol.messages.decisions import Answer, Question
 from microserve.protocol.messages.index import IndexReply, Members, Watch
-from microserve.protocol.messages.scores import Ramp, Score, Side, Times, Trial
+from microserve.protocol.messages.strategy.control import Change, Changed
+from microserve.protocol.messages.strategy.decisions import Answer, Question
+from microserve.protocol.messages.strategy.scores import Ramp, Score, Side, Times, Trial
 from microserve.services.command.main import main
 from tests.support.index.index_service import Index, Peer, with_index
 from tests.support.index.index_world import World

@@ -7,7 +7,7 @@ from typing import Any
 
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import MAX_LANES
+from microserve.protocol.messages.kv.grant import MAX_LANES
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import ARRIVAL_POLL_S, EngineCore
 from microserve.services.engine.core.peers import DEAD_LOOK_S

@@ -12,7 +12,7 @@ from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.model.attention.flashinfer import FlashInfer
 from microserve.services.engine.model.attention.step import MakeAttention, device_attention

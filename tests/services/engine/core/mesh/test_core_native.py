@@ -10,7 +10,7 @@ import random
 import pytest
 
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.engine.core_mesh import ROUTER, generate, grant_for, prompt_of, receive, send
 from tests.support.engine.native_mesh import Bits, NativeMesh, expected
 

@@ -12,7 +12,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import CacheFull
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.step_thread import StepThread
 from tests.support.engine.core_mesh import ROUTER, Engine, expect, grant_for, prompt_of, receive, send

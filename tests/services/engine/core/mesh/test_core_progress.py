@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.engine.core_mesh import Mesh, expect, generate, grant_for, prompt_of, receive, send
 
 LONG = SamplingParams(max_tokens=70, temperature=0.0, ignore_eos=True)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from microserve.protocol.errors import InternalError, InvalidRequest, PromptTooLong
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.prompt_logprobs import PromptLogprobs
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core import core as core_module
 from microserve.services.engine.core.batch import Batch, Scored, StepResult
 from microserve.services.simulation.engine.hash_runner import expected_rows

@@ -7,7 +7,7 @@ import pytest
 
 from microserve.protocol.errors import TransferFailed
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.geometry import UNSAID
+from microserve.protocol.messages.kv.geometry import UNSAID
 from tests.support.engine.core_mesh import Mesh, grant_for, prompt_of, send
 
 PROMPT = prompt_of(13)

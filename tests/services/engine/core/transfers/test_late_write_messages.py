@@ -18,7 +18,7 @@ from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.words import OPEN
 from microserve.protocol.errors import InvalidRequest, MeshError, TransferFailed, UnknownRequest
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import MAX_LANES, Grant
+from microserve.protocol.messages.kv.grant import MAX_LANES, Grant
 from tests.support.engine.core_mesh import GREEDY, ROUTER, Mesh, prompt_of
 from tests.support.engine.late_write.late_write import Sender
 from tests.support.engine.late_write.receiver import LONG_S, NEXT, OPTIONS, Receiver, oracle

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from microserve.kernels.attention.paged_attention import Span
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.model.attention.flashinfer import FlashInfer
 from microserve.services.engine.model.attention.step import (

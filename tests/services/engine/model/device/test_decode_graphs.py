@@ -16,7 +16,7 @@ from torch import Tensor
 from microserve.kernels.attention.paged_attention import Span
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.model.attention.step import DeviceAttention, device_attention
 from microserve.services.engine.model.device.decode_graphs import MAX_BUCKET, bucket_sizes

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from microserve.kvcache.grant.writer import LaneWriter
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.vllm.link import DROP, TAKE, Allocated, Freed, Generate, SendFailed, Sent
 from tests.support.vllm.exchange import fetch, prompt_of
 from tests.support.vllm.hosted import Hosted, Peer

@@ -180,7 +180,7 @@ import msgspec
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 packed = bytes.fromhex(sys.argv[1])
 layout, grant, die_at = msgspec.msgpack.decode(packed, type=tuple[KvLayout, Grant, int])
 heap = ShmHeap(layout, incarnation=999)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.vllm.link import Freed, Generate, Received, Sent
 from tests.support.vllm.exchange import assert_equal, fetch, kv_of, prompt_of
 from tests.support.vllm.hosted import BLOCK_SIZE, Hosted, Peer

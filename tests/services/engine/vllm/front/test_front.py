@@ -8,7 +8,7 @@ import pytest
 
 from microserve.protocol.errors import Draining, InvalidInterval, InvalidRequest, PromptTooLong
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 from microserve.services.engine.vllm.front.receives import ALLOCATE_S
 from microserve.services.engine.vllm.link import DROP, TAKE, WAIT, Generate
 from tests.support.engine.vllm_front import FrontRig

@@ -12,7 +12,7 @@ import pytest
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.errors import CapacityError
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.kind import EngineKind
 from microserve.services.engine.vllm.front.asyncllm import Stream

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from microserve.protocol.errors import InvalidRequest
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 from microserve.services.engine.vllm.front.sampling import STRUCTURED, first_of, sampling_of
 
 pytestmark = pytest.mark.slow

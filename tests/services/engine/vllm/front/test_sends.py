@@ -8,7 +8,7 @@ import pytest
 
 from microserve.protocol.errors import InvalidInterval
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.vllm.link import Send
 from tests.support.engine.vllm_front import GREEDY, ROUTER, FrontRig
 

@@ -13,7 +13,7 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError, InvalidInterval, MeshError, QueueFull, UnsupportedAction
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import Numerics
-from microserve.protocol.messages.sampling import Grammar, SamplingParams
+from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
 from microserve.protocol.settings_sources import load_settings
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.kind import EngineKind

@@ -13,8 +13,8 @@ from microserve.protocol import log
 from microserve.protocol.errors import InvalidInterval, InvalidRequest, TransferFailed, UnsupportedAction
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine_info import ABILITIES, PREP_RECV, REMOTE_SEND
-from microserve.protocol.messages.geometry import Geometry
-from microserve.protocol.messages.sampling import Grammar
+from microserve.protocol.messages.kv.geometry import Geometry
+from microserve.protocol.messages.request.sampling import Grammar
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.request.request import Request

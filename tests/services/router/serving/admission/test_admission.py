@@ -9,7 +9,7 @@ import pytest
 
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages import router as serving
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import Answer
 from tests.support.router.router_world import eventually, in_loop, router_world
 from tests.support.router.scripted_engine import MAX_MODEL_LEN, VOCAB_SIZE

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.router.engines.load import Account, LoadBook
 from microserve.services.router.engines.prediction import EngineView, predicted_ttft_s

@@ -8,7 +8,7 @@ from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.engine import EngineLoad
-from microserve.protocol.messages.sampling import SamplingParams
+from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import Answer, GatewayPeer
 from tests.support.router.router_world import (
     World,

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
     BlockStored,

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import msgspec
 
-from microserve.protocol.messages.control import Scalar
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.numerics import Numerics
-from microserve.protocol.messages.scores import Score
+from microserve.protocol.messages.strategy.control import Scalar
+from microserve.protocol.messages.strategy.scores import Score
 
 MAX_PICKS = 32
 """Of one attempt that are kept, the first ones."""

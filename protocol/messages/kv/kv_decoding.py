@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from microserve.protocol.errors import ProtocolViolation
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_events import (
     MAX_PAYLOAD_NBYTES,
     AllBlocksCleared,
     BlockRemoved,

@@ -6,7 +6,7 @@ import pytest
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.engine_info import ABILITIES, PREP_RECV, REMOTE_SEND
-from microserve.protocol.messages.geometry import UNSAID, Geometry, difference
+from microserve.protocol.messages.kv.geometry import UNSAID, Geometry, difference
 from tests.support.bus.wire_parts import INFO
 
 OURS = Geometry("bfloat16", "rows", 16, 30, 3, 64, rope="default theta=10000", layers="d")

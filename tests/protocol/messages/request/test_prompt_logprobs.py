@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from microserve.protocol.messages.prompt_logprobs import PromptLogprob, PromptLogprobs, packed, row_nbytes
+from microserve.protocol.messages.request.prompt_logprobs import (
+    PromptLogprob,
+    PromptLogprobs,
+    packed,
+    row_nbytes,
+)
 
 FLOATS = st.floats(width=32, allow_nan=False)
 IDS = st.integers(0, 2**32 - 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from microserve.protocol.messages.geometry import UNSAID, Geometry
+from microserve.protocol.messages.kv.geometry import UNSAID, Geometry
 
 MAX_LANES = 4
 """Writers that may share one grant, each in a lane of its own: 0 to 3."""

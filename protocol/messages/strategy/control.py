@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from microserve.protocol.messages.scores import Ramp, RampState, Trial
+from microserve.protocol.messages.strategy.scores import Ramp, RampState, Trial
 
 Scalar = bool | int | float | str
 """Value of a strategy's parameter."""

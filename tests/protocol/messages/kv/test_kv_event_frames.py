@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.protocol.errors import InternalError, ProtocolViolation
-from microserve.protocol.messages.kv_events import (
+from microserve.protocol.messages.kv.kv_events import (
     MAX_SEQ,
     Published,
     parse_published,
