@@ -71,11 +71,12 @@ test-vllm: $(VENV)/dev
 	MICROSERVE_TEST_VLLM_PYTHON='$(abspath $(VLLM))/bin/python' PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m vllm --durations=10 $(ARGS)
 
 # A mesh between hosts, which are namespaces of this machine, with cables that are slow, cut and deaf: as root.
-# ARGS='-m "hosts and not slow"' for a short form of it. Nothing that it makes has a name, or outlives it.
+# ARGS='-m "hosts and not slow"' for a short form of it, without the engines' conformance suite through each kind of door.
+# Nothing that it makes has a name, or outlives it.
 hosts: $(VENV)/dev
 	@$(BIN)/python -m tests.support.hosts.namespaces
 	@$(KERNELS)
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal -m hosts --durations=5 tests/hosts $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal -m hosts --durations=5 tests/hosts tests/engine_conformance $(ARGS)
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -12,6 +12,10 @@ one of them.
     tcp     prompts of 700 tokens of SmolLM2, layer by layer: KV, tags and the count of arrival
     nixl    the same
 
+``CPU`` is what both ends took of processors, for themselves and in the kernel, in seconds for each GB: of the
+end that takes more, a core is full when its rate is the reciprocal. Other work on the machine changes it
+little.
+
 ``wire`` is what the sender's card counted beyond KV: frames of the door, and headers of TCP, IP and
 Ethernet. A virtual cable carries segments of 64 KB in one piece; a real one has 1,500 bytes a packet, and 4
 to 5 % of headers whatever is sent.
@@ -79,13 +83,18 @@ class There:
         assert self.process.stdout is not None
         self.said = self.process.stdout.readline()
 
+    def cpu_s(self) -> float:
+        """Of the process and of those that it has waited for."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
 
 
 def stream(host: str) -> Callable[[float], tuple[int, float]]:
-    buffer = memoryview(bytearray(LAYOUT.data_nbytes))
+    buffer = memoryview(bytearray(b"\7" * LAYOUT.data_nbytes))  # written to: else it is one page of zeros
 
     def run(seconds: float) -> tuple[int, float]:
         with socket.create_connection((host, PORT + 1)) as connection:
@@ -142,7 +151,7 @@ def door(kind: str, here: str, address: HeapAddress) -> Callable[[float], tuple[
             lane = 1 - lane
             while peer.holds(0, lane):  # the prompt before the last one: an engine does not wait for the last
                 peer.poll()
-                time.sleep(0.0002)
+                time.sleep(0.001)  # nor look more often
             if not peer.hold(0, lane):
                 raise RuntimeError("the lane is held")
             for layer in range(LAYOUT.num_layers):
@@ -155,6 +164,12 @@ def door(kind: str, here: str, address: HeapAddress) -> Callable[[float], tuple[
         return sent, time.monotonic() - began
 
     return run
+
+
+def own_cpu_s() -> float:
+    """Of this process and of those that it has waited for (iperf3)."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def card_nbytes() -> int:
@@ -189,33 +204,39 @@ def main() -> None:
 
     here, there = os.environ["MICROSERVE_TEST_DOOR_HOST"], os.environ["MICROSERVE_TEST_OTHER_HOST"]
     shape(arguments.mbit)
-    others = [There(sys.executable, __file__, "--own", "stream", there)]
+    others = {"stream": There(sys.executable, __file__, "--own", "stream", there)}
     ways = {"stream": stream(there)}
     if shutil.which("iperf3"):
-        others.append(There("sh", "-c", f"echo; exec iperf3 --server --port {PORT} >/dev/null"))
+        others["iperf3"] = There("sh", "-c", f"echo; exec iperf3 --server --port {PORT} >/dev/null")
         ways["iperf3"] = iperf(there)
     for kind in arguments.kinds:
-        others.append(There(sys.executable, __file__, "--own", kind, there))
-        ways[kind] = door(kind, here, msgspec.json.decode(others[-1].said, type=HeapAddress))
+        others[kind] = There(sys.executable, __file__, "--own", kind, there)
+        ways[kind] = door(kind, here, msgspec.json.decode(others[kind].said, type=HeapAddress))
     try:
         rates: dict[str, list[float]] = {name: [] for name in ways}
         extra: dict[str, list[float]] = {name: [] for name in ways}
+        here_cpu, there_cpu = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
+        total = dict.fromkeys(ways, 0)
         for run in ways.values():
             run(0.3)
         for _ in range(arguments.rounds):
             for name, run in ways.items():
-                before = card_nbytes()
+                before, here_before, there_before = card_nbytes(), own_cpu_s(), others[name].cpu_s()
                 nbytes, seconds = run(arguments.seconds)
+                here_cpu[name] += own_cpu_s() - here_before
+                there_cpu[name] += others[name].cpu_s() - there_before
+                total[name] += nbytes
                 rates[name].append(nbytes / seconds)
                 extra[name].append((card_nbytes() - before) / nbytes - 1)
     finally:
-        for other in others:
+        for other in others.values():
             other.end()
-    print(f"{'':8} {'MB/s':>8} {'of stream':>10} {'wire':>8}")
+    print(f"{'':8} {'MB/s':>8} {'of stream':>10} {'wire':>8} {'CPU here':>9} {'there':>6}")
     for name in ways:
         ratio = statistics.median(one / base for one, base in zip(rates[name], rates["stream"], strict=True))
         rate, more = statistics.median(rates[name]) / 1e6, statistics.median(extra[name])
-        print(f"{name:8} {rate:8.0f} {ratio:9.0%} {more:8.2%}")
+        cpu = here_cpu[name] / total[name] * 1e9, there_cpu[name] / total[name] * 1e9
+        print(f"{name:8} {rate:8.0f} {ratio:9.0%} {more:8.2%} {cpu[0]:9.2f} {cpu[1]:6.2f}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     pytest tests/engine_conformance                                  our native engine
     pytest -m vllm tests/engine_conformance                          vLLM behind our shell (make test-vllm)
+    pytest -m hosts tests/engine_conformance                         native engines, by each kind of door, on
+                                                                     one host and between two (make hosts)
     pytest tests/engine_conformance --engine-settings FILE           an engine that FILE describes
     MICROSERVE_TEST_ENGINE_SETTINGS=FILE pytest ...                  the same
     MICROSERVE_TEST_ENGINE_COMMAND=...                               by another command than our microserve
@@ -19,13 +21,18 @@ import os
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from microserve.protocol.bus.curve import create_mesh_keys
 from tests.support.engine_conformance.engine_process import EngineProcess, Launch
 from tests.support.engine_conformance.pair import Pair
+from tests.support.hosts.namespaces import why_not
+from tests.support.hosts.world import World
 
 SETTINGS_VARIABLE, COMMAND_VARIABLE = "MICROSERVE_TEST_ENGINE_SETTINGS", "MICROSERVE_TEST_ENGINE_COMMAND"
 PATIENCE = {"bus.liveness": "20"}
@@ -48,6 +55,9 @@ VLLM = {
 """A block of its CPU kernels is 32 tokens at least."""
 
 
+DOORS = ("tcp", "nixl")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--engine-settings", default="", help="settings of the engines to be tested (TOML)")
 
@@ -55,7 +65,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each test for each kind of engine, or for those that a file describes."""
     if "launch" in metafunc.fixturenames:
-        kinds = ["native", pytest.param("vllm", marks=pytest.mark.vllm)]
+        kinds: list[Any] = ["native", pytest.param("vllm", marks=pytest.mark.vllm)]
+        if "hosts" in metafunc.config.option.markexpr:  # nobody else waits for as much again four times
+            kinds += [pytest.param(each, marks=_marks_of(each)) for each in _kinds_behind_doors()]
         metafunc.parametrize(
             "launch", ["file"] if _settings_file(metafunc.config) else kinds, indirect=True, scope="session"
         )
@@ -77,26 +89,53 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
+def _kinds_behind_doors() -> list[str]:
+    return [f"{door}{where}" for door in DOORS for where in ("", " between hosts")]
+
+
+def _marks_of(kind: str) -> list[pytest.MarkDecorator]:
+    door, is_between_hosts = kind.split(maxsplit=1)[0], " " in kind
+    marks = [pytest.mark.hosts, pytest.mark.slow]
+    if door == "nixl":
+        marks.append(pytest.mark.skipif(find_spec("nixl") is None, reason="needs the extra nixl"))
+    if is_between_hosts:
+        marks.append(pytest.mark.skipif(bool(reason := why_not()), reason=reason))
+    return marks
+
+
 def _settings_file(config: pytest.Config) -> str:
     named = config.getoption("--engine-settings", default="") or os.environ.get(SETTINGS_VARIABLE, "")
     return str(Path(named).resolve()) if named else ""
 
 
 @pytest.fixture(scope="session")
-def launch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launch:
+def launch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
     """How the engines of this run are started."""
     keys = create_mesh_keys(tmp_path_factory.mktemp("keys"))
     command = os.environ.get(COMMAND_VARIABLE, "")
+    if request.param in _kinds_behind_doors():
+        model, (door, *where) = request.getfixturevalue("random_model"), request.param.split()
+        settings = {
+            **PATIENCE,
+            **SMALL,
+            **NATIVE,
+            "kvcache.doors": f'["{door}"]',
+            "kvcache.share_memory": "false",
+        }
+        with World(tmp_path_factory.mktemp("hosts")) if where else nullcontext() as world:
+            yield Launch(model, keys, "", "", settings, world, oracle="float32")
+        return
     if request.param == "file":
         config = _settings_file(request.config)
         path = tomllib.loads(Path(config).read_text()).get("model", {}).get("path")
         model = Path(path) if path else request.getfixturevalue("random_model")
-        return Launch(model, keys, command, config, PATIENCE)
+        yield Launch(model, keys, command, config, PATIENCE)
+        return
     settings = {**PATIENCE, **SMALL, **(VLLM if request.param == "vllm" else NATIVE)}
     if request.param == "vllm":
         settings["vllm.python"] = str(request.getfixturevalue("vllm_python"))
         command = command or f"{sys.executable} -m microserve.services.command.main"
-    return Launch(request.getfixturevalue("random_model"), keys, command, "", settings, oracle="float32")
+    yield Launch(request.getfixturevalue("random_model"), keys, command, "", settings, oracle="float32")
 
 
 @pytest.fixture(scope="session")

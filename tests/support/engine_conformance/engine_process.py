@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from microserve.protocol.bus.curve import keys_of_role, peer_key
+from tests.support.hosts.world import Host, World
 from tests.support.process.nursery import Process
 from tests.support.process.processes import LEASH, start_process
 
@@ -45,8 +46,23 @@ class Launch:
     """File of settings, which ours go before."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """As TOML values, by ``section.field``."""
+    world: World | None = None
+    """Where engines stand on hosts of their own; else on this one."""
     oracle: str = ""
     """Transformers computes as these engines do, in this dtype; empty: that is not known."""
+
+    def host_of(self, name: str) -> Host | None:
+        """Of an engine: the last letter of its name counts hosts behind the front, over and over."""
+        if self.world is None:
+            return None
+        hosts = list(self.world.hosts.values())[1:]
+        return hosts[(ord(name[-1]) - ord("a")) % len(hosts)]
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Sockets that are opened meanwhile reach the engines."""
+        with contextlib.nullcontext() if self.world is None else self.world.front.inside.joined():
+            yield
 
 
 @dataclass
@@ -62,7 +78,8 @@ class EngineProcess:
     @classmethod
     def start(cls, launch: Launch, name: str, directory: Path, **settings: str) -> EngineProcess:
         """``settings`` of this engine alone: ``section__field``. Returns at once."""
-        address = f"tcp://127.0.0.1:{_port()}"
+        host = launch.host_of(name)
+        address = f"tcp://{'127.0.0.1' if host is None else host.address}:{_port()}"
         said = {
             "model.path": str(launch.model),
             "engine.id": name,
@@ -72,12 +89,17 @@ class EngineProcess:
             **launch.settings,
             **{key.replace("__", "."): value for key, value in settings.items()},
         }
+        if host is not None:
+            others = "engine.events_address", "engine.replay_address", "kvcache.door_address"
+            said |= dict.fromkeys(others, f"tcp://{host.address}:0")
         arguments = ["engine", *(["--config", launch.config] if launch.config else [])]
         for key, value in said.items():
             arguments += ["--set", f"{key}={value}"]
         log = directory / f"{name}.log"
-        if launch.command:
-            process: Process = _run(shlex.split(launch.command) + arguments, log)
+        if host is not None:
+            process: Process = _run_on(host, arguments, log)
+        elif launch.command:
+            process = _run(shlex.split(launch.command) + arguments, log)
         else:
             process = start_process("engine", arguments, log)
         server_key = peer_key(keys_of_role(launch.keys, "engine"), "service")
@@ -148,6 +170,12 @@ def _run(command: list[str], log: Path) -> Process:
     leash = [sys.executable, "-S", "-E", str(LEASH), str(os.getpid())]
     with log.open("w") as sink:
         return subprocess.Popen(leash + command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
+
+
+def _run_on(host: Host, arguments: list[str], log: Path) -> Process:
+    """Of this environment, and gone with its host."""
+    with log.open("w") as sink:
+        return host.inside.start([sys.executable, "-P", "-m", "microserve.services", *arguments], sink=sink)
 
 
 def _handles(pids: list[int], closing: contextlib.ExitStack) -> dict[int, int]:

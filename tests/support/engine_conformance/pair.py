@@ -71,11 +71,12 @@ class Pair:
     async def bus(self, role: str = "router") -> AsyncIterator[ZmqBus]:
         """Sockets with the keys of a role of the mesh."""
         keys = CurveKeys.load(keys_of_role(self.launch.keys, role))
-        bus = ZmqBus(linger_s=0.1, keys=keys)
-        try:
-            yield bus
-        finally:
-            bus.close()
+        with self.launch.joined():
+            bus = ZmqBus(linger_s=0.1, keys=keys)
+            try:
+                yield bus
+            finally:
+                bus.close()
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[tuple[WireClient, WireClient]]:

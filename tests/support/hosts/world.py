@@ -63,6 +63,7 @@ class Host:
             script = [
                 "set -e",
                 f"hostname {self.name}",
+                "mount -t sysfs sysfs /sys",  # its cards, for UCX
                 "mount -t tmpfs tmpfs /dev/shm",
                 "mount -t tmpfs tmpfs /mnt",
                 *(

@@ -213,7 +213,9 @@ class TcpDoor(Door):
                     raise ProtocolViolation("a writer that does not wait for its welcome")
                 nbytes, caller.hello = len(some), caller.hello + some
             else:
-                nbytes = caller.socket.recvmsg_into(inbound.buffers())[0]
+                buffers = inbound.buffers()
+                room = sum(map(len, buffers))
+                nbytes = caller.socket.recvmsg_into(buffers)[0]
         except BlockingIOError:
             return False
         if not nbytes:  # all that it sent before it left or died has been applied
@@ -226,9 +228,11 @@ class TcpDoor(Door):
         caller.heard_at = time.monotonic()
         for frame in inbound.received(nbytes):
             self._apply(caller, frame)
-            if caller not in self._callers:
-                return False
-        return True
+        if caller.out:
+            self._say(caller, b"")
+        if caller not in self._callers:
+            return False
+        return nbytes == room  # else that was all
 
     def _welcome(self, caller: Caller) -> None:
         caller.greeting.check(bytes(caller.hello))
@@ -291,7 +295,7 @@ class TcpDoor(Door):
             answer = frames.head(frames.SYNCED, small)
         else:
             answer = frames.head(frames.BEAT)
-        self._say(caller, answer)
+        caller.out += answer
 
     def _tell_states(self, caller: Caller) -> None:
         """A writer that is told of a closed grant stops sending."""

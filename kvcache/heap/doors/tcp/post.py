@@ -74,9 +74,10 @@ class Post:
     def using(self, line: Line) -> Iterator[None]:
         """The line's state is ours; what was put into it goes out after."""
         with self._changed:
+            had_some = line.has_parts or line.awaits_flight
             yield
             has_some = line.has_parts or line.awaits_flight
-        if has_some:
+        if has_some and not had_some:  # else the thread is at it, or waits until the socket takes more
             os.eventfd_write(self._wake, 1)
 
     def wait(self, line: Line, until: Callable[[], bool], timeout_s: float | None = None) -> bool:
@@ -169,23 +170,25 @@ class Post:
     def _send(self, line: Line, connection: socket.socket, now: float) -> None:
         with self._changed:
             line.tick(now)
-        while parts := self._parts(line):
+        is_full = False
+        while not is_full and (parts := self._parts(line)):
+            sent: int | None = 0
             try:
                 sent = connection.sendmsg(parts)
             except BlockingIOError:
-                with self._changed:
-                    line.full(now)
-                return
+                pass
             except OSError:
-                with self._changed:
-                    line.lose(End.RESET)
-                return
-            finally:
-                with self._changed:
-                    self._reading = None
-                    self._changed.notify_all()
+                sent = None
             with self._changed:
-                if line.sent(sent, time.monotonic()):
+                self._reading = None
+                self._changed.notify_all()
+                if sent is None:
+                    line.lose(End.RESET)
+                    return
+                is_full = sent < sum(map(len, parts))
+                if is_full:
+                    line.full(now)
+                if sent and line.sent(sent, time.monotonic()):
                     _bound(connection, line)
 
     def _parts(self, line: Line) -> list[memoryview]:
