@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,6 +78,21 @@ def test_puts_and_signals_go_out_in_order_and_questions_between_frames(seed: int
         left += b"" if kind == frames.HOLD else out[:nbytes]
         out = out[nbytes:]
     assert (left, found) == (expected, asked)
+
+
+def test_frames_add_less_than_a_thousandth_to_kv_of_whole_blocks() -> None:
+    """A prompt of 75 scattered blocks of 32 KiB: each layer's KV, its tags and its count. What else a wire
+    carries is headers of Ethernet, IP and TCP, of these bytes and of what acknowledges them."""
+    line, block_nbytes, blocks = Line(SILENCE_S, 0.0), 1 << 15, np.arange(0, 150, 2)
+    source = memoryview(bytes(block_nbytes))
+    for _ in range(4):
+        for frame in frames.put_frames([(0, int(b) * block_nbytes, block_nbytes) for b in blocks], source):
+            line.put(frame)
+        for signal in frames.signal_each_frames(blocks, 1):
+            line.put([signal])
+        line.put([frames.head(frames.SIGNAL, 7, 1)])
+    kv_nbytes = 4 * len(blocks) * block_nbytes
+    assert kv_nbytes < len(drain(line)) < kv_nbytes * 1.001
 
 
 def test_a_question_does_not_wait_for_puts() -> None:
