@@ -39,14 +39,20 @@ class Scratch:
 
 
 def sweep() -> None:
-    """Remove those of this user whose owner is no more. What cannot be removed is left."""
-    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
-        with contextlib.suppress(OSError):
-            if lock.lstat().st_uid != os.getuid():
-                continue
-            descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent, ignore_errors=True)
-            finally:
-                os.close(descriptor)
+    """Remove those of this user whose owner is no more. What cannot be removed, or looked at, is left: never
+    raises ``OSError``."""
+    with contextlib.suppress(OSError):  # no temporary directory is to be had: the disk is full
+        for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+            with contextlib.suppress(OSError):
+                _remove_if_left(lock)
+
+
+def _remove_if_left(lock: Path) -> None:
+    if lock.lstat().st_uid != os.getuid():
+        return
+    descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(lock.parent, ignore_errors=True)
+    finally:
+        os.close(descriptor)

@@ -52,6 +52,14 @@ def test_what_somebody_holds_or_nobody_made_stays(temporary: Path) -> None:
     scratch.close()
 
 
+def test_who_sweeps_bears_that_there_is_no_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", fail)
+    sweep()
+
+
 @pytest.mark.slow
 def test_a_killed_owner_s_is_removed_by_who_sweeps_and_a_living_one_s_is_not() -> None:
     owners = [
