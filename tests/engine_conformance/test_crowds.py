@@ -180,17 +180,23 @@ async def abandoned(
 @pytest.mark.heavy
 @pytest.mark.timeout(1_800)
 async def test_five_hundred_splits(pair: Pair) -> None:
-    """Any prompt, any split, any hits, any way: each against one engine with the same prefix in its cache."""
+    """Any prompt, any split, any hits, any way: each against one engine with the same prefix in its cache.
+
+    Of a class that is not exact, one engine comes to the same bits by the same path of computation alone:
+    where the receiver had nothing of its own, and the sender no more than it sends. In float32 other paths
+    differ by less than the tolerance.
+    """
     async with pair.connect() as (a, b):
         rng, block = random.Random(500), a.info.block_size
+        any_path = a.info.numerics.is_exact or a.info.geometry.dtype == "float32"
         longest = min(6 * block, a.info.max_model_len - 8)
         for number in range(500):
             tokens = make_prompt(a.info, rng.randrange(1, longest), f"five hundred {number}")
             end = rng.choice([rng.randrange(len(tokens) + 1), len(tokens), len(tokens) // block * block])
             await check_relay(
                 *(a, b, tokens, end),
-                there=rng.randrange(len(tokens) // block + 1) * block,
-                here=rng.randrange(len(tokens) // block + 1) * block,
+                there=rng.randrange((len(tokens) if any_path else end) // block + 1) * block,
+                here=rng.randrange(len(tokens) // block + 1) * block if any_path else 0,
                 num_lanes=rng.randrange(1, 4),
                 first_token=end == len(tokens) and rng.random() < 0.5,
                 generate_first=rng.random() < 0.5,
