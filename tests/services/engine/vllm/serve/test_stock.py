@@ -113,9 +113,18 @@ def test_a_strategy_that_needs_kv_is_served_by_one_engine_or_told(mesh: MeshProc
     asked = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0}
     status, answer = completed(mesh, asked, **{"x-microserve-strategy": "disaggregated"})
     assert status == 200, answer
-    log = mesh.services["gateway"].log.read_text()
-    [line] = [each for each in map(json.loads, log.splitlines()) if each.get("strategy") == "disaggregated"]
+    deadline = time.monotonic() + 60
+    while not (lines := told_of(mesh, "disaggregated")):  # it is written when the answer has gone
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    [line] = lines
     assert line["alone"], line
+
+
+def told_of(mesh: MeshProcesses, strategy: str) -> list[dict[str, Any]]:
+    """The gateway's lines about requests of this strategy."""
+    whole, _, _ = mesh.services["gateway"].log.read_text().rpartition("\n")
+    return [line for line in map(json.loads, whole.splitlines()) if line.get("strategy") == strategy]
 
 
 def test_what_vllm_refuses_is_the_clients_400(mesh: MeshProcesses) -> None:
