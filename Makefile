@@ -62,9 +62,10 @@ ONE_CLIENT = tests/clients$(if $(CLIENT),/test_clients.py::test_client[$(CLIENT)
 # Other people's indexers and routers on our KV events and our gateway, likewise: docs/engines.md.
 peers: $(VENV)/dev
 	@$(KERNELS)
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m "peers and not vllm" --durations=0 $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m "peers and not vllm" --durations=0 tests/peers $(ARGS)
 
-# vLLM's own engines: what needs its environment. ARGS="tests/services/engine/vllm" for a part of it.
+# vLLM's own engines: what needs its environment. ARGS="tests/services/engine/vllm" for a part of it,
+# ARGS='-m "vllm and not slow and not heavy"' without the tests that start engines again and again.
 test-vllm: $(VENV)/dev
 	@$(KERNELS)
 	@$(BIN)/python tooling/vllm_environment.py --venv '$(VLLM)'
