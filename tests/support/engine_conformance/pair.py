@@ -15,7 +15,7 @@ from microserve.protocol.messages.engine_info import EngineInfo
 from tests.support.engine_conformance.engine_process import READY_S, EngineProcess, Launch
 from tests.support.engine_conformance.wire_client import RefusedError, WireClient
 
-SETTLED_S = 60.0
+SETTLED_S = 180.0
 LEASE_S = 1.5
 """Of ``a``'s grants: what is about leases lets ``a`` receive, everything else ``b``."""
 

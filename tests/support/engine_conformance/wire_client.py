@@ -20,8 +20,8 @@ from microserve.protocol.messages.request.sampling import SamplingParams
 
 T = TypeVar("T")
 
-ANSWER_S = 60.0
-TTL_S = 120.0
+ANSWER_S = 180.0
+TTL_S = 400.0
 PING_S = 0.25
 CREDIT = 1_000
 
