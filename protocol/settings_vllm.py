@@ -44,6 +44,9 @@ class VllmSettings(Section, frozen=True):
     """Memory of vLLM's KV cache. 0: this engine's part (``mesh.engines``) of a quarter of this machine's."""
     enforce_eager: bool = False
     """Nothing is compiled: the start takes seconds instead of a minute, and steps are slower."""
+    early_start: bool = False
+    """Begin on the rest of a prompt while the last layers before it still arrive: an earlier first token, for
+    which whoever is in the same batch waits along."""
     arguments: dict[str, Any] = msgspec.field(default_factory=dict)
     """More of vLLM's engine arguments by their names in Python, e.g. ``{tensor_parallel_size = 2}``."""
     url: str = ""

@@ -7,7 +7,10 @@
 
     a receive, by its word    WAIT ── arrived and verified ──> TAKE ── nobody will generate from it ──> DROP
                               WAIT ── its request is aborted, and no writer is left ──────────────────> DROP
+                              WAIT ── early ──> START ── Arrived, and no writer is left ──> TAKE
+                                                START ── given up, and no writer is left ─────────────> DROP
     what the front hears      Allocated ── TAKE ──> Received ── generated from, or DROP ──> Freed
+                              Allocated ── START ──> Arrived, or NotArrived
                               (aborted) ── DROP, or nothing was allocated ────────────────> Freed
 
 vLLM spawns its processes, so nothing is inherited: they open page and pipes by ``/proc/<pid>/fd/<fd>``, as
@@ -123,6 +126,19 @@ class Received(msgspec.Struct, frozen=True, tag=True):
     id: int
 
 
+class Arrived(msgspec.Struct, frozen=True, tag=True):
+    """Worker, of a receive that was started early: each layer was in and verified when its step used it."""
+
+    id: int
+
+
+class NotArrived(msgspec.Struct, frozen=True, tag=True):
+    """Worker, of a receive that was started early: vLLM fails whoever the step computed from it."""
+
+    id: int
+    detail: str
+
+
 class Freed(msgspec.Struct, frozen=True, tag=True):
     """Scheduler, once for each receive: its blocks are vLLM's again and its word is not read any more."""
 
@@ -149,12 +165,12 @@ class SendFailed(msgspec.Struct, frozen=True, tag=True):
     detail: str
 
 
-Notice: TypeAlias = Ready | Refused | Allocated | Received | Freed | Sent | SendFailed
+Notice: TypeAlias = Ready | Refused | Allocated | Received | Arrived | NotArrived | Freed | Sent | SendFailed
 
 
 # --- the page --------------------------------------------------------------------------------------------
 
-WAIT, TAKE, DROP = 0, 1, 2
+WAIT, TAKE, DROP, START = 0, 1, 2, 3
 _STATE_BITS: Final = 2
 _SLOT_BITS: Final = 16
 _STEPS, _LAYERS, _FREE_BLOCKS, _RUNNING, _WAITING = 0, 8, 16, 17, 18
@@ -174,15 +190,17 @@ class Progress(NamedTuple):
 
 
 class Page:
-    """Words that front and connector share: one for each receive, and how far the engine is.
+    """Words that front and connector share: two for each receive, and how far the engine is.
 
     A receive's id is ``use << 16 | slot``, and its word carries the id: what an older use left means nothing.
+    Its second word says under which grant its KV comes, once it is started early.
     """
 
     def __init__(self, fd: int, num_receives: int) -> None:
         """``fd`` stays the caller's."""
         self._map = mmap.mmap(fd, self.nbytes(num_receives), flags=mmap.MAP_SHARED)
         self._words = np.frombuffer(self._map, np.int64)
+        self._num_receives = num_receives
         self._free = deque(range(num_receives))
         self._uses = [0] * num_receives
 
@@ -190,7 +208,7 @@ class Page:
     def nbytes(num_receives: int) -> int:
         if not 0 < num_receives <= 1 << _SLOT_BITS:
             raise InvalidRequest(f"num_receives is {num_receives}, 1 to {1 << _SLOT_BITS}")
-        return 8 * (_RECEIVES + num_receives)
+        return 8 * (_RECEIVES + 2 * num_receives)
 
     # The front's:
 
@@ -201,8 +219,16 @@ class Page:
         slot = self._free.popleft()
         self._uses[slot] += 1
         receive = self._uses[slot] << _SLOT_BITS | slot
+        self._words[_RECEIVES + self._num_receives + slot] = 0
         self._set(receive, WAIT)
         return receive
+
+    def start(self, receive: int, grant_slot: int, generation: int) -> None:
+        """Promote it now: the worker waits for each layer, under that grant. From here on its request ends by
+        itself, and must not be aborted."""
+        slot = receive & (1 << _SLOT_BITS) - 1
+        self._words[_RECEIVES + self._num_receives + slot] = generation << _SLOT_BITS | grant_slot
+        self._set(receive, START)
 
     def take(self, receive: int) -> None:
         """All has arrived and is verified: promote it."""
@@ -225,12 +251,19 @@ class Page:
     # The connector's:
 
     def fate(self, receive: int) -> int:
-        """``WAIT``, ``TAKE`` or ``DROP``; ``WAIT`` of an id that is not the slot's."""
+        """``WAIT``, ``START``, ``TAKE`` or ``DROP``; ``WAIT`` of an id that is not the slot's."""
         slot = receive & (1 << _SLOT_BITS) - 1
-        if receive < 0 or _RECEIVES + slot >= len(self._words):
+        if receive < 0 or slot >= self._num_receives or not len(self._words):
             return WAIT
         word = self._words.item(_RECEIVES + slot)
         return word & (1 << _STATE_BITS) - 1 if word >> _STATE_BITS == receive else WAIT
+
+    def started(self, receive: int) -> tuple[int, int] | None:
+        """Slot and generation of the grant under which its KV comes, if it was ever started early. Of an id
+        whose word is the slot's."""
+        slot = receive & (1 << _SLOT_BITS) - 1
+        word = self._words.item(_RECEIVES + self._num_receives + slot)
+        return (word & (1 << _SLOT_BITS) - 1, word >> _SLOT_BITS) if word else None
 
     def count_layer(self) -> None:
         self._words[_LAYERS] += 1

@@ -26,6 +26,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.protocol.messages.engine_info import (
     COMMIT,
+    EARLY_START,
     FIRST_TOKEN,
     GRAMMAR,
     PREP_RECV,
@@ -114,7 +115,12 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
             Mirror(ready.layout.block_size, ready.layout.model, revision),
             engine_id=settings.engine.id or f"engine-{secrets.token_hex(4)}",
             incarnation=incarnation,
-            kind=kind_of(version, ready.layout.block_size, has_tokenizer=_has_tokenizer(directory)),
+            kind=kind_of(
+                version,
+                ready.layout.block_size,
+                has_tokenizer=_has_tokenizer(directory),
+                starts_early=settings.vllm.early_start,
+            ),
             numerics=numerics_of(version, ready.layout.dtype, revision),
             # vLLM keeps one block for itself.
             limits=_limits(settings, config, directory, ready.num_blocks - 1),
@@ -181,10 +187,12 @@ def _has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _TOKENIZERS)
 
 
-def kind_of(version: str, block_size: int, *, has_tokenizer: bool) -> EngineKind:
+def kind_of(version: str, block_size: int, *, has_tokenizer: bool, starts_early: bool = False) -> EngineKind:
     """What it says of itself. A whole block is computed again where a receive ends with one: vLLM must have
     the logits of the last token."""
     can = [PREP_RECV, REMOTE_SEND, COMMIT, FIRST_TOKEN, PROMPT_LOGPROBS]
+    if starts_early:
+        can.append(EARLY_START)
     if has_tokenizer:
         can.append(GRAMMAR)
     return EngineKind("vllm", version, tuple(can), split_tokens=block_size, recompute_tokens=block_size)

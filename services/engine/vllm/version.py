@@ -66,13 +66,15 @@ USES: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "RequestOutput": ("finished", "num_cached_tokens", "outputs", "prompt_logprobs"),
         "CompletionOutput": ("finish_reason", "logprobs", "stop_reason", "token_ids"),
     },
-    "v1/outputs.py": {"KVConnectorOutput": ("finished_recving", "finished_sending")},
+    "v1/outputs.py": {
+        "KVConnectorOutput": ("finished_recving", "finished_sending", "invalid_block_ids"),
+    },
     "v1/core/sched/output.py": {
         "SchedulerOutput": ("num_scheduled_tokens", "finished_req_ids", "kv_connector_metadata"),
     },
     "v1/core/kv_cache_manager.py": {
         "KVCacheBlocks": ("get_block_ids",),
-        "KVCacheManager": ("get_block_ids",),
+        "KVCacheManager": ("evict_blocks", "get_block_ids"),
     },
     "v1/kv_cache_interface.py": {
         "KVCacheConfig": ("kv_cache_groups", "kv_cache_layout", "kv_cache_tensors", "num_blocks"),
@@ -111,6 +113,13 @@ ORDERS: Final[dict[str, tuple[str, ...]]] = {
         "_build_kv_connector_meta",
     ),
     "v1/core/sched/scheduler.py:Scheduler._update_from_kv_xfer_finished": ("update_connector_output",),
+    "v1/core/sched/scheduler.py:Scheduler.update_from_output": (
+        "_handle_invalid_blocks",
+        "finish_requests",
+        "_update_from_kv_xfer_finished",
+        "take_events",
+        "publish",
+    ),
     "v1/worker/kv_connector_model_runner_mixin.py:KVConnectorModelRunnerMixin._get_kv_connector_output": (
         "bind_connector_metadata",
         "wait_for_save",

@@ -62,6 +62,11 @@ class Host:
     def abort(self, request_id: str) -> None:
         self.engine.abort_request([request_id])
 
+    def abort_in_step(self, request_id: str) -> None:
+        """As one that comes while a step runs: behind its layers, before its output is read."""
+        (found,) = [each for each in self.scheduler.requests if each.rpartition("-")[0] == request_id]
+        self.engine.engine_core.engine_core.aborts_queue.put_nowait([found])
+
     def step(self) -> list[dict[str, Any]]:
         return [
             {

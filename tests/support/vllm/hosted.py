@@ -28,8 +28,10 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.vllm.link import (
     Allocated,
+    Arrived,
     Freed,
     Generate,
+    NotArrived,
     Notice,
     Ready,
     Receive,
@@ -45,7 +47,7 @@ from microserve.services.engine.vllm.link_ends import Front
 ROOT = Path(__file__).parents[3]
 BLOCK_SIZE = 32
 MAX_STEPS = 2000
-N = TypeVar("N", Ready, Refused, Allocated, Received, Freed, Sent, SendFailed)
+N = TypeVar("N", Ready, Refused, Allocated, Received, Arrived, NotArrived, Freed, Sent, SendFailed)
 ARGUMENTS: dict[str, Any] = {
     "dtype": "bfloat16",
     "enforce_eager": True,
@@ -256,6 +258,10 @@ class Hosted:
         assert self.table.is_complete(grant.grant_id)
         for layer in range(self.layout.num_layers):
             self.table.verify(grant.grant_id, layer)
+        self.settle_grant(grant)
+
+    def settle_grant(self, grant: Grant) -> None:
+        """What has arrived is taken, and no writer is left."""
         self.table.seal(grant.grant_id)
         self.table.poll(0.0)
 

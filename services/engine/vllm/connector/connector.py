@@ -51,7 +51,7 @@ class MicroserveConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             raise
         if is_scheduler:
             block_size = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-            self.scheduler_side = SchedulerSide(link, block_size)
+            self.scheduler_side = SchedulerSide(link, block_size, lambda: self._kv_cache_manager)
         else:
             self.worker_side = WorkerSide(link, vllm_config, kv_cache_config)
 
@@ -81,15 +81,16 @@ class MicroserveConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
     def update_connector_output(self, connector_output: Any) -> None:
         received, sent = connector_output.finished_recving, connector_output.finished_sending
-        self.scheduler_side.reported(set(received or ()), set(sent or ()))
+        invalid = connector_output.invalid_block_ids
+        self.scheduler_side.reported(set(received or ()), set(sent or ()), set(invalid or ()))
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        return self.scheduler_side.finished(request), None
+        return self.scheduler_side.finished(request, block_ids), None
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self.scheduler_side.finished(request), None
+        return self.scheduler_side.finished(request, block_ids[0]), None
 
     # --- worker -----------------------------------------------------------------------------------
 
@@ -114,7 +115,7 @@ class MicroserveConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         """Peers put into our blocks; there is nothing to load."""
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """A request is promoted when all of it is here."""
+        self.worker_side.layer_begins(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
         self.worker_side.layer_computed(layer_name)
@@ -124,6 +125,9 @@ class MicroserveConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return self.worker_side.finished()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self.worker_side.invalid_blocks()
 
     def shutdown(self) -> None:
         side = self.scheduler_side if self.role == KVConnectorRole.SCHEDULER else self.worker_side

@@ -36,6 +36,8 @@ def require_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         "device",
         f"is {device!r}: a device's KV cache needs puts in its streams' order, so 'cpu'",
     )
+    is_async = vllm_config.scheduler_config.async_scheduling
+    _require(not is_async, "async_scheduling", "is on: what a step lacks is told before the next one, so off")
     speculative = vllm_config.speculative_config
     _require(speculative is None, "speculative_config", "is set: a draft's KV is not sent, so none")
     caching = vllm_config.cache_config.enable_prefix_caching

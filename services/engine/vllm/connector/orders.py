@@ -4,8 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from microserve.services.engine.vllm.connector.receives import Watched
 from microserve.services.engine.vllm.connector.sends import Ended, Part
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A receive that vLLM keeps blocks for: the worker reports it when its word is TAKE or START, or, if its
+    request is aborted, DROP."""
+
+    id: int
+    request_id: str
+    is_aborted: bool
+    blocks: list[int]
+    """Of an aborted one, those that were granted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A receive that this step computes, whose KV ``[matched, end)`` may not be all in."""
+
+    id: int
+    matched: int
+    end: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """An ended request whose blocks nobody needs any more."""
+
+    request_id: str
+    blocks: list[int]
+    """To be cleared: what was left in them is nobody's."""
 
 
 @dataclass
@@ -13,6 +43,7 @@ class Orders:
     parts: list[Part] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
     watched: list[Watched] = field(default_factory=list)
-    releases: list[str] = field(default_factory=list)
+    started: list[Started] = field(default_factory=list)
+    releases: list[Release] = field(default_factory=list)
     is_preempting: bool = False
     """A send's blocks may be overwritten in this step."""

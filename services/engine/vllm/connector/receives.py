@@ -5,11 +5,19 @@
      v                  v                                  v                            v
     (gone)          ABANDONED ── the worker reports ─────> (gone)   <── reported ── RELEASING
 
+    early   PARKED ── START: reported ──> PROMOTED ── its step: all in, or failed ──> PINNED ── TAKE, or DROP
+
 vLLM keeps a parked request's blocks until the worker reports it, once; a report of one that is unknown or
 runs is an assertion there, and the engine's end. So every step hands the worker those that it may report
 (``watched``), and by which word. A promoted one is a request like any other: its blocks are in the
 prefix cache, it computes its last token again, and when it has ended we keep its blocks until they are used
 (somebody generates from them) or the front lets go.
+
+One that is started early is promoted before its KV is in: the step that computes it waits for each layer
+(loading.py) and fails all that it computed from it if one does not come. Until the front says TAKE, writers
+may hold a lane: its blocks stay its own whatever has ended, nobody but its own generation finds them in the
+prefix cache, and what is not taken leaves the cache before anybody may have it. All of this rests on steps
+that do not overlap: a step is scheduled when the last one's output has been read (limits.py).
 
 Owns that state. Knows ids and words; neither vLLM's objects nor its blocks' insides.
 """
@@ -17,11 +25,14 @@ Owns that state. Knows ids and words; neither vLLM's objects nor its blocks' ins
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from microserve.protocol.errors import InternalError
+from microserve.services.engine.vllm.connector.orders import Release, Started, Watched
 from microserve.services.engine.vllm.link import (
     DROP,
+    START,
     TAKE,
     Allocated,
     Freed,
@@ -49,24 +60,30 @@ class _Entry:
     granted: list[int] = field(default_factory=list)
     is_used: bool = False
     """Somebody has generated from it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Watched:
-    """A receive that vLLM keeps blocks for: the worker reports it when its word is TAKE, or, if its request
-    is aborted, DROP."""
-
-    id: int
-    request_id: str
-    is_aborted: bool
-    blocks: list[int]
-    """Of an aborted one, those that were granted."""
+    tokens: Sequence[int] = ()
+    """Its prompt."""
+    matched: int = 0
+    is_early: bool = False
+    """Promoted before its KV was in, and not taken yet."""
+    is_run: bool = False
+    """... and a step has computed it."""
+    is_in: bool = False
+    """... with all of its KV in."""
+    users: set[str] = field(default_factory=set)
+    """Requests that generate from it and have not ended."""
 
 
 class Receives:
-    def __init__(self, block_size: int, fate: Callable[[int], int], tell: Callable[[Notice], None]) -> None:
-        """``fate``: the word of a receive; ``tell``: the front."""
+    def __init__(
+        self,
+        block_size: int,
+        fate: Callable[[int], int],
+        tell: Callable[[Notice], None],
+        evict: Callable[[set[int]], None] = lambda blocks: None,
+    ) -> None:
+        """``fate``: the word of a receive; ``tell``: the front; ``evict``: blocks, from the prefix cache."""
         self._block_size = block_size
+        self._evict = evict
         self._fate = fate
         self._tell = tell
         self._entries: dict[str, _Entry] = {}
@@ -74,23 +91,33 @@ class Receives:
         self._request_ids: dict[int, str] = {}
         self._generates: dict[str, int] = {}
 
-    def add(self, request_id: str, receive: Receive, num_prompt_tokens: int) -> str | None:
+    def add(
+        self, request_id: str, receive: Receive, num_prompt_tokens: int, tokens: Sequence[int] = ()
+    ) -> str | None:
         """A request came. One that cannot be parked is an ordinary one; why is returned."""
         if receive.id in self._request_ids:
             return f"receive {receive.id} is there already"
         if receive.end != num_prompt_tokens:
             self._tell(Freed(receive.id))
             return f"receive {receive.id} ends at {receive.end}, its prompt at {num_prompt_tokens}"
-        self._entries[request_id] = _Entry(receive.id, receive.end)
+        self._entries[request_id] = _Entry(receive.id, receive.end, tokens=tokens)
         self._request_ids[receive.id] = request_id
         return None
 
     def add_generate(self, request_id: str, generate: Generate) -> None:
         self._generates[request_id] = generate.after
 
-    def num_external(self, request_id: str, num_local: int) -> tuple[int | None, bool]:
-        """What ``get_num_new_matched_tokens`` answers; asked any number of times, changes nothing."""
+    def num_external(
+        self, request_id: str, num_local: int, tokens: Sequence[int] = ()
+    ) -> tuple[int | None, bool]:
+        """What ``get_num_new_matched_tokens`` answers; asked any number of times, changes nothing.
+        ``tokens``: all that the request has."""
         entry = self._entries.get(request_id)
+        if entry is not None and entry.is_early and entry.is_run:
+            # Preempted with its blocks, into which somebody may write. Nothing is right from here on.
+            raise InternalError(f"vLLM has preempted receive {entry.id}, whose KV is not settled")
+        if self._is_theirs(request_id, num_local, tokens):
+            return None, False
         if entry is not None:
             # Preempted after its promotion: it computes what it has lost, as any other.
             num_tokens = max(entry.end - num_local, 0) if entry.state is _State.NEW else 0
@@ -107,24 +134,52 @@ class Receives:
                 self._forget(request_id)
                 return
             entry.state = _State.PARKED
-            matched = entry.end - num_external
-            entry.granted = blocks[matched // self._block_size :]
-            self._tell(Allocated(entry.id, matched, entry.granted))
+            entry.matched = entry.end - num_external
+            entry.granted = blocks[entry.matched // self._block_size :]
+            self._tell(Allocated(entry.id, entry.matched, entry.granted))
             return
         used = self._entries.get(self._request_ids.get(self._generates.get(request_id, -1), ""))
         if used is not None:
             used.is_used = True
+            used.users.add(request_id)
 
-    def finished(self, request_id: str) -> bool:
-        """A request has ended or is aborted: whether we keep its blocks."""
-        self._generates.pop(request_id, None)
+    def started(self, scheduled: Iterable[str]) -> list[Started]:
+        """Of those requests that a step computes: its layers are to be waited for."""
+        started = []
+        for request_id in scheduled:
+            entry = self._entries.get(request_id)
+            if entry is not None and entry.is_early and not entry.is_run:
+                entry.is_run = True
+                started.append(Started(entry.id, entry.matched, entry.end, entry.granted))
+        return started
+
+    def ran(self, invalid_blocks: set[int]) -> None:
+        """The step's output is read. vLLM has failed who runs on ``invalid_blocks``; whoever was aborted
+        meanwhile it does not know any more, and neither his nor their blocks may be found again."""
+        for entry in self._entries.values():
+            if entry.is_early and entry.is_run and not entry.is_in:
+                if invalid_blocks.isdisjoint(entry.granted):
+                    entry.is_in = True
+                else:
+                    self._evict(set(entry.granted))
+
+    def finished(self, request_id: str, blocks: Sequence[int] = (), *, has_output: bool = True) -> bool:
+        """A request has ended or is aborted: whether we keep its ``blocks``. One without a token, which has
+        begun behind KV that was not in, may have cached what it computed from that."""
+        used = self._entries.get(self._request_ids.get(self._generates.pop(request_id, -1), ""))
+        if used is not None and request_id in used.users:
+            used.users.discard(request_id)
+            if used.is_early and not used.is_in and not has_output:
+                self._evict(set(blocks[used.matched // self._block_size :]))
         entry = self._entries.get(request_id)
         if entry is None:
             return False
         if entry.state is _State.PARKED:
             entry.state = _State.ABANDONED
             return True
-        if entry.state is _State.PROMOTED and not entry.is_used and self._fate(entry.id) != DROP:
+        if entry.state is _State.PROMOTED and (
+            entry.is_early or (not entry.is_used and self._fate(entry.id) != DROP)
+        ):
             entry.state = _State.PINNED
             return True
         self._forget(request_id)
@@ -140,22 +195,38 @@ class Receives:
                 watched.append(Watched(entry.id, request_id, True, entry.granted))
         return watched
 
-    def releases(self) -> list[str]:
+    def releases(self) -> list[Release]:
         """Ended requests whose blocks nobody needs any more, each once: the worker is to say so."""
         released = []
         for request_id, entry in self._entries.items():
-            if entry.state is _State.PINNED and (entry.is_used or self._fate(entry.id) == DROP):
+            fate = self._fate(entry.id)
+            if entry.is_early and fate == TAKE:
+                entry.is_early = False
+                self._tell(Received(entry.id))
+            if entry.state is not _State.PINNED:
+                continue
+            if not entry.is_early and (entry.is_used or fate == DROP):
                 entry.state = _State.RELEASING
-                released.append(request_id)
+                released.append(Release(request_id, []))
+            elif entry.is_early and fate == DROP and not entry.users:
+                entry.state = _State.RELEASING
+                self._evict(set(entry.granted))
+                released.append(Release(request_id, entry.granted))
         return released
 
     def reported(self, request_ids: set[str]) -> None:
         """The worker has reported these: promoted, or given up."""
         for request_id in request_ids & self._entries.keys():
             entry = self._entries[request_id]
+            fate = self._fate(entry.id)
             if entry.state is _State.PARKED:
                 entry.state = _State.PROMOTED
-                self._tell(Received(entry.id))
+                entry.is_early = fate != TAKE
+                if not entry.is_early:
+                    self._tell(Received(entry.id))
+            elif fate == START:
+                # It was reported to be promoted and has been aborted since: vLLM would give its blocks away.
+                raise InternalError(f"receive {entry.id} was aborted behind its early start")
             else:
                 self._forget(request_id)
 
@@ -168,26 +239,19 @@ class Receives:
         """Requests whose blocks are kept for us, or will be."""
         return len(self._entries)
 
+    def _is_theirs(self, request_id: str, num_local: int, tokens: Sequence[int]) -> bool:
+        """What it would find in the prefix cache may be a block of a receive that is not taken yet."""
+        after = self._generates.get(request_id)
+        return any(
+            entry.is_early
+            and entry.id != after
+            and self._entries.get(request_id) is not entry
+            and num_local > entry.matched
+            and list(tokens[: (n := entry.matched + self._block_size)]) == list(entry.tokens[:n])
+            for entry in self._entries.values()
+        )
+
     def _forget(self, request_id: str) -> None:
         entry = self._entries.pop(request_id)
         del self._request_ids[entry.id]
         self._tell(Freed(entry.id))
-
-
-class Reports:
-    """The worker's part: which of the watched are to be reported now; each once."""
-
-    def __init__(self, fate: Callable[[int], int]) -> None:
-        self._fate = fate
-        self._reported: set[str] = set()
-
-    def due(self, watched: list[Watched]) -> list[Watched]:
-        """A step may be made before the last one's reports are read, and watch what is reported already."""
-        self._reported &= {each.request_id for each in watched}
-        due = [each for each in watched if each.request_id not in self._reported and self._is_due(each)]
-        self._reported.update(each.request_id for each in due)
-        return due
-
-    def _is_due(self, watched: Watched) -> bool:
-        fate = self._fate(watched.id)
-        return fate == TAKE or (watched.is_aborted and fate == DROP)

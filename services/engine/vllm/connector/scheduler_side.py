@@ -5,6 +5,7 @@ Owns who is who among vLLM's requests, and the words of a step. vLLM's objects c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -22,9 +23,12 @@ ORDINARY = "vllm_ask_ignored"
 
 
 class SchedulerSide:
-    def __init__(self, link: End, block_size: int) -> None:
+    def __init__(self, link: End, block_size: int, cache: Callable[[], Any]) -> None:
+        """``cache``: vLLM's cache manager, once it has one."""
         self._link = link
-        self.receives = Receives(block_size, link.page.fate, link.tell)
+        self.receives = Receives(
+            block_size, link.page.fate, link.tell, lambda blocks: cache().evict_blocks(blocks)
+        )
         self.sends = Sends(link.tell)
         self._requests: dict[str, Any] = {}
         """Of sends."""
@@ -41,7 +45,7 @@ class SchedulerSide:
         except InvalidRequest as error:
             ask, problem = None, error.detail
         if isinstance(ask, Receive):
-            problem = self.receives.add(request_id, ask, request.num_prompt_tokens)
+            problem = self.receives.add(request_id, ask, request.num_prompt_tokens, request.prompt_token_ids)
         elif isinstance(ask, Generate):
             self.receives.add_generate(request_id, ask)
         elif ask is not None:
@@ -56,7 +60,7 @@ class SchedulerSide:
         """Asked any number of times, of a request whose grammar is compiled if it has one."""
         if num_output := self._outputs.pop(request.request_id, 0):
             self._go_on(request, num_output)
-        return self.receives.num_external(request.request_id, num_local)
+        return self.receives.num_external(request.request_id, num_local, request.all_token_ids)
 
     @staticmethod
     def _go_on(request: Any, num_output: int) -> None:
@@ -72,15 +76,16 @@ class SchedulerSide:
     def allocated(self, request: Any, blocks: Any, num_external: int) -> None:
         self.receives.allocated(request.request_id, list(blocks.get_block_ids()[0]), num_external)
 
-    def finished(self, request: Any) -> bool:
-        """Whether its blocks are kept until the worker says otherwise."""
+    def finished(self, request: Any, blocks: list[int]) -> bool:
+        """Whether its ``blocks`` are kept until the worker says otherwise."""
         self._num_requests -= 1
         self._requests.pop(request.request_id, None)
         self._outputs.pop(request.request_id, None)
         tokens = request.output_token_ids
         # Both are asked: each lets go of what it knows of the request.
         is_kept = self.sends.finished(request.request_id, tokens[0] if len(tokens) else None)
-        return self.receives.finished(request.request_id) or is_kept
+        is_held = self.receives.finished(request.request_id, blocks, has_output=len(tokens) > 0)
+        return is_held or is_kept
 
     def orders(self, scheduled: dict[str, int], cache: Any) -> Orders:
         """For a step that computes so many tokens of each request; ``cache`` is vLLM's cache manager."""
@@ -97,6 +102,7 @@ class SchedulerSide:
             parts=parts,
             ended=self.sends.take_ended(),
             watched=self.receives.watched(),
+            started=self.receives.started(scheduled),
             releases=self.receives.releases(),
             # All are asked: each answer is news once.
             is_preempting=any(
@@ -113,8 +119,9 @@ class SchedulerSide:
         self._link.flush()
         return orders
 
-    def reported(self, received: set[str], sent: set[str]) -> None:
-        """What the worker has reported of earlier steps."""
+    def reported(self, received: set[str], sent: set[str], invalid_blocks: set[int]) -> None:
+        """What the worker has reported of the last step."""
+        self.receives.ran(invalid_blocks)
         self.receives.reported(received)
         self.receives.released(sent)
 

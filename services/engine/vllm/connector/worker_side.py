@@ -10,10 +10,10 @@ from typing import Any
 
 from microserve.kvcache.layout import K, KvLayout
 from microserve.services.engine.vllm.connector.limits import layer_names, layout_of
+from microserve.services.engine.vllm.connector.loading import Loading, Reports
 from microserve.services.engine.vllm.connector.orders import Orders
 from microserve.services.engine.vllm.connector.placement import Placement
 from microserve.services.engine.vllm.connector.putting import Putting
-from microserve.services.engine.vllm.connector.receives import Reports
 from microserve.services.engine.vllm.link import Ready
 from microserve.services.engine.vllm.link_ends import End
 
@@ -31,7 +31,8 @@ class WorkerSide:
             num_slots=link.address.grant_slots,
             refuse=link.refuse,
         )
-        self._reports = Reports(link.page.fate)
+        self._reports = Reports(link.page.fate, lambda receive: link.page.started(receive) is not None)
+        self._loading: Loading | None = None
         self._putting: Putting | None = None
         self._orders: Orders | None = None
 
@@ -46,6 +47,7 @@ class WorkerSide:
         self.placement.require_placed(self._names, views)
         heap = self.placement.heap
         self._putting = Putting(heap, self.link, time.monotonic)
+        self._loading = Loading(heap, self.link.page, self.link.tell, checksums=self.link.address.checksums)
         self.link.tell(Ready(heap.address, heap.layout, heap.layout.num_blocks))
 
     def before_blocks_change(self, orders: Orders) -> None:
@@ -57,15 +59,29 @@ class WorkerSide:
         if self._putting is not None:
             self._putting.end(orders.ended)
             self._putting.begin_step(orders.parts)
+        if self._loading is not None:
+            self._loading.begin_step(orders.started)
+
+    def layer_begins(self, name: str) -> None:
+        if self._loading is not None and name in self._layers:
+            self._loading.require_loaded(self._layers[name])
 
     def layer_computed(self, name: str) -> None:
         self.link.page.count_layer()
         if self._putting is not None and name in self._layers:
             self._putting.put_layer(self._layers[name])
+        if self._loading is not None and name in self._layers:
+            self._loading.computed(self._layers[name])
 
     def end_step(self) -> None:
         if self._putting is not None:
             self._putting.end_step()
+        if self._loading is not None:
+            self._loading.end_step()
+
+    def invalid_blocks(self) -> set[int]:
+        """Of the step that has ended: what was not in when it was used."""
+        return set() if self._loading is None else self._loading.take_invalid()
 
     def finished(self) -> tuple[set[str], set[str]]:
         """Requests whose blocks nobody reads or keeps any more, and those that are received or given up."""
@@ -74,8 +90,11 @@ class WorkerSide:
         due = self._reports.due(orders.watched)
         for each in due:
             self._clear(each.blocks)
+        for release in orders.releases:
+            self._clear(release.blocks)
         self.link.flush()
-        return drained | set(orders.releases), {each.request_id for each in due}
+        released = {release.request_id for release in orders.releases}
+        return drained | released, {each.request_id for each in due}
 
     def _clear(self, blocks: list[int]) -> None:
         """Of a receive that was given up: vLLM gives its blocks to others as they are, whose attention adds

@@ -13,6 +13,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, TransferFailed
 from microserve.services.engine.core.received import ReceivedGrant
 from microserve.services.engine.core.stepper import PROBE_INTERVAL_S
+from microserve.services.engine.vllm.front.early import EarlyStarts
 from microserve.services.engine.vllm.front.receives import Receives
 from microserve.services.engine.vllm.front.running import Running, RunningRecord
 from microserve.services.engine.vllm.front.state import VllmState
@@ -21,8 +22,12 @@ _logger = structlog.get_logger()
 
 
 class Arrivals:
-    def __init__(self, state: VllmState, receives: Receives, num_layers: int) -> None:
+    def __init__(
+        self, state: VllmState, receives: Receives, num_layers: int, early: EarlyStarts | None = None
+    ) -> None:
+        """``early``: None starts nothing early."""
         self._state = state
+        self._early = early
         self._receives = receives
         self._num_layers = num_layers
 
@@ -65,7 +70,14 @@ class Arrivals:
         awaits = isinstance(holder, Running) and holder.await_first
         if received.num_pinned == 0 and received.grant.blocks:
             return  # sealed
+        receive = self._receives.of(received)
+        if receive is not None and receive.is_started:
+            if self._early is not None and isinstance(holder, Running):
+                self._early.watch(receive, received, holder, now)
+            return
         if not grants.is_complete(grant_id) or (awaits and grants.first_token(grant_id) is None):
+            if self._early is not None and isinstance(holder, Running):
+                self._early.start_if_due(received, holder, now)
             if now - received.probed_at < PROBE_INTERVAL_S:
                 return
             received.probed_at = now

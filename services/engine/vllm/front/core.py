@@ -20,6 +20,7 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.errors import EngineLost, InternalError, MeshError, TransferFailed, error_for
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.engine_info import EARLY_START
 from microserve.protocol.messages.kv.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.core.checks import Limits
@@ -28,10 +29,19 @@ from microserve.services.engine.kind import EngineKind
 from microserve.services.engine.vllm.front.actions import VllmActions
 from microserve.services.engine.vllm.front.arrivals import Arrivals
 from microserve.services.engine.vllm.front.asyncllm import Llm, Stream
+from microserve.services.engine.vllm.front.early import EarlyStarts
 from microserve.services.engine.vllm.front.receives import Receives
 from microserve.services.engine.vllm.front.running import Running
 from microserve.services.engine.vllm.front.state import VllmState
-from microserve.services.engine.vllm.link import Allocated, Freed, Received, SendFailed, Sent
+from microserve.services.engine.vllm.link import (
+    Allocated,
+    Arrived,
+    Freed,
+    NotArrived,
+    Received,
+    SendFailed,
+    Sent,
+)
 from microserve.services.engine.vllm.link_ends import Front
 from microserve.services.engine.vllm.mirror import Mirror
 
@@ -93,7 +103,17 @@ class VllmCore:
             checksums=checksums,
         )
         self.receives.is_told = mirror.holds
-        self.arrivals = Arrivals(self.state, self.receives, heap.layout.num_layers)
+        self.early = EarlyStarts(
+            self.state,
+            self.receives,
+            front.page,
+            num_layers=heap.layout.num_layers,
+            block_size=heap.layout.block_size,
+            max_num_seqs=max_num_seqs,
+        )
+        self.arrivals = Arrivals(
+            self.state, self.receives, heap.layout.num_layers, self.early if EARLY_START in kind.can else None
+        )
         self.actions = VllmActions(self.state, self.receives, heap.layout, max_num_seqs=max_num_seqs)
         self.llm = llm
         self.front = front
@@ -229,6 +249,10 @@ class VllmCore:
                     self.receives.allocated(notice, now)
                 case Received():
                     self.receives.cached(notice, now)
+                case Arrived():
+                    self.early.arrived(notice)
+                case NotArrived():
+                    self.early.not_arrived(notice, now)
                 case Freed():
                     self.receives.freed(notice, now)
                 case Sent():

@@ -26,7 +26,7 @@ class Rates:
             running.first_token_at = now
             computed = len(running.token_ids) - running.cached_tokens - running.received_tokens
             took_s = now - (running.ready_at or running.arrived_at)
-            if computed >= MIN_PREFILL_TOKENS and took_s > 0:
+            if computed >= MIN_PREFILL_TOKENS and took_s > 0 and not running.is_early:
                 self.prefill_tokens_per_s = _mean(self.prefill_tokens_per_s, computed / took_s)
                 self._measured_at = now
         elif running.last_token_at is not None and now > running.last_token_at:

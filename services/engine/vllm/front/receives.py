@@ -12,7 +12,6 @@ write there any more. Until ``Freed`` its place on the page is ours. Sans-I/O bu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import structlog
 
@@ -33,7 +32,7 @@ from microserve.services.engine.core.received import ReceivedGrant, ReceivedGran
 from microserve.services.engine.core.record import CommitJob, RecordOf
 from microserve.services.engine.core.state import failed
 from microserve.services.engine.vllm.front.pool import PINNED, ReceivePool
-from microserve.services.engine.vllm.front.running import Running, RunningRecord
+from microserve.services.engine.vllm.front.running import ParkedReceive, Running, RunningRecord
 from microserve.services.engine.vllm.front.sampling import probe_of
 from microserve.services.engine.vllm.front.state import VllmState
 from microserve.services.engine.vllm.link import Allocated, Freed, Page, Receive, Received
@@ -45,28 +44,6 @@ ANNOUNCED_S = 1.0
 """Longest wait for vLLM's events to tell of what is cached."""
 
 _logger = structlog.get_logger()
-
-
-@dataclass(slots=True, eq=False)
-class _Receive:
-    id: int
-    record: RunningRecord
-    parked: Running
-    salt: str
-    end: int
-    num_pinned: int
-    allocate_by: float
-    received: ReceivedGrant | None = None
-    """From its grant on."""
-    commit: CommitJob | None = None
-    """What waits for its being cached."""
-    is_taken: bool = False
-    is_cached: bool = False
-    is_unwanted: bool = False
-    """To be dropped as soon as it is cached."""
-    is_closed: bool = False
-    """Its grant was closed before it was taken."""
-    is_dropped: bool = False
 
 
 class Receives:
@@ -107,7 +84,7 @@ class Receives:
         self._layout: KvLayout = heap.layout
         self._state = state
         self._page = page
-        self._receives: dict[int, _Receive] = {}
+        self._receives: dict[int, ParkedReceive] = {}
         state.on_over = self._over
         state.close_received = self.close_received
         state.has_receives = lambda: self.has_any
@@ -154,7 +131,9 @@ class Receives:
             ask=Receive(receive_id, end),
             receive_id=receive_id,
         )
-        self._receives[receive_id] = _Receive(receive_id, record, parked, salt, end, pinned, now + ALLOCATE_S)
+        self._receives[receive_id] = ParkedReceive(
+            receive_id, record, parked, salt, end, pinned, now + ALLOCATE_S
+        )
         self._state.begin(parked)
 
     def open_empty(self, record: RunningRecord, salt: str, now: float) -> ReceivedGrant:
@@ -263,8 +242,10 @@ class Receives:
             receive.is_taken = True
             self._page.take(receive.id)
         if isinstance(holder, Running):
-            self.waiting.remove(holder)
-            holder.ready_at = now
+            if holder in self.waiting:
+                self.waiting.remove(holder)
+            if receive is None or not receive.is_started:
+                holder.ready_at = now
             self._state.counters["received_tokens"] += holder.received_tokens
             _logger.debug(log.KV_RECEIVED, request_id=holder.request_id, num_tokens=holder.received_tokens)
             if holder.first_token is not None:
@@ -332,7 +313,7 @@ class Receives:
         self.grants.close(received.grant_id, now)
         self._abandon(receive, now)
 
-    def _abandon(self, receive: _Receive | None, now: float) -> None:
+    def _abandon(self, receive: ParkedReceive | None, now: float) -> None:
         """Its grant is closed: vLLM need not wait for it, and keeps the blocks until it is dropped."""
         if receive is not None and not receive.is_closed:
             receive.is_closed = True
@@ -344,11 +325,16 @@ class Receives:
             self.waiting.remove(running)
         receive = None if running.receive_id is None else self._receives.get(running.receive_id)
         if running.received is not None:
-            self._close(running.received, now)
+            if receive is not None and receive.is_started and running.first_token_at is not None:
+                receive.is_unwanted = True  # all of it is in; there may be a writer yet
+            else:
+                self._close(running.received, now)
         elif receive is None or receive.is_closed:
             pass
         elif not running.is_parked or receive.received is None:
             self._drop(receive)
+        elif receive.is_started:
+            receive.parked_over_at = now
         elif not receive.is_taken:
             receive.is_closed = True
             holder = receive.received.holder
@@ -360,7 +346,7 @@ class Receives:
         if receive is not None:
             self._drop(receive)
 
-    def _drop(self, receive: _Receive) -> None:
+    def _drop(self, receive: ParkedReceive) -> None:
         """No write into its blocks can come, and nobody needs them any more.
 
         One that is taken is cached first: a word that is another one before the worker has looked would leave
@@ -371,7 +357,15 @@ class Receives:
             receive.is_dropped = True
             self._page.drop(receive.id)
 
-    def of(self, received: ReceivedGrant) -> _Receive | None:
+    def get(self, receive_id: int) -> ParkedReceive | None:
+        return self._receives.get(receive_id)
+
+    @property
+    def is_starting(self) -> bool:
+        """One was started early, and it is not known yet that all of it is in."""
+        return any(each.is_started and not each.has_arrived for each in self._receives.values())
+
+    def of(self, received: ReceivedGrant) -> ParkedReceive | None:
         """None of an empty grant."""
         return next((each for each in self._receives.values() if each.received is received), None)
 

@@ -1,4 +1,4 @@
-"""One request at vLLM, for one action: it generates, sends, or is parked to receive."""
+"""One request at vLLM, for one action: it generates, sends, or is parked to receive; and what it receives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.kv.grant import Grant
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.received import ReceivedGrant
-from microserve.services.engine.core.record import RecordOf
+from microserve.services.engine.core.record import CommitJob, RecordOf
 from microserve.services.engine.vllm.link import Ask, Receive
 
 
@@ -65,6 +65,10 @@ class Running:
     num_delivered: int = 0
     """Output tokens that the router has, or gets from another engine."""
     is_over: bool = False
+    is_accepted: bool = False
+    """vLLM has it."""
+    is_early: bool = False
+    """vLLM began on it before all KV was in."""
     is_foreign: bool = False
     """It builds on KV of another numerics class."""
     is_mixed: bool = False
@@ -79,6 +83,47 @@ class Running:
     def is_parked(self) -> bool:
         """It is there for its blocks."""
         return isinstance(self.ask, Receive)
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast a receive's last chunk comes in."""
+
+    num_layers: int = 0
+    """In, from the first one on."""
+    first_at: float = 0.0
+    moved_at: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class ParkedReceive:
+    """From ``PrepRecv`` until vLLM has its blocks again, or never had any."""
+
+    id: int
+    record: RunningRecord
+    parked: Running
+    salt: str
+    end: int
+    num_pinned: int
+    allocate_by: float
+    received: ReceivedGrant | None = None
+    """From its grant on."""
+    commit: CommitJob | None = None
+    """What waits for its being cached."""
+    is_taken: bool = False
+    is_cached: bool = False
+    is_unwanted: bool = False
+    """To be dropped as soon as it is cached."""
+    is_closed: bool = False
+    """Its grant was closed before it was taken."""
+    is_dropped: bool = False
+    pace: Pace = field(default_factory=Pace)
+    is_started: bool = False
+    """Early (early.py)."""
+    has_arrived: bool = False
+    """... and all of it was in when vLLM used it."""
+    parked_over_at: float = float("inf")
+    """... and its parked request has ended."""
 
 
 RunningRecord = RecordOf[Running]

@@ -76,6 +76,7 @@ class VllmState:
 
     def accepted(self, running: Running) -> None:
         """vLLM has taken it."""
+        running.is_accepted = True
         if running.transfer is None and not running.is_parked and not running.is_over:
             self.answer(running, wire.Accepted(0))
 

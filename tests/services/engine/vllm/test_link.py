@@ -13,12 +13,15 @@ from microserve.protocol.messages.kv.grant import HeapAddress
 from microserve.services.engine.vllm.link import (
     DROP,
     KEY,
+    START,
     TAKE,
     WAIT,
     Allocated,
+    Arrived,
     Ask,
     Freed,
     Generate,
+    NotArrived,
     Notice,
     Ready,
     Receive,
@@ -78,7 +81,10 @@ def test_notices_of_both_sides_come_whole_and_in_order(front: Front) -> None:
         Sent(1, 10, 0.5),
         SendFailed(2, "transfer_failed", "closed"),
     ]
-    scheduler: list[Notice] = [Refused("x", "y"), Allocated(1, 64, [3, 1]), Received(1), Freed(1)]
+    scheduler: list[Notice] = [
+        *(Refused("x", "y"), Allocated(1, 64, [3, 1]), Received(1), Freed(1)),
+        *(Arrived(1), NotArrived(2, "closed")),
+    ]
     with End(address, "scheduler") as one, End(address, "worker") as other:
         for notice in worker:
             other.tell(notice)
@@ -116,6 +122,20 @@ def test_a_words_older_use_means_nothing(front: Front) -> None:
         assert third is not None and third != first
         assert (end.page.fate(first), end.page.fate(third)) == (WAIT, WAIT)
         assert [end.page.fate(stranger) for stranger in (-1, 0, 5 << 16 | 60_000)] == [WAIT, WAIT, WAIT]
+
+
+def test_an_early_start_says_under_which_grant(front: Front) -> None:
+    with End(front.address, "worker") as end:
+        receive = front.page.begin()
+        assert receive is not None and end.page.started(receive) is None
+        front.page.start(receive, 65_535, (1 << 30) - 1)
+        assert (end.page.fate(receive), end.page.started(receive)) == (START, (65_535, (1 << 30) - 1))
+        front.page.drop(receive)
+        assert (end.page.fate(receive), end.page.started(receive)) == (DROP, (65_535, (1 << 30) - 1))
+        front.page.retire(receive)
+        front.page.begin()
+        again = front.page.begin()
+        assert again is not None and end.page.started(again) is None
 
 
 def test_progress_is_seen_by_the_front(front: Front) -> None:

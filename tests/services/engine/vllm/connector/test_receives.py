@@ -7,7 +7,9 @@ from collections import Counter
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from microserve.services.engine.vllm.connector.receives import Receives, Reports, Watched
+from microserve.services.engine.vllm.connector.loading import Reports
+from microserve.services.engine.vllm.connector.orders import Release, Watched
+from microserve.services.engine.vllm.connector.receives import Receives
 from microserve.services.engine.vllm.link import (
     DROP,
     TAKE,
@@ -28,9 +30,10 @@ class World:
 
     def __init__(self) -> None:
         self.words: dict[int, int] = {}
+        self.started: set[int] = set()
         self.heard: list[Notice] = []
         self.receives = Receives(SIZE, lambda receive: self.words.get(receive, WAIT), self.heard.append)
-        self.reports = Reports(lambda receive: self.words.get(receive, WAIT))
+        self.reports = Reports(lambda receive: self.words.get(receive, WAIT), self.started.__contains__)
 
     def park(self, request_id: str, receive: int, end: int, num_local: int = 0) -> None:
         assert self.receives.add(request_id, Receive(receive, end), end) is None
@@ -62,7 +65,7 @@ def test_receive_pin_generate() -> None:
     assert world.receives.finished("a"), "its one token came before anybody generated: pinned"
     assert world.receives.releases() == []
     world.receives.allocated("g", [11, 12], 0)
-    assert world.receives.releases() == ["a"]
+    assert world.receives.releases() == [Release("a", [])]
     assert world.receives.releases() == []
     world.receives.released({"a"})
     assert world.heard[2:] == [Freed(5)]
@@ -212,7 +215,8 @@ class VllmRules(RuleBasedStateMachine):
     @rule()
     def a_step(self) -> None:
         due = {each.request_id for each in self.world.reports.due(self.world.receives.watched())}
-        self.in_flight.append((due, set(self.world.receives.releases())))
+        released = {each.request_id for each in self.world.receives.releases()}
+        self.in_flight.append((due, released))
         if len(self.in_flight) > 2:
             self.its_output_is_read()
 

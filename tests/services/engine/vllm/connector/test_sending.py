@@ -191,7 +191,7 @@ def test_orders_of_the_scheduler_from_vllms_requests(world: World) -> None:
     """What vLLM's scheduler has of a request becomes parts, an end, and the words of the page."""
     grant = world.grant(20)
     with End(world.front.address, "scheduler") as link:
-        side = SchedulerSide(link, SIZE)
+        side = SchedulerSide(link, SIZE, lambda: None)
         request = VllmRequest("a", params_of(Send(7, 0, 20, 0, msgspec.msgpack.encode(grant))))
         side.new_request(request)
         cache = SimpleNamespace(
@@ -207,7 +207,7 @@ def test_orders_of_the_scheduler_from_vllms_requests(world: World) -> None:
         (part,) = side.orders({"a": 20}, cache).parts
         assert (part.lo, part.hi) == (13, 20)
         request.output_token_ids = [41]
-        assert side.finished(request)
+        assert side.finished(request, world.source)
         assert [(each.id, each.first_token) for each in side.orders({}, cache).ended] == [(7, 41)]
         assert side.orders({}, cache).ended == []
         assert world.front.page.progress() == (5, 0, 3, 0, 0)

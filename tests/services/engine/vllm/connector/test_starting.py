@@ -26,6 +26,7 @@ def vllms_config(**change: Any) -> tuple[Any, Any]:
         "device_config.device_type": "cpu",
         "cache_config.enable_prefix_caching": True,
         "kv_transfer_config.kv_role": "kv_both",
+        "scheduler_config.async_scheduling": False,
         "speculative_config": None,
     } | change
     config = SimpleNamespace()
@@ -86,6 +87,7 @@ def test_what_is_served() -> None:
         ("device_config.device_type", "cuda"),
         ("cache_config.enable_prefix_caching", False),
         ("kv_transfer_config.kv_role", "kv_producer"),
+        ("scheduler_config.async_scheduling", True),
         ("speculative_config", object()),
     ],
 )
