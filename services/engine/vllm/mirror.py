@@ -64,6 +64,10 @@ class Mirror:
         """Held blocks by the hash of a parent that is not held."""
         self._by_hash: dict[BlockHash, _Block] = {}
         self._events: list[KVEvent] = []
+        self._changes: list[tuple[list[_Block], list[BlockHash]]] = []
+        """Of the batch that is read: blocks that are told of, or hashes of those that are gone."""
+        self._fresh: set[_Block] = set()
+        """Told of in this batch."""
         self._num_told = 0
 
     @property
@@ -93,6 +97,13 @@ class Mirror:
                             self._remove(name)
                 case AllBlocksCleared():
                     self._clear()
+        for told, gone in self._changes:
+            if told:
+                self._events.append(self._stored(told))
+            elif gone:
+                append_removed(self._events, gone)
+        self._changes.clear()
+        self._fresh.clear()
 
     def holds(self, tokens: list[int], salt: str) -> bool:
         """Is the last of these whole blocks told of? True of none."""
@@ -147,14 +158,14 @@ class Mirror:
             block.copies += 1
             if not block.is_told and (parent is None or self._by_hash[parent].is_told):
                 if run and (block.parent != run[-1].hash):
-                    self._events.append(self._stored(run))
+                    self._changes.append((run, []))
                     run = []
                 run.append(block)
                 self._set_told(block)
             parent = block.hash
         if run:
-            self._events.append(self._stored(run))
-            for block in run:
+            self._changes.append((run, []))
+            for block in [*run]:
                 self._tell_below(block)
 
     def _add(self, block: _Block) -> _Block:
@@ -187,24 +198,36 @@ class Mirror:
             for each in (block, *lost):
                 each.is_told = False
             self._num_told -= 1 + len(lost)
-            append_removed(self._events, [*(each.hash for each in reversed(lost)), block.hash])
+            gone = [each.hash for each in (*reversed(lost), block) if each not in self._fresh]
+            if len(gone) <= len(lost):
+                self._take_back(self._fresh.intersection((block, *lost)))
+            self._changes.append(([], gone))
 
     def _clear(self) -> None:
         self._names.clear()
         self._by_hash.clear()
         self._orphans.clear()
         self._num_told = 0
+        self._changes.clear()
+        self._fresh.clear()
         self._events = [AllBlocksCleared()]
+
+    def _take_back(self, blocks: set[_Block]) -> None:
+        """They are gone in the batch that has told of them: of KV that did not come, say."""
+        self._fresh -= blocks
+        for told, _ in self._changes:
+            told[:] = [each for each in told if each not in blocks]
 
     def _tell_below(self, top: _Block) -> None:
         """Blocks that have waited for this one."""
         for block in self._below(top):
             if not block.is_told:
                 self._set_told(block)
-                self._events.append(self._stored([block]))
+                self._changes.append(([block], []))
 
     def _set_told(self, block: _Block) -> None:
         block.is_told = True
+        self._fresh.add(block)
         self._num_told += 1
 
     @staticmethod

@@ -45,6 +45,29 @@ def fed(*events: KVEvent) -> Mirror:
     return mirror
 
 
+def test_what_comes_and_goes_in_one_batch_is_not_told_of() -> None:
+    """KV that an early start began with, and that did not come."""
+    mirror = fed(stored((1,)))
+    mirror.take_events()
+    events: list[KVEvent] = [stored((1, 2)), stored((1, 2, 3)), stored((1, 4))]
+    events += [BlockRemoved([name_of(path)], "GPU") for path in ((1, 2, 3), (1, 2))]
+    mirror.take(KVEventBatch(0.0, events))
+    (told,) = mirror.take_events()
+    assert isinstance(told, BlockStored) and told.block_hashes == [hash_of((1, 4))]
+    assert mirror.num_blocks == 2
+
+
+def test_what_comes_goes_and_comes_in_one_batch_is_told_of_once() -> None:
+    mirror = fed(stored((1,)), stored((1, 2)), BlockRemoved([name_of((1,))], "GPU"))
+    reader = Reader()
+    reader.read(mirror.take_events())
+    assert reader.known == set()
+    back: list[KVEvent] = [stored((1,)), BlockRemoved([name_of((1,))], "GPU"), stored((1,))]
+    mirror.take(KVEventBatch(0.0, back))
+    reader.read(mirror.take_events())
+    assert reader.known == {hash_of((1,)), hash_of((1, 2))}
+
+
 class Reader:
     """What somebody who follows the mirror's events knows."""
 
@@ -100,20 +123,25 @@ STEPS = st.lists(
 
 
 @settings(deadline=None, max_examples=150)
-@given(STEPS, st.integers(1, 5))
-def test_it_tells_of_what_can_be_reached(steps: list[tuple[bool, Path]], every: int) -> None:
+@given(STEPS, st.integers(1, 5), st.integers(1, 5))
+def test_it_tells_of_what_can_be_reached(steps: list[tuple[bool, Path]], every: int, batch: int) -> None:
     """vLLM's rules: a block is stored when its parent is there; any copy may go at any time."""
     mirror, reader = Mirror(SIZE, "m", "r"), Reader()
     copies: dict[Path, int] = {}
+    events: list[KVEvent] = []
     for number, (stores, path) in enumerate(steps):
         if stores and (len(path) == 1 or copies.get(path[:-1])):
             copies[path] = copies.get(path, 0) + 1
-            mirror.take(KVEventBatch(0.0, [stored(path)]))
+            events.append(stored(path))
         elif not stores and copies.get(path):
             copies[path] -= 1
-            mirror.take(KVEventBatch(0.0, [BlockRemoved([name_of(path)], "GPU")]))
+            events.append(BlockRemoved([name_of(path)], "GPU"))
+        if number % batch == 0:
+            mirror.take(KVEventBatch(0.0, events))
+            events = []
         if number % every == 0:
             reader.read(mirror.take_events())
+    mirror.take(KVEventBatch(0.0, events))
     reader.read(mirror.take_events())
     found = {path for path in copies if all(copies.get(path[:n], 0) for n in range(1, len(path) + 1))}
     assert reader.known == {hash_of(path) for path in found}
