@@ -24,7 +24,7 @@ from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.words import OPEN, pack_state
 from microserve.protocol.errors import TransferFailed
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.vllm.connector.orders import Started, Watched
 from microserve.services.engine.vllm.link import DROP, START, TAKE, Arrived, NotArrived, Notice, Page
 

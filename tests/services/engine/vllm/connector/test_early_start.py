@@ -16,7 +16,7 @@ import pytest
 from microserve.kvcache.grant.table import Discharged
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import Copies, Copy
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.vllm.link import Arrived, Freed, Generate, NotArrived, Received
 from tests.support.vllm.exchange import fetch, prompt_of
 from tests.support.vllm.hosted import ROOT, Hosted, Peer
@@ -137,7 +137,7 @@ import msgspec
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 packed = bytes.fromhex(sys.argv[1])
 layout, grant, num_layers = msgspec.msgpack.decode(packed, type=tuple[KvLayout, Grant, int])
 heap = ShmHeap(layout, incarnation=999)

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from microserve.kvcache.grant.writer import LaneWriter
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.vllm.connector.loading import Loading
 from microserve.services.engine.vllm.connector.orders import Started
 from microserve.services.engine.vllm.link import Arrived, NotArrived, Notice

@@ -8,7 +8,7 @@ import pytest
 
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.grant import Grant
+from microserve.protocol.messages.kv.grant import Grant
 from microserve.services.engine.vllm.front.arrivals import Arrivals
 from microserve.services.engine.vllm.front.early import STANDSTILL_S, EarlyStarts, is_due
 from microserve.services.engine.vllm.front.running import Pace, Running
