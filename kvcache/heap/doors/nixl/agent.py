@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ _TLS: Final = "UCX_TLS"
 _NETWORK: Final = "^sm"
 """All but those of memory that both ends reach."""
 _OF_ONE_HOST: Final = ("all", "sm", "shm", "mm", "posix", "sysv", "cma", "knem", "xpmem")
+_SLEEP_US: Final = 100_000
 _lock = threading.Lock()
 
 
@@ -44,6 +46,7 @@ class Agent:
                 )
             os.environ[_TLS] = said or _NETWORK
             try:
+                _let_it_sleep(api)
                 self._agent = api.nixl_agent(
                     name, api.nixl_agent_config(enable_prog_thread=True, backends=["UCX"])
                 )
@@ -133,6 +136,19 @@ class Flight:
             with suppress(Exception):  # it is under way, and goes with its agent
                 self._agent.release_xfer_handle(handle)
         self._agent = None
+
+
+def _let_it_sleep(api: Any) -> None:
+    """The thread that brings puts on waits for the network with no patience at all, by a constant in the
+    library's Python (``pthrDelay``), so that each agent takes a whole core while nothing is to be done. It is
+    woken by what comes, so a long wait costs nothing."""
+    bindings: Any = getattr(sys.modules[api.nixl_agent.__module__], "nixlBind", None)
+    config: Any = getattr(bindings, "nixlAgentConfig", None)
+    if not hasattr(config, "pthrDelay") or hasattr(config, "sleeps"):
+        return
+    delay = config.pthrDelay
+    patient = property(delay.__get__, lambda self, _us: delay.__set__(self, _SLEEP_US))
+    bindings.nixlAgentConfig = type("PatientConfig", (config,), {"sleeps": True, "pthrDelay": patient})
 
 
 def _import() -> Any:
