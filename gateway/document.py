@@ -122,10 +122,11 @@ OPERATIONS = (
 
 @lru_cache(maxsize=8)
 def document(
-    version: str, model: str, max_n: int, limits: ModelLimits, num_texts: int, needs_key: bool
+    version: str, models: tuple[str, ...], max_n: int, limits: ModelLimits, num_texts: int, needs_key: bool
 ) -> bytes:
     """The document as JSON. ``limits`` may be unknown: then the model's bounds are those of the wire.
-    ``num_texts``: ids that have a text, which are not all of a model's, or more."""
+    ``models``: what a request may name; ``num_texts``: ids that have a text, which are not all of a model's,
+    or more."""
     kinds = [kind for each in OPERATIONS for kind in (each.request, each.reply) if kind is not None]
     errors = dict.fromkeys(each.error for each in OPERATIONS)
     _, schemas = msgspec.json.schema_components([*kinds, *errors], ref_template=_SCHEMAS)
@@ -139,7 +140,7 @@ def document(
         (CountTokensRequest, 0),
     ):
         is_cut = kind is MessagesRequest  # what the context has no room for is no mistake there
-        _fill_in(schemas[kind.__name__], model, max_n, ids, 0 if is_cut else limits.max_model_len)
+        _fill_in(schemas[kind.__name__], models, max_n, ids, 0 if is_cut else limits.max_model_len)
     describe(schemas)
     schemas["Message"] = _message(schemas["Message"])
     schemas["TokenizeRequest"]["anyOf"] = [{"required": [each]} for each in ("prompt", "messages")]
@@ -219,12 +220,14 @@ def _ref(kind: type[msgspec.Struct]) -> dict[str, str]:
     return {"$ref": _SCHEMAS.format(name=kind.__name__)}
 
 
-def _fill_in(schema: dict[str, Any], model: str, max_n: int, num_ids: int, max_model_len: int) -> None:
+def _fill_in(
+    schema: dict[str, Any], models: tuple[str, ...], max_n: int, num_ids: int, max_model_len: int
+) -> None:
     """Bounds that a request's type cannot know; zeros are not known here either."""
     for name, field in schema["properties"].items():
         for part in _parts(field):
             if name == "model" and part.get("type") == "string":
-                part["enum"] = [model]
+                part["enum"] = list(models)
             if name == "n" and part.get("maximum") == MAX_CHOICES:
                 part["maximum"] = max_n
             if num_ids and part.get("maximum") == MAX_TOKEN_ID:

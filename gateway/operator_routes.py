@@ -37,7 +37,8 @@ async def openapi(state: GatewayState, exchange: Exchange) -> None:
     """The API as it is here and now: with this model's and these settings' bounds."""
     limits = state.routers.known_limits
     num_texts, needs_key = state.tokenizer.vocab_size, not state.keys.is_open
-    body = document(state.version, state.model, state.max_n, limits, num_texts, needs_key)
+    names = (state.model, *state.routers.adapters)
+    body = document(state.version, names, state.max_n, limits, num_texts, needs_key)
     await exchange.reply(200, body)
 
 
@@ -48,18 +49,21 @@ async def metrics(state: GatewayState, exchange: Exchange) -> None:
 
 async def models(state: GatewayState, exchange: Exchange) -> None:
     allowed = exchange.key.models
-    body = {"object": "list", "data": [_model_card(state)] if not allowed or state.model in allowed else []}
+    names = [name for name in (state.model, *state.routers.adapters) if not allowed or name in allowed]
+    body = {"object": "list", "data": [_model_card(state, name) for name in names]}
     await exchange.reply(200, msgspec.json.encode(body))
 
 
 async def model(state: GatewayState, exchange: Exchange) -> None:
-    state.check_model(exchange.path_params["model_id"], exchange.key)
-    await exchange.reply(200, msgspec.json.encode(_model_card(state)))
+    name = exchange.path_params["model_id"]
+    state.check_model(name, exchange.key)
+    await exchange.reply(200, msgspec.json.encode(_model_card(state, name)))
 
 
-def _model_card(state: GatewayState) -> dict[str, Any]:
+def _model_card(state: GatewayState, name: str) -> dict[str, Any]:
     return model_card(
-        state.model,
+        name,
+        parent=state.model if state.adapter_of(name) else None,
         created=state.created,
         max_model_len=state.routers.max_model_len,
         parsers=state.parsers,
@@ -95,7 +99,7 @@ async def _count(state: GatewayState, exchange: Exchange, name: str, field: str)
     body = await exchange.read_body(state.bodies)
     with state.bodies.hold(len(body)):
         if len(body) > INLINE_BODY_NBYTES:
-            state.check_model(None, exchange.key)  # the name in it is the helper's to check
+            state.check_some_model(exchange.key)  # the name in it is the helper's to check
             reply, warnings = await state.helpers.reply(name, body, state.routers.known_limits, field=field)
         else:
             counting = COUNTINGS[name]

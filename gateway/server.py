@@ -243,6 +243,7 @@ def _make_state(
         liveness=settings.bus.liveness,
         clock=time.monotonic,  # as for HTTP: uvloop's has milliseconds only
     )
+    helpers.adapters = lambda: routers.known_adapters
     max_body_nbytes = gateway.max_body_mb << 20
     return GatewayState(
         model=model,

@@ -86,8 +86,17 @@ class GatewayState:
         that there is. None asks for whatever is served."""
         if key.models and (name or self.model) not in key.models:
             raise ModelNotFound(f"there is no model {(name or self.model)[:128]!r} for key {key.name!r}")
-        if name is not None and name != self.model:
+        if name is not None and name != self.model and name not in self.routers.known_adapters:
             raise ModelNotFound(f"the model {name[:128]!r} is not served here; {self.model!r} is")
+
+    def check_some_model(self, key: ApiKey) -> None:
+        """Raises :class:`ModelNotFound` for a key that may use nothing of what is served here."""
+        if key.models and not {self.model, *self.routers.known_adapters}.intersection(key.models):
+            self.check_model(None, key)
+
+    def adapter_of(self, name: str | None) -> str:
+        """The adapter that a checked ``model`` names; empty: it is the model itself."""
+        return "" if name is None or name == self.model else name
 
     def strategy_for(self, name: str | None, key: ApiKey) -> str | None:
         """What serves a request that asks for the strategy ``name``, or for none.

@@ -265,6 +265,7 @@ class Settings(Section, frozen=True):
 
     def _check_backend(self) -> None:
         self.vllm.check()
+        self.model.check_adapters(self.engine.backend)
         backend = self.engine.backend
         if backend == NATIVE:
             return

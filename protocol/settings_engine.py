@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.messages.adapter import fault_of_adapters
 from microserve.protocol.messages.world import MAX_WORLD_RANKS, fault_of_world
 from microserve.protocol.settings_bounds import Count, CountOrZero, Positive, PositiveOrZero, Section
 
@@ -40,9 +41,25 @@ class ModelSettings(Section, frozen=True):
     reasoning_parser: str = "auto"
     """How it marks what it thinks before it answers: ``think``, ``mistral``, ``gpt_oss``, ``gemma``,
     ``kimi_xtml``; ``auto`` and ``none`` (it is text like any other) as above."""
+    adapters: dict[str, str] = msgspec.field(default_factory=dict)
+    """LoRA adapters that clients may name as their model, each with its directory (``adapter_config.json``
+    and ``adapter_model.safetensors``, as PEFT writes them): ``{sql = "/models/sql-lora"}``. Needs
+    ``engine.backend = "vllm"``."""
     packed_cache_mb: CountOrZero = 8192
     """Room that packed weights may take in the cache directory, all models together: engines of one machine
     map them, and start from them. 0: each engine packs its own."""
+
+    def check_adapters(self, backend: str) -> None:
+        """Raises :class:`ConfigError` naming the path."""
+        fault = fault_of_adapters(self.adapters)
+        if self.name and self.name in self.adapters:
+            fault = f"an adapter cannot have the model's name {self.name!r}"
+        elif self.adapters and backend != VLLM:
+            fault = f"must be empty for engine.backend {backend!r}: 'vllm' alone serves adapters"
+        elif nowhere := [name for name, directory in self.adapters.items() if not directory]:
+            fault = f"{nowhere[0]!r} has no directory"
+        if fault:
+            raise ConfigError(f"model.adapters: {fault}", field="model.adapters")
 
 
 class EngineSettings(Section, frozen=True):

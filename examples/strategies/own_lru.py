@@ -24,7 +24,7 @@ async def own_lru(
     """Beginnings of ``step`` tokens, ``depth`` of them a prompt and ``most`` in all; the engine that had the
     longest, unless it has ``factor`` times its share of the requests."""
     known: dict[int, str] = mesh.state.setdefault("known", {})
-    beginnings, mark = [], hash(request.salt)
+    beginnings, mark = [], hash((request.salt, request.adapter))
     for end in range(step, min(request.num_tokens, step * depth) + 1, step):
         mark = hash((mark, *request.tokens[end - step : end]))
         beginnings.append(mark)

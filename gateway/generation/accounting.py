@@ -43,9 +43,10 @@ def account(
     stream: bool,
     failure: MeshError | None,
     attributes: Mapping[str, str],
+    model: str,
 ) -> None:
     """Count a finished request and write its lines; ``times`` are those of a request without choices, ``n``
-    the choices of each prompt."""
+    the choices of each prompt; ``model``: who answers."""
     assert times.ended is not None
     code = "" if failure is None else failure.code
     state.metrics.answered(exchange.status, code or "ok", times.ended - times.arrived)
@@ -66,7 +67,7 @@ def account(
                 status=exchange.status,
                 code=code,
                 finish_reason=_reason(None, failure),
-                model=state.model,
+                model=model,
                 path=exchange.path,
                 stream=stream,
             )
@@ -89,7 +90,7 @@ def account(
                 status=exchange.status,
                 code=code,
                 finish_reason=reason,
-                model=state.model,
+                model=model,
                 path=exchange.path,
                 stream=stream,
                 index=choice.index,

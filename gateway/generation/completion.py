@@ -59,6 +59,8 @@ class Completion(Generic[B]):
         """What was asked for and is not done as asked."""
         self._recalled = ExitStack()
         """Counts what was kept and is needed until the prompt is made, as the body is counted."""
+        self._model = state.model
+        """Whose answer it is: an adapter, or the model itself."""
         self._num_held = 0
         """Bytes that are to be kept with the answer."""
 
@@ -84,6 +86,7 @@ class Completion(Generic[B]):
                 stream=self._stream,
                 failure=failure,
                 attributes=group.attributes,
+                model=self._model,
             )
 
     async def _serve(self) -> None:
@@ -149,7 +152,7 @@ class Completion(Generic[B]):
             sampling,
             unique_id=self._exchange.unique_id,
             created=int(time()),
-            model=state.model,
+            model=request.model or state.model,
             fingerprint=f"microserve-{state.version}",
             num_prompt_tokens=sum(map(len, prompts)),
             keeps=self._holds(request),
@@ -170,7 +173,7 @@ class Completion(Generic[B]):
     ) -> tuple[GenerateRequest, Sequence[Sequence[int]]]:
         """By a helper: its request and its prompts' ids. Raises what has ended the inbox meanwhile."""
         state, inbox = self._state, self._group.inbox
-        state.check_model(None, self._exchange.key)  # the name in it comes later
+        state.check_some_model(self._exchange.key)  # the name in it comes later
         self._group.times.tokenising = monotonic()
         prepared = await state.helpers.prepare(
             *(self._dialect.name, body, state.routers.known_limits),
@@ -210,6 +213,7 @@ class Completion(Generic[B]):
     def _begin(self, request: GenerateRequest) -> None:
         check_choices(request, self._state.max_n)
         self._n, self._stream = request.num_generated, request.stream
+        self._model = request.model or self._state.model
         self._num_told = request.n
 
     async def _collect_answer(self, answer: AnswerFormat) -> None:

@@ -84,7 +84,8 @@ class ChoiceGroup:
         remaining_s = exchange.arrived + ttl_s - now
         if remaining_s <= 0.0:
             raise DeadlineExceeded(f"{ttl_s:.3f} s were over before the request was sent")
-        link = state.routers.choose_soon()
+        adapter = state.adapter_of(request.model)
+        link = state.routers.choose_soon(adapter)
         state.reserve(count, exchange.key)
         self._num_reserved = count
         self.times.submitted = now
@@ -131,6 +132,7 @@ class ChoiceGroup:
                 tenant=exchange.key.name,
                 priority=max(exchange.key.priority - request.gives_way, -MAX_PRIORITY),
                 attributes=attributes,
+                adapter=adapter,
             )
         state.metrics.submitted(sum(map(len, prompts)))
 

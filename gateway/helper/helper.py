@@ -7,7 +7,7 @@ grammars have one of their own.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -54,6 +54,8 @@ class Helpers:
     """One per gateway; ``close`` it."""
 
     def __init__(self, setup: Setup) -> None:
+        self.adapters: Callable[[], Collection[str]] = tuple
+        """Names that a body may have as its model, besides the model's."""
         self._setup = setup
         self._templates = HelperProcess("templates", setup)
         self._bodies = HelperProcess("bodies", msgspec.structs.replace(setup, memory_mb=BODIES_MEMORY_MB))
@@ -163,7 +165,9 @@ class Helpers:
         kept: Mapping[str, bytes] | None = None,
     ) -> tuple[Result, bytes] | None:
         sizes = {name: len(data) for name, data in (kept or {}).items()}
-        job = Prepare(kind, limits.max_model_len, limits.vocab_size, sizes, kept is not None)
+        job = Prepare(
+            kind, limits.max_model_len, limits.vocab_size, sizes, kept is not None, [*self.adapters()]
+        )
         if kept:
             body = b"".join([body, *kept.values()])
         wall_s = START_S + WALL_S_PER_CPU_S * (self._setup.template_cpu_s + cpu_budget_s(len(body)))

@@ -59,6 +59,8 @@ class Prepare(msgspec.Struct, frozen=True, tag=2, array_like=True):
     """What was kept under these names stands behind the body: so many bytes of each."""
     has_kept: bool = False
     """All that the body needs is there."""
+    adapters: list[str] = []
+    """Names that a body may have as its model, besides the model's."""
 
 
 class CheckGrammar(msgspec.Struct, frozen=True, tag=3, array_like=True):

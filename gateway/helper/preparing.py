@@ -45,7 +45,7 @@ class Preparer:
         """The answer and its bulk. Raises what a small body of the kind would."""
         if (dialect := DIALECTS.get(job.kind)) is not None:
             body, kept = _apart(body, job.kept)
-            found = self._parsed(body, dialect.body)
+            found = self._parsed(body, dialect.body, job)
             if not job.has_kept and (needed := dialect.needs(found.body)):
                 return Wanting(dict(needed)), b""
             request = dialect.request(found.body, kept)
@@ -54,14 +54,14 @@ class Preparer:
             request.drop_prompt()
             return _prepared(request, prompts)
         if (counting := COUNTINGS.get(job.kind)) is not None:
-            found = self._parsed(body, counting.body)
+            found = self._parsed(body, counting.body, job)
             reply = await counting.reply(found.body, self._tokenizer, job.max_model_len)
             return Answered(found.warnings), reply
         raise InternalError(f"no job is called {job.kind!r}")
 
-    def _parsed(self, body: bytes, kind: type[Any]) -> Parsed[Any]:
+    def _parsed(self, body: bytes, kind: type[Any], job: Prepare) -> Parsed[Any]:
         found = parsed(body, kind, self._shape)
-        if found.body.model not in (None, self._model):
+        if found.body.model not in (None, self._model, *job.adapters):
             raise ModelNotFound(f"the model {found.body.model!r} is not served here", field="model")
         return found
 

@@ -23,8 +23,10 @@ def model_card(
     template: ChatTemplate | None,
     dtype: str,
     weights: str,
+    parent: str | None = None,
 ) -> dict[str, Any]:
-    """``max_model_len``: 0 while no engine has told it. ``weights``: ``dtype``, or how they are rounded."""
+    """``parent``: of an adapter, the model; ``max_model_len``: 0 while no engine has told it; ``weights``:
+    ``dtype``, or how they are rounded."""
     tools = parsers.tools if template is not None and template.knows("tools") else None
     context = max_model_len or None
     return {
@@ -32,8 +34,8 @@ def model_card(
         "object": "model",
         "created": created,
         "owned_by": "microserve",
-        "root": name,
-        "parent": None,
+        "root": parent or name,
+        "parent": parent,
         "max_model_len": context,
         "context_length": context,
         "input_modalities": ["text"],

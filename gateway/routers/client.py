@@ -156,11 +156,25 @@ class RouterClient:
         loads = (link.engines_load for link in self.links if self.is_usable(link))
         return max(loads, key=lambda load: load.num_running + load.num_waiting, default=NO_LOAD)
 
-    def choose(self) -> RouterLink:
-        """The usable router with the fewest of our requests. Raises :class:`NoEngines`."""
+    @property
+    def adapters(self) -> list[str]:
+        """Names of those that engines of our model have now, as any router says."""
+        return sorted({name for link in self.links if self.is_usable(link) for name in link.adapters})
+
+    @property
+    def known_adapters(self) -> set[str]:
+        """Names of those that they have, or have had: the engines may come back."""
+        return set().union(*(link.known_adapters for link in self.links if link.model in ("", self._model)))
+
+    def choose(self, adapter: str = "") -> RouterLink:
+        """The usable router with the fewest of our requests, of those whose engines have the adapter, if one
+        is named. Raises :class:`NoEngines`."""
         usable = [link for link in self.links if self.is_usable(link)]
+        fitting = [link for link in usable if not adapter or adapter in link.adapters]
+        if fitting:
+            return min(fitting, key=lambda link: len(link.mailboxes))
         if usable:
-            return min(usable, key=lambda link: len(link.mailboxes))
+            raise NoEngines(f"no engine has the adapter {adapter[:128]!r} at the moment", retry_after_s=1.0)
         others = sorted({link.model for link in self.links if link.joined and link.model} - {self._model})
         if others:
             raise NoEngines(f"the routers serve {', '.join(others)}; this gateway is for {self._model}")
@@ -168,11 +182,11 @@ class RouterClient:
             raise NoEngines(f"no engine serves {self._model} at the moment")
         raise NoEngines("no router answers at the moment")
 
-    def choose_soon(self) -> RouterLink | None:
+    def choose_soon(self, adapter: str = "") -> RouterLink | None:
         """As :meth:`choose`; None if there is no router, but one was here a moment ago: it, or its next life,
         is on its way back (after a pause of our own, say), and :meth:`generate` waits for it."""
         try:
-            return self.choose()
+            return self.choose(adapter)
         except NoEngines:
             if all(self._clock() - link.lost_at > self._patience_s for link in self.links):
                 raise
@@ -219,10 +233,11 @@ class RouterClient:
         tenant: str = "",
         priority: int = 0,
         attributes: Mapping[str, str] | None = None,
+        adapter: str = "",
     ) -> Mailbox:
         """Send one request to ``link``, or to the next router that comes; its output will be in ``inbox``.
-        ``tenant`` is whose it is, ``priority`` how soon it is to go on where tenants must wait; strategies
-        see these and ``attributes``.
+        ``adapter``: of the model, that is to answer; ``tenant`` is whose it is, ``priority`` how soon it is
+        to go on where tenants must wait; strategies see these and ``attributes``.
 
         Raises :class:`QueueFull`."""
 
@@ -238,6 +253,7 @@ class RouterClient:
             with_logprobs=sampling.logprobs is not None,
             num_scored=0 if sampling.prompt_logprobs is None else len(tokens),
             cancel=cancel,
+            adapter=adapter,
         )
         message = Generate(
             request_id=request_id,
@@ -249,6 +265,7 @@ class RouterClient:
             tenant=tenant,
             priority=priority,
             attributes=dict(attributes or {}),
+            adapter=adapter,
         )
         prompt = encode_tokens(tokens)
         if link is None:

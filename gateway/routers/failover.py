@@ -53,10 +53,10 @@ class Moves:
     """``keep`` each request; ``lost`` when its router is; ``place`` every interval; ``forget`` at the end."""
 
     def __init__(
-        self, choose: Callable[[], RouterLink], *, patience_s: float, clock: Callable[[], float]
+        self, choose: Callable[[str], RouterLink], *, patience_s: float, clock: Callable[[], float]
     ) -> None:
-        """``choose``: the router for the next request, or :class:`NoEngines`. A request waits for one for
-        ``patience_s``. ``clock``: monotonic, seconds."""
+        """``choose``: the router for the next request with that adapter, or :class:`NoEngines`. A request
+        waits for one for ``patience_s``. ``clock``: monotonic, seconds."""
         self.kept_nbytes = 0
         self._choose = choose
         self._patience_s = patience_s
@@ -110,7 +110,7 @@ class Moves:
                     mailbox.fail(kept.error)
                 continue
             try:
-                link = self._choose()
+                link = self._choose(kept.message.adapter)
             except NoEngines:
                 continue
             try:
@@ -133,6 +133,7 @@ class Moves:
             num_output_tokens=len(mailbox.output),
             revision=mailbox.revision if mailbox.has_begun else "",
             numerics=mailbox.numerics if mailbox.has_begun else UNKNOWN,
+            adapter_revision=mailbox.adapter_revision if mailbox.has_begun else "",
         )
         if not link.send(message, kept.prompt + output):
             return False

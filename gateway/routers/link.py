@@ -98,6 +98,10 @@ class RouterLink:
         self.limits = ModelLimits(max_model_len=0, vocab_size=0)
         self.revision = ""
         """Of the model that it serves."""
+        self.adapters: dict[str, str] = {}
+        """That its engines have now: what each name stands for."""
+        self.known_adapters: set[str] = set()
+        """Names that they have had since we know it."""
         self.num_engines = 0
         self.num_requests = 0
         self.engines_load = NO_LOAD
@@ -244,6 +248,8 @@ class RouterLink:
                 self._on_lost([mailbox], Draining(ended.detail, retry_after_s=ended.retry_after_s))
                 continue
             mailbox.revision = self.revision
+            if mailbox.adapter in self.adapters:
+                mailbox.adapter_revision = self.adapters[mailbox.adapter]
             mailbox.deliver(output, now)
             if mailbox.over:
                 del self.mailboxes[output.request_id]
@@ -282,6 +288,8 @@ class RouterLink:
     def _set_model(self, message: RouterWelcome | RouterHeartbeat) -> None:
         self.num_engines = message.num_engines
         self.model = message.model
+        self.adapters = {adapter.name: adapter.revision for adapter in message.adapters}
+        self.known_adapters.update(self.adapters)
         # Without engines it knows no limits: what it said before, in this life or another, is still true.
         if not message.model or message.max_model_len <= 0 or message.vocab_size <= 0:
             return

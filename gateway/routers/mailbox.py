@@ -46,6 +46,7 @@ class Mailbox:
         with_logprobs: bool,
         num_scored: int = 0,
         cancel: Callable[[], None],
+        adapter: str = "",
     ) -> None:
         """``num_scored``: prompt tokens whose log-probabilities come before the first token. ``cancel``
         asks the router to stop; it is called at most once, and never after the end."""
@@ -56,6 +57,9 @@ class Mailbox:
         """All tokens so far: what another router would have to be told."""
         self.revision = ""
         """Of the model that made them, as the router said that brought the last ones."""
+        self.adapter = adapter
+        self.adapter_revision = ""
+        """As ``revision``."""
         self.numerics = UNKNOWN
         """In which class they were made, as far as routers have said."""
         self.served: Served | None = None

@@ -30,6 +30,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.kvcache.words import CLOSED, MAX_GENERATION, OPEN, pack_state
 from microserve.protocol.errors import GrantsFull, InternalError, TransferFailed, UnknownRequest
+from microserve.protocol.messages.adapter import Adapter
 from microserve.protocol.messages.kv.grant import MAX_LANES, Grant
 
 RETRY_AFTER_S = 0.1
@@ -148,12 +149,13 @@ class GrantTable:
         blocks: list[int],
         end: int,
         now: float,
+        adapter: Adapter | None = None,
     ) -> Grant:
         """Permit writers to put KV of tokens ``[matched, end)`` into ``blocks``.
 
         The caller has allocated ``blocks`` and holds one more reference to each of ``matched_blocks``,
         the prefix that it has already; all of that becomes the table's. :class:`GrantsFull` when every
-        slot is in use; the blocks are then still the caller's.
+        slot is in use; the blocks are then still the caller's. ``adapter``: whose KV it is to be.
         """
         layout = self._heap.layout
         if (
@@ -166,8 +168,7 @@ class GrantTable:
                 f"open: [{matched}, {end}) with {len(matched_blocks)} matched and {len(blocks)} new blocks"
             )
         slot = self._take_slot()
-        self._generations[slot] += 1
-        generation = self._generations[slot]
+        generation = self._generations[slot] = self._generations[slot] + 1
         grant = Grant(
             grant_id=self.grant_id(slot, generation),
             engine_id=self._engine_id,
@@ -184,6 +185,7 @@ class GrantTable:
             numerics=self._numerics,
             geometry=layout.geometry,
             doors=list(self._heap.doors),
+            adapter=adapter,
         )
         arrival = Arrival(self._heap, grant, verify_checksums=self._verify_checksums)
         self._entries[grant.grant_id] = _Entry(grant, arrival, request_id, owner, list(matched_blocks), now)

@@ -10,15 +10,27 @@ from microserve.protocol.messages.kv.kv_events import BlockRemoved, BlockStored,
 
 
 def stored_event(
-    hashes: list[BlockHash], parent: BlockHash | None, tokens: list[int], block_size: int, salt: str
+    hashes: list[BlockHash],
+    parent: BlockHash | None,
+    tokens: list[int],
+    block_size: int,
+    salt: str,
+    adapter: str = "",
+    adapter_number: int | None = None,
 ) -> BlockStored:
-    """``hashes`` is a chain and ``tokens`` are its blocks'; ``parent`` None where it starts a sequence."""
+    """``hashes`` is a chain and ``tokens`` are its blocks'; ``parent`` None where it starts a sequence.
+    ``adapter_number``: what the adapter is at its engine, for readers who do not go by its name."""
+    named = (adapter,) if adapter else ()
+    first = (*named, salt) if parent is None and salt else named
+    keys = [first or None, *[named or None] * (len(hashes) - 1)]
     return BlockStored(
         block_hashes=[*hashes],
         parent_block_hash=parent,
         token_ids=tokens,
         block_size=block_size,
-        extra_keys=[(salt,), *[None] * (len(hashes) - 1)] if parent is None and salt else None,
+        lora_id=adapter_number,
+        lora_name=adapter or None,
+        extra_keys=keys if first else None,
     )
 
 

@@ -45,6 +45,8 @@ class PrepRecv(_Message, frozen=True, tag=2):
     """Seconds that the request may still take; relative, so clocks need not agree."""
     salt: str = ""
     """Prefix cache namespace of a tenant."""
+    adapter: str = ""
+    """Name of the adapter with which all of the request is computed; empty: the model alone."""
 
 
 class RemoteSend(_Message, frozen=True, tag=3):
@@ -63,6 +65,8 @@ class RemoteSend(_Message, frozen=True, tag=3):
     salt: str = ""
     num_output_tokens: int = 0
     """As in ``StartGenerate``: the last so many of the tokens are output (they matter to sampling)."""
+    adapter: str = ""
+    """As in ``PrepRecv``, and of the same revision as the grant's."""
 
 
 class StartGenerate(_Message, frozen=True, tag=4):
@@ -83,6 +87,8 @@ class StartGenerate(_Message, frozen=True, tag=4):
     numerics: str = ""
     """Name of the class in which the grant's KV is computed; ``mixed``: in several. Empty: not said, or
     nothing is sent."""
+    adapter: str = ""
+    """As in ``PrepRecv``."""
 
 
 class Commit(_Message, frozen=True, tag=5):

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from microserve.protocol.messages.adapter import Adapter, adapter_named
 from microserve.protocol.messages.kv.geometry import UNSAID, Geometry, differing_field
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.types import NO_KEY
@@ -78,10 +79,17 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """At most so many of the last tokens of a received prefix are computed again by it."""
     events_open: bool = False
     """Its KV events and their replay are without keys, whatever its other sockets have."""
+    adapters: list[Adapter] = []
+    """That requests may name (``lora`` in ``can``); empty of an engine that has none."""
 
     def does(self, ability: str) -> bool:
         """Has it this one of ``ABILITIES``?"""
         return self.can is None or ability in self.can
+
+    def has_adapter(self, name: str, revision: str = "") -> bool:
+        """May a request name it here? Empty: the model alone, which each has. ``revision``: just that one."""
+        known = adapter_named(name, self.adapters) if name else None
+        return not name or (known is not None and revision in ("", known.revision))
 
     @property
     def only_publishes(self) -> bool:
@@ -124,4 +132,8 @@ def disagreement(mine: EngineInfo, theirs: EngineInfo) -> Disagreement | None:
     for field in (*fields, "vocab_size", "eos_token_ids"):
         if (own := getattr(mine, field)) != (other := getattr(theirs, field)):
             return Disagreement(field, own, other)
+    for adapter in mine.adapters:  # each has its own ones, but what a name stands for is one thing
+        namesake = adapter_named(adapter.name, theirs.adapters)
+        if namesake is not None and namesake != adapter:
+            return Disagreement("adapters", str(adapter), str(namesake))
     return None

@@ -73,6 +73,8 @@ class Lookup(_Message, frozen=True, tag=5):
 
     call_id: int
     salt: str = ""
+    adapter: str = ""
+    """Of the engines' adapters; empty: KV of the model alone."""
 
 
 class IndexStats(_Message, frozen=True, tag=6):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from microserve.protocol.messages.adapter import Adapter
 from microserve.protocol.messages.engine import TokenLogprob, Usage
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
@@ -49,6 +50,10 @@ class Generate(_Message, frozen=True, tag=2):
     """In which class this output was made."""
     attributes: dict[str, str] = {}
     """By name (request/attributes.py): whatever the gateway lets strategies know of who asks."""
+    adapter: str = ""
+    """Name of the model's adapter that is to answer; empty: the model alone."""
+    adapter_revision: str = ""
+    """Of the adapter that made this output; as ``revision``."""
 
 
 class Cancel(_Message, frozen=True, tag=3):
@@ -175,6 +180,8 @@ class RouterWelcome(_Message, frozen=True, tag=1):
     """Of the model that is served; as ``EngineInfo.revision``."""
     paced: bool = False
     """It knows ``GatewayPing.next_s``."""
+    adapters: list[Adapter] = []
+    """Of the engines that are here, each once."""
 
 
 class Stream(_Message, frozen=True, tag=2):
@@ -203,6 +210,8 @@ class RouterHeartbeat(_Message, frozen=True, tag=3):
     num_waiting: int = 0
     kv_usage: float = 0.0
     """Of all the engines' blocks, what is in use: 0 to 1."""
+    adapters: list[Adapter] = []
+    """As in ``RouterWelcome``."""
 
 
 class RouterFailed(_Message, frozen=True, tag=4):

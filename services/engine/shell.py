@@ -121,6 +121,7 @@ class EngineShell:
             heaps=settings.heaps,
             split_tokens=core.kind.split_tokens,
             recompute_tokens=core.kind.recompute_tokens,
+            adapters=[*limits.adapters],
         )
         self._index = IndexClient(
             bus,

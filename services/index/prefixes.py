@@ -56,11 +56,11 @@ class PrefixIndexes:
             del self._indexes[key]
             self._share_room()
 
-    def lookup(self, tokens: Sequence[int], salt: str) -> dict[str, int]:
+    def lookup(self, tokens: Sequence[int], salt: str, adapter: str = "") -> dict[str, int]:
         """Over every model: an engine answers for the one that it serves."""
         matched: dict[str, int] = {}
         for index in self._indexes.values():
-            matched |= index.lookup(tokens, salt)
+            matched |= index.lookup(tokens, salt, adapter=adapter)
         return matched
 
     @property

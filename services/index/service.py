@@ -209,8 +209,8 @@ class IndexService:
                 self._watch(peer, now, message.next_s)
                 self.control.watch(peer, message)
                 self.questions.watch(peer, message)
-            case wire.Lookup(call_id, salt):
-                self._answer(peer, wire.Matches(call_id, self._lookup(bulk, salt)))
+            case wire.Lookup(call_id, salt, adapter):
+                self._answer(peer, wire.Matches(call_id, self._lookup(bulk, salt, adapter)))
             case wire.IndexStats(call_id):
                 self._answer(peer, self._report(call_id))
             case JoinWorld():
@@ -322,13 +322,13 @@ class IndexService:
 
     # --- questions ---------------------------------------------------------------------------------
 
-    def _lookup(self, bulk: list[bytes], salt: str) -> dict[str, int]:
+    def _lookup(self, bulk: list[bytes], salt: str, adapter: str) -> dict[str, int]:
         """Over every model: an engine answers for the one that it serves."""
         if len(bulk) != 1:
             raise ProtocolViolation(f"Lookup with {len(bulk)} bulk frames, expected the prompt's tokens")
         tokens = decode_tokens(bulk[0])
         self.counters["lookups"] += 1
-        return self._prefixes.lookup(tokens, salt)
+        return self._prefixes.lookup(tokens, salt, adapter)
 
     def _report(self, call_id: int) -> wire.IndexReport:
         counters = Counter(self.counters)

@@ -224,6 +224,7 @@ class Router:
             served.eos_token_ids if served else [],
             served.revision if served else "",
             paced=True,
+            adapters=self.registry.adapters,
         )
 
     def _heartbeat(self, next_s: float) -> RouterHeartbeat:
@@ -240,6 +241,7 @@ class Router:
             served.revision if served else "",
             next_s,
             *_load_of(self.registry.joined()),
+            adapters=self.registry.adapters,
         )
 
 

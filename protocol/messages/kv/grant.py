@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from microserve.protocol.messages.adapter import Adapter
 from microserve.protocol.messages.kv.geometry import UNSAID, Geometry
 
 MAX_LANES = 4
@@ -60,3 +61,5 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     """Of the blocks: what must be the sender's too."""
     doors: list[HeapAddress] = []
     """Other ways into the same heap, best first; ``heap`` is tried before them."""
+    adapter: Adapter | None = None
+    """With which the KV is computed; None: the model alone."""

@@ -25,10 +25,12 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.request.interval import bound
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.checks import (
+    check_adapter,
     check_builds_on,
     check_first,
     check_fits,
     check_request,
+    check_same_adapter,
     check_same_kv,
     check_sampling,
     check_ttl,
@@ -78,6 +80,7 @@ class Actions:
         now: float,
     ) -> Iterator[Record]:
         """The record of an action; refused work leaves none behind."""
+        check_adapter(message.adapter, self._state.limits)
         # Sends are how contexts leave an engine that drains.
         is_new_work = not isinstance(message, wire.RemoteSend)
         record = self._open(owner, message.request_id, token_ids, message.ttl_s, now, is_new_work=is_new_work)
@@ -114,6 +117,7 @@ class Actions:
         num_tokens = len(record.token_ids)
         begin, end = send_bounds(message, num_tokens)
         check_same_kv(self._state.memory.grants.layout, grant)
+        check_same_adapter(message.adapter, self._state.limits, grant)
         key = (grant.grant_id, message.lane)
         if key in record.sent:
             return msgspec.structs.replace(record.sent[key], call_id=message.call_id)

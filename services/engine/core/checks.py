@@ -11,11 +11,14 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import (
     InvalidInterval,
     InvalidRequest,
+    ModelNotFound,
     PromptTooLong,
     TransferFailed,
     UnknownRequest,
+    UnsupportedAction,
 )
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.adapter import Adapter, adapter_named
 from microserve.protocol.messages.kv.geometry import difference
 from microserve.protocol.messages.kv.grant import MAX_LANES, Grant
 from microserve.protocol.messages.request.interval import bound
@@ -32,6 +35,7 @@ class Limits:
     num_blocks: int
     max_waiting: int
     eos_token_ids: frozenset[int]
+    adapters: tuple[Adapter, ...] = ()
 
     def room(self, block_size: int) -> int:
         """Tokens that one sequence can have here."""
@@ -52,6 +56,18 @@ def check_request(request_id: str, token_ids: list[int] | None, ttl_s: float, li
             raise InvalidRequest(
                 f"token id {max(token_ids)} is not below {limits.vocab_size}", field="tokens"
             )
+
+
+def check_adapter(name: str, limits: Limits) -> None:
+    """May a request name it here? Empty is the model alone."""
+    if not name or adapter_named(name, limits.adapters) is not None:
+        return
+    if not limits.adapters:
+        raise UnsupportedAction(
+            f"this engine has no adapters, and was asked for {name[:128]!r}", field="model"
+        )
+    known = ", ".join(adapter.name for adapter in limits.adapters)
+    raise ModelNotFound(f"this engine has no adapter {name[:128]!r}, only {known}", field="model")
 
 
 def check_ttl(ttl_s: float) -> None:
@@ -94,6 +110,16 @@ def check_same_kv(layout: KvLayout, grant: Grant) -> None:
         different = f"layout_hash: {layout.layout_hash} here, {grant.layout_hash} there"
     if different:
         raise TransferFailed(f"KV of engine {grant.engine_id} is another one: {different}")
+
+
+def check_same_adapter(name: str, limits: Limits, grant: Grant) -> None:
+    """Is what the receiver waits for KV of the same adapter, if any, as we would compute it with?"""
+    ours = adapter_named(name, limits.adapters)
+    if ours != grant.adapter:
+        raise TransferFailed(
+            f"KV of engine {grant.engine_id} is another one: adapter: {ours or 'none'} here, "
+            f"{grant.adapter or 'none'} there"
+        )
 
 
 def check_first(message: wire.RemoteSend, end: int, num_tokens: int, limits: Limits) -> None:

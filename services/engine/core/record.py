@@ -52,6 +52,8 @@ class RecordOf(Generic[Part]):
     """By grant id and lane."""
     sent: dict[tuple[str, int], Sent] = field(default_factory=dict)
     """Answers of sends that have ended, so that a repeated call gets the same one."""
+    adapter: str = ""
+    """With which all of it is computed; empty: the model alone."""
     aborted: bool = False
     """Parts in the running step end with it; a new action under the id starts a new record."""
 
@@ -81,9 +83,11 @@ class Records(Generic[Part]):
     def find(self, owner: bytes, request_id: str) -> RecordOf[Part] | None:
         return self._records.get((owner, request_id))
 
-    def open(self, owner: bytes, request_id: str, token_ids: list[int] | None, now: float) -> RecordOf[Part]:
+    def open(
+        self, owner: bytes, request_id: str, token_ids: list[int] | None, now: float, adapter: str = ""
+    ) -> RecordOf[Part]:
         """The record, made from the tokens if they came along. Raises :class:`UnknownRequest` without, and
-        :class:`InvalidRequest` for tokens that differ from those that work here."""
+        :class:`InvalidRequest` for tokens, or an adapter, that differ from those that work here."""
         record = self._records.get((owner, request_id))
         if record is None or record.aborted:
             if token_ids is None:
@@ -93,6 +97,12 @@ class Records(Generic[Part]):
             record.token_ids = token_ids
         elif token_ids is not None and token_ids != record.token_ids:
             raise InvalidRequest(f"request {request_id!r} runs here with other tokens", field="tokens")
+        if not record.is_idle and adapter != record.adapter:
+            raise InvalidRequest(
+                f"request {request_id!r} runs here with adapter {record.adapter!r}, not {adapter[:128]!r}",
+                field="adapter",
+            )
+        record.adapter = adapter
         record.last_used = now
         return record
 

@@ -7,7 +7,7 @@ the same time is there twice, and is gone with the second. So a block is *told* 
 once and its parent is told of; the rest waits, and is told of again when the parent comes back. What is told
 is exactly what vLLM would find.
 
-Sans-I/O. Blocks whose hash depends on more than tokens and salt (images, adapters) are not mirrored: nobody
+Sans-I/O. Blocks whose hash depends on more than tokens, adapter and salt (images) are not mirrored: nobody
 could ask for them.
 """
 
@@ -47,6 +47,7 @@ class _Block:
     """None: it is the first of a sequence."""
     packed: bytes
     salt: str
+    adapter: str
     copies: int = 0
     is_told: bool = False
     children: dict[BlockHash, _Block] = field(default_factory=dict)
@@ -69,6 +70,8 @@ class Mirror:
         self._fresh: set[_Block] = set()
         """Told of in this batch."""
         self._num_told = 0
+        self._adapters: dict[str, int | None] = {}
+        """Their numbers at vLLM."""
 
     @property
     def num_blocks(self) -> int:
@@ -105,10 +108,9 @@ class Mirror:
         self._changes.clear()
         self._fresh.clear()
 
-    def holds(self, tokens: list[int], salt: str) -> bool:
+    def holds(self, tokens: list[int], salt: str, adapter: str = "") -> bool:
         """Is the last of these whole blocks told of? True of none."""
-        root = root_hash(self._model, salt=salt, revision=self._revision)
-        hashes = block_hashes(tokens, self._block_size, root)
+        hashes = block_hashes(tokens, self._block_size, self._root(adapter, salt))
         block = self._by_hash.get(hashes[-1]) if hashes else None
         return not hashes or (block is not None and block.is_told)
 
@@ -144,17 +146,20 @@ class Mirror:
                 self.counters["mirror_orphaned_blocks"] += len(names)
                 return
             parent = before.hash
+        adapter = event.lora_name or ""
+        if adapter:
+            self._adapters[adapter] = event.lora_id
         run: list[_Block] = []
         for i, name in enumerate(names):
             salt = salt_of(event, i)
-            if salt is None or event.lora_name is not None:
+            if salt is None or (event.lora_id and not adapter):
                 self.counters["mirror_ignored_blocks"] += len(names) - i
                 break
             block = self._names.get(name)
             if block is None:
                 content = packed[i * stride : (i + 1) * stride]
-                root = parent or root_hash(self._model, salt=salt, revision=self._revision)
-                block = self._add(_Block(name, chain_hash(root, content), parent, content, salt))
+                above = parent or self._root(adapter, salt)
+                block = self._add(_Block(name, chain_hash(above, content), parent, content, salt, adapter))
             block.copies += 1
             if not block.is_told and (parent is None or self._by_hash[parent].is_told):
                 if run and (block.parent != run[-1].hash):
@@ -167,6 +172,9 @@ class Mirror:
             self._changes.append((run, []))
             for block in [*run]:
                 self._tell_below(block)
+
+    def _root(self, adapter: str, salt: str) -> BlockHash:
+        return root_hash(self._model, adapter=adapter, salt=salt, revision=self._revision)
 
     def _add(self, block: _Block) -> _Block:
         self._names[block.name] = self._by_hash[block.hash] = block
@@ -243,4 +251,5 @@ class Mirror:
         first = run[0]
         tokens = decode_tokens(b"".join(block.packed for block in run))
         hashes = [block.hash for block in run]
-        return stored_event(hashes, first.parent, tokens, self._block_size, first.salt)
+        number = self._adapters.get(first.adapter)
+        return stored_event(hashes, first.parent, tokens, self._block_size, first.salt, first.adapter, number)

@@ -29,6 +29,7 @@ from microserve.protocol.messages.engine_info import (
     EARLY_START,
     FIRST_TOKEN,
     GRAMMAR,
+    LORA,
     PREP_RECV,
     PROMPT_LOGPROBS,
     REMOTE_SEND,
@@ -43,6 +44,13 @@ from microserve.services.engine.kind import EngineKind
 from microserve.services.engine.model.end_tokens import eos_of
 from microserve.services.engine.model.model_files import read_json
 from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.vllm.adapters import (
+    FoundAdapter,
+    arguments_for,
+    load_adapters,
+    lora_requests,
+    read_adapters,
+)
 from microserve.services.engine.vllm.arguments import config_of
 from microserve.services.engine.vllm.descendants import adopt_orphans, kill_descendants
 from microserve.services.engine.vllm.feed import Feed
@@ -92,10 +100,14 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
                 version=version,
             ),
         )
+        model = settings.model.name or directory.name
+        if model in settings.model.adapters:
+            raise ConfigError(f"model.adapters: {model!r} is the model's name", field="model.adapters")
+        found = await loop.run_in_executor(starter, read_adapters, settings.model.adapters, directory)
         incarnation = secrets.randbits(62) | 1
         front = Front(
             incarnation=incarnation,
-            model=settings.model.name or directory.name,
+            model=model,
             revision=revision,
             num_receives=settings.kvcache.grant_slots,
             grant_slots=settings.kvcache.grant_slots,
@@ -105,11 +117,15 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
         feed = Feed(scratch.path)
         undo.callback(feed.close)
         undo.callback(start.give_up)  # before what they have open is closed
-        engine, config, ready = await loop.run_in_executor(starter, _start, settings, front, feed, start)
+        engine, config, ready = await loop.run_in_executor(
+            starter, _start, settings, front, feed, start, found
+        )
         heap = view_heap(settings, ready.heap, ready.layout)
         undo.callback(heap.close)
+        adapters = lora_requests(found)
+        await load_adapters(engine, found, adapters)
         core = VllmCore(
-            AsyncVllm(engine, shutdown_s=SHUTDOWN_S),
+            AsyncVllm(engine, shutdown_s=SHUTDOWN_S, adapters=adapters),
             front,
             heap,
             Mirror(ready.layout.block_size, ready.layout.model, revision),
@@ -120,10 +136,11 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
                 ready.layout.block_size,
                 has_tokenizer=_has_tokenizer(directory),
                 starts_early=settings.vllm.early_start,
+                has_adapters=bool(found),
             ),
             numerics=numerics_of(version, ready.layout.dtype, revision),
             # vLLM keeps one block for itself.
-            limits=_limits(settings, config, directory, ready.num_blocks - 1),
+            limits=_limits(settings, config, directory, ready.num_blocks - 1, found),
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
             lease_s=settings.kvcache.lease_s,
@@ -187,7 +204,14 @@ def _has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _TOKENIZERS)
 
 
-def kind_of(version: str, block_size: int, *, has_tokenizer: bool, starts_early: bool = False) -> EngineKind:
+def kind_of(
+    version: str,
+    block_size: int,
+    *,
+    has_tokenizer: bool,
+    starts_early: bool = False,
+    has_adapters: bool = False,
+) -> EngineKind:
     """What it says of itself. A whole block is computed again where a receive ends with one: vLLM must have
     the logits of the last token."""
     can = [PREP_RECV, REMOTE_SEND, COMMIT, FIRST_TOKEN, PROMPT_LOGPROBS]
@@ -195,6 +219,8 @@ def kind_of(version: str, block_size: int, *, has_tokenizer: bool, starts_early:
         can.append(EARLY_START)
     if has_tokenizer:
         can.append(GRAMMAR)
+    if has_adapters:
+        can.append(LORA)
     return EngineKind("vllm", version, tuple(can), split_tokens=block_size, recompute_tokens=block_size)
 
 
@@ -203,17 +229,22 @@ def numerics_of(version: str, dtype: str, revision: str) -> Numerics:
     return Numerics(f"vllm-{version}-{dtype}-{revision[:12]}", is_exact=False)
 
 
-def _limits(settings: Settings, config: VllmConfig, directory: Path, num_blocks: int) -> Limits:
+def _limits(
+    settings: Settings, config: VllmConfig, directory: Path, num_blocks: int, found: list[FoundAdapter]
+) -> Limits:
     return Limits(
         max_model_len=min(config.model_config.max_model_len, MAX_PROMPT_TOKENS),
         vocab_size=config.model_config.get_vocab_size(),
         num_blocks=num_blocks,
         max_waiting=settings.engine.max_waiting,
         eos_token_ids=eos_of(directory, read_json(directory / "config.json")),
+        adapters=tuple(each.adapter for each in found),
     )
 
 
-def _start(settings: Settings, front: Front, feed: Feed, start: Start) -> tuple[AsyncLLM, VllmConfig, Ready]:
+def _start(
+    settings: Settings, front: Front, feed: Feed, start: Start, found: list[FoundAdapter]
+) -> tuple[AsyncLLM, VllmConfig, Ready]:
     """Takes from seconds to minutes. Raises :class:`ConfigError` for what vLLM or the connector refuses."""
     from vllm.config import KVTransferConfig
     from vllm.config.kv_events import KVEventsConfig
@@ -226,6 +257,7 @@ def _start(settings: Settings, front: Front, feed: Feed, start: Start) -> tuple[
     config = config_of(
         settings,
         structured_outputs_config=structured,
+        **arguments_for(found, settings.vllm.arguments),
         skip_tokenizer_init=not _has_tokenizer(Path(settings.model.path)),
         kv_transfer_config=KVTransferConfig(
             kv_connector=CONNECTOR,

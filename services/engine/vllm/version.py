@@ -26,7 +26,8 @@ USES: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "engine/arg_utils.py": {
         "AsyncEngineArgs": (),
         "EngineArgs": (
-            *("block_size", "disable_log_stats", "dtype", "enable_prefix_caching"),
+            *("block_size", "disable_log_stats", "dtype", "enable_lora", "enable_prefix_caching"),
+            *("max_cpu_loras", "max_lora_rank", "max_loras"),
             *("enforce_eager", "kv_cache_memory_bytes", "kv_events_config", "kv_transfer_config"),
             *("load_format", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "model"),
             *("num_gpu_blocks_override", "scheduling_policy", "served_model_name", "tokenizer"),
@@ -43,8 +44,11 @@ USES: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "KVEventsConfig": ("enable_kv_cache_events", "endpoint", "publisher", "replay_endpoint"),
     },
     "v1/engine/async_llm.py": {
-        "AsyncLLM": ("abort", "check_health", "from_vllm_config", "generate", "shutdown"),
+        "AsyncLLM": (
+            *("abort", "add_lora", "add_request", "check_health", "from_vllm_config", "generate", "shutdown"),
+        ),
     },
+    "lora/request.py": {"LoRARequest": ("lora_int_id", "lora_name", "lora_path")},
     "sampling_params.py": {
         "SamplingParams": (
             *(
@@ -85,6 +89,7 @@ USES: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "BlockStored": (
             "block_hashes",
             "block_size",
+            "lora_id",
             "lora_name",
             "medium",
             "parent_block_hash",

@@ -22,7 +22,7 @@ from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.engines.prediction import decode_cost_s, prefill_cost_s
 from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.request.cap import capped
-from microserve.services.router.request.request import RETRY_AFTER_S, Request
+from microserve.services.router.request.request import RETRY_AFTER_S, Request, fits
 from microserve.services.router.request.scope import RequestScope
 from microserve.services.router.request.trail import Trail
 
@@ -53,9 +53,10 @@ class Mesh(MeshView):
         *,
         is_shadow: bool = False,
     ) -> None:
-        """``connections`` lists the engines that may take new work; ``state`` is the strategy's;
+        """``connections`` lists the engines that may take new work, of which those count that have the
+        request's adapter, if it names one; ``state`` is the strategy's;
         ``numerics`` names the class in which the answer began, if it has."""
-        super().__init__(connections, book, rng, state, is_shadow=is_shadow)
+        super().__init__(_fitting(connections, scope.request), book, rng, state, is_shadow=is_shadow)
         self._numerics = numerics
         self._scope = scope
         self._lookup = lookup
@@ -277,7 +278,7 @@ class Mesh(MeshView):
         """Prompt tokens that each engine holds from the start, by engine id; engines with none are absent."""
         self._scope.check(request)
         if self._matched is None:
-            self._matched = self._lookup(request.tokens, request.salt)
+            self._matched = self._lookup(request.tokens, request.salt, request.adapter)
             if self._scope.trail is not None:
                 self._scope.trail.cached = self._matched
         return self._matched
@@ -313,6 +314,15 @@ class Mesh(MeshView):
 
     def _cached(self, engine_id: str) -> int:
         return self.prefix(self._scope.request).get(engine_id, 0)
+
+
+def _fitting(
+    connections: Callable[[], Sequence[Connection]], request: Request
+) -> Callable[[], Sequence[Connection]]:
+    """Those that have its adapter."""
+    if not request.adapter:
+        return connections
+    return lambda: [each for each in connections() if fits(request, each.info)]
 
 
 def _nobody(label: str | None, strict: bool) -> str:

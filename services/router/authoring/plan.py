@@ -38,9 +38,10 @@ MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 30.0
 _logger = structlog.get_logger()
 
 Borrow = Callable[
-    [StrategyState, Sequence[int], str, float], AbstractAsyncContextManager[tuple[Mesh, Request]]
+    [StrategyState, Sequence[int], str, float, str], AbstractAsyncContextManager[tuple[Mesh, Request]]
 ]
-"""Makes a request of the router's own: the strategy's state, tokens, salt, seconds that it may take."""
+"""Makes a request of the router's own: the strategy's state, tokens, salt, seconds that it may take, the name
+of an adapter."""
 
 
 @asynccontextmanager
@@ -51,6 +52,7 @@ async def borrowed(
     salt: str,
     ttl_s: float,
     make: Callable[[Request], tuple[RequestScope, Mesh]],
+    adapter: str,
 ) -> AsyncIterator[tuple[Mesh, Request]]:
     """A request of a plan, for at most ``ttl_s``: with a scope like any other, but nobody waits for it.
 
@@ -59,7 +61,8 @@ async def borrowed(
     if served is None:
         raise NoEngines("no engine has joined yet", retry_after_s=RETRY_AFTER_S)
     deadline = asyncio.get_running_loop().time() + ttl_s
-    request = Request(request_id, tokens, SamplingParams(max_tokens=1), deadline, served.block_size, salt)
+    sampling, size = SamplingParams(max_tokens=1), served.block_size
+    request = Request(request_id, tokens, sampling, deadline, size, salt, adapter=adapter)
     scope, mesh = make(request)
     limit = asyncio.timeout_at(deadline)
     try:
@@ -90,14 +93,15 @@ class PlanMesh(MeshView):
         self._borrow = borrow
 
     def request(
-        self, tokens: Sequence[int], *, salt: str = "", ttl_s: float = 30.0
+        self, tokens: Sequence[int], *, salt: str = "", ttl_s: float = 30.0, adapter: str = ""
     ) -> AbstractAsyncContextManager[tuple[Mesh, Request]]:
         """A request that no client has asked for: ``async with mesh.request(tokens) as (mesh, request):``.
 
         Inside, everything that a strategy can do can be done; whatever it holds is given back at the end of
-        the block, and all of it must happen within ``ttl_s``. Raises ``NoEngines``, ``DeadlineExceeded``.
+        the block, and all of it must happen within ``ttl_s``. ``salt`` and ``adapter``: whose KV it is about,
+        as those of a request are. Raises ``NoEngines``, ``DeadlineExceeded``.
         """
-        return self._borrow(self.state, tokens, salt, ttl_s)
+        return self._borrow(self.state, tokens, salt, ttl_s, adapter)
 
 
 @dataclass

@@ -18,8 +18,8 @@ from microserve.services.links.engine import EngineConnection
 from microserve.services.links.feed import Feed
 from microserve.services.links.follow import feed_of
 
-Lookup = Callable[[Sequence[int], str], dict[str, int]]
-"""Tokens and salt -> tokens of them that an engine holds from the start, by its id."""
+Lookup = Callable[[Sequence[int], str, str], dict[str, int]]
+"""Tokens, salt and adapter -> tokens of them that an engine holds from the start, by its id."""
 
 _logger = structlog.get_logger()
 
@@ -74,11 +74,11 @@ class PrefixReplica:
         if self._index is not None:
             self._index.remove_engine(connection.engine_id)
 
-    def lookup(self, tokens: Sequence[int], salt: str) -> dict[str, int]:
+    def lookup(self, tokens: Sequence[int], salt: str, adapter: str = "") -> dict[str, int]:
         """Engine id -> prompt tokens that it holds from the start; at most ``num_block_tokens``."""
         if self._index is None:
             return {}
-        return self._index.lookup(tokens, salt)
+        return self._index.lookup(tokens, salt, adapter=adapter)
 
     def close(self) -> None:
         for connection, _ in list(self._feeds.values()):

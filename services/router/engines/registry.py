@@ -16,6 +16,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import Draining, EngineLost, MeshError
+from microserve.protocol.messages.adapter import Adapter
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.engine_info import Disagreement, disagreement
 from microserve.protocol.messages.strategy.control import EngineLabels
@@ -86,6 +87,12 @@ class Registry:
     def max_model_len(self) -> int:
         """Tokens that every engine can hold for one sequence; 0 without engines."""
         return min((connection.info.max_model_len for connection in self.joined()), default=0)
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """Of the engines that are here, each once."""
+        named = {each.name: each for connection in self.joined() for each in connection.info.adapters}
+        return [named[name] for name in sorted(named)]
 
     async def run(self) -> None:
         """Let go of the engines that leave, until cancelled."""

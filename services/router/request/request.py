@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from microserve.protocol.bus.codec import decode_tokens, encode_tokens
+from microserve.protocol.messages.engine_info import EngineInfo
 from microserve.protocol.messages.request.interval import bound
 from microserve.protocol.messages.request.sampling import SamplingParams
 
@@ -37,6 +38,11 @@ class Request:
     attributes: Mapping[str, str] = field(default_factory=lambda: NO_ATTRIBUTES)
     """What the gateway tells of who asks: ``tenant`` and ``priority``, and what its operator lets through
     (``gateway.attributes``). Read only."""
+    adapter: str = ""
+    """Name of the model's adapter that answers; empty: the model alone. A mesh made for the request shows the
+    engines that have it, and no others."""
+    adapter_revision: str = ""
+    """What that name stands for, all through the answer; empty: not known yet."""
     token_frame: bytes = field(default=b"", repr=False)
     """The prompt as it travels (raw little-endian u32), made from ``tokens`` if not given."""
 
@@ -56,6 +62,8 @@ class Request:
         salt: str = "",
         num_output_tokens: int = 0,
         attributes: Mapping[str, str] = NO_ATTRIBUTES,
+        adapter: str = "",
+        adapter_revision: str = "",
     ) -> Request:
         """Read the prompt from its wire form. Raises ``ProtocolViolation`` if the frame is cut."""
         tokens = decode_tokens(token_frame)
@@ -68,6 +76,8 @@ class Request:
             salt,
             num_output_tokens,
             attributes,
+            adapter,
+            adapter_revision,
             token_frame=token_frame,
         )
 
@@ -102,6 +112,11 @@ class Request:
         if value is None:
             return self.num_tokens
         return bound(name, value, self.num_tokens)
+
+
+def fits(request: Request, info: EngineInfo) -> bool:
+    """Has the engine the adapter that is to answer, if one is?"""
+    return info.has_adapter(request.adapter, request.adapter_revision)
 
 
 RETRY_AFTER_S = 1.0

@@ -34,7 +34,7 @@ from microserve.services.router.engines.registry import Registry
 from microserve.services.router.oversight.author import nobodys
 from microserve.services.router.request.decision import Decision
 from microserve.services.router.request.phase import PhaseClock
-from microserve.services.router.request.request import Request
+from microserve.services.router.request.request import Request, fits
 from microserve.services.router.request.scope import RequestScope
 from microserve.services.router.rollout.score import Cost, cost_of
 from microserve.services.router.rollout.shadow_engine import ShadowConnection
@@ -103,8 +103,13 @@ class Shadows:
         if self._num_deciding >= MAX_DECIDING:
             return None
         now = self._loop.time()
-        views = {c.engine_id: engine_view(c, self._book, now) for c in self._registry.usable()}
-        rehearsal = Rehearsal(shadow, request, self._lookup(request.tokens, request.salt), views)
+        views = {
+            c.engine_id: engine_view(c, self._book, now)
+            for c in self._registry.usable()
+            if fits(request, c.info)
+        }
+        held = self._lookup(request.tokens, request.salt, request.adapter)
+        rehearsal = Rehearsal(shadow, request, held, views)
         self._num_deciding += 1
         task = self._tasks.create_task(
             survive(self._decide(rehearsal), "shadow", request_id=request.request_id),
@@ -183,7 +188,7 @@ class Shadows:
         return mesh
 
     def _borrow(
-        self, state: StrategyState, tokens: Sequence[int], salt: str, ttl_s: float
+        self, state: StrategyState, tokens: Sequence[int], salt: str, ttl_s: float, adapter: str
     ) -> AbstractAsyncContextManager[tuple[Mesh, Request]]:
         """As for a plan in service, but nothing is done."""
 
@@ -191,4 +196,4 @@ class Shadows:
             scope = self._scope(request)
             return scope, self._mesh(scope, state)
 
-        return borrowed(self._registry.served, "plan", tokens, salt, ttl_s, make)
+        return borrowed(self._registry.served, "plan", tokens, salt, ttl_s, make, adapter)

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar, assert_never
 
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.adapter import adapter_named
 from microserve.protocol.messages.engine import Delta, EngineInfo, EngineLoad, Finished, Timings, Usage
 from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from microserve.services.links.engine import Answer
@@ -95,7 +96,7 @@ class ShadowConnection:
     def _answer(self, call_id: int, message: Action) -> wire.EngineReply:
         match message:
             case wire.PrepRecv():
-                return wire.Granted(call_id, self._grant(call_id, message.end))
+                return wire.Granted(call_id, self._grant(call_id, message))
             case wire.RemoteSend():
                 first = None if message.sampling is None else 0
                 num_sent = message.end - message.begin
@@ -109,8 +110,8 @@ class ShadowConnection:
                 return wire.Done(call_id)
         assert_never(message)
 
-    def _grant(self, call_id: int, end: int) -> Grant:
-        block_size = self.info.block_size
+    def _grant(self, call_id: int, message: wire.PrepRecv) -> Grant:
+        end, block_size = message.end, self.info.block_size
         matched = min(self._num_cached(), end) // block_size * block_size
         return Grant(
             grant_id=f"shadow/{self.engine_id}/{call_id}",
@@ -125,6 +126,7 @@ class ShadowConnection:
             layout_hash=self.info.layout_hash,
             heap=_NOWHERE,
             lease_s=1.0,
+            adapter=adapter_named(message.adapter, self.info.adapters),
         )
 
     def _generate(self, message: wire.StartGenerate) -> None:

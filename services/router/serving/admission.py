@@ -20,6 +20,7 @@ from microserve.protocol.errors import (
     ProtocolViolation,
     QueueFull,
 )
+from microserve.protocol.messages.adapter import adapter_named
 from microserve.protocol.messages.request.attributes import PRIORITY, TENANT, fault_of_attributes
 from microserve.protocol.messages.router import Generate
 from microserve.protocol.settings import RouterSettings
@@ -29,7 +30,7 @@ from microserve.services.router.engines.load import LoadBook
 from microserve.services.router.engines.prediction import EngineView, engine_view, predicted_ttft_s
 from microserve.services.router.engines.prefix import Lookup
 from microserve.services.router.engines.registry import Registry
-from microserve.services.router.request.request import RETRY_AFTER_S, Request
+from microserve.services.router.request.request import RETRY_AFTER_S, Request, fits
 from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.serving.turnstile import Turnstile
 
@@ -103,6 +104,7 @@ class Admission:
         # A gateway that greeted us before the first engine came knows no model yet.
         if message.model not in ("", served.model):
             raise ModelNotFound(f"no model {message.model!r} here, only {served.model!r}", field="model")
+        adapter_revision = self._adapter_revision(message)
         message.sampling.validate(served.vocab_size)
         if fault := fault_of_attributes(message.attributes):
             raise InvalidRequest(fault, field="attributes")
@@ -117,13 +119,16 @@ class Admission:
                 salt=message.salt,
                 num_output_tokens=message.num_output_tokens,
                 attributes=attributes,
+                adapter=message.adapter,
+                adapter_revision=adapter_revision,
             )
         except ProtocolViolation as error:
             raise InvalidRequest(error.detail, field="tokens") from None
         self._check_tokens(request, served.vocab_size)
         # Who wants to be told of the prompt's own tokens shares no computed prefix.
         is_alone = request.sampling.prompt_logprobs is not None
-        prompt = hash((request.token_frame, request.salt, request.request_id if is_alone else ""))
+        alone = request.request_id if is_alone else ""
+        prompt = hash((request.token_frame, request.salt, request.adapter, alone))
         share, num_unheld = self._strategies.share_of(strategy), self._num_unheld(name, request)
         if request.num_output_tokens:  # it runs already, elsewhere: too late to refuse it
             return Admitted(strategy, request, request.num_tokens, prompt, share=share, num_unheld=num_unheld)
@@ -135,7 +140,21 @@ class Admission:
         """Where two versions are compared the prefix replica is asked, whether they ask it or not."""
         if not self._strategies.is_on_trial(name):
             return request.num_tokens
-        return request.num_tokens - max(self._lookup(request.tokens, request.salt).values(), default=0)
+        return request.num_tokens - max(self._held(request).values(), default=0)
+
+    def _held(self, request: Request) -> dict[str, int]:
+        return self._lookup(request.tokens, request.salt, request.adapter)
+
+    def _adapter_revision(self, message: Generate) -> str:
+        """Of the adapter that is to answer: what it is all through the answer. Raises :class:`NoEngines`."""
+        if not message.adapter:
+            return ""
+        for connection in self._registry.usable():
+            known = adapter_named(message.adapter, connection.info.adapters)
+            if known is not None and message.adapter_revision in ("", known.revision):
+                return known.revision
+        name = message.adapter[:128]
+        raise NoEngines(f"no engine with the adapter {name!r} is alive", retry_after_s=RETRY_AFTER_S)
 
     def _check_tokens(self, request: Request, vocab_size: int) -> None:
         if not request.tokens:
@@ -169,7 +188,7 @@ class Admission:
         bound_s = self._settings.max_ttft_s
         if 0.0 < bound_s < allowed_s:
             allowed_s, why = bound_s, "router.max_ttft_s is"
-        views = self._views(now, tokens_ahead)
+        views = self._views(request, now, tokens_ahead)
 
         def best(cached: Mapping[str, int]) -> tuple[float, int]:
             """Prediction and tokens to compute of the engine that is soonest."""
@@ -182,7 +201,7 @@ class Admission:
         best_s, num_uncached = best({}) if not bound_s else (math.inf, 0)
         if best_s > allowed_s:
             is_alone = request.sampling.prompt_logprobs is not None
-            best_s, num_uncached = best({} if is_alone else self._lookup(request.tokens, request.salt))
+            best_s, num_uncached = best({} if is_alone else self._held(request))
         if best_s > allowed_s:
             raise QueueFull(
                 f"the first token is predicted in {best_s:.1f} s, {why} {allowed_s:.1f} s",
@@ -190,9 +209,10 @@ class Admission:
             )
         return num_uncached
 
-    def _views(self, now: float, tokens_ahead: float) -> dict[str, EngineView]:
-        """What is known of every engine that may compute prompts."""
-        chosen = [c for c in self._registry.usable() if _computes_prompts(c)] or self._registry.usable()
+    def _views(self, request: Request, now: float, tokens_ahead: float) -> dict[str, EngineView]:
+        """What is known of every engine that may compute the request's prompt."""
+        fitting = [c for c in self._registry.usable() if fits(request, c.info)]
+        chosen = [c for c in fitting if _computes_prompts(c)] or fitting
         share = (self._book.unplaced_tokens + tokens_ahead) / len(chosen)
         return {c.engine_id: engine_view(c, self._book, now, unplaced_tokens=share) for c in chosen}
 

@@ -326,7 +326,7 @@ class Serving:
         return Mesh(scope, connections, self.book, self._lookup, self._rng, state, began.name)
 
     def _borrow(
-        self, state: StrategyState, tokens: Sequence[int], salt: str, ttl_s: float
+        self, state: StrategyState, tokens: Sequence[int], salt: str, ttl_s: float, adapter: str
     ) -> AbstractAsyncContextManager[tuple[Mesh, Request]]:
         """A request of a plan, in the books like any other."""
 
@@ -335,7 +335,7 @@ class Serving:
             return scope, Mesh(scope, self._registry.usable, self.book, self._lookup, self._rng, state)
 
         request_id = f"plan-{self._rng.getrandbits(62):x}"
-        return borrowed(self._registry.served, request_id, tokens, salt, ttl_s, make)
+        return borrowed(self._registry.served, request_id, tokens, salt, ttl_s, make, adapter)
 
     def _scope(self, request: Request, account: Account, clock: PhaseClock) -> RequestScope:
         return RequestScope(request, account, clock, call_timeout_s=self._settings.call_timeout_s)

@@ -16,8 +16,8 @@ from microserve.protocol import errors
 from microserve.protocol import types as protocol_types
 from microserve.protocol.bus import codec, credit, numbered, peers, queue
 from microserve.protocol.bus import sockets as sockets_module
+from microserve.protocol.messages import adapter, engine_info, host, numerics
 from microserve.protocol.messages import engine as actions
-from microserve.protocol.messages import engine_info, host, numerics
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages import world as worlds
@@ -41,6 +41,7 @@ CHANNELS = {
 """Section -> the union of its messages."""
 STRUCTURES = [
     grant.Grant,
+    adapter.Adapter,
     grant.HeapAddress,
     sampling.SamplingParams,
     sampling.Grammar,
@@ -222,6 +223,7 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_NUMBERED_PEERS", numbered.MAX_NUMBERED_PEERS),
         ("MAX_NEXT_S", peers.MAX_NEXT_S),
         ("MAX_LANES", grant.MAX_LANES),
+        ("MAX_ADAPTERS", adapter.MAX_ADAPTERS),
         ("MAX_SEQ", kv_events.MAX_SEQ),
         ("MAX_SOURCE_NBYTES", control.MAX_SOURCE_NBYTES),
         ("MAX_CONTROL_NBYTES", control.MAX_CONTROL_NBYTES),

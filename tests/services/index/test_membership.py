@@ -12,7 +12,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from microserve.protocol.bus.peers import Loss
 from microserve.protocol.errors import EngineLost, InvalidRequest, MeshError, QueueFull
+from microserve.protocol.messages.adapter import (
+    MAX_ADAPTERS,
+    MAX_ADAPTERS_CHARS,
+    Adapter,
+    fault_of_adapters,
+)
 from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.engine_info import ABILITIES
 from microserve.protocol.messages.index import Member
 from microserve.protocol.messages.kv.geometry import Geometry
 from microserve.protocol.messages.numerics import Numerics
@@ -44,6 +51,29 @@ def test_engine_joins_once(members: Membership) -> None:
     assert members.members() == [Member(make_info(), EngineLoad())]
     assert members.info("e1") == make_info()
     assert members.info("e2") is None
+
+
+def test_one_name_of_an_adapter_is_one_adapter(members: Membership) -> None:
+    sql, poet = Adapter("sql", "r1"), Adapter("poet", "r2")
+    members.register(make_info("e1", adapters=[sql]), 0.0)
+    members.register(make_info("e2", adapters=[poet]), 0.0)
+    members.register(make_info("e3"), 0.0)
+    with pytest.raises(InvalidRequest) as caught:
+        members.register(make_info("e4", adapters=[poet, Adapter("sql", "another")]), 0.0)
+    assert caught.value.field == "adapters"
+    assert "sql@another" in caught.value.detail and "sql@r1" in caught.value.detail
+    members.register(make_info("e4", adapters=[poet, sql]), 0.0)
+
+
+def test_as_many_adapters_as_an_engine_may_have_fit_into_its_info(members: Membership) -> None:
+    names = [f"{n}".zfill(MAX_ADAPTERS_CHARS // MAX_ADAPTERS) for n in range(MAX_ADAPTERS)]
+    assert not fault_of_adapters(names)
+    adapters = [Adapter(name, "0" * 32) for name in names]
+    geometry = Geometry("bfloat16", "vllm LBHNC 12", 128, 999, 999, 999, "fp8_e4m3", "y" * 100)
+    said = msgspec.structs.replace(
+        make_info("e" * 40), adapters=adapters, geometry=geometry, can=[*ABILITIES], curve_key="k" * 40
+    )
+    members.register(said, 0.0)
 
 
 def test_beat_tells_the_load_and_changes_no_version(members: Membership) -> None:

@@ -114,6 +114,8 @@ class GatewayPeer:
         tenant: str = "",
         priority: int = 0,
         attributes: Mapping[str, str] | None = None,
+        adapter: str = "",
+        adapter_revision: str = "",
         **sampling: Any,
     ) -> Answer:
         """``output``: what another router has delivered before, of the model ``revision`` in the class
@@ -135,6 +137,8 @@ class GatewayPeer:
             attributes=dict(attributes or {}),
             revision=revision,
             numerics=numerics,
+            adapter=adapter,
+            adapter_revision=adapter_revision,
         )
         self.send(message, codec.encode_tokens([*prompt, *output]))
         return answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.adapter import Adapter
 from microserve.protocol.messages.host import HostFacts
 from microserve.protocol.messages.kv.geometry import Geometry
 from microserve.protocol.messages.kv.grant import Grant, HeapAddress
@@ -15,6 +16,7 @@ from microserve.protocol.messages.request.sampling import Grammar, SamplingParam
 HEAP = HeapAddress(kind="shm", host="boot", pid=70_000, fd=9, nbytes=1 << 33, incarnation=1 << 61)
 DOOR = HeapAddress(kind="tcp", host="b", pid=71_000, fd=0, nbytes=7, incarnation=1 << 60, door=b"tcp://a:4")
 GEOMETRY = Geometry("bfloat16", "o1", 16, 30, 3, 64, "fp8", "default theta=10000", "d1")
+ADAPTER = Adapter(name="a1", revision="ar1")
 GRANT = Grant(
     grant_id="g1",
     engine_id="e1",
@@ -31,6 +33,7 @@ GRANT = Grant(
     numerics="n1",
     geometry=GEOMETRY,
     doors=[DOOR],
+    adapter=ADAPTER,
 )
 SAMPLING = SamplingParams(
     max_tokens=17,
@@ -78,6 +81,7 @@ INFO = actions.EngineInfo(
     split_tokens=8,
     recompute_tokens=2,
     events_open=True,
+    adapters=[ADAPTER],
 )
 HOST = HostFacts(1.5e9, 12, 1024, 65_536, 1 << 26, 1 << 25)
 LOAD = actions.EngineLoad(

@@ -13,6 +13,7 @@ from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegistry
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.adapter import Adapter
 from microserve.protocol.messages.kv.grant import Grant
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.request.sampling import SamplingParams
@@ -42,7 +43,7 @@ def layout_of(num_blocks: int) -> KvLayout:
 class FrontRig:
     """One front whose vLLM has 24 blocks of 4 tokens; senders come and go."""
 
-    def __init__(self) -> None:
+    def __init__(self, *adapters: Adapter) -> None:
         self.now = 100.0
         self.registry = MemoryRegistry()
         self.heap = MemoryHeap(layout_of(24), incarnation=9, registry=self.registry, num_slots=4)
@@ -53,7 +54,7 @@ class FrontRig:
         """What vLLM was given, in order."""
         self.cancelled: list[Running] = []
         """What was taken from it."""
-        limits = Limits(40, 100, 24, 16, ENDS)
+        limits = Limits(40, 100, 24, 16, ENDS, adapters)
         self.state = VllmState(limits, NUMERICS, self._launch)
         self.receives = Receives(
             *(self.state, self.front.page, self.heap),

@@ -127,9 +127,16 @@ class WireClient:
         return welcome
 
     async def prep_recv(
-        self, request_id: str, end: int, tokens: list[int] | None, *, salt: str = "", ttl_s: float = TTL_S
+        self,
+        request_id: str,
+        end: int,
+        tokens: list[int] | None,
+        *,
+        salt: str = "",
+        ttl_s: float = TTL_S,
+        adapter: str = "",
     ) -> Grant:
-        build = lambda call: wire.PrepRecv(call, request_id, end, ttl_s, salt)  # noqa: E731
+        build = lambda call: wire.PrepRecv(call, request_id, end, ttl_s, salt, adapter)  # noqa: E731
         granted, _ = await self.ask(wire.Granted, build, *bulk(tokens))
         return granted.grant
 
@@ -145,9 +152,12 @@ class WireClient:
         sampling: SamplingParams | None = None,
         salt: str = "",
         ttl_s: float = TTL_S,
+        adapter: str = "",
     ) -> asyncio.Future[tuple[wire.EngineReply, list[bytes]]]:
         return self.begin(
-            lambda call: wire.RemoteSend(call, request_id, begin, end, grant, lane, ttl_s, sampling, salt),
+            lambda call: wire.RemoteSend(
+                call, request_id, begin, end, grant, lane, ttl_s, sampling, salt, adapter=adapter
+            ),
             *bulk(tokens),
         )
 
@@ -162,10 +172,19 @@ class WireClient:
         lane: int = 0,
         sampling: SamplingParams | None = None,
         salt: str = "",
+        adapter: str = "",
     ) -> wire.Sent:
         async with asyncio.timeout(ANSWER_S):
             sent, _ = await self.begin_send(
-                request_id, begin, end, grant, tokens, lane=lane, sampling=sampling, salt=salt
+                request_id,
+                begin,
+                end,
+                grant,
+                tokens,
+                lane=lane,
+                sampling=sampling,
+                salt=salt,
+                adapter=adapter,
             )
         assert isinstance(sent, wire.Sent), sent
         assert sent.request_id == request_id
@@ -184,6 +203,7 @@ class WireClient:
         salt: str = "",
         ttl_s: float = TTL_S,
         numerics: str = "",
+        adapter: str = "",
     ) -> Stream:
         """Accepted: its tokens come into the stream."""
         grant_id = None if grant is None else grant.grant_id
@@ -199,6 +219,7 @@ class WireClient:
                 num_output_tokens,
                 salt,
                 numerics,
+                adapter,
             )
         )
         await self.ask(wire.Accepted, build, *bulk(tokens))

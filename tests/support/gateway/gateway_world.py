@@ -152,17 +152,16 @@ class ScriptedRouter:
         vocab_size: int = 1000,
         max_model_len: int = MAX_MODEL_LEN,
         eos_token_ids: Sequence[int] = (),
+        adapters: Sequence[Any] = (),
         address: str = "tcp://127.0.0.1:0",
         confirm_cancels: bool = True,
         silent: bool = False,
     ) -> None:
         """``confirm_cancels``: answer every cancel by an end, as routers must."""
-        self.model = model
-        self.num_engines = num_engines
-        self.vocab_size = vocab_size
-        self.max_model_len = max_model_len
+        self.model, self.num_engines = model, num_engines
+        self.vocab_size, self.max_model_len = vocab_size, max_model_len
         self.eos_token_ids, self.revision, self.engines_load = list(eos_token_ids), "r1", (0, 0, 0.0)
-        self.incarnation = secrets.randbits(62) | 1
+        self.adapters, self.incarnation = list(adapters), secrets.randbits(62) | 1
         self.confirm_cancels = confirm_cancels
         self.silent = silent
         self.answer: Callable[[Served], None] | None = None
@@ -231,7 +230,7 @@ class ScriptedRouter:
                 self.windows[peer] = CreditWindow(message.credit)
                 self._reply(peer, RouterWelcome(
                     "r0", self.incarnation, self.model, self.max_model_len, self.vocab_size, self.num_engines,
-                    ["auto"], "auto", self.eos_token_ids, self.revision,
+                    ["auto"], "auto", self.eos_token_ids, self.revision, adapters=self.adapters,
                 ))  # fmt: skip
             case GatewayPing():
                 self.joined.set()
@@ -261,8 +260,9 @@ class ScriptedRouter:
         while True:
             if not self.silent:
                 beat = RouterHeartbeat(
-                    self.incarnation, self.num_engines, len(self.served), 100, self.model, self.max_model_len,
-                    self.vocab_size, self.eos_token_ids, self.revision, 0.0, *self.engines_load,
+                    self.incarnation, self.num_engines, len(self.served), 100, self.model,
+                    self.max_model_len, self.vocab_size, self.eos_token_ids, self.revision, 0.0,
+                    *self.engines_load, self.adapters,
                 )  # fmt: skip
                 for peer in list(self.windows):
                     self._reply(peer, beat)

@@ -75,7 +75,9 @@ def paper_mesh(
     with asyncio.Runner() as runner:
         scope = runner.run(make())
         rng, state = random.Random(seed), StrategyState()
-        mesh = Mesh(scope, lambda: connections, used, lambda _tokens, _salt: dict(held or {}), rng, state)
+        mesh = Mesh(
+            scope, lambda: connections, used, lambda _tokens, _salt, _adapter: dict(held or {}), rng, state
+        )
         yield mesh, scope.request
         scope.close()
 

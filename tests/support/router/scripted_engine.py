@@ -127,14 +127,13 @@ class ScriptedEngine:
         )
         fabric.changed.append(self._advance)
         self._beating = asyncio.create_task(self._beat(interval_s))
-
         self.engine_id = engine_id
 
-    def store(self, tokens: list[int], salt: str = "") -> None:
+    def store(self, tokens: list[int], salt: str = "", adapter: str = "") -> None:
         """Have whole blocks of a prefix in the cache, and publish that."""
         whole = tokens[: len(tokens) // BLOCK_SIZE * BLOCK_SIZE]
         self.cached.append(whole)
-        root = root_hash(self.info.model, salt=salt)
+        root = root_hash(self.info.model, salt=salt, adapter=adapter)
         if hashes := block_hashes(whole, BLOCK_SIZE, root):
             # The parent of a first block is the root itself where the event says no salt.
             self._stored.append(kv.BlockStored(list(hashes), root, whole, BLOCK_SIZE))
@@ -319,6 +318,7 @@ class ScriptedEngine:
             layout_hash="layout",
             heap=HeapAddress("shm", "host", 1, 3, 4096, self.incarnation),
             lease_s=30.0,
+            adapter=next((each for each in self.info.adapters if each.name == message.adapter), None),
         )
         return wire.Granted(message.call_id, held.grant)
 

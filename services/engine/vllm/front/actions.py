@@ -23,10 +23,12 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.request.interval import bound
 from microserve.services.engine.core.actions import MAX_TTL_S, MOVE_S
 from microserve.services.engine.core.checks import (
+    check_adapter,
     check_builds_on,
     check_first,
     check_fits,
     check_request,
+    check_same_adapter,
     check_same_kv,
     check_sampling,
     check_ttl,
@@ -157,8 +159,9 @@ class VllmActions:
         # Sends are how contexts leave an engine that drains.
         if state.draining and is_unknown and not isinstance(message, wire.RemoteSend):
             raise Draining("this engine takes no new work", retry_after_s=1.0)
+        check_adapter(message.adapter, state.limits)
         check_request(request_id, token_ids, message.ttl_s, state.limits)
-        record = state.records.open(owner, request_id, token_ids, now)
+        record = state.records.open(owner, request_id, token_ids, now, message.adapter)
         state.awaited.pop((owner, request_id), None)
         try:
             yield record
@@ -172,6 +175,7 @@ class VllmActions:
         num_tokens = len(record.token_ids)
         begin, end = send_bounds(message, num_tokens)
         check_same_kv(self._layout, grant)
+        check_same_adapter(record.adapter, self._state.limits, grant)
         key = (grant.grant_id, message.lane)
         if key in record.sent:
             return msgspec.structs.replace(record.sent[key], call_id=message.call_id)
@@ -216,6 +220,7 @@ class VllmActions:
             deadline=now + min(message.ttl_s, MAX_TTL_S),
             ask=ask,
             transfer=Transfer(grant, message.lane, begin, end),
+            adapter=record.adapter,
         )
         record.sends[key] = running
         self._sends[ask.id] = running
@@ -254,6 +259,7 @@ class VllmActions:
             deadline=now + min(message.ttl_s, MAX_TTL_S),
             await_first=message.await_first,
             num_delivered=message.num_output_tokens,
+            adapter=record.adapter,
         )
         record.generate = running
         if message.grant_id is not None and received is not None:

@@ -6,6 +6,8 @@ is :class:`EngineLost`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from microserve.protocol.errors import CapacityError, EngineLost, InternalError, InvalidRequest, MeshError
@@ -15,6 +17,7 @@ from microserve.services.engine.vllm.front.sampling import STRUCTURED, probe_of
 from microserve.services.engine.vllm.link import params_of
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
@@ -22,6 +25,8 @@ FIRST_PRIORITY, PRIORITY = -1, 0
 """Of requests for blocks, and of others: a grant is asked for before anything is computed for it."""
 
 WARM_UP_TOKENS = 64
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Stream(Protocol):
@@ -54,9 +59,13 @@ class Llm(Protocol):
 
 
 class AsyncVllm:
-    def __init__(self, engine: AsyncLLM, *, shutdown_s: float) -> None:
-        """``shutdown_s``: what its processes are given to end by themselves."""
+    def __init__(
+        self, engine: AsyncLLM, *, shutdown_s: float, adapters: Mapping[str, LoRARequest] = _NONE
+    ) -> None:
+        """``shutdown_s``: what its processes are given to end by themselves. ``adapters``: those that it has
+        loaded, by name."""
         self._engine = engine
+        self._adapters = adapters
         self._shutdown_s = shutdown_s
 
     @property
@@ -73,6 +82,7 @@ class AsyncVllm:
                 running.request_id,
                 tokens_input(running.token_ids, cache_salt=running.salt or None),
                 _params_of(running),
+                lora_request=self._adapters[running.adapter] if running.adapter else None,
                 priority=FIRST_PRIORITY if running.is_parked else PRIORITY,
             )
         except EngineDeadError as error:

@@ -28,6 +28,7 @@ from microserve.protocol.errors import (
     TransferFailed,
 )
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.adapter import Adapter, adapter_named
 from microserve.services.engine.core.received import ReceivedGrant, ReceivedGrants
 from microserve.services.engine.core.record import CommitJob, RecordOf
 from microserve.services.engine.core.state import failed
@@ -77,8 +78,8 @@ class Receives:
         self.committing: list[RunningRecord] = []
         self.on_first: Callable[[Running, int, float], None] = lambda running, token, now: None
         """Called when the sender's first token, and all KV, are in."""
-        self.is_told: Callable[[list[int], str], bool] = lambda tokens, salt: True
-        """Do our events tell of these tokens' last block? In whole blocks, under that salt."""
+        self.is_told: Callable[[list[int], str, str], bool] = lambda tokens, salt, adapter: True
+        """Do our events tell of these tokens' last block? In whole blocks, under that salt and adapter."""
         self.announcing: dict[int, float] = {}
         """Committed receives that are cached and not told of, by id: until when they are waited for."""
         self._layout: KvLayout = heap.layout
@@ -130,6 +131,7 @@ class Receives:
             deadline=float("inf"),
             ask=Receive(receive_id, end),
             receive_id=receive_id,
+            adapter=record.adapter,
         )
         self._receives[receive_id] = ParkedReceive(
             receive_id, record, parked, salt, end, pinned, now + ALLOCATE_S
@@ -138,10 +140,15 @@ class Receives:
 
     def open_empty(self, record: RunningRecord, salt: str, now: float) -> ReceivedGrant:
         """A grant of nothing: the receiver computes all."""
-        grant = self.grants.open(record.request_id, record.owner.hex(), [], 0, [], 0, now)
+        grant = self.grants.open(
+            record.request_id, record.owner.hex(), [], 0, [], 0, now, adapter=self._adapter(record.adapter)
+        )
         received = ReceivedGrant(grant, [], salt, record, 0)
         self.book.add(received)
         return received
+
+    def _adapter(self, name: str) -> Adapter | None:
+        return adapter_named(name, self._state.limits.adapters)
 
     # --- what the connector tells --------------------------------------------------------------------
 
@@ -161,6 +168,7 @@ class Receives:
                 notice.blocks,
                 receive.end,
                 now,
+                adapter=self._adapter(parked.adapter),
             )
         except CacheFull as error:
             self.pool.disown(notice.blocks)
@@ -191,7 +199,8 @@ class Receives:
             receive = self._receives[receive_id]
             block_size = self._layout.block_size
             num_tokens = receive.end // block_size * block_size
-            if now < until and not self.is_told(receive.parked.token_ids[:num_tokens], receive.salt):
+            parked = receive.parked
+            if now < until and not self.is_told(parked.token_ids[:num_tokens], receive.salt, parked.adapter):
                 continue
             del self.announcing[receive_id]
             if receive.commit is not None:

@@ -50,6 +50,8 @@ class Running:
     salt: str
     arrived_at: float
     deadline: float
+    adapter: str = ""
+    """With which it is computed; empty: the model alone."""
     ask: Ask | None = None
     """Of the connector."""
     transfer: Transfer | None = None

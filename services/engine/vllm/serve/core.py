@@ -26,6 +26,7 @@ from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.core.actions import MAX_TTL_S
 from microserve.services.engine.core.checks import (
     Limits,
+    check_adapter,
     check_builds_on,
     check_fits,
     check_request,
@@ -57,6 +58,7 @@ class ServedActions:
         known = state.records.find(owner, request_id)
         if state.draining and (known is None or known.aborted or known.is_idle):
             raise Draining("this engine takes no new work", retry_after_s=1.0)
+        check_adapter(message.adapter, state.limits)
         check_request(request_id, token_ids, message.ttl_s, state.limits)
         record = state.records.open(owner, request_id, token_ids, now)
         try:

@@ -21,6 +21,7 @@ from microserve.protocol.errors import (
     UnsupportedAction,
 )
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.adapter import adapter_named
 from microserve.protocol.messages.engine_info import (
     COMMIT,
     FIRST_TOKEN,
@@ -35,7 +36,7 @@ from microserve.services.router.authoring.action.grant import GrantHandle, Sendi
 from microserve.services.router.authoring.view import EngineFacts, OwnLabels
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.request.decision import Send
-from microserve.services.router.request.request import Request
+from microserve.services.router.request.request import Request, fits
 from microserve.services.router.request.scope import RequestScope
 
 PREP = "prep_recv"
@@ -82,6 +83,7 @@ class Engine(EngineFacts):
         scope, connection = self._scope, self._connection
         scope.check(request)
         self._require(PREP_RECV)
+        self._require_adapter(request)
         stop = request.bound("end", end)
         if stop == 0:
             return GrantHandle(self.id, None, has_first=self.can(FIRST_TOKEN))
@@ -90,7 +92,12 @@ class Engine(EngineFacts):
         scope.account.reserve_sequence(self.id)
         ttl_s = scope.remaining_s
         build = partial(
-            wire.PrepRecv, request_id=request.request_id, end=stop, ttl_s=ttl_s, salt=request.salt
+            wire.PrepRecv,
+            request_id=request.request_id,
+            end=stop,
+            ttl_s=ttl_s,
+            salt=request.salt,
+            adapter=request.adapter,
         )
         try:
             granted = await connection.call(build, wire.Granted, *bulk, timeout_s=scope.call_timeout_s)
@@ -131,6 +138,7 @@ class Engine(EngineFacts):
         scope = self._scope
         scope.check(request)
         self._require(REMOTE_SEND)
+        self._require_adapter(request)
         start, stop = grant.interval(request, begin, end)
         has_first = grant.has_first and self.can(FIRST_TOKEN)
         samples = stop == request.num_tokens and has_first if first_token is None else first_token
@@ -148,6 +156,10 @@ class Engine(EngineFacts):
         here, there = f"at {self.id}", f"at {grant.engine_id}"
         if different := difference(self.info.geometry, grant.grant.geometry, ours=here, theirs=there):
             raise TransferFailed(f"KV of these engines differs: {different}")
+        ours = adapter_named(request.adapter, self.info.adapters)
+        if ours != (theirs := grant.grant.adapter):
+            different = f"adapter: {ours or 'none'} {here}, {theirs or 'none'} {there}"
+            raise TransferFailed(f"KV of these engines differs: {different}")
         sending = Sending(
             request.request_id, grant, start, stop, first_token=samples, numerics=self.info.numerics
         )
@@ -164,6 +176,7 @@ class Engine(EngineFacts):
             sampling=scope.sampling if samples else None,
             salt=request.salt,
             num_output_tokens=request.num_output_tokens if samples else 0,
+            adapter=request.adapter,
         )
         sending.start(scope, self._connection, build)
         grant.sendings.append(sending)
@@ -190,6 +203,7 @@ class Engine(EngineFacts):
         if scope.is_generating:
             raise StrategyError("a request generates once")
         scope.check_unfinished()
+        self._require_adapter(request)
         if scope.sampling.grammar is not None:
             self._require(GRAMMAR)
         if scope.sampling.prompt_logprobs is not None and not request.num_output_tokens:
@@ -222,6 +236,7 @@ class Engine(EngineFacts):
             num_output_tokens=request.num_output_tokens,
             salt=request.salt,
             numerics=received.name if received is not None else "",
+            adapter=request.adapter,
         )
         own = self.info.numerics
         scope.numerics = own if received is None else own.joined(received)
@@ -302,6 +317,10 @@ class Engine(EngineFacts):
         if not self.can(ability):
             kind = f" ({self.info.backend})" if self.info.backend else ""
             raise UnsupportedAction(f"engine {self.id}{kind} does no {ability}")
+
+    def _require_adapter(self, request: Request) -> None:
+        if not fits(request, self.info):
+            raise UnsupportedAction(f"engine {self.id} does not have adapter {request.adapter!r}")
 
     def _use(self, grant: GrantHandle) -> None:
         grant.is_used = True

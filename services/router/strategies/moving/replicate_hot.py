@@ -30,9 +30,9 @@ async def copy_hot(mesh: PlanMesh, *, period_s: float, hot: int) -> None:
     while True:
         await asyncio.sleep(period_s)
         heat = mesh.state.setdefault("heat", {})
-        for prefix, salt in [key for key, count in heat.items() if count >= hot]:
+        for prefix, salt, adapter in [key for key, count in heat.items() if count >= hot]:
             with suppress(CapacityError, PeerError):  # in the next period, if it is hot by then
-                async with mesh.request(prefix, salt=salt, ttl_s=5.0) as (inner, request):
+                async with mesh.request(prefix, salt=salt, adapter=adapter, ttl_s=5.0) as (inner, request):
                     source = inner.pick(None, request, prefix=True)
                     target = inner.pick(
                         None, request, exclude=[source], cost=lambda e: -inner.uncached(e, request)
@@ -53,6 +53,7 @@ async def replicate_hot(
     prefix = tuple(request.tokens[: depth * request.block_size])
     if len(prefix) == depth * request.block_size:
         heat = mesh.state.setdefault("heat", {})
-        heat[prefix, request.salt] = heat.get((prefix, request.salt), 0) + 1
+        key = prefix, request.salt, request.adapter
+        heat[key] = heat.get(key, 0) + 1
     engine = mesh.pick(None, request, cost=lambda e: mesh.load(e).uncached_tokens + mesh.uncached(e, request))
     yield engine.start_generate(request)

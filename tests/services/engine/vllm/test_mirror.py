@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.kvcache.prefix.hash import block_hashes, root_hash
+from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.messages.kv.kv_events import (
     AllBlocksCleared,
     BlockRemoved,
@@ -27,15 +28,19 @@ def name_of(path: Path) -> bytes:
     return b"vllm" + bytes(path)
 
 
-def stored(path: Path, salt: str = "", **more: object) -> BlockStored:
-    parent = name_of(path[:-1]) if path[:-1] else None
-    keys = [(salt,)] if salt and parent is None else None
-    return BlockStored([name_of(path)], parent, [path[-1]] * SIZE, SIZE, None, "GPU", None, keys, **more)  # type: ignore[arg-type]
+def stored(path: Path, salt: str = "", adapter: str = "", **more: object) -> BlockStored:
+    parent = name_of(path[:-1]) + adapter.encode() if path[:-1] else None
+    named = (adapter,) if adapter else ()
+    keys = [(*named, salt) if salt and parent is None else named]
+    number, name = (7, adapter) if adapter else (None, None)
+    own = name_of(path) + adapter.encode()
+    said = [own], parent, [path[-1]] * SIZE, SIZE, number, "GPU", name, keys if keys[0] else None
+    return BlockStored(*said, **more)  # type: ignore[arg-type]
 
 
-def hash_of(path: Path, salt: str = "") -> bytes:
+def hash_of(path: Path, salt: str = "", adapter: str = "") -> bytes:
     tokens = [token for token in path for _ in range(SIZE)]
-    return block_hashes(tokens, SIZE, root_hash("m", salt=salt, revision="r"))[-1]
+    return block_hashes(tokens, SIZE, root_hash("m", adapter=adapter, salt=salt, revision="r"))[-1]
 
 
 def fed(*events: KVEvent) -> Mirror:
@@ -99,6 +104,61 @@ def test_a_salt_is_part_of_the_hash_and_of_the_event() -> None:
     (event,) = fed(stored((1,), "tenant")).take_events()
     assert isinstance(event, BlockStored)
     assert event.block_hashes == [hash_of((1,), "tenant")] and event.extra_keys == [("tenant",)]
+
+
+@pytest.mark.parametrize("salt", ["", "tenant", "sql"])
+def test_an_adapter_is_part_of_the_hash_and_of_the_event(salt: str) -> None:
+    mirror = fed(stored((1,), salt, "sql"), stored((1, 2), "", "sql"), stored((1,), salt))
+    first, second, base = mirror.take_events()
+    assert isinstance(first, BlockStored) and isinstance(second, BlockStored)
+    assert first.block_hashes == [hash_of((1,), salt, "sql")]
+    assert (first.lora_name, first.lora_id, first.extra_keys) == (
+        "sql",
+        7,
+        [("sql", salt) if salt else ("sql",)],
+    )
+    assert (second.lora_name, second.lora_id, second.extra_keys) == ("sql", 7, [("sql",)])
+    assert isinstance(base, BlockStored)
+    assert base.block_hashes == [hash_of((1,), salt)] and (base.lora_name, base.lora_id) == (None, None)
+    tokens = [1] * SIZE + [2] * SIZE
+    assert mirror.holds(tokens, salt, "sql")
+    assert not mirror.holds(tokens, salt) and not mirror.holds(tokens, salt, "poet")
+    assert mirror.holds(tokens[:SIZE], salt)
+
+
+NAMES = st.sampled_from(["", "sql", "poet"])
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple), NAMES, NAMES)))
+def test_an_index_that_reads_it_finds_each_under_its_own_names_alone(
+    told: list[tuple[Path, str, str]],
+) -> None:
+    """Whatever of vLLM's cache is told of: nothing of one adapter or salt is found under another."""
+    mirror, index = Mirror(SIZE, "m", "r"), PrefixIndex(SIZE, "m", 1 << 24, revision="r")
+    for path, salt, adapter in told:
+        for end in range(1, len(path) + 1):
+            # A name of vLLM's own for each: its hash has adapter and salt in it.
+            event = stored(path[:end], salt, adapter)
+            tag = b"/" + salt.encode()
+            parent = event.parent_block_hash
+            event.block_hashes = [name + tag for name in event.block_hashes if isinstance(name, bytes)]
+            event.parent_block_hash = parent + tag if isinstance(parent, bytes) else None
+            mirror.take(KVEventBatch(0.0, [event]))
+    index.apply("e", mirror.take_events())
+    for path in {path for path, _, _ in told}:
+        tokens = [token for token in path for _ in range(SIZE)]
+        for other_salt in ("", "sql", "poet"):
+            for other in ("", "sql", "poet"):
+                ends = [
+                    end
+                    for known, s, a in told
+                    if (s, a) == (other_salt, other)
+                    for end in range(1, len(known) + 1)
+                    if known[:end] == path[:end]
+                ]
+                found = index.lookup(tokens, other_salt, adapter=other)
+                assert found == ({"e": max(ends) * SIZE} if ends else {})
+                assert mirror.holds(tokens, other_salt, other) == (len(path) in ends)
 
 
 def test_what_nobody_could_ask_for_is_left_out() -> None:

@@ -238,7 +238,7 @@ def test_a_commit_is_answered_when_vllm_has_cached_it(rig: FrontRig) -> None:
 
 def test_a_commit_waits_for_the_events_that_tell_of_it(rig: FrontRig) -> None:
     told: list[list[int]] = []
-    rig.receives.is_told = lambda tokens, salt: tokens in told
+    rig.receives.is_told = lambda tokens, salt, adapter: tokens in told
     grant = rig.granted("r", PROMPT, 14)
     receive = rig.launched[0].receive_id
     assert receive is not None
