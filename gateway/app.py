@@ -13,7 +13,7 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from microserve.gateway import operator_routes, response_routes, worker_routes
+from microserve.gateway import operator_routes, response_routes, view_routes, worker_routes
 from microserve.gateway.dialects import CHAT, COMPLETIONS, MESSAGES, RESPONSES, manners_of
 from microserve.gateway.generation.completion import Completion
 from microserve.gateway.http.errors import (
@@ -32,7 +32,7 @@ Handler = Callable[[GatewayState, Exchange], Awaitable[None]]
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """What probes need, without a key; everything else is behind one if there are any."""
 OPERATOR_PATHS = frozenset({"/metrics"})
-"""What tells of all keys: for those of operators."""
+"""What tells of all keys: for those of operators. So is everything under ``/view``."""
 
 NUM_HOT = 4
 """Routes at the head of the table, without parameters."""
@@ -109,6 +109,13 @@ class Application:
             ("/tokenize", post, operator_routes.tokenize),
             ("/detokenize", post, operator_routes.detokenize),
             ("/tokenizer_info", get, operator_routes.tokenizer_info),
+            ("/view/mesh", get, view_routes.mesh),
+            ("/view/requests", get, view_routes.requests),
+            ("/view/requests/{request_id:path}", get, view_routes.request),
+            ("/view/strategies", get, view_routes.strategies),
+            ("/view/keys", get, view_routes.keys),
+            ("/view/health", get, view_routes.health),
+            ("/view/feed", get, view_routes.feed),
             ("/server_info", get, worker_routes.server_info),
             ("/get_server_info", get, worker_routes.server_info),
             ("/model_info", get, worker_routes.model_info),
@@ -130,7 +137,8 @@ class Application:
             exchange.header(b"authorization"), exchange.header(b"x-api-key")
         )
         exchange.limits = lambda: state.quotas.headers(key)
-        if exchange.path in OPERATOR_PATHS and not key.operator:
+        is_operators = exchange.path in OPERATOR_PATHS or exchange.path.startswith("/view/")
+        if is_operators and not key.operator:
             raise Forbidden(f"key {key.name!r} is not an operator's")
         if exchange.method != "POST":
             await self._router(scope, receive, send)

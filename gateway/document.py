@@ -26,6 +26,7 @@ from microserve.gateway.responses.described import describe
 from microserve.gateway.responses.replies import DeletedResponse, InputItemList, ResponseReply
 from microserve.gateway.responses.schema import ResponsesRequest
 from microserve.gateway.routers.link import ModelLimits
+from microserve.gateway.view import forms
 from microserve.protocol.messages.request.sampling import MAX_COUNT, MAX_TOKEN_ID
 
 _SCHEMAS = "#/components/schemas/{name}"
@@ -110,6 +111,20 @@ OPERATIONS = (
         "/ready", "A router with an engine is known.", replies.ReadyReply, is_open=True, is_503_a_reply=True
     ),
     Operation("/metrics", "Prometheus metrics; ?names=vllm.", reply_type=_TEXT),
+    Operation("/view/mesh", "Engines, links, and the last quarter of an hour of each.", forms.MeshForm),
+    Operation(
+        "/view/requests",
+        "Requests that run, and those of the last quarter of an hour.",
+        forms.RequestsForm,
+        query=("order", "limit", "min_s", "key", "strategy", "engine", "code"),
+    ),
+    Operation(
+        "/view/requests/{request_id}", "One of them taken apart, and why it went there.", forms.RequestDetail
+    ),
+    Operation("/view/strategies", "What serves, who changed it, and how it fares.", forms.StrategiesForm),
+    Operation("/view/keys", "What each API key has used, and what is left.", forms.KeysForm),
+    Operation("/view/health", "What is wrong now.", forms.HealthForm),
+    Operation("/view/feed", "What changes, as events: a snapshot, then deltas.", reply_type=_SSE),
     Operation("/version", "The version.", replies.VersionReply),
     Operation("/server_info", "For SGLang's router.", replies.ServerInfoReply),
     Operation("/get_server_info", "The same.", replies.ServerInfoReply),

@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,6 +47,11 @@ from microserve.gateway.siblings import Siblings
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.prompt.chat_template import read_json
 from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.gateway.view.feed import Feed
+from microserve.gateway.view.index import IndexLink
+from microserve.gateway.view.mesh import Mesh
+from microserve.gateway.view.requests import Requests
+from microserve.gateway.view.view import ASKED_ONE, ASKED_REQUESTS, ASKED_SINCE, View
 from microserve.gateway.worker import share
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
@@ -150,14 +156,20 @@ async def _serve(
             )
         )
         certificate = Certificate(gateway.tls_cert, gateway.tls_key) if gateway.tls_cert else None
-        state = _make_state(settings, tokenizer, helpers, bus, keys)
+        state = _make_state(settings, tokenizer, helpers, bus, keys, worker)
         if worker is not None:
             siblings = state.siblings = Siblings(
                 address_of(listener), worker, gateway.workers, state.own_families
             )
+            siblings.answers(ASKED_REQUESTS, partial(state.view.answer, ASKED_REQUESTS))
+            siblings.answers(ASKED_SINCE, partial(state.view.answer, ASKED_SINCE))
+            siblings.answers(ASKED_ONE, partial(state.view.answer, ASKED_ONE))
+            state.view.ask_siblings = siblings.ask
             await siblings.start()
             stack.push_async_callback(siblings.close)
         stack.push_async_callback(state.routers.close)
+        if gateway.view_requests:
+            _watch_mesh(stack, settings, state)
         stack.enter_context(_server_log())
         if gateway.responses_path:
             bounds = Bounds(
@@ -223,8 +235,40 @@ def _watch_keys(stack: AsyncExitStack, state: GatewayState, reader: KeyReader, p
     stack.callback(watching.cancel)
 
 
+def _watch_mesh(stack: AsyncExitStack, settings: Settings, state: GatewayState) -> None:
+    """Hear of the mesh what the index says, until the stack is closed."""
+    link = state.view.link = IndexLink(
+        state.bus,
+        settings.index.address,
+        state.view.mesh,
+        gateway_id=settings.gateway.id,
+        interval_s=settings.bus.heartbeat_interval_s,
+        clock=time.monotonic,
+    )
+    stack.callback(link.close)
+    watching = asyncio.create_task(link.run(), name="view of the mesh")
+    stack.callback(watching.cancel)
+
+
+def _make_view(settings: Settings, worker: int | None) -> View:
+    bus, gateway = settings.bus, settings.gateway
+    return View(
+        Requests(share(gateway.view_requests, gateway.workers) if gateway.view_requests else 0),
+        Mesh(time.monotonic(), silence_s=bus.heartbeat_interval_s * bus.liveness),
+        Feed(secrets.token_hex(4)),
+        clock=time.monotonic,
+        wall_clock=time.time,
+        number=worker or 0,
+    )
+
+
 def _make_state(
-    settings: Settings, tokenizer: ModelTokenizer, helpers: Helpers, bus: ZmqBus, keys: KeyRing
+    settings: Settings,
+    tokenizer: ModelTokenizer,
+    helpers: Helpers,
+    bus: ZmqBus,
+    keys: KeyRing,
+    worker: int | None,
 ) -> GatewayState:
     gateway = settings.gateway
     attributes = Attributes.of(gateway.attributes, gateway.private_attributes)
@@ -266,6 +310,7 @@ def _make_state(
         max_n=gateway.max_n,
         max_choices=gateway.max_streams,
         request_timeout_s=gateway.request_timeout_s,
+        view=_make_view(settings, worker),
         shared_prefix_cache=gateway.shared_prefix_cache,
         attributes=attributes,
     )

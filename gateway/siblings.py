@@ -1,8 +1,9 @@
-"""What the workers of a gateway say together: one scrape of any of them has the metrics of all.
+"""What the workers of a gateway say together: one scrape of any has the metrics of all; so has a view.
 
-Owns a socket on which a worker tells its siblings its own, and the asking. The sockets are named in the
-kernel's abstract namespace by user, address and number, leave nothing behind, and speak with processes of
-this user only. One that is gone or stands is left out. Must not know what is measured.
+Owns a socket on which a worker answers its siblings, and the asking: a question has a name and some bytes,
+which are read by who put the answer to it in. The sockets are named in the kernel's abstract namespace by
+user, address and number, leave nothing behind, and speak with processes of this user only. One that is gone
+or stands is left out. Must not know what is measured or seen.
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ from microserve.protocol import log
 
 ANSWER_S = 1.0
 """A worker has so long to tell its siblings."""
+MAX_QUESTION_NBYTES = 64 << 10
+METRICS = "metrics"
 MAX_NBYTES = 64 << 20
 
 Family: TypeAlias = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
 """Name, text, type, and samples by name and labels."""
 
+Answerer: TypeAlias = Callable[[bytes], bytes]
+"""From the bytes of a question to those of its answer."""
+
 _logger = structlog.get_logger()
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(list[Family])
+_question = msgspec.msgpack.Decoder(tuple[str, bytes])
 _CREDENTIALS = struct.Struct("3i")
 """struct ucred: pid, uid, gid."""
 
@@ -42,6 +49,9 @@ class Siblings:
         """``address``: at which all of them listen. ``own``: this worker's families, as they are now."""
         self.number, self._count = number, count
         self._own = own
+        self._answers: dict[str, Answerer] = {
+            METRICS: lambda _: _encoder.encode([_plain(each) for each in own()])
+        }
         self._name = f"\0microserve-gateway-{os.getuid()}-{address}"
         self._server: asyncio.Server | None = None
 
@@ -60,22 +70,40 @@ class Siblings:
         if self._server is not None:
             self._server.close()
 
+    def _metrics(self, _: bytes) -> bytes:
+        return _encoder.encode([_plain(metric) for metric in self._own()])
+
+    def answers(self, what: str, answer: Answerer) -> None:
+        """From now on, that question is answered so."""
+        self._answers[what] = answer
+
     async def _tell(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer):
-            if _is_of_this_user(writer):
-                writer.write(_encoder.encode([_plain(metric) for metric in self._own()]))
-                with contextlib.suppress(OSError):
-                    await writer.drain()
+        with contextlib.closing(writer), contextlib.suppress(OSError, TimeoutError, msgspec.MsgspecError):
+            if not _is_of_this_user(writer):
+                return
+            async with asyncio.timeout(ANSWER_S):
+                what, argument = _question.decode(await reader.read(MAX_QUESTION_NBYTES))
+            answer = self._answers.get(what)
+            if answer is not None:
+                writer.write(answer(argument))
+                await writer.drain()
 
     async def families(self) -> list[Metric]:
         """Of all workers that answer, each sample with its ``worker``."""
-        numbers = [number for number in range(self._count) if number != self.number]
-        told = await asyncio.gather(*map(self._ask, numbers))
         by_worker = {self.number: [_plain(metric) for metric in self._own()]}
-        by_worker |= {number: said for number, said in zip(numbers, told, strict=True) if said is not None}
+        for number, told in (await self.ask(METRICS, b"")).items():
+            with contextlib.suppress(msgspec.MsgspecError):
+                by_worker[number] = _decoder.decode(told)
         return merged(dict(sorted(by_worker.items())))
 
-    async def _ask(self, number: int) -> list[Family] | None:
+    async def ask(self, what: str, argument: bytes) -> dict[int, bytes]:
+        """What each of the others answers; who does not is left out."""
+        numbers = [number for number in range(self._count) if number != self.number]
+        question = _encoder.encode((what, argument))
+        told = await asyncio.gather(*(self._ask(number, question) for number in numbers))
+        return {number: said for number, said in zip(numbers, told, strict=True) if said}
+
+    async def _ask(self, number: int, question: bytes) -> bytes | None:
         asking = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             async with asyncio.timeout(ANSWER_S):
@@ -84,13 +112,14 @@ class Siblings:
                 with contextlib.closing(writer):
                     if not _is_of_this_user(writer):
                         return None
+                    writer.write(question)
                     content = bytearray()
                     while part := await reader.read(1 << 20):
                         content += part
                         if len(content) > MAX_NBYTES:
                             return None
-                    return _decoder.decode(content)
-        except (OSError, TimeoutError, msgspec.MsgspecError):
+                    return bytes(content)
+        except (OSError, TimeoutError):
             asking.close()
             return None
 

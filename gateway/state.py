@@ -27,6 +27,7 @@ from microserve.gateway.request.defaults import SamplingDefaults
 from microserve.gateway.routers.client import RouterClient
 from microserve.gateway.siblings import Siblings
 from microserve.gateway.text.tokenizer import ModelTokenizer
+from microserve.gateway.view.view import View
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining, MeshError, ModelNotFound, QueueFull
 from microserve.protocol.logging.setup import current
@@ -64,6 +65,8 @@ class GatewayState:
     max_choices: int
     """Choices in flight (``gateway.max_streams``); beyond it requests are refused."""
     request_timeout_s: float
+    view: View
+    """What operators see."""
     shared_prefix_cache: bool = False
     attributes: Attributes = field(default_factory=Attributes)
     """What strategies may be told of a request."""

@@ -57,6 +57,9 @@ class GatewaySettings(Section, frozen=True):
     """Lists and maps within each other."""
     parse_control_tokens: bool = False
     """What a message says in the form of a control token (``<|im_end|>``) is one; else it is text."""
+    view_requests: CountOrZero = 20_000
+    """Requests of the last quarter of an hour that ``/view`` and the page can show, at most, of all workers
+    together; 0: no view, and the index is not asked."""
     template_cpu_s: Positive = 2.0
     """CPU time that the model's chat template may take for one conversation; beyond it: 400."""
     request_timeout_s: Positive = 600.0

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from microserve.gateway.api.format import UsageCounts
-from microserve.gateway.generation.summary import Summary, write_line
+from microserve.gateway.generation.summary import Summary, form_of, write_line
 from microserve.gateway.http.errors import ClientGone
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.keys.usage import Counts
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.answer.choice import Choice, Timeline
+from microserve.gateway.view.forms import RequestForm
 from microserve.protocol.errors import MeshError
 from microserve.protocol.request_id import of_choice
 
@@ -58,7 +59,8 @@ def account(
             exchange.visit, Counts(1, 0, used.prompt_tokens, used.cached_tokens, used.completion_tokens)
         )
     if not choices:
-        write_line(
+        _tell(
+            state,
             Summary(
                 request_id=of_choice(exchange.unique_id, 0),
                 http_request_id=exchange.request_id,
@@ -70,7 +72,7 @@ def account(
                 model=model,
                 path=exchange.path,
                 stream=stream,
-            )
+            ),
         )
     told = state.attributes.told(attributes)
     for choice in choices:
@@ -81,7 +83,8 @@ def account(
         ended = choice.ended
         if ended is not None:
             state.metrics.by_strategy.ended(ended)
-        write_line(
+        _tell(
+            state,
             Summary(
                 request_id=of_choice(exchange.unique_id, choice.index),
                 http_request_id=exchange.request_id,
@@ -110,8 +113,68 @@ def account(
                 received_tokens=0 if ended is None else ended.usage.received_tokens,
                 phases=None if ended is None else ended.phases,
                 attributes=told,
+            ),
+        )
+
+
+def _tell(state: GatewayState, summary: Summary) -> None:
+    """The log and the view."""
+    write_line(summary)
+    view = state.view
+    if view.requests.is_on:
+        view.requests.add(form_of(summary, view.wall_clock()), view.clock())
+
+
+def running_forms(
+    state: GatewayState,
+    exchange: Exchange,
+    choices: Iterable[Choice],
+    times: Timeline,
+    now: float,
+    *,
+    stream: bool,
+) -> list[RequestForm]:
+    """As they stand: without phases, for these are told at the end."""
+    forms: list[RequestForm] = []
+    for choice in choices or (None,):
+        own = times if choice is None else choice.times
+        if own.ended is not None:
+            continue
+        mailbox = None if choice is None else choice.mailbox
+        served = None if mailbox is None else mailbox.served
+        forms.append(
+            RequestForm(
+                id=of_choice(exchange.unique_id, 0 if choice is None else choice.index),
+                http_id=exchange.request_id,
+                at=0.0,
+                age_s=max(0.0, now - own.arrived),
+                path=exchange.path,
+                stream=stream,
+                status=exchange.status,
+                code="",
+                finish_reason="",
+                model=state.model,
+                key=exchange.key.name,
+                strategy="" if served is None else served.strategy,
+                strategy_version=0 if served is None else served.strategy_version,
+                share="",
+                engines=[] if served is None else served.engines,
+                heaps=[],
+                why="",
+                alone="",
+                moves=0,
+                numerics="",
+                exact=False,
+                prompt_tokens=0 if choice is None else choice.num_prompt_tokens,
+                cached_tokens=0,
+                received_tokens=0,
+                output_tokens=0 if choice is None else choice.num_output_tokens,
+                ttft_s=None if own.first_token is None else own.first_token - own.arrived,
+                wall_s=max(0.0, now - own.arrived),
+                phases_s={},
             )
         )
+    return forms
 
 
 def _has_cost(choice: Choice) -> bool:

@@ -19,7 +19,7 @@ from microserve.gateway.api.dialect import Dialect
 from microserve.gateway.api.fields import RequestBody
 from microserve.gateway.api.format import AnswerFormat, Answering, Ending, FinishedChoice
 from microserve.gateway.api.parse import parsed
-from microserve.gateway.generation.accounting import account, usage_of
+from microserve.gateway.generation.accounting import account, running_forms, usage_of
 from microserve.gateway.generation.constraint import constraint_of
 from microserve.gateway.generation.group import ChoiceGroup
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
@@ -33,6 +33,7 @@ from microserve.gateway.request.sampling import check_choices, check_prompts, sa
 from microserve.gateway.routers.mailbox import Mailbox
 from microserve.gateway.state import GatewayState
 from microserve.gateway.text.answer.choice import Choice, Piece
+from microserve.gateway.view.forms import RequestForm
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError
 
@@ -68,11 +69,13 @@ class Completion(Generic[B]):
         """Answer the request, then account for it, whatever happened."""
         failure: MeshError | None = InternalError("cut off while the gateway stopped")
         group = self._group
+        self._state.view.began(self)
         try:
             failure = await self._exchange.answer(self._serve)
             group.stamp_end()
             await group.settle()
         finally:
+            self._state.view.over(self)
             group.release()
             if self._num_held and self._state.store is not None:
                 self._state.store.give_back(self._num_held)
@@ -88,6 +91,13 @@ class Completion(Generic[B]):
                 attributes=group.attributes,
                 model=self._model,
             )
+
+    def forms(self, now: float) -> list[RequestForm]:
+        """As it stands, for the view."""
+        group = self._group
+        return running_forms(
+            self._state, self._exchange, group.choices, group.times, now, stream=self._stream
+        )
 
     async def _serve(self) -> None:
         """From the body to the last byte of an answer that goes well."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from microserve.gateway.text.answer.choice import Timeline
+from microserve.gateway.view.forms import RequestForm
 from microserve.protocol import log
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.router import PHASES, ROUTER_PHASES, Phases
@@ -103,10 +104,47 @@ class Summary:
     """What strategies were told; None for what is told to nobody else."""
 
 
+def form_of(summary: Summary, at: float) -> RequestForm:
+    """The line as the view has it; ``at``: when it ended, by the wall clock."""
+    durations = phase_durations(summary.times, summary.phases)
+    return RequestForm(
+        id=summary.request_id,
+        http_id=summary.http_request_id,
+        at=at,
+        age_s=0.0,
+        path=summary.path,
+        stream=summary.stream,
+        status=summary.status,
+        code=summary.code,
+        finish_reason=summary.finish_reason,
+        model=summary.model,
+        key=summary.key,
+        strategy=summary.strategy,
+        strategy_version=summary.strategy_version,
+        share=summary.share,
+        engines=summary.engines,
+        heaps=summary.heaps,
+        why=summary.why,
+        alone=summary.alone,
+        moves=summary.moves,
+        numerics=summary.numerics.name,
+        exact=summary.numerics.is_exact,
+        prompt_tokens=summary.prompt_tokens,
+        cached_tokens=summary.cached_tokens,
+        received_tokens=summary.received_tokens,
+        output_tokens=summary.output_tokens,
+        ttft_s=_ttft_s(summary.times),
+        wall_s=sum(durations.values()) / 1e6,
+        phases_s={name: microseconds / 1e6 for name, microseconds in durations.items()},
+    )
+
+
+def _ttft_s(times: Timeline) -> float | None:
+    return None if times.first_token is None else _microseconds(times.first_token - times.arrived) / 1e6
+
+
 def write_line(summary: Summary) -> None:
-    times = summary.times
-    durations = phase_durations(times, summary.phases)
-    ttft = None if times.first_token is None else _microseconds(times.first_token - times.arrived) / 1e6
+    durations = phase_durations(summary.times, summary.phases)
     _logger.info(
         log.REQUEST_FINISHED,
         request_id=summary.request_id,
@@ -135,7 +173,7 @@ def write_line(summary: Summary) -> None:
         output_tokens=summary.output_tokens,
         capped_to=summary.capped_to,
         attributes=summary.attributes,
-        ttft_s=ttft,
+        ttft_s=_ttft_s(summary.times),
         wall_s=sum(durations.values()) / 1e6,
         **{f"{name}_s": microseconds / 1e6 for name, microseconds in durations.items()},
     )

@@ -37,6 +37,10 @@ class KeyRing:
     def __len__(self) -> int:
         return len({key.name for key in (self._keys or {}).values()})
 
+    def by_name(self) -> dict[str, ApiKey]:
+        """The keys in force; none where none is asked for."""
+        return {key.name: key for key in (self._keys or {}).values()}
+
     def replace(self, keys: Iterable[ApiKey]) -> None:
         """These and no others from now on; an empty ring lets nobody in."""
         self._keys = {self._blind(bytes.fromhex(digest)): key for key in keys for digest in key.sha256}

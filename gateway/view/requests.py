@@ -7,7 +7,7 @@ string (its form in msgpack), which the collector does not look into, and nothin
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 
@@ -38,6 +38,10 @@ class Requests:
 
     def __len__(self) -> int:
         return len(self._lines)
+
+    @property
+    def is_on(self) -> bool:
+        return self._max > 0
 
     def add(self, form: RequestForm, now: float) -> None:
         """One has ended."""
@@ -75,11 +79,6 @@ class Requests:
 
 def is_called(form: RequestForm, wanted: str) -> bool:
     return form.http_id == wanted or is_named(form.id, wanted)
-
-
-def slowest(forms: Iterable[RequestForm], limit: int) -> list[RequestForm]:
-    """By wall time, the slowest first."""
-    return sorted(forms, key=lambda form: form.wall_s, reverse=True)[:limit]
 
 
 def timeline(form: RequestForm) -> list[PhaseForm]:

@@ -60,6 +60,8 @@ _GATEWAY: Final[Roles] = frozenset({Role.GATEWAY})
 _ENGINE: Final[Roles] = frozenset({Role.ENGINE})
 _OPERATOR: Final[Roles] = frozenset({Role.OPERATOR})
 _ASKS: Final[Roles] = frozenset({Role.ROUTER, Role.OPERATOR})
+_SHOWS: Final[Roles] = frozenset({Role.GATEWAY, Role.OPERATOR})
+"""What a gateway shows to operators: it changes nothing."""
 _READS: Final[Roles] = frozenset({Role.INDEX, Role.ROUTER, Role.OPERATOR})
 
 RIGHTS: Final[Mapping[Any, Roles]] = MappingProxyType(
@@ -91,14 +93,14 @@ RIGHTS: Final[Mapping[Any, Roles]] = MappingProxyType(
         index.Beat: _ENGINE,
         index.Deregister: _ENGINE,
         world.JoinWorld: _ENGINE,
-        index.Watch: _ASKS,
+        index.Watch: _ASKS | _GATEWAY,
         APPLY_CONTROL: _ROUTER,
         index.Lookup: _ASKS,
-        index.IndexStats: _ASKS,
-        control.ControlStatus: _OPERATOR,
-        control.ControlHistory: _OPERATOR,
+        index.IndexStats: _ASKS | _GATEWAY,
+        control.ControlStatus: _SHOWS,
+        control.ControlHistory: _SHOWS,
         control.Change: _OPERATOR,
-        decisions.Explain: _OPERATOR,
+        decisions.Explain: _SHOWS,
         decisions.Answer: _ROUTER,
     }
 )

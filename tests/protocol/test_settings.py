@@ -268,6 +268,7 @@ MAY_BE_ZERO = {
     "router.headroom": "nothing stays idle",
     "router.record_requests": "off",
     "gateway.max_connections": "as descriptors allow",
+    "gateway.view_requests": "no view",
     "log.max_mb": "it grows",
     "log.keep": "it begins anew",
     "nvshmem.rank": "the first",

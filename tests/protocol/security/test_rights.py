@@ -69,7 +69,7 @@ def test_what_is_refused_names_the_action_and_the_role() -> None:
         (Entrance.EVENTS, {Role.INDEX, Role.ROUTER, Role.OPERATOR}),
         (Entrance.REPLAY, {Role.INDEX, Role.ROUTER, Role.OPERATOR}),
         (Entrance.ROUTER, {Role.GATEWAY}),
-        (Entrance.INDEX, {Role.ENGINE, Role.ROUTER, Role.OPERATOR}),
+        (Entrance.INDEX, {Role.ENGINE, Role.ROUTER, Role.GATEWAY, Role.OPERATOR}),
         (Entrance.ANY, set(STATED)),
     ],
 )

@@ -1,0 +1,21 @@
+"""Messages of the wire, which are arrays, as JSON with names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+LEFT_OUT = frozenset({"source"})
+"""An author's source is nobody's business who only looks."""
+
+
+def named(value: Any) -> Any:
+    """Structures become maps by field, all the way down."""
+    if isinstance(value, msgspec.Struct):
+        return {name: named(getattr(value, name)) for name in value.__struct_fields__ if name not in LEFT_OUT}
+    if isinstance(value, dict):
+        return {str(key): named(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [named(each) for each in value]
+    return value
