@@ -58,11 +58,11 @@ class Delta(msgspec.Struct, frozen=True, tag="delta", tag_field="type", omit_def
     control_version: int
     """Another one: strategies or labels have changed, and ``/view/strategies`` is to be asked again."""
     num_running: int
-    engines: Sequence[EngineForm] = ()
+    engines: list[EngineForm] = []
     """New or changed, whole."""
-    gone: Sequence[str] = ()
+    gone: list[str] = []
     running: Sequence[RequestForm] | None = None
-    ended: Sequence[RequestForm] = ()
+    ended: list[RequestForm] = []
     """New ones, the oldest first."""
     num_skipped: int = 0
     """More that have ended, too many to tell."""
@@ -102,7 +102,7 @@ class Feed:
         known = {each.id: each for each in last.engines}
         there = {each.id for each in now.engines}
         num_new = now.num_ended - last.num_ended
-        told = ended[-MAX_ENDED:]
+        told = list(ended[-MAX_ENDED:])
         delta = Delta(
             at=now.at,
             index_alive=now.index_alive,
