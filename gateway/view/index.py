@@ -18,13 +18,6 @@ from microserve.protocol import log
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import DeadlineExceeded, ProtocolViolation, error_for
-from microserve.protocol.messages.control import (
-    ControlHistory,
-    ControlRecords,
-    ControlReport,
-    ControlStatus,
-)
-from microserve.protocol.messages.decisions import Asked, Explain, Explained
 from microserve.protocol.messages.index import (
     IndexFailed,
     IndexReply,
@@ -34,6 +27,13 @@ from microserve.protocol.messages.index import (
     Members,
     Watch,
 )
+from microserve.protocol.messages.strategy.control import (
+    ControlHistory,
+    ControlRecords,
+    ControlReport,
+    ControlStatus,
+)
+from microserve.protocol.messages.strategy.decisions import Asked, Explain, Explained
 from microserve.protocol.process.surviving import surviving
 
 CALL_S = 2.0

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 
 from microserve.gateway.view.forms import EngineForm, LoadForm, PairForm
 from microserve.gateway.view.history import History
-from microserve.protocol.messages.control import EngineLabels
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.engine_info import ABILITIES, EngineInfo
 from microserve.protocol.messages.index import Member, Members, MissingEngine
+from microserve.protocol.messages.strategy.control import EngineLabels
 
 MAX_PAIRS = 64 * 64
 

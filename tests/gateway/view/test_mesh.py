@@ -6,9 +6,9 @@ import pytest
 
 from microserve.gateway.view.history import INTERVAL_S, KEPT_S, MAX_ENGINES, NUM_SAMPLES, History
 from microserve.gateway.view.mesh import Mesh, heap_between, host_of, load_form
-from microserve.protocol.messages.control import EngineLabels
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.index import Member, Members, MissingEngine
+from microserve.protocol.messages.strategy.control import EngineLabels
 from tests.support.gateway.view_forms import load_form as load
 from tests.support.index.index_world import make_info
 
