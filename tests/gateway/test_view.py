@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ async def ended(http: httpx.AsyncClient, count: int, **choice: str) -> list[dict
         await asyncio.sleep(0)
 
 
-async def ask(world: GatewayWorld, http: httpx.AsyncClient, num_tokens: int = 4, **headers: str) -> None:
+async def ask(world: GatewayWorld, http: httpx.AsyncClient, num_tokens: int = 4, name: str = "") -> None:
     """One request, served."""
     body = {"model": "tiny", "prompt": "hello mesh", "max_tokens": num_tokens}
-    answer = asyncio.create_task(http.post("/v1/completions", json=body, headers=headers))
+    answer = asyncio.create_task(
+        http.post("/v1/completions", json=body, headers={"x-request-id": name} if name else {})
+    )
     served = await world.router.request()
     served.send([7] * num_tokens)
     served.end()
@@ -39,7 +41,7 @@ async def ask(world: GatewayWorld, http: httpx.AsyncClient, num_tokens: int = 4,
 def test_a_request_is_remembered_and_its_phases_add_up(model: Path) -> None:
     async def main() -> None:
         async with gateway_world(model) as world, httpx.AsyncClient(base_url=world.address) as http:
-            await ask(world, http, **{"x-request-id": "mine"})
+            await ask(world, http, name="mine")
             [form] = await ended(http, 1)
             assert (form["http_id"], form["status"], form["output_tokens"]) == ("mine", 200, 4)
             assert sum(form["phases_s"].values()) == pytest.approx(form["wall_s"])
@@ -82,7 +84,9 @@ def test_what_is_wrong_is_said(model: Path) -> None:
     run(main())
 
 
-async def messages(http: httpx.AsyncClient, **headers: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+async def messages(
+    http: httpx.AsyncClient, **headers: str
+) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
     """Ids and bodies of the feed's events."""
     name = ""
     async with http.stream("GET", "/view/feed", headers=headers, timeout=60.0) as answer:
