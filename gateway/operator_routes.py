@@ -11,9 +11,9 @@ from microserve.gateway.dialects import COUNTINGS
 from microserve.gateway.document import document
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.exchange import Exchange, warning_header
-from microserve.gateway.metrics import CONTENT_TYPE
 from microserve.gateway.openai.models import model_card
 from microserve.gateway.state import GatewayState
+from microserve.protocol.metrics.text import CONTENT_TYPE
 
 
 async def health(state: GatewayState, exchange: Exchange) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TypeAlias
 
 import msgspec
@@ -28,6 +28,8 @@ MAX_QUESTION_NBYTES = 64 << 10
 METRICS = "metrics"
 MAX_NBYTES = 64 << 20
 
+Own: TypeAlias = Callable[[], Awaitable[Iterable[Metric]]]
+"""What a worker has to tell, as it is now."""
 Family: TypeAlias = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
 """Name, text, type, and samples by name and labels."""
 
@@ -45,13 +47,11 @@ _CREDENTIALS = struct.Struct("3i")
 class Siblings:
     """Of worker ``number`` of ``count``. Make it inside the loop; ``start`` it, and ``close`` it."""
 
-    def __init__(self, address: str, number: int, count: int, own: Callable[[], Iterable[Metric]]) -> None:
+    def __init__(self, address: str, number: int, count: int, own: Own) -> None:
         """``address``: at which all of them listen. ``own``: this worker's families, as they are now."""
         self.number, self._count = number, count
         self._own = own
-        self._answers: dict[str, Answerer] = {
-            METRICS: lambda _: _encoder.encode([_plain(each) for each in own()])
-        }
+        self._answers: dict[str, Answerer] = {}
         self._name = f"\0microserve-gateway-{os.getuid()}-{address}"
         self._server: asyncio.Server | None = None
 
@@ -70,9 +70,6 @@ class Siblings:
         if self._server is not None:
             self._server.close()
 
-    def _metrics(self, _: bytes) -> bytes:
-        return _encoder.encode([_plain(metric) for metric in self._own()])
-
     def answers(self, what: str, answer: Answerer) -> None:
         """From now on, that question is answered so."""
         self._answers[what] = answer
@@ -83,18 +80,24 @@ class Siblings:
                 return
             async with asyncio.timeout(ANSWER_S):
                 what, argument = _question.decode(await reader.read(MAX_QUESTION_NBYTES))
-            answer = self._answers.get(what)
-            if answer is not None:
+            if what == METRICS:
+                writer.write(await asyncio.to_thread(_encoded, await self._own()))
+            elif answer := self._answers.get(what):
                 writer.write(answer(argument))
-                await writer.drain()
+            await writer.drain()
 
     async def families(self) -> list[Metric]:
         """Of all workers that answer, each sample with its ``worker``."""
-        by_worker = {self.number: [_plain(metric) for metric in self._own()]}
-        for number, told in (await self.ask(METRICS, b"")).items():
-            with contextlib.suppress(msgspec.MsgspecError):
-                by_worker[number] = _decoder.decode(told)
-        return merged(dict(sorted(by_worker.items())))
+        told, own = await self.ask(METRICS, b""), await self._own()
+
+        def merge() -> list[Metric]:
+            by_worker = {self.number: [_plain(metric) for metric in own]}
+            for number, encoded in told.items():
+                with contextlib.suppress(msgspec.MsgspecError):
+                    by_worker[number] = _decoder.decode(encoded)
+            return merged(dict(sorted(by_worker.items())))
+
+        return await asyncio.to_thread(merge)
 
     async def ask(self, what: str, argument: bytes) -> dict[int, bytes]:
         """What each of the others answers; who does not is left out."""
@@ -133,6 +136,10 @@ def merged(by_worker: Mapping[int, Iterable[Family]]) -> list[Metric]:
             for sample, labels, value in samples:
                 metric.add_sample(sample, {**labels, "worker": str(number)}, value)
     return list(made.values())
+
+
+def _encoded(metrics: Iterable[Metric]) -> bytes:
+    return _encoder.encode([_plain(metric) for metric in metrics])
 
 
 def _plain(metric: Metric) -> Family:

@@ -141,10 +141,10 @@ class GatewayState:
         """What is measured here, and by the other workers of this gateway."""
         if self.siblings is not None:
             return await self.siblings.families()
-        return self.own_families()
+        return await self.own_families()
 
-    def own_families(self) -> Iterable[Metric]:
-        return self.metrics.families(self.levels())
+    async def own_families(self) -> Iterable[Metric]:
+        return await self.metrics.families(self.levels())
 
     def levels(self) -> Levels:
         lines = current()

@@ -15,6 +15,7 @@ from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings_bounds import (
     Count,
     CountOrZero,
+    Port,
     Positive,
     PositiveOrZero,
     Section,
@@ -61,6 +62,8 @@ class BusSettings(Section, frozen=True):
 
 class IndexSettings(Section, frozen=True):
     address: str = "tcp://127.0.0.1:7100"
+    metrics_port: Port = 0
+    """Where its metrics are read, at ``metrics.host``; 0: nowhere."""
     max_mb: Count = 256
     control_path: str = ""
     """File (SQLite) of the control log; empty: in memory, published strategies end with the index."""
@@ -72,6 +75,8 @@ class IndexSettings(Section, frozen=True):
 class RouterSettings(Section, frozen=True):
     id: str = ""
     address: str = "tcp://127.0.0.1:7101"
+    metrics_port: Port = 0
+    """Where its metrics are read, at ``metrics.host``; 0: nowhere."""
     default_strategy: str = "auto"
     strategies: dict[str, dict[str, Any]] = msgspec.field(default_factory=dict)
     """Parameters by strategy, e.g. ``[router.strategies.balanced] ratio = 0.2``."""
@@ -116,10 +121,19 @@ class LogSettings(Section, frozen=True):
     ``log.sampled``."""
 
 
+class MetricsSettings(Section, frozen=True):
+    """Of every service but the gateway, which has them at its own address."""
+
+    host: str = "127.0.0.1"
+    """Address of their ports. Whoever reaches one reads what is measured: no prompt, no answer, no key."""
+
+
 class MeshSettings(Section, frozen=True):
     """What ``microserve up`` starts."""
 
     engines: Count = 2
+    metrics: bool = True
+    """Metrics of every service, at free ports where the settings name none."""
     ready_timeout_s: Positive = 180.0
     max_restarts: CountOrZero = 5
     """Restarts of one child in ``restart_window_s`` before it is left down; the others serve on."""
@@ -140,6 +154,7 @@ class Settings(Section, frozen=True):
     router: RouterSettings = RouterSettings()
     gateway: GatewaySettings = GatewaySettings()
     log: LogSettings = LogSettings()
+    metrics: MetricsSettings = MetricsSettings()
     mesh: MeshSettings = MeshSettings()
 
     def check(self) -> Settings:

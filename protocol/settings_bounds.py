@@ -16,6 +16,7 @@ from microserve.protocol.errors import ConfigError
 
 Count = Annotated[int, Meta(gt=0)]
 CountOrZero = Annotated[int, Meta(ge=0)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
 Positive = Annotated[float, Meta(gt=0)]
 PositiveOrZero = Annotated[float, Meta(ge=0)]
 """Bounds are said at the field, here and by ``Meta``. Floats are finite."""

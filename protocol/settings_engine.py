@@ -14,7 +14,7 @@ from msgspec import Meta
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.adapter import fault_of_adapters
 from microserve.protocol.messages.world import MAX_WORLD_RANKS, fault_of_world
-from microserve.protocol.settings_bounds import Count, CountOrZero, Positive, PositiveOrZero, Section
+from microserve.protocol.settings_bounds import Count, CountOrZero, Port, Positive, PositiveOrZero, Section
 
 DOOR_KINDS = ("tcp", "nixl")
 _LOOPBACK = re.compile(r"tcp://(127(\.\d{1,3}){3}|localhost|\[::1\]):")
@@ -77,6 +77,9 @@ class EngineSettings(Section, frozen=True):
     events_open: bool = False
     """KV events and their replay without CURVE, also off loopback: other people's readers have no keys. Who
     reaches the two sockets reads the tokens of every prompt."""
+    metrics_port: Port = 0
+    """Where its metrics are read, at ``metrics.host``; 0: nowhere. Of the first engine of ``mesh.engines``,
+    one higher for each further one."""
     advertise: str = ""
     """Host, by name or number, by which others reach these sockets. Empty: as they are bound; where that is
     every interface (``tcp://0.0.0.0:PORT``), the address by which this host reaches the index."""

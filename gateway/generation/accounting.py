@@ -82,7 +82,7 @@ def account(
             state.metrics.calls_read(choice.num_calls, choice.num_unread)
         ended = choice.ended
         if ended is not None:
-            state.metrics.by_strategy.ended(ended)
+            state.metrics.ended(ended)
         _tell(
             state,
             Summary(

@@ -134,7 +134,7 @@ class ChoiceGroup:
                 attributes=attributes,
                 adapter=adapter,
             )
-        state.metrics.submitted(sum(map(len, prompts)))
+        state.metrics.submitted(sum(map(len, prompts)), each, sampling.max_tokens)
 
     def _expire(self, ttl_s: float) -> None:
         """The router has not ended it in time: we do."""

@@ -25,6 +25,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from microserve.kvcache.grant.arrival import Arrival
+from microserve.kvcache.grant.counts import GrantCounts
 from microserve.kvcache.grant.pool import GrantPool
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
@@ -65,16 +66,6 @@ class Discharged:
 
 
 GrantEvent = Expired | Settled | Discharged
-
-
-@dataclass(frozen=True, slots=True)
-class GrantCounts:
-    num_open: int
-    num_sealed: int
-    num_quarantined: int
-    num_quarantined_blocks: int
-    num_free_slots: int
-    oldest_quarantine_s: float
 
 
 class _State(enum.Enum):
@@ -328,13 +319,16 @@ class GrantTable:
         """For stats."""
         entries = list(self._entries.values())
         quarantined = [entry for entry in entries if entry.state is _State.QUARANTINED]
+        is_open = [entry for entry in entries if entry.state is _State.OPEN]
         return GrantCounts(
-            num_open=sum(entry.state is _State.OPEN for entry in entries),
-            num_sealed=sum(entry.state is _State.SEALED for entry in entries),
+            num_open=len(is_open),
+            num_sealed=len(entries) - len(is_open) - len(quarantined),
             num_quarantined=len(quarantined),
             num_quarantined_blocks=sum(len(entry.grant.blocks) for entry in quarantined),
             num_free_slots=len(self._free_slots),
             oldest_quarantine_s=max((now - entry.since for entry in quarantined), default=0.0),
+            num_live_blocks=sum(len(entry.grant.blocks) for _, entry in self._live_entries()),
+            oldest_open_s=max((now - entry.since for entry in is_open), default=0.0),
         )
 
     def check_integrity(self) -> None:

@@ -15,6 +15,7 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.metrics.readings import Readings
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.core.state import Clock
@@ -126,6 +127,10 @@ class Core(Protocol):
         ...
 
     def load(self) -> wire.EngineLoad: ...
+
+    def read(self, readings: Readings) -> None:
+        """What it holds and has done, beside what :meth:`load` says."""
+        ...
 
     def close(self) -> None:
         """End what is left. After its steps have ended, without the lock."""

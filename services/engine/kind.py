@@ -6,9 +6,9 @@ Plain data. A core has one; the shell says it, and routers and the conformance s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 from microserve.protocol.messages.engine_info import ABILITIES, GRAMMAR, LORA
+from microserve.protocol.process.version import own_version
 
 NATIVE = "native"
 
@@ -27,11 +27,4 @@ class EngineKind:
 def native_kind(*, has_guides: bool) -> EngineKind:
     """Ours: everything but adapters, and grammars where there is what enforces them."""
     missing = {LORA} if has_guides else {LORA, GRAMMAR}
-    return EngineKind(NATIVE, _own_version(), tuple(each for each in ABILITIES if each not in missing))
-
-
-def _own_version() -> str:
-    try:
-        return version("microserve")
-    except PackageNotFoundError:  # run from a checkout that nobody has installed
-        return ""
+    return EngineKind(NATIVE, own_version(), tuple(each for each in ABILITIES if each not in missing))

@@ -17,6 +17,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.metrics.port import MetricsPort
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
@@ -78,13 +79,14 @@ async def run_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -> None
         engine = EngineShell(settings, bus, lifecycle, core, partial(StepThread, core))
         undo.pop_all()
     try:
-        if world is None:
-            await engine.run()
-        else:
-            async with asyncio.TaskGroup() as tasks:
-                watching = tasks.create_task(world.watch(core.lock))
+        with MetricsPort(settings.metrics.host, settings.engine.metrics_port, engine.readings):
+            if world is None:
                 await engine.run()
-                watching.cancel()
+            else:
+                async with asyncio.TaskGroup() as tasks:
+                    watching = tasks.create_task(world.watch(core.lock))
+                    await engine.run()
+                    watching.cancel()
     finally:
         engine.close()
 

@@ -18,6 +18,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.address import announced
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
@@ -28,6 +29,7 @@ from microserve.services.engine.action_server import ActionServer
 from microserve.services.engine.door import Core, MakeSteps
 from microserve.services.engine.index_client import IndexClient
 from microserve.services.engine.kv_publisher import KvPublisher, topic_of
+from microserve.services.engine.metrics import engine_readings
 
 STOP_STEP_S = 10.0
 """A running step gets this long to end at shutdown."""
@@ -53,6 +55,7 @@ class EngineShell:
         """``make_steps``: called here, once, for what runs ``core``. Raises ``OSError`` for a taken address,
         :class:`ConfigError` for one exposed without keys."""
         self._settings = settings
+        self._bus = bus
         self._lifecycle = lifecycle
         self._loop = asyncio.get_running_loop()
         self._crashed = asyncio.Event()
@@ -143,6 +146,10 @@ class EngineShell:
     def num_sessions(self) -> int:
         """Routers, and the index, that the engine keeps something for."""
         return self._server.num_sessions
+
+    def readings(self) -> Readings:
+        """What is measured here, as it is now."""
+        return engine_readings(self._core, self._info, self._server, self._publisher.counters, self._bus)
 
     async def run(self) -> None:
         """Serve until cancelled or told to drain; then leave as soon as nothing is left here, within

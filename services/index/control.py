@@ -160,6 +160,21 @@ class ControlDesk:
             self._send(peer, self._log.fold.state())
 
     @property
+    def version(self) -> int:
+        """Of the log."""
+        return self._log.fold.version
+
+    @property
+    def is_durable(self) -> bool:
+        """The log survives the index."""
+        return self._log.is_durable
+
+    @property
+    def num_behind(self) -> int:
+        """Routers that have not applied all of it."""
+        return sum(router.version < self.version for router in self._routers.values())
+
+    @property
     def is_idle(self) -> bool:
         """Nothing goes on by itself."""
         return not any(rollout.ramp for rollout in self._log.fold.rollouts.values())

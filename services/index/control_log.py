@@ -6,6 +6,7 @@ start. One index at a time has the file; a killed one leaves each change either 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import sqlite3
@@ -14,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import structlog
 
+from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, InternalError, InvalidRequest, MeshError
 from microserve.protocol.messages.strategy.control import MAX_CONTROL_ENTRIES, Change, ControlRecord, Scalar
 from microserve.protocol.messages.strategy.scores import Ramp
@@ -23,6 +26,10 @@ from microserve.services.index.control_state import Fold, digest_of
 MAX_VERSION = 1 << 62
 MAX_RECORDS = 1000
 """In one answer."""
+RETRY_S = 1.0
+"""Between two tries to open a log for which there is no room."""
+
+_logger = structlog.get_logger()
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS changes (
@@ -160,6 +167,22 @@ class ControlLog:
 
     def close(self) -> None:
         self._database.close()
+
+
+async def open_control_log(path: str) -> ControlLog:
+    """Where the disk is full there will be room again, and nobody but who publishes needs this index until
+    then.
+
+    Raises :class:`ConfigError` for what does not pass."""
+    is_told = False
+    while True:
+        try:
+            return ControlLog(path)
+        except OSError as error:
+            if not is_told:
+                is_told = True
+                _logger.error(log.CONTROL_AWAITED, error=str(error))
+            await asyncio.sleep(RETRY_S)
 
 
 def _record(

@@ -64,6 +64,11 @@ class PrefixIndexes:
         return matched
 
     @property
+    def max_nbytes(self) -> int:
+        """Of all together."""
+        return self._max_nbytes
+
+    @property
     def num_blocks(self) -> int:
         return sum(index.num_blocks for index in self._indexes.values())
 

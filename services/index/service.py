@@ -38,6 +38,9 @@ from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.strategy.control import Change, ControlHistory, ControlStatus
 from microserve.protocol.messages.strategy.decisions import Answer, Explain
 from microserve.protocol.messages.world import JoinWorld
+from microserve.protocol.metrics.port import MetricsPort
+from microserve.protocol.metrics.readings import Readings
+from microserve.protocol.metrics.table.index import WATCHERS
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
@@ -46,9 +49,10 @@ from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance, Role
 from microserve.protocol.settings import BusSettings, Settings
 from microserve.services.index.control import ControlDesk
-from microserve.services.index.control_log import ControlLog
+from microserve.services.index.control_log import ControlLog, open_control_log
 from microserve.services.index.foreign import foreign_engines
 from microserve.services.index.membership import Admission, Membership
+from microserve.services.index.metrics import counted, counters_of, read_counters, read_index
 from microserve.services.index.missing import Missing
 from microserve.services.index.prefixes import PrefixIndexes
 from microserve.services.index.questions import QuestionDesk
@@ -59,8 +63,6 @@ from microserve.services.links.follow import feed_of
 from microserve.services.links.snapshot import read_snapshot, reader_of
 
 MAX_WATCHERS = 1024
-CONTROL_RETRY_S = 1.0
-"""Between two tries to open a control log for which there is no room."""
 MAX_REFUSED = 1024
 """Engines whose refusal is remembered, so that it is said once."""
 
@@ -292,7 +294,7 @@ class IndexService:
         feed = self._feeds.pop(engine_id, None)
         if feed is not None:
             feed.close()
-            self.counters.update(_counted(feed))
+            self.counters.update(counted(feed))
         self._prefixes.leave(engine_id)
 
     def _watch(self, peer: bytes, now: float, next_s: float) -> None:
@@ -331,10 +333,7 @@ class IndexService:
         return self._prefixes.lookup(tokens, salt, adapter)
 
     def _report(self, call_id: int) -> wire.IndexReport:
-        counters = Counter(self.counters)
-        for feed in self._feeds.values():
-            counters.update(_counted(feed))
-        counters.update(self._prefixes.counters)
+        counters = counters_of(self.counters, self._feeds.values(), self._prefixes)
         report = wire.IndexReport(
             call_id,
             num_engines=len(self._membership),
@@ -344,14 +343,13 @@ class IndexService:
         )
         return self._missing.told_in(report, self._bus, self._loop.time())
 
-
-def _counted(feed: Feed) -> dict[str, int]:
-    counters = feed.counters
-    return {
-        "resyncs": counters.snapshots,
-        "gaps": counters.gaps,
-        "skipped_events": feed.num_skipped,
-    }
+    def readings(self) -> Readings:
+        """What is measured here, as it is now."""
+        readings, now = Readings(), self._loop.time()
+        readings.add(WATCHERS, len(self._watchers))
+        read_index(readings, self._membership, self._missing, self._prefixes, self._feeds, self.control, now)
+        read_counters(readings, counters_of(self.counters, self._feeds.values(), self._prefixes), self._bus)
+        return readings
 
 
 async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = None) -> None:
@@ -360,7 +358,7 @@ async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = 
     extension()  # built now if ever, and not when the first engine has come
     incarnation = secrets.randbits(62) | 1
     foreign = foreign_engines(settings.index.foreign, incarnation)
-    control_log = await _open_control_log(settings.index.control_path)
+    control_log = await open_control_log(settings.index.control_path)
     service = IndexService(
         bus,
         address=settings.index.address,
@@ -372,27 +370,13 @@ async def run_index(settings: Settings, bus: Bus, lifecycle: Lifecycle | None = 
         foreign=foreign,
     )
     try:
-        (lifecycle or Lifecycle()).ready(service.address)
-        while True:
-            next_s = service.pace.next_s
-            with surviving("look for silent engines"):
-                service.tick(next_s)
-            await service.pace.tick(next_s, at_rest(settings.bus.heartbeat_interval_s, settings.bus.liveness))
+        with MetricsPort(settings.metrics.host, settings.index.metrics_port, service.readings):
+            (lifecycle or Lifecycle()).ready(service.address)
+            while True:
+                next_s = service.pace.next_s
+                with surviving("look for silent engines"):
+                    service.tick(next_s)
+                awake_s = at_rest(settings.bus.heartbeat_interval_s, settings.bus.liveness)
+                await service.pace.tick(next_s, awake_s)
     finally:
         service.close()
-
-
-async def _open_control_log(path: str) -> ControlLog:
-    """Where the disk is full there will be room again, and nobody but who publishes needs this index until
-    then.
-
-    Raises :class:`ConfigError` for what does not pass."""
-    is_told = False
-    while True:
-        try:
-            return ControlLog(path)
-        except OSError as error:
-            if not is_told:
-                is_told = True
-                _logger.error(log.CONTROL_AWAITED, error=str(error))
-            await asyncio.sleep(CONTROL_RETRY_S)

@@ -19,6 +19,7 @@ from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
 from microserve.services.local.demo.request import Gateway
 from microserve.services.local.event_ports import check_event_ports, event_ports
+from microserve.services.local.metric_ports import check_metric_ports, metric_ports, reached_at
 from microserve.services.local.supervisor import Child
 
 USAGE = "usage.db"
@@ -96,10 +97,12 @@ def compose(
             f"{first_rank} on",
             field="nvshmem.num_ranks",
         )
-    ports = iter(free_ports(3))
+    check_metric_ports(settings)
+    ports = iter(free_ports(5 + settings.mesh.engines))
     index = _with_port(settings.index.address, ports)
     router = _with_port(settings.router.address, ports)
     port = settings.gateway.port or next(ports)
+    metrics = metric_ports(settings, ports)
     common = [
         *flags,
         *assignment("log.dir", str(logs)),
@@ -112,9 +115,13 @@ def compose(
 
     def child(service: str, name: str, stop_order: int, *own: str, stop_s: float = STOP_TIMEOUT_S) -> Child:
         argv = [*service_command(service), *common, *assignment("log.file", f"{name}.jsonl"), *own]
+        read_at = metrics.get(name, 0)
+        if read_at:
+            argv += assignment(f"{service}.metrics_port", read_at)
         watchdog_s = settings.mesh.watchdog_s * (ENGINE_PATIENCE if service == "engine" else 1)
         log, output = logs / f"{name}.jsonl", logs / f"{name}.out"
-        return Child(name, argv, log, output, stop_order, stop_s, watchdog_s)
+        address = reached_at(settings.metrics.host, read_at) if read_at else ""
+        return Child(name, argv, log, output, stop_order, stop_s, watchdog_s, metrics=address)
 
     drain_s = settings.engine.drain_s + STOP_TIMEOUT_S
 

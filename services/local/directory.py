@@ -1,9 +1,9 @@
 """The state directory of a mesh on this machine: who runs it, and how its children are.
 
 Owns ``.microserve/``: ``mesh.pid`` (locked as long as its supervisor lives, so a stale one deceives nobody),
-``mesh.json`` (replaced whole at every change) and ``logs/``. Written by the supervisor, read by ``ps``,
-``down`` and ``up --detach``. A supervisor whose disk takes nothing says so by a second lock, which needs no
-room: what is read then is out of date.
+``mesh.json`` (replaced whole at every change), ``targets.json`` (Prometheus') and ``logs/``. Written by the
+supervisor, read by ``ps``, ``down`` and ``up --detach``. A supervisor whose disk takes nothing says so by a
+second lock, which needs no room: what is read then is out of date.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ class ChildState(msgspec.Struct, frozen=True):
     """What it says of itself, in words."""
     facts: Mapping[str, str] = {}
     """By name, of an engine: ``backend``, ``backend_version``, ``heaps``, ``numerics``, ``exact``."""
+    metrics: str = ""
+    """``HOST:PORT`` at which its metrics are read; empty: nowhere of its own."""
 
     @classmethod
     def of(cls, child: Child) -> ChildState:
@@ -57,6 +59,7 @@ class ChildState(msgspec.Struct, frozen=True):
             str(child.log),
             child.about,
             child.facts,
+            child.metrics,
         )
 
 

@@ -81,6 +81,8 @@ class Child:
     """What it says of itself beside its address."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """The same by name."""
+    metrics: str = ""
+    """``HOST:PORT`` at which its metrics are read; empty: nowhere of its own."""
     restarts: int = 0
     exit_code: int | None = None
     """Of its last life (-N: signal N); None: it has not ended yet."""

@@ -41,6 +41,7 @@ from microserve.services.local.demo.request import PROMPT, DemoFailed, Gateway
 from microserve.services.local.directory import AlreadyRunning, ChildState, MeshDirectory, MeshState
 from microserve.services.local.hub.name import HubError
 from microserve.services.local.hub.resolve import resolve
+from microserve.services.local.metric_ports import write_targets
 from microserve.services.local.supervisor import Child, MeshFailed, Supervisor
 from microserve.services.local.view import View
 
@@ -90,6 +91,7 @@ def up(settings: Settings, options: UpOptions, directory: MeshDirectory, view: V
             _set_aside(logs, settings.log.keep)
             keys = _keys(settings, directory)
             composition = compose(settings, options.flags, logs, directory.root / "control.db", keys)
+            write_targets(directory.root, composition.children, composition.gateway.url)
             own = msgspec.structs.replace(settings.log, dir=str(logs), file="")
             events = configure("supervisor", "up", own)
             try:

@@ -17,6 +17,8 @@ from microserve.protocol.messages.index import Watch
 from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
 from microserve.protocol.messages.strategy.control import ControlState
 from microserve.protocol.messages.strategy.decisions import Answer, Question
+from microserve.protocol.metrics.port import MetricsPort
+from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.tick import at_rest
@@ -29,6 +31,7 @@ from microserve.services.router.authoring.driver import Driver
 from microserve.services.router.engines.prefix import PrefixReplica
 from microserve.services.router.engines.registry import Registry
 from microserve.services.router.gateways import Gateways
+from microserve.services.router.metrics import router_readings
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.oversight.stuck import StuckTrace
 from microserve.services.router.rollout.book import StrategyBook
@@ -77,6 +80,7 @@ class Router:
         Raises :class:`ConfigError`, and ``OSError`` when the address is taken.
         """
         self._settings = settings
+        self._bus = bus
         self._rng = random.Random(secrets.randbits(64) if seed is None else seed)
         incarnation = self._rng.getrandbits(62) | 1
         self.identity = RouterIdentity(settings.router.id or f"router-{incarnation:x}", incarnation)
@@ -171,6 +175,20 @@ class Router:
         num_kept = len(self.serving.records)
         return Answer(question.question_id, self.identity.router_id, found, num_left_out, num_kept)
 
+    def readings(self) -> Readings:
+        """What is measured here, as it is now."""
+        return router_readings(
+            self.identity.router_id,
+            self._settings.router,
+            self._bus,
+            self.serving,
+            self.registry,
+            self.prefixes,
+            self.strategies,
+            self.control,
+            self.gateways,
+        )
+
     # --- what follows from what --------------------------------------------------------------------
 
     def _retire(self, strategy: Strategy) -> None:
@@ -263,7 +281,8 @@ async def run_router(settings: Settings, bus: Bus, lifecycle: Lifecycle | None =
         culprits = stuck.culprits if stuck is not None else ()
         try:
             router = Router(settings, bus, overseer=overseer, culprits=culprits)
-            await router.run(lifecycle or Lifecycle())
+            with MetricsPort(settings.metrics.host, settings.router.metrics_port, router.readings):
+                await router.run(lifecycle or Lifecycle())
         finally:
             if stuck is not None:
                 stuck.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -25,7 +26,7 @@ LEVELS = Levels(
 
 def text_of(metrics: GatewayMetrics, *, vllm_names: bool = False) -> bytes:
     async def collect() -> list[Metric]:
-        return metrics.families(LEVELS)
+        return await metrics.families(LEVELS)
 
     return asyncio.run(metrics.text(collect, vllm_names=vllm_names))
 
@@ -45,7 +46,7 @@ def value(text: bytes, name: str, **labels: str) -> float:
 def make() -> tuple[GatewayMetrics, list[float]]:
     clock = [0.0]
     metrics = GatewayMetrics("m", lambda: clock[0])
-    metrics.submitted(7)
+    metrics.submitted(7, 1, 16)
     metrics.first_token(0.03)
     metrics.next_tokens(0.4, 4)
     metrics.choice_ended("stop", 5)
@@ -70,9 +71,9 @@ def test_everything_is_counted() -> None:
     assert value(text, "microserve_log_dropped_total", reason="ENOSPC") == 8
     assert value(text, "microserve_log_left_out_total") == 9
     assert value(text, "microserve_routers_alive") == 2
-    assert value(text, "microserve_engine_requests_running", model_name="m") == 10
-    assert value(text, "microserve_engine_requests_waiting", model_name="m") == 11
-    assert value(text, "microserve_kv_cache_usage", model_name="m") == 0.5
+    assert value(text, "microserve_mesh_requests_running", model_name="m") == 10
+    assert value(text, "microserve_mesh_requests_waiting", model_name="m") == 11
+    assert value(text, "microserve_mesh_kv_cache_usage_ratio", model_name="m") == 0.5
     bucket = "microserve_time_to_first_token_seconds_bucket"
     assert value(text, bucket, model_name="m", le="0.02") == 0
     assert value(text, bucket, model_name="m", le="0.04") == 1
@@ -84,9 +85,12 @@ def test_vllm_names_are_the_same_numbers() -> None:
     ours = samples(text_of(make()[0]))
     theirs = samples(text_of(make()[0], vllm_names=True))
     renamed = {}
+    suffix = re.compile(r"(.*?)(_total|_bucket|_count|_sum)?")
     for (name, labels), number in ours.items():
-        alias = max((old for old in VLLM_NAMES if name.startswith(old)), key=len, default=None)
-        renamed[name if alias is None else name.replace(alias, VLLM_NAMES[alias]), labels] = number
+        told = suffix.fullmatch(name)
+        stem, rest = (name, "") if name in VLLM_NAMES or not told else (told[1], told[2] or "")
+        for alias in VLLM_NAMES.get(stem, (stem,)):
+            renamed[alias + rest, labels] = number
     process = {key for key in renamed if key[0].startswith("process_")}
     assert {k: v for k, v in renamed.items() if k not in process} == {
         k: v for k, v in theirs.items() if k not in process
@@ -102,7 +106,7 @@ def test_vllm_names_are_the_same_numbers() -> None:
 def test_the_text_is_kept_for_a_second() -> None:
     metrics, clock = make()
     first = text_of(metrics)
-    metrics.submitted(1)
+    metrics.submitted(1, 1, 16)
     assert text_of(metrics) is first
     clock[0] = CACHE_S
     assert value(text_of(metrics), "microserve_prompt_tokens_total", model_name="m") == 8

@@ -30,7 +30,7 @@ def test_a_worker_has_a_name_of_its_own_and_its_part_of_the_room() -> None:
         settings_of_worker(settings, 3)
 
 
-def counted(name: str, value: float) -> list[Metric]:
+async def counted(name: str, value: float) -> list[Metric]:
     family = CounterMetricFamily(name, "text", labels=["code"])
     family.add_metric(["ok"], value)
     return [family]

@@ -22,10 +22,12 @@ from microserve.protocol.errors import InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import fault_of_numerics
+from microserve.protocol.metrics.readings import Readings
 from microserve.services.engine.core.actions import Actions
 from microserve.services.engine.core.batch import Runner, StepResult, constrain
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.claims import Claims, unsendable
+from microserve.services.engine.core.levels import read_levels
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.peers import Peers
 from microserve.services.engine.core.record import Outbox
@@ -310,6 +312,11 @@ class EngineCore:
             prefill_share=rates.prefill_share(self.clock()),
             max_num_batched_tokens=self._max_num_batched_tokens,
         )
+
+    def read(self, readings: Readings) -> None:
+        """What it holds and has done, for its metrics. With the lock held."""
+        read_levels(self.state, readings, self.clock())
+        self.state.tally.read(readings, self.state.counters)
 
     @property
     def is_busy(self) -> bool:

@@ -173,7 +173,7 @@ class KvMemory:
             self.pool.free(blocks)
             self.pool.free(matched_blocks)
             raise
-        received = ReceivedGrant(grant, token_ids[:end], salt, holder, pinned)
+        received = ReceivedGrant(grant, token_ids[:end], salt, holder, pinned, opened_at=now)
         self.received.add(received)
         return received
 

@@ -39,6 +39,7 @@ class ReceivedGrant:
     """Blocks, matched ones too, that wait for KV under it; 0 once all is in."""
     is_foreign: bool = False
     """Some of its KV is of another numerics class than this engine's; known when it is taken."""
+    opened_at: float = 0.0
     probed_at: float = float("-inf")
     """When its writers were last probed for failure and death."""
 

@@ -134,6 +134,7 @@ class Sequence:
     """When nothing but its turn was missing (arrival of KV, for a receiver)."""
     started_at: float | None = None
     first_token_at: float | None = None
+    last_token_at: float = 0.0
 
     def __post_init__(self) -> None:
         wanted = self.params is not None and self.params.prompt_logprobs is not None

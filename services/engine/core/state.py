@@ -23,6 +23,7 @@ from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.record import Key, Outbox, Record, Records
 from microserve.services.engine.core.scheduler import Scheduler
 from microserve.services.engine.core.sequence import ClaimLane, Sequence, SequenceState
+from microserve.services.engine.core.tally import Tally
 from microserve.services.engine.guidance.guide import Guides
 
 PURGE_INTERVAL_S = 1.0
@@ -69,6 +70,7 @@ class EngineState:
         """Generations aborted while draining, whose KV their routers may now want: until when they may."""
         self._purged_at = float("-inf")
         self.counters: Counter[str] = Counter()
+        self.tally = Tally()
         self._ids = itertools.count(1)
 
     def next_sequence_id(self) -> int:
@@ -235,6 +237,7 @@ class EngineState:
             **_rounded(finished.timings),
         )
         self.count(f"generate_{reason}")
+        self.tally.ended(finished, sequence.params.max_tokens if sequence.params is not None else 0)
         self.count("generate_mixed", sequence.is_mixed)
         if record is not None and record.generate is sequence:
             record.generate = None
@@ -275,6 +278,7 @@ class EngineState:
                 transfer.writer.fail()
         if failure is not None:
             self.count("sends_failed")
+            self.tally.sends_failed[failure.code] += 1
             _logger.warning(
                 log.KV_SEND_FAILED, request_id=sequence.request_id, code=failure.code, detail=failure.detail
             )
@@ -304,6 +308,7 @@ class EngineState:
         if record is not None:
             record.sent[(transfer.grant.grant_id, transfer.lane)] = sent
         self.count("sends_done")
+        self.tally.sent(sent)
         _logger.info(
             log.KV_SENT,
             request_id=sequence.request_id,

@@ -127,11 +127,13 @@ class Stepper:
         if not grants.is_complete(grant_id) or (sequence.await_first and first is None):
             reason = self._probe(received, now, await_first=sequence.await_first)
             if reason is not None:
+                state.tally.receives_failed += 1
                 state.finish(sequence, "error", now, error=TransferFailed(reason))
             return
         try:
             self._verify(grant_id)
         except TransferFailed as error:
+            state.tally.receives_failed += 1
             state.finish(sequence, "error", now, error=error)
             return
         self._take_received(sequence, received, now)
@@ -140,7 +142,7 @@ class Stepper:
             sequence.is_mixed |= sequence.has_foreign_kv
             sequence.token_ids.append(first)
             sequence.num_delivered = sequence.num_output_tokens
-            sequence.first_token_at = now
+            self._mark_first(sequence, now)
             reason, stop = self._stop_reason(sequence, first)
             if reason is not None:
                 state.finish(sequence, reason, now, stop_token_id=stop)
@@ -150,10 +152,16 @@ class Stepper:
     def _take_received(self, sequence: Sequence, received: ReceivedGrant, now: float) -> None:
         """All KV of the grant is in and verified."""
         self._state.memory.seal(received)
+        self._measure(received, now)
         sequence.num_computed = max(sequence.num_computed, received.grant.end)
         sequence.ready_at = now if sequence.started_at is None else min(now, sequence.started_at)
         self._state.count("received_tokens", sequence.received_tokens)
         _logger.debug(log.KV_RECEIVED, request_id=sequence.request_id, num_tokens=sequence.received_tokens)
+
+    def _measure(self, received: ReceivedGrant, now: float) -> None:
+        grant, layout = received.grant, self._state.memory.grants.layout
+        nbytes = len(grant.blocks) * layout.block_nbytes * layout.num_layers
+        self._state.tally.received(grant.heap.kind, now - received.opened_at, nbytes)
 
     def _take_commit(self, record: Record, job: CommitJob, now: float) -> None:
         state, received = self._state, record.received
@@ -163,17 +171,20 @@ class Stepper:
         if not state.memory.grants.is_complete(grant_id):
             reason = self._probe(received, now)
             if reason is not None:
+                state.tally.receives_failed += 1
                 state.fail_commit(record, TransferFailed(reason))
                 state.close_received(record, now)
             return
         try:
             self._verify(grant_id)
         except TransferFailed as error:
+            state.tally.receives_failed += 1
             state.fail_commit(record, error)
             state.close_received(record, now)
             return
         job.sealed_blocks = state.memory.grants.block_table(grant_id)
         state.memory.seal(received)
+        self._measure(received, now)
 
     def _settle(self, received: ReceivedGrant) -> None:
         """The last writer has drained: received blocks are as good as computed ones."""
@@ -237,6 +248,7 @@ class Stepper:
         state.inflight = []
         self.num_steps += 1
         self.rates.measure(step, now)
+        state.tally.stepped(step.num_tokens, step.num_decodes, now - step.started_at)
         if step.early is not None and step.early.received is not None:
             self._take_received(step.early, step.early.received, now)
         for share in step.sends:
@@ -299,9 +311,22 @@ class Stepper:
         sequence.is_mixed |= sequence.has_foreign_kv
         sequence.token_ids.append(sampled.token_id)
         if sequence.first_token_at is None:
-            sequence.first_token_at = now
+            self._mark_first(sequence, now)
+        else:
+            self._state.tally.inter_token.observe(now - sequence.last_token_at)
+            sequence.last_token_at = now
         if sampled.logprob is not None:
             sequence.logprobs.append(wire.TokenLogprob(sampled.logprob, sampled.top))
+
+    def _mark_first(self, sequence: Sequence, now: float) -> None:
+        sequence.first_token_at = sequence.last_token_at = now
+        if sequence.transfer is None:
+            self._state.tally.began(
+                now - sequence.arrived_at,
+                sequence.num_prompt_tokens,
+                sequence.cached_tokens,
+                sequence.received_tokens,
+            )
 
     def _stop_reason(self, sequence: Sequence, token_id: int) -> tuple[str | None, int | None]:
         params, limits = sequence.params, self._state.limits

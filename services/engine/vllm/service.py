@@ -35,6 +35,7 @@ from microserve.protocol.messages.engine_info import (
     REMOTE_SEND,
 )
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.metrics.port import MetricsPort
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.scratch import Scratch
 from microserve.protocol.settings import Settings
@@ -158,6 +159,9 @@ async def run_vllm_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) ->
             closing.callback(shell.close)
             closing.callback(feed.close)
             feed.open(core.mirror.take, core.on_output)
+            closing.enter_context(
+                MetricsPort(settings.metrics.host, settings.engine.metrics_port, shell.readings)
+            )
             await shell.run()
 
 

@@ -294,6 +294,10 @@ class Links:
         link.nbytes = smoothed(link.nbytes, sent.nbytes)
         link.seconds = smoothed(link.seconds, seconds)
 
+    def measured(self) -> list[tuple[str, str]]:
+        """Source and target."""
+        return [*self._links]
+
     def goodput(self, source: str, target: str) -> float:
         """Bytes a second while a put runs; 0 where nothing has been measured."""
         link = self._links.get((source, target))

@@ -39,6 +39,10 @@ class PrefixReplica:
         """None until the first engine is known."""
         return self._index
 
+    def feeds(self) -> list[tuple[str, Feed]]:
+        """By engine id."""
+        return [(engine_id, feed) for engine_id, (_, feed) in self._feeds.items()]
+
     def joined(self, connection: EngineConnection) -> None:
         """Follow the engine's events. One whose events cannot be followed is served without."""
         info = connection.info

@@ -56,6 +56,16 @@ class Trail:
         self._num_notes = 0
 
     @property
+    def strategy(self) -> str:
+        """Its name."""
+        return self._head[0]
+
+    @property
+    def picked(self) -> list[tuple[str | None, str]]:
+        """Label that was asked for, and what decided, of each pick that is kept."""
+        return [(pick[1], pick[2]) for pick in self._picks]
+
+    @property
     def is_new(self) -> bool:
         """Nothing has been chosen so far: it still has to :meth:`see`."""
         return not self._num_picks

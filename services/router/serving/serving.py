@@ -60,6 +60,7 @@ from microserve.services.router.serving.live import (
     head_of,
     write_line,
 )
+from microserve.services.router.serving.tally import RouterTally
 from microserve.services.router.serving.turnstile import Turnstile
 from microserve.services.router.strategies.placing.data_parallel import data_parallel
 
@@ -108,6 +109,7 @@ class Serving:
         self.turnstile = Turnstile(registry, settings.max_requests, settings.headroom)
         self._admission = Admission(settings, strategies, registry, self.book, lookup, self.turnstile)
         self.records = Records(settings.record_requests, settings.record_max_mb << 20)
+        self.tally = RouterTally()
         self._lookup = lookup
         self._rng = rng
         self._driver = driver
@@ -260,6 +262,7 @@ class Serving:
                 if isinstance(error, MoveFailed):  # only for lack of time is a failed move the end
                     error = out_of_time()
                 break
+            self.tally.failovers[error.code] += 1
             scope.close()
             await self._attempts.close(live, generator)
             live.engines += [engine_id for engine_id in scope.engines if engine_id not in live.engines]
@@ -372,6 +375,7 @@ class Serving:
             ended = cut_short(live, error, usage, phases, engines)
             live.sink(Output(live.request_id, max(live.offset, len(live.delivered)), [], [], ended))
         write_line(live.request_id, ended)
+        self.tally.ended(ended, live.trails, failed=live.is_blamed, slow=live.is_slow)
         if live.rehearsal is not None and scope is not None:
             told = finished is not None and not live.engines and bool(scope.decision.engine_id)
             self.shadows.end(live.rehearsal, scope.decision if told else None)

@@ -39,6 +39,11 @@ class Turnstile:
         """No request of a tenant is live."""
         return self._turns.is_idle and not self._waiting
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests whose turn has not come."""
+        return sum(not future.done() for future in self._waiting.values())
+
     def check(self, tenant: str, num_live: int) -> None:
         """Raises :class:`QueueFull` when there is no room for another request of this tenant, though there
         may be for one of somebody else."""

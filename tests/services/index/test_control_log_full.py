@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from microserve.protocol import log
 from microserve.protocol.messages.strategy.control import PUBLISH, Change
-from microserve.services.index import service
+from microserve.services.index import control_log
 from microserve.services.index.control_log import ControlLog
 from tests.support.process.descriptors import no_descriptors
 
@@ -57,11 +57,11 @@ def test_a_lack_is_told_from_a_wrong_setting(path: str) -> None:
 
 
 def test_the_index_waits_for_room_and_says_so_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "CONTROL_RETRY_S", 0.01)
+    monkeypatch.setattr(control_log, "RETRY_S", 0.01)
 
     async def test() -> ControlLog:
         with no_room(), capture_logs() as events:
-            opening = asyncio.create_task(service._open_control_log(f"{path}.new"))
+            opening = asyncio.create_task(control_log.open_control_log(f"{path}.new"))
             await asyncio.sleep(0.1)
             assert not opening.done()
         assert [event["event"] for event in events] == [log.CONTROL_AWAITED]

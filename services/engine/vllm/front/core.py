@@ -23,6 +23,7 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.engine_info import EARLY_START
 from microserve.protocol.messages.kv.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.metrics.readings import Readings
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.kind import EngineKind
@@ -30,6 +31,7 @@ from microserve.services.engine.vllm.front.actions import VllmActions
 from microserve.services.engine.vllm.front.arrivals import Arrivals
 from microserve.services.engine.vllm.front.asyncllm import Llm, Stream
 from microserve.services.engine.vllm.front.early import EarlyStarts
+from microserve.services.engine.vllm.front.levels import read_levels, read_oldest, read_prefixes
 from microserve.services.engine.vllm.front.receives import Receives
 from microserve.services.engine.vllm.front.running import Running
 from microserve.services.engine.vllm.front.state import VllmState
@@ -179,6 +181,14 @@ class VllmCore:
             mean_output_tokens=rates.mean_output_tokens,
             max_num_batched_tokens=self._max_num_batched_tokens,
         )
+
+    def read(self, readings: Readings) -> None:
+        """What it holds and has done, for its metrics."""
+        state, now = self.state, self.clock()
+        read_levels(readings, self.load(), state.limits.num_blocks, self.receives, now)
+        read_oldest(readings, [each.arrived_at for each in state.live if each.first_token_at is None], now)
+        read_prefixes(readings, state.tally)
+        state.tally.read(readings, state.counters)
 
     def close(self) -> None:
         """End vLLM's processes. Their locks go with them: peers see a receiver that is gone."""

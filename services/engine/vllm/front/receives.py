@@ -176,7 +176,9 @@ class Receives:
             self._state.fail(parked, error, now)
             return
         record.asked = None
-        receive.received = ReceivedGrant(grant, parked.token_ids, receive.salt, record, receive.num_pinned)
+        receive.received = ReceivedGrant(
+            grant, parked.token_ids, receive.salt, record, receive.num_pinned, opened_at=now
+        )
         self.book.add(receive.received)
         self._state.counters["grants_opened"] += 1
         self._state.answer(parked, wire.Granted(0, grant))
@@ -246,6 +248,9 @@ class Receives:
         """The last writer has let go: vLLM may have the blocks, and share them."""
         holder, receive = received.holder, self.of(received)
         self.book.forget(received)
+        grant, layout = received.grant, self._layout
+        nbytes = len(grant.blocks) * layout.block_nbytes * layout.num_layers
+        self._state.tally.received(grant.heap.kind, now - received.opened_at, nbytes)
         if receive is not None:
             self.pool.disown(received.grant.blocks)
             receive.is_taken = True

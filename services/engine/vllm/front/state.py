@@ -22,6 +22,7 @@ from microserve.protocol.messages.numerics import MIXED, Numerics
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.record import Key, Outbox, Records
 from microserve.services.engine.core.state import PURGE_INTERVAL_S, failed
+from microserve.services.engine.core.tally import Tally
 from microserve.services.engine.vllm.front.output import Output, finish_of, prompt_rows, token_logprobs
 from microserve.services.engine.vllm.front.rates import Rates
 from microserve.services.engine.vllm.front.running import Running, RunningRecord
@@ -38,6 +39,7 @@ class VllmState:
         self.records: Records[Running] = Records()
         self.outbox = Outbox()
         self.counters: Counter[str] = Counter()
+        self.tally = Tally()
         self.draining = False
         self.live: set[Running] = set()
         """Begun and not over."""
@@ -112,6 +114,7 @@ class VllmState:
             prompt = running.token_ids[: running.num_prompt_tokens]
             scored = prompt_rows(prompt, output.prompt_logprobs, params.prompt_logprobs)
         if token_ids:
+            self._count_tokens(running, len(token_ids), now)
             self.rates.measure(running, len(token_ids), now)
             running.is_mixed |= running.is_foreign
         delta = wire.Delta(running.request_id, running.num_delivered, token_ids, rows, None, scored)
@@ -127,6 +130,13 @@ class VllmState:
         else:
             error = TransferFailed(f"vLLM has ended it: {output.finish}")
             self.finish(running, "error", now, error=error, delta=delta)
+
+    def _count_tokens(self, running: Running, num_tokens: int, now: float) -> None:
+        if running.first_token_at is None or running.last_token_at is None:
+            lengths = (running.num_prompt_tokens, running.cached_tokens, running.received_tokens)
+            self.tally.began(now - running.arrived_at, *lengths)
+        else:
+            self.tally.inter_token.observe((now - running.last_token_at) / num_tokens)
 
     def _take_sends(self, running: Running, output: Output, now: float) -> None:
         transfer = running.transfer
@@ -165,6 +175,7 @@ class VllmState:
         self.answer(running, sent)
         self.over(running, now)
         self.counters["sends_done"] += 1
+        self.tally.sent(sent)
         self.counters["sent_bytes"] += transfer.nbytes
         _logger.info(
             log.KV_SENT,
@@ -231,6 +242,7 @@ class VllmState:
             **msgspec.structs.asdict(finished.usage),
         )
         self.counters[f"generate_{reason}"] += 1
+        self.tally.ended(finished, running.params.max_tokens if running.params is not None else 0)
 
     def over(self, running: Running, now: float) -> None:
         """vLLM need not go on with it; its record, if it has one, is without it."""
@@ -302,6 +314,7 @@ class VllmState:
     def _tell_failure(self, running: Running, error: MeshError) -> None:
         if running.transfer is not None:
             self.counters["sends_failed"] += 1
+            self.tally.sends_failed[error.code] += 1
             _logger.warning(
                 log.KV_SEND_FAILED, request_id=running.request_id, code=error.code, detail=error.detail
             )

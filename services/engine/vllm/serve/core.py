@@ -23,6 +23,7 @@ from microserve.protocol.errors import Draining, EngineLost, MeshError, QueueFul
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.metrics.readings import Readings
 from microserve.services.engine.core.actions import MAX_TTL_S
 from microserve.services.engine.core.checks import (
     Limits,
@@ -36,6 +37,7 @@ from microserve.services.engine.core.checks import (
 from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.kind import EngineKind
 from microserve.services.engine.vllm.front.asyncllm import Llm, Stream
+from microserve.services.engine.vllm.front.levels import read_oldest, read_prefixes
 from microserve.services.engine.vllm.front.running import Running
 from microserve.services.engine.vllm.front.sampling import sampling_of
 from microserve.services.engine.vllm.front.state import VllmState
@@ -195,6 +197,15 @@ class ServedCore:
             prefill_rate_age_s=rates.prefill_rate_age_s(self.clock()),
             mean_output_tokens=rates.mean_output_tokens,
         )
+
+    def read(self, readings: Readings) -> None:
+        """What it holds and has done, for its metrics: its server has its own, of its cache and its steps."""
+        state = self.state
+        read_oldest(
+            readings, [each.arrived_at for each in state.live if each.first_token_at is None], self.clock()
+        )
+        read_prefixes(readings, state.tally)
+        state.tally.read(readings, state.counters)
 
     def expire(self) -> None:
         self.state.expire(self.clock())

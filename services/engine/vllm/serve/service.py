@@ -26,6 +26,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, EngineLost, MeshError
 from microserve.protocol.messages.engine_info import GRAMMAR
 from microserve.protocol.messages.numerics import Numerics
+from microserve.protocol.metrics.port import MetricsPort
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
@@ -111,7 +112,8 @@ async def run_serve_engine(settings: Settings, bus: Bus, lifecycle: Lifecycle) -
     )
     shell = EngineShell(settings, bus, lifecycle, core, partial(ServedSteps, core, server))
     try:
-        await shell.run()
+        with MetricsPort(settings.metrics.host, settings.engine.metrics_port, shell.readings):
+            await shell.run()
     finally:
         shell.close()
 

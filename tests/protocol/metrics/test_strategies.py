@@ -6,9 +6,18 @@ from typing import Any
 
 import msgspec
 
-from microserve.gateway.strategy_metrics import MAX_ENGINES, MAX_RESULTS, MAX_VERSIONS, OTHER, StrategyMetrics
 from microserve.protocol.messages.engine import Usage
 from microserve.protocol.messages.router import Ended, Phases
+from microserve.protocol.metrics.readings import Readings
+from microserve.protocol.metrics.strategies import (
+    MAX_ENGINES,
+    MAX_RESULTS,
+    MAX_VERSIONS,
+    OTHER,
+    StrategyAccount,
+)
+from microserve.protocol.metrics.table.gateway import BY_STRATEGY
+from microserve.protocol.metrics.text import metrics_of
 
 
 def ended(**fields: Any) -> Ended:
@@ -18,16 +27,18 @@ def ended(**fields: Any) -> Ended:
     return msgspec.structs.replace(whole, **fields)
 
 
-def samples(metrics: StrategyMetrics) -> dict[tuple[str, ...], float]:
+def samples(metrics: StrategyAccount) -> dict[tuple[str, ...], float]:
+    readings = Readings()
+    metrics.read(readings)
     return {
         (sample.name.removeprefix("microserve_strategy_"), *sample.labels.values()): sample.value
-        for family in metrics.families()
+        for family in metrics_of(readings)
         for sample in family.samples
     }
 
 
 def test_an_end_is_counted_by_strategy_version_and_share() -> None:
-    metrics = StrategyMetrics()
+    metrics = StrategyAccount(BY_STRATEGY)
     metrics.ended(ended(num_moves=2))
     metrics.ended(ended(reason="error", code="queue_full"))
     metrics.ended(ended(reason="abort"))
@@ -51,7 +62,7 @@ def test_an_end_is_counted_by_strategy_version_and_share() -> None:
 
 
 def test_there_are_never_more_series_than_their_bound() -> None:
-    metrics = StrategyMetrics()
+    metrics = StrategyAccount(BY_STRATEGY)
     for number in range(3 * MAX_VERSIONS):
         metrics.ended(ended(strategy_version=number, engines=[f"e{number}"]))
         metrics.ended(ended(strategy_version=10**6))
