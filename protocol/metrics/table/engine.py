@@ -96,13 +96,13 @@ PREFIX_QUERIES = counter(
     "microserve_engine_prefix_queries_tokens",
     "Tokens that the prefix cache was asked for.",
     unit="tokens",
-    vllm="prefix_cache_queries",
+    vllm=("prefix_cache_queries", "gpu_prefix_cache_queries"),
 )
 PREFIX_HITS = counter(
     "microserve_engine_prefix_hits_tokens",
     "Of these, tokens it had.",
     unit="tokens",
-    vllm="prefix_cache_hits",
+    vllm=("prefix_cache_hits", "gpu_prefix_cache_hits"),
 )
 PROMPT_TOKENS = counter(
     "microserve_engine_prompt_tokens", "Of generations that have begun.", unit="tokens", vllm="prompt_tokens"

@@ -126,14 +126,14 @@ PREFIX_QUERIES = counter(
     "Prompt tokens of choices that have ended.",
     _MODEL,
     unit="tokens",
-    vllm="prefix_cache_queries",
+    vllm=("prefix_cache_queries", "gpu_prefix_cache_queries"),
 )
 PREFIX_HITS = counter(
     "microserve_prefix_hits_tokens",
     "Of these, tokens that their engine's cache had.",
     _MODEL,
     unit="tokens",
-    vllm="prefix_cache_hits",
+    vllm=("prefix_cache_hits", "gpu_prefix_cache_hits"),
 )
 GENERATED = counter(
     "microserve_generation_tokens", "Tokens received.", _MODEL, unit="tokens", vllm="generation_tokens"

@@ -143,6 +143,7 @@ class Stepper:
             sequence.token_ids.append(first)
             sequence.num_delivered = sequence.num_output_tokens
             self._mark_first(sequence, now)
+            state.count("generated_tokens")
             reason, stop = self._stop_reason(sequence, first)
             if reason is not None:
                 state.finish(sequence, reason, now, stop_token_id=stop)

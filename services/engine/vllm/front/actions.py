@@ -281,6 +281,7 @@ class VllmActions:
         running.is_mixed |= running.is_foreign
         running.token_ids.append(token_id)
         running.num_delivered = len(running.token_ids) - running.num_prompt_tokens
+        self._state.count_tokens(running, 1, now)
         running.first_token_at = running.last_token_at = now
         ends = limits.eos_token_ids if params.ends_by_eos() else frozenset[int]()
         if token_id in ends or token_id in params.stop_token_ids:

@@ -114,12 +114,11 @@ class VllmState:
             prompt = running.token_ids[: running.num_prompt_tokens]
             scored = prompt_rows(prompt, output.prompt_logprobs, params.prompt_logprobs)
         if token_ids:
-            self._count_tokens(running, len(token_ids), now)
+            self.count_tokens(running, len(token_ids), now)
             self.rates.measure(running, len(token_ids), now)
             running.is_mixed |= running.is_foreign
         delta = wire.Delta(running.request_id, running.num_delivered, token_ids, rows, None, scored)
         running.num_delivered += len(token_ids)
-        self.counters["generated_tokens"] += len(token_ids)
         if not output.finish:
             if token_ids or scored is not None:
                 self.outbox.deltas.append((running.owner, delta))
@@ -131,7 +130,9 @@ class VllmState:
             error = TransferFailed(f"vLLM has ended it: {output.finish}")
             self.finish(running, "error", now, error=error, delta=delta)
 
-    def _count_tokens(self, running: Running, num_tokens: int, now: float) -> None:
+    def count_tokens(self, running: Running, num_tokens: int, now: float) -> None:
+        """For metrics: new ones of a generation have come."""
+        self.counters["generated_tokens"] += num_tokens
         if running.first_token_at is None or running.last_token_at is None:
             lengths = (running.num_prompt_tokens, running.cached_tokens, running.received_tokens)
             self.tally.began(now - running.arrived_at, *lengths)
