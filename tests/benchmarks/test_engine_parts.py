@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from engine_parts.serving import Stream, steady
-from engine_parts.spread import Spread, number, ratios
+from engine_parts.spread import Spread, differences, number, of_median, ratios
 from engine_parts.steps import BLOCK_SIZE, decode, prefill
+from engine_parts.vllm_server import Shape
 
 PEERS = Path(__file__).parents[2] / "benchmarks" / "peers.sh"
 
@@ -65,3 +66,24 @@ def test_a_peer_that_does_not_install_is_a_line_and_no_failure(tmp_path: Path, t
         assert len(done.stdout.splitlines()) == 1
 
     assert subprocess.run([PEERS, "nobody"], capture_output=True, check=False).returncode == 2
+
+
+def test_a_median_has_the_interval_of_its_ranks() -> None:
+    assert of_median([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+    assert of_median([float(value) for value in range(101)]) == Spread(50.0, 40.0, 60.0)
+    assert differences([5.0, 9.0, 4.0], [4.0, 7.0, 1.0]) == Spread(2.0, 1.0, 3.0)
+
+
+def test_both_sides_of_vllm_are_told_the_same() -> None:
+    shape = Shape(max_num_batched_tokens=512, kv_mb=64)
+    flags, settings = shape.flags(), shape.settings(Path("python"))
+
+    assert flags[flags.index("--kv-cache-memory-bytes") + 1] == str(64 << 20)
+    assert {"vllm.kv_cache_mb=64", "engine.max_num_batched_tokens=512"} < {*settings}
+    for flag, setting in (
+        ("--block-size", "kvcache.block_size"),
+        ("--max-model-len", "engine.max_model_len"),
+        ("--max-num-seqs", "engine.max_num_seqs"),
+        ("--max-num-batched-tokens", "engine.max_num_batched_tokens"),
+    ):
+        assert f"{setting}={flags[flags.index(flag) + 1]}" in settings

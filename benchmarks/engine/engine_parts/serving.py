@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from microserve.services.local.directory import MeshDirectory
 
@@ -71,22 +72,33 @@ class Prompts:
 @dataclass
 class Mesh:
     url: str
+    logs: Path | None = None
+    """Where its services write, of a mesh."""
 
     def play(self, prompts: list[list[int]], num_tokens: int) -> list[Stream]:
         """All at once, greedy, ``ignore_eos``."""
         return asyncio.run(self._play(prompts, num_tokens))
 
+    def finished(self) -> list[dict[str, Any]]:
+        """The gateway's canonical lines, of all requests so far."""
+        assert self.logs is not None, "only a mesh has them"
+        lines = [json.loads(line) for line in (self.logs / "gateway.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["event"] == "request.finished"]
+
     async def _play(self, prompts: list[list[int]], num_tokens: int) -> list[Stream]:
-        host, _, port = self.url.rpartition("/")[2].rpartition(":")
-        loop = asyncio.get_running_loop()
-        clients = [(await loop.create_connection(_Client, host, int(port)))[1] for _ in prompts]
+        clients = [await connect(self.url) for _ in prompts]
         began = time.perf_counter()
         for client, prompt in zip(clients, prompts, strict=True):
             client.ask(prompt, num_tokens)
         return [(await client.answer()).stream(began, num_tokens) for client in clients]
 
 
-class _Client(asyncio.Protocol):
+async def connect(url: str) -> Client:
+    host, _, port = url.rpartition("/")[2].rpartition(":")
+    return (await asyncio.get_running_loop().create_connection(Client, host, int(port)))[1]
+
+
+class Client(asyncio.Protocol):
     """One streamed request. Keeps what comes with its time, and reads it when all is over: what a client
     takes of the machine would be counted as the mesh's."""
 
@@ -97,9 +109,11 @@ class _Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
 
-    def ask(self, prompt: list[int], num_tokens: int) -> None:
+    def ask(self, prompt: list[int], num_tokens: int, **more: object) -> None:
+        """``more``: other fields of the body."""
         body = {"model": "bench", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0.0}
         body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+        body |= more
         content = json.dumps(body).encode()
         head = "POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
         head += f"content-length: {len(content)}\r\n\r\n"
@@ -115,7 +129,7 @@ class _Client(asyncio.Protocol):
         if not self._over.done():
             self._over.set_exception(RuntimeError(b"".join(data for _, data in self._parts).decode()))
 
-    async def answer(self) -> _Client:
+    async def answer(self) -> Client:
         """Raises :class:`RuntimeError` with what there is of one that is not whole."""
         async with asyncio.timeout(TIMEOUT_S):
             await self._over
@@ -156,6 +170,6 @@ def mesh(model: str, num_engines: int, threads: int, dtype: str, *assignments: s
         try:
             state = MeshDirectory(Path(home) / ".microserve").read()
             assert state is not None
-            yield Mesh(state.url)
+            yield Mesh(state.url, Path(home) / ".microserve" / "logs")
         finally:
             subprocess.run([*command, "down"], cwd=home, check=True, stdout=subprocess.DEVNULL)
