@@ -36,6 +36,7 @@ ELSEWHERE = {
     "key": "key:key",
     "label": "label:label",
     "model": "model:model",
+    "ps": "ps:ps",
     "router": "serve:router",
     "simulate": "simulate:simulate",
     "strategy": "strategy.group:strategy",
@@ -169,30 +170,6 @@ def down(timeout_s: float) -> None:
         echo(stop(MeshDirectory(directory_at_hand()), timeout_s))
     except MeshFailed as error:
         raise Failure(str(error)) from None
-
-
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@directory_flag
-def ps(as_json: bool) -> None:
-    """Show the mesh of this directory; exit code 1 unless all of it is ready."""
-    from microserve.protocol.logging.printable import printable_json
-    from microserve.services.local.directory import MeshDirectory
-    from microserve.services.local.view import describe
-
-    directory = directory_at_hand()
-    mesh = MeshDirectory(directory)
-    state = mesh.read() if mesh.supervisor() else None
-    if as_json:
-        echo(printable_json(state))
-    elif state is None:
-        echo("no mesh runs here")
-    else:
-        echo("\n".join([f"{state.url}  {state.model}", *map(describe, state.children)]))
-        if state.stale:
-            echo(f"out of date: {directory} could not be written since (is the disk full?)")
-    whole = state is not None and all(child.state == "ready" for child in state.children)
-    sys.exit(0 if whole else 1)
 
 
 # --- looking and preparing -------------------------------------------------------------------------

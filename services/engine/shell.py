@@ -198,6 +198,8 @@ class EngineShell:
             "heaps": " ".join(info.all_heaps),
             "numerics": info.numerics.name,
             "exact": str(info.numerics.is_exact).lower(),
+            "events": info.events_address,
+            "replay": info.replay_address,
         }
 
     def drain(self) -> None:

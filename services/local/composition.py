@@ -17,7 +17,9 @@ from typing import Any
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings import Settings
+from microserve.services.index.foreign import foreign_engines
 from microserve.services.local.demo.request import Gateway
+from microserve.services.local.directory import ForeignState
 from microserve.services.local.event_ports import check_event_ports, event_ports
 from microserve.services.local.metric_ports import check_metric_ports, metric_ports, reached_at
 from microserve.services.local.supervisor import Child
@@ -43,6 +45,7 @@ class Composition:
     """Addresses."""
     keys: str
     """Directory of keys; empty: none."""
+    foreign: list[ForeignState]
 
 
 def assignment(path: str, value: Any) -> list[str]:
@@ -161,7 +164,11 @@ def compose(
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.gateway.host, settings.gateway.host)
     model = settings.model.name or Path(settings.model.path).name
     gateway = Gateway(host, port, first_key(settings), settings.gateway.tls_cert)
-    return Composition(children, gateway, model, index, router, keys)
+    foreign = [
+        ForeignState(each.engine_id, each.model, each.events_address, each.replay_address)
+        for each in foreign_engines(settings.index.foreign, incarnation=1)
+    ]
+    return Composition(children, gateway, model, index, router, keys, foreign)
 
 
 def first_key(settings: Settings) -> str:

@@ -43,7 +43,8 @@ class ChildState(msgspec.Struct, frozen=True):
     about: str = ""
     """What it says of itself, in words."""
     facts: Mapping[str, str] = {}
-    """By name, of an engine: ``backend``, ``backend_version``, ``heaps``, ``numerics``, ``exact``."""
+    """By name, of an engine: ``backend``, ``backend_version``, ``heaps``, ``numerics``, ``exact``, and the
+    addresses ``events`` and ``replay``."""
     metrics: str = ""
     """``HOST:PORT`` at which its metrics are read; empty: nowhere of its own."""
 
@@ -61,6 +62,17 @@ class ChildState(msgspec.Struct, frozen=True):
             child.facts,
             child.metrics,
         )
+
+
+class ForeignState(msgspec.Struct, frozen=True):
+    """An engine of other people whose KV events the index follows (``index.foreign``); whether it lives, the
+    index knows."""
+
+    engine_id: str
+    model: str
+    events: str
+    """Addresses."""
+    replay: str = ""
 
 
 class MeshState(msgspec.Struct, frozen=True):
@@ -81,6 +93,7 @@ class MeshState(msgspec.Struct, frozen=True):
     router: str = ""
     keys: str = ""
     """Directory of keys; empty: it runs without, on purpose."""
+    foreign: list[ForeignState] = []
     stale: bool = False
     """For who reads it: something has changed since, and could not be written."""
 

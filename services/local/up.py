@@ -245,6 +245,7 @@ class _Up:
             children=[ChildState.of(child) for child in self._composition.children],
             ready=self._ready,
             failure=self._failure,
+            foreign=self._composition.foreign,
         )
 
 
