@@ -96,6 +96,22 @@ def test_a_stream_says_first_how_it_begins_and_last_what_it_was(
     run(main())
 
 
+def test_the_line_says_through_what_kv_went(model: Path, raw_tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        def answer(served: Served) -> None:
+            served.send(raw_tokenizer.encode("a").ids, numerics=A)
+            served.end("length", numerics=A, heaps=["shm", "tcp"])
+
+        async with gateway_world(model) as world:
+            world.router.answer = answer
+            with structlog.testing.capture_logs() as logs:
+                assert (await whole(world)).status_code == 200
+        [line] = [entry for entry in logs if entry["event"] == log.REQUEST_FINISHED]
+        assert line["heaps"] == ["shm", "tcp"]
+
+    run(main())
+
+
 def test_a_stream_says_first_what_serves_it(model: Path, raw_tokenizer: Tokenizer) -> None:
     async def main() -> None:
         async with gateway_world(model) as world, stream(world) as client:

@@ -202,17 +202,19 @@ async def test_without_output_nothing_is_said_of_a_class() -> None:
 # --- what it prefers ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("began", [A, LOOSE])
 @in_loop
-async def test_a_stream_goes_on_in_the_class_in_which_it_began() -> None:
-    """The other engine of its class has more to do than those of the other one."""
+async def test_a_stream_goes_on_in_the_class_in_which_it_began(began: Numerics) -> None:
+    """The other engine of its class has more to do than those of the other one. Also of a class that promises
+    nothing, as vLLM's."""
     async with router_world() as world:
-        dying = world.add_engine("a", numerics=A)
+        dying = world.add_engine("a", numerics=began)
         answer = await begun_on(world, dying)
-        busy = world.add_engine("a2", numerics=A)
+        busy = world.add_engine("a2", numerics=began)
         busy.load = wire.EngineLoad(num_running=7, queued_prefill_tokens=5000)
         await add(world, b=B, b2=B)
         dying.die()
-        assert (await answer.wait()).numerics == A
+        assert (await answer.wait()).numerics == began
         assert answer.token_ids == expected_output(MAX_TOKENS)
         assert answer.result.engines == ["a", "a2"]
 
@@ -241,9 +243,12 @@ async def test_without_an_engine_of_its_class_it_goes_on_in_another(began: Numer
         dying = world.add_engine("a", numerics=began)
         answer = await begun_on(world, dying)
         await add(world, b=B)
-        dying.die()
-        assert (await answer.wait()).numerics == BOTH
+        with structlog.testing.capture_logs() as logs:
+            dying.die()
+            assert (await answer.wait()).numerics == BOTH
         assert answer.token_ids == expected_output(MAX_TOKENS)
+        [line] = [entry for entry in logs if entry["event"] == log.REQUEST_FINISHED]
+        assert (line["numerics"], line["exact"], line["engines"]) == (MIXED, False, ["a", "b"])
 
 
 @pytest.mark.parametrize(("others", "target", "told"), [((A, B), "x0", A), ((B, B), None, BOTH)])
