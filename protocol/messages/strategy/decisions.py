@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.kv.geometry import UNSAID, Geometry
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.strategy.control import Scalar
 from microserve.protocol.messages.strategy.scores import Score
@@ -53,6 +54,12 @@ class EngineSeen(msgspec.Struct, frozen=True, array_like=True):
     load: EngineLoad
     """Its last report."""
     load_age_s: float
+    can: list[str] | None = None
+    """As in ``EngineInfo``; None: it says none, or the router that remembers it is of before."""
+    geometry: Geometry = UNSAID
+    split_tokens: int = 1
+    recompute_tokens: int = 0
+    backend: str = ""
 
 
 class Scored(msgspec.Struct, frozen=True, array_like=True):

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from microserve.protocol.messages.engine_info import PREP_RECV, REMOTE_SEND
 from microserve.protocol.messages.strategy.decisions import (
     Attempt,
     EngineSeen,
@@ -133,6 +134,10 @@ def _remarks(pick: Pick, seen: Mapping[str, EngineSeen]) -> Iterator[str]:
         yielded = {*pick.excluded} & {*pick.candidates}
         also = "; it yields, for nobody else is left" if yielded else ""
         yield f"excluded: {', '.join(pick.excluded)}{also}"
+    for ability in (PREP_RECV, REMOTE_SEND):
+        unable = [e for e in seen.values() if e.can is not None and ability not in e.can]
+        if without := [e.engine_id for e in unable if e.engine_id not in pick.candidates]:
+            yield f"cannot {ability}, and is no candidate: {', '.join(without)}"
     if pick.numerics:
         yield f"only engines of numerics class {pick.numerics}"
     best = [e for e, cost in zip(pick.candidates, pick.costs, strict=True) if cost == min(pick.costs)]
@@ -169,6 +174,9 @@ def _done(attempt: Attempt, each: Explanation) -> Iterator[str]:
 
 def _replayed(other: Replayed) -> Iterator[str]:
     yield f"    {_named(other.strategy, other.version)} by what was known then:"
+    if other.unknown:
+        who = ", ".join(other.unknown)
+        yield f"      nothing says what {who} can do: taken as able to do everything"
     if other.mistake:
         yield f"      {other.mistake}"
         return

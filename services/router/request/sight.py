@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.engine import EngineInfo, EngineLoad
+from microserve.protocol.messages.kv.geometry import Geometry
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.strategy.decisions import EngineSeen
 from microserve.services.router.engines.connection import Connection
@@ -22,7 +23,11 @@ Own = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 _numbers = itertools.count(1)
 _encode = msgspec.msgpack.Encoder().encode
-_Columns = tuple[list[str], list[list[str]], list[Numerics], list[int], list[EngineLoad], list[float]]
+_Kind = tuple[list[str] | None, Geometry, int, int, str]
+"""What an engine is able to, as the last fields of ``EngineSeen``."""
+_Columns = tuple[
+    list[str], list[list[str]], list[Numerics], list[int], list[EngineLoad], list[float], list[_Kind]
+]
 _decode = msgspec.msgpack.Decoder(_Columns).decode
 
 
@@ -46,12 +51,13 @@ class Sight:
                 [info.num_blocks for info in infos],
                 [c.load for c in connections],
                 [c.load_at for c in connections],
+                [_kind_of(info) for info in infos],
             )
         )
 
     def seen(self, own: Own, at: float) -> list[EngineSeen]:
         """By a request that had these numbers of its router beside it, at that moment of the loop's clock."""
-        ids, labels, numerics, num_blocks, loads, load_ats = _decode(self.data)
+        ids, labels, numerics, num_blocks, loads, load_ats, kinds = _decode(self.data)
         tokens, sequences, transfers = own
         return [
             EngineSeen(
@@ -64,9 +70,14 @@ class Sight:
                 transfers[n],
                 loads[n],
                 at - load_ats[n],
+                *kinds[n],
             )
             for n, engine_id in enumerate(ids)
         ]
+
+
+def _kind_of(info: EngineInfo) -> _Kind:
+    return info.can, info.geometry, info.split_tokens, info.recompute_tokens, info.backend
 
 
 class Sights:

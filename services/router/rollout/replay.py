@@ -1,9 +1,10 @@
 """What a strategy would decide by what a router remembers of a request: a mesh made of a record.
 
-A rehearsal as a shadow's (shadow.py), of a request that is over: engines, loads, labels and cached prefixes
-are those of the record, actions are answered at once and do nothing. What no record has is missing here: the
-prompt's tokens (all are 0), values of attributes (empty, but for priority 0), links between engines (not
-measured), what the strategy had in ``mesh.state``, and its plan. Knows no router and sends nothing.
+A rehearsal as a shadow's (shadow.py), of a request that is over: engines, what they are able to, loads,
+labels and cached prefixes are those of the record, actions are answered at once and do nothing. What no
+record has is missing here: the prompt's tokens (all are 0), values of attributes (empty, but for priority
+0), links between engines (not measured), what the strategy had in ``mesh.state``, and its plan. Knows no
+router and sends nothing.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Replayed(msgspec.Struct, frozen=True):
     """Predicted by the router's cost model; None: of too little is known."""
     done_ttft_s: float | None = None
     """Predicted likewise for what was done."""
+    unknown: list[str] = []
+    """Engines of which nothing says what they are able to: here they are to everything."""
 
 
 class _Facts:
@@ -75,7 +78,7 @@ class _Facts:
             replay_address="",
             model="",
             labels=seen.labels,
-            block_size=block_size,
+            block_size=seen.geometry.block_size or block_size,
             num_blocks=seen.num_blocks,
             num_layers=0,
             max_model_len=no_bound,
@@ -85,6 +88,11 @@ class _Facts:
             heap="",
             wire_version=WIRE_VERSION,
             numerics=seen.numerics,
+            backend=seen.backend,
+            can=seen.can,
+            geometry=seen.geometry,
+            split_tokens=seen.split_tokens,
+            recompute_tokens=seen.recompute_tokens,
         )
 
 
@@ -107,6 +115,7 @@ async def replay(
     )
     book = _book(attempt.engines)
     facts = [_Facts(seen, each.block_size) for seen in attempt.engines]
+    unknown = [seen.engine_id for seen in attempt.engines if seen.can is None]
     connections = [ShadowConnection(fact, partial(_held, attempt, fact.engine_id)) for fact in facts]
     scope = RequestScope(request, LoadBook().open(), PhaseClock(loop.time()), call_timeout_s=DECISION_S)
     scope.trail = trail = Trail(name, version, attempt.num_tokens, scope.decision, loop.time(), loop.time())
@@ -120,7 +129,7 @@ async def replay(
         if not scope.decision.engine_id:
             raise StrategyError("the strategy ended without a decision")
     except Exception as mistake:
-        return Replayed(name, version, f"{type(mistake).__name__}: {mistake}")
+        return Replayed(name, version, f"{type(mistake).__name__}: {mistake}", unknown=unknown)
     finally:
         scope.close()
     made, done = scope.decision, _decision(attempt)
@@ -139,6 +148,7 @@ async def replay(
         is_same_engine=made.engine_id == done.engine_id,
         ttft_s=None if own is None else own.ttft_s,
         done_ttft_s=None if others is None else others.ttft_s,
+        unknown=unknown,
     )
 
 

@@ -126,6 +126,8 @@ class ShadowConnection:
             layout_hash=self.info.layout_hash,
             heap=_NOWHERE,
             lease_s=1.0,
+            numerics=self.info.numerics.name,
+            geometry=self.info.geometry,
             adapter=adapter_named(message.adapter, self.info.adapters),
         )
 

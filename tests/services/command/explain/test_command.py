@@ -103,6 +103,18 @@ def test_a_pick_is_a_table_with_the_reasons_that_narrowed_it() -> None:
     assert "generates on e1 from 30 of 40 tokens, the first token comes from the sender" in text
 
 
+def test_who_could_not_do_it_is_said() -> None:
+    assert "cannot" not in told()  # it is a candidate
+    assert "cannot remote_send, and is no candidate: e1" in told(candidates=["e2"], costs=[1.0], scored=[])
+
+
+def test_what_nobody_knows_of_engines_is_said_of_a_replay() -> None:
+    made = Replayed("mine", 0, engine_id="e1", unknown=["e1", "e2"])
+    assert "nothing says what e1, e2 can do: taken as able to do everything" in told(
+        {EXPLANATION.request_id: [made]}
+    )
+
+
 def test_what_could_not_narrow_it_is_said() -> None:
     assert "no engine has the label gone" in told(label="gone")
     assert "excluded: e1; it yields, for nobody else is left" in told(excluded=["e1"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
+from microserve.protocol.messages.kv.geometry import Geometry
 from microserve.protocol.messages.strategy.decisions import Explanation
 from microserve.services.router.authoring.action.generating import Chunks
 from microserve.services.router.authoring.definition import Strategy
@@ -69,6 +71,46 @@ async def test_it_sees_what_was_known_then_and_no_more() -> None:
     assert (await replayed(mine(looks), found)).engine_id == "d"
     assert seen["ids"] == ["d"] and seen["tokens"] == {0}
     assert seen["attributes"] == {"user": "", "tenant": "", "priority": "0"}
+
+
+@in_loop
+async def test_an_engine_does_what_it_did_then_and_no_more() -> None:
+    """What it can, where sends from it meet, its geometry: as the record has them."""
+    shape = Geometry("bfloat16", "rows", 16, 30, 3, 64)
+
+    async def sends(mesh: Mesh, request: Request) -> Chunks:
+        a, b = (next(e for e in mesh.engines() if e.id == name) for name in "ab")
+        grant = await a.prep_recv(request, end=32)
+        b.remote_send(request, grant, begin=grant.matched, end=grant.end)
+        yield a.start_generate(request, begin=grant.end, grant=grant)
+
+    for ability, mistake in (("prep_recv", "engine b (vllm) does no remote_send"), ("remote_send", "")):
+        async with router_world() as world:
+            world.add_engine("a", geometry=shape, can=["prep_recv", "remote_send"])
+            world.add_engine("b", geometry=shape, can=[ability], split_tokens=16, backend="vllm")
+            await world.list_engines()
+            await world.gateway.generate(PROMPT, strategy="data_parallel", request_id="r")
+            [found], _ = world.router.serving.explain("r")
+        [seen] = [each for each in found.attempts[0].engines if each.engine_id == "b"]
+        assert (seen.can, seen.geometry, seen.split_tokens) == ([ability], shape, 16)
+        assert seen.backend == "vllm"
+        made = await replayed(mine(sends), found)
+        assert mistake in made.mistake and bool(made.mistake) == bool(mistake), made
+        assert made.unknown == []
+    [attempt] = found.attempts
+    other = Geometry("float32", "rows", 16, 30, 3, 64)
+    engines = [msgspec.structs.replace(e, geometry=other) if e is seen else e for e in attempt.engines]
+    made = await replay(mine(sends), found, msgspec.structs.replace(attempt, engines=engines))
+    assert "float32" in made.mistake
+
+
+@in_loop
+async def test_of_a_record_without_abilities_it_is_said_that_they_are_not_known() -> None:
+    found = await recorded("data_parallel")
+    [attempt] = found.attempts
+    old = [msgspec.structs.replace(seen, can=None) for seen in attempt.engines]
+    made = await replay(data_parallel, found, msgspec.structs.replace(attempt, engines=old))
+    assert made.mistake == "" and made.unknown == ["d", "p"]
 
 
 @in_loop
