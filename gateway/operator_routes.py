@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -22,9 +23,16 @@ async def health(state: GatewayState, exchange: Exchange) -> None:
 
 
 async def ready(state: GatewayState, exchange: Exchange) -> None:
-    """200 when a request could be served now, else 503; both list the routers."""
+    """200 when a request could be served now, else 503; both list the routers, and say what time it is here
+    for who compares clocks."""
     is_ready = state.routers.ready and not state.draining
-    body = {"ready": is_ready, "draining": state.draining, "routers": state.routers.status()}
+    body = {
+        "ready": is_ready,
+        "draining": state.draining,
+        "routers": state.routers.status(),
+        "version": state.version,
+        "time": time.time(),
+    }
     headers = {} if is_ready else {"retry-after": "1"}
     await exchange.reply(200 if is_ready else 503, msgspec.json.encode(body), headers)
 

@@ -156,7 +156,8 @@ async def _serve(
             )
         )
         certificate = Certificate(gateway.tls_cert, gateway.tls_key) if gateway.tls_cert else None
-        state = _make_state(settings, tokenizer, helpers, bus, keys, worker)
+        url = address_of(listener, scheme="https" if certificate else "http")
+        state = _make_state(settings, tokenizer, helpers, bus, keys, worker, url)
         if worker is not None:
             siblings = state.siblings = Siblings(
                 address_of(listener), worker, gateway.workers, state.own_families
@@ -196,7 +197,7 @@ async def _serve(
         try:
             lifecycle.set_health(lambda: not beating.done())
             about = f"one of {gateway.workers} workers" if worker is not None else ""
-            lifecycle.ready(address_of(listener, scheme="https" if certificate else "http"), about=about)
+            lifecycle.ready(url, about=about)
             done, _ = await asyncio.wait([serving, beating], return_when=asyncio.FIRST_COMPLETED)
             if beating in done:
                 beating.result()  # without a heartbeat every router would give us up: better end
@@ -269,6 +270,7 @@ def _make_state(
     bus: ZmqBus,
     keys: KeyRing,
     worker: int | None,
+    url: str,
 ) -> GatewayState:
     gateway = settings.gateway
     attributes = Attributes.of(gateway.attributes, gateway.private_attributes)
@@ -286,6 +288,7 @@ def _make_state(
         heartbeat_interval_s=settings.bus.heartbeat_interval_s,
         liveness=settings.bus.liveness,
         clock=time.monotonic,  # as for HTTP: uvloop's has milliseconds only
+        url=url,
     )
     helpers.adapters = lambda: routers.known_adapters
     max_body_nbytes = gateway.max_body_mb << 20

@@ -28,6 +28,9 @@ NO_KEY = "none"
 MAX_REQUEST_ID_CHARS = 128
 """Longer ids are refused: an id is a key in every table of the mesh."""
 
+MAX_URL_CHARS = 256
+"""Of a gateway, as it says; more is not believed."""
+
 MAX_BULK_NBYTES = 64 << 20
 """All bulk frames of one message together; a longer frame costs its sender the connection."""
 

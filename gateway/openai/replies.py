@@ -224,3 +224,6 @@ class ReadyReply(msgspec.Struct):
     ready: bool
     draining: bool
     routers: list[RouterStatus]
+    version: str
+    time: float
+    """Seconds since 1970, by the gateway's clock."""

@@ -13,6 +13,7 @@ from typing import Any
 from microserve.gateway.routers.failover import Moves
 from microserve.gateway.routers.link import NO_LOAD, EnginesLoad, ModelLimits, RouterLink
 from microserve.gateway.routers.mailbox import Inbox, Mailbox
+from microserve.protocol.bus.address import url_towards
 from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.bus.peers import Peers
 from microserve.protocol.bus.transport import Bus
@@ -41,9 +42,10 @@ class RouterClient:
         heartbeat_interval_s: float,
         liveness: int,
         clock: Callable[[], float],
+        url: str = "",
     ) -> None:
         """``liveness`` missed intervals make a router lost. ``clock``: monotonic, seconds; finer than a
-        millisecond where the times of tokens matter.
+        millisecond where the times of tokens matter. ``url``: where HTTP is bound.
 
         Raises :class:`ConfigError` for an address that is none.
         """
@@ -64,6 +66,7 @@ class RouterClient:
                 gateway_id=gateway_id,
                 incarnation=incarnation,
                 credit=credit,
+                url=url_towards(url, address) if url else "",
                 clock=clock,
                 on_lost=self._moves.lost,
                 on_heard=self._heard,

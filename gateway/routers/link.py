@@ -83,13 +83,15 @@ class RouterLink:
         gateway_id: str,
         incarnation: int,
         credit: int,
+        url: str,
         clock: Callable[[], float],
         on_lost: Callable[[list[Mailbox], MeshError], None],
         on_heard: Callable[[RouterLink, float | None], None],
         on_speaks: Callable[[], None],
     ) -> None:
         """``on_lost`` takes over the requests of a router that is lost or stops. ``on_heard`` is told of each
-        message, with its ``next_s`` if it has one; ``on_speaks`` of what we say beside signs of life."""
+        message, with its ``next_s`` if it has one; ``on_speaks`` of what we say beside signs of life.
+        ``url``: of the gateway's HTTP, as the router's host reaches it."""
         self.address = address
         self.router_id = ""
         self.router_incarnation: int | None = None
@@ -117,6 +119,7 @@ class RouterLink:
         self._gateway_id = gateway_id
         self._incarnation = incarnation
         self._credit = credit
+        self._url = url
         self._clock = clock
         self._on_lost = on_lost
         self._on_heard = on_heard
@@ -155,7 +158,7 @@ class RouterLink:
         self.seen_at = self._clock()
         self._on_heard(self, 0.0)
         self._meter = CreditMeter(self._credit)
-        self.send(GatewayHello(self._gateway_id, self._incarnation, self._credit))
+        self.send(GatewayHello(self._gateway_id, self._incarnation, self._credit, self._url))
 
     def send(self, message: RouterRequest, *bulk: bytes) -> bool:
         """False when the queue to the router is full or there is no socket."""

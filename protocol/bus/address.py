@@ -63,6 +63,17 @@ def announced(bound: str, advertise: str, towards: str) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
+def url_towards(url: str, towards: str) -> str:
+    """What is told, at the other end of the way to ``towards``, of HTTP that is bound as ``url`` says, as
+    :func:`announced` does; empty where only this host reaches it, or no way leads there."""
+    scheme, _, place = url.partition("://")
+    try:
+        told = announced(f"tcp://{place}", "", towards)
+    except OSError:
+        return ""
+    return "" if is_out_of_reach(told, towards) else f"{scheme}://{told.removeprefix('tcp://')}"
+
+
 def own_host_towards(address: str) -> str:
     """The address of this host on its way to another one; nothing is sent. Raises ``OSError`` if there is no
     way."""

@@ -66,6 +66,12 @@ class Watch(_Message, frozen=True, tag=4):
     """The next one comes in so long, for nothing is under way; 0: in an interval."""
     trials: list[Trial] = []
     """Of the canaries that it runs, since they have their shares."""
+    gateways: list[str] = []
+    """URLs of the gateways that are connected to it, as they say."""
+    version: str = ""
+    """Of its software."""
+    host: HostFacts = UNSAID_HOST
+    """Of its process and machine."""
 
 
 class Lookup(_Message, frozen=True, tag=5):

@@ -25,6 +25,8 @@ class GatewayHello(_Message, frozen=True, tag=1):
     incarnation: int
     credit: int
     """``Stream`` messages that the router may send before more ``StreamCredit`` comes."""
+    url: str = ""
+    """Where it serves HTTP, as others reach it; empty: only from its own host, or not said."""
 
 
 class Generate(_Message, frozen=True, tag=2):

@@ -6,6 +6,8 @@ those who check it before, and for the routers that run it.
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable
 
 import structlog
@@ -13,6 +15,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import MeshError, NotPermitted
 from microserve.protocol.messages import index as wire
+from microserve.protocol.messages.host import HostFacts
 from microserve.protocol.messages.strategy.control import (
     LABEL_KINDS,
     RAMP,
@@ -31,6 +34,8 @@ from microserve.services.index.control_state import MAX_REASON_CHARS, digest_of
 from microserve.services.index.trial.ramp import Ramps, once
 
 LOCAL = "local"
+NUM_CLOCKS = 8
+"""Messages of a router by which its clock is judged."""
 
 Send = Callable[[bytes, wire.IndexReply], bool]
 _logger = structlog.get_logger()
@@ -38,13 +43,21 @@ _logger = structlog.get_logger()
 
 class ControlDesk:
     def __init__(
-        self, control_log: ControlLog, send: Send, *, may_publish: Callable[[str], bool] | None
+        self,
+        control_log: ControlLog,
+        send: Send,
+        *,
+        may_publish: Callable[[str], bool] | None,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """``may_publish`` is asked with a sender's public key; None: without keys, everybody here may."""
         self._log = control_log
         self._send = send
         self._may_publish = may_publish
         self._routers: dict[bytes, RouterControl] = {}
+        self._clocks_off_s: dict[bytes, deque[float]] = {}
+        """Of routers, as their last few messages say: each of them was under way for a while."""
+        self._wall_clock = wall_clock
         self._ramps = Ramps()
         self._highest_seen = 0
         """Of the versions that routers have: a log that was lost must not use them again."""
@@ -140,6 +153,10 @@ class ControlDesk:
             message.serves,
             message.default_strategy,
             message.trials,
+            message.gateways,
+            message.version,
+            message.host,
+            self._clock_off_s(peer, message.host),
         )
         if message.control_version < MAX_VERSION:
             self._highest_seen = max(self._highest_seen, message.control_version)
@@ -158,6 +175,13 @@ class ControlDesk:
                 self._append(change, f"router {message.watcher_id}")
         if message.control_version < self._log.fold.version:
             self._send(peer, self._log.fold.state())
+
+    def _clock_off_s(self, peer: bytes, host: HostFacts) -> float:
+        if not host.wall_s:
+            return 0.0
+        seen = self._clocks_off_s.setdefault(peer, deque(maxlen=NUM_CLOCKS))
+        seen.append(host.wall_s - self._wall_clock())
+        return max(seen)
 
     @property
     def version(self) -> int:
@@ -188,6 +212,7 @@ class ControlDesk:
 
     def forget(self, peer: bytes) -> None:
         self._routers.pop(peer, None)
+        self._clocks_off_s.pop(peer, None)
 
     def close(self) -> None:
         self._log.close()

@@ -8,6 +8,7 @@ about any of them. Knows neither engines' connections nor strategies.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol, assert_never
 
 import msgspec
@@ -20,7 +21,9 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages import index, world
 from microserve.protocol.messages.engine import EngineInfo
+from microserve.protocol.messages.host import HostFacts
 from microserve.protocol.messages.strategy import control, decisions
+from microserve.protocol.process.host import host_facts
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest, between_signs
@@ -52,14 +55,26 @@ class Watcher(Protocol):
 class IndexWatch:
     """Keep :meth:`run` running; ``close`` it."""
 
-    def __init__(self, bus: Bus, address: str, settings: BusSettings, watcher: Watcher, pace: Pace) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        address: str,
+        settings: BusSettings,
+        watcher: Watcher,
+        pace: Pace,
+        *,
+        host: Callable[[], HostFacts] = host_facts,
+    ) -> None:
+        """``host``: what there is to say of this process and machine, beside what is news."""
         self._address = address
         self._watcher = watcher
         self._interval_s = at_rest(settings.heartbeat_interval_s, settings.liveness)
         self._sign_interval_s = between_signs(settings.heartbeat_interval_s, settings.liveness)
         self._said: list[bytes] = []
+        """Without what changes by itself."""
         self._said_at = float("-inf")
         self._pace = pace
+        self._host = host
         self._is_paced = False
         """The index bears that we are silent for longer, so long as we say so."""
         self._next_s = 0.0
@@ -96,20 +111,17 @@ class IndexWatch:
 
     def _watch(self) -> None:
         """What is new at once; else that we are here, with the last tick before it must be said."""
-        frames = self._encode()
+        watch = self._news()
         is_due = self._loop.time() - self._said_at >= self._sign_interval_s - self._interval_s
-        if is_due or frames != self._said:
-            self._say(frames)
+        if is_due or INDEX_REQUEST.encode(watch) != self._said:
+            self._say(watch)
 
-    def _send(self) -> None:
-        self._say(self._encode())
+    def _news(self) -> index.Watch:
+        return msgspec.structs.replace(self._watcher.watch(), next_s=self._next_s)
 
-    def _encode(self) -> list[bytes]:
-        return INDEX_REQUEST.encode(msgspec.structs.replace(self._watcher.watch(), next_s=self._next_s))
-
-    def _say(self, frames: list[bytes]) -> None:
-        self._said, self._said_at = frames, self._loop.time()
-        self._socket.send(frames)
+    def _say(self, watch: index.Watch) -> None:
+        self._said, self._said_at = INDEX_REQUEST.encode(watch), self._loop.time()
+        self._socket.send(INDEX_REQUEST.encode(msgspec.structs.replace(watch, host=self._host())))
 
     def _receive(self, frames: list[bytes]) -> None:
         try:
@@ -122,7 +134,7 @@ class IndexWatch:
         match message:
             case control.ControlState():
                 self._watcher.take_control(message)
-                self._send()  # whoever published waits for this
+                self._say(self._news())  # whoever published waits for this
             case index.Members():
                 self._take_members(message)
             case decisions.Question():

@@ -32,11 +32,14 @@ from microserve.protocol.process.tick import at_rest, tick
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance
 from microserve.protocol.settings import BusSettings
-from microserve.protocol.types import MAX_REQUEST_ID_CHARS
+from microserve.protocol.types import MAX_REQUEST_ID_CHARS, MAX_URL_CHARS
 from microserve.services.router.serving.serving import Serving
 
 LOG_INTERVAL_S = 1.0
 """``frame.rejected`` is written at most this often, with the count so far."""
+
+MAX_URLS = 64
+"""Of gateways that are told of."""
 
 _logger = structlog.get_logger()
 
@@ -45,8 +48,9 @@ class Outbox(StreamQueue[wire.Output, wire.Ended]):
     """Of one gateway. What an answer's class is, and who serves it, goes out with the tokens that it came
     with."""
 
-    def __init__(self, credit: int) -> None:
+    def __init__(self, credit: int, url: str = "") -> None:
         super().__init__(self._output, credit)
+        self.url = url if len(url) <= MAX_URL_CHARS and url.isascii() and url.isprintable() else ""
         self._numerics: dict[str, Numerics] = {}
         self._served: dict[str, wire.Served] = {}
 
@@ -129,6 +133,12 @@ class Gateways:
         """So they say."""
         return self._gateways.are_idle
 
+    @property
+    def urls(self) -> list[str]:
+        """Where they serve HTTP, as they say; workers of one gateway say the same."""
+        said = sorted({gateway.value.url for gateway in self._gateways} - {""})
+        return said[:MAX_URLS]
+
     async def run(self) -> None:
         """Heartbeats and the end of the silent, until cancelled."""
         while True:
@@ -197,7 +207,7 @@ class Gateways:
         self._pace.stir()
         if not self._socket.send(peer, ROUTER_REPLY.encode(self._welcome())):
             return  # a router that thaws reads old hellos: one of a closed socket must replace nobody
-        outbox = Outbox(message.credit)
+        outbox = Outbox(message.credit, message.url)
         gateway, replaced = self._gateways.join(
             peer, message.gateway_id, message.incarnation, outbox, self._loop.time()
         )

@@ -6,6 +6,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import Collection, Sequence
+from importlib.metadata import version
 
 import structlog
 
@@ -94,6 +95,7 @@ class Router:
             run=run,
             culprits=culprits,
         )
+        self._version = version("microserve")
         self._tasks = asyncio.TaskGroup()
         self.pace = Pace(settings.bus.heartbeat_interval_s, settings.bus.liveness, self._is_busy)
         self.prefixes = PrefixReplica(bus, max_nbytes=settings.router.index_max_mb << 20)
@@ -156,6 +158,8 @@ class Router:
             self._settings.router.default_strategy,
             answers=True,
             trials=control.trials.told(asyncio.get_running_loop().time()),
+            gateways=self.gateways.urls,
+            version=self._version,
         )
 
     def take_members(self, infos: list[EngineInfo], *, is_first: bool) -> None:

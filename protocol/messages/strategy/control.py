@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from microserve.protocol.messages.host import UNSAID_HOST, HostFacts
 from microserve.protocol.messages.strategy.scores import Ramp, RampState, Trial
 
 Scalar = bool | int | float | str
@@ -154,6 +155,15 @@ class RouterControl(msgspec.Struct, frozen=True, array_like=True):
     serves: list[StrategyServed] = []
     default_strategy: str = ""
     trials: list[Trial] = []
+    gateways: list[str] = []
+    """URLs, as they say."""
+    software: str = ""
+    """Its version."""
+    host: HostFacts = UNSAID_HOST
+    """Of its process and machine, as it last said."""
+    clock_off_s: float = 0.0
+    """Its clock less the index's, where ``host`` says one: the most of its last few ``Watch``, for what they
+    took on their way makes it less."""
 
 
 class ControlRecord(msgspec.Struct, frozen=True, array_like=True):

@@ -1,7 +1,8 @@
 """What is wrong about a mesh, from what was seen of it. Pure: an observation in, findings out.
 
 Owns the index, keys, engines that are no members, machines and clocks; what members say of themselves and do
-is judging_engines.py's. Each finding says what, where, and how it is mended.
+is judging_engines.py's, gateways are judging_gateways.py's. Each finding says what, where, and how it is
+mended.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 from microserve.protocol.messages.index import MissingEngine
 from microserve.services.command.doctor.judging_engines import of_cache, of_links, of_members
+from microserve.services.command.doctor.judging_gateways import of_gateways
 from microserve.services.command.doctor.judging_places import unreached
 from microserve.services.command.doctor.observation import Finding, HostSeen, Observation
 
@@ -40,6 +42,7 @@ def judge(seen: Observation) -> list[Finding]:
         found += [*of_links(seen), *of_cache(seen)]
     else:
         found += _of_hosts(seen)
+    found += of_gateways(seen)
     return sorted(found, key=lambda finding: not finding.is_error)
 
 

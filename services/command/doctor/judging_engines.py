@@ -33,6 +33,8 @@ def of_members(seen: Observation) -> Iterator[Finding]:
         yield from _of_engine(engine, has_keys=seen.has_keys)
     yield from _of_agreement(seen)
     versions = {seen.version} if seen.version else set()
+    versions |= {router.version for router in seen.routers} - {""}
+    versions |= {gateway.version for gateway in seen.gateways} - {""}
     versions |= {e.info.backend_version for e in seen.engines if e.info.backend == "native"} - {""}
     if len(versions) > 1:
         mend = "run one version everywhere; engines are renewed before gateways"

@@ -1,4 +1,4 @@
-"""Looks at a mesh: every address, what the index and each engine say, and what engines do when asked.
+"""Looks at a mesh: every address, what index, gateways and each engine say, and what engines do when asked.
 
 Owns the bus of a doctor, and what it asks in which order. Judges nothing (judging.py).
 """
@@ -10,6 +10,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import TypeVar
@@ -30,18 +31,21 @@ from microserve.protocol.messages.index import (
     Members,
     Watch,
 )
-from microserve.protocol.messages.strategy.control import ControlReport, ControlStatus
+from microserve.protocol.messages.strategy.control import ControlReport, ControlStatus, RouterControl
 from microserve.protocol.process.host import host_facts
 from microserve.protocol.security.rights import Role
 from microserve.protocol.settings import Settings
+from microserve.services.command.doctor.gateways import ask_gateway, urls_from_here
 from microserve.services.command.doctor.judging_engines import is_usable
 from microserve.services.command.doctor.observation import (
     EngineSeen,
+    GatewaySeen,
     HostSeen,
     LinkSeen,
     Observation,
     Place,
     Reach,
+    RouterSeen,
 )
 from microserve.services.command.doctor.reach import try_place
 from microserve.services.command.doctor.trying import can_send, measure_link, try_cache
@@ -57,24 +61,30 @@ Tell = Callable[[str], None]
 T = TypeVar("T", bound=IndexReply)
 
 
-async def look(settings: Settings, *, tries: bool, tell: Tell) -> Observation:
-    """``tries``: let engines send and answer. Raises :class:`ConfigError` for keys of no use."""
+async def look(settings: Settings, *, tries: bool, tell: Tell, gateways: Sequence[str] = ()) -> Observation:
+    """``tries``: let engines send and answer. ``gateways``: URLs, beside those that routers know. Raises
+    :class:`ConfigError` for keys of no use."""
     keys = load_keys(settings, Role.OPERATOR)
     own = HostSeen("this host, doctor", host_facts())
     tell(f"index at {settings.index.address}")
     place = await _reach("index", settings.index.address, keys, "")
     seen = Observation(place, has_keys=keys is not None, version=version("microserve"), own=own, tried=tries)
     if place.reach is not Reach.REACHED:
-        return seen
+        return replace(seen, gateways=await _gateways([], gateways, settings))
     bus = open_bus(settings, Role.OPERATOR)
     try:
-        return await _Look(settings, bus, keys, tell).run(seen)
+        return await _Look(settings, bus, keys, tell).run(seen, gateways)
     finally:
         bus.close()
 
 
 async def _reach(what: str, address: str, keys: CurveKeys | None, server_key: str) -> Place:
     return await asyncio.to_thread(try_place, what, address, keys, server_key, REACH_S)
+
+
+async def _gateways(told: Sequence[str], asked: Sequence[str], settings: Settings) -> list[GatewaySeen]:
+    urls = urls_from_here(told, asked, settings.index.address)
+    return [*await asyncio.gather(*(ask_gateway(url, settings.gateway.tls_cert) for url in urls))]
 
 
 class _Look:
@@ -84,12 +94,15 @@ class _Look:
         self._connections: dict[str, EngineConnection] = {}
         self._keeping: list[asyncio.Task[MeshError]] = []
 
-    async def run(self, seen: Observation) -> Observation:
+    async def run(self, seen: Observation, asked: Sequence[str]) -> Observation:
         with_index = await self._ask_index(seen)
         if isinstance(with_index, str):
             place = Place("index", seen.index.address, detail=with_index)
-            return Observation(place, seen.has_keys, seen.version, seen.own, tried=seen.tried)
-        members, report, routers, host = with_index
+            return replace(seen, index=place, gateways=await _gateways([], asked, self._settings))
+        members, report, known, host = with_index
+        self._tell("gateways")
+        told = [url for router in known for url in router.gateways]
+        gateways = await _gateways(told, asked, self._settings)
         try:
             engines = [*await asyncio.gather(*map(self._look_at, members))]
             usable = [self._connections[e.info.engine_id] for e in engines if self._is_usable(e)]
@@ -109,26 +122,23 @@ class _Look:
                 task.cancel()
             for connection in self._connections.values():
                 connection.end(EngineLost("the doctor has seen enough"))
-        return Observation(
-            seen.index,
-            seen.has_keys,
-            seen.version,
-            seen.own,
-            host,
-            report,
-            engines,
-            routers,
-            links,
-            len(pairs),
-            cache,
-            seen.tried,
+        return replace(
+            seen,
+            index_host=host,
+            report=report,
+            engines=engines,
+            routers=[_router(router, host) for router in known],
+            gateways=gateways,
+            links=links,
+            num_pairs=len(pairs),
+            cache=cache,
         )
 
     # --- the index ---------------------------------------------------------------------------------
 
     async def _ask_index(
         self, seen: Observation
-    ) -> tuple[list[Member], IndexReport, list[str], HostSeen] | str:
+    ) -> tuple[list[Member], IndexReport, list[RouterControl], HostSeen] | str:
         """Or why it cannot be had."""
         answers: asyncio.Queue[IndexReply] = asyncio.Queue()
 
@@ -157,7 +167,7 @@ class _Look:
             return "it lets us in and does not answer"
         finally:
             socket.close()
-        return members.members, report, [router.router_id for router in control.routers], host
+        return members.members, report, control.routers, host
 
     # --- one engine --------------------------------------------------------------------------------
 
@@ -201,6 +211,16 @@ def _host(who: str, facts: HostFacts, began: float, ended: float) -> HostSeen:
     if not facts.wall_s:
         return HostSeen(who, facts)
     return HostSeen(who, facts, facts.wall_s - (began + ended) / 2, (ended - began) / 2)
+
+
+def _router(known: RouterControl, index: HostSeen) -> RouterSeen:
+    """The index compares its clock with a router's, and we ours with the index's."""
+    host = None
+    if known.host.wall_s:
+        who = f"router {known.router_id}"
+        off_s = None if index.clock_off_s is None else index.clock_off_s + known.clock_off_s
+        host = HostSeen(who, known.host, off_s, index.uncertain_s)
+    return RouterSeen(known.router_id, known.software, host)
 
 
 Pair = tuple[EngineConnection, EngineConnection]

@@ -29,7 +29,7 @@ class Place:
     """One address of one service."""
 
     what: str
-    """``index``, ``actions``, ``events`` or ``replay``."""
+    """``index``, ``actions``, ``events``, ``replay`` or ``HTTP``."""
     address: str
     reach: Reach = Reach.REACHED
     detail: str = ""
@@ -55,6 +55,33 @@ class EngineSeen:
     host: HostSeen | None = None
     error: str = ""
     """Why it could not be asked; empty: it answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSeen:
+    """A router, as the index knows it."""
+
+    router_id: str
+    version: str = ""
+    """Empty of one that says none."""
+    host: HostSeen | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySeen:
+    url: str
+    place: Place
+    version: str = ""
+    """Empty of one that says none."""
+    host: HostSeen | None = None
+    error: str = ""
+    """Why it could not be asked."""
+    unready: str = ""
+    """Why no request could be served through it now."""
+
+    @property
+    def is_reached(self) -> bool:
+        return self.place.reach is Reach.REACHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +137,10 @@ class Observation:
     report: IndexReport | None = None
     engines: list[EngineSeen] = field(default_factory=list)
     """Members, by id."""
-    routers: list[str] = field(default_factory=list)
+    routers: list[RouterSeen] = field(default_factory=list)
     """That watch the index."""
+    gateways: list[GatewaySeen] = field(default_factory=list)
+    """That routers know, and that were named here."""
     links: list[LinkSeen] = field(default_factory=list)
     num_pairs: int = 0
     """Of engines that could send to each other; of a large mesh not all are tried."""
@@ -121,7 +150,9 @@ class Observation:
 
     @property
     def hosts(self) -> list[HostSeen]:
-        told = [self.own, self.index_host, *(engine.host for engine in self.engines)]
+        told = [self.own, self.index_host]
+        told += [router.host for router in self.routers] + [engine.host for engine in self.engines]
+        told += [gateway.host for gateway in self.gateways]
         return [each for each in told if each is not None]
 
 

@@ -17,7 +17,10 @@ def lines(seen: Observation, findings: Sequence[Finding]) -> list[str]:
         said = [info.engine_id, what, info.model, f"heap {' '.join(info.all_heaps) or 'none'}"]
         said += [info.numerics.name or "no class"]
         told.append("engine    " + "  ".join(filter(None, said)))
-    told += [f"router    {router_id}" for router_id in seen.routers]
+    told += [f"router    {router.router_id}  {router.version}".rstrip() for router in seen.routers]
+    for gateway in seen.gateways:
+        state = gateway.unready or gateway.error or ("ready" if gateway.is_reached else gateway.place.reach)
+        told.append("gateway   " + "  ".join(filter(None, [gateway.url, gateway.version, state])))
     for link in seen.links:
         rate = f"{link.bytes_per_s * 8 / 1e6:.0f} Mbit/s" if link.bytes_per_s else link.error
         told.append(f"link      {link.source} -> {link.target}  {link.heap}  {rate}")
@@ -62,7 +65,19 @@ def as_json(seen: Observation, findings: Sequence[Finding]) -> dict[str, Any]:
             }
             for engine in seen.engines
         ],
-        "routers": seen.routers,
+        "routers": [router.router_id for router in seen.routers],
+        "gateways": [
+            {
+                "url": gateway.url,
+                "version": gateway.version,
+                "reach": str(gateway.place.reach),
+                "ready": gateway.is_reached and not (gateway.error or gateway.unready),
+            }
+            for gateway in seen.gateways
+        ],
+        "clocks": {
+            host.who: {"off_s": host.clock_off_s, "uncertain_s": host.uncertain_s} for host in seen.hosts[1:]
+        },
         "links": [
             {
                 "source": link.source,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
 import structlog
 
 from microserve.protocol import log
+from microserve.protocol.messages.host import HostFacts
 from microserve.protocol.messages.index import IndexFailed, Members, Watch
 from microserve.protocol.messages.strategy.control import (
     Change,
@@ -63,6 +65,20 @@ def test_a_change_reaches_every_watching_router_at_once_and_nobody_else() -> Non
         assert [entry.strategy for entry in state.entries] == ["mine"]
         await drain.ask(Members, Watch("drain"))
         assert states(drain) == []
+
+    with_index(test)
+
+
+def test_a_router_s_clock_is_judged_by_its_message_that_was_quickest() -> None:
+    async def test(world: World, index: Index) -> None:
+        router, asker = index.peer(), index.peer()
+        late = [time.time() - 50.0, time.time() + 3600.0, time.time() - 70.0]
+        for wall_s in late:
+            said = HostFacts(wall_s, 10, 1024)
+            await router.ask(Members, Watch("r1", 0, gateways=["http://g"], version="1", host=said))
+        [known] = (await asker.ask(ControlReport, ControlStatus(1))).routers
+        assert (known.gateways, known.software, known.host.wall_s) == (["http://g"], "1", late[-1])
+        assert 3500.0 < known.clock_off_s <= 3600.0
 
     with_index(test)
 

@@ -109,7 +109,10 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
         ENGINE_REPLY,
         actions.Failed(call_id=11, code="cache_full", detail="d", field="f", retry_after_s=1.5),
     ),
-    (ROUTER_REQUEST, serving.GatewayHello(gateway_id="gateway", incarnation=LIFE, credit=64)),
+    (
+        ROUTER_REQUEST,
+        serving.GatewayHello(gateway_id="gateway", incarnation=LIFE, credit=64, url="http://a:80"),
+    ),
     (
         ROUTER_REQUEST,
         serving.Generate(
@@ -185,6 +188,9 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
             answers=True,
             next_s=2.5,
             trials=[control_samples.TRIAL],
+            gateways=["http://a:80"],
+            version="0.2",
+            host=HOST,
         ),
     ),
     (INDEX_REQUEST, membership.Lookup(call_id=5, salt="s", adapter="a1")),
@@ -288,7 +294,7 @@ GOLDEN: dict[str, str] = {
         "40cb3fe8000000000000cb4034800000000000cb3fd8000000000000cd0200cb4004000000000000"
     ),
     "ENGINE_TO_ROUTER.Failed": "960b0baa63616368655f66756c6ca164a166cb3ff8000000000000",
-    "GATEWAY_TO_ROUTER.GatewayHello": "9401a767617465776179cf100000000000000040",
+    "GATEWAY_TO_ROUTER.GatewayHello": "9501a767617465776179cf100000000000000040ab687474703a2f2f613a3830",
     "GATEWAY_TO_ROUTER.Generate": (
         "9f02a27231a16dde0010aa6d61785f746f6b656e7311aa6d696e5f746f6b656e7302ab74656d7065726174757265cb3fe000"
         "0000000000a5746f705f70cb3fe8000000000000a5746f705f6b28a56d696e5f70cb3fd0000000000000b272657065746974"
@@ -337,11 +343,11 @@ GOLDEN: dict[str, str] = {
     ),
     "TO_INDEX.Deregister": "9303a26531cf1000000000000000",
     "TO_INDEX.Watch": (
-        "9a04a6726f75746572039193a862616c616e63656403a172919ba862616c616e63656403040102cb3fe0000000000000cb3f"
+        "9d04a6726f75746572039193a862616c616e63656403a172919ba862616c616e63656403040102cb3fe0000000000000cb3f"
         "f0000000000000cb4000000000000000cb4010000000000000cb4020000000000000cb40300000000000009193a862616c61"
         "6e636564039102a46175746fc3cb40040000000000009198a862616c616e6365640203cb3fd0000000000000c3cb3ff80000"
         "0000000095040192cb4000000000000000cb3fe000000000000091cb3ff000000000000091cb400800000000000095010090"
-        "9090"
+        "909091ab687474703a2f2f613a3830a3302e3296cb41d65a0bc00000000ccd0400ce00010000ce04000000ce02000000"
     ),
     "TO_INDEX.Lookup": "940505a173a26131",
     "TO_INDEX.IndexStats": "920606",

@@ -168,7 +168,7 @@ class ScriptedRouter:
         """Called for every request; None: the test takes it by ``request``."""
         self.served: dict[str, Served] = {}
         self.cancels: list[str] = []
-        self.num_hellos = 0
+        self.num_hellos, self.url = 0, ""
         self.joined = asyncio.Event()
         """A ping came: the gateway has had our welcome."""
         self.windows: dict[bytes, CreditWindow] = {}
@@ -226,7 +226,7 @@ class ScriptedRouter:
             return
         match message:
             case GatewayHello():
-                self.num_hellos += 1
+                self.num_hellos, self.url = self.num_hellos + 1, message.url
                 self.windows[peer] = CreditWindow(message.credit)
                 self._reply(peer, RouterWelcome(
                     "r0", self.incarnation, self.model, self.max_model_len, self.vocab_size, self.num_engines,

@@ -18,11 +18,13 @@ from microserve.services.command.doctor.observation import (
     AnswerSeen,
     CacheSeen,
     EngineSeen,
+    GatewaySeen,
     HostSeen,
     LinkSeen,
     Observation,
     Place,
     Reach,
+    RouterSeen,
 )
 from microserve.services.command.doctor.table import as_json, lines
 from tests.support.index.index_world import make_info
@@ -56,7 +58,8 @@ WELL = Observation(
     index_host=HostSeen("the index's host", FACTS, -0.002, 0.001),
     report=REPORT,
     engines=[engine("e1"), engine("e2")],
-    routers=["router"],
+    routers=[RouterSeen("router", "0.2.0", HostSeen("router router", FACTS, 0.0, 0.001))],
+    gateways=[GatewaySeen("http://h:80", Place("HTTP", "http://h:80"), "0.2.0")],
     links=LINKS,
     num_pairs=2,
     cache=CacheSeen(ANSWERS, is_exact=True),
@@ -78,6 +81,10 @@ def with_first(**changes: Any) -> Observation:
 
 def host(**facts: Any) -> Observation:
     return with_first(host=HostSeen("engine e1", msgspec.structs.replace(FACTS, **facts), 0.0, 0.0))
+
+
+def gateway(**said: Any) -> Observation:
+    return replace(WELL, gateways=[replace(WELL.gateways[0], **said)])
 
 
 def unreached(what: str, reach: Reach) -> Observation:
@@ -107,13 +114,21 @@ FAULTS: dict[str, list[Observation]] = {
     "other_dtype": [missing("invalid_request", "dtype")],
     "port_closed": [
         unreached("actions", Reach.REFUSED),
+        gateway(place=Place("HTTP", "http://h:80", Reach.REFUSED)),
         replace(WELL, index=Place("index", "tcp://h:9", Reach.REFUSED), report=None),
     ],
-    "unreachable": [unreached("replay", Reach.SILENT)],
+    "unreachable": [
+        unreached("replay", Reach.SILENT),
+        gateway(place=Place("HTTP", "http://h:80", Reach.SILENT)),
+    ],
     "bad_address": [unreached("events", Reach.NO_ADDRESS)],
+    "gateway_silent": [gateway(error="/ready answers 404 and is no gateway's")],
+    "gateway_not_ready": [gateway(unready="none of its 1 routers answers it")],
     "clock_off": [
         with_first(host=HostSeen("engine e1", FACTS, 3600.0, 0.01)),
         replace(WELL, index_host=HostSeen("the index's host", FACTS, -3600.0, 0.01)),
+        replace(WELL, routers=[RouterSeen("router", "", HostSeen("router router", FACTS, 3600.0, 0.01))]),
+        gateway(host=HostSeen("gateway http://h:80", FACTS, -3600.0, 0.01)),
     ],
     "shm_full": [host(shm_free_nbytes=0), host(shm_free_nbytes=1 << 20)],
     "few_descriptors": [host(max_descriptors=256)],
@@ -132,7 +147,11 @@ FAULTS: dict[str, list[Observation]] = {
             ],
         )
     ],
-    "versions_differ": [replace(WELL, version="0.3.0")],
+    "versions_differ": [
+        replace(WELL, version="0.3.0"),
+        replace(WELL, routers=[RouterSeen("router", "0.1.0")]),
+        gateway(version="0.1.0"),
+    ],
     "no_engines": [replace(WELL, engines=[], links=[], cache=None)],
     "no_router": [replace(WELL, routers=[])],
     "index_silent": [replace(WELL, report=None)],
