@@ -11,6 +11,8 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from time import thread_time
+from typing import TypeVar
 
 from prometheus_client.core import Metric
 
@@ -26,6 +28,7 @@ from microserve.protocol.metrics.text import metrics_of, names_of, of_process, t
 
 CACHE_S = 1.0
 FINISH_REASONS = ("stop", "length", "abort", "error")
+T = TypeVar("T")
 VLLM_NAMES = names_of(table.GATEWAY)
 
 
@@ -76,6 +79,7 @@ class GatewayMetrics:
         self._disconnects: Counter[str] = Counter()
         self._calls = {"read": 0, "unread": 0}
         self._by_strategy = StrategyAccount(table.BY_STRATEGY)
+        self._cpu_s = {"copy": 0.0, "text": 0.0}
         self._making = asyncio.Lock()
         self._text: dict[bool, tuple[float, bytes]] = {}
 
@@ -138,6 +142,7 @@ class GatewayMetrics:
 
     def readings(self, seen: Levels) -> Readings:
         """Of this process, as they are now."""
+        began = thread_time()
         readings, model = Readings(), self._model
         for family, histogram in (
             (table.TTFT, self._ttft),
@@ -178,12 +183,25 @@ class GatewayMetrics:
             readings.add_each(family, {key: getattr(each, name) for key, each in seen.keys.items() if key})
         readings.add_each(table.KEY_STREAMS, {key: num for key, num in seen.key_streams.items() if key})
         self._by_strategy.read(readings)
+        self._cpu_s["copy"] += thread_time() - began
+        readings.add_each(common.CPU, self._cpu_s)
         return readings
 
     async def families(self, seen: Levels) -> list[Metric]:
         """The same in prometheus-client's words, which take milliseconds to find: in a thread."""
         readings = self.readings(seen)
-        return await asyncio.to_thread(lambda: [*of_process(), *metrics_of(readings)])
+        return await self._beside(lambda: [*of_process(), *metrics_of(readings)])
+
+    async def _beside(self, make: Callable[[], T]) -> T:
+        """In a thread, whose CPU time counts."""
+
+        def timed() -> tuple[T, float]:
+            began = thread_time()
+            return make(), thread_time() - began
+
+        made, cpu_s = await asyncio.to_thread(timed)
+        self._cpu_s["text"] += cpu_s
+        return made
 
     async def text(
         self, collect: Callable[[], Awaitable[Iterable[Metric]]], *, vllm_names: bool = False
@@ -195,6 +213,6 @@ class GatewayMetrics:
             if cached is not None and now - cached[0] < CACHE_S:
                 return cached[1]
             metrics = await collect()
-            text = await asyncio.to_thread(text_of, metrics, VLLM_NAMES if vllm_names else {})
+            text = await self._beside(lambda: text_of(metrics, VLLM_NAMES if vllm_names else {}))
             self._text[vllm_names] = (now, text)
             return text

@@ -8,8 +8,8 @@ from microserve.protocol.metrics.bounds import LAG_BOUNDS
 from microserve.protocol.metrics.histogram import Histogram
 from microserve.protocol.process.tick import until_tick
 
-INTERVAL_S = 1.0
-"""Between two looks, at moments at which the process is awake anyway."""
+INTERVAL_S = 2.0
+"""Between two looks: at moments at which also an idle process is awake, for its signs of life."""
 
 
 class LoopLag:

@@ -27,7 +27,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.metrics.lag import LoopLag
 from microserve.protocol.metrics.readings import Readings
-from microserve.protocol.metrics.table.common import LOOP_LAG
+from microserve.protocol.metrics.table.common import CPU, LOOP_LAG
 
 MAX_CONNECTIONS = 8
 """At a time; one more is closed at once."""
@@ -58,6 +58,7 @@ class MetricsPort:
         self._server: _Server | None = None
         self._making = threading.Lock()
         self._texts: dict[bool, tuple[float, bytes]] = {}
+        self._cpu_s = {"copy": 0.0, "text": 0.0}
 
     @property
     def address(self) -> str:
@@ -103,10 +104,12 @@ class MetricsPort:
             made, kept = self._texts.get(vllm_names, (float("-inf"), b""))
             if time.monotonic() - made < KEPT_S:
                 return kept
+            began = time.thread_time()
             readings = self._in_loop(self._read)
             names = text.names_of(family for family, _ in readings) if vllm_names else {}
             kept = text.text_of(chain(text.metrics_of(readings), text.of_process()), names)
             self._texts[vllm_names] = (time.monotonic(), kept)
+            self._cpu_s["text"] += time.thread_time() - began
             return kept
 
     def check(self) -> None:
@@ -114,8 +117,11 @@ class MetricsPort:
         self._in_loop(Readings)
 
     def _read(self) -> Readings:
+        began = time.thread_time()
         readings = self._collect()
         readings.add(LOOP_LAG, self._lag.late)
+        self._cpu_s["copy"] += time.thread_time() - began
+        readings.add_each(CPU, self._cpu_s)
         return readings
 
     def _in_loop(self, call: Callable[[], Readings]) -> Readings:

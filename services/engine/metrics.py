@@ -6,8 +6,6 @@ Called in the loop, by the metrics port, at most once a second. Knows no backend
 
 from __future__ import annotations
 
-import time
-
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.metrics.readings import Readings
@@ -36,7 +34,6 @@ def engine_readings(
     readings.add(table.PREFILL_RATE, load.prefill_tokens_per_s)
     readings.add(table.DECODE_STEP, load.decode_step_s)
     readings.add(table.CACHE_CONFIG, 1, str(info.block_size), str(num_blocks), "True")
-    readings.add(table.LORA, time.time(), "0", "", "")
     numerics = info.numerics
     backend = (info.backend, info.backend_version, numerics.name, str(numerics.is_exact).lower())
     readings.add(table.INFO, 1, own_version(), *backend, " ".join(info.all_heaps))

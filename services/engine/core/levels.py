@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import time
+
 from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.metrics.table import engine as table
 from microserve.services.engine.core.state import EngineState
 
 
+def read_adapters(readings: Readings, num_adapters: int, running: set[str], waiting: set[str]) -> None:
+    """Names of those with requests here; ``num_adapters``: as many as there may be."""
+    names = [",".join(sorted(each - {""})) for each in (running, waiting)]
+    readings.add(table.LORA, time.time(), str(num_adapters), *names)
+
+
 def read_levels(state: EngineState, readings: Readings, now: float) -> None:
+    read_adapters(readings, 0, set(), set())
     memory, waiting = state.memory, state.scheduler.waiting
     waits = {"capacity": len(waiting), "kv": len(state.receiving), "grammar": len(state.compiling)}
     readings.add_each(table.WAITING_FOR, waits)

@@ -25,6 +25,7 @@ from microserve.protocol.messages.kv.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.metrics.readings import Readings
 from microserve.services.engine.core.checks import Limits
+from microserve.services.engine.core.levels import read_adapters
 from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.kind import EngineKind
 from microserve.services.engine.vllm.front.actions import VllmActions
@@ -188,6 +189,9 @@ class VllmCore:
         read_levels(readings, self.load(), state.limits.num_blocks, self.receives, now)
         read_oldest(readings, [each.arrived_at for each in state.live if each.first_token_at is None], now)
         read_prefixes(readings, state.tally)
+        running = {each.adapter for each in state.live if each.first_token_at is not None}
+        waiting = {each.adapter for each in state.live if each.first_token_at is None}
+        read_adapters(readings, len(state.limits.adapters), running, waiting)
         state.tally.read(readings, state.counters)
 
     def close(self) -> None:

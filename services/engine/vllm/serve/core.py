@@ -34,6 +34,7 @@ from microserve.services.engine.core.checks import (
     check_sampling,
     generate_bounds,
 )
+from microserve.services.engine.core.levels import read_adapters
 from microserve.services.engine.core.record import Outbox
 from microserve.services.engine.kind import EngineKind
 from microserve.services.engine.vllm.front.asyncllm import Llm, Stream
@@ -205,6 +206,7 @@ class ServedCore:
             readings, [each.arrived_at for each in state.live if each.first_token_at is None], self.clock()
         )
         read_prefixes(readings, state.tally)
+        read_adapters(readings, 0, set(), set())
         state.tally.read(readings, state.counters)
 
     def expire(self) -> None:
