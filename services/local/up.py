@@ -276,7 +276,7 @@ def _show_where(view: View, gateway: Gateway, model: str, logs: Path) -> None:
         f"-d {shlex.quote(json.dumps(body))}\n"
         "talk:     microserve chat\n"
         f"logs:     {logs}   (microserve tail --follow)\n"
-        f"metrics:  {gateway.url}/metrics"
+        f"metrics:  {gateway.url}/metrics   (of all services: targets.json in the mesh's directory)"
     )
 
 
