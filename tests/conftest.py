@@ -28,6 +28,7 @@ QUICK = (
     *("test_recipes.py", "test_documents.py", "test_clients_page.py"),
     *("kernels/cpu/test_build.py", "kernels/cpu/test_objects.py"),
     *(f"services/engine/core/test_{name}.py" for name in ("core", "batch", "scheduler", "rates", "leaving")),
+    *(f"services/command/top/test_{name}.py" for name in ("picture", "column", "story")),
 )
 """What guards state and wire: rooms and files of ``-m quick``, the floor of every change. Files there about
 crowds, endurance or processes are marked ``slow``."""

@@ -6,5 +6,5 @@ below imports this. Everything heavy is imported by the command that runs, so th
 
 Start with main.py (every command, or where it is), then serve.py (the services) and flags.py (where settings
 come from; what they are: protocol/settings.py). strategy/ checks and publishes; chat/ and bench/ are clients
-of a server, by client/; tail.py and settings_text.py print.
+of a server, by client/; top/ watches by it, too; tail.py and settings_text.py print.
 """

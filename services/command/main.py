@@ -40,6 +40,7 @@ ELSEWHERE = {
     "router": "serve:router",
     "simulate": "simulate:simulate",
     "strategy": "strategy.group:strategy",
+    "top": "top.command:top",
     "usage": "key:usage",
 }
 """Commands that have a file of their own: module and name in it, imported when they are asked for."""

@@ -16,6 +16,8 @@ class EventReader:
         self._rest = b""
         self._after_return = False
         """The last byte was a carriage return: a line feed now belongs to it."""
+        self.last_id = b""
+        """Of the last event that had one: what a reader comes back with."""
 
     @property
     def is_between_events(self) -> bool:
@@ -32,6 +34,8 @@ class EventReader:
                 raise EventTooLong(f"an event of more than {MAX_EVENT_NBYTES} bytes")
             return []
         *blocks, self._rest = self._rest.split(b"\n\n")
+        for block in blocks:
+            self.last_id = _id_of(block, self.last_id)
         return [found for block in blocks if (found := _data_of(block)) is not None]
 
     def _with_line_feeds(self, data: bytes) -> bytes:
@@ -46,3 +50,10 @@ def _data_of(block: bytes) -> bytes | None:
     """None: comments and other fields only."""
     lines = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
     return b"\n".join(lines) if lines else None
+
+
+def _id_of(block: bytes, otherwise: bytes) -> bytes:
+    if b"id:" not in block:
+        return otherwise
+    ids = [line[3:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"id:")]
+    return ids[-1] if ids else otherwise
