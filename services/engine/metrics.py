@@ -28,7 +28,8 @@ def engine_readings(
     readings.add(table.RUNNING, load.num_running)
     readings.add(table.WAITING, load.num_waiting)
     readings.add(table.QUEUED_TOKENS, load.queued_prefill_tokens)
-    readings.add(table.USAGE, 1.0 - load.free_blocks / num_blocks if num_blocks else 0.0)
+    usable = core.state.limits.num_blocks  # vLLM keeps a block of its pool for itself
+    readings.add(table.USAGE, 1.0 - load.free_blocks / usable if usable else 0.0)
     readings.add(table.DRAINING, load.draining)
     readings.add(table.ROUTERS, server.num_sessions)
     readings.add(table.PREFILL_RATE, load.prefill_tokens_per_s)
