@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from microserve.protocol.bus.curve import create_mesh_keys
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.local.composition import compose
 from microserve.services.local.supervisor import Supervisor
 

@@ -15,7 +15,7 @@ import asyncio
 import httpx
 
 from microserve.protocol.messages.strategy.control import PUBLISH, RETIRE, ROLLBACK
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.command.control_client import ControlClient, control_client
 
 NAME = "fewest_sequences"

@@ -57,7 +57,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import Draining
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 
 DRAIN_S = 9.0
 """Streams that run at a stop have so long to finish; supervisors kill after ten."""

@@ -11,7 +11,7 @@ import secrets
 import msgspec
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 
 
 def settings_of_worker(settings: Settings, number: int) -> Settings:

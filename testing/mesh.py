@@ -20,7 +20,7 @@ import msgspec
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.messages.strategy.control import Scalar
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.router.authoring import Chunks, Mesh, Request, strategy
 from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.service import Router

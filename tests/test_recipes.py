@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from microserve.gateway.app import Application
 from microserve.protocol.messages import engine, index, router
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.router.strategies import BUILT_IN
 from tests.support.bus import wire_samples
 from tests.test_packaging import PACKAGES, ROOT, tracked
@@ -84,7 +84,7 @@ def code() -> str:
 
 
 def test_every_setting_is_read_by_somebody() -> None:
-    own = (ROOT / "protocol/settings.py").read_text().partition("def check")[2]
+    own = (ROOT / "protocol/settings/settings.py").read_text().partition("def check")[2]
     text = code() + own
     assert len(settings()) > 50
     assert [f"{section}.{name}" for section, name in settings() if not re.search(rf"\.{name}\b", text)] == []
@@ -123,7 +123,7 @@ def test_every_strategy_file_is_built_in_documented_and_tested() -> None:
 # --- a message -------------------------------------------------------------------------------------
 
 CHANNELS: list[tuple[Any, tuple[str, ...]]] = [
-    (engine.EngineRequest, ("services/engine/action_server.py",)),
+    (engine.EngineRequest, ("services/engine/shell/action_server.py",)),
     (engine.EngineReply, ("services/links", "services/router/authoring", "services/command")),
     (router.RouterRequest, ("services/router/gateways.py",)),
     (router.RouterReply, ("gateway/routers/link.py",)),
@@ -131,7 +131,7 @@ CHANNELS: list[tuple[Any, tuple[str, ...]]] = [
     (
         index.IndexReply,
         (
-            "services/engine/index_client.py",
+            "services/engine/shell/index_client.py",
             "services/engine/rendezvous.py",
             "services/links",
             "services/command",

@@ -44,7 +44,7 @@ from gpu_parts.table import Goal, Row, counted, head, line, spent, summary
 from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.protocol.errors import MeshError
 from microserve.protocol.logging.setup import configure
-from microserve.protocol.settings import LogSettings
+from microserve.protocol.settings.settings import LogSettings
 
 ADDED_GOAL = Goal("<=", 0.02, "%")
 ARRIVAL_GOAL = Goal("<=", 1.0, "layers")

@@ -30,7 +30,7 @@ from gpu_parts.table import Goal, Row, head, line, spent, summary
 from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.protocol.errors import MeshError
 from microserve.protocol.logging.setup import configure
-from microserve.protocol.settings import LogSettings
+from microserve.protocol.settings.settings import LogSettings
 
 GOAL = Goal("<=", 1.5, "x")
 TURNS = 3

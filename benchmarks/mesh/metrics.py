@@ -33,7 +33,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from microserve.protocol.messages.engine import StartGenerate
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.metrics.histogram import Histogram
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.core.tally import Tally
 from microserve.services.local.demo.model import default_cache, fetch
 from microserve.services.local.metric_ports import TARGETS

@@ -19,7 +19,7 @@ from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.request.attributes import MAX_PRIORITY
-from microserve.protocol.settings_faults import did_you_mean, printable, wrong_value
+from microserve.protocol.settings.faults import did_you_mean, printable, wrong_value
 
 PREFIX = "ms-"
 """Of every key that we make: scanners for leaked secrets know what they look at."""

@@ -13,17 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from microserve.kvcache.heap.cuda_driver import LibCuda
-from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
-from microserve.kvcache.heap.device import BlockPut
 from microserve.kvcache.heap.doors.host import HostHeap, HostView, Opening
+from microserve.kvcache.heap.gpu.cuda_driver import LibCuda
+from microserve.kvcache.heap.gpu.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.heap.gpu.device import BlockPut
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.memfd import MayTake
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.kv.grant import HeapAddress
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def _by_setting(error: ConfigError) -> ConfigError:
 def choose_put(device: torch.device) -> BlockPut | None:
     """One launch for many runs of blocks, where this machine has the kernel; None: driver copies."""
     from microserve.kernels.scatter.kv_scatter import missing_kernel
-    from microserve.kvcache.heap.kernel_put import KernelPut
+    from microserve.kvcache.heap.gpu.kernel_put import KernelPut
 
     detail = missing_kernel(device)
     if detail is None:

@@ -6,7 +6,7 @@ under a peer (sealed). Peers of the same user open ``/proc/<pid>/fd/<fd>``.
     page 0        magic, length of the header, the header in msgpack: who, and how large
     words         words.py, from a page boundary
     tail          from a page boundary: the heap's data (shm.py), which gets its memory as it is used, or
-                  words about its lanes (cuda_ipc.py)
+                  words about its lanes (gpu/cuda_ipc.py)
 
 Liveness and lanes are byte locks on the memfd (``F_OFD_SETLK``), of no relation to its bytes:
 

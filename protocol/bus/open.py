@@ -14,7 +14,7 @@ from microserve.protocol.bus.sockets import GIVE_UP_S
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.security.rights import Role
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 
 
 def open_bus(settings: Settings, role: str) -> ZmqBus:

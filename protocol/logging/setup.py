@@ -25,7 +25,7 @@ from microserve.protocol.logging.printable import printable
 from microserve.protocol.logging.sampling import Sampler, key_of
 from microserve.protocol.logging.sink import DescriptorSink, FileSink, Sink, TextSink
 from microserve.protocol.logging.writer import Writer
-from microserve.protocol.settings import LogSettings
+from microserve.protocol.settings.settings import LogSettings
 
 CLOSE_S = 2.0
 """The end of a process waits so long for its last lines."""

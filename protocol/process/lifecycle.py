@@ -13,7 +13,7 @@ import structlog
 
 from microserve.protocol import log
 from microserve.protocol.process.notify import Notifier
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 
 _logger = structlog.get_logger()
 

@@ -34,7 +34,7 @@ from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.limits import fill_standard_streams, raise_descriptor_limit
 from microserve.protocol.process.notify import Notifier
 from microserve.protocol.process.tick import until_tick
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 
 EXIT_STOPPED = 0
 EXIT_FAILED = 1

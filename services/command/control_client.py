@@ -37,7 +37,7 @@ from microserve.protocol.messages.strategy.control import (
 from microserve.protocol.messages.strategy.decisions import Asked, Explain, Explained
 from microserve.protocol.messages.strategy.scores import Ramp
 from microserve.protocol.security.rights import Role
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 
 REPEAT_S = 0.5
 LOOK_S = 0.01

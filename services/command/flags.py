@@ -17,7 +17,7 @@ from microserve.services.command.terminal import Failure
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.strategy.control import Scalar
-    from microserve.protocol.settings import Settings
+    from microserve.protocol.settings.settings import Settings
     from microserve.services.command.control_client import ControlClient
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -74,7 +74,7 @@ class Flags:
     def load(self, fallbacks: Mapping[str, str] | None = None) -> Settings:
         """Raises :class:`WrongFlag`."""
         from microserve.protocol.errors import ConfigError
-        from microserve.protocol.settings_sources import CONFIG_VARIABLE, load_settings
+        from microserve.protocol.settings.sources import CONFIG_VARIABLE, load_settings
 
         config = self.config if self.config is not None else os.environ.get(CONFIG_VARIABLE) or None
         try:

@@ -22,17 +22,17 @@ from microserve.services.command.flags import (
     directory_flag,
     settings_flags,
 )
-from microserve.services.command.model_flags import model_flags
+from microserve.services.command.model.flags import model_flags
 from microserve.services.command.terminal import Failure, echo
 
 ELSEWHERE = {
     "bench": "bench.command:bench",
     "chat": "chat.command:chat",
     "doctor": "doctor.command:doctor",
-    "engine": "serve:engine",
+    "engine": "serve.command:engine",
     "explain": "explain.command:explain",
-    "gateway": "serve:gateway",
-    "index": "serve:index",
+    "gateway": "serve.command:gateway",
+    "index": "serve.command:index",
     "key": "key:key",
     "label": "label:label",
     "model": "model:model",

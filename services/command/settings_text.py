@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from microserve.protocol.settings import SECRET_FIELDS, Settings
+from microserve.protocol.settings.settings import SECRET_FIELDS, Settings
 
 MASK = "********"
 

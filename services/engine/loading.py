@@ -18,9 +18,9 @@ from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.kvcache.heap.factory import HeapData
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.run import uncollected
-from microserve.protocol.settings import Settings
-from microserve.services.engine.model.end_tokens import eos_of
-from microserve.services.engine.model.model_files import read_json
+from microserve.protocol.settings.settings import Settings
+from microserve.services.engine.model.directory.end_tokens import eos_of
+from microserve.services.engine.model.directory.model_files import read_json
 from microserve.services.engine.native.kernels import choose_kernels, go_without
 from microserve.services.engine.native.packed_cache import PackedCache, cache_directory
 from microserve.services.engine.native.packed_model import PackedModel

@@ -5,11 +5,11 @@ Owns what the rule of room.py is asked with, for each kind of heap. Takes nothin
 
 from __future__ import annotations
 
-from microserve.kvcache.heap import nvshmem
-from microserve.kvcache.heap.nvshmem_places import require_room
+from microserve.kvcache.heap.gpu import nvshmem
+from microserve.kvcache.heap.gpu.nvshmem_places import require_room
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
 from microserve.services.engine.model.spec import ModelSpec
 from microserve.services.engine.room import (

@@ -1,5 +1,5 @@
 """One engine process: loads the model (loading.py), makes its heap (kvcache/heap/factory.py; of a world:
-world.py), runner and core, and runs them in the shell (shell.py)."""
+world.py), runner and core, and runs them in the shell (shell/)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from microserve.kvcache.heap import nvshmem
 from microserve.kvcache.heap.factory import HeapData, choose_put, make_heap
+from microserve.kvcache.heap.gpu import nvshmem
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.metrics.port import MetricsPort
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.guidance.guide import Guides
 from microserve.services.engine.guidance.pool import GuidePool, compiler_of
-from microserve.services.engine.index_client import require_reach
 from microserve.services.engine.loading import Loading, make_runner
 from microserve.services.engine.native.packed_model import PackedModel
 from microserve.services.engine.native.runner import NativeRunner
 from microserve.services.engine.pool_size import choose_num_blocks, layout_of
 from microserve.services.engine.room import require_margin, turn
-from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.shell.index_client import require_reach
+from microserve.services.engine.shell.shell import EngineShell
 from microserve.services.engine.step_thread import StepThread
 from microserve.services.engine.world import World, join_world
 

@@ -32,11 +32,11 @@ from typing import Final, Protocol, TypeVar
 
 import structlog
 
-from microserve.kvcache.heap.cuda_driver import CudaDriver, LibCuda
-from microserve.kvcache.heap.device import BlockPut
-from microserve.kvcache.heap.nvshmem import NvshmemHeap
-from microserve.kvcache.heap.nvshmem_places import require_room
-from microserve.kvcache.heap.nvshmem_world import NvshmemWorld, SymmetricMemory, new_unique_id
+from microserve.kvcache.heap.gpu.cuda_driver import CudaDriver, LibCuda
+from microserve.kvcache.heap.gpu.device import BlockPut
+from microserve.kvcache.heap.gpu.nvshmem import NvshmemHeap
+from microserve.kvcache.heap.gpu.nvshmem_places import require_room
+from microserve.kvcache.heap.gpu.nvshmem_world import NvshmemWorld, SymmetricMemory, new_unique_id
 from microserve.kvcache.heap.process import is_gone, this_namespace, this_process
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
@@ -45,7 +45,7 @@ from microserve.protocol.errors import ConfigError, DeadlineExceeded
 from microserve.protocol.logging import setup as logging
 from microserve.protocol.messages.world import JoinWorld, WorldRank
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.engine.rendezvous import Rendezvous
 
 GRACE_S: Final = 5.0

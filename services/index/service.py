@@ -47,7 +47,7 @@ from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance, Role
-from microserve.protocol.settings import BusSettings, Settings
+from microserve.protocol.settings.settings import BusSettings, Settings
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog, open_control_log
 from microserve.services.index.foreign import foreign_engines

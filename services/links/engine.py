@@ -34,7 +34,7 @@ from microserve.protocol.errors import (
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.tick import between_signs, until_tick
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from microserve.services.links.abort import Aborts
 from microserve.services.links.stream import TokenStreams
 

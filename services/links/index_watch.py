@@ -27,7 +27,7 @@ from microserve.protocol.process.host import host_facts
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest, between_signs
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 
 _logger = structlog.get_logger()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import EngineLost
 from microserve.protocol.messages.engine import EngineInfo, SnapshotReply
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 
 SNAPSHOT_TIMEOUT_S = 10.0

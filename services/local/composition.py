@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.index.foreign import foreign_engines
 from microserve.services.local.demo.request import Gateway
 from microserve.services.local.directory import ForeignState

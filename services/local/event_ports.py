@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from microserve.protocol.bus.address import port_of, shifted
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 
 SETTINGS = ("events_address", "replay_address")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.local.composition import assignment, service_command, worker_flag
 from microserve.services.local.supervisor import EXIT_CONFIG, Child, ChildState, MeshFailed, Supervisor
 

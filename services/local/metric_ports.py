@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.local.supervisor import Child
 
 TARGETS = "targets.json"

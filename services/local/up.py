@@ -27,7 +27,7 @@ from microserve.protocol.errors import ConfigError
 from microserve.protocol.logging.setup import Log, configure
 from microserve.protocol.logging.sink import shift
 from microserve.protocol.process.notify import Notifier
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.local.composition import (
     Composition,
     PortTaken,

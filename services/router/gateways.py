@@ -31,7 +31,7 @@ from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest, tick
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from microserve.protocol.types import MAX_REQUEST_ID_CHARS, MAX_URL_CHARS
 from microserve.services.router.serving.serving import Serving
 

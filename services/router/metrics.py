@@ -7,7 +7,7 @@ from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.metrics.service import read_service
 from microserve.protocol.metrics.table import router as table
 from microserve.protocol.process.version import own_version
-from microserve.protocol.settings import RouterSettings
+from microserve.protocol.settings.settings import RouterSettings
 from microserve.services.router.engines.load import Links
 from microserve.services.router.engines.prefix import PrefixReplica
 from microserve.services.router.engines.registry import Registry

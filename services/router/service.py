@@ -23,8 +23,8 @@ from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.tick import at_rest
-from microserve.protocol.settings import RouterSettings, Settings
-from microserve.protocol.settings_faults import did_you_mean
+from microserve.protocol.settings.faults import did_you_mean
+from microserve.protocol.settings.settings import RouterSettings, Settings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 from microserve.services.links.index_watch import IndexWatch
 from microserve.services.router.authoring.definition import Strategy, load_file

@@ -24,7 +24,7 @@ from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.messages.router import Ended
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from microserve.services.simulation.engine.engine import MODEL
 from microserve.services.simulation.loop import Process, VirtualLoop
 

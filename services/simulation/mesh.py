@@ -19,8 +19,8 @@ from microserve.protocol.errors import InternalError
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.tick import between_signs
-from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
-from microserve.protocol.settings_engine import EngineSettings, KvCacheSettings
+from microserve.protocol.settings.engine import EngineSettings, KvCacheSettings
+from microserve.protocol.settings.settings import BusSettings, IndexSettings, RouterSettings, Settings
 from microserve.services.index.service import IndexService
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.oversight.overseer import Overseer

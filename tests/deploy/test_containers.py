@@ -20,8 +20,8 @@ import httpx
 import pytest
 import yaml
 
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.settings import Settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.command.main import main
 from microserve.services.local import leash
 from tests.support.process.processes import free_port

@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.settings import Settings
+from microserve.protocol.settings.sources import load_settings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 INSTALLED = "/opt/microserve/bin/microserve"

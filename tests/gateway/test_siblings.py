@@ -14,7 +14,7 @@ from microserve.gateway import siblings
 from microserve.gateway.siblings import Siblings
 from microserve.gateway.worker import settings_of_worker
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from tests.support.gateway.gateway_world import run
 
 

@@ -29,7 +29,7 @@ from microserve.protocol.logging.setup import Log, configure
 from microserve.protocol.logging.sink import FileSink
 from microserve.protocol.logging.writer import Writer
 from microserve.protocol.messages.strategy.control import PUBLISH, Change
-from microserve.protocol.settings import LogSettings
+from microserve.protocol.settings.settings import LogSettings
 from microserve.services.index.control_log import ControlLog
 from tests.services.test_lost_messages import ask, serve
 from tests.support.bus.lossy_mesh import LossyMesh, lossy_mesh

@@ -21,7 +21,7 @@ from microserve.protocol.errors import InternalError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv.grant import Grant
 from microserve.protocol.messages.request.sampling import SamplingParams
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.core.batch import Batch, Runner, StepResult
 from microserve.services.engine.model.attention_choice import EXACT, choose_attention
 from microserve.services.engine.model.device.exact import make_exact

@@ -28,8 +28,8 @@ from microserve.protocol.logging.setup import configure
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv.grant import Grant
 from microserve.protocol.messages.numerics import UNKNOWN
-from microserve.protocol.settings import LogSettings
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.settings import LogSettings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore

@@ -19,12 +19,12 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.run import run_service
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.settings import Settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.core.batch import Batch, Sampled, StepResult
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.shell.shell import EngineShell
 from microserve.services.engine.step_thread import StepThread
 
 NUM_LAYERS = 2

@@ -34,7 +34,7 @@ from microserve.protocol.messages.index import (
 from microserve.protocol.messages.strategy.control import ControlReport, ControlStatus, RouterControl
 from microserve.protocol.process.host import host_facts
 from microserve.protocol.security.rights import Role
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.command.doctor.gateways import ask_gateway, urls_from_here
 from microserve.services.command.doctor.judging_engines import is_usable
 from microserve.services.command.doctor.observation import (

@@ -92,7 +92,7 @@ def _replay(
     import asyncio
 
     from microserve.protocol.errors import ConfigError
-    from microserve.protocol.settings import RouterSettings
+    from microserve.protocol.settings.settings import RouterSettings
     from microserve.services.router.oversight.overseer import Overseer
     from microserve.services.router.rollout.replay import replay
 

@@ -17,7 +17,7 @@ from difflib import get_close_matches
 import msgspec
 
 from microserve.protocol.errors import ConfigError, MeshError
-from microserve.protocol.settings import RouterSettings
+from microserve.protocol.settings.settings import RouterSettings
 from microserve.protocol.strategy_source import TOP, unpacked
 from microserve.services.command.strategy.task import Finding, Task
 from microserve.services.router.oversight.mistake import place_of

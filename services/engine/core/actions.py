@@ -37,8 +37,8 @@ from microserve.services.engine.core.checks import (
     generate_bounds,
     send_bounds,
 )
-from microserve.services.engine.core.record import CommitJob, Record
-from microserve.services.engine.core.sequence import Sequence, SequenceState, Transfer
+from microserve.services.engine.core.request.record import CommitJob, Record
+from microserve.services.engine.core.request.sequence import Sequence, SequenceState, Transfer
 from microserve.services.engine.core.state import EngineState
 
 MAX_TTL_S = 86_400.0

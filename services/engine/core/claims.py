@@ -5,8 +5,8 @@ door both the first connection and each lane take an answer, which comes late fr
 owner that is frozen or cut off. So the lane is taken before the send takes its turn, in a thread, one for
 each owner that is waited for (:meth:`Claims.begin`); steps go on meanwhile, and so do sends to other owners.
 
-Owns those threads. Knows sends (sequence.py), not the engine's lock: what is known of a claim is under a lock
-of its own.
+Owns those threads. Knows sends (request/sequence.py), not the engine's lock: what is known of a claim is
+under a lock of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from microserve.kvcache.heap.heap import Heap, PeerHeap
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, MeshError, TransferFailed
 from microserve.services.engine.core.peers import Peers
-from microserve.services.engine.core.sequence import Transfer
+from microserve.services.engine.core.request.sequence import Transfer
 
 _logger = structlog.get_logger()
 

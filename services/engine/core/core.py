@@ -30,9 +30,9 @@ from microserve.services.engine.core.claims import Claims, unsendable
 from microserve.services.engine.core.levels import read_levels
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.peers import Peers
-from microserve.services.engine.core.record import Outbox
+from microserve.services.engine.core.request.record import Outbox
+from microserve.services.engine.core.request.sequence import Sequence
 from microserve.services.engine.core.scheduler import Scheduler, Step
-from microserve.services.engine.core.sequence import Sequence
 from microserve.services.engine.core.state import PURGE_INTERVAL_S, Clock, EngineState
 from microserve.services.engine.core.stepper import Stepper
 from microserve.services.engine.guidance.guide import Guides

@@ -18,8 +18,8 @@ from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.errors import CacheFull, GrantsFull, PromptTooLong
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
-from microserve.services.engine.core.received import Holder, ReceivedGrant, ReceivedGrants
-from microserve.services.engine.core.sequence import Sequence, SequenceState
+from microserve.services.engine.core.request.received import Holder, ReceivedGrant, ReceivedGrants
+from microserve.services.engine.core.request.sequence import Sequence, SequenceState
 
 
 class KvMemory:

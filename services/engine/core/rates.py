@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 from microserve.protocol.smoothing import smoothed
+from microserve.services.engine.core.request.sequence import Sequence, SequenceState
 from microserve.services.engine.core.scheduler import Step
-from microserve.services.engine.core.sequence import Sequence, SequenceState
 
 SHARE_S = 5.0
 """Time constant of ``prefill_share``: some prompts are to fall into it, and yet it is to follow the load."""

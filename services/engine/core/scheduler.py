@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec, TokenView
 from microserve.services.engine.core.memory import KvMemory
-from microserve.services.engine.core.sequence import Sequence, SequenceState
+from microserve.services.engine.core.request.sequence import Sequence, SequenceState
 
 MAX_OVERTAKEN_S = 2.0
 """A sequence that has waited so long at the head is not overtaken any more."""

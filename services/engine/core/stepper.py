@@ -14,10 +14,10 @@ from microserve.protocol.errors import InternalError, InvalidRequest, MeshError,
 from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.batch import Sampled, StepResult
 from microserve.services.engine.core.rates import Rates
-from microserve.services.engine.core.received import ReceivedGrant
-from microserve.services.engine.core.record import CommitJob, Record, RecordOf
+from microserve.services.engine.core.request.received import ReceivedGrant
+from microserve.services.engine.core.request.record import CommitJob, Record, RecordOf
+from microserve.services.engine.core.request.sequence import Sequence, SequenceState
 from microserve.services.engine.core.scheduler import Step
-from microserve.services.engine.core.sequence import Sequence, SequenceState
 from microserve.services.engine.core.state import EngineState
 
 _logger = structlog.get_logger()

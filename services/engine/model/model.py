@@ -23,9 +23,14 @@ from transformers.utils import logging as transformers_logging
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.model.attention.step import StepAttention
-from microserve.services.engine.model.end_tokens import eos_of
-from microserve.services.engine.model.families import foreign_layers, foreign_rope, refusal_of, rope_of
-from microserve.services.engine.model.model_files import read_json
+from microserve.services.engine.model.directory.end_tokens import eos_of
+from microserve.services.engine.model.directory.families import (
+    foreign_layers,
+    foreign_rope,
+    refusal_of,
+    rope_of,
+)
+from microserve.services.engine.model.directory.model_files import read_json
 from microserve.services.engine.model.revision import own_memory, revision_of
 from microserve.services.engine.model.spec import ModelSpec
 

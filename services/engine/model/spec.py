@@ -26,4 +26,4 @@ class ModelSpec:
     revision: str = ""
     """Digest of what was loaded (revision.py)."""
     rope: str = ""
-    """Of its config, in words (families.py)."""
+    """Of its config, in words (directory/families.py)."""

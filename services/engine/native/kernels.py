@@ -10,7 +10,7 @@ from microserve.kernels.cpu.library import Library, choose_variant, library
 from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 
 _logger = structlog.get_logger()
 

@@ -47,7 +47,7 @@ _NUM_LOCKS = 16
 
 _ENGINE = Path(__file__).parents[1]
 _SOURCES = (
-    *("model/model.py", "model/families.py", "model/spec.py", "model/revision.py"),
+    *("model/model.py", "model/directory/families.py", "model/spec.py", "model/revision.py"),
     *("native/packing.py", "native/packed_model.py"),
     *("../../kernels/cpu/packing.py", "../../kernels/cpu/weights.py"),
 )

@@ -18,7 +18,7 @@ from microserve.kernels.cpu.library import Library, choose_variant, library
 from microserve.kernels.cpu.packing import LayerWeights, pack
 from microserve.kernels.cpu.weights import MAX_GROUP, Shape
 from microserve.kernels.kernel_cache import KernelUnavailable
-from microserve.services.engine.model.families import NATIVE
+from microserve.services.engine.model.directory.families import NATIVE
 from microserve.services.engine.model.model import LoadedModel
 from microserve.services.engine.model.rope import rope_tables
 from microserve.services.engine.model.spec import ModelSpec

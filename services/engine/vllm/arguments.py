@@ -4,7 +4,7 @@
 
 Owns which setting is which argument, and that a wrong one is a :class:`ConfigError` with the name of the
 setting. ``vllm.arguments`` are passed on as they are; those that have a setting of their own are refused
-before (protocol/settings_vllm.py).
+before (protocol/settings/vllm.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.engine.room import HOST_SHARE, MAX_HOST_POOL_NBYTES, Room, unpromised_room
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from microserve.protocol.settings import Settings
-from microserve.services.engine.model.families import refusal_of
+from microserve.protocol.settings.settings import Settings
+from microserve.services.engine.model.directory.families import refusal_of
 from microserve.services.engine.room import unpromised_room
 from microserve.services.local.hub.client import HubClient, digest_of
 from microserve.services.local.hub.files import (

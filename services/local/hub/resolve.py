@@ -13,9 +13,9 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_engine import NATIVE
-from microserve.services.engine.model.families import refusal_of
+from microserve.protocol.settings.engine import NATIVE
+from microserve.protocol.settings.settings import Settings
+from microserve.services.engine.model.directory.families import refusal_of
 from microserve.services.local.hub.fetch import Report, Wish, fetch
 from microserve.services.local.hub.files import CONFIG
 from microserve.services.local.hub.name import NotReached, local_model, parse_name

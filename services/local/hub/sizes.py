@@ -10,8 +10,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
-from microserve.services.engine.model.families import NATIVE
+from microserve.protocol.settings.settings import Settings
+from microserve.services.engine.model.directory.families import NATIVE
 from microserve.services.engine.model.spec import ModelSpec
 from microserve.services.engine.pool_size import pool_of
 from microserve.services.engine.room import Room, num_blocks_in

@@ -21,7 +21,7 @@ from typing import Any, overload
 import msgspec
 
 from microserve.protocol.errors import ConfigError, StrategyError
-from microserve.protocol.settings_faults import did_you_mean, wrong_value
+from microserve.protocol.settings.faults import did_you_mean, wrong_value
 from microserve.services.router.authoring.action.generating import Chunks
 from microserve.services.router.authoring.mesh import Mesh
 from microserve.services.router.authoring.view import MeshView

@@ -23,7 +23,7 @@ from microserve.protocol.messages.strategy.control import EngineLabels
 from microserve.protocol.process.pace import Pace
 from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 
 _logger = structlog.get_logger()

@@ -15,7 +15,7 @@ from typing import Any
 from microserve.protocol.errors import ConfigError, StrategyNotFound
 from microserve.protocol.messages.strategy.control import StrategyServed
 from microserve.protocol.messages.strategy.scores import CANARY, STABLE
-from microserve.protocol.settings_faults import did_you_mean
+from microserve.protocol.settings.faults import did_you_mean
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.request.request import NO_ATTRIBUTES
 

@@ -23,7 +23,7 @@ from microserve.protocol.errors import (
 from microserve.protocol.messages.adapter import adapter_named
 from microserve.protocol.messages.request.attributes import PRIORITY, TENANT, fault_of_attributes
 from microserve.protocol.messages.router import Generate
-from microserve.protocol.settings import RouterSettings
+from microserve.protocol.settings.settings import RouterSettings
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import LoadBook

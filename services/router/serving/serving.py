@@ -27,7 +27,7 @@ from microserve.protocol.messages.numerics import UNKNOWN
 from microserve.protocol.messages.router import Ended, Generate, Output
 from microserve.protocol.messages.strategy.decisions import Explanation
 from microserve.protocol.process.surviving import surviving
-from microserve.protocol.settings import RouterSettings
+from microserve.protocol.settings.settings import RouterSettings
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.action.generating import Chunks
 from microserve.services.router.authoring.definition import Strategy

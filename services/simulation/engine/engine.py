@@ -13,11 +13,11 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, StepResult
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.shell.shell import EngineShell
 from microserve.services.simulation.engine.hash_runner import HASH, HashRunner, hash_layout
 from microserve.services.simulation.engine.heap import FaultyHeap, WriteFaults
 from microserve.services.simulation.engine.marked_runner import MarkedRunner

@@ -23,7 +23,7 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryPeerHeap, MemoryRegi
 from microserve.kvcache.heap.mapped import require_same_kv
 from microserve.protocol.messages.kv.grant import HeapAddress
 from microserve.protocol.messages.numerics import UNKNOWN
-from microserve.protocol.settings import RouterSettings, Settings
+from microserve.protocol.settings.settings import RouterSettings, Settings
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, Sampled, StepResult
 from microserve.services.engine.step_thread import IDLE_WAIT_S
 from microserve.services.router.oversight.overseer import Overseer

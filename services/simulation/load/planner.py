@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from microserve.protocol.errors import ConfigError, MeshError
-from microserve.protocol.settings import RouterSettings
+from microserve.protocol.settings.settings import RouterSettings
 from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.source.module import Run

@@ -14,7 +14,7 @@ from typing import NamedTuple, TextIO
 from microserve.protocol import log
 from microserve.protocol.errors import InternalError, StrategyError
 from microserve.protocol.messages.request.sampling import SamplingParams
-from microserve.protocol.settings import RouterSettings, Settings
+from microserve.protocol.settings.settings import RouterSettings, Settings
 from microserve.services.router.oversight.overseer import Overseer
 from microserve.services.router.rollout.window import MAX_ERROR_SHARE, MIN_ERRORS
 from microserve.services.simulation.gateway import Answer

@@ -12,7 +12,7 @@ import pytest
 
 from microserve.gateway.http.tls import Certificate
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from tests.support.gateway.certificate import make_pair
 from tests.support.gateway.gateway_world import Served, gateway_world, run
 

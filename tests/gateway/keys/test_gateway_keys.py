@@ -20,8 +20,8 @@ from microserve.gateway.keys.ledger import read_counts
 from microserve.gateway.keys.usage import Counts
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_gateway import GatewaySettings
+from microserve.protocol.settings.gateway import GatewaySettings
+from microserve.protocol.settings.settings import Settings
 from tests.support.gateway.gateway_world import GatewayWorld, Served, connect, gateway_world, run
 
 pytestmark = pytest.mark.slow  # a gateway with its helpers, each time

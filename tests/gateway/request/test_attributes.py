@@ -14,7 +14,7 @@ from microserve.gateway.request.request import GenerateRequest, Texts
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError, InvalidRequest
 from microserve.protocol.messages.request.attributes import MAX_ATTRIBUTES, MAX_VALUE_CHARS
-from microserve.protocol.settings_gateway import GatewaySettings
+from microserve.protocol.settings.gateway import GatewaySettings
 from tests.support.gateway.gateway_world import GatewayWorld, Served, gateway_world, run
 
 BODY = {"model": "tiny", "prompt": "a b", "max_tokens": 4}

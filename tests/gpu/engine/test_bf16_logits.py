@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from microserve.kvcache.heap.factory import make_heap
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
 from tests.support.engine.logit_bounds import (

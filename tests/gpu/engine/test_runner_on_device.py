@@ -14,8 +14,8 @@ from torch import Tensor
 from microserve.kvcache.heap.factory import make_heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.request.sampling import SamplingParams
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.settings import Settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.model.device.decode_graphs import CudaCapture
 from microserve.services.engine.model.model import LoadedModel, load_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from microserve.kvcache.heap.cuda_driver import LibCuda
+from microserve.kvcache.heap.gpu.cuda_driver import LibCuda
 from microserve.protocol.errors import ConfigError
 
 

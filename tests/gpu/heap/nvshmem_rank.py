@@ -10,9 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from microserve.kvcache.heap.cuda_driver import LibCuda
-from microserve.kvcache.heap.nvshmem import NvshmemHeap
-from microserve.kvcache.heap.nvshmem_world import NvshmemWorld, new_unique_id
+from microserve.kvcache.heap.gpu.cuda_driver import LibCuda
+from microserve.kvcache.heap.gpu.nvshmem import NvshmemHeap
+from microserve.kvcache.heap.gpu.nvshmem_world import NvshmemWorld, new_unique_id
 from microserve.protocol.messages.kv.grant import HeapAddress
 from tests.support.kvcache.heap_child import wait_until
 from tests.support.kvcache.heap_stress import receive_random, send_random

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.heap.gpu.cuda_ipc import CudaIpcHeap
 from tests.support.kvcache.heap_child import Child, wait_until
 from tests.support.kvcache.heap_conformance import HeapConformance
 from tests.support.kvcache.heap_factories import FACTORIES, MINE, THEIRS, HeapFactory

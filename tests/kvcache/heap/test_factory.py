@@ -15,7 +15,7 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine import service
 from microserve.services.engine.model.model import LoadedModel
 from microserve.services.engine.service import run_engine

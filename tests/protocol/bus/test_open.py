@@ -11,8 +11,8 @@ import pytest
 from microserve.protocol.bus.curve import CurveKeys, create_keys
 from microserve.protocol.bus.open import open_bus
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.settings import Settings
+from microserve.protocol.settings.sources import load_settings
 
 INDEX, ROUTER, OTHER = "tcp://10.0.0.1:7100", "tcp://10.0.0.2:7101", "tcp://10.0.0.3:7101"
 

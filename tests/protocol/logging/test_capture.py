@@ -13,7 +13,7 @@ import pytest
 import structlog
 
 from microserve.protocol.logging.setup import Log, configure
-from microserve.protocol.settings import LogSettings
+from microserve.protocol.settings.settings import LogSettings
 
 
 @pytest.fixture

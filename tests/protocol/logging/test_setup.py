@@ -16,7 +16,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.logging.setup import Log, configure
-from microserve.protocol.settings import LogSettings
+from microserve.protocol.settings.settings import LogSettings
 
 
 @pytest.fixture(autouse=True)

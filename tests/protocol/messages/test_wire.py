@@ -24,7 +24,7 @@ from microserve.protocol.messages import world as worlds
 from microserve.protocol.messages.kv import geometry, grant, kv_events
 from microserve.protocol.messages.request import prompt_logprobs, sampling
 from microserve.protocol.messages.strategy import control, decisions, scores
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 
 PROTOCOL = Path(codec.__file__).parents[1]
 SPEC = (PROTOCOL / "WIRE.md").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ import asyncio, os, sys
 import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.protocol.process.run import run_service
 
 sys.argv.append("bus.insecure=true")

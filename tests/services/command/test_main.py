@@ -14,10 +14,10 @@ import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_gateway import GatewaySettings
-from microserve.protocol.settings_sources import load_settings
-from microserve.protocol.settings_vllm import VllmSettings
+from microserve.protocol.settings.gateway import GatewaySettings
+from microserve.protocol.settings.settings import Settings
+from microserve.protocol.settings.sources import load_settings
+from microserve.protocol.settings.vllm import VllmSettings
 from microserve.services.command.flags import Flags
 from microserve.services.command.main import main
 from microserve.services.command.settings_text import MASK, as_toml

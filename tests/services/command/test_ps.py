@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 from click.testing import CliRunner
 
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.command.main import main
 from microserve.services.local.composition import compose
 from microserve.services.local.directory import ChildState, ForeignState, MeshDirectory, MeshState

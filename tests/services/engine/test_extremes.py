@@ -11,7 +11,7 @@ from microserve.protocol.bus.codec import ENGINE_REPLY, ENGINE_REQUEST, encode_t
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.simulation.engine.hash_runner import expected_tokens
-from tests.services.engine.test_action_server import PARAMS, PROMPT, VOCAB, Rig, tokens_of
+from tests.services.engine.shell.test_action_server import PARAMS, PROMPT, VOCAB, Rig, tokens_of
 from tests.support.bus.extremes import extremes
 from tests.support.bus.wire_samples import MESSAGES
 

@@ -18,7 +18,7 @@ from microserve.protocol.bus.transport import Bus, ClientSocket, ZmqBus
 from microserve.protocol.errors import ConfigError, InvalidRequest, ProtocolViolation
 from microserve.protocol.messages.index import IndexFailed
 from microserve.protocol.messages.world import JoinWorld, WorldJoined, WorldRank, WorldWaiting
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from microserve.services.engine.rendezvous import Rendezvous
 from microserve.services.index.service import IndexService
 from tests.support.index.index_world import until

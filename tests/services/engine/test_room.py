@@ -19,7 +19,7 @@ from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.errors import CacheFull, ConfigError
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine import pool_size, room
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.pool_size import check_room, choose_num_blocks, layout_of

@@ -17,8 +17,8 @@ import msgspec
 import pytest
 import structlog
 
-from microserve.kvcache.heap.cuda_driver import CudaDriver
-from microserve.kvcache.heap.nvshmem_world import SymmetricMemory
+from microserve.kvcache.heap.gpu.cuda_driver import CudaDriver
+from microserve.kvcache.heap.gpu.nvshmem_world import SymmetricMemory
 from microserve.kvcache.heap.process import this_namespace, this_process
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
@@ -27,8 +27,8 @@ from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError, DeadlineExceeded
 from microserve.protocol.messages.world import WorldRank
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.settings import Settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine import world as world_module
 from microserve.services.engine.world import Library, World, _is_provable, join_world
 from microserve.services.index.service import run_index

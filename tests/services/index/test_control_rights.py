@@ -13,7 +13,7 @@ from microserve.protocol import log
 from microserve.protocol.bus.curve import CurveKeys, create_keys, is_operator, peer_key
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError, InvalidRequest
-from microserve.protocol.settings import BusSettings, IndexSettings, Settings
+from microserve.protocol.settings.settings import BusSettings, IndexSettings, Settings
 from microserve.services.command.control_client import control_client
 from microserve.services.index.service import IndexService
 

@@ -13,7 +13,7 @@ from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import CacheFull, DeadlineExceeded, EngineLost, MeshError, PeerError
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.request.sampling import SamplingParams
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 from microserve.services.links.stream import TokenStream
 from tests.support.router.fabric import Fabric

@@ -11,7 +11,7 @@ from microserve.kvcache.prefix.index import PrefixIndex
 from microserve.protocol.errors import EngineLost
 from microserve.protocol.messages.engine import SnapshotReply
 from microserve.protocol.messages.kv.kv_events import BlockRemoved, KVEventBatch, encode_batch, publish_frames
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from microserve.services.links.engine import RouterIdentity
 from microserve.services.links.feed import KvFeed
 from microserve.services.links.snapshot import read_snapshot

@@ -21,7 +21,7 @@ from microserve.protocol.messages.engine import (
     SnapshotReply,
 )
 from microserve.protocol.messages.kv.kv_decoding import decode_batch
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from microserve.services.links.engine import RouterIdentity
 from microserve.services.links.snapshot import read_snapshot
 from tests.support.bus.lossy_bus import LossyBus

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.settings import Settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.local.composition import PortTaken, check_ports, compose, free_ports
 from microserve.services.local.supervisor import Child
 

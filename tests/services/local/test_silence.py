@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.protocol import log
-from microserve.protocol.settings import MeshSettings
+from microserve.protocol.settings.settings import MeshSettings
 from microserve.services.local.composition import ENGINE_PATIENCE
 from microserve.services.local.notice import Silence
 from microserve.services.local.supervisor import ChildState

@@ -17,7 +17,7 @@ from microserve.gateway.keys.quota import Quotas
 from microserve.gateway.keys.usage import Counts, UsageBook
 from microserve.protocol.errors import CapacityError
 from microserve.protocol.messages.request.sampling import SamplingParams
-from microserve.protocol.settings import RouterSettings, Settings
+from microserve.protocol.settings.settings import RouterSettings, Settings
 from microserve.services.simulation.gateway import Answer
 from microserve.services.simulation.journal import Journal
 from microserve.services.simulation.load.engine import Hardware, ProfiledMesh

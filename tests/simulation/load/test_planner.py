@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.simulation.load import engine, planner
 from microserve.services.simulation.load.engine import NUM_LAYERS

@@ -31,11 +31,11 @@ from microserve.protocol.bus.peers import Loss, Peer, Peers
 from microserve.protocol.bus.queue import StreamQueue
 from microserve.protocol.errors import MeshError, StrategyError
 from microserve.protocol.messages.engine import SnapshotReply
-from microserve.services.engine.action_server import ActionServer, Session
 from microserve.services.engine.core.memory import KvMemory
-from microserve.services.engine.core.received import ReceivedGrant
+from microserve.services.engine.core.request.received import ReceivedGrant
+from microserve.services.engine.core.request.sequence import Sequence
 from microserve.services.engine.core.scheduler import Scheduler, Step
-from microserve.services.engine.core.sequence import Sequence
+from microserve.services.engine.shell.action_server import ActionServer, Session
 from microserve.services.links.feed_state import FeedState
 from microserve.services.router.engines.load import Account
 from microserve.services.router.request.request import Request

@@ -11,8 +11,8 @@ from microserve.gateway.routers.link import RouterLink
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.router import Generate
 from microserve.services.engine.core.memory import KvMemory
-from microserve.services.engine.core.received import ReceivedGrant
-from microserve.services.engine.core.sequence import Sequence
+from microserve.services.engine.core.request.received import ReceivedGrant
+from microserve.services.engine.core.request.sequence import Sequence
 from microserve.services.router.authoring.action.grant import GrantHandle
 from microserve.services.router.serving.live import LiveRequest
 from tests.simulation.mutation.planting import mutation, replace

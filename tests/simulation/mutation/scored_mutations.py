@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
-from microserve.services.engine.core.sequence import Sequence
+from microserve.services.engine.core.request.sequence import Sequence
 from microserve.services.router.request.request import Request
 from microserve.services.router.serving.failover import Failover
 from microserve.services.router.serving.live import LiveRequest

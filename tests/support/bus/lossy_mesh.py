@@ -15,11 +15,11 @@ from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
-from microserve.protocol.settings_engine import EngineSettings
+from microserve.protocol.settings.engine import EngineSettings
+from microserve.protocol.settings.settings import BusSettings, IndexSettings, RouterSettings, Settings
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
-from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.shell.shell import EngineShell
 from microserve.services.engine.step_thread import StepThread
 from microserve.services.index.service import IndexService
 from microserve.services.router.service import Router

@@ -23,7 +23,7 @@ from microserve.protocol.bus.codec import encode_tokens
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.router import Generate, Output
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from tests.support.process.cases import Case
 from tests.support.process.processes import MeshProcesses
 

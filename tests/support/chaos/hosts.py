@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from microserve.protocol.bus.transport import Bus
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from tests.support.chaos.mesh import ChaosMesh, chaos_settings
 from tests.support.hosts.mesh import HostMesh
 from tests.support.hosts.world import World

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 
 from microserve.protocol.bus.transport import Bus, ZmqBus
-from microserve.protocol.settings import BusSettings
-from microserve.services.engine.core.record import IDLE_RECORD_S
+from microserve.protocol.settings.settings import BusSettings
+from microserve.services.engine.core.request.record import IDLE_RECORD_S
 from microserve.services.engine.core.state import PURGE_INTERVAL_S
 from tests.support.engine.engine_client import EngineClient
 from tests.support.process.processes import MeshProcesses
@@ -27,7 +27,7 @@ READY_S = 60.0
 EXIT_S = 30.0
 WHOLE_S = 20.0
 """After the last fault and the last request, every engine is whole within this: an engine that has sent keeps
-the prompt for a further action, IDLE_RECORD_S after its last one (core/record.py)."""
+the prompt for a further action, IDLE_RECORD_S after its last one (core/request/record.py)."""
 assert WHOLE_S > 1.5 * (IDLE_RECORD_S + PURGE_INTERVAL_S)
 LEASE_S = 3.0
 """Short, so that a freeze can outlive it."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from tests.support.chaos.cases import Question, ask_oracle, keep_stable, make_pool
 from tests.support.chaos.client import Attempt, open_doors
 from tests.support.chaos.faults import BETWEEN_HOSTS, WEIGHTS, Fault, Faults, plan_faults

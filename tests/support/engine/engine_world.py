@@ -15,13 +15,13 @@ from microserve.protocol.bus.curve import CurveKeys
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages import index as membership
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.settings import Settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.core.batch import Batch, StepResult
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.core.state import Clock
-from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.shell.shell import EngineShell
 from microserve.services.engine.step_thread import StepThread
 from microserve.services.index.service import run_index
 from microserve.services.simulation.engine.hash_runner import HashRunner, hash_layout

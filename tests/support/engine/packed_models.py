@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.loading import Loading
 from microserve.services.engine.native.packed_model import PackedModel
 from microserve.services.engine.room import PACKED_SUFFIX

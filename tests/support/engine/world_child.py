@@ -19,18 +19,18 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from microserve.kvcache.heap.cuda_driver import CudaDriver
+from microserve.kvcache.heap.gpu.cuda_driver import CudaDriver
+from microserve.kvcache.heap.gpu.nvshmem import NvshmemHeap
+from microserve.kvcache.heap.gpu.nvshmem_world import UNIQUE_ID_NBYTES, SymmetricMemory
 from microserve.kvcache.heap.heap import PeerHeap
-from microserve.kvcache.heap.nvshmem import NvshmemHeap
-from microserve.kvcache.heap.nvshmem_world import UNIQUE_ID_NBYTES, SymmetricMemory
 from microserve.kvcache.words import OPEN, pack_state
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.logging import setup as logging
 from microserve.protocol.messages.kv.grant import HeapAddress
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.process.run import run_service
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.settings import Settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.world import Library, join_world
 from tests.support.engine.device.host_driver import HostDriver
 from tests.support.index.folder_world import FolderRank, fetch, publish

@@ -8,8 +8,8 @@ import contextlib
 from microserve.gateway.server import run_gateway
 from microserve.protocol.bus.open import open_bus
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import Settings
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.settings import Settings
+from microserve.protocol.settings.sources import load_settings
 
 
 async def serve_until(settings: Settings, lifecycle: Lifecycle, stop: asyncio.Event, drain_s: float) -> None:

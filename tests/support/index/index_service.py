@@ -12,7 +12,7 @@ import pytest
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST
 from microserve.protocol.messages.index import IndexReply, IndexRequest, Members
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.index.service import run_index
 from tests.support.index.index_world import ANY, World, in_world
 

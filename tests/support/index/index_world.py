@@ -27,7 +27,7 @@ from microserve.protocol.messages.engine import (
 )
 from microserve.protocol.messages.kv.kv_events import KVEventBatch, encode_batch
 from microserve.protocol.types import WIRE_VERSION
-from microserve.services.engine.kv_publisher import KvPublisher
+from microserve.services.engine.shell.kv_publisher import KvPublisher
 
 ANY = "tcp://127.0.0.1:0"
 BLOCK_SIZE = 4

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from microserve.kvcache.heap.gpu.nvshmem import NvshmemHeap
 from microserve.kvcache.heap.heap import Heap
-from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.services.engine.core.batch import Runner
 from tests.support.engine.device.device_mesh import DeviceMesh, StreamRunner

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from microserve.kvcache.heap.device import DeviceHeap, DevicePeerHeap
+from microserve.kvcache.heap.gpu.device import DeviceHeap, DevicePeerHeap
 from microserve.kvcache.heap.heap import Copies, Copy
 from tests.support.engine.device.host_driver import HostDriver
 from tests.support.kvcache.kv_samples import data_of, make_layout, set_data

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import ClassVar
 
-from microserve.kvcache.heap.cuda_driver import LibCuda
-from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.doors.host import HostHeap, Opening
 from microserve.kvcache.heap.doors.tcp.door import TcpDoor
+from microserve.kvcache.heap.gpu.cuda_driver import LibCuda
+from microserve.kvcache.heap.gpu.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.heap.gpu.nvshmem import NvshmemHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
-from microserve.kvcache.heap.nvshmem import NvshmemHeap
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.kvcache.layout import KvLayout
 from tests.support.engine.device.host_driver import HostDriver
@@ -135,7 +135,7 @@ class LaunchFactory(HeapFactory):
     def __init__(self) -> None:
         import torch
 
-        from microserve.kvcache.heap.kernel_put import KernelPut
+        from microserve.kvcache.heap.gpu.kernel_put import KernelPut
 
         self._driver = LibCuda()
         self._put = KernelPut(torch.device("cuda", 0))

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from microserve.kvcache.grant.writer import LaneWriter
-from microserve.kvcache.heap.cuda_ipc import CudaIpcPeerHeap
-from microserve.kvcache.heap.device import MIN_RUNS_OF_A_LAUNCH
+from microserve.kvcache.heap.gpu.cuda_ipc import CudaIpcPeerHeap
+from microserve.kvcache.heap.gpu.device import MIN_RUNS_OF_A_LAUNCH
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.kv.grant import Grant, HeapAddress

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from microserve.kvcache.heap.device import BlockPut
-from microserve.kvcache.heap.nvshmem import NvshmemHeap
+from microserve.kvcache.heap.gpu.device import BlockPut
+from microserve.kvcache.heap.gpu.nvshmem import NvshmemHeap
 from microserve.kvcache.layout import KvLayout
 from tests.support.engine.device.host_driver import HostDriver
 from tests.support.engine.device.host_world import HostRank, HostWorld

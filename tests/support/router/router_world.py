@@ -16,7 +16,7 @@ from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.messages.strategy import decisions
 from microserve.protocol.messages.strategy.control import ControlState, VersionFault
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import BusSettings, IndexSettings, RouterSettings, Settings
+from microserve.protocol.settings.settings import BusSettings, IndexSettings, RouterSettings, Settings
 from microserve.services.router.authoring.action.generating import Chunks
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.authoring.mesh import Mesh

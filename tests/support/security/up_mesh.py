@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from microserve.protocol.bus.curve import CurveKeys
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.command.control_client import control_client
 from microserve.services.local.directory import MeshDirectory, MeshState
 from tests.support.security.intruder import Targets

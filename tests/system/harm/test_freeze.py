@@ -16,7 +16,7 @@ import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.request.sampling import SamplingParams
-from microserve.protocol.settings import BusSettings
+from microserve.protocol.settings.settings import BusSettings
 from tests.support.chaos.cases import Question, ask_oracle, keep_stable
 from tests.support.chaos.client import Attempt, Doors, open_doors
 from tests.support.chaos.judge import next_token_s

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from microserve.kernels.exact.launch import kernels_digest
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.numerics import Numerics
-from microserve.services.engine.model.families import NATIVE
+from microserve.services.engine.model.directory.families import NATIVE
 from microserve.services.engine.model.model import DTYPES, LoadedModel
 from microserve.services.engine.model.rope import Floats, rope_tables
 

@@ -35,7 +35,7 @@ from microserve.services.engine.core.checks import (
     generate_bounds,
     send_bounds,
 )
-from microserve.services.engine.core.record import CommitJob
+from microserve.services.engine.core.request.record import CommitJob
 from microserve.services.engine.vllm.front.receives import Receives
 from microserve.services.engine.vllm.front.running import Running, RunningRecord, Transfer
 from microserve.services.engine.vllm.front.sampling import first_of, probe_of, sampling_of

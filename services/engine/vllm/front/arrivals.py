@@ -11,7 +11,7 @@ import structlog
 from microserve.kvcache.grant.table import Discharged, Expired, Settled
 from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, TransferFailed
-from microserve.services.engine.core.received import ReceivedGrant
+from microserve.services.engine.core.request.received import ReceivedGrant
 from microserve.services.engine.core.stepper import PROBE_INTERVAL_S
 from microserve.services.engine.vllm.front.early import EarlyStarts
 from microserve.services.engine.vllm.front.receives import Receives

@@ -1,4 +1,4 @@
-"""The core that the shell asks (services/engine/door.py), with vLLM behind it; all of it in the event loop.
+"""The core that the shell asks (services/engine/shell/door.py), with vLLM behind it, all in the event loop.
 
 shell ── actions ──> VllmState ── launch ──> a task for each request at vLLM ── outputs ──> outbox
                          ^
@@ -26,7 +26,7 @@ from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.metrics.readings import Readings
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.levels import read_adapters
-from microserve.services.engine.core.record import Outbox
+from microserve.services.engine.core.request.record import Outbox
 from microserve.services.engine.kind import EngineKind
 from microserve.services.engine.vllm.front.actions import VllmActions
 from microserve.services.engine.vllm.front.arrivals import Arrivals

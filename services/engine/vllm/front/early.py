@@ -16,7 +16,7 @@ Owns when one starts and when it is given up. Whether a layer is in and right, i
 from __future__ import annotations
 
 from microserve.protocol.errors import TransferFailed
-from microserve.services.engine.core.received import ReceivedGrant
+from microserve.services.engine.core.request.received import ReceivedGrant
 from microserve.services.engine.core.stepper import PROBE_INTERVAL_S
 from microserve.services.engine.vllm.front.receives import Receives
 from microserve.services.engine.vllm.front.running import Pace, ParkedReceive, Running

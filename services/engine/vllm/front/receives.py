@@ -29,8 +29,8 @@ from microserve.protocol.errors import (
 )
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.adapter import Adapter, adapter_named
-from microserve.services.engine.core.received import ReceivedGrant, ReceivedGrants
-from microserve.services.engine.core.record import CommitJob, RecordOf
+from microserve.services.engine.core.request.received import ReceivedGrant, ReceivedGrants
+from microserve.services.engine.core.request.record import CommitJob, RecordOf
 from microserve.services.engine.core.state import failed
 from microserve.services.engine.vllm.front.pool import PINNED, ReceivePool
 from microserve.services.engine.vllm.front.running import ParkedReceive, Running, RunningRecord

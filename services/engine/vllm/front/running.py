@@ -9,8 +9,8 @@ from typing import Any
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.kv.grant import Grant
 from microserve.protocol.messages.request.sampling import SamplingParams
-from microserve.services.engine.core.received import ReceivedGrant
-from microserve.services.engine.core.record import CommitJob, RecordOf
+from microserve.services.engine.core.request.received import ReceivedGrant
+from microserve.services.engine.core.request.record import CommitJob, RecordOf
 from microserve.services.engine.vllm.link import Ask, Receive
 
 

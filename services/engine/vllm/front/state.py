@@ -20,7 +20,7 @@ from microserve.protocol.errors import DeadlineExceeded, MeshError, TransferFail
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import MIXED, Numerics
 from microserve.services.engine.core.checks import Limits
-from microserve.services.engine.core.record import Key, Outbox, Records
+from microserve.services.engine.core.request.record import Key, Outbox, Records
 from microserve.services.engine.core.state import PURGE_INTERVAL_S, failed
 from microserve.services.engine.core.tally import Tally
 from microserve.services.engine.vllm.front.output import Output, finish_of, prompt_rows, token_logprobs

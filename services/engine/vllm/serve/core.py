@@ -1,4 +1,4 @@
-"""The core that the shell asks (services/engine/door.py), with somebody else's ``vllm serve`` behind it.
+"""The core that the shell asks (services/engine/shell/door.py), with another's ``vllm serve`` behind it.
 
     shell ── StartGenerate ──> VllmState ── launch ──> a task for each request ── outputs ──> outbox
              other actions: UnsupportedAction          HTTP (served.py)
@@ -35,7 +35,7 @@ from microserve.services.engine.core.checks import (
     generate_bounds,
 )
 from microserve.services.engine.core.levels import read_adapters
-from microserve.services.engine.core.record import Outbox
+from microserve.services.engine.core.request.record import Outbox
 from microserve.services.engine.kind import EngineKind
 from microserve.services.engine.vllm.front.asyncllm import Llm, Stream
 from microserve.services.engine.vllm.front.levels import read_oldest, read_prefixes

@@ -28,13 +28,13 @@ from microserve.protocol.messages.engine_info import GRAMMAR
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.metrics.port import MetricsPort
 from microserve.protocol.process.lifecycle import Lifecycle
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.kind import EngineKind
-from microserve.services.engine.model.end_tokens import eos_of
-from microserve.services.engine.model.model_files import read_json
-from microserve.services.engine.shell import EngineShell
+from microserve.services.engine.model.directory.end_tokens import eos_of
+from microserve.services.engine.model.directory.model_files import read_json
+from microserve.services.engine.shell.shell import EngineShell
 from microserve.services.engine.vllm.front.running import Running
 from microserve.services.engine.vllm.front.sampling import probe_of
 from microserve.services.engine.vllm.serve.core import ServedCore

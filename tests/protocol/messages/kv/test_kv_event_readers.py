@@ -17,7 +17,7 @@ from microserve.protocol.messages.kv.kv_events import (
     WireHash,
     encode_batch,
 )
-from microserve.services.engine.kv_publisher import topic_of
+from microserve.services.engine.shell.kv_publisher import topic_of
 
 STORED = ("block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name")
 FIELDS = {"BlockStored": STORED, "BlockRemoved": ("block_hashes", "medium"), "AllBlocksCleared": ()}

@@ -23,7 +23,7 @@ from microserve.protocol.errors import TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv.grant import HeapAddress
 from microserve.services.engine.core.batch import Runner
-from microserve.services.engine.core.sequence import SequenceState
+from microserve.services.engine.core.request.sequence import SequenceState
 from microserve.services.simulation.engine.hash_runner import HashRunner
 from tests.support.engine.core_mesh import (
     GREEDY,

@@ -13,8 +13,8 @@ from microserve.kvcache.prefix.hash import HashChain
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Scored
 from microserve.services.engine.core.memory import KvMemory
+from microserve.services.engine.core.request.sequence import Sequence
 from microserve.services.engine.core.scheduler import Scheduler, Step
-from microserve.services.engine.core.sequence import Sequence
 
 BLOCK_SIZE, BUDGET, NUM_SCORED = 16, 32, 10
 

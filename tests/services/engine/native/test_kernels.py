@@ -14,7 +14,7 @@ from microserve.kernels.cpu.step import CpuStep
 from microserve.kernels.kernel_cache import KernelUnavailable
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.engine.loading import make_runner
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner

@@ -21,7 +21,7 @@ from microserve.kernels.cpu.library import library
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol import log
 from microserve.protocol.messages.request.sampling import SamplingParams
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.core.batch import Batch, Chunk, Sampled, SampleSpec
 from microserve.services.engine.loading import make_runner
 from microserve.services.engine.model.model import load_model
@@ -88,7 +88,7 @@ def test_an_engine_that_finds_its_weights_packed_imports_no_torch(tmp_path: Path
     load(directory)
     program = """
 import sys
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.loading import Loading
 from microserve.services.engine.service import run_engine
 assert Loading(load_settings(overrides=["model.path=" + sys.argv[1]])).find() is not None
@@ -307,7 +307,7 @@ def test_whoever_waits_for_one_that_dies_goes_on(tmp_path: Path, cache: Path) ->
     way = loading(directory)
     program = """
 import asyncio, sys
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.loading import Loading
 async def hold():
     async with Loading(load_settings(overrides=["model.path=" + sys.argv[1]])).alone():

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings_sources import load_settings
-from microserve.protocol.settings_vllm import OURS
+from microserve.protocol.settings.sources import load_settings
+from microserve.protocol.settings.vllm import OURS
 from microserve.services.engine.room import MAX_HOST_POOL_NBYTES, Room
 from microserve.services.engine.vllm.arguments import MIN_KV_NBYTES, arguments_of, require_known
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.vllm import version
 from microserve.services.engine.vllm.arguments import arguments_of
 

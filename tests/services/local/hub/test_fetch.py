@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.engine.room import unpromised_room
 from microserve.services.local.hub import fetch as fetching
 from microserve.services.local.hub.fetch import Wish, fetch

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from microserve.protocol.errors import ConfigError
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.local.hub.name import HubError, NotReached
 from microserve.services.local.hub.resolve import resolve
 from tests.support.hub.server import Hub, serving
@@ -126,7 +126,7 @@ def test_nothing_heavy_is_imported_for_what_is_here(environment: dict[str, str])
     resolve(settings("org/tiny"), environment, quiet)
     program = (
         "import sys; sys.modules['huggingface_hub'] = None\n"
-        "from microserve.protocol.settings_sources import load_settings\n"
+        "from microserve.protocol.settings.sources import load_settings\n"
         "from microserve.services.local.hub.resolve import resolve\n"
         "from microserve.services.local.hub.name import HubError\n"
         "import os\n"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from microserve.protocol.settings import Settings
+from microserve.protocol.settings.settings import Settings
 from microserve.services.engine.room import Room
 from microserve.services.local.hub.name import HubError
 from microserve.services.local.hub.sizes import check_disk, check_memory, in_bytes, sizes_of

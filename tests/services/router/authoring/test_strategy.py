@@ -10,7 +10,7 @@ import pytest
 from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError, StrategyError, StrategyNotFound
-from microserve.protocol.settings import RouterSettings
+from microserve.protocol.settings.settings import RouterSettings
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import load_file, strategy
 from microserve.services.router.authoring.mesh import Mesh

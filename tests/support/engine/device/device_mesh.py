@@ -11,8 +11,8 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
-from microserve.kvcache.heap.device import DeviceHeap
+from microserve.kvcache.heap.gpu.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.heap.gpu.device import DeviceHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.services.engine.core.batch import Batch, Runner, StepResult

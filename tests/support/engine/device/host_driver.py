@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from microserve.kvcache.heap.cuda_driver import HANDLE_NBYTES
+from microserve.kvcache.heap.gpu.cuda_driver import HANDLE_NBYTES
 from microserve.protocol.errors import InternalError, TransferFailed
 
 FREED_BYTE = 0xDD

@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from microserve.protocol.messages.index import Members, Watch
 from microserve.protocol.messages.strategy.control import Change, Changed, StrategyServed, VersionFault
-from microserve.protocol.settings import RouterSettings
+from microserve.protocol.settings.settings import RouterSettings
 from microserve.services.command.main import main
 from microserve.services.router.service import load_strategies
 from tests.support.index.index_service import Index, with_index

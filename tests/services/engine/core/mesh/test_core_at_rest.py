@@ -11,7 +11,7 @@ from microserve.protocol.messages.kv.grant import MAX_LANES
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.core import ARRIVAL_POLL_S, EngineCore
 from microserve.services.engine.core.peers import DEAD_LOOK_S
-from microserve.services.engine.core.record import IDLE_RECORD_S
+from microserve.services.engine.core.request.record import IDLE_RECORD_S
 from microserve.services.engine.core.state import PURGE_INTERVAL_S
 from microserve.services.simulation.engine.hash_runner import HashRunner, hash_layout
 from tests.support.engine.core_mesh import ROUTER, Mesh, generate, grant_for, prompt_of, receive, send

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.heap.gpu.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages import engine as wire

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from microserve.kvcache.heap.nvshmem import NvshmemHeap
+from microserve.kvcache.heap.gpu.nvshmem import NvshmemHeap
 from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.batch import Batch, StepResult
 from tests.support.engine.core_interleaving import interleave

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from microserve.kvcache.heap import cuda_ipc
-from microserve.kvcache.heap.cuda_ipc import CudaIpcPeerHeap
+from microserve.kvcache.heap.gpu import cuda_ipc
+from microserve.kvcache.heap.gpu.cuda_ipc import CudaIpcPeerHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.heap.memfd import lane_byte
 from microserve.kvcache.heap.process import _TICK_BITS, _start_time, is_gone

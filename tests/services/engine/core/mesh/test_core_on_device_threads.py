@@ -7,7 +7,7 @@ import threading
 import time
 from functools import partial
 
-from microserve.kvcache.heap.cuda_ipc import CudaIpcHeap
+from microserve.kvcache.heap.gpu.cuda_ipc import CudaIpcHeap
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import CacheFull

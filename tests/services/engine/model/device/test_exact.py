@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.numerics import fault_of_numerics
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.model.attention.step import ExactAttention, exact_attention
 from microserve.services.engine.model.attention_choice import EXACT, choose_kernels
 from microserve.services.engine.model.device import exact

@@ -14,7 +14,7 @@ from microserve.protocol.errors import ConfigError, InvalidInterval, MeshError, 
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.request.sampling import Grammar, SamplingParams
-from microserve.protocol.settings_sources import load_settings
+from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.kind import EngineKind
 from microserve.services.engine.vllm.serve.core import ServedCore
