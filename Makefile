@@ -24,7 +24,7 @@ make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11)
 MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '$(VENV)/installed')" = "$$(pwd -P)" ] || \
 	echo moved))
 
-.PHONY: moved install up vllm quick test heavy clients peers hosts test-vllm check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
+.PHONY: moved install up vllm quick test heavy clients peers hosts page test-vllm check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
 
 up: $(VENV)/installed
 	@$(KERNELS)
@@ -45,12 +45,12 @@ quick: $(VENV)/dev
 # All but the endurance of `make heavy`, in less than nine minutes.
 test: $(VENV)/dev
 	@$(KERNELS)
-	$(PYTEST) -m "not heavy and not clients and not peers and not hosts and not vllm" $(ARGS)
+	$(PYTEST) -m "not heavy and not clients and not peers and not hosts and not vllm and not page" $(ARGS)
 
 # The long ones: exactness of the demo model, freezes, chaos, hostile strategies, days of virtual time.
 heavy: $(VENV)/dev
 	@$(KERNELS)
-	$(PYTEST) -m heavy $(ARGS)
+	$(PYTEST) -m "heavy and not page" $(ARGS)
 
 # Other people's clients, unmodified, each in an environment of its own that is made once: docs/clients.md.
 # CLIENT=litellm for one of them.
@@ -63,6 +63,10 @@ ONE_CLIENT = tests/clients$(if $(CLIENT),/test_clients.py::test_client[$(CLIENT)
 peers: $(VENV)/dev
 	@$(KERNELS)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m "peers and not vllm" --durations=0 tests/peers $(ARGS)
+
+# The page in a real browser: Debian's chromium, where there is one. ARGS='-m "page and not heavy"' without its endurance.
+page: $(VENV)/dev
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m page --durations=5 tests/page $(ARGS)
 
 # vLLM's own engines: what needs its environment. ARGS="tests/services/engine/vllm" for a part of it,
 # ARGS='-m "vllm and not slow and not heavy"' without the tests that start engines again and again.

@@ -13,7 +13,7 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from microserve.gateway import operator_routes, response_routes, view_routes, worker_routes
+from microserve.gateway import operator_routes, page_routes, response_routes, view_routes, worker_routes
 from microserve.gateway.dialects import CHAT, COMPLETIONS, MESSAGES, RESPONSES, manners_of
 from microserve.gateway.generation.completion import Completion
 from microserve.gateway.http.errors import (
@@ -29,8 +29,9 @@ from microserve.protocol import log
 
 Handler = Callable[[GatewayState, Exchange], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""What probes need, without a key; everything else is behind one if there are any."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/"})
+"""What probes need, and the page, without a key; so are the page's files (``/page/``), which say nothing of
+the mesh. Everything else is behind a key if there are any."""
 OPERATOR_PATHS = frozenset({"/metrics"})
 """What tells of all keys: for those of operators. So is everything under ``/view``."""
 
@@ -84,6 +85,7 @@ class Application:
 
     def __init__(self, state: GatewayState) -> None:
         self._state = state
+        page_routes.files()  # now, and not on the first request's time
         routes = self._routes()
         self._router = Router(routes, redirect_slashes=False, default=self._no_route)
         self._hot = {route.path: route.endpoint for route in routes[:NUM_HOT]}
@@ -116,6 +118,8 @@ class Application:
             ("/view/keys", get, view_routes.keys),
             ("/view/health", get, view_routes.health),
             ("/view/feed", get, view_routes.feed),
+            ("/", get, page_routes.index),
+            ("/page/{name:path}", get, page_routes.file),
             ("/server_info", get, worker_routes.server_info),
             ("/get_server_info", get, worker_routes.server_info),
             ("/model_info", get, worker_routes.model_info),
@@ -130,7 +134,7 @@ class Application:
     async def _handle(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """Who asks, whether they may, and what it takes of their limits; then the path's handler."""
         state = self._state
-        if exchange.path in OPEN_PATHS:
+        if exchange.path in OPEN_PATHS or exchange.path.startswith("/page/"):
             await self._router(scope, receive, send)
             return
         key = exchange.key = state.keys.check(

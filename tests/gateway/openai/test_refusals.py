@@ -15,7 +15,7 @@ def http_of(world: GatewayWorld, **options: Any) -> httpx.AsyncClient:
 
 
 ENVELOPES = [
-    ("GET", "/", 404, "not_found"),
+    ("GET", "/nothing", 404, "not_found"),
     ("GET", "/v1/nothing", 404, "not_found"),
     ("GET", "/health/", 404, "not_found"),
     ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
