@@ -5,6 +5,7 @@ import { html, useEffect, useRef } from "./vendor/htm-preact.module.js";
 
 const HEIGHT = 150;
 
+const minute = (at) => new Date(at * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" });
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 function options(width, names, marks) {
@@ -14,7 +15,7 @@ function options(width, names, marks) {
     height: HEIGHT,
     legend: { show: false },
     cursor: { show: false },
-    axes: [axis, { ...axis, size: 50 }],
+    axes: [{ ...axis, size: 28, space: 70, incrs: [60, 120, 300, 600], values: (_, times) => times.map(minute) }, { ...axis, size: 50 }],
     series: [{}, ...names.map((name, at) => ({ label: name, stroke: () => colour(`--curve-${at + 1}`), width: 2, dash: at ? [6, 3] : [] }))],
     hooks: {
       draw: [

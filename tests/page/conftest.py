@@ -1,4 +1,4 @@
-"""One browser for all tests of a file: while it runs, its thread has a loop, and no other test can have one."""
+"""One browser for all tests of a file: while it runs, its thread has a loop, and no other test gets one."""
 
 from __future__ import annotations
 

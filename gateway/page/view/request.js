@@ -10,7 +10,7 @@ function Strip({ timeline, wall }) {
   const all = wall || 1;
   const words = timeline.map((part) => `${part.name} ${seconds(part.seconds)}`).join(", ");
   return html`<svg class="strip" role="img" aria-label=${`Timeline: ${words}`} viewBox=${`0 0 ${WIDTH} 40`} preserveAspectRatio="none">
-    ${timeline.map((part, at) => html`<rect class=${`phase phase-${at % 8}`} x=${(part.begin_s / all) * WIDTH} y="2" width=${Math.max(0.5, (part.seconds / all) * WIDTH)} height="36"><title>${part.name} ${seconds(part.seconds)}</title></rect>`)}
+    ${timeline.map((part, at) => html`<rect class=${`phase phase-${at % 9}`} x=${(part.begin_s / all) * WIDTH} y="2" width=${Math.max(0.5, (part.seconds / all) * WIDTH)} height="36"><title>${part.name} ${seconds(part.seconds)}</title></rect>`)}
   </svg>`;
 }
 
@@ -23,7 +23,7 @@ export function Timeline({ detail }) {
     <${Strip} timeline=${detail.timeline} wall=${form.wall_s} />
     <${Table} label="Timeline" heads=${["phase", "where", "begins after", "takes", "of the whole"]}
       rows=${detail.timeline.map((part, at) => [
-        html`<svg class="swatch" width="12" height="12" aria-hidden="true"><rect class=${`phase phase-${at % 8}`} width="12" height="12" /></svg> ${part.name}`,
+        html`<svg class="swatch" width="12" height="12" aria-hidden="true"><rect class=${`phase phase-${at % 9}`} width="12" height="12" /></svg> ${part.name}`,
         part.where, seconds(part.begin_s), seconds(part.seconds), percent(part.seconds / (form.wall_s || 1))])}
       foot=${["sum", "wall time " + seconds(form.wall_s), "", html`<span data-sum=${sum} data-wall=${form.wall_s}>${seconds(sum)}</span>`, percent(sum / (form.wall_s || 1))]} />
   `;
@@ -49,7 +49,7 @@ function Attempt({ attempt, number: at, isLast }) {
   return html`<section class="attempt">
     <h4>Attempt ${at}: ${name}, ${seconds(attempt.at_s)} after it came${isLast ? "" : ": it failed, and another one followed"}</h4>
     <p>${attempt.engine_id ? `Generated at ${attempt.engine_id}, from token ${number(attempt.begin)} of ${number(attempt.num_tokens)}.` : "It did not come to generating."}
-      ${attempt.awaits_first && " A sender sampled the first token."}</p>
+      ${attempt.engine_id && attempt.awaits_first && " A sender sampled the first token."}</p>
     ${attempt.picks.map((pick, i) => html`<${Pick} pick=${pick} cached=${attempt.cached} number=${i + 1} />`)}
     ${attempt.num_picks > attempt.picks.length && html`<p class="quiet">${attempt.num_picks - attempt.picks.length} later picks are not kept</p>`}
     ${attempt.sends.length > 0 && html`<${Table} label=${`KV sent in attempt ${at}`} heads=${["KV from", "to", "tokens"]}
