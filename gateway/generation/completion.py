@@ -91,6 +91,17 @@ class Completion(Generic[B]):
                 attributes=group.attributes,
                 model=self._model,
             )
+            group.trace.end(
+                self._exchange,
+                group.choices,
+                group.times,
+                usage=lambda: usage_of(group.choices, self._n),
+                sampling=group.sampling,
+                n=self._n,
+                stream=self._stream,
+                failure=failure,
+                model=self._model,
+            )
 
     def forms(self, now: float) -> list[RequestForm]:
         """As it stands, for the view."""

@@ -12,6 +12,7 @@ from time import monotonic
 
 import msgspec
 
+from microserve.gateway.generation.trace import trace_of
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.keys.salt import cache_salt
 from microserve.gateway.request.request import MAX_CHOICES, GenerateRequest
@@ -41,7 +42,10 @@ class ChoiceGroup:
         self.inbox = Inbox()
         self.times = Timeline(exchange.arrived)
         """What all choices have in common; each has a copy of its own from ``submit`` on."""
+        self.trace = trace_of(exchange)
         self.choices: list[Choice] = []
+        self.sampling: SamplingParams | None = None
+        """As it was asked for; None: it did not get so far."""
         self.attributes: Mapping[str, str] = {}
         """What strategies are told of the request."""
         self._state = state
@@ -68,7 +72,7 @@ class ChoiceGroup:
         ended the inbox meanwhile.
         """
         state, exchange, inbox = self._state, self._exchange, self.inbox
-        self.attributes = attributes
+        self.attributes, self.sampling = attributes, sampling
         each = request.num_generated
         count = len(prompts) * each
         if count > MAX_CHOICES:
@@ -133,6 +137,7 @@ class ChoiceGroup:
                 priority=max(exchange.key.priority - request.gives_way, -MAX_PRIORITY),
                 attributes=attributes,
                 adapter=adapter,
+                traceparent=self.trace.text,
             )
         state.metrics.submitted(sum(map(len, prompts)), each, sampling.max_tokens)
 

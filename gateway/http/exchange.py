@@ -156,6 +156,11 @@ class Exchange:
                 return value
         return None
 
+    def only_header(self, name: bytes) -> bytes | None:
+        """Value of a header that comes once; None where it does not, or comes more often."""
+        values = [value for key, value in self._headers if key == name]
+        return values[0] if len(values) == 1 else None
+
     def text_header(self, name: bytes) -> str | None:
         value = self.header(name)
         return None if value is None else value.decode("latin-1")

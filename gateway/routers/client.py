@@ -237,6 +237,7 @@ class RouterClient:
         priority: int = 0,
         attributes: Mapping[str, str] | None = None,
         adapter: str = "",
+        traceparent: str = "",
     ) -> Mailbox:
         """Send one request to ``link``, or to the next router that comes; its output will be in ``inbox``.
         ``adapter``: of the model, that is to answer; ``tenant`` is whose it is, ``priority`` how soon it is
@@ -269,6 +270,7 @@ class RouterClient:
             priority=priority,
             attributes=dict(attributes or {}),
             adapter=adapter,
+            traceparent=traceparent,
         )
         prompt = encode_tokens(tokens)
         if link is None:

@@ -47,6 +47,8 @@ class PrepRecv(_Message, frozen=True, tag=2):
     """Prefix cache namespace of a tenant."""
     adapter: str = ""
     """Name of the adapter with which all of the request is computed; empty: the model alone."""
+    traceparent: str = ""
+    """Where this action stands in a trace (tracing/traceparent.py); empty, or no valid one: in none."""
 
 
 class RemoteSend(_Message, frozen=True, tag=3):
@@ -67,6 +69,8 @@ class RemoteSend(_Message, frozen=True, tag=3):
     """As in ``StartGenerate``: the last so many of the tokens are output (they matter to sampling)."""
     adapter: str = ""
     """As in ``PrepRecv``, and of the same revision as the grant's."""
+    traceparent: str = ""
+    """As in ``PrepRecv``."""
 
 
 class StartGenerate(_Message, frozen=True, tag=4):
@@ -88,6 +92,8 @@ class StartGenerate(_Message, frozen=True, tag=4):
     """Name of the class in which the grant's KV is computed; ``mixed``: in several. Empty: not said, or
     nothing is sent."""
     adapter: str = ""
+    """As in ``PrepRecv``."""
+    traceparent: str = ""
     """As in ``PrepRecv``."""
 
 

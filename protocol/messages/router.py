@@ -56,6 +56,8 @@ class Generate(_Message, frozen=True, tag=2):
     """Name of the model's adapter that is to answer; empty: the model alone."""
     adapter_revision: str = ""
     """Of the adapter that made this output; as ``revision``."""
+    traceparent: str = ""
+    """Where the request stands in a trace (tracing/traceparent.py); empty, or no valid one: in none."""
 
 
 class Cancel(_Message, frozen=True, tag=3):

@@ -35,6 +35,7 @@ from microserve.protocol.process.limits import fill_standard_streams, raise_desc
 from microserve.protocol.process.notify import Notifier
 from microserve.protocol.process.tick import until_tick
 from microserve.protocol.settings.settings import Settings
+from microserve.protocol.tracing.output import close_output, open_output
 
 EXIT_STOPPED = 0
 EXIT_FAILED = 1
@@ -120,6 +121,7 @@ def _run_service(
         _logger.info(log.SERVICE_STARTED, pid=os.getpid(), locked=bool(settings.bus.curve_dir))
         with uncollected():
             serve = load()
+            open_output(service, service_id)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             serving = _serve(service, settings, serve, lifecycle, notifier, lines, reload)
             _run_to_its_end(runner.get_loop(), serving, is_up=lambda: bool(lifecycle.address))
@@ -136,6 +138,7 @@ def _run_service(
             say(f"microserve {service}: {detail}")
         return EXIT_CONFIG if wrong else EXIT_FAILED
     finally:
+        close_output()
         lines.close()
         notifier.close()
 

@@ -143,6 +143,7 @@ class Actions:
             now,
         )
         self._guide(sequence)
+        sequence.traceparent = message.traceparent
         sequence.transfer = Transfer(grant, message.lane, begin, end, first)
         record.sends[key] = sequence
         self._let_wait(sequence)
@@ -172,6 +173,7 @@ class Actions:
             now,
         )
         self._guide(sequence)
+        sequence.traceparent = message.traceparent
         sequence.num_delivered = message.num_output_tokens
         record.generate = sequence
         if message.grant_id is None:

@@ -18,6 +18,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import MIXED, Numerics
+from microserve.services.engine.core import trace
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.request.record import Key, Outbox, Record, Records
@@ -236,6 +237,7 @@ class EngineState:
             **msgspec.structs.asdict(finished.usage),
             **_rounded(finished.timings),
         )
+        trace.generated(sequence.traceparent, sequence.request_id, now - sequence.arrived_at, finished)
         self.count(f"generate_{reason}")
         self.tally.ended(finished, sequence.params.max_tokens if sequence.params is not None else 0)
         self.count("generate_mixed", sequence.is_mixed)
@@ -283,6 +285,7 @@ class EngineState:
                 log.KV_SEND_FAILED, request_id=sequence.request_id, code=failure.code, detail=failure.detail
             )
             self.outbox.replies.append((sequence.owner, failed(sequence.call_id, failure)))
+            trace.send_failed(sequence.traceparent, sequence.request_id, now - sequence.arrived_at, failure)
             return
         started = now if sequence.started_at is None else sequence.started_at
         sampled = sequence.num_tokens > transfer.end
@@ -321,6 +324,7 @@ class EngineState:
             receiver_numerics=transfer.grant.numerics,
             **_rounded(sent.timings),
         )
+        trace.sent(sequence.traceparent, now - sequence.arrived_at, sent, transfer.grant)
         self.count("sent_bytes", transfer.nbytes)
         self.outbox.replies.append((sequence.owner, sent))
 

@@ -27,6 +27,7 @@ from microserve.protocol.messages.kv.kv_events import KVEvent, KVEventBatch, enc
 from microserve.protocol.process.host import host_facts
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance
+from microserve.services.engine.core import trace
 from microserve.services.engine.core.request.record import Outbox
 from microserve.services.engine.core.state import failed
 from microserve.services.engine.shell.door import Core
@@ -135,7 +136,11 @@ class ActionServer:
             try:
                 match message:
                     case wire.PrepRecv():
-                        return _at_once(actions.prep_recv(peer, message, tokens, now))
+                        granted = actions.prep_recv(peer, message, tokens, now)
+                        if granted is not None:
+                            took_s = self._clock() - now
+                            trace.granted(message.traceparent, message.request_id, took_s, granted.grant)
+                        return _at_once(granted)
                     case wire.RemoteSend():
                         return _at_once(actions.remote_send(peer, message, tokens, now))
                     case wire.StartGenerate():

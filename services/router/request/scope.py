@@ -42,6 +42,8 @@ class RequestScope:
         """Grants taken and neither generated from, committed nor released: engine id by grant id."""
         self.decision = Decision()
         """What its strategy decided, for shadows to be compared with."""
+        self.traceparent = ""
+        """Under which its actions stand in a trace; empty: in none."""
         self.trail: Trail | None = None
         """What it saw and chose; None: that is not recorded."""
         self.numerics: Numerics = UNKNOWN

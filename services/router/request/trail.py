@@ -123,6 +123,10 @@ class Trail:
         """One text for each of the first picks."""
         return [f"{p[1] or 'any'}: {p[8]} of {len(p[4])} by {p[2]}" for p in self._picks[:most]]
 
+    def chosen(self) -> list[tuple[float, str, str, str]]:
+        """Of each pick: seconds after the request had come, label, by what, and which engine."""
+        return [(p[0], p[1] or "any", p[2], p[8]) for p in self._picks]
+
     def packed(self, *, is_bare: bool = False) -> tuple[Any, ...]:
         """As ``decisions.Attempt``, without the engines, which are :attr:`sight`'s; ``is_bare``: without
         candidates."""

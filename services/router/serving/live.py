@@ -24,11 +24,13 @@ from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.messages.router import Ended, Output, Phases
 from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
+from microserve.services.router.engines.connection import EngineLeaving
 from microserve.services.router.oversight.author import Author
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.records import Head
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope
+from microserve.services.router.request.trace import UNTRACED, Relay, Trace
 from microserve.services.router.request.trail import Trail
 from microserve.services.router.rollout.shadow import Rehearsal
 
@@ -49,6 +51,7 @@ class LiveRequest:
     sink: Sink
     strategy: str
     clock: PhaseClock
+    trace: Trace | Relay = UNTRACED
     task: asyncio.Task[None] | None = None
     scope: RequestScope | None = None
     num_prompt_tokens: int = 0
@@ -215,6 +218,19 @@ def head_of(live: LiveRequest, request: Request, ended: Ended | None) -> Head:
         (request if live.scope is None else live.scope).sampling.max_tokens,
         "" if ended is None else ended.reason,
         "" if ended is None else ended.code,
+    )
+
+
+def write_continued(live: LiveRequest, error: MeshError, attempt: int) -> None:
+    """Why what it was served by goes on with it no longer, and another ``attempt`` follows."""
+    tell = _logger.info if isinstance(error, EngineLeaving) else _logger.warning
+    tell(
+        log.REQUEST_CONTINUED,
+        request_id=live.request_id,
+        code=error.code,
+        error=error.detail,
+        delivered=len(live.delivered),
+        attempt=attempt,
     )
 
 

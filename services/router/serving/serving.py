@@ -45,6 +45,7 @@ from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.records import Records, names
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
 from microserve.services.router.request.scope import RequestScope, out_of_time
+from microserve.services.router.request.trace import trace_of
 from microserve.services.router.request.trail import Trail
 from microserve.services.router.rollout.book import StrategyBook
 from microserve.services.router.rollout.shadow import OnDecided, Shadows
@@ -58,6 +59,7 @@ from microserve.services.router.serving.live import (
     cut_short,
     finished_well,
     head_of,
+    write_continued,
     write_line,
 )
 from microserve.services.router.serving.tally import RouterTally
@@ -127,6 +129,7 @@ class Serving:
         clock = PhaseClock(self._loop.time())
         live = LiveRequest(message.request_id, owner, sink, self._admission.strategy_name(message), clock)
         live.offset = max(0, message.num_output_tokens)
+        live.trace = trace_of(message.traceparent)
         try:
             if self._stopping:
                 raise Draining("the router stops", retry_after_s=RETRY_AFTER_S)
@@ -264,22 +267,15 @@ class Serving:
                 break
             self.tally.failovers[error.code] += 1
             scope.close()
+            live.trace.failed("" if isinstance(error, EngineLeaving) else error.code)
             await self._attempts.close(live, generator)
             live.engines += [engine_id for engine_id in scope.engines if engine_id not in live.engines]
-            source, tell = None, _logger.warning
+            source = None
             if isinstance(error, EngineLeaving):
-                tell = _logger.info
                 # Of what was generated in this attempt the leaving engine has the KV.
                 source = error.source if len(live.delivered) > num_known else None
                 wanted = error.wanted
-            tell(
-                log.REQUEST_CONTINUED,
-                request_id=live.request_id,
-                code=error.code,
-                error=error.detail,
-                delivered=len(live.delivered),
-                attempt=terms.number,
-            )
+            write_continued(live, error, terms.number)
             finished = failover.end_of(live.delivered, self._registry.served, live.capped)
             if finished is not None:
                 error, live.last = None, Tokens(len(live.delivered), [], [], finished)
@@ -297,6 +293,7 @@ class Serving:
 
     def _record(self, live: LiveRequest, scope: RequestScope, strategy: str, version: int) -> None:
         """An attempt begins."""
+        scope.traceparent = live.trace.begin(strategy, version)
         live.num_moves += strategy == MOVE
         if self.records.is_on:
             times, sights = (live.clock.received, self._loop.time()), self.records.sights
@@ -368,14 +365,17 @@ class Serving:
         if chunk is not None and finished is not None:
             phases = live.clock.phases(now, finished.timings)
             ended = finished_well(live, finished, phases, engines)
-            live.sink(Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, ended))
+            last = Output(live.request_id, chunk.offset, chunk.token_ids, chunk.logprobs, ended)
         else:
             usage = Usage(prompt_tokens=live.num_prompt_tokens, output_tokens=len(live.delivered))
             phases = live.clock.phases(now)
             ended = cut_short(live, error, usage, phases, engines)
-            live.sink(Output(live.request_id, max(live.offset, len(live.delivered)), [], [], ended))
+            last = Output(live.request_id, max(live.offset, len(live.delivered)), [], [], ended)
+        live.trace.stop(ended.code)
+        live.sink(last)
         write_line(live.request_id, ended)
         self.tally.ended(ended, live.trails, failed=live.is_blamed, slow=live.is_slow)
+        live.trace.tell(live.request_id, ended, live.trails)
         if live.rehearsal is not None and scope is not None:
             told = finished is not None and not live.engines and bool(scope.decision.engine_id)
             self.shadows.end(live.rehearsal, scope.decision if told else None)

@@ -105,6 +105,7 @@ LOAD = actions.EngineLoad(
 )
 PROMPT = packed(3, 1, [PromptLogprob(-0.5, 2, ((11, -0.25),)), PromptLogprob(-1.5, 1, ((12, -1.5),))])
 LOGPROB = actions.TokenLogprob(logprob=-0.5, top=[(11, -0.25), (12, -1.5)])
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TIMINGS = actions.Timings(queued_s=0.5, arrival_s=1.5, prefill_s=2.5, decode_s=3.5, transfer_s=4.5)
 USAGE = actions.Usage(
     prompt_tokens=40, cached_tokens=16, received_tokens=20, output_tokens=5, num_preemptions=1

@@ -97,6 +97,8 @@ class Sequence:
     arrived_at: float
     chain: HashChain
     salt: str = ""
+    traceparent: str = ""
+    """Of the action that it is; empty: in no trace."""
     state: SequenceState = SequenceState.WAITING
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0

@@ -94,7 +94,7 @@ class VllmActions:
                 received = self._receives.open_empty(record, message.salt, now)
                 return wire.Granted(message.call_id, received.grant)
             try:
-                self._receives.ask(record, message.call_id, end, message.salt, now)
+                self._receives.ask(record, message.call_id, end, message.salt, now, message.traceparent)
             except MeshError:
                 self._state.counters["grants_refused"] += 1
                 raise
@@ -221,6 +221,7 @@ class VllmActions:
             ask=ask,
             transfer=Transfer(grant, message.lane, begin, end),
             adapter=record.adapter,
+            traceparent=message.traceparent,
         )
         record.sends[key] = running
         self._sends[ask.id] = running
@@ -260,6 +261,7 @@ class VllmActions:
             await_first=message.await_first,
             num_delivered=message.num_output_tokens,
             adapter=record.adapter,
+            traceparent=message.traceparent,
         )
         record.generate = running
         if message.grant_id is not None and received is not None:

@@ -29,6 +29,7 @@ from microserve.protocol.errors import (
 )
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.adapter import Adapter, adapter_named
+from microserve.services.engine.core import trace
 from microserve.services.engine.core.request.received import ReceivedGrant, ReceivedGrants
 from microserve.services.engine.core.request.record import CommitJob, RecordOf
 from microserve.services.engine.core.state import failed
@@ -100,7 +101,9 @@ class Receives:
 
     # --- asked ---------------------------------------------------------------------------------------
 
-    def ask(self, record: RunningRecord, call_id: int, end: int, salt: str, now: float) -> None:
+    def ask(
+        self, record: RunningRecord, call_id: int, end: int, salt: str, now: float, traceparent: str = ""
+    ) -> None:
         """Park a request for blocks of ``[0, end)``; the answer follows. The rule of ``KvMemory.open_grant``:
         what waits for KV pins half of the pool at most."""
         pinned, room = self._layout.num_blocks_for(end), self._layout.num_blocks // 2
@@ -132,6 +135,7 @@ class Receives:
             ask=Receive(receive_id, end),
             receive_id=receive_id,
             adapter=record.adapter,
+            traceparent=traceparent,
         )
         self._receives[receive_id] = ParkedReceive(
             receive_id, record, parked, salt, end, pinned, now + ALLOCATE_S
@@ -182,6 +186,7 @@ class Receives:
         self.book.add(receive.received)
         self._state.counters["grants_opened"] += 1
         self._state.answer(parked, wire.Granted(0, grant))
+        trace.granted(parked.traceparent, parked.request_id, now - parked.arrived_at, grant)
 
     def cached(self, notice: Received, now: float) -> None:
         """Its blocks are in vLLM's prefix cache."""

@@ -52,6 +52,8 @@ class Running:
     deadline: float
     adapter: str = ""
     """With which it is computed; empty: the model alone."""
+    traceparent: str = ""
+    """Of the action that it is; empty: in no trace."""
     ask: Ask | None = None
     """Of the connector."""
     transfer: Transfer | None = None

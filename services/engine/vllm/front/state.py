@@ -19,6 +19,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, MeshError, TransferFailed, UnknownRequest
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import MIXED, Numerics
+from microserve.services.engine.core import trace
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.request.record import Key, Outbox, Records
 from microserve.services.engine.core.state import PURGE_INTERVAL_S, failed
@@ -89,6 +90,9 @@ class VllmState:
         if running.transfer is not None or running.is_parked or running.call_ids:
             self.over(running, now)
             self._tell_failure(running, error)
+            if running.transfer is not None:
+                took_s = now - running.arrived_at
+                trace.send_failed(running.traceparent, running.request_id, took_s, error)
         else:
             self.finish(running, "error", now, error=error)
 
@@ -189,6 +193,7 @@ class VllmState:
             numerics=self.numerics.name,
             receiver_numerics=grant.numerics,
         )
+        trace.sent(running.traceparent, now - running.arrived_at, sent, grant)
 
     # --- endings -------------------------------------------------------------------------------------
 
@@ -242,6 +247,7 @@ class VllmState:
             exact=False,
             **msgspec.structs.asdict(finished.usage),
         )
+        trace.generated(running.traceparent, running.request_id, now - running.arrived_at, finished)
         self.counters[f"generate_{reason}"] += 1
         self.tally.ended(finished, running.params.max_tokens if running.params is not None else 0)
 

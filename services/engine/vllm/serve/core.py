@@ -99,6 +99,7 @@ class ServedActions:
             arrived_at=now,
             deadline=now + min(message.ttl_s, MAX_TTL_S),
             num_delivered=message.num_output_tokens,
+            traceparent=message.traceparent,
         )
         record.generate = running
         state.begin(running)

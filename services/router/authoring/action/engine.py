@@ -98,6 +98,7 @@ class Engine(EngineFacts):
             ttl_s=ttl_s,
             salt=request.salt,
             adapter=request.adapter,
+            traceparent=scope.traceparent,
         )
         try:
             granted = await connection.call(build, wire.Granted, *bulk, timeout_s=scope.call_timeout_s)
@@ -177,6 +178,7 @@ class Engine(EngineFacts):
             salt=request.salt,
             num_output_tokens=request.num_output_tokens if samples else 0,
             adapter=request.adapter,
+            traceparent=scope.traceparent,
         )
         sending.start(scope, self._connection, build)
         grant.sendings.append(sending)
@@ -237,6 +239,7 @@ class Engine(EngineFacts):
             salt=request.salt,
             numerics=received.name if received is not None else "",
             adapter=request.adapter,
+            traceparent=scope.traceparent,
         )
         own = self.info.numerics
         scope.numerics = own if received is None else own.joined(received)
