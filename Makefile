@@ -24,11 +24,17 @@ make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11)
 MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '$(VENV)/installed')" = "$$(pwd -P)" ] || \
 	echo moved))
 
+.PHONY: help
 .PHONY: moved install up vllm quick test heavy clients peers hosts page test-vllm check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
 
+# A whole mesh on this machine, and a first answer: all that it needs is made first.
 up: $(VENV)/installed
 	@$(KERNELS)
 	$(BIN)/microserve up $(ARGS)
+
+# These targets, a sentence each.
+help:
+	@$(PYTHON) tooling/targets.py
 
 # The same with two engines of vLLM's, in an environment of their own that is made once (docs/engines.md).
 VLLM ?= .vllm
@@ -47,7 +53,7 @@ test: $(VENV)/dev
 	@$(KERNELS)
 	$(PYTEST) -m "not heavy and not clients and not peers and not hosts and not vllm and not page" $(ARGS)
 
-# The long ones: exactness of the demo model, freezes, chaos, hostile strategies, days of virtual time.
+# The long tests: exactness of the demo model, freezes, chaos, hostile strategies, days of virtual time.
 heavy: $(VENV)/dev
 	@$(KERNELS)
 	$(PYTEST) -m "heavy and not page" $(ARGS)
@@ -83,6 +89,7 @@ hosts: $(VENV)/dev
 	@$(KERNELS)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal -m hosts --durations=5 tests/hosts tests/engine_conformance $(ARGS)
 
+# Types, style, floors and lengths of files: what every commit must pass.
 check: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,6 +98,7 @@ check: $(VENV)/dev
 	$(BIN)/lint-imports
 	$(BIN)/python tooling/file_length.py
 
+# Puts imports and lines in order.
 fmt: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -139,7 +147,7 @@ extras: $(VENV)/dev
 	$(BIN)/pip install --quiet --dry-run '.[cuda12]'
 	$(BIN)/pip install --quiet --dry-run '.[cuda13]'
 
-# Every commit in this checkout: ruff, mypy on what changed, no file over 400 lines.
+# Hooks for every commit in this checkout: ruff, mypy on what changed, no file over 400 lines.
 hooks: $(VENV)/dev
 	$(BIN)/pre-commit install
 
@@ -151,6 +159,7 @@ wheel: $(VENV)/dev
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 BENCHMARKS = $(filter-out %/__init__.py benchmarks/results/%,$(wildcard benchmarks/*.py benchmarks/*/*.py))
+# Every benchmark, one after the other; hours.
 bench: $(VENV)/dev
 	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" $(ARGS) || exit 1; done
 
@@ -166,7 +175,7 @@ bench-quick: $(VENV)/dev
 		"strategies.py --requests 100"; do \
 		echo "== $$line"; $(BIN)/python benchmarks/$$line || exit 1; done
 
-# A mesh that runs here is stopped first: without its directory nothing would find it any more.
+# Removes all that was made here, and stops a mesh that runs here first: without its directory nothing would find it any more.
 clean:
 	[ ! -e .microserve/mesh.pid ] || $(BIN)/microserve down
 	rm -rf $(VENV) $(VLLM) .microserve .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

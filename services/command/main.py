@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 
+from microserve.services.command.duration import Duration
 from microserve.services.command.flags import (
     Flags,
     WrongFlag,
@@ -23,11 +24,12 @@ from microserve.services.command.flags import (
     settings_flags,
 )
 from microserve.services.command.model.flags import model_flags
-from microserve.services.command.terminal import Failure, echo
+from microserve.services.command.terminal import Failure, echo, echo_cells
 
 ELSEWHERE = {
     "bench": "bench.command:bench",
     "chat": "chat.command:chat",
+    "completion": "completion:completion",
     "doctor": "doctor.command:doctor",
     "engine": "serve.command:engine",
     "explain": "explain.command:explain",
@@ -70,7 +72,23 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version as installed
+
+        echo(f"microserve {installed('microserve')}")
+        context.exit()
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version and end.",
+)
 def main() -> None:
     """LLM inference as a mesh of small services.
 
@@ -179,7 +197,16 @@ def down(timeout_s: float) -> None:
 @main.command()
 @click.option("--request", "request_id", metavar="ID", help="Only this request, across all services.")
 @click.option("--service", help="Only this service: engine, router, index, gateway, supervisor.")
-@click.option("--slow", "slow_s", type=float, metavar="SECONDS", help="Only requests that took as long.")
+@click.option(
+    "--slow", "slow_s", type=Duration(), metavar="TIME", help="Only requests that took as long: 2s, 500ms."
+)
+@click.option(
+    "--filter",
+    "filters",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Only requests with this key, strategy, engine, code, status (5xx), path or model; may be repeated.",
+)
 @click.option("--why", is_flag=True, help="With how engines were chosen; more: microserve explain ID.")
 @click.option("--follow", "-f", is_flag=True, help="Go on with what comes.")
 @click.option(
@@ -192,14 +219,15 @@ def tail(
     request_id: str | None,
     service: str | None,
     slow_s: float | None,
+    filters: tuple[str, ...],
     why: bool,
     follow: bool,
     directory: Path | None,
     journal: bool,
     output: str,
 ) -> None:
-    """Show requests and events of all services, in order of time."""
-    from microserve.services.command.tail import Filter, mesh_logs, show
+    """Show requests and events of all services, in order of time: columns on a terminal, else plain lines."""
+    from microserve.services.command.tail import Filter, fields_of, mesh_logs, show
     from microserve.services.local.event_log import Unreadable
 
     if journal and directory is not None:
@@ -209,9 +237,23 @@ def tail(
         if directory is not None or shutil.which("journalctl") is None:
             raise WrongFlag(f"{place} is not a directory; --dir says where the logs are")
         place = None
-    chosen = Filter(request_id=request_id, service=service, slow_s=slow_s)
     try:
-        show(place, chosen, follow=follow, as_json=output == "json", with_why=why, echo=echo)
+        fields = fields_of(filters)
+    except ValueError as error:
+        raise WrongFlag(str(error)) from None
+    chosen = Filter(request_id=request_id, service=service, slow_s=slow_s, fields=fields)
+    is_terminal = sys.stdout.isatty()
+    try:
+        show(
+            place,
+            chosen,
+            follow=follow,
+            as_json=output == "json",
+            with_why=why,
+            echo=echo,
+            echo_cells=echo_cells if is_terminal else None,
+            width=shutil.get_terminal_size().columns,
+        )
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(0)
     except Unreadable as error:

@@ -8,8 +8,8 @@ gateway's canonical one; the other services' lines about requests are shown on d
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from microserve.protocol.logging.printable import printable, printable_json
 from microserve.protocol.messages.router import PHASES
 from microserve.protocol.request_id import is_named
 from microserve.services.command.flags import directory_at_hand
+from microserve.services.command.tail_columns import Cells, event_cells, header, request_cells
+from microserve.services.command.why import strategy_name, why_line
 from microserve.services.local.directory import MeshDirectory
 from microserve.services.local.event_log import Event, EventLog, JournalLog
 
@@ -34,6 +36,9 @@ TOKENS = (
 )
 
 CANONICAL = (log.REQUEST_FINISHED, "gateway")
+
+FIELDS = ("key", "strategy", "engine", "code", "status", "path", "model")
+"""By which requests can be chosen."""
 
 _HIDDEN = frozenset({"ts", "event", "service", "id", "level", "exception"})
 _QUIET_PREFIXES = ("request.", "grant.", "kv.")
@@ -50,6 +55,8 @@ class Filter:
     service: str | None = None
     slow_s: float | None = None
     """Only requests whose canonical ``wall_s`` is at least this."""
+    fields: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Only requests that have one of these values in each of these :data:`FIELDS`."""
 
     def admits(self, event: Event) -> bool:
         if self.service is not None and event["service"] != self.service:
@@ -57,12 +64,32 @@ class Filter:
         if self.request_id is not None and not _concerns(event, self.request_id):
             return False
         canonical = (event["event"], event["service"]) == CANONICAL
-        if self.slow_s is not None:
-            return canonical and _number(event, "wall_s") >= self.slow_s
+        if self.slow_s is not None or self.fields:
+            is_slow = _number(event, "wall_s") >= (self.slow_s or 0.0)
+            return canonical and is_slow and all(_has(event, *each) for each in self.fields.items())
         if self.request_id is not None or self.service is not None or canonical:
             return True
         trouble = event.get("level") in ("warning", "error", "critical")
         return trouble or not str(event["event"]).startswith(_QUIET_PREFIXES)
+
+
+def fields_of(texts: Sequence[str]) -> dict[str, list[str]]:
+    """``FIELD=VALUE`` each; of one field any of its values. Raises :class:`ValueError`."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name not in FIELDS:
+            raise ValueError(f"--filter {text!r} is not FIELD=VALUE; fields: {', '.join(FIELDS)}")
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def _has(event: Event, name: str, values: Sequence[str]) -> bool:
+    if name == "engine":
+        return any(each in values for each in map(str, event.get("engines") or []))
+    value = str(event.get(name) or "")
+    # 5xx: all of them
+    return value in values or (name == "status" and f"{value[:1]}xx" in values)
 
 
 def mesh_logs() -> Path:
@@ -80,17 +107,25 @@ def show(
     as_json: bool,
     with_why: bool = False,
     echo: Callable[[str], Any],
+    echo_cells: Callable[[Cells], Any] | None = None,
+    width: int = 0,
     wait: Callable[[float], Any] = time.sleep,
 ) -> None:
     """Echo the chosen events line by line; with ``follow`` it ends only by an exception (Ctrl-C).
 
     ``directory`` None: those of the systemd journal; then it raises :class:`Unreadable`, if that cannot
-    be. ``with_why``: also how engines were chosen."""
+    be. ``with_why``: also how engines were chosen. ``echo_cells``: there is a terminal of ``width``
+    cells, and lines are columns."""
+    in_columns = echo_cells is not None and not as_json
+    if echo_cells is not None and in_columns:
+        echo_cells(header())
     events = JournalLog(follow=follow) if directory is None else EventLog(directory)
     try:
         while True:
             for event in events.read():
-                if chosen.admits(event):
+                if echo_cells is not None and in_columns and chosen.admits(event):
+                    echo_cells(_cells(event, 0 if with_why else width))
+                elif chosen.admits(event):
                     # An event is a line, whatever stands in it.
                     echo(
                         printable_json(event)
@@ -102,6 +137,12 @@ def show(
             wait(FOLLOW_INTERVAL_S)
     finally:
         events.close()
+
+
+def _cells(event: Event, width: int) -> Cells:
+    if (event["event"], event["service"]) == CANONICAL:
+        return request_cells(event, width=width)
+    return event_cells(event, format_event(event))
 
 
 def format_event(event: Event, *, with_why: bool = False) -> str:
@@ -130,7 +171,7 @@ def _format_request(event: Event, with_why: bool) -> str:
         f"{_clock(event)} {event.get('request_id') or event.get('http_request_id', '-')}",
         str(event.get("model") or "-"),
         f"{_strategy(event)} {engines}",
-        f"why {event.get('why') or 'is not recorded'}" if with_why else "",
+        f"why {_why(event)}" if with_why else "",
         tokens,
         f"{phases} = {_ms(event, 'wall_s')} ms" if phases else f"{_ms(event, 'wall_s')} ms",
         f"ttft {_ms(event, 'ttft_s')} ms" if event.get("ttft_s") is not None else "no token",
@@ -140,10 +181,13 @@ def _format_request(event: Event, with_why: bool) -> str:
 
 
 def _strategy(event: Event) -> str:
-    """With its version, where it has one: ``auto 7 (canary)``."""
-    version = f" {event['strategy_version']}" if event.get("strategy_version") else ""
-    canary = " (canary)" if event.get("share") == "canary" else ""
-    return f"{event.get('strategy') or '-'}{version}{canary}"
+    version = int(_number(event, "strategy_version"))
+    return strategy_name(str(event.get("strategy") or ""), version, str(event.get("share") or ""))
+
+
+def _why(event: Event) -> str:
+    alone, moves = str(event.get("alone") or ""), int(_number(event, "moves"))
+    return why_line(str(event.get("why") or ""), alone=alone, moves=moves)
 
 
 def _concerns(event: Event, wanted: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -20,7 +21,14 @@ def echo(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     click.echo(printable(text, keep="\n\t"), err=err, nl=nl)
 
 
-STYLES: dict[str, dict[str, Any]] = {"dim": {"dim": True}, "call": {"fg": "cyan"}, "": {}}
+STYLES: dict[str, dict[str, Any]] = {
+    "dim": {"dim": True},
+    "call": {"fg": "cyan"},
+    "good": {"fg": "green"},
+    "warn": {"fg": "yellow"},
+    "bad": {"fg": "red", "bold": True},
+    "": {},
+}
 JOINERS = "\u200c\u200d"
 """Zero width, and what an emoji of several, and Persian, are written with."""
 
@@ -32,6 +40,19 @@ def write(text: str, *, style: str = "") -> None:
     plain = printable(text, keep=f"\n\t{JOINERS}")
     styled = STYLES[style] and not os.environ.get("NO_COLOR")
     click.echo(click.style(plain, **STYLES[style]) if styled else plain, nl=False)
+
+
+def echo_cells(cells: Iterable[tuple[str, str]]) -> None:
+    """One line of texts in styles of :data:`STYLES`, on a terminal."""
+    for text, style in cells:
+        write(printable_line(text), style=style)
+    click.echo()
+
+
+def printable_line(text: str) -> str:
+    from microserve.protocol.logging.printable import printable
+
+    return printable(text)
 
 
 def markdown(text: str) -> None:

@@ -275,6 +275,7 @@ def _show_where(view: View, gateway: Gateway, model: str, logs: Path) -> None:
         f"\ntry:      curl -N {gateway.url}/v1/chat/completions -H 'content-type: application/json'{key} "
         f"-d {shlex.quote(json.dumps(body))}\n"
         "talk:     microserve chat\n"
+        "watch:    microserve top\n"
         f"logs:     {logs}   (microserve tail --follow)\n"
         f"metrics:  {gateway.url}/metrics   (of all services: targets.json in the mesh's directory)"
     )

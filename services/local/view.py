@@ -14,7 +14,15 @@ from typing import Any, Protocol, TextIO, cast
 import msgspec
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 from rich.tree import Tree
 
@@ -85,7 +93,15 @@ class RichView:
 
     def progress(self, what: str, part: float | None) -> None:
         if self._bar is None:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.add_task(what, total=None)
             self._bar.start()
@@ -151,12 +167,16 @@ class PlainView:
         self._out = out
         self._began = time.monotonic()
         self._children: dict[str, ChildState] = {}
-        self._doing = ""
+        self._doing, self._told, self._doing_since = "", 0, 0.0
 
     def progress(self, what: str, part: float | None) -> None:
         if what != self._doing:
-            self._doing = what
+            self._doing, self._told, self._doing_since = what, 0, time.monotonic()
             self._line(what)
+        quarters = int((part or 0.0) * 4)
+        if self._told < quarters < 4:
+            self._told = quarters
+            self._line(f"  {quarters * 25} % after {time.monotonic() - self._doing_since:.0f} s")
 
     def mesh(self, state: MeshState) -> None:
         for child in state.children:

@@ -144,6 +144,32 @@ def test_ps_and_down_without_a_mesh(tmp_path: Path) -> None:
 
 def test_version() -> None:
     assert invoke("version").output.startswith("microserve 0.")
+    assert invoke("--version").output == invoke("version").output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_is_told_how_to_complete(shell: str) -> None:
+    result = invoke("completion", shell)
+    assert result.exit_code == 0
+    assert f"_MICROSERVE_COMPLETE={shell}_complete" in result.output
+
+
+def test_tab_completes_commands_and_flags() -> None:
+    def completed(words: str, at: int) -> list[str]:
+        asked = {"_MICROSERVE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(at)}
+        program = [sys.executable, "-P", "-c", "from microserve.services.command.main import main; "
+                   "main(prog_name='microserve')"]  # fmt: skip
+        done = subprocess.run(program, env=os.environ | asked, capture_output=True, text=True, check=True)
+        return [each.partition(",")[2] for each in done.stdout.split()]
+
+    assert completed("microserve to", 1) == ["top"]
+    assert "--filter" in completed("microserve tail --f", 2)
+
+
+def test_a_wrong_filter_of_tail_names_the_fields(tmp_path: Path) -> None:
+    result = invoke("tail", "--dir", str(tmp_path), "--filter", "kye=x")
+    assert result.exit_code == 2
+    assert "fields: key, strategy, engine, code, status, path, model" in result.stderr
 
 
 @pytest.mark.parametrize(

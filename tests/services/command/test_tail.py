@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.protocol.messages.router import PHASES
-from microserve.services.command.tail import Filter, format_event, show
+from microserve.services.command.tail import Filter, fields_of, format_event, show
+from microserve.services.command.tail_columns import request_cells
 from microserve.services.local.event_log import EventLog, LogFile, last_error, parse_event
 
 
@@ -237,3 +239,58 @@ def test_last_error_prefers_the_event_and_looks_only_at_this_life(tmp_path: Path
     path.write_bytes(old + b"x" * 100_000 + b"\n" + failed + b"a warning\n")
     assert last_error(path, len(old)) == "no such model"
     assert last_error(tmp_path / "absent", 0) == ""
+
+
+def columns(directory: Path, chosen: Filter, *, width: int = 0) -> list[str]:
+    found: list[str] = []
+    show(
+        directory,
+        chosen,
+        follow=False,
+        as_json=False,
+        echo=found.append,
+        echo_cells=lambda cells: found.append("".join(text for text, _ in cells)),
+        width=width,
+    )
+    return found
+
+
+def test_on_a_terminal_there_are_columns_under_their_names(tmp_path: Path) -> None:
+    (tmp_path / "g.jsonl").write_bytes(
+        canonical(1, "r7", why="decode: e1 of 4 by cost", alone="no_heap", moves=1) + line(2, "service.ready")
+    )
+    head, request, other = columns(tmp_path, Filter())
+    assert re.split(r"  +", head)[1:4] == ["request", "in", "cached"]
+    assert head.index("wall ms") + len("wall ms") == request.index("45.0") + len("45.0")
+    assert request.endswith("balanced        decode: e1 of 4 by cost; alone: no_heap; moved 1x")
+    assert other.split()[2] == "service.ready"
+    assert len(columns(tmp_path, Filter(), width=170)[1]) == 170
+
+
+def test_what_failed_is_told_by_a_word_and_a_colour() -> None:
+    event = parse_event(canonical(1, "c", status=503, code="no_engines", finish_reason="", ttft_s=None))
+    assert event is not None
+    assert [cell for cell in request_cells(event) if cell[1] == "bad"] == [("no_engines    ", "bad")]
+
+
+def test_filters_of_several_fields_must_all_hold(tmp_path: Path) -> None:
+    (tmp_path / "g.jsonl").write_bytes(
+        canonical(1, "a", key="x", engines=["e0"])
+        + canonical(2, "b", key="x", engines=["e1", "e2"], status=503)
+        + canonical(3, "c", key="y", engines=["e2"], status=429)
+        + line(4, "service.ready")
+    )
+
+    def found(*texts: str) -> list[int]:
+        chosen = Filter(fields=fields_of(texts))
+        return [msgspec.json.decode(each)["ts"] for each in shown(tmp_path, chosen, as_json=True)]
+
+    assert found("key=x") == [1, 2]
+    assert found("key=x", "engine=e2") == [2]
+    assert found("key=x", "key=y", "engine=e2") == [2, 3]
+    assert found("status=4xx") == [3]
+    assert found("status=503") == [2]
+    assert found("key=") == []
+    for wrong in ("key", "kye=x"):
+        with pytest.raises(ValueError, match="fields: key, strategy, engine"):
+            fields_of([wrong])
