@@ -11,7 +11,7 @@ UNITS_S = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0}
 _TYPED = re.compile(r"(?P<number>[0-9.eE+-]+?)\s*(?P<unit>ms|s|m|)")
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in newer clicks alone
     """Seconds; not negative."""
 
     name = "time"

@@ -32,7 +32,7 @@ def ps(as_json: bool) -> None:
     if as_json:
         echo(printable_json(state))
     elif state is None:
-        echo("no mesh runs here")
+        echo("no mesh runs here: `microserve up` starts one, --directory names another")
     else:
         echo("\n".join(lines(state)))
         if state.stale:

@@ -23,7 +23,17 @@ from microserve.services.command.main import main
 from microserve.services.command.settings_text import MASK, as_toml
 from microserve.services.local.composition import assignment
 
-HEAVY = ("torch", "transformers", "numpy", "zmq", "rich", "structlog", "asyncio", "microserve.protocol")
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "zmq",
+    "rich",
+    "textual",
+    "structlog",
+    "asyncio",
+    "microserve.protocol",
+)
 
 
 def invoke(*arguments: str) -> Result:
@@ -35,7 +45,7 @@ def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys\n"
         "from microserve.services.command.main import main\n"
-        "for words in (['--help'], ['up', '--help'], ['engine', '--help']):\n"
+        "for words in (['--help'], ['up', '--help'], ['engine', '--help'], ['top', '--help']):\n"
         "    main(words, standalone_mode=False)\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
     )

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from microserve.protocol.messages.router import PHASES
 from microserve.services.command.tail import Filter, fields_of, format_event, show
 from microserve.services.command.tail_columns import request_cells
+from microserve.services.command.terminal import echo_cells
 from microserve.services.local.event_log import EventLog, LogFile, last_error, parse_event
 
 
@@ -265,6 +266,21 @@ def test_on_a_terminal_there_are_columns_under_their_names(tmp_path: Path) -> No
     assert request.endswith("balanced        decode: e1 of 4 by cost; alone: no_heap; moved 1x")
     assert other.split()[2] == "service.ready"
     assert len(columns(tmp_path, Filter(), width=170)[1]) == 170
+
+
+@pytest.mark.parametrize("has_colours", [True, False])
+def test_colours_are_for_terminals_that_want_them(
+    has_colours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not has_colours:
+        monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    (tmp_path / "g.jsonl").write_bytes(canonical(1, "r7\x1b[2J", status=500))
+    show(tmp_path, Filter(), follow=False, as_json=False, echo=print, echo_cells=echo_cells)
+    told = capsys.readouterr().out
+    assert ("\x1b[" in told) is has_colours
+    assert "r7\\x1b[2J" in told and "\x1b[2J" not in told
 
 
 def test_what_failed_is_told_by_a_word_and_a_colour() -> None:

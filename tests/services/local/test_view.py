@@ -71,6 +71,16 @@ def test_plain_lines_say_each_change_once() -> None:
     assert out.getvalue().count("engine-e1") == 2
 
 
+def test_a_long_step_says_how_far_it_is_and_not_too_often() -> None:
+    out = io.StringIO()
+    view = PlainView(out)
+    for percent in range(101):
+        view.progress("Fetching model.safetensors (1.50 GB)", percent / 100)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "Fetching model.safetensors (1.50 GB)"
+    assert [line.split()[:2] for line in lines[1:]] == [["25", "%"], ["50", "%"], ["75", "%"]]
+
+
 def test_json_lines_hold_everything() -> None:
     out = io.StringIO()
     session(JsonView(out))
