@@ -274,6 +274,7 @@ def _show_where(view: View, gateway: Gateway, model: str, logs: Path) -> None:
     view.note(
         f"\ntry:      curl -N {gateway.url}/v1/chat/completions -H 'content-type: application/json'{key} "
         f"-d {shlex.quote(json.dumps(body))}\n"
+        f"page:     {gateway.url}/\n"
         "talk:     microserve chat\n"
         "watch:    microserve top\n"
         f"logs:     {logs}   (microserve tail --follow)\n"
