@@ -147,7 +147,7 @@ extras: $(VENV)/dev
 	$(BIN)/pip install --quiet --dry-run '.[cuda12]'
 	$(BIN)/pip install --quiet --dry-run '.[cuda13]'
 
-# Hooks for every commit in this checkout: ruff, mypy on what changed, no file over 400 lines.
+# Hooks for every commit in this checkout: ruff, mypy on what changed, no file over 400 lines, no folder over a dozen.
 hooks: $(VENV)/dev
 	$(BIN)/pre-commit install
 
