@@ -95,7 +95,7 @@ model=${1:-}
 if [ -z "$model" ]; then
     model=$work/tiny
     "$PYTHON" -c \
-        "import sys; from tests.support.engine.tiny_model import make_tiny_model; make_tiny_model(sys.argv[1], head_dim=64)" "$model"
+        "import sys; from tests.support.engine.model.tiny_model import make_tiny_model; make_tiny_model(sys.argv[1], head_dim=64)" "$model"
 fi
 
 passed='(^|[^0-9])[1-9][0-9]* passed'

@@ -8,7 +8,7 @@ torch: it imports ``protocol`` and nothing else of ours.
 
 Start with ``app.py`` (paths) and ``dialects.py`` (APIs), then ``generation/completion.py`` (one request from
 its first byte to its last), then ``routers/client.py``. ``server.py`` is the order in which a process is made
-and closed; ``state.py`` what its handlers share; ``operator_routes.py`` and ``metrics.py`` are for operators,
+and closed; ``state.py`` what its handlers share; ``route/`` and ``metrics.py`` are for operators,
 ``document.py`` is ``/openapi.json``. Of several processes on one port (``gateway.workers``) each is a
 gateway: ``worker.py`` is its part of the settings, ``siblings.py`` what they say together.
 """

@@ -13,7 +13,6 @@ import structlog
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from microserve.gateway import operator_routes, page_routes, response_routes, view_routes, worker_routes
 from microserve.gateway.dialects import CHAT, COMPLETIONS, MESSAGES, RESPONSES, manners_of
 from microserve.gateway.generation.completion import Completion
 from microserve.gateway.http.errors import (
@@ -24,6 +23,7 @@ from microserve.gateway.http.errors import (
 )
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.keys.usage import Counts
+from microserve.gateway.route import operator_routes, page_routes, response_routes, view_routes, worker_routes
 from microserve.gateway.state import GatewayState
 from microserve.protocol import log
 

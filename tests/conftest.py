@@ -27,7 +27,8 @@ QUICK = (
     *("gateway", "services/router", "services/links", "services/index"),
     *("test_recipes.py", "test_documents.py", "test_clients_page.py"),
     *("kernels/cpu/test_build.py", "kernels/cpu/test_objects.py"),
-    *(f"services/engine/core/test_{name}.py" for name in ("core", "batch", "scheduler", "rates", "leaving")),
+    *(f"services/engine/core/test_{name}.py" for name in ("core", "batch", "scheduler", "leaving")),
+    "services/engine/core/measure/test_rates.py",
     *(f"services/command/top/test_{name}.py" for name in ("picture", "column", "story")),
 )
 """What guards state and wire: rooms and files of ``-m quick``, the floor of every change. Files there about
@@ -67,7 +68,7 @@ def pytest_configure() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 2 layers with a byte-level tokenizer."""
-    from tests.support.engine.tiny_model import make_tiny_model
+    from tests.support.engine.model.tiny_model import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
 

@@ -34,7 +34,7 @@ from microserve.protocol.messages.engine import StartGenerate
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.protocol.metrics.histogram import Histogram
 from microserve.protocol.settings.sources import load_settings
-from microserve.services.engine.core.tally import Tally
+from microserve.services.engine.core.measure.tally import Tally
 from microserve.services.local.demo.model import default_cache, fetch
 from microserve.services.local.metric_ports import TARGETS
 

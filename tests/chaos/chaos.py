@@ -30,7 +30,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from tests.support.chaos.run import Chaos, run_chaos
-    from tests.support.engine.tiny_model import make_tiny_model
+    from tests.support.engine.model.tiny_model import make_tiny_model
 
     with tempfile.TemporaryDirectory() as scratch:
         model = arguments.model or make_tiny_model(Path(scratch) / "tiny")

@@ -26,7 +26,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     from tests.support.chaos.hurt import Hurt, run_hurt
-    from tests.support.engine.tiny_model import make_tiny_model
+    from tests.support.engine.model.tiny_model import make_tiny_model
 
     with tempfile.TemporaryDirectory() as scratch:
         model = arguments.model or make_tiny_model(Path(scratch) / "tiny")

@@ -169,7 +169,7 @@ def _running(launch: Launch, directory: Path) -> Iterator[Pair]:
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small, and of sizes that any engine has kernels for."""
-    from tests.support.engine.tiny_model import make_tiny_model
+    from tests.support.engine.model.tiny_model import make_tiny_model
 
     return make_tiny_model(
         tmp_path_factory.mktemp("model") / "tiny",

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from microserve.gateway import page_routes
+from microserve.gateway.route import page_routes
 from tests.gateway.test_view import keys_file
 from tests.support.gateway.gateway_world import gateway_world, run
 

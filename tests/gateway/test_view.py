@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from microserve.gateway import view_routes
+from microserve.gateway.route import view_routes
 from tests.support.gateway.gateway_world import GatewayWorld, gateway_world, run
 
 

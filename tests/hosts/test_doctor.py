@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.hosts.mesh import MICROSERVE, HostMesh
 from tests.support.hosts.world import World
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from tests.support.kvcache.heap_child import ROOT
+from tests.support.kvcache.heap.heap_child import ROOT
 
 HEAPS = "tests/kvcache/heap/test_heap_conformance.py"
 GRANTS = "tests/kvcache/grant/test_grant_process.py"

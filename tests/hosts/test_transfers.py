@@ -13,7 +13,7 @@ import pytest
 from microserve.protocol import log
 from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import BusClient
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.hosts.mesh import HostMesh
 from tests.support.hosts.world import World
 

@@ -20,11 +20,11 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import MIXED, Numerics
 from microserve.services.engine.core import trace
 from microserve.services.engine.core.checks import Limits
+from microserve.services.engine.core.measure.tally import Tally
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.request.record import Key, Outbox, Record, Records
 from microserve.services.engine.core.request.sequence import ClaimLane, Sequence, SequenceState
 from microserve.services.engine.core.scheduler import Scheduler
-from microserve.services.engine.core.tally import Tally
 from microserve.services.engine.guidance.guide import Guides
 
 PURGE_INTERVAL_S = 1.0

@@ -13,7 +13,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import InternalError, InvalidRequest, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.batch import Sampled, StepResult
-from microserve.services.engine.core.rates import Rates
+from microserve.services.engine.core.measure.rates import Rates
 from microserve.services.engine.core.request.received import ReceivedGrant
 from microserve.services.engine.core.request.record import CommitJob, Record, RecordOf
 from microserve.services.engine.core.request.sequence import Sequence, SequenceState

@@ -14,7 +14,7 @@ from microserve.kvcache.heap.factory import make_heap
 from microserve.protocol.settings.sources import load_settings
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
-from tests.support.engine.logit_bounds import (
+from tests.support.engine.model.logit_bounds import (
     BLOCK_SIZE,
     NUM_BLOCKS,
     excess,

@@ -16,9 +16,9 @@ import torch
 from microserve.services.engine.model.device.exact import make_exact
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
-from tests.support.engine import logit_bounds
-from tests.support.engine.exact_rows import Walked, alone, differing, together
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model import logit_bounds
+from tests.support.engine.model.exact_rows import Walked, alone, differing, together
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 NUM_BLOCKS, BLOCK_SIZE, VOCAB = 160, 16, 1003
 LENGTHS = [700, 530, 130, 65, 17, 1]

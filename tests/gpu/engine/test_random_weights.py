@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from microserve.services.engine.model.model import load_model
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 
 def test_engines_on_gpus_get_the_same_random_weights(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from microserve.services.engine.core.batch import Batch, Chunk, SampleSpec
 from microserve.services.engine.model.device.decode_graphs import CudaCapture
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 NUM_BLOCKS, BLOCK = 64, 16
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64)

@@ -14,7 +14,7 @@ from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.gpu.heap.test_nvshmem_on_device import ENVIRONMENT
 from tests.support.bus.gateway_peer import BusClient
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.process.processes import MeshProcesses
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)

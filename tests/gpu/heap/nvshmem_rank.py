@@ -14,8 +14,8 @@ from microserve.kvcache.heap.gpu.cuda_driver import LibCuda
 from microserve.kvcache.heap.gpu.nvshmem import NvshmemHeap
 from microserve.kvcache.heap.gpu.nvshmem_world import NvshmemWorld, new_unique_id
 from microserve.protocol.messages.kv.grant import HeapAddress
-from tests.support.kvcache.heap_child import wait_until
-from tests.support.kvcache.heap_stress import receive_random, send_random
+from tests.support.kvcache.heap.heap_child import wait_until
+from tests.support.kvcache.heap.heap_stress import receive_random, send_random
 from tests.support.kvcache.kv_samples import make_layout
 
 NUM_RANKS = 2

@@ -7,10 +7,10 @@ import signal
 import pytest
 
 from microserve.kvcache.heap.gpu.cuda_ipc import CudaIpcHeap
-from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_conformance import HeapConformance
-from tests.support.kvcache.heap_factories import FACTORIES, MINE, THEIRS, HeapFactory
-from tests.support.kvcache.heap_process_conformance import HeapProcessConformance
+from tests.support.kvcache.heap.heap_child import Child, wait_until
+from tests.support.kvcache.heap.heap_conformance import HeapConformance
+from tests.support.kvcache.heap.heap_factories import FACTORIES, MINE, THEIRS, HeapFactory
+from tests.support.kvcache.heap.heap_process_conformance import HeapProcessConformance
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data
 
 

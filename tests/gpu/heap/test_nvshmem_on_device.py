@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.kvcache.heap_child import PYTHONPATH, ROOT
+from tests.support.kvcache.heap.heap_child import PYTHONPATH, ROOT
 
 TIMEOUT_S = 240.0
 ENVIRONMENT = {

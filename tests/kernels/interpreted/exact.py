@@ -21,7 +21,7 @@ from microserve.kernels.exact.triton_product import product
 from microserve.kernels.exact.triton_rows import rms_norm, silu
 from microserve.kernels.exact.triton_segments import SEGMENT, paged_attention, segment_tiles
 from tests.support.engine.device.kernel_cases import AttentionCase
-from tests.support.engine.exact_rows import equal_bits
+from tests.support.engine.model.exact_rows import equal_bits
 
 SMALL = Tiles(rows=16, keys=16, num_warps=4, num_stages=2)
 SCALE = 0.3

@@ -18,8 +18,8 @@ from microserve.kernels.exact import triton_segments
 from microserve.services.engine.model.device.exact import make_exact
 from microserve.services.engine.model.model import DTYPES, load_model
 from microserve.services.engine.model.runner import ModelRunner
-from tests.support.engine.exact_rows import Rerun, Walked, alone, differing, together
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.exact_rows import Rerun, Walked, alone, differing, together
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 NUM_BLOCKS, BLOCK_SIZE = 16, 4
 SIZES = {"intermediate_size": 24, "vocab_size": 259}

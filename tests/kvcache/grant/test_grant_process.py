@@ -15,8 +15,8 @@ from microserve.kvcache.block_pool import BlockPool
 from microserve.kvcache.grant.table import Discharged, GrantTable, Settled
 from microserve.kvcache.heap.heap import Heap
 from microserve.protocol.messages.kv.grant import Grant
-from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_factories import CROSSING, FACTORIES
+from tests.support.kvcache.heap.heap_child import Child, wait_until
+from tests.support.kvcache.heap.heap_factories import CROSSING, FACTORIES
 from tests.support.kvcache.kv_samples import is_painted, make_layout, mismatches, paint
 
 pytestmark = pytest.mark.slow

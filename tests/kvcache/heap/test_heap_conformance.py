@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from microserve.kvcache.heap.mapped import MappedHeap
-from tests.support.kvcache.heap_conformance import HeapConformance
-from tests.support.kvcache.heap_factories import CROSSING, FACTORIES, INSTALLED, OTHERS, HeapFactory
-from tests.support.kvcache.heap_process_conformance import HeapProcessConformance
+from tests.support.kvcache.heap.heap_conformance import HeapConformance
+from tests.support.kvcache.heap.heap_factories import CROSSING, FACTORIES, INSTALLED, OTHERS, HeapFactory
+from tests.support.kvcache.heap.heap_process_conformance import HeapProcessConformance
 from tests.support.kvcache.kv_samples import make_layout
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from microserve.kvcache.heap import process
 from microserve.kvcache.heap.process import is_gone, this_process
-from tests.support.kvcache.heap_child import wait_until
+from tests.support.kvcache.heap.heap_child import wait_until
 
 _SAY_WHO = "from microserve.kvcache.heap.process import this_process; print(this_process(), flush=True)"
 # SYS_exit ends one thread; the other goes on.

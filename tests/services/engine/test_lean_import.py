@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
+from tests.support.engine.model.tiny_model import FAMILIES, make_tiny_model
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ import pytest
 
 from microserve.protocol import log
 from microserve.protocol.bus.curve import create_keys
-from tests.support.kvcache.heap_child import PYTHONPATH, ROOT
+from tests.support.kvcache.heap.heap_child import PYTHONPATH, ROOT
 
 TIMEOUT_S = 60.0
 

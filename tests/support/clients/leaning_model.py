@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.gateway.gateway_world import special_id
 from tests.support.gateway.talking_model import MARKERS, make_talking_model, talking_tokenizer
 

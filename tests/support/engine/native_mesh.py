@@ -23,7 +23,7 @@ from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.spec import ModelSpec
 from microserve.services.engine.native.packing import native_runner
 from tests.support.engine.core_mesh import VOCAB, Mesh, generate
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from microserve.gateway import page_routes
+from microserve.gateway.route import page_routes
 from tests.support.page.scenes import Scene
 
 KEY = "operator"

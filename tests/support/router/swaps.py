@@ -220,7 +220,7 @@ def run_swaps(model: Path, directory: Path, *, seconds: float, num_swaps: int, r
 
 
 def main() -> int:
-    from tests.support.engine.tiny_model import make_tiny_model
+    from tests.support.engine.model.tiny_model import make_tiny_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)

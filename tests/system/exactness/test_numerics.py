@@ -18,7 +18,7 @@ from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.numerics import MIXED, Numerics
 from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import Answer, BusClient
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(400), pytest.mark.slow]

@@ -14,7 +14,7 @@ from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.router.strategies import BUILT_IN
 from tests.support.bus.gateway_peer import BusClient
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(240)]

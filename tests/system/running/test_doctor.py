@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from microserve.protocol.bus.curve import create_mesh_keys
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.process.processes import MeshProcesses
 
 pytestmark = [pytest.mark.system, pytest.mark.heavy, pytest.mark.timeout(600)]

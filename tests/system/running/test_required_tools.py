@@ -14,7 +14,7 @@ import pytest
 from canitoolcall.checks import schema_errors
 
 from microserve.services.router.strategies import BUILT_IN
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.gateway.gateway_world import special_id
 from tests.support.gateway.talking_model import make_talking_model, talking_tokenizer
 from tests.support.process.nursery import Process

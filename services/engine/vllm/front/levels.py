@@ -5,7 +5,7 @@ from __future__ import annotations
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.metrics.table import engine as table
-from microserve.services.engine.core.tally import Tally
+from microserve.services.engine.core.measure.tally import Tally
 from microserve.services.engine.vllm.front.receives import Receives
 
 

@@ -21,9 +21,9 @@ from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.numerics import MIXED, Numerics
 from microserve.services.engine.core import trace
 from microserve.services.engine.core.checks import Limits
+from microserve.services.engine.core.measure.tally import Tally
 from microserve.services.engine.core.request.record import Key, Outbox, Records
 from microserve.services.engine.core.state import PURGE_INTERVAL_S, failed
-from microserve.services.engine.core.tally import Tally
 from microserve.services.engine.vllm.front.output import Output, finish_of, prompt_rows, token_logprobs
 from microserve.services.engine.vllm.front.rates import Rates
 from microserve.services.engine.vllm.front.running import Running, RunningRecord

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from microserve.kvcache.heap.doors.host import HostHeap
-from tests.support.kvcache.door_heaps import make_heap
-from tests.support.kvcache.heap_factories import MINE, THEIRS
+from tests.support.kvcache.heap.door_heaps import make_heap
+from tests.support.kvcache.heap.heap_factories import MINE, THEIRS
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 import pytest
 
 from microserve.kvcache.heap.doors.host import HostHeap, Opening
-from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_factories import DOOR_HOST, MINE, NUM_SLOTS, THEIRS, lose_patience
+from tests.support.kvcache.heap.heap_child import Child, wait_until
+from tests.support.kvcache.heap.heap_factories import DOOR_HOST, MINE, NUM_SLOTS, THEIRS, lose_patience
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data
 
 OTHER = os.environ.get("MICROSERVE_TEST_OTHER", "")

@@ -18,9 +18,9 @@ from microserve.kvcache.heap.heap import Copies, Copy
 from microserve.kvcache.heap.shm import ShmHeap
 from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.messages.kv.grant import HeapAddress
-from tests.support.kvcache.door_heaps import door_of, make_heap
-from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_factories import MINE, OTHERS
+from tests.support.kvcache.heap.door_heaps import door_of, make_heap
+from tests.support.kvcache.heap.heap_child import Child, wait_until
+from tests.support.kvcache.heap.heap_factories import MINE, OTHERS
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data, settle
 
 pytestmark = pytest.mark.slow

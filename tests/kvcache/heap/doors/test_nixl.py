@@ -14,8 +14,8 @@ import pytest
 from microserve.kvcache.heap.doors.host import HostHeap, Opening
 from microserve.kvcache.heap.doors.nixl.agent import Agent
 from microserve.protocol.errors import ConfigError
-from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_factories import MINE, NUM_SLOTS, OTHERS, THEIRS, lose_patience
+from tests.support.kvcache.heap.heap_child import Child, wait_until
+from tests.support.kvcache.heap.heap_factories import MINE, NUM_SLOTS, OTHERS, THEIRS, lose_patience
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data
 
 pytestmark = [

@@ -18,9 +18,9 @@ from microserve.kvcache.heap.doors.tcp import peer as peer_module
 from microserve.kvcache.heap.doors.tcp.peer import TcpPeerHeap
 from microserve.kvcache.heap.heap import Copies, Copy, PeerHeap
 from microserve.protocol.errors import TransferFailed
-from tests.support.kvcache.door_heaps import door_of
-from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_factories import OTHERS, THEIRS, lose_patience
+from tests.support.kvcache.heap.door_heaps import door_of
+from tests.support.kvcache.heap.heap_child import Child, wait_until
+from tests.support.kvcache.heap.heap_factories import OTHERS, THEIRS, lose_patience
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, set_data, settle
 
 pytestmark = pytest.mark.slow

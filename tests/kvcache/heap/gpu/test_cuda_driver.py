@@ -14,9 +14,9 @@ import pytest
 
 from microserve.kvcache.heap.gpu.cuda_driver import MAX_BATCH, LibCuda
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
-from tests.support.kvcache.heap_conformance import HeapConformance
-from tests.support.kvcache.heap_factories import FACTORIES, LIBCUDA, HeapFactory
-from tests.support.kvcache.heap_process_conformance import HeapProcessConformance
+from tests.support.kvcache.heap.heap_conformance import HeapConformance
+from tests.support.kvcache.heap.heap_factories import FACTORIES, LIBCUDA, HeapFactory
+from tests.support.kvcache.heap.heap_process_conformance import HeapProcessConformance
 
 _SOURCE = Path(__file__).parents[3] / "support" / "kvcache" / "stand_in_cuda.c"
 

@@ -21,9 +21,9 @@ from microserve.kvcache.words import POISON
 from microserve.protocol.errors import ConfigError, InternalError, TransferFailed
 from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from tests.support.engine.device.host_driver import FREED_BYTE, HostDriver
-from tests.support.kvcache.device_schedules import LAYOUT, MakeHeap, play, schedules
-from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_factories import MINE, NUM_SLOTS, THEIRS
+from tests.support.kvcache.heap.device_schedules import LAYOUT, MakeHeap, play, schedules
+from tests.support.kvcache.heap.heap_child import Child, wait_until
+from tests.support.kvcache.heap.heap_factories import MINE, NUM_SLOTS, THEIRS
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, fill, make_layout, mismatches, set_data
 
 

@@ -29,9 +29,9 @@ from microserve.protocol.messages.kv.grant import Grant
 from tests.support.engine.device.host_driver import HostDriver, host_address
 from tests.support.engine.device.host_world import HostWorld
 from tests.support.engine.device.kernel_cases import declared, emulate
-from tests.support.kvcache.device_schedules import LAYOUT, play, schedules
+from tests.support.kvcache.heap.device_schedules import LAYOUT, play, schedules
+from tests.support.kvcache.heap.nvshmem_ranks import make_heap
 from tests.support.kvcache.kv_samples import data_of, fill, make_layout, mismatches
-from tests.support.kvcache.nvshmem_ranks import make_heap
 
 PLACES = {name: place for place, (_, name) in enumerate(declared("block_put"))}
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from microserve.protocol.errors import ConfigError, TransferFailed
 from microserve.protocol.messages.kv.grant import Grant
 from tests.support.engine.device.host_driver import HostDriver
 from tests.support.engine.device.host_world import HostWorld
+from tests.support.kvcache.heap.nvshmem_ranks import Rank, make_heap
 from tests.support.kvcache.kv_samples import fill, make_layout, mismatches
-from tests.support.kvcache.nvshmem_ranks import Rank, make_heap
 
 OPEN, CLOSED = 1, 2
 

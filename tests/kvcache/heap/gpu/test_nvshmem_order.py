@@ -15,9 +15,9 @@ from microserve.kvcache.heap.gpu.nvshmem import NvshmemHeap, NvshmemPeerHeap
 from microserve.protocol.messages.kv.grant import HeapAddress
 from tests.support.engine.device.host_driver import HostDriver
 from tests.support.engine.device.host_world import HostWorld
-from tests.support.kvcache.device_schedules import LAYOUT, MakeHeap, play, schedules
-from tests.support.kvcache.heap_stress import receive_random, send_random
-from tests.support.kvcache.nvshmem_ranks import make_heap
+from tests.support.kvcache.heap.device_schedules import LAYOUT, MakeHeap, play, schedules
+from tests.support.kvcache.heap.heap_stress import receive_random, send_random
+from tests.support.kvcache.heap.nvshmem_ranks import make_heap
 
 
 def _make(heap: type[NvshmemHeap]) -> MakeHeap:

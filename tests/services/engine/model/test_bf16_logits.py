@@ -10,7 +10,7 @@ import torch
 from microserve.services.engine.model.attention.step import device_attention
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
-from tests.support.engine.logit_bounds import (
+from tests.support.engine.model.logit_bounds import (
     BLOCK_SIZE,
     NUM_BLOCKS,
     block_tables,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from microserve.protocol.errors import ConfigError, InternalError
 from microserve.services.engine.model.model import load_model
-from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
+from tests.support.engine.model.tiny_model import FAMILIES, make_tiny_model
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from microserve.services.engine.model.model import DTYPES, load_model
 from microserve.services.engine.model.numerics import transformers_numerics
 from microserve.services.engine.model.spec import ModelSpec
 from microserve.services.engine.native.packing import native_runner
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(

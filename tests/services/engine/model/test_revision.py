@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from microserve.services.engine.model.model import LoadedModel, load_model
-from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
+from tests.support.engine.model.tiny_model import FAMILIES, make_tiny_model
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from microserve.services.engine.model.attention.step import MakeAttention, devic
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
 from tests.support.engine.device.flashinfer_stand_in import StandInWrapper
-from tests.support.engine.random_batches import (
+from tests.support.engine.model.random_batches import (
     BLOCK_SIZE,
     NUM_BLOCKS,
     World,
@@ -31,7 +31,7 @@ from tests.support.engine.random_batches import (
     serve,
     spec_of,
 )
-from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
+from tests.support.engine.model.tiny_model import FAMILIES, make_tiny_model
 
 ATTENTIONS: dict[str, MakeAttention | None] = {
     "host": None,

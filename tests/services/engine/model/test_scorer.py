@@ -23,9 +23,9 @@ from microserve.services.engine.model.runner import ModelRunner
 from microserve.services.engine.model.sampler import sample
 from microserve.services.engine.model.scorer import score
 from microserve.services.engine.native.packing import native_runner
-from tests.support.engine.exact_rows import Rerun
+from tests.support.engine.model.exact_rows import Rerun
+from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.engine.native_mesh import tiny
-from tests.support.engine.tiny_model import make_tiny_model
 
 VOCAB = 40
 NUM_BLOCKS, BLOCK_SIZE = 24, 4

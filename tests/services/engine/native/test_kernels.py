@@ -22,7 +22,7 @@ from microserve.services.engine.native.kernels import choose_kernels
 from microserve.services.engine.native.packed_model import PackedModel
 from microserve.services.engine.native.packing import pack_model
 from microserve.services.engine.native.runner import NativeRunner
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ from microserve.services.engine.native import packed_cache
 from microserve.services.engine.native.packed_model import PackedModel
 from microserve.services.engine.native.packing import pack_model
 from microserve.services.engine.room import unpromised_room
-from tests.support.engine.packed_models import files, is_mapped, load, loading
-from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
+from tests.support.engine.model.packed_models import files, is_mapped, load, loading
+from tests.support.engine.model.tiny_model import FAMILIES, make_tiny_model
 
 MIB = 1 << 20
 

@@ -13,8 +13,8 @@ from structlog.testing import capture_logs
 from microserve.kernels.cpu.library import library
 from microserve.protocol import log
 from microserve.services.engine.native import packed_file
-from tests.support.engine.packed_models import files, is_mapped, load, loading
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.packed_models import files, is_mapped, load, loading
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 
 def cut(content: bytearray) -> None:

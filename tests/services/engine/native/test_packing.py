@@ -15,7 +15,7 @@ from microserve.kernels.cpu.library import library
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.native.packing import missing, native_runner, pack_model
 from microserve.services.engine.native.runner import NativeRunner
-from tests.support.engine.logit_bounds import (
+from tests.support.engine.model.logit_bounds import (
     BLOCK_SIZE,
     NUM_BLOCKS,
     block_tables,
@@ -24,7 +24,7 @@ from tests.support.engine.logit_bounds import (
     log_probabilities,
     make_model,
 )
-from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
+from tests.support.engine.model.tiny_model import FAMILIES, make_tiny_model
 
 VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),

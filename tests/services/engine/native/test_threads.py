@@ -14,7 +14,7 @@ import pytest
 
 from microserve.services.engine.model.model import load_model
 from microserve.services.engine.native.packing import native_runner
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -10,8 +10,8 @@ import pytest
 
 from microserve.protocol.errors import ConfigError
 from microserve.services.engine.vllm.adapters import FoundAdapter, arguments_for, read_adapters
-from tests.support.engine.tiny_adapter import make_tiny_adapter
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_adapter import make_tiny_adapter
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 
 @pytest.fixture(scope="module")

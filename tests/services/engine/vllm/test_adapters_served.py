@@ -19,8 +19,8 @@ from microserve.protocol.messages.engine_info import LORA
 from microserve.protocol.messages.kv.kv_decoding import decode_batch
 from microserve.protocol.messages.kv.kv_events import BlockStored
 from microserve.protocol.messages.request.sampling import SamplingParams
-from tests.support.engine.tiny_adapter import make_tiny_adapter
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_adapter import make_tiny_adapter
+from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.engine_conformance.engine_process import EngineProcess, Launch
 from tests.support.engine_conformance.pair import Pair
 from tests.support.engine_conformance.relay import fresh

@@ -48,7 +48,7 @@ TRIES = 40
 
 @pytest.fixture(scope="module")
 def mesh(vllm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmMesh]:
-    from tests.support.engine.tiny_model import make_tiny_model
+    from tests.support.engine.model.tiny_model import make_tiny_model
 
     directory = tmp_path_factory.mktemp("kills")
     model = make_tiny_model(

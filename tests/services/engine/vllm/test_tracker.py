@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.kvcache.heap_child import wait_until
+from tests.support.kvcache.heap.heap_child import wait_until
 
 SHARES = """
 import time

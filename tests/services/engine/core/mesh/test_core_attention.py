@@ -22,7 +22,7 @@ from tests.support.engine.core_mesh import ROUTER, generate, grant_for, receive,
 from tests.support.engine.device.device_mesh import DeviceMesh
 from tests.support.engine.device.flashinfer_stand_in import StandInWrapper
 from tests.support.engine.device.host_driver import HostDriver
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 BLOCK = 4
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True)

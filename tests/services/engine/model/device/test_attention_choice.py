@@ -37,7 +37,7 @@ from microserve.services.engine.model.model import load_model
 from microserve.services.engine.model.runner import ModelRunner
 from microserve.services.engine.model.spec import ModelSpec
 from tests.support.engine.device.flashinfer_stand_in import StandInWrapper
-from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
+from tests.support.engine.model.tiny_model import FAMILIES, make_tiny_model
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(

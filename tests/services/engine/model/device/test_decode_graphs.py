@@ -23,7 +23,7 @@ from microserve.services.engine.model.device.decode_graphs import MAX_BUCKET, bu
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.runner import ModelRunner
 from tests.support.engine.device.recorded_graph import Freed, HostRead, device_operations, record
-from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
+from tests.support.engine.model.tiny_model import FAMILIES, make_tiny_model
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS = 48, 4, 5
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, logprobs=5)

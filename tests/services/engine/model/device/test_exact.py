@@ -23,7 +23,7 @@ from microserve.services.engine.model.device.exact import class_name, make_exact
 from microserve.services.engine.model.model import LoadedModel, load_model
 from microserve.services.engine.model.rope import rope_tables
 from microserve.services.engine.model.runner import ModelRunner
-from tests.support.engine.tiny_model import FAMILIES, make_tiny_model
+from tests.support.engine.model.tiny_model import FAMILIES, make_tiny_model
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from microserve.protocol import log
 from microserve.protocol.errors import ConfigError
 from microserve.services.engine.model.directory.end_tokens import eos_of
 from microserve.services.engine.model.model import load_model
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 ABSENT = "absent"
 DECLARED = [ABSENT, 5, [5, 6], None]

@@ -27,8 +27,8 @@ from microserve.services.engine.model.directory.families import (
 )
 from microserve.services.engine.model.model import ATTENTION, STEP, load_model
 from microserve.services.engine.native.packing import missing
-from tests.support.engine.families import REFUSED, SERVED, make_model
-from tests.support.engine.random_batches import World, random_prompt, serve
+from tests.support.engine.model.families import REFUSED, SERVED, make_model
+from tests.support.engine.model.random_batches import World, random_prompt, serve
 
 VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"mlp_bias": True}),

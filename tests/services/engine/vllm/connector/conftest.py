@@ -14,7 +14,7 @@ from tests.support.vllm.hosted import Hosted, Peer
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with heads as wide as vLLM's CPU kernels want them."""
-    from tests.support.engine.tiny_model import make_tiny_model
+    from tests.support.engine.model.tiny_model import make_tiny_model
 
     return make_tiny_model(
         tmp_path_factory.mktemp("vllm") / "tiny",

@@ -16,7 +16,7 @@ import pytest
 from microserve.protocol.bus.curve import CurveKeys, create_mesh_keys, keys_of_role
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.request.sampling import SamplingParams
-from tests.support.engine.tiny_model import EOS, make_tiny_model
+from tests.support.engine.model.tiny_model import EOS, make_tiny_model
 from tests.support.engine_conformance.engine_process import READY_S, EngineProcess, Launch
 from tests.support.engine_conformance.wire_client import WireClient
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.process.processes import MeshProcesses, free_port
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1_200)]

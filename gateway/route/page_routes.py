@@ -12,7 +12,7 @@ from microserve.gateway.http.errors import PathNotFound
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.state import GatewayState
 
-FOLDER = Path(__file__).with_name("page")
+FOLDER = Path(__file__).parents[1] / "page"
 KINDS = {
     ".html": b"text/html; charset=utf-8",
     ".css": b"text/css; charset=utf-8",

@@ -18,7 +18,7 @@ from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, SampleSpec
 from microserve.services.engine.model.spec import ModelSpec
-from tests.support.engine.tiny_model import make_tiny_model
+from tests.support.engine.model.tiny_model import make_tiny_model
 
 MAX_MEAN_DIFFERENCE = 0.3
 """Of one position's log-probabilities, over the vocabulary."""

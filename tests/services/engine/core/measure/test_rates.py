@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, ScoreSpec, StepResult
-from microserve.services.engine.core.rates import MAX_DECODE_JUMP, SHARE_S, Rates
+from microserve.services.engine.core.measure.rates import MAX_DECODE_JUMP, SHARE_S, Rates
 from microserve.services.engine.core.scheduler import Step
 from tests.support.engine.core_mesh import Mesh, generate, prompt_of
 

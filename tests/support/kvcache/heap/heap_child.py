@@ -21,7 +21,7 @@ from microserve.protocol.messages.kv.grant import HeapAddress
 TIMEOUT_S = 30.0
 START_S = 120.0
 """NIXL alone takes a second on an idle machine before it has an agent, and twenty on a busy one."""
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 PYTHONPATH = os.pathsep.join((str(ROOT / ".src"), *filter(None, sys.path)))
 """What this process imports from, for its children."""
 
@@ -50,7 +50,7 @@ class Child:
         self._process = subprocess.Popen(
             [
                 *enter,
-                *(sys.executable, "-m", "tests.support.kvcache.heap_process"),
+                *(sys.executable, "-m", "tests.support.kvcache.heap.heap_process"),
                 *(factory, str(incarnation), str(num_blocks)),
             ],
             cwd=ROOT,

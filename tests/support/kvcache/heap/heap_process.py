@@ -1,4 +1,4 @@
-"""The other process of heap tests: ``-m tests.support.kvcache.heap_process FACTORY INCARNATION BLOCKS``.
+"""The other process of heap tests: ``-m tests.support.kvcache.heap.heap_process FACTORY INCARNATION BLOCKS``.
 
 Makes a heap, prints its address, then answers each JSON line on stdin with one on stdout.
 """
@@ -18,8 +18,8 @@ from microserve.kvcache.heap.gpu.device import MIN_RUNS_OF_A_LAUNCH
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.kv.grant import Grant, HeapAddress
-from tests.support.kvcache.heap_factories import FACTORIES
-from tests.support.kvcache.heap_stress import cut, send_random
+from tests.support.kvcache.heap.heap_factories import FACTORIES
+from tests.support.kvcache.heap.heap_stress import cut, send_random
 from tests.support.kvcache.kv_samples import fill, make_layout, set_data
 
 

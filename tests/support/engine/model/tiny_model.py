@@ -1,6 +1,6 @@
 """Make a tiny random model with a tokenizer and a chat template, small enough for tests to serve.
 
-    python tests/support/engine/tiny_model.py DIR [--family llama] [--vocab 320] [--seed 0]
+    python tests/support/engine/model/tiny_model.py DIR [--family llama] [--vocab 320] [--seed 0]
 
 The directory is laid out as a real model's: config.json, generation_config.json, model.safetensors,
 tokenizer.json, tokenizer_config.json, chat_template.jinja. Every parameter is random, biases and norms too,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.kvcache.layout import KvLayout
-from tests.support.kvcache.heap_child import wait_until
+from tests.support.kvcache.heap.heap_child import wait_until
 from tests.support.kvcache.kv_samples import POISON_BYTE, set_data
 
 

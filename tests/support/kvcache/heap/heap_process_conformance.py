@@ -14,9 +14,9 @@ import pytest
 from microserve.kvcache.heap.heap import Copies, Copy, Heap
 from microserve.kvcache.heap.memfd import HEAP_NAME
 from microserve.protocol.errors import TransferFailed
-from tests.support.kvcache.heap_child import Child, wait_until
-from tests.support.kvcache.heap_factories import FACTORIES, MINE, OTHERS, THEIRS
-from tests.support.kvcache.heap_stress import receive_random
+from tests.support.kvcache.heap.heap_child import Child, wait_until
+from tests.support.kvcache.heap.heap_factories import FACTORIES, MINE, OTHERS, THEIRS
+from tests.support.kvcache.heap.heap_stress import receive_random
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.protocol.errors import InternalError, TransferFailed
 from microserve.protocol.messages.kv.grant import MAX_LANES
-from tests.support.kvcache.heap_child import wait_until
-from tests.support.kvcache.heap_factories import MINE, NUM_SLOTS, OTHERS, THEIRS, HeapFactory
+from tests.support.kvcache.heap.heap_child import wait_until
+from tests.support.kvcache.heap.heap_factories import MINE, NUM_SLOTS, OTHERS, THEIRS, HeapFactory
 from tests.support.kvcache.kv_samples import POISON_BYTE, data_of, make_layout, set_data, settle
 
 
