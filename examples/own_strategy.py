@@ -16,7 +16,7 @@ import httpx
 
 from microserve.protocol.messages.strategy.control import PUBLISH, RETIRE, ROLLBACK
 from microserve.protocol.settings.sources import load_settings
-from microserve.services.command.control_client import ControlClient, control_client
+from microserve.services.command.shared.control_client import ControlClient, control_client
 
 NAME = "fewest_sequences"
 FIRST = '''

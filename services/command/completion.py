@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from microserve.services.command.terminal import echo
+from microserve.services.command.shared.terminal import echo
 
 SHELLS = ("bash", "zsh", "fish")
 

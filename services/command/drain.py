@@ -20,7 +20,7 @@ from microserve.protocol.messages.engine import Done, Drain, EngineInfo
 from microserve.protocol.messages.index import Members, Watch
 from microserve.protocol.security.rights import Role
 from microserve.protocol.settings.settings import Settings
-from microserve.services.command.control_client import silence_of_index
+from microserve.services.command.shared.control_client import silence_of_index
 from microserve.services.links.engine import EngineConnection, RouterIdentity
 
 INDEX_TIMEOUT_S = 5.0

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from microserve.services.command.flags import (
+from microserve.services.command.shared.flags import (
     Flags,
     WrongFlag,
     directory_at_hand,
     directory_flag,
     settings_flags,
 )
-from microserve.services.command.terminal import Failure, echo
+from microserve.services.command.shared.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.gateway.keys.key import ApiKey

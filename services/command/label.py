@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import WrongFlag, change_flags, talk_to_index
+from microserve.services.command.shared.flags import WrongFlag, change_flags, talk_to_index
+from microserve.services.command.shared.terminal import Failure, echo
 from microserve.services.command.strategy.change import tell
-from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.engine import EngineInfo
     from microserve.protocol.messages.strategy.control import EngineLabels
-    from microserve.services.command.control_client import ControlClient
+    from microserve.services.command.shared.control_client import ControlClient
 
 
 @click.command()

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import click
 
-from microserve.services.command.duration import Duration
-from microserve.services.command.flags import (
+from microserve.services.command.model.flags import model_flags
+from microserve.services.command.shared.duration import Duration
+from microserve.services.command.shared.flags import (
     Flags,
     WrongFlag,
     directory_at_hand,
     directory_flag,
     settings_flags,
 )
-from microserve.services.command.model.flags import model_flags
-from microserve.services.command.terminal import Failure, echo, echo_cells
+from microserve.services.command.shared.terminal import Failure, echo, echo_cells
 
 ELSEWHERE = {
     "bench": "bench.command:bench",
@@ -227,7 +227,7 @@ def tail(
     output: str,
 ) -> None:
     """Show requests and events of all services, in order of time: columns on a terminal, else plain lines."""
-    from microserve.services.command.tail import Filter, fields_of, mesh_logs, show
+    from microserve.services.command.tail.command import Filter, fields_of, mesh_logs, show
     from microserve.services.local.event_log import Unreadable
 
     if journal and directory is not None:

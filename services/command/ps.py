@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import directory_at_hand, directory_flag
-from microserve.services.command.terminal import echo
+from microserve.services.command.shared.flags import directory_at_hand, directory_flag
+from microserve.services.command.shared.terminal import echo
 
 if TYPE_CHECKING:
     from microserve.services.local.directory import ChildState, MeshState

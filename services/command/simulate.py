@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import WrongFlag, parameter
-from microserve.services.command.terminal import Failure
+from microserve.services.command.shared.flags import WrongFlag, parameter
+from microserve.services.command.shared.terminal import Failure
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.strategy.control import Scalar

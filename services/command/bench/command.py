@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from microserve.services.command.client.flags import endpoint_flags, find_endpoint
-from microserve.services.command.flags import WrongFlag
-from microserve.services.command.terminal import Failure, echo
+from microserve.services.command.shared.flags import WrongFlag
+from microserve.services.command.shared.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.services.command.bench.task import Load

@@ -23,7 +23,7 @@ from microserve.services.command.bench.workload.prompts import WORDS
 from microserve.services.command.client.chunk import error_in
 from microserve.services.command.client.endpoint import Endpoint
 from microserve.services.command.client.http import Client
-from microserve.services.command.terminal import echo
+from microserve.services.command.shared.terminal import echo
 
 NUM_SAMPLE = 2000
 """Words that the server counts for us."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from microserve.services.command.client.flags import endpoint_flags, find_endpoint
-from microserve.services.command.flags import WrongFlag
-from microserve.services.command.terminal import Failure
+from microserve.services.command.shared.flags import WrongFlag
+from microserve.services.command.shared.terminal import Failure
 
 if TYPE_CHECKING:
     from microserve.services.command.chat.conversation import Wishes

@@ -7,7 +7,7 @@ import json
 
 from microserve.services.command.chat.answer import STOPPED, TEXT, THOUGHT, Answer, Call, Piece
 from microserve.services.command.chat.blocks import Blocks
-from microserve.services.command.terminal import echo, markdown, write
+from microserve.services.command.shared.terminal import echo, markdown, write
 
 
 class Screen:

@@ -22,7 +22,7 @@ from microserve.services.command.chat.stream import answer_to
 from microserve.services.command.client.chunk import error_in
 from microserve.services.command.client.endpoint import Endpoint
 from microserve.services.command.client.http import Client
-from microserve.services.command.terminal import echo
+from microserve.services.command.shared.terminal import echo
 
 
 class NoServer(Exception):

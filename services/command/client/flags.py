@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from microserve.services.command.flags import (
+from microserve.services.command.shared.flags import (
     Flags,
     WrongFlag,
     directory_at_hand,

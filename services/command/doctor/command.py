@@ -6,14 +6,14 @@ import sys
 
 import click
 
-from microserve.services.command.flags import (
+from microserve.services.command.shared.flags import (
     Flags,
     WrongFlag,
     directory_at_hand,
     directory_flag,
     settings_flags,
 )
-from microserve.services.command.terminal import echo
+from microserve.services.command.shared.terminal import echo
 
 
 @click.command()

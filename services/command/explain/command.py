@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import WrongFlag, index_flags, parameter, talk_to_index
-from microserve.services.command.terminal import Failure, echo
+from microserve.services.command.shared.flags import WrongFlag, index_flags, parameter, talk_to_index
+from microserve.services.command.shared.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.strategy.control import (
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         StrategyVersion,
     )
     from microserve.protocol.messages.strategy.decisions import Asked, Explained
-    from microserve.services.command.control_client import ControlClient
+    from microserve.services.command.shared.control_client import ControlClient
     from microserve.services.router.authoring.definition import Strategy
     from microserve.services.router.rollout.replay import Replayed
     from microserve.services.router.source.module import Run

@@ -7,7 +7,7 @@ import os
 import click
 
 from microserve.services.command.model.flags import told
-from microserve.services.command.terminal import echo
+from microserve.services.command.shared.terminal import echo
 
 
 @click.group()

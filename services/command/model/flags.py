@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from microserve.services.command.flags import WrongFlag
-from microserve.services.command.terminal import Failure
+from microserve.services.command.shared.flags import WrongFlag
+from microserve.services.command.shared.terminal import Failure
 
 if TYPE_CHECKING:
     from microserve.protocol.settings.settings import Settings

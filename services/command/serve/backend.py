@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from microserve.services.command.flags import WrongFlag
+from microserve.services.command.shared.flags import WrongFlag
 
 if TYPE_CHECKING:
     from microserve.protocol.process.run import Serve

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import (
+from microserve.services.command.model.flags import model_flags, with_model
+from microserve.services.command.serve.backend import RUNS, enter_environment, load_engine
+from microserve.services.command.shared.flags import (
     Flags,
     WrongFlag,
     directory_at_hand,
     directory_flag,
     settings_flags,
 )
-from microserve.services.command.model.flags import model_flags, with_model
-from microserve.services.command.serve.backend import RUNS, enter_environment, load_engine
 
 if TYPE_CHECKING:
     from microserve.protocol.process.run import Serve

@@ -1,7 +1,7 @@
 """``microserve strategy set``, ``promote``, ``rollback``, ``retire``: changes of what is in force.
 
 Owns their flags, what is said of a change that was made, and its exit code (0 done, 1 failed, 2 a flag or a
-setting is wrong). What is said to the index is control_client.py's.
+setting is wrong). What is said to the index is ../shared/control_client.py's.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from microserve.services.command.flags import WrongFlag, change_flags, parameter, talk_to_index
+from microserve.services.command.shared.flags import WrongFlag, change_flags, parameter, talk_to_index
+from microserve.services.command.shared.terminal import Failure, echo
 from microserve.services.command.strategy.ramp import ramp_flags, ramp_of, share_of
-from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.strategy.scores import Ramp
-    from microserve.services.command.control_client import Applied, ControlClient
+    from microserve.services.command.shared.control_client import Applied, ControlClient
 
 
 def apply(client: ControlClient, kind: str, name: str, timeout_s: float, **fields: Any) -> Awaitable[int]:

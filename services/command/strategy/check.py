@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import WrongFlag, index_flags, parameter, talk_to_index
-from microserve.services.command.terminal import echo
+from microserve.services.command.shared.flags import WrongFlag, index_flags, parameter, talk_to_index
+from microserve.services.command.shared.terminal import echo
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.strategy.control import Scalar

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from microserve.services.command.flags import WrongFlag
-from microserve.services.command.terminal import echo
+from microserve.services.command.shared.flags import WrongFlag
+from microserve.services.command.shared.terminal import echo
 
 STRATEGY = '''"""A prompt goes where its prefix is cached, while that engine is not too busy.
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import WrongFlag, change_flags, parameter, talk_to_index
+from microserve.services.command.shared.flags import WrongFlag, change_flags, parameter, talk_to_index
 from microserve.services.command.strategy.change import apply
 from microserve.services.command.strategy.check import look, source_flags, source_of, tell
 from microserve.services.command.strategy.ramp import ramp_flags, ramp_of, share_of
 
 if TYPE_CHECKING:
-    from microserve.services.command.control_client import ControlClient
+    from microserve.services.command.shared.control_client import ControlClient
 
 BOUND = click.FloatRange(min=0.0)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from microserve.services.command.flags import WrongFlag
+from microserve.services.command.shared.flags import WrongFlag
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.strategy.scores import Ramp

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from microserve.gateway.view.forms import EngineForm, KeyForm, LoadForm, RequestForm
 from microserve.protocol.logging.printable import printable
-from microserve.services.command.why import strategy_name, why_line
+from microserve.services.command.shared.why import strategy_name, why_line
 
 T = TypeVar("T")
 MAX_CELL_CHARS = 160

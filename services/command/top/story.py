@@ -14,8 +14,8 @@ import msgspec
 from microserve.gateway.view.forms import EngineForm, HealthForm, PhaseForm, RequestDetail, RequestForm
 from microserve.protocol.logging.printable import printable
 from microserve.protocol.messages.strategy.decisions import Explained, Explanation
+from microserve.services.command.shared.why import strategy_name, why_line
 from microserve.services.command.top.column import NONE, kv_usage, state_of, tpot_s
-from microserve.services.command.why import strategy_name, why_line
 
 BAR_CELLS = 30
 MAPS = frozenset({"cached", "values"})

@@ -10,9 +10,9 @@ from click.testing import CliRunner, Result
 
 from microserve.protocol.messages.index import Register, Registered, Watch
 from microserve.protocol.messages.strategy.control import ControlState, EngineLabels
-from microserve.services.command.control_client import ControlClient
 from microserve.services.command.label import rows
 from microserve.services.command.main import main
+from microserve.services.command.shared.control_client import ControlClient
 from tests.support.index.index_service import Index, Peer, with_index
 from tests.support.index.index_world import World, make_info
 

@@ -18,9 +18,9 @@ from microserve.protocol.settings.gateway import GatewaySettings
 from microserve.protocol.settings.settings import Settings
 from microserve.protocol.settings.sources import load_settings
 from microserve.protocol.settings.vllm import VllmSettings
-from microserve.services.command.flags import Flags
 from microserve.services.command.main import main
 from microserve.services.command.settings_text import MASK, as_toml
+from microserve.services.command.shared.flags import Flags
 from microserve.services.local.composition import assignment
 
 HEAVY = (

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.protocol.messages.router import PHASES
-from microserve.services.command.tail import Filter, fields_of, format_event, show
-from microserve.services.command.tail_columns import request_cells
-from microserve.services.command.terminal import echo_cells
+from microserve.services.command.shared.terminal import echo_cells
+from microserve.services.command.tail.columns import request_cells
+from microserve.services.command.tail.command import Filter, fields_of, format_event, show
 from microserve.services.local.event_log import EventLog, LogFile, last_error, parse_event
 
 

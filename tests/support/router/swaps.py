@@ -20,7 +20,7 @@ from pathlib import Path
 from microserve.protocol import log
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.request.sampling import SamplingParams
-from microserve.services.command.control_client import ControlClient
+from microserve.services.command.shared.control_client import ControlClient
 from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.process.control_proxy import ControlProxy
 from tests.support.process.processes import MeshProcesses, free_port

@@ -18,7 +18,7 @@ import psutil
 
 from microserve.protocol.bus.curve import CurveKeys
 from microserve.protocol.settings.sources import load_settings
-from microserve.services.command.control_client import control_client
+from microserve.services.command.shared.control_client import control_client
 from microserve.services.local.directory import MeshDirectory, MeshState
 from tests.support.security.intruder import Targets
 

@@ -13,7 +13,7 @@ import pytest
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.strategy.control import ControlReport
-from microserve.services.command.control_client import ControlClient
+from microserve.services.command.shared.control_client import ControlClient
 from tests.support.bus.gateway_peer import BusClient
 from tests.support.process.processes import MeshProcesses
 from tests.support.router.swaps import GREEDY, PROMPTS, run_swaps, source

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import MeshError
-from microserve.services.command.control_client import ControlClient
+from microserve.services.command.shared.control_client import ControlClient
 from tests.support.process.processes import MeshProcesses
 from tests.support.router.swaps import source
 

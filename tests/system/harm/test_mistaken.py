@@ -14,7 +14,7 @@ import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.messages.strategy.control import PUBLISH, RETIRE
-from microserve.services.command.control_client import ControlClient
+from microserve.services.command.shared.control_client import ControlClient
 from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.process.processes import MeshProcesses
 from tests.support.router.mistaken_strategies import SAMPLES

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from microserve.services.command.flags import WrongFlag, index_flags, talk_to_index
-from microserve.services.command.terminal import Failure, echo
+from microserve.services.command.shared.flags import WrongFlag, index_flags, talk_to_index
+from microserve.services.command.shared.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.strategy.control import ControlEntry, ControlReport
     from microserve.protocol.messages.strategy.decisions import Explained
     from microserve.protocol.messages.strategy.scores import Score, Side
-    from microserve.services.command.control_client import ControlClient
+    from microserve.services.command.shared.control_client import ControlClient
 
 BY_LOT = "who served which was drawn by lot"
 STICKY = "drawn by lot for all requests of one value: these are alike, so read it as a hint"

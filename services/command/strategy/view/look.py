@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from microserve.services.command.flags import index_flags, talk_to_index
+from microserve.services.command.shared.flags import index_flags, talk_to_index
+from microserve.services.command.shared.terminal import Failure, echo
 from microserve.services.command.strategy.view.table import (
     entry_lines,
     ramp_line,
     score_lines,
     strategy_lines,
 )
-from microserve.services.command.terminal import Failure, echo
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.strategy.control import ControlReport
     from microserve.protocol.messages.strategy.decisions import Asked, Explained
-    from microserve.services.command.control_client import ControlClient
+    from microserve.services.command.shared.control_client import ControlClient
 
 
 @click.command("list")

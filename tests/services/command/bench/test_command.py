@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from microserve.services.command.main import main
-from tests.services.command.test_terminal import HOSTILE, is_harmless
+from tests.services.command.shared.test_terminal import HOSTILE, is_harmless
 from tests.support.command.scripted_server import Answer, Asked, say_all, served_aside
 
 EASY = ("--max-lag-ms", "1e9", "--max-slip-ms", "1e9")

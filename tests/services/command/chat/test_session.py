@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from microserve.protocol.messages import router as wire
-from tests.services.command.test_terminal import HOSTILE
+from tests.services.command.shared.test_terminal import HOSTILE
 from tests.support.command.scripted_server import Asked, say_all, scripted_server
 from tests.support.command.terminal import CONTROL_C, CONTROL_D, Terminal, microserve_at_terminal
 from tests.support.gateway.gateway_world import (

@@ -11,7 +11,7 @@ import pytest
 from microserve.services.command.client.endpoint import Endpoint
 from microserve.services.command.client.flags import find_endpoint
 from microserve.services.command.client.http import Client
-from microserve.services.command.flags import WrongFlag
+from microserve.services.command.shared.flags import WrongFlag
 from tests.services.command.client.test_http import run
 from tests.support.command.scripted_server import ScriptedServer
 from tests.support.gateway.certificate import make_pair

@@ -12,8 +12,8 @@ import pytest
 from microserve.protocol.settings.engine import BACKENDS, EngineSettings
 from microserve.protocol.settings.settings import Settings
 from microserve.protocol.settings.vllm import VllmSettings
-from microserve.services.command.flags import WrongFlag
 from microserve.services.command.serve import backend
+from microserve.services.command.shared.flags import WrongFlag
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from microserve.services.command.flags import parameter
 from microserve.services.command.main import main
+from microserve.services.command.shared.flags import parameter
 from microserve.services.command.strategy.ramp import share_of
 
 

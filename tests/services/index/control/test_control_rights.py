@@ -14,7 +14,7 @@ from microserve.protocol.bus.curve import CurveKeys, create_keys, is_operator, p
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import ConfigError, InvalidRequest
 from microserve.protocol.settings.settings import BusSettings, IndexSettings, Settings
-from microserve.services.command.control_client import control_client
+from microserve.services.command.shared.control_client import control_client
 from microserve.services.index.service import IndexService
 
 

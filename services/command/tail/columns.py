@@ -1,6 +1,7 @@
 """Lines of ``microserve tail`` on a terminal: columns, and what is wrong in a colour and in a word.
 
-Pure: a line is cells with styles of terminal.py. Off a terminal, tail.py's plain lines are what is printed.
+Pure: a line is cells with styles of ../shared/terminal.py. Off a terminal, command.py's plain lines are
+what is printed.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from microserve.services.command.why import strategy_name, why_line
+from microserve.services.command.shared.why import strategy_name, why_line
 from microserve.services.local.event_log import Event
 
 Cells = Sequence[tuple[str, str]]

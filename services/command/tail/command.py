@@ -20,9 +20,9 @@ from microserve.protocol import log
 from microserve.protocol.logging.printable import printable, printable_json
 from microserve.protocol.messages.router import PHASES
 from microserve.protocol.request_id import is_named
-from microserve.services.command.flags import directory_at_hand
-from microserve.services.command.tail_columns import Cells, event_cells, header, request_cells
-from microserve.services.command.why import strategy_name, why_line
+from microserve.services.command.shared.flags import directory_at_hand
+from microserve.services.command.shared.why import strategy_name, why_line
+from microserve.services.command.tail.columns import Cells, event_cells, header, request_cells
 from microserve.services.local.directory import MeshDirectory
 from microserve.services.local.event_log import Event, EventLog, JournalLog
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from microserve.services.command.terminal import Failure
+from microserve.services.command.shared.terminal import Failure
 
 if TYPE_CHECKING:
     from microserve.protocol.messages.strategy.control import Scalar
     from microserve.protocol.settings.settings import Settings
-    from microserve.services.command.control_client import ControlClient
+    from microserve.services.command.shared.control_client import ControlClient
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -173,7 +173,7 @@ def talk_to_index(config: str | None, index: str | None, talk: Callable[[Control
     import asyncio
 
     from microserve.protocol.errors import ConfigError, MeshError
-    from microserve.services.command.control_client import control_client
+    from microserve.services.command.shared.control_client import control_client
 
     flags = Flags(config)
     flags.set("index.address", index)

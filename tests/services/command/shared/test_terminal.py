@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from microserve.services.command import terminal
 from microserve.services.command.main import main
+from microserve.services.command.shared import terminal
 from microserve.services.local.directory import ChildState, MeshDirectory, MeshState
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\u2066\x7f\x00\u200b"
-FOLDER = Path(terminal.__file__).parent
+FOLDER = Path(terminal.__file__).parents[1]
 
 
 def is_harmless(output: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import pytest
 
-from microserve.services.command.duration import Duration
+from microserve.services.command.shared.duration import Duration
 
 
 @pytest.mark.parametrize(
