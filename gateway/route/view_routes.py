@@ -29,6 +29,7 @@ from microserve.gateway.view.naming import named
 from microserve.gateway.view.query import query_of
 from microserve.gateway.view.requests import timeline
 from microserve.protocol.errors import InvalidRequest, MeshError, QueueFull
+from microserve.protocol.messages.strategy.decisions import Explained
 
 FEED_INTERVAL_S = 0.5
 MAX_READERS = 64
@@ -70,7 +71,12 @@ async def request(state: GatewayState, exchange: Exchange) -> None:
         raise InvalidRequest(f"an id has at most {MAX_NAME_CHARS} characters", field="request_id")
     form = await state.view.find(wanted)
     link = state.view.link
-    told, silent = ([], []) if link is None else await _or(link.explain(wanted), ([], ["index"]))
+    told: list[Explained] = []
+    silent: list[str] = []
+    if link is not None:
+        is_alive = state.view.mesh.is_index_alive(state.view.clock())
+        # Who is known to be silent is not waited for.
+        told, silent = await _or(link.explain(wanted), ([], ["index"])) if is_alive else ([], ["index"])
     records = [named(each) for said in told for each in said.found]
     if form is None and not records:
         raise NotKept(f"no request {wanted[:128]!r} is remembered here", field="request_id")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import structlog
@@ -36,6 +37,8 @@ from microserve.protocol.messages.strategy.control import (
 from microserve.protocol.messages.strategy.decisions import Asked, Explain, Explained
 from microserve.protocol.process.surviving import surviving
 
+REPORT_S = 5.0
+"""Between two questions about engines that are missing."""
 CALL_S = 2.0
 REPEAT_S = 0.5
 ANSWERS_S = 0.5
@@ -71,14 +74,22 @@ class IndexLink:
         self._socket = bus.client(address, self._receive)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until cancelled. A silent index is no fault of this one: the mesh has the age of what it said."""
+        asking = asyncio.create_task(self._ask_for_missing(), name="view of who is missing")
+        try:
+            while True:
+                with surviving("view of the mesh"):
+                    self._socket.send(self._watch)
+                    self._mesh.history.tick(self._clock())
+                await asyncio.sleep(self._interval_s)
+        finally:
+            asking.cancel()
+
+    async def _ask_for_missing(self) -> None:
         while True:
-            with surviving("view of the mesh"):
-                self._socket.send(self._watch)
-                self._mesh.history.tick(self._clock())
-                report = await self.report()
-                self._mesh.take_missing(report.missing)
-            await asyncio.sleep(self._interval_s)
+            with surviving("view of who is missing"), suppress(DeadlineExceeded):
+                self._mesh.take_missing((await self.report()).missing)
+            await asyncio.sleep(REPORT_S)
 
     def close(self) -> None:
         self._socket.close()
