@@ -65,7 +65,7 @@ def open_output(service: str, service_id: str, environment: Mapping[str, str] = 
     except Exception as error:  # of the SDK, about its own variables
         _logger.warning(log.TRACING_OFF, error=str(error))
     else:
-        _logger.info(log.TRACING_ON)
+        _logger.info(log.TRACING_STARTED)
 
 
 def is_wanted(environment: Mapping[str, str]) -> bool:

@@ -72,8 +72,8 @@ def test_a_name_that_means_nothing_is_refused_with_the_one_that_was_meant(
 
 def test_where_nothing_is_alike_all_that_there_are_are_named() -> None:
     assert refused(overrides=["mesh.zzz=1"]).detail == (
-        "mesh.zzz: unknown field; there are engines, ready_timeout_s, max_restarts, restart_window_s, "
-        "watchdog_s"
+        "mesh.zzz: unknown field; there are engines, metrics, ready_timeout_s, max_restarts, "
+        "restart_window_s, watchdog_s"
     )
     assert "sections are bus, model, engine" in refused(overrides=["zzz.zzz=1"]).detail
     assert refused(overrides=["buss=3"]).detail == "buss: unknown field, did you mean bus?"
