@@ -6,7 +6,7 @@ A key directory holds one pair of this service and the public keys of those whom
     keys/trusted/*.key             public keys of services that may connect, as whatever they say they are
     keys/trusted/ROLE/*.key        the same, as that role only (security/rights.py)
     keys/operators/*.key           public keys of those who may change what is served
-    keys/index.key                 public key of the index, where it is not ours (engines, routers, operators)
+    keys/index.key                 public key of the index, where it is not ours (all who call it)
     keys/router.key                public key of the routers, where it is not ours (gateways)
 
 An engine's public key comes with what the index says of it, so no file names it. A mesh's directory holds
@@ -35,7 +35,7 @@ SECRET, PUBLIC = "service.key_secret", "service.key"
 """Files of a pair."""
 
 _CALLERS: Mapping[Role, tuple[Role, ...]] = {
-    Role.INDEX: (Role.ENGINE, Role.ROUTER, Role.OPERATOR),
+    Role.INDEX: (Role.ENGINE, Role.ROUTER, Role.GATEWAY, Role.OPERATOR),
     Role.ENGINE: (Role.INDEX, Role.ROUTER, Role.OPERATOR),
     Role.ROUTER: (Role.GATEWAY,),
     Role.GATEWAY: (),
@@ -45,7 +45,7 @@ _CALLED: Mapping[Role, tuple[Role, ...]] = {
     Role.INDEX: (),
     Role.ENGINE: (Role.INDEX,),
     Role.ROUTER: (Role.INDEX,),
-    Role.GATEWAY: (Role.ROUTER,),
+    Role.GATEWAY: (Role.INDEX, Role.ROUTER),
     Role.OPERATOR: (Role.INDEX,),
 }
 """Whose keys a service needs as files; an engine's come with the index's list."""

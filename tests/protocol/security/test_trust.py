@@ -123,7 +123,7 @@ def test_keys_of_a_mesh_trust_who_calls_them_as_what_he_is(tmp_path: Path) -> No
         for role in roles
     }
     assert trusted == {
-        "index": {"engine", "router", "operator"},
+        "index": {"engine", "router", "gateway", "operator"},
         "engine": {"index", "router", "operator"},
         "router": {"gateway"},
         "gateway": set(),
