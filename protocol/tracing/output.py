@@ -61,9 +61,9 @@ def open_output(service: str, service_id: str, environment: Mapping[str, str] = 
 
         use(Exporter(service, service_id))
     except ImportError as error:
-        _logger.warning(log.TRACING_OFF, error=f"the extra {EXTRA} is not installed: {error}")
+        _logger.warning(log.TRACING_FAILED, error=f"the extra {EXTRA} is not installed: {error}")
     except Exception as error:  # of the SDK, about its own variables
-        _logger.warning(log.TRACING_OFF, error=str(error))
+        _logger.warning(log.TRACING_FAILED, error=str(error))
     else:
         _logger.info(log.TRACING_STARTED)
 
