@@ -13,6 +13,7 @@ from microserve.gateway.view.index import IndexLink
 from microserve.gateway.view.mesh import Mesh
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import DeadlineExceeded
+from microserve.protocol.messages.index import IndexReport
 from tests.support.gateway.gateway_world import run
 
 pytestmark = pytest.mark.quick
@@ -31,7 +32,7 @@ def test_a_silent_index_is_asked_on_and_not_complained_of(monkeypatch: pytest.Mo
         asked = 0
         report = link.report
 
-        async def counted() -> index.IndexReport:
+        async def counted() -> IndexReport:
             nonlocal asked
             asked += 1
             return await report()
