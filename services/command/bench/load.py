@@ -149,7 +149,8 @@ async def send_share(
     try:
         for planned in _share_of(plan(load), share):
             planned_s = start_s + (planned.at_s or 0.0)
-            if planned.at_s is not None and is_over(planned_s):
+            # By the plan: a sum with the clock's large number is rounded.
+            if planned.at_s is not None and 0 < load.duration_s <= planned.at_s:
                 break
             # A turn of the loop for each request, so that a crowd of them is read while it is sent.
             await asyncio.sleep(max(0.0, planned_s - CLOCK()))
