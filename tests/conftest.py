@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+from tests.support.examples import QUICK_PROFILE, examples_in_quick
+
 # How long an example takes is the machine's affair.
 hypothesis.settings.register_profile("mesh", deadline=None)
+hypothesis.settings.register_profile(QUICK_PROFILE, deadline=None, max_examples=examples_in_quick(100))
 hypothesis.settings.load_profile("mesh")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -46,21 +51,37 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return not any(path.is_relative_to(each) or each.is_relative_to(path) for each in quick) or None
 
 
+@cache
+def _lane_of(path: Path) -> tuple[str, bool]:
+    """Of a file: its outermost room, and whether what is in it is quick where it does not say otherwise."""
+    path = path.relative_to(TESTS)
+    return path.parts[0], any(path.is_relative_to(each) for each in QUICK)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What stays for good is no garbage: ten thousand tests and all modules are looked at no more."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Meshes come first: one worker has them one by one, the other takes what is small from the end."""
     for item in items:
-        path = item.path.relative_to(TESTS)
-        if path.parts[0] in ROOMS:
-            item.add_marker(path.parts[0])
-        is_long = any(item.get_closest_marker(each) for each in ("slow", "heavy", "vllm"))
-        if not is_long and any(path.is_relative_to(each) for each in QUICK):
+        room, is_quick = _lane_of(item.path)
+        if room in ROOMS:
+            item.add_marker(room)
+        if is_quick and not any(item.get_closest_marker(each) for each in ("slow", "heavy", "vllm")):
             item.add_marker("quick")
     items.sort(key=lambda item: item.get_closest_marker("system") is None)
 
 
-def pytest_configure() -> None:
-    """Two pools of threads that spin for the same cores cost ten times as much: a worker has one thread."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Before a test is imported, which is when hypothesis reads its profile."""
+    if config.option.markexpr == "quick":
+        hypothesis.settings.load_profile(QUICK_PROFILE)
+    # Two pools of threads that spin for the same cores cost ten times as much: a worker has one thread.
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 

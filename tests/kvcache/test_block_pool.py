@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from microserve.kvcache.block_pool import BlockPool
 from microserve.protocol.errors import CacheFull, ConfigError, InternalError
+from tests.support.examples import examples
 
 NUM_BLOCKS = 9
 
@@ -133,7 +134,9 @@ class GrowingPoolAgainstModel(PoolAgainstModel):
         return BlockPool(NUM_BLOCKS, lambda first, count: first + max(count, 2))
 
 
-PoolAgainstModel.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+PoolAgainstModel.TestCase.settings = settings(
+    max_examples=examples(100), stateful_step_count=40, deadline=None
+)
 GrowingPoolAgainstModel.TestCase.settings = PoolAgainstModel.TestCase.settings
 TestPoolAgainstModel = PoolAgainstModel.TestCase
 TestGrowingPoolAgainstModel = GrowingPoolAgainstModel.TestCase

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from microserve.gateway.kept.shelf import Bounds, Shelf
+from tests.support.examples import examples
 
 OWNERS, NAMES = st.sampled_from(["", "a", "b"]), st.sampled_from(["x", "y", "z"])
 STEPS = st.lists(
@@ -61,7 +62,7 @@ class Naive:
         return data if at > now - BOUNDS.max_age_s else None
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps=STEPS)
 def test_a_shelf_is_what_a_naive_one_is(steps: list[tuple[str, str, str, bytes | None]]) -> None:
     now = 1000.0

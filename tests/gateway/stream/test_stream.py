@@ -180,6 +180,7 @@ def test_a_slow_reader_gets_fewer_and_larger_events_and_holds_up_nobody(
     run(main())
 
 
+@pytest.mark.slow
 def test_a_client_that_stops_reading_is_given_up(
     model: Path, raw_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

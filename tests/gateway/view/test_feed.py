@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.gateway.view.feed import KEPT_DELTAS, MAX_ENDED, Feed, Look
+from tests.support.examples import examples
 from tests.support.gateway.view_forms import engine_form, health_form, request_form
 
 pytestmark = pytest.mark.quick
@@ -57,7 +58,7 @@ class Reader:
 LOADS = st.dictionaries(st.sampled_from("abc"), st.integers(0, 2))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.lists(st.tuples(LOADS, st.integers(0, 3), st.booleans()), min_size=1, max_size=10))
 def test_deltas_make_of_the_snapshot_what_there_is(moments: list[tuple[dict[str, int], int, bool]]) -> None:
     feed, reader, names, seen = Feed("life"), Reader(), list[str](), 0

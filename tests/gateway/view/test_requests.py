@@ -14,6 +14,7 @@ from microserve.gateway.view import requests as remembered
 from microserve.gateway.view.query import MAX_LIMIT, Query, query_of
 from microserve.gateway.view.requests import KEPT_S, Requests, timeline
 from microserve.protocol.errors import InvalidRequest
+from tests.support.examples import examples
 from tests.support.gateway.view_forms import request_form
 
 pytestmark = pytest.mark.quick
@@ -30,7 +31,7 @@ class Model:
         self.kept = [(at, name) for at, name in self.kept if now - at <= KEPT_S][-self.max_requests :]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(st.integers(1, 5), st.lists(st.floats(0.0, 500.0), max_size=12))
 def test_the_last_ones_are_kept_by_number_and_age(max_requests: int, pauses: list[float]) -> None:
     requests, model, now = Requests(max_requests), Model(max_requests, []), 0.0
@@ -59,7 +60,7 @@ def test_nothing_is_kept_where_nothing_is_wanted() -> None:
     assert (len(requests), requests.is_on, requests.num_added) == (0, False, 0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(0, 8), st.integers(0, 10))
 def test_who_has_seen_some_is_told_the_others_once(num_added: int, num_seen: int) -> None:
     requests = Requests(6)

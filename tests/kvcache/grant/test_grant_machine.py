@@ -19,6 +19,7 @@ from microserve.kvcache.grant.table import Discharged, Expired, GrantTable, Sett
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
 from microserve.protocol.errors import CacheFull, TransferFailed
+from tests.support.examples import examples
 from tests.support.kvcache.grant_model import (
     BLOCK_SIZE,
     LEASE_S,
@@ -330,4 +331,4 @@ class GrantMachine(RuleBasedStateMachine):
 
 
 TestGrants = GrantMachine.TestCase
-TestGrants.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestGrants.settings = settings(max_examples=examples(200), stateful_step_count=50, deadline=None)

@@ -23,6 +23,7 @@ from microserve.protocol.errors import (
     TransferFailed,
 )
 from microserve.protocol.messages.kv.grant import Grant, HeapAddress
+from tests.support.examples import examples
 from tests.support.kvcache.kv_samples import POISON_BYTE, fill, make_layout, row
 
 SENDER, RECEIVER = 1, 2
@@ -143,7 +144,7 @@ def test_a_wrong_source_table_is_our_own_fault(blocks: list[int], lo: int, hi: i
         plan.copies(blocks, lo, hi)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples(60))
 @given(st.data())
 def test_exactly_the_rows_of_the_interval_arrive(data: st.DataObject) -> None:
     """Any tables, any interval, any chunks, pools of different size; every other byte stays poisoned."""

@@ -23,6 +23,7 @@ from microserve.protocol.messages.kv.kv_events import (
     WireHash,
     encode_batch,
 )
+from tests.support.examples import examples
 
 BLOCK_SIZE = 2
 NUM_BLOCKS = 10
@@ -209,7 +210,9 @@ class CacheAgainstModel(CacheMachine):
         assert self.index.num_blocks == len(self.cached) == self.cache.num_blocks
 
 
-CacheAgainstModel.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+CacheAgainstModel.TestCase.settings = settings(
+    max_examples=examples(100), stateful_step_count=40, deadline=None
+)
 TestCacheAgainstModel = CacheAgainstModel.TestCase
 
 
@@ -230,5 +233,7 @@ class CacheWithCollisions(CacheMachine):
         self.weakened.stop()
 
 
-CacheWithCollisions.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+CacheWithCollisions.TestCase.settings = settings(
+    max_examples=examples(80), stateful_step_count=40, deadline=None
+)
 TestCacheWithCollisions = CacheWithCollisions.TestCase

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from microserve.kvcache.prefix import hash as block_hash
 from microserve.kvcache.prefix.extension import Extension, extension
 from microserve.kvcache.prefix.hash import block_hashes, root_hash
+from tests.support.examples import examples
 from tests.support.kvcache.prefix_indexes import new_index
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=70)
@@ -151,7 +152,9 @@ class TableAgainstDict(RuleBasedStateMachine):
         assert all(self.blocks.holds(each) for each in (*self.young, *self.old))
 
 
-TableAgainstDict.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TableAgainstDict.TestCase.settings = settings(
+    max_examples=examples(60), stateful_step_count=30, deadline=None
+)
 TestTableAgainstDict = TableAgainstDict.TestCase
 
 

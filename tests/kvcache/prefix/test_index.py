@@ -26,6 +26,7 @@ from microserve.protocol.messages.kv.kv_events import (
     WireHash,
     encode_batch,
 )
+from tests.support.examples import examples
 from tests.support.kvcache.prefix_indexes import FORMS, new_index
 
 BLOCK_SIZE = 2
@@ -171,7 +172,9 @@ class IndexAgainstModel(RuleBasedStateMachine):
             assert (counters.evicted_blocks, counters.ignored_blocks, counters.malformed_blocks) == (0, 0, 0)
 
 
-IndexAgainstModel.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+IndexAgainstModel.TestCase.settings = settings(
+    max_examples=examples(100), stateful_step_count=40, deadline=None
+)
 TestIndexAgainstModel = IndexAgainstModel.TestCase
 
 

@@ -35,6 +35,7 @@ from microserve.protocol.types import MAX_PROMPT_TOKENS, WIRE_VERSION
 from tests.support.bus.junk import junk
 from tests.support.bus.wire_parts import GRANT, SAMPLING
 from tests.support.bus.wire_samples import GOLDEN, MESSAGES, name_of
+from tests.support.examples import examples
 
 CHANNELS: list[tuple[Codec[Any], Any]] = [
     (ENGINE_REQUEST, actions.EngineRequest),
@@ -274,7 +275,7 @@ def test_junk_is_a_violation_and_nothing_else(codec: Codec[Any], _union: Any) ->
 
 
 @given(st.sampled_from(MESSAGES), st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=examples(500), deadline=None)
 def test_any_bent_golden_is_a_message_or_a_violation(sample: tuple[Codec[Any], Any], data: Any) -> None:
     codec, message = sample
     header, body = codec.encode(message)

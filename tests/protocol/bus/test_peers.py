@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from microserve.protocol.bus.peers import Listening, Loss, Peer, Peers
+from tests.support.examples import examples
 
 SILENCE_S = 3.0
 STUCK_S = 20.0
@@ -283,5 +284,5 @@ class StallMachine(RuleBasedStateMachine):
         assert {peer.key for peer in self.peers} == self.living.keys() | self.silent_looks.keys()
 
 
-StallMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+StallMachine.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=50, deadline=None)
 TestStalls = StallMachine.TestCase

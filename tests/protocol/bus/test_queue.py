@@ -18,6 +18,7 @@ from microserve.protocol.bus.queue import MAX_STREAM_TOKENS, StreamQueue
 from microserve.protocol.messages.engine import Delta, Deltas, Finished, Timings, TokenLogprob, Usage
 from microserve.protocol.messages.request.prompt_logprobs import PromptLogprob, PromptLogprobs, packed
 from microserve.protocol.messages.router import Ended, Output, Phases, Stream
+from tests.support.examples import examples
 
 FINISHED = Finished("length", Usage(), Timings())
 ENDED = Ended("length", Usage(), Phases(), "s", [])
@@ -181,7 +182,7 @@ class OutputMachine(QueueMachine):
     kind = 1
 
 
-SETTINGS = settings(max_examples=60, stateful_step_count=30, deadline=None)
+SETTINGS = settings(max_examples=examples(60), stateful_step_count=30, deadline=None)
 QueueMachine.TestCase.settings = OutputMachine.TestCase.settings = SETTINGS
 TestDeltas = QueueMachine.TestCase
 TestOutputs = OutputMachine.TestCase

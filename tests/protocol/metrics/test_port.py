@@ -106,6 +106,7 @@ def test_a_port_that_is_taken_is_told_and_the_service_goes_on() -> None:
     assert [line["event"] for line in lines] == [log.METRICS_UNSERVED]
 
 
+@pytest.mark.slow
 def test_who_connects_and_never_reads_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop turns, somebody else is answered, and one more than may be there is closed at once."""
     monkeypatch.setattr(port_room, "KEPT_S", 0.0)

@@ -25,6 +25,7 @@ from microserve.protocol.messages.kv.geometry import Geometry
 from microserve.protocol.messages.numerics import Numerics
 from microserve.services.index import membership
 from microserve.services.index.membership import Admission, Membership
+from tests.support.examples import examples
 from tests.support.index.index_world import make_info
 
 SILENCE_S = 3.0
@@ -352,5 +353,7 @@ class MembershipMachine(RuleBasedStateMachine):
         self.seen = (self.members.version, self.ids())
 
 
-MembershipMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+MembershipMachine.TestCase.settings = settings(
+    max_examples=examples(80), stateful_step_count=40, deadline=None
+)
 TestAnyOrder = MembershipMachine.TestCase

@@ -107,6 +107,7 @@ def test_silent_watcher_is_forgotten() -> None:
     with_index(test, interval_s=0.02, liveness=3)
 
 
+@pytest.mark.slow
 def test_watcher_that_is_gone_is_forgotten() -> None:
     async def test(world: World, index: Index) -> None:
         watcher, peer = index.peer(), index.peer()

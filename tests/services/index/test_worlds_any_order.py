@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.messages.world import WorldJoined
+from tests.support.examples import examples
 from tests.support.index.world_desk import SILENCE_S, Bench, unique_id
 
 MOVES = st.lists(
@@ -23,7 +24,7 @@ MOVES = st.lists(
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(MOVES)
 def test_who_is_told_is_told_the_same_as_all_others_who_live(moves: list[tuple[str, int, int, int]]) -> None:
     """Processes ask, die, are restarted and fall silent; two may claim one rank."""

@@ -19,6 +19,7 @@ from microserve.services.links.feed_state import (
     Instruction,
     Replace,
 )
+from tests.support.examples import examples
 from tests.support.index.block_changes import Changes, apply_changes
 
 
@@ -174,7 +175,7 @@ class FeedMachine(RuleBasedStateMachine):
         assert self.reader.held == self.engine.held
 
 
-FeedMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+FeedMachine.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=60, deadline=None)
 TestAnyInterleaving = FeedMachine.TestCase
 
 

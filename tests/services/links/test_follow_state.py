@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from microserve.services.links.feed_state import BACKOFF_MAX_S, Apply, Replace
 from microserve.services.links.follow_state import MAX_FAILURES, AskReplay, FollowState, MarkedBatch, Step
+from tests.support.examples import examples
 from tests.support.index.block_changes import Change, Changes, apply_changes
 
 pytestmark = pytest.mark.slow
@@ -147,7 +148,7 @@ class FollowMachine(RuleBasedStateMachine):
         assert len(self.asks) + len(self.answers) <= 1
 
 
-FollowMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+FollowMachine.TestCase.settings = settings(max_examples=examples(200), stateful_step_count=40, deadline=None)
 TestFollow = FollowMachine.TestCase
 
 

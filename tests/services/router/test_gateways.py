@@ -28,6 +28,7 @@ from tests.support.bus.direct_bus import DirectBus
 from tests.support.bus.gateway_peer import Answer
 from tests.support.bus.junk import junk
 from tests.support.bus.lossy_bus import LossyBus
+from tests.support.examples import examples
 from tests.support.router.router_world import (
     World,
     eventually,
@@ -319,7 +320,7 @@ def test_a_hundred_thousand_junk_messages_are_answered_or_dropped() -> None:
     with_handler(run)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.lists(st.lists(st.binary(max_size=40), max_size=6), max_size=50), st.randoms())
 def test_random_frames_never_raise(messages: list[list[bytes]], rng: random.Random) -> None:
     def run(handler: PeerHandler, bus: DirectBus, router: Router) -> None:

@@ -15,6 +15,7 @@ from microserve.gateway.text.prompt.chat_template import ChatTemplate
 from microserve.gateway.text.prompt.continued import Continued
 from microserve.gateway.text.tokenizer import ModelTokenizer
 from microserve.protocol.errors import InvalidRequest
+from tests.support.examples import examples
 from tests.support.gateway.gateway_world import make_model, run, special_id
 
 WHOLE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -41,7 +42,7 @@ def both(kind: str, directory: Path) -> tuple[ModelTokenizer, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TEMPLATES)
 @given(messages=st.lists(TURN, min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_it_is_that_of_transformers(
     kind: str, tmp_path_factory: pytest.TempPathFactory, messages: list[dict[str, Any]]
 ) -> None:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from microserve.gateway.text.prompt.control import ControlText
 from microserve.gateway.text.tokenizer import ModelTokenizer
+from tests.support.examples import examples
 from tests.support.gateway.gateway_world import make_model, run, special_id
 
 TEMPLATE = (
@@ -103,7 +104,7 @@ def ours(directory: Path) -> ModelTokenizer:
 
 @pytest.mark.slow
 @given(messages=CONVERSATION, tools=st.sampled_from([None, TOOLS]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @pytest.mark.parametrize("vocabulary", ["tiny", "demo"])
 def test_prompts_are_those_of_transformers(
     vocabulary: str,

@@ -16,6 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from microserve.gateway.text.prompt import words as memory
 from microserve.gateway.text.prompt.words import Words, split
 from microserve.gateway.text.tokenizer import ModelTokenizer
+from tests.support.examples import examples
 from tests.support.gateway.tokenizers import KINDS
 
 LLAMA_3 = (
@@ -90,7 +91,7 @@ def remembering(kind: str) -> ModelTokenizer:
 
 @given(kind=st.sampled_from(sorted(PRE_TOKENIZERS)), texts=st.lists(TEXTS, max_size=3), special=st.booleans())
 @example(kind="gpt2", texts=["  a  b \n c", " a", "", " ", "\n a"], special=True)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_ids_are_those_of_the_whole_text(kind: str, texts: list[str], special: bool) -> None:
     expected = [trained(kind).encode(text, add_special_tokens=special).ids for text in texts]
 

@@ -20,6 +20,7 @@ from microserve.protocol.messages.kv.kv_events import (
     KVEventBatch,
     encode_batch,
 )
+from tests.support.examples import examples
 
 pack = msgspec.msgpack.encode
 
@@ -300,7 +301,7 @@ def test_what_fits_no_form_is_a_violation(payload: object) -> None:
         decode_batch(pack(payload))
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(st.binary(max_size=200))
 @example(b"")
 @example(b"\x91" * 5000)  # deeper than any parser should follow
@@ -321,7 +322,7 @@ ANYTHING = st.one_of(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(ANYTHING, st.booleans())
 def test_random_extra_keys_never_raise_anything_else(value: bytes, as_map: bool) -> None:
     head = b"\x92\x01\x91"
@@ -334,7 +335,7 @@ def test_random_extra_keys_never_raise_anything_else(value: bytes, as_map: bool)
         decode_batch(head + event + value)
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 @given(st.integers(0, len(GOLDEN) - 1), st.integers(0, 255), st.booleans())
 def test_damaged_batches_never_raise_anything_else(at: int, byte: int, cut: bool) -> None:
     damaged = GOLDEN[:at] if cut else GOLDEN[:at] + bytes([byte]) + GOLDEN[at + 1 :]

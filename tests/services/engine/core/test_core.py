@@ -31,6 +31,7 @@ from tests.support.engine.core_mesh import (
     receive,
     send,
 )
+from tests.support.examples import examples
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_one_engine_gives_the_tokens_of_a_lone_run(mesh: Mesh, length: int, samp
     cut=st.floats(0, 1),
     cached=st.integers(0, 15),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_two_senders_may_share_a_grant(seed: int, length: int, cut: float, cached: int) -> None:
     mesh = Mesh()
     prompt = prompt_of(length, seed)

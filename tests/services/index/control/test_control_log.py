@@ -21,6 +21,7 @@ from microserve.protocol.messages.strategy.control import Change, ControlRecord
 from microserve.protocol.messages.strategy.scores import Ramp
 from microserve.services.index.control_log import ControlLog
 from microserve.services.index.control_state import Fold, digest_of
+from tests.support.examples import examples
 
 _IDS = itertools.count()
 
@@ -169,6 +170,7 @@ def test_what_was_answered_survives_sigkill(tmp_path: Path) -> None:
         assert log.fold.may_serve("mine", 3)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_writing_each_change_is_whole_or_absent(tmp_path: Path) -> None:
     for number in range(4):
         path = str(tmp_path / f"control-{number}.db")
@@ -187,7 +189,7 @@ def test_killed_in_the_middle_of_writing_each_change_is_whole_or_absent(tmp_path
             assert log.records("", 3)[0].version == version
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -23,6 +23,7 @@ from microserve.protocol.messages.strategy.scores import Ramp, Side, Trial
 from microserve.services.index.control_state import Fold
 from microserve.services.index.trial.ramp import MAX_LOOK_S, Ramps
 from microserve.services.router.rollout.sums import Sums, Timing
+from tests.support.examples import examples
 
 SHARES = [0.01, 0.1, 0.5, 1.0]
 EVERY_S, MIN_REQUESTS = 60.0, 20
@@ -208,7 +209,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(st.lists(STEP, max_size=80))
 def test_no_clock_and_no_trouble_brings_a_canary_forward_or_back(steps: list[tuple[str, float]]) -> None:
     """Shares only ascend, each after its time in small looks and its requests; only failures take it back."""

@@ -29,6 +29,7 @@ from microserve.services.router.rollout.control import StrategyControl
 from microserve.services.router.strategies import BUILT_IN
 from microserve.services.router.strategies.splitting.elastic_roles import LABELS, ROLES, elastic_roles
 from microserve.services.simulation.loop import VirtualLoop
+from tests.support.examples import examples
 from tests.support.router.paper_mesh import PaperEngine, by_id, paper_mesh
 from tests.support.router.router_world import (
     World,
@@ -363,7 +364,7 @@ ONE_COMES_BACK: list[Any] = [  # e4 leaves while it drains; meanwhile another on
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(STEPS)
 @example(ONE_COMES_BACK)
 def test_whoever_comes_and_goes_both_roles_are_there(steps: list[Any]) -> None:

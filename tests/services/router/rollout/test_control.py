@@ -21,6 +21,7 @@ from microserve.services.router.rollout.window import (
     MIN_ERRORS,
 )
 from microserve.services.router.strategies import BUILT_IN
+from tests.support.examples import examples
 from tests.support.router.control_world import PLAIN, make, serving, state, version
 from tests.support.router.router_world import World, eventually, expected_output, in_loop, router_world
 
@@ -144,7 +145,7 @@ def _states() -> list[ControlState]:
 STATES = _states()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(st.lists(st.sampled_from(range(len(STATES))), max_size=30))
 def test_any_order_repetition_and_loss_converge_to_the_highest_version(order: Sequence[int]) -> None:
     """What is lost is sent again until it is acknowledged: in the end everybody has seen the last."""

@@ -117,6 +117,7 @@ def test_times_count_by_number_where_few_come() -> None:
     assert "TTFT" in canary.slower_than(stable)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gap_s", [0.01, 3.0], ids=["busy", "seldom"])
 def test_equals_are_no_slower_where_half_of_the_prompts_are_long(gap_s: float) -> None:
     """Medians of two such samples are far apart again and again; a canary that is slow is found all the

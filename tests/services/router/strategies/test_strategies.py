@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from microserve.protocol.messages import engine as wire
 from microserve.services.router.strategies import BUILT_IN
+from tests.support.examples import examples
 from tests.support.router.router_world import (
     World,
     eventually,
@@ -29,7 +30,7 @@ Call = tuple[Any, ...]
 """(engine, action, begin, end, flag): what a test compares."""
 
 PROPERTY = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -185,6 +185,7 @@ def test_a_grant_of_an_entrant_that_never_started_is_given_back(there: str) -> N
     main()
 
 
+@pytest.mark.slow
 @in_loop
 async def test_what_is_no_race_is_the_authors_mistake_and_served_all_the_same() -> None:
     async def none(mesh: Mesh, request: Request) -> Chunks:

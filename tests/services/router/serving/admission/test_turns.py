@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.services.router.serving.turns import ABOUT_S, REMEMBER_S, Room, Turns
+from tests.support.examples import examples
 
 WIDE = Room(num_engines=1000, num_places=math.inf, num_tokens=math.inf, tokens_per_s=math.inf)
 
@@ -122,7 +123,7 @@ def test_a_tenant_is_forgotten_in_time() -> None:
         assert len(turns._tenants) <= 13
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=examples(50))
 @given(seed=st.integers(0, 1 << 32))
 def test_any_order_of_things_keeps_the_bounds_and_starves_nobody(seed: int) -> None:
     rng, now, number = random.Random(seed), 0.0, 0
