@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 DOORS = (
     "microserve.protocol.bus.curve.",
     "microserve.protocol.messages.",
-    "microserve.protocol.settings.settings",
+    "microserve.protocol.settings.",
     "microserve.services.command.",
     "microserve.services.local.",
     "microserve.services.router.authoring",

@@ -330,7 +330,8 @@ def test_what_a_killed_child_had_in_the_temporary_directory_goes_with_it(
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    owner = "from microserve.protocol.process.scratch import Scratch; scratch = Scratch()\n" + SERVE
+    paths = f"import sys; sys.path[:0] = {sys.path!r}\n"  # children begin without those of the environment
+    owner = f"{paths}from microserve.protocol.process.scratch import Scratch; scratch = Scratch()\n{SERVE}"
 
     async def test() -> None:
         watched = Watched([child(tmp_path, "a", owner), child(tmp_path, "b", owner)])
