@@ -62,6 +62,7 @@ def test_constrained_beside_free(tiny_model: Path) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.system
+@pytest.mark.timeout(900)  # the peer alone makes 600 tokens in each of nine streams, twice
 def test_a_mesh_beside_a_peer(tiny_model: Path) -> None:
     told = figures("engine_http", tiny_model, "--peers", "transformers", *LONG)
 
