@@ -186,8 +186,9 @@ async def _feed(state: GatewayState, exchange: Exchange, stream: EventStream, go
     number = None if came_back is None else view.feed.resumed(came_back.decode("latin-1"))
     if number is None:
         ended = (await view.ended(query_of({"limit": str(SNAPSHOT_ENDED)}))).ended
-        await stream.write(view.feed.snapshot(ended[::-1]))
-        number = view.feed.number
+        # Before anything is awaited: another reader's look meanwhile is news for this one.
+        snapshot, number = view.feed.snapshot(ended[::-1]), view.feed.number
+        await stream.write(snapshot)
     while not (gone.is_set() or state.draining):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FEED_INTERVAL_S):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -47,6 +48,13 @@ class Query(msgspec.Struct, frozen=True):
         if self.order == FIRST_TOKEN:
             return sorted(chosen, key=lambda form: -(form.ttft_s or 0.0))[: self.limit]
         return sorted(chosen, key=lambda form: form.age_s)[: self.limit]
+
+    def first(self, newest_first: Iterable[RequestForm]) -> list[RequestForm]:
+        """As :meth:`sorted`, of forms that are in that order already: the newest are taken without a look at
+        all the others."""
+        if self.order == NEWEST:
+            return list(islice(filter(self.admits, newest_first), self.limit))
+        return self.sorted(newest_first)
 
 
 def query_of(values: Mapping[str, str]) -> Query:

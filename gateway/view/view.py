@@ -95,7 +95,7 @@ class View:
         now = self.clock()
         if what == ASKED_REQUESTS:
             query = _query.decode(argument)
-            return _encode(self._part(query.sorted(self.requests.newest_first(now)), query.limit, now))
+            return _encode(self._part(query.first(self.requests.newest_first(now)), query.limit, now))
         if what == ASKED_SINCE:
             num_seen = msgspec.msgpack.decode(argument, type=int)
             return _encode(self._part(self._since(num_seen, now), MAX_RUNNING, now))
@@ -128,7 +128,7 @@ class View:
 
     async def ended(self, query: Query) -> RequestsForm:
         now = self.clock()
-        own = self._part(query.sorted(self.requests.newest_first(now)), query.limit, now)
+        own = self._part(query.first(self.requests.newest_first(now)), query.limit, now)
         told = await self.ask_siblings(ASKED_REQUESTS, _encode(query))
         parts = [own, *(_part.decode(each) for each in told.values() if each)]
         return RequestsForm(

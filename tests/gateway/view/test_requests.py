@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.gateway.view import requests as remembered
+from microserve.gateway.view.forms import RequestForm
 from microserve.gateway.view.query import MAX_LIMIT, Query, query_of
 from microserve.gateway.view.requests import KEPT_S, Requests, timeline
 from microserve.protocol.errors import InvalidRequest
@@ -128,3 +130,16 @@ def test_a_wrong_choice_names_its_field(values: dict[str, str], field: str) -> N
 def test_a_query_goes_to_siblings_and_back() -> None:
     query = query_of({"order": "slowest", "limit": "7", "min_s": "0.5", "key": "k"})
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(query), type=Query) == query
+
+
+def test_the_newest_are_taken_without_a_look_at_the_others() -> None:
+    taken: list[str] = []
+
+    def newest_first() -> Iterator[RequestForm]:
+        for number in range(9):
+            taken.append(f"r{number}")
+            yield request_form(f"r{number}", age_s=float(number))
+
+    assert [form.id for form in query_of({"limit": "2"}).first(newest_first())] == ["r0", "r1"]
+    assert taken == ["r0", "r1"]
+    assert [form.id for form in query_of({"limit": "1", "order": "slowest"}).first(newest_first())] == ["r0"]
