@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from microserve.gateway.api.format import UsageCounts
-from microserve.gateway.generation.summary import Summary, form_of, write_line
+from microserve.gateway.generation.summary import Summary, form_of, phase_durations, write_line
 from microserve.gateway.http.errors import ClientGone
 from microserve.gateway.http.exchange import Exchange
 from microserve.gateway.keys.usage import Counts
@@ -119,10 +119,10 @@ def account(
 
 def _tell(state: GatewayState, summary: Summary) -> None:
     """The log and the view."""
-    write_line(summary)
-    view = state.view
+    durations, view = phase_durations(summary.times, summary.phases), state.view
+    write_line(summary, durations)
     if view.requests.is_on:
-        view.requests.add(form_of(summary, view.wall_clock()), view.clock())
+        view.requests.add(form_of(summary, durations, view.wall_clock()), view.clock())
 
 
 def running_forms(

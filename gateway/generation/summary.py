@@ -104,9 +104,9 @@ class Summary:
     """What strategies were told; None for what is told to nobody else."""
 
 
-def form_of(summary: Summary, at: float) -> RequestForm:
-    """The line as the view has it; ``at``: when it ended, by the wall clock."""
-    durations = phase_durations(summary.times, summary.phases)
+def form_of(summary: Summary, durations: Mapping[str, int], at: float) -> RequestForm:
+    """The line as the view has it; ``durations``: :func:`phase_durations`; ``at``: when it ended, by the wall
+    clock."""
     return RequestForm(
         id=summary.request_id,
         http_id=summary.http_request_id,
@@ -143,8 +143,8 @@ def _ttft_s(times: Timeline) -> float | None:
     return None if times.first_token is None else _microseconds(times.first_token - times.arrived) / 1e6
 
 
-def write_line(summary: Summary) -> None:
-    durations = phase_durations(summary.times, summary.phases)
+def write_line(summary: Summary, durations: Mapping[str, int]) -> None:
+    """``durations``: :func:`phase_durations`."""
     _logger.info(
         log.REQUEST_FINISHED,
         request_id=summary.request_id,
