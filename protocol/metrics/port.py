@@ -30,7 +30,9 @@ from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.metrics.table.common import CPU, LOOP_LAG
 
 MAX_CONNECTIONS = 8
-"""At a time; one more is closed at once."""
+"""At a time; one more is closed, if none of them has ended ``PLACE_S`` later."""
+PLACE_S = 1.0
+"""A reader whose last connection is just ending finds a place for its next one."""
 SILENCE_S = 5.0
 """A connection on which nothing comes, or nothing is taken, for so long is closed."""
 ANSWER_S = 2.0
@@ -176,7 +178,7 @@ class _Server(ThreadingHTTPServer):
             self.socket.shutdown(socket.SHUT_RDWR)  # wakes ``run``
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._free.acquire(blocking=False):
+        if not self._free.acquire(timeout=PLACE_S):
             self.shutdown_request(request)
             return
         try:
