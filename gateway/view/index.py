@@ -92,7 +92,8 @@ class IndexLink:
             await asyncio.sleep(REPORT_S)
 
     def close(self) -> None:
-        self._socket.close()
+        """What was asked is not waited for any more: an index that is away must not hold up the end."""
+        self._socket.close(lingers=False)
 
     async def report(self) -> IndexReport:
         return await self._ask(IndexReport, IndexStats)

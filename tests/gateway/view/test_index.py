@@ -14,6 +14,7 @@ from microserve.gateway.view.mesh import Mesh
 from microserve.protocol.bus.transport import ZmqBus
 from microserve.protocol.errors import DeadlineExceeded
 from microserve.protocol.messages.index import IndexReport
+from tests.support.bus.direct_bus import DirectBus
 from tests.support.gateway.gateway_world import run
 
 pytestmark = pytest.mark.quick
@@ -52,3 +53,13 @@ def test_a_silent_index_is_asked_on_and_not_complained_of(monkeypatch: pytest.Mo
         bus.close()
 
     run(main())
+
+
+def test_a_gateway_that_ends_does_not_linger_for_an_index_that_is_away() -> None:
+    bus = DirectBus()
+    mesh = Mesh(time.monotonic(), silence_s=5.0)
+    link = IndexLink(bus, "tcp://127.0.0.1:1", mesh, gateway_id="g", interval_s=1.0, clock=time.monotonic)
+    link.close()
+    [socket] = bus.clients
+    assert socket.closed
+    assert not socket.lingers

@@ -43,14 +43,14 @@ class DirectClient:
     def __init__(self, handler: FramesHandler) -> None:
         self.receive = handler
         self.sent: list[list[bytes]] = []
-        self.closed = False
+        self.closed = self.lingers = False
 
     def send(self, frames: Sequence[bytes]) -> bool:
         self.sent.append(list(frames))
         return True
 
     def close(self, *, lingers: bool = True) -> None:
-        self.closed = True
+        self.closed, self.lingers = True, lingers
 
 
 class DirectBus:
