@@ -38,6 +38,14 @@ class Release:
     """To be cleared: what was left in them is nobody's."""
 
 
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The tail of a receive, behind its last whole block, into a block of whoever generates from it."""
+
+    source: int
+    target: int
+
+
 @dataclass
 class Orders:
     parts: list[Part] = field(default_factory=list)
@@ -45,5 +53,7 @@ class Orders:
     watched: list[Watched] = field(default_factory=list)
     started: list[Started] = field(default_factory=list)
     releases: list[Release] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+    """Made before anything is computed."""
     is_preempting: bool = False
     """A send's blocks may be overwritten in this step."""

@@ -19,6 +19,11 @@ may hold a lane: its blocks stay its own whatever has ended, nobody but its own 
 prefix cache, and what is not taken leaves the cache before anybody may have it. All of this rests on steps
 that do not overlap: a step is scheduled when the last one's output has been read (limits.py).
 
+The prefix cache has whole blocks only. Who generates from a receive computes what is behind its last one
+again, as it would with that prefix in its cache; but a stream that goes on, with its next token's row and no
+other to compute, gets a copy in a block of its own, in the step that admits it (``Copy``): its step is the
+decode step, bit for bit, that it would have been where the stream began.
+
 Owns that state. Knows ids and words; neither vLLM's objects nor its blocks' insides.
 """
 
@@ -29,11 +34,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from microserve.protocol.errors import InternalError
-from microserve.services.engine.vllm.connector.orders import Release, Started, Watched
+from microserve.services.engine.vllm.connector.orders import Copy, Release, Started, Watched
 from microserve.services.engine.vllm.link import (
     DROP,
     START,
     TAKE,
+    WAIT,
     Allocated,
     Freed,
     Generate,
@@ -90,6 +96,7 @@ class Receives:
         """By vLLM's id of the request."""
         self._request_ids: dict[int, str] = {}
         self._generates: dict[str, int] = {}
+        self._copies: list[Copy] = []
 
     def add(
         self, request_id: str, receive: Receive, num_prompt_tokens: int, tokens: Sequence[int] = ()
@@ -123,8 +130,20 @@ class Receives:
             num_tokens = max(entry.end - num_local, 0) if entry.state is _State.NEW else 0
             return num_tokens, num_tokens > 0
         after = self._entries.get(self._request_ids.get(self._generates.get(request_id, -1), ""))
-        is_early = after is not None and after.state in (_State.NEW, _State.PARKED)
-        return (None, False) if is_early else (0, False)
+        if after is None:
+            return 0, False
+        if after.state in (_State.NEW, _State.PARKED):
+            return None, False
+        return self._num_behind(after, num_local, tokens), False
+
+    def _num_behind(self, entry: _Entry, num_local: int, tokens: Sequence[int]) -> int:
+        """So many tokens of the receive are to be copied for a user who finds ``num_local`` in the cache."""
+        tail = entry.end % self._block_size
+        is_there = entry.state in (_State.PROMOTED, _State.PINNED) and self._fate(entry.id) == TAKE
+        if entry.is_early or not is_there or not tail or num_local != entry.end - tail:
+            return 0
+        goes_on = len(tokens) == entry.end + 1 and list(tokens[:-1]) == list(entry.tokens)
+        return tail if goes_on else 0
 
     def allocated(self, request_id: str, blocks: list[int], num_external: int) -> None:
         """``blocks``: all of the request's, matched ones first."""
@@ -142,6 +161,8 @@ class Receives:
         if used is not None:
             used.is_used = True
             used.users.add(request_id)
+            if num_external:
+                self._copies.append(Copy(used.granted[-1], blocks[used.end // self._block_size]))
 
     def started(self, scheduled: Iterable[str]) -> list[Started]:
         """Of those requests that a step computes: its layers are to be waited for."""
@@ -194,6 +215,17 @@ class Receives:
             elif entry.state is _State.ABANDONED:
                 watched.append(Watched(entry.id, request_id, True, entry.granted))
         return watched
+
+    def copies(self) -> list[Copy]:
+        """For this step; each once."""
+        copies, self._copies = self._copies, []
+        return copies
+
+    @property
+    def is_resting(self) -> bool:
+        """There are receives that vLLM keeps blocks for, and all of them wait for their writers."""
+        watched = self.watched()
+        return bool(watched) and all(self._fate(each.id) == WAIT for each in watched)
 
     def releases(self) -> list[Release]:
         """Ended requests whose blocks nobody needs any more, each once: the worker is to say so."""

@@ -5,6 +5,7 @@ Owns who is who among vLLM's requests, and the words of a step. vLLM's objects c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from microserve.services.engine.vllm.link import Generate, Receive, Send, ask_of
 from microserve.services.engine.vllm.link_ends import End
 
 _logger = structlog.get_logger()
+REST_S, LOOK_S = 0.003, 0.0005
+"""A step that computes nothing waits so long for news of what is received, and looks so often."""
 ORDINARY = "vllm_ask_ignored"
 """Event: a request asks of the connector what cannot be; it is served as any other."""
 
@@ -104,6 +107,7 @@ class SchedulerSide:
             watched=self.receives.watched(),
             started=self.receives.started(scheduled),
             releases=self.receives.releases(),
+            copies=self.receives.copies(),
             # All are asked: each answer is news once.
             is_preempting=any(
                 [
@@ -112,12 +116,20 @@ class SchedulerSide:
                 ]
             ),
         )
+        if not (scheduled or orders.ended or orders.releases):
+            self._rest()
         num_running = len(scheduled)
         self._link.page.count_step(
             cache.block_pool.get_num_free_blocks(), num_running, max(self._num_requests - num_running, 0)
         )
         self._link.flush()
         return orders
+
+    def _rest(self) -> None:
+        """vLLM steps without pause while anything is parked: a core that whoever computes it may need."""
+        until = time.monotonic() + REST_S
+        while self.receives.is_resting and time.monotonic() < until:
+            time.sleep(LOOK_S)
 
     def reported(self, received: set[str], sent: set[str], invalid_blocks: set[int]) -> None:
         """What the worker has reported of the last step."""

@@ -11,7 +11,7 @@ from typing import Any
 from microserve.kvcache.layout import K, KvLayout
 from microserve.services.engine.vllm.connector.limits import layer_names, layout_of
 from microserve.services.engine.vllm.connector.loading import Loading, Reports
-from microserve.services.engine.vllm.connector.orders import Orders
+from microserve.services.engine.vllm.connector.orders import Copy, Orders
 from microserve.services.engine.vllm.connector.placement import Placement
 from microserve.services.engine.vllm.connector.putting import Putting
 from microserve.services.engine.vllm.link import Ready
@@ -56,6 +56,8 @@ class WorkerSide:
 
     def begin_step(self, orders: Orders) -> None:
         self._orders = orders
+        for copy in orders.copies:
+            self._copy(copy)
         if self._putting is not None:
             self._putting.end(orders.ended)
             self._putting.begin_step(orders.parts)
@@ -95,6 +97,15 @@ class WorkerSide:
         self.link.flush()
         released = {release.request_id for release in orders.releases}
         return drained | released, {each.request_id for each in due}
+
+    def _copy(self, copy: Copy) -> None:
+        heap = self.placement.heap
+        layout = heap.layout
+        for layer in range(layout.num_layers):
+            source, target = (layout.offset(layer, block, K, 0) for block in (copy.source, copy.target))
+            heap.data[target : target + layout.block_nbytes] = heap.data[
+                source : source + layout.block_nbytes
+            ]
 
     def _clear(self, blocks: list[int]) -> None:
         """Of a receive that was given up: vLLM gives its blocks to others as they are, whose attention adds

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from microserve.services.engine.vllm.connector.loading import Reports
-from microserve.services.engine.vllm.connector.orders import Release, Watched
+from microserve.services.engine.vllm.connector.orders import Copy, Release, Watched
 from microserve.services.engine.vllm.connector.receives import Receives
 from microserve.services.engine.vllm.link import (
     DROP,
@@ -36,7 +36,7 @@ class World:
         self.reports = Reports(lambda receive: self.words.get(receive, WAIT), self.started.__contains__)
 
     def park(self, request_id: str, receive: int, end: int, num_local: int = 0) -> None:
-        assert self.receives.add(request_id, Receive(receive, end), end) is None
+        assert self.receives.add(request_id, Receive(receive, end), end, range(end)) is None
         num_external, is_async = self.receives.num_external(request_id, num_local)
         assert is_async and num_external == end - num_local
         self.receives.allocated(request_id, list(range(10, 10 + -(-end // SIZE))), num_external)
@@ -82,6 +82,54 @@ def test_one_that_is_generated_from_in_the_pass_of_its_promotion_is_not_pinned()
     world.receives.allocated("g", [10, 11], 0)
     assert not world.receives.finished("a")
     assert world.heard[-1] == Freed(5)
+
+
+def test_what_lies_behind_the_last_whole_block_is_copied_once_and_before_it_is_released() -> None:
+    world = World()
+    world.park("a", 5, 70, num_local=32)
+    world.receives.add_generate("g", Generate(5))
+    world.words[5] = TAKE
+    world.step()
+    tokens = list(range(71))
+    assert world.receives.num_external("g", 64, tokens) == (6, False)
+    assert world.receives.num_external("g", 64, tokens[:70]) == (0, False), "more than a next row"
+    assert world.receives.num_external("g", 64, [*tokens, 8]) == (0, False)
+    assert world.receives.num_external("g", 32, tokens) == (0, False), "something is missing before it"
+    assert world.receives.num_external("g", 96, [*tokens, *tokens]) == (0, False), "more is there already"
+    assert world.receives.num_external("g", 64, [7, *tokens[1:]]) == (0, False), "of another prompt"
+    assert world.receives.finished("a")
+    assert world.receives.num_external("g", 64, tokens) == (6, False), "pinned"
+    world.receives.allocated("g", [10, 11, 50], 6)
+    assert world.receives.releases() == [Release("a", [])], (
+        "the worker copies first, and reports behind the step"
+    )
+    assert world.receives.copies() == [Copy(12, 50)]
+    assert world.receives.copies() == []
+
+
+def test_nothing_is_copied_of_whole_blocks_or_of_what_is_let_go() -> None:
+    world = World()
+    world.park("a", 5, 64)
+    world.park("b", 6, 70)
+    world.receives.add_generate("ga", Generate(5))
+    world.receives.add_generate("gb", Generate(6))
+    world.words |= {5: TAKE, 6: TAKE}
+    world.step()
+    assert world.receives.num_external("ga", 32, range(65)) == (0, False)
+    world.words[6] = DROP
+    assert world.receives.num_external("gb", 64, range(71)) == (0, False)
+
+
+def test_it_rests_only_while_all_that_is_parked_waits_for_writers() -> None:
+    world = World()
+    assert not world.receives.is_resting
+    world.park("a", 5, 70)
+    world.park("b", 6, 70)
+    assert world.receives.is_resting
+    world.words[6] = TAKE
+    assert not world.receives.is_resting
+    world.step()
+    assert world.receives.is_resting
 
 
 def test_an_aborted_one_keeps_its_blocks_until_its_word_says_that_no_writer_is_left() -> None:

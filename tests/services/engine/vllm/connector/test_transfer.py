@@ -120,7 +120,8 @@ def test_all_of_it_is_there_but_what_gives_the_next_token(vllm: Hosted, peer: Pe
 
 def test_the_first_token_comes_with_the_kv_and_can_be_forced(vllm: Hosted, peer: Peer) -> None:
     prompt = prompt_of(100, seed=7)
-    expected = vllm.generate(prompt, max_tokens=8)["tokens"]
+    whole = vllm.generate(prompt, max_tokens=8, logprobs=0)
+    expected = whole["tokens"]
     vllm.forget()
     grant = peer.grant(100)
     request_id, _ = vllm.send(prompt, grant, first=True)
@@ -130,8 +131,11 @@ def test_the_first_token_comes_with_the_kv_and_can_be_forced(vllm: Hosted, peer:
     assert peer.table.first_token(grant.grant_id) == output["tokens"][0] == expected[0]
     vllm.forget()
 
-    found = relay(vllm, peer, [*prompt, expected[0]], grant, 100, max_tokens=7)
-    assert found["tokens"] == expected[1:]
+    found = relay(vllm, peer, [*prompt, expected[0]], grant, 100, max_tokens=7, logprobs=0)
+    assert (found["tokens"], found["logprobs"]) == (expected[1:], whole["logprobs"][1:]), (
+        "as one that never moved"
+    )
+    assert found["cached"] == 100
 
 
 def test_two_senders_fill_one_receive_in_two_lanes(vllm: Hosted, peer: Peer) -> None:
