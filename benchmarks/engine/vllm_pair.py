@@ -4,8 +4,9 @@
         [--nixl-python PYTHON]      of an environment with vLLM and NIXL; default: that of --python
 
 Prompts of 700 tokens that nobody has seen, one at a time, each on both sides one right after the other;
-greedy, eager, bfloat16, four engines of one thread (``engine_parts/vllm_server.py``), all of them up. The
-mesh's side is its gateway with strategy ``disaggregated``. The other one is vLLM's own way: its proxy's logic
+greedy, eager, bfloat16, four engines of one thread (``engine_parts/vllm_server.py``), all of them up; NIXL's,
+whose agents turn a core each at rest, stand still (SIGSTOP) while the mesh is asked. The mesh's side is its
+gateway with strategy ``disaggregated``. The other one is vLLM's own way: its proxy's logic
 without the proxy, which would cost a hop more: the prompt goes to the producer for one token, and what that
 answers in ``kv_transfer_params`` to the consumer, which pulls the KV. Milliseconds, medians with intervals of
 95 %:
@@ -38,7 +39,7 @@ from typing import Any
 from engine_parts.serving import TIMEOUT_S, Mesh, Prompts, Stream, connect, mesh
 from engine_parts.spread import Spread, differences, of_median, ratios
 from engine_parts.steps import demo_model
-from engine_parts.vllm_server import PYTHON, Shape, has_module, metrics_of, vllm_serve
+from engine_parts.vllm_server import PYTHON, Server, Shape, has_module, metrics_of, vllm_serve
 
 from microserve.protocol.messages.router import PHASES
 from microserve.services.local.composition import free_ports
@@ -66,8 +67,15 @@ def common(stream: Stream, into: Taken) -> float:
 @dataclass
 class Ours:
     mesh: Mesh
+    others: list[Server]
 
     def ask(self, prompt: list[int], num_tokens: int, into: Taken) -> None:
+        with ExitStack() as stack:
+            for other in self.others:
+                stack.enter_context(other.stopped())
+            self._ask(prompt, num_tokens, into)
+
+    def _ask(self, prompt: list[int], num_tokens: int, into: Taken) -> None:
         [stream] = self.mesh.play([prompt], num_tokens)
         line = self._line(len(into["step"]))
         step_ms = common(stream, into)
@@ -128,9 +136,9 @@ class Nixl:
         return found.get(f"{PULLS}_count", 0.0), found.get(f"{PULLS}_sum", 0.0)
 
 
-def nixl_pair(stack: ExitStack, python: Path, model: str) -> list[Any]:
+def nixl_pair(stack: ExitStack, python: Path, model: str) -> list[Server]:
     """Both servers, starting."""
-    servers = []
+    servers: list[Server] = []
     for role in ("kv_producer", "kv_consumer"):
         told = json.dumps({"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"})
         [side] = free_ports(1)
@@ -182,7 +190,7 @@ def main() -> None:
     with ExitStack() as stack:
         servers = nixl_pair(stack, with_nixl, model) if has_nixl else []
         sides: list[tuple[str, Ours | Nixl]] = [
-            (OURS, Ours(stack.enter_context(mesh(model, 2, 1, "bfloat16", *settings))))
+            (OURS, Ours(stack.enter_context(mesh(model, 2, 1, "bfloat16", *settings)), servers))
         ]
         if servers:
             theirs = Nixl(*(server.ready() for server in servers))

@@ -76,6 +76,15 @@ class Server:
             time.sleep(0.2)
         return Mesh(url)
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """All of its processes stand still: what it does at rest is no part of another side's figure."""
+        os.killpg(self._child.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._child.pid, signal.SIGCONT)
+
 
 @contextmanager
 def vllm_serve(
