@@ -36,6 +36,13 @@ MICROSERVE = [sys.executable, "-P", "-m", "microserve.services"]
 ENGINES = ("e0", "e1")
 
 
+def _toml(value: object) -> str:
+    """JSON is TOML, but for tables."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_toml(each)}" for name, each in value.items()) + "}"
+    return json.dumps(value)
+
+
 async def until(is_so: Callable[[], object], what: str, timeout_s: float = READY_S) -> None:
     """Look again and again."""
     try:
@@ -79,7 +86,7 @@ class VllmMesh:
             "mesh.max_restarts": 1_000,
             **self.settings,
         }
-        flags = [word for key, value in said.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+        flags = [word for key, value in said.items() for word in ("--set", f"{key}={_toml(value)}")]
         started = self._run("up", "--detach", "--no-demo", *flags)
         if started.returncode != 0:
             self.__exit__()
