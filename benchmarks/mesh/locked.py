@@ -15,94 +15,21 @@ import argparse
 import asyncio
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import ExitStack
 
 import httpx
-import psutil
+from control_parts.sides import ALONE, Side, ask_alone, mesh, play
 
 from microserve.services.local.demo.model import default_cache, fetch
-from microserve.services.local.directory import MeshDirectory
-
-ALONE = 40
-"""Short requests, one by one, in a round."""
 
 
-@dataclass
-class Side:
-    url: str
-    pids: list[int]
-    """Of its services."""
-    rates: list[float] = field(default_factory=list)
-    """Output tokens a second, of a round."""
-    alone_ms: list[float] = field(default_factory=list)
-    """Of each request that was alone."""
-    cpu_ms: list[float] = field(default_factory=list)
-    """CPU time of all services for an output token, of a round: what a busy machine leaves comparable."""
-
-    def cpu_s(self) -> float:
-        return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in self.pids)
-
-
-@contextmanager
-def mesh(model: str, *assignments: str, checkout: str = "") -> Iterator[Side]:
-    environment = dict(os.environ)
-    if checkout:
-        environment["PYTHONPATH"] = str(Path(checkout).resolve() / ".src")
-    with tempfile.TemporaryDirectory(prefix="locked-") as home:
-        given = [f"model.path={model}", "model.name=m", "index.address=tcp://127.0.0.1:0", "gateway.port=0"]
-        given += ["router.address=tcp://127.0.0.1:0", "mesh.engines=2", *assignments]
-        command = [sys.executable, "-P", "-m", "microserve.services"]
-        flags = [word for each in given for word in ("--set", each)]
-        subprocess.run(
-            [*command, "up", "--detach", "--no-demo", *flags],
-            cwd=home,
-            env=environment,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        try:
-            state = MeshDirectory(Path(home) / ".microserve").read()
-            assert state is not None
-            yield Side(state.url, [child.pid for child in state.children])
-        finally:
-            subprocess.run([*command, "down"], cwd=home, check=True, stdout=subprocess.DEVNULL)
-
-
-async def ask(client: httpx.AsyncClient, side: Side, prompt: list[int], tokens: int, strategy: str) -> int:
-    body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
-    headers = {"x-microserve-strategy": strategy}
-    lines = 0
-    async with client.stream(
-        "POST", f"{side.url}/v1/completions", json=body | {"stream": True}, headers=headers
-    ) as response:
-        response.raise_for_status()
-        async for line in response.aiter_lines():
-            lines += line.startswith("data: {")
-    return tokens if lines else 0
-
-
-async def play(side: Side, number: int, streams: int, tokens: int) -> None:
+async def play_round(side: Side, number: int, streams: int, tokens: int) -> None:
     async with httpx.AsyncClient(timeout=600.0) as client:
         for each in range(ALONE):
-            began = time.perf_counter()
-            await ask(client, side, [9 + number % 50] * 24, 1, "data_parallel")
-            if each >= ALONE // 4:
-                side.alone_ms.append((time.perf_counter() - began) * 1000)
-        prompts = [[11 + (number * streams + each) % 80] * 200 for each in range(streams)]
-        strategies = ("data_parallel", "disaggregated")
-        began, cpu_s = time.perf_counter(), side.cpu_s()
-        counts = await asyncio.gather(
-            *(ask(client, side, prompt, tokens, strategies[each % 2]) for each, prompt in enumerate(prompts))
-        )
-        side.rates.append(sum(counts) / (time.perf_counter() - began))
-        side.cpu_ms.append((side.cpu_s() - cpu_s) / sum(counts) * 1000)
+            await ask_alone(client, side, number)
+            if each < ALONE // 4:
+                side.alone_ms.pop()
+    await play(side, number, streams, tokens)
 
 
 def main() -> None:
@@ -121,12 +48,10 @@ def main() -> None:
         sides = [open_side, locked]
         for number in range(-1, options.rounds):
             for side in sides if number % 2 else reversed(sides):
-                asyncio.run(play(side, number, options.streams, options.tokens))
+                asyncio.run(play_round(side, number, options.streams, options.tokens))
             if number < 0:  # what is done once, by either
                 for side in sides:
-                    side.rates.clear()
-                    side.alone_ms.clear()
-                    side.cpu_ms.clear()
+                    side.forget()
     for what, values in (
         ("tokens/s", "rates"),
         ("CPU ms a token", "cpu_ms"),
