@@ -82,7 +82,7 @@ test-vllm: $(VENV)/dev
 	MICROSERVE_TEST_VLLM_PYTHON='$(abspath $(VLLM))/bin/python' PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m vllm --durations=10 $(ARGS)
 
 # A mesh between hosts, which are namespaces of this machine, with cables that are slow, cut and deaf: as root.
-# ARGS='-m "hosts and not slow"' for a short form of it, without the engines' conformance suite through each kind of door.
+# ARGS='-m "hosts and not slow"' for a short form of it, with a sample of the engines' conformance suite, and that by nixl between two hosts alone.
 # Nothing that it makes has a name, or outlives it.
 hosts: $(VENV)/dev
 	@$(BIN)/python -m tests.support.hosts.namespaces

@@ -3,7 +3,9 @@
     pytest tests/engine_conformance                                  our native engine
     pytest -m vllm tests/engine_conformance                          vLLM behind our shell (make test-vllm)
     pytest -m hosts tests/engine_conformance                         native engines, by each kind of door, on
-                                                                     one host and between two (make hosts)
+                                                                     one host and between two (make hosts);
+                                                                     -m "hosts and not slow": what is marked
+                                                                     ``sample``, by nixl between two
     pytest tests/engine_conformance --engine-settings FILE           an engine that FILE describes
     MICROSERVE_TEST_ENGINE_SETTINGS=FILE pytest ...                  the same
     MICROSERVE_TEST_ENGINE_COMMAND=...                               by another command than our microserve
@@ -57,6 +59,8 @@ VLLM = {
 
 
 DOORS = ("tcp", "nixl")
+SAMPLED = "nixl between hosts"
+"""The kind behind doors of which the short form of ``make hosts`` has a sample."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -67,17 +71,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each test for each kind of engine, or for those that a file describes."""
     if "launch" in metafunc.fixturenames:
         kinds: list[Any] = ["native", pytest.param("vllm", marks=pytest.mark.vllm)]
-        if "hosts" in metafunc.config.option.markexpr:  # nobody else waits for as much again four times
+        if "hosts" in metafunc.config.option.markexpr.replace("not hosts", ""):
+            # Nobody else waits for as much again four times.
             kinds += [pytest.param(each, marks=_marks_of(each)) for each in _kinds_behind_doors()]
         metafunc.parametrize(
             "launch", ["file"] if _settings_file(metafunc.config) else kinds, indirect=True, scope="session"
         )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.timeout(1_200))
+            is_sample = _kind_of(item) == SAMPLED and item.get_closest_marker("sample")
+            if _kind_of(item) in _kinds_behind_doors() and not is_sample:
+                item.add_marker("slow")
+
+
+def _kind_of(item: pytest.Item) -> str:
+    return str(item.callspec.params.get("launch", "")) if isinstance(item, pytest.Function) else ""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,7 +109,7 @@ def _kinds_behind_doors() -> list[str]:
 
 def _marks_of(kind: str) -> list[pytest.MarkDecorator]:
     door, is_between_hosts = kind.split(maxsplit=1)[0], " " in kind
-    marks = [pytest.mark.hosts, pytest.mark.slow]
+    marks = [pytest.mark.hosts]
     if door == "nixl":
         marks.append(pytest.mark.skipif(find_spec("nixl") is None, reason="needs the extra nixl"))
     if is_between_hosts:

@@ -82,6 +82,7 @@ async def test_when_all_has_arrived_and_nobody_has_asked_for_it(pair: Pair) -> N
         await still_exact(pair, a, b, tokens)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("who", ["sender", "receiver", "both"])
 async def test_while_it_is_sent(pair: Pair, who: str) -> None:
     """Whatever has been put by then: the send ends with one answer, the stream with none or an error."""
@@ -129,6 +130,7 @@ async def test_while_a_send_waits_for_its_turn(pair: Pair) -> None:
         await still_exact(pair, a, b, tokens)
 
 
+@pytest.mark.sample
 async def test_while_a_commit_waits(pair: Pair) -> None:
     async with pair.connect() as (a, b):
         tokens, request_id = make_prompt(a.info, 2 * a.info.block_size, "commit"), fresh("commit")

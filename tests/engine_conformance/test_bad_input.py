@@ -117,6 +117,7 @@ async def test_a_token_outside_of_the_vocabulary_is_refused(pair: Pair, position
         assert (refused.value.code, refused.value.field) == ("invalid_request", "tokens")
 
 
+@pytest.mark.sample
 async def test_what_does_not_fit_the_grant_is_refused_and_the_grant_lives(pair: Pair) -> None:
     async with pair.connect() as (a, b):
         block = b.info.block_size

@@ -116,6 +116,7 @@ async def test_a_request_may_have_any_name(pair: Pair, name: str) -> None:
         assert len((await b.finished(name)).token_ids) == GREEDY.max_tokens
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("seed", range(3))
 async def test_random_schedules(pair: Pair, third: EngineProcess, seed: int) -> None:
     """Relays in either direction, of prompts that share prefixes, many at once, some aborted: those that end

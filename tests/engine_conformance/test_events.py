@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
+
 from microserve.protocol.messages.kv.kv_events import Published, parse_replay_answer, replay_request
 from tests.support.engine_conformance.answers import generate, make_prompt
 from tests.support.engine_conformance.cache_reader import CacheReader
@@ -46,6 +48,7 @@ async def test_what_is_computed_is_announced(pair: Pair) -> None:
         assert book.matched([*tokens[: block - 1], 19], salt) == 0
 
 
+@pytest.mark.sample
 async def test_what_is_received_is_announced_when_it_is_cache_and_not_before(pair: Pair) -> None:
     async with reading(pair) as (a, b, reader):
         block, salt = b.info.block_size, fresh("received")

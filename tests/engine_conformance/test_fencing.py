@@ -53,6 +53,7 @@ async def unharmed(client: WireClient, canaries: list[tuple[str, list[int]]]) ->
     assert num_hits, "no canary was left in the cache"
 
 
+@pytest.mark.sample
 async def test_a_send_behind_the_close_writes_nothing(pair: Pair) -> None:
     async with pair.connect() as (a, b):
         tokens, request_id = make_prompt(a.info, 6 * a.info.block_size, "closed"), fresh("closed")
@@ -65,6 +66,7 @@ async def test_a_send_behind_the_close_writes_nothing(pair: Pair) -> None:
         await unharmed(b, canaries)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("over", ["by abort", "by lease"])
 async def test_a_sender_that_froze_in_its_send_writes_nothing_when_it_thaws(pair: Pair, over: str) -> None:
     """It is stopped between two layers, somewhere; until it lives again what it holds is nobody's."""

@@ -74,6 +74,7 @@ async def test_a_second_prep_recv_gets_the_same_grant(pair: Pair) -> None:
         await b.abort(request_id)
 
 
+@pytest.mark.sample
 async def test_a_lease_that_is_over_gives_everything_back(pair: Pair) -> None:
     async with pair.connect() as (a, b):
         tokens = make_prompt(a.info, 2 * a.info.block_size, "lease")
@@ -199,6 +200,7 @@ async def test_a_send_stays_inside_of_its_grant(pair: Pair) -> None:
         await b.abort(request_id)
 
 
+@pytest.mark.sample
 async def test_other_geometry_is_refused_before_a_byte_moves(pair: Pair) -> None:
     """And by a refused send neither the lane nor the grant is used up."""
     async with pair.connect() as (a, b):
@@ -325,6 +327,7 @@ async def test_an_exact_engine_keeps_no_kv_of_another_class(pair: Pair) -> None:
         assert relayed.grant.matched == 0
 
 
+@pytest.mark.sample
 async def test_a_sender_that_fails_fails_its_receiver_and_nothing_else(pair: Pair) -> None:
     """The send runs out of time in its lane; the stream that waits for it ends with an error, the next one of
     the same prompt does not."""

@@ -51,6 +51,7 @@ async def test_welcome_says_who_it_is_and_what_it_does(pair: Pair) -> None:
             assert 0 < welcome.load.free_blocks <= info.num_blocks
 
 
+@pytest.mark.sample
 async def test_engines_of_one_model_agree(pair: Pair) -> None:
     async with pair.connect() as (a, b):
         for name in ("model", "revision", "block_size", "layout_hash", "vocab_size", "eos_token_ids"):

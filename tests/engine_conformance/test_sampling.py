@@ -191,6 +191,7 @@ SPLIT: dict[str, SamplingParams] = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name", SPLIT)
 @pytest.mark.parametrize("first_token", [False, True], ids=["", "first token by the sender"])
 async def test_two_engines_choose_as_one_does(pair: Pair, name: str, first_token: bool) -> None:

@@ -21,6 +21,7 @@ def around(info: EngineInfo, length: int) -> list[int]:
     return sorted(each for each in near if 0 <= each <= length)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("blocks, more", [(0, 1), (1, -1), (1, 0), (1, 1), (2, 3)])
 async def test_every_end_around_block_edges(pair: Pair, blocks: int, more: int) -> None:
     async with pair.connect() as (a, b):
@@ -63,6 +64,7 @@ async def test_negative_bounds_count_from_the_prompt_s_end(pair: Pair) -> None:
         assert got.token_ids == (await alone(b, fresh("alone"), tokens, cached=[len(tokens) - 5])).token_ids
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("more", [0, 3])
 async def test_two_senders_each_in_a_lane(pair: Pair, more: int) -> None:
     """The same engine twice, in two lanes of one grant; then they meet at an edge or inside of a block."""
@@ -108,6 +110,7 @@ async def test_the_same_prompt_again_finds_what_was_received(pair: Pair) -> None
         assert first.answer.token_ids == second.answer.token_ids == third.answer.token_ids
 
 
+@pytest.mark.sample
 async def test_tokens_are_those_of_transformers(pair: Pair) -> None:
     """An oracle that shares no code with the engines, for a random model in fp32."""
     from tests.support.process.exactness import oracle

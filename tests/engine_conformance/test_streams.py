@@ -63,6 +63,7 @@ async def test_salts_share_nothing(pair: Pair) -> None:
             assert stream.finished is not None and stream.finished.usage.cached_tokens == 0
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("delivered", [1, 5, 39])
 async def test_a_stream_goes_on_where_another_engine_stopped(pair: Pair, delivered: int) -> None:
     async with pair.connect() as (a, b):

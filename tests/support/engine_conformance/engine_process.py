@@ -113,7 +113,7 @@ class EngineProcess:
         """As by ``kill -9`` of the process that was started. What it has started is its own to end, and has
         ended when this returns: which of them peers know it by is its own business, too."""
         with contextlib.ExitStack() as closing:
-            others = _handles(self._family()[1:], closing)
+            others = _handles(self.family()[1:], closing)
             self.process.kill()
             self.process.wait(STOP_S)
             until = time.monotonic() + STOP_S
@@ -135,16 +135,16 @@ class EngineProcess:
 
     def freeze(self) -> None:
         """Stop all of it where it stands, children first asked last."""
-        for pid in self._family():
+        for pid in self.family():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
 
     def thaw(self) -> None:
-        for pid in self._family():
+        for pid in self.family():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
-    def _family(self) -> list[int]:
+    def family(self) -> list[int]:
         """The process and all that descend from it."""
         parents = dict(_parents())
         family = [self.process.pid]
