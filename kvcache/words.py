@@ -120,6 +120,11 @@ def pack_state(generation: int, state: int) -> int:
     return generation << 8 | state
 
 
+def generation_of(word: int) -> int:
+    """Of STATE and CLAIM; 0: none has been there."""
+    return word >> 8
+
+
 def pack_count(generation: int, count: int) -> int:
     """Packs BEGIN, END, arrival and FIRST_TOKEN."""
     return generation << 32 | count

@@ -70,12 +70,16 @@ class Arrival:
             interval = self._interval(lane)
             arrivals = load_each(words.arrivals(grant.slot, lane)).tolist()
             counts = [count_of(word, grant.generation) for word in arrivals]
+            has_given_up = any(
+                word & POISON and count is not None for word, count in zip(arrivals, counts, strict=True)
+            )
             if interval is None:
                 if not is_held:
-                    return f"lane {lane}: KV has come without a claim"
+                    what = "its writer was cut off" if has_given_up else "KV has come"
+                    return f"lane {lane}: {what} without a claim"
                 continue
             writer = f"lane {lane}: the writer {load(words.writer(grant.slot, lane)):#x}"
-            if any(word & POISON and count is not None for word, count in zip(arrivals, counts, strict=True)):
+            if has_given_up:
                 return f"{writer} gave up"
             begin, end = interval
             if not is_held and any((count or 0) < end - begin for count in counts):

@@ -9,7 +9,8 @@ Holding  A door takes the lane's byte lock in the heap's memfd before it says "y
 Proof    The lock goes back when nothing that its writer has sent can be applied any more: its ``let_go``
          came behind its puts, or the door has torn the connection down. By what fence a late write is
          impossible is each kind's to say. A silent writer is torn down, whether frozen, cut off or dead;
-         until then it holds its lanes, and its blocks are in quarantine.
+         until then it holds its lanes, and its blocks are in quarantine. A lane of which no claim had come
+         is given up in its name: it may have put everything into its end of the connection, and be done.
 
 A door has a description of the memfd of its own, never its owner's: a description may take its own lock
 again, and giving it back then would free a lane that a writer holds.
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from microserve.kvcache.heap.memfd import HeapFile, lane_byte
 from microserve.kvcache.layout import KvLayout
+from microserve.kvcache.words import POISON, generation_of, pack_count
 from microserve.protocol.messages.kv.grant import MAX_LANES, HeapAddress
 
 SECRET_NBYTES: Final = 32
@@ -104,9 +106,17 @@ class DoorLanes:
         return [lane for lane, holder in self._holders.items() if holder is writer]
 
     def let_go_all(self, writer: object) -> int:
-        """It is torn down: nothing that it sent can be applied any more. Returns how many it held."""
+        """It is torn down: nothing that it sent can be applied any more. Returns how many it held.
+
+        Somebody may wait for the KV of a lane that was never claimed, and would wait on: nobody has touched
+        it. It is given up under the grant that its slot is of now, which is the writer's or one that the
+        writer came too late for; a lane that is held keeps the slot from the next one.
+        """
         lanes = self.held_by(writer)
         for slot, lane in lanes:
+            generation = generation_of(self.load(self.words.state(slot)))
+            if generation_of(self.load(self.words.claim(slot, lane))) != generation:
+                self.store(self.words.arrival(slot, lane, 0), POISON | pack_count(generation, 0))
             self.let_go(writer, slot, lane)
         return len(lanes)
 

@@ -16,7 +16,7 @@ from microserve.kvcache.grant.table import Discharged, GrantTable, Settled
 from microserve.kvcache.heap.heap import Heap
 from microserve.protocol.messages.kv.grant import Grant
 from tests.support.kvcache.heap.heap_child import Child, wait_until
-from tests.support.kvcache.heap.heap_factories import CROSSING, FACTORIES
+from tests.support.kvcache.heap.heap_factories import CROSSING, DOORS, FACTORIES
 from tests.support.kvcache.kv_samples import is_painted, make_layout, mismatches, paint
 
 pytestmark = pytest.mark.slow
@@ -116,6 +116,30 @@ def test_a_writer_killed_within_a_transfer(receiver: Receiver, spawn: Callable[[
     assert "lane 2" in str(receiver.table.poisoned(grant.grant_id))
     receiver.table.close(grant.grant_id, now=0.0)
     assert receiver.pool.num_quarantined == 0
+
+
+@pytest.mark.parametrize("factory", DOORS)
+def test_a_writer_cut_off_before_its_claim_has_come_is_missed(
+    receiver: Receiver, spawn: Callable[[], Child]
+) -> None:
+    """It has the lane, so it may have put everything into its end of the connection, and be done."""
+    child = spawn()
+    grant, other = receiver.open(50), receiver.open(50)
+    assert child.ask("hold", slot=grant.slot, lane=1)
+    assert receiver.table.poisoned(grant.grant_id) is None
+
+    child.kill()
+
+    wait_until(lambda: receiver.table.poisoned(grant.grant_id) is not None, "notice of the death")
+    assert receiver.table.poisoned(grant.grant_id) == "lane 1: its writer was cut off without a claim"
+    assert receiver.table.poisoned(other.grant_id) is None
+    for each in (grant, other):
+        receiver.table.close(each.grant_id, now=0.0)
+    assert receiver.pool.num_quarantined == 0
+    for number in range(2 * receiver.heap.words.num_slots):  # and no later use of the slot hears of it
+        later = receiver.open(4)
+        assert receiver.table.poisoned(later.grant_id) is None, number
+        receiver.table.close(later.grant_id, now=0.0)
 
 
 def test_a_stopped_writer_keeps_its_blocks_in_quarantine(

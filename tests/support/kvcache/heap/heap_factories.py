@@ -163,4 +163,5 @@ EVERYWHERE = ["memory", "shm", "tcp", "cuda_ipc", "nvshmem"]
 """Need nothing that a machine may lack."""
 INSTALLED = [*EVERYWHERE, *(["nixl"] if find_spec("nixl") is not None else [])]
 """And what is here by an extra."""
+DOORS = [name for name in INSTALLED if name in ("tcp", "nixl")]
 CROSSING = [name for name in INSTALLED if FACTORIES[name]().crosses_processes]
