@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,6 +43,8 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 SILENCE_S = 5.0
 """Longer than a handshake may take: nobody is let in meanwhile."""
 ROLES = [Role.INDEX, Role.ENGINE, Role.ROUTER, Role.GATEWAY, Role.OPERATOR]
+STRANGER = "stranger"
+"""Whose key nobody trusts."""
 CHANNELS: list[tuple[Entrance, Any, Codec[Any], Codec[Any]]] = [
     (Entrance.ENGINE, engine.EngineRequest, ENGINE_REQUEST, ENGINE_REPLY),
     (Entrance.ROUTER, router.RouterRequest, ROUTER_REQUEST, ROUTER_REPLY),
@@ -127,24 +131,38 @@ class Caller:
         return all(self.may(action) for action in allowed)
 
 
-async def try_role(mesh: UpMesh, keys: CurveKeys, allowed: set[Any]) -> dict[Any, list[str]]:
-    caller = Caller(mesh, keys)
+@pytest.fixture(scope="module")
+def callers(mesh: UpMesh, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Caller]:
+    """One for each role and the stranger, when all of them have tried everything and nothing more comes."""
+    keys: dict[str, CurveKeys] = {role: mesh.keys(role) for role in ROLES}
+    keys[STRANGER] = create_keys(tmp_path_factory.mktemp("stranger"))
+    return asyncio.run(try_all(mesh, keys))
+
+
+async def try_all(mesh: UpMesh, keys: dict[str, CurveKeys]) -> dict[str, Caller]:
+    """One after the other, and one silence for all."""
+    callers: dict[str, Caller] = {}
     try:
-        caller.try_everything()
-        await until(lambda: caller.is_through(allowed))
+        for name, own in keys.items():
+            caller = callers[name] = Caller(mesh, own)
+            caller.try_everything()
+            await until(partial(caller.is_through, rights_of(name)))
         await asyncio.sleep(SILENCE_S)  # for what must not come
-        assert {action for action in RIGHTS if caller.may(action)} == allowed
-        return caller.told
+        return callers
     finally:
-        caller.bus.close()
+        for caller in callers.values():
+            caller.bus.close()
+
+
+def rights_of(name: str) -> set[Any]:
+    return {action for action, roles in RIGHTS.items() if name in roles}
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_each_role_may_what_the_table_says_and_nothing_else(mesh: UpMesh, role: Role) -> None:
-    told = asyncio.run(
-        try_role(mesh, mesh.keys(role), {action for action, roles in RIGHTS.items() if role in roles})
-    )
-    heard = {action: codes for action, codes in told.items() if codes}
+def test_each_role_may_what_the_table_says_and_nothing_else(callers: dict[str, Caller], role: Role) -> None:
+    caller = callers[role]
+    assert {action for action in RIGHTS if caller.may(action)} == rights_of(role)
+    heard = {action: codes for action, codes in caller.told.items() if codes}
     for action in RIGHTS:
         codes = heard.get(action, [])
         if role in RIGHTS[action]:
@@ -153,11 +171,13 @@ def test_each_role_may_what_the_table_says_and_nothing_else(mesh: UpMesh, role: 
             assert codes in ([], [NotPermitted.code]), (action, codes)
 
 
-def test_a_stranger_may_nothing(mesh: UpMesh, tmp_path: Path) -> None:
-    told = asyncio.run(try_role(mesh, create_keys(tmp_path), set()))
-    assert not any(told.values())
+def test_a_stranger_may_nothing(callers: dict[str, Caller]) -> None:
+    caller = callers[STRANGER]
+    assert not [action for action in RIGHTS if caller.may(action)]
+    assert not any(caller.told.values())
 
 
+@pytest.mark.usefixtures("callers")
 def test_what_was_refused_had_no_effect(mesh: UpMesh) -> None:
     """After all that: nothing was changed but by the operator, and the engine is there."""
     history = mesh.run("strategy", "history").stdout
@@ -172,9 +192,11 @@ def test_commands_find_the_mesh_of_their_directory_and_its_keys(mesh: UpMesh, tm
     elsewhere = microserve(tmp_path, "label", "--list", "--directory", str(mesh.directory.root))
     assert (elsewhere.returncode, "e0" in elsewhere.stdout) == (0, True), elsewhere.stderr
     assert "service.ready" in microserve(tmp_path, "tail", "--directory", str(mesh.directory.root)).stdout
-    nowhere = microserve(tmp_path, "strategy", "list", "--index", "tcp://127.0.0.1:1")
+    with ThreadPoolExecutor() as pool:  # both wait for an index that is not there: at once
+        asked = pool.submit(microserve, tmp_path, "strategy", "list", "--index", "tcp://127.0.0.1:1")
+        other = mesh.run("strategy", "list", MICROSERVE_INDEX__ADDRESS="tcp://127.0.0.1:1")
+        nowhere = asked.result()
     assert nowhere.returncode == 1 and "tcp://127.0.0.1:1 does not answer" in nowhere.stderr
-    other = mesh.run("strategy", "list", MICROSERVE_INDEX__ADDRESS="tcp://127.0.0.1:1")
     assert other.returncode == 1 and "tcp://127.0.0.1:1 does not answer" in other.stderr, "said is said"
     drained = mesh.run("drain", "e0")
     assert drained.returncode == 0 and drained.stdout.endswith("engine e0 has left\n"), drained.stderr

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -132,8 +133,12 @@ def test_each_service_has_a_pair_of_its_own(tiny_model: Path, tmp_path: Path) ->
         assert drained.stdout.endswith("engine engine-1 has left\n")
 
         # The pair of one whom nobody trusts: silence, and a line that says so, within the bounds.
-        for arguments in (["strategy", "list"], ["drain", "engine-0"]):
-            refused = command(mesh, pairs["gateway-1"], *arguments)
+        with ThreadPoolExecutor() as pool:  # each waits until nobody can be expected to answer: both at once
+            asked = [
+                pool.submit(command, mesh, pairs["gateway-1"], *arguments)
+                for arguments in (["strategy", "list"], ["drain", "engine-0"])
+            ]
+        for refused in (each.result() for each in asked):
             assert refused.returncode == 1
             assert "does not answer" in refused.stderr and KEYS_NEEDED in refused.stderr
         mesh.start("gateway-1")
