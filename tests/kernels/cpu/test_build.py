@@ -81,6 +81,7 @@ def test_what_a_compiler_dies_of_is_said(compilers: Compilers, compile: str, say
     assert compilers.objects() == []
 
 
+@pytest.mark.slow
 def test_who_takes_too_long_is_ended(compilers: Compilers, gate: Gate) -> None:
     gate("inside"), gate("go")
     with pytest.raises(KernelUnavailable, match=r"c\+\+ took more than 1 s"):

@@ -83,6 +83,7 @@ async def test_another_life_at_the_address_is_not_joined() -> None:
         assert connection.is_ended
 
 
+@pytest.mark.slow
 @in_loop
 async def test_silence_fails_everything_that_waits() -> None:
     async with connection_to(liveness=20) as (connection, engine):

@@ -103,6 +103,7 @@ def test_another_engine_at_the_address_is_not_believed() -> None:
     in_world(test)
 
 
+@pytest.mark.slow
 def test_absent_engine_is_an_error() -> None:
     async def test(world: World) -> None:
         engine = world.engine()

@@ -126,6 +126,7 @@ async def test_a_hello_of_the_same_life_keeps_its_requests_and_opens_the_window_
             assert (await answer.wait()).reason == "length"
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_silent_gateway_loses_its_requests_and_only_those() -> None:
     async with router_world("d", liveness=20) as world:

@@ -105,6 +105,7 @@ def test_versions_are_above_those_that_routers_have() -> None:
         assert log.append(change(), "local", above=7) == 43
 
 
+@pytest.mark.slow
 def test_one_index_at_a_time_has_the_file(tmp_path: Path) -> None:
     path = str(tmp_path / "control.db")
     with closing(ControlLog(path)), pytest.raises(ConfigError, match="locked") as caught:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import time
 
+import pytest
+
 from microserve.services.router.oversight.author import AUTHOR, CANCEL_S, LOOKS, Author, keep_tasks
 
 
@@ -31,6 +33,7 @@ def test_a_task_that_wants_to_end_the_process_is_its_authors_fault() -> None:
     assert not author.tasks
 
 
+@pytest.mark.slow
 def test_a_task_that_had_no_turn_to_end_in_is_nobodys_fault() -> None:
     """A router that was held up, by its machine say, has not seen for how long a task runs on."""
     told: list[str] = []

@@ -112,6 +112,7 @@ async def test_a_plan_copies_kv_of_an_adapter_among_those_that_have_it() -> None
         assert seen == [(["a"], "sql")]
 
 
+@pytest.mark.slow
 @in_loop
 async def test_an_answer_goes_on_with_the_revision_that_began_it_or_not_at_all() -> None:
     async with router_world() as world:

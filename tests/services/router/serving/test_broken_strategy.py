@@ -221,6 +221,7 @@ async def test_what_a_strategy_does_behind_its_last_chunk_is_not_run_but_finally
         await eventually(lambda: steps == ["finally"], "closed")
 
 
+@pytest.mark.slow
 @in_loop
 async def test_a_finally_that_hangs_or_raises_hurts_nobody() -> None:
     async with router_world("d") as world:

@@ -139,6 +139,7 @@ async def test_alone_it_may_finish_what_it_has() -> None:
         await whole(answer)
 
 
+@pytest.mark.slow
 @in_loop
 async def test_more_moves_than_attempts() -> None:
     """A long stream outlives any number of rolling restarts: leaving is no failure, and suspects nobody."""
