@@ -82,7 +82,6 @@ def test_cancel_reaches_every_engine(phase: str) -> None:
     main()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_the_deadline_ends_it_in_any_phase(phase: str) -> None:
     @in_loop
@@ -312,7 +311,6 @@ async def test_tokens_of_the_decode_engine_prove_that_the_send_was_whole() -> No
         assert (await answer.wait()).reason == "length"
 
 
-@pytest.mark.slow
 @in_loop
 async def test_an_acceptance_that_does_not_come_is_not_waited_for_until_the_deadline() -> None:
     async with router_world("d", call_timeout_s=0.2) as world:
