@@ -6,8 +6,8 @@ The same requests to both, which is told what in ``engine_parts/vllm_server.py``
 neither has seen, greedy, ``ignore_eos``. *Rates*: the part in which every stream decodes; share: mesh /
 alone, round by round. *First token*: of one stream on an idle side, prompt by prompt on both one right after
 the other, cold, and once more with the prompt in both caches; median of the differences, mesh - alone, with
-its interval of 95 %. Both sides stay up; which goes first alternates. Without vLLM's environment it is a line
-and no figure.
+its interval of 95 %. Both sides stay up; which goes first alternates, and each waits until the other one's
+processes are at rest. Without vLLM's environment it is a line and no figure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from engine_parts.serving import Mesh, Prompts, mesh, steady
 from engine_parts.spread import Spread, differences, of_median, ratios
 from engine_parts.steps import demo_model
-from engine_parts.vllm_server import PYTHON, Shape, vllm_serve
+from engine_parts.vllm_server import PYTHON, Shape, rest, vllm_serve
 
 PROMPT_TOKENS = 128
 SHAPE = Shape(max_num_batched_tokens=512)
@@ -70,6 +70,7 @@ def play_rates(sides: list[Mesh], prompts: Prompts, turn: int, num_tokens: int, 
     for count in [1, 8] if into is None else into.rates:
         asked = prompts.draw(count, PROMPT_TOKENS)
         for number in order(turn):
+            rest()
             found = steady(sides[number].play(asked, num_tokens))
             if into is not None:
                 into.rates[count][number].append(found.tokens_per_s)
@@ -79,6 +80,7 @@ def play_firsts(sides: list[Mesh], prompts: Prompts, pairs: int, into: Taken | N
     for pair, prompt in enumerate(prompts.draw(pairs, PROMPT_TOKENS)):
         for which in (COLD, WARM):
             for number in order(pair):
+                rest()
                 [stream] = sides[number].play([prompt], FIRST_TOKENS)
                 if into is not None:
                     into.firsts[which][number].append(stream.times[0] * 1e3)
@@ -91,7 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", default="1,8")
     parser.add_argument("--tokens", type=int, default=64, help="Of each stream.")
-    parser.add_argument("--firsts", type=int, default=20, help="Prompts a round for the first token.")
+    parser.add_argument("--firsts", type=int, default=8, help="Prompts a round for the first token.")
     parser.add_argument("--json", action="store_true", help="Print one line of JSON.")
     options = parser.parse_args()
     python = options.python.absolute()

@@ -39,7 +39,7 @@ from typing import Any
 from engine_parts.serving import TIMEOUT_S, Mesh, Prompts, Stream, connect, mesh
 from engine_parts.spread import Spread, differences, of_median, ratios
 from engine_parts.steps import demo_model
-from engine_parts.vllm_server import PYTHON, Server, Shape, has_module, metrics_of, vllm_serve
+from engine_parts.vllm_server import PYTHON, Server, Shape, has_module, metrics_of, rest, vllm_serve
 
 from microserve.protocol.messages.router import PHASES
 from microserve.services.local.composition import free_ports
@@ -199,6 +199,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             for place, prompt in enumerate(prompts.draw(options.pairs, PROMPT_TOKENS)):
                 for side, asked in sides if place % 2 else sides[::-1]:
+                    rest()
                     asked.ask(prompt, options.tokens, taken[side])
             if not number and servers:  # that round was for what is done once
                 num_pulls, pull_s = theirs.pulls()

@@ -26,6 +26,14 @@ from microserve.services.local.composition import free_ports
 PYTHON = Path(__file__).resolve().parents[3] / ".vllm/bin/python"
 """What ``make vllm`` makes."""
 START_S = 600.0
+REST_S = 1.2
+"""vLLM's processes turn for a second behind their last step, each on a core (``busy_loop_s`` of its
+shared-memory queue): a side that takes its turn sooner shares the machine with the other one."""
+
+
+def rest() -> None:
+    """Before a turn: until the other side is at rest."""
+    time.sleep(REST_S)
 
 
 @dataclass(frozen=True)
