@@ -6,7 +6,6 @@ streams are ours.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Iterable
 
 import structlog
@@ -157,7 +156,7 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"unexpected ASGI scope {scope['type']!r}")
-        exchange = Exchange(scope, receive, send, time.monotonic())
+        exchange = Exchange(scope, receive, send)
         manners = manners_of(exchange.path)
         exchange.problem_of, exchange.id_headers = manners.problem_of, manners.id_headers
         scope[_EXCHANGE] = exchange

@@ -339,8 +339,9 @@ class Completion(Generic[B]):
                 finished.append(choice)
         if events:
             await stream.write(b"".join(events))
-        for choice in finished:
-            choice.times.ended = monotonic()
+        if not self._group.over:  # else they end with the answer, to which more may belong
+            for choice in finished:
+                choice.times.ended = monotonic()
 
 
 def _finished(place: int, choice: Choice, pieces: list[Piece], reason: str) -> FinishedChoice:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Coroutine
+from time import monotonic
 from typing import Any
 
 import structlog
@@ -40,13 +41,14 @@ class Acceptor:
     def __init__(
         self,
         listener: socket.socket,
-        connect: Callable[[socket.socket], Coroutine[Any, Any, object]],
+        connect: Callable[[socket.socket, float | None], Coroutine[Any, Any, object]],
         *,
         max_connections: int,
         num_open: Callable[[], int],
         make_room: Callable[[], None],
     ) -> None:
-        """``connect`` makes a connection of an accepted socket; ``num_open`` counts those that there are;
+        """``connect`` makes a connection of an accepted socket, and is told ``time.monotonic`` when something
+        to read was there already; ``num_open`` counts those that there are;
         ``make_room`` closes some that can be spared, or none."""
         self._listener = listener
         self._connect = connect
@@ -82,13 +84,14 @@ class Acceptor:
             except OSError as error:  # no descriptor, no memory
                 return self._pause(error.strerror or type(error).__name__)
             connection.setblocking(False)
-            task = self._loop.create_task(self._take(connection))
+            task = self._loop.create_task(self._take(connection, _asked_at(connection)))
             self._connecting.add(task)
             task.add_done_callback(self._connecting.discard)
 
-    async def _take(self, connection: socket.socket) -> None:
+    async def _take(self, connection: socket.socket, asked_at: float | None) -> None:
         try:
-            await self._connect(connection)
+            # It takes some turns of a loop that is busy, and its client waits meanwhile.
+            await self._connect(connection, asked_at or _asked_at(connection))
         except Exception:  # it went while it was let in, or does not speak TLS
             connection.close()
 
@@ -103,3 +106,11 @@ class Acceptor:
     async def wait_closed(self) -> None:
         for task in list(self._connecting):
             task.cancel()
+
+
+def _asked_at(connection: socket.socket) -> float | None:
+    """Now, if the client has said something."""
+    try:
+        return monotonic() if connection.recv(1, socket.MSG_PEEK) else None
+    except OSError:
+        return None

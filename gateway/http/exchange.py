@@ -38,6 +38,8 @@ MAX_WARNING_CHARS = 1024
 """Of a header."""
 CONNECTION_EXTENSION = "microserve.connection"
 """ASGI extension of our server: what is under the request (:class:`Connection`)."""
+ARRIVED_EXTENSION = "microserve.arrived"
+"""ASGI extension of our server: ``time.monotonic`` when the request began to come."""
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _UNSAFE_IN_HEADER = re.compile(r"[^\x20-\x7e]")
@@ -118,9 +120,9 @@ class BodyBudget:
 class Exchange:
     """One request; made by the application, used by one handler."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, arrived: float) -> None:
-        self.arrived = arrived
-        """``time.monotonic`` at the request's head."""
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.arrived: float = scope["extensions"][ARRIVED_EXTENSION]
+        """``time.monotonic`` when the request began to come."""
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.status = 0

@@ -12,6 +12,7 @@ import math
 import socket
 import ssl
 from collections.abc import Callable, Iterator
+from time import monotonic
 from typing import Any, cast
 
 import uvicorn
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from microserve.gateway.http.accept import ACCEPTS_PER_TURN, Acceptor, room_for_connections
-from microserve.gateway.http.exchange import CONNECTION_EXTENSION
+from microserve.gateway.http.exchange import ARRIVED_EXTENSION, CONNECTION_EXTENSION
 from microserve.gateway.http.upgrade import PlainParser
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.process.tick import until_tick
@@ -56,6 +57,8 @@ class GatewayProtocol(HttpToolsProtocol):
     """Closes a connection whose client has something to send and does not, whatever else it sends."""
     _tell_end: Callable[[], None] | None = None
     _has_ended = False
+    asked_at: float | None = None
+    """``time.monotonic`` when the connection was let in with its first request there to read."""
 
     @property
     def silent_since(self) -> float:
@@ -149,7 +152,11 @@ class GatewayProtocol(HttpToolsProtocol):
         self._await_head(HEAD_TIMEOUT_S)
         self._is_whole = False
         super().on_message_begin()
-        cast(dict[str, Any], self.scope)["extensions"] = {CONNECTION_EXTENSION: self}
+        arrived, self.asked_at = self.asked_at or monotonic(), None
+        cast(dict[str, Any], self.scope)["extensions"] = {
+            CONNECTION_EXTENSION: self,
+            ARRIVED_EXTENSION: arrived,
+        }
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._go_on()
@@ -199,18 +206,22 @@ class HttpServer(uvicorn.Server):
         config, state = self.config, self.server_state
         loop = asyncio.get_running_loop()
 
-        def make_protocol() -> asyncio.Protocol:
+        def make_protocol(asked_at: float | None) -> asyncio.Protocol:
             self._connected_at = loop.time()
             if not state.connections:
                 self._news.set()
-            return GatewayProtocol(
+            protocol = GatewayProtocol(
                 config=config, server_state=state, app_state=self.lifespan.state, _loop=loop
             )
+            protocol.asked_at = asked_at
+            return protocol
 
         self.servers: list[Any] = [
             Acceptor(
                 listener,
-                lambda accepted: loop.connect_accepted_socket(make_protocol, accepted, ssl=config.ssl),
+                lambda accepted, asked_at: loop.connect_accepted_socket(
+                    lambda: make_protocol(asked_at), accepted, ssl=config.ssl
+                ),
                 max_connections=room_for_connections(self.max_connections),
                 num_open=lambda: len(state.connections),
                 make_room=self._make_room,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import socket
+import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import httpx
 import pytest
 
 from microserve.gateway.route import view_routes
-from tests.support.gateway.gateway_world import GatewayWorld, gateway_world, run
+from tests.support.gateway.gateway_world import GatewayWorld, gateway_world, make_tokenizer, run
 
 
 async def ended(http: httpx.AsyncClient, count: int, **choice: str) -> list[dict[str, Any]]:
@@ -156,3 +158,51 @@ def keys_file(directory: Path) -> Path:
         f'[keys.user]\nsha256 = ["{hashlib.sha256(b"plain").hexdigest()}"]\n'
     )
     return path
+
+
+@pytest.mark.slow
+def test_a_request_counts_from_when_its_connection_was_let_in_with_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy loop takes some turns until it reads what has come; the client waits from before them."""
+    monkeypatch.setattr("microserve.gateway.http.accept.monotonic", lambda: time.monotonic() - 100.0)
+    body = b'{"model":"other","prompt":"x"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: t\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n"
+
+    async def main() -> None:
+        async with gateway_world(model) as world, httpx.AsyncClient(base_url=world.address) as http:
+            with socket.create_connection(("127.0.0.1", world.port)) as client:
+                client.sendall(head % (b"first", len(body)) + body)  # before the loop can look
+                [first] = await ended(http, 1)
+                client.sendall(head % (b"second", len(body)) + body)
+                [second, _] = await ended(http, 2)
+            assert (first["http_id"], second["http_id"]) == ("first", "second")
+            assert first["phases_s"]["queued"] >= 100.0 > second["phases_s"]["queued"]
+
+    run(main())
+
+
+@pytest.mark.slow
+def test_a_stream_takes_until_its_last_byte(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its usage comes behind the end of its text, when the router has said what it was."""
+    monkeypatch.setattr("microserve.gateway.generation.group.SETTLE_S", 30.0)
+    options = {"stream": True, "stream_options": {"include_usage": True}, "stop": ["b"]}
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 9, **options}
+
+    async def main() -> None:
+        async with (
+            gateway_world(model, confirm_cancels=False) as world,
+            httpx.AsyncClient(base_url=world.address) as http,
+        ):
+            answer = asyncio.create_task(http.post("/v1/completions", json=body))
+            served = await world.router.request()
+            served.send(make_tokenizer().encode("ab").ids)
+            await served.cancelled.wait()
+            [running] = (await http.get("/view/requests")).json()["running"]
+            served.end("abort")
+            assert (await answer).text.endswith("[DONE]\n\n")
+            [form] = await ended(http, 1)
+            assert form["finish_reason"] == "stop"
+            assert form["wall_s"] >= running["age_s"]
+
+    run(main())

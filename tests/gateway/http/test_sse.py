@@ -10,6 +10,7 @@ import pytest
 
 from microserve.gateway.http.errors import ClientGone, ClientStalled
 from microserve.gateway.http.exchange import (
+    ARRIVED_EXTENSION,
     CONNECTION_EXTENSION,
     BodyBudget,
     Exchange,
@@ -38,9 +39,9 @@ class Connection:
             "method": "POST",
             "path": "/",
             "headers": headers or [],
-            "extensions": {CONNECTION_EXTENSION: self},
+            "extensions": {CONNECTION_EXTENSION: self, ARRIVED_EXTENSION: 0.0},
         }
-        self.exchange = Exchange(self.scope, self.incoming.get, self.send, 0.0)
+        self.exchange = Exchange(self.scope, self.incoming.get, self.send)
 
     def abort(self) -> None:
         self.aborted.set()
@@ -241,7 +242,7 @@ def test_a_client_that_went_is_told_to_who_cannot_wait() -> None:
             if connection.is_closing():
                 raise RuntimeError("the transport is closed")
 
-        connection.exchange = Exchange(connection.scope, connection.incoming.get, send, 0.0)
+        connection.exchange = Exchange(connection.scope, connection.incoming.get, send)
         async with EventStream(connection.exchange, on_idle=nothing, on_stall=nothing) as stream:
             await stream.write(event(b"1"))
             connection.abort()
