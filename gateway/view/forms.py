@@ -34,6 +34,16 @@ class LoadForm(msgspec.Struct, frozen=True):
     """Of its time in the last seconds, steps with prefill in them; 0 to 1."""
     num_steps: int
     draining: bool
+    granted_blocks: int = 0
+    """Of the used ones, those of contexts that it receives."""
+    oldest_lease_s: float = 0.0
+    """Since the oldest open grant was given; 0: none is open."""
+    decode_share: float = 0.0
+    """As ``prefill_share``, of steps without prefill."""
+    transfer_share: float = 0.0
+    """As ``prefill_share``, of time without a step while KV was on its way."""
+    idle_share: float = 0.0
+    """As ``prefill_share``, of time with nothing to do. All four 0: it does not say."""
 
 
 class EngineForm(msgspec.Struct, frozen=True):

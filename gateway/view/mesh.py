@@ -99,6 +99,7 @@ class Mesh:
 
 def load_form(info: EngineInfo, load: EngineLoad) -> LoadForm:
     free = max(0, load.free_blocks - load.cached_blocks)
+    others = load.decode_share + load.transfer_share + load.idle_share
     return LoadForm(
         running=load.num_running,
         waiting=load.num_waiting,
@@ -110,9 +111,15 @@ def load_form(info: EngineInfo, load: EngineLoad) -> LoadForm:
         quarantined_blocks=load.quarantined_blocks,
         prefill_tokens_per_s=load.prefill_tokens_per_s,
         decode_step_s=load.decode_step_s,
-        prefill_share=load.prefill_share,
+        # An engine of vLLM's does not say it: it is what is left.
+        prefill_share=load.prefill_share or (max(0.0, 1.0 - others) if others else 0.0),
         num_steps=load.num_steps,
         draining=load.draining,
+        granted_blocks=load.granted_blocks,
+        oldest_lease_s=load.oldest_lease_s,
+        decode_share=load.decode_share,
+        transfer_share=load.transfer_share,
+        idle_share=load.idle_share,
     )
 
 

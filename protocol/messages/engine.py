@@ -203,6 +203,17 @@ class EngineLoad(msgspec.Struct, frozen=True, array_like=True):
     """Of its time in the last seconds, what steps with prefill in them took."""
     max_num_batched_tokens: int = 0
     """Tokens in one step, prefill and decode together; 0: not said."""
+    granted_blocks: int = 0
+    """Of those in use, those that others write KV into, or that received KV is read from."""
+    oldest_lease_s: float = 0.0
+    """Since the oldest open grant was given; 0: none is open."""
+    decode_share: float = 0.0
+    """Of its time in the last seconds, what steps without prefill in them took."""
+    transfer_share: float = 0.0
+    """Of its time in the last seconds, what passed without a step while KV was on its way."""
+    idle_share: float = 0.0
+    """Of its time in the last seconds, what passed with nothing to do. 0 beside a ``decode_share`` and a
+    ``transfer_share`` of 0: it does not say."""
 
     @property
     def is_busy(self) -> bool:

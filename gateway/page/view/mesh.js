@@ -2,17 +2,36 @@
 
 import { html, useMemo, useState } from "../vendor/htm-preact.module.js";
 import { Chart } from "../chart.js";
-import { Bar, Facts, Share, Spark, State, Table, Trouble, useAnswer } from "../parts.js";
+import { Bar, Facts, Spark, State, Table, Trouble, useAnswer } from "../parts.js";
 import { clock, number, percent, seconds } from "../words.js";
 
-const HEADS = ["engine", "state", "labels", "running", "waiting", "KV blocks", "prefill", "last 15 minutes", "step", "prefill rate", "class"];
-const BLOCKS = ["used", "cached", "free", "quarantined"];
+const HEADS = ["engine", "state", "labels", "running", "waiting", "KV blocks", "oldest lease", "its time", "last 15 minutes", "step", "prefill rate", "class"];
+const BLOCKS = ["used", "granted", "cached", "free", "quarantined"];
+const LANES = ["prefill", "decode", "transfer", "idle"];
+
+// A view counts blocks of grants among the used ones; here each block is in one part.
+function blocksOf(load) {
+  const granted = Math.min(load.granted_blocks, load.used_blocks);
+  const amounts = { used: load.used_blocks - granted, granted, cached: load.cached_blocks, free: load.free_blocks, quarantined: load.quarantined_blocks };
+  return BLOCKS.map((name) => [name, amounts[name]]);
+}
 
 function Blocks({ load }) {
-  const parts = BLOCKS.map((name) => [name, load[`${name}_blocks`]]);
+  const parts = blocksOf(load);
   const words = parts.filter(([, amount]) => amount).map(([name, amount]) => `${number(amount)} ${name}`).join(", ");
   return html`<${Bar} parts=${parts} label=${words || "no blocks"} /><br /><small>${words}${load.grants ? `, ${load.grants} grants open` : ""}</small>`;
 }
+
+// What an engine's time of the last seconds went to.
+function Lanes({ load }) {
+  const parts = LANES.map((name) => [name, load[`${name}_share`]]);
+  if (!parts.some(([, share]) => share)) return html`<span class="quiet">not said</span>`;
+  const words = parts.filter(([, share]) => share >= 0.005).map(([name, share]) => `${name} ${percent(share)}`).join(", ");
+  return html`<${Bar} parts=${parts} label=${`its time: ${words}`} /><br /><small>${words}</small>`;
+}
+
+const Legend = ({ name, parts }) =>
+  html`<p class="legend">${name}: ${parts.map((part) => html`<span><${Bar} parts=${[[part, 1]]} label="" width=${14} /> ${part}</span> `)}</p>`;
 
 function rowOf(engine, sample) {
   const load = engine.load;
@@ -22,10 +41,10 @@ function rowOf(engine, sample) {
   const kind = engine.numerics || "–";
   const cells = load
     ? [name, state, labels, number(load.running), number(load.waiting), html`<${Blocks} load=${load} />`,
-        html`<${Share} of=${load.prefill_share} label="prefill, of its time" />`,
+        load.oldest_lease_s ? seconds(load.oldest_lease_s) : "–", html`<${Lanes} load=${load} />`,
         html`<${Spark} values=${sample?.running} label=${`running at ${engine.id}`} />`,
         seconds(load.decode_step_s), `${number(load.prefill_tokens_per_s)} tokens/s`, kind]
-    : [name, state, labels, "–", "–", "–", "–", "–", "–", "–", kind];
+    : [name, state, labels, "–", "–", "–", "–", "–", "–", "–", "–", kind];
   cells.key = engine.id;
   return cells;
 }
@@ -101,7 +120,7 @@ export function Mesh({ state, paused }) {
     ]} />
     ${mesh.body && html`<${Charts} mesh=${mesh.body} marks=${marks} />`}
     ${!engines.length && html`<p class="quiet">No engine is known here. One joins by <code>microserve engine</code>.</p>`}
-    ${engines.length > 0 && html`<p class="legend">KV blocks: ${BLOCKS.map((name) => html`<span><${Bar} parts=${[[name, 1]]} label="" width=${14} /> ${name}</span> `)}</p>`}
+    ${engines.length > 0 && html`<${Legend} name="KV blocks" parts=${BLOCKS} /><${Legend} name="Its time" parts=${LANES} />`}
     ${hosts.map((host) => html`<section key=${host}>
       <h3>Host ${host || "unknown"}</h3>
       <${Table} label=${`Engines of ${host || "an unknown host"}`} heads=${HEADS}

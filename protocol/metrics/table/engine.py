@@ -55,6 +55,13 @@ OLDEST_QUARANTINE = gauge(
 )
 DRAINING = gauge("microserve_engine_draining", "1 while it takes no new work.")
 ROUTERS = gauge("microserve_engine_peers", "Routers, and the index, that are connected.")
+TIME_SHARE = gauge(
+    "microserve_engine_time_share_ratio",
+    "Of its time in the last seconds, what went to `prefill` (with decodes of the same steps), to `decode` "
+    "alone, to waiting for KV on its way (`transfer`), and to nothing (`idle`).",
+    "activity",
+    unit="ratio",
+)
 PREFILL_RATE = gauge(
     "microserve_engine_prefill_tokens_per_second",
     "As it was measured last, of full steps.",
@@ -302,7 +309,7 @@ REJECTED = counter("microserve_engine_frames_rejected", "Messages that nobody co
 
 ENGINE = (
     *(RUNNING, WAITING, WAITING_FOR, OLDEST_WAIT, QUEUED_TOKENS, BLOCKS, USAGE, GRANTS, OLDEST_LEASE),
-    *(OLDEST_QUARANTINE, DRAINING, ROUTERS, PREFILL_RATE, DECODE_STEP, CACHE_CONFIG, LORA, INFO),
+    *(OLDEST_QUARANTINE, TIME_SHARE, DRAINING, ROUTERS, PREFILL_RATE, DECODE_STEP, CACHE_CONFIG, LORA, INFO),
     *(PREFIX_QUERIES, PREFIX_HITS, PROMPT_TOKENS, PROMPT_SOURCES, PROMPT_CACHED, GENERATED),
     *(FINISHED, PREEMPTIONS, TTFT, INTER_TOKEN, TPOT, E2E, ARRIVAL_TIME, QUEUE_TIME, PREFILL_TIME),
     *(DECODE_TIME, INFERENCE_TIME, PROMPT_LENGTH, OUTPUT_LENGTH, COMPUTED_LENGTH, MAX_TOKENS, N, CUT_OFF),

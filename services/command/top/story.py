@@ -116,10 +116,12 @@ def engine_lines(engine: EngineForm) -> list[str]:
             f"batch     {load.running} running, {load.waiting} waiting, {load.grants} grants, "
             f"{load.queued_prefill_tokens} prompt tokens to compute",
             f"kv        {kv_usage(load):.0%}: {load.used_blocks} used, {load.cached_blocks} cached, "
-            f"{load.free_blocks} free, {load.quarantined_blocks} quarantined",
+            f"{load.free_blocks} free, {load.granted_blocks} granted, {load.quarantined_blocks} quarantined; "
+            f"oldest lease {load.oldest_lease_s:.1f} s",
+            f"time      prefill {load.prefill_share:.0%}, decode {load.decode_share:.0%}, waiting for KV "
+            f"{load.transfer_share:.0%}, idle {load.idle_share:.0%}",
             f"speed     prefill {load.prefill_tokens_per_s:.0f} tokens/s, decode step "
-            f"{load.decode_step_s * 1000:.1f} ms, prefill in {load.prefill_share:.0%} of its time, "
-            f"{load.num_steps} steps",
+            f"{load.decode_step_s * 1000:.1f} ms, {load.num_steps} steps",
         ]
     return [printable(line) for line in lines]
 

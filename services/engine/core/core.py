@@ -27,7 +27,7 @@ from microserve.services.engine.core.actions import Actions
 from microserve.services.engine.core.batch import Runner, StepResult, constrain
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.claims import Claims, unsendable
-from microserve.services.engine.core.levels import read_levels
+from microserve.services.engine.core.levels import read_levels, read_shares
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.peers import Peers
 from microserve.services.engine.core.request.record import Outbox
@@ -292,7 +292,9 @@ class EngineCore:
 
     def load(self) -> wire.EngineLoad:
         """With the lock held."""
-        state, pool, rates = self.state, self.memory.pool, self.stepper.rates
+        state, pool, rates, now = self.state, self.memory.pool, self.stepper.rates, self.clock()
+        grants = self.memory.grants.counts(now)
+        shares = rates.prefill_share(now), rates.decode_share(now), rates.transfer_share(now)
         return wire.EngineLoad(
             progress=self.progress,
             num_steps=self.stepper.num_steps,
@@ -307,15 +309,21 @@ class EngineCore:
             decode_step_s=rates.decode_step_s,
             draining=state.draining,
             max_num_seqs=self._max_num_seqs,
-            prefill_rate_age_s=rates.prefill_rate_age_s(self.clock()),
+            prefill_rate_age_s=rates.prefill_rate_age_s(now),
             mean_output_tokens=rates.mean_output_tokens,
-            prefill_share=rates.prefill_share(self.clock()),
+            prefill_share=shares[0],
             max_num_batched_tokens=self._max_num_batched_tokens,
+            granted_blocks=grants.num_live_blocks,
+            oldest_lease_s=grants.oldest_open_s,
+            decode_share=shares[1],
+            transfer_share=shares[2],
+            idle_share=max(0.0, 1.0 - sum(shares)),
         )
 
     def read(self, readings: Readings) -> None:
         """What it holds and has done, for its metrics. With the lock held."""
         read_levels(self.state, readings, self.clock())
+        read_shares(readings, self.load())
         self.state.tally.read(readings, self.state.counters)
 
     @property

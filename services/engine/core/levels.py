@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.metrics.table import engine as table
 from microserve.services.engine.core.state import EngineState
@@ -13,6 +14,13 @@ def read_adapters(readings: Readings, num_adapters: int, running: set[str], wait
     """Names of those with requests here; ``num_adapters``: as many as there may be."""
     names = [",".join(sorted(each - {""})) for each in (running, waiting)]
     readings.add(table.LORA, time.time(), str(num_adapters), *names)
+
+
+def read_shares(readings: Readings, load: EngineLoad) -> None:
+    """An engine of vLLM's says no ``prefill_share``: it is what is left."""
+    shares = {"decode": load.decode_share, "transfer": load.transfer_share, "idle": load.idle_share}
+    prefill = load.prefill_share or max(0.0, 1.0 - sum(shares.values()))
+    readings.add_each(table.TIME_SHARE, {"prefill": prefill, **shares})
 
 
 def read_levels(state: EngineState, readings: Readings, now: float) -> None:

@@ -38,12 +38,14 @@ class Stepper:
     def next_step(self, now: float) -> Step | None:
         """Take in what has arrived and choose the next step; None when nothing can run now."""
         state = self._state
+        self.rates.goes_on(now)
         self.take_guides(now)
         self.take_claims(now)
         self.take_arrivals(now)
         state.expire(now)
         step = state.scheduler.schedule(now) or self._early_step(now)
         if step is None:
+            self.rates.rests(now, awaits_kv=bool(state.receiving or state.committing))
             return None
         sending = [share.sequence for share in step.sends if share.sequence not in step.sequences]
         state.inflight = [*step.sequences, *sending]

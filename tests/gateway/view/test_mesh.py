@@ -27,6 +27,22 @@ def test_blocks_are_told_by_what_they_are_for() -> None:
     assert load_form(info, EngineLoad(free_blocks=1, cached_blocks=9)).free_blocks == 0
 
 
+def test_time_is_told_by_what_it_went_to() -> None:
+    """An engine of vLLM's does not say its prefill: it is what is left. One of before says nothing at all."""
+    info = make_info("e")
+    said = load_form(info, EngineLoad(prefill_share=0.5, decode_share=0.25, idle_share=0.25))
+    assert (said.prefill_share, said.decode_share, said.transfer_share, said.idle_share) == (
+        0.5,
+        0.25,
+        0,
+        0.25,
+    )
+    assert load_form(info, EngineLoad(decode_share=0.25, idle_share=0.5)).prefill_share == 0.25
+    assert load_form(info, EngineLoad()).prefill_share == 0.0
+    said = load_form(info, EngineLoad(granted_blocks=7, oldest_lease_s=1.5))
+    assert (said.granted_blocks, said.oldest_lease_s) == (7, 1.5)
+
+
 def test_members_come_and_go_and_the_missing_are_shown() -> None:
     mesh = Mesh(0.0, silence_s=5.0)
     assert (mesh.engines(), mesh.is_index_alive(0.0)) == ([], False)

@@ -102,6 +102,11 @@ LOAD = actions.EngineLoad(
     mean_output_tokens=20.5,
     prefill_share=0.375,
     max_num_batched_tokens=512,
+    granted_blocks=11,
+    oldest_lease_s=1.25,
+    decode_share=0.25,
+    transfer_share=0.125,
+    idle_share=0.25,
 )
 PROMPT = packed(3, 1, [PromptLogprob(-0.5, 2, ((11, -0.25),)), PromptLogprob(-1.5, 1, ((12, -1.5),))])
 LOGPROB = actions.TokenLogprob(logprob=-0.5, top=[(11, -0.25), (12, -1.5)])

@@ -133,6 +133,12 @@ def engine(number: int, *, host: str = "10.0.0.1", **fields: Any) -> EngineForm:
         free_blocks=100,
         quarantined_blocks=4 if number == 1 else 0,
         prefill_share=(number % 10) / 10,
+        decode_share=(9 - number % 10) / 20,
+        transfer_share=0.05,
+        idle_share=(9 - number % 10) / 20 + 0.05,
+        grants=2,
+        granted_blocks=60,
+        oldest_lease_s=0.25,
         decode_step_s=0.012,
         prefill_tokens_per_s=1234.5,
     )

@@ -6,14 +6,11 @@ then the first sample as a whole, and moves by a share of each later one.
 
 from __future__ import annotations
 
-import math
-
 from microserve.protocol.smoothing import smoothed
+from microserve.services.engine.core.measure.share import Share
 from microserve.services.engine.core.request.sequence import Sequence, SequenceState
 from microserve.services.engine.core.scheduler import Step
 
-SHARE_S = 5.0
-"""Time constant of ``prefill_share``: some prompts are to fall into it, and yet it is to follow the load."""
 MAX_DECODE_JUMP = 4.0
 """A decode step counts as at most so many times the mean: a process that was frozen measures its absence."""
 
@@ -28,8 +25,8 @@ class Rates:
         """Duration of a step without any prefill."""
         self.mean_output_tokens = 0.0
         """Of generating sequences that have ended here."""
-        self._prefill_share = 0.0
-        self._shared_at = 0.0
+        self._prefill, self._decode, self._transfer = Share(), Share(), Share()
+        self._awaits_kv_since: float | None = None
         self._prefill_measured_at = 0.0
         self._largest_prefill = 0
         """Prompt tokens of the fullest step so far."""
@@ -41,19 +38,42 @@ class Rates:
         return now - self._prefill_measured_at if self._largest_prefill else 0.0
 
     def prefill_share(self, now: float) -> float:
-        """Of the time until now, the last ``SHARE_S`` counting most, what steps with prefill took."""
-        return self._prefill_share * math.exp(min(0.0, self._shared_at - now) / SHARE_S)
+        """Of the time until now, the last seconds counting most, what steps with prefill took."""
+        return self._prefill.at(now)
+
+    def decode_share(self, now: float) -> float:
+        """Likewise, what steps without prefill took."""
+        return self._decode.at(now)
+
+    def transfer_share(self, now: float) -> float:
+        """Likewise, what passed without a step that computes while KV was on its way."""
+        return self._transfer.at(now)
+
+    def rests(self, now: float, *, awaits_kv: bool) -> None:
+        """Nothing can be computed; ``awaits_kv``: for KV is on its way."""
+        self.goes_on(now)
+        self._awaits_kv_since = now if awaits_kv else None
+
+    def goes_on(self, now: float) -> None:
+        """It looks again what there is to do."""
+        if self._awaits_kv_since is not None:
+            self._transfer.spent(now - self._awaits_kv_since, now)
+            self._awaits_kv_since = None
 
     def measure(self, step: Step, now: float) -> None:
         """Take in a step that has just been computed, before its results are booked."""
         self._measure_outputs(step)
         elapsed = now - step.started_at
-        if elapsed <= 0.0 or not step.batch.chunks:
+        if elapsed <= 0.0:
+            return
+        if not step.batch.chunks:
+            self._transfer.spent(elapsed, now)
             return
         prefill = step.num_tokens - step.num_decodes
         if prefill:
-            taken = 1.0 - math.exp(-elapsed / SHARE_S)
-            self._prefill_share, self._shared_at = self.prefill_share(now) + taken, now
+            self._prefill.spent(elapsed, now)
+        else:
+            self._decode.spent(elapsed, now)
         if prefill > step.num_decodes and step.early is None:
             self._measure_prefill(prefill, prefill / elapsed, now, is_scored=step.is_scored)
         elif prefill == 0:

@@ -33,6 +33,7 @@ from microserve.services.engine.vllm.front.arrivals import Arrivals
 from microserve.services.engine.vllm.front.asyncllm import Llm, Stream
 from microserve.services.engine.vllm.front.early import EarlyStarts
 from microserve.services.engine.vllm.front.levels import read_levels, read_oldest, read_prefixes
+from microserve.services.engine.vllm.front.rates import Occupancy
 from microserve.services.engine.vllm.front.receives import Receives
 from microserve.services.engine.vllm.front.running import Running
 from microserve.services.engine.vllm.front.state import VllmState
@@ -123,6 +124,7 @@ class VllmCore:
         self.mirror = mirror
         self._heap = heap
         self._max_num_seqs, self._max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.occupancy = Occupancy()
         self._tasks: set[asyncio.Task[None]] = set()
         self.on_output: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None
@@ -157,6 +159,8 @@ class VllmCore:
 
     def load(self) -> wire.EngineLoad:
         state, rates, now = self.state, self.state.rates, self.clock()
+        self._look_at_time()
+        occupancy, grants = self.occupancy, self.receives.grants.counts(now)
         steps, layers, free_blocks, _, _ = self.front.page.progress()
         num_blocks = self.state.limits.num_blocks
         # Without a request vLLM does not step, and what it said last is of before the end of the last one.
@@ -181,7 +185,15 @@ class VllmCore:
             prefill_rate_age_s=rates.prefill_rate_age_s(now),
             mean_output_tokens=rates.mean_output_tokens,
             max_num_batched_tokens=self._max_num_batched_tokens,
+            granted_blocks=min(num_blocks - free, grants.num_live_blocks),
+            oldest_lease_s=grants.oldest_open_s,
+            decode_share=occupancy.decode.at(now),
+            transfer_share=occupancy.transfer.at(now),
+            idle_share=occupancy.idle.at(now),
         )
+
+    def _look_at_time(self) -> None:
+        self.occupancy.look(self.state.live, self.receives.waiting, self.clock())
 
     def read(self, readings: Readings) -> None:
         """What it holds and has done, for its metrics."""
@@ -230,6 +242,7 @@ class VllmCore:
         if running.is_over:
             await self._abort(stream)
         state.accepted(running)
+        self._look_at_time()
         self.on_output()
         try:
             while True:
@@ -237,6 +250,7 @@ class VllmCore:
                 if output.finish:  # vLLM has done with it: there is nothing to take away
                     running.cancel = lambda: None
                 state.take_output(running, output, self.clock())
+                self._look_at_time()
                 self.on_output()
                 if output.finish:
                     break

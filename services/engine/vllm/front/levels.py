@@ -5,6 +5,7 @@ from __future__ import annotations
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.metrics.table import engine as table
+from microserve.services.engine.core.levels import read_shares
 from microserve.services.engine.core.measure.tally import Tally
 from microserve.services.engine.vllm.front.receives import Receives
 
@@ -32,6 +33,7 @@ def read_levels(
     readings.add_each(table.GRANTS, states)
     readings.add(table.OLDEST_LEASE, grants.oldest_open_s)
     readings.add(table.OLDEST_QUARANTINE, grants.oldest_quarantine_s)
+    read_shares(readings, load)
 
 
 def read_prefixes(readings: Readings, tally: Tally) -> None:

@@ -1,7 +1,10 @@
-"""How fast vLLM computes, as far as its outputs tell; for routers (``EngineLoad``)."""
+"""How fast vLLM computes and what its time goes to, as far as its outputs tell (``EngineLoad``)."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from microserve.services.engine.core.measure.share import Share
 from microserve.services.engine.vllm.front.running import Running
 
 SHARE = 0.2
@@ -35,6 +38,31 @@ class Rates:
 
     def ended(self, num_output_tokens: int) -> None:
         self.mean_output_tokens = _mean(self.mean_output_tokens, float(num_output_tokens))
+
+
+class Occupancy:
+    """What its time goes to. vLLM says of a step neither when it began nor what was in it, so time counts as
+    prefill while any request has no token yet, as decode while others have, as transfer while all that there
+    are wait for KV, else as nothing. ``look`` whenever a request comes, goes on or ends, before reading."""
+
+    def __init__(self) -> None:
+        self.decode, self.transfer, self.idle = Share(), Share(), Share()
+        self._prefill = Share()
+        self._now_in = self.idle
+        self._looked_at: float | None = None
+
+    def look(self, live: Collection[Running], awaiting_kv: Collection[Running], now: float) -> None:
+        """``awaiting_kv``: of the ``live`` ones, those whose KV is on its way."""
+        if self._looked_at is not None:
+            self._now_in.spent(now - self._looked_at, now)
+        self._looked_at = now
+        computed = [each for each in live if not each.is_parked and each not in awaiting_kv]
+        if any(each.first_token_at is None for each in computed):
+            self._now_in = self._prefill
+        elif computed:
+            self._now_in = self.decode
+        else:
+            self._now_in = self.transfer if awaiting_kv else self.idle
 
 
 def _mean(before: float, new: float) -> float:

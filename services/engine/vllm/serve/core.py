@@ -34,11 +34,12 @@ from microserve.services.engine.core.checks import (
     check_sampling,
     generate_bounds,
 )
-from microserve.services.engine.core.levels import read_adapters
+from microserve.services.engine.core.levels import read_adapters, read_shares
 from microserve.services.engine.core.request.record import Outbox
 from microserve.services.engine.kind import EngineKind
 from microserve.services.engine.vllm.front.asyncllm import Llm, Stream
 from microserve.services.engine.vllm.front.levels import read_oldest, read_prefixes
+from microserve.services.engine.vllm.front.rates import Occupancy
 from microserve.services.engine.vllm.front.running import Running
 from microserve.services.engine.vllm.front.sampling import sampling_of
 from microserve.services.engine.vllm.front.state import VllmState
@@ -156,6 +157,7 @@ class ServedCore:
         """Outputs, and looks at the server that found it to have gone on (:meth:`heard`)."""
         self._llm = llm
         self._max_num_seqs = max_num_seqs
+        self.occupancy = Occupancy()
         self._tasks: set[asyncio.Task[None]] = set()
         self.on_output: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None
@@ -182,7 +184,8 @@ class ServedCore:
         return []
 
     def load(self) -> wire.EngineLoad:
-        state, rates = self.state, self.state.rates
+        state, rates, now = self.state, self.state.rates, self.clock()
+        self.occupancy.look(state.live, (), now)
         queued = [each for each in state.live if each.first_token_at is None]
         running = min(len(state.live), self._max_num_seqs)
         return wire.EngineLoad(
@@ -196,8 +199,10 @@ class ServedCore:
             decode_step_s=rates.decode_step_s,
             draining=state.draining,
             max_num_seqs=self._max_num_seqs,
-            prefill_rate_age_s=rates.prefill_rate_age_s(self.clock()),
+            prefill_rate_age_s=rates.prefill_rate_age_s(now),
             mean_output_tokens=rates.mean_output_tokens,
+            decode_share=self.occupancy.decode.at(now),
+            idle_share=self.occupancy.idle.at(now),
         )
 
     def read(self, readings: Readings) -> None:
@@ -207,6 +212,7 @@ class ServedCore:
             readings, [each.arrived_at for each in state.live if each.first_token_at is None], self.clock()
         )
         read_prefixes(readings, state.tally)
+        read_shares(readings, self.load())
         read_adapters(readings, 0, set(), set())
         state.tally.read(readings, state.counters)
 
@@ -239,11 +245,13 @@ class ServedCore:
             if running.is_over:
                 return
             self.state.accepted(running)
+            self.occupancy.look(self.state.live, (), self.clock())
             self.on_output()
             while not running.is_over:
                 output = await stream.next()
                 self.progress += 1
                 self.state.take_output(running, output, self.clock())
+                self.occupancy.look(self.state.live, (), self.clock())
                 self.on_output()
         except MeshError as error:
             self.state.fail(running, error, self.clock())

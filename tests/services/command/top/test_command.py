@@ -19,9 +19,9 @@ GOLDEN = """\
 http://HERE  1  rates of 60 s
 req/s 0.0  tok/s 1  run 4  wait 1  KV 30%  hit 33%  alarms 1
 
-engine  state  run  wait  kv%  used  cached  free  quar  pre%  step ms  host       class  labels
-e0      ready    3     1   60     6       2     2     0     0      0.0  127.0.0.1  -      -
-e1      ready    1     0    0     0       5     5     0    50      0.0  127.0.0.1  -      -
+engine  state  run  wait  kv%  used  cached  free  grant  quar  lease  pre%  dec%  kv-in%  idle%  step ms  host       class  labels
+e0      ready    3     1   60     6       2     2      0     0    0.0     0     0       0      0      0.0  127.0.0.1  -      -
+e1      ready    1     0    0     0       5     5      0     0    0.0    50     0       0      0      0.0  127.0.0.1  -      -
 
   engine.lost        e9: silent
 

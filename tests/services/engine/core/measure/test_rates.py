@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Batch, Chunk, ScoreSpec, StepResult
-from microserve.services.engine.core.measure.rates import MAX_DECODE_JUMP, SHARE_S, Rates
+from microserve.services.engine.core.measure.rates import MAX_DECODE_JUMP, Rates
+from microserve.services.engine.core.measure.share import SHARE_S
 from microserve.services.engine.core.scheduler import Step
-from tests.support.engine.core_mesh import Mesh, generate, prompt_of
+from tests.support.engine.core_mesh import Mesh, generate, grant_for, prompt_of, receive, send
 
 
 def step(
@@ -142,6 +143,51 @@ def test_the_share_of_prefills_is_of_the_last_seconds() -> None:
     for _ in range(100):
         now = step(rates, now, 0.5, prefill=20, decodes=8)
     assert rates.prefill_share(now) == pytest.approx(1.0, abs=0.01)
+
+
+def test_shares_are_of_what_the_time_went_to() -> None:
+    rates, now = Rates(), 100.0
+    for _ in range(100):
+        now = step(rates, now, 0.2, prefill=500)
+        now = step(rates, now, 0.3, decodes=8)
+        rates.rests(now, awaits_kv=True)
+        rates.rests(now + 0.1, awaits_kv=True)
+        rates.goes_on(now + 0.2)
+        now += 0.2
+        rates.rests(now, awaits_kv=False)
+        rates.goes_on(now + 0.3)
+        now += 0.3
+    shares = rates.prefill_share(now), rates.decode_share(now), rates.transfer_share(now)
+    assert shares == pytest.approx((0.2, 0.3, 0.2), abs=0.04)
+    assert sum(shares) < 1.0
+    step(rates, now, 60.0)  # sends of what was computed before
+    assert rates.transfer_share(now + 60.0) == pytest.approx(1.0, abs=0.01)
+
+
+def test_an_engine_says_what_it_gave_and_what_it_waits_for() -> None:
+    mesh, prompt = Mesh(), prompt_of(22)
+    idle = mesh.b.core.load()
+    assert (idle.granted_blocks, idle.oldest_lease_s, idle.idle_share) == (0, 0.0, 1.0)
+    granted = grant_for(mesh.b, "r", prompt, 16)
+    mesh.now += 2.0
+    load = mesh.b.core.load()
+    assert load.granted_blocks == len(granted.grant.blocks) > 0
+    assert load.oldest_lease_s == pytest.approx(2.0)
+    assert load.transfer_share == 0.0, "nobody waits for it yet"
+    receive(mesh.b, "r", granted, 16)
+    for _ in range(2):
+        assert not mesh.b.core.step()
+        mesh.now += SHARE_S
+    assert not mesh.b.core.step()
+    load = mesh.b.core.load()
+    assert load.transfer_share == pytest.approx(1.0 - math.exp(-2.0))
+    assert load.idle_share == pytest.approx(math.exp(-2.0))
+    send(mesh.a, "r", prompt, granted, 0, 16)
+    mesh.run()
+    assert len(mesh.b.tokens["r"]) > 0
+    load = mesh.b.core.load()
+    assert (load.granted_blocks, load.oldest_lease_s) == (0, 0.0)
+    mesh.close()
 
 
 def test_an_engine_says_what_it_has_measured() -> None:
