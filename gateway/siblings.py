@@ -33,7 +33,7 @@ Own: TypeAlias = Callable[[], Awaitable[Iterable[Metric]]]
 Family: TypeAlias = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
 """Name, text, type, and samples by name and labels."""
 
-Answerer: TypeAlias = Callable[[bytes], bytes]
+Answerer: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 """From the bytes of a question to those of its answer."""
 
 _logger = structlog.get_logger()
@@ -83,7 +83,7 @@ class Siblings:
             if what == METRICS:
                 writer.write(await asyncio.to_thread(_encoded, await self._own()))
             elif answer := self._answers.get(what):
-                writer.write(answer(argument))
+                writer.write(await answer(argument))
             await writer.drain()
 
     async def families(self) -> list[Metric]:

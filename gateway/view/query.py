@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import heapq
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
-from typing import Final
+from operator import attrgetter
+from typing import Final, Protocol
 
 import msgspec
 
 from microserve.gateway.view.forms import RequestForm
+from microserve.gateway.view.requests import Kept
 from microserve.protocol.errors import InvalidRequest
 
 NEWEST, SLOWEST, FIRST_TOKEN = ORDERS = ("newest", "slowest", "first_token")
 MAX_LIMIT: Final = 1000
 DEFAULT_LIMIT: Final = 100
 MAX_VALUE_CHARS: Final = 256
+
+
+class Chosen(Protocol):
+    """What a request is chosen by."""
+
+    @property
+    def wall_s(self) -> float: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def strategy(self) -> str: ...
+    @property
+    def engines(self) -> Collection[str]: ...
+    @property
+    def code(self) -> str: ...
 
 
 class Query(msgspec.Struct, frozen=True):
@@ -31,7 +49,11 @@ class Query(msgspec.Struct, frozen=True):
     code: str = ""
     """Of its error; ``any``: of any."""
 
-    def admits(self, form: RequestForm) -> bool:
+    @property
+    def asks_for_all(self) -> bool:
+        return not (self.min_s or self.key or self.strategy or self.engine or self.code)
+
+    def admits(self, form: Chosen) -> bool:
         return (
             form.wall_s >= self.min_s
             and self.key in ("", form.key)
@@ -49,12 +71,16 @@ class Query(msgspec.Struct, frozen=True):
             return sorted(chosen, key=lambda form: -(form.ttft_s or 0.0))[: self.limit]
         return sorted(chosen, key=lambda form: form.age_s)[: self.limit]
 
-    def first(self, newest_first: Iterable[RequestForm]) -> list[RequestForm]:
-        """As :meth:`sorted`, of forms that are in that order already: the newest are taken without a look at
-        all the others."""
+    def first(self, newest_first: Sequence[Kept], now: float) -> list[RequestForm]:
+        """As :meth:`sorted`, of those that one process has kept: only forms that are taken are read, and for
+        the newest no others are looked at."""
+        admitted: Iterable[Kept] = newest_first if self.asks_for_all else filter(self.admits, newest_first)
         if self.order == NEWEST:
-            return list(islice(filter(self.admits, newest_first), self.limit))
-        return self.sorted(newest_first)
+            taken: Iterable[Kept] = islice(admitted, self.limit)
+        else:
+            by = attrgetter("wall_s" if self.order == SLOWEST else "ttft_s")
+            taken = heapq.nlargest(self.limit, admitted, key=by)
+        return [kept.form(now) for kept in taken]
 
 
 def query_of(values: Mapping[str, str]) -> Query:

@@ -1,11 +1,12 @@
 """The canonical lines of the last quarter of an hour: what ``/view/requests`` is made of.
 
 Sans-I/O; ``now`` is of one monotonic clock. Bounded by age, by number and by bytes: a request costs one
-string (its form in msgpack), which the collector does not look into, and nothing else of it is kept.
+string (its form in msgpack) and what it may be chosen and ordered by, none of which the collector looks into.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ from microserve.protocol.request_id import is_named
 
 KEPT_S = 900.0
 MAX_NBYTES = 32 << 20
-OVERHEAD_NBYTES = 80
+OVERHEAD_NBYTES = 320
 """Of a line in memory, beside its bytes."""
 
 _encoder = msgspec.msgpack.Encoder()
@@ -25,13 +26,29 @@ _decoder = msgspec.msgpack.Decoder(RequestForm)
 GATEWAY_PHASES = frozenset({"queued", "tokenised"})
 
 
+class Kept(msgspec.Struct, frozen=True, gc=False):
+    """One that has ended: its form, and beside it what it is chosen by without reading that."""
+
+    ended: float
+    line: bytes
+    wall_s: float
+    ttft_s: float
+    key: str
+    strategy: str
+    engines: tuple[str, ...]
+    code: str
+
+    def form(self, now: float) -> RequestForm:
+        return msgspec.structs.replace(_decoder.decode(self.line), age_s=max(0.0, now - self.ended))
+
+
 class Requests:
     """Of one gateway process."""
 
     def __init__(self, max_requests: int) -> None:
         """``max_requests`` 0: nothing is kept."""
         self._max = max_requests
-        self._lines: deque[tuple[float, bytes]] = deque()
+        self._lines: deque[Kept] = deque()
         self.nbytes = 0
         self.num_added = 0
         """Since the start: who has seen so many has seen all up to here."""
@@ -48,21 +65,27 @@ class Requests:
         if not self._max:
             return
         line = _encoder.encode(form)
-        self._lines.append((now, line))
+        names = form.key, form.strategy, form.code, *form.engines
+        key, strategy, code, *engines = map(sys.intern, names)
+        self._lines.append(
+            Kept(now, line, form.wall_s, form.ttft_s or 0.0, key, strategy, tuple(engines), code)
+        )
         self.num_added += 1
         self.nbytes += len(line) + OVERHEAD_NBYTES
         self.expire(now)
 
     def expire(self, now: float) -> None:
         while self._lines and (
-            now - self._lines[0][0] > KEPT_S or len(self._lines) > self._max or self.nbytes > MAX_NBYTES
+            now - self._lines[0].ended > KEPT_S or len(self._lines) > self._max or self.nbytes > MAX_NBYTES
         ):
-            _, line = self._lines.popleft()
-            self.nbytes -= len(line) + OVERHEAD_NBYTES
+            self.nbytes -= len(self._lines.popleft().line) + OVERHEAD_NBYTES
 
     def newest_first(self, now: float) -> Iterator[RequestForm]:
-        for ended, line in reversed(self._lines):
-            yield msgspec.structs.replace(_decoder.decode(line), age_s=max(0.0, now - ended))
+        return (kept.form(now) for kept in reversed(self._lines))
+
+    def kept_now(self) -> list[Kept]:
+        """The newest first: for who reads them while others are added."""
+        return list(reversed(self._lines))
 
     def since(self, num_seen: int, now: float) -> list[RequestForm]:
         """Those that were added after so many, as far as they are kept; the oldest first."""

@@ -90,18 +90,22 @@ class View:
 
     # --- what one process tells its siblings ---------------------------------------------------------
 
-    def answer(self, what: str, argument: bytes) -> bytes:
+    async def answer(self, what: str, argument: bytes) -> bytes:
         """To a sibling; empty for what is not known here."""
         now = self.clock()
         if what == ASKED_REQUESTS:
             query = _query.decode(argument)
-            return _encode(self._part(query.first(self.requests.newest_first(now)), query.limit, now))
+            return _encode(self._part(await self._chosen(query, now), query.limit, now))
         if what == ASKED_SINCE:
             num_seen = msgspec.msgpack.decode(argument, type=int)
             return _encode(self._part(self._since(num_seen, now), MAX_RUNNING, now))
         if what == ASKED_ONE:
             return _encode(self._find(msgspec.msgpack.decode(argument, type=str), now))
         return b""
+
+    async def _chosen(self, query: Query, now: float) -> list[RequestForm]:
+        """In a thread: tokens go on meanwhile, however many are kept."""
+        return await asyncio.to_thread(query.first, self.requests.kept_now(), now)
 
     def _since(self, num_seen: int, now: float) -> list[RequestForm]:
         # Another life of this worker counts anew.
@@ -128,7 +132,7 @@ class View:
 
     async def ended(self, query: Query) -> RequestsForm:
         now = self.clock()
-        own = self._part(query.first(self.requests.newest_first(now)), query.limit, now)
+        own = self._part(await self._chosen(query, now), query.limit, now)
         told = await self.ask_siblings(ASKED_REQUESTS, _encode(query))
         parts = [own, *(_part.decode(each) for each in told.values() if each)]
         return RequestsForm(

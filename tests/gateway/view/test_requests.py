@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -12,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microserve.gateway.view import requests as remembered
+from microserve.gateway.view.feed import Feed
 from microserve.gateway.view.forms import RequestForm
-from microserve.gateway.view.query import MAX_LIMIT, Query, query_of
-from microserve.gateway.view.requests import KEPT_S, Requests, timeline
+from microserve.gateway.view.mesh import Mesh
+from microserve.gateway.view.query import MAX_LIMIT, ORDERS, Query, query_of
+from microserve.gateway.view.requests import KEPT_S, Kept, Requests, timeline
+from microserve.gateway.view.view import View
 from microserve.protocol.errors import InvalidRequest
 from tests.support.examples import examples
 from tests.support.gateway.view_forms import request_form
@@ -132,14 +137,65 @@ def test_a_query_goes_to_siblings_and_back() -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(query), type=Query) == query
 
 
-def test_the_newest_are_taken_without_a_look_at_the_others() -> None:
-    taken: list[str] = []
+def test_only_what_is_taken_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty thousand may be kept, and reading one costs as much as ten comparisons."""
+    requests = Requests(9)
+    for number in range(9):
+        form = request_form(f"r{number}", wall_s=number % 5, ttft_s=number % 3, key=f"k{number % 2}")
+        requests.add(form, float(number))
+    read: list[str] = []
 
-    def newest_first() -> Iterator[RequestForm]:
-        for number in range(9):
-            taken.append(f"r{number}")
-            yield request_form(f"r{number}", age_s=float(number))
+    class Decoder:
+        def decode(self, line: bytes) -> RequestForm:
+            form = msgspec.msgpack.decode(line, type=RequestForm)
+            read.append(form.id)
+            return form
 
-    assert [form.id for form in query_of({"limit": "2"}).first(newest_first())] == ["r0", "r1"]
-    assert taken == ["r0", "r1"]
-    assert [form.id for form in query_of({"limit": "1", "order": "slowest"}).first(newest_first())] == ["r0"]
+    monkeypatch.setattr(remembered, "_decoder", Decoder())
+    for values, ids in (
+        ({"limit": "2"}, ["r8", "r7"]),
+        ({"limit": "2", "order": "slowest"}, ["r4", "r8"]),
+        ({"limit": "3", "order": "first_token"}, ["r8", "r5", "r2"]),
+        ({"limit": "2", "order": "slowest", "key": "k1"}, ["r3", "r7"]),
+        ({"key": "nobody"}, []),
+    ):
+        read.clear()
+        assert [form.id for form in query_of(values).first(requests.kept_now(), 9.0)] == ids
+        assert read == ids
+
+
+@settings(max_examples=examples(40), deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([None, 0.0, 1.0, 2.0]), st.sampled_from("ab"))))
+def test_who_is_chosen_unread_is_who_is_chosen(made: list[tuple[int, float | None, str]]) -> None:
+    requests = Requests(100)
+    for number, (wall_s, ttft_s, name) in enumerate(made):
+        form = request_form(
+            f"r{number}", wall_s=wall_s, ttft_s=ttft_s, key=name, engines=[name, "e"], code=name
+        )
+        requests.add(form, float(number))
+    for order in ORDERS:
+        for chosen in ({}, {"key": "a"}, {"engine": "b"}, {"code": "any"}, {"min_s": "2"}):
+            query = query_of({"order": order, "limit": "3", **chosen})
+            first = query.first(requests.kept_now(), 500.0)
+            assert first == query.sorted(requests.newest_first(500.0))
+
+
+@pytest.mark.slow
+def test_a_question_about_all_that_are_kept_holds_nobody_up() -> None:
+    """It is answered aside: the loop of the gateway, and tokens with it, goes on meanwhile."""
+    threads: list[int] = []
+
+    class Watched(Query, frozen=True):
+        def first(self, newest_first: Sequence[Kept], now: float) -> list[RequestForm]:
+            threads.append(threading.get_ident())
+            return super().first(newest_first, now)
+
+    async def main() -> None:
+        requests = Requests(9)
+        requests.add(request_form("r"), 0.0)
+        mesh, clock = Mesh(0.0, silence_s=5.0), lambda: 1.0
+        view = View(requests, mesh, Feed("life"), clock=clock, wall_clock=clock)
+        assert [form.id for form in (await view.ended(Watched(order="slowest"))).ended] == ["r"]
+
+    asyncio.run(main())
+    assert threads and threading.get_ident() not in threads
