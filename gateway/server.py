@@ -59,8 +59,6 @@ from microserve.protocol.errors import Draining
 from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings.settings import Settings
 
-DRAIN_S = 9.0
-"""Streams that run at a stop have so long to finish; supervisors kill after ten."""
 BODY_DRAIN_S = 1.0
 """Bodies that are being read at a stop have so long to be complete; then their clients are told of it."""
 MAX_BODIES = 16
@@ -95,11 +93,11 @@ async def run_gateway(
     bus: ZmqBus,
     lifecycle: Lifecycle,
     *,
-    drain_s: float = DRAIN_S,
+    drain_s: float | None = None,
     worker: int | None = None,
 ) -> None:
     """Serve until cancelled, then drain. ``worker``: which of ``gateway.workers`` processes that share the
-    port this is; None: it has the port for itself.
+    port this is; None: it has the port for itself. ``drain_s`` None: ``gateway.drain_s``.
 
     Raises :class:`ConfigError` when the model or the address cannot be used.
     """
@@ -112,6 +110,7 @@ async def run_gateway(
             parse_control_tokens=settings.gateway.parse_control_tokens,
         )
         stack.callback(tokenizer.close)
+        drain_s = settings.gateway.drain_s if drain_s is None else drain_s
         await _serve(settings, tokenizer, helpers, bus, lifecycle, drain_s, worker)
 
 

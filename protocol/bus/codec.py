@@ -93,10 +93,10 @@ class Codec(Generic[T]):
             raise ProtocolViolation(f"{self.channel.name}: {error}") from None
 
     def _wrong(self, header: bytes) -> ProtocolViolation:
+        if header and header[0] != WIRE_VERSION:  # first: its header may have another length, or a number
+            return ProtocolViolation(f"wire version {header[0]}, expected {WIRE_VERSION}")
         if len(header) != len(self._header):
             return ProtocolViolation(f"header of {len(header)} bytes, expected {len(self._header)}")
-        if header[0] != WIRE_VERSION:
-            return ProtocolViolation(f"wire version {header[0]}, expected {WIRE_VERSION}")
         return ProtocolViolation(f"channel {header[1]}, expected {self.channel:d} ({self.channel.name})")
 
 

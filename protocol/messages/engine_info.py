@@ -106,6 +106,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
         """Does KV ever go there, or come from there?"""
         return self.does(PREP_RECV) or self.does(REMOTE_SEND)
 
+    def is_stranger(self, other: EngineInfo) -> bool:
+        """Both exchange KV, and never with each other: one is of a release that says no revision yet."""
+        return self.exchanges_kv and other.exchanges_kv and bool(self.revision) != bool(other.revision)
+
     @property
     def all_heaps(self) -> list[str]:
         """Kinds through which it can be written to, best first; none of one that receives nothing."""
@@ -122,8 +126,9 @@ class Disagreement(NamedTuple):
 
 def disagreement(mine: EngineInfo, theirs: EngineInfo) -> Disagreement | None:
     """Why these two cannot serve one model together; None: they can. Engines between which no KV ever goes
-    need not have the same blocks, and one of the two need not say a revision."""
-    exchange = mine.exchanges_kv and theirs.exchanges_kv
+    need not have the same blocks, and one of the two need not say a revision: so a release that says none
+    serves beside one that does while a mesh is renewed."""
+    exchange = mine.exchanges_kv and theirs.exchanges_kv and not mine.is_stranger(theirs)
     # Geometry first: another dtype is another revision as well, and says more.
     if exchange and (field := differing_field(mine.geometry, theirs.geometry)):
         return Disagreement(field, getattr(mine.geometry, field), getattr(theirs.geometry, field))

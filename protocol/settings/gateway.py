@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from microserve.protocol.settings.bounds import Count, CountOrZero, Positive, Section
+from microserve.protocol.settings.bounds import Count, CountOrZero, Positive, PositiveOrZero, Section
 
 
 class GatewaySettings(Section, frozen=True):
@@ -63,6 +63,8 @@ class GatewaySettings(Section, frozen=True):
     template_cpu_s: Positive = 2.0
     """CPU time that the model's chat template may take for one conversation; beyond it: 400."""
     request_timeout_s: Positive = 600.0
+    drain_s: PositiveOrZero = 9.0
+    """For answers that run when the gateway is stopped; what is left then ends with an error."""
     generation_config: bool = True
     """Sampling that a request leaves open is as the model's ``generation_config.json`` says."""
     max_n: Count = 16

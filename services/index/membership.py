@@ -223,7 +223,8 @@ class Membership:
             assert peer.incarnation not in self._retired.get(peer.key, ()), "a retired life is no member"
         exchanging = [m.info for m in self.members() if m.info.exchanges_kv]
         layouts = {(info.model, (info.revision, info.layout_hash)) for info in exchanging}
-        assert len(layouts) == len({model for model, _ in layouts}), "one revision in one layout a model"
+        groups = {(model, bool(revision)) for model, (revision, _) in layouts}
+        assert len(layouts) == len(groups), "one revision in one layout a model, and those that say none"
 
 
 def _forget_oldest(table: dict[str, _Absent] | dict[str, deque[int]]) -> None:

@@ -144,11 +144,12 @@ def compose(
     ]
     files = [word for words in kept for word in words]
     num_workers = settings.gateway.workers
-    gateways = [child("gateway", "gateway", GATEWAY_STOPS, *files)]
+    stop_s = settings.gateway.drain_s + STOP_TIMEOUT_S
+    gateways = [child("gateway", "gateway", GATEWAY_STOPS, *files, stop_s=stop_s)]
     if num_workers > 1:
         own = [*files, *assignment("gateway.id", settings.gateway.id or "g0")]
         gateways = [
-            child("gateway", f"gateway-{number}", GATEWAY_STOPS, *own, *worker_flag(number))
+            child("gateway", f"gateway-{number}", GATEWAY_STOPS, *own, *worker_flag(number), stop_s=stop_s)
             for number in range(num_workers)
         ]
     router_own = assignment("router.id", settings.router.id or "r0")

@@ -21,13 +21,15 @@ from microserve.protocol.settings.settings import Settings
 from microserve.services.local.composition import assignment, service_command, worker_flag
 from microserve.services.local.supervisor import EXIT_CONFIG, Child, ChildState, MeshFailed, Supervisor
 
-STOP_S = 15.0
-"""From SIGTERM to SIGKILL: streams have nine to finish."""
+STOP_MARGIN_S = 6.0
+"""From the end of ``gateway.drain_s`` to SIGKILL."""
 
 
 def workers(settings: Settings, port: int, flags: Sequence[str]) -> list[Child]:
     """Children for ``settings``, which ``flags`` describe to them. Their lines go where ours do, or to files
     beside ours."""
+
+    stop_s = settings.gateway.drain_s + STOP_MARGIN_S
 
     def worker(number: int) -> Child:
         name = f"{settings.gateway.id}-{number}"
@@ -39,7 +41,7 @@ def workers(settings: Settings, port: int, flags: Sequence[str]) -> list[Child]:
             output = lines.with_suffix(".out")
             own += assignment("log.file", str(lines.relative_to(settings.log.dir)))
         argv = [*service_command("gateway"), *flags, *own, *worker_flag(number)]
-        return Child(name, argv, lines, output, 0, STOP_S, settings.mesh.watchdog_s)
+        return Child(name, argv, lines, output, 0, stop_s, settings.mesh.watchdog_s)
 
     return [worker(number) for number in range(settings.gateway.workers)]
 

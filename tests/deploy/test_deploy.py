@@ -73,6 +73,14 @@ def test_engines_outlive_their_drain() -> None:
     assert int(re.findall(r"^stopwaitsecs=(\d+)$", supervisord, re.M)[0]) > Settings().engine.drain_s
 
 
+def test_gateways_outlive_their_drain() -> None:
+    drain_s = Settings().gateway.drain_s
+    text = (DEPLOY / "systemd" / "microserve-gateway.service").read_text()
+    assert int(re.findall(r"^TimeoutStopSec=(\d+)$", text, re.M)[0]) > drain_s
+    supervisord = (DEPLOY / "supervisord.conf").read_text().partition("[program:gateway]")[2]
+    assert int(re.findall(r"^stopwaitsecs=(\d+)$", supervisord, re.M)[0]) > drain_s
+
+
 def test_supervisord_leaves_a_drained_service_stopped_as_systemd_does() -> None:
     """Exit code 0: asked to leave; 2: a wrong setting. Neither is started again."""
     supervisord = configparser.RawConfigParser(inline_comment_prefixes=(";",))

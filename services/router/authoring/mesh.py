@@ -120,8 +120,14 @@ class Mesh(MeshView):
         able = self._able(request, label, can)
         labelled = [self._engine(connection) for connection in self._labelled(able, label, strict)]
         candidates = [e for e in labelled if e not in exclude]
+        if label in _ROLES and not strict and exclude:
+            # No KV would go between the two: one engine for both serves better.
+            candidates = [e for e in candidates if not _is_stranger(e, exclude)]
         if not candidates and not strict:
-            candidates = [e for e in map(self._engine, able) if e not in exclude] or labelled
+            others = [e for e in map(self._engine, able) if e not in exclude]
+            if label in _ROLES:
+                others = [e for e in others if not _is_stranger(e, exclude)]
+            candidates = others or [e for e in labelled if e in exclude] or labelled
         if not candidates:
             raise NoEngines(_nobody(label, strict), retry_after_s=RETRY_AFTER_S)
         names = {self._numerics} if self._numerics else {e.info.numerics.name for e in exclude}
@@ -327,3 +333,7 @@ def _fitting(
 
 def _nobody(label: str | None, strict: bool) -> str:
     return f"no engine with the label {label!r} is free to take it" if strict else "no engine is alive"
+
+
+def _is_stranger(engine: Engine, others: Collection[Engine]) -> bool:
+    return any(engine.info.is_stranger(other.info) for other in others)

@@ -77,9 +77,12 @@ class EngineFacts:
         return all(map(self.info.does, abilities))
 
     def keeps_kv_of(self, source: EngineFacts) -> bool:
-        """Would KV of ``source`` become prefix cache here? Not where one of the two exchanges none, or where
-        theirs differ in shape; and an exact numerics class keeps no other's."""
+        """Would KV of ``source`` become prefix cache here? Not where one of the two exchanges none, where
+        theirs differ in shape, or one is too old to say of which weights; an exact numerics class keeps no
+        other's."""
         own, other = self.info, source.info
+        if own.is_stranger(other):
+            return False
         if not (own.does(PREP_RECV) and other.does(REMOTE_SEND)) or difference(own.geometry, other.geometry):
             return False
         return not own.numerics.is_exact or own.numerics == other.numerics

@@ -49,11 +49,14 @@ class PrefixReplica:
         index = self._index
         what = (info.block_size, info.model, info.revision)
         if index is not None and (index.block_size, index.model, index.revision) != what:
-            if not info.exchanges_kv:
-                return  # its blocks are of another size than those of the mesh
+            others = [c for c, _ in self._feeds.values() if c.engine_id != info.engine_id]
+            is_older = not info.revision and any(info.is_stranger(c.info) for c in others)
+            if not info.exchanges_kv or is_older:
+                return  # its blocks have another size, or other names, than those of the mesh
             index = None
-            for other in [c for c, _ in self._feeds.values() if not c.info.exchanges_kv]:
-                self.ended(other)
+            for other in others:
+                if not other.info.exchanges_kv or info.is_stranger(other.info):
+                    self.ended(other)
         if index is None:
             index = self._index = PrefixIndex(
                 info.block_size, info.model, self._max_nbytes, revision=info.revision

@@ -226,8 +226,11 @@ class Registry:
             self._refuse(connection.info, error.detail)
             self._loop.call_later(self._settings.heartbeat_interval_s, self._return_to, engine_id)
             return
-        if connection.info.exchanges_kv or not any(c.info.exchanges_kv for c in self.joined()):
-            self.served = connection.info  # blocks of one that exchanges no KV are its own affair
+        others = [c.info for c in self.joined() if c is not connection]
+        if not any(info.exchanges_kv and not connection.info.exchanges_kv for info in others) and (
+            connection.info.revision or not any(map(connection.info.is_stranger, others))
+        ):  # blocks of one that exchanges no KV, or not with those that say more, are its own affair
+            self.served = connection.info
         self._refused.pop(engine_id, None)
         _logger.info(
             log.ENGINE_JOINED,

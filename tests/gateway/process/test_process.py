@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from microserve.gateway.server import DRAIN_S
 from microserve.protocol import log
+from microserve.protocol.settings.settings import Settings
 from tests.support.gateway.gateway_world import gateway_world, run
 
 pytestmark = pytest.mark.slow
@@ -133,7 +133,7 @@ def test_half_a_body_does_not_hold_up_a_stop(model: Path) -> None:
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 1" in answer and b'"code":"draining"' in answer
         assert process.wait(TIMEOUT_S) == 0
-        assert time.monotonic() - asked_at < DRAIN_S
+        assert time.monotonic() - asked_at < Settings().gateway.drain_s
 
 
 def test_a_gateway_that_is_killed_leaves_no_process(model: Path) -> None:

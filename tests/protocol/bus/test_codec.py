@@ -289,6 +289,19 @@ def test_any_bent_golden_is_a_message_or_a_violation(sample: tuple[Codec[Any], A
         assert codec.channel.name in violation.detail
 
 
+def test_another_version_is_named_whatever_its_header() -> None:
+    """A number behind it (WIRE.md 2.5), or what nobody has thought of yet, is not what is wrong."""
+    codec, message = MESSAGES[0]
+    header, body = codec.encode(message)
+    for more in (b"", bytes(8), bytes(20)):
+        with pytest.raises(
+            ProtocolViolation, match=f"wire version {WIRE_VERSION + 1}, expected {WIRE_VERSION}"
+        ):
+            codec.decode([bytes((WIRE_VERSION + 1, header[1])) + more, body])
+    with pytest.raises(ProtocolViolation, match="header of 0 bytes"):
+        codec.decode([b"", body])
+
+
 # --- tokens --------------------------------------------------------------------------------------------
 
 

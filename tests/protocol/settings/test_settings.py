@@ -263,6 +263,7 @@ MAY_BE_ZERO = {
     "engine.max_model_len": "the model's own",
     "kvcache.num_blocks": "by the memory that is left",
     "engine.drain_s": "stop at once",
+    "gateway.drain_s": "stop at once",
     "gateway.port": "any free port",
     "engine.metrics_port": "none",
     "router.metrics_port": "none",

@@ -181,13 +181,14 @@ def test_deregistered_life_does_not_return(members: Membership) -> None:
 def test_same_model_with_another_revision_or_layout_is_refused_naming_both(
     members: Membership, field: str, theirs: Any
 ) -> None:
-    members.register(make_info("e1"), 0.0)
+    own = make_info("e1", revision="r")
+    members.register(own, 0.0)
 
     with pytest.raises(InvalidRequest) as refused:
-        members.register(make_info("e2", **{field: theirs}), 0.0)
+        members.register(make_info("e2", **{"revision": "r", field: theirs}), 0.0)
 
     assert refused.value.field == field
-    for part in ("e1", "e2", repr(theirs), repr(getattr(make_info(), field))):
+    for part in ("e1", "e2", repr(theirs), repr(getattr(own, field))):
         assert part in refused.value.detail
     assert members.register(make_info("e2", model="other", **{field: theirs}), 0.0) is Admission.JOINED
 
@@ -208,7 +209,7 @@ def test_an_engine_that_exchanges_no_kv_may_have_other_blocks(members: Membershi
 
 def test_kv_of_another_shape_is_refused_by_the_field_that_differs(members: Membership) -> None:
     shape = Geometry("bfloat16", "rows", 16, 2, 1, 64)
-    members.register(make_info("e1", geometry=shape), 0.0)
+    members.register(make_info("e1", geometry=shape, revision="of bfloat16"), 0.0)
 
     with pytest.raises(InvalidRequest) as refused:
         other = msgspec.structs.replace(shape, dtype="float32")
@@ -235,6 +236,22 @@ def test_what_cannot_be_a_numerics_class_is_refused_by_name(members: Membership)
         with pytest.raises(InvalidRequest) as refused:
             members.register(make_info(numerics=numerics), 0.0)
         assert refused.value.field == "numerics"
+
+
+@pytest.mark.parametrize("first", ["", "r"])
+def test_an_engine_that_says_no_revision_is_let_in_beside_one_that_does(
+    members: Membership, first: str
+) -> None:
+    """A release of before said none, and laid its KV out otherwise: none goes between the two."""
+    second = "" if first else "r"
+    members.register(make_info(revision=first, layout_hash=f"of {first!r}"), 0.0)
+
+    joined = members.register(make_info("e2", revision=second, layout_hash=f"of {second!r}"), 0.0)
+
+    assert joined is Admission.JOINED
+    members.check_integrity()
+    with pytest.raises(InvalidRequest, match="revision"):
+        members.register(make_info("e3", revision="other"), 0.0)
 
 
 def test_other_wire_version_is_refused_naming_both(members: Membership) -> None:

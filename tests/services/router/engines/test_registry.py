@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 import structlog
@@ -176,13 +177,15 @@ async def test_an_older_list_does_not_undo_a_newer_one() -> None:
 
 @in_loop
 async def test_an_engine_that_does_not_fit_the_mesh_is_refused_and_said_once() -> None:
-    async with router_world("a") as world:
+    async with router_world() as world:
+        world.add_engine("a", revision="r")
+        await world.list_engines()
         with structlog.testing.capture_logs() as logs:
-            world.add_engine("b", model="another")
-            world.add_engine("c", layout_hash="another")
-            world.add_engine("d", block_size=32)
+            world.add_engine("b", revision="r", model="another")
+            world.add_engine("c", revision="r", layout_hash="another")
+            world.add_engine("d", revision="r", block_size=32)
             world.add_engine("f", revision="other weights")
-            world.add_engine("e")
+            world.add_engine("e", revision="r")
             world.index.set(engine.info for engine in world.engines.values())
             await eventually(lambda: joined(world) == {"a": 1, "e": 1}, "e joined")
             await world.beats(5)
@@ -191,7 +194,7 @@ async def test_an_engine_that_does_not_fit_the_mesh_is_refused_and_said_once() -
         assert "another model" in refused["b"]
         assert "another layout_hash" in refused["c"]
         assert "another block_size" in refused["d"]
-        assert refused["f"] == "engine f has another revision than the mesh: 'other weights', a has ''"
+        assert refused["f"] == "engine f has another revision than the mesh: 'other weights', a has 'r'"
         assert world.engines["b"].hellos == []
 
 
@@ -204,6 +207,31 @@ async def test_an_engine_that_exchanges_no_kv_joins_whatever_its_blocks() -> Non
         served, index = world.router.registry.served, world.router.prefixes.index
         assert served is not None and (served.engine_id, served.block_size) == ("a", BLOCK_SIZE)
         assert index is not None and index.block_size == BLOCK_SIZE
+
+
+@pytest.mark.parametrize("order", [("old", "new"), ("new", "old")])
+@in_loop
+async def test_an_engine_of_a_release_that_says_no_revision_serves_beside_one_that_does(
+    order: tuple[str, str],
+) -> None:
+    """What the mesh serves, and whose blocks are looked up, is of those that say more, whoever came first."""
+    kinds: dict[str, dict[str, Any]] = {"old": {"layout_hash": "before"}, "new": {"revision": "r"}}
+    async with router_world() as world:
+        for engine_id in order:
+            world.add_engine(engine_id, **kinds[engine_id])
+            await world.list_engines()
+        assert joined(world) == {"old": 1, "new": 1}
+        served, index = world.router.registry.served, world.router.prefixes.index
+        assert served is not None and served.engine_id == "new"
+        assert index is not None and index.revision == "r"
+        assert [engine_id for engine_id, _ in world.router.prefixes.feeds()] == ["new"]
+        for strategy in ("data_parallel", "disaggregated", "balanced", "cache_aware", "migrate"):
+            for _ in range(4):
+                answer = await world.gateway.generate(PROMPT, strategy=strategy)
+                assert answer.token_ids == expected_output(4)
+        for engine_id, engine in world.engines.items():
+            receivers = {send.grant.engine_id for send in engine.of(wire.RemoteSend)}
+            assert receivers <= {engine_id}, "no KV goes to the other"
 
 
 @in_loop
