@@ -21,6 +21,7 @@ from microserve.gateway.view.forms import (
     KeyForm,
     KeysForm,
     MeshForm,
+    PhaseForm,
     RequestDetail,
     StrategiesForm,
 )
@@ -80,9 +81,12 @@ async def request(state: GatewayState, exchange: Exchange) -> None:
     records = [named(each) for said in told for each in said.found]
     if form is None and not records:
         raise NotKept(f"no request {wanted[:128]!r} is remembered here", field="request_id")
-    await _reply(
-        exchange, RequestDetail(form, [] if form is None or not form.at else timeline(form), records, silent)
-    )
+    parts: list[PhaseForm] = []
+    if form is not None and form.at:
+        found = (each for said in told for each in said.found if each.request_id == form.id)
+        attempts = next((each.attempts for each in found), [])
+        parts = timeline(form, attempts[-1] if attempts else None)
+    await _reply(exchange, RequestDetail(form, parts, records, silent))
 
 
 async def strategies(state: GatewayState, exchange: Exchange) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import msgspec
 
 from microserve.gateway.view.forms import PhaseForm, RequestForm
+from microserve.protocol.messages.strategy.decisions import Attempt
 from microserve.protocol.request_id import is_named
 
 KEPT_S = 900.0
@@ -104,12 +105,17 @@ def is_called(form: RequestForm, wanted: str) -> bool:
     return form.http_id == wanted or is_named(form.id, wanted)
 
 
-def timeline(form: RequestForm) -> list[PhaseForm]:
-    """Its phases one after the other; they add up to ``wall_s`` as the canonical line's do."""
+def timeline(form: RequestForm, last_attempt: Attempt | None = None) -> list[PhaseForm]:
+    """Its phases one after the other; they add up to ``wall_s`` as the canonical line's do. ``last_attempt``:
+    as a router remembers it: a line has engines in the order of their use, and not who generated."""
     begin_s = 0.0
     parts: list[PhaseForm] = []
     last = form.engines[-1] if form.engines else ""
     first = form.engines[0] if form.engines else ""
+    if last_attempt is not None and last_attempt.engine_id:
+        last = first = last_attempt.engine_id
+        if last_attempt.sends:
+            first = last_attempt.sends[0].source
     places = {
         "granted": last,
         "prefilled": first,

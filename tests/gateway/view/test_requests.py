@@ -21,6 +21,7 @@ from microserve.gateway.view.query import MAX_LIMIT, ORDERS, Query, query_of
 from microserve.gateway.view.requests import KEPT_S, Kept, Requests, timeline
 from microserve.gateway.view.view import View
 from microserve.protocol.errors import InvalidRequest
+from microserve.protocol.messages.strategy.decisions import Attempt, SendSeen
 from tests.support.examples import examples
 from tests.support.gateway.view_forms import request_form
 
@@ -94,6 +95,32 @@ def test_the_timeline_has_no_gap_and_adds_up() -> None:
     for before, after in itertools.pairwise(parts):
         assert after.begin_s == pytest.approx(before.begin_s + before.seconds)
     assert sum(part.seconds for part in parts) == pytest.approx(1.0)
+
+
+def test_a_timeline_says_who_generated_whoever_was_used_first() -> None:
+    """A strategy asks its receiver before its sender."""
+    phases = {"granted": 0.1, "prefilled": 0.2, "transferred": 0.3, "decoded": 0.4}
+    form = request_form("r", phases_s=phases, engines=["receiver", "sender"])
+    attempt = Attempt(
+        "balanced",
+        0,
+        0.0,
+        9,
+        {},
+        [],
+        [],
+        0,
+        [],
+        0,
+        [SendSeen("sender", "receiver", 0, 8)],
+        "receiver",
+        8,
+        False,
+    )
+    places = [part.where for part in timeline(form, attempt)]
+    assert places == ["receiver", "sender", "sender", "receiver"]
+    alone = msgspec.structs.replace(attempt, sends=[])
+    assert {part.where for part in timeline(form, alone)} == {"receiver"}
 
 
 def test_requests_are_chosen_and_sorted_as_asked() -> None:
