@@ -70,7 +70,7 @@ peers: $(VENV)/dev
 	@$(KERNELS)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m "peers and not vllm" --durations=0 tests/peers $(ARGS)
 
-# The page in a real browser: Debian's chromium, where there is one. ARGS='-m "page and not heavy"' without its endurance.
+# The page in a real browser: Debian's chromium, where there is one. MICROSERVE_PAGE_SOAK_S=600 for its endurance.
 page: $(VENV)/dev
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m page --durations=5 tests/page $(ARGS)
 

@@ -12,6 +12,12 @@ const SHAPES = { ready: "●", ok: "●", draining: "◐", refused: "▲", lost:
 export const State = ({ name }) =>
   html`<span class=${`state state-${name}`}><span aria-hidden="true">${SHAPES[name] ?? "■"}</span> ${name}</span>`;
 
+// A column's head; one that rows can be ordered by is a button, and says whether they are: { text, isOrder, order }.
+function Head({ head }) {
+  if (typeof head === "string") return html`<th scope="col">${head}</th>`;
+  return html`<th scope="col" aria-sort=${head.isOrder ? "descending" : "none"}><button type="button" class="order" onClick=${head.order}>${head.text}<span aria-hidden="true">${head.isOrder ? " ▼" : ""}</span></button></th>`;
+}
+
 // Rows under heads, of which MAX_ROWS are drawn; it scrolls by itself where the window is narrow, by keyboard too.
 export function Table({ label, heads, rows, empty = "none", more = 0, foot = null }) {
   const shown = rows.slice(0, MAX_ROWS);
@@ -19,7 +25,7 @@ export function Table({ label, heads, rows, empty = "none", more = 0, foot = nul
   return html`<div class="scroll" role="region" aria-label=${label} tabindex="0">
     <table>
       <caption class="hidden">${label}</caption>
-      <thead><tr>${heads.map((head) => html`<th scope="col">${head}</th>`)}</tr></thead>
+      <thead><tr>${heads.map((head) => html`<${Head} head=${head} />`)}</tr></thead>
       <tbody>
         ${shown.length
           ? shown.map(

@@ -59,6 +59,55 @@ def test_every_view_in_every_state(browser: Browser, name: str, scheme: Scheme, 
             assert wide <= width, f"{view} is {wide} px wide: tables scroll by themselves"
 
 
+def test_twice_as_large_all_of_it_is_read_without_scrolling_sideways(browser: Browser) -> None:
+    with (
+        planted(engine_dead()) as server,
+        opened(browser, server.address, zoom=2) as page,
+    ):
+        expect(page.locator(".link")).to_have_text("live")
+        for view in VIEWS:
+            go(page, view)
+            assert faults(page) == [], view
+            assert page.evaluate("document.documentElement.scrollWidth") <= 640, view
+
+
+def test_colours_of_the_reader_hide_nothing(browser: Browser) -> None:
+    """States are shapes and words, drawings keep their colours and have an edge, what is chosen is seen."""
+    with (
+        planted(engine_dead()) as server,
+        opened(browser, server.address, forced_colors=True) as page,
+    ):
+        expect(page.locator(".link")).to_have_text("live")
+        assert page.evaluate("matchMedia('(forced-colors: active)').matches")
+        for view in VIEWS:
+            go(page, view)
+            assert faults(page) == [], view
+        go(page, "mesh")
+        expect(page.get_by_text("✕ lost").first).to_be_visible()
+        style = "each => getComputedStyle(each)"
+        fills = page.locator(".part").evaluate_all(f"all => all.map({style}).map(each => each.fill)")
+        assert len(set(fills)) > 2, "blocks of each kind have a colour of their own"
+        edges = page.locator(".part").evaluate_all(f"all => all.map({style}).map(each => each.stroke)")
+        assert "none" not in edges
+        chosen = page.get_by_role("tab", selected=True).evaluate(f"each => ({style})(each).borderTopWidth")
+        assert chosen == "2px"
+
+
+def test_a_head_by_which_rows_are_ordered_says_so(browser: Browser) -> None:
+    with planted(busy()) as server, opened(browser, server.address) as page:
+        go(page, "requests")
+        ended = page.get_by_role("region", name="Requests that have ended")
+        ordered = ended.locator('th[aria-sort="descending"]')
+        expect(ordered).to_have_text("ended ▼")
+        with page.expect_request(lambda request: "order=slowest" in request.url):
+            ended.get_by_role("button", name="wall time").press("Enter")
+        expect(ordered).to_have_text("wall time ▼")
+        expect(page.get_by_label("order")).to_have_value("slowest")
+        page.get_by_label("order").select_option("first_token")
+        expect(ordered).to_have_text("first token ▼")
+        assert faults(page) == []
+
+
 def test_the_phases_of_a_request_add_up_and_it_says_why(browser: Browser) -> None:
     with planted(busy()) as server, opened(browser, server.address) as page:
         go(page, "requests/request-1")

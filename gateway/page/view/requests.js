@@ -6,6 +6,7 @@ import { clock, number, seconds } from "../words.js";
 
 const HEADS = ["request", "ended", "wall time", "first token", "tokens in (cached)", "out", "strategy", "engines", "end", "key"];
 const ORDERS = { newest: "newest first", slowest: "slowest first", first_token: "slowest first token" };
+const ORDERED_BY = { ended: "newest", "wall time": "slowest", "first token": "first_token" };
 const EVERY_S = 5;
 
 export const addressOf = (form) => `#/requests/${encodeURIComponent(form.id || form.http_id)}`;
@@ -36,6 +37,10 @@ export function Requests({ state, paused }) {
   const set = (name, value) => setQuery((last) => ({ ...last, [name]: value }));
   // The newest of all are in the feed; the gateway is asked for others only.
   const chosen = Object.entries(query).filter(([, value]) => value);
+  const heads = HEADS.map((text) => {
+    const order = ORDERED_BY[text];
+    return order ? { text, isOrder: query.order === order, order: () => set("order", order) } : text;
+  });
   const isPlain = chosen.length === 2 && query.order === "newest";
   const said = useAnswer(isPlain ? "" : `/view/requests?${new URLSearchParams(chosen)}`, { everyS: EVERY_S, paused });
   const ended = isPlain ? [...state.ended].reverse() : said.body?.ended;
@@ -57,6 +62,6 @@ export function Requests({ state, paused }) {
     </form>
     <${Trouble} error=${said.error} />
     ${said.body && html`<p class="quiet">${number(ended.length)} are as asked for, of ${number(said.body.num_kept)} that are kept</p>`}
-    ${ended && html`<${Table} label="Requests that have ended" heads=${HEADS} rows=${ended.slice(0, MAX_ROWS).map(rowOf)} more=${Math.max(0, ended.length - MAX_ROWS)} empty="none has ended, or none is as asked for" />`}
+    ${ended && html`<${Table} label="Requests that have ended" heads=${heads} rows=${ended.slice(0, MAX_ROWS).map(rowOf)} more=${Math.max(0, ended.length - MAX_ROWS)} empty="none has ended, or none is as asked for" />`}
   `;
 }

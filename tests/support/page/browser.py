@@ -33,12 +33,22 @@ def chromium() -> Iterator[Browser]:
 
 @contextmanager
 def opened(
-    browser: Browser, address: str, *, width: int = 1280, scheme: Scheme = "light", errors: bool = False
+    browser: Browser,
+    address: str,
+    *,
+    width: int = 1280,
+    scheme: Scheme = "light",
+    zoom: int = 1,
+    forced_colors: bool = False,
+    errors: bool = False,
 ) -> Iterator[Page]:
-    """The page in a context of its own. When it closes, nothing was asked of another origin; and nothing was
-    said on the console, unless ``errors`` are to come (of a server that is gone)."""
+    """The page in a context of its own; ``zoom``: as a reader's, for whom there are so many times fewer
+    pixels. When it closes, nothing was asked of another origin; and nothing was said on the console, unless
+    ``errors`` are to come (of a server that is gone)."""
     context = browser.new_context(
-        viewport={"width": width, "height": 900},
+        viewport={"width": width // zoom, "height": 900 // zoom},
+        device_scale_factor=zoom,
+        forced_colors="active" if forced_colors else "none",
         color_scheme=scheme,
         reduced_motion="reduce",
         locale="en-US",
