@@ -9,6 +9,8 @@ from microserve.services.engine.vllm.front.running import Running
 
 SHARE = 0.2
 """Of a new measurement in a mean."""
+LOOK_S = 0.02
+"""Between two looks at what the time goes to: each of many requests brings an output a step."""
 MIN_PREFILL_TOKENS = 16
 """Fewer say more about a step than about tokens."""
 
@@ -54,6 +56,8 @@ class Occupancy:
     def look(self, live: Collection[Running], awaiting_kv: Collection[Running], now: float) -> None:
         """``awaiting_kv``: of the ``live`` ones, those whose KV is on its way."""
         if self._looked_at is not None:
+            if now - self._looked_at < LOOK_S:
+                return
             self._now_in.spent(now - self._looked_at, now)
         self._looked_at = now
         computed = [each for each in live if not each.is_parked and each not in awaiting_kv]

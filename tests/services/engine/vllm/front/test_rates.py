@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from microserve.services.engine.vllm.front.rates import Occupancy
+from microserve.services.engine.vllm.front.rates import LOOK_S, Occupancy
 from microserve.services.engine.vllm.front.running import Running
 
 pytestmark = pytest.mark.quick
@@ -39,6 +39,8 @@ def test_time_counts_as_what_the_requests_of_then_needed() -> None:
     shares = [share.at(now) for share in (occupancy.decode, occupancy.transfer, occupancy.idle)]
     assert shares[0] < shares[1] < shares[2]
     assert 0.0 < sum(shares) < 1.0, "the rest was prefill, and the time before"
+    occupancy.look(live(new), live(), now + LOOK_S / 2)
+    assert occupancy.idle.at(now) == shares[2], "so soon nothing is looked at again"
     for _ in range(20):
         now += 5.0
         occupancy.look([], [], now)
