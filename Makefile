@@ -25,7 +25,7 @@ MOVED := $(if $(TORCH),moved,$(shell [ ! -e '$(VENV)/installed' ] || [ "$$(cat '
 	echo moved))
 
 .PHONY: help
-.PHONY: moved install up vllm quick test heavy clients peers hosts page test-vllm check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
+.PHONY: moved install up vllm quick test heavy clients peers hosts page boards test-vllm check fmt bench bench-quick exactness conformance simulate mutations chaos hurt swaps soak extras wheel hooks clean
 
 # A whole mesh on this machine, and a first answer: all that it needs is made first.
 up: $(VENV)/installed
@@ -51,12 +51,12 @@ quick: $(VENV)/dev
 # All but the endurance of `make heavy`, in less than nine minutes.
 test: $(VENV)/dev
 	@$(KERNELS)
-	$(PYTEST) -m "not heavy and not clients and not peers and not hosts and not vllm and not page" $(ARGS)
+	$(PYTEST) -m "not heavy and not clients and not peers and not hosts and not vllm and not page and not boards" $(ARGS)
 
 # The long tests: exactness of the demo model, freezes, chaos, hostile strategies, days of virtual time.
 heavy: $(VENV)/dev
 	@$(KERNELS)
-	$(PYTEST) -m "heavy and not page" $(ARGS)
+	$(PYTEST) -m "heavy and not page and not boards" $(ARGS)
 
 # Other people's clients, unmodified, each in an environment of its own that is made once: docs/clients.md.
 # CLIENT=litellm for one of them.
@@ -73,6 +73,12 @@ peers: $(VENV)/dev
 # The page in a real browser: Debian's chromium, where there is one. MICROSERVE_PAGE_SOAK_S=600 for its endurance.
 page: $(VENV)/dev
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m page --durations=5 tests/page $(ARGS)
+
+# Boards and alerts on a real mesh by a real Prometheus: the one that is installed, or Debian's, unpacked below .venv where apt is.
+boards: $(VENV)/dev
+	@$(KERNELS)
+	@$(BIN)/python tooling/prometheus.py --into '$(VENV)/prometheus'
+	PATH="$$PATH:$(abspath $(VENV))/prometheus/usr/bin" PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m boards --durations=5 tests/boards $(ARGS)
 
 # vLLM's own engines: what needs its environment. ARGS="tests/services/engine/vllm" for a part of it,
 # ARGS='-m "vllm and not slow and not heavy"' without the tests that start engines again and again.

@@ -38,7 +38,7 @@ QUICK = (
 )
 """What guards state and wire: rooms and files of ``-m quick``, the floor of every change. Files there about
 crowds, endurance or processes are marked ``slow``."""
-ROOMS = ("system", "gpu", "simulation", "clients", "hosts", "peers", "page")
+ROOMS = ("system", "gpu", "simulation", "clients", "hosts", "peers", "page", "boards")
 """All that lies in such a room is marked with its name."""
 
 
