@@ -95,7 +95,7 @@ def test_every_setting_that_a_page_names_exists() -> None:
     sections = "|".join({section for section, _ in settings()} - {"mesh"})  # mesh.pick is a strategy's
     for page in [*PAGES, ROOT / "protocol/WIRE.md"]:
         found = set(re.findall(rf"`((?:{sections})\.[a-z_]+)(?: ?=[^`]*)?`", page.read_text()))
-        files = {each for each in found if each.endswith((".py", ".md", ".toml", ".started"))}
+        files = {each for each in found if each.endswith((".py", ".md", ".toml", ".yaml", ".started"))}
         events = {each for each in found if each in (ROOT / "protocol/log.py").read_text()}
         strategies = {each for each in found if each.startswith("router.strategies")}
         assert found - files - events - strategies <= known, page.name
