@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +92,10 @@ class Load:
 
 
 def make_mesh(model: Path, directory: Path, release: Path, old: set[str]) -> MixedMesh:
-    settings = ["model.dtype=float32", "engine.cpu_kernels=transformers", "gateway.drain_s=60"]
+    settings = [
+        *("model.dtype=float32", "engine.cpu_kernels=transformers", "gateway.drain_s=60"),
+        f"index.control_path={directory / 'control.db'}",
+    ]
     return MixedMesh(
         model,
         directory,
@@ -161,14 +167,28 @@ async def roll(mesh: MixedMesh, order: list[str], load: Load, *, to_old: bool) -
             await loading
 
 
+def label(mesh: MixedMesh, *words: str) -> str:
+    """What ``microserve label`` says, of this release's."""
+    command = [sys.executable, "-P", "-m", "microserve.services", "label", *words]
+    command += ["--index", mesh.index_address]
+    environment = {**os.environ, "MICROSERVE_BUS__INSECURE": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def test_up_and_back_under_load(tiny_model: Path, tmp_path: Path, release: Path) -> None:
     with make_mesh(tiny_model, tmp_path, release, set(ORDER)) as mesh:
         mesh.start("gateway-1")
         load = Load(tiny_model.name, [mesh.gateway_ports[name] for name in ("gateway", "gateway-1")])
 
+        label(mesh, "engine-0", "prefill", "decode", "of-before")
         asyncio.run(roll(mesh, ORDER, load, to_old=False))
         assert not mesh.old
+        assert "of-before" in label(mesh, "--list")
+        label(mesh, "engine-0", "prefill", "decode", "of-today")
         num_up = load.num_answers
         asyncio.run(roll(mesh, ORDER[::-1], load, to_old=True))
+        assert "of-today" in label(mesh, "--list")
 
         print(f"{num_up} answers on the way up, {load.num_answers - num_up} on the way back, all right")
