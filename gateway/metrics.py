@@ -20,6 +20,7 @@ from microserve.gateway.keys.usage import Counts
 from microserve.protocol.messages.router import Ended
 from microserve.protocol.metrics.family import Family
 from microserve.protocol.metrics.histogram import Histogram
+from microserve.protocol.metrics.lag import LoopLag
 from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.metrics.strategies import StrategyAccount
 from microserve.protocol.metrics.table import common
@@ -80,6 +81,7 @@ class GatewayMetrics:
         self._calls = {"read": 0, "unread": 0}
         self._by_strategy = StrategyAccount(table.BY_STRATEGY)
         self._cpu_s = {"copy": 0.0, "text": 0.0}
+        self.lag = LoopLag()
         self._making = asyncio.Lock()
         self._text: dict[bool, tuple[float, bytes]] = {}
 
@@ -179,6 +181,7 @@ class GatewayMetrics:
         readings.add(common.BUS_FAILED, seen.bus_failed)
         readings.add_each(common.LOG_DROPPED, seen.log_dropped)
         readings.add(common.LOG_LEFT_OUT, seen.log_left_out)
+        readings.add(common.LOOP_LAG, self.lag.late)
         for name, family in table.KEY_COUNTS.items():
             readings.add_each(family, {key: getattr(each, name) for key, each in seen.keys.items() if key})
         readings.add_each(table.KEY_STREAMS, {key: num for key, num in seen.key_streams.items() if key})

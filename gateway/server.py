@@ -185,6 +185,8 @@ async def _serve(
         if reader is not None:
             _watch_keys(stack, state, reader, plain)
         lifecycle.on_reload(lambda new: _reload(new, state.keys, plain, reader, certificate))
+        lag = asyncio.create_task(state.metrics.lag.watch(), name="loop lag")
+        stack.callback(lag.cancel)
         beating = state.routers.start()
         server = make_server(
             with_cors(Application(state), gateway.cors_origins),

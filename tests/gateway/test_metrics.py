@@ -53,11 +53,13 @@ def make() -> tuple[GatewayMetrics, list[float]]:
     metrics.answered(200, "ok", 1.5)
     metrics.answered(400, "invalid_request", 0.1)
     metrics.disconnected("prefill")
+    metrics.lag.late.observe(0.002)
     return metrics, clock
 
 
 def test_everything_is_counted() -> None:
     text = text_of(make()[0])
+    assert value(text, "microserve_loop_lag_seconds_count") == 1
     assert value(text, "microserve_prompt_tokens_total", model_name="m") == 7
     assert value(text, "microserve_generation_tokens_total", model_name="m") == 5
     assert value(text, "microserve_request_success_total", model_name="m", finished_reason="stop") == 1
