@@ -3,7 +3,7 @@
 import { html, render, useEffect, useMemo, useReducer, useRef, useState } from "./vendor/htm-preact.module.js";
 import { keepKey, keyOfTab } from "./api.js";
 import { Feed } from "./feed.js";
-import { Health } from "./view/health.js";
+import { CheckLight, Health } from "./view/health.js";
 import { Keys } from "./view/keys.js";
 import { Mesh } from "./view/mesh.js";
 import { Request } from "./view/request.js";
@@ -133,6 +133,7 @@ function App() {
     <header>
       <h1>MicroServe</h1>
       <${Link} feed=${feed} />
+      ${feed.state && html`<${CheckLight} health=${feed.state.health} at=${feed.state.at} />`}
       <button type="button" aria-pressed=${String(paused)} onClick=${() => (paused ? feed.start() : feed.stop("paused"))}>Pause</button>
       ${keyOfTab() && html`<button type="button" onClick=${leave}>Forget key</button>`}
       <${Tabs} open=${route.tab} />

@@ -39,6 +39,9 @@ MAX_HISTORY = 200
 SNAPSHOT_ENDED = 200
 MAX_NAME_CHARS = 256
 
+_WHY_DIFFERS = "a self-check found that their answers differ: no KV goes from the one to the other"
+_WHY_ALONE = "a self-check found that its answer with its own cache differs: it exchanges KV with nobody"
+
 T = TypeVar("T")
 
 
@@ -151,6 +154,9 @@ def health_of(state: GatewayState) -> HealthForm:
     for engine in view.mesh.engines():
         if engine.state in ("lost", "refused"):
             alarms.append(AlarmForm(f"engine.{engine.state}", engine.id, engine.detail))
+    for pair in view.mesh.suspects:
+        subject = f"{pair.source} → {pair.target}" if pair.target else pair.source
+        alarms.append(AlarmForm("check.differs", subject, _WHY_DIFFERS if pair.target else _WHY_ALONE))
     is_ready = state.routers.ready and not state.draining
     if not is_ready:
         alarms.append(AlarmForm("gateway.not_ready", "gateway", "no request can be served here now"))
@@ -160,7 +166,7 @@ def health_of(state: GatewayState) -> HealthForm:
         ready=is_ready,
         draining=state.draining,
         alarms=alarms,
-        checks=[],
+        checks=view.mesh.checks(),
         limits={"streams": state.num_choices, "max_streams": state.max_choices},
     )
 

@@ -227,6 +227,28 @@ class AlarmForm(msgspec.Struct, frozen=True):
     text: str
 
 
+class CheckForm(msgspec.Struct, frozen=True):
+    """The last self-check of one pair of engines."""
+
+    source: str
+    target: str
+    """Empty: the source alone."""
+    outcome: str
+    """``equal``, ``differs`` or ``unfinished``, which says nothing."""
+    differs: str
+    """Which answer is not as the cold one: ``cached`` or ``transferred``."""
+    compared: str
+    """``bits``, or ``tokens`` where the class promises no bits."""
+    code: str
+    """Why it is unfinished."""
+    at: float
+    """When it was over."""
+    took_s: float
+    tokens: int
+    """Computed for it."""
+    router: str
+
+
 class HealthForm(msgspec.Struct, frozen=True):
     """``/view/health``."""
 
@@ -236,7 +258,7 @@ class HealthForm(msgspec.Struct, frozen=True):
     draining: bool
     alarms: list[AlarmForm]
     """Empty: nothing is known to be wrong."""
-    checks: list[dict[str, Any]]
-    """What the routers' self-checks have found, by pair of engines."""
+    checks: list[CheckForm]
+    """What the routers' self-checks have found, by pair of engines: those that differ, then the newest."""
     limits: dict[str, int]
     """Of this gateway: streams and their bound, and so on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TypeVar
@@ -38,7 +39,7 @@ from microserve.protocol.messages.strategy.decisions import Asked, Explain, Expl
 from microserve.protocol.process.surviving import surviving
 
 REPORT_S = 5.0
-"""Between two questions about engines that are missing."""
+"""Between two questions about engines that are missing, and about self-checks."""
 CALL_S = 2.0
 REPEAT_S = 0.5
 ANSWERS_S = 0.5
@@ -61,10 +62,12 @@ class IndexLink:
         gateway_id: str,
         interval_s: float,
         clock: Callable[[], float],
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._watch = INDEX_REQUEST.encode(Watch(f"view of {gateway_id}"))
         self._mesh = mesh
         self._clock = clock
+        self._wall_clock = wall_clock
         self._interval_s = interval_s
         self._address = address
         self._ids = itertools.count(1)
@@ -88,7 +91,9 @@ class IndexLink:
     async def _ask_for_missing(self) -> None:
         while True:
             with surviving("view of who is missing"), suppress(DeadlineExceeded):
-                self._mesh.take_missing((await self.report()).missing)
+                report = await self.report()
+                self._mesh.take_missing(report.missing)
+                self._mesh.take_checks(report.checks, self._wall_clock())
             await asyncio.sleep(REPORT_S)
 
     def close(self) -> None:

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from itertools import permutations
 from urllib.parse import urlsplit
 
-from microserve.gateway.view.forms import EngineForm, LoadForm, PairForm
+from microserve.gateway.view.forms import CheckForm, EngineForm, LoadForm, PairForm
 from microserve.gateway.view.history import History
+from microserve.protocol.messages.check import PairCheck, Suspect
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.engine_info import ABILITIES, EngineInfo
 from microserve.protocol.messages.index import Member, Members, MissingEngine
@@ -26,6 +27,9 @@ class Mesh:
         self._silence_s = silence_s
         self._members: dict[str, Member] = {}
         self._missing: Sequence[MissingEngine] = ()
+        self._checks: list[CheckForm] = []
+        self.suspects: Sequence[Suspect] = ()
+        """Between which no KV goes."""
         self._labels: dict[str, list[str]] = {}
         self._heard_at: float | None = None
         self._life = (0, -1)
@@ -37,11 +41,34 @@ class Mesh:
             return
         self._life = (message.index_incarnation, message.version)
         self._members = {each.info.engine_id: each for each in message.members}
+        self.suspects = message.suspects
         for member in message.members:
             self.history.add(member.info.engine_id, load_form(member.info, member.load), now)
 
     def take_missing(self, missing: Sequence[MissingEngine]) -> None:
         self._missing = missing
+
+    def take_checks(self, checks: Sequence[PairCheck], wall_s: float) -> None:
+        """What the index reports of self-checks. A check's time stays what it was when it was heard first."""
+        known = {(each.source, each.target, each.router, each.took_s): each.at for each in self._checks}
+        self._checks = [
+            CheckForm(
+                source=each.source,
+                target=each.target,
+                outcome=each.outcome,
+                differs=each.differs,
+                compared=each.compared,
+                code=each.code,
+                at=known.get((*each.pair, each.router_id, each.took_s), wall_s - each.age_s),
+                took_s=each.took_s,
+                tokens=each.num_tokens,
+                router=each.router_id,
+            )
+            for each in checks
+        ]
+
+    def checks(self) -> list[CheckForm]:
+        return self._checks
 
     def take_labels(self, labels: Iterable[EngineLabels]) -> None:
         """Those that an operator has given."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from microserve.protocol.messages import world as worlds
+from microserve.protocol.messages.check import PairCheck, Suspect
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.messages.host import UNSAID_HOST, HostFacts
 from microserve.protocol.messages.strategy import control, decisions
@@ -72,6 +73,8 @@ class Watch(_Message, frozen=True, tag=4):
     """Of its software."""
     host: HostFacts = UNSAID_HOST
     """Of its process and machine."""
+    checks: list[PairCheck] = []
+    """The last that it made, repeated: those that found a difference, and the newest."""
 
 
 class Lookup(_Message, frozen=True, tag=5):
@@ -134,6 +137,10 @@ class Members(_Message, frozen=True, tag=3):
     members: list[Member]
     paced: bool = False
     """It knows ``Watch.next_s``."""
+    suspects: list[Suspect] = []
+    """Between which no KV goes, because of what routers' checks have found."""
+    routers: list[str] = []
+    """By name, those that watch; they share the checks among them. Empty: it knows of no checks."""
 
 
 class Matches(_Message, frozen=True, tag=4):
@@ -170,6 +177,8 @@ class IndexReport(_Message, frozen=True, tag=5):
     """Public keys (Z85) that were turned away at the door, and the seconds since."""
     host: HostFacts = UNSAID_HOST
     """Of the index's process and machine."""
+    checks: list[PairCheck] = []
+    """The last of each pair of members: those that found a difference first, then the newest."""
 
 
 class IndexFailed(_Message, frozen=True, tag=6):

@@ -96,6 +96,10 @@ class RouterSettings(Section, frozen=True):
     """A strategy that for so long waits for no engine and yields nothing is given up for plain service."""
     strategy_budget_s: Positive = 0.1
     """Longest time between two ``await`` of a strategy; a version that often needs more is taken back."""
+    check_interval_s: PositiveOrZero = 60.0
+    """So often one pair of engines in the mesh is asked a small prompt cold, cached and with KV transferred,
+    whatever the number of routers; answers that differ take the pair out of use. 0: this router checks
+    none."""
     index_max_mb: Count = 256
     record_requests: CountOrZero = 10_000
     """Of so many it is remembered what their strategy saw and chose (``microserve explain``); 0: of none."""

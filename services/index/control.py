@@ -189,6 +189,11 @@ class ControlDesk:
         return self._log.fold.version
 
     @property
+    def routers(self) -> list[str]:
+        """By name, each once."""
+        return sorted({router.router_id for router in self._routers.values()})
+
+    @property
     def is_durable(self) -> bool:
         """The log survives the index."""
         return self._log.is_durable

@@ -10,6 +10,7 @@ from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.metrics.service import read_service
 from microserve.protocol.metrics.table import index as table
 from microserve.protocol.process.version import own_version
+from microserve.services.index.checks import CheckDesk
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.membership import Membership
 from microserve.services.index.missing import Missing
@@ -24,6 +25,7 @@ def read_index(
     prefixes: PrefixIndexes,
     feeds: Mapping[str, Feed],
     control: ControlDesk,
+    checks: CheckDesk,
     now: float,
 ) -> None:
     models = Counter(member.info.model for member in membership.members())
@@ -39,6 +41,7 @@ def read_index(
     readings.add(table.CONTROL_VERSION, control.version)
     readings.add(table.CONTROL_DURABLE, control.is_durable)
     readings.add(table.BEHIND, control.num_behind)
+    readings.add(table.SUSPECTS, len(checks.suspects()))
 
 
 def counted(feed: Feed) -> dict[str, int]:

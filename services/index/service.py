@@ -48,6 +48,7 @@ from microserve.protocol.process.tick import at_rest
 from microserve.protocol.security import rights
 from microserve.protocol.security.rights import Entrance, Role
 from microserve.protocol.settings.settings import BusSettings, Settings
+from microserve.services.index.checks import CheckDesk
 from microserve.services.index.control import ControlDesk
 from microserve.services.index.control_log import ControlLog, open_control_log
 from microserve.services.index.foreign import foreign_engines
@@ -117,6 +118,7 @@ class IndexService:
             silence_s=self._silence_s,
         )
         self.questions = QuestionDesk(self._answer)
+        self.checks = CheckDesk()
         self.pace = Pace(settings.heartbeat_interval_s, settings.liveness, self._is_busy, calm_s=0.0)
         self.control = ControlDesk(control_log or ControlLog(), self._answer, may_publish=may_publish)
         try:
@@ -153,7 +155,7 @@ class IndexService:
             self._missing.lost(info, loss, now)
             _logger.warning(log.ENGINE_LOST, engine_id=info.engine_id, reason=loss.value)
             self._forget(info.engine_id)
-        if lost:
+        if self.checks.expire(self._membership.info, now) or lost:
             self._publish()
         for watcher, _ in self._watchers.expire(now, next_s):
             self._forget_watcher(watcher.key)
@@ -208,6 +210,8 @@ class IndexService:
             case wire.Watch():
                 if message.control_version >= 0:
                     rights.check(self._socket.sender_roles, rights.APPLY_CONTROL)
+                    if self.checks.take(message.watcher_id, message.checks, now):
+                        self._publish()
                 self._watch(peer, now, message.next_s)
                 self.control.watch(peer, message)
                 self.questions.watch(peer, message)
@@ -305,8 +309,9 @@ class IndexService:
         self._answer(peer, self._members())
 
     def _members(self) -> wire.Members:
-        members = self._membership.members()
-        return wire.Members(self.incarnation, self._membership.version, members, paced=True)
+        version, members = self._membership.version, self._membership.members()
+        suspects, routers = self.checks.suspects(), self.control.routers
+        return wire.Members(self.incarnation, version, members, True, suspects, routers)
 
     def _publish(self) -> None:
         """Tell every watcher who is in; one that cannot be told watches again when it is back."""
@@ -340,6 +345,7 @@ class IndexService:
             num_blocks=self._prefixes.num_blocks,
             nbytes=self._prefixes.nbytes,
             counters=dict(counters) | {"watchers": len(self._watchers)},
+            checks=self.checks.report(self._membership.info, self._loop.time()),
         )
         return self._missing.told_in(report, self._bus, self._loop.time())
 
@@ -347,7 +353,8 @@ class IndexService:
         """What is measured here, as it is now."""
         readings, now = Readings(), self._loop.time()
         readings.add(WATCHERS, len(self._watchers))
-        read_index(readings, self._membership, self._missing, self._prefixes, self._feeds, self.control, now)
+        held = self._missing, self._prefixes, self._feeds, self.control, self.checks
+        read_index(readings, self._membership, *held, now)
         read_counters(readings, counters_of(self.counters, self._feeds.values(), self._prefixes), self._bus)
         return readings
 

@@ -9,7 +9,7 @@ request holds (scope.py does).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, assert_never
@@ -87,6 +87,8 @@ class EngineConnection:
         """Requests that use this engine (scope.py keeps it)."""
         self.is_leaving = False
         """Not to be used by new requests."""
+        self.barred: Collection[str] = frozenset()
+        """Engines to which it may send no KV, by what checks have found; the registry keeps it."""
         self.streams = TokenStreams()
         self._identity = identity
         self._interval_s = settings.heartbeat_interval_s

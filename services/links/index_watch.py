@@ -20,6 +20,7 @@ from microserve.protocol.bus.peers import SIGNS
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages import index, world
+from microserve.protocol.messages.check import PairCheck, Suspect
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.host import HostFacts
 from microserve.protocol.messages.strategy import control, decisions
@@ -41,6 +42,14 @@ class Watcher(Protocol):
 
     def take_members(self, infos: list[EngineInfo], *, is_first: bool) -> None:
         """``is_first``: of this life of the index, so that who is missing may only not be back yet."""
+        ...
+
+    def take_suspects(self, suspects: list[Suspect], routers: list[str], *, is_first: bool) -> None:
+        """Between whom no KV goes, and who shares the checks (WIRE.md 6.8). ``is_first`` as above."""
+        ...
+
+    def checks(self) -> list[PairCheck]:
+        """Those of :meth:`watch`, with their ages of now."""
         ...
 
     def take_control(self, state: control.ControlState) -> None:
@@ -121,7 +130,8 @@ class IndexWatch:
 
     def _say(self, watch: index.Watch) -> None:
         self._said, self._said_at = INDEX_REQUEST.encode(watch), self._loop.time()
-        self._socket.send(INDEX_REQUEST.encode(msgspec.structs.replace(watch, host=self._host())))
+        aged = msgspec.structs.replace(watch, host=self._host(), checks=self._watcher.checks())
+        self._socket.send(INDEX_REQUEST.encode(aged))
 
     def _receive(self, frames: list[bytes]) -> None:
         try:
@@ -168,3 +178,4 @@ class IndexWatch:
         if members.version >= self._version:
             self._version = members.version
             self._watcher.take_members([member.info for member in members.members], is_first=is_first)
+            self._watcher.take_suspects(members.suspects, members.routers, is_first=is_first)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from microserve.protocol.bus.transport import Bus
+from microserve.protocol.messages.check import OUTCOMES
 from microserve.protocol.metrics.readings import Readings
 from microserve.protocol.metrics.service import read_service
 from microserve.protocol.metrics.table import router as table
 from microserve.protocol.process.version import own_version
 from microserve.protocol.settings.settings import RouterSettings
+from microserve.services.router.check.check import SelfCheck
 from microserve.services.router.engines.load import Links
 from microserve.services.router.engines.prefix import PrefixReplica
 from microserve.services.router.engines.registry import Registry
@@ -30,6 +32,7 @@ def router_readings(
     strategies: StrategyBook,
     control: StrategyControl,
     gateways: Gateways,
+    check: SelfCheck,
 ) -> Readings:
     readings = Readings({"router": router_id})
     readings.add(table.INFO, 1, own_version(), settings.default_strategy)
@@ -44,8 +47,20 @@ def router_readings(
     _read_prefixes(readings, prefixes)
     _read_links(readings, serving.book.links)
     _read_strategies(readings, strategies, control)
+    _read_checks(readings, check)
     read_service(readings, bus)
     return readings
+
+
+def _read_checks(readings: Readings, check: SelfCheck) -> None:
+    book = check.book
+    counts = {outcome: book.num_by_outcome[outcome] for outcome in OUTCOMES}
+    readings.add_each(table.CHECKS, counts | {"skipped": book.num_skipped})
+    readings.add(table.CHECK_SECONDS, book.took_s)
+    readings.add(table.CHECK_TOKENS, book.num_tokens)
+    if (age_s := check.age_s) is not None:
+        readings.add(table.CHECK_AGE, age_s)
+    readings.add(table.SUSPECTS, len(check.suspects))
 
 
 def _read_prefixes(readings: Readings, prefixes: PrefixReplica) -> None:

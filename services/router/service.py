@@ -13,6 +13,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import ConfigError, StrategyNotFound
+from microserve.protocol.messages.check import PairCheck, Suspect
 from microserve.protocol.messages.engine import EngineInfo
 from microserve.protocol.messages.index import Watch
 from microserve.protocol.messages.router import RouterHeartbeat, RouterWelcome
@@ -29,6 +30,7 @@ from microserve.services.links.engine import EngineConnection, RouterIdentity
 from microserve.services.links.index_watch import IndexWatch
 from microserve.services.router.authoring.definition import Strategy, load_file
 from microserve.services.router.authoring.driver import Driver
+from microserve.services.router.check.check import SelfCheck
 from microserve.services.router.engines.prefix import PrefixReplica
 from microserve.services.router.engines.registry import Registry
 from microserve.services.router.gateways import Gateways
@@ -122,6 +124,15 @@ class Router:
             on_decided=self.control.decided,
             shadow_seed=incarnation,
         )
+        self.check = SelfCheck(
+            settings.router.check_interval_s,
+            self.identity,
+            self.registry,
+            self.serving.book,
+            call_timeout_s=settings.router.call_timeout_s,
+            has_room=lambda: not self.serving.turnstile.num_waiting,
+            on_news=self.pace.stir,
+        )
         self.index = IndexWatch(bus, settings.index.address, settings.bus, self, self.pace)
         try:
             self.gateways = Gateways(
@@ -160,10 +171,18 @@ class Router:
             trials=control.trials.told(asyncio.get_running_loop().time()),
             gateways=self.gateways.urls,
             version=self._version,
+            checks=self.check.book.news(),
         )
+
+    def checks(self) -> list[PairCheck]:
+        return self.check.told()
 
     def take_members(self, infos: list[EngineInfo], *, is_first: bool) -> None:
         self.registry.take_members(infos, is_first=is_first)
+        self.check.look()
+
+    def take_suspects(self, suspects: list[Suspect], routers: list[str], *, is_first: bool) -> None:
+        self.check.take(suspects, routers, is_first=is_first)
 
     def take_control(self, state: ControlState) -> None:
         if self.control.apply(state):
@@ -191,6 +210,7 @@ class Router:
             self.strategies,
             self.control,
             self.gateways,
+            self.check,
         )
 
     # --- what follows from what --------------------------------------------------------------------
@@ -209,6 +229,7 @@ class Router:
                 tasks.create_task(self.index.run(), name="index watch")
                 tasks.create_task(self.registry.run(), name="registry")
                 tasks.create_task(self.gateways.run(), name="gateways")
+                tasks.create_task(self.check.run(), name="self-check")
                 lifecycle.ready(self.address)
                 try:
                     await asyncio.Event().wait()
@@ -231,6 +252,7 @@ class Router:
 
     def _evacuate(self, connection: EngineConnection) -> None:
         self.serving.evacuate(connection)
+        self.check.look()
 
     def _welcome(self) -> RouterWelcome:
         served = self.registry.served

@@ -59,6 +59,8 @@ class Shape:
     credit: int = 16
     lease_s: float = 2.0
     call_timeout_s: float = 3.0
+    check_interval_s: float = 0.0
+    """0: what happens in a world is what its schedule says, and no more."""
     drain_s: float = 3.0
     stuck_s: float = 3.0
     heartbeat_s: float = 0.25
@@ -320,6 +322,7 @@ class SimulatedMesh:
                 max_requests=shape.max_requests,
                 deadline_s=60.0,
                 call_timeout_s=shape.call_timeout_s,
+                check_interval_s=shape.check_interval_s,
                 index_max_mb=64,
             ),
         )

@@ -34,9 +34,13 @@ CONTROL_DURABLE = gauge("microserve_index_control_durable", "1 where the control
 BEHIND = gauge(
     "microserve_index_routers_behind", "Routers that have not applied the control log's last version."
 )
+SUSPECTS = gauge(
+    "microserve_index_suspects",
+    "Pairs of engines that exchange no KV because some router's check found that their answers differ.",
+)
 INFO = gauge("microserve_index_info", "1; what runs here.", "version")
 
 INDEX = (
     *(INFO, MEMBERS, MISSING, WATCHERS, BLOCKS, NBYTES, MAX_NBYTES, FEED_LIVE, FEED_SILENT, FEED_EVENTS),
-    *(JOINED, LOST, REFUSED, REJECTED, LOOKUPS, CONTROL_VERSION, CONTROL_DURABLE, BEHIND),
+    *(JOINED, LOST, REFUSED, REJECTED, LOOKUPS, CONTROL_VERSION, CONTROL_DURABLE, BEHIND, SUSPECTS),
 )

@@ -94,10 +94,27 @@ GATEWAYS = gauge("microserve_router_gateways", "Gateways that are connected.")
 RECORDS = gauge(
     "microserve_router_records", "Requests of which it is remembered why they went where they went."
 )
+CHECKS = counter(
+    "microserve_router_checks",
+    "Self-checks that this router made, by what came of them: `equal`, `differs`, `unfinished`, `skipped`.",
+    "outcome",
+)
+CHECK_SECONDS = counter("microserve_router_check_seconds", "That they took, in all.", unit="seconds")
+CHECK_TOKENS = counter("microserve_router_check_tokens", "That engines computed for them.", unit="tokens")
+CHECK_AGE = gauge(
+    "microserve_router_check_age_seconds",
+    "Since this router's last one that was brought to its end; none before that.",
+    unit="seconds",
+)
+SUSPECTS = gauge(
+    "microserve_router_suspects",
+    "Pairs of engines that exchange no KV because some router's check found that their answers differ.",
+)
 INFO = gauge("microserve_router_info", "1; what runs here.", "version", "default_strategy")
 
 ROUTER = (
     *(INFO, LIVE, MAX_LIVE, HELD_BACK, REFUSED, PHASES, PICKS, FAILOVERS, ALONE, MISTAKES, SLOW, VERSIONS),
     *(SHARES, SHADOW_DECISIONS, SHADOW_TTFT, CONTROL_VERSION, ENGINES, FEED_LIVE, FEED_SILENT, FEED_EVENTS),
-    *(INDEX_BLOCKS, INDEX_NBYTES, LINK_GOODPUT, GATEWAYS, RECORDS, *BY_STRATEGY.all),
+    *(INDEX_BLOCKS, INDEX_NBYTES, LINK_GOODPUT, GATEWAYS, RECORDS, CHECKS, CHECK_SECONDS),
+    *(CHECK_TOKENS, CHECK_AGE, SUSPECTS, *BY_STRATEGY.all),
 )

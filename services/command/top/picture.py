@@ -12,6 +12,7 @@ import msgspec
 
 from microserve.gateway.view.feed import Delta, Snapshot
 from microserve.gateway.view.forms import EngineForm, HealthForm, MeshForm, RequestForm, RequestsForm
+from microserve.protocol.messages.check import DIFFERS, UNFINISHED
 
 RATE_S = 60.0
 """Rates are of so long, or of as long as is known."""
@@ -36,6 +37,8 @@ class Summary(msgspec.Struct, frozen=True):
     hit_rate: float
     """Prompt tokens that were cached, of those of the requests that the rates are of; 0 to 1."""
     alarms: int
+    check: str = ""
+    """What self-checks have found, in a word and an age; empty: none has been made."""
 
 
 class Picture:
@@ -112,6 +115,7 @@ class Picture:
             kv_usage=used / (used + rest) if used + rest else 0.0,
             hit_rate=sum(form.cached_tokens for form in ended) / prompt if prompt else 0.0,
             alarms=len(self.health.alarms) if self.health is not None else 0,
+            check=check_light(self.health, self.at),
         )
 
     def _begin(
@@ -140,3 +144,12 @@ class Picture:
             self._known_since, _ = self._ended.popleft()
         while self._skipped and now - self._skipped[0][0] > RATE_S:
             self._skipped.popleft()
+
+
+def check_light(health: HealthForm | None, at: float) -> str:
+    """Of all pairs together: one that differs is wrong, whatever the others say. ``at``: now, wall clock."""
+    checks = [each for each in health.checks if each.outcome != UNFINISHED] if health is not None else []
+    if not checks:
+        return ""
+    word = "DIFFERS" if any(each.outcome == DIFFERS for each in checks) else "ok"
+    return f"{word} {max(0.0, at - max(each.at for each in checks)):.0f} s ago"

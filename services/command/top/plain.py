@@ -12,7 +12,7 @@ import msgspec
 from microserve.protocol.logging.printable import printable
 from microserve.services.command.top.column import Order, Row, Table, engine_rows, request_rows
 from microserve.services.command.top.picture import Picture, Summary
-from microserve.services.command.top.story import health_lines
+from microserve.services.command.top.story import alarm_lines
 
 NUM_REQUESTS = 10
 RIGHT_MARGIN = 2
@@ -22,7 +22,7 @@ def summary_line(summary: Summary) -> str:
     return (
         f"req/s {summary.requests_per_s:.1f}  tok/s {summary.tokens_per_s:.0f}  "
         f"run {summary.running}  wait {summary.waiting}  KV {summary.kv_usage:.0%}  "
-        f"hit {summary.hit_rate:.0%}  alarms {summary.alarms}"
+        f"hit {summary.hit_rate:.0%}  check {summary.check or 'none yet'}  alarms {summary.alarms}"
     )
 
 
@@ -39,7 +39,7 @@ def as_text(picture: Picture, url: str, now: float) -> str:
     if not picture.engines:
         lines.append("no engine is known" + ("" if picture.index_alive else ": the index is silent"))
     if summary.alarms:
-        lines += ["", *(line for line in health_lines(picture.health) if line.startswith("  "))]
+        lines += ["", *alarm_lines(picture.health)]
     slowest = sorted(picture.requests(), key=lambda form: -form.wall_s)[:NUM_REQUESTS]
     if slowest:
         lines += ["", f"slowest of {len(picture.requests())} requests", *text_of(request_rows(slowest, None))]

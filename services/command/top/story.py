@@ -11,7 +11,14 @@ from typing import Any
 
 import msgspec
 
-from microserve.gateway.view.forms import EngineForm, HealthForm, PhaseForm, RequestDetail, RequestForm
+from microserve.gateway.view.forms import (
+    CheckForm,
+    EngineForm,
+    HealthForm,
+    PhaseForm,
+    RequestDetail,
+    RequestForm,
+)
 from microserve.protocol.logging.printable import printable
 from microserve.protocol.messages.strategy.decisions import Explained, Explanation
 from microserve.services.command.shared.why import strategy_name, why_line
@@ -126,6 +133,11 @@ def engine_lines(engine: EngineForm) -> list[str]:
     return [printable(line) for line in lines]
 
 
+def alarm_lines(health: HealthForm | None) -> list[str]:
+    alarms = health.alarms if health is not None else []
+    return [printable(f"  {alarm.name:<18} {alarm.subject}: {alarm.text}") for alarm in alarms]
+
+
 def health_lines(health: HealthForm | None) -> list[str]:
     """What is wrong first."""
     if health is None:
@@ -133,11 +145,18 @@ def health_lines(health: HealthForm | None) -> list[str]:
     state = "ready" if health.ready else "NOT READY"
     lines = [f"gateway   {health.version}   {state}{'  draining' * health.draining}"]
     lines += [f"limit     {name} {value}" for name, value in health.limits.items()]
-    lines += ["", f"alarms    {len(health.alarms) or 'none'}"]
-    lines += [f"  {alarm.name:<18} {alarm.subject}: {alarm.text}" for alarm in health.alarms]
+    lines += ["", f"alarms    {len(health.alarms) or 'none'}", *alarm_lines(health)]
     if health.checks:
         lines += ["", "self-checks"]
-        lines += [
-            "  " + " ".join(f"{name}={value}" for name, value in check.items()) for check in health.checks
-        ]
+        lines += [f"  {_check_line(check, health.at)}" for check in health.checks]
     return [printable(line) for line in lines]
+
+
+def _check_line(check: CheckForm, at: float) -> str:
+    pair = f"{check.source} → {check.target}" if check.target else check.source
+    why = check.differs or check.code
+    return (
+        f"{pair:<18} {check.outcome}{f' ({why})' * bool(why)}  {check.compared}  "
+        f"{max(0.0, at - check.at):.0f} s ago, took {check.took_s * 1000:.0f} ms, {check.tokens} tokens, "
+        f"by {check.router}"
+    )

@@ -99,6 +99,7 @@ class Mesh(MeshView):
         by that instead of taking the best, so that routers which see the same do not all do the same.
         ``exclude`` yields when nobody else is left, so a mesh of one engine serves every strategy; others of
         its numerics class come before any measure, and so do those of the class in which the answer began.
+        One that may exchange no KV with them (a self-check found that their answers differ) comes after them.
         With ``strict`` neither yields: an engine that bears the label and is not excluded, or nobody.
         ``can``: what it must do (:meth:`Engine.can`). Not given, ``prefill`` is for engines that send KV and
         ``decode`` for those that receive it, where there are such. What the request needs, as a grammar, each
@@ -131,6 +132,8 @@ class Mesh(MeshView):
         if not candidates:
             raise NoEngines(_nobody(label, strict), retry_after_s=RETRY_AFTER_S)
         names = {self._numerics} if self._numerics else {e.info.numerics.name for e in exclude}
+        if exclude:
+            candidates = self._trusted(candidates, exclude, able, strict)
         narrowed_to = ""
         if len(names) == 1 and "" not in names:
             own = [e for e in candidates if e.info.numerics.name in names]
@@ -161,6 +164,23 @@ class Mesh(MeshView):
                 label, by, temperature, ids, costs, loads, chosen.id, excluded, narrowed_to, scored, now
             )
         return chosen
+
+    def _trusted(
+        self, candidates: list[Engine], exclude: Collection[Engine], able: Sequence[Connection], strict: bool
+    ) -> list[Engine]:
+        """Without those that exchange no KV with who is excluded, for it is them that they are to work with;
+        where that leaves nobody, these do it alone."""
+        left = [
+            engine
+            for engine in candidates
+            if not any(
+                other.id in engine._connection.barred or engine.id in other._connection.barred
+                for other in exclude
+            )
+        ]
+        if left or strict:
+            return left or candidates
+        return [e for e in map(self._engine, able) if e in exclude] or candidates
 
     def _able(self, request: Request, label: str | None, can: Collection[str] | None) -> Sequence[Connection]:
         """Engines that do what is to be asked of them."""

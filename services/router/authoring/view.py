@@ -78,10 +78,10 @@ class EngineFacts:
 
     def keeps_kv_of(self, source: EngineFacts) -> bool:
         """Would KV of ``source`` become prefix cache here? Not where one of the two exchanges none, where
-        theirs differ in shape, or one is too old to say of which weights; an exact numerics class keeps no
-        other's."""
+        theirs differ in shape, one is too old to say of which weights, or a self-check found that answers
+        differ; an exact numerics class keeps no other's."""
         own, other = self.info, source.info
-        if own.is_stranger(other):
+        if own.is_stranger(other) or self.id in source._connection.barred:
             return False
         if not (own.does(PREP_RECV) and other.does(REMOTE_SEND)) or difference(own.geometry, other.geometry):
             return False

@@ -7,7 +7,7 @@ registry. Must not know who implements it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol, TypeVar
 
 from microserve.protocol.errors import EngineLost, MeshError
@@ -34,6 +34,10 @@ class Connection(Protocol):
     @property
     def labels(self) -> Sequence[str]:
         """The operator's, else those that it announces."""
+
+    @property
+    def barred(self) -> Collection[str]:
+        """Engines to which it may send no KV (suspects.py)."""
 
     @property
     def load(self) -> wire.EngineLoad:

@@ -25,6 +25,7 @@ from microserve.protocol.process.surviving import surviving
 from microserve.protocol.process.tick import at_rest
 from microserve.protocol.settings.settings import BusSettings
 from microserve.services.links.engine import EngineConnection, RouterIdentity
+from microserve.services.router.engines.suspects import Suspects
 
 _logger = structlog.get_logger()
 
@@ -68,6 +69,7 @@ class Registry:
         """The last list of this life of the index."""
         self._labels: Mapping[str, Sequence[str]] = {}
         """That operators have set, by engine id; they outlive an engine's lives."""
+        self._suspects = Suspects()
         self._stopping = False
 
     def joined(self) -> list[EngineConnection]:
@@ -123,6 +125,12 @@ class Registry:
             if [*connection.labels] != before[engine_id]:
                 _logger.info(log.ENGINE_LABELLED, engine_id=engine_id, labels=list(connection.labels))
 
+    def bar(self, suspects: Suspects) -> None:
+        """From the next transfer on these exchange no KV, and all others do. Call at every change of them."""
+        self._suspects, engine_ids = suspects, [*self._connections]
+        for engine_id, connection in self._connections.items():
+            connection.barred = suspects.targets_of(engine_id, engine_ids)
+
     def take_members(self, infos: list[EngineInfo], *, is_first: bool) -> None:
         """The index lists these; ``is_first``: of this life of it, which may not have heard of all yet."""
         if self._stopping:
@@ -168,6 +176,7 @@ class Registry:
             self._loop.call_later(self._settings.heartbeat_interval_s, self._return_to, info.engine_id)
             return
         self._connections[info.engine_id] = connection
+        self.bar(self._suspects)
         self._tasks.create_task(self._guard(connection), name=f"engine {info.engine_id}")
 
     def _labels_of(self, engine_id: str) -> Sequence[str] | None:

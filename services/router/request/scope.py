@@ -49,6 +49,8 @@ class RequestScope:
         self.numerics: Numerics = UNKNOWN
         """Of all KV that its tokens are made from; since it generates."""
         self.is_generating = False
+        self.is_check = False
+        """It asks whether two engines agree, also two that exchange no KV because they did not."""
         self._given: list[int] = []
         """Output that engines have given in this attempt."""
         self._finished: Finished | None = None

@@ -67,6 +67,7 @@ class _Facts:
     def __init__(self, seen: EngineSeen, block_size: int) -> None:
         self.engine_id = seen.engine_id
         self.labels: Sequence[str] = seen.labels
+        self.barred: Sequence[str] = ()
         self.load: EngineLoad = seen.load
         self.load_at = asyncio.get_running_loop().time() - seen.load_age_s
         no_bound = 1 << 31

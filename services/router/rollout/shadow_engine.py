@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol, TypeVar, assert_never
 
 from microserve.protocol.errors import MeshError
@@ -35,6 +35,8 @@ class Facts(Protocol):
     @property
     def labels(self) -> Sequence[str]: ...
     @property
+    def barred(self) -> Collection[str]: ...
+    @property
     def load(self) -> EngineLoad: ...
     @property
     def load_at(self) -> float: ...
@@ -60,6 +62,10 @@ class ShadowConnection:
     @property
     def labels(self) -> Sequence[str]:
         return self._real.labels
+
+    @property
+    def barred(self) -> Collection[str]:
+        return self._real.barred
 
     @property
     def load(self) -> EngineLoad:

@@ -130,6 +130,7 @@ def _shape(point: Point, product: Settings) -> Shape:
 def _router(point: Point) -> RouterSettings:
     return RouterSettings(
         default_strategy=point.strategy,
+        check_interval_s=0.0,
         strategies=point.parameters,
         strategy_files=[point.file] if point.file else [],
         record_requests=len(point.requests) if point.with_rows else 0,

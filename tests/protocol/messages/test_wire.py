@@ -16,7 +16,7 @@ from microserve.protocol import errors
 from microserve.protocol import types as protocol_types
 from microserve.protocol.bus import codec, credit, numbered, peers, queue
 from microserve.protocol.bus import sockets as sockets_module
-from microserve.protocol.messages import adapter, engine_info, host, numerics
+from microserve.protocol.messages import adapter, check, engine_info, host, numerics
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
@@ -62,6 +62,8 @@ STRUCTURES = [
     serving.Output,
     membership.Member,
     membership.MissingEngine,
+    check.PairCheck,
+    check.Suspect,
     control.StrategyVersion,
     control.ControlEntry,
     control.EngineLabels,
@@ -238,6 +240,8 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_NOTE_CHARS", decisions.MAX_NOTE_CHARS),
         ("MAX_NOTE_VALUES", decisions.MAX_NOTE_VALUES),
         ("MAX_SCORES", decisions.MAX_SCORES),
+        ("MAX_TOLD", check.MAX_TOLD),
+        ("MAX_REPORTED", check.MAX_REPORTED),
         ("NUM_SUMS", scores.NUM_SUMS),
         ("FIRST_BUCKET_S", scores.FIRST_BUCKET_S),
         ("BUCKETS_PER_DOUBLING", scores.BUCKETS_PER_DOUBLING),

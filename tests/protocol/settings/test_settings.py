@@ -268,6 +268,7 @@ MAY_BE_ZERO = {
     "engine.metrics_port": "none",
     "router.metrics_port": "none",
     "index.metrics_port": "none",
+    "router.check_interval_s": "none is made here",
     "router.max_ttft_s": "no bound",
     "router.headroom": "nothing stays idle",
     "router.record_requests": "off",

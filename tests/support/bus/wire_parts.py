@@ -6,6 +6,7 @@ from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.adapter import Adapter
+from microserve.protocol.messages.check import PairCheck
 from microserve.protocol.messages.host import HostFacts
 from microserve.protocol.messages.kv.geometry import Geometry
 from microserve.protocol.messages.kv.grant import Grant, HeapAddress
@@ -174,3 +175,17 @@ OUTPUT = serving.Output(
 )
 MEMBER = membership.Member(info=INFO, load=LOAD)
 LIFE = 1 << 60
+
+CHECK = PairCheck(
+    source="e1",
+    target="e2",
+    outcome="differs",
+    differs="cached",
+    compared="bits",
+    code="c",
+    number=7,
+    took_s=0.5,
+    num_tokens=90,
+    age_s=2.5,
+    router_id="r1",
+)

@@ -20,6 +20,7 @@ from microserve.protocol.bus.codec import (
 from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
+from microserve.protocol.messages.check import Suspect
 from microserve.protocol.messages.numerics import Numerics
 from tests.support.bus.wire_parts import (
     ADAPTER,
@@ -36,7 +37,7 @@ from tests.support.bus.wire_parts import (
     TIMINGS,
     TRACEPARENT,
 )
-from tests.support.index import question_samples, world_samples
+from tests.support.index import question_samples, watch_samples, world_samples
 from tests.support.router import control_samples
 
 MESSAGES: list[tuple[Codec[Any], Any]] = [
@@ -185,44 +186,25 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
     (INDEX_REQUEST, membership.Register(call_id=1, info=INFO)),
     (INDEX_REQUEST, membership.Beat(engine_id="e1", incarnation=LIFE, load=LOAD, next_s=2.5)),
     (INDEX_REQUEST, membership.Deregister(engine_id="e1", incarnation=LIFE)),
-    (
-        INDEX_REQUEST,
-        membership.Watch(
-            watcher_id="router",
-            control_version=3,
-            faults=[control_samples.FAULT],
-            shadows=[control_samples.SCORE],
-            serves=[control_samples.SERVED],
-            default_strategy="auto",
-            answers=True,
-            next_s=2.5,
-            trials=[control_samples.TRIAL],
-            gateways=["http://a:80"],
-            version="0.2",
-            host=HOST,
-        ),
-    ),
     (INDEX_REQUEST, membership.Lookup(call_id=5, salt="s", adapter="a1")),
     (INDEX_REQUEST, membership.IndexStats(call_id=6)),
     (INDEX_REPLY, membership.Registered(call_id=1, index_incarnation=LIFE, paced=True)),
     (INDEX_REPLY, membership.Unknown(engine_id="e1")),
-    (INDEX_REPLY, membership.Members(index_incarnation=LIFE, version=12, members=[MEMBER], paced=True)),
-    (INDEX_REPLY, membership.Matches(call_id=5, matched={"e1": 32})),
     (
         INDEX_REPLY,
-        membership.IndexReport(
-            call_id=6,
-            num_engines=2,
-            num_blocks=300,
-            nbytes=30_000,
-            counters={"joined": 2},
-            missing=[membership.MissingEngine("e9", 1 << 59, "tcp://a:9", "c", "incarnation", "d", 2.5)],
-            refused_keys={"k": 1.5},
-            host=HOST,
+        membership.Members(
+            index_incarnation=LIFE,
+            version=12,
+            members=[MEMBER],
+            paced=True,
+            suspects=[Suspect("e1", "e2")],
+            routers=["r1"],
         ),
     ),
+    (INDEX_REPLY, membership.Matches(call_id=5, matched={"e1": 32})),
     (INDEX_REPLY, membership.IndexFailed(call_id=7, code="invalid_request", detail="d", field="f")),
     *(*control_samples.MESSAGES, *world_samples.MESSAGES, *question_samples.MESSAGES),
+    *watch_samples.MESSAGES,
 ]
 
 GOLDEN: dict[str, str] = {
@@ -358,19 +340,12 @@ GOLDEN: dict[str, str] = {
         "000000cb3fc0000000000000cb3fd0000000000000cb4004000000000000"
     ),
     "TO_INDEX.Deregister": "9303a26531cf1000000000000000",
-    "TO_INDEX.Watch": (
-        "9d04a6726f75746572039193a862616c616e63656403a172919ba862616c616e63656403040102cb3fe0000000000000cb3f"
-        "f0000000000000cb4000000000000000cb4010000000000000cb4020000000000000cb40300000000000009193a862616c61"
-        "6e636564039102a46175746fc3cb40040000000000009198a862616c616e6365640203cb3fd0000000000000c3cb3ff80000"
-        "0000000095040192cb4000000000000000cb3fe000000000000091cb3ff000000000000091cb400800000000000095010090"
-        "909091ab687474703a2f2f613a3830a3302e3296cb41d65a0bc00000000ccd0400ce00010000ce04000000ce02000000"
-    ),
     "TO_INDEX.Lookup": "940505a173a26131",
     "TO_INDEX.IndexStats": "920606",
     "FROM_INDEX.Registered": "940101cf1000000000000000c3",
     "FROM_INDEX.Unknown": "9202a26531",
     "FROM_INDEX.Members": (
-        "9503cf10000000000000000c9192de001ca9656e67696e655f6964a26531ab696e6361726e6174696f6ecf20000000000000"
+        "9703cf10000000000000000c9192de001ca9656e67696e655f6964a26531ab696e6361726e6174696f6ecf20000000000000"
         "00a761646472657373a97463703a2f2f613a31ae6576656e74735f61646472657373a97463703a2f2f613a32ae7265706c61"
         "795f61646472657373a97463703a2f2f613a33a56d6f64656ca16da66c6162656c7391a66465636f6465aa626c6f636b5f73"
         "697a6510aa6e756d5f626c6f636b73cd0800aa6e756d5f6c61796572731ead6d61785f6d6f64656c5f6c656ecd2000aa766f"
@@ -382,16 +357,12 @@ GOLDEN: dict[str, str] = {
         "7574655f746f6b656e7302ab6576656e74735f6f70656ec3a861646170746572739192a26131a3617231dc0016cf00000004"
         "000000000203040506070809cb4025000000000000cb3fc0000000000000c340cb3fe8000000000000cb4034800000000000"
         "cb3fd8000000000000cd02000bcb3ff4000000000000cb3fd0000000000000cb3fc0000000000000cb3fd0000000000000c3"
+        "9192a26531a2653291a27231"
     ),
     "FROM_INDEX.Matches": "93040581a2653120",
-    "FROM_INDEX.IndexReport": (
-        "99050602cd012ccd753081a66a6f696e6564029197a26539cf0800000000000000a97463703a2f2f613a39a163ab696e6361"
-        "726e6174696f6ea164cb400400000000000081a16bcb3ff800000000000096cb41d65a0bc00000000ccd0400ce00010000ce"
-        "04000000ce02000000"
-    ),
     "FROM_INDEX.IndexFailed": "950607af696e76616c69645f72657175657374a164a166",
 }
-GOLDEN |= control_samples.GOLDEN | world_samples.GOLDEN | question_samples.GOLDEN
+GOLDEN |= control_samples.GOLDEN | world_samples.GOLDEN | question_samples.GOLDEN | watch_samples.GOLDEN
 """Channel and message name -> hex of the message frame; the parts in the order that WIRE.md lists fields."""
 
 

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec
 from microserve.protocol.bus import codec
 from microserve.protocol.bus.transport import Bus, ZmqBus
 from microserve.protocol.messages import index as membership
+from microserve.protocol.messages.check import Suspect
 from microserve.protocol.messages.engine import EngineInfo, EngineLoad
 from microserve.protocol.messages.strategy import decisions
 from microserve.protocol.messages.strategy.control import ControlState, VersionFault
@@ -70,6 +71,8 @@ class ScriptedIndex:
         self.incarnation = incarnation
         self.version = 0
         self.infos: list[EngineInfo] = []
+        self.suspects: list[Suspect] = []
+        self.routers: list[str] = []
         self.watches = 0
         self.last_watch: membership.Watch | None = None
         self.answers: list[decisions.Answer] = []
@@ -112,7 +115,10 @@ class ScriptedIndex:
 
     def _answer(self, peer: bytes) -> None:
         members = [membership.Member(info, EngineLoad()) for info in self.infos]
-        self.send(peer, membership.Members(self.incarnation, self.version, members))
+        told = membership.Members(
+            self.incarnation, self.version, members, suspects=self.suspects, routers=self.routers
+        )
+        self.send(peer, told)
 
     def send(self, peer: bytes, message: membership.IndexReply) -> None:
         self._socket.send(peer, codec.INDEX_REPLY.encode(message))

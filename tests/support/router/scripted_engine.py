@@ -7,6 +7,7 @@ only when every token of its grant was sent by somebody, so a gap shows as a str
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,8 @@ class ScriptedEngine:
         """Answers nothing and sends nothing."""
         self.manual = False
         """Does not decode: the test calls :meth:`emit`."""
+        self.errs: Callable[[Held], bool] = lambda held: False
+        """Whose last output token is another one than it should be."""
         self.failures: dict[type, MeshError] = {}
         """Answer actions of a type with an error."""
         self.paused: set[str] = set()
@@ -377,7 +380,8 @@ class ScriptedEngine:
         usage = wire.Usage(num_prompt, grant.matched if grant else 0, received, end)
         finished = wire.Finished("length", usage, wire.Timings(0.001, 0.001, 0.001, 0.001))
         for position in range(begin, end):
-            self._queue(wire.Delta(request_id, position, [output_token(position)]))
+            is_wrong = position == end - 1 and self.errs(held)
+            self._queue(wire.Delta(request_id, position, [output_token(position) + is_wrong]))
         self._queue(wire.Delta(request_id, end, [], finished=finished))
         held.generate = held.generating_grant = None
         del self.held[request_id]

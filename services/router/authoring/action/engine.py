@@ -133,8 +133,8 @@ class Engine(EngineFacts):
         ``begin`` None is where the receiver's match ends, and nothing below that is sent. ``first_token``
         None: sampled here exactly when ``end`` is the prompt's end, and both engines can. Nothing left to
         send: settled at once. Raises ``InvalidInterval`` outside the grant, on an overlap, or where this
-        engine cannot split (:meth:`split_at`), ``TransferFailed`` where KV of the two differs in shape,
-        ``UnsupportedAction``, ``EngineLost``.
+        engine cannot split (:meth:`split_at`), ``TransferFailed`` where KV of the two differs in shape, or a
+        self-check has found that their answers do, ``UnsupportedAction``, ``EngineLost``.
         """
         scope = self._scope
         scope.check(request)
@@ -154,6 +154,8 @@ class Engine(EngineFacts):
             return Sending(request.request_id, grant, start, start, first_token=False)
         grant.check_splits(self.id, start, stop, self.info.split_tokens)
         grant.check_free(start, stop)
+        if grant.engine_id in self._connection.barred and not scope.is_check:
+            raise _barred(self.id, grant.engine_id)
         here, there = f"at {self.id}", f"at {grant.engine_id}"
         if different := difference(self.info.geometry, grant.grant.geometry, ours=here, theirs=there):
             raise TransferFailed(f"KV of these engines differs: {different}")
@@ -328,3 +330,9 @@ class Engine(EngineFacts):
     def _use(self, grant: GrantHandle) -> None:
         grant.is_used = True
         self._scope.use(grant.grant_id)
+
+
+def _barred(source: str, target: str) -> TransferFailed:
+    error = TransferFailed(f"no KV goes from {source} to {target}: a self-check found that answers differ")
+    error.suspect = target
+    return error
