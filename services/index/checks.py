@@ -95,5 +95,7 @@ class CheckDesk:
             for pair, known in self._last.items()
             if all(member(each) is not None for each in pair if each)
         ]
+        in_pairs = {check.source for check, _ in here if check.target}
+        here = [known for known in here if known[0].target or known[0].source not in in_pairs]
         here.sort(key=lambda known: (known[0].outcome != DIFFERS, -known[1]))
         return [msgspec.structs.replace(check, age_s=now - at) for check, at in here[:MAX_REPORTED]]

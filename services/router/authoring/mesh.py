@@ -12,7 +12,7 @@ from microserve.protocol.errors import InvalidRequest, NoEngines, StrategyError,
 from microserve.protocol.messages.engine_info import GRAMMAR, PREP_RECV, PROMPT_LOGPROBS, REMOTE_SEND
 from microserve.protocol.messages.strategy.control import Scalar
 from microserve.protocol.messages.strategy.decisions import MAX_NOTE_CHARS, MAX_NOTE_VALUES
-from microserve.services.router.authoring.action.engine import Engine
+from microserve.services.router.authoring.action.engine import Engine, barred
 from microserve.services.router.authoring.action.generating import Generating
 from microserve.services.router.authoring.action.race import Entrant, race
 from microserve.services.router.authoring.choice import Scores, combined, softmax_choice
@@ -103,8 +103,9 @@ class Mesh(MeshView):
         With ``strict`` neither yields: an engine that bears the label and is not excluded, or nobody.
         ``can``: what it must do (:meth:`Engine.can`). Not given, ``prefill`` is for engines that send KV and
         ``decode`` for those that receive it, where there are such. What the request needs, as a grammar, each
-        engine has that is picked. Raises :class:`NoEngines`, ``UnsupportedAction`` where nobody can, and
-        ``StrategyError`` for scores that are no numbers.
+        engine has that is picked. Raises :class:`NoEngines`, ``UnsupportedAction`` where nobody can,
+        ``TransferFailed`` where those that are excluded exchange KV with nobody, so that another one shall
+        serve it, and ``StrategyError`` for scores that are no numbers.
         """
         self._scope.check(request)
         if cost is not None and scorers is not None:
@@ -169,7 +170,8 @@ class Mesh(MeshView):
         self, candidates: list[Engine], exclude: Collection[Engine], able: Sequence[Connection], strict: bool
     ) -> list[Engine]:
         """Without those that exchange no KV with who is excluded, for it is them that they are to work with;
-        where that leaves nobody, these do it alone."""
+        where that leaves nobody, these do it alone. Raises :class:`TransferFailed` where they cannot
+        either."""
         left = [
             engine
             for engine in candidates
@@ -180,7 +182,11 @@ class Mesh(MeshView):
         ]
         if left or strict:
             return left or candidates
-        return [e for e in map(self._engine, able) if e in exclude] or candidates
+        alone = [engine for engine in map(self._engine, able) if engine in exclude]
+        well = [engine for engine in alone if engine.id not in engine._connection.barred]
+        if alone and not (well or self.is_shadow):
+            raise barred(alone[0].id, candidates[0].id, suspect=alone[0].id)
+        return well or candidates
 
     def _able(self, request: Request, label: str | None, can: Collection[str] | None) -> Sequence[Connection]:
         """Engines that do what is to be asked of them."""

@@ -72,11 +72,12 @@ class Suspects:
         return new, back
 
     def targets_of(self, source: str, engine_ids: Sequence[str]) -> frozenset[str]:
-        """Those of ``engine_ids`` to which ``source`` may send none."""
+        """Those of ``engine_ids`` to which ``source`` may send none: who sends wrong KV to anybody sends none
+        to itself either."""
         pairs = self.pairs
         if not pairs:
             return frozenset()
-        others = [each for each in engine_ids if each != source]
         if (source, "") in pairs:
-            return frozenset(others)
-        return frozenset(each for each in others if (source, each) in pairs or (each, "") in pairs)
+            return frozenset(engine_ids)
+        barred = {each for each in engine_ids if (source, each) in pairs or (each, "") in pairs}
+        return frozenset(barred | {source} if any(each == source for each, _ in pairs) else barred)

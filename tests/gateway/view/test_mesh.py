@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from microserve.gateway.view.history import INTERVAL_S, KEPT_S, MAX_ENGINES, NUM_SAMPLES, History
 from microserve.gateway.view.mesh import Mesh, heap_between, host_of, load_form
+from microserve.protocol.messages.check import PairCheck, Suspect
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.index import Member, Members, MissingEngine
 from microserve.protocol.messages.strategy.control import EngineLabels
@@ -130,3 +132,23 @@ class TestHistory:
         history.add("e", load(), 0.0)
         history.tick(3 * KEPT_S)
         assert history.forms() == []
+
+
+def test_checks_keep_their_time_from_report_to_report() -> None:
+    mesh = Mesh(0.0, silence_s=5.0)
+    check = PairCheck("a", "b", "equal", compared="bits", took_s=0.5, age_s=3.0, router_id="r")
+    mesh.take_checks([check], wall_s=1000.0)
+    [first] = mesh.checks()
+    assert (first.source, first.target, first.outcome, first.at) == ("a", "b", "equal", 997.0)
+    mesh.take_checks([msgspec.structs.replace(check, age_s=8.01)], wall_s=1005.0)
+    assert mesh.checks() == [first], "nothing that a reader would have to be told"
+    mesh.take_checks([msgspec.structs.replace(check, took_s=0.25, age_s=1.0)], wall_s=1010.0)
+    assert mesh.checks()[0].at == 1009.0
+
+
+def test_the_last_list_says_who_is_out_of_use() -> None:
+    mesh = Mesh(0.0, silence_s=5.0)
+    mesh.take_members(msgspec.structs.replace(members(), suspects=[Suspect("a", "b")]), 1.0)
+    assert mesh.suspects == [Suspect("a", "b")]
+    mesh.take_members(members(version=2), 2.0)
+    assert mesh.suspects == []

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from microserve.gateway.view.forms import EngineForm, HealthForm, LoadForm, RequestForm
+from microserve.gateway.view.forms import CheckForm, EngineForm, HealthForm, LoadForm, RequestForm
 
 _REQUEST = RequestForm(
     id="",
@@ -88,3 +88,8 @@ def health_form(at: float = 0.0, **fields: Any) -> HealthForm:
     return msgspec.structs.replace(
         HealthForm(at=at, version="1", ready=True, draining=False, alarms=[], checks=[], limits={}), **fields
     )
+
+
+def check_form(source: str, target: str, at: float = 0.0, **fields: Any) -> CheckForm:
+    form = CheckForm(source, target, "equal", "", "bits", "", at, 0.4, 99, "router")
+    return msgspec.structs.replace(form, **fields)

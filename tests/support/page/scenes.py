@@ -10,6 +10,7 @@ import msgspec
 from microserve.gateway.view.feed import Delta, Snapshot
 from microserve.gateway.view.forms import (
     AlarmForm,
+    CheckForm,
     EngineForm,
     HealthForm,
     KeyForm,
@@ -23,7 +24,7 @@ from microserve.gateway.view.forms import (
     StrategiesForm,
 )
 from microserve.gateway.view.requests import timeline
-from tests.support.gateway.view_forms import engine_form, health_form, load_form, request_form
+from tests.support.gateway.view_forms import check_form, engine_form, health_form, load_form, request_form
 
 AT = 1_796_000_000.0
 NUM_SAMPLES = 60
@@ -55,7 +56,7 @@ class Scene:
     records: list[dict[str, Any]] = field(default_factory=list)
     control: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     keys: list[KeyForm] = field(default_factory=list)
-    checks: list[dict[str, Any]] = field(default_factory=list)
+    checks: list[CheckForm] = field(default_factory=list)
     index_alive: bool = True
     loses_feed: bool = False
     """It ends behind its snapshot, and is refused from then on."""
@@ -259,7 +260,7 @@ def busy(num_engines: int = 4, num_requests: int = 300) -> Scene:
         records=[record()],
         control=control(),
         keys=[key("ops", operator=True, tokens_per_day=0), key("shop"), key(HOSTILE)],
-        checks=[{"sender": "e0", "receiver": "e1", "equal": True, "age_s": 12.0, "seconds": 0.4}],
+        checks=[check_form("e0", "e1", at=AT - 12.0), check_form("e1", "e0", at=AT - 72.0)],
     )
 
 
@@ -273,6 +274,7 @@ def engine_dead() -> Scene:
     )
     scene.engines[2:] = [dead, refused]
     scene.alarms = [AlarmForm(f"engine.{each.state}", each.id, each.detail) for each in (dead, refused)]
+    scene.checks.insert(0, check_form("e1", "e0", at=AT, outcome="differs", differs="transferred"))
     return scene
 
 

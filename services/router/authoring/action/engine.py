@@ -155,7 +155,7 @@ class Engine(EngineFacts):
         grant.check_splits(self.id, start, stop, self.info.split_tokens)
         grant.check_free(start, stop)
         if grant.engine_id in self._connection.barred and not scope.is_check:
-            raise _barred(self.id, grant.engine_id)
+            raise barred(self.id, grant.engine_id, suspect=grant.engine_id)
         here, there = f"at {self.id}", f"at {grant.engine_id}"
         if different := difference(self.info.geometry, grant.grant.geometry, ours=here, theirs=there):
             raise TransferFailed(f"KV of these engines differs: {different}")
@@ -332,7 +332,8 @@ class Engine(EngineFacts):
         self._scope.use(grant.grant_id)
 
 
-def _barred(source: str, target: str) -> TransferFailed:
+def barred(source: str, target: str, *, suspect: str) -> TransferFailed:
+    """Of two that exchange no KV; ``suspect``: the next attempt goes by it."""
     error = TransferFailed(f"no KV goes from {source} to {target}: a self-check found that answers differ")
-    error.suspect = target
+    error.suspect = suspect
     return error

@@ -17,7 +17,7 @@ from tests.support.gateway.view_forms import health_form
 
 GOLDEN = """\
 http://HERE  1  rates of 60 s
-req/s 0.0  tok/s 1  run 4  wait 1  KV 30%  hit 33%  alarms 1
+req/s 0.0  tok/s 1  run 4  wait 1  KV 30%  hit 33%  check none yet  alarms 1
 
 engine  state  run  wait  kv%  used  cached  free  grant  quar  lease  pre%  dec%  kv-in%  idle%  step ms  host       class  labels
 e0      ready    3     1   60     6       2     2      0     0    0.0     0     0       0      0      0.0  127.0.0.1  -      -

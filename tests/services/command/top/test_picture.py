@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from microserve.gateway.view.feed import Feed, Look
 from microserve.gateway.view.forms import EngineForm, RequestForm
 from microserve.services.command.client.sse import EventReader
-from microserve.services.command.top.picture import MAX_ENDED, Picture
-from tests.support.gateway.view_forms import engine_form, health_form, request_form
+from microserve.services.command.top.picture import MAX_ENDED, Picture, check_light
+from tests.support.gateway.view_forms import check_form, engine_form, health_form, request_form
 
 
 def look(*engines: EngineForm, ended: int = 0, running: list[RequestForm] | None = None) -> Look:
@@ -79,3 +80,12 @@ def test_no_more_is_kept_than_a_bound() -> None:
 def test_what_is_no_event_is_refused() -> None:
     with pytest.raises(ValueError, match="type"):
         Picture().take(b'{"type": "other"}', 0.0)
+
+
+def test_all_checks_together_are_one_word_and_the_age_of_the_newest() -> None:
+    equal, other = check_form("a", "b", at=90.0), check_form("b", "a", at=60.0)
+    unfinished = check_form("c", "a", at=99.0, outcome="unfinished")
+    wrong = msgspec.structs.replace(other, outcome="differs")
+    assert check_light(None, 100.0) == check_light(health_form(checks=[unfinished]), 100.0) == ""
+    assert check_light(health_form(checks=[other, equal, unfinished]), 100.0) == "ok 10 s ago"
+    assert check_light(health_form(checks=[equal, wrong]), 100.0) == "DIFFERS 10 s ago"

@@ -57,7 +57,7 @@ async def test_from_the_mesh_to_one_request_and_back(size: tuple[int, int]) -> N
         app = top(server)
         async with app.run_test(size=size) as pilot:
             await until(pilot, lambda: len(table(app)) == 2)
-            assert "run 4  wait 1  KV 30%  hit 33%  alarms 0" in text_of(app, "header")
+            assert "run 4  wait 1  KV 30%  hit 33%  check none yet  alarms 0" in text_of(app, "header")
             assert [row[0] for row in table(app)] == ["e0", "e1"]
             await pilot.press("enter")
             assert "requests e0" in text_of(app, "where")

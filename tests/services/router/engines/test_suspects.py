@@ -40,6 +40,7 @@ def test_what_the_index_lists_is_barred_and_no_more(told: set[tuple[str, str]]) 
     suspects = Suspects()
     listed(suspects, *told)
     wanted = {pair for pair in permutations(ENGINES, 2) if pair in told}
+    wanted |= {(source, source) for source, _ in told}
     for engine, target in told:
         if not target:
             wanted |= {pair for pair in permutations(ENGINES, 2) if engine in pair}
@@ -71,7 +72,7 @@ def test_an_own_finding_counts_until_the_index_has_spoken() -> None:
     suspects = Suspects()
     suspects.found(check("a", "b", DIFFERS, TRANSFERRED), now=0.0)
     listed(suspects, now=1.0)
-    assert barred(suspects) == {("a", "b")}, "it has not heard of it yet"
+    assert barred(suspects) == {("a", "b"), ("a", "a")}, "it has not heard of it yet"
     listed(suspects, ("a", "b"), now=2.0)
     listed(suspects, now=3.0)
     assert not barred(suspects), "another router found them equal"
@@ -81,7 +82,7 @@ def test_an_index_that_knows_of_no_checks_takes_nothing_back() -> None:
     suspects = Suspects()
     suspects.found(check("a", "b", DIFFERS, TRANSFERRED), now=0.0)
     suspects.take([], 10 * PATIENCE_S, is_first=False, knows=False)
-    assert barred(suspects) == {("a", "b")}
+    assert barred(suspects) == {("a", "b"), ("a", "a")}
     suspects.found(check("a", "b", EQUAL), now=0.0)
     assert not barred(suspects)
 
