@@ -79,14 +79,10 @@ class ScriptedEngine:
         """Prefixes that :meth:`store` has put there."""
         self.load = wire.EngineLoad()
         self.mute_heartbeats = False
-        self.progresses = False
-        """Every heartbeat shows more progress than the last."""
-        self.silent = False
-        """Answers nothing and sends nothing."""
-        self.manual = False
-        """Does not decode: the test calls :meth:`emit`."""
-        self.errs: Callable[[Held], bool] = lambda held: False
-        """Whose last output token is another one than it should be."""
+        self.progresses = False  # every heartbeat shows more progress than the last
+        self.silent = False  # answers nothing and sends nothing
+        self.manual = False  # does not decode: the test calls :meth:`emit`
+        self.errs: Callable[[Held], bool] = lambda held: False  # whose last output token is a wrong one
         self.failures: dict[type, MeshError] = {}
         """Answer actions of a type with an error."""
         self.paused: set[str] = set()
@@ -380,8 +376,8 @@ class ScriptedEngine:
         usage = wire.Usage(num_prompt, grant.matched if grant else 0, received, end)
         finished = wire.Finished("length", usage, wire.Timings(0.001, 0.001, 0.001, 0.001))
         for position in range(begin, end):
-            is_wrong = position == end - 1 and self.errs(held)
-            self._queue(wire.Delta(request_id, position, [output_token(position) + is_wrong]))
+            token = output_token(position) + (position == end - 1 and self.errs(held))
+            self._queue(wire.Delta(request_id, position, [token]))
         self._queue(wire.Delta(request_id, end, [], finished=finished))
         held.generate = held.generating_grant = None
         del self.held[request_id]
