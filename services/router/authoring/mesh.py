@@ -99,7 +99,8 @@ class Mesh(MeshView):
         by that instead of taking the best, so that routers which see the same do not all do the same.
         ``exclude`` yields when nobody else is left, so a mesh of one engine serves every strategy; others of
         its numerics class come before any measure, and so do those of the class in which the answer began.
-        One that may exchange no KV with them (a self-check found that their answers differ) comes after them.
+        One that exchanges no KV with them (a self-check found that answers differ) comes last, after them too
+        for ``prefill`` and ``decode``.
         With ``strict`` neither yields: an engine that bears the label and is not excluded, or nobody.
         ``can``: what it must do (:meth:`Engine.can`). Not given, ``prefill`` is for engines that send KV and
         ``decode`` for those that receive it, where there are such. What the request needs, as a grammar, each
@@ -134,7 +135,7 @@ class Mesh(MeshView):
             raise NoEngines(_nobody(label, strict), retry_after_s=RETRY_AFTER_S)
         names = {self._numerics} if self._numerics else {e.info.numerics.name for e in exclude}
         if exclude:
-            candidates = self._trusted(candidates, exclude, able, strict)
+            candidates = self._trusted(candidates, exclude, able, strict or label not in _ROLES)
         narrowed_to = ""
         if len(names) == 1 and "" not in names:
             own = [e for e in candidates if e.info.numerics.name in names]
