@@ -3,7 +3,8 @@
     python benchmarks/mesh/seeing.py [--rounds 12] [--streams 8] [--tokens 64] [--pairs 400] [--json]
 
 On: the ports of metrics, all of them scraped by vLLM's names every ``--scrape-s`` seconds; the page's feed,
-read by somebody; traces, sent by OTLP to a collector that drops them; the self-check. Off: none of it. Both
+read by somebody; traces, sent by OTLP to a collector that drops them; the self-check, every ten
+seconds. Off: none of it. Both
 meshes stay up and take turns; which of them goes first alternates. Two models, two meshes of each:
 
     tokens/s     of the demo model's streams at once, half of them by two engines, round by round
@@ -39,7 +40,7 @@ from microserve.services.local.demo.model import default_cache, fetch
 from microserve.services.local.metric_ports import TARGETS
 
 MAKE_TINY = Path(__file__).parents[2] / "tests/support/engine/model/tiny_model.py"
-OFF = ("mesh.metrics=false",)
+OFF = ("mesh.metrics=false", "router.check_interval_s=0")
 GOAL_SHARE, GOAL_MS = 0.98, 0.1
 COLLECTOR = """
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -110,7 +111,7 @@ def sides(model: str, scrape_s: float) -> Iterator[tuple[Side, Side]]:
     with ExitStack() as stack:
         environment = stack.enter_context(collector())
         off = stack.enter_context(mesh(model, *OFF))
-        on = stack.enter_context(mesh(model, environment=environment))
+        on = stack.enter_context(mesh(model, "router.check_interval_s=10", environment=environment))
         stack.enter_context(looked_at(on, scrape_s))
         yield off, on
 

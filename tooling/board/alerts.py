@@ -75,6 +75,20 @@ ALERTS = (
         ),
     ),
     Alert(
+        "MicroserveSelfCheckDiffers",
+        f"{ask.most(index.SUSPECTS, 'job')} > 0",
+        "1m",
+        CRITICAL,
+        "{{ $value }} pairs of engines of {{ $labels.job }} do not agree: microserve top",
+        "A check found that two engines of one numerics class answer a small prompt differently: cold, from "
+        "the cache, or with KV that one sent to the other. No KV goes between them; each answers by itself.",
+        (
+            "`microserve top` or the page's health view: which pair, and which of the answers differed.",
+            "[A self-check differs](#a-self-check-differs) has what to do about it.",
+            "A later check that finds the pair equal puts it back by itself.",
+        ),
+    ),
+    Alert(
         "MicroserveEngineStalled",
         f"{ask.total(engine.RUNNING, *ENGINE)} + {ask.total(engine.WAITING, *ENGINE)} > 0\n"
         f"and {ask.rate(engine.STEP_SECONDS, *ENGINE, of='_count')}\n"

@@ -83,6 +83,12 @@ CASES = (
         quiet=(INDEX_UP, {f'up{{{JOB}, service="router", id="router"}}': "0x30"}),
     ),
     AlertCase(
+        "MicroserveSelfCheckDiffers",
+        {f"microserve_index_suspects{{{JOB}}}": "2x30"},
+        "2 pairs of engines of microserve do not agree: microserve top",
+        quiet=({f"microserve_index_suspects{{{JOB}}}": "0x30"},),
+    ),
+    AlertCase(
         "MicroserveEngineStalled",
         {RUNNING: "2x30", WAITING: "0x30", STEPS: STILL, **TOKENS},
         "Engine e1 of microserve has work and computes nothing: microserve doctor",
