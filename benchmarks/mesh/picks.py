@@ -44,6 +44,7 @@ class Peer:
     info: EngineInfo
     load: EngineLoad
     load_at: float = 0.0
+    barred: tuple[str, ...] = ()
     prompts: set[str] = field(default_factory=set)
 
     @property

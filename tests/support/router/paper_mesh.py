@@ -38,6 +38,7 @@ class PaperEngine:
     labels: list[str] = field(default_factory=list)
     num_blocks: int = 1000
     load_at: float = 0.0
+    barred: tuple[str, ...] = ()
     said: dict[str, Any] = field(default_factory=dict)
     """Of its ``EngineInfo``, what is not as of an engine that says nothing."""
 
