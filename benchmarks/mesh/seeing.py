@@ -3,9 +3,9 @@
     python benchmarks/mesh/seeing.py [--rounds 12] [--streams 8] [--tokens 64] [--pairs 400] [--json]
 
 On: the ports of metrics, all of them scraped by vLLM's names every ``--scrape-s`` seconds; the page's feed,
-read by somebody; traces, sent by OTLP to a collector that drops them; the self-check, every ten
-seconds. Off: none of it. Both
-meshes stay up and take turns; which of them goes first alternates. Two models, two meshes of each:
+read by somebody; traces, sent by OTLP to a collector that drops them; the self-check, every ten seconds. Off:
+none of it. Both meshes stay up and take turns; which of them goes first alternates. Two models, two meshes of
+each:
 
     tokens/s     of the demo model's streams at once, half of them by two engines, round by round
     CPU          of all services for an output token of those
