@@ -203,8 +203,8 @@ MESSAGES: list[tuple[Codec[Any], Any]] = [
     ),
     (INDEX_REPLY, membership.Matches(call_id=5, matched={"e1": 32})),
     (INDEX_REPLY, membership.IndexFailed(call_id=7, code="invalid_request", detail="d", field="f")),
-    *(*control_samples.MESSAGES, *world_samples.MESSAGES, *question_samples.MESSAGES),
     *watch_samples.MESSAGES,
+    *(*control_samples.MESSAGES, *world_samples.MESSAGES, *question_samples.MESSAGES),
 ]
 
 GOLDEN: dict[str, str] = {
