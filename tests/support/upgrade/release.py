@@ -20,6 +20,7 @@ from tests.support.process.processes import MeshProcesses
 VERSION = "0.2.0"
 ARCHIVE = Path(__file__).parents[2] / "data" / f"microserve-{VERSION}.tar.xz"
 UNKNOWN_SETTINGS = ("bus.insecure=", "engine.cpu_kernels=", "gateway.drain_s=")
+UNKNOWN_VARIABLES = ("MICROSERVE_ROUTER__CHECK_INTERVAL_S",)
 """It has none of these, and does what the tests want without them."""
 
 
@@ -46,7 +47,8 @@ class MixedMesh(MeshProcesses):
         words = [kind, *(word for each in settings for word in ("--set", each))]
         module = "microserve.services.command.main"
         tied = [sys.executable, "-S", "-E", str(leash.__file__), str(os.getpid())]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.release)}
+        known = {key: value for key, value in os.environ.items() if key not in UNKNOWN_VARIABLES}
+        environment = {**known, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(self.release)}
         with log.open("w") as sink:
             return subprocess.Popen(
                 [*tied, sys.executable, "-P", "-m", module, *words],
