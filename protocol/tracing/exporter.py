@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from queue import SimpleQueue
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -22,6 +23,9 @@ from microserve.protocol.tracing.span import Kind, Span
 
 CLOSE_S = 2.0
 """Longest wait for the collector when a service stops."""
+MAKE_S = 0.05
+MAX_TOLD = 4096
+"""Of spans that are not made yet; more are dropped, as the SDK drops what its own queue cannot hold."""
 _REFRESH_S = 60.0
 _KINDS = {Kind.SERVER: SpanKind.SERVER, Kind.INTERNAL: SpanKind.INTERNAL}
 _SCOPE = InstrumentationScope("microserve")
@@ -42,12 +46,34 @@ class Exporter:
         self._resource = resource
         self._processor = BatchSpanProcessor(OTLPSpanExporter())
         self._clock = WallClock()
+        self._told: SimpleQueue[Span | None] = SimpleQueue()
+        self._is_over = threading.Event()
+        self._making = threading.Thread(target=self._make, name="traces", daemon=True)
+        self._making.start()
 
     def tell(self, span: Span) -> None:
-        self._processor.on_end(self._made(span))
+        """The SDK's words for it cost more than a message does, and are found in a thread, a little later."""
+        if self._told.qsize() < MAX_TOLD:
+            self._told.put(span)
+
+    def _make(self) -> None:
+        """An idle process is not woken; in a busy one spans wait for each other, away from their request."""
+        while (span := self._told.get()) is not None:
+            self._is_over.wait(MAKE_S)
+            self._processor.on_end(self._made(span))
+            for _ in range(self._told.qsize()):
+                if (span := self._told.get()) is None:
+                    return
+                self._processor.on_end(self._made(span))
+
+    def _shutdown(self) -> None:
+        self._making.join(CLOSE_S)
+        self._processor.shutdown()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        closing = threading.Thread(target=self._processor.shutdown, name="close traces", daemon=True)
+        self._is_over.set()
+        self._told.put(None)
+        closing = threading.Thread(target=self._shutdown, name="close traces", daemon=True)
         closing.start()  # the SDK waits for as long as its exporter does
         closing.join(CLOSE_S)
 
