@@ -193,8 +193,9 @@ def test_without_keys_everybody_is_everything_and_a_flood_is_cut_while_others_ar
                             pass
                         except OSError:
                             is_cut = True
-                        asked += 1
-                        client.send([b"%d" % asked])
+                        if len(answered) == asked:  # one at a time: a busy machine has no backlog then
+                            asked += 1
+                            client.send([b"%d" % asked])
                         await asyncio.sleep(0)
                 await until(lambda: b"%d" % asked in answered)
             assert {each["why"] for each in logs if each["event"] == log.CONNECTION_CUT} == {"first"}
