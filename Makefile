@@ -97,8 +97,8 @@ hosts: $(VENV)/dev $(VENV)/nixl
 
 # One of NIXL's two builds, and none of what both want for GPUs; its tests say that they are left out where it cannot be had.
 $(VENV)/nixl: $(VENV)/dev
-	-$(BIN)/pip install --quiet --no-deps 'nixl>=1.5.1,<1.6' 'nixl-cu12>=1.5.1,<1.6'
-	@touch $@
+	@if $(BIN)/pip install --quiet --no-deps 'nixl>=1.5.1,<1.6' 'nixl-cu12>=1.5.1,<1.6'; then touch $@; \
+		else echo 'SKIPPED: what goes by NIXL: it cannot be installed here'; fi
 
 # Types, style, floors and lengths of files: what every commit must pass.
 check: $(VENV)/dev

@@ -195,10 +195,9 @@ async def _feed(state: GatewayState, exchange: Exchange, stream: EventStream, go
     came_back = exchange.header(b"last-event-id")
     number = None if came_back is None else view.feed.resumed(came_back.decode("latin-1"))
     if number is None:
+        base = number, _ = view.feed.base  # another reader's look meanwhile is news for this one
         ended = (await view.ended(query_of({"limit": str(SNAPSHOT_ENDED)}))).ended
-        # Before anything is awaited: another reader's look meanwhile is news for this one.
-        snapshot, number = view.feed.snapshot(ended[::-1]), view.feed.number
-        await stream.write(snapshot)
+        await stream.write(view.feed.snapshot(ended[::-1], base))
     while not (gone.is_set() or state.draining):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(FEED_INTERVAL_S):

@@ -132,10 +132,17 @@ class Feed:
         oldest = self._kept[0][0] if self._kept else self._number + 1
         return number if oldest - 1 <= number <= self._number else None
 
-    def snapshot(self, ended: Sequence[RequestForm]) -> bytes:
-        """For who comes anew, as of the last look. Raises ``AssertionError`` before the first."""
-        last = self._last
-        assert last is not None
+    @property
+    def base(self) -> tuple[int, Look]:
+        """What a snapshot is made of, and deltas behind it go on from. Raises ``AssertionError`` before the
+        first look."""
+        assert self._last is not None
+        return self._number, self._last
+
+    def snapshot(self, ended: Sequence[RequestForm], base: tuple[int, Look]) -> bytes:
+        """For who comes anew. ``base`` is taken before ``ended`` is asked for: what a delta behind it tells
+        again, its reader knows by its id, and none is missed."""
+        number, last = base
         snapshot = Snapshot(
             at=last.at,
             index_alive=last.index_alive,
@@ -146,7 +153,7 @@ class Feed:
             ended=ended,
             health=last.health,
         )
-        return self._event(self._number, snapshot)
+        return self._event(number, snapshot)
 
     def _event(self, number: int, message: Snapshot | Delta) -> bytes:
         return b"id: %s-%d\ndata: %s\n\n" % (self._life.encode(), number, _encoder.encode(message))

@@ -11,6 +11,7 @@ import threading
 import time
 from queue import SimpleQueue
 
+import structlog
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
@@ -18,6 +19,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
+from microserve.protocol import log
 from microserve.protocol.tracing.names import named
 from microserve.protocol.tracing.span import Kind, Span
 
@@ -31,6 +33,7 @@ _KINDS = {Kind.SERVER: SpanKind.SERVER, Kind.INTERNAL: SpanKind.INTERNAL}
 _SCOPE = InstrumentationScope("microserve")
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _FINE = Status(StatusCode.UNSET)
+_logger = structlog.get_logger()
 
 
 class Exporter:
@@ -59,12 +62,12 @@ class Exporter:
     def _make(self) -> None:
         """An idle process is not woken; in a busy one spans wait for each other, away from their request."""
         while (span := self._told.get()) is not None:
-            self._is_over.wait(MAKE_S)
-            self._processor.on_end(self._made(span))
-            for _ in range(self._told.qsize()):
-                if (span := self._told.get()) is None:
-                    return
+            if self._told.empty():
+                self._is_over.wait(MAKE_S)
+            try:
                 self._processor.on_end(self._made(span))
+            except Exception as error:  # one that the SDK does not take keeps none of the others back
+                _logger.warning(log.TRACING_FAILED, error=str(error) or type(error).__name__)
 
     def _shutdown(self) -> None:
         self._making.join(CLOSE_S)

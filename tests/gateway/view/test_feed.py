@@ -69,13 +69,26 @@ def test_deltas_make_of_the_snapshot_what_there_is(moments: list[tuple[dict[str,
         feed.look(look(float(number), loads, len(names), running), [request_form(each) for each in new])
         resumed = feed.resumed(reader.last_id)
         if resumed is None:
-            reader.read(feed.snapshot([request_form(each) for each in names]))
+            reader.read(feed.snapshot([request_form(each) for each in names], feed.base))
         elif stays:  # else it is away for a while
             reader.read(feed.since(resumed))
         else:
             continue
         seen = len(names)
         assert (reader.loads, reader.ended, reader.running) == (loads, names[:seen], running)
+
+
+def test_a_look_while_a_snapshot_is_being_made_is_news_for_its_reader() -> None:
+    feed, reader = Feed("life"), Reader()
+    feed.look(look(0.0, {"a": 1, "b": 1}, 1), [request_form("r0")])
+    base = feed.base
+    ended = [request_form("r0")]  # asked for in a thread, and of siblings
+    feed.look(look(1.0, {"a": 2}, 2), [request_form("r1")])
+    reader.read(feed.snapshot(ended, base))
+    resumed = feed.resumed(reader.last_id)
+    assert resumed == base[0]
+    reader.read(feed.since(resumed))
+    assert (reader.loads, reader.ended) == ({"a": 2}, ["r0", "r1"])
 
 
 def test_who_was_away_for_too_long_or_comes_from_another_life_gets_a_snapshot() -> None:
