@@ -142,7 +142,7 @@ class ViewServer:
             await asked.begin()
             feed = Feed("life")
             feed.look(self.look, [])
-            await asked.raw(feed.snapshot(self.ended))
+            await asked.raw(feed.snapshot(self.ended, feed.base))
             return
         await asked.reply(200, self._body(path))
 

@@ -23,7 +23,7 @@ def events(feed: Feed, since: int) -> list[bytes]:
 def test_a_snapshot_and_deltas_make_what_the_gateway_sees() -> None:
     feed, picture = Feed("a"), Picture()
     feed.look(look(engine_form("e0", running=1), engine_form("e1")), [])
-    [snapshot] = EventReader().push(feed.snapshot([request_form("r1", age_s=5.0)]))
+    [snapshot] = EventReader().push(feed.snapshot([request_form("r1", age_s=5.0)], feed.base))
     picture.take(snapshot, 100.0)
     assert [*picture.engines] == ["e0", "e1"]
     feed.look(
@@ -43,7 +43,7 @@ def test_rates_are_of_the_last_minute_and_count_what_was_only_counted() -> None:
     feed.look(look(engine_form("e0", running=2, waiting=3, used_blocks=5, free_blocks=15)), [])
     old = request_form("old", age_s=300.0)
     new = request_form("new", age_s=1.0, prompt_tokens=100, cached_tokens=25, output_tokens=30)
-    [snapshot] = EventReader().push(feed.snapshot([old, new]))
+    [snapshot] = EventReader().push(feed.snapshot([old, new], feed.base))
     picture.take(snapshot, 1000.0)
     summary = picture.summary(1000.0)
     assert (summary.requests_per_s, summary.tokens_per_s) == (1 / 60, 30 / 60)
@@ -60,7 +60,9 @@ def test_a_snapshot_that_left_some_out_says_no_more_than_it_has() -> None:
     feed, picture = Feed("a"), Picture()
     feed.look(look(), [])
     [snapshot] = EventReader().push(
-        feed.snapshot([request_form(f"r{number}", age_s=10.0 - number / 20) for number in range(200)])
+        feed.snapshot(
+            [request_form(f"r{number}", age_s=10.0 - number / 20) for number in range(200)], feed.base
+        )
     )
     picture.take(snapshot, 50.0)
     assert picture.summary(50.0).requests_per_s == pytest.approx(20.0)
@@ -69,7 +71,7 @@ def test_a_snapshot_that_left_some_out_says_no_more_than_it_has() -> None:
 def test_no_more_is_kept_than_a_bound() -> None:
     feed, picture = Feed("a"), Picture()
     feed.look(look(), [])
-    picture.take(EventReader().push(feed.snapshot([]))[0], 0.0)
+    picture.take(EventReader().push(feed.snapshot([], feed.base))[0], 0.0)
     for number in range(30):
         feed.look(look(ended=200 * (number + 1)), [request_form("x")] * 200)
         for event in events(feed, number + 1):
