@@ -12,6 +12,7 @@ import msgspec
 
 from microserve.protocol.messages.engine_info import EngineInfo as EngineInfo  # noqa: PLC0414 - a message's part
 from microserve.protocol.messages.host import UNSAID_HOST, HostFacts
+from microserve.protocol.messages.kv.coding import Coding
 from microserve.protocol.messages.kv.grant import Grant
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
@@ -49,6 +50,8 @@ class PrepRecv(_Message, frozen=True, tag=2):
     """Name of the adapter with which all of the request is computed; empty: the model alone."""
     traceparent: str = ""
     """Where this action stands in a trace (tracing/traceparent.py); empty, or no valid one: in none."""
+    may_lose: bool = False
+    """The KV may come by a codec that loses some of it; else the engine refuses what does."""
 
 
 class RemoteSend(_Message, frozen=True, tag=3):
@@ -71,6 +74,10 @@ class RemoteSend(_Message, frozen=True, tag=3):
     """As in ``PrepRecv``, and of the same revision as the grant's."""
     traceparent: str = ""
     """As in ``PrepRecv``."""
+    codec: str = ""
+    """Name of the profile (kvcache/codec) to send by; ``auto``: the engine chooses. Empty: as it is."""
+    may_lose: bool = False
+    """As in ``PrepRecv``: the profile may be one that loses."""
 
 
 class StartGenerate(_Message, frozen=True, tag=4):
@@ -312,6 +319,8 @@ class Sent(_Message, frozen=True, tag=3):
     first_logprob: TokenLogprob | None = None
     heap: str = ""
     """Kind of the heap that it was put through, as in ``HeapAddress.kind``; empty: nothing was put."""
+    coding: Coding | None = None
+    """What became of ``RemoteSend.codec``; None: none was asked for."""
 
 
 class Accepted(_Message, frozen=True, tag=4):

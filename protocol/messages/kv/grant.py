@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from microserve.protocol.messages.adapter import Adapter
+from microserve.protocol.messages.kv.coding import Decoding
 from microserve.protocol.messages.kv.geometry import UNSAID, Geometry
 
 MAX_LANES = 4
@@ -63,3 +64,5 @@ class Grant(msgspec.Struct, frozen=True, array_like=True):
     """Other ways into the same heap, best first; ``heap`` is tried before them."""
     adapter: Adapter | None = None
     """With which the KV is computed; None: the model alone."""
+    decoding: Decoding | None = None
+    """What may be put as payloads of a codec; None: nothing."""

@@ -21,7 +21,7 @@ from microserve.protocol.messages import engine as actions
 from microserve.protocol.messages import index as membership
 from microserve.protocol.messages import router as serving
 from microserve.protocol.messages import world as worlds
-from microserve.protocol.messages.kv import geometry, grant, kv_events
+from microserve.protocol.messages.kv import coding, geometry, grant, kv_events
 from microserve.protocol.messages.request import prompt_logprobs, sampling
 from microserve.protocol.messages.strategy import control, decisions, scores
 from microserve.protocol.settings.settings import BusSettings
@@ -42,6 +42,8 @@ CHANNELS = {
 STRUCTURES = [
     grant.Grant,
     adapter.Adapter,
+    coding.Decoding,
+    coding.Coding,
     grant.HeapAddress,
     sampling.SamplingParams,
     sampling.Grammar,
@@ -260,6 +262,8 @@ def test_channels_are_numbered_as_in_the_code() -> None:
         ("MAX_LOGIT_BIAS", sampling.MAX_LOGIT_BIAS),
         ("MAX_NUMERICS_CHARS", numerics.MAX_NUMERICS_CHARS),
         ("MAX_ROPE_CHARS", geometry.MAX_ROPE_CHARS),
+        ("MAX_CODEC_CHARS", coding.MAX_CODEC_CHARS),
+        ("MAX_CODECS", coding.MAX_CODECS),
         ("bus.heartbeat_interval_s", BusSettings().heartbeat_interval_s),
         ("bus.liveness", BusSettings().liveness),
         ("bus.stuck_s", BusSettings().stuck_s),

@@ -8,6 +8,7 @@ from microserve.protocol.messages import router as serving
 from microserve.protocol.messages.adapter import Adapter
 from microserve.protocol.messages.check import PairCheck
 from microserve.protocol.messages.host import HostFacts
+from microserve.protocol.messages.kv.coding import Coding, Decoding
 from microserve.protocol.messages.kv.geometry import Geometry
 from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from microserve.protocol.messages.numerics import Numerics
@@ -18,6 +19,16 @@ HEAP = HeapAddress(kind="shm", host="boot", pid=70_000, fd=9, nbytes=1 << 33, in
 DOOR = HeapAddress(kind="tcp", host="b", pid=71_000, fd=0, nbytes=7, incarnation=1 << 60, door=b"tcp://a:4")
 GEOMETRY = Geometry("bfloat16", "o1", 16, 30, 3, 64, "fp8", "default theta=10000", "d1")
 ADAPTER = Adapter(name="a1", revision="ar1")
+DECODING = Decoding(codecs=["kv1:zstd"], queued_s=0.5, ns_per_byte=1.5)
+CODING = Coding(
+    profile="p1",
+    raw_nbytes=1 << 21,
+    wire_nbytes=1 << 20,
+    encode_s=0.25,
+    predicted_s=1.25,
+    observed_s=1.5,
+    link_bytes_per_s=2.5e6,
+)
 GRANT = Grant(
     grant_id="g1",
     engine_id="e1",
@@ -35,6 +46,7 @@ GRANT = Grant(
     geometry=GEOMETRY,
     doors=[DOOR],
     adapter=ADAPTER,
+    decoding=DECODING,
 )
 SAMPLING = SamplingParams(
     max_tokens=17,
