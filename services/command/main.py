@@ -38,6 +38,7 @@ ELSEWHERE = {
     "key": "key:key",
     "label": "label:label",
     "model": "model.command:model",
+    "plan": "plan:plan",
     "ps": "ps:ps",
     "router": "serve.command:router",
     "simulate": "simulate:simulate",
