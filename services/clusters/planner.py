@@ -1,6 +1,7 @@
 """How many requests a second two clusters can serve, and by which threshold and split they serve most.
 
-A prompt of more than ``threshold`` uncached tokens is computed in the other cluster, its KV comes over the link. Every stage serves what mean prompts of its side allow; the slowest one bounds all::
+A prompt of more than ``threshold`` uncached tokens is computed in the other cluster, and its KV comes over
+the link. Every stage serves what mean prompts of its side allow; the slowest one bounds all::
 
     remote  min(instances / seconds(long), link / bytes(long)) / share of long ones
     prefill prefill engines / seconds(short) / share of short ones
