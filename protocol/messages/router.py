@@ -58,6 +58,9 @@ class Generate(_Message, frozen=True, tag=2):
     """Of the adapter that made this output; as ``revision``."""
     traceparent: str = ""
     """Where the request stands in a trace (tracing/traceparent.py); empty, or no valid one: in none."""
+    exact: bool | None = None
+    """May its KV come by a codec that loses something? True: never, whatever its strategy says; False: it
+    may; None: its strategy says."""
 
 
 class Cancel(_Message, frozen=True, tag=3):

@@ -44,3 +44,8 @@ class Coding(msgspec.Struct, frozen=True, array_like=True):
     """The same as it came: measured here, but for the decoding."""
     link_bytes_per_s: float = 0.0
     """Of the network to the receiver, as it was known when the profile was chosen; 0: not known."""
+    is_lossy: bool = False
+    """Some of what was put by it lost something."""
+    reason: str = ""
+    """Why that profile (kvcache/codec/choice/decision.py): ``asked``, ``refused``, ``model``, ``learned``,
+    ``explored``, ``unknown_link``, ``none_feasible``; empty: not said."""

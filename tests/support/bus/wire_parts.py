@@ -28,6 +28,8 @@ CODING = Coding(
     predicted_s=1.25,
     observed_s=1.5,
     link_bytes_per_s=2.5e6,
+    is_lossy=True,
+    reason="model",
 )
 GRANT = Grant(
     grant_id="g1",
