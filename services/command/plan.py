@@ -39,6 +39,12 @@ Path_ = click.Path(path_type=Path, dir_okay=False)
     type=click.IntRange(min=2),
     help="Engines here that the other cluster is compared with. [default: as many as all]",
 )
+@click.option(
+    "--simulate",
+    "seconds",
+    type=click.FloatRange(min=100, max=1e6),
+    help="Also let so many seconds of requests wait in queues, at shares of each plan's rate.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     profile_file: Path,
@@ -48,6 +54,7 @@ def plan(
     remote: int | None,
     local: int | None,
     alone: int | None,
+    seconds: float | None,
     as_json: bool,
 ) -> None:
     """Requests a second that two clusters serve by PROFILE, and the threshold and split that serve most.
@@ -78,6 +85,8 @@ def plan(
         echo(msgspec.json.format(msgspec.json.encode(plans), indent=2).decode())
     else:
         echo("\n".join([*_head(profile, lengths), *_table(plans)]))
+        if seconds is not None:
+            echo("\n".join(["", *_simulated(profile, lengths, plans["plan"], seconds)]))
 
 
 def _resized(
@@ -157,3 +166,25 @@ def _table(plans: dict[str, Plan]) -> list[str]:
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows
     ]
+
+
+def _simulated(profile: ClusterProfile, lengths: Lengths, plan: Plan, seconds: float) -> list[str]:
+    """The plan's threshold, and simple load balancing of the same engines, with queues."""
+    from microserve.services.simulation.clusters.figures import figures
+    from microserve.services.simulation.clusters.policy import ByLoad, ByThreshold
+    from microserve.services.simulation.clusters.world import World
+
+    lines = [
+        f"simulated, {seconds:g} s of requests by lot (seed 0) that wait for engines, link and places",
+        "                  requests/s  TTFT p90, s  without waiting  prompts waiting  more each s",
+    ]
+    for name, policy in (("plan", ByThreshold(plan.threshold)), ("by load alone", ByLoad())):
+        for share in (0.8, 0.9, 1.05):
+            world = World(profile, policy, plan.num_prefill)
+            world.run(lengths, share * plan.rate, seconds)
+            seen = figures(world)
+            lines.append(
+                f"{name:<14}{share:>4.0%}{share * plan.rate:>10.2f}{seen.p90_ttft_s:>13.2f}"
+                f"{seen.p90_service_s:>17.2f}{seen.mean_waiting:>17.1f}{seen.growth:>+13.3f}"
+            )
+    return lines

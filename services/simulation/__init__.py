@@ -10,5 +10,5 @@ Start with ``loop.py`` (time, and processes that freeze and die), then ``network
 ``journal.py`` is what happened.
 
 Three uses: ``faults/`` breaks a mesh and judges it, ``load/`` measures strategies, ``trial/`` tries one
-before it serves.
+before it serves. ``clusters/`` stands apart: queues without a mesh, for plans of hours.
 """

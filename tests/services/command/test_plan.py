@@ -40,6 +40,14 @@ def test_json_and_another_link() -> None:
     assert plans["plan"]["link_share"] == pytest.approx(1.0)
 
 
+def test_queues_are_simulated_where_that_is_asked_for() -> None:
+    lines = run(PROFILE, "--simulate", "600").stdout.splitlines()
+    assert [line[:13].strip() for line in lines[-6:]] == ["plan"] * 3 + ["by load alone"] * 3
+    service = [float(line.split()[-3]) for line in lines[-6:]]
+    with_queues = [float(line.split()[-4]) for line in lines[-6:]]
+    assert all(longer > shorter for longer, shorter in zip(with_queues, service, strict=True))
+
+
 def test_lengths_of_a_trace_and_of_a_histogram(tmp_path: Path) -> None:
     assert "prompts of 13,721 tokens on average" in run(PROFILE, "--trace", TRACE).stdout
     histogram = tmp_path / "lengths.json"
