@@ -1,4 +1,4 @@
-"""Where one HTTP request stands in a trace, and its span, made when it has ended.
+"""Where one HTTP request stands in a trace, and its span, made after it has ended.
 
 The client's ``traceparent`` is gone on from, if it is a valid one; else a trace begins here. All choices of a
 request are in one span. Nothing of it is echoed, and no prompt, no answer and no key is in it.
@@ -46,11 +46,29 @@ class Trace:
         failure: MeshError | None,
         model: str,
     ) -> None:
-        """``times``: of what the choices have in common; ``sampling``: None where it did not get so far."""
-        if not self._is_told or not output.is_on() or times.ended is None:
-            return
+        """Nothing of what is given changes any more. ``times``: of what the choices have in common;
+        ``sampling``: None where it did not get so far."""
+        if self._is_told and times.ended is not None:
+            code = "" if failure is None else failure.code  # and not its frames
+            output.tell(
+                self._spans, exchange, choices, times, times.ended, usage, sampling, n, stream, code, model
+            )
+
+    def _spans(
+        self,
+        exchange: Exchange,
+        choices: Sequence[Choice],
+        times: Timeline,
+        ended: float,
+        usage: Callable[[], UsageCounts],
+        sampling: SamplingParams | None,
+        n: int,
+        stream: bool,
+        code: str,
+        model: str,
+    ) -> list[Span]:
         operation = "text_completion" if exchange.path == "/v1/completions" else "chat"
-        ended = max(times.ended, *(c.times.ended or 0.0 for c in choices)) if choices else times.ended
+        ended = max(ended, *(c.times.ended or 0.0 for c in choices)) if choices else ended
         first = min((c.times.first_token for c in choices if c.times.first_token is not None), default=None)
         counts = usage()
         values: dict[str, Value | None] = {
@@ -83,9 +101,8 @@ class Trace:
             values |= {f"phase.{name}_s": microseconds / 1e6 for name, microseconds in phases.items()}
         marks = (("tokenising", times.tokenising), ("submitted", times.submitted), ("first_token", first))
         events = [Event(name, at) for name, at in marks if at is not None]
-        code = "" if failure is None else failure.code
         span = (f"{operation} {model}", self._own, self._parent_id, times.arrived, ended, values)
-        output.tell(Span(*span, events=events, error=code))
+        return [Span(*span, events=events, error=code)]
 
 
 def trace_of(exchange: Exchange) -> Trace:

@@ -1,38 +1,40 @@
-"""Spans to a collector by OTLP, with OpenTelemetry's SDK: its batches, its thread, its variables.
+"""Spans to a collector by OTLP, with OpenTelemetry's SDK: its batches, thread, retries and variables.
 
-The only file that imports ``opentelemetry`` (extra ``otel``). Spans come with ids that were made when their
-children were sent, and have ended already, so they go to the SDK's batch processor as they are and no tracer
-makes them.
+Spans come with ids that were made when their children were sent, and have ended already, so they go to the
+SDK's batch processor as they are and no tracer makes them. A service's loop only puts into a queue what they
+are to be made of. One thread makes them, the SDK's makes messages of them (encoding.py) and sends those.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from queue import SimpleQueue
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
 import structlog
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
-from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
+from opentelemetry.trace import SpanContext, TraceFlags
 
 from microserve.protocol import log
-from microserve.protocol.tracing.names import named
-from microserve.protocol.tracing.span import Kind, Span
+from microserve.protocol.tracing.encoding import empty_request, write_span
+from microserve.protocol.tracing.span import Make, Span
 
 CLOSE_S = 2.0
 """Longest wait for the collector when a service stops."""
-MAKE_S = 0.05
+MAKE_S = 0.5
+"""Between two looks at what was told: the loop need not wake anybody for it."""
 MAX_TOLD = 4096
-"""Of spans that are not made yet; more are dropped, as the SDK drops what its own queue cannot hold."""
+"""Not made yet; of more the oldest are dropped, as the SDK drops what its own queue cannot hold."""
+AT_ONCE = 16
+"""Made without a pause: a loop that wants Python's lock meanwhile waits for a third of a millisecond."""
+PAUSE_S = 0.001
 _REFRESH_S = 60.0
-_KINDS = {Kind.SERVER: SpanKind.SERVER, Kind.INTERNAL: SpanKind.INTERNAL}
-_SCOPE = InstrumentationScope("microserve")
-_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
-_FINE = Status(StatusCode.UNSET)
+_SAMPLED = SpanContext(1, 1, is_remote=False, trace_flags=TraceFlags(TraceFlags.SAMPLED))
 _logger = structlog.get_logger()
 
 
@@ -46,28 +48,29 @@ class Exporter:
         )
         if str(resource.attributes.get(SERVICE_NAME, "unknown_service")).startswith("unknown_service"):
             resource = resource.merge(Resource({SERVICE_NAME: f"microserve-{service}"}))
-        self._resource = resource
-        self._processor = BatchSpanProcessor(OTLPSpanExporter())
-        self._clock = WallClock()
-        self._told: SimpleQueue[Span | None] = SimpleQueue()
+        self._processor = BatchSpanProcessor(_Sender(resource))
+        self._told: deque[tuple[Make, tuple[Any, ...]]] = deque(maxlen=MAX_TOLD)
         self._is_over = threading.Event()
         self._making = threading.Thread(target=self._make, name="traces", daemon=True)
         self._making.start()
 
-    def tell(self, span: Span) -> None:
-        """The SDK's words for it cost more than a message does, and are found in a thread, a little later."""
-        if self._told.qsize() < MAX_TOLD:
-            self._told.put(span)
+    def tell(self, make: Make, given: tuple[Any, ...]) -> None:
+        self._told.append((make, given))
 
     def _make(self) -> None:
-        """An idle process is not woken; in a busy one spans wait for each other, away from their request."""
-        while (span := self._told.get()) is not None:
-            if self._told.empty():
-                self._is_over.wait(MAKE_S)
-            try:
-                self._processor.on_end(self._made(span))
-            except Exception as error:  # one that the SDK does not take keeps none of the others back
-                _logger.warning(log.TRACING_FAILED, error=str(error) or type(error).__name__)
+        is_over = False
+        while not is_over:
+            is_over = self._is_over.wait(MAKE_S)
+            for number in range(1, len(self._told) + 1):
+                make, given = self._told.popleft()
+                try:
+                    for span in make(*given):
+                        if span.own.is_sampled:
+                            self._processor.on_end(_Told(span))
+                except Exception as error:  # one that cannot be made keeps none of the others back
+                    _logger.warning(log.TRACING_FAILED, error=str(error) or type(error).__name__)
+                if not number % AT_ONCE:
+                    time.sleep(PAUSE_S)
 
     def _shutdown(self) -> None:
         self._making.join(CLOSE_S)
@@ -75,29 +78,43 @@ class Exporter:
 
     def close(self) -> None:
         self._is_over.set()
-        self._told.put(None)
         closing = threading.Thread(target=self._shutdown, name="close traces", daemon=True)
         closing.start()  # the SDK waits for as long as its exporter does
         closing.join(CLOSE_S)
 
-    def _made(self, span: Span) -> ReadableSpan:
-        trace_id, at = int(span.own.trace_id, 16), self._clock.wall_ns
-        parent = None
-        if span.parent_id:
-            parent = SpanContext(trace_id, int(span.parent_id, 16), is_remote=True, trace_flags=_SAMPLED)
-        return ReadableSpan(
-            span.name,
-            context=SpanContext(trace_id, int(span.own.span_id, 16), is_remote=False, trace_flags=_SAMPLED),
-            parent=parent,
-            resource=self._resource,
-            attributes=named({**span.values, "error": span.error or None}),
-            events=[Event(each.name, named(each.values), at(each.at)) for each in span.events],
-            kind=_KINDS[span.kind],
-            status=Status(StatusCode.ERROR, span.error) if span.error else _FINE,
-            start_time=at(span.begun),
-            end_time=at(span.ended),
-            instrumentation_scope=_SCOPE,
-        )
+
+class _Told(ReadableSpan):
+    """As the processor takes it, which asks of a span whether it is sampled, and nothing else."""
+
+    context = _SAMPLED
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+
+
+class _Sender(OTLPSpanExporter):
+    """The SDK's exporter, but for the making of what it sends."""
+
+    def __init__(self, resource: Resource) -> None:
+        super().__init__()
+        self._empty = empty_request(resource)
+        self._clock = WallClock()
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        request = type(self._empty)()
+        request.CopyFrom(self._empty)
+        into = request.resource_spans[0].scope_spans[0].spans
+        for number, told in enumerate(spans, 1):
+            assert isinstance(told, _Told)
+            try:
+                write_span(into.add(), told.span, self._clock.wall_ns)
+            except Exception as error:  # one that protobuf does not take keeps none of the others back
+                del into[-1]
+                _logger.warning(log.TRACING_FAILED, error=str(error) or type(error).__name__)
+            if not number % AT_ONCE:
+                time.sleep(PAUSE_S)
+        sent = self._client.export(request.SerializeToString())
+        return SpanExportResult.SUCCESS if sent.success else SpanExportResult.FAILURE
 
 
 class WallClock:

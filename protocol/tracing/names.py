@@ -44,10 +44,6 @@ NAMES: Mapping[str, tuple[str, ...]] = {
 """By what services call it; whatever is not here is ``microserve.`` and that."""
 
 
-def named(values: Mapping[str, Value | None]) -> dict[str, Value]:
-    """As attributes of a span, each under all of its names; what is None is left out."""
-    found: dict[str, Value] = {}
-    for name, value in values.items():
-        if value is not None:
-            found |= dict.fromkeys(NAMES.get(name, (f"microserve.{name}",)), value)
-    return found
+def names_of(name: str) -> tuple[str, ...]:
+    """All that a value has on its way to a collector."""
+    return NAMES.get(name) or (f"microserve.{name}",)

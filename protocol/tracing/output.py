@@ -3,18 +3,21 @@
 Owns whether spans are made at all (:func:`is_on`): where the environment names an endpoint and the extra
 ``otel`` is installed. The SDK is imported then and only then; its own thread sends. A collector that is slow
 or away costs spans and nothing else.
+
+Services say what has ended and how spans are made of it; a thread makes them, many in a row. One by one,
+between two messages, they cost a service several times as much, for nothing of it is in a cache then.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
 from microserve.protocol import log
-from microserve.protocol.tracing.span import Span
+from microserve.protocol.tracing.span import Make
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 EXTRA = "otel"
@@ -23,8 +26,8 @@ _logger = structlog.get_logger()
 
 
 class Output(Protocol):
-    def tell(self, span: Span) -> None:
-        """Takes no time to speak of, and never raises for what becomes of the span."""
+    def tell(self, make: Make, given: tuple[Any, ...]) -> None:
+        """Takes no time to speak of, and never raises for what becomes of the spans."""
         ...
 
     def close(self) -> None:
@@ -40,10 +43,11 @@ def is_on() -> bool:
     return _output is not None
 
 
-def tell(span: Span) -> None:
-    """A span that has ended; nothing happens where nobody wants any, or not of its trace."""
-    if _output is not None and span.own.is_sampled:
-        _output.tell(span)
+def tell(make: Make, *given: Any) -> None:
+    """Spans that have ended are what ``make`` makes of ``given``, a little later and in another thread, so
+    nothing of it may change any more. Nothing happens where nobody wants any."""
+    if _output is not None:
+        _output.tell(make, given)
 
 
 def use(output: Output | None) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+
+import msgspec
 
 from microserve.protocol.tracing.names import Value
 from microserve.protocol.tracing.traceparent import TraceParent
@@ -18,16 +19,14 @@ class Kind(Enum):
     INTERNAL = "internal"
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(msgspec.Struct, frozen=True):
     name: str
     at: float
     """``time.monotonic``."""
-    values: Mapping[str, Value | None] = field(default_factory=dict)
+    values: Mapping[str, Value | None] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(msgspec.Struct, frozen=True):
     name: str
     own: TraceParent
     parent_id: str
@@ -41,3 +40,7 @@ class Span:
     events: Sequence[Event] = ()
     error: str = ""
     """Code of what it failed with; empty: it has not failed."""
+
+
+Make = Callable[..., Iterable[Span]]
+"""Makes those of what has ended."""

@@ -1,7 +1,7 @@
-"""Spans of an engine's actions, each made when the action has ended here, of the durations that it reports.
+"""Spans of an engine's actions, each made after the action has ended here, of the durations that it reports.
 
-One function an action; where nobody wants spans, or the action is in no trace, each returns at once. Called
-under the engine's lock, once a request and never for a token.
+One function an action, called under the engine's lock, once a request and never for a token: it says what the
+span is to be made of, and that only of an action that is in a trace.
 """
 
 from __future__ import annotations
@@ -20,21 +20,39 @@ from microserve.protocol.tracing.traceparent import parse
 
 def granted(traceparent: str, request_id: str, seconds: float, grant: Grant) -> None:
     """``seconds``: from the message to the grant."""
-    if not (output.is_on() and traceparent):
-        return
+    if traceparent:
+        output.tell(_granted, traceparent, monotonic(), seconds, request_id, grant)
+
+
+def sent(traceparent: str, seconds: float, answer: wire.Sent, grant: Grant) -> None:
+    """All is put."""
+    if traceparent:
+        output.tell(_sent, traceparent, monotonic(), seconds, answer, grant)
+
+
+def send_failed(traceparent: str, request_id: str, seconds: float, error: MeshError) -> None:
+    if traceparent:
+        values = {"request_id": request_id}
+        output.tell(_made, "remote_send", traceparent, monotonic(), seconds, values, error.code)
+
+
+def generated(traceparent: str, request_id: str, seconds: float, finished: wire.Finished) -> None:
+    """A generation has ended, in whatever way."""
+    if traceparent:
+        output.tell(_generated, traceparent, monotonic(), seconds, request_id, finished)
+
+
+def _granted(traceparent: str, now: float, seconds: float, request_id: str, grant: Grant) -> list[Span]:
     values: dict[str, Value | None] = {
         "request_id": request_id,
         "grant_id": grant.grant_id,
         "end": grant.end,
         "matched_tokens": grant.matched,
     }
-    _tell("prep_recv", traceparent, seconds, values)
+    return _made("prep_recv", traceparent, now, seconds, values)
 
 
-def sent(traceparent: str, seconds: float, answer: wire.Sent, grant: Grant) -> None:
-    """All is put."""
-    if not (output.is_on() and traceparent):
-        return
+def _sent(traceparent: str, now: float, seconds: float, answer: wire.Sent, grant: Grant) -> list[Span]:
     values: dict[str, Value | None] = {
         "request_id": answer.request_id,
         "grant_id": grant.grant_id,
@@ -46,18 +64,12 @@ def sent(traceparent: str, seconds: float, answer: wire.Sent, grant: Grant) -> N
         "heap": answer.heap or None,
         **_timings(answer.timings),
     }
-    _tell("remote_send", traceparent, seconds, values)
+    return _made("remote_send", traceparent, now, seconds, values)
 
 
-def send_failed(traceparent: str, request_id: str, seconds: float, error: MeshError) -> None:
-    if output.is_on() and traceparent:
-        _tell("remote_send", traceparent, seconds, {"request_id": request_id}, error.code)
-
-
-def generated(traceparent: str, request_id: str, seconds: float, finished: wire.Finished) -> None:
-    """A generation has ended, in whatever way."""
-    if not (output.is_on() and traceparent):
-        return
+def _generated(
+    traceparent: str, now: float, seconds: float, request_id: str, finished: wire.Finished
+) -> list[Span]:
     usage = finished.usage
     values: dict[str, Value | None] = {
         "request_id": request_id,
@@ -70,20 +82,24 @@ def generated(traceparent: str, request_id: str, seconds: float, finished: wire.
         "numerics": finished.numerics.name,
         **_timings(finished.timings),
     }
-    _tell("start_generate", traceparent, seconds, values, finished.code)
+    return _made("start_generate", traceparent, now, seconds, values, finished.code)
 
 
 def _timings(timings: wire.Timings) -> dict[str, float]:
     return {name: getattr(timings, name) for name in wire.Timings.__struct_fields__}
 
 
-def _tell(
-    name: str, traceparent: str, seconds: float, values: Mapping[str, Value | None], error: str = ""
-) -> None:
-    """It ends now. An engine's own clock may have any zero, so it is told how long it took."""
+def _made(
+    name: str,
+    traceparent: str,
+    now: float,
+    seconds: float,
+    values: Mapping[str, Value | None],
+    error: str = "",
+) -> list[Span]:
+    """It ended at ``now``. An engine's own clock may have any zero, so it is told how long it took."""
     parent = parse(traceparent)
-    if parent is not None and parent.is_sampled:
-        now = monotonic()
-        output.tell(
-            Span(name, parent.child(), parent.span_id, now - max(0.0, seconds), now, values, error=error)
-        )
+    if parent is None:
+        return []
+    begun = now - max(0.0, seconds)
+    return [Span(name, parent.child(), parent.span_id, begun, now, values, error=error)]

@@ -1,4 +1,4 @@
-"""One request's spans in this router: one of all of it, one of each attempt, made when it has ended.
+"""One request's spans in this router: one of all of it, one of each attempt, made after it has ended.
 
     serve STRATEGY      from when it came until its end was told; events: picks, failovers
       attempt n         each with an id that was made as it began: its engines' spans are its children
@@ -10,8 +10,9 @@ for the clock, which is not the loop's: uvloop's has milliseconds only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import monotonic
+
+import msgspec
 
 from microserve.protocol.messages.router import Ended, Phases
 from microserve.protocol.tracing import output
@@ -43,8 +44,7 @@ class Relay:
 UNTRACED = Relay("")
 
 
-@dataclass(slots=True)
-class _Attempt:
+class _Attempt(msgspec.Struct):
     own: TraceParent
     strategy: str
     version: int
@@ -55,14 +55,13 @@ class _Attempt:
 
 class Trace:
     def __init__(self, parent: TraceParent) -> None:
-        self._parent_id = parent.span_id
-        self._own = parent.child()
+        self._parent = parent
         self._begun = self._ended = monotonic()
         self._attempts: list[_Attempt] = []
 
     def begin(self, strategy: str, version: int) -> str:
         """An attempt begins: what its actions say of where they stand."""
-        attempt = _Attempt(self._own.child(), strategy, version, monotonic())
+        attempt = _Attempt(self._parent.child(), strategy, version, monotonic())
         self._attempts.append(attempt)
         return attempt.own.text
 
@@ -77,9 +76,11 @@ class Trace:
         self._close(self._ended, code)
 
     def tell(self, request_id: str, ended: Ended, trails: Sequence[Trail]) -> None:
-        """Make all of its spans, once its gateway has been told. ``trails``: of its attempts, if they are
-        kept."""
-        now = self._ended
+        """All of its spans are to be made. ``trails``: of its attempts, if they are kept."""
+        output.tell(self._spans, request_id, ended, trails)
+
+    def _spans(self, request_id: str, ended: Ended, trails: Sequence[Trail]) -> list[Span]:
+        own, now, spans = self._parent.child(), self._ended, []
         for number, attempt in enumerate(self._attempts, 1):
             values: dict[str, Value | None] = {
                 "request_id": request_id,
@@ -87,11 +88,11 @@ class Trace:
                 "strategy": attempt.strategy,
                 "strategy_version": attempt.version,
             }
-            output.tell(
+            spans.append(
                 Span(
                     f"attempt {number}",
                     attempt.own,
-                    self._own.span_id,
+                    own.span_id,
                     attempt.begun,
                     now if attempt.ended is None else attempt.ended,
                     values,
@@ -99,11 +100,11 @@ class Trace:
                     error=attempt.code,
                 )
             )
-        output.tell(
+        spans.append(
             Span(
                 f"serve {ended.strategy}",
-                self._own,
-                self._parent_id,
+                own,
+                self._parent.span_id,
                 self._begun,
                 now,
                 {
@@ -128,6 +129,7 @@ class Trace:
                 error=ended.code,
             )
         )
+        return spans
 
     def _close(self, now: float, code: str) -> None:
         if self._attempts and self._attempts[-1].ended is None:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from microserve.protocol.tracing import output
-from microserve.protocol.tracing.names import NAMES, named
+from microserve.protocol.tracing.names import NAMES, Value, names_of
 from microserve.protocol.tracing.span import Event, Kind, Span
-from microserve.protocol.tracing.traceparent import make
+from microserve.protocol.tracing.traceparent import TraceParent, make
 
 if TYPE_CHECKING:
     from tests.support.process.otlp_collector import Collector
@@ -90,13 +90,9 @@ def test_the_environment_says_whether_there_are_spans(environment: dict[str, str
     assert output.is_wanted(environment) == is_wanted
 
 
-def test_names_are_in_both_conventions_and_what_is_none_is_left_out() -> None:
-    values = {"output_tokens": 3, "cached_tokens": None, "engines": ["e0"]}
-    assert named(values) == {
-        "gen_ai.usage.output_tokens": 3,
-        "gen_ai.usage.completion_tokens": 3,
-        "microserve.engines": ["e0"],
-    }
+def test_names_are_in_both_conventions_and_no_two_are_one() -> None:
+    assert names_of("output_tokens") == ("gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens")
+    assert names_of("engines") == ("microserve.engines",)
     every = [name for names in NAMES.values() for name in names]
     assert len(every) == len({*every})
     assert not [name for name in every if "prompt" in name and "tokens" not in name]
@@ -118,6 +114,10 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
         assert not output.is_on()
 
 
+def span_of(name: str, own: TraceParent, now: float, values: dict[str, Value | None]) -> list[Span]:
+    return [Span(name, own, "", now, now, values)]
+
+
 @pytest.mark.slow
 def test_a_span_arrives_as_it_was_told(collector: Collector) -> None:
     parent, now = make(is_sampled=True), monotonic()
@@ -126,7 +126,7 @@ def test_a_span_arrives_as_it_was_told(collector: Collector) -> None:
     span = Span(
         "serve x", own, parent.span_id, now - 0.5, now, {"attempts": 1}, Kind.INTERNAL, events, "busy"
     )
-    output.tell(span)
+    output.tell(lambda: [span])
     [got] = collector.wait(parent.trace_id, lambda spans: len(spans) == 1)
     assert (got.service, got.instance, got.name) == ("microserve-gateway", "g-1", "serve x")
     assert (got.trace_id, got.span_id, got.parent_id) == (own.trace_id, own.span_id, parent.span_id)
@@ -140,6 +140,19 @@ def test_a_span_arrives_as_it_was_told(collector: Collector) -> None:
 def test_what_is_not_sampled_is_not_sent(collector: Collector) -> None:
     quiet, loud, now = make(is_sampled=False), make(is_sampled=True), monotonic()
     for own in (quiet, loud):
-        output.tell(Span("chat m", own, "", now, now, {}))
+        output.tell(span_of, "chat m", own, now, {})
     collector.wait(loud.trace_id, lambda spans: len(spans) == 1)
     assert not collector.of(quiet.trace_id)
+
+
+@pytest.mark.slow
+def test_one_that_cannot_be_made_or_sent_keeps_none_of_the_others_back(collector: Collector) -> None:
+    own, now = make(is_sampled=True), monotonic()
+    for number, most in enumerate((1, 2**63, 2)):
+        output.tell(span_of, f"n{number}", own.child(), now, {"most": most})
+        output.tell(span_of, "it has no name that")
+    got = collector.wait(own.trace_id, lambda spans: len(spans) == 2)
+    assert [(span.name, span.attributes) for span in got] == [
+        ("n0", {"microserve.most": 1}),
+        ("n2", {"microserve.most": 2}),
+    ]
