@@ -42,7 +42,12 @@ _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
         "The strategy that is to serve it.",
         {"type": "string", "pattern": "^[A-Za-z0-9._:/+=@-]{1,128}$"},
     ),
+    "x-microserve-exact": (_EXACT, {"type": "string", "enum": ["true", "false"]}),
 }
+_EXACT = (
+    "true: nothing that the answer is made from loses anything on its way between engines, whatever key and "
+    "strategy say; false: it may."
+)
 _PROMISE = (
     "The numerics class in which the whole answer was made, bit for bit as any engine of the class makes it; "
     "or none. Of a stream: its beginning's; each choice's last chunk has the choice's, as microserve.exact."

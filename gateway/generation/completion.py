@@ -24,7 +24,7 @@ from microserve.gateway.generation.constraint import constraint_of
 from microserve.gateway.generation.group import ChoiceGroup
 from microserve.gateway.helper.helper import INLINE_BODY_NBYTES
 from microserve.gateway.http.errors import ClientGone, NotKept
-from microserve.gateway.http.exchange import Exchange, strategy_of, timeout_of, warning_header
+from microserve.gateway.http.exchange import Exchange, exact_of, strategy_of, timeout_of, warning_header
 from microserve.gateway.http.sse import EventStream
 from microserve.gateway.request.prompts import prompts_of
 from microserve.gateway.request.reading import reading_of
@@ -116,17 +116,20 @@ class Completion(Generic[B]):
         try:
             ttl_s = timeout_of(exchange, state.request_timeout_s)
             strategy = state.strategy_for(strategy_of(exchange), exchange.key)
+            exact = exchange.key.exact(exact_of(exchange))
             body = await exchange.read_body(state.bodies)
             with exchange.watch(inbox.fail):
                 with state.bodies.hold(len(body)), self._recalled:
-                    answer = await self._submit(body, ttl_s, strategy)
+                    answer = await self._submit(body, ttl_s, strategy, exact)
                 del body  # a long prompt must not stay for as long as its answer takes
                 await (self._stream_answer(answer) if self._stream else self._collect_answer(answer))
         finally:
             # At once, before anything is awaited: every step that an engine takes from here on is wasted.
             inbox.cancel()
 
-    async def _submit(self, body: bytes, ttl_s: float, strategy: str | None) -> AnswerFormat:
+    async def _submit(
+        self, body: bytes, ttl_s: float, strategy: str | None, exact: bool | None
+    ) -> AnswerFormat:
         """Send the choices on their way; how their answer will look."""
         state, group = self._state, self._group
         if len(body) > INLINE_BODY_NBYTES:
@@ -166,6 +169,7 @@ class Completion(Generic[B]):
             ttl_s=ttl_s,
             strategy=strategy,
             attributes=attributes,
+            exact=exact,
             reading=reading,
         )
         answering = Answering(

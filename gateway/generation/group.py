@@ -62,10 +62,12 @@ class ChoiceGroup:
         ttl_s: float,
         strategy: str | None,
         attributes: Mapping[str, str],
+        exact: bool | None = None,
         reading: Reading | None = None,
     ) -> None:
         """Send the choices of each prompt to one router, where they share its prefix; the first of them asks
-        for what is told of the prompt's own tokens. ``reading``: None where an answer is nothing but text.
+        for what is told of the prompt's own tokens. ``exact``: as in ``Generate``; ``reading``: None where an answer is
+        nothing but text.
 
         ``ttl_s`` counts from the request's arrival. Raises :class:`InvalidRequest`, ``QueueFull``,
         ``RateLimited``, ``BudgetSpent``, ``NoEngines``, ``Draining``, :class:`DeadlineExceeded`, or what has
@@ -138,6 +140,7 @@ class ChoiceGroup:
                 attributes=attributes,
                 adapter=adapter,
                 traceparent=self.trace.text,
+                exact=exact,
             )
         state.metrics.submitted(sum(map(len, prompts)), each, sampling.max_tokens)
 

@@ -334,6 +334,15 @@ def strategy_of(exchange: Exchange) -> str | None:
     return name
 
 
+def exact_of(exchange: Exchange) -> bool | None:
+    """What the client says of KV that loses something on its way (``x-microserve-exact``): ``true`` forbids
+    it, ``false`` permits it; None: its key says, or the strategy."""
+    text = exchange.text_header(b"x-microserve-exact")
+    if text not in (None, "true", "false"):
+        raise InvalidRequest("x-microserve-exact must be true or false", field="x-microserve-exact")
+    return None if text is None else text == "true"
+
+
 def _too_large(budget: BodyBudget) -> BodyTooLarge:
     return BodyTooLarge(f"the body is longer than {budget.max_body_nbytes} bytes")
 

@@ -54,6 +54,12 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Where requests must wait for each other, higher ones go first."""
     operator: bool = False
     """May read ``/metrics``, which has the use of all keys."""
+    lossy: bool = False
+    """KV of its requests may come by a codec that loses something, where they do not say ``exact``."""
+
+    def exact(self, asked: bool | None) -> bool | None:
+        """As ``Generate.exact``, of a request that asks so for itself."""
+        return False if asked is None and self.lossy else asked
 
     @property
     def owner(self) -> str:

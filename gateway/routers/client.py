@@ -238,10 +238,12 @@ class RouterClient:
         attributes: Mapping[str, str] | None = None,
         adapter: str = "",
         traceparent: str = "",
+        exact: bool | None = None,
     ) -> Mailbox:
         """Send one request to ``link``, or to the next router that comes; its output will be in ``inbox``.
         ``adapter``: of the model, that is to answer; ``tenant`` is whose it is, ``priority`` how soon it is
-        to go on where tenants must wait; strategies see these and ``attributes``.
+        to go on where tenants must wait; strategies see these and ``attributes``. ``exact``: whether its KV may
+        lose something (:class:`Generate`).
 
         Raises :class:`QueueFull`."""
 
@@ -271,6 +273,7 @@ class RouterClient:
             attributes=dict(attributes or {}),
             adapter=adapter,
             traceparent=traceparent,
+            exact=exact,
         )
         prompt = encode_tokens(tokens)
         if link is None:

@@ -59,6 +59,7 @@ def file_flag(command: Any) -> Any:
 @click.option("--model", "models", multiple=True, help="May be used; may be repeated.  [default: all]")
 @click.option("--strategy", "strategies", multiple=True, help="May be asked for; may be repeated.  [all]")
 @click.option("--priority", type=click.IntRange(-100, 100), default=0, help="Higher ones wait less.")
+@click.option("--lossy", is_flag=True, help="KV of its requests may lose something between engines.")
 @click.option("--operator", is_flag=True, help="May read /metrics and /view (microserve top).")
 @settings_flags
 def new(

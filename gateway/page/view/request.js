@@ -44,6 +44,11 @@ function Pick({ pick, cached, number: at }) {
     ${pick.excluded.length > 0 && html`<p>Not wanted: ${pick.excluded.join(", ")}</p>`}`;
 }
 
+function coded(coding) {
+  if (!coding) return "";
+  return `${coding.profile} (${coding.reason}): ${bytes(coding.raw_nbytes)} as ${bytes(coding.wire_nbytes)}, predicted ${seconds(coding.predicted_s)}, took ${seconds(coding.observed_s)}`;
+}
+
 function Attempt({ attempt, number: at, isLast }) {
   const name = attempt.version ? `${attempt.strategy} v${attempt.version}` : attempt.strategy;
   return html`<section class="attempt">
@@ -52,8 +57,8 @@ function Attempt({ attempt, number: at, isLast }) {
       ${attempt.engine_id && attempt.awaits_first && " A sender sampled the first token."}</p>
     ${attempt.picks.map((pick, i) => html`<${Pick} pick=${pick} cached=${attempt.cached} number=${i + 1} />`)}
     ${attempt.num_picks > attempt.picks.length && html`<p class="quiet">${attempt.num_picks - attempt.picks.length} later picks are not kept</p>`}
-    ${attempt.sends.length > 0 && html`<${Table} label=${`KV sent in attempt ${at}`} heads=${["KV from", "to", "tokens"]}
-      rows=${attempt.sends.map((send) => [send.source, send.target, `${number(send.begin)} to ${number(send.end)}`])} />`}
+    ${attempt.sends.length > 0 && html`<${Table} label=${`KV sent in attempt ${at}`} heads=${["KV from", "to", "tokens", "codec"]}
+      rows=${attempt.sends.map((send) => [send.source, send.target, `${number(send.begin)} to ${number(send.end)}`, coded(send.coding)])} />`}
     ${attempt.notes.length > 0 && html`<${Table} label=${`Notes of attempt ${at}`} heads=${["note", "after", "values"]}
       rows=${attempt.notes.map((note) => [note.text, seconds(note.at_s), plain(note.values)])} />`}
     ${attempt.engines.length > 0 && html`<details><summary>Engines as they were seen: ${attempt.engines.length}</summary>

@@ -11,6 +11,7 @@ from __future__ import annotations
 import msgspec
 
 from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.kv.coding import Coding
 from microserve.protocol.messages.kv.geometry import UNSAID, Geometry
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.strategy.control import Scalar
@@ -109,6 +110,8 @@ class SendSeen(msgspec.Struct, frozen=True, array_like=True):
     target: str
     begin: int
     end: int
+    coding: Coding | None = None
+    """What became of the codec that was asked for; None: none was, or it did not come to its end."""
 
 
 class Attempt(msgspec.Struct, frozen=True, array_like=True):

@@ -90,6 +90,17 @@ LINK_GOODPUT = gauge(
     *("source", "target"),
     unit="bytes/second",
 )
+CODINGS = counter(
+    "microserve_router_codec_sends",
+    "KV sent that was asked to go by a codec, by the profile that it went by and why that was chosen.",
+    *("profile", "reason"),
+)
+CODED_NBYTES = counter(
+    "microserve_router_codec_bytes",
+    "Of these, KV as it is (`raw`), and what was put for it (`wire`).",
+    "what",
+    unit="bytes",
+)
 GATEWAYS = gauge("microserve_router_gateways", "Gateways that are connected.")
 RECORDS = gauge(
     "microserve_router_records", "Requests of which it is remembered why they went where they went."
@@ -115,6 +126,6 @@ INFO = gauge("microserve_router_info", "1; what runs here.", "version", "default
 ROUTER = (
     *(INFO, LIVE, MAX_LIVE, HELD_BACK, REFUSED, PHASES, PICKS, FAILOVERS, ALONE, MISTAKES, SLOW, VERSIONS),
     *(SHARES, SHADOW_DECISIONS, SHADOW_TTFT, CONTROL_VERSION, ENGINES, FEED_LIVE, FEED_SILENT, FEED_EVENTS),
-    *(INDEX_BLOCKS, INDEX_NBYTES, LINK_GOODPUT, GATEWAYS, RECORDS, CHECKS, CHECK_SECONDS),
+    *(INDEX_BLOCKS, INDEX_NBYTES, LINK_GOODPUT, CODINGS, CODED_NBYTES, GATEWAYS, RECORDS, CHECKS, CHECK_SECONDS),
     *(CHECK_TOKENS, CHECK_AGE, SUSPECTS, *BY_STRATEGY.all),
 )

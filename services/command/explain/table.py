@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from microserve.protocol.messages.engine_info import PREP_RECV, REMOTE_SEND
+from microserve.protocol.messages.kv.coding import Coding
 from microserve.protocol.messages.strategy.decisions import (
     Attempt,
     EngineSeen,
@@ -164,12 +165,23 @@ def _note(note: Note) -> str:
 def _done(attempt: Attempt, each: Explanation) -> Iterator[str]:
     for send in attempt.sends:
         yield f"    sends [{send.begin}, {send.end}) from {send.source} to {send.target}"
+        if send.coding is not None:
+            yield f"      {_coding(send.coding)}"
     if attempt.engine_id:
         first = ", the first token comes from the sender" if attempt.awaits_first else ""
         begin = f"from {attempt.begin} of {attempt.num_tokens} tokens"
         yield f"    generates on {attempt.engine_id} {begin}{first}"
     elif each.reason or attempt is not each.attempts[-1]:
         yield "    did not come to generate"
+
+
+def _coding(coding: Coding) -> str:
+    sizes = f"{coding.raw_nbytes} bytes as {coding.wire_nbytes}"
+    lossy = ", some of it is lost" if coding.is_lossy else ""
+    times = f"predicted {coding.predicted_s:.4f} s, took {coding.observed_s:.4f} s"
+    if not coding.predicted_s:
+        times = f"nothing predicted, took {coding.observed_s:.4f} s"
+    return f"by {coding.profile} ({coding.reason or 'no reason said'}): {sizes}{lossy}; {times}"
 
 
 def _replayed(other: Replayed) -> Iterator[str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from microserve.protocol.messages.kv.coding import Coding
+
 
 class Send(NamedTuple):
     """One ``remote_send`` that had something to send."""
@@ -30,3 +32,5 @@ class Decision:
     """First prompt token that this engine computes itself (or has in its own cache)."""
     awaits_first: bool = False
     """A sender samples the first token."""
+    codings: dict[Send, Coding] = field(default_factory=dict)
+    """What became of sends that were asked to go by a codec."""

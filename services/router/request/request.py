@@ -43,6 +43,8 @@ class Request:
     engines that have it, and no others."""
     adapter_revision: str = ""
     """What that name stands for, all through the answer; empty: not known yet."""
+    exact: bool | None = None
+    """May its KV come by a codec that loses something? True: never; False: it may; None: its strategy says."""
     token_frame: bytes = field(default=b"", repr=False)
     """The prompt as it travels (raw little-endian u32), made from ``tokens`` if not given."""
 
@@ -64,6 +66,7 @@ class Request:
         attributes: Mapping[str, str] = NO_ATTRIBUTES,
         adapter: str = "",
         adapter_revision: str = "",
+        exact: bool | None = None,
     ) -> Request:
         """Read the prompt from its wire form. Raises ``ProtocolViolation`` if the frame is cut."""
         tokens = decode_tokens(token_frame)
@@ -78,6 +81,7 @@ class Request:
             attributes,
             adapter,
             adapter_revision,
+            exact,
             token_frame=token_frame,
         )
 
@@ -93,6 +97,12 @@ class Request:
         num_output_tokens = self.num_output_tokens + len(delivered)
         tokens = [*self.tokens, *delivered]
         return replace(self, tokens=tokens, num_output_tokens=num_output_tokens, token_frame=b"")
+
+    def may_lose(self, lossy: bool | None) -> bool:
+        """May its KV come by a codec that loses something? ``lossy``: what its strategy says; None: nothing."""
+        if self.exact or lossy is False:
+            return False
+        return self.exact is False or lossy is True
 
     @property
     def num_tokens(self) -> int:

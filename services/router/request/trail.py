@@ -132,6 +132,7 @@ class Trail:
         candidates."""
         decision = self._decision
         picks = [_bare(pick) for pick in self._picks] if is_bare else self._picks
+        codings, sends = decision.codings, decision.sends
         return (
             *self._head,
             self.cached if not is_bare else {},
@@ -140,7 +141,7 @@ class Trail:
             self._num_picks,
             self._notes,
             self._num_notes,
-            decision.sends,
+            [(*send, codings.get(send)) for send in sends] if codings else sends,
             decision.engine_id,
             decision.begin,
             decision.awaits_first,

@@ -121,6 +121,7 @@ class Admission:
                 attributes=attributes,
                 adapter=message.adapter,
                 adapter_revision=adapter_revision,
+                exact=message.exact,
             )
         except ProtocolViolation as error:
             raise InvalidRequest(error.detail, field="tokens") from None

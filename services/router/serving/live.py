@@ -7,7 +7,7 @@ Plain state, written by serving.py and attempt.py. Knows no gateways but as an o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -17,6 +17,7 @@ import structlog
 from microserve.protocol import log
 from microserve.protocol.errors import Draining, EngineLost, MeshError
 from microserve.protocol.messages.engine import Finished, Usage
+from microserve.protocol.messages.kv.coding import Coding
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.protocol.messages.request.attributes import TENANT
 from microserve.protocol.messages.request.prompt_logprobs import FIRST_POSITION, PromptLogprobs
@@ -26,6 +27,7 @@ from microserve.services.links.stream import Tokens
 from microserve.services.router.authoring.definition import Strategy
 from microserve.services.router.engines.connection import EngineLeaving
 from microserve.services.router.oversight.author import Author
+from microserve.services.router.request.decision import Send
 from microserve.services.router.request.phase import PhaseClock
 from microserve.services.router.request.records import Head
 from microserve.services.router.request.request import RETRY_AFTER_S, Request
@@ -35,6 +37,8 @@ from microserve.services.router.request.trail import Trail
 from microserve.services.router.rollout.shadow import Rehearsal
 
 Sink = Callable[[Output], None]
+MAX_CODINGS = 16
+"""In a line, the first ones."""
 
 
 class Interrupt(Enum):
@@ -73,6 +77,8 @@ class LiveRequest:
     """Those of attempts that have failed."""
     heaps: list[str] = field(default_factory=list)
     """Kinds of heap that KV was sent through, in all attempts."""
+    codings: list[tuple[Send, Coding]] = field(default_factory=list)
+    """What became of sends that were asked to go by a codec, likewise."""
     last: Tokens | None = None
     """The chunk that ends the stream."""
     interrupt: Interrupt | None = None
@@ -125,6 +131,7 @@ class LiveRequest:
     def keep(self, scope: RequestScope) -> None:
         """What an attempt leaves: what its strategy has capped holds for the next ones."""
         self.heaps += [heap for heap in scope.heaps if heap not in self.heaps]
+        self.codings += scope.decision.codings.items()
         if scope.sampling is not scope.request.sampling:
             self.capped = scope.sampling
             if scope.sampling.max_tokens < scope.request.sampling.max_tokens:
@@ -234,7 +241,22 @@ def write_continued(live: LiveRequest, error: MeshError, attempt: int) -> None:
     )
 
 
-def write_line(request_id: str, ended: Ended) -> None:
+def _told(send: Send, coding: Coding) -> dict[str, str | int | float]:
+    return {
+        "source": send.source,
+        "target": send.target,
+        "profile": coding.profile,
+        "reason": coding.reason,
+        "raw_bytes": coding.raw_nbytes,
+        "wire_bytes": coding.wire_nbytes,
+        "encode_s": round(coding.encode_s, 6),
+        "predicted_s": round(coding.predicted_s, 6),
+        "observed_s": round(coding.observed_s, 6),
+        "link_bytes_per_s": round(coding.link_bytes_per_s),
+    }
+
+
+def write_line(request_id: str, ended: Ended, codings: Sequence[tuple[Send, Coding]] = ()) -> None:
     """One line a request: numbers and names, no text and no tokens."""
     usage, phases = ended.usage, ended.phases
     _logger.info(
@@ -247,6 +269,7 @@ def write_line(request_id: str, ended: Ended) -> None:
         alone=ended.alone,
         engines=ended.engines,
         heaps=ended.heaps,
+        codings=[_told(*each) for each in codings[:MAX_CODINGS]],
         numerics=ended.numerics.name,
         exact=ended.numerics.is_exact,
         reason=ended.reason,

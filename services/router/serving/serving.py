@@ -373,7 +373,8 @@ class Serving:
             last = Output(live.request_id, max(live.offset, len(live.delivered)), [], [], ended)
         live.trace.stop(ended.code)
         live.sink(last)
-        write_line(live.request_id, ended)
+        write_line(live.request_id, ended, live.codings)
+        self.tally.coded(coding for _, coding in live.codings)
         self.tally.ended(ended, live.trails, failed=live.is_blamed, slow=live.is_slow)
         live.trace.tell(live.request_id, ended, live.trails)
         if live.rehearsal is not None and scope is not None:

@@ -4,8 +4,9 @@ attempt."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from microserve.protocol.messages.kv.coding import Coding
 from microserve.protocol.messages.router import ROUTER_PHASES, Ended
 from microserve.protocol.metrics.histogram import Histogram
 from microserve.protocol.metrics.readings import Readings
@@ -17,6 +18,8 @@ MAX_STRATEGIES = 32
 """By name; further ones count as ``other``."""
 MAX_PICKS = 256
 """Sets of strategy, label and reason: labels are what strategies make up."""
+MAX_CODINGS = 64
+"""Sets of profile and reason: profiles are what libraries name."""
 
 _PHASES = (*ROUTER_PHASES, "decoded")
 _FIELDS = [f"{phase}_s" for phase in _PHASES]
@@ -33,6 +36,8 @@ class RouterTally:
         self._alone: Counter[str] = Counter()
         self._mistakes: Counter[str] = Counter()
         self._slow: Counter[str] = Counter()
+        self._codings: Counter[tuple[str, str]] = Counter()
+        self._coded_nbytes: Counter[str] = Counter()
 
     def ended(
         self, ended: Ended, trails: Sequence[Trail] = (), *, failed: bool = False, slow: bool = False
@@ -56,6 +61,16 @@ class RouterTally:
             for field, histogram in zip(_FIELDS, self._phases[strategy], strict=True):
                 histogram.observe(getattr(phases, field))
 
+    def coded(self, codings: Iterable[Coding]) -> None:
+        """Sends that were asked to go by a codec."""
+        for coding in codings:
+            key = (coding.profile, coding.reason)
+            if key not in self._codings and len(self._codings) >= MAX_CODINGS:
+                key = (OTHER, OTHER)
+            self._codings[key] += 1
+            self._coded_nbytes["raw"] += coding.raw_nbytes
+            self._coded_nbytes["wire"] += coding.wire_nbytes
+
     def _known(self, strategy: str) -> str:
         name = strategy if strategy in self._phases or len(self._phases) < MAX_STRATEGIES else OTHER
         if name not in self._phases:
@@ -73,6 +88,9 @@ class RouterTally:
                 readings.add(table.PHASES, histogram, strategy, phase)
         for key, count in self._picks.items():
             readings.add(table.PICKS, count, *key)
+        for coding, count in self._codings.items():
+            readings.add(table.CODINGS, count, *coding)
+        readings.add_each(table.CODED_NBYTES, dict(self._coded_nbytes))
         readings.add_each(table.MISTAKES, dict(self._mistakes))
         readings.add_each(table.SLOW, dict(self._slow))
         readings.add_each(table.REFUSED, dict(self._refused))

@@ -36,6 +36,7 @@ keys = st.builds(
     strategies=st.lists(st.text(), max_size=2).map(tuple),
     priority=st.integers(-100, 100),
     operator=st.booleans(),
+    lossy=st.booleans(),
 )  # fmt: skip
 
 

@@ -15,4 +15,6 @@ def test_an_author_s_source_is_left_out() -> None:
 
 
 def test_whence_kv_was_sent_is_told() -> None:
-    assert named([SendSeen("e0", "e1", 0, 16)]) == [{"source": "e0", "target": "e1", "begin": 0, "end": 16}]
+    assert named([SendSeen("e0", "e1", 0, 16)]) == [
+        {"source": "e0", "target": "e1", "begin": 0, "end": 16, "coding": None}
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 from microserve.protocol.bus.codec import INDEX_REPLY, INDEX_REQUEST, Codec
 from microserve.protocol.messages.numerics import Numerics
 from microserve.protocol.messages.strategy import decisions
-from tests.support.bus.wire_parts import GEOMETRY, LOAD
+from tests.support.bus.wire_parts import CODING, GEOMETRY, LOAD
 from tests.support.router.control_samples import FARES
 
 ENGINE = decisions.EngineSeen(
@@ -51,7 +51,7 @@ ATTEMPT = decisions.Attempt(
     num_picks=33,
     notes=[decisions.Note(at_s=1.5, text="t", values={"v": 2.5})],
     num_notes=17,
-    sends=[decisions.SendSeen(source="e2", target="e1", begin=16, end=30)],
+    sends=[decisions.SendSeen(source="e2", target="e1", begin=16, end=30, coding=CODING)],
     engine_id="e1",
     begin=30,
     awaits_first=True,

@@ -30,6 +30,7 @@ from microserve.protocol.messages.engine_info import (
     PROMPT_LOGPROBS,
     REMOTE_SEND,
 )
+from microserve.protocol.messages.kv.coding import MAX_CODEC_CHARS
 from microserve.protocol.messages.kv.geometry import difference
 from microserve.services.router.authoring.action.generating import STREAM, Generating
 from microserve.services.router.authoring.action.grant import GrantHandle, Sending
@@ -59,8 +60,13 @@ class Engine(EngineFacts):
         self._cached = cached
         """Prompt tokens that the engine of that id is known to hold."""
 
-    async def prep_recv(self, request: Request, *, end: int | None = None) -> GrantHandle:
+    async def prep_recv(
+        self, request: Request, *, end: int | None = None, lossy: bool | None = None
+    ) -> GrantHandle:
         """Make room for KV of ``tokens[:end]``; None is the whole prompt, negative counts from its end.
+
+        ``lossy``: it may come by a codec that loses some of it. True holds where the client says nothing,
+        and its key; False always; None leaves it to them, and is exact where they say nothing.
 
         An engine without room says when to ask again; asking goes on for ``router.call_timeout_s``. Raises
         ``InvalidInterval``, ``CacheFull`` when there is no room for so long, ``UnsupportedAction`` of an
@@ -71,22 +77,22 @@ class Engine(EngineFacts):
         with self._scope.engaged():
             while True:
                 try:
-                    return await self._prep_recv(request, end)
+                    return await self._prep_recv(request, end, lossy)
                 except CacheFull as error:
                     pause_s = min(pause_s + max(error.retry_after_s, MIN_RETRY_S), MAX_RETRY_S)
                     if self._scope.now + pause_s >= gives_up_at:
                         raise
                     await asyncio.sleep(pause_s)
 
-    async def _prep_recv(self, request: Request, end: int | None) -> GrantHandle:
+    async def _prep_recv(self, request: Request, end: int | None, lossy: bool | None) -> GrantHandle:
         """Ask once."""
         scope, connection = self._scope, self._connection
         scope.check(request)
         self._require(PREP_RECV)
         self._require_adapter(request)
-        stop = request.bound("end", end)
+        stop, may_lose = request.bound("end", end), request.may_lose(lossy)
         if stop == 0:
-            return GrantHandle(self.id, None, has_first=self.can(FIRST_TOKEN))
+            return GrantHandle(self.id, None, has_first=self.can(FIRST_TOKEN), may_lose=may_lose)
         bulk = scope.prompt(connection)
         scope.hold(connection, PREP)
         scope.account.reserve_sequence(self.id)
@@ -99,6 +105,7 @@ class Engine(EngineFacts):
             salt=request.salt,
             adapter=request.adapter,
             traceparent=scope.traceparent,
+            may_lose=may_lose,
         )
         try:
             granted = await connection.call(build, wire.Granted, *bulk, timeout_s=scope.call_timeout_s)
@@ -117,7 +124,7 @@ class Engine(EngineFacts):
             raise StrategyError("a request has one open grant on an engine")
         scope.unused[grant.grant_id] = self.id
         scope.clock.granted(scope.now)
-        return GrantHandle(self.id, grant, has_first=self.can(FIRST_TOKEN))
+        return GrantHandle(self.id, grant, has_first=self.can(FIRST_TOKEN), may_lose=may_lose)
 
     def remote_send(
         self,
@@ -127,12 +134,21 @@ class Engine(EngineFacts):
         begin: int | None = None,
         end: int | None = None,
         first_token: bool | None = None,
+        codec: str = "",
+        lossy: bool | None = None,
     ) -> Sending:
         """Compute KV of ``tokens[:end]`` here and put ``[begin, end)`` into ``grant``; starts at once.
 
         ``begin`` None is where the receiver's match ends, and nothing below that is sent. ``first_token``
         None: sampled here exactly when ``end`` is the prompt's end, and both engines can. Nothing left to
-        send: settled at once. Raises ``InvalidInterval`` outside the grant, on an overlap, or where this
+        send: settled at once.
+
+        ``codec``: the KV goes by it: ``auto`` is what pays at this link's rate by what was measured, or a
+        profile's name in the sender's library; empty: as it is, as it also goes where the codec may not be
+        used. ``lossy`` None: it may lose what the grant may; False: nothing. What became of it is in
+        ``Sent.coding`` and in the request's line.
+
+        Raises ``InvalidInterval`` outside the grant, on an overlap, or where this
         engine cannot split (:meth:`split_at`), ``TransferFailed`` where KV of the two differs in shape, or a
         self-check has found that their answers do, ``UnsupportedAction``, ``EngineLost``.
         """
@@ -150,6 +166,11 @@ class Engine(EngineFacts):
             raise InvalidInterval("the first token can be sampled only at the prompt's end", field="end")
         if samples:
             scope.check_unfinished()
+        if len(codec) > MAX_CODEC_CHARS:
+            raise StrategyError(f"codec has {len(codec)} characters, at most {MAX_CODEC_CHARS}")
+        if lossy and not grant.may_lose and request.may_lose(lossy):
+            raise StrategyError("lossy: the grant may lose nothing (prep_recv(lossy=True))")
+        may_lose = bool(codec) and grant.may_lose and lossy is not False
         if grant.grant is None or start >= stop:
             return Sending(request.request_id, grant, start, start, first_token=False)
         grant.check_splits(self.id, start, stop, self.info.split_tokens)
@@ -164,7 +185,13 @@ class Engine(EngineFacts):
             different = f"adapter: {ours or 'none'} {here}, {theirs or 'none'} {there}"
             raise TransferFailed(f"KV of these engines differs: {different}")
         sending = Sending(
-            request.request_id, grant, start, stop, first_token=samples, numerics=self.info.numerics
+            request.request_id,
+            grant,
+            start,
+            stop,
+            first_token=samples,
+            numerics=self.info.numerics,
+            may_lose=may_lose,
         )
         permission, lane, ttl_s = grant.grant, grant.take_lane(), scope.remaining_s
         scope.account.reserve_prefill(self.id, sending.name, max(0, stop - self._cached(self.id)))
@@ -181,6 +208,8 @@ class Engine(EngineFacts):
             num_output_tokens=request.num_output_tokens if samples else 0,
             adapter=request.adapter,
             traceparent=scope.traceparent,
+            codec=codec,
+            may_lose=may_lose,
         )
         sending.start(scope, self._connection, build)
         grant.sendings.append(sending)

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from microserve.protocol.errors import MeshError, PeerError
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.numerics import MIXED, Numerics
 from microserve.services.links.stream import Tokens, TokenStream
 from microserve.services.router.authoring.action.grant import Sending
 from microserve.services.router.engines.connection import Connection, EngineLeaving
@@ -49,6 +50,8 @@ class Generating:
         self._ended = False
         self._num_chunks = 0
         """With output in them."""
+        self._sendings: list[Sending] = []
+        """That bring KV which it is made from."""
         bulk = scope.prompt(connection)
         scope.hold(connection, STREAM)
         connection.streams.add(self._stream)
@@ -64,6 +67,7 @@ class Generating:
 
     def depends_on(self, sending: Sending) -> None:
         """A failed send ends the stream, unless the engine's own tokens prove that all of it came in."""
+        self._sendings.append(sending)
         sending.listen(self._take_sending)
 
     def __aiter__(self) -> Generating:
@@ -90,6 +94,8 @@ class Generating:
         if self._num_chunks == 0 and is_output:
             self._scope.clock.first_token(self._scope.now)
             self._scope.account.release_prefill(self._connection.engine_id, STREAM)
+            if any(sending.may_have_lost for sending in self._sendings):
+                self._scope.numerics = Numerics(MIXED)  # whose bits are nobody's promise (WIRE.md 4.8)
         self._num_chunks += is_output
         self._scope.give(chunk)
         if chunk.finished is not None:

@@ -16,6 +16,7 @@ from microserve.protocol.messages.kv.grant import MAX_LANES, Grant
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.services.links.engine import Answer
 from microserve.services.router.engines.connection import Connection
+from microserve.services.router.request.decision import Send
 from microserve.services.router.request.request import Request
 from microserve.services.router.request.scope import RequestScope
 
@@ -26,11 +27,15 @@ class GrantHandle:
     An empty interval (``end == 0``) needs no grant: ``grant`` is None and nothing is to be sent.
     """
 
-    def __init__(self, engine_id: str, grant: Grant | None, *, has_first: bool = True) -> None:
+    def __init__(
+        self, engine_id: str, grant: Grant | None, *, has_first: bool = True, may_lose: bool = False
+    ) -> None:
         """``has_first``: the receiver awaits a first token that its sender samples."""
         self.engine_id = engine_id
         """The receiver's."""
         self.has_first = has_first
+        self.may_lose = may_lose
+        """Its KV may come by a codec that loses some of it."""
         self.grant = grant
         self.sendings: list[Sending] = []
         self.is_used = grant is None
@@ -146,9 +151,11 @@ class Sending:
         *,
         first_token: bool,
         numerics: Numerics = UNKNOWN,
+        may_lose: bool = False,
     ) -> None:
-        """``numerics``: of the sender."""
+        """``numerics``: of the sender. ``may_lose``: it may go by a codec that loses something."""
         self.numerics = numerics
+        self._may_lose = may_lose
         self.grant = grant
         self.begin = begin
         self.end = end
@@ -165,6 +172,13 @@ class Sending:
     def name(self) -> str:
         """Key of this send in the request's books."""
         return f"send {self.grant.grant_id} {self.begin}"
+
+    @property
+    def may_have_lost(self) -> bool:
+        """Something of it is lost, or may be for all that is known by now."""
+        if not self._may_lose or self.begin >= self.end:
+            return False
+        return self.sent is None or (self.sent.coding is not None and self.sent.coding.is_lossy)
 
     @property
     def is_settled(self) -> bool:
@@ -197,6 +211,9 @@ class Sending:
                 scope.account.end_transfer(name, sent)
                 scope.clock.sent(begun, scope.now, sent.timings)
                 scope.sent_through(sent.heap)
+                if sent.coding is not None:
+                    send = Send(connection.engine_id, self.grant.engine_id, self.begin, self.end)
+                    scope.decision.codings[send] = sent.coding
                 scope.drop(connection, name)
             self._settled.set()
             for listener in self._listeners:
