@@ -32,6 +32,10 @@ from microserve.protocol.messages.request.sampling import MAX_COUNT, MAX_TOKEN_I
 _SCHEMAS = "#/components/schemas/{name}"
 _JSON, _SSE, _TEXT = "application/json", "text/event-stream", "text/plain; version=0.0.4"
 _CONTEXT_FIELDS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
+_EXACT = (
+    "true: nothing that the answer is made from loses anything on its way between engines, whatever key and "
+    "strategy say; false: it may."
+)
 _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
     "x-request-id": ("Echoed, and found in every service's log.", {"type": "string"}),
     "x-microserve-timeout-s": (
@@ -44,10 +48,6 @@ _HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "x-microserve-exact": (_EXACT, {"type": "string", "enum": ["true", "false"]}),
 }
-_EXACT = (
-    "true: nothing that the answer is made from loses anything on its way between engines, whatever key and "
-    "strategy say; false: it may."
-)
 _PROMISE = (
     "The numerics class in which the whole answer was made, bit for bit as any engine of the class makes it; "
     "or none. Of a stream: its beginning's; each choice's last chunk has the choice's, as microserve.exact."

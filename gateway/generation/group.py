@@ -66,8 +66,8 @@ class ChoiceGroup:
         reading: Reading | None = None,
     ) -> None:
         """Send the choices of each prompt to one router, where they share its prefix; the first of them asks
-        for what is told of the prompt's own tokens. ``exact``: as in ``Generate``; ``reading``: None where an answer is
-        nothing but text.
+        for what is told of the prompt's own tokens. ``exact``: as in ``Generate``; ``reading``: None where an
+        answer is nothing but text.
 
         ``ttl_s`` counts from the request's arrival. Raises :class:`InvalidRequest`, ``QueueFull``,
         ``RateLimited``, ``BudgetSpent``, ``NoEngines``, ``Draining``, :class:`DeadlineExceeded`, or what has

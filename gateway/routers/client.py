@@ -242,8 +242,8 @@ class RouterClient:
     ) -> Mailbox:
         """Send one request to ``link``, or to the next router that comes; its output will be in ``inbox``.
         ``adapter``: of the model, that is to answer; ``tenant`` is whose it is, ``priority`` how soon it is
-        to go on where tenants must wait; strategies see these and ``attributes``. ``exact``: whether its KV may
-        lose something (:class:`Generate`).
+        to go on where tenants must wait; strategies see these and ``attributes``. ``exact``: whether its KV
+        may lose something (:class:`Generate`).
 
         Raises :class:`QueueFull`."""
 

@@ -46,7 +46,7 @@ function Pick({ pick, cached, number: at }) {
 
 function coded(coding) {
   if (!coding) return "";
-  return `${coding.profile} (${coding.reason}): ${bytes(coding.raw_nbytes)} as ${bytes(coding.wire_nbytes)}, predicted ${seconds(coding.predicted_s)}, took ${seconds(coding.observed_s)}`;
+  return `${coding.profile} (${coding.reason}): ${number(coding.raw_nbytes)} bytes as ${number(coding.wire_nbytes)}, predicted ${seconds(coding.predicted_s)}, took ${seconds(coding.observed_s)}`;
 }
 
 function Attempt({ attempt, number: at, isLast }) {

@@ -44,7 +44,8 @@ class Request:
     adapter_revision: str = ""
     """What that name stands for, all through the answer; empty: not known yet."""
     exact: bool | None = None
-    """May its KV come by a codec that loses something? True: never; False: it may; None: its strategy says."""
+    """May its KV come by a codec that loses something? True: never; False: it may; None: its strategy
+    says."""
     token_frame: bytes = field(default=b"", repr=False)
     """The prompt as it travels (raw little-endian u32), made from ``tokens`` if not given."""
 
@@ -99,7 +100,8 @@ class Request:
         return replace(self, tokens=tokens, num_output_tokens=num_output_tokens, token_frame=b"")
 
     def may_lose(self, lossy: bool | None) -> bool:
-        """May its KV come by a codec that loses something? ``lossy``: what its strategy says; None: nothing."""
+        """May its KV come by a codec that loses something? ``lossy``: what its strategy says; None:
+        nothing."""
         if self.exact or lossy is False:
             return False
         return self.exact is False or lossy is True

@@ -14,6 +14,7 @@ import structlog
 from tokenizers import Tokenizer
 
 from microserve.gateway.http import sse
+from microserve.gateway.keys.key import ApiKey, digest_of, entry_of
 from microserve.protocol import log
 from microserve.protocol.messages.numerics import MIXED, UNKNOWN, Numerics
 from microserve.protocol.messages.router import Served as ServedBy
@@ -21,6 +22,7 @@ from tests.support.gateway.gateway_world import Connection, GatewayWorld, Served
 
 A, B, LOOSE = Numerics("a", is_exact=True), Numerics("b", is_exact=True), Numerics("loose")
 BOTH = Numerics(MIXED)
+EXACT = "x-microserve-exact"
 
 
 async def whole(world: GatewayWorld, **body: Any) -> httpx.Response:
@@ -92,6 +94,64 @@ def test_a_stream_says_first_how_it_begins_and_last_what_it_was(
             served.send(raw_tokenizer.encode("b").ids, numerics=later)
             served.end("length", numerics=ended)
             assert await last_words(client) == {0: told}
+
+    run(main())
+
+
+def test_the_client_says_whether_its_kv_may_lose_else_its_key(
+    model: Path, raw_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """By every API."""
+    talk = {"messages": [{"role": "user", "content": "x"}]}
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": "x"},
+        "/v1/chat/completions": talk,
+        "/v1/responses": {"input": "x"},
+        "/v1/messages": {**talk, "max_tokens": 4},
+    }
+    keys = tmp_path / "keys.toml"
+    named = [
+        ApiKey(name=name, sha256=(digest_of(name),), lossy=name == "lossy") for name in ("lossy", "other")
+    ]
+    keys.write_text("".join(map(entry_of, named)))
+    cases = [
+        ("other", "true", True),
+        ("lossy", "true", True),
+        ("other", "false", False),
+        ("lossy", None, False),
+        ("other", None, None),
+    ]
+
+    async def main() -> None:
+        asked: list[bool | None] = []
+
+        def answer(served: Served) -> None:
+            asked.append(served.message.exact)
+            served.send(raw_tokenizer.encode("a").ids)
+            served.end("length")
+
+        async with gateway_world(model, f"gateway.api_keys_file={keys}") as world:
+            world.router.answer = answer
+            async with httpx.AsyncClient(base_url=world.address, timeout=20.0) as http:
+                for path, body in bodies.items():
+                    for key, header, _ in cases:
+                        headers = {"authorization": f"Bearer {key}"} | ({EXACT: header} if header else {})
+                        reply = await http.post(path, json={"model": "tiny", **body}, headers=headers)
+                        assert reply.status_code == 200, reply.text
+        assert asked == [expected for _, _, expected in cases] * len(bodies)
+
+    run(main())
+
+
+def test_what_is_neither_true_nor_false_is_refused(model: Path) -> None:
+    async def main() -> None:
+        async with (
+            gateway_world(model) as world,
+            httpx.AsyncClient(base_url=world.address, headers={EXACT: "yes"}) as http,
+        ):
+            reply = await http.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] == EXACT
 
     run(main())
 

@@ -116,6 +116,7 @@ class GatewayPeer:
         attributes: Mapping[str, str] | None = None,
         adapter: str = "",
         adapter_revision: str = "",
+        exact: bool | None = None,
         **sampling: Any,
     ) -> Answer:
         """``output``: what another router has delivered before, of the model ``revision`` in the class
@@ -139,6 +140,7 @@ class GatewayPeer:
             numerics=numerics,
             adapter=adapter,
             adapter_revision=adapter_revision,
+            exact=exact,
         )
         self.send(message, codec.encode_tokens([*prompt, *output]))
         return answer

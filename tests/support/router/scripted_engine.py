@@ -21,6 +21,7 @@ from microserve.protocol.bus.transport import Bus
 from microserve.protocol.errors import InvalidInterval, MeshError, UnknownRequest
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv import kv_events as kv
+from microserve.protocol.messages.kv.coding import Coding
 from microserve.protocol.messages.kv.grant import Grant, HeapAddress
 from microserve.protocol.types import WIRE_VERSION
 from tests.support.bus.lossy_bus import LossyBus
@@ -82,6 +83,7 @@ class ScriptedEngine:
         self.progresses = False  # every heartbeat shows more progress than the last
         self.silent = False  # answers nothing and sends nothing
         self.manual = False  # does not decode: the test calls :meth:`emit`
+        self.coding: Coding | None = None  # of sends that name a codec
         self.errs: Callable[[Held], bool] = lambda held: False  # whose last output token is a wrong one
         self.failures: dict[type, MeshError] = {}
         """Answer actions of a type with an error."""
@@ -98,8 +100,7 @@ class ScriptedEngine:
         self._stored: list[kv.KVEvent] = []
         self._next_seq = 0
         self._seen = asyncio.Event()
-        self.losses = 0
-        """Times that messages to it were lost."""
+        self.losses = 0  # times that messages to it were lost
         self.lossy = LossyBus(bus)
         self._socket = NumberedServer(self.lossy, address, self._receive, self._take_loss)
         self._events = bus.publisher(ANY)
@@ -332,9 +333,8 @@ class ScriptedEngine:
         self._fabric.put(grant, message.begin, message.end, message.lane, first)
         count = message.end - message.begin
         timings = wire.Timings(queued_s=0.001, prefill_s=0.002, transfer_s=0.001)
-        return wire.Sent(
-            message.call_id, message.request_id, count, 0, count, count * 64, timings, first, None, "shm"
-        )
+        said = (count, 0, count, count * 64, timings, first, None, "shm")
+        return wire.Sent(message.call_id, message.request_id, *said, self.coding if message.codec else None)
 
     def _start_generate(self, message: wire.StartGenerate) -> wire.Accepted:
         held = self._record(message.request_id)

@@ -28,9 +28,12 @@ async def balanced_adaptive(
     min_share: Annotated[int, Meta(ge=1)] = 64,
     worth: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.5,
     margin: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0,
+    codec: str = "",
+    lossy: bool = False,
 ) -> Chunks:
     """Send ``min_share`` tokens or more, the share ``worth`` of those computed for it or more, where that
-    saves the share ``margin`` of what the request costs all who are served; or nothing."""
+    saves the share ``margin`` of what the request costs all who are served; or nothing. By ``codec``, which
+    may be ``lossy``."""
     two = cheapest_split(mesh, request, reserve=reserve)
     one = mesh.pick("decode", request, can=(), cost=lambda e: alone_s(mesh, request, e))
     spared, computed = (two.end - mesh.prefix(request).get(e.id, 0) for e in (two.decode, two.prefill))
@@ -39,7 +42,7 @@ async def balanced_adaptive(
     if not (is_worth_it and two.decode.keeps_kv_of(two.prefill)):
         generation = one.start_generate(request)
     else:
-        grant = await two.decode.prep_recv(request, end=two.end)
-        two.prefill.remote_send(request, grant, end=two.end)
+        grant = await two.decode.prep_recv(request, end=two.end, lossy=lossy or None)
+        two.prefill.remote_send(request, grant, end=two.end, codec=codec)
         generation = two.decode.start_generate(request, begin=two.end, grant=grant)
     yield generation

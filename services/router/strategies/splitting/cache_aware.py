@@ -9,11 +9,12 @@ from microserve.services.router.authoring import Chunks, Mesh, Request, strategy
 
 
 @strategy
-async def cache_aware(mesh: Mesh, request: Request) -> Chunks:
-    """No prefill engine at all when the decode engine holds every whole block of the prompt."""
+async def cache_aware(mesh: Mesh, request: Request, *, codec: str = "", lossy: bool = False) -> Chunks:
+    """No prefill engine at all when the decode engine holds every whole block of the prompt; else KV goes by
+    ``codec``, which may be ``lossy``."""
     decode = mesh.pick("decode", request, prefix=True)
-    grant = await decode.prep_recv(request, end=request.num_block_tokens)
+    grant = await decode.prep_recv(request, end=request.num_block_tokens, lossy=lossy or None)
     if not grant.is_complete:
         prefill = mesh.pick("prefill", request, exclude=[decode])
-        prefill.remote_send(request, grant, begin=grant.matched, end=grant.end)
+        prefill.remote_send(request, grant, begin=grant.matched, end=grant.end, codec=codec)
     yield decode.start_generate(request, begin=grant.end, grant=grant)

@@ -25,9 +25,12 @@ async def conditional(
     max_share: Share = 0.7,
     prefill_busy: Count = 8_192,
     decode_busy: Share = 0.9,
+    codec: str = "",
+    lossy: bool = False,
 ) -> Chunks:
     """Prefill in place when fewer than ``max_tokens`` and ``max_share`` of the prompt are uncached there, or
-    when over ``prefill_busy`` tokens wait elsewhere; not while ``decode_busy`` of its blocks are full."""
+    when over ``prefill_busy`` tokens wait elsewhere; not while ``decode_busy`` of its blocks are full. KV
+    goes by ``codec``, which may be ``lossy``."""
     decode = mesh.pick("decode", request, scorers={scorer.prefix_match: 1.0, scorer.load: 1.0})
     prefill = mesh.pick("prefill", request, exclude=[decode])
     uncached = mesh.uncached(decode, request)
@@ -38,7 +41,7 @@ async def conditional(
     if prefill == decode or not decode.keeps_kv_of(prefill) or (wants and not is_full):
         generation = decode.start_generate(request)
     else:
-        grant = await decode.prep_recv(request)
-        prefill.remote_send(request, grant)
+        grant = await decode.prep_recv(request, lossy=lossy or None)
+        prefill.remote_send(request, grant, codec=codec)
         generation = decode.start_generate(request, begin=grant.end, grant=grant)
     yield generation

@@ -10,10 +10,10 @@ from microserve.services.router.authoring import Chunks, Mesh, Request, strategy
 
 
 @strategy
-async def disaggregated(mesh: Mesh, request: Request) -> Chunks:
-    """Prefill on one engine, decode on another."""
+async def disaggregated(mesh: Mesh, request: Request, *, codec: str = "", lossy: bool = False) -> Chunks:
+    """Prefill on one engine, decode on another; KV goes by ``codec``, which may be ``lossy``."""
     decode = mesh.pick("decode", request)
     prefill = mesh.pick("prefill", request, exclude=[decode])
-    grant = await decode.prep_recv(request)
-    sending = prefill.remote_send(request, grant)
+    grant = await decode.prep_recv(request, lossy=lossy or None)
+    sending = prefill.remote_send(request, grant, codec=codec)
     yield decode.start_generate(request, begin=grant.end, after=sending)

@@ -87,6 +87,7 @@ CALLS = {
     Sending: {
         "name": "settled.name",
         "is_settled": "settled.is_settled",
+        "may_have_lost": "settled.may_have_lost",
         "listen": "settled.listen(lambda sending: None)",
         "wait": "await settled.wait()",
         # An author has no business with it; it belongs to remote_send, which is here.
@@ -108,6 +109,7 @@ CALLS = {
         "num_tokens": "request.num_tokens",
         "num_block_tokens": "request.num_block_tokens",
         "bound": "request.bound('end', -1)",
+        "may_lose": "request.may_lose(True)",
         "begun": "request.begun()",
         "continued": "request.continued([1, 2])",
         "from_frame": (
