@@ -81,6 +81,8 @@ class PairForm(msgspec.Struct, frozen=True):
     target: str
     heap: str
     """Through which it would go; empty: through none."""
+    bytes_per_s: float = 0.0
+    """Of the network between, as the sender measured it last; 0: there is none, or nothing is known."""
 
 
 class SampleForm(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from microserve.gateway.view.history import History
 from microserve.protocol.messages.check import PairCheck, Suspect
 from microserve.protocol.messages.engine import EngineLoad
 from microserve.protocol.messages.engine_info import ABILITIES, EngineInfo
+from microserve.protocol.messages.engine_load import MAX_LINKS_TOLD
 from microserve.protocol.messages.index import Member, Members, MissingEngine
 from microserve.protocol.messages.strategy.control import EngineLabels
 
@@ -96,9 +97,15 @@ class Mesh:
         infos = [member.info for _, member in sorted(self._members.items()) if member.info.exchanges_kv]
         if len(infos) * (len(infos) - 1) > MAX_PAIRS:
             return []
+        rates = {
+            (source, link.engine_id): link.bytes_per_s
+            for source, member in self._members.items()
+            for link in member.load.links[:MAX_LINKS_TOLD]
+        }
         return [
-            PairForm(source.engine_id, target.engine_id, heap_between(source, target))
+            PairForm(*pair, heap_between(source, target), rates.get(pair, 0.0))
             for source, target in permutations(infos, 2)
+            for pair in [(source.engine_id, target.engine_id)]
             if source.does("remote_send") and target.does("prep_recv")
         ]
 

@@ -87,14 +87,14 @@ function Pairs({ pairs }) {
   const [source, setSource] = useState("");
   const [isOpen, setOpen] = useState(false);
   const sources = [...new Set(pairs.map((pair) => pair.source))];
-  const rows = isOpen ? pairs.filter((pair) => !source || pair.source === source).map((pair) => [pair.source, pair.target, pair.heap || html`<span class="quiet">no way</span>`]) : [];
+  const rows = isOpen ? pairs.filter((pair) => !source || pair.source === source).map((pair) => [pair.source, pair.target, pair.heap || html`<span class="quiet">no way</span>`, pair.bytes_per_s ? `${number(pair.bytes_per_s / 1e6)} MB/s` : ""]) : [];
   return html`<details onToggle=${(event) => setOpen(event.currentTarget.open)}>
     <summary>KV between engines: ${number(pairs.length)} pairs</summary>
     <label for="source">from</label>
     <select id="source" value=${source} onChange=${(event) => setSource(event.currentTarget.value)}>
       <option value="">every engine</option>${sources.map((each) => html`<option value=${each}>${each}</option>`)}
     </select>
-    <${Table} label="Heap of each pair" heads=${["from", "to", "heap"]} rows=${rows} />
+    <${Table} label="Heap of each pair" heads=${["from", "to", "heap", "network"]} rows=${rows} />
   </details>`;
 }
 

@@ -152,8 +152,9 @@ class MeshView:
         return self._book.load(engine.id, engine.reported)
 
     def link(self, source: EngineFacts, target: EngineFacts) -> float:
-        """Measured goodput of puts from ``source`` to ``target``, bytes a second; 0: not measured."""
-        return self._book.links.goodput(source.id, target.id)
+        """Measured goodput of puts from ``source`` to ``target``, bytes a second; 0: not measured. By this
+        router's own sends, else of the network between them as ``source`` has measured it."""
+        return self._book.links.goodput(source.id, target.id) or source.reported.goodput_to(target.id)
 
     @property
     def kv_nbytes_per_token(self) -> float:
@@ -162,7 +163,8 @@ class MeshView:
 
     def transfer_s(self, source: EngineFacts, target: EngineFacts, num_tokens: int) -> float:
         """Seconds that a put of ``num_tokens`` takes; 0 where the link has not been measured."""
-        return self._book.links.transfer_s(source.id, target.id, num_tokens)
+        goodput = self.link(source, target)
+        return num_tokens * self.kv_nbytes_per_token / goodput if goodput else 0.0
 
     def predicted_ttft_s(self, engine: EngineFacts, num_tokens: int) -> float:
         """Seconds until the engine's first token for a prompt of which it must compute ``num_tokens``: as

@@ -8,7 +8,7 @@ import pytest
 from microserve.gateway.view.history import INTERVAL_S, KEPT_S, MAX_ENGINES, NUM_SAMPLES, History
 from microserve.gateway.view.mesh import Mesh, heap_between, host_of, load_form
 from microserve.protocol.messages.check import PairCheck, Suspect
-from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.engine import EngineLoad, LinkGoodput
 from microserve.protocol.messages.index import Member, Members, MissingEngine
 from microserve.protocol.messages.strategy.control import EngineLabels
 from tests.support.gateway.view_forms import load_form as load
@@ -87,6 +87,18 @@ def test_a_pair_has_the_first_heap_that_both_have() -> None:
     assert [(each.source, each.target, each.heap) for each in mesh.pairs()] == [
         ("a", "b", "shm"),
         ("b", "a", "tcp"),
+    ]
+
+
+def test_a_pair_has_the_rate_that_its_sender_reports() -> None:
+    mesh = Mesh(0.0, silence_s=5.0)
+    load = EngineLoad(links=[LinkGoodput("b", 1.25e6), LinkGoodput("gone", 1.0)])
+    mesh.take_members(
+        Members(7, 1, [Member(make_info("a"), load), Member(make_info("b"), EngineLoad())]), 1.0
+    )
+    assert [(each.source, each.target, each.bytes_per_s) for each in mesh.pairs()] == [
+        ("a", "b", 1.25e6),
+        ("b", "a", 0.0),
     ]
 
 

@@ -51,6 +51,7 @@ STRUCTURES = [
     geometry.Geometry,
     engine_info.EngineInfo,
     actions.EngineLoad,
+    actions.LinkGoodput,
     host.HostFacts,
     actions.TokenLogprob,
     actions.Timings,

@@ -122,6 +122,7 @@ LOAD = actions.EngineLoad(
     decode_share=0.25,
     transfer_share=0.125,
     idle_share=0.25,
+    links=[actions.LinkGoodput(engine_id="e2", bytes_per_s=1.25e6)],
 )
 PROMPT = packed(3, 1, [PromptLogprob(-0.5, 2, ((11, -0.25),)), PromptLogprob(-1.5, 1, ((12, -1.5),))])
 LOGPROB = actions.TokenLogprob(logprob=-0.5, top=[(11, -0.25), (12, -1.5)])

@@ -97,7 +97,7 @@ class Scene:
 
     def answers(self) -> dict[str, msgspec.Struct]:
         pairs = [
-            PairForm(one.id, other.id, "shm" if one.host == other.host else "tcp")
+            PairForm(one.id, other.id, *(("shm", 0.0) if one.host == other.host else ("tcp", 1.2e8)))
             for one in self.engines
             for other in self.engines
             if one is not other and one.load and other.load

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.engine import EngineLoad
+from microserve.protocol.messages.engine import EngineLoad, LinkGoodput
 from microserve.services.router.engines.load import Links, LoadBook
 from tests.support.router.paper_mesh import PaperEngine, by_id, paper_mesh, sent
 from tests.support.router.router_world import eventually, in_loop, router_world
@@ -55,6 +55,16 @@ def test_a_transfer_is_predicted_from_its_link() -> None:
         assert mesh.link(p, d) == pytest.approx(64_000)
         assert mesh.transfer_s(p, d, 1000) == pytest.approx(1.0)
         assert mesh.transfer_s(d, p, 1000) == 0.0
+
+
+def test_until_a_router_has_sent_anything_itself_it_takes_the_senders_word_for_a_link() -> None:
+    book = LoadBook()
+    told = EngineLoad(links=[LinkGoodput("d", 1e6)])
+    with paper_mesh(PaperEngine("p", told), PaperEngine("d"), book=book) as (mesh, _):
+        p, d = by_id(mesh)["p"], by_id(mesh)["d"]
+        assert (mesh.link(p, d), mesh.link(d, p)) == (1e6, 0.0)
+        book.links.measure("p", "d", sent(10, nbytes=640, transfer_s=0.01))
+        assert mesh.link(p, d) == pytest.approx(64_000)
 
 
 @in_loop
