@@ -7,6 +7,9 @@ That is the order ``rows``. Of an engine whose blocks are somebody else's we kno
 layer is so many bytes at one place: its ``order`` is a name, equal for equal insides, and only whole blocks
 are copied.
 
+The state of a request of a hybrid model, which has a fixed size, takes whole blocks of the same pool: byte
+``i`` of its state in a layer is byte ``i`` of that layer of its state blocks.
+
 Owns this arithmetic, and the rule when two engines may exchange KV (``layout_hash``). Knows no memory,
 no grants and no tensors; the control words are in words.py.
 """
@@ -49,6 +52,8 @@ class KvLayout(msgspec.Struct, frozen=True):
     """What lies where inside a block of one layer: ``rows``, as above, or the name of another order."""
     rope: str = ""
     """The model's RoPE in words; empty where nobody says."""
+    state_nbytes: int = 0
+    """Of a request in each layer, beside its KV: what a hybrid model's layers without KV keep of it."""
 
     MAX_TOKENS: ClassVar[int] = 1 << 31
     """Token counts share a word with a generation (words.py)."""
@@ -57,6 +62,8 @@ class KvLayout(msgspec.Struct, frozen=True):
         for field in ("num_layers", "num_blocks", "block_size", "num_kv_heads", "head_dim"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field} is {getattr(self, field)}, at least 1", field=field)
+        if self.state_nbytes < 0 or (self.state_nbytes and not self.has_rows):
+            raise ConfigError(f"state_nbytes is {self.state_nbytes} of {self.order!r}", field="state_nbytes")
         if self.dtype not in _DTYPE_NBYTES:
             raise ConfigError(f"dtype is {self.dtype!r}, one of {sorted(_DTYPE_NBYTES)}", field="dtype")
         if not self.order:
@@ -85,6 +92,12 @@ class KvLayout(msgspec.Struct, frozen=True):
         return 2 * self.half_nbytes
 
     @property
+    def num_state_blocks(self) -> int:
+        """Blocks that hold the state of one request: byte ``i`` of a layer's state is byte ``i`` of
+        theirs."""
+        return -(-self.state_nbytes // self.block_nbytes)
+
+    @property
     def layer_nbytes(self) -> int:
         return self.num_blocks * self.block_nbytes
 
@@ -108,6 +121,7 @@ class KvLayout(msgspec.Struct, frozen=True):
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             rope=self.rope,
+            layers=f"state {self.state_nbytes}" if self.state_nbytes else "",
         )
 
     def offset(self, layer: int, block: int, kv: int, row: int) -> int:
@@ -120,6 +134,11 @@ class KvLayout(msgspec.Struct, frozen=True):
             + row * self.row_nbytes
         )
 
+    def num_grant_blocks(self, matched: int, end: int) -> int:
+        """Blocks of a grant of tokens ``[matched, end)``: of their KV, then those of the state at ``end``,
+        if the model has one and there is something to send."""
+        return self.num_blocks_for(end - matched) + (self.num_state_blocks if matched < end else 0)
+
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
@@ -130,7 +149,8 @@ def _layout_hash(layout: KvLayout) -> str:
     """Asked for with every grant and every send."""
     geometry = (layout.num_layers, layout.block_size, layout.num_kv_heads, layout.head_dim, layout.dtype)
     order = () if layout.has_rows else (layout.order,)  # what hashed rows before hashes them still
-    parts = ("kv-layout-2", layout.model, layout.revision, *geometry, *order)
+    state = ("state", layout.state_nbytes) if layout.state_nbytes else ()
+    parts = ("kv-layout-2", layout.model, layout.revision, *geometry, *order, *state)
     return hashlib.sha256(msgspec.msgpack.encode(parts)).hexdigest()[:16]
 
 

@@ -129,6 +129,9 @@ class Arrival:
             if begin == end or not is_alone or not has_sums:
                 continue
             rows = list(block_spans(grant.blocks, grant.matched, begin, end, grant.block_size))
+            if end == grant.end:
+                first = self._heap.layout.num_blocks_for(end - grant.matched)
+                rows += [(block, 0, grant.block_size) for block in grant.blocks[first:]]
             found = extend_checksum(0, self._heap, layer, rows)
             expected = self._heap.load(words.checksum(grant.slot, lane, layer))
             if found != expected:

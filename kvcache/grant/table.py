@@ -153,7 +153,7 @@ class GrantTable:
             not 0 <= matched <= end
             or matched % layout.block_size
             or len(matched_blocks) * layout.block_size != matched
-            or len(blocks) != layout.num_blocks_for(end - matched)
+            or len(blocks) != layout.num_grant_blocks(matched, end)
         ):
             raise InternalError(
                 f"open: [{matched}, {end}) with {len(matched_blocks)} matched and {len(blocks)} new blocks"
@@ -284,8 +284,13 @@ class GrantTable:
 
     def block_table(self, grant_id: str) -> list[int]:
         """Blocks of tokens ``[0, end)``, in order: the matched ones, then the received ones."""
-        entry = self._live(grant_id)
-        return entry.matched_blocks + entry.grant.blocks
+        entry, num_state = self._live(grant_id), len(self.state_table(grant_id))
+        return entry.matched_blocks + entry.grant.blocks[: len(entry.grant.blocks) - num_state]
+
+    def state_table(self, grant_id: str) -> list[int]:
+        """Of a hybrid model: blocks of its state at ``end``; empty where nothing is to come."""
+        grant = self._live(grant_id).grant
+        return grant.blocks[self._heap.layout.num_blocks_for(grant.end - grant.matched) :]
 
     def grant_id(self, slot: int, generation: int) -> str:
         """The id of that use of the slot, whatever has become of it."""

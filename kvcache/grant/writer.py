@@ -57,11 +57,14 @@ class TransferPlan:
         self._source = source
         self._grant = grant
 
-    def copies(self, source_blocks: Sequence[int], lo: int, hi: int) -> Copies:
+    def copies(
+        self, source_blocks: Sequence[int], lo: int, hi: int, state_blocks: Sequence[int] = ()
+    ) -> Copies:
         """Layer 0 of tokens ``[lo, hi)``, within ``[begin, end)``; other layers are shifted by whole layers.
 
-        ``source_blocks`` is the block table of tokens ``[0, hi)`` in the sender's pool. Where blocks have no
-        rows, what lies behind ``hi`` in its block goes along.
+        ``source_blocks`` is the block table of tokens ``[0, hi)`` in the sender's pool. Where blocks have
+        no rows, what lies behind ``hi`` in its block goes along. ``state_blocks`` hold a hybrid model's
+        state at the grant's end: they go with what ends there.
         """
         source = self._source
         needed = source_blocks[lo // source.block_size : source.num_blocks_for(hi)]
@@ -88,7 +91,17 @@ class TransferPlan:
             for half in (0, source.half_nbytes):
                 at = half + row * row_nbytes
                 copies.append(Copy(start + at, target_start + at, num_rows * row_nbytes))
+        if hi == self._grant.end and source.num_state_blocks:
+            if len(state_blocks) != source.num_state_blocks:
+                raise InternalError(f"copies: a state of {len(state_blocks)} blocks")
+            for block, target_block in zip(state_blocks, self.state_blocks, strict=True):
+                copies.append(Copy(block * block_nbytes, target_block * block_nbytes, block_nbytes))
         return Copies(copies)
+
+    @property
+    def state_blocks(self) -> list[int]:
+        """The grant's blocks for a hybrid model's state; empty of other models."""
+        return self._grant.blocks[self._source.num_blocks_for(self._grant.end - self._grant.matched) :]
 
     def cut(self, lo: int, hi: int) -> tuple[int, int]:
         """The part of ``[lo, hi)`` that can be put now: within ``[begin, end)``, and where blocks have no
@@ -173,11 +186,14 @@ class LaneWriter:
         # Last: it makes the others mean something.
         peer.signal(words.claim(slot, lane), pack_state(self._grant.generation, flags))
 
-    def put_layer(self, layer: int, source_blocks: Sequence[int], lo: int, hi: int) -> int:
+    def put_layer(
+        self, layer: int, source_blocks: Sequence[int], lo: int, hi: int, state_blocks: Sequence[int] = ()
+    ) -> int:
         """Put the part of tokens ``[lo, hi)`` that this lane carries, and signal it; returns its bytes.
 
-        ``source_blocks`` is the sender's block table of tokens ``[0, hi)``. Ranges of one layer follow
-        each other; a block that has to be whole first (``TransferPlan.cut``) goes with a later one.
+        ``source_blocks`` is the sender's block table of tokens ``[0, hi)``, ``state_blocks`` those of a
+        hybrid model's state at ``hi``, which are put with the grant's last token. Ranges of one layer
+        follow each other; a block that has to be whole first (``TransferPlan.cut``) goes with a later one.
         :class:`TransferFailed`, with nothing written, if the grant has been closed: call ``fail`` then.
         """
         self._require_writable("put_layer")
@@ -187,13 +203,15 @@ class LaneWriter:
         if lo != self._next[layer]:
             raise InternalError(f"put_layer: [{lo}, {hi}) does not follow {self._next[layer]}, layer {layer}")
         self.require_grant_open()
-        self._prepare(source_blocks, lo, hi)
+        self._prepare(source_blocks, lo, hi, state_blocks)
         peer, words, slot, lane = self._peer, self._peer.words, self._grant.slot, self._lane
         mine = self._heap.layout
         peer.put(self._copies, layer * mine.layer_nbytes, layer * peer.layout.layer_nbytes)
         peer.signal_each(words.tags(layer, self._target_blocks), self._tag)
         if self._has_checksums:
-            spans = block_spans(source_blocks, 0, lo, hi, mine.block_size)
+            spans = [*block_spans(source_blocks, 0, lo, hi, mine.block_size)]
+            if hi == self._grant.end:
+                spans += [(block, 0, mine.block_size) for block in state_blocks]
             self._sums[layer] = extend_checksum(self._sums[layer], self._heap, layer, spans)
             peer.signal(words.checksum(slot, lane, layer), self._sums[layer])
         self._next[layer] = hi
@@ -229,15 +247,19 @@ class LaneWriter:
     def _count(self, layer: int) -> int:
         return pack_count(self._grant.generation, self._next[layer] - self.plan.begin)
 
-    def _prepare(self, source_blocks: Sequence[int], lo: int, hi: int) -> None:
+    def _prepare(
+        self, source_blocks: Sequence[int], lo: int, hi: int, state_blocks: Sequence[int] = ()
+    ) -> None:
         """Plan a chunk once for all its layers."""
         layout = self._heap.layout
-        chunk = (lo, hi, tuple(source_blocks[lo // layout.block_size : layout.num_blocks_for(hi)]))
+        blocks = (*source_blocks[lo // layout.block_size : layout.num_blocks_for(hi)], *state_blocks)
+        chunk = (lo, hi, blocks)
         if chunk != self._chunk:
-            self._copies = self.plan.copies(source_blocks, lo, hi)
-            self._target_blocks = np.array(
-                [block for block, _, _ in self.plan.target_spans(lo, hi)], np.int64
-            )
+            self._copies = self.plan.copies(source_blocks, lo, hi, state_blocks)
+            targets = [block for block, _, _ in self.plan.target_spans(lo, hi)]
+            if hi == self._grant.end:
+                targets += self.plan.state_blocks
+            self._target_blocks = np.array(targets, np.int64)
             self._chunk = chunk
 
     def require_grant_open(self) -> None:
@@ -266,7 +288,7 @@ def _check_blocks(grant: Grant, target: KvLayout) -> None:
     """A grant comes over the wire, and its blocks become addresses."""
     if not 0 <= grant.matched <= grant.end or grant.matched % grant.block_size:
         raise InvalidRequest(f"matched is {grant.matched} of {grant.end}", field="grant.matched")
-    if len(grant.blocks) != target.num_blocks_for(grant.end - grant.matched):
+    if len(grant.blocks) != target.num_grant_blocks(grant.matched, grant.end):
         raise InvalidRequest(
             f"{len(grant.blocks)} blocks for [{grant.matched}, {grant.end})", field="grant.blocks"
         )

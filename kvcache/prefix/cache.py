@@ -31,6 +31,7 @@ from microserve.kvcache.prefix.hash import (
     root_hash,
 )
 from microserve.kvcache.prefix.own_events import append_removed, stored_event
+from microserve.kvcache.prefix.state import CachedStates
 from microserve.protocol.bus.codec import decode_tokens
 from microserve.protocol.errors import InternalError, InvalidInterval
 from microserve.protocol.messages.kv.kv_events import AllBlocksCleared, BlockStored, KVEvent
@@ -51,6 +52,17 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class CachedState:
+    """What ``acquire_with_state`` has found."""
+
+    blocks: list[int]
+    state: list[int]
+    """Blocks of the state behind them; empty with them."""
+    num_matched: int
+    """Blocks that match, be there a state or not."""
+
+
 class PrefixCache:
     """Prefix reuse over one :class:`BlockPool`. At most one prefix cache per pool."""
 
@@ -69,6 +81,8 @@ class PrefixCache:
         self._by_hash: dict[BlockHash, _Node] = {}
         self._by_block: dict[int, _Node] = {}
         self._events: list[KVEvent] = []
+        self.states = CachedStates(pool)
+        """Of a hybrid model: without one behind it, a prefix is of no use to it."""
         pool.on_evict = self._on_evict
 
     @property
@@ -128,6 +142,19 @@ class PrefixCache:
         self.hit_tokens += len(blocks) * self.block_size
         return blocks
 
+    def acquire_with_state(self, tokens: Sequence[int], end: int, salt: str, chain: HashChain) -> CachedState:
+        """As ``acquire``, of the longest match that a state stands behind; with a reference on its blocks
+        too."""
+        matched = self.match(tokens, end, salt, chain)
+        blocks, state = matched, []
+        while blocks and not (state := self.states.blocks_of(chain.hashes[len(blocks) - 1])):
+            blocks = blocks[:-1]
+        self._pool.share(blocks)
+        self._pool.share(state)
+        self.queries_tokens += end
+        self.hit_tokens += len(blocks) * self.block_size
+        return CachedState(blocks, state, len(matched))
+
     def insert(
         self,
         tokens: Sequence[int],
@@ -136,21 +163,22 @@ class PrefixCache:
         salt: str = "",
         start: int = 0,
         chain: HashChain | None = None,
-    ) -> None:
+    ) -> bool:
         """Make blocks ``start .. num_full - 1`` of a sequence findable; their KV must be complete.
 
         ``blocks[i]`` holds tokens ``[i * block_size, (i + 1) * block_size)``, for every ``i < num_full``,
         and the caller holds a reference on each. ``start`` is what the sequence has inserted before: with
         its ``chain`` (see ``match``) a call costs only the new blocks. A block whose content is cached
         already under another block stays as it is, and the sequence's later blocks hang on that other one.
-        Raises :class:`InternalError` if the arguments do not fit each other.
+        Returns whether all of it can be found now, or nothing was to be done. Raises :class:`InternalError`
+        if the arguments do not fit each other.
         """
         if not 0 <= start <= num_full <= len(blocks) or num_full * self.block_size > len(tokens):
             raise InternalError(
                 f"insert: blocks {start} to {num_full} of {len(blocks)} blocks and {len(tokens)} tokens"
             )
         if start == num_full:
-            return
+            return True
         hashes = self._hashes(tokens, num_full, salt, chain)
         parent: _Node | None = None
         if start > 0:
@@ -168,6 +196,7 @@ class PrefixCache:
         stride = self.block_size * TOKEN_NBYTES
         packed = pack_tokens(tokens[begin : num_full * self.block_size])
         stored: list[_Node] = []
+        is_whole = True
         for i in range(start, num_full):
             offset = (i - start) * stride
             content = packed[offset : offset + stride]
@@ -181,12 +210,15 @@ class PrefixCache:
                 self._emit_stored(stored, tokens[first : first + len(stored) * self.block_size])
                 stored = []
             else:
+                is_whole = False
                 break  # two prefixes with one hash: the older keeps it
             parent = node
         self._emit_stored(stored, tokens[first : first + len(stored) * self.block_size])
+        return is_whole
 
     def clear(self) -> None:
         """Forget every prefix. Blocks in use stay in use."""
+        self.states.clear()
         for node in self._by_block.values():
             self._pool.unmark_cached(node.block)
             node.parent = None
@@ -243,8 +275,9 @@ class PrefixCache:
             expected = block_hashes(decode_tokens(node.packed), self.block_size, parent.hash)
             if expected != [node.hash]:
                 raise InternalError(f"block {block} has a hash that is not its content's")
+        self.states.check_integrity()
         for block in range(self._pool.num_blocks):
-            if self._pool.is_cached(block) != (block in self._by_block):
+            if self._pool.is_cached(block) != (block in self._by_block or self.states.has_block(block)):
                 raise InternalError(f"block {block} is cached for only one of pool and prefix cache")
 
     def _root_hash(self, salt: str) -> BlockHash:
@@ -273,6 +306,9 @@ class PrefixCache:
 
     def _on_evict(self, block: int) -> None:
         """The pool has taken a cached block: drop it and everything that hangs on it."""
+        if self.states.has_block(block):
+            self.states.take(block)
+            return
         evicted = self._by_block[block]
         parent = evicted.parent
         if parent is None:
@@ -286,6 +322,7 @@ class PrefixCache:
         dropped.append(evicted)
         for node in dropped:
             del self._by_block[node.block], self._by_hash[node.hash]
+            self.states.drop(node.hash)
             node.parent = None
         append_removed(self._events, [node.hash for node in dropped])
 

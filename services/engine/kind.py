@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from microserve.protocol.messages.engine_info import ABILITIES, GRAMMAR, LORA
+from microserve.protocol.messages.engine_info import ABILITIES, EARLY_START, GRAMMAR, LORA
 from microserve.protocol.process.version import own_version
 
 NATIVE = "native"
@@ -24,7 +24,10 @@ class EngineKind:
     recompute_tokens: int = 0
 
 
-def native_kind(*, has_guides: bool) -> EngineKind:
-    """Ours: everything but adapters, and grammars where there is what enforces them."""
+def native_kind(*, has_guides: bool, is_hybrid: bool = False) -> EngineKind:
+    """Ours: everything but adapters, grammars where nothing enforces them, and early starts of hybrid
+    models."""
     missing = {LORA} if has_guides else {LORA, GRAMMAR}
+    if is_hybrid:
+        missing.add(EARLY_START)
     return EngineKind(NATIVE, own_version(), tuple(each for each in ABILITIES if each not in missing))

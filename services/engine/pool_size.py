@@ -62,6 +62,7 @@ def layout_of(settings: Settings, spec: ModelSpec, num_blocks: int) -> KvLayout:
             dtype=spec.dtype,
             revision=spec.revision,
             rope=spec.rope,
+            state_nbytes=spec.state_nbytes,
         )
     except ConfigError as error:
         if error.field not in ("num_blocks", "block_size"):
@@ -89,7 +90,8 @@ def pool_of(settings: Settings, spec: ModelSpec) -> Pool:
     layout, engine = layout_of(settings, spec, 1), settings.engine
     max_model_len = min(engine.max_model_len or spec.max_model_len, spec.max_model_len, MAX_PROMPT_TOKENS)
     on_host = engine.device == "cpu"
-    useful = engine.max_num_seqs * layout.num_blocks_for(max_model_len)
+    # A hybrid model's state twice: one to go on from, one that is written.
+    useful = engine.max_num_seqs * (layout.num_blocks_for(max_model_len) + 2 * layout.num_state_blocks)
     return Pool(
         settings.kvcache.num_blocks,
         layout.data_nbytes,

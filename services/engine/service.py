@@ -137,10 +137,18 @@ def make_core(
         settings.engine.max_model_len or spec.max_model_len, spec.max_model_len, MAX_PROMPT_TOKENS
     )
     num_blocks = heap.layout.num_blocks
+    # A state to go on from and one that is written beside a sequence's KV, of a hybrid model.
+    num_kv_blocks = num_blocks - 2 * heap.layout.num_state_blocks
+    if num_kv_blocks < 1:
+        raise ConfigError(
+            f"kvcache.num_blocks: {num_blocks} blocks do not hold a request's state, which takes "
+            f"{heap.layout.num_state_blocks} twice, and KV",
+            field="kvcache.num_blocks",
+        )
     runner = make_runner(settings, model, data, num_blocks, attention)
     if not isinstance(runner, NativeRunner) and settings.engine.device != "cpu":
         runner.warm_up()
-        if settings.engine.cuda_graphs:
+        if settings.engine.cuda_graphs and spec.state is None:
             runner.capture_decodes(settings.engine.max_num_seqs, max_model_len)
     return EngineCore(
         engine_id=engine_id,
@@ -151,7 +159,7 @@ def make_core(
         limits=Limits(
             max_model_len=max_model_len,
             vocab_size=spec.vocab_size,
-            num_blocks=num_blocks,
+            num_blocks=num_kv_blocks,
             max_waiting=settings.engine.max_waiting,
             eos_token_ids=frozenset(spec.eos_token_ids),
         ),

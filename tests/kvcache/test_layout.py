@@ -48,6 +48,21 @@ def test_num_blocks_for(num_tokens: int, num_blocks: int) -> None:
     assert LAYOUT.num_blocks_for(num_tokens) == num_blocks
 
 
+@pytest.mark.parametrize(("state_nbytes", "num_blocks"), [(0, 0), (1, 1), (256, 1), (257, 2)])
+def test_a_state_takes_whole_blocks_of_its_own(state_nbytes: int, num_blocks: int) -> None:
+    layout = msgspec.structs.replace(LAYOUT, state_nbytes=state_nbytes)
+    assert layout.num_state_blocks == num_blocks
+    assert layout.num_grant_blocks(4, 9) == 2 + num_blocks
+    assert layout.num_grant_blocks(8, 8) == 0  # nothing is to be sent
+    assert bool(layout.geometry.layers) is bool(state_nbytes)
+    assert (layout.layout_hash == LAYOUT.layout_hash) is not bool(state_nbytes)
+
+
+def test_whole_blocks_of_another_order_have_no_state() -> None:
+    with pytest.raises(ConfigError, match="state_nbytes"):
+        msgspec.structs.replace(LAYOUT, order="another", state_nbytes=1)
+
+
 def test_pools_of_different_size_may_exchange_kv() -> None:
     assert LAYOUT.layout_hash == msgspec.structs.replace(LAYOUT, num_blocks=99).layout_hash
 
@@ -63,6 +78,7 @@ def test_pools_of_different_size_may_exchange_kv() -> None:
         {"dtype": "bfloat16"},
         {"revision": "other weights"},
         {"order": "another"},
+        {"state_nbytes": 64},
     ],
 )
 def test_anything_else_changes_the_hash(change: dict[str, object]) -> None:
@@ -79,6 +95,7 @@ def test_anything_else_changes_the_hash(change: dict[str, object]) -> None:
         {"head_dim": -1},
         {"dtype": "int8"},
         {"order": ""},
+        {"state_nbytes": -1},
         {"num_blocks": 1 << 30},
     ],
 )

@@ -78,6 +78,12 @@ class Chunk:
     sample: SampleSpec | None
     """Sample the next token from the last position's logits."""
     score: ScoreSpec | None = None
+    state_from: list[int] | None = None
+    """Of a hybrid model: the blocks that hold its state behind position ``start - 1``; None: it has none
+    yet."""
+    state_to: list[int] | None = None
+    """And those that take it behind the chunk's last position, which may be the same; None: nobody wants
+    it."""
 
 
 @dataclass(slots=True)

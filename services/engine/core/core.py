@@ -95,7 +95,8 @@ class EngineCore:
         self.numerics = runner.numerics
         self.kernels = kernels
         """What computes, in a word for people."""
-        self.kind = native_kind(has_guides=guides is not None)
+        is_hybrid = bool(heap.layout.num_state_blocks)
+        self.kind = native_kind(has_guides=guides is not None, is_hybrid=is_hybrid)
         if fault := fault_of_numerics(self.numerics):
             raise InternalError(fault)
         self.engine_id, self.incarnation, self.model = engine_id, incarnation, model
@@ -229,7 +230,9 @@ class EngineCore:
                 transfer.peer.follow(self._compute_stream)
             transfer.is_put = True
             if transfer.writer is not None:
-                transfer.nbytes += transfer.writer.put_layer(layer, sequence.blocks, lo, hi)
+                transfer.nbytes += transfer.writer.put_layer(
+                    layer, sequence.blocks, lo, hi, sequence.state_at(hi)
+                )
         except MeshError as error:
             transfer.error = error
         except (OSError, MemoryError) as error:

@@ -20,6 +20,7 @@ from microserve.protocol.errors import CacheFull, GrantsFull, PromptTooLong
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.services.engine.core.request.received import Holder, ReceivedGrant, ReceivedGrants
 from microserve.services.engine.core.request.sequence import Sequence, SequenceState
+from microserve.services.engine.core.request.state import States
 
 
 class KvMemory:
@@ -34,6 +35,9 @@ class KvMemory:
         self.cache = cache
         self.grants = grants
         self.block_size = cache.block_size
+        num_state_blocks = grants.layout.num_state_blocks
+        self.states = States(pool, cache, num_state_blocks) if num_state_blocks else None
+        """Of a hybrid model's sequences."""
         self.received = ReceivedGrants()
         """Those of ``grants`` that are open or sealed, with their holders."""
         self._departing: list[tuple[LaneWriter, list[int]]] = []
@@ -49,14 +53,18 @@ class KvMemory:
 
     def match(self, sequence: Sequence) -> None:
         """Start from what the prefix cache holds. The sequence has no blocks yet."""
-        sequence.blocks = self.cache.acquire(
-            sequence.token_ids, sequence.num_reusable, sequence.salt, sequence.chain
-        )
+        if self.states is not None:
+            self.states.match(sequence)
+        else:
+            sequence.blocks = self.cache.acquire(
+                sequence.token_ids, sequence.num_reusable, sequence.salt, sequence.chain
+            )
         sequence.num_computed = sequence.num_cached = len(sequence.blocks) * self.block_size
         sequence.num_inserted = len(sequence.blocks)
 
     def missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        return max(0, self.num_blocks_for(num_tokens) - len(sequence.blocks))
+        missing = max(0, self.num_blocks_for(num_tokens) - len(sequence.blocks))
+        return missing if self.states is None else missing + self.states.missing(sequence)
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give it blocks for ``num_tokens``; False (and nothing taken) if the pool has too few."""
@@ -65,8 +73,17 @@ class KvMemory:
             return True
         if not self.pool.has(missing):
             return False
+        if self.states is not None:
+            missing -= self.states.missing(sequence)
+            self.states.grow(sequence)
         sequence.blocks.extend(self.pool.allocate(missing))
         return True
+
+    def advance(self, sequence: Sequence, end: int) -> None:
+        """A step has computed its tokens below ``end``."""
+        sequence.num_computed = end
+        if self.states is not None:
+            self.states.advance(sequence)
 
     def insert(self, sequence: Sequence) -> None:
         """Offer its newly completed whole blocks to the prefix cache."""
@@ -74,6 +91,9 @@ class KvMemory:
             return  # its writers may not have drained
         if sequence.has_foreign_kv and self.numerics.is_exact:
             return  # whoever hit it would have other bits than its own class gives
+        if self.states is not None:
+            self.states.keep(sequence)
+            return
         num_full = min(sequence.num_computed, sequence.num_tokens) // self.block_size
         if num_full <= sequence.num_inserted:
             return
@@ -94,11 +114,14 @@ class KvMemory:
         A send that goes on later (preempted) waits for its stream: its next blocks may be these very ones,
         so they must be free when this returns, and its lane is not let go before its end.
         """
-        blocks = sequence.blocks
+        blocks, states = sequence.blocks, self.states.take(sequence) if self.states is not None else []
         if sequence.received is not None:
-            num_granted = len(self.grants.block_table(sequence.received.grant_id))
+            granted = sequence.received.grant_id
+            num_granted = len(self.grants.block_table(granted))
+            states = [each for each in states if each not in self.grants.state_table(granted)]
             self.close_grant(sequence.received, now)
             blocks = blocks[num_granted:]
+        blocks = blocks + states if states else blocks
         if not self._depart(sequence, blocks):
             self.pool.free(blocks)
         sequence.blocks = []
@@ -149,22 +172,27 @@ class KvMemory:
     ) -> ReceivedGrant:
         """Match ``token_ids[:end]``, allocate the rest and open a grant, which ``holder`` has from now on.
 
+        Of a hybrid model its state at ``end`` comes too, unless that is cached here. With a whole prompt it
+        comes always: nobody but its sender has the logits of the last token.
+
         Raises :class:`CacheFull` for now, :class:`PromptTooLong` for ever. Grants that wait for their KV pin
         at most half of the pool: two engines whose pools were full of each other's grants could never compute
         what both wait for. With it a send of the same prompt fits any pool of the same size in the end.
         """
-        pinned, room = self.num_blocks_for(end), self.pool.num_blocks // 2
-        if pinned + 1 > room:
+        num_state = self.states.num_blocks if self.states is not None else 0
+        pinned, room = self.num_blocks_for(end) + num_state, self.pool.num_blocks // 2
+        least = pinned + 1 + num_state  # a sender may go on from a cached state, and writes another one
+        if least > room:
             raise PromptTooLong(
-                f"receiving {end} tokens takes {pinned + 1} blocks, at most {room} may wait for KV",
+                f"receiving {end} tokens takes {least} blocks, at most {room} may wait for KV",
                 field="end",
             )
         pending = self.received.num_pinned
         if pending + pinned > room:
             raise GrantsFull(f"{pending} blocks wait for KV already, {pinned} more asked", retry_after_s=0.1)
-        matched_blocks = self.cache.acquire(token_ids, end, salt)
+        matched_blocks, state = self._matched(token_ids, end, salt)
         matched = len(matched_blocks) * self.block_size
-        missing = self.num_blocks_for(end) - len(matched_blocks)
+        missing = self.grants.layout.num_grant_blocks(matched, end)
         blocks: list[int] = []
         try:
             blocks = self.pool.allocate(missing)
@@ -172,15 +200,36 @@ class KvMemory:
         except CacheFull:
             self.pool.free(blocks)
             self.pool.free(matched_blocks)
+            self.pool.free(state)
             raise
         received = ReceivedGrant(grant, token_ids[:end], salt, holder, pinned, opened_at=now)
+        received.state = state
         self.received.add(received)
         return received
+
+    def _matched(self, token_ids: list[int], end: int, salt: str) -> tuple[list[int], list[int]]:
+        """Blocks that the prefix cache has of ``token_ids[:end]``, and of its state at ``end`` if it has
+        all."""
+        if self.states is None:
+            return self.cache.acquire(token_ids, end, salt), []
+        if 0 < end < len(token_ids) and end % self.block_size == 0:
+            cached = self.cache.acquire_with_state(token_ids, end, salt, self.new_chain(salt))
+            if len(cached.blocks) * self.block_size == end:
+                return cached.blocks, cached.state
+            self.pool.free(cached.blocks)
+            self.pool.free(cached.state)
+        # Its state comes from elsewhere, with some KV at least.
+        return self.cache.acquire(token_ids, max(0, end - 1), salt), []
 
     def close_grant(self, received: ReceivedGrant, now: float) -> None:
         """Nobody wants it any more: its blocks are freed, or quarantined while a writer may reach them."""
         self.received.forget(received)
         self.grants.close(received.grant_id, now)
+        self._free_state(received)
+
+    def _free_state(self, received: ReceivedGrant) -> None:
+        self.pool.free(received.state)
+        received.state = []
 
     def take(self, received: ReceivedGrant, numerics: str) -> None:
         """Somebody builds on the grant, whose KV comes in the class of that name."""
@@ -196,6 +245,10 @@ class KvMemory:
         sequence.num_inserted = grant.matched // self.block_size
         sequence.num_cached = sequence.cached_tokens = grant.matched
         sequence.received_tokens = grant.end - grant.matched
+        if self.states is not None:
+            own = self.grants.state_table(grant.grant_id)
+            self.states.adopt(sequence, received.state or own, is_shared=bool(received.state))
+            received.state = []
         received.hand_to(sequence)
 
     def seal(self, received: ReceivedGrant) -> None:
@@ -210,7 +263,9 @@ class KvMemory:
         events = self.grants.poll(now)
         for event in events:
             if isinstance(event, Expired):
-                self.received.forget(self.received.get(event.grant_id))
+                received = self.received.get(event.grant_id)
+                self.received.forget(received)
+                self._free_state(received)
         return events
 
     def commit(self, received: ReceivedGrant, blocks: list[int]) -> int:
@@ -221,9 +276,28 @@ class KvMemory:
         is_refused = received.is_foreign and self.numerics.is_exact
         num_full = first if is_refused else grant.end // self.block_size
         self.received.forget(received)
+        if self.states is not None:
+            return self._commit_with_state(received, blocks)
         self.cache.insert(received.token_ids, blocks, num_full, received.salt, start=first)
         self.pool.free(blocks)
         return num_full * self.block_size
+
+    def _commit_with_state(self, received: ReceivedGrant, blocks: list[int]) -> int:
+        """Its state is of use at the grant's end alone: only whole blocks are cached with one."""
+        grant = received.grant
+        num_full = grant.end // self.block_size
+        own = grant.blocks[len(blocks) - grant.matched // self.block_size :]
+        is_foreign = received.is_foreign and self.numerics.is_exact
+        is_kept = grant.end % self.block_size == 0 and not is_foreign
+        if own and is_kept:
+            chain, first = self.new_chain(received.salt), grant.matched // self.block_size
+            is_kept = self.cache.insert(received.token_ids, blocks, num_full, received.salt, first, chain)
+            if is_kept and (name := chain.hashes[num_full - 1]) not in self.cache.states:
+                self.cache.states.keep(name, own)
+        self.pool.free(blocks)
+        self.pool.free(own)
+        self._free_state(received)
+        return grant.end if is_kept else 0
 
     def check_integrity(self) -> None:
         self.pool.check_integrity()

@@ -209,6 +209,8 @@ class Scheduler:
         start = sequence.num_computed
         if not sequence.is_scored:
             budget = min(budget, self._score_limit(step, sequence) - start)
+        if sequence.keeps and sequence.keeps[0] > start:
+            budget = min(budget, sequence.keeps[0] - start)
         whole = start >= sequence.num_tokens
         if whole and sequence.needs_logits:
             # Everything is in the cache: run the last token again for its logits, write nothing.
@@ -240,9 +242,10 @@ class Scheduler:
             )
         step.num_decodes += sequence.is_decoding()
         score = None if sequence.is_scored else sequence.score_of(start, end)
-        step.batch.chunks.append(
-            Chunk(sequence.sequence_id, tokens, start, list(sequence.blocks), write_from, spec, score)
-        )
+        chunk = Chunk(sequence.sequence_id, tokens, start, list(sequence.blocks), write_from, spec, score)
+        if self._memory.states is not None:
+            chunk.state_from, chunk.state_to = sequence.state_from or None, sequence.state_to
+        step.batch.chunks.append(chunk)
         step.sequences.append(sequence)
         return len(tokens)
 

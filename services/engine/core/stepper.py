@@ -229,8 +229,8 @@ class Stepper:
         """
         state = self._state
         grants = state.memory.grants
-        if state.scheduler.waiting:
-            return None
+        if state.scheduler.waiting or state.memory.states is not None:
+            return None  # a hybrid model's first layers need the state that comes with the next one
         for sequence in state.receiving:
             if sequence.received is None or sequence.await_first or sequence.guiding is not None:
                 continue
@@ -272,7 +272,7 @@ class Stepper:
             end = chunk.start + len(chunk.token_ids)
             if end > sequence.num_computed:
                 sequence.computed_tokens += end - sequence.num_computed
-                sequence.num_computed = end
+                state.memory.advance(sequence, end)
             state.memory.insert(sequence)
             if scored is not None:
                 sequence.take_scored(scored)

@@ -25,6 +25,7 @@ from microserve.protocol.messages.numerics import Numerics
 from microserve.services.engine.model.attention.step import StepAttention
 from microserve.services.engine.model.directory.end_tokens import eos_of
 from microserve.services.engine.model.directory.families import (
+    HYBRID,
     foreign_layers,
     foreign_rope,
     refusal_of,
@@ -33,6 +34,8 @@ from microserve.services.engine.model.directory.families import (
 from microserve.services.engine.model.directory.model_files import read_json
 from microserve.services.engine.model.revision import own_memory, revision_of
 from microserve.services.engine.model.spec import ModelSpec
+from microserve.services.engine.model.state.mixing import StepStates, install
+from microserve.services.engine.model.state.placing import state_of
 
 ATTENTION = "microserve_paged"
 """Our name in transformers' registry of attention functions."""
@@ -62,11 +65,14 @@ class AttentionStep:
     """What the attention function needs of the step that is running."""
 
     layers: list[Tensor]
-    """Per layer [num_blocks, 2, block_size, num_kv_heads, head_dim], views on the heap."""
+    """Per layer of the model [num_blocks, 2, block_size, num_kv_heads, head_dim], views on the heap; what
+    stands for a layer without KV is not asked for."""
     attention: StepAttention
     on_layer: Callable[[int], None] | None
     """Called with the layer's index when its new KV is written, or enqueued in the stream, and before any is
     read."""
+    states: StepStates | None = None
+    """Of a hybrid model's sequences."""
 
 
 def load_model(
@@ -107,26 +113,20 @@ def load_model(
         ) from None
     # Behind all copying: of what is computed with, whatever becomes of the files.
     revision = revision_of(config, module)
-    return LoadedModel(
-        _spec(
-            directory,
-            config,
-            dtype,
-            eos_of(directory, raw, tells=device != "meta"),
-            revision,
-            rope_of(raw),
-        ),
-        module,
-    )
+    eos_token_ids = eos_of(directory, raw, tells=device != "meta")
+    spec = _spec(directory, config, dtype, eos_token_ids, revision, rope_of(raw))
+    if spec.state is not None:
+        install(module, spec.state, STEP)
+    return LoadedModel(spec, module)
 
 
 def _spec(
     directory: Path, config: Any, dtype: str, eos_token_ids: frozenset[int], revision: str, rope: str
 ) -> ModelSpec:
-    num_heads = config.num_attention_heads
+    num_heads, state = config.num_attention_heads, state_of(config, dtype)
     return ModelSpec(
         name=directory.resolve().name,
-        num_layers=config.num_hidden_layers,
+        num_layers=config.num_hidden_layers if state is None else len(state.kv_layers),
         num_heads=num_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
@@ -137,6 +137,7 @@ def _spec(
         sliding_windows=_sliding_windows(config),
         revision=revision,
         rope=rope,
+        state=state,
     )
 
 
@@ -153,8 +154,11 @@ def _sliding_windows(config: Any) -> frozenset[int | None]:
 def _check_supported(directory: Path, config: Any) -> None:
     """What config.json leaves open and transformers has filled in."""
     rope = getattr(config, "rope_parameters", None)
-    if why := foreign_layers(getattr(config, "layer_types", None)) or foreign_rope(rope):
+    kinds, stateful = getattr(config, "layer_types", None), HYBRID.get(config.model_type, "")
+    if why := foreign_layers(kinds, stateful) or foreign_rope(rope):
         raise _refusal(directory, why)
+    if stateful and set(kinds or ()) == {stateful}:
+        raise _refusal(directory, "none of its layers keeps KV")
     for name in ("attn_logit_softcapping", "attention_chunk_size"):
         if getattr(config, name, None) is not None:
             raise _refusal(directory, f"{name} {getattr(config, name)!r} is not supported")

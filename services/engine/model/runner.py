@@ -43,6 +43,7 @@ from microserve.services.engine.model.numerics import transformers_numerics
 from microserve.services.engine.model.rows import result_of, rows_of
 from microserve.services.engine.model.sampler import sample
 from microserve.services.engine.model.scorer import score
+from microserve.services.engine.model.state.mixing import StepStates
 
 __all__ = ["ModelRunner", "Runner"]
 
@@ -71,6 +72,13 @@ class ModelRunner:
         self._module = model.module
         self._num_blocks, self._block_size = num_blocks, block_size
         self._layers = self._views(kv_data)
+        state = self._state = model.spec.state
+        self._of_model = self._layers
+        """The views by layers of the model."""
+        if state is not None:
+            num_layers = len(state.layers) + len(state.kv_layers)
+            of_model = dict(zip(state.kv_layers, self._layers, strict=True))
+            self._of_model = [of_model.get(layer, self._layers[0]) for layer in range(num_layers)]
         self._device = self._layers[0].device
         self.numerics = model.numerics or transformers_numerics(model.spec, self._device)
         self.kernels = TRANSFORMERS
@@ -92,6 +100,8 @@ class ModelRunner:
         """Replay steps of nothing but decodes from now on (decode_graphs.py): costs seconds and memory.
         Raises :class:`ConfigError` where a capture fails, and on a CPU, unless there is a ``capture`` that
         stands for the device's."""
+        if self._state is not None:
+            raise ConfigError("CUDA graphs do not capture hybrid models", field="engine.cuda_graphs")
         if capture is None:
             if self._stream is None:
                 raise ConfigError("CUDA graphs need a CUDA device", field="engine.cuda_graphs")
@@ -139,6 +149,7 @@ class ModelRunner:
         *,
         rows: Tensor | int = 0,
         on_layer: Callable[[int], None] | None = None,
+        states: StepStates | None = None,
     ) -> Tensor:
         """Logits [rows, vocab_size] of the tokens at ``rows``; 0: of all."""
         output = self._module(
@@ -146,7 +157,7 @@ class ModelRunner:
             position_ids=positions.unsqueeze(0),
             use_cache=False,
             logits_to_keep=rows,
-            **{STEP: AttentionStep(layers=self._layers, attention=attention, on_layer=on_layer)},
+            **{STEP: AttentionStep(self._of_model, attention, on_layer, states)},
         )
         logits: Tensor = output.logits[0]
         return logits
@@ -184,8 +195,9 @@ class ModelRunner:
     def execute(self, batch: Batch, on_layer: Callable[[int], None] | None = None) -> StepResult:
         """Compute the chunks, sample and score where asked.
 
-        ``on_layer(layer)`` comes once a layer, in order, when the batch's KV of that layer stands in the
-        blocks (on a GPU: when its writing is enqueued in ``stream``) and before any is read; what it raises
+        ``on_layer(layer)`` comes once a layer of the pool, in order, when the batch's KV of that layer
+        stands in the blocks (on a GPU: when its writing is enqueued in ``stream``) and before any is read;
+        of a hybrid model when its states stand there too, the last one after all reading. What it raises
         ends the step and is passed on. For a batch that is not layerwise it may come when all is enqueued.
         Raises :class:`InternalError` for a batch that does not fit the model or the pool.
         """
@@ -203,12 +215,16 @@ class ModelRunner:
                     for layer in range(self.spec.num_layers):
                         on_layer(layer)
             else:
+                state = self._state
                 logits = self._forward(
                     self._make_attention(spans, rows.slots, self._layers[0]),
                     *(self._tensor(rows.tokens), self._tensor(rows.positions)),
                     rows=self._tensor(rows.wanted),
-                    on_layer=on_layer,
+                    on_layer=on_layer if state is None else _but_last(on_layer, state.kv_layers),
+                    states=StepStates(state, self._layers, chunks) if state is not None else None,
                 )
+                if state is not None and on_layer is not None:
+                    on_layer(self.spec.num_layers - 1)
             if not rows.has_scores:
                 return result_of(chunks, self._sample(logits, rows.specs))
             scored = self._score(logits, rows.scored, rows.scores)
@@ -217,3 +233,19 @@ class ModelRunner:
 
     def _tensor(self, values: npt.NDArray[np.int64]) -> Tensor:
         return upload(values, self._device)
+
+
+def _but_last(
+    on_layer: Callable[[int], None] | None, kv_layers: tuple[int, ...]
+) -> Callable[[int], None] | None:
+    """``on_layer`` of a hybrid model, called with a layer of the model: states that belong to a layer of
+    the pool stand by then, but for those behind the last one."""
+    if on_layer is None:
+        return None
+    places = {layer: place for place, layer in enumerate(kv_layers[:-1])}
+
+    def told(layer: int) -> None:
+        if (place := places.get(layer)) is not None:
+            on_layer(place)
+
+    return told

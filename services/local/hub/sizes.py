@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.settings.settings import Settings
-from microserve.services.engine.model.directory.families import NATIVE
+from microserve.services.engine.model.directory.families import HYBRID, NATIVE
 from microserve.services.engine.model.spec import ModelSpec
 from microserve.services.engine.pool_size import pool_of
 from microserve.services.engine.room import Room, num_blocks_in
@@ -126,6 +126,8 @@ def _spec_of(name: str, config: Mapping[str, Any], dtype: str) -> ModelSpec | No
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
         return None
+    if config.get("model_type") in HYBRID:
+        return None  # how many of its layers keep KV may be such a default
     wanted: dict[str, Any] = {
         "num_layers": config.get("num_hidden_layers"),
         "num_heads": heads,

@@ -13,7 +13,7 @@ the book. Knows neither what a holder is nor what has arrived (kvcache/grant).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from microserve.protocol.errors import InternalError
@@ -39,6 +39,9 @@ class ReceivedGrant:
     """Blocks, matched ones too, that wait for KV under it; 0 once all is in."""
     is_foreign: bool = False
     """Some of its KV is of another numerics class than this engine's; known when it is taken."""
+    state: list[int] = field(default_factory=list)
+    """Of a hybrid model, where all of the grant matched: cached blocks of its state at the grant's end,
+    with a reference on each."""
     opened_at: float = 0.0
     probed_at: float = float("-inf")
     """When its writers were last probed for failure and death."""

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import PeerHeap
-from microserve.kvcache.prefix.hash import HashChain
+from microserve.kvcache.prefix.hash import BlockHash, HashChain
 from microserve.protocol.errors import MeshError
 from microserve.protocol.messages.engine import TokenLogprob
 from microserve.protocol.messages.kv.grant import Grant
@@ -105,6 +105,14 @@ class Sequence:
     num_cached: int = 0
     num_inserted: int = 0
     """Blocks that have been offered to the prefix cache."""
+    state_from: list[int] = field(default_factory=list)
+    """Of a hybrid model: blocks with its state at ``num_computed``; empty at 0 (state.py)."""
+    state_to: list[int] = field(default_factory=list)
+    """And those that the next step writes it into."""
+    keeps: list[int] = field(default_factory=list)
+    """Lengths at which its state is to be kept: a chunk ends there."""
+    kept: BlockHash | None = None
+    """Where it was kept last among the tokens that it generated."""
     num_delivered: int = 0
     """Output tokens already handed to the router (or known to it)."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -199,6 +207,10 @@ class Sequence:
         """Tokens still to be run before the next token can be sampled (at least one if it samples)."""
         left = self.num_tokens - self.num_computed
         return max(left, 1) if self.needs_logits else left
+
+    def state_at(self, length: int) -> list[int]:
+        """Blocks with its state behind ``length`` tokens, which a step computes or ``num_computed`` are."""
+        return self.state_from if self.num_computed >= length else self.state_to
 
     def is_decoding(self) -> bool:
         """All but its newest token is computed and it has produced at least one."""

@@ -21,14 +21,20 @@ BY_TRANSFORMERS = (
     *("seed_oss", "starcoder2"),
 )
 """By transformers' modules alone."""
-MODEL_TYPES = (*NATIVE, *BY_TRANSFORMERS)
+HYBRID = {
+    **dict.fromkeys(("lfm2", "lfm2_moe"), "conv"),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_next"), "linear_attention"),
+}
+"""By transformers' modules too: families with layers that keep a state instead of KV, and what those are
+called."""
+MODEL_TYPES = (*NATIVE, *BY_TRANSFORMERS, *HYBRID)
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # Frequencies that depend on the length of the batch (dynamic, longrope) would make a token's K depend on its
 # neighbours in the step, and on when it was computed.
 ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
 
-_LINEAR = "it has layers of linear attention or of state space, whose state is no KV in blocks"
+_LINEAR = "it has layers of linear attention or of state space that nobody has tried here"
 _LATENT = "it keeps a latent instead of K and V (MLA)"
 _SOFTCAP = "it caps its attention scores, which our attention does not compute"
 _INPUTS = "it takes more than text"
@@ -36,9 +42,9 @@ _ENCODER = "it is an encoder and a decoder"
 _WHY = {
     **dict.fromkeys(
         (
-            *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2"),
-            *("lfm2_moe", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text"),
-            *("qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "zamba", "zamba2"),
+            *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "mamba"),
+            *("mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "recurrent_gemma"),
+            *("rwkv", "zamba", "zamba2"),
         ),
         _LINEAR,
     ),
@@ -89,14 +95,15 @@ def refusal_of(config: Mapping[str, Any]) -> str | None:
         return "its attention is bidirectional: it is made for embeddings and writes no text"
     if config.get("is_encoder_decoder") is True:
         return _ENCODER
-    return foreign_layers(config.get("layer_types")) or foreign_rope(
+    return foreign_layers(config.get("layer_types"), HYBRID.get(model_type, "")) or foreign_rope(
         config.get("rope_parameters") or config.get("rope_scaling")
     )
 
 
-def foreign_layers(layer_types: object) -> str | None:
-    """What is wrong with ``layer_types``, as a config has them."""
-    foreign = set(_names(layer_types)) - LAYER_TYPES
+def foreign_layers(layer_types: object, stateful: str = "") -> str | None:
+    """What is wrong with ``layer_types``, as a config has them; ``stateful``: what a family may have
+    besides."""
+    foreign = set(_names(layer_types)) - LAYER_TYPES - {stateful}
     return f"layer types {sorted(foreign)} are not supported" if foreign else None
 
 

@@ -34,6 +34,14 @@ _MULTIPLIERS = {
     "logits_scaling": 3.0,
     "residual_multiplier": 0.5,
 }
+_CONVOLUTIONS = ["conv", "full_attention", "conv", "full_attention"]
+_DELTA_NETS = {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 
 SERVED: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "tie_word_embeddings": True},
@@ -83,6 +91,14 @@ SERVED: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_EXPERTS, "norm_topk_prob": True},
     "seed_oss": {"attention_bias": True, "attention_out_bias": True},
     "starcoder2": {"sliding_window": 8, "use_bias": True},
+    "lfm2": {
+        "layer_types": [*_CONVOLUTIONS[:2], *_CONVOLUTIONS[1::-1]],
+        "block_auto_adjust_ff_dim": False,
+        "conv_bias": True,
+    },
+    "lfm2_moe": {**_EXPERTS, "layer_types": _CONVOLUTIONS, "num_dense_layers": 1, "conv_L_cache": 4},
+    "qwen3_5_text": _DELTA_NETS,
+    "qwen3_next": {**_EXPERTS, **_DELTA_NETS, "shared_expert_intermediate_size": 32},
 }
 
 REFUSED: dict[str, str] = {
@@ -96,15 +112,12 @@ REFUSED: dict[str, str] = {
     "gemma4": "more than text",
     "gpt_oss": "attention sinks",
     "jamba": "linear attention",
-    "lfm2": "linear attention",
     "llama4": "more than text",
     "llama4_text": "chunked",
     "mamba2": "linear attention",
     "mistral3": "more than text",
     "modernbert": "an encoder",
     "qwen2_5_vl": "more than text",
-    "qwen3_5_text": "linear attention",
-    "qwen3_next": "linear attention",
     "qwen3_vl": "more than text",
     "t5": "an encoder and a decoder",
     "whisper": "an encoder and a decoder",

@@ -45,6 +45,7 @@ class World:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             dtype=spec.dtype,
+            state_nbytes=spec.state_nbytes,
         )
 
     def clear(self) -> None:
@@ -87,6 +88,8 @@ class Sequence:
     num_prompt: int
     num_output: int
     blocks: list[int]
+    state: list[int]
+    """Blocks of its state, where the model is hybrid."""
     computed: int = 0
 
     @property
@@ -101,7 +104,10 @@ def serve(world: World, prompts: list[list[int]], num_output: int, rng: random.R
     sequences = []
     for prompt in prompts:
         needed = -(-(len(prompt) + num_output) // BLOCK_SIZE)
-        sequences.append(Sequence(list(prompt), len(prompt), num_output, [free.pop() for _ in range(needed)]))
+        blocks, state = (
+            [free.pop() for _ in range(count)] for count in (needed, world.layout.num_state_blocks)
+        )
+        sequences.append(Sequence(list(prompt), len(prompt), num_output, blocks, state))
     while any(not sequence.done for sequence in sequences):
         unfinished = [sequence for sequence in sequences if not sequence.done]
         running = rng.sample(unfinished, rng.randint(1, len(unfinished)))
@@ -112,7 +118,8 @@ def serve(world: World, prompts: list[list[int]], num_output: int, rng: random.R
             begin, sequence.computed = sequence.computed, sequence.computed + length
             sample = spec_of(sequence.tokens, sequence.num_prompt) if length == waiting else None
             tokens = sequence.tokens[begin : begin + length]
-            chunks.append(Chunk(id(sequence), tokens, begin, sequence.blocks, begin, sample))
+            states = (sequence.state if begin else None, sequence.state) if sequence.state else (None, None)
+            chunks.append(Chunk(id(sequence), tokens, begin, sequence.blocks, begin, sample, None, *states))
         result = world.runner.execute(Batch(chunks))
         for sequence, chunk, sampled in zip(running, chunks, result.sampled, strict=True):
             assert (sampled is None) == (chunk.sample is None)

@@ -20,6 +20,7 @@ from microserve.protocol.errors import ConfigError, InternalError
 from microserve.services.engine.model.attention.step import DeviceAttention, device_attention
 from microserve.services.engine.model.directory.families import (
     BY_TRANSFORMERS,
+    HYBRID,
     MODEL_TYPES,
     NATIVE,
     refusal_of,
@@ -66,6 +67,9 @@ VARIATIONS: list[tuple[str, dict[str, Any]]] = [
     ("cohere", {"use_qk_norm": False}),
     ("glm4_moe", {"use_qk_norm": False, "attention_bias": True, "norm_topk_prob": False}),
     ("granite", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
+    ("lfm2", {"layer_types": None, "full_attn_idxs": [1, 3], "conv_bias": False, "conv_L_cache": 3}),
+    ("qwen3_next", {"layer_types": None, "full_attention_interval": 2, "linear_num_value_heads": 2}),
+    ("qwen3_5_text", {"layer_types": ["full_attention"] * 4}),
 ]
 """Of families, what published models of them differ in."""
 DOCUMENT = Path(__file__).parents[5] / "docs" / "models.md"
@@ -131,7 +135,7 @@ def test_the_windows_of_a_family_are_those_that_its_layers_ask_for(
 
 
 def test_every_family_that_is_let_in_is_tried() -> None:
-    assert set(SERVED) == set(MODEL_TYPES) == {*NATIVE, *BY_TRANSFORMERS}
+    assert set(SERVED) == set(MODEL_TYPES) == {*NATIVE, *BY_TRANSFORMERS, *HYBRID}
     assert not set(SERVED) & set(REFUSED)
 
 
@@ -161,6 +165,10 @@ def test_a_family_that_is_not_served_is_refused_with_the_reason(
         ({"is_causal": False}, "bidirectional"),
         ({"use_bidirectional_attention": True}, "bidirectional"),
         ({"layer_types": ["full_attention", "conv"]}, r"layer types \['conv'\]"),
+        (
+            {"model_type": "lfm2", "architectures": None, "layer_types": ["linear_attention"]},
+            r"layer types \['linear_attention'\]",
+        ),
         ({"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope'"),
         ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type 'dynamic'"),
         ({"rope_parameters": {"full_attention": {"rope_type": "longrope"}}}, "rope_type 'longrope'"),
