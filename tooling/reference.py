@@ -44,7 +44,8 @@ CHAPTERS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         (f"{AUTHORING}/action/race.py", ("Entrant",)),
         ("services/links/stream.py", ("Tokens",)),
         ("protocol/messages/engine_info.py", ("EngineInfo",)),
-        ("protocol/messages/engine.py", ("EngineLoad", "Finished")),
+        ("protocol/messages/engine_load.py", ("EngineLoad",)),
+        ("protocol/messages/engine.py", ("Finished",)),
         ("protocol/messages/numerics.py", ("Numerics",)),
     ],
     "Errors": [

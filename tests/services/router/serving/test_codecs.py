@@ -188,7 +188,7 @@ def test_profiles_are_counted_and_have_an_end() -> None:
     assert sum(count for key, count in series(tally).items() if len(key) == 2) == 2 * MAX_CODINGS + 3  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", ["disaggregated", "balanced", "cache_aware", "conditional"])
+@pytest.mark.parametrize("name", ["disaggregated", "cache_aware", "conditional"])
 @in_loop
 async def test_strategies_that_split_take_a_codec(name: str) -> None:
     async with router_world("d", "p", labels=LABELS) as world:
