@@ -72,6 +72,7 @@ class EngineForm(msgspec.Struct, frozen=True):
     """What it does beside whole requests."""
     load: LoadForm | None
     """None: it is no member."""
+    cluster: str = ""
 
 
 class PairForm(msgspec.Struct, frozen=True):

@@ -128,6 +128,7 @@ class Mesh:
             num_blocks=info.num_blocks,
             can=list(ABILITIES) if info.can is None else info.can,
             load=load_form(info, load),
+            cluster=info.cluster,
         )
 
 

@@ -81,6 +81,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Its KV events and their replay are without keys, whatever its other sockets have."""
     adapters: list[Adapter] = []
     """That requests may name (``lora`` in ``can``); empty of an engine that has none."""
+    cluster: str = ""
+    """In which it stands; engines without one are of one together."""
 
     def does(self, ability: str) -> bool:
         """Has it this one of ``ABILITIES``?"""

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from microserve.protocol.errors import ConfigError
 from microserve.protocol.messages.adapter import fault_of_adapters
+from microserve.protocol.messages.strategy.control import MAX_LABEL_CHARS, fault_of_labels
 from microserve.protocol.messages.world import MAX_WORLD_RANKS, fault_of_world
 from microserve.protocol.settings.bounds import Count, CountOrZero, Port, Positive, PositiveOrZero, Section
 
@@ -84,6 +85,9 @@ class EngineSettings(Section, frozen=True):
     """Host, by name or number, by which others reach these sockets. Empty: as they are bound; where that is
     every interface (``tcp://0.0.0.0:PORT``), the address by which this host reaches the index."""
     labels: list[str] = msgspec.field(default_factory=list)
+    cluster: str = ""
+    """Where it stands, by name: engines of one cluster reach each other by a faster network than those of
+    two. Strategies go by it (``prfaas``). Those without one are of one together."""
     backend: str = "native"
     """What computes: ``native`` (ours), ``vllm`` (vLLM in an environment of its own, behind the three
     actions), or ``vllm-serve`` (a stock ``vllm serve`` that somebody else runs: whole requests only)."""
@@ -116,6 +120,15 @@ class EngineSettings(Section, frozen=True):
     grammar_timeout_s: Positive = 2.0
     """A grammar that takes longer to compile is refused."""
     drain_s: PositiveOrZero = 30.0
+
+    def check_cluster(self) -> None:
+        """Raises :class:`ConfigError` for what could not be a label either."""
+        if self.cluster and fault_of_labels([self.cluster]):
+            raise ConfigError(
+                f"engine.cluster must be a name as labels are, at most {MAX_LABEL_CHARS} printable "
+                f"characters without spaces, is {self.cluster!r}",
+                field="engine.cluster",
+            )
 
     def check_advertise(self) -> None:
         """Raises :class:`ConfigError` for what nobody can connect to."""

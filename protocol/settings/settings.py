@@ -242,6 +242,7 @@ class Settings(Section, frozen=True):
                         )
 
         self.engine.check_advertise()
+        self.engine.check_cluster()
 
     def _check_heap(self) -> None:
         heap, device = self.heap, self.engine.device

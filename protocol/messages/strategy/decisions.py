@@ -61,6 +61,7 @@ class EngineSeen(msgspec.Struct, frozen=True, array_like=True):
     split_tokens: int = 1
     recompute_tokens: int = 0
     backend: str = ""
+    cluster: str = ""
 
 
 class Scored(msgspec.Struct, frozen=True, array_like=True):

@@ -115,6 +115,7 @@ def engine_lines(engine: EngineForm) -> list[str]:
         f"computes  {engine.backend or NONE} {engine.backend_version}",
         f"class     {engine.numerics or NONE}{'  exact' * engine.exact}",
         f"labels    {', '.join(engine.labels) or NONE}",
+        *([f"cluster   {engine.cluster}"] if engine.cluster else []),
         f"heaps     {', '.join(engine.heaps) or NONE}   can {', '.join(engine.can) or NONE}",
         f"blocks    {engine.num_blocks} of {engine.block_size} tokens",
     ]

@@ -125,6 +125,7 @@ class EngineShell:
             split_tokens=core.kind.split_tokens,
             recompute_tokens=core.kind.recompute_tokens,
             adapters=[*limits.adapters],
+            cluster=settings.engine.cluster,
         )
         self._index = IndexClient(
             bus,
@@ -187,6 +188,7 @@ class EngineShell:
         what = f"{self._info.backend} {self._info.backend_version}".strip()
         heaps = " ".join(self._info.all_heaps)
         said = [what, *said, *([f"heap {heaps}"] if heaps else [])]
+        said += [f"cluster {self._info.cluster}"] if self._info.cluster else []
         return ", ".join(said + ([f"{kind} in {numerics.name}"] if numerics.name else []))
 
     @property
@@ -200,6 +202,7 @@ class EngineShell:
             "exact": str(info.numerics.is_exact).lower(),
             "events": info.events_address,
             "replay": info.replay_address,
+            "cluster": info.cluster,
         }
 
     def drain(self) -> None:

@@ -16,7 +16,7 @@ from microserve.services.router.authoring.action.engine import Engine, barred
 from microserve.services.router.authoring.action.generating import Generating
 from microserve.services.router.authoring.action.race import Entrant, race
 from microserve.services.router.authoring.choice import Scores, combined, softmax_choice
-from microserve.services.router.authoring.view import MeshView, StrategyState
+from microserve.services.router.authoring.view import MeshView, StrategyState, within
 from microserve.services.router.engines.connection import Connection
 from microserve.services.router.engines.load import Load, LoadBook
 from microserve.services.router.engines.prediction import decode_cost_s, prefill_cost_s
@@ -64,9 +64,11 @@ class Mesh(MeshView):
         self._matched: dict[str, int] | None = None
         self._rate: float | None = None
 
-    def engines(self, label: str | None = None, *, strict: bool = False) -> list[Engine]:
+    def engines(
+        self, label: str | None = None, *, strict: bool = False, cluster: str | None = None
+    ) -> list[Engine]:
         """As in :class:`MeshView`, with the request's actions."""
-        return [self._engine(connection) for connection in self._fit(label, strict)]
+        return [self._engine(connection) for connection in self._fit(label, strict, cluster)]
 
     def departing(self, connection: Connection) -> Engine:
         """An engine that drains: not among :meth:`engines`, but it still sends what it holds."""
@@ -86,6 +88,7 @@ class Mesh(MeshView):
         *,
         exclude: Collection[Engine] = (),
         strict: bool = False,
+        cluster: str | None = None,
         can: Collection[str] | None = None,
         prefix: bool = False,
         cost: Callable[[Engine], float] | None = None,
@@ -102,6 +105,7 @@ class Mesh(MeshView):
         One that exchanges no KV with them (a self-check found that answers differ) comes last, after them too
         for ``prefill`` and ``decode``.
         With ``strict`` neither yields: an engine that bears the label and is not excluded, or nobody.
+        ``cluster``: as if there were no engine outside of that one.
         ``can``: what it must do (:meth:`Engine.can`). Not given, ``prefill`` is for engines that send KV and
         ``decode`` for those that receive it, where there are such. What the request needs, as a grammar, each
         engine has that is picked. Raises :class:`NoEngines`, ``UnsupportedAction`` where nobody can,
@@ -120,7 +124,7 @@ class Mesh(MeshView):
             def cost(engine: Engine) -> float:
                 return -matched.get(engine.id, 0)
 
-        able = self._able(request, label, can)
+        able = self._able(request, label, can, cluster)
         labelled = [self._engine(connection) for connection in self._labelled(able, label, strict)]
         candidates = [e for e in labelled if e not in exclude]
         if label in _ROLES and not strict and exclude:
@@ -189,9 +193,11 @@ class Mesh(MeshView):
             raise barred(alone[0].id, candidates[0].id, suspect=alone[0].id)
         return well or candidates
 
-    def _able(self, request: Request, label: str | None, can: Collection[str] | None) -> Sequence[Connection]:
+    def _able(
+        self, request: Request, label: str | None, can: Collection[str] | None, cluster: str | None
+    ) -> Sequence[Connection]:
         """Engines that do what is to be asked of them."""
-        everyone, sampling = self._connections(), self._scope.sampling
+        everyone, sampling = within(self._connections(), cluster), self._scope.sampling
         for field, ability in _NEEDS.items():
             if getattr(sampling, field) is None or (ability == PROMPT_LOGPROBS and request.num_output_tokens):
                 continue
@@ -315,6 +321,15 @@ class Mesh(MeshView):
             if self._scope.trail is not None:
                 self._scope.trail.cached = self._matched
         return self._matched
+
+    def prefix_by_cluster(self, request: Request) -> dict[str, int]:
+        """The same of the best engine in each cluster; those with none are absent."""
+        matched, best = self.prefix(request), dict[str, int]()
+        for connection in self._connections():
+            if num_tokens := matched.get(connection.engine_id, 0):
+                cluster = connection.info.cluster
+                best[cluster] = max(best.get(cluster, 0), num_tokens)
+        return best
 
     def uncached(self, engine: Engine, request: Request) -> int:
         """Prompt tokens that the engine would have to compute or receive."""

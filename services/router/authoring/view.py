@@ -51,6 +51,11 @@ class EngineFacts:
         return self._own_labels.of(self.id, self._connection.labels)
 
     @property
+    def cluster(self) -> str:
+        """Where it stands, by its own word (``engine.cluster``); engines without one are of one together."""
+        return self.info.cluster
+
+    @property
     def shared_labels(self) -> Sequence[str]:
         """The same without the strategy's own."""
         return self._connection.labels
@@ -131,13 +136,21 @@ class MeshView:
         simulated time, so that runs can be repeated."""
         return asyncio.get_running_loop().time()
 
-    def engines(self, label: str | None = None, *, strict: bool = False) -> Sequence[EngineFacts]:
+    def engines(
+        self, label: str | None = None, *, strict: bool = False, cluster: str | None = None
+    ) -> Sequence[EngineFacts]:
         """Engines with ``label``; one without any label serves every label. If no engine has it: all.
 
         Labels are preferences and not roles, so an empty list means that nobody is alive. With ``strict``
-        they are roles: those that bear the label themselves, or none.
+        they are roles: those that bear the label themselves, or none. ``cluster``: of all this, in that one.
         """
-        return [EngineFacts(connection, self.state.labels) for connection in self._fit(label, strict)]
+        found = self._fit(label, strict, cluster)
+        return [EngineFacts(connection, self.state.labels) for connection in found]
+
+    @property
+    def clusters(self) -> Sequence[str]:
+        """Names of those in which engines stand, in order; empty, if it is among them: of engines without."""
+        return sorted({connection.info.cluster for connection in self._connections()})
 
     def label(self, engine: EngineFacts, *labels: str) -> None:
         """Give an engine other labels for this strategy's picks in this router, from the next one on.
@@ -172,8 +185,18 @@ class MeshView:
         now = self.now
         return predicted_ttft_s(engine_view(engine._connection, self._book, now), num_tokens)
 
-    def _fit(self, label: str | None, strict: bool = False) -> Sequence[Connection]:
-        return self._labelled(self._connections(), label, strict)
+    def cluster_link(self, source: str, target: str) -> float:
+        """The best goodput that was measured from an engine of cluster ``source`` to one of ``target``, bytes
+        a second; 0: not measured."""
+        return max(
+            (self.link(a, b) for a in self.engines(cluster=source) for b in self.engines(cluster=target)),
+            default=0.0,
+        )
+
+    def _fit(
+        self, label: str | None, strict: bool = False, cluster: str | None = None
+    ) -> Sequence[Connection]:
+        return self._labelled(within(self._connections(), cluster), label, strict)
 
     def _labelled(
         self, everyone: Sequence[Connection], label: str | None, strict: bool
@@ -188,6 +211,13 @@ class MeshView:
         else:
             fit = [c for c in everyone if not (has := c.labels) or label in has]
         return fit or everyone
+
+
+def within(connections: Sequence[Connection], cluster: str | None) -> Sequence[Connection]:
+    """Those of engines in that cluster; None: all."""
+    if cluster is None:
+        return connections
+    return [connection for connection in connections if connection.info.cluster == cluster]
 
 
 MAX_ENGINES = 1024

@@ -23,7 +23,7 @@ Own = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 _numbers = itertools.count(1)
 _encode = msgspec.msgpack.Encoder().encode
-_Kind = tuple[list[str] | None, Geometry, int, int, str]
+_Kind = tuple[list[str] | None, Geometry, int, int, str, str]
 """What an engine is able to, as the last fields of ``EngineSeen``."""
 _Columns = tuple[
     list[str], list[list[str]], list[Numerics], list[int], list[EngineLoad], list[float], list[_Kind]
@@ -77,7 +77,7 @@ class Sight:
 
 
 def _kind_of(info: EngineInfo) -> _Kind:
-    return info.can, info.geometry, info.split_tokens, info.recompute_tokens, info.backend
+    return info.can, info.geometry, info.split_tokens, info.recompute_tokens, info.backend, info.cluster
 
 
 class Sights:

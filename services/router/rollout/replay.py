@@ -94,6 +94,7 @@ class _Facts:
             geometry=seen.geometry,
             split_tokens=seen.split_tokens,
             recompute_tokens=seen.recompute_tokens,
+            cluster=seen.cluster,
         )
 
 

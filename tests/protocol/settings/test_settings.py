@@ -91,6 +91,7 @@ def test_values_read_as_toml_or_as_text(override: str, expected: object) -> None
         ("engine.attention=flash", "engine.attention", "'triton' or 'flashinfer', is 'flash'"),
         ("engine.attention=flashinfer", "engine.attention", "on engine.device 'cpu', is 'flashinfer'"),
         ("engine.attention=triton", "engine.attention", "on engine.device 'cpu', is 'triton'"),
+        ("engine.cluster=two words", "engine.cluster", "without spaces, is 'two words'"),
         ("engine.advertise=tcp://10.0.0.1:7200", "engine.advertise", "without a port"),
         ("engine.advertise=10.0.0.1:7200", "engine.advertise", "is '10.0.0.1:7200'"),
         ("engine.advertise=0.0.0.0", "engine.advertise", "that others can connect to, is '0.0.0.0'"),

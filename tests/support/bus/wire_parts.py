@@ -97,6 +97,7 @@ INFO = actions.EngineInfo(
     recompute_tokens=2,
     events_open=True,
     adapters=[ADAPTER],
+    cluster="c1",
 )
 HOST = HostFacts(1.5e9, 12, 1024, 65_536, 1 << 26, 1 << 25)
 LOAD = actions.EngineLoad(

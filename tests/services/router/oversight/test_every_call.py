@@ -36,6 +36,9 @@ CALLS = {
         "departing": "mesh.departing(engine._connection)",
         "pick": "mesh.pick(None, request, scorers={scorer.load: 1.0, scorer.prefix_match: 2.0})",
         "prefix": "mesh.prefix(request)",
+        "prefix_by_cluster": "mesh.prefix_by_cluster(request)",
+        "clusters": "mesh.clusters",
+        "cluster_link": "mesh.cluster_link('', 'far')",
         "uncached": "mesh.uncached(engine, request)",
         "label": "mesh.label(engine, 'prefill', 'decode')",
         "load": "mesh.load(engine)",
@@ -59,6 +62,7 @@ CALLS = {
         "split_at": "engine.split_at(100)",
         "id": "engine.id",
         "labels": "engine.labels",
+        "cluster": "engine.cluster",
         "shared_labels": "engine.shared_labels",
         "info": "engine.info",
         "reported": "engine.reported",
@@ -132,6 +136,8 @@ CALLS = {
 }
 PLAN_CALLS = {
     "now": "mesh.now",
+    "clusters": "mesh.clusters",
+    "cluster_link": "mesh.cluster_link('', 'far')",
     "engines": "mesh.engines()",
     "request": "mesh.request([1, 2, 3])",
     "label": "mesh.label(mesh.engines()[0], 'x')",
