@@ -7,18 +7,19 @@
 A word is 8 bytes, little-endian. Every word has one writer at a time: STATE is the receiver's; the words
 of a lane belong to the process that holds the lane (heap.py), and a slot is used again only when nobody
 holds any of its lanes. A tag has two writers where two lanes meet inside a block: both write the same
-value.
+value. Of blocks that came as a payload the receiver sets the tag, once their rows stand there.
 
 Nothing is ever reset. STATE, CLAIM, BEGIN, END, FIRST_TOKEN and arrival carry the generation, the use number
 of the slot, so what an earlier use left behind cannot be mistaken; a lane means nothing until its CLAIM,
 BEGIN and END carry the current generation.
 
     STATE         generation << 8 | OPEN or CLOSED
-    CLAIM         generation << 8 | CLAIMED, + CHECKSUMMED
+    CLAIM         generation << 8 | CLAIMED, + CHECKSUMMED, + ENCODED
     BEGIN, END    generation << 32 | token position
     arrival       generation << 32 | tokens arrived since BEGIN, + POISON
     FIRST_TOKEN   generation << 32 | token id + 1
     checksum      crc32 of the K rows << 32 | crc32 of the V rows
+    tag           grant_tag of who wrote last; payload_tag of it: a codec's payload, no rows
 
 Owns indices and bit patterns. Knows no memory.
 """
@@ -41,7 +42,8 @@ DEFAULT_NUM_SLOTS = 256
 WORD_NBYTES = 8
 
 OPEN, CLOSED = 1, 2
-CLAIMED, CHECKSUMMED = 1, 2
+CLAIMED, CHECKSUMMED, ENCODED = 1, 2, 4
+"""``ENCODED``: the lane may bring payloads of a codec, and no other lane brings any of its tokens."""
 POISON = 1 << 62
 _LOW = (1 << 32) - 1
 
@@ -139,3 +141,8 @@ def grant_tag(incarnation: int, slot: int, generation: int) -> int:
     """What the writers of one grant leave beside every block that they touch; never 0."""
     name = f"{incarnation}/{slot}/{generation}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") | 1
+
+
+def payload_tag(tag: int) -> int:
+    """What a writer leaves instead beside blocks that hold a piece of a payload."""
+    return tag ^ 2

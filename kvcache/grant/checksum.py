@@ -5,6 +5,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import K, V
 
@@ -32,3 +35,8 @@ def extend_checksum(
         start = layout.offset(layer, block, V, row)
         values = zlib.crc32(heap.read_data(start, num_rows * layout.row_nbytes).data, values)
     return keys << 32 | values
+
+
+def extend_by_payload(checksum: int, payload: NDArray[np.uint8]) -> int:
+    """Likewise over a codec's payload, which counts as K."""
+    return zlib.crc32(payload.data, checksum >> 32) << 32 | checksum & 0xFFFFFFFF

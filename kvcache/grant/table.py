@@ -20,12 +20,13 @@ content (arrival.py reads that); takes the time as an argument.
 
 from __future__ import annotations
 
-import enum
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from microserve.kvcache.grant.arrival import Arrival
 from microserve.kvcache.grant.counts import GrantCounts
+from microserve.kvcache.grant.decoding import Decoder
+from microserve.kvcache.grant.entry import Entry, State
 from microserve.kvcache.grant.pool import GrantPool
 from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.layout import KvLayout
@@ -68,27 +69,6 @@ class Discharged:
 GrantEvent = Expired | Settled | Discharged
 
 
-class _State(enum.Enum):
-    OPEN = "open"
-    SEALED = "sealed"
-    QUARANTINED = "quarantined"
-
-
-@dataclass(slots=True)
-class _Entry:
-    grant: Grant
-    arrival: Arrival
-    request_id: str
-    owner: str
-    matched_blocks: list[int]
-    since: float
-    """When it was opened, or put into quarantine."""
-    state: _State = _State.OPEN
-    is_consumed: bool = False
-    held_lanes: set[int] = field(default_factory=lambda: set(range(MAX_LANES)))
-    """Lanes not yet seen free. Once free after CLOSED, a lane takes no more writes."""
-
-
 class GrantTable:
     """All grants that one engine has given out."""
 
@@ -102,9 +82,11 @@ class GrantTable:
         lease_s: float,
         verify_checksums: bool,
         numerics: str = "",
+        decoder: Decoder | None = None,
     ) -> None:
         """``pool`` hands out the blocks of ``heap``; nobody else puts any of them into quarantine.
-        ``numerics``: name of the class in which the engine computes."""
+        ``numerics``: name of the class in which the engine computes. ``decoder``: what makes rows of a
+        codec's payloads; None: nothing does."""
         self._heap = heap
         self._pool = pool
         self._engine_id = engine_id
@@ -112,7 +94,8 @@ class GrantTable:
         self._lease_s = lease_s
         self._verify_checksums = verify_checksums
         self._numerics = numerics
-        self._entries: dict[str, _Entry] = {}
+        self._decoder = decoder
+        self._entries: dict[str, Entry] = {}
         # Used in turn, so that a slot rests as long as possible before its next generation.
         self._free_slots = deque(range(heap.words.num_slots))
         self._generations = [0] * heap.words.num_slots
@@ -141,12 +124,15 @@ class GrantTable:
         end: int,
         now: float,
         adapter: Adapter | None = None,
+        *,
+        may_lose: bool = False,
     ) -> Grant:
         """Permit writers to put KV of tokens ``[matched, end)`` into ``blocks``.
 
-        The caller has allocated ``blocks`` and holds one more reference to each of ``matched_blocks``,
-        the prefix that it has already; all of that becomes the table's. :class:`GrantsFull` when every
-        slot is in use; the blocks are then still the caller's. ``adapter``: whose KV it is to be.
+        The caller has allocated ``blocks`` and holds one more reference to each of ``matched_blocks``, the
+        prefix that it has already; all of that becomes the table's. :class:`GrantsFull` when every slot is in
+        use; the blocks are then still the caller's. ``adapter``: whose KV it is to be. ``may_lose``: it may
+        come by a codec that loses some of it.
         """
         layout = self._heap.layout
         if (
@@ -177,9 +163,10 @@ class GrantTable:
             geometry=layout.geometry,
             doors=list(self._heap.doors),
             adapter=adapter,
+            decoding=self._decoder.terms if self._decoder is not None else None,
         )
-        arrival = Arrival(self._heap, grant, verify_checksums=self._verify_checksums)
-        self._entries[grant.grant_id] = _Entry(grant, arrival, request_id, owner, list(matched_blocks), now)
+        arrival = Arrival(self._heap, grant, verify_checksums=self._verify_checksums, may_lose=may_lose)
+        self._entries[grant.grant_id] = Entry(grant, arrival, request_id, owner, list(matched_blocks), now)
         self._heap.store(self._heap.words.state(slot), pack_state(generation, OPEN))
         return grant
 
@@ -194,18 +181,18 @@ class GrantTable:
         and extend the blocks; see the module about sharing them. :class:`InternalError` before then.
         """
         entry = self._live(grant_id)
-        if entry.state is _State.SEALED:
+        if entry.state is State.SEALED:
             return
         if not self.is_complete(grant_id):
             raise InternalError(f"seal: grant {grant_id} is not complete")
         self._store_closed(entry)
-        entry.state = _State.SEALED
+        entry.state = State.SEALED
         entry.is_consumed = True
 
     def is_settled(self, grant_id: str) -> bool:
         """Sealed, and no writer is left: the next ``poll`` says :class:`Settled`."""
         entry = self._live(grant_id)
-        return entry.state is _State.SEALED and self._let_go_drained(entry)
+        return entry.state is State.SEALED and self._let_go_drained(entry)
 
     def close(self, grant_id: str, now: float) -> None:
         """Nobody wants the blocks any more, open or sealed: they are freed, or quarantined while a writer
@@ -219,7 +206,7 @@ class GrantTable:
             self._forget(entry)
         else:
             self._pool.quarantine(entry.grant.blocks)
-            entry.state = _State.QUARANTINED
+            entry.state = State.QUARANTINED
             entry.since = now
 
     def poll(self, now: float) -> list[GrantEvent]:
@@ -229,13 +216,16 @@ class GrantTable:
         events: list[GrantEvent] = []
         for entry in list(self._entries.values()):
             grant_id, request_id = entry.grant.grant_id, entry.request_id
-            if entry.state is _State.OPEN:
+            if entry.state is State.OPEN:
+                if self._decoder is not None:
+                    for lane in entry.arrival.new_decoders():
+                        self._decoder.add(lane)
                 if not entry.is_consumed and now >= entry.since + self._lease_s:
                     self.close(grant_id, now)
                     events.append(Expired(grant_id, request_id, entry.owner))
             elif self._let_go_drained(entry):
                 self._forget(entry)
-                if entry.state is _State.SEALED:
+                if entry.state is State.SEALED:
                     events.append(Settled(grant_id, request_id))
                 else:
                     # From the end, so that the free list hands them out as the run that they were.
@@ -263,6 +253,10 @@ class GrantTable:
         Says nothing about lanes that nobody claimed, and means nothing once the grant is complete.
         """
         return self._live(grant_id).arrival.poisoned(await_first=await_first)
+
+    def is_lossy(self, grant_id: str) -> bool:
+        """Some of what is here has come by a codec that loses."""
+        return self._live(grant_id).arrival.is_lossy
 
     def first_token(self, grant_id: str) -> int | None:
         """The first output token, if a writer has sampled and left it."""
@@ -323,8 +317,8 @@ class GrantTable:
     def counts(self, now: float) -> GrantCounts:
         """For stats."""
         entries = list(self._entries.values())
-        quarantined = [entry for entry in entries if entry.state is _State.QUARANTINED]
-        is_open = [entry for entry in entries if entry.state is _State.OPEN]
+        quarantined = [entry for entry in entries if entry.state is State.QUARANTINED]
+        is_open = [entry for entry in entries if entry.state is State.OPEN]
         return GrantCounts(
             num_open=len(is_open),
             num_sealed=len(entries) - len(is_open) - len(quarantined),
@@ -339,13 +333,13 @@ class GrantTable:
     def check_integrity(self) -> None:
         """O(slots + blocks of grants). Raises :class:`InternalError` that says what is broken."""
         in_use: dict[int, str] = {}
-        slots: dict[int, _Entry] = {}
+        slots: dict[int, Entry] = {}
         for grant_id, entry in self._entries.items():
-            grant, is_quarantined = entry.grant, entry.state is _State.QUARANTINED
+            grant, is_quarantined = entry.grant, entry.state is State.QUARANTINED
             if slots.setdefault(grant.slot, entry) is not entry or grant.slot in self._free_slots:
                 raise InternalError(f"slot {grant.slot} is used twice")
             word = self._heap.load(self._heap.words.state(grant.slot))
-            if word != pack_state(grant.generation, OPEN if entry.state is _State.OPEN else CLOSED):
+            if word != pack_state(grant.generation, OPEN if entry.state is State.OPEN else CLOSED):
                 raise InternalError(f"grant {grant_id} is {entry.state.value}, its STATE is {word:#x}")
             for block in grant.blocks:
                 if in_use.setdefault(block, grant_id) != grant_id:
@@ -364,14 +358,14 @@ class GrantTable:
 
     # --- inside --------------------------------------------------------------------------------------
 
-    def _live(self, grant_id: str) -> _Entry:
+    def _live(self, grant_id: str) -> Entry:
         entry = self._entries.get(grant_id)
-        if entry is None or entry.state is _State.QUARANTINED:
+        if entry is None or entry.state is State.QUARANTINED:
             raise UnknownRequest(f"no grant {grant_id!r} is open here", field="grant_id")
         return entry
 
-    def _live_entries(self) -> list[tuple[str, _Entry]]:
-        return [item for item in self._entries.items() if item[1].state is not _State.QUARANTINED]
+    def _live_entries(self) -> list[tuple[str, Entry]]:
+        return [item for item in self._entries.items() if item[1].state is not State.QUARANTINED]
 
     def _take_slot(self) -> int:
         """A free slot with no lane held: a late writer may hold one until it reads that its grant is closed,
@@ -382,18 +376,20 @@ class GrantTable:
                 return slot
         raise GrantsFull(f"all {self._heap.words.num_slots} grants are in use", retry_after_s=RETRY_AFTER_S)
 
-    def _store_closed(self, entry: _Entry) -> None:
+    def _store_closed(self, entry: Entry) -> None:
         slot = entry.grant.slot
         self._heap.store(self._heap.words.state(slot), pack_state(entry.grant.generation, CLOSED))
+        entry.arrival.stop_decoding()
 
-    def _let_go_drained(self, entry: _Entry) -> bool:
-        """Look which lanes of a closed grant are held still; True: no write under it can come any more."""
+    def _let_go_drained(self, entry: Entry) -> bool:
+        """Look which lanes of a closed grant are held still; True: no write under it can come any more, a
+        decoder's neither."""
         for lane in list(entry.held_lanes):
             if not self._heap.is_held(entry.grant.slot, lane):
                 entry.held_lanes.remove(lane)
-        return not entry.held_lanes
+        return not entry.held_lanes and not entry.arrival.is_decoding
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         del self._entries[entry.grant.grant_id]
         if entry.grant.generation < MAX_GENERATION:
             self._free_slots.append(entry.grant.slot)

@@ -12,22 +12,44 @@ STATE is read before each layer so that a closed grant costs at most one layer o
 nothing is written into blocks in use rests on holding the lane alone (heap.py). A writer that dies in the
 middle lets go by dying; one that freezes holds on, and its blocks wait in quarantine.
 
+An encoded lane may bring payloads of a codec instead of rows. Two writers of the same rows do each other no
+harm, but a payload over rows that another lane has brought does. So no lane brings any of an encoded one's
+tokens: the receiver takes nothing where that is so (arrival.py), and a writer that finds it after its claim
+gives up before it puts anything. Of a lane that the receiver took something from and the claim of an encoded
+one, one comes first: either the receiver saw the claim, or the writer sees the lane.
+
 Owns the plan and the order of one lane's writes. Does not know models, sockets, or when KV is computed.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from microserve.kvcache.grant.checksum import extend_checksum
+from microserve.kvcache.grant.checksum import extend_by_payload, extend_checksum
+from microserve.kvcache.grant.payload import payload_copies, payload_spans
 from microserve.kvcache.heap.heap import Copies, Copy, Heap, PeerHeap
 from microserve.kvcache.layout import KvLayout, block_spans
-from microserve.kvcache.words import CHECKSUMMED, CLAIMED, OPEN, POISON, grant_tag, pack_count, pack_state
+from microserve.kvcache.words import (
+    CHECKSUMMED,
+    CLAIMED,
+    ENCODED,
+    OPEN,
+    POISON,
+    count_of,
+    grant_tag,
+    pack_count,
+    pack_state,
+    payload_tag,
+)
 from microserve.protocol.errors import InternalError, InvalidInterval, InvalidRequest, TransferFailed
 from microserve.protocol.messages.kv.grant import MAX_LANES, Grant
+
+_FENCE = threading.Lock()
+"""Taking it orders a store of this process before its later loads: no other thing here does."""
 
 
 class TransferPlan:
@@ -54,6 +76,8 @@ class TransferPlan:
             _check_whole_blocks(source, grant, begin, end)
         self.begin = min(max(begin, grant.matched), end)
         self.end = end
+        self.is_whole = not source.has_rows
+        """Blocks are put whole only."""
         self._source = source
         self._grant = grant
 
@@ -104,13 +128,25 @@ class TransferPlan:
         return self._grant.blocks[self._source.num_blocks_for(self._grant.end - self._grant.matched) :]
 
     def cut(self, lo: int, hi: int) -> tuple[int, int]:
-        """The part of ``[lo, hi)`` that can be put now: within ``[begin, end)``, and where blocks have no
-        rows without a block that is not whole yet. Empty is ``lo == hi``."""
+        """The part of ``[lo, hi)`` that can be put now: within ``[begin, end)``, and where blocks are put
+        whole without one that is not whole yet. Empty is ``lo == hi``."""
         lo, hi = max(lo, self.begin), min(hi, self.end)
-        if lo < hi and not self._source.has_rows:
+        if lo < hi and self.is_whole:
             size = self._source.block_size
             lo, hi = lo // size * size, hi if hi == self.end else hi // size * size
         return lo, max(lo, hi)
+
+    @property
+    def row_nbytes(self) -> int:
+        """K, or V, of one token in one layer."""
+        return self._source.row_nbytes
+
+    @property
+    def may_be_encoded(self) -> bool:
+        """It has rows and nothing else, and ends in no block that others may write to as well."""
+        size = self._source.block_size
+        is_even = self.begin % size == 0 and (self.end % size == 0 or self.end == self._grant.end)
+        return self._source.has_rows and not self._source.num_state_blocks and is_even
 
     def target_spans(self, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
         """``(block, first row, number of rows)`` of tokens ``[lo, hi)`` in the receiver's pool."""
@@ -134,8 +170,10 @@ class LaneWriter:
         end: int,
         *,
         checksums: bool = False,
+        encoded: bool = False,
     ) -> None:
-        """``peer`` is ``heap`` attached to the grant's heap. Errors as :class:`TransferPlan`, and
+        """``peer`` is ``heap`` attached to the grant's heap. ``encoded``: may put payloads, where the heap
+        takes them and the bounds are right for it (``is_encoded``). Errors as :class:`TransferPlan`, and
         :class:`InvalidRequest` for a lane or slot that does not exist."""
         if peer.address.incarnation != grant.heap.incarnation:
             raise TransferFailed(
@@ -146,6 +184,8 @@ class LaneWriter:
         if not 0 <= grant.slot < peer.words.num_slots:
             raise InvalidRequest(f"slot is {grant.slot}, below {peer.words.num_slots}", field="grant.slot")
         self.plan = TransferPlan(heap.layout, peer.layout, grant, begin, end)
+        self.is_encoded = encoded and peer.takes_payloads and self.plan.may_be_encoded
+        self.plan.is_whole |= self.is_encoded
         self._heap = heap
         self._peer = peer
         self._grant = grant
@@ -161,8 +201,9 @@ class LaneWriter:
         self._target_blocks: NDArray[np.int64] = np.empty(0, np.int64)
 
     def claim(self) -> None:
-        """Take the lane. :class:`TransferFailed`, with nothing written and nothing held, if the grant is
-        closed, or if the lane is or was somebody's."""
+        """Take the lane. :class:`TransferFailed`, with no KV written and nothing held, if the grant is
+        closed, if the lane is or was somebody's, or if it is encoded and another one brings some of its
+        tokens."""
         if self._is_claimed or self._is_over:
             raise InternalError("claim: a writer claims once")
         peer, words, slot, lane = self._peer, self._peer.words, self._grant.slot, self._lane
@@ -179,12 +220,14 @@ class LaneWriter:
             peer.let_go(slot, lane)
             raise
         self._is_claimed = True
-        flags = CLAIMED | (CHECKSUMMED if self._has_checksums else 0)
+        flags = CLAIMED | (CHECKSUMMED if self._has_checksums else 0) | (ENCODED if self.is_encoded else 0)
         peer.signal(words.writer(slot, lane), self._heap.address.incarnation)
         peer.signal(words.begin(slot, lane), pack_count(self._grant.generation, self.plan.begin))
         peer.signal(words.end(slot, lane), pack_count(self._grant.generation, self.plan.end))
         # Last: it makes the others mean something.
         peer.signal(words.claim(slot, lane), pack_state(self._grant.generation, flags))
+        if self.is_encoded:
+            self._require_alone()
 
     def put_layer(
         self, layer: int, source_blocks: Sequence[int], lo: int, hi: int, state_blocks: Sequence[int] = ()
@@ -217,6 +260,29 @@ class LaneWriter:
         self._next[layer] = hi
         peer.signal(words.arrival(slot, lane, layer), self._count(layer))
         return self._copies.nbytes
+
+    def put_payload(self, layer: int, payload: NDArray[np.uint8], lo: int, hi: int) -> int:
+        """Put a codec's payload of tokens ``[lo, hi)``, which ``TransferPlan.cut`` leaves as they are, and
+        signal it; returns its bytes, fewer than the rows have. Order and errors as of :meth:`put_layer`."""
+        self._require_writable("put_payload")
+        if not self.is_encoded or (lo, hi) != self.plan.cut(lo, hi) or lo != self._next[layer]:
+            raise InternalError(
+                f"put_payload: [{lo}, {hi}) does not follow {self._next[layer]}, layer {layer}"
+            )
+        self.require_grant_open()
+        peer, words, slot, lane = self._peer, self._peer.words, self._grant.slot, self._lane
+        blocks = [block for block, _, _ in self.plan.target_spans(lo, hi)]
+        copies = payload_copies(payload_spans(peer.layout, blocks, hi - lo), payload.size)
+        if copies.nbytes != payload.size:
+            raise InternalError(f"put_payload: {payload.size} bytes for [{lo}, {hi})")
+        peer.put_payload(payload, copies, layer * peer.layout.layer_nbytes)
+        peer.signal_each(words.tags(layer, blocks), payload_tag(self._tag))
+        if self._has_checksums:
+            self._sums[layer] = extend_by_payload(self._sums[layer], payload)
+            peer.signal(words.checksum(slot, lane, layer), self._sums[layer])
+        self._next[layer] = hi
+        peer.signal(words.arrival(slot, lane, layer), self._count(layer))
+        return copies.nbytes
 
     def set_first_token(self, token: int) -> None:
         """Leave the first output token for the receiver."""
@@ -261,6 +327,23 @@ class LaneWriter:
                 targets += self.plan.state_blocks
             self._target_blocks = np.array(targets, np.int64)
             self._chunk = chunk
+
+    def _require_alone(self) -> None:
+        """After the claim."""
+        peer, words, slot, generation = self._peer, self._peer.words, self._grant.slot, self._grant.generation
+        with _FENCE:
+            pass
+        for lane in range(MAX_LANES):
+            if lane == self._lane or peer.read(words.claim(slot, lane)) >> 8 != generation:
+                continue
+            begin = count_of(peer.read(words.begin(slot, lane)), generation)
+            end = count_of(peer.read(words.end(slot, lane)), generation)
+            if begin is None or end is None or (begin < self.plan.end and self.plan.begin < end):
+                self.fail()
+                raise TransferFailed(
+                    f"lane {self._lane} of grant {self._grant.grant_id} is encoded, and lane {lane} brings "
+                    f"some of its tokens [{self.plan.begin}, {self.plan.end})"
+                )
 
     def require_grant_open(self) -> None:
         """:class:`TransferFailed` if it has been closed: nothing more may be put."""

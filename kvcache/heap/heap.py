@@ -111,6 +111,12 @@ class Heap(ABC):
         that took all of its memory at once has nothing to do."""
         return self.layout.num_blocks
 
+    @property
+    def host_data(self) -> NDArray[np.uint8] | None:
+        """The data region as memory of this process, which any of its threads may read and write beside this
+        view; None where it is none."""
+        return None
+
     @abstractmethod
     def read_data(self, start: int, nbytes: int) -> NDArray[np.uint8]:
         """Bytes of the data region, which is zero at first, in host memory. For checksums and tests.
@@ -208,6 +214,9 @@ class PeerHeap(ABC):
     """``hold``, and ``read`` of all but STATE of a lane that is held, wait for a network. One thread may then
     take lanes while another one does everything else."""
 
+    takes_payloads: ClassVar[bool] = False
+    """There is :meth:`put_payload`."""
+
     @property
     def is_lost(self) -> bool:
         """Nothing can be put through it any more, whatever its owner does: of a connection that is broken.
@@ -228,6 +237,11 @@ class PeerHeap(ABC):
         lost heap, ``hold`` and ``read`` apart, does nothing.
         """
 
+    def put_payload(self, payload: NDArray[np.uint8], copies: Copies, target_shift: int = 0) -> None:
+        """As :meth:`put`, from ``payload`` instead of our data region. It is kept until it has been read, and
+        not to be changed any more."""
+        raise InternalError(f"the heap of {self.address.incarnation:#x} takes no payloads")
+
     @abstractmethod
     def signal(self, word: int, value: int) -> None:
         """Set a word of the peer, visible only after all earlier puts of this PeerHeap, and after its
@@ -240,7 +254,8 @@ class PeerHeap(ABC):
     @abstractmethod
     def read(self, word: int) -> int:
         """The value of a word of the peer, as it was at our last ``hold`` or later. Of a word that we
-        signalled, maybe the value before."""
+        signalled, maybe the value before. Of the words of a lane that we do not hold: as it was after all
+        that we signalled before had taken effect."""
 
     @abstractmethod
     def hold(self, slot: int, lane: int) -> bool:
@@ -266,10 +281,15 @@ class PeerHeap(ABC):
         """When this returns, nothing that was put is read from our data region any more; blocks meanwhile."""
         self.poll(wait=True)
 
-    def network_s(self, nbytes: int) -> float:
-        """Seconds that so many bytes take on their way, by what was measured; 0 where no network is behind
-        it, or none that was ever full."""
+    @property
+    def nbytes_per_s(self) -> float:
+        """Of the network behind it, by what was measured; 0 where there is none, or none that was ever
+        full."""
         return 0.0
+
+    def network_s(self, nbytes: int) -> float:
+        """Seconds that so many bytes take on their way, by what was measured; 0 where nothing was."""
+        return nbytes / self.nbytes_per_s if self.nbytes_per_s else 0.0
 
     @property
     @abstractmethod

@@ -64,6 +64,10 @@ class MappedHeap(MappedWords):
         self.data = np.frombuffer(data_region, np.uint8)
         self._words = np.frombuffer(word_region, np.uint64)
 
+    @property
+    def host_data(self) -> NDArray[np.uint8]:
+        return self.data
+
     def read_data(self, start: int, nbytes: int) -> NDArray[np.uint8]:
         return self.data[start : start + nbytes]
 
@@ -80,6 +84,7 @@ class MappedPeerHeap(PeerHeap):
     """Subclasses hold lanes, tell whether the owner is dead, and close."""
 
     is_late = False
+    takes_payloads = True
 
     def __init__(
         self,
@@ -117,6 +122,13 @@ class MappedPeerHeap(PeerHeap):
             self._copier(*at, spans, num_items // 3)
             return
         source, target = self._source[source_shift:], self._target[target_shift:]
+        for target_slice, source_slice in copies.slices:
+            target[target_slice] = source[source_slice]
+
+    def put_payload(self, payload: NDArray[np.uint8], copies: Copies, target_shift: int = 0) -> None:
+        self._require_open()
+        require_inside(copies, 0, target_shift, payload.size, len(self._target))
+        source, target = payload.data, self._target[target_shift:]
         for target_slice, source_slice in copies.slices:
             target[target_slice] = source[source_slice]
 

@@ -120,6 +120,14 @@ class EngineSettings(Section, frozen=True):
     grammar_timeout_s: Positive = 2.0
     """A grammar that takes longer to compile is refused."""
     drain_s: PositiveOrZero = 30.0
+    codec_library: str = ""
+    """File of profiles that were measured for this model (``microserve profile``), by which KV may be sent in
+    fewer bytes. Empty: only those that lose nothing and are built in."""
+    codec_threads: CountOrZero = 1
+    """That encode KV, and as many that decode it, beside the steps; 0: KV is sent and taken as it is."""
+    codec_min_quality: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.97
+    """Least score of a profile that loses and that the engine may choose by itself (``codec="auto"``), as a
+    share of what the model's answers are worth with KV as it is."""
 
     def check_cluster(self) -> None:
         """Raises :class:`ConfigError` for what could not be a label either."""

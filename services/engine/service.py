@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from microserve.kvcache.codec import library
 from microserve.kvcache.heap.factory import HeapData, choose_put, make_heap
 from microserve.kvcache.heap.gpu import nvshmem
 from microserve.kvcache.heap.heap import Heap
@@ -22,6 +23,7 @@ from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings.settings import Settings
 from microserve.protocol.types import MAX_PROMPT_TOKENS
 from microserve.services.engine.core.checks import Limits
+from microserve.services.engine.core.coding.choice import CodecOptions
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.guidance.guide import Guides
 from microserve.services.engine.guidance.pool import GuidePool, compiler_of
@@ -170,7 +172,17 @@ def make_core(
         compute_stream=runner.stream,
         kernels=runner.kernels,
         guides=_guides(settings, spec.vocab_size, frozenset(spec.eos_token_ids)),
+        codecs=_codecs(settings),
     )
+
+
+def _codecs(settings: Settings) -> CodecOptions | None:
+    """Raises :class:`ConfigError` for a library that cannot be read."""
+    engine = settings.engine
+    known = library.load(engine.codec_library) if engine.codec_library else library.BUILT_IN
+    if not engine.codec_threads:
+        return None
+    return CodecOptions(known, engine.codec_threads, engine.codec_min_quality)
 
 
 def _guides(settings: Settings, vocab_size: int, ends: frozenset[int]) -> Guides:

@@ -101,11 +101,14 @@ class Actions:
                     f"request has a grant up to {record.received.grant.end} already, asked for {end}",
                     field="end",
                 )
+            if record.received.may_lose is not message.may_lose:
+                raise InvalidRequest("request has a grant with another may_lose already", field="may_lose")
             return wire.Granted(message.call_id, record.received.grant)
         self._check_fits(end)
         try:
             received = state.memory.open_grant(
-                record, owner, message.request_id, record.token_ids, end, message.salt, now
+                *(record, owner, message.request_id, record.token_ids, end, message.salt, now),
+                may_lose=message.may_lose,
             )
         except (CacheFull, PromptTooLong):
             state.count("grants_refused")
@@ -133,6 +136,7 @@ class Actions:
             raise InvalidInterval("there is nothing to send: let the receiver sample", field="begin")
         self._check_fits(end)
         self._check_queue()
+        outgoing = self._state.outgoing(message, end - first)
         sequence = self._sequence(
             record,
             message.call_id,
@@ -145,7 +149,7 @@ class Actions:
         )
         self._guide(sequence)
         sequence.traceparent = message.traceparent
-        sequence.transfer = Transfer(grant, message.lane, begin, end, first)
+        sequence.transfer = Transfer(grant, message.lane, begin, end, first, outgoing=outgoing)
         record.sends[key] = sequence
         self._let_wait(sequence)
         return None

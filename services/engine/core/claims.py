@@ -146,7 +146,8 @@ class Claims:
             # Ours: a claim under the slot's last grant came too late, and leaves behind other puts.
             peer.poll(wait=True)
         bounds = grant, lane, transfer.begin, transfer.end
-        writer = LaneWriter(self._heap, peer, *bounds, checksums=self._checksums)
+        is_encoded = transfer.outgoing is not None and transfer.outgoing.is_encoded
+        writer = LaneWriter(self._heap, peer, *bounds, checksums=self._checksums, encoded=is_encoded)
         writer.claim()
         return writer
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import Protocol
 
@@ -27,6 +28,9 @@ from microserve.services.engine.core.actions import Actions
 from microserve.services.engine.core.batch import Runner, StepResult, constrain
 from microserve.services.engine.core.checks import Limits
 from microserve.services.engine.core.claims import Claims, unsendable
+from microserve.services.engine.core.coding.choice import CodecOptions
+from microserve.services.engine.core.coding.outgoing import Outgoing
+from microserve.services.engine.core.coding.stage import CodecStage
 from microserve.services.engine.core.levels import read_levels, read_shares
 from microserve.services.engine.core.memory import KvMemory
 from microserve.services.engine.core.peers import Peers
@@ -85,13 +89,15 @@ class EngineCore:
         changed: Changed | None = None,
         kernels: str = "",
         guides: Guides | None = None,
+        codecs: CodecOptions | None = None,
     ) -> None:
         """``compute_stream``: the CUDA stream in which ``runner`` computes KV; None where KV stands in the
         heap when ``on_layer`` is called. ``clock``: the only one that leases, deadlines, sessions and the
         drain are kept by, the shell's too; two clocks need not start at the same zero. ``guides``: None for
-        an engine that constrains no output.
+        an engine that constrains no output. ``codecs``: None for one that sends and takes KV as it is.
 
-        Raises :class:`InternalError` for a runner of a class that cannot be one."""
+        Raises :class:`InternalError` for a runner of a class that cannot be one, and :class:`ConfigError` for
+        a library of codecs that is of another model."""
         self.numerics = runner.numerics
         self.kernels = kernels
         """What computes, in a word for people."""
@@ -101,6 +107,13 @@ class EngineCore:
             raise InternalError(fault)
         self.engine_id, self.incarnation, self.model = engine_id, incarnation, model
         layout = self.layout = heap.layout
+        self._codecs = CodecStage(
+            *(heap, codecs),
+            on_change=self._wake_up,
+            clock=clock,
+            seed=incarnation,
+            chunk_tokens=max_num_batched_tokens,
+        )
         pool = BlockPool(layout.num_blocks, heap.back)
         cache = PrefixCache(pool, layout.block_size, model, revision=layout.revision)
         grants = GrantTable(
@@ -111,6 +124,7 @@ class EngineCore:
             lease_s=lease_s,
             verify_checksums=checksums,
             numerics=self.numerics.name,
+            decoder=self._codecs.decoder,
         )
         self.memory = KvMemory(pool, cache, grants, self.numerics)
         scheduler = Scheduler(
@@ -123,7 +137,11 @@ class EngineCore:
         )
         self._peers = Peers(heap, clock)
         self._claims = Claims(heap, self._peers, checksums=checksums)
-        self.state = EngineState(self.memory, scheduler, limits, guides, self._claims.begin, self._wake_up)
+        self.state = EngineState(
+            *(self.memory, scheduler, limits, guides, self._claims.begin, self._wake_up),
+            outgoing=self._outgoing,
+            on_put=self._codecs.ended,
+        )
         self.actions = Actions(self.state)
         self.stepper = Stepper(self.state, layout.num_layers)
         self.progress = 0
@@ -180,6 +198,7 @@ class EngineCore:
         with self._changed:
             self._woken = False
             self._peers.poll()
+            self._codecs.poll()
             self.memory.free_drained()
             step = self.stepper.next_step(self.clock())
         if step is None:
@@ -230,14 +249,18 @@ class EngineCore:
                 transfer.peer.follow(self._compute_stream)
             transfer.is_put = True
             if transfer.writer is not None:
-                transfer.nbytes += transfer.writer.put_layer(
-                    layer, sequence.blocks, lo, hi, sequence.state_at(hi)
-                )
+                put = transfer.writer.put_layer
+                if transfer.outgoing is not None:
+                    put = partial(transfer.outgoing.put_layer, transfer.writer)
+                transfer.nbytes += put(layer, sequence.blocks, lo, hi, sequence.state_at(hi))
         except MeshError as error:
             transfer.error = error
         except (OSError, MemoryError) as error:
             transfer.error = unsendable(error)
         transfer.put_s += self.clock() - started
+
+    def _outgoing(self, message: wire.RemoteSend, num_tokens: int) -> Outgoing | None:
+        return self._codecs.outgoing(message, num_tokens, self._peers.nbytes_per_s(message.grant))
 
     def _await_layer(self, sequence: Sequence, layer: int) -> None:
         """Hold the step until a layer's KV is in, or until others want to run.
@@ -254,6 +277,7 @@ class EngineCore:
             with self._changed:
                 # Where words are a mirror of the device's, nothing arrives unless somebody looks for it.
                 self._heap.poll()
+                self._codecs.poll()
                 if grants.layer_complete(grant_id, layer):
                     break
                 if num_looks % EARLY_LOOKS_A_PROBE == 0:
@@ -350,6 +374,7 @@ class EngineCore:
                 # Lanes that it holds are let go, and said to be given up.
                 self.state.abort(record, self.clock())
         self._claims.close()
+        self._codecs.close()
         with self._changed:
             self._peers.close()
             self.memory.free_drained()

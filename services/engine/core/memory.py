@@ -4,9 +4,11 @@ Invariants, checked by ``check_integrity``:
   - a sequence holds one reference to each of its blocks, and only blocks below ``num_cached`` are shared;
   - a block enters the prefix cache only when its KV is complete and nobody else may still write to it:
     computed here, or received under a grant whose writers have all drained (WIRE.md 7);
-  - no block of an exact engine's cache depends on KV of another numerics class (WIRE.md 4.5);
+  - no block of an exact engine's cache depends on KV of another numerics class (WIRE.md 4.5), and none of any
+    engine's on KV that came by a codec that loses (WIRE.md 4.8);
   - blocks of an unsettled grant never go straight to the pool: the grant table closes them;
-  - blocks that were put into a peer go back to the pool when its heap has read them, not before.
+  - blocks that were put into a peer go back to the pool when its heap has read them, and no encoder reads
+    them, not before.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from microserve.kvcache.grant.table import Expired, GrantEvent, GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.kvcache.prefix.hash import HashChain
-from microserve.protocol.errors import CacheFull, GrantsFull, PromptTooLong
+from microserve.protocol.errors import CacheFull, GrantsFull, MeshError, PromptTooLong
 from microserve.protocol.messages.numerics import UNKNOWN, Numerics
 from microserve.services.engine.core.request.received import Holder, ReceivedGrant, ReceivedGrants
-from microserve.services.engine.core.request.sequence import Sequence, SequenceState
+from microserve.services.engine.core.request.sequence import Sequence, SequenceState, Transfer
 from microserve.services.engine.core.request.state import States
 
 
@@ -40,8 +42,8 @@ class KvMemory:
         """Of a hybrid model's sequences."""
         self.received = ReceivedGrants()
         """Those of ``grants`` that are open or sealed, with their holders."""
-        self._departing: list[tuple[LaneWriter, list[int]]] = []
-        """Sends that have ended here, and the blocks that a stream may still read for them."""
+        self._departing: list[tuple[Transfer, list[int]]] = []
+        """Sends that have ended here, and the blocks that a stream or an encoder may still read for them."""
 
     def new_chain(self, salt: str) -> HashChain:
         return self.cache.new_chain(salt)
@@ -89,7 +91,7 @@ class KvMemory:
         """Offer its newly completed whole blocks to the prefix cache."""
         if sequence.received is not None:
             return  # its writers may not have drained
-        if sequence.has_foreign_kv and self.numerics.is_exact:
+        if sequence.has_lossy_kv or (sequence.has_foreign_kv and self.numerics.is_exact):
             return  # whoever hit it would have other bits than its own class gives
         if self.states is not None:
             self.states.keep(sequence)
@@ -126,20 +128,35 @@ class KvMemory:
             self.pool.free(blocks)
         sequence.blocks = []
         sequence.num_computed = sequence.num_cached = sequence.num_inserted = 0
-        sequence.has_foreign_kv = False
+        sequence.has_foreign_kv = sequence.has_lossy_kv = False
 
     def _depart(self, sequence: Sequence, blocks: list[int]) -> bool:
         """Whether the blocks of an ended send have to wait for its stream."""
         transfer = sequence.transfer
-        if transfer is None or transfer.writer is None or transfer.writer.is_drained:
+        if transfer is None or transfer.writer is None:
             return False
         if sequence.state is SequenceState.FINISHED:
-            self._departing.append((transfer.writer, blocks))
+            if _has_departed(transfer):
+                return False
+            self._departing.append((transfer, blocks))
             return True
+        self._put_all(transfer, transfer.writer)
         if transfer.is_put and transfer.peer is not None:
             transfer.peer.leave_source()
             transfer.is_put = False
         return False
+
+    def _put_all(self, transfer: Transfer, writer: LaneWriter) -> None:
+        """Of a send that gives its blocks back and goes on later: what the encoder has still to read."""
+        outgoing = transfer.outgoing
+        if outgoing is None or outgoing.is_idle:
+            return
+        try:
+            transfer.nbytes += outgoing.put_all(writer)
+        except MeshError as error:
+            outgoing.cancel()
+            outgoing.wait_free()
+            transfer.error = transfer.error or error
 
     @property
     def is_departing(self) -> bool:
@@ -150,12 +167,12 @@ class KvMemory:
         """Free the blocks of ended sends whose puts are done. After the peers' ``poll``."""
         if not self._departing:
             return
-        waiting: list[tuple[LaneWriter, list[int]]] = []
-        for writer, blocks in self._departing:
-            if writer.is_drained:
+        waiting: list[tuple[Transfer, list[int]]] = []
+        for transfer, blocks in self._departing:
+            if _has_departed(transfer):
                 self.pool.free(blocks)
             else:
-                waiting.append((writer, blocks))
+                waiting.append((transfer, blocks))
         self._departing = waiting
 
     # --- received KV -------------------------------------------------------------------------------
@@ -169,8 +186,11 @@ class KvMemory:
         end: int,
         salt: str,
         now: float,
+        *,
+        may_lose: bool = False,
     ) -> ReceivedGrant:
         """Match ``token_ids[:end]``, allocate the rest and open a grant, which ``holder`` has from now on.
+        ``may_lose``: its KV may come by a codec that loses.
 
         Of a hybrid model its state at ``end`` comes too, unless that is cached here. With a whole prompt it
         comes always: nobody but its sender has the logits of the last token.
@@ -196,13 +216,16 @@ class KvMemory:
         blocks: list[int] = []
         try:
             blocks = self.pool.allocate(missing)
-            grant = self.grants.open(request_id, owner.hex(), matched_blocks, matched, blocks, end, now)
+            bounds = matched_blocks, matched, blocks, end, now
+            grant = self.grants.open(request_id, owner.hex(), *bounds, may_lose=may_lose)
         except CacheFull:
             self.pool.free(blocks)
             self.pool.free(matched_blocks)
             self.pool.free(state)
             raise
-        received = ReceivedGrant(grant, token_ids[:end], salt, holder, pinned, opened_at=now)
+        received = ReceivedGrant(
+            *(grant, token_ids[:end], salt, holder, pinned), may_lose=may_lose, opened_at=now
+        )
         received.state = state
         self.received.add(received)
         return received
@@ -254,6 +277,9 @@ class KvMemory:
     def seal(self, received: ReceivedGrant) -> None:
         """All KV is in and verified; no new writer may start. The blocks settle when the last has drained."""
         received.num_pinned = 0
+        received.is_lossy = self.grants.is_lossy(received.grant_id)
+        if isinstance(received.holder, Sequence):
+            received.holder.has_lossy_kv |= received.is_lossy
         self.grants.seal(received.grant_id)
 
     def poll(self, now: float) -> list[GrantEvent]:
@@ -270,10 +296,10 @@ class KvMemory:
 
     def commit(self, received: ReceivedGrant, blocks: list[int]) -> int:
         """Make a settled grant's blocks prefix cache; the number of tokens that are cached now. An exact
-        engine keeps none of another class."""
+        engine keeps none of another class, and none keeps lossy ones."""
         grant = received.grant
         first = grant.matched // self.block_size
-        is_refused = received.is_foreign and self.numerics.is_exact
+        is_refused = received.is_lossy or (received.is_foreign and self.numerics.is_exact)
         num_full = first if is_refused else grant.end // self.block_size
         self.received.forget(received)
         if self.states is not None:
@@ -303,3 +329,9 @@ class KvMemory:
         self.pool.check_integrity()
         self.grants.check_integrity()
         self.received.check_integrity(self.grants.live_ids)
+
+
+def _has_departed(transfer: Transfer) -> bool:
+    """Nobody reads the blocks of an ended send any more."""
+    is_drained = transfer.writer is None or transfer.writer.is_drained
+    return is_drained and (transfer.outgoing is None or transfer.outgoing.is_free)

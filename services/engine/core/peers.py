@@ -56,6 +56,11 @@ class Peers:
             raise TransferFailed(f"the owner {grant.heap.incarnation:#x} is gone")
         return peer
 
+    def nbytes_per_s(self, grant: Grant) -> float:
+        """Of the network to its owner; 0: there is none between, or nothing is known."""
+        peer = self._find(grant.heap.incarnation)
+        return peer.nbytes_per_s if peer is not None else 0.0
+
     @property
     def look_s(self) -> float | None:
         """Longest pause between two calls of ``poll`` while nothing is put anywhere; None: for ever."""

@@ -11,23 +11,25 @@ import itertools
 from collections import Counter
 from collections.abc import Callable
 
-import msgspec
 import structlog
 
 from microserve.protocol import log
 from microserve.protocol.errors import DeadlineExceeded, InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
-from microserve.protocol.messages.numerics import MIXED, Numerics
 from microserve.services.engine.core import trace
 from microserve.services.engine.core.checks import Limits
+from microserve.services.engine.core.coding.outgoing import Outgoing
 from microserve.services.engine.core.measure.tally import Tally
 from microserve.services.engine.core.memory import KvMemory
+from microserve.services.engine.core.request.account import tell_finished, tell_sent
 from microserve.services.engine.core.request.record import Key, Outbox, Record, Records
-from microserve.services.engine.core.request.sequence import ClaimLane, Sequence, SequenceState
+from microserve.services.engine.core.request.sequence import ClaimLane, Sequence, SequenceState, Transfer
 from microserve.services.engine.core.scheduler import Scheduler
 from microserve.services.engine.guidance.guide import Guides
 
 PURGE_INTERVAL_S = 1.0
+
+MakeOutgoing = Callable[[wire.RemoteSend, int], Outgoing | None]
 
 Clock = Callable[[], float]
 """Seconds that only grow, from any zero. An engine has one (``EngineCore.clock``)."""
@@ -44,12 +46,17 @@ class EngineState:
         guides: Guides | None = None,
         claim: ClaimLane = lambda transfer, on_done: None,
         on_settled: Callable[[], None] = lambda: None,
+        outgoing: MakeOutgoing = lambda message, num_tokens: None,
+        on_put: Callable[[Transfer], None] = lambda transfer: None,
     ) -> None:
         """``claim`` begins to take a send's lane; None where nobody waits for that. ``on_settled`` is called,
-        from another thread and without the engine's lock, when a guide is made or a lane taken."""
+        from another thread and without the engine's lock, when a guide is made or a lane taken. ``outgoing``
+        says how a send of so many tokens goes by a codec; ``on_put`` is told of one that has ended well."""
         self.guides = guides
         self._claim = claim
         self.on_settled = on_settled
+        self.outgoing = outgoing
+        self._on_put = on_put
         self.memory = memory
         self.scheduler = scheduler
         self.limits = limits
@@ -59,6 +66,8 @@ class EngineState:
         """Sequences that wait for nothing but their guide."""
         self.claiming: list[Sequence] = []
         """Sends that wait for nothing but their lane."""
+        self.encoding: list[Sequence] = []
+        """Sends that wait for nothing but their encoder."""
         self.receiving: list[Sequence] = []
         """Accepted generating sequences whose KV is not all in."""
         self.inflight: list[Sequence] = []
@@ -82,7 +91,7 @@ class EngineState:
 
     @property
     def num_requests(self) -> int:
-        return len(self.scheduler.running) + self.num_waiting
+        return len(self.scheduler.running) + len(self.encoding) + self.num_waiting
 
     @property
     def num_waiting(self) -> int:
@@ -124,6 +133,7 @@ class EngineState:
         queues = (
             (SequenceState.COMPILING, self.compiling),
             (SequenceState.CLAIMING, self.claiming),
+            (SequenceState.ENCODING, self.encoding),
             (SequenceState.RECEIVING, self.receiving),
             (SequenceState.WAITING, self.scheduler.waiting),
             (SequenceState.RUNNING, self.scheduler.running),
@@ -173,7 +183,7 @@ class EngineState:
     ) -> None:
         """End a sequence: answer its router, free its blocks. Not while a step has it in hand."""
         self.scheduler.remove(sequence)
-        for queue in (self.receiving, self.compiling, self.claiming):
+        for queue in (self.receiving, self.compiling, self.claiming, self.encoding):
             if sequence in queue:
                 queue.remove(sequence)
         if sequence.guiding is not None:
@@ -202,42 +212,9 @@ class EngineState:
         stop_token_id: int | None,
         new_tokens: int,
     ) -> None:
-        first = now if sequence.first_token_at is None else sequence.first_token_at
-        started = now if sequence.started_at is None else sequence.started_at
-        finished = wire.Finished(
-            reason=reason,
-            usage=wire.Usage(
-                prompt_tokens=sequence.num_prompt_tokens,
-                cached_tokens=sequence.cached_tokens,
-                received_tokens=sequence.received_tokens,
-                output_tokens=sequence.num_output_tokens,
-                num_preemptions=sequence.num_preemptions,
-            ),
-            timings=wire.Timings(
-                queued_s=max(0.0, started - sequence.ready_at),
-                arrival_s=sequence.ready_at - sequence.arrived_at,
-                prefill_s=max(0.0, first - started),
-                decode_s=max(0.0, now - first),
-            ),
-            code=error.code if error else "",
-            detail=error.detail if error else "",
-            stop_token_id=stop_token_id,
-            numerics=Numerics(MIXED) if sequence.is_mixed else self.memory.numerics,
-        )
+        finished = tell_finished(sequence, reason, now, self.memory.numerics, error, stop_token_id)
         if reason != "abort":  # who aborts listens no more, and the id may have been taken up again
             self.emit(sequence, new_tokens, finished)
-        _logger.info(
-            log.REQUEST_FINISHED,
-            request_id=sequence.request_id,
-            action="generate",
-            finish=reason,
-            code=finished.code,
-            numerics=finished.numerics.name,
-            exact=finished.numerics.is_exact,
-            **msgspec.structs.asdict(finished.usage),
-            **_rounded(finished.timings),
-        )
-        trace.generated(sequence.traceparent, sequence.request_id, now - sequence.arrived_at, finished)
         self.count(f"generate_{reason}")
         self.tally.ended(finished, sequence.params.max_tokens if sequence.params is not None else 0)
         self.count("generate_mixed", sequence.is_mixed)
@@ -273,6 +250,8 @@ class EngineState:
         if transfer.claim is not None:
             transfer.claim.cancel()
             transfer.claim = None
+        if transfer.outgoing is not None:
+            transfer.outgoing.cancel()
         if transfer.writer is not None:
             if failure is None:
                 transfer.writer.finish()
@@ -287,44 +266,12 @@ class EngineState:
             self.outbox.replies.append((sequence.owner, failed(sequence.call_id, failure)))
             trace.send_failed(sequence.traceparent, sequence.request_id, now - sequence.arrived_at, failure)
             return
-        started = now if sequence.started_at is None else sequence.started_at
-        sampled = sequence.num_tokens > transfer.end
-        sent = wire.Sent(
-            call_id=sequence.call_id,
-            request_id=sequence.request_id,
-            computed=sequence.computed_tokens,
-            cached=sequence.cached_tokens,
-            sent=max(0, transfer.end - max(transfer.begin, transfer.grant.matched)),
-            nbytes=transfer.nbytes,
-            timings=wire.Timings(
-                queued_s=started - sequence.arrived_at,
-                prefill_s=max(0.0, now - started - transfer.put_s),
-                transfer_s=max(
-                    transfer.put_s,
-                    transfer.peer.network_s(transfer.nbytes) if transfer.peer is not None else 0.0,
-                ),
-            ),
-            first_token=sequence.token_ids[-1] if sampled else None,
-            first_logprob=sequence.logprobs[-1] if sampled and sequence.logprobs else None,
-            heap=transfer.peer.address.kind if transfer.peer is not None else "",
-        )
+        self._on_put(transfer)
+        sent = tell_sent(sequence, transfer, now, self.memory.numerics)
         if record is not None:
             record.sent[(transfer.grant.grant_id, transfer.lane)] = sent
         self.count("sends_done")
         self.tally.sent(sent)
-        _logger.info(
-            log.KV_SENT,
-            request_id=sequence.request_id,
-            receiver=transfer.grant.engine_id,
-            computed=sent.computed,
-            cached=sent.cached,
-            sent=sent.sent,
-            nbytes=sent.nbytes,
-            numerics=self.memory.numerics.name,
-            receiver_numerics=transfer.grant.numerics,
-            **_rounded(sent.timings),
-        )
-        trace.sent(sequence.traceparent, now - sequence.arrived_at, sent, transfer.grant)
         self.count("sent_bytes", transfer.nbytes)
         self.outbox.replies.append((sequence.owner, sent))
 
@@ -373,7 +320,7 @@ class EngineState:
 
     def expire(self, now: float) -> None:
         """End what has passed its deadline."""
-        waiting = self.receiving, self.compiling, self.claiming
+        waiting = self.receiving, self.compiling, self.claiming, self.encoding
         queues = (self.scheduler.waiting, self.scheduler.running, *waiting)
         for sequence in [s for queue in queues for s in queue if s.deadline <= now]:
             self.doom(
@@ -387,10 +334,6 @@ class EngineState:
             self._purged_at = now
             self.records.purge(now)
             self.awaited = {key: until for key, until in self.awaited.items() if until > now}
-
-
-def _rounded(timings: wire.Timings) -> dict[str, float]:
-    return {name: round(seconds, 6) for name, seconds in msgspec.structs.asdict(timings).items()}
 
 
 def failed(call_id: int, error: MeshError) -> wire.Failed:

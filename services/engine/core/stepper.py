@@ -16,7 +16,7 @@ from microserve.services.engine.core.batch import Sampled, StepResult
 from microserve.services.engine.core.measure.rates import Rates
 from microserve.services.engine.core.request.received import ReceivedGrant
 from microserve.services.engine.core.request.record import CommitJob, Record, RecordOf
-from microserve.services.engine.core.request.sequence import Sequence, SequenceState
+from microserve.services.engine.core.request.sequence import Sequence, SequenceState, is_put
 from microserve.services.engine.core.scheduler import Step
 from microserve.services.engine.core.state import EngineState
 
@@ -41,6 +41,7 @@ class Stepper:
         self.rates.goes_on(now)
         self.take_guides(now)
         self.take_claims(now)
+        self.take_encoded(now)
         self.take_arrivals(now)
         state.expire(now)
         step = state.scheduler.schedule(now) or self._early_step(now)
@@ -98,6 +99,22 @@ class Stepper:
                 transfer.writer.require_grant_open()
             except MeshError as error:
                 state.finish(sequence, "error", now, error=error)
+
+    def take_encoded(self, now: float) -> None:
+        """Put what is encoded, and end sends of which everything is."""
+        state = self._state
+        for sequence in [*state.scheduler.running, *state.encoding]:
+            transfer = sequence.transfer
+            if transfer is None or transfer.outgoing is None or transfer.writer is None:
+                continue
+            if transfer.error is None and transfer.outgoing.is_ready:
+                try:
+                    transfer.nbytes += transfer.outgoing.put_ready(transfer.writer)
+                except MeshError as error:
+                    transfer.error = error
+            if sequence.state is SequenceState.ENCODING and (transfer.error is not None or is_put(transfer)):
+                is_whole = transfer.error is None
+                state.finish(sequence, "stop" if is_whole else "error", now, error=transfer.error)
 
     def take_arrivals(self, now: float) -> None:
         """Move received KV on: to running sequences, to commits, to the end of quarantine."""
@@ -229,7 +246,9 @@ class Stepper:
         """
         state = self._state
         grants = state.memory.grants
-        if state.scheduler.waiting or state.memory.states is not None:
+        if state.scheduler.waiting or state.encoding:
+            return None  # their receivers may be what it would wait for
+        if state.memory.states is not None:
             return None  # a hybrid model's first layers need the state that comes with the next one
         for sequence in state.receiving:
             if sequence.received is None or sequence.await_first or sequence.guiding is not None:
@@ -296,7 +315,12 @@ class Stepper:
                 if transfer.writer is not None:
                     transfer.writer.set_first_token(sampled.token_id)
             if transfer.sent_until >= transfer.end and (sampled is not None or not sequence.needs_logits):
-                state.finish(sequence, "stop", now)
+                if is_put(transfer):
+                    state.finish(sequence, "stop", now)
+                    return
+                state.scheduler.remove(sequence)
+                sequence.state = SequenceState.ENCODING
+                state.encoding.append(sequence)
         elif sampled is not None:
             self._append(sequence, sampled, now)
             state.count("generated_tokens")
@@ -311,7 +335,7 @@ class Stepper:
             state.emit(sequence, 0, None)
 
     def _append(self, sequence: Sequence, sampled: Sampled, now: float) -> None:
-        sequence.is_mixed |= sequence.has_foreign_kv
+        sequence.is_mixed |= sequence.has_impure_kv
         sequence.token_ids.append(sampled.token_id)
         if sequence.first_token_at is None:
             self._mark_first(sequence, now)

@@ -5,7 +5,8 @@ hidden state is a hash of all K and V rows up to itself, *read back from the blo
 missing or shifted row changes every later token, so a mistake in blocks, transfers or scheduling shows as a
 wrong token. No torch, microseconds a token.
 
-Rows are 8 bytes: ``KvLayout(num_kv_heads=1, head_dim=2, dtype="float32")``.
+Rows are 8 bytes: ``KvLayout(num_kv_heads=1, head_dim=2, dtype="float32")``; or these 8 bytes several times
+over, so that a codec makes them smaller.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ HASH = Numerics("hash-2", is_exact=True)
 
 
 def hash_layout(
-    *, num_blocks: int, block_size: int = 4, num_layers: int = 2, model: str = "hash"
+    *, num_blocks: int, block_size: int = 4, num_layers: int = 2, model: str = "hash", width: int = 1
 ) -> KvLayout:
-    """The geometry that this runner needs."""
+    """The geometry that this runner needs; ``width``: how many times over a row is."""
     return KvLayout(
         model=model,
         num_layers=num_layers,
         num_blocks=num_blocks,
         block_size=block_size,
         num_kv_heads=1,
-        head_dim=2,
+        head_dim=2 * width,
         dtype="float32",
         revision=REVISION,
     )
@@ -85,8 +86,9 @@ class HashRunner:
         numerics: Numerics = UNKNOWN,
     ) -> None:
         self.numerics = numerics
-        if layout.row_nbytes != ROW_NBYTES:
+        if layout.row_nbytes % ROW_NBYTES:
             raise InternalError(f"rows of {layout.row_nbytes} bytes, this runner needs {ROW_NBYTES}")
+        self._row_nbytes, self._width = layout.row_nbytes, layout.row_nbytes // ROW_NBYTES
         self._kv = data.data
         self._layout = layout
         self._layer_nbytes, self._block_nbytes = layout.layer_nbytes, layout.block_nbytes
@@ -120,14 +122,15 @@ class HashRunner:
 
     def _write(self, layer: int, chunk: Chunk, state: list[bytes]) -> None:
         size, base, kv = self._layout.block_size, layer * self._layer_nbytes, self._kv
+        row_nbytes, width = self._row_nbytes, self._width
         for position, hidden in enumerate(state, start=chunk.start):
             if position >= chunk.write_from:
                 row = _digest(b"kv", hidden, nbytes=2 * ROW_NBYTES)
                 start = base + chunk.block_table[position // size] * self._block_nbytes
-                start += position % size * ROW_NBYTES
-                kv[start : start + ROW_NBYTES] = row[:ROW_NBYTES]
+                start += position % size * row_nbytes
+                kv[start : start + row_nbytes] = row[:ROW_NBYTES] * width
                 start += self._half_nbytes
-                kv[start : start + ROW_NBYTES] = row[ROW_NBYTES:]
+                kv[start : start + row_nbytes] = row[ROW_NBYTES:] * width
 
     def _attend(self, layer: int, chunk: Chunk, state: list[bytes]) -> list[bytes]:
         """What each token makes of all KV up to itself, as the blocks hold it now: of every whole block
@@ -139,7 +142,7 @@ class HashRunner:
         before = hashlib.blake2b(b"".join(whole), digest_size=ROW_NBYTES)
         out = []
         for position, hidden in enumerate(state, start=chunk.start):
-            start, nbytes = starts[position // size], (position % size + 1) * ROW_NBYTES
+            start, nbytes = starts[position // size], (position % size + 1) * self._row_nbytes
             seen = before.copy()
             seen.update(kv[start : start + nbytes])
             seen.update(kv[start + half_nbytes : start + half_nbytes + nbytes])
@@ -180,12 +183,14 @@ def expected_samples(
     vocab_size: int,
     num_layers: int = 2,
     block_size: int = 4,
+    width: int = 1,
     make_runner: MakeRunner = plain,
 ) -> list[Sampled]:
     """What any mesh with blocks of ``block_size`` tokens, which count in what this runner computes, must
     answer: one sequence alone, whole prompt at once, no cache (eos is ignored)."""
     total = len(prompt) + params.max_tokens
-    layout = hash_layout(num_blocks=-(-total // block_size), num_layers=num_layers, block_size=block_size)
+    num_blocks = -(-total // block_size)
+    layout = hash_layout(num_blocks=num_blocks, num_layers=num_layers, block_size=block_size, width=width)
     runner = make_runner(np.zeros(layout.data_nbytes, np.uint8), layout, vocab_size)
     tokens, start = list(prompt), 0
     table = list(range(layout.num_blocks))
@@ -213,10 +218,16 @@ def expected_tokens(
     vocab_size: int,
     num_layers: int = 2,
     block_size: int = 4,
+    width: int = 1,
 ) -> list[int]:
     """The tokens of :func:`expected_samples`."""
     samples = expected_samples(
-        prompt, params, vocab_size=vocab_size, num_layers=num_layers, block_size=block_size
+        prompt,
+        params,
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        block_size=block_size,
+        width=width,
     )
     return [sampled.token_id for sampled in samples]
 

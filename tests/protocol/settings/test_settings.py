@@ -264,6 +264,8 @@ MAY_BE_ZERO = {
     "engine.max_model_len": "the model's own",
     "kvcache.num_blocks": "by the memory that is left",
     "engine.drain_s": "stop at once",
+    "engine.codec_threads": "KV goes as it is",
+    "engine.codec_min_quality": "any will do",
     "gateway.drain_s": "stop at once",
     "gateway.port": "any free port",
     "engine.metrics_port": "none",

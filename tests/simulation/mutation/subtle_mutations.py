@@ -9,7 +9,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from microserve.kvcache.grant.arrival import Arrival
-from microserve.kvcache.grant.table import GrantTable, _Entry, _State
+from microserve.kvcache.grant.entry import Entry, State
+from microserve.kvcache.grant.table import GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.words import OPEN, count_of
 from microserve.protocol.errors import TransferFailed
@@ -27,8 +28,8 @@ def _settled_under_its_writer(stack: ExitStack) -> None:
     """A sealed grant settles while a writer still holds its lane."""
     let_go_drained = GrantTable._let_go_drained
 
-    def let_go_if_sealed(self: GrantTable, entry: _Entry) -> bool:
-        return entry.state is _State.SEALED or let_go_drained(self, entry)
+    def let_go_if_sealed(self: GrantTable, entry: Entry) -> bool:
+        return entry.state is State.SEALED or let_go_drained(self, entry)
 
     replace(stack, GrantTable, "_let_go_drained", let_go_if_sealed)
 

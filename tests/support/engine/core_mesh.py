@@ -19,6 +19,7 @@ from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.core.checks import Limits
+from microserve.services.engine.core.coding.choice import CodecOptions
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.guidance.guide import Guides
 from microserve.services.simulation.engine.hash_runner import HashRunner, expected_tokens, hash_layout
@@ -33,7 +34,9 @@ class Engine:
 
     def __init__(self, mesh: Mesh, name: str, incarnation: int, **options: int) -> None:
         num_blocks = options.get("num_blocks", 64)
-        layout = hash_layout(num_blocks=num_blocks, block_size=options.get("block_size", 4))
+        layout = hash_layout(
+            num_blocks=num_blocks, block_size=options.get("block_size", 4), width=options.get("width", 1)
+        )
         self.mesh = mesh
         self.heap, runner, compute_stream = mesh.equip(layout, incarnation, options.get("num_slots", 8))
         if isinstance(runner, HashRunner):
@@ -59,6 +62,7 @@ class Engine:
             clock=lambda: mesh.now,
             pause=lambda _: mesh.other_step(self),
             guides=mesh.guides,
+            codecs=mesh.codecs,
         )
         self.replies: dict[int, wire.EngineReply] = {}
         self.tokens: dict[str, list[int]] = {}
@@ -112,6 +116,7 @@ class Mesh:
     """A send may be refused a lane that its last writer has not quite left: a router would try again."""
 
     guides: Guides | None = None
+    codecs: CodecOptions | None = None
 
     def __init__(self, **options: int) -> None:
         self.now = 100.0
@@ -169,20 +174,24 @@ def generate(engine: Engine, request_id: str, prompt: list[int], params: Samplin
     engine.core.actions.start_generate(ROUTER, message, prompt, mesh.now)
 
 
-def expect(prompt: list[int], params: SamplingParams = GREEDY, *, block_size: int = 4) -> list[int]:
+def expect(
+    prompt: list[int], params: SamplingParams = GREEDY, *, block_size: int = 4, width: int = 1
+) -> list[int]:
     if params == GREEDY:
-        return list(_greedy(tuple(prompt), block_size))
-    return expected_tokens(prompt, params, vocab_size=VOCAB, block_size=block_size)
+        return list(_greedy(tuple(prompt), block_size, width))
+    return expected_tokens(prompt, params, vocab_size=VOCAB, block_size=block_size, width=width)
 
 
 @cache
-def _greedy(prompt: tuple[int, ...], block_size: int) -> tuple[int, ...]:
+def _greedy(prompt: tuple[int, ...], block_size: int, width: int) -> tuple[int, ...]:
     """Asked for again and again by tests that cut one prompt in many ways."""
-    return tuple(expected_tokens(prompt, GREEDY, vocab_size=VOCAB, block_size=block_size))
+    return tuple(expected_tokens(prompt, GREEDY, vocab_size=VOCAB, block_size=block_size, width=width))
 
 
-def grant_for(engine: Engine, request_id: str, prompt: list[int], end: int) -> wire.Granted:
-    message = wire.PrepRecv(engine.mesh.call(), request_id, end, 60.0)
+def grant_for(
+    engine: Engine, request_id: str, prompt: list[int], end: int, *, may_lose: bool = False
+) -> wire.Granted:
+    message = wire.PrepRecv(engine.mesh.call(), request_id, end, 60.0, may_lose=may_lose)
     return engine.core.actions.prep_recv(ROUTER, message, prompt, engine.mesh.now)
 
 
@@ -196,9 +205,13 @@ def send(
     *,
     lane: int = 0,
     sampling: SamplingParams | None = None,
+    codec: str = "",
+    may_lose: bool = False,
 ) -> int:
     call = engine.mesh.call()
-    message = wire.RemoteSend(call, request_id, begin, end, granted.grant, lane, 60.0, sampling)
+    message = wire.RemoteSend(
+        *(call, request_id, begin, end, granted.grant, lane, 60.0, sampling), codec=codec, may_lose=may_lose
+    )
     sent = engine.core.actions.remote_send(ROUTER, message, prompt, engine.mesh.now)
     if sent is not None:
         engine.replies[call] = sent

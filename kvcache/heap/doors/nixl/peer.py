@@ -1,5 +1,5 @@
 """A writer's view of a heap through its door of NIXL: KV by the agent of our heap, everything else as over
-TCP.
+TCP, payloads of a codec too: they lie in no memory that the agent knows.
 
 A signal waits in the line until every put before it is there; the post looks.
 """

@@ -73,6 +73,7 @@ def connect(mine: KvLayout, address: HeapAddress) -> tuple[socket.socket, Line, 
 
 class TcpPeerHeap(PeerHeap):
     is_far = True
+    takes_payloads = True
 
     def __init__(
         self, post: Post, line: Line, terms: Terms, address: HeapAddress, source: memoryview
@@ -98,12 +99,21 @@ class TcpPeerHeap(PeerHeap):
         self._require_open()
         require_inside(copies, source_shift, target_shift, len(self._source), self.layout.data_nbytes)
         self._require_line()
+        self._send(self._source, copies, source_shift, target_shift)
+
+    def put_payload(self, payload: NDArray[np.uint8], copies: Copies, target_shift: int = 0) -> None:
+        self._require_open()
+        require_inside(copies, 0, target_shift, payload.size, self.layout.data_nbytes)
+        self._require_line()
+        self._send(payload.data, copies, 0, target_shift)
+
+    def _send(self, source: memoryview, copies: Copies, source_shift: int, target_shift: int) -> None:
         shifted = (
-            (source + source_shift, target + target_shift, nbytes) for source, target, nbytes in copies.copies
+            (start + source_shift, target + target_shift, nbytes) for start, target, nbytes in copies.copies
         )
         with self._post.using(self._line):
             if self._line.end is None:
-                for frame in frames.put_frames(shifted, self._source):
+                for frame in frames.put_frames(shifted, source):
                     self._line.put(frame)
 
     def signal(self, word: int, value: int) -> None:
@@ -158,9 +168,9 @@ class TcpPeerHeap(PeerHeap):
         self._require_open()
         self._post.leave_source(self._line)
 
-    def network_s(self, nbytes: int) -> float:
-        rate = self._line.nbytes_per_s
-        return nbytes / rate if rate else 0.0
+    @property
+    def nbytes_per_s(self) -> float:
+        return self._line.nbytes_per_s
 
     @property
     def is_idle(self) -> bool:

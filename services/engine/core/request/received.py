@@ -42,6 +42,10 @@ class ReceivedGrant:
     state: list[int] = field(default_factory=list)
     """Of a hybrid model, where all of the grant matched: cached blocks of its state at the grant's end,
     with a reference on each."""
+    may_lose: bool = False
+    """Some of its KV may come by a codec that loses."""
+    is_lossy: bool = False
+    """Some of it did; known once all of it is in."""
     opened_at: float = 0.0
     probed_at: float = float("-inf")
     """When its writers were last probed for failure and death."""

@@ -23,6 +23,7 @@ from microserve.protocol.messages.kv.grant import Grant
 from microserve.protocol.messages.request.prompt_logprobs import PromptLogprobs
 from microserve.protocol.messages.request.sampling import SamplingParams
 from microserve.services.engine.core.batch import Scored, ScoreSpec
+from microserve.services.engine.core.coding.outgoing import Outgoing
 from microserve.services.engine.core.request.received import ReceivedGrant
 from microserve.services.engine.guidance.guide import Guide, Guiding
 
@@ -36,6 +37,8 @@ class SequenceState(Enum):
     """KV is on its way from another engine."""
     WAITING = "waiting"
     RUNNING = "running"
+    ENCODING = "encoding"
+    """A send of which all is computed, and not all encoded and put."""
     FINISHED = "finished"
 
 
@@ -70,9 +73,16 @@ class Transfer:
     """What the writer writes into."""
     is_put: bool = False
     """Rows of the blocks that the sequence has now were put: they may be read until the peer has them."""
+    outgoing: Outgoing | None = None
+    """What goes by a codec, and what is to be told of that; None: none was asked for."""
     error: MeshError | None = None
     nbytes: int = 0
     put_s: float = 0.0
+
+
+def is_put(transfer: Transfer) -> bool:
+    """All that was given to it is on its way."""
+    return transfer.outgoing is None or transfer.outgoing.is_idle
 
 
 ClaimLane = Callable[[Transfer, Callable[[], None]], Claim | None]
@@ -131,8 +141,10 @@ class Sequence:
     await_first: bool = False
     has_foreign_kv: bool = False
     """Some of the KV in its blocks is of another numerics class, or was computed behind such KV."""
+    has_lossy_kv: bool = False
+    """Some of it came by a codec that loses, or was computed behind such KV."""
     is_mixed: bool = False
-    """A token of it was made from such KV."""
+    """A token of it was made from KV of another class, or from lossy KV."""
     doomed: str | None = None
     """Finish reason to end with at the next step border: its blocks are in use by the running step."""
     doom_error: MeshError | None = None
@@ -162,6 +174,11 @@ class Sequence:
     @property
     def is_send(self) -> bool:
         return self.transfer is not None
+
+    @property
+    def has_impure_kv(self) -> bool:
+        """A token that is made from its KV is not of this engine's class."""
+        return self.has_foreign_kv or self.has_lossy_kv
 
     @property
     def needs_logits(self) -> bool:

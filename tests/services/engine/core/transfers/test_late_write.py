@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 import structlog
 
-from microserve.kvcache.grant.table import GrantEvent, GrantTable, _Entry
+from microserve.kvcache.grant.entry import Entry
+from microserve.kvcache.grant.table import GrantEvent, GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.local import MemoryHeap
 from tests.support.engine.late_write.case import (
@@ -149,7 +150,7 @@ def test_a_quarantine_that_ends_by_a_timer_is_found(monkeypatch: pytest.MonkeyPa
     poll = GrantTable.poll
 
     def impatient(table: GrantTable, now: float) -> list[GrantEvent]:
-        entries: list[_Entry] = list(table._entries.values())
+        entries: list[Entry] = list(table._entries.values())
         for entry in entries:
             if now > entry.since + 600.0:
                 entry.held_lanes.clear()
