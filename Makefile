@@ -15,8 +15,10 @@ QUICK_WORKERS ?= 4
 PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 # Compiles the CPU's kernels if that is not done yet, and says so; where it cannot, engines do without.
-KERNELS = $(BIN)/python -P -m microserve.kernels.cpu.build --ahead && $(BIN)/python -P -m $(INDEX) --ahead
+KERNELS = $(BIN)/python -P -m microserve.kernels.cpu.build --ahead && $(BIN)/python -P -m $(INDEX) --ahead \
+	&& $(BIN)/python -P -m $(CODEC) --ahead
 INDEX = microserve.kvcache.prefix.build
+CODEC = microserve.kernels.codec.build
 
 ASK_PYTHON = $(PYTHON) -c 'import sys; sys.exit("Error: Python 3.11 or newer is needed, and $(PYTHON) is %d.%d: \
 make ... PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -167,6 +169,7 @@ wheel: $(VENV)/dev
 	$(BIN)/pip install --quiet --editable '.[compiler]'
 	$(BIN)/python -P -m microserve.kernels.cpu.build --zig --into dist/prebuilt
 	$(BIN)/python -P -m $(INDEX) --zig --into dist/prebuilt
+	$(BIN)/python -P -m $(CODEC) --zig --into dist/prebuilt
 	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 BENCHMARKS = $(filter-out %/__init__.py benchmarks/results/%,$(wildcard benchmarks/*.py benchmarks/*/*.py))
@@ -200,6 +203,7 @@ install:
 	$(PYTHON) tooling/install.py --venv '$(PREFIX)' --extras engine --no-editable $(TORCH_FLAGS)
 	@'$(PREFIX)/bin/python' -P -m microserve.kernels.cpu.build --ahead --package
 	@'$(PREFIX)/bin/python' -P -m $(INDEX) --ahead --package
+	@'$(PREFIX)/bin/python' -P -m $(CODEC) --ahead --package
 
 # One resolution each, and the torch that is there stays: tooling/install.py says which, its size and the time.
 $(VENV)/installed: pyproject.toml tooling/install.py $(MOVED)

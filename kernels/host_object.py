@@ -39,10 +39,12 @@ class HostSource:
     headers: tuple[Path, ...] = ()
     foreign: Path | None = None
     """A header of somebody else's that it includes; it may be missing where nothing is compiled."""
+    flags: tuple[str, ...] = ()
+    """Of its own, beside ``FLAGS``."""
 
     @property
     def digest(self) -> str:
-        told = hashlib.sha256(repr((FLAGS, platform.machine())).encode())
+        told = hashlib.sha256(repr((FLAGS + self.flags, platform.machine())).encode())
         for path in (self.file, *self.headers):
             told.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
         return told.hexdigest()[:16]
@@ -90,7 +92,7 @@ def compile_into(
             **environment,
             **dict.fromkeys(("TMPDIR", "ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"), name),
         }
-        flags = [*FLAGS, *include]
+        flags = [*FLAGS, *source.flags, *include]
         _run(
             compiler.name,
             [*compiler.compile, *flags, "-c", str(source.file), "-o", str(part)],

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from microserve.kernels.codec import build as codec
 from microserve.kernels.cpu.build import main
 from microserve.kernels.cpu.compiler import sources_digest
 from tests.test_packaging import PACKAGES, ROOT
@@ -66,10 +67,12 @@ def test_an_object_of_other_sources_stays_outside(checkout: Path) -> None:
 
 
 def test_a_wheel_with_compiled_kernels_needs_no_compiler(checkout: Path, tmp_path: Path) -> None:
-    assert main(["--into", str(checkout / "dist/prebuilt")]) == 0
+    for build_into in (main, codec.main):
+        assert build_into(["--into", str(checkout / "dist/prebuilt")]) == 0
     wheel = wheel_of(checkout)
     assert re.search(r"-py3-none-manylinux_2_\d+_\w+\.whl$", wheel.name)
-    (held,) = prebuilt_in(wheel)
+    of_codec, held = sorted(prebuilt_in(wheel))
+    assert of_codec.startswith(f"microserve/kernels/codec/native/prebuilt/kv-codec-{codec.SOURCE.digest}-")
     assert held.startswith(f"microserve/kernels/cpu/prebuilt/cpu-step-{sources_digest()}-")
 
     venv.create(tmp_path / "venv", symlinks=True)
@@ -80,6 +83,7 @@ def test_a_wheel_with_compiled_kernels_needs_no_compiler(checkout: Path, tmp_pat
     (site / "environment_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
     program = (
         "from microserve.kernels.cpu.build import build; from microserve.kernels.cpu.library import *\n"
+        "from microserve.kernels.codec.native import native_codec; assert native_codec() is not None\n"
         "print(build().origin, choose_variant(library()))"
     )
     done = subprocess.run(

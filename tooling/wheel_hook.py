@@ -1,4 +1,4 @@
-"""Puts the compiled kernels and index into a wheel, where ``make wheel`` has left them in ``dist/prebuilt``.
+"""Puts compiled kernels, codecs and index into a wheel, where ``make wheel`` has left them in dist/prebuilt.
 
 Owns the wheel's tag, which is then the platform's. Only objects of these very sources are taken; without one
 the wheel is for any platform, and they are compiled where they first run. An editable install takes none.
@@ -24,17 +24,19 @@ class WheelHook(BuildHookInterface[Any]):
         if version == "editable" or not folder.is_dir():
             return
         sys.path.insert(0, str(Path(self.root) / ".src"))
+        from microserve.kernels.codec import build as codec  # type: ignore[import-untyped,unused-ignore]
         from microserve.kernels.cpu.compiler import sources_digest  # type: ignore[import-untyped,unused-ignore]
         from microserve.kernels.cpu.objects import prebuilt  # type: ignore[import-untyped,unused-ignore]
-        from microserve.kvcache.prefix.build import SOURCE  # type: ignore[import-untyped,unused-ignore]
+        from microserve.kvcache.prefix import build as index  # type: ignore[import-untyped,unused-ignore]
 
         contents = []
         if found := prebuilt(sources_digest(), folder):
             build_data["force_include"][found.origin] = f"microserve/kernels/cpu/prebuilt/{found.name}"
             contents.append(found.content)
-        for path in folder.glob(f"{SOURCE.name}-{SOURCE.digest}-*.so"):
-            build_data["force_include"][str(path)] = f"microserve/kvcache/prefix/native/prebuilt/{path.name}"
-            contents.append(path.read_bytes())
+        for source, home in ((index.SOURCE, "kvcache/prefix/native"), (codec.SOURCE, "kernels/codec/native")):
+            for path in folder.glob(f"{source.name}-{source.digest}-*.so"):
+                build_data["force_include"][str(path)] = f"microserve/{home}/prebuilt/{path.name}"
+                contents.append(path.read_bytes())
         if contents:
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-manylinux_2_{max(map(_glibc, contents))}_{platform.machine()}"

@@ -11,13 +11,14 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microserve.kvcache.codec import rans
 from microserve.kvcache.codec.codec import Codec, CodecFailed, decode, header
 from microserve.kvcache.codec.frame import HEADER_NBYTES
 from microserve.kvcache.codec.profile import Levels, Profile
+from microserve.kvcache.codec.steps import rans
 from microserve.protocol.errors import TransferFailed
 from tests.support.kvcache.codec import Bytes, geometry, profiles, random_rows, scores
 
+pytestmark = pytest.mark.usefixtures("way")
 OF = geometry()
 TOKENS = 20
 

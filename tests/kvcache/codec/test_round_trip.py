@@ -5,22 +5,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microserve.kvcache.codec import transform
 from microserve.kvcache.codec.codec import Codec, decode, header
 from microserve.kvcache.codec.frame import HEADER_NBYTES
 from microserve.kvcache.codec.profile import LOSSLESS, NONE, Levels, Profile
+from microserve.kvcache.codec.steps import transform
 from microserve.protocol.messages.kv.geometry import Geometry
 from tests.support.kvcache.codec import Bytes, geometry, profiles, random_rows, scores, to_floats, to_rows
 
+pytestmark = pytest.mark.usefixtures("way")
 DTYPES = ("float32", "bfloat16", "float16")
 ROOM = 4096
 
 
 def through(codec: Codec, of: Geometry, rows: Bytes, layer: int = 1) -> tuple[Bytes, int]:
     """Encoded and decoded; and the payload's bytes."""
-    out = np.full(rows.nbytes * 2 + ROOM, 0xAA, np.uint8)
+    around = np.full(rows.nbytes * 2 + ROOM, 0xAA, np.uint8)
+    out = around[64:-64]
     nbytes = codec.encode(layer, rows[0], rows[1], out)
-    assert nbytes is not None and (out[nbytes:] == 0xAA).all()
+    assert nbytes is not None and (around[:64] == 0xAA).all() and (around[-64:] == 0xAA).all()
     made = np.zeros_like(rows)
     told = decode(out[:nbytes], layer, of, made[0], made[1])
     assert told == header(out[:HEADER_NBYTES]) and told.nbytes == nbytes

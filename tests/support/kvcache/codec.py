@@ -24,9 +24,9 @@ def to_rows(numbers: Floats, dtype: str) -> Bytes:
     """[tokens, elements] -> [tokens, bytes]; bfloat16 by leaving bits out."""
     if dtype == "bfloat16":
         return (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-    return np.ascontiguousarray(numbers.astype(np.float16 if dtype == "float16" else np.float32)).view(
-        np.uint8
-    )
+    with np.errstate(over="ignore"):
+        cast = numbers.astype(np.float16 if dtype == "float16" else np.float32)
+    return np.ascontiguousarray(cast).view(np.uint8)
 
 
 def to_floats(rows: Bytes, dtype: str) -> Floats:

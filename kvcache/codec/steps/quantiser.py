@@ -86,6 +86,7 @@ def read_grid(reader: Reader, shape: tuple[int, ...], what: str) -> Halves:
 
 def _grid(least: Floats, greatest: Floats, levels: int | Counts) -> Halves | None:
     """[2, ...]: least rounded down, scale rounded up; None where float16 does not reach."""
+    least, greatest = least + np.float32(0), greatest + np.float32(0)  # there are two zeros
     with np.errstate(over="ignore"):
         down = _rounded(least, -1)
         scale = _rounded((greatest - down.astype(np.float32)) / np.float32(np.asarray(levels) - 1), 1)

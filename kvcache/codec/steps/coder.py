@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from microserve.kvcache.codec import pack, rans
 from microserve.kvcache.codec.frame import Bytes, CodecFailed, Reader
 from microserve.kvcache.codec.profile import CODERS, VERSION
+from microserve.kvcache.codec.steps import pack, rans
 
 try:
     import zstandard
@@ -43,9 +43,7 @@ def encode(name: str, symbols: Sequence[Bytes], levels: Levels) -> list[Bytes]:
     if name == "pack":
         return [part for each, of in zip(symbols, levels, strict=True) for part in pack.pack(each, of)]
     if name == "zstd":
-        plain = np.concatenate([each.reshape(-1) for each in symbols])
-        frame = np.frombuffer(_zstd.compressor.compress(plain.data), np.uint8)
-        return [_number(frame.size), frame]
+        return frame(np.concatenate([each.reshape(-1) for each in symbols]))
     if name == "rans":
         parts = []
         for each, of in zip(symbols, levels, strict=True):
@@ -62,7 +60,7 @@ def decode(name: str, reader: Reader, levels: Levels, counts: tuple[int, int]) -
     if name == "pack":
         return [pack.unpack(reader, of, count) for of, count in zip(levels, counts, strict=True)]
     if name == "zstd":
-        plain = _decompressed(reader, sum(groups * count for groups, count in shapes))
+        plain = unframe(reader, sum(groups * count for groups, count in shapes))
         border = shapes[0][0] * shapes[0][1]
         return [plain[:border].reshape(shapes[0]), plain[border:].reshape(shapes[1])]
     if name == "rans":
@@ -75,14 +73,21 @@ def decode(name: str, reader: Reader, levels: Levels, counts: tuple[int, int]) -
     return [reader.take(groups * count, "symbols").reshape(groups, count) for groups, count in shapes]
 
 
-def _decompressed(reader: Reader, nbytes: int) -> Bytes:
-    """A frame says how large it will be, and is believed only if that is what is waited for."""
-    frame = reader.take(reader.number("size of a frame"), "frame").data
+def frame(plain: Bytes) -> list[Bytes]:
+    """zstd's, and its size in front."""
+    made = np.frombuffer(_zstd.compressor.compress(plain.data), np.uint8)
+    return [_number(made.size), made]
+
+
+def unframe(reader: Reader, nbytes: int) -> Bytes:
+    """A frame says how large it will be, and is believed only if that is what is waited for. Raises
+    :class:`CodecFailed`."""
+    content = reader.take(reader.number("size of a frame"), "frame").data
     try:
-        told = zstandard.frame_content_size(frame)
+        told = zstandard.frame_content_size(content)
         if told != nbytes:
             raise CodecFailed(f"frame: of {told} bytes, {nbytes} expected")
-        plain = _zstd.decompressor.decompress(frame, max_output_size=nbytes, allow_extra_data=False)
+        plain = _zstd.decompressor.decompress(content, max_output_size=nbytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CodecFailed(f"frame: {error}") from None
     if len(plain) != nbytes:

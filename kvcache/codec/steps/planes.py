@@ -30,15 +30,15 @@ def to_heads(rows: Bytes, dtype: str, num_heads: int) -> Floats:
 
 def from_heads(heads: Floats, dtype: str, rows: Bytes) -> None:
     """The inverse, into ``rows``; to the nearest of the dtype, ties to even. ``heads``: finite."""
-    flat = heads.transpose(1, 0, 2).reshape(len(rows), -1)
+    flat = np.ascontiguousarray(heads.transpose(1, 0, 2).reshape(len(rows), -1))
     if dtype == "bfloat16":
-        bits = np.ascontiguousarray(flat).view(np.uint32)
+        bits = flat.view(np.uint32)
         odd = bits >> np.uint32(16) & np.uint32(1)
         made = ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype("<u2").view(np.uint8)
     elif dtype == "float16":
         made = np.clip(flat, -65504, 65504).astype("<f2").view(np.uint8)
     else:
-        made = np.ascontiguousarray(flat, "<f4").view(np.uint8)
+        made = flat.view(np.uint8)
     rows[...] = made
 
 
