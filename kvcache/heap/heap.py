@@ -287,6 +287,11 @@ class PeerHeap(ABC):
         full."""
         return 0.0
 
+    def take_samples(self) -> list[tuple[int, float]]:
+        """Bytes, and seconds in which the network behind it was all that they waited for, of what it has
+        measured since the last call; the oldest may be gone."""
+        return []
+
     def network_s(self, nbytes: int) -> float:
         """Seconds that so many bytes take on their way, by what was measured; 0 where nothing was."""
         return nbytes / self.nbytes_per_s if self.nbytes_per_s else 0.0

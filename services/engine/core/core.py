@@ -21,6 +21,7 @@ from microserve.kvcache.heap.heap import Heap
 from microserve.kvcache.prefix.cache import PrefixCache
 from microserve.protocol.errors import InternalError, MeshError, TransferFailed
 from microserve.protocol.messages import engine as wire
+from microserve.protocol.messages.engine_load import MAX_LINKS_TOLD
 from microserve.protocol.messages.kv.kv_events import BlockStored, KVEvent
 from microserve.protocol.messages.numerics import fault_of_numerics
 from microserve.protocol.metrics.readings import Readings
@@ -345,6 +346,7 @@ class EngineCore:
             decode_share=shares[1],
             transfer_share=shares[2],
             idle_share=max(0.0, 1.0 - sum(shares)),
+            links=[wire.LinkGoodput(*link) for link in self._peers.goodputs(MAX_LINKS_TOLD).items()],
         )
 
     def read(self, readings: Readings) -> None:

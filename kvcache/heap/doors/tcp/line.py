@@ -20,6 +20,8 @@ from microserve.protocol.errors import ProtocolViolation
 from microserve.protocol.messages.kv.grant import MAX_LANES
 from microserve.protocol.smoothing import smoothed
 
+MAX_SAMPLES: Final = 8
+"""That are kept, the newest."""
 _MIN_MEASURED_NBYTES: Final = 1 << 17
 _MAX_UNSENT_NBYTES: Final = 1 << 22
 MAX_PARTS: Final = 1000
@@ -86,6 +88,8 @@ class Line:
         self._heard_at = self._beat_at = now
         self.nbytes_per_s = 0.0
         """Of the network, while it was all that anybody waited for; 0: never yet."""
+        self.samples: deque[tuple[int, float]] = deque(maxlen=MAX_SAMPLES)
+        """Bytes and seconds that this is made of, until somebody takes them; by any thread."""
         self._full_at: float | None = None
         """Since when the socket takes no more than the network does."""
         self._full_nbytes = 0
@@ -187,6 +191,7 @@ class Line:
         """So many bytes took so long, with nothing else in the way."""
         if nbytes >= _MIN_MEASURED_NBYTES and seconds > 0.0:
             self.nbytes_per_s = smoothed(self.nbytes_per_s, nbytes / seconds)
+            self.samples.append((nbytes, seconds))
 
     def copy_waiting(self) -> None:
         """What waits to go out is read from where it lies no more. Not of a flight."""

@@ -172,6 +172,12 @@ class TcpPeerHeap(PeerHeap):
     def nbytes_per_s(self) -> float:
         return self._line.nbytes_per_s
 
+    def take_samples(self) -> list[tuple[int, float]]:
+        taken: list[tuple[int, float]] = []
+        while self._line.samples:
+            taken.append(self._line.samples.popleft())
+        return taken
+
     @property
     def is_idle(self) -> bool:
         return not self._line.lanes

@@ -224,6 +224,8 @@ def test_a_network_is_measured_while_it_is_full() -> None:
         line.full(now)
     assert total + after > 1 << 20
     assert line.nbytes_per_s == pytest.approx(after / (now - 1.0))
+    [(nbytes, seconds)] = line.samples
+    assert nbytes == after and seconds == pytest.approx(now - 1.0)
     assert line.unsent_nbytes == 1 << 18, "a slow network, and little that waits in the kernel"
 
 
