@@ -80,6 +80,8 @@ class RemoteSend(_Message, frozen=True, tag=3):
     """Name of the profile (kvcache/codec) to send by; ``auto``: the engine chooses. Empty: as it is."""
     may_lose: bool = False
     """As in ``PrepRecv``: the profile may be one that loses."""
+    within_s: float = 0.0
+    """Time allowed for encoding, sending and decoding, by which ``auto`` chooses; 0: as soon as it can be."""
 
 
 class StartGenerate(_Message, frozen=True, tag=4):

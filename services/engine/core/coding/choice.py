@@ -6,6 +6,7 @@ for each receiver. Under the engine's lock. How a choice is made is kvcache/code
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class Choices:
             nbytes=nbytes,
             num_payloads=self._layout.num_layers * -(-num_tokens // self._chunk_tokens),
             link_bytes_per_s=link_bytes_per_s,
+            slo_s=message.within_s if message.within_s > 0.0 else math.inf,  # NaN as well
             quality_floor=self._options.min_quality,
             may_lose=message.may_lose,
             codecs=frozenset(decoding.codecs),

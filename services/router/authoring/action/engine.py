@@ -7,6 +7,7 @@ leaves. Misuse raises ``StrategyError`` or ``InvalidInterval`` at the author's l
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -136,6 +137,7 @@ class Engine(EngineFacts):
         first_token: bool | None = None,
         codec: str = "",
         lossy: bool | None = None,
+        within_s: float = 0.0,
     ) -> Sending:
         """Compute KV of ``tokens[:end]`` here and put ``[begin, end)`` into ``grant``; starts at once.
 
@@ -145,7 +147,8 @@ class Engine(EngineFacts):
 
         ``codec``: the KV goes by it: ``auto`` is what pays at this link's rate by what was measured, or a
         profile's name in the sender's library; empty: as it is, as it also goes where the codec may not be
-        used. ``lossy`` None: it may lose what the grant may; False: nothing. What became of it is in
+        used. ``lossy`` None: it may lose what the grant may; False: nothing. ``within_s``: the time allowed,
+        by which ``auto`` leaves out what keeps missing it; 0: none is said. What became of it is in
         ``Sent.coding`` and in the request's line.
 
         Raises ``InvalidInterval`` outside the grant, on an overlap, or where this
@@ -168,6 +171,8 @@ class Engine(EngineFacts):
             scope.check_unfinished()
         if len(codec) > MAX_CODEC_CHARS:
             raise StrategyError(f"codec has {len(codec)} characters, at most {MAX_CODEC_CHARS}")
+        if not 0.0 <= within_s < math.inf:
+            raise StrategyError(f"within_s is {within_s}, not 0 or more")
         if lossy and not grant.may_lose and request.may_lose(lossy):
             raise StrategyError("lossy: the grant may lose nothing (prep_recv(lossy=True))")
         may_lose = bool(codec) and grant.may_lose and lossy is not False
@@ -210,6 +215,7 @@ class Engine(EngineFacts):
             traceparent=scope.traceparent,
             codec=codec,
             may_lose=may_lose,
+            within_s=within_s,
         )
         sending.start(scope, self._connection, build)
         grant.sendings.append(sending)

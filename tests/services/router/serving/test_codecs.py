@@ -29,11 +29,13 @@ LOSSLESS = Coding("lossless-zstd", 6400, 5000, 0.01, 0.5, 0.6, 1e6, is_lossy=Fal
 LABELS = {"d": ["decode"], "p": ["prefill"]}
 
 
-def strategy(codec: str, prep: bool | None, send: bool | None = None) -> Callable[[Mesh, Request], Chunks]:
+def strategy(
+    codec: str, prep: bool | None, send: bool | None = None, within_s: float = 0.0
+) -> Callable[[Mesh, Request], Chunks]:
     async def split(mesh: Mesh, request: Request) -> Chunks:
         decode, prefill = mesh.pick("decode", request), mesh.pick("prefill", request)
         grant = await decode.prep_recv(request, end=90, lossy=prep)
-        sending = prefill.remote_send(request, grant, end=90, codec=codec, lossy=send)
+        sending = prefill.remote_send(request, grant, end=90, codec=codec, lossy=send, within_s=within_s)
         yield decode.start_generate(request, begin=90, after=sending)
 
     return split
@@ -82,6 +84,8 @@ async def test_without_a_codec_nothing_may_lose() -> None:
     [
         (("auto", None, True), "the grant may lose nothing"),
         (("x" * 97, True, None), "codec has 97 characters"),
+        (("auto", True, None, -1.0), "within_s is -1.0"),
+        (("auto", True, None, float("nan")), "within_s is nan"),
     ],
 )
 @in_loop
