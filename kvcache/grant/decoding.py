@@ -102,16 +102,15 @@ class LaneDecoder:
 
     @property
     def is_at_work(self) -> bool:
-        """It may be writing into the blocks."""
-        return self._is_at_work
+        """It may be writing into the blocks: a piece counts when its rows are written, so not once all do."""
+        return self._is_at_work and not self._is_whole
 
     # --- in the decoder's thread ---------------------------------------------------------------------
 
     @property
     def is_over(self) -> bool:
         """There is nothing left to do, whatever still comes."""
-        is_whole = all(count >= self._end - self._begin for count in self._decoded)
-        return self._is_stopped or self.fault is not None or is_whole
+        return self._is_stopped or self.fault is not None or self._is_whole
 
     @property
     def waiting_nbytes(self) -> int:
@@ -165,6 +164,10 @@ class LaneDecoder:
             self._verify(layer)
         self._decoded[layer] = done - self._begin
         return True
+
+    @property
+    def _is_whole(self) -> bool:
+        return all(count >= self._end - self._begin for count in self._decoded)
 
     @property
     def _size(self) -> int:

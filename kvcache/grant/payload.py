@@ -84,6 +84,6 @@ class LayerRows:
         for half, rows in enumerate((keys, values)):
             target = self._rows[layer, :, half]
             end = len(rows) - rest
-            target[whole] = rows[:end].reshape(num_whole, self._layout.block_size, -1)
+            target[whole] = rows[:end].reshape(num_whole, self._layout.block_size, rows.shape[1])
             if rest:
                 target[blocks[num_whole], :rest] = rows[end:]

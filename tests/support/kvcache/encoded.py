@@ -16,6 +16,7 @@ from microserve.kvcache.grant.table import GrantTable
 from microserve.kvcache.grant.writer import LaneWriter
 from microserve.kvcache.heap.heap import PeerHeap
 from microserve.kvcache.heap.local import MemoryHeap, MemoryRegistry
+from microserve.kvcache.heap.mapped import MappedHeap
 from microserve.kvcache.layout import KvLayout
 from microserve.protocol.messages.kv.coding import Decoding
 from microserve.protocol.messages.kv.grant import Grant
@@ -24,6 +25,8 @@ LOSSLESS = Profile("lossless-zstd", coder="zstd")
 LOSSY = Profile("u12-pack", quantiser="uniform", keys=Levels(12), values=Levels(12), coder="pack")
 LAYOUT = KvLayout("tiny", 2, 12, 4, 2, 16, "bfloat16")
 """Blocks of 4 tokens with 512 bytes in each of 2 layers."""
+WIDE = KvLayout("wide", 4, 32, 16, 4, 64, "bfloat16")
+"""Of 1 KiB for a token and layer, as small models have it."""
 
 
 def rows_of(layout: KvLayout, num_tokens: int, seed: int) -> NDArray[np.uint8]:
@@ -33,17 +36,24 @@ def rows_of(layout: KvLayout, num_tokens: int, seed: int) -> NDArray[np.uint8]:
     return (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
 
 
-def write_rows(heap: MemoryHeap, blocks: Sequence[int], rows: NDArray[np.uint8]) -> None:
+def write_rows(heap: MappedHeap, blocks: Sequence[int], rows: NDArray[np.uint8]) -> None:
     view = LayerRows(heap.layout, heap.data)
     for layer, (keys, values) in enumerate(rows):
         view.scatter(layer, blocks, keys, values)
 
 
-def read_rows(heap: MemoryHeap, blocks: Sequence[int], num_tokens: int) -> NDArray[np.uint8]:
+def read_rows(heap: MappedHeap, blocks: Sequence[int], num_tokens: int) -> NDArray[np.uint8]:
     view = LayerRows(heap.layout, heap.data)
     return np.stack(
         [np.stack(view.gather(each, blocks, num_tokens)) for each in range(heap.layout.num_layers)]
     )
+
+
+def codec_of(profile: Profile, layout: KvLayout) -> Codec:
+    shape = layout.num_layers, layout.num_kv_heads
+    scores = np.arange(shape[0] * shape[1], dtype=np.float32).reshape(shape)
+    is_by_head = profile.quantiser == "mixed_head"
+    return Codec(profile, layout.geometry, head_scores=scores if is_by_head else None)
 
 
 class ByHand:
@@ -115,7 +125,7 @@ class EncodedWorld:
     ) -> NDArray[np.uint8]:
         keys, values = (np.ascontiguousarray(half[lo:hi]) for half in rows[layer])
         out = np.empty(keys.nbytes + values.nbytes - 1, np.uint8)
-        nbytes = Codec(profile, self.heap.layout.geometry).encode(layer, keys, values, out)
+        nbytes = codec_of(profile, self.heap.layout).encode(layer, keys, values, out)
         assert nbytes is not None, "it is not smaller"
         return out[:nbytes]
 

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[4]
 PYTHONPATH = os.pathsep.join((str(ROOT / ".src"), *filter(None, sys.path)))
 """What this process imports from, for its children."""
 
+HEAP_PROCESS = "tests.support.kvcache.heap.heap_process"
 
 _CARDS = 'mount -t sysfs sysfs /sys && exec "$@"'
 """Where UCX looks for cards."""
@@ -41,7 +42,9 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 class Child:
     """A process with a heap of its own, that does what it is told over its pipes."""
 
-    def __init__(self, factory: str, incarnation: int, num_blocks: int = 8) -> None:
+    def __init__(
+        self, factory: str, incarnation: int, num_blocks: int = 8, *, module: str = HEAP_PROCESS
+    ) -> None:
         environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
         enter: list[str] = []
         if other := os.environ.get("MICROSERVE_TEST_OTHER"):  # networks.sh
@@ -50,7 +53,7 @@ class Child:
         self._process = subprocess.Popen(
             [
                 *enter,
-                *(sys.executable, "-m", "tests.support.kvcache.heap.heap_process"),
+                *(sys.executable, "-m", module),
                 *(factory, str(incarnation), str(num_blocks)),
             ],
             cwd=ROOT,
