@@ -1,16 +1,22 @@
 """What it costs to see everything: two meshes, one with all of it on and one with all of it off, in turns.
 
-    python benchmarks/mesh/seeing.py [--rounds 12] [--streams 8] [--tokens 64] [--pairs 400] [--json]
+    python benchmarks/mesh/seeing.py [--lives 2,6] [--rounds 12] [--pairs 400] [--same] [--json]
 
 On: the ports of metrics, all of them scraped by vLLM's names every ``--scrape-s`` seconds; the page's feed,
-read by somebody; traces, sent by OTLP to a collector that drops them; the self-check, every ten seconds. Off:
-none of it. Both meshes stay up and take turns; which of them goes first alternates. Two models, two meshes of
-each:
+read by somebody; traces, sent by OTLP to a collector that drops them; the self-check, every ``--check-s``
+(60, as in any mesh). Off: none of it. Both meshes stay up and take turns; which of them goes first
+alternates, as does which is started first. Two models, two meshes of each:
 
     tokens/s     of the demo model's streams at once, half of them by two engines, round by round
     CPU          of all services for an output token of those
-    p50          of a request of one token, a small random model, one at a time, in pairs; the interval is
-                 that of the median of the differences, 95 %, by ranks
+    p50          of a request of one token, a small random model, one at a time, in pairs
+    a trace      what one more costs such a request: in the mesh with all of it on, traced or not, in pairs
+
+Two meshes that are made alike are not alike: where their memory came to lie makes one of them faster by more
+than what is measured here, for as long as both live. So meshes are made anew, ``--lives`` of each model, and
+``--rounds`` and ``--pairs`` are shared out among them. What is told of the p50 is the mean over lives of the
+median of the differences, its interval by Student's t, 95 %; all else are medians of rounds or pairs, their
+intervals by ranks. ``--same`` is the control: both are off.
 
 What looks (scraper, reader of the feed, collector) shares the two cores, as nothing would on other hosts.
 Goals: at most 2 % of the tokens a second and 0.1 ms of the p50.
@@ -29,13 +35,15 @@ import sys
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
+from control_parts.interval import mean_of, median_of
 from control_parts.sides import Side, ask_alone, mesh, play
 
+from microserve.protocol.tracing.traceparent import make
 from microserve.services.local.demo.model import default_cache, fetch
 from microserve.services.local.metric_ports import TARGETS
 
@@ -106,14 +114,25 @@ def looked_at(side: Side, scrape_s: float) -> Iterator[None]:
 
 
 @contextmanager
-def sides(model: str, scrape_s: float) -> Iterator[tuple[Side, Side]]:
-    """Off and on."""
+def sides(model: str, options: argparse.Namespace, life: int) -> Iterator[tuple[Side, Side]]:
+    """Off and on, for one life."""
     with ExitStack() as stack:
         environment = stack.enter_context(collector())
-        off = stack.enter_context(mesh(model, *OFF))
-        on = stack.enter_context(mesh(model, "router.check_interval_s=10", environment=environment))
-        stack.enter_context(looked_at(on, scrape_s))
-        yield off, on
+
+        def off() -> Side:
+            return stack.enter_context(mesh(model, *OFF))
+
+        def on() -> Side:
+            if options.same:
+                return off()
+            side = stack.enter_context(
+                mesh(model, f"router.check_interval_s={options.check_s}", environment=environment)
+            )
+            stack.enter_context(looked_at(side, options.scrape_s))
+            return side
+
+        made = {each: each() for each in ((off, on) if life % 2 else (on, off))}
+        yield made[off], made[on]
 
 
 async def pairs(off: Side, on: Side, count: int) -> None:
@@ -126,53 +145,97 @@ async def pairs(off: Side, on: Side, count: int) -> None:
                 on.forget()
 
 
-def median_of(values: Sequence[float]) -> list[float]:
-    """With the interval in which the true one lies in 95 of 100 cases, by ranks."""
-    ranked = sorted(values)
-    cut = max(0, math.floor(len(ranked) / 2 - 0.98 * math.sqrt(len(ranked))))
-    return [round(each, 4) for each in (statistics.median(ranked), ranked[cut], ranked[-1 - cut])]
+async def traced_or_not(side: Side, count: int) -> tuple[list[float], list[float]]:
+    """Requests whose client records their trace, and others, in milliseconds; first those without."""
+    found: tuple[list[float], list[float]] = ([], [])
+    async with httpx.AsyncClient(timeout=600.0) as client:
+        for number in range(-20, count):
+            for is_sampled in (False, True) if number % 2 else (True, False):
+                side.forget()
+                await ask_alone(client, side, number, make(is_sampled=is_sampled).text)
+                if number >= 0:
+                    found[is_sampled].extend(side.alone_ms)
+    return found
+
+
+def streams_at_once(options: argparse.Namespace, lives: int) -> dict[str, list[float]]:
+    """Tokens a second and CPU, of the demo model."""
+    model = str(fetch(default_cache(os.environ), lambda what, part: None))
+    rates: tuple[list[float], list[float]] = ([], [])
+    cpu_ms: tuple[list[float], list[float]] = ([], [])
+    for life in range(lives):
+        with sides(model, options, life) as both:
+            for number in range(-1, math.ceil(options.rounds / lives)):
+                for side in both if number % 2 else both[::-1]:
+                    asyncio.run(play(side, number, options.streams, options.tokens))
+                if number < 0:
+                    for side in both:
+                        side.forget()
+            for index, side in enumerate(both):
+                rates[index].extend(side.rates)
+                cpu_ms[index].extend(side.cpu_ms)
+    return {
+        "tokens_per_s": [statistics.median(each) for each in rates],
+        "share": median_of([on / off for off, on in zip(*rates, strict=True)]),
+        "cpu_ms": [statistics.median(each) for each in cpu_ms],
+    }
+
+
+def one_at_a_time(options: argparse.Namespace, lives: int) -> dict[str, list[float]]:
+    """Latency, of a small random model."""
+    alone_ms: tuple[list[float], list[float]] = ([], [])
+    more_ms: list[float] = []
+    trace_ms: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="seeing-") as home:
+        tiny = str(Path(home) / "tiny")
+        subprocess.run([sys.executable, str(MAKE_TINY), tiny], check=True, stdout=subprocess.DEVNULL)
+        for life in range(lives):
+            with sides(tiny, options, life) as (off, on):
+                asyncio.run(pairs(off, on, math.ceil(options.pairs / lives)))
+                for index, side in enumerate((off, on)):
+                    alone_ms[index].extend(side.alone_ms)
+                more_ms.append(
+                    statistics.median(b - a for a, b in zip(off.alone_ms, on.alone_ms, strict=True))
+                )
+                without, traced = asyncio.run(traced_or_not(on, math.ceil(options.pairs / lives)))
+                trace_ms += [b - a for a, b in zip(without, traced, strict=True)]
+    return {
+        "p50_ms": [statistics.median(each) for each in alone_ms],
+        "more_ms": mean_of(more_ms),
+        "trace_ms": median_of(trace_ms),
+        "more_ms_by_life": [round(each, 3) for each in more_ms],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0] if __doc__ else "")
+    parser.add_argument("--lives", default="2,6", help="of the two meshes of each model")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--scrape-s", type=float, default=5.0)
+    parser.add_argument("--check-s", type=float, default=60.0)
+    parser.add_argument("--same", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    with sides(str(fetch(default_cache(os.environ), lambda what, part: None)), options.scrape_s) as (off, on):
-        for number in range(-1, options.rounds):
-            for side in (off, on) if number % 2 else (on, off):
-                asyncio.run(play(side, number, options.streams, options.tokens))
-            if number < 0:
-                off.forget()
-                on.forget()
-        told = {
-            "tokens_per_s": [statistics.median(off.rates), statistics.median(on.rates)],
-            "share": median_of([b / a for a, b in zip(off.rates, on.rates, strict=True)]),
-            "cpu_ms": [statistics.median(off.cpu_ms), statistics.median(on.cpu_ms)],
-        }
-    with tempfile.TemporaryDirectory(prefix="seeing-") as home:
-        tiny = str(Path(home) / "tiny")
-        subprocess.run([sys.executable, str(MAKE_TINY), tiny], check=True, stdout=subprocess.DEVNULL)
-        with sides(tiny, options.scrape_s) as (off, on):
-            asyncio.run(pairs(off, on, options.pairs))
-            told |= {
-                "p50_ms": [statistics.median(off.alone_ms), statistics.median(on.alone_ms)],
-                "more_ms": median_of([b - a for a, b in zip(off.alone_ms, on.alone_ms, strict=True)]),
-            }
+    lives = [int(each) for each in options.lives.split(",")]
+    told: dict[str, list[float]] = {}
+    for measure, count in zip((streams_at_once, one_at_a_time), lives, strict=True):
+        if count:
+            told |= measure(options, count)
     if options.json:
         print(json.dumps(told))
         return
-    for name, (without, with_all) in (
-        (each, told[each][:2]) for each in ("tokens_per_s", "cpu_ms", "p50_ms")
-    ):
-        print(f"{name:<14} off {without:9.3f}   on {with_all:9.3f}")
-    share, more = told["share"], told["more_ms"]
-    print(f"share of tokens/s {share[0]:.3f} ({share[1]:.3f}-{share[2]:.3f}), goal {GOAL_SHARE:g}")
-    print(f"p50 more, ms {more[0]:.3f} ({more[1]:.3f}-{more[2]:.3f}), goal {GOAL_MS:g}")
+    for name in ("tokens_per_s", "cpu_ms", "p50_ms"):
+        if name in told:
+            print(f"{name:<14} off {told[name][0]:9.3f}   on {told[name][1]:9.3f}")
+    if "share" in told:
+        print("share of tokens/s {:.3f} ({:.3f}-{:.3f})".format(*told["share"]), f"goal {GOAL_SHARE:g}")
+    if "more_ms" in told:
+        print("a trace more, ms {:.3f} ({:.3f}-{:.3f})".format(*told["trace_ms"]))
+        by_life = ", ".join(f"{each:.3f}" for each in told["more_ms_by_life"])
+        print("p50 more, ms {:.3f} ({:.3f}-{:.3f})".format(*told["more_ms"]), f"goal {GOAL_MS:g}; {by_life}")
 
 
 if __name__ == "__main__":

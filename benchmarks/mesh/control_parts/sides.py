@@ -72,9 +72,16 @@ def mesh(
             subprocess.run([*command, "down"], cwd=home, check=True, stdout=subprocess.DEVNULL)
 
 
-async def ask(client: httpx.AsyncClient, side: Side, prompt: list[int], tokens: int, strategy: str) -> int:
+async def ask(
+    client: httpx.AsyncClient,
+    side: Side,
+    prompt: list[int],
+    tokens: int,
+    strategy: str,
+    traceparent: str = "",
+) -> int:
     body = {"model": "m", "prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True}
-    headers = {"x-microserve-strategy": strategy}
+    headers = {"x-microserve-strategy": strategy} | ({"traceparent": traceparent} if traceparent else {})
     lines = 0
     async with client.stream(
         "POST", f"{side.url}/v1/completions", json=body | {"stream": True}, headers=headers
@@ -85,10 +92,10 @@ async def ask(client: httpx.AsyncClient, side: Side, prompt: list[int], tokens: 
     return tokens if lines else 0
 
 
-async def ask_alone(client: httpx.AsyncClient, side: Side, number: int) -> None:
+async def ask_alone(client: httpx.AsyncClient, side: Side, number: int, traceparent: str = "") -> None:
     """One short request, timed."""
     began = time.perf_counter()
-    await ask(client, side, [9 + number % 50] * 24, 1, "data_parallel")
+    await ask(client, side, [9 + number % 50] * 24, 1, "data_parallel", traceparent)
     side.alone_ms.append((time.perf_counter() - began) * 1000)
 
 
