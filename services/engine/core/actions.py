@@ -29,7 +29,6 @@ from microserve.services.engine.core.checks import (
     check_builds_on,
     check_first,
     check_fits,
-    check_goes_on,
     check_request,
     check_same_adapter,
     check_same_kv,
@@ -166,8 +165,6 @@ class Actions:
         received = record.received
         grant = received.grant if received is not None else None
         check_builds_on(message, begin, num_tokens, grant, commits=record.commit is not None)
-        if state.memory.states is not None:
-            check_goes_on(message, begin, num_tokens)
         self._check_queue()
         sequence = self._sequence(
             record,

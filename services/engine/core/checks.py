@@ -168,16 +168,6 @@ def check_builds_on(
         )
 
 
-def check_goes_on(message: wire.StartGenerate, begin: int, num_tokens: int) -> None:
-    """Of a hybrid model: can it go on from its state at ``begin``?"""
-    if message.grant_id is not None and begin == num_tokens and not message.await_first:
-        raise InvalidInterval(
-            f"begin is {begin}, all of the prompt: the state there gives a hybrid model no logits of the "
-            "token before it, so its sender samples the first token (await_first), or begin is below",
-            field="begin",
-        )
-
-
 def _not_alone() -> InvalidRequest:
     """Of a prefix that another engine computes there are no logits here."""
     return InvalidRequest(

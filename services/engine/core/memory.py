@@ -175,6 +175,11 @@ class KvMemory:
                 waiting.append((transfer, blocks))
         self._departing = waiting
 
+    def goes_on(self, sequence: Sequence, end: int) -> bool:
+        """Can it be computed on behind ``end`` tokens, whose KV is there? Not by a hybrid model whose state has
+        seen all of them, where the last one's logits are wanted: they need the state before it."""
+        return self.states is None or end < sequence.num_tokens or sequence.await_first
+
     # --- received KV -------------------------------------------------------------------------------
 
     def open_grant(

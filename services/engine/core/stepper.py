@@ -173,7 +173,12 @@ class Stepper:
         """All KV of the grant is in and verified."""
         self._state.memory.seal(received)
         self._measure(received, now)
-        sequence.num_computed = max(sequence.num_computed, received.grant.end)
+        if not self._state.memory.goes_on(sequence, received.grant.end):
+            # All of it, from its tokens; what has come is of no use to it.
+            self._state.memory.release(sequence, now)
+            sequence.received_tokens = sequence.cached_tokens = 0
+        else:
+            sequence.num_computed = max(sequence.num_computed, received.grant.end)
         sequence.ready_at = now if sequence.started_at is None else min(now, sequence.started_at)
         self._state.count("received_tokens", sequence.received_tokens)
         _logger.debug(log.KV_RECEIVED, request_id=sequence.request_id, num_tokens=sequence.received_tokens)

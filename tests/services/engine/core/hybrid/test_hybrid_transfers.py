@@ -70,9 +70,20 @@ def test_a_receiver_starts_at_the_length_of_its_state_and_nowhere_else(family: s
     for begin in (8, 9, 11, 12, 18):
         with pytest.raises(InvalidInterval, match="begin must be the grant's end 10"):
             receive(mesh.b, "r", granted, begin)
-    whole = grant_for(mesh.b, "w", prompt, 18)
-    with pytest.raises(InvalidInterval, match="no logits"):
-        receive(mesh.b, "w", whole, 18)
+    mesh.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_prompt_whose_first_token_nobody_samples_is_computed_again(family: str) -> None:
+    """The state behind its last token gives no logits of it."""
+    mesh, prompt = HybridMesh(family), prompt_of(18)
+    granted = grant_for(mesh.b, "r", prompt, 18)
+    receive(mesh.b, "r", granted, 18, LOGPROBS)
+    send(mesh.a, "r", prompt, granted, 0, 18)
+    mesh.run()
+    mesh.assert_exact(mesh.b, "r", prompt)
+    usage = mesh.b.finished["r"].usage
+    assert (usage.received_tokens, usage.cached_tokens) == (0, 0)
     mesh.close()
 
 
