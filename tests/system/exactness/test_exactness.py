@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.engine.model.families import make_model
+from tests.support.engine.model.tiny_model import write_tokenizer
 from tests.support.process.bitwise import HARMS, ask_alone, check_bits
 from tests.support.process.cases import all_kinds, make_cases
 from tests.support.process.exactness import HARMED_UNDER, PATIENT, SETTINGS, STRATEGIES, check, oracle
@@ -28,6 +30,17 @@ def test_tiny_model(tiny_model: Path, tmp_path: Path, num_engines: int) -> None:
     with MeshProcesses(tiny_model, tmp_path, num_engines=num_engines, settings=IN_FP32) as mesh:
         wrong = asyncio.run(check(mesh.router_address, cases, expected, STRATEGIES, num_engines))
     assert wrong == 0
+
+
+@pytest.mark.parametrize("family", ["lfm2", pytest.param("qwen3_next", marks=pytest.mark.heavy)])
+def test_a_hybrid_model(family: str, tmp_path: Path) -> None:
+    """Its state moves with its KV under every strategy. No bits are promised, so no tokens are drawn."""
+    model = make_model(tmp_path / family, family, max_position_embeddings=4096)
+    write_tokenizer(model, 320)
+    cases = [each for each in make_cases(24, vocab_size=320, max_prompt=200, seed=7) if each.greedy]
+    expected = oracle(model, cases)
+    with MeshProcesses(model, tmp_path, num_engines=3, settings=IN_FP32) as mesh:
+        assert asyncio.run(check(mesh.router_address, cases, expected, STRATEGIES, 3)) == 0
 
 
 @pytest.mark.heavy

@@ -86,11 +86,11 @@ def make_tiny_model(
             torch.nn.init.normal_(parameter, middle, 0.3)
     model.generation_config.eos_token_id = [0, EOS]
     model.save_pretrained(directory)
-    _write_tokenizer(directory, vocab)
+    write_tokenizer(directory, vocab)
     return directory
 
 
-def _write_tokenizer(directory: Path, vocab: int) -> None:
+def write_tokenizer(directory: Path, vocab: int) -> None:
     """Byte-level BPE; its few merges come from this file's own text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
