@@ -136,10 +136,10 @@ class TransferPlan:
             lo, hi = lo // size * size, hi if hi == self.end else hi // size * size
         return lo, max(lo, hi)
 
-    @property
-    def row_nbytes(self) -> int:
-        """K, or V, of one token in one layer."""
-        return self._source.row_nbytes
+    def raw_nbytes(self, lo: int, hi: int) -> int:
+        """Of tokens ``[lo, hi)`` in one layer, and of a hybrid model's state where the grant ends."""
+        num_state = len(self.state_blocks) if hi == self._grant.end else 0
+        return 2 * (hi - lo) * self._source.row_nbytes + num_state * self._source.block_nbytes
 
     @property
     def may_be_encoded(self) -> bool:

@@ -176,8 +176,8 @@ class KvMemory:
         self._departing = waiting
 
     def goes_on(self, sequence: Sequence, end: int) -> bool:
-        """Can it be computed on behind ``end`` tokens, whose KV is there? Not by a hybrid model whose state has
-        seen all of them, where the last one's logits are wanted: they need the state before it."""
+        """Can it be computed on behind ``end`` tokens, whose KV is there? Not by a hybrid model whose state
+        has seen all of them, where the last one's logits are wanted: they need the state before it."""
         return self.states is None or end < sequence.num_tokens or sequence.await_first
 
     # --- received KV -------------------------------------------------------------------------------
@@ -308,18 +308,17 @@ class KvMemory:
         num_full = first if is_refused else grant.end // self.block_size
         self.received.forget(received)
         if self.states is not None:
-            return self._commit_with_state(received, blocks)
+            return self._commit_with_state(received, blocks, is_refused=is_refused)
         self.cache.insert(received.token_ids, blocks, num_full, received.salt, start=first)
         self.pool.free(blocks)
         return num_full * self.block_size
 
-    def _commit_with_state(self, received: ReceivedGrant, blocks: list[int]) -> int:
+    def _commit_with_state(self, received: ReceivedGrant, blocks: list[int], *, is_refused: bool) -> int:
         """Its state is of use at the grant's end alone: only whole blocks are cached with one."""
         grant = received.grant
         num_full = grant.end // self.block_size
         own = grant.blocks[len(blocks) - grant.matched // self.block_size :]
-        is_foreign = received.is_foreign and self.numerics.is_exact
-        is_kept = grant.end % self.block_size == 0 and not is_foreign
+        is_kept = grant.end % self.block_size == 0 and not is_refused
         if own and is_kept:
             chain, first = self.new_chain(received.salt), grant.matched // self.block_size
             is_kept = self.cache.insert(received.token_ids, blocks, num_full, received.salt, first, chain)

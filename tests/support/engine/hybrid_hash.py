@@ -1,8 +1,9 @@
 """A hybrid model of hashes: every token proves that the right KV and the right state were read.
 
-Beside what ``HashRunner`` computes, each layer has a state of fixed size: a chain over all tokens before. It is read
-from a request's state blocks and written there before the layer is sent, and each hidden state is hashed with it. So
-a state of another length, of another request, half written or of another layer shows as a wrong token.
+Beside what ``HashRunner`` computes, each layer has a state of fixed size: a chain over all tokens before.
+It is read from a request's state blocks and written there before the layer is sent, and each hidden state
+is hashed with it. So a state of another length, of another request, half written or of another layer shows
+as a wrong token.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Outgoing:
             self._began_at = self._busy_until = now
         if not self._pieces:
             self._idle_s += max(0.0, now - self._busy_until)
-        self.raw_nbytes += 2 * (hi - lo) * writer.plan.row_nbytes
+        self.raw_nbytes += writer.plan.raw_nbytes(lo, hi)
         if self._encoder is None or self._codec is None or not writer.is_encoded:
             return self._was_put(writer.put_layer(layer, blocks, *given, state_blocks))
         if self._table != blocks:

@@ -10,8 +10,13 @@ import pytest
 from microserve.protocol.errors import CacheFull, InvalidRequest, MeshError, UnknownRequest
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.request.sampling import SamplingParams
-from tests.support.engine.core_mesh import ROUTER, Engine, generate, grant_for, receive, send
+from microserve.services.engine.core.coding.choice import CodecOptions
+from tests.support.engine.core_mesh import GREEDY, ROUTER, Engine, generate, grant_for, receive, send
 from tests.support.engine.hybrid_hash import HybridHashMesh, expect
+
+
+class CodingMesh(HybridHashMesh):
+    codecs = CodecOptions(num_threads=0)
 
 
 class Crowd:
@@ -110,3 +115,19 @@ def test_nothing_is_wrong_or_lost_in_a_crowd(seed: int, count: int) -> None:
     assert whole > count // 4
     assert crowd.met == {"preempted", "cached", "received", "nobody sends"}
     crowd.mesh.close()
+
+
+def test_a_codec_leaves_kv_and_state_as_they_are() -> None:
+    mesh = CodingMesh()
+    prompt = [7, *range(30)]
+    granted = grant_for(mesh.b, "r", prompt, 30)
+    call = send(mesh.a, "r", prompt, granted, 0, 30, codec="lossless-zstd")
+    receive(mesh.b, "r", granted, 30, GREEDY)
+    mesh.run()
+    assert mesh.b.tokens["r"] == expect(tuple(prompt), GREEDY.max_tokens)
+    sent, layout = mesh.a.replies[call], mesh.a.core.layout
+    assert isinstance(sent, wire.Sent) and sent.coding is not None
+    assert sent.coding.profile == "none"
+    whole = layout.num_layers * (30 * 2 * layout.row_nbytes + layout.num_state_blocks * layout.block_nbytes)
+    assert sent.nbytes == sent.coding.wire_nbytes == sent.coding.raw_nbytes == whole
+    mesh.close()
