@@ -53,6 +53,7 @@ class Engine:
     """Empty: it serves every label."""
     slowness: float = 1.0
     """A step takes so many times as long as on the others."""
+    cluster: str = ""
 
 
 @strategy
@@ -120,6 +121,7 @@ class MeshInMemory:
             max_num_batched_tokens=512,
             max_model_len=MAX_MODEL_LEN,
             labels=tuple(tuple(engine.labels) for engine in chosen),
+            clusters=tuple(engine.cluster for engine in chosen),
             strategies=(on_engine,) if is_shipped else (on_engine, self.strategy),
             max_skew_s=0.0,
         )

@@ -35,6 +35,7 @@ CHAPTERS: dict[str, list[tuple[str, tuple[str, ...]]]] = {
             ("load", "sequences", "prefix_match", "labelled", "link_to", "link_from"),
         ),
         (f"{AUTHORING}/splitting.py", ("alone_s", "cheapest_split", "Split")),
+        (f"{AUTHORING}/offloading.py", ("offload", "Offload", "Way", "follow_links", "forget_request")),
     ],
     "Engines, and what they do": [
         (f"{AUTHORING}/view.py", ("EngineFacts",)),

@@ -69,6 +69,8 @@ class Shape:
     """That routers know beside those that they come with."""
     labels: tuple[tuple[str, ...], ...] = ()
     """By number of engine; engines without an entry have none."""
+    clusters: tuple[str, ...] = ()
+    """By number of engine; engines without an entry have none."""
     numerics: tuple[Numerics, ...] = ()
     """By number of engine: in which class it computes, and rows are marked with it. Empty: all in one."""
     max_skew_s: float = 600.0
@@ -287,6 +289,7 @@ class SimulatedMesh:
                 events_address=f"inproc://{name}/events",
                 replay_address=f"inproc://{name}/replay",
                 labels=list(labels),
+                cluster=shape.clusters[number] if is_engine and number < len(shape.clusters) else "",
                 max_num_seqs=shape.max_num_seqs,
                 max_num_batched_tokens=shape.max_num_batched_tokens,
                 max_waiting=shape.max_waiting,
@@ -314,6 +317,7 @@ class SimulatedMesh:
                     "hedged": {"after_s": 0.02},
                     "kv_cost": {"temperature": 0.5},
                     "min_ttft": {"balance": 1.0},
+                    "prfaas": {"threshold": 16, "period_s": 0.1},
                     "priority": {"places": 2},
                     "replicate_hot": {"depth": 2, "hot": 1, "period_s": 0.2},
                     "tenant_share": {"by": "user", "share": 0.25, "places": 4},

@@ -25,6 +25,13 @@ from microserve.services.router.authoring.action.grant import GrantHandle, Sendi
 from microserve.services.router.authoring.action.race import Entrant
 from microserve.services.router.authoring.definition import strategy
 from microserve.services.router.authoring.mesh import Mesh, Scorer
+from microserve.services.router.authoring.offloading import (
+    Offload,
+    Way,
+    follow_links,
+    forget_request,
+    offload,
+)
 from microserve.services.router.authoring.plan import PlanMesh
 from microserve.services.router.authoring.splitting import Split, alone_s, cheapest_split
 from microserve.services.router.authoring.view import EngineFacts, MeshView
@@ -54,6 +61,11 @@ __all__ = [
     "alone_s",
     "cheapest_split",
     "Split",
+    "offload",
+    "Offload",
+    "Way",
+    "follow_links",
+    "forget_request",
     "Annotated",
     "Meta",
     "QueueFull",

@@ -25,6 +25,7 @@ from microserve.services.router.strategies.splitting.cache_aware import cache_aw
 from microserve.services.router.strategies.splitting.conditional import conditional
 from microserve.services.router.strategies.splitting.disaggregated import disaggregated
 from microserve.services.router.strategies.splitting.elastic_roles import elastic_roles
+from microserve.services.router.strategies.splitting.prfaas import prfaas
 from microserve.services.router.strategies.splitting.thirds import thirds
 
 BUILT_IN = (
@@ -40,6 +41,7 @@ BUILT_IN = (
     kv_cost,
     migrate,
     min_ttft,
+    prfaas,
     priority,
     replicate_hot,
     sticky,

@@ -100,6 +100,7 @@ def draw(seed: int) -> Scenario:
         stuck_s=1.0,
         strategies=PROVOKING,
         labels=rng.choice(((), (), (("prefill",), ("decode",)))),
+        clusters=_draw_clusters(random.Random(f"clusters {seed}"), num_engines),
         max_skew_s=rng.choice((0.0, 600.0)),
         numerics=_draw_numerics(random.Random(f"numerics {seed}"), num_engines),
     )
@@ -115,6 +116,11 @@ def draw(seed: int) -> Scenario:
     crowd = [_draw_arrival(rng, shape, ["data_parallel", "kv_cost"], last, is_heavy=False) for _ in range(8)]
     ends_at = max([last, arrivals[-1].at, *(fault.until for fault in faults)])
     return Scenario(seed, kind, shape, arrivals, crowd, faults, ends_at)
+
+
+def _draw_clusters(rng: random.Random, num_engines: int) -> tuple[str, ...]:
+    """None, or one of two for each; likewise of its own lots."""
+    return () if rng.random() < 0.5 else tuple(rng.choice(("near", "far")) for _ in range(num_engines))
 
 
 def _draw_numerics(rng: random.Random, num_engines: int) -> tuple[Numerics, ...]:

@@ -33,6 +33,7 @@ TOKEN_PARAMETERS = {
     "auto": ("tau", "threshold"),
     "balanced_adaptive": ("min_share",),
     "conditional": ("max_tokens", "prefill_busy"),
+    "prfaas": ("threshold",),
 }
 """Parameters of built-in strategies that count tokens: a simulated mesh counts ``scale`` of them as one."""
 JOIN_S = 10.0
