@@ -41,7 +41,6 @@ from torch import Tensor
 from microserve.kernels.attention.gpu_attention import DeviceBatch, paged_attention
 from microserve.kernels.cuda_module import Launch
 from microserve.kernels.kernel_cache import KernelUnavailable
-from microserve.kernels.quantize.kv_quantize import quantize_scatter
 from microserve.kernels.scatter.arrival_signal import ArrivalSignal
 from microserve.kernels.scatter.block_put import block_put, put_plan
 from microserve.kernels.scatter.block_scatter import block_scatter
@@ -158,18 +157,6 @@ def transfers(setting: Setting) -> None:
         setting, lambda round_: block_put(sources[at(round_)], targets[at(round_)], plan, signal=signal)
     )
     report("put of whole blocks + signal", put, 2 * setting.num_blocks * block_nbytes, ceiling)
-
-    codes = [torch.zeros(pool.shape, dtype=torch.float8_e4m3fn, device=device) for pool in targets]
-    scales = [torch.zeros(pool.shape[:-1], device=device) for pool in targets]
-    quantised = seconds(
-        setting,
-        lambda round_: quantize_scatter(
-            *(new[at(round_)][0], new[at(round_)][1], slots, codes[at(round_)], scales[at(round_)]),
-            signal=signal,
-        ),
-    )
-    written = rows_nbytes // 2 + 2 * setting.num_tokens * NUM_KV_HEADS * 4
-    report("quantise to e4m3 + signal", quantised, rows_nbytes + written, ceiling)
 
 
 def read_rate(setting: Setting, nbytes: int) -> float:

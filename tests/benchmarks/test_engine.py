@@ -91,3 +91,13 @@ def test_int8_beside_other_weights(tiny_model: Path) -> None:
         ("bfloat16", "float32"),
     ]
     assert all(0 < row["mean"] < row["worst"] and 0 < row["greedy"] <= 1 for row in told["rows"])
+
+
+def test_codecs_beside_a_copy(tiny_model: Path) -> None:
+    told = figures("../codec", tiny_model)
+
+    rows = {row["name"]: row for row in told["rows"]}
+    assert told["num_tokens"] == 48 and list(rows)[:3] == ["copy", "zstd of the rows", "none"]
+    assert rows["lossless-rans"]["off_keys"] == 0 < rows["uniform-16-rans"]["off_keys"] < 0.2
+    assert rows["uniform-16-rans"]["ratio"] > rows["lossless-rans"]["ratio"] > 0.9
+    assert all(row["encode_mb_s"] > 0 and row["decode_mb_s"] > 0 for row in told["rows"])
