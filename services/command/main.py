@@ -39,6 +39,7 @@ ELSEWHERE = {
     "label": "label:label",
     "model": "model.command:model",
     "plan": "plan:plan",
+    "profile": "profile.command:profile",
     "ps": "ps:ps",
     "router": "serve.command:router",
     "simulate": "simulate:simulate",

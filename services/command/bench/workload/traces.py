@@ -26,6 +26,8 @@ class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]], msgspec.Meta(min_length=1)] | None = None
     max_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)] | None = None
+    answer: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    """What a right answer begins with: `microserve profile` looks at it, nobody else."""
 
 
 def read_requests(path: str, num_requests: int, longest: int) -> list[TraceRequest]:

@@ -181,8 +181,9 @@ class Replay:
             first += need
         logits, heard = self._call(runs, 0)
         attention = torch.stack(heard.outputs)
-        sizes = [run.num_wanted for run in runs]
-        said = zip(logits.float().cpu().split(sizes), attention.split(sizes, 1), strict=True)
+        ends = np.cumsum([0, *(run.num_wanted for run in runs)]).tolist()
+        host = logits.float().cpu()
+        said = ((host[begin:end], attention[:, begin:end]) for begin, end in pairwise(ends))
         return [[Continuation(*next(said)) for _ in own] for own in branches]
 
     def answers(self, kvs: Sequence[Kv], rests: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
