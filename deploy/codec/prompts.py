@@ -2,9 +2,9 @@
 
     python deploy/codec/prompts.py 160 > prompts.jsonl
 
-Three of four are a task that a small model can do, and only with the keys and values of what came long before:
-a list of a hundred words, and some of them again in their order; what comes next is the answer. One of four is
-prose (of the LICENSE, which stays as it is), without an answer: there the next tokens are compared.
+Three of four are a task that a small model can do, and only with the keys and values of what came long
+before: a list of a hundred words, and some of them again in their order; what comes next is the answer. One
+of four is prose (of the LICENSE, which stays as it is), without an answer: there next tokens are compared.
 """
 
 from __future__ import annotations

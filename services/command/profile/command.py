@@ -41,7 +41,7 @@ NEEDED = {"torch": ".[engine]", "transformers": ".[engine]", "sklearn": ".[profi
     type=click.FloatRange(0, 1),
     default=0.9,
     show_default=True,
-    help="Least score of what is kept, beside KV as it is.",
+    help="Least fidelity, exp(-KL) of next tokens, of what is kept.",
 )
 @click.option("--prompts", "num_prompts", type=COUNT, help="Of the file, by lot.  [default: all]")
 @click.option("--longest", type=COUNT, default=2048, show_default=True, help="Leave out longer prompts.")

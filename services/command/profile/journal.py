@@ -69,5 +69,8 @@ class Journal:
         self._file.flush()
         return value
 
-    def close(self) -> None:
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._file.close()

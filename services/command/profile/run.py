@@ -4,12 +4,15 @@
     search prompts        ratio of every candidate, then quality of those that the search asks for
     held-out prompts      quality of those that stand on the front, with their own coders; their costs
 
-Owns that order and what is on the front: score, ratio and seconds, with the least score asked for. The model
-is the one that an engine would load by the same settings, computed by transformers' modules.
+Owns that order and what is on the front: fidelity, ratio and seconds, with the least fidelity asked for. The
+search goes by fidelity, which orders profiles by far fewer prompts than right answers would; how many answers
+stay right is said of what it finds. The model is the one that an engine would load by the same settings,
+computed by transformers' modules.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -93,11 +96,8 @@ def profile_model(settings: Settings, task: Task, told: Told) -> Found:
             settings.engine.max_num_batched_tokens,
         ]
     ).decode()
-    journal = Journal(Path(task.out + ".measured"), run)
-    try:
+    with Journal(Path(task.out + ".measured"), run) as journal:
         return _Run(settings, task, told, replay, workload, geometry, journal).found()
-    finally:
-        journal.close()
 
 
 def _all(workload: Workload) -> list[Prompt]:
@@ -136,7 +136,7 @@ class _Run:
         while (candidate := search.ask()) is not None:
             done = len(search.points)
             self._told(f"Quality: {done} measured, {all_ways[candidate.index].name}", self._part(search))
-            search.tell(candidate, self._searched(all_ways[candidate.index]).score)
+            search.tell(candidate, fidelity(self._searched(all_ways[candidate.index])))
         scored = [
             (all_ways[point.candidate.index], point.score)
             for point in search.points
@@ -218,7 +218,7 @@ class _Run:
         return self._journal.known("costs", profile.name, tuple[Cost, Cost], measure)
 
     def _front(self, scored: Sequence[tuple[Profile, float]]) -> list[Profile]:
-        """What no other one is better than, by score, ratio and seconds; and what loses nothing."""
+        """What no other one is better than, by fidelity, ratio and seconds; and what loses nothing."""
         self._told("Costs", None)
         points = [(profile, 1.0) for profile in LOSSLESS]
         points += [(with_coder(way, coder), score) for way, score in scored for coder in CODERS]
@@ -256,6 +256,11 @@ class _Run:
             head_scores=self._scores,
             entries=entries,
         )
+
+
+def fidelity(quality: Quality) -> float:
+    """What is left, on (geometric) average, of the probability of a token that the model would have said."""
+    return math.exp(-quality.logit_kl)
 
 
 def machine() -> str:

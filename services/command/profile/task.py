@@ -14,7 +14,7 @@ class Task(msgspec.Struct, kw_only=True, frozen=True):
     space: str = "wide"
     method: str = BAYES
     floor: float = 0.9
-    """Least score of what is kept."""
+    """Least fidelity, ``exp(-KL)``, of what is kept."""
     most: int = 60
     """Ways to lose that are measured; of ``exhaustive``: no matter."""
     num_prompts: int = 0

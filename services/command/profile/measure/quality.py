@@ -92,6 +92,11 @@ class Judge:
         known = [each.is_right for each in self._exact if each.is_right is not None]
         return sum(known), len(known)
 
+    @property
+    def said(self) -> list[list[int]]:
+        """Of each prompt the likeliest next tokens, with KV as it is."""
+        return [each.said.tolist() for each in self._exact]
+
     def seen(self, received: Sequence[npt.NDArray[np.uint8]]) -> list[Seen]:
         """received: of each prompt, rows as they came back, in the shape of ``kvs``."""
         every = self._replay.go_on([Kv(rows) for rows in received], [each.branches for each in self._exact])

@@ -120,8 +120,8 @@ class Bayes:
         )
 
     def front(self) -> list[Point]:
-        """What is returned: points that no measured one is better than, nor, as far as can be told, any other.
-        From the largest ratio on."""
+        """What is returned: points that no measured one is better than, nor, as far as can be told, any
+        other. From the largest ratio on."""
         front, left = front_of(self.points, self._options.floor), list(self._left.values())
         if not front or not left:
             return front
