@@ -37,15 +37,16 @@ class Options:
     weight: float = 1.0
     decay: float = 0.97
     least_weight: float = 0.05
-    patience: int = 12
+    patience: int = 16
     """It ends after so many measurements in a row that have added nothing to speak of to the front."""
-    gain: float = 1e-3
+    gain: float = 1e-4
     """Of the area under the front: less is nothing to speak of."""
     share: float = 0.6
     """Of ``most``, for finding the front; the rest is for doubting it."""
     doubt: float = 0.05
-    """Chance from which on what might be better than a point of the front is measured; and while it is not,
-    the point is not returned."""
+    """Chance from which on what might be better than a point of the front is measured."""
+    too_much: float = 0.25
+    """Chance from which on a point of the front is not returned, for want of that measurement."""
 
 
 class Bayes:
@@ -56,7 +57,6 @@ class Bayes:
         self._first = self._strata(candidates)
         self._next: Candidate | None = None
         self._area, self._num_idle = 0.0, 0
-        self._doubts = False
         self.points: list[Point] = []
 
     def _strata(self, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -84,15 +84,14 @@ class Bayes:
         options, left = self._options, list(self._left.values())
         guessed = guess(self.points, left, self._seed + len(self.points))
         ratios = np.array([each.ratio for each in left])
-        is_found = self._num_idle >= options.patience or len(self.points) >= options.share * options.most
-        if not self._doubts and not is_found:
-            worth = self._worth(guessed, ratios)
-            worth[self._is_hopeless(guessed, ratios)] = -np.inf
-            if np.isfinite(worth.max()):
-                return left[int(worth.argmax())]
-        self._doubts = True
-        chance = self._chance_to_dominate(guessed, ratios)
-        return left[int(chance.argmax())] if chance.max() >= options.doubt else None
+        if len(self.points) >= options.share * options.most or self._num_idle >= options.patience:
+            chance = self._chance_to_dominate(guessed, ratios)
+            if chance.max() >= options.doubt:
+                return left[int(chance.argmax())]
+        worth = self._worth(guessed, ratios)
+        worth[self._is_hopeless(guessed, ratios)] = -np.inf
+        is_over = self._num_idle >= options.patience or not np.isfinite(worth.max())
+        return None if is_over else left[int(worth.argmax())]
 
     def _worth(self, guessed: Guess, ratios: Floats) -> Floats:
         options = self._options
@@ -129,7 +128,9 @@ class Bayes:
             guess(self.points, left, self._seed), np.array([each.ratio for each in left]), front
         )
         return [
-            point for point, each in zip(front, chance.max(axis=1), strict=True) if each < self._options.doubt
+            point
+            for point, each in zip(front, chance.max(axis=1), strict=True)
+            if each < self._options.too_much
         ]
 
     def _chance_to_dominate(self, guessed: Guess, ratios: Floats) -> Floats:
