@@ -38,13 +38,15 @@ def guess(points: Sequence[Point], wanted: Sequence[Candidate], seed: int) -> Gu
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import Matern, WhiteKernel
+    from threadpoolctl import threadpool_limits
 
     known = np.array([point.candidate.features for point in points])
     kernel = Matern(length_scale=1.0, nu=1.5) + WhiteKernel(NOISE)
     process = GaussianProcessRegressor(
         kernel, normalize_y=True, n_restarts_optimizer=RESTARTS, random_state=seed
     )
-    with warnings.catch_warnings():
+    # Of so few points one thread makes more than several that wait for each other.
+    with warnings.catch_warnings(), threadpool_limits(1):
         # It says so wherever a parameter ends at a bound, as that of the noise does where there is none.
         warnings.simplefilter("ignore", ConvergenceWarning)
         process.fit(known, np.array([point.score for point in points]))
