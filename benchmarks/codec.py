@@ -36,7 +36,7 @@ from microserve.services.engine.native.packing import native_runner
 from microserve.services.local.demo.model import default_cache, fetch
 
 BLOCK_SIZE, MAX_ROWS = 16, 512
-PAGE = Path(__file__).parents[1] / "docs" / "strategies.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "strategies.md"
 Rows = npt.NDArray[np.uint8]
 HIGH, MIXED = (Levels(12), Levels(10)), (Levels(12, 6), Levels(10, 4))
 PROFILES = [
