@@ -41,6 +41,12 @@ RESTART_S = 0.3
 """A supervisor starts a process that has ended by itself after so long."""
 
 
+WIDE = 16
+"""Times that a hash is in a row where codecs are to make it smaller."""
+WITH_CODEC = ("disaggregated", "cache_aware")
+"""Strategies that send by a codec where a mesh has one."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """How large a mesh, and how its services are set."""
@@ -73,6 +79,8 @@ class Shape:
     """By number of engine; engines without an entry have none."""
     numerics: tuple[Numerics, ...] = ()
     """By number of engine: in which class it computes, and rows are marked with it. Empty: all in one."""
+    codec: str = ""
+    """By which the strategies that know one send KV; rows are wide then. Empty: as it is."""
     max_skew_s: float = 600.0
     """Clocks of processes stand apart by up to so much."""
 
@@ -196,6 +204,7 @@ class SimulatedMesh:
             seed=seed,
             numerics=numerics,
             mark=self.mark(numerics),
+            width=WIDE if self.shape.codec else 1,
         )
 
     async def _run_index(self, seat: Seat, bus: SimBus, settings: Settings, incarnation: int) -> None:
@@ -310,6 +319,7 @@ class SimulatedMesh:
                 default_strategy="auto",
                 # As small as the prompts: every strategy shall do all that it can do.
                 strategies={
+                    **({name: {"codec": shape.codec} for name in WITH_CODEC} if shape.codec else {}),
                     "auto": {"threshold": 8, "tau": 64},
                     "balanced_adaptive": {"min_share": 4},
                     "conditional": {"policy": "isl_or_load", "max_tokens": 24, "prefill_busy": 16},
@@ -317,7 +327,7 @@ class SimulatedMesh:
                     "hedged": {"after_s": 0.02},
                     "kv_cost": {"temperature": 0.5},
                     "min_ttft": {"balance": 1.0},
-                    "prfaas": {"threshold": 16, "period_s": 0.1},
+                    "prfaas": {"threshold": 16, "period_s": 0.1, "codec": shape.codec},
                     "priority": {"places": 2},
                     "replicate_hot": {"depth": 2, "hot": 1, "period_s": 0.2},
                     "tenant_share": {"by": "user", "share": 0.25, "places": 4},

@@ -16,6 +16,7 @@ from microserve.protocol.process.lifecycle import Lifecycle
 from microserve.protocol.settings.settings import Settings
 from microserve.services.engine.core.batch import Batch, Chunk, Runner, StepResult
 from microserve.services.engine.core.checks import Limits
+from microserve.services.engine.core.coding.choice import CodecOptions
 from microserve.services.engine.core.core import EngineCore
 from microserve.services.engine.shell.shell import EngineShell
 from microserve.services.simulation.engine.hash_runner import HASH, HashRunner, hash_layout
@@ -78,11 +79,12 @@ class SimEngine:
         seed: int,
         numerics: Numerics = HASH,
         mark: int = 0,
+        width: int = 1,
     ) -> None:
-        """``numerics``: in which class it computes. ``mark``: that class's bit in the rows, in a mesh of
+        """``width``: of rows; above 1 engines have codecs. ``numerics``: in which class it computes. ``mark``: that class's bit in the rows, in a mesh of
         several (marked_runner.py); 0: rows are not marked."""
         cache = settings.kvcache
-        self.numerics, self.mark = numerics, mark
+        self.numerics, self.mark, self._width = numerics, mark, width
         self.runner: HashRunner | None = None
         """None where another kind of engine computes nothing."""
         self._witness = witness
@@ -111,6 +113,7 @@ class SimEngine:
             pause=self._pause,
             changed=self._make_condition(),
             guides=ToyGuides(self.vocab_size, lambda: process.now),
+            codecs=CodecOptions(num_threads=0) if width > 1 else None,
         )
         witness.join(incarnation, self.core.memory.grants)
         self.service: EngineShell | None = None
@@ -124,7 +127,7 @@ class SimEngine:
     ) -> tuple[MemoryHeap, Runner]:
         """Its memory, and what computes on it."""
         cache = settings.kvcache
-        layout = hash_layout(num_blocks=cache.num_blocks, block_size=cache.block_size)
+        layout = hash_layout(num_blocks=cache.num_blocks, block_size=cache.block_size, width=self._width)
         heap = FaultyHeap(
             layout,
             incarnation=incarnation,

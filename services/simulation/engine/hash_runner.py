@@ -6,7 +6,7 @@ missing or shifted row changes every later token, so a mistake in blocks, transf
 wrong token. No torch, microseconds a token.
 
 Rows are 8 bytes: ``KvLayout(num_kv_heads=1, head_dim=2, dtype="float32")``; or these 8 bytes several times
-over, so that a codec makes them smaller.
+over, so that a codec makes them smaller. Tokens are the same for any width, as long as all times are.
 """
 
 from __future__ import annotations
@@ -138,18 +138,25 @@ class HashRunner:
         size, base, kv = self._layout.block_size, layer * self._layer_nbytes, self._kv
         block_nbytes, half_nbytes = self._block_nbytes, self._half_nbytes
         starts = [base + block * block_nbytes for block in chunk.block_table]
-        whole = [kv[start : start + block_nbytes] for start in starts[: chunk.start // size]]
+        whole = [self._seen(kv[start : start + block_nbytes]) for start in starts[: chunk.start // size]]
         before = hashlib.blake2b(b"".join(whole), digest_size=ROW_NBYTES)
         out = []
         for position, hidden in enumerate(state, start=chunk.start):
             start, nbytes = starts[position // size], (position % size + 1) * self._row_nbytes
             seen = before.copy()
-            seen.update(kv[start : start + nbytes])
-            seen.update(kv[start + half_nbytes : start + half_nbytes + nbytes])
+            seen.update(self._seen(kv[start : start + nbytes]))
+            seen.update(self._seen(kv[start + half_nbytes : start + half_nbytes + nbytes]))
             out.append(_digest(hidden, seen.digest()))
             if nbytes == half_nbytes:
-                before.update(kv[start : start + block_nbytes])
+                before.update(self._seen(kv[start : start + block_nbytes]))
         return out
+
+    def _seen(self, rows: memoryview) -> memoryview | bytes:
+        """Of rows as they are, one time of each; of others all that there is."""
+        if self._width == 1:
+            return rows
+        times = np.frombuffer(rows, np.uint8).reshape(-1, self._width, ROW_NBYTES)
+        return times[:, 0].tobytes() if (times == times[:, :1]).all() else rows
 
     def _sample(self, chunk: Chunk, hidden: bytes) -> Sampled | None:
         """Greedy depends on the context alone; sampling also on (seed, position), as the real sampler's."""

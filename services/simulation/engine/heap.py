@@ -124,19 +124,28 @@ class FaultyPeerHeap(MemoryPeerHeap):
         self._ring = ring
 
     def put(self, copies: Copies, source_shift: int = 0, target_shift: int = 0) -> None:
+        put = super().put
+        self._write(lambda some: put(some, source_shift, target_shift), copies, target_shift)
+
+    def put_payload(self, payload: NDArray[np.uint8], copies: Copies, target_shift: int = 0) -> None:
+        put = super().put_payload
+        self._faults.counts["payload"] += 1
+        self._write(lambda some: put(payload, some, target_shift), copies, target_shift)
+
+    def _write(self, put: Callable[[Copies], None], copies: Copies, target_shift: int) -> None:
         faults, weather = self._faults, self._faults.weather
         if self._is_spoilt("lost write", weather.lost_write):
             return
         if faults.snag is None and not faults.happens("torn write", weather.torn):
-            super().put(copies, source_shift, target_shift)
+            put(copies)
         else:
             first, second = _halves(copies)
-            super().put(first, source_shift, target_shift)
+            put(first)
             faults.pause_in_write()
-            super().put(second, source_shift, target_shift)
+            put(second)
         if faults.happens("doubled write", weather.doubled_write):
             faults.pause()
-            super().put(copies, source_shift, target_shift)
+            put(copies)
         if copies.slices and self._is_spoilt("bent write", weather.bent):
             place = faults.rng.choice(copies.slices)[0]
             at = target_shift + faults.rng.randrange(place.start, place.stop)

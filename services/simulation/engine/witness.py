@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from microserve.kvcache.grant.table import GrantTable
-from microserve.kvcache.words import OPEN, POISON, WordLayout, grant_tag
+from microserve.kvcache.words import OPEN, POISON, WordLayout, grant_tag, payload_tag
 from microserve.protocol.messages.kv.grant import MAX_LANES
 
 AT_ONCE_S = 0.05
@@ -176,7 +176,8 @@ class Witness:
             self._closed_at[receiver, slot] = self._clock()
             return
         generation = value >> 8
-        self._tags[grant_tag(receiver, slot, generation)] = (receiver, slot, generation)
+        tag = grant_tag(receiver, slot, generation)
+        self._tags[tag] = self._tags[payload_tag(tag)] = (receiver, slot, generation)
         closed_at = self._closed_at.get((receiver, slot), float("-inf"))
         self.met[Meeting.SLOT_AGAIN] += self._clock() - closed_at <= AT_ONCE_S
 
