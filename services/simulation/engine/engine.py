@@ -81,8 +81,9 @@ class SimEngine:
         mark: int = 0,
         width: int = 1,
     ) -> None:
-        """``width``: of rows; above 1 engines have codecs. ``numerics``: in which class it computes. ``mark``: that class's bit in the rows, in a mesh of
-        several (marked_runner.py); 0: rows are not marked."""
+        """``width``: of rows; above 1 engines have codecs. ``numerics``: in which class it computes.
+        ``mark``: that class's bit in the rows, in a mesh of several (marked_runner.py); 0: rows are not
+        marked."""
         cache = settings.kvcache
         self.numerics, self.mark, self._width = numerics, mark, width
         self.runner: HashRunner | None = None

@@ -138,20 +138,20 @@ class HashRunner:
         size, base, kv = self._layout.block_size, layer * self._layer_nbytes, self._kv
         block_nbytes, half_nbytes = self._block_nbytes, self._half_nbytes
         starts = [base + block * block_nbytes for block in chunk.block_table]
-        whole = [self._seen(kv[start : start + block_nbytes]) for start in starts[: chunk.start // size]]
+        whole = [self._once(kv[start : start + block_nbytes]) for start in starts[: chunk.start // size]]
         before = hashlib.blake2b(b"".join(whole), digest_size=ROW_NBYTES)
         out = []
         for position, hidden in enumerate(state, start=chunk.start):
             start, nbytes = starts[position // size], (position % size + 1) * self._row_nbytes
             seen = before.copy()
-            seen.update(self._seen(kv[start : start + nbytes]))
-            seen.update(self._seen(kv[start + half_nbytes : start + half_nbytes + nbytes]))
+            seen.update(self._once(kv[start : start + nbytes]))
+            seen.update(self._once(kv[start + half_nbytes : start + half_nbytes + nbytes]))
             out.append(_digest(hidden, seen.digest()))
             if nbytes == half_nbytes:
-                before.update(self._seen(kv[start : start + block_nbytes]))
+                before.update(self._once(kv[start : start + block_nbytes]))
         return out
 
-    def _seen(self, rows: memoryview) -> memoryview | bytes:
+    def _once(self, rows: memoryview) -> memoryview | bytes:
         """Of rows as they are, one time of each; of others all that there is."""
         if self._width == 1:
             return rows

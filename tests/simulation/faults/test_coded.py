@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from microserve.kvcache.grant.decoding import LaneDecoder
+from microserve.kvcache.words import count_of
 from microserve.services.simulation.faults.campaign import run_seed
 from microserve.services.simulation.faults.coded import coded
 from microserve.services.simulation.faults.scenario import draw
@@ -24,3 +26,18 @@ def test_every_promise_holds_in_worlds_with_codecs() -> None:
             broken[seed] = verdict.violations[:3]
     assert broken == {}
     assert num_complete > 100 and num_payloads > 100 and num_torn > 10
+
+
+@pytest.mark.slow
+def test_a_payload_that_counts_before_it_is_decoded_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug: what has arrived counts."""
+
+    def arrived(decoder: LaneDecoder, layer: int) -> int:
+        word = decoder._heap.load(int(decoder._arrivals[layer]))
+        return count_of(word, decoder._grant.generation) or 0
+
+    monkeypatch.setattr(LaneDecoder, "decoded", arrived)
+    monkeypatch.setattr(LaneDecoder, "advance", lambda decoder: False)
+    verdicts = (run_seed(seed, scenario=coded(draw(seed))) for seed in range(SEEDS))
+    violations = [line for verdict in verdicts for line in verdict.violations]
+    assert any("taken for whole that were not" in line for line in violations), "a tag gives it away"

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 IN_FLIGHT = 16
 TTL_S = 60.0
 STRATEGIES = ["data_parallel", "disaggregated", "balanced", "cache_aware", "migrate", "auto"]
+WITH_CODEC = ["disaggregated", "cache_aware", "conditional"]
 
 
 def prompts(seed: int) -> list[list[int]]:
@@ -113,6 +114,19 @@ def test_the_rest_serves_on(
             mesh.stop(name)
     with capsys.disabled():
         print(f"\n{recovery}")
+
+
+@pytest.mark.parametrize("victim", ["engine-0", "engine-1"])
+def test_so_it_does_where_kv_goes_by_a_codec(victim: str, tiny_model: Path, tmp_path: Path) -> None:
+    """What was encoded, on its way, or not decoded when its sender or receiver died."""
+    by_codec = ", ".join(f'{name} = {{codec = "lossless-zstd"}}' for name in WITH_CODEC)
+    settings = [f"router.strategies={{{by_codec}}}"]
+    with MeshProcesses(tiny_model, tmp_path, settings=settings) as mesh:
+        asyncio.run(_kill(mesh, victim))
+        for name in list(mesh.services):
+            mesh.stop(name)
+    logs = [service.log.read_text() for service in mesh.history if service.name.startswith("engine")]
+    assert any("lossless-zstd" in text for text in logs), "some KV went so"
 
 
 async def _kill(mesh: MeshProcesses, victim: str) -> str:

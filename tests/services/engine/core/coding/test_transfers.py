@@ -9,13 +9,19 @@ import msgspec
 import pytest
 
 from microserve.kvcache.codec.codec import SUPPORTED
+from microserve.kvcache.heap.heap import Heap
+from microserve.kvcache.heap.local import MemoryHeap
+from microserve.kvcache.layout import KvLayout
 from microserve.protocol.errors import InvalidRequest
 from microserve.protocol.messages import engine as wire
 from microserve.protocol.messages.kv.coding import Coding
+from microserve.services.engine.core.batch import Runner
 from microserve.services.engine.core.coding.choice import CodecOptions
+from microserve.services.simulation.engine.hash_runner import HashRunner
 from tests.support.engine.core_mesh import (
     GREEDY,
     ROUTER,
+    VOCAB,
     Mesh,
     expect,
     generate,
@@ -239,6 +245,31 @@ def test_engines_without_codecs_say_so() -> None:
     receive(mesh.b, "r", granted, 23)
     mesh.run()
     assert mesh.b.tokens["r"] == expect(prompt)
+    assert coding_of(mesh, call).reason == "refused"
+    mesh.close()
+
+
+class InOtherMemory(MemoryHeap):
+    """As a GPU's."""
+
+    host_data = None  # type: ignore[assignment]
+
+
+class OtherMemoryMesh(CodingMesh):
+    def equip(self, layout: KvLayout, incarnation: int, num_slots: int) -> tuple[Heap, Runner, int | None]:
+        heap = InOtherMemory(layout, incarnation=incarnation, registry=self.registry, num_slots=num_slots)
+        return heap, HashRunner(heap.data, layout, vocab_size=VOCAB), None
+
+
+def test_a_heap_that_is_not_in_host_memory_offers_none_and_sends_kv_as_it_is() -> None:
+    mesh = OtherMemoryMesh(width=WIDTH)
+    prompt = prompt_of(24)
+    granted = grant_for(mesh.b, "r", prompt, 23)
+    assert granted.grant.decoding is None
+    call = send(mesh.a, "r", prompt, granted, 0, 23, codec=LOSSLESS)
+    receive(mesh.b, "r", granted, 23)
+    mesh.run()
+    assert mesh.b.tokens["r"] == wide(prompt)
     assert coding_of(mesh, call).reason == "refused"
     mesh.close()
 
