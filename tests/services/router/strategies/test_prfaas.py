@@ -111,6 +111,20 @@ def offload_of(mesh: MeshInMemory) -> Offload:
     return found
 
 
+@in_memory("prfaas", *NEAR, *FAR, parameters=AT_1000)
+async def test_only_what_home_lacks_goes_over_the_link(mesh: MeshInMemory) -> None:
+    """In bytes, as the senders count what they put."""
+    assert (await mesh.ask(prompt_tokens=2000)).is_good
+    first = offload_of(mesh).crossings["far"].sent_nbytes
+    assert first % 2000 == 0
+    prompt = mesh.prompt(3200)
+    await mesh.warm("d0", prompt[:1600])
+    answer = await mesh.ask(prompt=prompt)
+    [*_, send] = answer.plan.sends
+    assert (send.target, send.begin, send.end) == ("d0", 1600, 3200)
+    assert offload_of(mesh).crossings["far"].sent_nbytes - first == 1600 * first // 2000
+
+
 # --- what fails --------------------------------------------------------------------------------------
 
 
