@@ -12,6 +12,8 @@ import pytest
 
 from microserve.protocol.bus.transport import ZmqBus
 from tests.support.bus.gateway_peer import BusClient
+from tests.support.engine.model.families import make_model
+from tests.support.engine.model.tiny_model import write_tokenizer
 from tests.support.process.bitwise import crowd
 from tests.support.process.cases import Case, make_cases
 from tests.support.process.exactness import mismatches, oracle
@@ -61,3 +63,15 @@ def test_computed_there_or_here_the_answers_are_the_same(
         assert any("engine-2" in answer.result.engines for answer in long)
         short = [answer for case, answer in zip(cases, answers, strict=True) if len(case.prompt) <= 64]
         assert not any("engine-2" in answer.result.engines for answer in short)
+
+
+def test_a_hybrid_model_s_state_goes_over_the_link_with_its_kv(tmp_path: Path) -> None:
+    """No bits are promised of it, so no tokens are drawn."""
+    model = make_model(tmp_path / "lfm2", "lfm2", max_position_embeddings=4096)
+    write_tokenizer(model, 320)
+    cases = [each for each in make_cases(24, vocab_size=320, max_prompt=200, seed=7) if each.greedy]
+    expected = oracle(model, cases)
+    with MeshProcesses(model, tmp_path, num_engines=3, settings=IN_FP32, engine_settings=CLUSTERS) as mesh:
+        answers = asyncio.run(asked(mesh, cases, kill=False))
+    assert mismatches(cases, expected, [answer.token_ids for answer in answers]) == []
+    assert any("engine-2" in answer.result.engines for answer in answers)
