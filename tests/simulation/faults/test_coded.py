@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from microserve.kvcache.grant.decoding import LaneDecoder
+from microserve.kvcache.grant.payload import Bytes, LayerRows
 from microserve.kvcache.words import count_of
 from microserve.services.simulation.faults.campaign import run_seed
 from microserve.services.simulation.faults.coded import coded
@@ -41,3 +44,16 @@ def test_a_payload_that_counts_before_it_is_decoded_is_caught(monkeypatch: pytes
     verdicts = (run_seed(seed, scenario=coded(draw(seed))) for seed in range(SEEDS))
     violations = [line for verdict in verdicts for line in verdict.violations]
     assert any("taken for whole that were not" in line for line in violations), "a tag gives it away"
+
+
+@pytest.mark.slow
+def test_an_encoder_that_takes_another_layer_s_rows_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug: the payload is whole, tags and sums are right, and its rows are another layer's."""
+    gather = LayerRows.gather
+
+    def first(self: LayerRows, layer: int, blocks: Sequence[int], num_tokens: int) -> tuple[Bytes, Bytes]:
+        return gather(self, 0, blocks, num_tokens)
+
+    monkeypatch.setattr(LayerRows, "gather", first)
+    verdicts = (run_seed(seed, scenario=coded(draw(seed))) for seed in range(SEEDS))
+    assert any("wrong tokens" in line for verdict in verdicts for line in verdict.violations)
