@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -28,11 +29,16 @@ Levels = Sequence[Sequence[int]]
 
 
 class _Zstd(threading.local):
-    """Contexts serve one thread at a time."""
+    """Contexts serve one thread at a time. Each is made when it is first used: so never where there is no
+    zstandard."""
 
-    def __init__(self) -> None:
-        self.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-        self.decompressor = zstandard.ZstdDecompressor()
+    @cached_property
+    def compressor(self) -> zstandard.ZstdCompressor:
+        return zstandard.ZstdCompressor(level=ZSTD_LEVEL)
+
+    @cached_property
+    def decompressor(self) -> zstandard.ZstdDecompressor:
+        return zstandard.ZstdDecompressor()
 
 
 _zstd = _Zstd()

@@ -16,7 +16,7 @@ import numpy as np
 
 from microserve.kvcache.codec.choice.controller import Controller
 from microserve.kvcache.codec.choice.decision import Context, Decision, Reason
-from microserve.kvcache.codec.codec import Codec
+from microserve.kvcache.codec.codec import SUPPORTED, Codec
 from microserve.kvcache.codec.library import BUILT_IN, Library
 from microserve.kvcache.codec.profile import NONE
 from microserve.kvcache.layout import KvLayout
@@ -89,7 +89,7 @@ class Choices:
             slo_s=message.within_s if message.within_s > 0.0 else math.inf,  # NaN as well
             quality_floor=self._options.min_quality,
             may_lose=message.may_lose,
-            codecs=frozenset(decoding.codecs),
+            codecs=frozenset(decoding.codecs).intersection(SUPPORTED),
             decode_queued_s=max(0.0, decoding.queued_s),
             decode_s_per_byte=max(0.0, decoding.ns_per_byte * 1e-9),
             is_overlapped=True,
@@ -123,6 +123,8 @@ class Choices:
         codecs = {}
         for entry in self._library.entries:
             profile = entry.profile
+            if profile.needs not in SUPPORTED:
+                continue  # never chosen here
             of_heads = head_scores if profile.quantiser == "mixed_head" else None
             try:
                 codecs[profile.name] = Codec(profile, self._layout.geometry, head_scores=of_heads)

@@ -13,9 +13,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from microserve.kvcache.codec.choice.decision import Decision
+from microserve.kvcache.codec.choice.decision import Decision, Reason
 from microserve.kvcache.codec.codec import Codec
+from microserve.kvcache.codec.profile import NONE
 from microserve.kvcache.grant.writer import LaneWriter
+from microserve.protocol.errors import TransferFailed
 from microserve.protocol.messages.kv.coding import Coding
 from microserve.services.engine.core.coding.encoder import Encoder, Piece
 
@@ -85,7 +87,11 @@ class Outgoing:
         if not self._pieces:
             self._idle_s += max(0.0, now - self._busy_until)
         self.raw_nbytes += writer.plan.raw_nbytes(lo, hi)
-        if self._encoder is None or self._codec is None or not writer.is_encoded:
+        if self._codec is not None and not writer.is_encoded:
+            # What it takes now says nothing of the profile.
+            self.decision = Decision(NONE, Reason.REFUSED, detail="its lane takes no payloads")
+            self._codec = None
+        if self._encoder is None or self._codec is None:
             return self._was_put(writer.put_layer(layer, blocks, *given, state_blocks))
         if self._table != blocks:
             self._table = list(blocks)
@@ -101,15 +107,19 @@ class Outgoing:
         while self.is_ready:
             piece = self._pieces.popleft()
             self.encode_s += piece.seconds
-            if piece.payload is None:
-                done = writer.put_layer(piece.layer, piece.blocks, piece.lo, piece.hi)
-            else:
-                done = writer.put_payload(piece.layer, piece.payload, piece.lo, piece.hi)
-                self._is_lossy |= self.decision.profile.is_lossy
             if self._encoder is not None:
-                self._encoder.release(piece)
-            nbytes += self._was_put(done)
+                self._encoder.release(piece)  # first: putting may fail, and nobody has the piece then
+            try:
+                nbytes += self._was_put(self._put(writer, piece))
+            except (OSError, MemoryError) as error:
+                raise TransferFailed(f"it cannot be sent: {error or type(error).__name__}") from None
         return nbytes
+
+    def _put(self, writer: LaneWriter, piece: Piece) -> int:
+        if piece.payload is None:
+            return writer.put_layer(piece.layer, piece.blocks, piece.lo, piece.hi)
+        self._is_lossy |= self.decision.profile.is_lossy
+        return writer.put_payload(piece.layer, piece.payload, piece.lo, piece.hi)
 
     def put_all(self, writer: LaneWriter) -> int:
         """Wait for the encoder, and put everything; its bytes. Errors as of :meth:`put_ready`."""

@@ -36,6 +36,13 @@ WAIT_S = 60.0
 class Rig(NativeMesh):
     codecs = CodecOptions(LIBRARY, num_threads=2)
 
+    def other_step(self, engine: Engine) -> None:
+        """What a step of B waits for is encoded by now, it may be, and A has to put it."""
+        super().other_step(engine)
+        if engine is self.b:
+            self.a.step()
+        time.sleep(0.001)
+
     @property
     def numerics(self) -> str:
         """The class of both: what is mixed is so by a loss."""

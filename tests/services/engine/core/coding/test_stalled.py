@@ -13,12 +13,15 @@ from microserve.kvcache.codec import codec
 from microserve.kvcache.codec.codec import Codec
 from microserve.kvcache.grant import decoding
 from microserve.kvcache.grant.payload import Bytes
+from microserve.kvcache.grant.writer import LaneWriter
+from microserve.protocol.errors import TransferFailed
 from microserve.protocol.messages import engine as wire
 from microserve.services.engine.core.coding.choice import CodecOptions
 from microserve.services.engine.core.request.sequence import SequenceState
 from tests.support.engine.core_mesh import (
     GREEDY,
     ROUTER,
+    Engine,
     Mesh,
     expect,
     generate,
@@ -51,6 +54,13 @@ class Gate:
 
 class ThreadMesh(Mesh):
     codecs = CodecOptions(num_threads=1)
+
+    def other_step(self, engine: Engine) -> None:
+        """What a step of B waits for is encoded by now, it may be, and A has to put it."""
+        super().other_step(engine)
+        if engine is self.b:
+            self.a.step()
+        time.sleep(0.001)
 
     def until(self, condition: Callable[[], object], what: str) -> None:
         end = time.monotonic() + WAIT_S
@@ -206,3 +216,30 @@ def test_a_receiver_that_closes_keeps_blocks_that_are_being_decoded(
     mesh.until(lambda: not mesh.b.core.memory.pool.num_quarantined, "its blocks")
     assert mesh.b.tokens["other"] == wide(prompt_of(40, seed=3))
     mesh.close()
+
+
+@pytest.mark.parametrize(
+    "error", [TransferFailed("the link is gone"), OSError(105, "no room"), MemoryError()]
+)
+def test_payloads_that_cannot_be_put_end_one_send_and_no_engine(
+    mesh: ThreadMesh, gate: Gate, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    prompt = prompt_of(50)
+    call = begin(mesh, gate, prompt)
+
+    def refuse(*arguments: object) -> int:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LaneWriter, "put_payload", refuse)
+        patch.setattr(LaneWriter, "put_layer", refuse)
+        gate.open.set()
+        mesh.until(lambda: call in mesh.a.replies, "the send's end")
+    failed = mesh.a.replies[call]
+    assert isinstance(failed, wire.Failed) and failed.code == "transfer_failed"
+    mesh.until(lambda: not mesh.a.core.memory.is_departing, "the encoder lets go")
+    encoder = mesh.a.core._codecs.encoder
+    assert encoder is not None and encoder._nbytes == 0, "nothing waits, so nothing counts as waiting"
+    generate(mesh.a, "other", prompt)
+    mesh.run()
+    assert mesh.a.tokens["other"] == wide(prompt)

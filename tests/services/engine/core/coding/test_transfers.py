@@ -154,6 +154,7 @@ def test_a_bound_inside_a_block_goes_as_it_is(mesh: CodingMesh) -> None:
     for call in calls:
         coding = coding_of(mesh, call)
         assert coding.wire_nbytes == coding.raw_nbytes
+        assert (coding.profile, coding.reason) == ("none", "refused")
 
 
 def test_kv_that_gets_no_smaller_goes_as_it_is() -> None:
