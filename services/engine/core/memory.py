@@ -85,7 +85,7 @@ class KvMemory:
         """A step has computed its tokens below ``end``."""
         sequence.num_computed = end
         if self.states is not None:
-            self.states.advance(sequence)
+            self.states.advance(sequence, self._granted_state(sequence.received))
 
     def insert(self, sequence: Sequence) -> None:
         """Offer its newly completed whole blocks to the prefix cache."""
@@ -274,10 +274,22 @@ class KvMemory:
         sequence.num_cached = sequence.cached_tokens = grant.matched
         sequence.received_tokens = grant.end - grant.matched
         if self.states is not None:
-            own = self.grants.state_table(grant.grant_id)
-            self.states.adopt(sequence, received.state or own, is_shared=bool(received.state))
+            self.states.adopt(sequence, received.state or self.grants.state_table(grant.grant_id))
             received.state = []
         received.hand_to(sequence)
+
+    def _granted_state(self, received: ReceivedGrant | None) -> list[int]:
+        """Blocks of a hybrid model's state that its writers may still reach."""
+        return self.grants.state_table(received.grant_id) if received is not None else []
+
+    def settle(self, sequence: Sequence, received: ReceivedGrant) -> None:
+        """The grant's blocks are the sequence's, and nobody else writes into them; a state that it has gone
+        on from is of no more use."""
+        self.received.forget(received)
+        grant = received.grant
+        own = grant.blocks[self.num_blocks_for(grant.end - grant.matched) :]
+        if own != sequence.state_from:
+            self.pool.free(own)
 
     def seal(self, received: ReceivedGrant) -> None:
         """All KV is in and verified; no new writer may start. The blocks settle when the last has drained."""

@@ -215,7 +215,7 @@ class Stepper:
         """The last writer has drained: received blocks are as good as computed ones."""
         state, holder = self._state, received.holder
         if isinstance(holder, Sequence):
-            state.memory.received.forget(received)
+            state.memory.settle(holder, received)
             return
         job = holder.commit if isinstance(holder, RecordOf) else None
         if not isinstance(holder, RecordOf) or job is None or job.sealed_blocks is None:

@@ -51,15 +51,16 @@ class States:
         if not sequence.state_to:
             sequence.state_to = self._pool.allocate(self.num_blocks)
 
-    def adopt(self, sequence: Sequence, blocks: list[int], *, is_shared: bool) -> None:
-        """It goes on from a state in these blocks: its own, or cache."""
-        sequence.state_from = blocks
-        sequence.state_to = [] if is_shared else blocks
+    def adopt(self, sequence: Sequence, blocks: list[int]) -> None:
+        """It goes on from a state in these blocks, which are cache or a grant's: not to be written, since a
+        second writer may still put the state of the grant's end into them."""
+        sequence.state_from, sequence.state_to = blocks, []
 
-    def advance(self, sequence: Sequence) -> None:
-        """A step has written it."""
+    def advance(self, sequence: Sequence, granted: list[int]) -> None:
+        """A step has written it. ``granted``: blocks that are the grant table's still."""
         if sequence.state_from is not sequence.state_to:
-            self._pool.free(sequence.state_from)
+            if sequence.state_from != granted:
+                self._pool.free(sequence.state_from)
             sequence.state_from = sequence.state_to
 
     def keep(self, sequence: Sequence) -> None:
