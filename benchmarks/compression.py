@@ -1,7 +1,7 @@
 """What KV in fewer bytes brings over links of several rates: each way of a library, and the chosen one.
 
     python benchmarks/compression.py --library FILE [--mbit 10 50 200 1000] [--rounds 5] [--warm 6]
-        [--prompt 600] [--tokens 16] [--ways NAME ...] [--exact] [--json FILE]
+        [--prompt 600] [--tokens 16] [--ways NAME ...] [--exact] [--json FILE] [--plot FILE]
 
 As root: a front and two hosts (namespaces), an engine of the demo model on each, both cables shaped by tbf at
 one rate after the other. A plain stream of TCP between them says first what the cable carries: within 3 % of
@@ -34,6 +34,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / ".src"))
 
@@ -48,6 +49,7 @@ from tests.support.hosts.world import World
 AUTO, NONE = "auto", "none"
 TTL_S = 300.0
 SELF_TEST_S = 2.0
+NUM_SELF_TESTS = 3
 TOLERANCE = 0.03
 FRAME_NBYTES, PAYLOAD_NBYTES = 1514, 1448
 """Of a full packet at an MTU of 1,500: as tbf counts it, and of TCP's stream in it."""
@@ -82,13 +84,14 @@ def measured_mbit_s(world: World, seconds: float) -> float:
         f"with socket.create_server(('{target.address}', 7001)) as server:\n"
         " print('here', flush=True)\n"
         " connection, _ = server.accept()\n"
-        " got, since = 0, None\n"
-        " while data := connection.recv(1 << 18):\n"
+        " got, since, counted_from = 0, None, None\n"
+        " while data := connection.recv(1 << 16):\n"
         "  now = time.monotonic()\n"
         "  since = since or now\n"
-        f"  if now - since > {seconds / 4}: got += len(data); last = now\n"
+        "  if counted_from: got, last = got + len(data), now\n"
+        f"  elif now - since > {seconds / 3}: counted_from = now\n"
         f"  if now - since > {seconds}: break\n"
-        f" print(got / (last - since - {seconds / 4}))\n"
+        " print(got / (last - counted_from))\n"
     )
     child = target.inside.start([sys.executable, "-c", sink], sink=-1)
     assert child.stdout is not None
@@ -105,6 +108,17 @@ def measured_mbit_s(world: World, seconds: float) -> float:
     stream.close()
     said = child.communicate(timeout=30)[0]
     return float(said) * 8e-6 * FRAME_NBYTES / PAYLOAD_NBYTES
+
+
+def carried_mbit_s(world: World, mbit: float) -> float:
+    """Raises ``RuntimeError`` for another rate than was asked for, three times in a row: a bucket that was
+    full at the beginning is no fault."""
+    seen: list[float] = []
+    while len(seen) < NUM_SELF_TESTS:
+        seen.append(measured_mbit_s(world, max(SELF_TEST_S, 60 / mbit)))
+        if abs(seen[-1] / mbit - 1) <= TOLERANCE:
+            return seen[-1]
+    raise RuntimeError(f"a cable of {mbit:g} Mbit/s carries {seen}")
 
 
 async def ask(client: BusClient, way: Way, prompt: Sequence[int], tokens: int) -> float:
@@ -138,7 +152,7 @@ async def rate(mesh: HostMesh, mbit: float, ways: list[Way], options: argparse.N
                 way.seen_s.setdefault(mbit, []).append(await ask(client, way, prompt(), options.tokens))
 
 
-def told(ways: list[Way], mbit: float) -> dict[str, object]:
+def told(ways: list[Way], mbit: float) -> dict[str, Any]:
     medians = {way.name: statistics.median(way.seen_s[mbit]) for way in ways}
     others = [way for way in ways if way.name != AUTO]
     best = min(others, key=lambda way: medians[way.name])
@@ -154,6 +168,33 @@ def told(ways: list[Way], mbit: float) -> dict[str, object]:
     }
 
 
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Each way's median JCT as a share of that of KV as it is, by rate."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from microserve.services.simulation.load.figures.plots import STYLE
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.0, 3.4), layout="constrained")
+        panel = figure.subplots()
+        rates = [row["mbit_s"] for row in rows]
+        for name in rows[0]["jct_s"]:
+            shares = [row["jct_s"][name] / row["jct_s"][NONE] for row in rows]
+            style = {"color": "black", "linewidth": 2.0} if name == AUTO else {"linewidth": 1.2}
+            panel.plot(
+                rates, shares, "--" if name == NONE else "-", marker="o", markersize=2.5, label=name, **style
+            )
+        panel.set_xscale("log")
+        panel.set_xticks(rates, [f"{each:g}" for each in rates])
+        panel.minorticks_off()
+        panel.set_xlabel("Mbit/s of the link")
+        panel.set_ylabel("median JCT / that of KV as it is")
+        panel.set_ylim(0.0)
+        figure.legend(loc="outside right center", frameon=False)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--library", required=True)
@@ -164,14 +205,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--ways", nargs="*", help="profiles; all of the library's if none is named")
     parser.add_argument("--exact", action="store_true")
-    parser.add_argument("--json", default="")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="an SVG of it")
     options = parser.parse_args()
     library = str(Path(options.library).resolve())
     profiles = options.ways or [each.profile.name for each in load(library).entries]
     names = [NONE, *(each for each in profiles if each != NONE), AUTO]
     ways = [Way(name, f"coded_{number}") for number, name in enumerate(names)]
     model = fetch(default_cache(os.environ))
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="compression-") as home, World(Path(home)) as world:
         (logs := Path(home) / "logs").mkdir()
         (sources := Path(home) / "coded.py").write_text(
@@ -198,9 +240,7 @@ def main() -> None:
             for mbit in options.mbit:
                 for host in mesh.engine_hosts:
                     world.slow(host, mbit)
-                carried = measured_mbit_s(world, SELF_TEST_S)
-                if abs(carried / mbit - 1) > TOLERANCE:
-                    raise RuntimeError(f"a cable of {mbit:g} Mbit/s carries {carried:.1f}")
+                carried = carried_mbit_s(world, mbit)
                 before = len(used(mesh))
                 asyncio.run(rate(mesh, mbit, ways, options))
                 row = told(ways, mbit) | {"carried_mbit_s": round(carried, 2)}
@@ -208,7 +248,9 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 print("used:", *used(mesh)[before:], flush=True)
     if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1))
+        options.json.write_text(json.dumps(rows, indent=1))
+    if options.plot:
+        draw(rows, options.plot)
 
 
 if __name__ == "__main__":
