@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from microserve.protocol.messages.request.sampling import SamplingParams
 from tests.support.bus.gateway_peer import Answer, BusClient
 from tests.support.engine.model.tiny_model import make_tiny_model
 from tests.support.hosts.mesh import HostMesh
-from tests.support.hosts.world import World
+from tests.support.hosts.world import BURST_NBYTES, World
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -77,11 +78,28 @@ def run_mesh(
             async with mesh.client() as client:
                 for host in mesh.engine_hosts:
                     world.slow(host, MBIT_S)
+                before, since = received(mesh), time.monotonic()
                 await asking(client)
+                elapsed_s = time.monotonic() - since
+                cards = [after - count for after, count in zip(received(mesh), before, strict=True)]
             await mesh.wait_until_whole()
+            check_cards(cards, elapsed_s, sum(each["wire_bytes"] for each in codings(mesh)))
 
         asyncio.run(go())
         return codings(mesh)
+
+
+def received(mesh: HostMesh) -> list[int]:
+    """Bytes that came in by the cards of the engines' hosts, as the kernel counts them."""
+    return [mesh.world[host].traffic().received_nbytes for host in mesh.engine_hosts]
+
+
+def check_cards(cards: Sequence[int], elapsed_s: float, wire_nbytes: int) -> None:
+    """Who else counts agrees: all that engines say they put came in, with no more beside it than headers and
+    what steers the mesh, and no card was faster than its cable."""
+    assert wire_nbytes <= sum(cards) <= 1.1 * wire_nbytes + 200_000 * elapsed_s, (cards, wire_nbytes)
+    most = 1.03 * MBIT_S * 1e6 / 8 * elapsed_s + BURST_NBYTES
+    assert all(card <= most for card in cards), (cards, elapsed_s)
 
 
 @pytest.mark.slow
@@ -113,7 +131,7 @@ def test_what_loses_is_used_by_leave_alone_and_stays_in_no_cache(
 
     async def asking(client: BusClient) -> None:
         lossy = 0
-        for seed in range(5):
+        for seed in range(9):  # the first ones of each direction measure the link, and go as they are
             alone = await ask(client, seed, "data_parallel", f"alone {seed}")
             # The strategy may lose, and the client says nothing; the next one forbids it, with one cache.
             split = await ask(client, seed, "disaggregated", f"split {seed}")
