@@ -17,6 +17,7 @@ import msgspec
 
 from microserve.kvcache.codec.profile import NONE, Profile
 from microserve.protocol.errors import ConfigError
+from microserve.protocol.messages.kv.coding import AUTO, MAX_CODEC_CHARS
 from microserve.protocol.messages.kv.geometry import UNSAID, Geometry
 
 VERSION = 1
@@ -186,6 +187,9 @@ def _check(library: Library) -> None:
 def _fault(entry: Measured) -> str:
     if not entry.profile.name or (entry.profile.name == NONE.name and entry.profile != NONE):
         return "a profile without a name" if not entry.profile.name else "the name none is of KV as it is"
+    name = entry.profile.name
+    if len(name) > MAX_CODEC_CHARS or not (name.isascii() and name.isprintable()) or name == AUTO:
+        return f"the name {name[:MAX_CODEC_CHARS]!r}: at most {MAX_CODEC_CHARS} printable ASCII, not {AUTO!r}"
     if not (math.isfinite(entry.ratio) and entry.ratio > 0):
         return f"ratio {entry.ratio}, expected more than 0"
     for stage in ("encode", "decode"):

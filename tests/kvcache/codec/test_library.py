@@ -144,3 +144,11 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
 
 def test_a_cost_is_of_payloads_and_of_bytes() -> None:
     assert Cost(0.5, 0.25).seconds(8, num_payloads=3) == 3.5
+
+
+@pytest.mark.parametrize("name", ["x" * 97, "with\nline", "größe", "auto"])
+def test_a_name_fits_where_profiles_are_named(name: str) -> None:
+    """On the wire, in a line of the log, and beside ``auto``."""
+    entry = Measured(Profile(name, coder="zstd"), 1.3, Cost(), Cost())
+    with pytest.raises(ConfigError, match=r"entries\[0\]: the name"):
+        files.encode(Library(entries=[entry]))
